@@ -1,0 +1,38 @@
+# The Imprint server:  docker build -t imprint .
+#
+# TORCH_INDEX is one more package index to take torch from. Left empty, pip's own index decides, which on Linux x86-64
+# means the CUDA build (run it with --gpus all); with PyTorch's "cpu" index (its installation page names it), pip prefers
+# the much smaller CPU build:  docker build --build-arg TORCH_INDEX=<that index> -t imprint .
+
+FROM python:3.11-slim AS wheels
+ARG TORCH_INDEX=""
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY model model
+COPY service service
+RUN --mount=type=cache,target=/var/cache/pip \
+    pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels .
+
+FROM python:3.11-slim
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    HOME=/var/cache/imprint \
+    IMPRINT_HOST=0.0.0.0 IMPRINT_PORT=8000 \
+    IMPRINT_DATA_DIR=/var/lib/imprint IMPRINT_CACHE_DIR=/var/cache/imprint
+RUN groupadd --gid 10001 imprint \
+    && useradd --uid 10001 --gid imprint --no-create-home --home-dir /var/cache/imprint --shell /usr/sbin/nologin imprint \
+    && install --directory --owner imprint --group imprint --mode 0700 /var/lib/imprint /var/cache/imprint
+RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    pip install --no-index --find-links /wheels imprint
+COPY --chmod=0755 docker/entrypoint docker/healthcheck.py /usr/local/libexec/imprint/
+
+USER 10001:10001
+WORKDIR /var/lib/imprint
+VOLUME ["/var/lib/imprint", "/var/cache/imprint"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# The first start fetches and converts the base, so it may take minutes to become ready.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python", "/usr/local/libexec/imprint/healthcheck.py"]
+ENTRYPOINT ["/usr/local/libexec/imprint/entrypoint"]
+CMD ["serve"]

@@ -1,0 +1,35 @@
+# Needs Python >= 3.11 with pip, and make. Everything else goes into .venv, once: pip's own configuration is honoured.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKED := model service tests $(wildcard scripts)
+
+.PHONY: serve test lint clean
+
+serve: $(VENV)/.serve
+	$(BIN)/imprint serve
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict $(CHECKED)
+
+# pip installs into the environment from outside: some systems ship venv without ensurepip.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Imprint needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m pip --python $(BIN)/python install --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m pip --python $(BIN)/python install --editable '.[test]'
+	touch $@ $(VENV)/.serve
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find model service tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,134 @@
+"""Chat templates: from messages to the one text that the model was trained to continue.
+
+Set up as `transformers` does it, so that a template renders to the same text. A template comes with the model
+and is not trusted: it runs in Jinja's sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = Mapping[str, str]
+Span = tuple[int, int]
+
+
+class ChatTemplateError(Exception):
+    """Messages that the model's chat template refuses, or a template that is broken or absent."""
+
+
+class ChatTemplate:
+    """A compiled template. `variables` are what it may name beside the messages, such as `bos_token`."""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        """Raises `ChatTemplateError` if the source does not compile."""
+        self._variables = dict(variables)
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateError as error:
+            raise ChatTemplateError(f"the chat template is broken: {error}") from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The chat as text. Raises `ChatTemplateError` with what the template objects to."""
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
+            )
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+
+    def render_with_spans(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool
+    ) -> tuple[str, list[Span | None]]:
+        """The chat as text, and the half-open range of characters that each message's content fills in it.
+
+        A content that the template leaves out, or changes beyond trimming its white space, has no range.
+        """
+        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        mark = _unused_character(text + "".join(message.get("content", "") for message in messages))
+        for edges in (_whole, _trimmed):
+            marked = [_mark(message, f"{mark}{i}{mark}", edges) for i, message in enumerate(messages)]
+            try:
+                rendered = self.render(marked, add_generation_prompt=add_generation_prompt)
+            except ChatTemplateError:
+                continue
+            unmarked, spans = _find(rendered, mark, len(messages))
+            if unmarked == text:
+                return text, spans
+        return text, [None] * len(messages)
+
+
+def _whole(content: str) -> Span:
+    return 0, len(content)
+
+
+def _trimmed(content: str) -> Span:
+    start = len(content) - len(content.lstrip())
+    return start, start + len(content.strip())
+
+
+def _mark(message: Message, mark: str, edges: Callable[[str], Span]) -> Message:
+    """The message with its content between two marks; an empty one stays empty: templates look at that."""
+    content = message.get("content", "")
+    start, end = edges(content)
+    if start == end:
+        return message
+    return {**message, "content": content[:start] + mark + content[start:end] + mark + content[end:]}
+
+
+def _find(rendered: str, mark: str, messages: int) -> tuple[str, list[Span | None]]:
+    """Take the marks out again. A message's range lies between its two, if it has just these."""
+    positions: list[list[int]] = [[] for _ in range(messages)]
+    pieces, length = [], 0
+    for index, piece in enumerate(re.split(f"{mark}([0-9]+){mark}", rendered)):
+        if index % 2:
+            positions[int(piece)].append(length)
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), [(found[0], found[1]) if len(found) == 2 else None for found in positions]
+
+
+def _unused_character(text: str) -> str:
+    """A private-use character that the text does not contain."""
+    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's words for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

@@ -1,0 +1,53 @@
+"""The frozen affine map in which the base spends nearly all of its time."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """`[..., in] -> [..., out]`. The weights `[out, in]` are undefined until something fills them.
+
+    `pack` trades plain weights (and autograd) for oneDNN's blocked layout. Measured on two AVX-512 cores, it
+    is 2.4 times as fast as `F.linear` at 64 rows and at least 4 times at 4; and each row's result is then,
+    bit for bit, independent of how many other rows and threads take part.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+        offset = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", offset)
+
+    def pack(self) -> None:
+        """Switch to blocked weights where that pays, in fp32 on an x86 processor; elsewhere do nothing."""
+        weight = self.weight.detach()
+        x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+        if x86 and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            # The layout is chosen for the given number of rows, and that for 64 serves all numbers well.
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises `RuntimeError` where a gradient would have to pass packed weights."""
+        if not self.weight.is_mkldnn:
+            return F.linear(x, self.weight, self.bias)
+        if x.requires_grad:
+            raise RuntimeError("packed weights pass no gradient: load the base as trainable")
+        if x.numel() > x.shape[-1]:
+            return self._packed_linear(x)
+        # oneDNN rounds a lone row differently from the same row in company, and two rows cost it the same.
+        twice = x.reshape(1, -1).expand(2, -1)
+        return self._packed_linear(twice)[0].view(*x.shape[:-1], -1)
+
+    def _packed_linear(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y

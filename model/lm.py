@@ -1,0 +1,224 @@
+"""The adaptive language model: the frozen base and the memory in one forward. What it learns lives in `Pool` and `Draft`.
+
+A request is a token sequence with attention of its own, processed in blocks. Each block is predicted with the fast
+weights as they stand at its start (score), then written to them (update). A block of one sequence is always computed
+alone, in a shape that only depends on the request: what it teaches does not depend on who else is being served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.backbone import Backbone, KVCache
+from model.memory import Draft, HiddenSite, Memory, Pool, ops
+
+EMPTY = 0  # in every pool, the index of the session without rows
+OUTPUT = -1  # the "layer" of a site between the final norm and the head
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What the next block needs of a request's last token: its final hidden state [d], its input to each hidden site
+    [d], and its final hidden state without memory, where that differs and is kept."""
+
+    hidden: Tensor
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    frozen: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities (nats) of n targets, with and without memory; learned [n]: which of them are learned; top:
+    log-probabilities and token ids [n, top] of the likeliest."""
+
+    adapted: Tensor
+    frozen: Tensor | None
+    learned: Tensor
+    top: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """n learned or scored targets of a block and what predicts them.
+
+    ids [n]; states: final hidden states [n, d] one token earlier; following: those of the targets themselves. before
+    and after: the same two, at the input of each hidden site below the output.
+    """
+
+    ids: Tensor
+    states: Tensor
+    following: Tensor
+    before: dict[int, Tensor]
+    after: dict[int, Tensor]
+
+    def pick(self, mask: Tensor) -> _Targets:
+        return _Targets(
+            self.ids[mask],
+            self.states[mask],
+            self.following[mask],
+            {layer: h[mask] for layer, h in self.before.items()},
+            {layer: h[mask] for layer, h in self.after.items()},
+        )
+
+
+class AdaptiveLM:
+    """Steps over (slow weights, fast weights, tokens); it keeps no state of its own. Call under `inference_mode`."""
+
+    def __init__(self, backbone: Backbone, memory: Memory) -> None:
+        self.backbone = backbone
+        self.memory = memory
+        self.needs_frozen_cache = any(layer != OUTPUT for layer in memory.hidden)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.embedding.device
+
+    def new_pool(self, *, rows: int, sessions: int, make_room: Callable[[], bool] = lambda: False) -> Pool:
+        """An empty pool on the model's device; the arguments are those of `Pool`."""
+        return Pool(self.memory.config, rows=rows, sessions=sessions, device=self.device, make_room=make_room)
+
+    def block(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        pool: Pool,
+        index: int = EMPTY,
+        *,
+        carry: Carry | None = None,
+        score: Sequence[bool] | None = None,
+        learn: Sequence[bool] | None = None,
+        draft: Draft | None = None,
+        frozen: bool = False,
+        frozen_cache: KVCache | None = None,
+        top: int = 0,
+    ) -> tuple[Carry, Scores | None]:
+        """Runs one block of T tokens of a request and, given a `draft` of session `index`, learns from it.
+
+        The target of position t is token t, predicted from position t − 1 (the carry, for t = 0; a request's first
+        token has no predictor and is never a target). score [T] and learn [T] choose targets; the scores returned are
+        of their union, in order. frozen: score without memory too; a memory that reads below the output then needs
+        `frozen_cache`, a second cache that has seen the same request. Raises PoolFullError: roll the draft back.
+        """
+        ids = torch.tensor(token_ids, device=self.device)
+        inputs: dict[int, Tensor] = {}
+        final = self.backbone(ids[None], [cache], self._hooks(pool, index, inputs))[0]
+        unread: Tensor | None = None
+        if frozen and self.needs_frozen_cache:
+            if frozen_cache is None:
+                raise ValueError("frozen_cache is needed: this memory reads below the output")
+            unread = self.backbone(ids[None], [frozen_cache])[0]
+        first = 1 if carry is None else 0
+        learned, wanted = (self._mask(mask, len(ids))[first:] for mask in (learn, score))
+        wanted = wanted | learned
+        scores: Scores | None = None
+        if bool(wanted.any()):
+            targets = _Targets(
+                ids[first:],
+                _shift(final, None if carry is None else carry.hidden),
+                final[first:],
+                {n: _shift(h, None if carry is None else carry.inputs[n]) for n, h in inputs.items()},
+                {n: h[first:] for n, h in inputs.items()},
+            )
+            unread_states = None if unread is None else _shift(unread, None if carry is None else carry.frozen)[wanted]
+            chosen = targets.pick(wanted)
+            of_chosen = learned[wanted]
+            adapted, base, best, logits = self._score(chosen, pool, index, frozen=frozen, unread=unread_states, top=top)
+            scores = Scores(adapted, base, of_chosen, best)
+            if draft is not None and bool(of_chosen.any()):
+                self._write(draft, chosen.pick(of_chosen), scores.adapted[of_chosen], logits[of_chosen])
+        last = Carry(final[-1], {n: h[-1] for n, h in inputs.items()}, None if unread is None else unread[-1])
+        return last, scores
+
+    def decode(
+        self, token_ids: Sequence[int], caches: Sequence[KVCache], pool: Pool, index: Sequence[int]
+    ) -> list[Carry]:
+        """One step of B sequences, each with its own cache and session; returns the carry of each."""
+        ids = torch.tensor(token_ids, device=self.device)[:, None]
+        inputs: dict[int, Tensor] = {}
+        final = self.backbone(ids, caches, self._hooks(pool, index, inputs))[:, 0]
+        return [Carry(h, {layer: x[b] for layer, x in inputs.items()}) for b, h in enumerate(final)]
+
+    def predict(self, carries: Sequence[Carry], pool: Pool, index: Sequence[int]) -> Tensor:
+        """Next-token scores [B, V] in fp32: the base's logits, bit for bit, where a session's memory is empty or silent,
+        and log-probabilities of the mixture elsewhere."""
+        states = torch.stack([carry.hidden for carry in carries])
+        if all(i == EMPTY for i in index):
+            return self.backbone.logits(states)
+        session = torch.tensor(index, device=self.device)
+        logits = self.backbone.logits(self._read_output(states, pool, session))
+        site = self.memory.lexical
+        return logits if site is None else ops.mix(logits, *site.find(pool, session, states))
+
+    # --- read ------------------------------------------------------------------------------------------------------
+
+    def _hooks(
+        self, pool: Pool, index: int | Sequence[int], inputs: dict[int, Tensor]
+    ) -> dict[int, Callable[[Tensor], Tensor]]:
+        """The reads below the output, by layer; each notes its input [T or B, d] in `inputs`."""
+
+        def hook(layer: int, site: HiddenSite) -> Callable[[Tensor], Tensor]:
+            def read(hidden: Tensor) -> Tensor:
+                flat = hidden.flatten(0, 1)
+                inputs[layer] = flat
+                session = torch.as_tensor(index, device=self.device).expand(len(flat))
+                return site.read(pool, session, flat).view_as(hidden)
+
+            return read
+
+        return {layer: hook(layer, site) for layer, site in self.memory.hidden.items() if layer != OUTPUT}
+
+    def _read_output(self, states: Tensor, pool: Pool, session: Tensor) -> Tensor:
+        site = self.memory.hidden.get(OUTPUT)
+        return states if site is None else site.read(pool, session, states)
+
+    def _score(
+        self, targets: _Targets, pool: Pool, index: int, *, frozen: bool, unread: Tensor | None, top: int
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor]:
+        """adapted, frozen and top as in `Scores`, and the logits [n, V] before the lexical site."""
+        session = torch.full((len(targets.ids),), index, device=self.device)
+        logits = self.backbone.logits(self._read_output(targets.states, pool, session))
+        adapted = before_lexical = _log_prob(logits, targets.ids)
+        mixed, site = logits, self.memory.lexical
+        if site is not None and index != EMPTY:
+            read = site.find(pool, session, targets.states)
+            adapted = ops.target_log_prob(before_lexical, targets.ids, *read)
+            mixed = ops.mix(logits, *read) if top else logits
+        base: Tensor | None = None
+        if frozen:
+            differs = unread is not None or OUTPUT in self.memory.hidden
+            states = targets.states if unread is None else unread
+            base = _log_prob(self.backbone.logits(states), targets.ids) if differs else before_lexical
+        best = mixed.log_softmax(-1).topk(top) if top else None
+        return adapted, base, None if best is None else (best.values, best.indices), logits
+
+    # --- write -----------------------------------------------------------------------------------------------------
+
+    def _write(self, draft: Draft, targets: _Targets, adapted: Tensor, logits: Tensor) -> None:
+        if (lexical := self.memory.lexical) is not None:
+            lexical.learn(draft, targets.states, targets.ids, _log_prob(logits, targets.ids), adapted)
+        if self.memory.hidden:
+            error = F.embedding(targets.ids, self.backbone.embedding).float()
+            error = error - torch.softmax(logits, -1) @ self.backbone.embedding.float()
+            for layer, site in self.memory.hidden.items():
+                here = targets.states if layer == OUTPUT else targets.before[layer]
+                following = targets.following if layer == OUTPUT else targets.after[layer]
+                site.learn(draft, here, following, error, adapted)
+
+    def _mask(self, mask: Sequence[bool] | None, length: int) -> Tensor:
+        if mask is None:
+            return torch.zeros(length, dtype=torch.bool, device=self.device)
+        return torch.tensor(mask, dtype=torch.bool, device=self.device)
+
+
+def _shift(states: Tensor, previous: Tensor | None) -> Tensor:
+    """The state before each target: [T, d] with the previous block's last one, or [T − 1, d] at a request's start."""
+    return states[:-1] if previous is None else torch.cat([previous[None], states[:-1]])
+
+
+def _log_prob(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,0 +1,103 @@
+"""What a memory is made of: its sites and their sizes. Frozen, JSON-serialisable, refuses what it does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SiteKind = Literal["lexical", "hidden"]
+
+
+class MemoryConfigError(ValueError):
+    """A memory configuration that cannot be built; the message names the field, the limit and the value."""
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """One place where the memory is read and written.
+
+    name: unique in its memory; part of the store's keys.
+    kind: "lexical" (rows are sparse vectors over the vocabulary, read into the output distribution) or
+        "hidden" (rows are vectors of `width` numbers, read into the residual stream).
+    layer: the decoder layer whose output a hidden site reads and rewrites; -1 is the output, before the head. A
+        lexical site is always at the output.
+    slots: N, a perfect square (product keys). k: slots a token selects.
+    width: numbers in a hidden site's row (d_v). pairs: (token, strength) pairs in a lexical site's row.
+    decay: the share of a row that one full-strength write forgets (lexical), or λ of the delta rule (hidden).
+    cap: largest norm of a hidden row, largest sum of strengths of a lexical row.
+    """
+
+    name: str
+    kind: SiteKind
+    slots: int
+    k: int
+    layer: int = -1
+    width: int = 0
+    pairs: int = 0
+    decay: float = 0.0
+    cap: float = 1e4
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise MemoryConfigError(f"site name must be an identifier, got {self.name!r}")
+        if self.kind not in ("lexical", "hidden"):
+            raise MemoryConfigError(f"{self.name}.kind must be 'lexical' or 'hidden', got {self.kind!r}")
+        if self.slots < 1 or math.isqrt(self.slots) ** 2 != self.slots:
+            raise MemoryConfigError(f"{self.name}.slots must be a perfect square (product keys), got {self.slots}")
+        if not 1 <= self.k <= math.isqrt(self.slots):
+            raise MemoryConfigError(f"{self.name}.k must be in 1..{math.isqrt(self.slots)} (√slots), got {self.k}")
+        size, value = ("pairs", self.pairs) if self.kind == "lexical" else ("width", self.width)
+        if value < 1:
+            raise MemoryConfigError(f"{self.name}.{size} must be at least 1, got {value}")
+        if self.kind == "lexical" and self.layer != -1:
+            raise MemoryConfigError(f"{self.name}.layer must be -1 for a lexical site, got {self.layer}")
+        if not 0.0 <= self.decay <= 1.0:
+            raise MemoryConfigError(f"{self.name}.decay must be in 0..1, got {self.decay}")
+        if not self.cap > 0.0:
+            raise MemoryConfigError(f"{self.name}.cap must be positive, got {self.cap}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return 8 * self.pairs if self.kind == "lexical" else 4 * self.width
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The sites of a memory and the block, the number of tokens between two writes of a request."""
+
+    hidden_size: int
+    sites: tuple[SiteConfig, ...]
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise MemoryConfigError(f"block must be at least 1, got {self.block}")
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise MemoryConfigError(f"site names must be unique, got {names}")
+        layers = [site.layer for site in self.sites if site.kind == "hidden"]
+        if len(set(layers)) != len(layers):
+            raise MemoryConfigError(f"at most one hidden site a layer, got layers {layers}")
+        if sum(site.kind == "lexical" for site in self.sites) > 1:
+            raise MemoryConfigError("at most one lexical site")
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether any site changes hidden states: the frozen loss then needs a forward of its own."""
+        return any(site.kind == "hidden" for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MemoryConfig:
+        """Raises MemoryConfigError on an unknown or a missing key."""
+        try:
+            sites = tuple(SiteConfig(**site) for site in data["sites"])
+            return cls(**{**data, "sites": sites})
+        except (TypeError, KeyError) as error:
+            raise MemoryConfigError(f"not a memory configuration: {error}") from error

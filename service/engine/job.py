@@ -1,0 +1,146 @@
+"""What is handed to the engine and what it hands back: plain values, no threads, no device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.memory import SiteRows
+from model.sampling import Sampling
+
+SessionKey = tuple[str, str]  # tenant, session id
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """What to generate after a segment. logprobs: None, or the number of alternatives to each token.
+
+    learn: also learn what was generated, block by block (only with n = 1).
+    """
+
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+    learn: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One request of the model: tokens with attention of their own, then perhaps a generation.
+
+    score, learn: by position, which tokens to score or to learn (None: no token); where both are given, what is learned
+    is scored. top: how many alternatives to score too.
+    """
+
+    token_ids: Sequence[int]
+    learn: Sequence[bool] | None = None
+    score: Sequence[bool] | None = None
+    top: int = 0
+    generate: Generate | None = None
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Which session's memory a job uses, at which version; write: whether it may learn.
+
+    stored: its rows, unless the engine has pinned them hot (`Engine.pin`).
+    """
+
+    key: SessionKey
+    version: int
+    write: bool
+    stored: dict[str, SiteRows] | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A turn as the engine sees it. `emit` is called with the job and each of its events, in order, on the event loop.
+
+    frozen: score without memory as well. proof_from, proof_rate: of the learned segments, counted from proof_from,
+    this share is scored without memory too, for the record.
+    """
+
+    segments: Sequence[Segment]
+    emit: Callable[[Job, Event], None]
+    memory: MemoryUse | None = None
+    frozen: bool = False
+    proof_from: int = 0
+    proof_rate: float = 0.0
+
+    def proves(self, segment: int) -> bool:
+        """Whether a segment is in the sampled share; the first of a session always is, unless the rate is 0."""
+        n = self.proof_from + segment
+        return -(-(n + 1) * self.proof_rate // 1) > -(-n * self.proof_rate // 1)
+
+
+@dataclass
+class Stats:
+    """What a job did. Losses are nats, summed: over the learned tokens, and over those of them that were proved."""
+
+    tokens_learned: int = 0
+    segments_learned: int = 0
+    loss_sum: float = 0.0
+    proof_tokens: int = 0
+    proof_loss_sum: float = 0.0
+    proof_frozen_loss_sum: float = 0.0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """One token's log-probability (None: nothing predicts it) and the most probable tokens in its place."""
+
+    token_id: int
+    logprob: float | None
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of a block's targets, in order: log-probabilities with and (if asked for) without memory; alternatives to
+    each, if the segment asks for some."""
+
+    segment: int
+    token_ids: list[int]
+    adapted: list[float]
+    frozen: list[float] | None
+    alternatives: list[Alternatives]
+
+
+@dataclass(frozen=True)
+class Token:
+    """Text of a choice that may be shown, and the tokens that are complete with it.
+
+    finish: the reason, on the last one of a choice.
+    """
+
+    segment: int
+    choice: int
+    text: str
+    tokens: list[Alternatives]
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`. rows_held, bytes_held: of the
+    session with them."""
+
+    stats: Stats
+    rows: dict[str, SiteRows]
+    rows_held: int = 0
+    bytes_held: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job ended early and holds nothing any more."""
+
+    error: Exception
+
+
+Event = TokenScores | Token | Finished | Failed

@@ -1,0 +1,129 @@
+"""The errors a client can meet: one tree, one HTTP status each, OpenAI's body for all of them.
+
+Layers below the routes raise these; `service/http.py` turns them into responses. Every message is shown to a
+client, so it names the field, the limit and the value, and never another session or an internal detail.
+"""
+
+# ruff: noqa: N818 (they bear the names of HTTP's statuses)
+
+
+class ImprintError(Exception):
+    """Base of the tree; raise one of its subclasses.
+
+    Args:
+        message: one sentence for the client.
+        param: the field of the request at fault, dotted (`messages.0.content`), or None.
+        code: a stable word for programs; None keeps the class's own.
+        retry_after: seconds after which to try again (sent as `Retry-After`); None keeps the class's own.
+    """
+
+    status: int = 500
+    type: str = "invalid_request_error"
+    code: str | None = None
+    retry_after: float | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+        if retry_after is not None:
+            self.retry_after = retry_after
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The response body, `{"error": {"message", "type", "param", "code"}}`."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class BadRequest(ImprintError):
+    """400: the request can't be honoured as it stands."""
+
+    status = 400
+
+
+class NotFound(ImprintError):
+    """404: no such route, model or session."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(ImprintError):
+    """405: the route exists, not with this method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class VersionConflict(ImprintError):
+    """409: the session moved on between load and commit."""
+
+    status = 409
+    code = "version_conflict"
+
+
+class PreconditionFailed(ImprintError):
+    """412: `If-Match` names another version than the stored one."""
+
+    status = 412
+    code = "precondition_failed"
+
+
+class PayloadTooLarge(ImprintError):
+    """413: the body exceeds the configured size."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(ImprintError):
+    """415: the body isn't declared as JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class Overloaded(ImprintError):
+    """429: the bounded queue is full."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    retry_after = 1.0
+
+
+class Unavailable(ImprintError):
+    """503: something this request needs is away for now."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+    retry_after = 1.0
+
+
+class StoreUnavailable(Unavailable):
+    """503: the session store doesn't answer, or a commit's outcome is unknown."""
+
+    code = "store_unavailable"
+
+
+class NotReady(Unavailable):
+    """503: the server is loading (or, with `code="draining"`, going away)."""
+
+    code = "loading"
+
+
+class EngineError(ImprintError):
+    """500: the engine failed on this request."""
+
+    status = 500
+    type = "server_error"
+    code = "engine_error"

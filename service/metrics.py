@@ -1,0 +1,140 @@
+"""The server's Prometheus metrics. `python -m service.metrics` prints docs/metrics.md.
+
+Labels hold routes, statuses and error codes, never a session: there may be millions of those.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+
+PREFIX = "imprint_"
+LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+BYTES = tuple(float(4**power) for power in range(5, 14))
+SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Described:
+    """One row of docs/metrics.md; `name` as it is exposed, without a histogram's endings."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    meaning: str
+
+
+class Metrics:
+    """All metrics of one server, in their own registry. Units: seconds, bytes, nats."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self.described: list[Described] = []
+        self._requests()
+        self._engine()
+        self._learning()
+        self._server()
+
+    def _requests(self) -> None:
+        self.requests_total = self._counter("requests_total", "HTTP requests answered.", ("route", "code"))
+        self.errors_total = self._counter("errors_total", "Errors told to clients, by their code.", ("code",))
+        self.requests_in_flight = self._gauge("requests_in_flight", "Requests under /v1 that are being answered.")
+        self.request_latency_seconds = self._histogram(
+            "request_latency_seconds",
+            "From a request's arrival to the end of its answer.",
+            LATENCY_S,
+            ("route",),
+        )
+        self.time_to_first_token_seconds = self._histogram(
+            "time_to_first_token_seconds",
+            "From a request's arrival to the first text of its completion.",
+            LATENCY_S,
+        )
+        self.inter_token_latency_seconds = self._histogram(
+            "inter_token_latency_seconds", "Between two successive pieces of text of one choice.", STEP_S
+        )
+
+    def _engine(self) -> None:
+        self.queue_time_seconds = self._histogram(
+            "queue_time_seconds", "From a turn's arrival at the engine to its first step.", LATENCY_S
+        )
+        self.queue_depth = self._gauge("queue_depth", "Turns that wait for the engine.")
+        self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCES)
+        self.engine_step_seconds = self._histogram(
+            "engine_step_seconds", "Duration of one engine step, prefill or decode.", STEP_S, ("kind",)
+        )
+        self.kv_tokens_reserved = self._gauge("kv_tokens_reserved", "Tokens reserved in key/value caches.")
+        self.tokens_predicted_total = self._counter("tokens_predicted_total", "Tokens generated.")
+        self.tokens_prefilled_total = self._counter("tokens_prefilled_total", "Prompt tokens read.")
+
+    def _learning(self) -> None:
+        self.tokens_learned_total = self._counter("tokens_learned_total", "Tokens learned and committed.")
+        self.rows_written_total = self._counter("rows_written_total", "Memory rows written and committed.")
+        self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_S)
+        self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTES)
+        self.load_seconds = self._histogram("load_seconds", "Duration of one load of a session from the store.", STEP_S)
+        self.sessions_hot = self._gauge("sessions_hot", "Sessions whose fast weights are in memory.")
+        self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store.")
+        self.session_evictions_total = self._counter(
+            "session_evictions_total", "Sessions dropped from memory for others."
+        )
+        self.proof_tokens_total = self._counter(
+            "proof_tokens_total", "Tokens that the frozen model scored too, before they were learned."
+        )
+        self.proof_loss_nats_total = self._counter(
+            "proof_loss_nats_total", "Loss of the adapted model, summed over the proof tokens."
+        )
+        self.proof_frozen_loss_nats_total = self._counter(
+            "proof_frozen_loss_nats_total", "Loss of the frozen model, summed over the proof tokens."
+        )
+
+    def _server(self) -> None:
+        self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
+        self.build_info = Info(f"{PREFIX}build", "Version and fingerprints of what runs.", registry=self.registry)
+        self.described.append(Described(f"{PREFIX}build_info", "info", (), "Version and fingerprints of what runs."))
+
+    def _counter(self, name: str, meaning: str, labels: tuple[str, ...] = ()) -> Counter:
+        self._describe(name, "counter", labels, meaning)
+        return Counter(PREFIX + name, meaning, labels, registry=self.registry)
+
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        self._describe(name, "gauge", (), meaning)
+        return Gauge(PREFIX + name, meaning, registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: Sequence[float], labels: tuple[str, ...] = ()) -> Histogram:
+        self._describe(name, "histogram", labels, meaning)
+        return Histogram(PREFIX + name, meaning, labels, buckets=buckets, registry=self.registry)
+
+    def _describe(self, name: str, kind: str, labels: tuple[str, ...], meaning: str) -> None:
+        self.described.append(Described(PREFIX + name, kind, labels, meaning))
+
+
+def markdown() -> str:
+    """The page docs/metrics.md."""
+    rows = "\n".join(
+        f"| `{one.name}` | {one.kind} | {', '.join(f'`{label}`' for label in one.labels)} | {one.meaning} |"
+        for one in Metrics().described
+    )
+    return f"""\
+# Metrics
+
+Printed by `python -m service.metrics`; edit `service/metrics.py` instead of this page.
+
+`GET /metrics` serves these to Prometheus. Durations are in seconds, sizes in bytes, losses in nats.
+No label names a session.
+
+| name | kind | labels | meaning |
+| --- | --- | --- | --- |
+{rows}
+
+What learning is worth, in nats per token, over the last hour:
+
+    (rate(imprint_proof_frozen_loss_nats_total[1h]) - rate(imprint_proof_loss_nats_total[1h]))
+      / rate(imprint_proof_tokens_total[1h])
+"""
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,186 @@
+"""Every setting of the server, read from `IMPRINT_*` environment variables.
+
+`python -m service.settings` prints docs/settings.md.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import platformdirs
+from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "IMPRINT_"
+CLIENT_VARIABLES = {
+    "IMPRINT_URL": "Where `imprint chat`, `observe`, `score` and `sessions` find the server; default `http://127.0.0.1:8000`.",
+}
+STORE_SCHEMES = ("redis", "rediss", "unix")
+
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class SettingsError(Exception):
+    """A setting is unknown or out of bounds. The message is one line naming setting, limit and value."""
+
+
+class Settings(BaseSettings):
+    """The server's settings. `Settings.load()` is the way in: it turns every fault into a `SettingsError`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; `0.0.0.0` for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    data_dir: Folder = Field(
+        default_factory=lambda: platformdirs.user_data_path("imprint"),
+        description="Folder of the sessions: the embedded store's files and its lock. One server at a time."
+        " Default: the platform's data folder (`~/.local/share/imprint` on Linux).",
+    )
+    cache_dir: Folder = Field(
+        default_factory=lambda: platformdirs.user_cache_path("imprint"),
+        description="Folder of downloaded and converted base models; safe to delete."
+        " Default: the platform's cache folder (`~/.cache/imprint` on Linux).",
+    )
+    model: str = Field(
+        "smollm2-135m-instruct",
+        min_length=1,
+        description="The frozen base: `smollm2-135m-instruct`, a Hugging Face folder of the Llama family,"
+        " a `.gguf` file, or `owner/name` on the Hugging Face hub.",
+    )
+    memory: str = Field(
+        "default",
+        min_length=1,
+        description="The meta-trained memory: `default` (shipped for the base), or the path of a checkpoint.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; `auto` takes CUDA if there is any."
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model; 0 = one per core.")
+    context: int = Field(
+        0, ge=0, description="Tokens that one request may hold, reply included; 0 = the base's own limit."
+    )
+    redis_url: str | None = Field(
+        None,
+        repr=False,
+        description="A Redis or Valkey server that keeps the sessions: `redis://`, `rediss://` or `unix://`."
+        " Unset: an embedded Valkey in the data folder.",
+    )
+    max_batch: int = Field(32, ge=1, le=4096, description="Sequences that run at the same time.")
+    max_queue: int = Field(
+        256, ge=1, description="Requests running or waiting; one more is answered 429 with `Retry-After`."
+    )
+    max_body_bytes: int = Field(
+        16 * 2**20, ge=1024, description="Largest request body, in bytes; a larger one is a 413."
+    )
+    kv_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens that the key/value caches may hold, all running sequences together;"
+        " 0 = from the free memory.",
+    )
+    hot_rows: int = Field(1_000_000, ge=1, description="Rows of fast weights kept on the device, per site.")
+    hot_sessions: int = Field(1024, ge=1, description="Sessions whose fast weights are kept in memory.")
+    proof_rate: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of the learned blocks that the frozen base scores too, to prove the gain.",
+    )
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        description="Seconds that running requests are given to finish when the server is told to stop.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line written."
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_store(cls, url: str | None) -> str | None:
+        """The address may hold a password, so only its scheme is ever shown."""
+        if url is not None and (scheme := urlsplit(url).scheme) not in STORE_SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(STORE_SCHEMES)}, got {scheme!r}")
+        return url
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """The environment's settings, each of `overrides` that is not None going first.
+
+        Raises:
+            SettingsError: an unknown `IMPRINT_*` variable, or a value out of bounds.
+        """
+        _refuse_unknown_variables()
+        given = {name: value for name, value in overrides.items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(error, given))) from None
+
+
+def _refuse_unknown_variables() -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES.keys()
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+            close = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.8)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise SettingsError(f"unknown environment variable {variable}{hint}")
+
+
+def _explain(error: ValidationError, overrides: dict[str, Any]) -> Iterator[str]:
+    for fault in error.errors():
+        field = str(fault["loc"][0])
+        name = field if field in overrides else PREFIX + field.upper()
+        if fault["type"] == "value_error":
+            yield f"{name}: {fault['ctx']['error']}"
+        else:
+            yield f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {str(fault['input'])!r}"
+
+
+def markdown() -> str:
+    """The page docs/settings.md."""
+    rows = "\n".join(
+        f"| `{PREFIX}{name.upper()}` | {_default(field)} | {_limits(field)} | {field['description']} |"
+        for name, field in Settings.model_json_schema()["properties"].items()
+    )
+    client = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in CLIENT_VARIABLES.items())
+    return f"""\
+# Settings
+
+Printed by `python -m service.settings`; edit `service/settings.py` instead of this page.
+
+The server reads its settings from environment variables; options of `imprint serve` go first. An empty
+variable counts as unset. A value out of bounds or an unknown `{PREFIX}*` variable stops the server with one
+line that names it. (Kubernetes sets such variables for a Service called `imprint`: there, switch
+`enableServiceLinks` off.)
+
+| variable | default | limits | meaning |
+| --- | --- | --- | --- |
+{rows}
+
+Read by the client commands only:
+
+| variable | meaning |
+| --- | --- |
+{client}
+"""
+
+
+def _default(field: dict[str, Any]) -> str:
+    value = field.get("default")
+    return "" if value is None else f"`{value}`"
+
+
+def _limits(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    bounds = [f"{sign} {field[key]}" for key, sign in (("minimum", "≥"), ("maximum", "≤")) if key in field]
+    return ", ".join(bounds)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

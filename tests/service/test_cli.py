@@ -1,0 +1,361 @@
+"""The command line, run as a process: against a real server, and against one scripted to misbehave."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service import cli
+from service.client import sse_data
+
+ROOT = Path(__file__).resolve().parents[2]
+STORY = "The cat sat on the mat. The cat sat on the hat.\n\n" * 20
+
+
+class Server(Protocol):
+    url: str
+
+
+def command(*arguments: str, url: str) -> dict[str, Any]:
+    """What `subprocess` needs to run `imprint` with these arguments."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
+    environment = {**kept, "IMPRINT_URL": url, "COLUMNS": "200"}
+    return {"args": [sys.executable, "-m", "service", *arguments], "cwd": ROOT, "env": environment}
+
+
+def imprint(*arguments: str, url: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    run = command(*arguments, url=url)
+    return subprocess.run(**run, input=stdin, capture_output=True, text=True, timeout=120)
+
+
+def told(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a command that failed as it should."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def session(server: Server, name: str) -> httpx.Response:
+    return httpx.get(f"{server.url}/v1/sessions/{name}")
+
+
+# Against a real server.
+
+
+def test_observe_learns_a_file(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    result = imprint("observe", str(tmp_path / "story.txt"), "--session", "cli-observe", url=server.url)
+    assert result.returncode == 0, result.stderr
+    learned = session(server, "cli-observe").json()
+    assert learned["version"] == 1
+    assert f"learned {learned['tokens_learned']:,} tokens" in result.stdout
+    assert "loss" in result.stdout
+
+
+def test_observe_reads_standard_input(server: Server) -> None:
+    result = imprint("observe", "-", "--session", "cli-stdin", url=server.url, stdin=STORY)
+    assert result.returncode == 0, result.stderr
+    assert session(server, "cli-stdin").json()["tokens_learned"] > 0
+
+
+def test_observe_learns_nothing_if_one_file_is_no_text(server: Server, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text(STORY)
+    bad.write_bytes("é".encode() * 40_000 + b"\xff")
+    line = told(imprint("observe", str(good), str(bad), "--session", "cli-bad", url=server.url))
+    assert str(bad) in line
+    assert "at byte 80000" in line
+    assert session(server, "cli-bad").status_code == 404
+
+
+def test_score_compares_with_the_frozen_base_and_learns_only_if_asked(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    arguments = ("score", str(tmp_path / "story.txt"), "--session", "cli-score")
+    imprint("observe", str(tmp_path / "story.txt"), "--session", "cli-score", url=server.url)
+    score = json.loads(imprint(*arguments, "--json", url=server.url).stdout)
+    assert score["gain"] == pytest.approx(score["frozen_loss"] - score["loss"])
+    assert score["perplexity_ratio"] == pytest.approx(score["perplexity"] / score["frozen_perplexity"])
+    assert score["version"] == 1
+    assert session(server, "cli-score").json()["version"] == 1
+    table = imprint(*arguments, "--learn", url=server.url).stdout
+    assert f"{score['frozen_perplexity']:.3f}" in table
+    assert session(server, "cli-score").json()["version"] == 2
+
+
+def test_chat_prints_the_reply_alone_and_says_what_was_learned(server: Server) -> None:
+    arguments = ("chat", "--session", "cli-chat", "--max-tokens", "8", "--temperature", "0")
+    result = imprint(*arguments, "--once", "My cat is called Miso.", url=server.url)
+    assert result.returncode == 0, result.stderr
+    learned = session(server, "cli-chat").json()
+    note = rf"learned {learned['tokens_learned']:,} tokens · loss [\d.]+ · version 0 → {learned['version']}\n"
+    assert re.fullmatch(note, result.stderr)
+    assert "learned" not in result.stdout
+
+
+def test_chat_without_a_session_talks_to_the_frozen_base(server: Server) -> None:
+    result = imprint("chat", "--max-tokens", "4", url=server.url, stdin="Hello!\n")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_sessions_are_listed_shown_and_erased(server: Server) -> None:
+    imprint("observe", "-", "--session", "cli-ls", url=server.url, stdin=STORY)
+    listed = json.loads(imprint("sessions", "ls", "--json", url=server.url).stdout)
+    assert "cli-ls" in [one["id"] for one in listed]
+    assert "cli-ls" in imprint("sessions", "ls", url=server.url).stdout
+    shown = json.loads(imprint("sessions", "show", "cli-ls", "--json", url=server.url).stdout)
+    assert shown == session(server, "cli-ls").json()
+    assert "tokens learned" in imprint("sessions", "show", "cli-ls", url=server.url).stdout
+
+    assert imprint("sessions", "rm", "cli-ls", url=server.url, stdin="n\n").returncode == 0
+    assert session(server, "cli-ls").status_code == 200
+    assert imprint("sessions", "rm", "cli-ls", "--yes", url=server.url).returncode == 0
+    assert session(server, "cli-ls").status_code == 404
+    assert "cli-ls" in told(imprint("sessions", "show", "cli-ls", url=server.url))
+
+
+def test_a_refusal_is_the_servers_own_sentence(server: Server) -> None:
+    assert "session" in told(imprint("chat", "--session", "no/such id", "--once", "hi", url=server.url))
+
+
+# Without a server.
+
+
+def test_a_missing_server_is_named_with_the_way_to_start_one() -> None:
+    line = told(imprint("sessions", "ls", url="http://127.0.0.1:9"))
+    assert "http://127.0.0.1:9" in line
+    assert "imprint serve" in line
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost"])
+def test_an_address_that_is_not_http_is_refused(url: str) -> None:
+    assert "--url" in told(imprint("sessions", "ls", url=url))
+
+
+def test_serve_refuses_bad_settings_before_it_loads_anything() -> None:
+    assert "65535" in told(imprint("serve", "--port", "65536", url=""))
+
+
+@given(st.integers(1, 9).flatmap(lambda size: st.tuples(st.just(size), st.text("ab é\n", max_size=200))))
+def test_pieces_join_to_the_file_and_none_is_too_long(tmp_path_factory: Any, case: tuple[int, str]) -> None:
+    size, text = case
+    file = tmp_path_factory.getbasetemp() / "pieces.txt"
+    file.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "PIECE_CHARS", size)
+        patch.setattr(cli, "READ_BYTES", 3)
+        pieces = list(cli._pieces(str(file)))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= size for piece in pieces)
+
+
+def test_pieces_end_where_a_paragraph_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "PIECE_CHARS", 12)
+    (tmp_path / "text").write_text("one two\n\nthree\nfour five\n\nsix")
+    assert list(cli._pieces(str(tmp_path / "text"))) == ["one two\n\n", "three\nfour ", "five\n\nsix"]
+
+
+@given(st.lists(st.text()), st.integers(1, 50))
+def test_a_stream_is_read_the_same_however_it_is_cut(texts: list[str], size: int) -> None:
+    data = [json.dumps(text, ensure_ascii=False) for text in texts]
+    stream = "".join(f": ping\n\ndata: {one}\n\n" for one in data).encode()
+    cuts = [stream[start : start + size] for start in range(0, len(stream), size)]
+    assert list(sse_data(cuts)) == data
+
+
+# Against a server scripted to misbehave.
+
+Answer = tuple[int, dict[str, str], bytes]
+OBSERVED = {"tokens_learned": 3, "rows_written": 3, "loss": 1.0, "version": 1}
+
+
+class Scripted:
+    """Gives `answers` in order, one a request, and keeps the requests; without an answer left it hangs."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.requests: list[tuple[str, dict[str, str], Any]] = []
+        self.hanging, self.closing = threading.Event(), threading.Event()
+        scripted = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                scripted.requests.append((self.path, dict(self.headers), json.loads(body or "null")))
+                if not scripted.answers:
+                    scripted.hanging.set()
+                    scripted.closing.wait()
+                    return
+                status, headers, content = scripted.answers.pop(0)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = answer  # noqa: N815
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Scripted]]:
+    started: list[Scripted] = []
+
+    def start(*answers: Answer) -> Scripted:
+        started.append(Scripted(*answers))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def ok(body: object) -> Answer:
+    return 200, {}, json.dumps(body).encode()
+
+
+def refused(status: int, code: str, **headers: str) -> Answer:
+    error = {"message": f"It is {code}.", "type": "server_error", "param": None, "code": code}
+    return status, headers, json.dumps({"error": error}).encode()
+
+
+def stream(*chunks: object) -> Answer:
+    frames = [json.dumps(chunk, ensure_ascii=False) if chunk != "[DONE]" else "[DONE]" for chunk in chunks]
+    return 200, {"Content-Type": "text/event-stream"}, "".join(f"data: {one}\n\n" for one in frames).encode()
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+
+
+MODELS = ok({"object": "list", "data": [{"id": "tiny"}]})
+NO_SESSION = refused(404, "not_found")
+
+
+def test_a_busy_server_is_asked_again(scripted: Callable[..., Scripted]) -> None:
+    busy = refused(429, "queue_full", **{"Retry-After": "0"})
+    server = scripted(NO_SESSION, busy, busy, ok(OBSERVED))
+    result = imprint("observe", "-", "--session", "me", url=server.url, stdin="text")
+    assert result.returncode == 0
+    assert result.stderr.count("It is queue_full.") == 2
+    assert [body for _, _, body in server.requests[1:]] == [{"text": "text"}] * 3
+    assert all("If-Match" not in headers for _, headers, _ in server.requests)
+
+
+def test_a_server_that_stays_busy_is_given_up(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(*[refused(503, "loading", **{"Retry-After": "0"})] * 50)
+    result = imprint("sessions", "ls", url=server.url)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "imprint: It is loading."
+    assert len(server.requests) < 10
+
+
+def test_a_commit_of_unknown_outcome_is_not_learned_twice(scripted: Callable[..., Scripted]) -> None:
+    """The retry names the version it was first sent to: a server that did commit refuses it."""
+    unknown = refused(503, "store_unavailable", **{"Retry-After": "0"})
+    server = scripted(ok({"version": 7}), unknown, refused(412, "precondition_failed"))
+    result = imprint("observe", "-", "--session", "me", url=server.url, stdin="text")
+    assert result.returncode == 1
+    assert [headers.get("If-Match") for _, headers, _ in server.requests] == [None, None, '"v7"']
+
+
+def test_what_was_learned_before_a_failure_is_told(scripted: Callable[..., Scripted], tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(STORY)
+    server = scripted(NO_SESSION, ok(OBSERVED), refused(500, "engine_error"))
+    files = [str(tmp_path / name) for name in "ab"]
+    line = told(imprint("observe", *files, "--session", "me", url=server.url))
+    assert "It is engine_error." in line
+    assert "learned 3 tokens" in line
+
+
+@pytest.mark.parametrize(
+    ("chunks", "line"),
+    [
+        ([said("Hel"), {"error": {"message": "It broke.", "code": "engine_error"}}], "It broke."),
+        ([said("Hel")], "before the answer was complete"),
+        ([{"other": 1}], "not as an Imprint server does"),
+    ],
+)
+def test_a_broken_stream_is_an_error(
+    scripted: Callable[..., Scripted], chunks: list[object], line: str
+) -> None:
+    server = scripted(MODELS, stream(*chunks))
+    assert line in told(imprint("chat", "--once", "hi", url=server.url))
+
+
+def test_an_answer_that_is_not_imprints_is_an_error(scripted: Callable[..., Scripted]) -> None:
+    for answer in ((200, {}, b"<html>"), ok([]), ok({}), (502, {}, b"Bad Gateway")):
+        server = scripted(answer)
+        assert server.url in told(imprint("sessions", "ls", url=server.url))
+
+
+def test_the_reply_reaches_a_pipe_as_it_is(scripted: Callable[..., Scripted]) -> None:
+    reply = "a\u2028b\x85 [bold]c[/] :smile: \x1b[31m é"
+    server = scripted(MODELS, stream(said(reply), "[DONE]"))
+    assert imprint("chat", "--once", "hi", url=server.url).stdout == reply + "\n"
+
+
+def test_ctrl_c_leaves_quietly(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(MODELS)
+    run = command("chat", "--once", "hi", url=server.url)
+    process = subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.hanging.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == ""
+
+
+def test_a_conversation_is_kept_and_sent_again(scripted: Callable[..., Scripted]) -> None:
+    """On a terminal: each turn carries the ones before it, a failed turn is forgotten, Ctrl-D leaves."""
+    reply = "Hello.\x1b]0;owned\x07"
+    server = scripted(
+        MODELS,
+        stream(said(reply), "[DONE]"),
+        refused(400, "too_long"),
+        stream(said("Bye."), "[DONE]"),
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        **command("chat", url=server.url), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    screen = b""
+    for turn, typed in enumerate((b"hi\n", b"more\n", b"bye\n", b"\x04"), start=1):
+        while screen.count("›".encode()) < turn:
+            screen += os.read(ours, 1024)
+        os.write(ours, typed)
+    assert process.wait(60) == 0
+    os.close(ours)
+    bodies = [body["messages"] for _, _, body in server.requests[1:]]
+    hi, bye = {"role": "user", "content": "hi"}, {"role": "user", "content": "bye"}
+    assert bodies[0] == [hi]
+    assert bodies[2] == [hi, {"role": "assistant", "content": reply}, bye]
+    assert b"It is too_long." in screen
+    assert b"Hello." in screen
+    assert b"\x1b]0" not in screen, "the model's text gives the terminal no orders"

