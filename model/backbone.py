@@ -22,22 +22,21 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class KVCache:
-    """Keys and values of one sequence, each `[L, H_kv, capacity, hd]`, of which `length` tokens are in use.
+    """Keys and values of one sequence, each `[L, H_kv, rows, hd]`, of which `length` rows are in use.
 
-    The memory is reserved, not touched: on a CPU, pages become real as the sequence grows into them.
+    The memory is reserved, not touched: on a CPU, pages become real as the sequence grows into them. `capacity`
+    is how many tokens fit.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, *, device: Device, dtype: torch.dtype) -> None:
-        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
+        # Kernels round by how memory is aligned: every head starts at a cache line, whatever the capacity.
+        rows = -(-capacity // 32) * 32
+        shape = (config.num_layers, config.num_kv_heads, rows, config.head_dim)
         self._config = config
+        self.capacity = capacity
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit."""
-        return self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:

@@ -77,7 +77,7 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
     sessions = Sessions(
         store,
         metrics,
-        model_id=settings.model,
+        model_id=_model_id(settings.model),
         max_queue=settings.max_queue,
         proof_rate=settings.proof_rate,
     )
@@ -153,6 +153,12 @@ def _memory(settings: Settings, backbone: Backbone) -> Memory:
             return load_memory(path, hidden_size=hidden_size)
     log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint fit`)", settings.model)
     return random_memory(default_config(hidden_size), seed=0)
+
+
+def _model_id(model: str) -> str:
+    """What clients call the base: its name, or that of its folder or file."""
+    path = Path(model).expanduser()
+    return path.absolute().name if path.exists() else model
 
 
 def _kv_tokens(backbone: Backbone, context: int) -> int:

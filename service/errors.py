@@ -4,8 +4,6 @@ Layers below the routes raise these; `service/http.py` turns them into responses
 client, so it names the field, the limit and the value, and never another session or an internal detail.
 """
 
-# ruff: noqa: N818 (they bear the names of HTTP's statuses)
-
 
 class ImprintError(Exception):
     """Base of the tree; raise one of its subclasses.

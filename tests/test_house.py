@@ -65,9 +65,7 @@ def test_imports_point_down_to_the_model(part: str) -> None:
     assert files
     for file in files:
         for name in imports(file):
-            assert not f"{name}.".startswith(tuple(f"{other}." for other in FORBIDDEN[part])), (
-                f"{file}: {name}"
-            )
+            assert not f"{name}.".startswith(tuple(f"{other}." for other in FORBIDDEN[part])), f"{file}: {name}"
 
 
 def test_the_model_reads_no_environment_variables() -> None:
@@ -135,9 +133,7 @@ def test_nothing_but_sources_gets_into_the_image() -> None:
     assert all((ROOT / source).exists() for source in copied), copied
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
-    assert {f"!{source.split('/')[0]}" for source in copied} == {
-        line for line in ignored if line.startswith("!")
-    }
+    assert {f"!{source.split('/')[0]}" for source in copied} == {line for line in ignored if line.startswith("!")}
 
 
 def test_compose_starts_a_server_with_a_store_of_its_own() -> None:
@@ -170,9 +166,7 @@ def test_valkey_takes_the_stores_configuration() -> None:
         options = ["--dir", folder, "--port", "0", "--unixsocket", socket]
         valkey = subprocess.Popen([valkey_binary(), configuration, *options], stdout=subprocess.DEVNULL)
         try:
-            client = Redis(
-                unix_socket_path=socket, decode_responses=True, retry=Retry(ConstantBackoff(0.05), 200)
-            )
+            client = Redis(unix_socket_path=socket, decode_responses=True, retry=Retry(ConstantBackoff(0.05), 200))
             assert client.ping()
             for name, value in wanted.items():
                 assert client.config_get(name) == {name: value}

@@ -301,9 +301,7 @@ def test_what_was_learned_before_a_failure_is_told(scripted: Callable[..., Scrip
         ([{"other": 1}], "not as an Imprint server does"),
     ],
 )
-def test_a_broken_stream_is_an_error(
-    scripted: Callable[..., Scripted], chunks: list[object], line: str
-) -> None:
+def test_a_broken_stream_is_an_error(scripted: Callable[..., Scripted], chunks: list[object], line: str) -> None:
     server = scripted(MODELS, stream(*chunks))
     assert line in told(imprint("chat", "--once", "hi", url=server.url))
 

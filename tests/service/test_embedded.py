@@ -132,9 +132,7 @@ async def test_any_data_folder_will_do(tmp_path: Path, name: str) -> None:
     assert not socket_of(url).exists()
 
 
-def test_a_folder_that_others_can_enter_gets_no_socket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_others_can_enter_gets_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         squatted = Path(folder) / f"imprint-{os.getuid()}"
@@ -323,9 +321,7 @@ async def test_a_stale_socket_is_no_obstacle(valkey: EmbeddedValkey) -> None:
 # --- supervision ---
 
 
-async def test_supervise_restarts_valkey_until_stop(
-    valkey: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_supervise_restarts_valkey_until_stop(valkey: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_module, "WATCH_S", 0.01)
     store = RedisStore.from_url(valkey.start())
     supervisor = asyncio.create_task(valkey.supervise())

@@ -228,9 +228,7 @@ async def test_a_safe_request_id_is_echoed(client: httpx.AsyncClient, given: str
 @pytest.mark.parametrize("given", ["", "a b", "<script>", "a" * 129, "\xff", "a;b"])
 async def test_an_unsafe_request_id_is_replaced(client: httpx.AsyncClient, given: str) -> None:
     minted = {
-        (await client.get("/livez", headers={b"X-Request-Id": given.encode("latin-1")})).headers[
-            "x-request-id"
-        ]
+        (await client.get("/livez", headers={b"X-Request-Id": given.encode("latin-1")})).headers["x-request-id"]
         for _ in range(2)
     }
     assert len(minted) == 2 and given not in minted

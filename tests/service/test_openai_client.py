@@ -33,9 +33,7 @@ def complete(client: openai.OpenAI, server: Any) -> Any:
     """`client.completions.create` of a short prompt, with the model filled in."""
 
     def create(prompt: Any = "Once upon a time", **fields: Any) -> Any:
-        return client.completions.create(
-            model=server.model, prompt=prompt, **{"max_tokens": 8, "seed": 7} | fields
-        )
+        return client.completions.create(model=server.model, prompt=prompt, **{"max_tokens": 8, "seed": 7} | fields)
 
     return create
 
@@ -223,18 +221,14 @@ def test_logprobs_of_a_completion(complete: Any) -> None:
     logprobs = reply.choices[0].logprobs
     counts = {len(logprobs.tokens), len(logprobs.token_logprobs), len(logprobs.top_logprobs)}
     assert counts == {reply.usage.completion_tokens} == {len(logprobs.text_offset)}
-    for token, logprob, top in zip(
-        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
-    ):
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert logprob <= 0
         assert top[token] == logprob
         assert 2 <= len(top) <= 3 and logprob <= max(top.values())
     assert logprobs.text_offset[0] == 0
     assert logprobs.text_offset == sorted(logprobs.text_offset)
     chunks = list(complete(logprobs=2, stream=True))
-    streamed = [
-        token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens
-    ]
+    streamed = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens]
     assert streamed == logprobs.tokens
 
 

@@ -132,9 +132,7 @@ def test_nothing_but_a_number_is_a_number(field: str, value: Any) -> None:
 
 
 def test_limits_are_inclusive() -> None:
-    completion(
-        temperature=0, top_p=1, n=8, logprobs=5, max_tokens=0, presence_penalty=-2, frequency_penalty=2
-    )
+    completion(temperature=0, top_p=1, n=8, logprobs=5, max_tokens=0, presence_penalty=-2, frequency_penalty=2)
     completion(temperature=2, seed=2**63 - 1, stop=["a"] * 4, logit_bias={"0": -100, "1": 100}, best_of=1)
     completion(seed=-(2**63), session="a" * 128, prompt=["a"] * 128)
     chat(top_logprobs=20, logprobs=True, max_tokens=5, max_completion_tokens=5)

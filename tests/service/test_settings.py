@@ -91,9 +91,7 @@ def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_variable_is_refused_with_the_likely_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPRINT_MAX_BACH", "4")
-    with pytest.raises(
-        SettingsError, match=r"^unknown environment variable IMPRINT_MAX_BACH; .*IMPRINT_MAX_BATCH"
-    ):
+    with pytest.raises(SettingsError, match=r"^unknown environment variable IMPRINT_MAX_BACH; .*IMPRINT_MAX_BATCH"):
         Settings.load()
 
 

@@ -121,9 +121,7 @@ async def test_commit_touches_its_rows_only(store: RedisStore, raw: Redis, tenan
     grown: Any = raw.info("persistence")
     after = snapshot(raw, tenant)
 
-    key_a, key_b, key_meta = (
-        f"imprint:{{{tenant}/s}}:{name}".encode() for name in ("rows:a", "rows:b", "meta")
-    )
+    key_a, key_b, key_meta = (f"imprint:{{{tenant}/s}}:{name}".encode() for name in ("rows:a", "rows:b", "meta"))
     touched = {slot.to_bytes(4, "little"): b"\7" * ROW_BYTES for slot in (3, 999, 1000)}
     assert after[key_b] == before[key_b]
     assert after[key_a] == {**before[key_a], **touched}
@@ -193,9 +191,7 @@ async def test_load_is_of_one_version(store: RedisStore, url: str, tenant: str) 
 async def test_commit_of_any_size(store: RedisStore, tenant: str, count: int) -> None:
     slots = np.sort(np.random.default_rng(0).permutation(32_768)[:count])
     await store.commit(tenant, new_meta("s", 1), {"a": rows(slots), "b": rows(slots, 3, row_bytes=1)})
-    assert_same(
-        await store.load(tenant, "s"), new_meta("s", 1), {"a": rows(slots), "b": rows(slots, 3, row_bytes=1)}
-    )
+    assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": rows(slots), "b": rows(slots, 3, row_bytes=1)})
 
 
 @pytest.mark.parametrize("sites", [{}, {"a": rows([])}], ids=["no sites", "a site without rows"])
@@ -343,9 +339,7 @@ def cluster_node() -> Iterator[int]:
             s.bind(("127.0.0.1", 0))
         port, bus_port = free.getsockname()[1], bus.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        options = (
-            f"--bind 127.0.0.1 --port {port} --cluster-port {bus_port} --cluster-enabled yes --dir {folder}"
-        )
+        options = f"--bind 127.0.0.1 --port {port} --cluster-port {bus_port} --cluster-enabled yes --dir {folder}"
         process = subprocess.Popen([valkey_binary(), *options.split()], stdout=subprocess.DEVNULL)
         try:
             with Redis(port=port) as client:

@@ -1,0 +1,111 @@
+"""Real parts for every test: a tiny random base on disk, real servers on it, the real base where it is needed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import platformdirs
+import pytest
+
+from service.base import resolve_base
+from tests.tiny import build_tiny_base
+
+START_S = 60.0
+
+
+class Server:
+    """A real `imprint serve` in a process of its own."""
+
+    def __init__(self, model: str, data_dir: Path, **settings: object) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.model = Path(model).name
+        self.data_dir = data_dir
+        self.log = data_dir.parent / f"{data_dir.name}.log"
+        given = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, **settings}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
+        self._environment = clean | {f"IMPRINT_{name.upper()}": str(value) for name, value in given.items()}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, wait: bool = True) -> Server:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service", "serve"], env=self._environment, stdout=log, stderr=log
+            )
+        if wait:
+            self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                break
+            try:
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        self.kill()
+        raise AssertionError(f"the server did not become ready:\n{self.log.read_text()}")
+
+    def stop(self, *, timeout: float = 60.0) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """SIGKILL to the server alone; its store is left behind."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a base of two layers with random weights."""
+    return build_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def base_folder() -> Path:
+    """The folder of the real default base, fetched into the user's cache if it is not there."""
+    cache = Path(os.environ.get("IMPRINT_CACHE_DIR") or platformdirs.user_cache_path("imprint"))
+    return resolve_base("smollm2-135m-instruct", cache, progress=print)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server of the tiny base for all tests that do not harm it."""
+    running = Server(str(tiny_base), tmp_path_factory.mktemp("server") / "data").start()
+    yield running
+    assert running.stop() == 0, running.log.read_text()
+
+
+@pytest.fixture
+def make_server(tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Servers of a test's own, to be killed, restarted or overloaded; settings as keywords."""
+    made: list[Server] = []
+
+    def make(name: str = "data", *, model: str | None = None, **settings: object) -> Server:
+        made.append(Server(model or str(tiny_base), tmp_path / name, **settings))
+        return made[-1]
+
+    yield make
+    for server in made:
+        if server.process is not None:
+            server.stop()

@@ -1,0 +1,53 @@
+"""A base that fits a test: the real file formats, random weights, a byte-level tokenizer and a chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model.config import ModelConfig, tiny_config
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. A memory that learns while it serves is written sparsely and read "
+    "often; the fox learns the way home, and the dog learns to sleep. What was said before is said again. "
+)
+
+
+def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
+    """Writes a Hugging Face folder and returns it."""
+    config = config or tiny_config(max_context=512)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    torch.manual_seed(seed)
+    reference = LlamaForCausalLM(LlamaConfig(**config.to_hf(), initializer_range=0.2))
+    reference.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 8, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "add_bos_token": False,
+        "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
