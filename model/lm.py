@@ -1,4 +1,5 @@
-"""The adaptive language model: the frozen base and the memory in one forward. What it learns lives in `Pool` and `Draft`.
+"""The adaptive language model: the frozen base and the memory in one forward. What it learns lives in `Pool` and
+`Draft`.
 
 A request is a token sequence with attention of its own, processed in blocks. Each block is predicted with the fast
 weights as they stand at its start (score), then written to them (update). A block of one sequence is always computed
@@ -144,8 +145,8 @@ class AdaptiveLM:
         return [Carry(h, {layer: x[b] for layer, x in inputs.items()}) for b, h in enumerate(final)]
 
     def predict(self, carries: Sequence[Carry], pool: Pool, index: Sequence[int]) -> Tensor:
-        """Next-token scores [B, V] in fp32: the base's logits, bit for bit, where a session's memory is empty or silent,
-        and log-probabilities of the mixture elsewhere."""
+        """Next-token scores [B, V] in fp32: the base's logits, bit for bit, where a session's memory is empty or
+        silent, and log-probabilities of the mixture elsewhere."""
         states = torch.stack([carry.hidden for carry in carries])
         if all(i == EMPTY for i in index):
             return self.backbone.logits(states)

@@ -1,4 +1,4 @@
-"""The command line `imprint`. All commands but `serve` speak HTTP to a running server."""
+"""The command line `imprint`. All commands but `serve`, `eval` and `fit` speak HTTP to a running server."""
 
 import codecs
 import contextlib
@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
-from service.client import Client, ClientError, Json
+from service.client import Client, ClientError, CommandError, Json
 from service.settings import Settings, SettingsError
 
 PIECE_CHARS = 200_000
@@ -42,11 +42,16 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 Url = Annotated[str, typer.Option("--url", envvar="IMPRINT_URL", help="Where the server is.")]
 SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
 Session = Annotated[str, typer.Option("--session", "-s", help="The session's id.")]
+TextPaths = Annotated[
+    list[Path], typer.Argument(exists=True, help="Text files, a stream each, or folders of them, a kind each.")
+]
+Window = Annotated[int, typer.Option(min=8, max=8191, help="Tokens of a request.")]
+PerKind = Annotated[int, typer.Option("--streams", min=1, help="Streams of a kind, at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LOCAL = "http://127.0.0.1:8000"
 
 
-class FileError(Exception):
+class FileError(CommandError):
     """A file cannot be read as text. The message is one line that names the file."""
 
 
@@ -54,7 +59,7 @@ def main() -> None:
     """The console script: `app`, with every expected fault as one line on stderr and exit code 1."""
     try:
         app(prog_name="imprint")
-    except (ClientError, FileError, SettingsError, UnicodeError) as error:
+    except (CommandError, SettingsError, UnicodeError) as error:
         err.print(f"imprint: {escape(str(error))}", style="red")
         sys.exit(1)
 
@@ -82,6 +87,35 @@ def serve(
     from service.app import run  # the commands that only speak HTTP need no torch
 
     raise typer.Exit(run(settings))
+
+
+@app.command("eval")
+def evaluate(
+    paths: TextPaths,
+    requests: Annotated[int, typer.Option(min=2, help="Requests read of each stream.")] = 16,
+    window: Window = 512,
+    streams: PerKind = 2,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write every number to this file.")] = None,
+) -> None:
+    """Perplexity of texts with their own memory, with another's and without; needs no server."""
+    from service.lab import evaluate_files
+
+    evaluate_files(Settings.load(), paths, requests=requests, window=window, streams=streams, out=out)
+
+
+@app.command()
+def fit(
+    paths: TextPaths,
+    out: Annotated[Path, typer.Option(help="The memory checkpoint to write (safetensors).")],
+    requests: Annotated[int, typer.Option(min=1, help="Requests read of each stream.")] = 6,
+    window: Window = 512,
+    streams: PerKind = 2,
+    seed: Annotated[int, typer.Option(help="Of the random keys and of the choice of streams.")] = 0,
+) -> None:
+    """Fit an initial memory to texts, for a base that none is shipped for; needs no server."""
+    from service.lab import fit_files
+
+    fit_files(Settings.load(), paths, out=out, requests=requests, window=window, streams=streams, seed=seed)
 
 
 @app.command()

@@ -18,7 +18,11 @@ LONGEST_WAIT_S = 30.0
 TIMEOUT = httpx.Timeout(60, connect=5, read=3600)
 
 
-class ClientError(Exception):
+class CommandError(Exception):
+    """A command of the command line cannot be done. The message is one line that says why."""
+
+
+class ClientError(CommandError):
     """The server cannot be reached, or refuses (`status`, `code`). The message is one line."""
 
     def __init__(self, message: str, *, status: int | None = None, code: str | None = None) -> None:

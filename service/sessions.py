@@ -7,22 +7,20 @@ session at the version it found.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Literal, TypeVar
 
 import torch
 
 from model.memory import SiteRows
-from model.tokenizer import Tokenizer
 from service import prompts
-from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Stats, TokenScores
+from service.engine import Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Stats, TokenScores
 from service.errors import BadRequest, NotFound, NotReady, Overloaded, PreconditionFailed, VersionConflict
 from service.metrics import Metrics
+from service.order import Locks, uninterrupted
 from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt, TokenPrompt
 from service.store.redis import RedisStore
 from service.store.types import RowBatch, SessionMeta
@@ -37,7 +35,9 @@ from service.turns import (
     ObserveResult,
     Policy,
     ScoreResult,
+    Served,
     TokenLogprob,
+    Turn,
     TurnEnd,
 )
 
@@ -66,28 +66,6 @@ LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop'
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Served:
-    """The model that is served, once it is loaded. fingerprints: of the base and of the memory's slow weights."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    fingerprints: dict[str, str]
-    context: int
-    vocab_size: int
-
-    @property
-    def slow_weights(self) -> str:
-        """One fingerprint for all that a session's rows depend on."""
-        return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def bos(self) -> int:
-        """What stands before a text's first token."""
-        bos = self.tokenizer.bos_token_id
-        return bos if bos is not None else min(self.tokenizer.eos_token_ids, default=0)
-
-
 class Sessions:
     """All sessions of this server; "loading" until `begin`."""
 
@@ -102,7 +80,7 @@ class Sessions:
         self._proof_rate = proof_rate
         self._loaded: Served | None = None
         self._in_flight = 0
-        self._locks: dict[str, _Lock] = {}
+        self._locks = Locks()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -152,7 +130,7 @@ class Sessions:
         async with self._admitted(), self._session(session, if_match) as meta:
             encoded = await self._observed(prompt, meta)
             parts = prompts.segments(encoded, self.context, self._served.bos, learn=True, score=False)
-            turn = _Turn(meta, seen=encoded.digests)
+            turn = Turn(meta, seen=encoded.digests)
             async for _ in self._run(parts, turn, write=True):
                 pass
             done = turn.adaptation()
@@ -164,7 +142,7 @@ class Sessions:
         async with self._admitted(), self._session(session, if_match) as meta:
             encoded = await self._observed(TextPrompt(text), meta)
             parts = prompts.segments(encoded, self.context, self._served.bos, learn=learn, score=True)
-            turn = _Turn(meta)
+            turn = Turn(meta)
             scored = [
                 event
                 async for _, event in self._run(parts, turn, write=learn, frozen=True)
@@ -183,7 +161,7 @@ class Sessions:
         self, session: str, options: dict[str, str], *, if_match: str | None = None
     ) -> tuple[SessionMeta, bool]:
         """Creates a session with options, or replaces its options; returns it and whether it is new."""
-        async with self._lock(session):
+        async with self._locks.hold(session):
             meta = await self._store.meta(TENANT, session)
             _require_match(if_match, meta)
             if meta is None:
@@ -199,7 +177,7 @@ class Sessions:
 
     async def delete(self, session: str, *, if_match: str | None = None) -> None:
         """Erases a session. Raises NotFound."""
-        async with self._lock(session):
+        async with self._locks.hold(session):
             _require_match(if_match, await self._store.meta(TENANT, session))
             erased = await self._store.delete(TENANT, session)
             self._served.engine.forget((TENANT, session))
@@ -227,7 +205,7 @@ class Sessions:
             known = () if meta is None else meta.digests
             encoded = [await self._encode(prompt, known, reply=True) for prompt in ask.prompts]
             parts = [self._segment(ask, prompt, e, policy) for prompt, e in zip(ask.prompts, encoded, strict=True)]
-            turn = _Turn(meta)
+            turn = Turn(meta)
             answer = Answer(ask.generation, encoded, self._served.tokenizer)
             if policy.learn_prompt:
                 turn.seen = [digest for e in encoded for digest in e.digests]
@@ -281,7 +259,7 @@ class Sessions:
     async def _run(
         self,
         parts: Sequence[Segment],
-        turn: _Turn,
+        turn: Turn,
         *,
         write: bool,
         frozen: bool = False,
@@ -320,7 +298,7 @@ class Sessions:
         if not jobs and turn.meta is not None:
             await self._finish(turn, Finished(Stats(), {}))
 
-    async def _finish(self, turn: _Turn, done: Finished) -> int | None:
+    async def _finish(self, turn: Turn, done: Finished) -> int | None:
         """Commits what a job did; returns the new version, or None if there was nothing to commit."""
         self._metrics.tokens_predicted_total.inc(done.stats.completion_tokens)
         turn.completion_tokens += done.stats.completion_tokens
@@ -333,7 +311,7 @@ class Sessions:
             if meta.version == 0:
                 await self._store.create(TENANT, meta)
             return None
-        turn.meta = await _uninterrupted(self._commit(meta, done, kept))
+        turn.meta = await uninterrupted(self._commit(meta, done, kept))
         return turn.meta.version
 
     async def _commit(self, meta: SessionMeta, done: Finished, digests: tuple[str, ...]) -> SessionMeta:
@@ -415,8 +393,8 @@ class Sessions:
 
     @asynccontextmanager
     async def _session(self, name: str, if_match: str | None) -> AsyncIterator[SessionMeta]:
-        """A session for the length of one turn, in the order of asking; a new one is at version 0 and not yet stored."""
-        async with self._lock(name):
+        """A session for one turn, in the order of asking; a new one is at version 0 and not yet stored."""
+        async with self._locks.hold(name):
             meta = await self._store.meta(TENANT, name)
             _require_match(if_match, meta)
             if meta is not None and meta.model != self._served.slow_weights:
@@ -426,19 +404,6 @@ class Sessions:
                     code="model_mismatch",
                 )
             yield meta or self._new_meta(name, {})
-
-    @asynccontextmanager
-    async def _lock(self, name: str) -> AsyncIterator[None]:
-        """First come, first served; forgotten with its last holder."""
-        lock = self._locks.setdefault(name, _Lock())
-        lock.users += 1
-        try:
-            async with lock.lock:
-                yield
-        finally:
-            lock.users -= 1
-            if not lock.users:
-                del self._locks[name]
 
     def _new_meta(self, name: str, options: dict[str, str]) -> SessionMeta:
         now = time.time()
@@ -460,34 +425,6 @@ class Sessions:
         )
 
 
-@dataclass
-class _Lock:
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0
-
-
-class _Turn:
-    """A turn as it goes: the session's meta (None: no session), and what the turn did to it.
-
-    seen, said: digests of the messages it may remember, those of the reply once there is one.
-    """
-
-    def __init__(self, meta: SessionMeta | None, seen: Sequence[str] = ()) -> None:
-        self.meta = meta
-        self.seen = list(seen)
-        self.said: Callable[[], list[str]] = list
-        self.stats = Stats()
-        self.rows_written = 0
-        self.completion_tokens = 0
-        self._version = 0 if meta is None else meta.version
-
-    def adaptation(self) -> Adaptation:
-        learned = self.stats.tokens_learned
-        loss = self.stats.loss_sum / learned if learned else None
-        version = self._version if self.meta is None else self.meta.version
-        return Adaptation(learned, self.rows_written, loss, self._version, version)
-
-
 async def _resumed(
     first: Delta | TurnEnd, rest: AsyncGenerator[Delta | TurnEnd, None]
 ) -> AsyncGenerator[Delta | TurnEnd, None]:
@@ -495,22 +432,6 @@ async def _resumed(
         yield first
         async for event in rest:
             yield event
-
-
-async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which goes on to its end even if the caller is cancelled meanwhile."""
-    task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancelled = error
-        except Exception:
-            break
-    if cancelled is not None and task.exception() is not None:
-        raise cancelled
-    return task.result()
 
 
 def _putter(queue: asyncio.Queue[tuple[Job, Event]]) -> Callable[[Job, Event], None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
-from service.engine import Event, Token, TokenScores
+from service.engine import Engine, Event, Stats, Token, TokenScores
 from service.engine.job import Alternatives
 from service.errors import BadRequest
 from service.prompts import Encoded, Prompt
@@ -107,6 +109,28 @@ class ScoreResult:
     version: int
 
 
+class Turn:
+    """A turn as it goes: the session's meta (None: no session), and what the turn did to it.
+
+    seen, said: digests of the messages it may remember, those of the reply once there is one.
+    """
+
+    def __init__(self, meta: SessionMeta | None, seen: Sequence[str] = ()) -> None:
+        self.meta = meta
+        self.seen = list(seen)
+        self.said: Callable[[], list[str]] = list
+        self.stats = Stats()
+        self.rows_written = 0
+        self.completion_tokens = 0
+        self._version = 0 if meta is None else meta.version
+
+    def adaptation(self) -> Adaptation:
+        learned = self.stats.tokens_learned
+        loss = self.stats.loss_sum / learned if learned else None
+        version = self._version if self.meta is None else self.meta.version
+        return Adaptation(learned, self.rows_written, loss, self._version, version)
+
+
 @dataclass(frozen=True)
 class Policy:
     """What a completion request may do with its session's memory."""
@@ -126,7 +150,7 @@ class Policy:
         choices = len(ask.prompts) * ask.generation.n
         if completion and choices > 1:
             raise BadRequest(
-                f"'learn': {learn!r} (the session's option) needs a single completion, this request asks for {choices}.",
+                f"'learn': {learn!r} (the session's option) needs a single completion, got {choices} asked for.",
                 param="learn",
             )
         return cls(adapt, writes and learn in ("prompt", "all"), completion)  # type: ignore[arg-type]
@@ -182,3 +206,25 @@ class Answer:
             offset += len(token.decode(errors="ignore"))
         self.texts[choice] += text
         return Delta(choice, text, logprobs)
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model that is served, once it is loaded. fingerprints: of the base and of the memory's slow weights."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    fingerprints: dict[str, str]
+    context: int
+    vocab_size: int
+
+    @property
+    def slow_weights(self) -> str:
+        """One fingerprint for all that a session's rows depend on."""
+        return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bos(self) -> int:
+        """What stands before a text's first token."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None else min(self.tokenizer.eos_token_ids, default=0)

@@ -1,4 +1,5 @@
-"""The fast-weight memory: its configuration, pure operations and their twins, slow weights, and the pool of fast weights."""
+"""The fast-weight memory: its configuration, pure operations and their twins, slow weights, and the pool of fast
+weights."""
 
 from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.pool import Draft, Pool, PoolFullError, SiteRows

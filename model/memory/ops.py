@@ -3,9 +3,9 @@
 Letters: n tokens, N slots, k slots a token, d hidden size, V vocabulary, P pairs a lexical row, d_v width of a hidden
 row, K = k·P candidates a token, U touched rows. Fast weights are fp32 everywhere.
 
-The formulation is Imprint's own (docs/design of the memory: product keys as in Lample et al. 2019, arXiv 1907.05242; fast weights
-written sparsely after the idea of Sparse Meta Networks, arXiv 2009.01803; the lexical site is a neural cache, arXiv
-1612.04426, of constant size).
+The formulation is Imprint's own (docs/design of the memory: product keys as in Lample et al. 2019, arXiv 1907.05242;
+fast weights written sparsely after the idea of Sparse Meta Networks, arXiv 2009.01803; the lexical site is a neural
+cache, arXiv 1612.04426, of constant size).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Rows(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What a lexical read found. tokens [n, K] long, distinct where scores > 0; scores [n, K] fp32, 0 = no candidate."""
+    """What a lexical read found. tokens [n, K] long, distinct where scores > 0; scores [n, K] fp32, 0 = no
+    candidate."""
 
     tokens: Tensor
     scores: Tensor
@@ -78,7 +79,8 @@ def mixing_weight(found: Candidates, gate: Tensor, bias: Tensor) -> Tensor:
 
 
 def mix(logits: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
-    """p = (1 − γ)·softmax(logits) + γ·p_mem as log-probabilities [n, V]; rows with γ = 0 keep their logits, bit for bit."""
+    """p = (1 − γ)·softmax(logits) + γ·p_mem as log-probabilities [n, V]; rows with γ = 0 keep their logits, bit for
+    bit."""
     log_z = logits.logsumexp(-1, keepdim=True)
     g = gamma[:, None]
     share = found.scores / found.scores.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -97,14 +99,16 @@ def memory_prob(targets: Tensor, found: Candidates) -> Tensor:
 
 
 def target_log_prob(frozen: Tensor, targets: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
-    """log p(target) [n] under the mixture, from the frozen log-probabilities [n] of the targets [n]: no [n, V] needed."""
+    """log p(target) [n] under the mixture, from the frozen log-probabilities [n] of the targets [n]: no [n, V]
+    needed."""
     share = memory_prob(targets, found)
     mixed = torch.logaddexp(frozen + torch.log1p(-gamma), (gamma * share).log())
     return torch.where(gamma > 0, mixed, frozen)
 
 
 def trust_step(frozen: Tensor, adapted: Tensor, targets: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
-    """Σ_t ∂ log p_t / ∂ bias = Σ_t γ_t (1 − γ_t) (p_mem − p_LM)(target) / p_t: one number, how the block judges the gate.
+    """Σ_t ∂ log p_t / ∂ bias = Σ_t γ_t (1 − γ_t) (p_mem − p_LM)(target) / p_t: one number, how the block judges the
+    gate.
 
     frozen and adapted: log-probabilities [n] of the targets [n].
     """

@@ -1,7 +1,8 @@
 """Where fast weights live while they are hot: one pool of rows a site, and for each session a table slot → row.
 
 Row 0 of a pool is the empty row and session 0 is the empty session, so a batch may mix sessions, empty sessions and
-requests without one. A turn writes to a `Draft`: the rows it touches are copied first, so rolling back is dropping them.
+requests without one. A turn writes to a `Draft`: the rows it touches are copied first, so rolling back is dropping
+them.
 
 A lexical site also has one number a session, its trust: what the session's own experience adds to the read gate. It is
 stored like a site of one slot, named `<site>_trust`.
@@ -54,7 +55,8 @@ class _Free:
 
 
 class SitePool:
-    """The rows and tables of one site. fields: each [R + 1, …]; a lexical site has tokens and strengths, a hidden site values."""
+    """The rows and tables of one site. fields: each [R + 1, …]; a lexical site has tokens and strengths, a hidden
+    site values."""
 
     def __init__(
         self, config: SiteConfig, *, rows: int, sessions: int, device: torch.device, make_room: Callable[[], bool]
@@ -192,7 +194,8 @@ class Draft:
         return [field[rows] for field in site.fields]
 
     def put(self, name: str, slots: Tensor, fields: Iterable[Tensor]) -> None:
-        """Replaces the rows of `slots` [U] (distinct) by `fields`, each [U, …]. Raises PoolFullError, changing nothing."""
+        """Replaces the rows of `slots` [U] (distinct) by `fields`, each [U, …]. Raises PoolFullError, changing
+        nothing."""
         site, own = self.pool.sites[name], self._own[name]
         fresh = slots[~own[slots]]
         site.tables[self.index, fresh] = site.free.take(len(fresh)).int().to(self.pool.device)

@@ -1,8 +1,8 @@
 """An initial memory for any base: random product keys over whitened hidden states, and a read gate of three numbers.
 
-Nothing here is meta-trained. The keys are drawn from a seed; the text only supplies the mean and the covariance that whiten
-hidden states (without whitening all states of a language model look alike, and addresses collide), and the odds with which
-a memory of that sharpness is right.
+Nothing here is meta-trained. The keys are drawn from a seed; the text only supplies the mean and the covariance that
+whiten hidden states (without whitening all states of a language model look alike, and addresses collide), and the
+odds with which a memory of that sharpness is right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ TRUST_RATE = 0.1
 
 @dataclass(frozen=True)
 class Passage:
-    """What the frozen base makes of one request of n targets: final states before them [n, d], targets and log p [n]."""
+    """What the frozen base makes of one request of n targets: final states before them [n, d], targets and log p
+    [n]."""
 
     states: Tensor
     targets: Tensor
@@ -55,7 +56,8 @@ def read_passage(backbone: Backbone, token_ids: Sequence[int], bos: int) -> Pass
 
 
 def random_keys(states: Tensor | None, hidden_size: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
-    """W_a [d, 2·side] and b_a [2·side] with W_a h + b_a = R·whiten(h), R random from the seed; states [n, d] or None."""
+    """W_a [d, 2·side] and b_a [2·side] with W_a h + b_a = R·whiten(h), R random from the seed; states [n, d] or
+    None."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(hidden_size, 2 * side, generator=generator, dtype=torch.float64) / math.sqrt(hidden_size)
     if states is None:

@@ -47,7 +47,8 @@ class HotSessions:
             self._sessions[key].version = version
 
     def enter(self, key: SessionKey, version: int, stored: dict[str, SiteRows] | None) -> int:
-        """The index of a session that was pinned, or (with `stored`) is made hot and pinned now. Raises PoolFullError."""
+        """The index of a session that was pinned, or (with `stored`) is made hot and pinned now. Raises
+        PoolFullError."""
         if stored is not None:
             self._close(key)
             index = self.pool.open(stored)

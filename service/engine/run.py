@@ -1,4 +1,5 @@
-"""One job on the device: its segments block by block, its sequences token by token. Only the engine's thread runs it."""
+"""One job on the device: its segments block by block, its sequences token by token. Only the engine's thread runs
+it."""
 
 from __future__ import annotations
 

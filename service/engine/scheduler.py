@@ -1,7 +1,8 @@
 """Who runs next: continuous batching with chunked prefill. Counts only, no tensors, no threads.
 
-Each step runs at most one block of one run (prefill or learning) and one token of every decoding sequence, so a long prompt
-delays running streams by one block at a time. Blocks take turns round robin; admission is first come, first served.
+Each step runs at most one block of one run (prefill or learning) and one token of every decoding sequence, so a long
+prompt delays running streams by one block at a time. Blocks take turns round robin; admission is first come, first
+served.
 """
 
 from __future__ import annotations

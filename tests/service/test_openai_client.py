@@ -317,7 +317,8 @@ def test_a_session_learns_and_says_so(complete: Any, server: Any) -> None:
 
 def test_a_streamed_chat_learns_and_says_so(chat: Any) -> None:
     for version in (1, 2):
-        chunks = list(chat(extra_body={"session": "listener"}, stream=True))
+        more = {"role": "user", "content": f"Turn {version}."}
+        chunks = list(chat([*HELLO, more], extra_body={"session": "listener"}, stream=True))
         assert adaptation(chunks[-1])["version_to"] == version
         assert all("adaptation" not in chunk.model_extra for chunk in chunks[:-1])
 

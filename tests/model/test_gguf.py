@@ -1,0 +1,166 @@
+"""A converted GGUF file is the model it was written from, value for value; a bad one leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import model.gguf
+from model.checkpoint import load_backbone
+from model.config import LinearScaling
+from model.gguf import GGUFError, convert
+from model.tokenizer import Tokenizer
+from tests.model.tiny import TEMPLATE, TEXT, VOCAB_SIZE, byte_level_bpe, tokens, twin, write_gguf
+
+CHAT = [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content": "On the mat."}]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """Where a GGUF file is, and where its conversion goes: the only thing in its own folder."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "tiny.gguf", tmp_path / "out" / "base"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_converted_model_is_the_original(files: tuple[Path, Path], tied: bool) -> None:
+    source, folder = files
+    original = twin(tie_word_embeddings=tied)
+    write_gguf(source, original)
+    convert(source, folder)
+    backbone, reread = load_backbone(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokens(2, 40)
+    torch.testing.assert_close(backbone.logits(backbone(ids)), original(ids).logits, atol=1e-4, rtol=0)
+    assert torch.equal(reread(ids).logits, original(ids).logits)
+    assert backbone.config.tie_embeddings is tied
+    assert backbone.config.rms_norm_eps == original.config.rms_norm_eps
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16])
+def test_quantised_weights_become_exactly_what_they_stand_for(
+    files: tuple[Path, Path], kind: GGMLQuantizationType
+) -> None:
+    source, folder = files
+    original = twin(hidden_size=64, head_dim=16, num_attention_heads=4, intermediate_size=96)
+    write_gguf(source, original, kind=kind)
+    convert(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == original.state_dict().keys()
+    for name, weight in original.state_dict().items():
+        array = weight.numpy()
+        # Quantisation works along rows, so that it commutes with the permutation of rows.
+        expected = dequantize(quantize(array, kind), kind) if array.ndim == 2 else array
+        assert weights[name].dtype == np.float32
+        np.testing.assert_array_equal(weights[name], expected)
+
+
+def test_the_converted_tokenizer_splits_digits_and_knows_its_special_tokens(files: tuple[Path, Path]) -> None:
+    source, folder = files
+    write_gguf(source, twin())
+    convert(source, folder)
+    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    plain = byte_level_bpe()  # knows no digits rule, which makes no difference to text without digits
+    words = TEXT.replace("12", "").replace("345", "")
+    assert ours.encode(words) == plain.encode(words).ids == theirs(words).input_ids
+    assert [ours.token_bytes(i) for i in ours.encode("345 <|im_end|>")] == [b"3", b"4", b"5", b" ", b"<|im_end|>"]
+    assert ours.encode_chat(CHAT).token_ids == theirs.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_dict=False
+    )
+    assert theirs.chat_template == TEMPLATE
+    assert (ours.vocab_size, ours.bos_token_id, set(ours.eos_token_ids)) == (VOCAB_SIZE, 1, {2})
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_the_file_says_whether_text_starts_with_bos(files: tuple[Path, Path], add_bos: bool) -> None:
+    source, folder = files
+    write_gguf(source, twin(), metadata={"tokenizer.ggml.add_bos_token": add_bos})
+    convert(source, folder)
+    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.encode("cat") == theirs("cat").input_ids
+    assert (ours.encode("cat")[0] == 1) is ours.add_bos is add_bos
+
+
+def test_linear_rope_scaling_is_kept(files: tuple[Path, Path]) -> None:
+    source, folder = files
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    write_gguf(source, twin(), metadata=scaling)
+    convert(source, folder)
+    assert load_backbone(folder).config.rope_scaling == LinearScaling(4.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre must be smollm, got qwen2"),
+        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre must be smollm, got default"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model must be gpt2 .*, got llama"),
+        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type must be none or linear, got yarn"),
+        ({"llama.rope.dimension_count": 7}, "llama.rope.dimension_count must be the head size 14, got 7"),
+        ({"llama.attention.head_count_kv": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
+        ({"llama.block_count": None}, "llama.block_count is missing"),
+        ({"general.architecture": "qwen2"}, "general.architecture must be llama, got qwen2"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(
+    files: tuple[Path, Path], metadata: dict[str, Any], message: str
+) -> None:
+    source, folder = files
+    write_gguf(source, twin(), metadata=metadata)
+    with pytest.raises(GGUFError, match=message):
+        convert(source, folder)
+    assert not list(folder.parent.iterdir())
+
+
+def test_a_tensor_without_a_place_is_refused_by_name(files: tuple[Path, Path]) -> None:
+    source, folder = files
+    write_gguf(source, twin(attention_bias=True))
+    with pytest.raises(GGUFError, match=r"tensor blk\.0\.attn_q\.bias has no place in a plain Llama model"):
+        convert(source, folder)
+    assert not list(folder.parent.iterdir())
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.02, 0.1, 0.5, 0.999])
+def test_a_truncated_file_is_refused(files: tuple[Path, Path], kept: float) -> None:
+    source, folder = files
+    write_gguf(source, twin())
+    content = source.read_bytes()
+    source.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(GGUFError, match=r"tiny\.gguf: damaged or not GGUF"):
+        convert(source, folder)
+    assert not list(folder.parent.iterdir())
+
+
+def test_files_that_are_not_gguf_or_not_there_are_refused(files: tuple[Path, Path]) -> None:
+    source, folder = files
+    with pytest.raises(GGUFError, match="No such file"):
+        convert(source, folder)
+    source.write_bytes(b"PK\x03\x04" * 1000)
+    with pytest.raises(GGUFError, match="GGUF magic invalid"):
+        convert(source, folder)
+
+
+def test_an_interrupted_conversion_leaves_nothing_half_done(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = files
+    write_gguf(source, twin())
+
+    def interrupt(weights: dict[str, Any], path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.gguf, "save_file", interrupt)
+        convert(source, folder)
+    assert not list(folder.parent.iterdir())
+    convert(source, folder)
+    assert load_backbone(folder)

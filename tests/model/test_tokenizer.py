@@ -1,0 +1,245 @@
+"""Text becomes the tokens that the model was trained on, and every byte comes back."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer as Pipeline, decoders, models, normalizers, processors
+from transformers import AutoTokenizer
+
+from model.chat import ChatTemplateError
+from model.checkpoint import CheckpointError
+from model.tokenizer import Tokenizer
+from tests.model.tiny import SPECIAL, TEMPLATE, TEXT, VOCAB_SIZE, byte_level_bpe
+
+SAMPLES = {
+    "latin": "Zażółć gęślą jaźń. L'été, où naïveté & façade… don't WE'LL it's",
+    "greek": "Ξεσκεπάζω τὴν ψυχοφθόρα βδελυγμία.",
+    "cyrillic": "Съешь же ещё этих мягких французских булок, да выпей чаю.",
+    "chinese": "天地玄黃，宇宙洪荒。我能吞下玻璃而不伤身体。",
+    "japanese": "いろはにほへと ちりぬるを ｶﾀｶﾅ テスト",
+    "arabic": "نص حكيم له سر قاطع وذو شأن عظيم",
+    "hindi": "नमस्ते दुनिया, क्षत्रिय",
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ❤️",
+    "digits": "1234567890 3.14159 ١٢٣ Ⅳ½² x2  7\t8 a  12",
+    "code": "def f(x):\n    return {'a': [x**2, 0x1F]}  # \\n\r\n\tif x != 1:\n",
+    "white space": " \t \n\n  a\u00a0b\u2003c\u3000 \r\n ",
+    "special": "<|im_start|>user\nhi<|im_end|><|endoftext|> <|im_ end|>",
+    "control": "\x00\x01\x7f\u200b\ufeff\ufffd",
+}
+MIXED = "".join(SAMPLES.values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("tiny"), byte_level_bpe())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def write(folder: Path, pipeline: Pipeline, **settings: Any) -> Path:
+    """A folder with only a tokenizer in it."""
+    if pipeline.decoder is None:
+        pipeline.decoder = decoders.ByteLevel()
+    pipeline.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | settings))
+    return folder
+
+
+def sentencepiece_like() -> Pipeline:
+    """BPE over characters with ▁ for a space and bytes for what it has not seen, as Llama 2 has it."""
+    vocabulary = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thecatson", "▁the", "▁t", "he"]
+    pipeline = Pipeline(
+        models.BPE(
+            {token: i for i, token in enumerate(vocabulary)},
+            [("▁", "t"), ("h", "e"), ("▁t", "he")],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    pipeline.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    pipeline.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    pipeline.add_special_tokens([AddedToken(token) for token in ["<unk>", *SPECIAL]])
+    return pipeline
+
+
+def test_text_comes_back_byte_for_byte(tokenizer: Tokenizer) -> None:
+    for text in (*SAMPLES.values(), MIXED, ""):
+        ids = tokenizer.encode(text)
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+        visible = text
+        for special in SPECIAL:
+            visible = visible.replace(special, "")
+        assert tokenizer.decode(ids) == visible
+
+
+@given(st.lists(st.integers(0, VOCAB_SIZE + 3), max_size=30))
+def test_a_stream_says_what_decode_says_for_any_tokens(tokenizer: Tokenizer, ids: list[int]) -> None:
+    stream = tokenizer.stream()
+    pieces = [stream.step(token_id) for token_id in ids]
+    assert "".join([*pieces, stream.flush()]) == tokenizer.decode(ids)
+
+
+@given(st.text(max_size=20), st.integers(0, 80))
+def test_a_stream_cut_anywhere_holds_back_only_the_unfinished_character(
+    tokenizer: Tokenizer, text: str, cut: int
+) -> None:
+    ids = tokenizer.encode(text)[:cut]
+    stream = tokenizer.stream()
+    told = "".join(stream.step(token_id) for token_id in ids)
+    assert text.startswith(told)
+    assert told + stream.flush() == tokenizer.decode(ids)
+    finished = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="ignore")
+    assert told == finished
+
+
+def test_decoding_agrees_with_the_library_on_broken_utf8(tokenizer: Tokenizer) -> None:
+    pipeline = byte_level_bpe()
+    pipeline.decoder = decoders.ByteLevel()
+    shuffled = random.Random(0)
+    for _ in range(300):
+        ids = shuffled.choices(range(len(SPECIAL), VOCAB_SIZE), k=8)
+        assert tokenizer.decode(ids) == pipeline.decode(ids)
+
+
+def test_ids_beyond_the_vocabulary_say_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == VOCAB_SIZE
+    assert tokenizer.token_bytes(VOCAB_SIZE + 7) == b""
+    assert tokenizer.decode([VOCAB_SIZE + 7]) == ""
+
+
+def test_sentencepiece_tokens_give_their_bytes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write(tmp_path, sentencepiece_like()))
+    ids = tokenizer.encode("the cat é\n")
+    assert b"".join(map(tokenizer.token_bytes, ids)) == " the cat é\n".encode()
+    assert tokenizer.decode(ids) == " the cat é\n"
+    assert [tokenizer.token_bytes(i) for i in tokenizer.encode("é")] == [b" ", b"\xc3", b"\xa9"]
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="text must be Unicode, got a lone surrogate at position 2"):
+        tokenizer.encode("ab\ud800")
+
+
+@pytest.mark.parametrize("setting", [True, False, None])
+@pytest.mark.parametrize("processor", [True, False])
+def test_bos_is_added_when_the_folder_says_so(tmp_path: Path, setting: bool | None, processor: bool) -> None:
+    pipeline = Pipeline.from_str(byte_level_bpe().to_str())
+    if processor:
+        pipeline.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
+    write(tmp_path, pipeline, **({} if setting is None else {"add_bos_token": setting}))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("cat") == theirs("cat").input_ids
+    assert ours.add_bos is (processor if setting is None else setting)
+
+
+def test_every_file_may_name_ends_of_text(tmp_path: Path) -> None:
+    write(tmp_path, byte_level_bpe(), eos_token={"content": SPECIAL[2], "lstrip": False})
+    assert Tokenizer.load(tmp_path).eos_token_ids == {2}
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert Tokenizer.load(tmp_path).eos_token_ids == {0, 2, 7}
+
+
+def test_folders_without_a_usable_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(tmp_path)
+    wordpiece = Pipeline(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    wordpiece.decoder = decoders.WordPiece()
+    with pytest.raises(CheckpointError, match="decoder must be ByteLevel, ByteFallback or Metaspace"):
+        Tokenizer.load(write(tmp_path, wordpiece))
+    write(tmp_path, byte_level_bpe(), chat_template="{% for %}")
+    with pytest.raises(CheckpointError, match="the chat template is broken"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write(tmp_path, byte_level_bpe(), chat_template=None))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(ChatTemplateError, match="no chat template"):
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def reference_ids(text: str, state: dict[str, Any]) -> Iterator[int]:
+    """SmolLM2's rules written out: special tokens, single digits, GPT-2's words, merges by rank."""
+    vocabulary: dict[str, int] = state["model"]["vocab"]
+    ranks = {tuple(pair): rank for rank, pair in enumerate(state["model"]["merges"])}
+    special = {token["content"]: token["id"] for token in state["added_tokens"]}
+    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    alphabet |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in alphabet)}
+    for part in regex.split("(" + "|".join(map(regex.escape, special)) + ")", text):
+        if part in special:
+            yield special[part]
+            continue
+        for run in regex.findall(r"\p{N}|\P{N}+", part):
+            for word in words.findall(run):
+                symbols = [alphabet[byte] for byte in word.encode()]
+                while len(symbols) > 1:
+                    pairs = list(zip(symbols, symbols[1:], strict=False))
+                    best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+                    if pairs[best] not in ranks:
+                        break
+                    symbols[best : best + 2] = ["".join(pairs[best])]
+                yield from (vocabulary[symbol] for symbol in symbols)
+
+
+@pytest.fixture(scope="module")
+def real(base_folder: Path) -> tuple[Tokenizer, Any, dict[str, Any]]:
+    state = json.loads((base_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return Tokenizer.load(base_folder), AutoTokenizer.from_pretrained(base_folder), state
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [*SAMPLES, "mixed"])
+def test_the_real_tokenizer_follows_its_written_rules(
+    real: tuple[Tokenizer, Any, dict[str, Any]], name: str
+) -> None:
+    ours, theirs, state = real
+    text = SAMPLES.get(name, MIXED)
+    ids = ours.encode(text)
+    assert ids == list(reference_ids(text, state)) == theirs(text).input_ids
+    assert b"".join(map(ours.token_bytes, ids)).decode() == text
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.real
+def test_the_real_tokenizer_is_the_published_one(real: tuple[Tokenizer, Any, dict[str, Any]]) -> None:
+    ours, _, _ = real
+    assert (ours.vocab_size, ours.bos_token_id, ours.add_bos) == (49152, 1, False)
+    assert ours.eos_token_ids == {2}
+    assert ours.encode("Hello, world 42") == [19556, 28, 905, 216, 36, 34]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_the_real_chat_template_renders_as_in_transformers(
+    real: tuple[Tokenizer, Any, dict[str, Any]], add_generation_prompt: bool
+) -> None:
+    ours, theirs, _ = real
+    chat = [{"role": "user", "content": MIXED}, {"role": "assistant", "content": TEXT}]
+    for messages in (chat, [{"role": "system", "content": "Be brief."}, *chat]):
+        encoded = ours.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        assert encoded.token_ids == theirs.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+        for message, (start, end) in zip(messages, encoded.spans, strict=True):
+            content = b"".join(map(ours.token_bytes, encoded.token_ids[start:end]))
+            assert content.decode() == message["content"]

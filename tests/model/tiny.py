@@ -1,0 +1,151 @@
+"""Random models small enough for tests, in the formats that real ones come in."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB_SIZE = 300
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = "The cat sat on the mat; 12 cats on 345 mats. Naïve café – 猫 в доме, γάτα 🐈"
+
+
+def tokens(*shape: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
+    """The same random token ids at every call."""
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def twin(**changes: Any) -> LlamaForCausalLM:
+    """A model of `transformers` whose random weights are all far from values that would hide their use."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 60,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 14,
+        "intermediate_size": 101,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+    for name, weight in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return model.requires_grad_(False)
+
+
+@functools.cache
+def byte_level_bpe() -> Tokenizer:
+    """A byte-level BPE of `VOCAB_SIZE` tokens that has seen a few words of several scripts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 10, trainer)
+    return tokenizer
+
+
+def write_gguf(
+    path: Path,
+    model: LlamaForCausalLM,
+    *,
+    metadata: Mapping[str, Any] = {},
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+) -> None:
+    """The model as llama.cpp writes it, its matrices stored as `kind`; `metadata` changes or (None) drops keys."""
+    writer = GGUFWriter(path, "llama")
+    for key, value in (_metadata(model.config) | dict(metadata)).items():
+        _add(writer, key, value)
+    for name, weight in model.named_parameters():
+        array = _permuted(name, weight.numpy(), model.config)
+        stored = kind if array.ndim == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(_gguf_name(name), quantize(array, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _metadata(config: LlamaConfig) -> dict[str, Any]:
+    bpe = json.loads(byte_level_bpe().to_str())["model"]
+    return {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": 10_000.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": sorted(bpe["vocab"], key=bpe["vocab"].__getitem__),
+        "tokenizer.ggml.token_type": [
+            int(TokenType.CONTROL if i < len(SPECIAL) else TokenType.NORMAL) for i in range(VOCAB_SIZE)
+        ],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in bpe["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case None:
+            pass
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def _permuted(name: str, weight: np.ndarray[Any, Any], config: LlamaConfig) -> np.ndarray[Any, Any]:
+    """What llama.cpp's own converter does to q and k, whose rows it wants in pairs."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return weight
+    assert config.head_dim
+    halves = weight.reshape(-1, 2, config.head_dim // 2, weight.shape[1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _gguf_name(name: str) -> str:
+    """By the `gguf` package's own table."""
+    stem, suffix = name.rsplit(".", 1)
+    return f"{_NAMES.get_name(stem)}.{suffix}"
+
+
+_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
