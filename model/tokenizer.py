@@ -62,12 +62,13 @@ class Tokenizer:
         settings = _optional_json(folder / "tokenizer_config.json")
         special = _special_tokens(settings)
         bos_token_id = pipeline.token_to_id(special.get("bos_token", ""))
-        first = pipeline.encode("").ids[:1]
+        # As in transformers, what `tokenizer.json` does decides, not what the settings claim.
+        add_bos = bos_token_id is not None and pipeline.encode("").ids[:1] == [bos_token_id]
         return cls(
             pipeline,
             bos_token_id=bos_token_id,
             eos_token_ids=_eos_token_ids(folder, pipeline.token_to_id(special.get("eos_token", ""))),
-            add_bos=bos_token_id is not None and bool(settings.get("add_bos_token", first == [bos_token_id])),
+            add_bos=add_bos,
             chat_template=_chat_template(folder, settings, special),
         )
 

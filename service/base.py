@@ -64,7 +64,7 @@ def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
     try:
         if model in PACKAGED:
             return _from_package(model, PACKAGED[model], cache_dir, progress)
-        if path.is_dir():
+        if model and path.is_dir():
             return path
         if path.is_file() and path.suffix == ".gguf":
             return _from_gguf(path.resolve(), cache_dir, progress)

@@ -305,7 +305,7 @@ class Sessions:
         meta = turn.meta
         if meta is None:
             return None
-        turn.stats, turn.rows_written = done.stats, sum(len(rows.slots) for rows in done.rows.values())
+        turn.stats, turn.rows_written = done.stats, done.rows_written
         kept = prompts.remember(meta.digests, [*turn.seen, *turn.said()])
         if not done.rows and set(kept) <= set(meta.digests):
             if meta.version == 0:
@@ -334,7 +334,7 @@ class Sessions:
             await self._store.commit(TENANT, new, rows)
         self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in rows.values()))
         self._metrics.tokens_learned_total.inc(stats.tokens_learned)
-        self._metrics.rows_written_total.inc(sum(len(batch.slots) for batch in rows.values()))
+        self._metrics.rows_written_total.inc(done.rows_written)
         self._metrics.proof_tokens_total.inc(stats.proof_tokens)
         self._metrics.proof_loss_nats_total.inc(stats.proof_loss_sum)
         self._metrics.proof_frozen_loss_nats_total.inc(stats.proof_frozen_loss_sum)

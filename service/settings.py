@@ -84,10 +84,11 @@ class Settings(BaseSettings):
     hot_rows: int = Field(1_000_000, ge=1, description="Rows of fast weights kept on the device, per site.")
     hot_sessions: int = Field(1024, ge=1, description="Sessions whose fast weights are kept in memory.")
     proof_rate: float = Field(
-        0.1,
+        1.0,
         ge=0,
         le=1,
-        description="Share of the learned blocks that the frozen base scores too, to prove the gain.",
+        description="Share of the learned requests that are also scored without memory, to prove the gain. It costs"
+        " nothing with a memory that only reads at the output, like the shipped one, and a second forward otherwise.",
     )
     drain_timeout_s: float = Field(
         30.0,

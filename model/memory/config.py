@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+TRUST = "_trust"  # what a site's trust is stored under, after the site's name
 SiteKind = Literal["lexical", "hidden"]
 
 
@@ -43,6 +44,8 @@ class SiteConfig:
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise MemoryConfigError(f"site name must be an identifier, got {self.name!r}")
+        if self.name.endswith(TRUST):
+            raise MemoryConfigError(f"site name must not end in {TRUST!r}, got {self.name!r}")
         if self.kind not in ("lexical", "hidden"):
             raise MemoryConfigError(f"{self.name}.kind must be 'lexical' or 'hidden', got {self.kind!r}")
         if self.slots < 1 or math.isqrt(self.slots) ** 2 != self.slots:
@@ -99,5 +102,5 @@ class MemoryConfig:
         try:
             sites = tuple(SiteConfig(**site) for site in data["sites"])
             return cls(**{**data, "sites": sites})
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise MemoryConfigError(f"not a memory configuration: {error}") from error

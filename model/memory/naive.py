@@ -91,15 +91,16 @@ def write_hidden(
     old: Tensor, at: Tensor, w: Tensor, beta: Tensor, values: Tensor, *, decay: float, cap: float
 ) -> Tensor:
     """The delta rule token by token from the block's start; arguments and result as in `ops.write_hidden`."""
-    update, crowd = torch.zeros_like(old), torch.zeros(len(old), dtype=old.dtype)
+    spread = torch.zeros(len(at), len(old), dtype=old.dtype)
+    for t in range(len(at)):
+        spread[t, at[t]] = w[t]
+    new = old.clone()
     for t in range(len(at)):
         read = sum((w[t, j] * old[at[t, j]] for j in range(at.shape[1])), start=torch.zeros_like(old[0]))
+        crowd = max(1.0, sum((spread[t] @ spread[u]).item() for u in range(len(at))))
         for i in range(at.shape[1]):
-            update[at[t, i]] += beta[t] * w[t, i] * (values[t] - decay * read)
-            crowd[at[t, i]] += w[t, i] ** 2
-    new = old.clone()
+            new[at[t, i]] += beta[t] / crowd * w[t, i] * (values[t] - decay * read)
     for u in range(len(old)):
-        new[u] += update[u] / max(1.0, crowd[u].item())
         size = new[u].norm().item()
         if size > cap:
             new[u] *= cap / size

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 class Rows(NamedTuple):
     """Lexical rows: `tokens` int32 [..., P] and `strengths` fp32 [..., P]; a pair of strength 0 is empty (token 0)."""
@@ -68,13 +70,15 @@ def read_lexical(rows: Rows, w: Tensor) -> Candidates:
 def mixing_weight(found: Candidates, gate: Tensor, bias: Tensor) -> Tensor:
     """γ [n] = σ(g0 + g1·log S + g2·max/S + bias), S = Σ scores; exactly 0 where nothing was found.
 
-    gate [3]; bias [n]: what the hidden state and the session's trust add.
+    gate [3]; bias [n]: what the hidden state and the session's trust add. γ stays below 1: however sure a memory is, it
+    makes no token impossible.
     """
     total = found.scores.sum(-1)
-    known = total > 0
+    known = total >= TINY
     safe = torch.where(known, total, torch.ones_like(total))
     agreement = found.scores.amax(-1) / safe
     gamma = torch.sigmoid(gate[0] + gate[1] * safe.log() + gate[2] * agreement + bias)
+    gamma = gamma.clamp_max(1.0 - torch.finfo(gamma.dtype).eps)
     return torch.where(known, gamma, torch.zeros_like(gamma))
 
 
@@ -83,7 +87,7 @@ def mix(logits: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
     bit."""
     log_z = logits.logsumexp(-1, keepdim=True)
     g = gamma[:, None]
-    share = found.scores / found.scores.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    share = found.scores / found.scores.sum(-1, keepdim=True).clamp_min(TINY)
     base = logits - log_z + torch.log1p(-g)
     at = base.gather(1, found.tokens)
     # γ·share = 0 on empty candidates: they add exactly nothing, whichever token they point at.
@@ -95,7 +99,7 @@ def mix(logits: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
 def memory_prob(targets: Tensor, found: Candidates) -> Tensor:
     """p_mem(target) [n], 0 where nothing was found."""
     hit = (found.scores * (found.tokens == targets[:, None])).sum(-1)
-    return hit / found.scores.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return hit / found.scores.sum(-1).clamp_min(TINY)
 
 
 def target_log_prob(frozen: Tensor, targets: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def trust_step(frozen: Tensor, adapted: Tensor, targets: Tensor, found: Candidat
 
     frozen and adapted: log-probabilities [n] of the targets [n].
     """
-    odds = (memory_prob(targets, found) - frozen.exp()) / adapted.exp().clamp_min(torch.finfo(torch.float32).tiny)
+    odds = (memory_prob(targets, found) - frozen.exp()) / adapted.exp().clamp_min(TINY)
     return (gamma * (1.0 - gamma) * odds).sum()
 
 
@@ -167,16 +171,17 @@ def read_hidden(rows: Tensor, w: Tensor) -> Tensor:
 def write_hidden(
     old: Tensor, at: Tensor, w: Tensor, beta: Tensor, values: Tensor, *, decay: float, cap: float
 ) -> Tensor:
-    """One block's delta rule: M_i ← M_i + Σ_t β_t w_ti (v_t − λ Σ_j w_tj M_j) / max(1, Σ_t w_ti²), then ‖M_i‖ ≤ cap.
+    """One block's delta rule: M_i ← M_i + Σ_t β_t/c_t · w_ti (v_t − λ Σ_j w_tj M_j), then ‖M_i‖ ≤ cap.
 
-    old [U, d_v]; at [n, k] index into old; w [n, k]; beta [n]; values [n, d_v]; λ = decay. Dividing by max(1, Σ w²)
-    keeps a block of any size stable. Returns the new rows [U, d_v].
+    old [U, d_v]; at [n, k] index into old; w [n, k]; beta [n]; values [n, d_v]; λ = decay. c_t = max(1, Σ_u w_t·w_u) is
+    how many tokens of the block crowd at t's address: tokens of one address write their mean, and since no eigenvalue of
+    c⁻¹WWᵀ is above 1, a block of any size is stable. Returns the new rows [U, d_v].
     """
     error = values - decay * torch.einsum("nk,nkv->nv", w, old[at])
-    steps = (beta[:, None] * w)[:, :, None] * error[:, None, :]
     row = at.flatten()
-    update = torch.zeros_like(old).index_add_(0, row, steps.flatten(0, 1))
-    crowd = torch.zeros(len(old), dtype=old.dtype, device=old.device).index_add_(0, row, w.square().flatten())
-    new = old + update / crowd.clamp_min(1.0)[:, None]
+    load = torch.zeros(len(old), dtype=old.dtype, device=old.device).index_add_(0, row, w.flatten())
+    crowd = (w * load[at]).sum(-1).clamp_min(1.0)
+    steps = (beta / crowd)[:, None, None] * w[:, :, None] * error[:, None, :]
+    new = old.index_add(0, row, steps.flatten(0, 1))
     norms: Tensor = new.norm(dim=-1, keepdim=True)
     return new * (cap / norms.clamp_min(cap))

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.memory.config import MemoryConfig, SiteConfig
-
-TRUST = "_trust"
+from model.memory.config import TRUST, MemoryConfig, SiteConfig
 
 
 class PoolFullError(RuntimeError):
@@ -147,7 +145,7 @@ class Pool:
 
     def dump(self, index: int) -> dict[str, SiteRows]:
         """A session's whole state, as it is stored."""
-        return self._pack(index, {name: site.tables[index] > 0 for name, site in self.sites.items()})
+        return self._pack(index, 0, {name: site.tables[index] > 0 for name, site in self.sites.items()})
 
     def draft(self, base: int) -> Draft:
         """A turn's own copy-on-write view of session `base`. Raises PoolFullError."""
@@ -157,14 +155,15 @@ class Pool:
             site.trust[index] = site.trust[base]
         return Draft(self, base, index)
 
-    def _pack(self, index: int, masks: Mapping[str, Tensor]) -> dict[str, SiteRows]:
+    def _pack(self, index: int, base: int, masks: Mapping[str, Tensor]) -> dict[str, SiteRows]:
+        """The rows of session `index` that the masks [N] choose, and its trust where session `base` has another."""
         packed = {}
         for name, mask in masks.items():
             site, slots = self.sites[name], mask.nonzero()[:, 0]
             if len(slots):
                 packed[name] = SiteRows(slots.int().cpu(), site.pack(site.tables[index, slots]))
             trust = site.trust[index : index + 1].cpu()
-            if len(slots) and bool(trust):
+            if len(slots) and bool(trust != site.trust[base].cpu()):
                 packed[name + TRUST] = SiteRows(torch.zeros(1, dtype=torch.int32), trust.view(torch.uint8)[None])
         return packed
 
@@ -206,7 +205,7 @@ class Draft:
 
     def touched(self) -> dict[str, SiteRows]:
         """The rows written in this turn: what a commit stores."""
-        return self.pool._pack(self.index, self._own)
+        return self.pool._pack(self.index, self.base, self._own)
 
     def commit(self) -> None:
         """The base session becomes what the draft is."""

@@ -161,7 +161,10 @@ def load_memory(path: Path, *, hidden_size: int) -> Memory:
         raise MemoryConfigError(f"cannot read the memory checkpoint {path.name}: {error}") from error
     if metadata.get("format") != FORMAT:
         raise MemoryConfigError(f"{path.name}: format must be {FORMAT}, got {metadata.get('format')!r}")
-    config = MemoryConfig.from_dict(json.loads(metadata["memory"]))
+    try:
+        config = MemoryConfig.from_dict(json.loads(metadata["memory"]))
+    except (KeyError, ValueError) as error:
+        raise MemoryConfigError(f"{path.name}: not a memory configuration: {error}") from error
     if config.hidden_size != hidden_size:
         raise MemoryConfigError(
             f"{path.name} is made for a base of hidden size {config.hidden_size}, this base has {hidden_size}"

@@ -22,6 +22,7 @@ WHITENING_FLOOR = 1e-3  # of the largest variance
 TEMPERATURE = 2.0
 WRITE_GATE = (3.0, 0.0)  # β = σ(3): nearly every write lands whole, whatever the surprise
 GATE = (-3.5, 0.6, 2.6)
+CAUTION = 1.0  # a new session's gate opens later than the fitted one by this much; its trust earns the rest
 TRUST_RATE = 0.1
 
 
@@ -86,7 +87,7 @@ def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = No
         site.address_bias.copy_(bias)
         site.temperature.fill_(TEMPERATURE)
         site.write_gate.copy_(torch.tensor(WRITE_GATE))
-        site.gate.copy_(torch.tensor(GATE))
+        site.gate.copy_(_cautious(torch.tensor(GATE)))
         site.trust_rate.fill_(TRUST_RATE)
     return memory
 
@@ -107,8 +108,12 @@ def fitted_memory(
         for number, stream in enumerate(streams, 1):
             features.append(torch.cat(list(_replay(memory, site, stream))))
             progress(number)
-        site.gate.copy_(_fit_gate(features))
+        site.gate.copy_(_cautious(_fit_gate(features)))
     return memory
+
+
+def _cautious(gate: Tensor) -> Tensor:
+    return gate - torch.tensor([CAUTION, 0.0, 0.0])
 
 
 def _replay(memory: Memory, site: LexicalSite, stream: Stream) -> Iterator[Tensor]:

@@ -127,11 +127,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`. rows_held, bytes_held: of the
-    session with them."""
+    """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`.
+
+    rows_written counts them; rows_held, bytes_held: of the session with them.
+    """
 
     stats: Stats
     rows: dict[str, SiteRows]
+    rows_written: int = 0
     rows_held: int = 0
     bytes_held: int = 0
 

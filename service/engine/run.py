@@ -293,9 +293,11 @@ class Run:
             return Finished(self.stats, {})
         sites = self._draft.pool.sites
         held = self._draft.pool.rows(self._draft.index)
+        touched = self._draft.touched()
         return Finished(
             self.stats,
-            self._draft.touched(),
+            touched,
+            rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
             rows_held=sum(held.values()),
             bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in held.items()),
         )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from model.backbone import Backbone, KVCache
 from model.checkpoint import load_backbone
 from model.config import tiny_config
-from tests.model.tiny import tokens, twin
+from tests.model.twin import tokens, twin
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa-1": {"num_attention_heads": 4, "num_key_value_heads": 4},

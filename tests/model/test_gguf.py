@@ -18,7 +18,8 @@ from model.checkpoint import load_backbone
 from model.config import LinearScaling
 from model.gguf import GGUFError, convert
 from model.tokenizer import Tokenizer
-from tests.model.tiny import TEMPLATE, TEXT, VOCAB_SIZE, byte_level_bpe, tokens, twin, write_gguf
+from tests.model.twin import TEXT, VOCAB_SIZE, byte_level_bpe, tokens, twin, write_gguf
+from tests.tiny import CHAT_TEMPLATE
 
 CHAT = [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content": "On the mat."}]
 
@@ -75,7 +76,7 @@ def test_the_converted_tokenizer_splits_digits_and_knows_its_special_tokens(file
     assert ours.encode_chat(CHAT).token_ids == theirs.apply_chat_template(
         CHAT, add_generation_prompt=True, return_dict=False
     )
-    assert theirs.chat_template == TEMPLATE
+    assert theirs.chat_template == CHAT_TEMPLATE
     assert (ours.vocab_size, ours.bos_token_id, set(ours.eos_token_ids)) == (VOCAB_SIZE, 1, {2})
 
 

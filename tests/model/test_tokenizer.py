@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import regex
+import regex  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer as Pipeline, decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as Pipeline
 from transformers import AutoTokenizer
 
 from model.chat import ChatTemplateError
 from model.checkpoint import CheckpointError
 from model.tokenizer import Tokenizer
-from tests.model.tiny import SPECIAL, TEMPLATE, TEXT, VOCAB_SIZE, byte_level_bpe
+from tests.model.twin import TEXT, VOCAB_SIZE, byte_level_bpe
+from tests.tiny import CHAT_TEMPLATE, SPECIAL
 
 SAMPLES = {
     "latin": "Zażółć gęślą jaźń. L'été, où naïveté & façade… don't WE'LL it's",
@@ -53,7 +56,7 @@ def write(folder: Path, pipeline: Pipeline, **settings: Any) -> Path:
     if pipeline.decoder is None:
         pipeline.decoder = decoders.ByteLevel()
     pipeline.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "chat_template": TEMPLATE}
+    names = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(names | settings))
     return folder
 
@@ -136,14 +139,14 @@ def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("setting", [True, False, None])
 @pytest.mark.parametrize("processor", [True, False])
-def test_bos_is_added_when_the_folder_says_so(tmp_path: Path, setting: bool | None, processor: bool) -> None:
+def test_bos_is_added_where_transformers_adds_it(tmp_path: Path, setting: bool | None, processor: bool) -> None:
     pipeline = Pipeline.from_str(byte_level_bpe().to_str())
     if processor:
         pipeline.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
     write(tmp_path, pipeline, **({} if setting is None else {"add_bos_token": setting}))
     ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.encode("cat") == theirs("cat").input_ids
-    assert ours.add_bos is (processor if setting is None else setting)
+    assert ours.add_bos is processor
 
 
 def test_every_file_may_name_ends_of_text(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def reference_ids(text: str, state: dict[str, Any]) -> Iterator[int]:
             for word in words.findall(run):
                 symbols = [alphabet[byte] for byte in word.encode()]
                 while len(symbols) > 1:
-                    pairs = list(zip(symbols, symbols[1:], strict=False))
+                    pairs = list(pairwise(symbols))
                     best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
                     if pairs[best] not in ranks:
                         break
@@ -209,9 +212,7 @@ def real(base_folder: Path) -> tuple[Tokenizer, Any, dict[str, Any]]:
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", [*SAMPLES, "mixed"])
-def test_the_real_tokenizer_follows_its_written_rules(
-    real: tuple[Tokenizer, Any, dict[str, Any]], name: str
-) -> None:
+def test_the_real_tokenizer_follows_its_written_rules(real: tuple[Tokenizer, Any, dict[str, Any]], name: str) -> None:
     ours, theirs, state = real
     text = SAMPLES.get(name, MIXED)
     ids = ours.encode(text)

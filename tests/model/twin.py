@@ -17,14 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.tiny import CHAT_TEMPLATE, SPECIAL
+
 VOCAB_SIZE = 300
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TEXT = "The cat sat on the mat; 12 cats on 345 mats. Naïve café – 猫 в доме, γάτα 🐈"
 
 
@@ -113,7 +108,7 @@ def _metadata(config: LlamaConfig) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": TEMPLATE,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
     }
 
 

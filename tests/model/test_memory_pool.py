@@ -1,0 +1,332 @@
+"""Fast weights on the device: drafts are copy on write, nothing leaks, and what is stored is what was there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
+from model.memory.config import TRUST
+
+SLOTS, ROWS, SESSIONS = 16, 24, 4
+CONFIG = MemoryConfig(
+    hidden_size=8,
+    sites=(
+        SiteConfig("words", "lexical", slots=SLOTS, k=2, pairs=3),
+        SiteConfig("states", "hidden", slots=SLOTS, k=2, layer=0, width=5),
+    ),
+)
+
+Image = dict[str, dict[int, bytes]]  # site → slot → the row's bytes
+
+
+def new_pool(rows: int = ROWS, sessions: int = SESSIONS) -> Pool:
+    return Pool(CONFIG, rows=rows, sessions=sessions)
+
+
+def put(draft: Draft, name: str, slots: list[int], seed: int) -> None:
+    """Writes random rows, to `slots`."""
+    g, n = torch.Generator().manual_seed(seed), len(slots)
+    if name == "words":
+        fields = [torch.randint(0, 99, (n, 3), generator=g, dtype=torch.int32), torch.randn(n, 3, generator=g)]
+    else:
+        fields = [torch.randn(n, 5, generator=g)]
+    draft.put(name, torch.tensor(slots), fields)
+
+
+def image(state: Mapping[str, SiteRows]) -> Image:
+    for rows in state.values():
+        assert rows.slots.dtype == torch.int32
+        assert rows.data.dtype == torch.uint8
+        assert rows.slots.tolist() == sorted(set(rows.slots.tolist()))
+    return {
+        name: dict(zip(rows.slots.tolist(), (row.numpy().tobytes() for row in rows.data), strict=True))
+        for name, rows in state.items()
+    }
+
+
+def merged(old: Image, new: Image) -> Image:
+    """What a store holds after a commit: each row of `new` replaces that of `old`."""
+    return {name: old.get(name, {}) | new.get(name, {}) for name in old.keys() | new.keys()}
+
+
+def free_counts(pool: Pool) -> list[int]:
+    return [pool._sessions._top, *(site.free._top for site in pool.sites.values())]
+
+
+def learned(pool: Pool, index: int, seed: int = 0) -> None:
+    """Makes a session hold a few rows at each site, and trust."""
+    draft = pool.draft(index)
+    put(draft, "words", [3, 1, 9], seed)
+    put(draft, "states", [0, 15], seed + 1)
+    pool.sites["words"].trust[draft.index] = 0.1 + seed
+    draft.commit()
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A pool beside a plain dictionary. As in serving, a session has one draft at a time and outlives it."""
+
+    sessions = Bundle("sessions")
+    drafts = Bundle("drafts")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = new_pool()
+        self.model: dict[int, Image] = {}
+        self.open: dict[int, tuple[Draft, Image]] = {}  # by the index of the draft: it, and what it wrote
+
+    def free(self, name: str) -> int:
+        used = sum(len(rows.get(name, {})) for rows in self.model.values())
+        return ROWS - used - sum(len(own.get(name, {})) for _, own in self.open.values())
+
+    @property
+    def full(self) -> bool:
+        return len(self.model) + len(self.open) == SESSIONS
+
+    def view(self, draft: int) -> Image:
+        one, own = self.open[draft]
+        return merged(self.model[one.base], own)
+
+    @precondition(lambda self: not self.full)
+    @rule(target=sessions)
+    def open_empty(self) -> int:
+        index = self.pool.open()
+        assert index not in self.model.keys() | self.open.keys()
+        self.model[index] = {}
+        return index
+
+    @precondition(lambda self: not self.full)
+    @rule(target=sessions, other=sessions)
+    def open_copy(self, other: int) -> int:
+        """Opens what another session is stored as; without room for it, nothing happens."""
+        before, state = free_counts(self.pool), self.model[other]
+        try:
+            index = self.pool.open(self.pool.dump(other))
+        except PoolFullError:
+            assert any(self.free(name) < len(state.get(name, {})) for name in ("words", "states"))
+            assert free_counts(self.pool) == before
+            return other
+        self.model[index] = {name: dict(rows) for name, rows in state.items()}
+        return index
+
+    @precondition(lambda self: self.full)
+    @rule()
+    def open_too_many(self) -> None:
+        with pytest.raises(PoolFullError):
+            self.pool.open()
+
+    @precondition(lambda self: self.full)
+    @rule(base=sessions)
+    def draft_too_many(self, base: int) -> None:
+        with pytest.raises(PoolFullError):
+            self.pool.draft(base)
+
+    @precondition(lambda self: not self.full)
+    @rule(target=drafts, base=sessions)
+    def draft(self, base: int) -> int:
+        for index, (one, _) in self.open.items():
+            if one.base == base:
+                return index
+        draft = self.pool.draft(base)
+        self.open[draft.index] = (draft, {})
+        return draft.index
+
+    @rule(
+        draft=drafts,
+        name=st.sampled_from(["words", "states"]),
+        slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=8, unique=True),
+        seed=st.integers(0, 99),
+    )
+    def put(self, draft: int, name: str, slots: list[int], seed: int) -> None:
+        if draft not in self.open:
+            return
+        one, own = self.open[draft]
+        fresh = [slot for slot in slots if slot not in own.get(name, {})]
+        if len(fresh) > self.free(name):
+            before = image(self.pool.dump(draft))
+            with pytest.raises(PoolFullError):
+                put(one, name, slots, seed)
+            assert image(self.pool.dump(draft)) == before
+            return
+        put(one, name, slots, seed)
+        fields = one.get(name, torch.tensor(slots))
+        rows = [b"".join(field[i].numpy().tobytes() for field in fields) for i in range(len(slots))]
+        own.setdefault(name, {}).update(zip(slots, rows, strict=True))
+
+    @rule(draft=consumes(drafts))
+    def commit(self, draft: int) -> None:
+        if draft in self.open:
+            one, _ = self.open[draft]
+            self.model[one.base] = self.view(draft)
+            one.commit()
+            del self.open[draft]
+
+    @rule(draft=consumes(drafts))
+    def rollback(self, draft: int) -> None:
+        if draft in self.open:
+            self.open.pop(draft)[0].rollback()
+
+    @rule(session=consumes(sessions))
+    def close(self, session: int) -> None:
+        if session in self.model and all(one.base != session for one, _ in self.open.values()):
+            self.pool.close(session)
+            del self.model[session]
+
+    @invariant()
+    def pool_equals_model(self) -> None:
+        for index, state in self.model.items():
+            assert image(self.pool.dump(index)) == state
+            assert self.pool.rows(index) == {name: len(state.get(name, {})) for name in CONFIG_NAMES}
+        for index, (one, own) in self.open.items():
+            assert image(self.pool.dump(index)) == self.view(index)
+            assert image(one.touched()) == own
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        sessions = SESSIONS - len(self.model) - len(self.open)
+        assert free_counts(self.pool) == [sessions, *(self.free(name) for name in CONFIG_NAMES)]
+
+    @invariant()
+    def the_empty_session_stays_empty(self) -> None:
+        assert not any(site.tables[0].any() for site in self.pool.sites.values())
+        assert not any(field[0].any() for site in self.pool.sites.values() for field in site.fields)
+
+
+CONFIG_NAMES = ("words", "states")
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_a_read_sees_each_sessions_own_rows_and_nothing_of_slots_never_written() -> None:
+    pool = new_pool()
+    first, second = pool.open(), pool.open()
+    learned(pool, first)
+    draft = pool.draft(second)
+    put(draft, "states", [0], seed=7)
+    (rows,) = pool.sites["states"].read(
+        torch.tensor([0, first, second, draft.index]), torch.tensor([[0, 15]]).expand(4, 2)
+    )
+    (own,) = pool.draft(first).get("states", torch.tensor([0, 15]))
+    (drafted,) = draft.get("states", torch.tensor([0]))
+    assert torch.equal(rows[1], own)
+    assert torch.equal(rows[3, :1], drafted)
+    assert not rows[0].any()
+    assert not rows[2].any()
+    assert not rows[3, 1].any()
+
+
+def test_a_draft_changes_its_base_only_when_it_is_committed() -> None:
+    pool = new_pool()
+    index = pool.open()
+    learned(pool, index)
+    before, free = image(pool.dump(index)), free_counts(pool)
+    for end in ("rollback", "commit"):
+        draft = pool.draft(index)
+        put(draft, "words", [1, 2], seed=5)
+        pool.sites["words"].trust[draft.index] = 3.0
+        after = image(pool.dump(draft.index))
+        assert image(pool.dump(index)) == before
+        getattr(draft, end)()
+        assert image(pool.dump(index)) == (before if end == "rollback" else after)
+    free[1] -= 1  # slot 2 is new, slot 1 replaces a row that is free again
+    assert free_counts(pool) == free
+
+
+def test_a_dump_opens_as_the_same_bits_trust_included() -> None:
+    pool, other = new_pool(), new_pool()
+    index = pool.open()
+    learned(pool, index, seed=3)
+    learned(other, other.open(), seed=4)
+    state = pool.dump(index)
+    again = other.open(state)
+    assert image(other.dump(again)) == image(state)
+    assert set(state) == {"words", "states", "words" + TRUST}
+    for name, site in pool.sites.items():
+        assert torch.equal(site.trust[index], other.sites[name].trust[again])
+        slots = torch.arange(SLOTS)[None]
+        fields = site.read(torch.tensor([index]), slots)
+        for mine, theirs in zip(fields, other.sites[name].read(torch.tensor([again]), slots), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("trust", [0.5, 0.25, 0.0])
+def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> None:
+    """The store applies a commit's rows to what it has; opened again, that must be the session, its trust included."""
+    pool = new_pool()
+    index = pool.open()
+    learned(pool, index)
+    pool.sites["words"].trust[index] = 0.5
+    old = image(pool.dump(index))
+    draft = pool.draft(index)
+    put(draft, "words", [1, 2], seed=5)
+    put(draft, "words", [2, 7], seed=6)
+    put(draft, "states", [15, 4], seed=7)
+    pool.sites["words"].trust[draft.index] = trust
+    touched = image(draft.touched())
+    draft.commit()
+    stored = merged(old, touched)
+    assert {name: set(rows) for name, rows in touched.items() if name in CONFIG_NAMES} == {
+        "words": {1, 2, 7},
+        "states": {4, 15},
+    }
+    again = pool.open(
+        {
+            name: SiteRows(
+                torch.tensor(sorted(rows), dtype=torch.int32),
+                torch.tensor([list(rows[slot]) for slot in sorted(rows)], dtype=torch.uint8),
+            )
+            for name, rows in stored.items()
+        }
+    )
+    assert image(pool.dump(again)) == image(pool.dump(index))
+    assert float(pool.sites["words"].trust[again]) == trust
+
+
+def test_an_index_that_is_used_again_remembers_nothing() -> None:
+    pool = new_pool(sessions=1)
+    index = pool.open()
+    pool.sites["words"].trust[index] = 2.0
+    pool.close(index)
+    assert pool.open() == index
+    assert pool.dump(index) == {}
+    assert not pool.sites["words"].trust.any()
+
+
+class Evictable:
+    """Closes the sessions in `cold`, one each time that room is asked for."""
+
+    def __init__(self) -> None:
+        self.cold: list[int] = []
+        self.pool: Pool | None = None
+
+    def make_room(self) -> bool:
+        if not self.cold or self.pool is None:
+            return False
+        self.pool.close(self.cold.pop(0))
+        return True
+
+
+def test_room_is_made_only_when_needed_and_as_often_as_it_takes() -> None:
+    evictable = Evictable()
+    pool = evictable.pool = Pool(CONFIG, rows=10, sessions=3, make_room=evictable.make_room)
+    cold = [pool.open(), pool.open()]
+    for index in cold:
+        draft = pool.draft(index)
+        put(draft, "words", [0, 1, 2, 3], seed=index)
+        draft.commit()
+    evictable.cold = list(cold)
+    draft = pool.draft(pool.open())
+    assert evictable.cold == cold[1:], "three sessions and two asked for: one had to go"
+    put(draft, "words", [0, 1, 2, 3, 4, 5], seed=9)
+    assert evictable.cold == cold[1:], "six rows were free"
+    put(draft, "words", [6, 7], seed=9)
+    assert evictable.cold == []
+    before = image(pool.dump(draft.index))
+    with pytest.raises(PoolFullError, match="3 needed, 2 of 10 free"):
+        put(draft, "words", [0, 9, 10, 11], seed=9)
+    assert image(pool.dump(draft.index)) == before
