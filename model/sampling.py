@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 TOP_P_WINDOW = 1024
+GREEDY_BELOW = 1e-5  # scores divided by less could leave the range of fp32
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Sampler:
         """scores [V]: logits, or log-probabilities up to a constant → a token id."""
         options = self._sampling
         scores = self._adjust(scores)
-        if options.temperature == 0.0:
+        if options.temperature < GREEDY_BELOW:
             token = int(scores.argmax())
         else:
             probs = torch.softmax(scores / options.temperature, dim=-1)
@@ -64,7 +65,7 @@ def _nucleus(probs: Tensor, top_p: float, u: float) -> int:
     2019, arXiv 1904.09751)."""
     if top_p >= 1.0:
         cumulative = probs.double().cumsum(-1)
-        return min(int(torch.searchsorted(cumulative, u * cumulative[-1])), len(probs) - 1)
+        return min(int(torch.searchsorted(cumulative, u * cumulative[-1], right=True)), len(probs) - 1)
     values, indices = probs.topk(min(TOP_P_WINDOW, len(probs)))
     if float(values.sum()) < top_p:
         values, indices = probs.sort(descending=True, stable=True)

@@ -38,6 +38,7 @@ from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis import RedisStore
 
 COUNT_EVERY_S = 10.0
+LINGER_S = 3  # given after draining to connections without a turn, such as those of half a request
 KV_SHARE = 0.4  # of the memory that is free at the start
 MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
 
@@ -82,7 +83,14 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
         proof_rate=settings.proof_rate,
     )
     app = create_app(sessions, metrics, settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=LINGER_S,
+    )
     server = _Server(config, sessions, settings.drain_timeout_s)
     tasks = [asyncio.create_task(_count_cold(sessions, metrics))]
     if embedded is not None:
@@ -179,12 +187,14 @@ async def _count_cold(sessions: Sessions, metrics: Metrics) -> None:
 
 
 class _Server(uvicorn.Server):
-    """On a signal it first drains: probes say so and new turns are refused while the running ones end."""
+    """On a signal it first drains: probes say so and new turns are refused while the running ones end. On a second one,
+    it ends."""
 
     def __init__(self, config: uvicorn.Config, sessions: Sessions, drain_timeout_s: float) -> None:
         super().__init__(config)
         self._sessions = sessions
         self._drain_timeout_s = drain_timeout_s
+        self._told = False
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -192,9 +202,10 @@ class _Server(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None:
-            super().handle_exit(sig, frame)
+        if self._told:
+            self.should_exit = self.force_exit = True
             return
+        self._told = True
         log.info("%s: draining for at most %.0f s", signal.Signals(sig).name, self._drain_timeout_s)
         self._loop.call_soon_threadsafe(self._drain)
 

@@ -159,7 +159,7 @@ class Client:
             refusal = _refusal(response)
             if response.status_code not in (429, 503) or attempt == ATTEMPTS:
                 raise refusal
-            if version is not None and refusal.code == "store_unavailable":
+            if version is not None and refusal.code in ("store_unavailable", "interrupted"):
                 headers["If-Match"] = f'"v{version}"'
             wait = _retry_after(response)
             self._on_wait(f"{refusal}; trying again in {wait:g} s")

@@ -3,6 +3,7 @@
 The middleware is pure ASGI, so streams stay streams and a client that goes is noticed.
 """
 
+import asyncio
 import json
 import math
 import re
@@ -19,9 +20,9 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BadRequest, ImprintError, MethodNotAllowed, NotFound, PayloadTooLarge
+from service.errors import BadRequest, ImprintError, MethodNotAllowed, NotFound, PayloadTooLarge, Unavailable
 from service.metrics import Metrics
-from service.routes import openai, ops, report
+from service.routes import openai, ops, page, report
 from service.routes import sessions as session_routes
 from service.sessions import Sessions
 from service.settings import Settings
@@ -38,7 +39,7 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     app.state.metrics = metrics
     metrics.ready_state.set_function(lambda: sessions.state == "ready")
     app.router.redirect_slashes = False
-    for router in (openai.router, session_routes.router, ops.router):
+    for router in (openai.router, session_routes.router, ops.router, page.router):
         app.include_router(router)
     app.add_exception_handler(ImprintError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -77,7 +78,9 @@ class Edge:
             await self._app(scope, receive, send_identified)
         except ClientDisconnect:
             status = CLIENT_GONE
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError):
+                error = Unavailable("The server ended before this request; whether it landed is unknown.", code="interrupted")
             response = await _answer_error(Request(scope), error)
             if status is None:
                 await response(scope, receive, send_identified)

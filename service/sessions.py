@@ -300,6 +300,7 @@ class Sessions:
 
     async def _finish(self, turn: Turn, done: Finished) -> int | None:
         """Commits what a job did; returns the new version, or None if there was nothing to commit."""
+        self._metrics.tokens_prefilled_total.inc(done.stats.prompt_tokens)
         self._metrics.tokens_predicted_total.inc(done.stats.completion_tokens)
         turn.completion_tokens += done.stats.completion_tokens
         meta = turn.meta

@@ -32,7 +32,8 @@ class Server:
         self.model = Path(model).name
         self.data_dir = data_dir
         self.log = data_dir.parent / f"{data_dir.name}.log"
-        given = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, **settings}
+        # One thread: a tiny base gains nothing from more, and a test's own work needs the other core.
+        given = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, "THREADS": 1, **settings}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
         self._environment = clean | {f"IMPRINT_{name.upper()}": str(value) for name, value in given.items()}
         self.process: subprocess.Popen[bytes] | None = None

@@ -99,13 +99,20 @@ class Client:
         return self.metric("requests_in_flight") == 0 == self.metric("kv_tokens_reserved")
 
     @contextmanager
-    def unfinished(self, path: str, body: Json) -> Iterator[None]:
-        """A request that is being worked on; its client goes when the block ends, without having read an answer."""
-        address, content = urlsplit(self.url), json.dumps({"model": self.model} | body).encode()
+    def sent(self, path: str, body: Json) -> Iterator[None]:
+        """A request whose client goes when the block ends, without having read an answer."""
+        named = body if path.startswith("sessions/") else {"model": self.model} | body
+        address, content = urlsplit(self.url), json.dumps(named).encode()
         head = f"POST /v1/{path} HTTP/1.1\r\nHost: imprint\r\nContent-Type: application/json\r\n"
-        before = self.metric("requests_in_flight")
         with socket.create_connection((address.hostname, address.port or 80)) as connection:
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            yield
+
+    @contextmanager
+    def unfinished(self, path: str, body: Json) -> Iterator[None]:
+        """The same, where nobody else is sending: the block begins when the server has the request in hand."""
+        before = self.metric("requests_in_flight")
+        with self.sent(path, body):
             until(lambda: self.metric("requests_in_flight") > before)
             yield
 

@@ -173,9 +173,9 @@ def write_hidden(
 ) -> Tensor:
     """One block's delta rule: M_i ← M_i + Σ_t β_t/c_t · w_ti (v_t − λ Σ_j w_tj M_j), then ‖M_i‖ ≤ cap.
 
-    old [U, d_v]; at [n, k] index into old; w [n, k]; beta [n]; values [n, d_v]; λ = decay. c_t = max(1, Σ_u w_t·w_u) is
-    how many tokens of the block crowd at t's address: tokens of one address write their mean, and since no eigenvalue of
-    c⁻¹WWᵀ is above 1, a block of any size is stable. Returns the new rows [U, d_v].
+    old [U, d_v]; at [n, k] index into old; w [n, k]; beta [n]; values [n, d_v]; λ = decay. c_t = max(1, Σ_u w_t·w_u)
+    counts the tokens of the block that crowd at t's address. Those of one address thus write their mean, and no
+    eigenvalue of c⁻¹WWᵀ is above 1: a block of any size is stable. Returns the new rows [U, d_v].
     """
     error = values - decay * torch.einsum("nk,nkv->nv", w, old[at])
     row = at.flatten()

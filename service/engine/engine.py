@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -104,11 +106,16 @@ class Engine:
     def _main(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            while not self._stopping:
-                self._take_messages()
-                self._step()
-                self._deliver()
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._take_messages()
+                    self._step()
+                    self._deliver()
+        except BaseException:
+            log.critical("the engine's thread died; the server ends", exc_info=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
 
     def _stop(self) -> None:
         self._stopping = True

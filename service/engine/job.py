@@ -81,6 +81,7 @@ class Job:
 class Stats:
     """What a job did. Losses are nats, summed: over the learned tokens, and over those of them that were proved."""
 
+    prompt_tokens: int = 0
     tokens_learned: int = 0
     segments_learned: int = 0
     loss_sum: float = 0.0

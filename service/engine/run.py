@@ -212,6 +212,7 @@ class Run:
             top=segment.top,
         )
         self._position = part.stop
+        self.stats.prompt_tokens += part.stop - part.start
         if scores is not None:
             self._count(scores)
             if segment.score is not None:

@@ -138,7 +138,7 @@ def test_another_format_is_refused(saved: Path) -> None:
         '{"hidden_size": 6}',
         '{"hidden_size": 6, "sites": [3]}',
         '{"hidden_size": 6, "sites": [{"name": 3, "kind": "lexical", "slots": 4, "k": 1}]}',
-    ],  # fmt: skip
+    ],
 )
 def test_a_configuration_that_is_none_is_refused(memory: str, saved: Path) -> None:
     resave(saved, memory=memory)

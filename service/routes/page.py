@@ -1,0 +1,39 @@
+"""The page at `/` and the files it is made of. They come with the package; nothing else of it can be reached."""
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+
+from fastapi import APIRouter, Request, Response
+
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/playground/app.js": ("app.js", "text/javascript"),
+    "/playground/style.css": ("style.css", "text/css"),
+    "/playground/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+HEADERS = {
+    "Cache-Control": "no-cache",  # kept, but asked about each time, so that a page never meets another release's script
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+router = APIRouter(include_in_schema=False)
+
+
+def _serve(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    content = (files("service") / "playground" / name).read_bytes()
+    headers = HEADERS | {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
+
+    async def serve(request: Request) -> Response:
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if "*" in known or headers["ETag"] in known:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers, media_type=media_type)
+
+    return serve
+
+
+for path, file in FILES.items():
+    router.add_api_route(path, _serve(*file), methods=["GET", "HEAD"])

@@ -1,0 +1,482 @@
+"""The laws of the design on the whole model: a tiny random base with sites of every kind, all weights random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.backbone import Backbone, KVCache
+from model.config import tiny_config
+from model.lm import EMPTY, AdaptiveLM, Carry, Scores
+from model.memory import Draft, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
+
+VOCAB, WIDTH, BLOCK = 96, 32, 8
+LEXICAL = SiteConfig("words", "lexical", slots=64, k=4, pairs=3, decay=0.1, cap=20.0)
+MIDDLE = SiteConfig("middle", "hidden", slots=36, k=3, layer=1, width=5, decay=1.0, cap=10.0)
+OUTPUT = SiteConfig("output", "hidden", slots=36, k=2, layer=-1, width=6, decay=0.5, cap=10.0)
+KINDS = {"lexical": (LEXICAL,), "middle": (MIDDLE,), "output": (OUTPUT,), "all": (LEXICAL, MIDDLE, OUTPUT)}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    config = tiny_config(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_layers=3, head_dim=8, intermediate_size=48, max_context=256
+    )
+    base, g = Backbone(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2, generator=g)
+    base.pack()
+    return base
+
+
+@pytest.fixture(params=KINDS)
+def lm(request: pytest.FixtureRequest, backbone: Backbone) -> AdaptiveLM:
+    return build(backbone, *KINDS[request.param])
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def build(backbone: Backbone, *sites: SiteConfig) -> AdaptiveLM:
+    """A model whose memory has random slow weights, no gate of it shut."""
+    memory, g = Memory(MemoryConfig(WIDTH, sites, block=BLOCK)), torch.Generator().manual_seed(1)
+    for name, tensor in memory.state_dict().items():
+        tensor.normal_(0.0, 0.3, generator=g)
+        if name.endswith(("temperature", "write_gate")):
+            tensor.copy_(torch.tensor([2.0, 0.1]) if tensor.dim() else torch.tensor(2.0))
+        if name.endswith("words.gate"):
+            tensor.copy_(torch.tensor([-1.0, 0.5, 1.0]))
+    return AdaptiveLM(backbone, memory)
+
+
+def text(seed: int, length: int = 3 * BLOCK + 3) -> list[int]:
+    """Random tokens of a few kinds, so that addresses and targets come again."""
+    return torch.randint(0, 24, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def new_pool(lm: AdaptiveLM) -> Pool:
+    return lm.new_pool(rows=600, sessions=8)
+
+
+@dataclass
+class Read:
+    """A request on its way, and the scores that it has got."""
+
+    lm: AdaptiveLM
+    ids: Sequence[int]
+    cache: KVCache
+    frozen_cache: KVCache
+    carry: Carry | None = None
+    position: int = 0
+    scores: list[Scores] | None = None
+
+    @classmethod
+    def of(cls, lm: AdaptiveLM, ids: Sequence[int]) -> Read:
+        return cls(lm, ids, lm.backbone.new_cache(200), lm.backbone.new_cache(200), scores=[])
+
+    def step(self, pool: Pool, index: int, draft: Draft | None = None, *, frozen: bool = True, top: int = 0) -> bool:
+        """One block, scored and (with a draft) learned; False at the end."""
+        part = self.ids[self.position : self.position + BLOCK]
+        mask = [True] * len(part)
+        self.carry, scores = self.lm.block(
+            part,
+            self.cache,
+            pool,
+            index,
+            carry=self.carry,
+            score=mask,
+            learn=mask if draft is not None else None,
+            draft=draft,
+            frozen=frozen,
+            frozen_cache=self.frozen_cache if frozen else None,
+            top=top,
+        )
+        assert scores is not None
+        assert self.scores is not None
+        self.scores.append(scores)
+        self.position += len(part)
+        return self.position < len(self.ids)
+
+    @property
+    def adapted(self) -> Tensor:
+        assert self.scores is not None
+        return torch.cat([scores.adapted for scores in self.scores])
+
+    @property
+    def frozen(self) -> Tensor:
+        assert self.scores is not None
+        return torch.cat([scores.frozen for scores in self.scores if scores.frozen is not None])
+
+
+def read(lm: AdaptiveLM, pool: Pool, index: int, ids: Sequence[int], draft: Draft | None = None) -> Read:
+    request = Read.of(lm, ids)
+    while request.step(pool, index, draft):
+        pass
+    return request
+
+
+def learn(lm: AdaptiveLM, pool: Pool, session: int, ids: Sequence[int]) -> Read:
+    """One turn: the session learns a text."""
+    draft = pool.draft(session)
+    request = read(lm, pool, draft.index, ids, draft)
+    draft.commit()
+    return request
+
+
+def learned(lm: AdaptiveLM, pool: Pool, seed: int) -> int:
+    """A session that has learned a text of its own."""
+    session = pool.open()
+    learn(lm, pool, session, text(seed))
+    return session
+
+
+def image(state: dict[str, SiteRows]) -> dict[tuple[str, int], bytes]:
+    return {
+        (name, int(slot)): row.numpy().tobytes()
+        for name, rows in state.items()
+        for slot, row in zip(rows.slots, rows.data, strict=True)
+    }
+
+
+def base_log_probs(backbone: Backbone, ids: Sequence[int]) -> Tensor:
+    """What the base alone makes of each token but the first: no cache, no blocks, no memory."""
+    logits = backbone.logits(backbone(torch.tensor([ids])))[0]
+    return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+
+
+# Law 1: empty is base.
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_an_empty_session_predicts_as_the_base_bit_for_bit(lm: AdaptiveLM, opened: bool) -> None:
+    pool, ids = new_pool(lm), text(0, BLOCK)
+    index = pool.open() if opened else EMPTY
+    alone = lm.backbone(torch.tensor([ids]), [lm.backbone.new_cache(99)])[0]
+    carry, _ = lm.block(ids, lm.backbone.new_cache(99), pool, index)
+    assert torch.equal(carry.hidden, alone[-1])
+    assert torch.equal(lm.predict([carry], pool, [index]), lm.backbone.logits(alone[-1:]))
+    scored = read(lm, pool, index, text(0))
+    assert torch.equal(scored.adapted, scored.frozen)
+
+
+def test_an_empty_session_stays_the_base_in_a_batch_with_full_ones(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    index = [pool.open(), learned(lm, pool, seed=1), EMPTY, learned(lm, pool, seed=2)]
+    requests = [Read.of(lm, text(seed, BLOCK)) for seed in range(4)]
+    for request, session in zip(requests, index, strict=True):
+        request.step(pool, session)
+    last, plain = [7, 8, 9, 10], [lm.backbone.new_cache(99) for _ in requests]
+    for request, cache in zip(requests, plain, strict=True):
+        lm.backbone(torch.tensor([request.ids]), [cache])
+    alone = lm.backbone.logits(lm.backbone(torch.tensor(last)[:, None], plain)[:, 0])
+    carries = lm.decode(last, [request.cache for request in requests], pool, index)
+    predicted = lm.predict(carries, pool, index)
+    same = [torch.equal(predicted[b], alone[b]) for b in range(4)]
+    assert same == [True, False, True, False]
+
+
+def test_the_frozen_scores_are_those_of_the_base_whatever_the_memory_holds(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    session, ids = learned(lm, pool, seed=1), text(1)
+    request = read(lm, pool, session, ids)
+    torch.testing.assert_close(request.frozen, base_log_probs(lm.backbone, ids), atol=1e-4, rtol=0)
+    assert not torch.allclose(request.adapted, request.frozen, atol=1e-2), "the memory says something"
+
+
+def test_blocks_chained_by_their_carry_are_one_text(lm: AdaptiveLM) -> None:
+    ids = text(3)
+    request = read(lm, new_pool(lm), EMPTY, ids)
+    assert len(request.adapted) == len(ids) - 1, "only the first token has no predictor"
+    torch.testing.assert_close(request.adapted, base_log_probs(lm.backbone, ids), atol=1e-4, rtol=0)
+
+
+def test_a_memory_below_the_output_needs_a_second_cache_for_the_frozen_scores(backbone: Backbone) -> None:
+    for kind, needed in [("lexical", False), ("output", False), ("middle", True), ("all", True)]:
+        lm = build(backbone, *KINDS[kind])
+        assert lm.needs_frozen_cache == needed
+    with pytest.raises(ValueError, match="frozen_cache is needed"):
+        lm.block(text(0, 3), backbone.new_cache(9), new_pool(lm), frozen=True)
+
+
+# Law 3: one stream, one state.
+
+
+def run_stream(
+    lm: AdaptiveLM, *, reopen: bool = False, company: bool = False, frozen: bool = True
+) -> dict[tuple[str, int], bytes]:
+    """Two requests of one session in order; returns the state that they leave.
+
+    reopen: through a dump into another pool in between. company: while others read, learn and decode after each block.
+    """
+    pool = new_pool(lm)
+    others = [learned(lm, pool, seed=10 + i) for i in range(2)] if company else []
+    session = pool.open()
+    for seed in (1, 2):
+        draft, request = pool.draft(session), Read.of(lm, text(seed))
+        busy = pool.draft(others[0]) if company else None
+        guest, third = Read.of(lm, text(20 + seed, 99)), Read.of(lm, text(30, 5))
+        if company:
+            third.step(pool, others[1])
+        more = True
+        while more:
+            more = request.step(pool, draft.index, draft, frozen=frozen)
+            if busy is not None:
+                guest.step(pool, busy.index, busy)
+                lm.decode([3, 4], [guest.cache.fork(200), third.cache], pool, [busy.index, others[1]])
+        draft.commit()
+        if busy is not None:
+            busy.rollback()
+        if reopen:
+            state, pool = pool.dump(session), new_pool(lm)
+            learned(lm, pool, seed=40 + seed)
+            session = pool.open(state)
+    return image(pool.dump(session))
+
+
+def test_the_same_requests_leave_the_same_bits(lm: AdaptiveLM) -> None:
+    state = run_stream(lm)
+    assert state
+    assert run_stream(lm) == state
+    assert run_stream(lm, reopen=True) == state, "before or after a restart"
+    assert run_stream(lm, company=True) == state, "whoever shares the device"
+    assert run_stream(lm, frozen=False) == state, "proved or not"
+
+
+def test_turns_differ_by_what_the_turn_before_has_taught(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    states = []
+    for order in ((1, 2), (2, 1)):
+        session = pool.open()
+        for seed in order:
+            learn(lm, pool, session, text(seed))
+        states.append(image(pool.dump(session)))
+    assert states[0] != states[1]
+
+
+def test_a_turn_reads_what_it_has_written_itself(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    draft = pool.draft(pool.open())
+    request = read(lm, pool, draft.index, text(1), draft)
+    first, rest = slice(0, BLOCK - 1), slice(BLOCK - 1, None)
+    assert torch.equal(request.adapted[first], request.frozen[first])
+    assert not torch.equal(request.adapted[rest], request.frozen[rest])
+
+
+# Law 4: no neighbours.
+
+
+def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
+    """Batches of one shape: row 1 of each is the same session in the same place of the same text."""
+    pool = new_pool(lm)
+    mine, others = learned(lm, pool, seed=1), [learned(lm, pool, seed=seed) for seed in (2, 3)]
+    seen = []
+    for index, seed in [([mine, mine, mine], 4), ([others[0], mine, others[1]], 5), ([EMPTY, mine, EMPTY], 6)]:
+        requests = [Read.of(lm, text(seed)), Read.of(lm, text(1)), Read.of(lm, text(seed + 10, 5))]
+        for request, session in zip(requests, index, strict=True):
+            request.step(pool, session)
+        caches = [request.cache for request in requests]
+        rows = []
+        for _ in range(3):
+            carries = lm.decode([seed, 4, 2 * seed], caches, pool, index)
+            rows += [lm.predict(carries, pool, index)[1], carries[1].hidden, *carries[1].inputs.values()]
+        seen.append(torch.cat(rows))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+# Law 5: score, then update.
+
+
+def test_scores_do_not_depend_on_whether_they_are_learned(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    session, ids = learned(lm, pool, seed=1), text(2, BLOCK)
+    draft = pool.draft(session)
+    learning = read(lm, pool, draft.index, ids, draft)
+    assert draft.touched()
+    draft.rollback()
+    assert torch.equal(learning.adapted, read(lm, pool, session, ids).adapted)
+
+
+def test_scores_do_not_depend_on_what_comes_later(lm: AdaptiveLM) -> None:
+    ids = text(2)
+    adapted = []
+    for end in ([1, 2], [3, 4]):
+        pool = new_pool(lm)
+        draft = pool.draft(learned(lm, pool, seed=1))
+        adapted.append(read(lm, pool, draft.index, ids[:-2] + end, draft).adapted)
+    assert torch.equal(adapted[0][:-2], adapted[1][:-2])
+    assert not torch.equal(adapted[0][-2:], adapted[1][-2:])
+
+
+def test_probabilities_sum_to_one_and_are_those_that_are_scored(lm: AdaptiveLM) -> None:
+    """What `block` scores and lists, after each token, is what `predict` says."""
+    pool = new_pool(lm)
+    session, ids = learned(lm, pool, seed=1), text(1, BLOCK)
+    request = Read.of(lm, ids)
+    request.step(pool, session, top=3)
+    assert request.scores is not None
+    scores = request.scores[0]
+    assert scores.top is not None
+    for t in range(1, BLOCK):
+        carry, _ = lm.block(ids[:t], lm.backbone.new_cache(99), pool, session)
+        log_p = lm.predict([carry], pool, [session])[0].log_softmax(-1)
+        torch.testing.assert_close(scores.adapted[t - 1], log_p[ids[t]], atol=1e-4, rtol=0)
+        values, tokens = log_p.topk(3)
+        torch.testing.assert_close(scores.top[0][t - 1], values, atol=1e-4, rtol=0)
+        assert torch.equal(scores.top[1][t - 1], tokens)
+
+
+def test_a_mixture_is_made_of_probabilities(backbone: Backbone) -> None:
+    lm = build(backbone, *KINDS["all"])
+    pool = new_pool(lm)
+    session = learned(lm, pool, seed=1)
+    carry, _ = lm.block(text(1, 5), backbone.new_cache(99), pool, session)
+    torch.testing.assert_close(lm.predict([carry], pool, [session]).exp().sum(-1), torch.ones(1))
+
+
+# Laws 6 and 7: sparse; predict never writes.
+
+
+def test_a_block_touches_at_most_k_rows_a_token_and_no_other_bit(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    session, ids = learned(lm, pool, seed=1), text(2, 5)
+    before = image(pool.dump(session))
+    draft = pool.draft(session)
+    read(lm, pool, draft.index, ids, draft)
+    touched = draft.touched()
+    draft.commit()
+    after = image(pool.dump(session))
+    for site in lm.memory.config.sites:
+        assert 0 < len(touched[site.name].slots) <= (len(ids) - 1) * site.k
+    changed = {place for place in after if after[place] != before.get(place)}
+    assert changed <= image(touched).keys()
+    assert before.keys() <= after.keys()
+
+
+def test_only_what_is_learned_is_written(lm: AdaptiveLM) -> None:
+    """A mask's rows are those of its tokens: masks that add up to all tokens touch what all tokens touch."""
+    pool, ids = new_pool(lm), text(2, BLOCK)
+    even = [t % 2 == 0 for t in range(BLOCK)]
+    masks = {"none": [False] * BLOCK, "even": even, "odd": [not m for m in even], "all": [True] * BLOCK}
+    places = {}
+    for name, mask in masks.items():
+        draft = pool.draft(pool.open())
+        _, scores = lm.block(ids, lm.backbone.new_cache(99), pool, draft.index, learn=mask, draft=draft)
+        assert (0 if scores is None else int(scores.learned.sum())) == sum(mask[1:])
+        places[name] = {place for place in image(draft.touched()) if not place[0].endswith("_trust")}
+        draft.rollback()
+    assert places["none"] == set()
+    assert set() < places["even"] < places["all"]
+    assert places["even"] | places["odd"] == places["all"]
+
+
+def test_a_lexical_row_holds_learned_tokens_only(backbone: Backbone) -> None:
+    lm = build(backbone, LEXICAL)
+    pool, ids = new_pool(lm), [5, 6, 7, 8, 9, 10]
+    draft = pool.draft(pool.open())
+    lm.block(ids, backbone.new_cache(99), pool, draft.index, learn=[True, False, True, False, False, True], draft=draft)
+    tokens, strengths = draft.get("words", draft.touched()["words"].slots.long())
+    assert set(tokens[strengths > 0].tolist()) == {7, 10}
+
+
+def test_scores_are_of_what_is_scored_or_learned_in_order(lm: AdaptiveLM) -> None:
+    pool, ids = new_pool(lm), text(2, 6)
+    full = read(lm, pool, EMPTY, ids).adapted
+    score, mask = [True, True, False, False, True, False], [True, False, False, True, True, False]
+    draft = pool.draft(pool.open())
+    _, scores = lm.block(ids, lm.backbone.new_cache(99), pool, draft.index, score=score, learn=mask, draft=draft)
+    assert scores is not None
+    assert scores.frozen is None
+    assert scores.top is None
+    torch.testing.assert_close(scores.adapted, full[[0, 2, 3]], atol=1e-4, rtol=0)
+    assert scores.learned.tolist() == [False, True, True]
+
+
+def test_what_only_reads_leaves_every_bit_as_it_was(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    session = learned(lm, pool, seed=1)
+    before, fields = image(pool.dump(session)), [f.clone() for site in pool.sites.values() for f in site.fields]
+    request = read(lm, pool, session, text(2))
+    assert request.carry is not None
+    carries = [request.carry]
+    for token in (1, 2, 3):
+        carries = lm.decode([token], [request.cache], pool, [session])
+        lm.predict(carries, pool, [session])
+    lm.block([4, 5], request.cache, pool, session, carry=carries[0], learn=[True, True])
+    assert image(pool.dump(session)) == before
+    after = [f for site in pool.sites.values() for f in site.fields]
+    assert all(torch.equal(a, b) for a, b in zip(fields, after, strict=True))
+
+
+# What learning is for, and decoding.
+
+
+def test_what_was_read_before_is_predicted_better(backbone: Backbone) -> None:
+    lm = build(backbone, LEXICAL)
+    pool, ids = new_pool(lm), text(1)
+    session = pool.open()
+    first, second = (learn(lm, pool, session, ids) for _ in range(2))
+    stranger = read(lm, pool, learned(lm, pool, seed=7), ids)
+    assert torch.equal(first.frozen, second.frozen)
+    assert second.adapted.mean() > first.adapted.mean() + 0.5
+    assert second.adapted.mean() > stranger.adapted.mean() + 0.5, "it is this text that was learned, not any"
+
+
+def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbone: Backbone) -> None:
+    lm = build(backbone, LEXICAL)
+    lexical = lm.memory.lexical
+    assert lexical is not None
+    lexical.trust_rate.fill_(0.5)
+    pool = new_pool(lm)
+    session, trust = pool.open(), [0.0]
+    for ids in ([5, 6], [5, 6], [5, 6], [5, 7]):
+        learn(lm, pool, session, ids)
+        trust.append(float(pool.sites["words"].trust[session]))
+    assert trust[1] == 0.0, "nothing was known, nothing was said"
+    assert 0.0 < trust[2] < trust[3]
+    assert trust[4] < trust[3]
+    lexical.trust_rate.fill_(1e6)
+    learn(lm, pool, session, [5, 6])
+    assert float(pool.sites["words"].trust[session]) == 4.0, "trust is bounded"
+
+
+def test_decoding_after_a_block_is_the_block_of_the_same_tokens(lm: AdaptiveLM) -> None:
+    pool = new_pool(lm)
+    session, ids = learned(lm, pool, seed=1), text(1, BLOCK)
+    cache = lm.backbone.new_cache(99)
+    carry, _ = lm.block(ids[:3], cache, pool, session)
+    for t in range(3, BLOCK):
+        whole, _ = lm.block(ids[: t + 1], lm.backbone.new_cache(99), pool, session)
+        (carry,) = lm.decode([ids[t]], [cache], pool, [session])
+        torch.testing.assert_close(carry.hidden, whole.hidden, atol=1e-4, rtol=0)
+        assert carry.inputs.keys() == whole.inputs.keys()
+        for layer, state in carry.inputs.items():
+            torch.testing.assert_close(state, whole.inputs[layer], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            lm.predict([carry], pool, [session]), lm.predict([whole], pool, [session]), atol=1e-3, rtol=0
+        )
+
+
+def test_a_hidden_site_learns_from_the_states_and_errors_of_its_own_tokens(backbone: Backbone) -> None:
+    """The value is W_v [h_{t+1} ; ε_t] with ε = e(x) − Σ p·e: written once with full strength, it is read back."""
+    lm = build(backbone, MIDDLE)
+    site = lm.memory.hidden[1]
+    site.write_gate.copy_(torch.tensor([100.0, 0.0]))
+    ids, pool, states = [5, 6], new_pool(lm), torch.zeros(2, WIDTH)
+    final = backbone(torch.tensor([ids]), sites={1: lambda h: states.copy_(h[0])[None]})[0]
+    draft = pool.draft(pool.open())
+    lm.block(ids, backbone.new_cache(9), pool, draft.index, learn=[False, True], draft=draft)
+    p = backbone.logits(final[0]).softmax(-1)
+    error = backbone.embedding[6] - p @ backbone.embedding
+    value = states[1] @ site.value_hidden + error @ site.value_error
+    slots, w = site.address(states[:1])
+    (rows,) = draft.get("middle", slots[0])
+    torch.testing.assert_close(w[0] @ rows, value, atol=1e-4, rtol=0)

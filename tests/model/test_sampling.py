@@ -1,0 +1,159 @@
+"""Sampling follows OpenAI's parameters, and what a sequence draws is its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import sampling
+from model.sampling import Sampler, Sampling, _nucleus
+
+SCORES = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
+
+
+def drawn(options: Sampling, n: int, scores: Tensor = SCORES, choice: int = 0) -> list[int]:
+    sampler = Sampler(options, choice=choice)
+    return [sampler.draw(scores) for _ in range(n)]
+
+
+def assert_frequencies(tokens: list[int], probabilities: Tensor) -> None:
+    """Pearson's χ² below its 99.9 % quantile for up to six degrees of freedom; what is impossible never comes."""
+    counts = torch.tensor([tokens.count(i) for i in range(len(probabilities))], dtype=torch.float64)
+    expected = probabilities.double() / probabilities.double().sum() * len(tokens)
+    possible = expected > 0
+    assert not counts[~possible].any()
+    assert float(((counts - expected)[possible].square() / expected[possible]).sum()) < 22.5
+
+
+# What is drawn.
+
+
+def test_temperature_zero_is_greedy_whatever_the_seed() -> None:
+    assert set(drawn(Sampling(temperature=0.0), 20)) == {1}
+    assert drawn(Sampling(temperature=0.0, seed=1, top_p=0.1), 3) == drawn(Sampling(temperature=0.0, seed=2), 3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_those_of_the_tempered_softmax(temperature: float) -> None:
+    tokens = drawn(Sampling(temperature=temperature, seed=1), 3000)
+    assert_frequencies(tokens, (SCORES / temperature).softmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-40, 5e-324])
+def test_the_lowest_temperatures_are_greedy_too(temperature: float) -> None:
+    for scores in (SCORES, SCORES - 7.0, torch.tensor([-1e-3, -9.0])):
+        assert set(drawn(Sampling(temperature=temperature, seed=1), 20, scores)) == {int(scores.argmax())}
+
+
+@pytest.mark.parametrize("window", [2, sampling.TOP_P_WINDOW])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.7, 0.9, 0.97])
+def test_the_nucleus_is_the_fewest_likeliest_tokens_whose_mass_reaches_top_p(
+    top_p: float, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the nucleus is larger than the window in which it is looked for first."""
+    monkeypatch.setattr(sampling, "TOP_P_WINDOW", window)
+    probabilities = SCORES.softmax(-1)
+    nucleus, mass = torch.zeros(5), 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        nucleus[token] = probabilities[token]
+        mass += float(probabilities[token])
+        if mass >= top_p:
+            break
+    assert_frequencies(drawn(Sampling(top_p=top_p, seed=3), 2000), nucleus)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-6, 1.0, 1.0, 2.0]), min_size=1, max_size=6).filter(any),
+    top_p=st.sampled_from([0.0, 0.5, 0.999999, 1.0]),
+    u=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1 - 2**-53]),
+)
+@example(weights=[0.0, 1.0], top_p=1.0, u=0.0)
+@example(weights=[1.0, 0.0], top_p=1.0, u=1 - 2**-53)
+def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], top_p: float, u: float) -> None:
+    """Whatever the random number; its smallest is 0, its largest 1 − 2⁻⁵³."""
+    probabilities = torch.tensor(weights) / sum(weights)
+    assert weights[_nucleus(probabilities, top_p, u)] > 0
+
+
+def test_a_distribution_of_one_token_draws_it() -> None:
+    certain = torch.full((7,), -torch.inf)
+    certain[4] = 0.0
+    for options in (
+        Sampling(temperature=0.0),
+        Sampling(seed=1),
+        Sampling(seed=1, top_p=0.5),
+        Sampling(temperature=2.0),
+    ):
+        assert set(drawn(options, 20, certain)) == {4}
+        assert set(drawn(options, 5, torch.zeros(1))) == {0}
+
+
+def test_logits_and_log_probabilities_draw_the_same() -> None:
+    """A base's logits and a mixture's log-probabilities differ by a constant only."""
+    for options in (Sampling(seed=1), Sampling(seed=2, top_p=0.8, temperature=0.7)):
+        assert drawn(options, 200, SCORES.double()) == drawn(options, 200, SCORES.double().log_softmax(-1))
+
+
+# Biases and penalties: μ_j ← μ_j − c_j · frequency − [c_j > 0] · presence, as OpenAI documents them.
+
+
+def test_a_bias_of_100_forces_and_of_minus_100_bans() -> None:
+    assert set(drawn(Sampling(seed=1, logit_bias={4: 100.0}), 50)) == {4}
+    banned = drawn(Sampling(seed=1, temperature=2.0, logit_bias={1: -100.0, 2: -100.0}), 300)
+    assert set(banned) == {0, 3, 4}
+    assert drawn(Sampling(temperature=0.0, logit_bias={1: -100.0}), 1) == [2]
+
+
+def test_a_bias_is_added_to_the_score() -> None:
+    changed = SCORES + torch.tensor([2.0, 0.0, -0.5, 0.0, 0.0])
+    assert_frequencies(drawn(Sampling(seed=5, logit_bias={0: 2.0, 2: -0.5}), 3000), changed.softmax(-1))
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(0.9, 0.0), (0.0, 0.4), (0.3, 0.2), (-0.5, 0.0), (0.0, -0.5)])
+def test_penalties_count_what_was_drawn_before(presence: float, frequency: float) -> None:
+    options = Sampling(temperature=0.0, presence_penalty=presence, frequency_penalty=frequency, logit_bias={3: 0.7})
+    counts, expected = Counter[int](), []
+    for _ in range(20):
+        changed = SCORES.clone()
+        changed[3] += 0.7
+        for token, count in counts.items():
+            changed[token] -= count * frequency + presence
+        expected.append(int(changed.argmax()))
+        counts[expected[-1]] += 1
+    assert drawn(options, 20) == expected
+
+
+def test_the_scores_that_are_given_stay_as_they_were() -> None:
+    scores = SCORES.clone()
+    drawn(Sampling(seed=1, frequency_penalty=1.0, presence_penalty=1.0, logit_bias={0: 5.0}), 10, scores)
+    assert torch.equal(scores, SCORES)
+
+
+# Seeds.
+
+
+def test_a_seed_reproduces_its_sequence_and_choices_differ() -> None:
+    options, flat = Sampling(seed=7), torch.zeros(1000)
+    assert drawn(options, 20, flat) == drawn(options, 20, flat)
+    sequences = [tuple(drawn(options, 20, flat, choice)) for choice in range(4)]
+    sequences += [tuple(drawn(Sampling(seed=seed), 20, flat)) for seed in (8, -7, 70)]
+    sequences += [tuple(drawn(Sampling(), 20, flat)) for _ in range(2)]
+    assert len(set(sequences)) == len(sequences)
+
+
+def test_what_is_drawn_does_not_depend_on_who_draws_beside() -> None:
+    flat = torch.zeros(1000)
+    alone = drawn(Sampling(seed=1), 20, flat)
+    mine, other, unseeded = Sampler(Sampling(seed=1)), Sampler(Sampling(seed=2)), Sampler(Sampling())
+    beside = []
+    for _ in range(20):
+        other.draw(flat)
+        unseeded.draw(torch.randn(5))
+        beside.append(mine.draw(flat))
+    assert beside == alone

@@ -1,0 +1,136 @@
+"""The page at `/`: its files and no others, all of them local, under a policy that lets nothing else in."""
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from http.client import HTTPConnection
+from importlib.resources import files
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from service.routes.page import FILES
+from service.schemas import SESSION_ID
+from tests.conftest import Server
+
+PLAYGROUND = files("service") / "playground"
+
+
+class Elements(HTMLParser):
+    """The start tags of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def elements() -> list[tuple[str, dict[str, str | None]]]:
+    return Elements((PLAYGROUND / "index.html").read_text()).found
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_file_is_served_with_its_type_and_the_policy(client: httpx.Client, path: str) -> None:
+    response = client.get(path)
+    name, media_type = FILES[path]
+    assert response.status_code == 200
+    assert response.content == (PLAYGROUND / name).read_bytes()
+    assert response.headers["content-type"].split(";")[0] == media_type
+    policy = [directive.strip() for directive in response.headers["content-security-policy"].split(";")]
+    assert "default-src 'self'" in policy
+    assert not [directive for directive in policy if "unsafe" in directive or "*" in directive]
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
+    varying = ("date", "x-request-id")
+    get, head = client.get(path), client.head(path)
+    assert head.status_code == 200 and not head.content
+    assert [pair for pair in head.headers.items() if pair[0] not in varying] == [
+        pair for pair in get.headers.items() if pair[0] not in varying
+    ]
+
+
+def test_a_browser_that_has_the_file_is_told_so(client: httpx.Client) -> None:
+    first = client.get("/")
+    assert first.headers["cache-control"] == "no-cache"
+    tag = first.headers["etag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        again = client.get("/", headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    assert client.get("/", headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_the_page_is_only_read(client: httpx.Client) -> None:
+    response = client.post("/", json={})
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/index.html",
+        "/playground",
+        "/playground/",
+        "/playground/index.html",
+        "/playground/app.js/",
+        "/playground//app.js",
+        "/playground/../app.py",
+        "/playground/%2e%2e/app.py",
+        "/playground/..%2fapp.py",
+        "/playground/..\\app.py",
+        "/playground/app.js%00",
+        "/playground//etc/passwd",
+        "/playground/../../../../etc/passwd",
+    ],
+)
+def test_nothing_else_can_be_reached(server: Server, path: str) -> None:
+    address = urlsplit(server.url)
+    connection = HTTPConnection(address.hostname or "", address.port)
+    connection.request("GET", path)  # as it stands: httpx would tidy it up
+    assert connection.getresponse().status == 404
+    connection.close()
+
+
+def test_what_the_page_refers_to_is_local_and_there(
+    client: httpx.Client, elements: list[tuple[str, dict[str, str | None]]]
+) -> None:
+    links = [value for _, given in elements for name, value in given.items() if name in ("src", "href", "action")]
+    assert {f"/{link}" for link in links} == set(FILES) - {"/"}
+    for link in links:
+        assert client.get(f"/{link}").status_code == 200
+    for name in ("app.js", "style.css"):
+        assert not re.search(r"https?:|//\w|url\(|@import|\bimport\b", (PLAYGROUND / name).read_text())
+
+
+def test_the_page_needs_no_inline_code(elements: list[tuple[str, dict[str, str | None]]]) -> None:
+    assert all(given.get("src") for tag, given in elements if tag == "script")
+    assert "style" not in [tag for tag, _ in elements]
+    assert not [name for _, given in elements for name in given if name == "style" or name.startswith("on")]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|\beval\b", (PLAYGROUND / "app.js").read_text())
+
+
+def test_script_and_page_agree_on_ids(elements: list[tuple[str, dict[str, str | None]]]) -> None:
+    ids = [given["id"] for _, given in elements if "id" in given]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'\$\("([\w-]+)"\)', (PLAYGROUND / "app.js").read_text())) <= set(ids)
+    for _, given in elements:
+        assert {given[name] for name in ("for", "aria-labelledby", "aria-describedby") if name in given} <= set(ids)
+
+
+def test_the_page_takes_the_names_that_the_server_takes(elements: list[tuple[str, dict[str, str | None]]]) -> None:
+    """A `pattern` is anchored by itself, and wants a literal hyphen escaped."""
+    pattern = next(given["pattern"] for _, given in elements if given.get("id") == "session")
+    assert pattern == SESSION_ID.removeprefix("^").removesuffix("$").replace("=-]", r"=\-]")

@@ -1,0 +1,197 @@
+"""Which tokens a prompt is, and which of them it teaches: everything new, and nothing twice (law 9)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.tokenizer import Tokenizer
+from service.errors import BadRequest
+from service.prompts import (
+    DIGESTS_KEPT,
+    ChatPrompt,
+    Encoded,
+    TextPrompt,
+    TokenPrompt,
+    encode,
+    message_digests,
+    remember,
+    reply_digests,
+    segments,
+    windows,
+)
+
+Messages = list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_base)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def digests(messages: Messages) -> list[str]:
+    return list(message_digests(messages))
+
+
+def taught(encoded: Encoded, tokenizer: Tokenizer) -> str:
+    """The text of the tokens to be learned."""
+    return tokenizer.decode([token for token, new in zip(encoded.token_ids, encoded.learn, strict=True) if new])
+
+
+# Texts and tokens.
+
+
+def test_a_text_teaches_all_of_its_tokens_again_and_again(tokenizer: Tokenizer) -> None:
+    encoded = encode(TextPrompt("The quick brown fox"), tokenizer, ["seen"], reply=True)
+    assert encoded.token_ids == tokenizer.encode("The quick brown fox")
+    assert all(encoded.learn)
+    assert len(encoded.learn) == len(encoded.token_ids)
+    assert encoded.digests == []
+
+
+def test_token_ids_are_taken_as_they_are(tokenizer: Tokenizer) -> None:
+    encoded = encode(TokenPrompt([5, 1, 5]), tokenizer, [], reply=True)
+    assert (encoded.token_ids, encoded.learn) == ([5, 1, 5], [True] * 3)
+
+
+@pytest.mark.parametrize("prompt", [TextPrompt(""), TokenPrompt([])])
+def test_a_prompt_without_tokens_is_refused(prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadRequest, match="'prompt' must have at least one token") as refused:
+        encode(prompt, tokenizer, [], reply=True)
+    assert refused.value.param == "prompt"
+
+
+# Chats.
+
+
+def test_a_chat_teaches_the_contents_of_its_messages_and_nothing_of_the_template(tokenizer: Tokenizer) -> None:
+    chat: Messages = [{"role": "system", "content": "Be kind."}, user("What was said?"), assistant("A fox.")]
+    for reply in (True, False):
+        encoded = encode(ChatPrompt(chat), tokenizer, [], reply=reply)
+        assert taught(encoded, tokenizer) == "Be kind.What was said?A fox."
+        assert encoded.digests == digests(chat)
+        assert tokenizer.decode(encoded.token_ids).endswith("assistant\n") == reply
+        assert not encoded.learn[-1]
+
+
+def test_a_history_that_is_resent_teaches_its_new_part_only(tokenizer: Tokenizer) -> None:
+    first = [user("The dog sleeps.")]
+    known = remember((), [*digests(first), *reply_digests(first, ["So it does."])])
+    chat = [*first, assistant("So it does."), user("And the fox?")]
+    assert taught(encode(ChatPrompt(chat), tokenizer, known, reply=True), tokenizer) == "And the fox?"
+    known = remember(known, digests(chat))
+    again = encode(ChatPrompt(chat), tokenizer, known, reply=True)
+    assert not any(again.learn), "a retry teaches nothing"
+    assert again.token_ids == encode(ChatPrompt(chat), tokenizer, [], reply=True).token_ids, "but it reads it all"
+
+
+def test_a_history_cut_at_the_front_is_still_known(tokenizer: Tokenizer) -> None:
+    chat = [user("one"), assistant("two"), user("three"), assistant("four")]
+    known = digests(chat)
+    for cut in range(5):
+        encoded = encode(ChatPrompt([*chat[cut:], user("five")]), tokenizer, known, reply=True)
+        assert taught(encoded, tokenizer) == "five"
+
+
+def test_an_edited_message_is_new_and_those_around_it_are_not(tokenizer: Tokenizer) -> None:
+    chat = [user("one"), assistant("two"), user("three")]
+    edited = [user("one"), assistant("2"), user("three")]
+    assert taught(encode(ChatPrompt(edited), tokenizer, digests(chat), reply=True), tokenizer) == "2"
+
+
+def test_a_message_said_again_is_new(tokenizer: Tokenizer) -> None:
+    chat = [user("yes"), assistant("Really?")]
+    said_again = [*chat, user("yes")]
+    assert len(set(digests(said_again))) == 3
+    assert taught(encode(ChatPrompt(said_again), tokenizer, digests(chat), reply=True), tokenizer) == "yes"
+    assert taught(encode(ChatPrompt([user("no"), user("no")]), tokenizer, [], reply=True), tokenizer) == "nono"
+
+
+def test_a_digest_tells_role_and_content_apart_and_ignores_white_space_around() -> None:
+    """Templates trim contents, and clients do."""
+    one = digests([user("a\x000\x00b")])[0]
+    others: list[Messages] = [[assistant("a\x000\x00b")], [user("a")], [user("b")], [user("a\x001\x00b")]]
+    assert one not in [digests(messages)[0] for messages in others]
+    assert digests([user("  yes\n"), user("yes")]) == digests([user("yes"), user("yes ")])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.sampled_from(["a", "b", " a"])), max_size=8))
+def test_every_message_of_a_chat_has_a_digest_of_its_own_that_a_longer_chat_keeps(said: list[tuple[str, str]]) -> None:
+    chat = [{"role": role, "content": content} for role, content in said]
+    known = digests(chat)
+    assert len(set(known)) == len(chat)
+    for end in range(len(chat)):
+        assert digests(chat[:end]) == known[:end]
+        assert set(digests(chat[end:])) <= set(known), "nor is anything new in what is left of it"
+
+
+def test_a_replys_digest_is_the_one_under_which_it_comes_back() -> None:
+    chat = [user("yes"), assistant("yes"), user("again")]
+    for reply, digest in zip(["yes", "no"], reply_digests(chat, ["yes", "no"]), strict=True):
+        assert digests([*chat, assistant(reply + " "), user("and then")])[3] == digest
+    assert reply_digests(chat, []) == []
+
+
+def test_an_empty_message_teaches_nothing(tokenizer: Tokenizer) -> None:
+    encoded = encode(ChatPrompt([user(""), assistant("ok")]), tokenizer, [], reply=True)
+    assert taught(encoded, tokenizer) == "ok"
+
+
+def test_messages_that_the_template_refuses_are_a_bad_request(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadRequest, match="The chat template refuses 'messages'") as refused:
+        encode(ChatPrompt([{"content": "no role"}]), tokenizer, [], reply=True)
+    assert refused.value.param == "messages"
+
+
+# What is remembered.
+
+
+def test_the_latest_digests_are_kept_each_once() -> None:
+    assert remember(["a", "b", "c"], ["d", "b"]) == ("a", "c", "d", "b")
+    assert remember((), ()) == ()
+
+
+def test_what_is_remembered_is_bounded_and_the_oldest_goes_first() -> None:
+    kept = remember([f"old {i}" for i in range(DIGESTS_KEPT)], ["new", "old 5"])
+    assert len(kept) == DIGESTS_KEPT
+    assert kept[-2:] == ("new", "old 5")
+    assert kept[0] == "old 1"
+
+
+# Texts of any length.
+
+
+@given(st.integers(0, 40), st.integers(2, 9))
+def test_windows_cover_every_token_once_each_with_a_predictor(length: int, size: int) -> None:
+    text, bos = list(range(100, 100 + length)), 1
+    parts = list(windows(text, size, bos))
+    assert [token for part, _ in parts for token in part[1:]] == text
+    assert all(part[0] == bos and 2 <= len(part) <= size for part, _ in parts)
+    assert all(part[1] == text[start] for part, start in parts)
+    assert all(len(part) == size for part, _ in parts[:-1]), "no window is cut short but the last"
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("score", [False, True])
+def test_segments_score_and_learn_each_token_of_the_text_once(learn: bool, score: bool) -> None:
+    encoded = Encoded(list(range(10, 21)), [n % 3 == 0 for n in range(11)])
+    parts = segments(encoded, 5, 1, learn=learn, score=score)
+    assert [part.token_ids[0] for part in parts] == [1, 1, 1]
+    scored = [t for p in parts if p.score is not None for t, on in zip(p.token_ids, p.score, strict=True) if on]
+    learned = [t for p in parts if p.learn is not None for t, on in zip(p.token_ids, p.learn, strict=True) if on]
+    assert scored == (encoded.token_ids if score else [])
+    assert learned == ([10, 13, 16, 19] if learn else [])
+    assert all(part.generate is None for part in parts)
+    assert all((part.learn is None, part.score is None) == (not learn, not score) for part in parts)
+    assert segments(Encoded([], []), 5, 1, learn=learn, score=score) == []

@@ -1,0 +1,148 @@
+"""Who runs next: first come, first served; within limits; and blocks take turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.job import Job, Segment
+from service.engine.scheduler import Scheduler
+
+
+@dataclass(eq=False)
+class Run:
+    """What a scheduler sees of a run: `blocks` are left, then it decodes."""
+
+    num_sequences: int = 1
+    num_tokens: int = 10
+    blocks: int = 0
+
+    @property
+    def wants_block(self) -> bool:
+        return self.blocks > 0
+
+
+def scheduler(*runs: Run, max_sequences: int = 4, max_tokens: int = 100) -> Scheduler[Run]:
+    made = Scheduler[Run](max_sequences=max_sequences, max_tokens=max_tokens)
+    for run in runs:
+        made.add(run)
+    return made
+
+
+# Admission.
+
+
+def test_runs_are_admitted_in_the_order_they_came_while_they_fit() -> None:
+    runs = [Run() for _ in range(6)]
+    order = scheduler(*runs)
+    assert order.admit() == runs[:4]
+    assert order.admit() == []
+    order.remove(runs[1])
+    assert order.admit() == [runs[4]]
+    assert list(order.running) == [runs[0], runs[2], runs[3], runs[4]]
+    assert list(order.waiting) == [runs[5]]
+
+
+def test_a_run_that_does_not_fit_is_not_overtaken() -> None:
+    first, large, small = Run(num_tokens=60), Run(num_tokens=50), Run(num_tokens=1)
+    order = scheduler(first, large, small)
+    assert order.admit() == [first]
+    assert order.admit() == []
+    order.remove(first)
+    assert order.admit() == [large, small]
+
+
+@pytest.mark.parametrize("oversize", [Run(num_sequences=5), Run(num_tokens=101)])
+def test_a_run_over_a_limit_runs_alone(oversize: Run) -> None:
+    before, after = Run(), Run()
+    order = scheduler(before, oversize, after)
+    assert order.admit() == [before]
+    order.remove(before)
+    assert order.admit() == [oversize]
+    order.remove(oversize)
+    assert order.admit() == [after]
+
+
+def test_a_run_may_fill_a_limit_exactly() -> None:
+    runs = [Run(num_sequences=3, num_tokens=99), Run(num_sequences=1, num_tokens=1)]
+    order = scheduler(*runs)
+    assert order.admit() == runs
+    assert order.tokens_reserved == 100
+
+
+@given(st.lists(st.builds(Run, st.integers(1, 6), st.integers(1, 130)), max_size=12), st.randoms())
+def test_limits_hold_and_everyone_runs_once_in_order(runs: list[Run], random: st.randoms) -> None:  # type: ignore[valid-type]
+    order, admitted = scheduler(*runs), []
+    while order.waiting or order.running:
+        admitted += order.admit()
+        assert order.running, "there is always somebody running"
+        assert order.tokens_reserved == sum(run.num_tokens for run in order.running)
+        if len(order.running) > 1:
+            assert sum(run.num_sequences for run in order.running) <= 4
+            assert order.tokens_reserved <= 100
+        order.remove(random.choice(list(order.running)))  # type: ignore[attr-defined]
+    assert admitted == runs
+
+
+# Turns.
+
+
+def test_blocks_go_round_those_who_want_one() -> None:
+    long, decoding, short = Run(blocks=9), Run(), Run(blocks=2)
+    order, seen = scheduler(long, decoding, short), []
+    order.admit()
+    for _ in range(6):
+        turn = order.next_block()
+        assert turn is not None
+        turn.blocks -= 1
+        seen.append(turn)
+    assert seen == [long, short, long, short, long, long]
+    assert set(order.running) == {long, decoding, short}
+
+
+def test_a_newcomer_waits_at_most_one_round() -> None:
+    old = [Run(blocks=99), Run(blocks=99)]
+    order = scheduler(*old)
+    order.admit()
+    order.next_block()
+    newcomer = Run(blocks=1)
+    order.add(newcomer)
+    order.admit()
+    assert newcomer in [order.next_block() for _ in range(3)]
+
+
+def test_there_is_no_block_where_nobody_wants_one() -> None:
+    order = scheduler(Run(), Run(blocks=3))
+    assert order.next_block() is None, "nobody is admitted"
+    order.admit()
+    order.remove(next(run for run in order.running if run.wants_block))
+    assert order.next_block() is None
+
+
+def test_a_removed_run_is_gone_from_wherever_it_was() -> None:
+    running, waiting, stranger = Run(num_tokens=99), Run(num_tokens=99), Run()
+    order = scheduler(running, waiting)
+    order.admit()
+    order.remove(stranger)
+    order.remove(waiting)
+    assert (list(order.running), list(order.waiting)) == ([running], [])
+    order.remove(running)
+    assert (list(order.running), list(order.waiting)) == ([], [])
+
+
+# Which segments are proved.
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_share_of_the_segments_is_proved_the_first_of_a_session_included(rate: float, start: int) -> None:
+    """Wherever a job begins in its session, its segments continue the same sequence."""
+    whole = Job([Segment([1])] * 300, lambda job, event: None, proof_rate=rate)
+    later = Job([Segment([1])] * 300, lambda job, event: None, proof_from=start, proof_rate=rate)
+    proved = [whole.proves(n) for n in range(300)]
+    assert proved[0] == (rate > 0)
+    assert abs(sum(proved) - 300 * rate) <= 1
+    assert [later.proves(n) for n in range(300 - start)] == proved[start:]
