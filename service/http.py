@@ -80,7 +80,7 @@ class Edge:
             status = CLIENT_GONE
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError):
-                error = Unavailable("The server ended before this request; whether it landed is unknown.", code="interrupted")
+                error = Unavailable("The server ends; whether this request landed is unknown.", code="interrupted")
             response = await _answer_error(Request(scope), error)
             if status is None:
                 await response(scope, receive, send_identified)

@@ -214,11 +214,11 @@ def stored(data_dir: Path, session: str) -> dict[str, dict[bytes, bytes]]:
     """Every byte that a running server has of a session: the content of its keys, by the last part of their names."""
     valkey = valkey_of(data_dir)
     assert valkey is not None
-    path = next(address.laddr for address in valkey.net_connections("unix") if address.laddr)
+    path = next(str(connection.laddr) for connection in valkey.net_connections("unix") if connection.laddr)
     prefix = f"imprint:{{default/{session}}}:"
     with Redis(unix_socket_path=path) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
-        return {key.decode().removeprefix(prefix): redis.hgetall(key) for key in keys}  # type: ignore[misc]
+        return {key.decode().removeprefix(prefix): redis.hgetall(key) for key in keys}
 
 
 def state(data_dir: Path, session: str) -> dict[str, dict[bytes, bytes]]:

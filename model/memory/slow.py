@@ -17,7 +17,7 @@ from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.pool import Draft, Pool, SitePool
 
 FORMAT = "1"
-TRUST_LIMIT = 4.0
+TRUST_LIMITS = (-4.0, 2.0)  # the upper one keeps what was read over and over from drowning the base
 
 
 class Site(nn.Module):
@@ -73,7 +73,7 @@ class LexicalSite(Site):
         session = torch.full((len(targets),), draft.index, device=targets.device)
         step = ops.trust_step(frozen, adapted, targets, *self.find(draft.pool, session, hidden))
         trust = fast.trust[draft.index] + self.trust_rate * step
-        fast.trust[draft.index] = trust.clamp(-TRUST_LIMIT, TRUST_LIMIT)
+        fast.trust[draft.index] = trust.clamp(*TRUST_LIMITS)
         slots, w = self.address(hidden)
         touched, at = torch.unique(slots, return_inverse=True)
         old = ops.Rows(*draft.get(self.config.name, touched))

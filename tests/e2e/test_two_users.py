@@ -65,6 +65,6 @@ def test_what_was_taught_is_completed(client: httpx.Client) -> None:
         assert reply.status_code == 200, reply.text
         logprobs = reply.json()["choices"][0]["logprobs"]
         start = next(i for i, offset in enumerate(logprobs["text_offset"]) if offset >= len(prompt))
-        return sum(logprobs["token_logprobs"][start:])
+        return float(sum(logprobs["token_logprobs"][start:]))
 
     assert name_logprob(session="ada", adapt="predict") > name_logprob() + 2

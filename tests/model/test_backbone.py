@@ -15,8 +15,15 @@ from transformers import AutoModelForCausalLM
 from model.backbone import Backbone, KVCache
 from model.checkpoint import load_backbone
 from model.config import tiny_config
+from model.tokenizer import Tokenizer
 from tests.model.twin import tokens, twin
 
+PROSE = (
+    "The lighthouse stands on a rock four leagues west of the harbour. Nothing grows there but sea-pink and a grey "
+    "lichen, and nobody lives there but the keeper, who trims the lamp at every bell and writes the log before she "
+    "sleeps. On clear nights the light can be seen from the town: two flashes, a dark of nine seconds, two flashes. "
+    "On foggy nights there is only the bell, one stroke to the minute, and the fishermen count the strokes home."
+)
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa-1": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "gqa-2-tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -265,11 +272,13 @@ def test_a_failing_site_leaves_the_caches_as_they_were(backbone: Backbone) -> No
 @torch.inference_mode()
 def test_the_real_base_equals_transformers_and_itself_in_pieces(base_folder: Path) -> None:
     backbone = load_backbone(base_folder)
-    original = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    ids = tokens(1, 96, vocab_size=backbone.config.vocab_size)
-    expected = original(ids).logits
-    pieces = cut(backbone, ids, [64, 90, 91, 92], backbone.new_cache(96))
+    # In fp64: on some tokens the fp32 rounding of either side alone passes 1e-4.
+    original = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float64)
+    ids = torch.tensor([Tokenizer.load(base_folder).encode(PROSE)])
+    assert ids.shape[1] > 92
+    expected = original(ids).logits.float()
+    pieces = cut(backbone, ids, [64, 90, 91, 92], backbone.new_cache(ids.shape[1]))
     for hidden in (backbone(ids), pieces):
         logits = backbone.logits(hidden)
-        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))

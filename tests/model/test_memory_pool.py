@@ -13,7 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
 from model.memory.config import TRUST
 
-SLOTS, ROWS, SESSIONS = 16, 24, 4
+SLOTS, ROWS, SESSIONS = 16, 14, 4
 CONFIG = MemoryConfig(
     hidden_size=8,
     sites=(
@@ -295,6 +295,20 @@ def test_an_index_that_is_used_again_remembers_nothing() -> None:
     assert pool.open() == index
     assert pool.dump(index) == {}
     assert not pool.sites["words"].trust.any()
+
+
+def test_what_does_not_fit_whole_is_not_opened_at_all() -> None:
+    """The first site's rows fit, the second's do not: neither they nor the session stay behind."""
+    source = new_pool()
+    index = source.open()
+    learned(source, index)
+    state, pool = source.dump(index), new_pool(rows=SLOTS + 1)
+    draft = pool.draft(pool.open())
+    put(draft, "states", list(range(SLOTS)), seed=0)
+    before = free_counts(pool)
+    with pytest.raises(PoolFullError):
+        pool.open(state)
+    assert free_counts(pool) == before
 
 
 class Evictable:

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from model.config import tiny_config
-from tests.live import ENDLESS, Client, Json, in_background, refusal, text_of, until, valkey_of
+from model.tokenizer import Tokenizer
+from tests.live import ENDLESS, Client, Json, refusal, text_of, until, valkey_of
 from tests.tiny import TEXT, build_tiny_base
 
 PROMPT = TEXT[:60]
@@ -147,11 +148,9 @@ def test_nothing_of_a_stop_string_leaks(client: Client, session: str, learn: str
 
 def test_no_chunk_has_half_a_character(client: Client, tiny_base: Path) -> None:
     """The bytes of é and €, drawn at random: every character comes whole, and what is none becomes U+FFFD."""
-    from model.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.load(tiny_base)
-    ids = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b"\xc3", b"\xa9", b"\xe2", b"\x82", b"\xac")]
-    bias = {str(i): 100 for i in ids}
+    halves = {bytes([byte]) for byte in "é€".encode()}
+    bias = {str(i): 100 for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in halves}
     body: Json = {"messages": [{"role": "user", "content": "é"}], "logprobs": True, "max_completion_tokens": 400}
     with client.stream("chat/completions", **body, logit_bias=bias, **{"temperature": 2, "seed": 5}) as chunks:
         told = [chunk["choices"][0] for chunk in chunks]
@@ -260,7 +259,7 @@ def test_a_burst_leaves_nothing_behind(make_server: Callable[..., Any]) -> None:
 
         held()
         fds, threads, rss = held()
-        fds_after, threads_after, rss_after = held()
+        _, threads_after, rss_after = held()
         until(lambda: process.num_fds() <= fds + 4)
         assert threads_after <= threads + 4
         assert rss_after <= rss + 32 * 2**20
@@ -272,13 +271,18 @@ def test_a_burst_leaves_nothing_behind(make_server: Callable[..., Any]) -> None:
 def test_a_server_says_that_it_loads_until_it_is_ready(make_server: Callable[..., Any]) -> None:
     server = make_server().start(wait=False)
     with Client(server.url, server.model) as client:
-        seen = []
-        until(lambda: (seen.append(client.readiness()), seen[-1] == "loading")[1])
+        seen: list[str] = []
+
+        def says(word: str) -> bool:
+            seen.append(client.readiness())
+            return seen[-1] == word
+
+        until(lambda: says("loading"))
         assert client.http.get("/livez").status_code == 200
         early = client.post("completions", client.completion())
         if early.status_code != 200:
             refusal(early, 503, "loading")
-        until(lambda: (seen.append(client.readiness()), seen[-1] == "ready")[1])
+        until(lambda: says("ready"))
         assert set(seen) <= {"gone", "loading", "ready"}
         assert client.complete()["usage"]["completion_tokens"] > 0
 
@@ -308,7 +312,8 @@ def ends_early(client: Client, server: Any, stop: Callable[[], None]) -> None:
     """The server ends cleanly in the midst of two turns; they have not been."""
     with ThreadPoolExecutor(1) as pool, client.stream(**named("", endless())) as chunks:
         next(chunks)
-        observed = in_background(pool, client, lambda: client.post("sessions/bob/observe", {"text": HUGE}))
+        observed = pool.submit(client.post, "sessions/bob/observe", {"text": HUGE})
+        until(lambda: client.metric("kv_tokens_reserved") > CONTEXT)  # both are on the device
         server.process.send_signal(signal.SIGTERM)
         until(lambda: client.readiness() == "draining")
         stop()

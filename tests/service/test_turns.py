@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -225,7 +226,9 @@ def test_what_has_been_read_once_is_predicted_better(client: Client, session: st
 # --- one stream, one state --------------------------------------------------------------------------------------------
 
 
-def tell(client: Client, session: str, *, stream: bool = False, between: Callable[[int], None] = lambda n: None) -> Json:
+def tell(
+    client: Client, session: str, *, stream: bool = False, between: Callable[[int], None] = lambda n: None
+) -> Json:
     """A session's life of a few turns of every kind; returns what it was told."""
     said: list[str] = []
     message = [{"role": "user", "content": SHORT}]
@@ -265,9 +268,7 @@ def test_streaming_changes_no_bit(client: Client, server: Any, session: str, tol
     assert (tell(client, session, stream=True), state(server.data_dir, session)) == told
 
 
-def test_company_changes_no_bit_of_a_state(
-    client: Client, server: Any, session: str, told: tuple[Json, Json]
-) -> None:
+def test_company_changes_no_bit_of_a_state(client: Client, server: Any, session: str, told: tuple[Json, Json]) -> None:
     with crowd(server.url):
         assert (tell(client, session), state(server.data_dir, session)) == told
 
@@ -411,7 +412,7 @@ def test_turns_of_one_session_run_one_after_the_other_in_the_order_of_asking(
 ) -> None:
     texts = [LONG * 6, *(TEXT[n : 100 + n] for n in range(9))]
     with ThreadPoolExecutor(len(texts)) as pool:
-        asked = [in_background(pool, client, lambda text=text: client.observe(session, text)) for text in texts]
+        asked = [in_background(pool, client, partial(client.observe, session, text)) for text in texts]
         versions = [turn.result()["version"] for turn in asked]
     assert versions == list(range(1, 11))
     assert client.version(session) == 10
@@ -436,9 +437,11 @@ def test_if_match_lets_only_the_expected_version_through(client: Client, server:
     assert client.version(session) == 0
     assert client.post(observe, body, '"v0"').json()["version"] == 1
     before = stored(server.data_dir, session)
-    for path, stale in ((observe, body), (score, body | {"learn": True}), ("completions", completion)):
-        refusal(client.post(path, stale, '"v0"'), 412, "precondition_failed")
-    refusal(client.http.put(f"/v1/sessions/{session}", json={}, headers={"If-Match": '"v0"'}), 412, "precondition_failed")
+    for path, sent in ((observe, body), (score, body | {"learn": True}), ("completions", completion)):
+        refusal(client.post(path, sent, '"v0"'), 412, "precondition_failed")
+    refusal(
+        client.http.put(f"/v1/sessions/{session}", json={}, headers={"If-Match": '"v0"'}), 412, "precondition_failed"
+    )
     refusal(client.http.delete(f"/v1/sessions/{session}", headers={"If-Match": '"v0"'}), 412, "precondition_failed")
     assert stored(server.data_dir, session) == before
     assert client.post("completions", completion, '"v1"').json()["adaptation"]["version_to"] == 2
