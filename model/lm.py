@@ -128,10 +128,13 @@ class AdaptiveLM:
             unread_states = None if unread is None else _shift(unread, None if carry is None else carry.frozen)[wanted]
             chosen = targets.pick(wanted)
             of_chosen = learned[wanted]
-            adapted, base, best, logits = self._score(chosen, pool, index, frozen=frozen, unread=unread_states, top=top)
+            adapted, base, best, logits, unmixed = self._score(
+                chosen, pool, index, frozen=frozen, unread=unread_states, top=top
+            )
             scores = Scores(adapted, base, of_chosen, best)
             if draft is not None and bool(of_chosen.any()):
-                self._write(draft, chosen.pick(of_chosen), scores.adapted[of_chosen], logits[of_chosen])
+                picked = chosen.pick(of_chosen)
+                self._write(draft, picked, adapted[of_chosen], unmixed[of_chosen], logits[of_chosen])
         last = Carry(final[-1], {n: h[-1] for n, h in inputs.items()}, None if unread is None else unread[-1])
         return last, scores
 
@@ -179,8 +182,8 @@ class AdaptiveLM:
 
     def _score(
         self, targets: _Targets, pool: Pool, index: int, *, frozen: bool, unread: Tensor | None, top: int
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor]:
-        """adapted, frozen and top as in `Scores`, and the logits [n, V] before the lexical site."""
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor, Tensor]:
+        """adapted, frozen and top as in `Scores`; before the lexical site: logits [n, V] and log-probabilities [n]."""
         session = torch.full((len(targets.ids),), index, device=self.device)
         logits = self.backbone.logits(self._read_output(targets.states, pool, session))
         adapted = before_lexical = _log_prob(logits, targets.ids)
@@ -195,13 +198,13 @@ class AdaptiveLM:
             states = targets.states if unread is None else unread
             base = _log_prob(self.backbone.logits(states), targets.ids) if differs else before_lexical
         best = mixed.log_softmax(-1).topk(top) if top else None
-        return adapted, base, None if best is None else (best.values, best.indices), logits
+        return adapted, base, None if best is None else (best.values, best.indices), logits, before_lexical
 
     # --- write -----------------------------------------------------------------------------------------------------
 
-    def _write(self, draft: Draft, targets: _Targets, adapted: Tensor, logits: Tensor) -> None:
+    def _write(self, draft: Draft, targets: _Targets, adapted: Tensor, unmixed: Tensor, logits: Tensor) -> None:
         if (lexical := self.memory.lexical) is not None:
-            lexical.learn(draft, targets.states, targets.ids, _log_prob(logits, targets.ids), adapted)
+            lexical.learn(draft, targets.states, targets.ids, unmixed, adapted)
         if self.memory.hidden:
             error = F.embedding(targets.ids, self.backbone.embedding).float()
             error = error - torch.softmax(logits, -1) @ self.backbone.embedding.float()

@@ -101,7 +101,9 @@ class User:
 
     def _words(self, least: int, most: int) -> str:
         start, count = self.random.randrange(len(WORDS)), self.random.randint(least, most)
-        return " ".join(self.random.choice(WORDS) if n % 7 == 3 else WORDS[(start + n) % len(WORDS)] for n in range(count))
+        return " ".join(
+            self.random.choice(WORDS) if n % 7 == 3 else WORDS[(start + n) % len(WORDS)] for n in range(count)
+        )
 
 
 def answer_of(body: Json) -> Json:
@@ -130,7 +132,7 @@ class Soak:
         self.faults: list[str] = []
         self.counts: Counter[str] = Counter()
         self.samples: list[list[dict[str, int]]] = []
-        self.verified = 0
+        self.replayed = 0
         self._pause = streams / TURNS_PER_S
         self._outages: list[float] = []  # when each ended; infinity while it lasts
         self._over = threading.Event()
@@ -148,7 +150,7 @@ class Soak:
                         self._leave(client, user, turn)
                     else:
                         self._stay(client, user, turn, began)
-                except httpx.TransportError as error:
+                except (httpx.TransportError, OSError) as error:
                     self._excuse(f"{user.name}: {turn.path}: {error!r}", began)
                     self._resolve(client, user, turn, {"text": ""})
                 except AssertionError as error:
@@ -291,8 +293,9 @@ class Soak:
                 if time.monotonic() > deadline:
                     break
                 wrong = self._replay(client, user) or self._compare(client, user, stored[user.name])
-                self.faults += [] if wrong is None else [f"{user.name}: {wrong}"]
-                self.verified += 1
+                self.replayed += 1
+                if wrong is not None:
+                    self.faults.append(f"{user.name}: {wrong}")
                 self._tell(f"replayed {user.name}")
         self.replica.stop()
 
@@ -349,7 +352,8 @@ class Soak:
                 most = max(sample[what] for sample in samples)
                 shown.append(f"{most >> 20} MiB" if what == "rss" else str(most))
                 table.add_row(f"process {number}: {what}", "{} at first, {} at last, {} at most".format(*shown))
-        table.add_row("sessions replayed and equal", f"{self.verified - len(self.faults)} of {len(self.users)}")
+        table.add_row("sessions replayed", f"{self.replayed} of {len(self.users)}")
+        table.add_row("faults", str(len(self.faults)))
         console.print(table)
         for fault in self.faults:
             console.print(f"FAULT {fault}", markup=False)

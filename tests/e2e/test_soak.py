@@ -1,0 +1,18 @@
+"""A minute of the soak: many users, a restart and a kill -9, and every answer and every byte as if nothing had been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.soak import soak
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_a_minute_of_many_users(tiny_base: Path, tmp_path: Path) -> None:
+    run = soak(tmp_path, str(tiny_base), minutes=1, streams=8, kill=True)
+    assert run.report()
+    assert run.replayed == len(run.users)
+    assert {"heard", "left", "refused in a restart"} <= run.counts.keys()

@@ -1,0 +1,242 @@
+"""What a client was told is committed survives the end of every process, and is learned once."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.store.embedded import valkey_binary
+from tests.live import ENDLESS, Client, Json, in_background, refusal, state, success, until, valkey_of
+from tests.tiny import TEXT
+
+State = dict[str, dict[bytes, bytes]]
+
+
+@pytest.fixture(autouse=True)
+def no_orphans(tmp_path: Path) -> Iterator[None]:
+    """A killed server leaves its Valkey behind, and so would a test that fails after that."""
+    yield
+    for folder in tmp_path.iterdir():
+        if (valkey := valkey_of(folder)) is not None:
+            valkey.terminate()
+
+
+def teach(client: Client, session: str, turn: int) -> httpx.Response:
+    """The turn of that number in the life of every session here."""
+    if turn % 3 < 2:
+        return client.post(f"sessions/{session}/observe", {"text": TEXT[turn % 50 :] * (1 + turn % 4)})
+    said: Json = {"session": session, "learn": "all", "max_tokens": 40, "logit_bias": ENDLESS}
+    return client.post("completions", client.completion(TEXT[turn % 50 :], **said))
+
+
+@pytest.fixture(scope="module")
+def replay(server: Any) -> Iterator[Callable[[int], State]]:
+    """What so many turns leave behind where nothing happens to the server."""
+    states: list[State] = [{}]
+    with Client(server.url, server.model) as client:
+
+        def after(turns: int) -> State:
+            while len(states) <= turns:
+                success(teach(client, "replay", len(states) - 1))
+                states.append(state(server.data_dir, "replay"))
+            return states[turns]
+
+        yield after
+
+
+@contextmanager
+def away(data_dir: Path) -> Iterator[None]:
+    """Kills Valkey, and keeps it from being started again until the block ends."""
+    valkey = valkey_of(data_dir)
+    assert valkey is not None
+    with (data_dir / "valkey" / "lock").open("r+b") as lock, ThreadPoolExecutor(1) as pool:
+        locked = pool.submit(fcntl.flock, lock, fcntl.LOCK_EX)  # granted the moment that Valkey dies
+        valkey.kill()
+        locked.result()
+        yield
+
+
+def refuses_sessions_only(client: Client) -> None:
+    """What there is of the server without its store."""
+    text: Json = {"text": TEXT}
+    for path, body in (
+        ("completions", client.completion(session="alice")),
+        ("completions", client.completion(session="alice", stream=True)),
+        ("sessions/alice/observe", text),
+        ("sessions/alice/score", text),
+    ):
+        assert refusal(client.post(path, body), 503, "store_unavailable")["type"] == "server_error"
+    for method, path in (("GET", "/alice"), ("PUT", "/alice"), ("DELETE", "/alice"), ("GET", "")):
+        refusal(client.http.request(method, f"/v1/sessions{path}"), 503, "store_unavailable")
+    assert client.complete()["usage"]["completion_tokens"] > 0
+    assert client.readiness() == "ready"
+
+
+def answers(client: Client) -> bool:
+    return client.http.get("/v1/sessions").status_code == 200
+
+
+# --- the server dies --------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_server_comes_back_with_all_that_it_committed(
+    make_server: Callable[..., Any], replay: Callable[[int], State]
+) -> None:
+    server = make_server().start()
+    with Client(server.url, server.model) as client:
+        for turn in range(3):
+            success(teach(client, "alice", turn))
+        server.kill()
+        orphan = valkey_of(server.data_dir)
+        assert orphan is not None and orphan.is_running()
+        server.start()
+        assert not orphan.is_running()
+        assert client.version("alice") == 3
+        assert state(server.data_dir, "alice") == replay(3)
+        success(teach(client, "alice", 3))
+        assert state(server.data_dir, "alice") == replay(4)
+
+
+def test_a_server_killed_in_the_midst_of_turns_has_each_of_them_wholly_or_not_at_all(
+    make_server: Callable[..., Any], replay: Callable[[int], State]
+) -> None:
+    server = make_server().start()
+    turns = {f"s{n}": 0 for n in range(6)}
+
+    def live(session: str) -> None:
+        with Client(server.url, server.model) as client, suppress(httpx.TransportError):
+            while True:
+                success(teach(client, session, turns[session]))
+                turns[session] += 1
+
+    for least in (8, 24):
+        with ThreadPoolExecutor(len(turns)) as pool:
+            users = [pool.submit(live, session) for session in turns]
+            until(lambda: sum(turns.values()) >= least or any(user.done() for user in users))
+            server.kill()
+            assert all(user.result() is None for user in users)
+        server.start()
+        with Client(server.url, server.model) as client:
+            for session, told in turns.items():
+                version = client.version(session)
+                assert version - told in (0, 1)
+                assert version == 0 or state(server.data_dir, session) == replay(version)
+                turns[session] = version
+
+
+# --- the store dies ---------------------------------------------------------------------------------------------------
+
+
+def test_without_its_store_a_server_refuses_sessions_until_it_has_restarted_it(
+    make_server: Callable[..., Any], replay: Callable[[int], State]
+) -> None:
+    server = make_server().start()
+    with Client(server.url, server.model) as client, ThreadPoolExecutor(2) as pool:
+        for turn in range(2):
+            success(teach(client, "alice", turn))
+        running = in_background(pool, client, lambda: client.post("sessions/bob/observe", {"text": TEXT * 100}))
+        with client.stream(prompt=TEXT, max_tokens=400, session="carol", logit_bias=ENDLESS) as chunks:
+            next(chunks)
+            with away(server.data_dir):
+                refuses_sessions_only(client)
+                refusal(running.result(), 503, "store_unavailable")
+                with pytest.raises(AssertionError, match="store_unavailable"):
+                    list(chunks)
+        until(lambda: answers(client))
+        assert (client.version("alice"), client.version("bob"), client.version("carol")) == (2, 0, 0)
+        assert state(server.data_dir, "alice") == replay(2)
+        success(teach(client, "alice", 2))
+        assert state(server.data_dir, "alice") == replay(3)
+        assert client.observe("bob", TEXT)["version"] == 1
+
+
+def test_a_store_that_keeps_dying_loses_and_doubles_nothing(
+    make_server: Callable[..., Any], replay: Callable[[int], State]
+) -> None:
+    server = make_server().start()
+    last = 8
+
+    def live(session: str) -> None:
+        with Client(server.url, server.model) as client:
+            turn = 0
+            while turn < last:
+                response = teach(client, session, turn)
+                if response.status_code == 200:
+                    turn += 1
+                else:
+                    refusal(response, 503, "store_unavailable")
+                    until(lambda: answers(client))
+                    assert client.version(session) - turn in (0, 1)
+                    turn = client.version(session)
+
+    with ThreadPoolExecutor(4) as pool, Client(server.url, server.model) as client:
+        users = [pool.submit(live, f"s{n}") for n in range(4)]
+        for kill in range(3):
+            until(lambda kill=kill: client.metric("tokens_learned_total") > 300 * kill)  # type: ignore[misc]
+            until(lambda: valkey_of(server.data_dir) is not None)
+            valkey = valkey_of(server.data_dir)
+            assert valkey is not None
+            valkey.kill()
+            valkey.wait()
+        assert all(user.result() is None for user in users)
+        for number in range(4):
+            assert client.version(f"s{number}") == last
+            assert state(server.data_dir, f"s{number}") == replay(last)
+
+
+# --- a Redis of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]]]]:
+    """The URL of a Valkey and what starts it."""
+    started: list[subprocess.Popen[bytes]] = []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "redis").mkdir()
+    options = {"port": port, "bind": "127.0.0.1", "dir": tmp_path / "redis", "save": "", "appendonly": "yes"}
+    command = [valkey_binary(), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+
+    def start() -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([*command, "--appendfsync", "always"], stdout=subprocess.DEVNULL))
+        return started[-1]
+
+    yield f"redis://127.0.0.1:{port}/0", start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_an_external_redis_keeps_the_sessions_and_may_go_away_for_a_while(
+    make_server: Callable[..., Any], redis: tuple[str, Callable[[], subprocess.Popen[bytes]]]
+) -> None:
+    url, start = redis
+    process = start()
+    server = make_server(redis_url=url).start()
+    with Client(server.url, server.model) as client:
+        until(lambda: answers(client))
+        client.observe("alice", TEXT)
+        scored = client.score("alice", TEXT)
+        assert valkey_of(server.data_dir) is None
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            process.send_signal(end)
+            process.wait()
+            refuses_sessions_only(client)
+            process = start()
+            until(lambda: answers(client))
+            assert client.score("alice", TEXT) == scored
+        assert server.stop() == 0
+        server.start()
+        assert client.score("alice", TEXT) == scored
+        assert client.observe("alice", TEXT)["version"] == 2
