@@ -139,6 +139,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     engine = Engine(
         AdaptiveLM(backbone, memory),
         tokenizer,
+        max_turns=settings.max_queue,
         max_batch=settings.max_batch,
         kv_tokens=settings.kv_tokens or _kv_tokens(backbone, context),
         hot_rows=settings.hot_rows,

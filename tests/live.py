@@ -203,7 +203,7 @@ def in_background(pool: ThreadPoolExecutor, client: Client, work: Callable[[], A
 def valkey_of(data_dir: Path) -> psutil.Process | None:
     """The Valkey process that runs on a server's data folder."""
     home = data_dir / "valkey"
-    with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
+    with suppress(OSError, ValueError, psutil.NoSuchProcess):
         process = psutil.Process(int((home / "pid").read_text()))
         if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == home.resolve():
             return process

@@ -2,9 +2,10 @@
 
     python -m tests.soak --minutes 10 --streams 16
 
-Each user has one session and sends turns of every kind. At the end, the turns that a session has taken are replayed alone
-on a fresh server: what was said, the version and every stored byte must be the same. Exit code 1 if anything is not, if
-a request failed for another reason than a restart, or if the server's memory, descriptors or threads kept growing.
+Each user has a few sessions and sends turns of every kind to one after the other. At the end, the turns that a session
+has taken are replayed alone on a fresh server: what was said, the version and every stored byte must be the same. Exit
+code 1 if anything is not, if a request failed for another reason than a restart, or if the server's memory, descriptors
+or threads kept growing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -33,6 +34,7 @@ from tests.tiny import TEXT, build_tiny_base
 
 WORDS = TEXT.split()
 TURNS_PER_S = 12  # of all users together: little enough for a replay, one turn after the other, to end in time
+SESSIONS = 6  # a user: with them all, more than are kept on the device
 LEAVING = 0.15  # the share of turns whose client goes before their end
 MAX_FAULTS = 20
 GROWTH = {"rss": 64 * 2**20, "fds": 24, "threads": 8}  # what a server may gain from its first half to its end
@@ -58,7 +60,7 @@ class Taken:
 
 
 @dataclass
-class User:
+class Life:
     """One session and what it went through; `version` is what the server must say."""
 
     name: str
@@ -69,12 +71,11 @@ class User:
 
     def next_turn(self) -> Turn:
         kind = self.random.choices(["completion", "chat", "observe", "score"], [4, 3, 2, 1])[0]
-        match kind:
-            case "observe":
-                return Turn(f"sessions/{self.name}/observe", {"text": self._words(20, 400)})
-            case "score":
-                body = {"text": self._words(5, 150), "learn": self.random.random() < 0.5}
-                return Turn(f"sessions/{self.name}/score", body)
+        if kind == "observe":
+            return Turn(f"sessions/{self.name}/observe", {"text": self._words(20, 400)})
+        if kind == "score":
+            scored = {"text": self._words(5, 150), "learn": self.random.random() < 0.5}
+            return Turn(f"sessions/{self.name}/score", scored)
         body: Json = {
             "session": self.name,
             "max_tokens": self.random.randint(2, 60),
@@ -125,84 +126,84 @@ class Soak:
     """One run. `faults` says what was wrong."""
 
     def __init__(self, folder: Path, model: str, *, streams: int, seed: int) -> None:
-        # A device that holds half of the sessions: the others come and go.
-        self.server = Server(model, folder / "data", hot_sessions=max(1, streams // 2), max_queue=4 * streams)
-        self.replica = Server(model, folder / "replay", hot_sessions=max(1, streams // 2))
-        self.users = [User(f"soak-{n}", random.Random(f"{seed}/{n}")) for n in range(streams)]
+        # A user may have two turns in hand: one that it left, and the next.
+        self.server = Server(model, folder / "data", hot_sessions=1, max_queue=2 * streams)
+        self.replica = Server(model, folder / "replay")
+        self.lives = [Life(f"s{n}", random.Random(f"{seed}/{n}")) for n in range(streams * SESSIONS)]
+        self._streams = streams
         self.faults: list[str] = []
         self.counts: Counter[str] = Counter()
         self.samples: list[list[dict[str, int]]] = []
         self.replayed = 0
-        self._pause = streams / TURNS_PER_S
         self._outages: list[float] = []  # when each ended; infinity while it lasts
         self._over = threading.Event()
 
     # --- the users ------------------------------------------------------------------------------------------------
 
-    def _live(self, user: User) -> None:
+    def _use(self, lives: list[Life], chance: random.Random) -> None:
         """One user, on a thread of its own."""
         with Client(self.server.url, self.server.model) as client:
-            while not self._over.wait(user.random.expovariate(1 / self._pause)):
-                turn, began = user.next_turn(), time.monotonic()
+            while not self._over.wait(chance.expovariate(TURNS_PER_S / self._streams)):
+                life = chance.choice(lives)
+                turn, began = life.next_turn(), time.monotonic()
                 self.counts["turns"] += 1
                 try:
-                    if user.random.random() < LEAVING:
-                        self._leave(client, user, turn)
+                    if chance.random() < LEAVING:
+                        self._leave(client, life, turn)
                     else:
-                        self._stay(client, user, turn, began)
+                        self._stay(client, life, turn, began)
                 except (httpx.TransportError, OSError) as error:
-                    self._excuse(f"{user.name}: {turn.path}: {error!r}", began)
-                    self._resolve(client, user, turn, {"text": ""})
+                    self._excuse(f"{life.name}: {turn.path}: {error!r}", began)
+                    self._resolve(client, life, turn, {"text": ""})
                 except AssertionError as error:
-                    self.faults.append(f"{user.name}: {turn.path}: {str(error)[:300]}")
+                    self.faults.append(f"{life.name}: {turn.path}: {str(error)[:300]}")
 
-    def _stay(self, client: Client, user: User, turn: Turn, began: float) -> None:
+    def _stay(self, client: Client, life: Life, turn: Turn, began: float) -> None:
         body = turn.body if turn.path.startswith("sessions/") else {"model": client.model} | turn.body
         with client.http.stream("POST", f"/v1/{turn.path}", json=body) as response:
             if response.status_code == 503:
-                self._excuse(f"{user.name}: {turn.path}: {response.read().decode()}", began)
-                self._resolve(client, user, turn, {"text": ""})
+                self._excuse(f"{life.name}: {turn.path}: {response.read().decode()}", began)
+                self._resolve(client, life, turn, {"text": ""})
                 return
             assert response.status_code == 200, response.read().decode()
             heard = heard_of(chunks(response)) if body.get("stream") else answer_of(decoded(response))
-        before, after = versions(heard, user.version)
-        assert before == user.version and after - before in (0, 1), f"from {before} to {after}, not {user.version}"
-        user.version = after
-        user.hears(turn, heard, whole=True)
+        before, after = versions(heard, life.version)
+        assert before == life.version and after - before in (0, 1), f"from {before} to {after}, not {life.version}"
+        life.version = after
+        life.hears(turn, heard, whole=True)
         self.counts["heard"] += 1
 
-    def _leave(self, client: Client, user: User, turn: Turn) -> None:
+    def _leave(self, client: Client, life: Life, turn: Turn) -> None:
         """Sends a turn and goes before its end; whether the session took it shows afterwards."""
         self.counts["left"] += 1
         text = ""
         if turn.body.get("stream"):
-            patience = user.random.randint(0, 8)
+            patience = life.random.randint(0, 8)
             with client.stream(turn.path, **{"model": client.model} | turn.body) as coming:
                 for _, chunk in zip(range(patience), coming, strict=False):
                     text += text_in(chunk)
         else:
             with client.sent(turn.path, turn.body):
-                time.sleep(user.random.random() * 0.2)
-        self._resolve(client, user, turn, {"text": text})
+                time.sleep(life.random.random() * 0.2)
+        self._resolve(client, life, turn, {"text": text})
 
-    def _resolve(self, client: Client, user: User, turn: Turn, heard: Json) -> None:
+    def _resolve(self, client: Client, life: Life, turn: Turn, heard: Json) -> None:
         """An empty turn waits for the session's last one, and says at which version that left it."""
 
-        def told() -> bool:
-            nonlocal version
-            try:
-                version = client.score(user.name, "")["version"]
-            except (httpx.TransportError, AssertionError):
-                return False
-            return True
+        found: list[int] = []
 
-        version = -1
+        def told() -> bool:
+            with suppress(httpx.TransportError, AssertionError):
+                found.append(client.score(life.name, "")["version"])
+            return bool(found)
+
         until(told)
-        assert version - user.version in (0, 1), f"version {version} after {user.version}"
-        if version > user.version:
-            self.counts["left, taken"] += 1
-            user.hears(turn, heard, whole=False)
-        user.version = version
+        version = found[0]
+        assert version - life.version in (0, 1), f"version {version} after {life.version}"
+        if version > life.version:
+            self.counts["not heard, yet taken"] += 1
+            life.hears(turn, heard, whole=False)
+        life.version = version
 
     def _excuse(self, what: str, began: float) -> None:
         """A failure is none if the server was away at some time since the request began."""
@@ -237,7 +238,10 @@ class Soak:
         """The load, with a restart in its middle and, if asked for, a kill -9 after three quarters."""
         self.server.start()
         self._watch()
-        threads = [threading.Thread(target=self._live, args=(user,), daemon=True) for user in self.users]
+        threads = [
+            threading.Thread(target=self._use, args=(self.lives[n :: self._streams], random.Random(n)), daemon=True)
+            for n in range(self._streams)
+        ]
         for thread in threads:
             thread.start()
         began = told = time.monotonic()
@@ -283,25 +287,28 @@ class Soak:
 
     def verify(self, seconds: float) -> None:
         """Replays every session alone, for at most so long."""
-        stored = {user.name: state(self.server.data_dir, user.name) for user in self.users}
+        stored = {life.name: state(self.server.data_dir, life.name) for life in self.lives}
         if (code := self.server.stop()) != 0:
             self.faults.append(f"the server ended with exit code {code}")
         self.replica.start()
-        deadline = time.monotonic() + seconds
+        said = time.monotonic()
+        deadline = said + seconds
         with Client(self.replica.url, self.replica.model) as client:
-            for user in self.users:
+            for life in self.lives:
                 if time.monotonic() > deadline:
                     break
-                wrong = self._replay(client, user) or self._compare(client, user, stored[user.name])
+                wrong = self._replay(client, life) or self._compare(client, life, stored[life.name])
                 self.replayed += 1
                 if wrong is not None:
-                    self.faults.append(f"{user.name}: {wrong}")
-                self._tell(f"replayed {user.name}")
+                    self.faults.append(f"{life.name}: {wrong}")
+                if time.monotonic() - said > 10:
+                    said = time.monotonic()
+                    self._tell(f"replayed {self.replayed} of {len(self.lives)}")
         self.replica.stop()
 
-    def _replay(self, client: Client, user: User) -> str | None:
+    def _replay(self, client: Client, life: Life) -> str | None:
         """The first wrong answer."""
-        for number, taken in enumerate(user.taken):
+        for number, taken in enumerate(life.taken):
             body = {name: value for name, value in taken.turn.body.items() if name != "stream"}
             named = body if taken.turn.path.startswith("sessions/") else {"model": client.model} | body
             answer = answer_of(success(client.post(taken.turn.path, named)))
@@ -311,10 +318,10 @@ class Soak:
                 return f"turn {number}, {taken.turn.path}: began {taken.heard['text'][:200]}, alone {str(answer)[:200]}"
         return None
 
-    def _compare(self, client: Client, user: User, stored: dict[str, dict[bytes, bytes]]) -> str | None:
-        alone = state(self.replica.data_dir, user.name)
-        if (version := client.version(user.name)) != user.version:
-            return f"version {user.version}, alone {version}"
+    def _compare(self, client: Client, life: Life, stored: dict[str, dict[bytes, bytes]]) -> str | None:
+        alone = state(self.replica.data_dir, life.name)
+        if (version := client.version(life.name)) != life.version:
+            return f"version {life.version}, alone {version}"
         differing = [
             f"{key} {name!r}"
             for key in stored.keys() | alone.keys()
@@ -344,7 +351,7 @@ class Soak:
         table = Table("what", "value", title="Soak")
         for name, count in self.counts.items():
             table.add_row(name, str(count))
-        table.add_row("versions", str(sum(user.version for user in self.users)))
+        table.add_row("versions", str(sum(life.version for life in self.lives)))
         for number, samples in enumerate(self.samples):
             for what in GROWTH:
                 first, last = samples[0][what], samples[-1][what]
@@ -352,7 +359,7 @@ class Soak:
                 most = max(sample[what] for sample in samples)
                 shown.append(f"{most >> 20} MiB" if what == "rss" else str(most))
                 table.add_row(f"process {number}: {what}", "{} at first, {} at last, {} at most".format(*shown))
-        table.add_row("sessions replayed", f"{self.replayed} of {len(self.users)}")
+        table.add_row("sessions replayed", f"{self.replayed} of {len(self.lives)}")
         table.add_row("faults", str(len(self.faults)))
         console.print(table)
         for fault in self.faults:

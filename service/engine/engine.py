@@ -38,6 +38,7 @@ class Engine:
         lm: AdaptiveLM,
         tokenizer: Tokenizer,
         *,
+        max_turns: int,
         max_batch: int,
         kv_tokens: int,
         hot_rows: int,
@@ -46,7 +47,9 @@ class Engine:
         metrics: Metrics,
     ) -> None:
         def make_pool(make_room: Callable[[], bool]) -> Pool:
-            return lm.new_pool(rows=hot_rows, sessions=hot_sessions + max_batch, make_room=make_room)
+            # Each turn in hand may hold a session and a draft, be it waiting, running or being committed.
+            sessions = max(hot_sessions + max_batch, 2 * max_turns)
+            return lm.new_pool(rows=hot_rows, sessions=sessions, make_room=make_room)
 
         self._lm = lm
         self._tokenizer = tokenizer

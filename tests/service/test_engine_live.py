@@ -106,6 +106,15 @@ def test_more_streams_than_the_batch_holds_all_end_as_they_would_alone(make_serv
         assert len({choice["text"] for choice in four["choices"]}) == 4
 
 
+def test_more_sessions_than_are_kept_hot_may_learn_at_once(make_server: Callable[..., Any]) -> None:
+    server = make_server(hot_sessions=1, max_batch=4, max_queue=8).start()
+    with Client(server.url, server.model) as client, ThreadPoolExecutor(8) as pool:
+        for version in (1, 2, 3):
+            told = list(pool.map(lambda number: client.observe(f"s{number}", PROMPT), range(20)))
+            assert [answer["version"] for answer in told] == [version] * 20
+        assert client.metric("session_evictions_total") > 0
+
+
 def test_choices_are_independent_and_come_interleaved(client: Client) -> None:
     body: Json = {"prompt": PROMPT, "n": 4, "max_tokens": 40, "temperature": 1, "seed": 3, "logit_bias": ENDLESS}
     whole = client.complete(**body)
