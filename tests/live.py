@@ -210,21 +210,30 @@ def valkey_of(data_dir: Path) -> psutil.Process | None:
     return None
 
 
-def stored(data_dir: Path, session: str) -> dict[str, dict[bytes, bytes]]:
-    """Every byte that a running server has of a session: the content of its keys, by the last part of their names."""
-    valkey = valkey_of(data_dir)
-    assert valkey is not None
-    path = next(str(connection.laddr) for connection in valkey.net_connections("unix") if connection.laddr)
+def stored(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
+    """Every byte that is kept of a session, by the last part of its keys' names.
+
+    store: the data folder of a running server, or the URL of its Redis.
+    """
     prefix = f"imprint:{{default/{session}}}:"
-    with Redis(unix_socket_path=path) as redis:
+    with _redis(store) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
         return {key.decode().removeprefix(prefix): redis.hgetall(key) for key in keys}
 
 
-def state(data_dir: Path, session: str) -> dict[str, dict[bytes, bytes]]:
+def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
     """What is stored of a session, but for what tells it from an equal one."""
-    found = stored(data_dir, session)
+    found = stored(store, session)
     return {
         key: {name: value for name, value in content.items() if key != "meta" or name not in VOLATILE}
         for key, content in found.items()
     }
+
+
+def _redis(store: Path | str) -> Redis:
+    if isinstance(store, str):
+        return Redis.from_url(store)
+    valkey = valkey_of(store)
+    assert valkey is not None
+    connections = valkey.net_connections("unix")
+    return Redis(unix_socket_path=next(str(each.laddr) for each in connections if each.laddr))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from model.backbone import Backbone, KVCache
 from model.config import tiny_config
 from model.lm import EMPTY, AdaptiveLM, Carry, Scores
-from model.memory import Draft, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
+from model.memory import Draft, LexicalSite, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
 
 VOCAB, WIDTH, BLOCK = 96, 32, 8
 LEXICAL = SiteConfig("words", "lexical", slots=64, k=4, pairs=3, decay=0.1, cap=20.0)
@@ -181,6 +181,22 @@ def test_an_empty_session_stays_the_base_in_a_batch_with_full_ones(lm: AdaptiveL
     predicted = lm.predict(carries, pool, index)
     same = [torch.equal(predicted[b], alone[b]) for b in range(4)]
     assert same == [True, False, True, False]
+
+
+def test_without_a_session_the_lexical_memory_is_not_even_asked(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With adaptation off it costs nothing."""
+
+    def asked(*_: object) -> None:
+        raise AssertionError("the memory was addressed")
+
+    lm = build(backbone, LEXICAL)
+    pool = new_pool(lm)
+    monkeypatch.setattr(LexicalSite, "address", asked)
+    request = read(lm, pool, EMPTY, text(0))
+    assert request.carry is not None
+    lm.predict(lm.decode([1], [request.cache], pool, [EMPTY]), pool, [EMPTY])
 
 
 def test_the_frozen_scores_are_those_of_the_base_whatever_the_memory_holds(lm: AdaptiveLM) -> None:
@@ -428,6 +444,21 @@ def test_what_was_read_before_is_predicted_better(backbone: Backbone) -> None:
     assert torch.equal(first.frozen, second.frozen)
     assert second.adapted.mean() > first.adapted.mean() + 0.5
     assert second.adapted.mean() > stranger.adapted.mean() + 0.5, "it is this text that was learned, not any"
+
+
+def test_what_is_known_surprises_less_and_is_written_weaker(backbone: Backbone) -> None:
+    lm = build(backbone, replace(LEXICAL, decay=0.0, k=1))
+    lexical = lm.memory.lexical
+    assert lexical is not None
+    lexical.write_gate.copy_(torch.tensor([-4.0, 1.0]))
+    pool, steps, written = new_pool(lm), [], 0.0
+    session = pool.open()
+    for _ in range(3):
+        learn(lm, pool, session, [5, 6])
+        strengths = pool.sites["words"].fields[1][pool.sites["words"].tables[session].max()]
+        steps.append(float(strengths.sum()) - written)
+        written += steps[-1]
+    assert steps[0] > 1.01 * steps[1] > 1.01**2 * steps[2] > 0
 
 
 def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbone: Backbone) -> None:

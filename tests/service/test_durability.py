@@ -245,3 +245,29 @@ def test_an_external_redis_keeps_the_sessions_and_may_go_away_for_a_while(
         server.start()
         assert client.score("alice", TEXT) == scored
         assert client.observe("alice", TEXT)["version"] == 2
+
+
+def test_two_servers_of_one_redis_take_turns_with_a_session(
+    make_server: Callable[..., Any],
+    redis: tuple[str, Callable[[], subprocess.Popen[bytes]]],
+    replay: Callable[[int], State],
+) -> None:
+    url, start = redis
+    start()
+    servers = [make_server(name, redis_url=url).start() for name in ("one", "two")]
+    with Client(servers[0].url) as one, Client(servers[1].url) as two:
+        until(lambda: answers(one) and answers(two))
+        for turn, client in enumerate((one, two, two, one, two, one)):
+            success(teach(client, "alice", turn))
+        assert state(url, "alice") == replay(6)
+
+        def learn(client: Client) -> int:
+            answers = [client.post("sessions/bob/observe", {"text": TEXT}) for _ in range(10)]
+            for refused in (answer for answer in answers if answer.status_code != 200):
+                refusal(refused, 409, "version_conflict")
+            return sum(answer.status_code == 200 for answer in answers)
+
+        with ThreadPoolExecutor(2) as pool:
+            learned = sum(pool.map(learn, (one, two)))
+        assert one.version("bob") == learned >= 10
+        assert success(teach(two, "bob", 0))["version"] == learned + 1
