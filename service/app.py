@@ -66,7 +66,14 @@ def run(settings: Settings) -> int:
 
 def create_app(sessions: Sessions, metrics: Metrics, settings: Settings) -> FastAPI:
     """The web application in front of `sessions`."""
-    app = FastAPI(title="Imprint", version=version("imprint"), description="A language model that learns as it serves.")
+    # No docs_url: FastAPI's pages take their scripts from another host.
+    app = FastAPI(
+        title="Imprint",
+        version=version("imprint"),
+        description="A language model that learns as it serves.",
+        docs_url=None,
+        redoc_url=None,
+    )
     metrics.build_info.info({"version": version("imprint"), "model": settings.model})
     install(app, sessions=sessions, metrics=metrics, settings=settings)
     return app
