@@ -38,7 +38,6 @@ from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis import RedisStore
 
 COUNT_EVERY_S = 10.0
-LINGER_S = 3  # given after draining to connections without a turn, such as those of half a request
 KV_SHARE = 0.4  # of the memory that is free at the start
 MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
 
@@ -90,14 +89,7 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
         proof_rate=settings.proof_rate,
     )
     app = create_app(sessions, metrics, settings)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=LINGER_S,
-    )
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
     tasks = [asyncio.create_task(_count_cold(sessions, metrics))]
     if embedded is not None:
@@ -211,7 +203,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._told:
-            self.should_exit = self.force_exit = True
+            self._exit(within_s=0)
+            self.force_exit = True
             return
         self._told = True
         log.info("%s: draining for at most %.0f s", signal.Signals(sig).name, self._drain_timeout_s)
@@ -221,10 +214,14 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
+        deadline = time.monotonic() + self._drain_timeout_s
         await self._sessions.drain(self._drain_timeout_s)
+        # What is left of the time is for connections without a turn, such as those of half a request.
+        self._exit(within_s=max(0, round(deadline - time.monotonic())))
+
+    def _exit(self, *, within_s: int) -> None:
+        self.config.timeout_graceful_shutdown = within_s
         self.should_exit = True
-        if self._sessions.in_flight:
-            self.force_exit = True
 
 
 @contextmanager

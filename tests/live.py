@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -21,6 +21,7 @@ from redis import Redis
 from tests.tiny import TEXT
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 EOS = "2"  # of the tiny base, as a key of `logit_bias`
 ENDLESS = {EOS: -100}
@@ -160,6 +161,19 @@ def until(happened: Callable[[], bool], patience: float = PATIENCE_S) -> None:
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
+
+
+def insist(ask: Callable[[], T]) -> T:
+    """The answer, once the server gives one."""
+    answers: list[T] = []
+
+    def answered() -> bool:
+        with suppress(httpx.TransportError, AssertionError):
+            answers.append(ask())
+        return bool(answers)
+
+    until(answered)
+    return answers[0]
 
 
 @contextmanager

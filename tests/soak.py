@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.conftest import Server
-from tests.live import Client, Json, chunks, state, success, until, valkey_of
+from tests.live import Client, Json, chunks, insist, state, success, until, valkey_of
 from tests.tiny import TEXT, build_tiny_base
 
 WORDS = TEXT.split()
@@ -193,15 +193,7 @@ class Soak:
     def _resolve(self, client: Client, life: Life, turn: Turn, heard: Json) -> None:
         """An empty turn waits for the session's last one, and says at which version that left it."""
 
-        found: list[int] = []
-
-        def told() -> bool:
-            with suppress(httpx.TransportError, AssertionError):
-                found.append(client.score(life.name, "")["version"])
-            return bool(found)
-
-        until(told)
-        version = found[0]
+        version = insist(lambda: client.score(life.name, "")["version"])
         assert version - life.version in (0, 1), f"version {version} after {life.version}"
         if version > life.version:
             self.counts["not heard, yet taken"] += 1

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.backbone import Backbone, KVCache
+from model.backbone import Backbone
 from model.config import tiny_config
 from model.lm import EMPTY, AdaptiveLM, Carry, Scores
 from model.memory import Draft, LexicalSite, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
+from model.memory.slow import TRUST_LIMITS
 
 VOCAB, WIDTH, BLOCK = 96, 32, 8
 LEXICAL = SiteConfig("words", "lexical", slots=64, k=4, pairs=3, decay=0.1, cap=20.0)
@@ -66,26 +67,20 @@ def new_pool(lm: AdaptiveLM) -> Pool:
     return lm.new_pool(rows=600, sessions=8)
 
 
-@dataclass
 class Read:
     """A request on its way, and the scores that it has got."""
 
-    lm: AdaptiveLM
-    ids: Sequence[int]
-    cache: KVCache
-    frozen_cache: KVCache
-    carry: Carry | None = None
-    position: int = 0
-    scores: list[Scores] | None = None
-
-    @classmethod
-    def of(cls, lm: AdaptiveLM, ids: Sequence[int]) -> Read:
-        return cls(lm, ids, lm.backbone.new_cache(200), lm.backbone.new_cache(200), scores=[])
+    def __init__(self, lm: AdaptiveLM, ids: Sequence[int]) -> None:
+        self.lm, self.ids, self.position = lm, ids, 0
+        self.cache, self.frozen_cache = lm.backbone.new_cache(200), lm.backbone.new_cache(200)
+        self.carry: Carry | None = None
+        self.scores: list[Scores] = []
 
     def step(self, pool: Pool, index: int, draft: Draft | None = None, *, frozen: bool = True, top: int = 0) -> bool:
         """One block, scored and (with a draft) learned; False at the end."""
         part = self.ids[self.position : self.position + BLOCK]
         mask = [True] * len(part)
+        learn = mask if draft is not None else None
         self.carry, scores = self.lm.block(
             part,
             self.cache,
@@ -93,31 +88,28 @@ class Read:
             index,
             carry=self.carry,
             score=mask,
-            learn=mask if draft is not None else None,
+            learn=learn,
             draft=draft,
             frozen=frozen,
-            frozen_cache=self.frozen_cache if frozen else None,
+            frozen_cache=self.frozen_cache,
             top=top,
         )
         assert scores is not None
-        assert self.scores is not None
         self.scores.append(scores)
         self.position += len(part)
         return self.position < len(self.ids)
 
     @property
     def adapted(self) -> Tensor:
-        assert self.scores is not None
         return torch.cat([scores.adapted for scores in self.scores])
 
     @property
     def frozen(self) -> Tensor:
-        assert self.scores is not None
         return torch.cat([scores.frozen for scores in self.scores if scores.frozen is not None])
 
 
 def read(lm: AdaptiveLM, pool: Pool, index: int, ids: Sequence[int], draft: Draft | None = None) -> Read:
-    request = Read.of(lm, ids)
+    request = Read(lm, ids)
     while request.step(pool, index, draft):
         pass
     return request
@@ -170,7 +162,7 @@ def test_an_empty_session_predicts_as_the_base_bit_for_bit(lm: AdaptiveLM, opene
 def test_an_empty_session_stays_the_base_in_a_batch_with_full_ones(lm: AdaptiveLM) -> None:
     pool = new_pool(lm)
     index = [pool.open(), learned(lm, pool, seed=1), EMPTY, learned(lm, pool, seed=2)]
-    requests = [Read.of(lm, text(seed, BLOCK)) for seed in range(4)]
+    requests = [Read(lm, text(seed, BLOCK)) for seed in range(4)]
     for request, session in zip(requests, index, strict=True):
         request.step(pool, session)
     last, plain = [7, 8, 9, 10], [lm.backbone.new_cache(99) for _ in requests]
@@ -236,9 +228,9 @@ def run_stream(
     others = [learned(lm, pool, seed=10 + i) for i in range(2)] if company else []
     session = pool.open()
     for seed in (1, 2):
-        draft, request = pool.draft(session), Read.of(lm, text(seed))
+        draft, request = pool.draft(session), Read(lm, text(seed))
         busy = pool.draft(others[0]) if company else None
-        guest, third = Read.of(lm, text(20 + seed, 99)), Read.of(lm, text(30, 5))
+        guest, third = Read(lm, text(20 + seed, 99)), Read(lm, text(30, 5))
         if company:
             third.step(pool, others[1])
         more = True
@@ -260,10 +252,8 @@ def run_stream(
 def test_the_same_requests_leave_the_same_bits(lm: AdaptiveLM) -> None:
     state = run_stream(lm)
     assert state
-    assert run_stream(lm) == state
-    assert run_stream(lm, reopen=True) == state, "before or after a restart"
+    assert run_stream(lm, reopen=True, frozen=False) == state, "before or after a restart, proved or not"
     assert run_stream(lm, company=True) == state, "whoever shares the device"
-    assert run_stream(lm, frozen=False) == state, "proved or not"
 
 
 def test_turns_differ_by_what_the_turn_before_has_taught(lm: AdaptiveLM) -> None:
@@ -295,7 +285,7 @@ def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
     mine, others = learned(lm, pool, seed=1), [learned(lm, pool, seed=seed) for seed in (2, 3)]
     seen = []
     for index, seed in [([mine, mine, mine], 4), ([others[0], mine, others[1]], 5), ([EMPTY, mine, EMPTY], 6)]:
-        requests = [Read.of(lm, text(seed)), Read.of(lm, text(1)), Read.of(lm, text(seed + 10, 5))]
+        requests = [Read(lm, text(seed)), Read(lm, text(1)), Read(lm, text(seed + 10, 5))]
         for request, session in zip(requests, index, strict=True):
             request.step(pool, session)
         caches = [request.cache for request in requests]
@@ -336,26 +326,20 @@ def test_probabilities_sum_to_one_and_are_those_that_are_scored(lm: AdaptiveLM) 
     """What `block` scores and lists, after each token, is what `predict` says."""
     pool = new_pool(lm)
     session, ids = learned(lm, pool, seed=1), text(1, BLOCK)
-    request = Read.of(lm, ids)
+    request = Read(lm, ids)
     request.step(pool, session, top=3)
-    assert request.scores is not None
     scores = request.scores[0]
     assert scores.top is not None
     for t in range(1, BLOCK):
         carry, _ = lm.block(ids[:t], lm.backbone.new_cache(99), pool, session)
-        log_p = lm.predict([carry], pool, [session])[0].log_softmax(-1)
+        predicted = lm.predict([carry], pool, [session])[0]
+        log_p = predicted.log_softmax(-1)
+        if lm.memory.lexical is not None:
+            torch.testing.assert_close(predicted, log_p, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scores.adapted[t - 1], log_p[ids[t]], atol=1e-4, rtol=0)
         values, tokens = log_p.topk(3)
         torch.testing.assert_close(scores.top[0][t - 1], values, atol=1e-4, rtol=0)
         assert torch.equal(scores.top[1][t - 1], tokens)
-
-
-def test_a_mixture_is_made_of_probabilities(backbone: Backbone) -> None:
-    lm = build(backbone, *KINDS["all"])
-    pool = new_pool(lm)
-    session = learned(lm, pool, seed=1)
-    carry, _ = lm.block(text(1, 5), backbone.new_cache(99), pool, session)
-    torch.testing.assert_close(lm.predict([carry], pool, [session]).exp().sum(-1), torch.ones(1))
 
 
 # Laws 6 and 7: sparse; predict never writes.
@@ -475,8 +459,9 @@ def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbo
     assert 0.0 < trust[2] < trust[3]
     assert trust[4] < trust[3]
     lexical.trust_rate.fill_(1e6)
-    learn(lm, pool, session, [5, 6])
-    assert float(pool.sites["words"].trust[session]) == 4.0, "trust is bounded"
+    for ids, bound in (([5, 8], min(TRUST_LIMITS)), ([5, 6], max(TRUST_LIMITS))):
+        learn(lm, pool, session, ids)
+        assert float(pool.sites["words"].trust[session]) == bound
 
 
 def test_decoding_after_a_block_is_the_block_of_the_same_tokens(lm: AdaptiveLM) -> None:

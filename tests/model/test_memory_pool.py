@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
 from model.memory.config import TRUST
 
 SLOTS, ROWS, SESSIONS = 16, 14, 4
+NAMES = ("words", "states")
 CONFIG = MemoryConfig(
     hidden_size=8,
     sites=(
@@ -71,9 +72,6 @@ def learned(pool: Pool, index: int, seed: int = 0) -> None:
 class PoolMachine(RuleBasedStateMachine):
     """A pool beside a plain dictionary. As in serving, a session has one draft at a time and outlives it."""
 
-    sessions = Bundle("sessions")
-    drafts = Bundle("drafts")
-
     def __init__(self) -> None:
         super().__init__()
         self.pool = new_pool()
@@ -88,100 +86,93 @@ class PoolMachine(RuleBasedStateMachine):
     def full(self) -> bool:
         return len(self.model) + len(self.open) == SESSIONS
 
+    @property
+    def idle(self) -> list[int]:
+        """Sessions without a draft."""
+        return [index for index in self.model if all(one.base != index for one, _ in self.open.values())]
+
     def view(self, draft: int) -> Image:
         one, own = self.open[draft]
         return merged(self.model[one.base], own)
 
     @precondition(lambda self: not self.full)
-    @rule(target=sessions)
-    def open_empty(self) -> int:
+    @rule()
+    def open_empty(self) -> None:
         index = self.pool.open()
         assert index not in self.model.keys() | self.open.keys()
         self.model[index] = {}
-        return index
 
-    @precondition(lambda self: not self.full)
-    @rule(target=sessions, other=sessions)
-    def open_copy(self, other: int) -> int:
+    @precondition(lambda self: not self.full and self.model)
+    @rule(data=st.data())
+    def open_copy(self, data: st.DataObject) -> None:
         """Opens what another session is stored as; without room for it, nothing happens."""
+        other = data.draw(st.sampled_from(sorted(self.model)))
         before, state = free_counts(self.pool), self.model[other]
-        try:
-            index = self.pool.open(self.pool.dump(other))
-        except PoolFullError:
-            assert any(self.free(name) < len(state.get(name, {})) for name in ("words", "states"))
+        if any(self.free(name) < len(state.get(name, {})) for name in NAMES):
+            with pytest.raises(PoolFullError):
+                self.pool.open(self.pool.dump(other))
             assert free_counts(self.pool) == before
-            return other
-        self.model[index] = {name: dict(rows) for name, rows in state.items()}
-        return index
+        else:
+            index = self.pool.open(self.pool.dump(other))
+            self.model[index] = {name: dict(rows) for name, rows in state.items()}
 
     @precondition(lambda self: self.full)
     @rule()
     def open_too_many(self) -> None:
         with pytest.raises(PoolFullError):
             self.pool.open()
-
-    @precondition(lambda self: self.full)
-    @rule(base=sessions)
-    def draft_too_many(self, base: int) -> None:
         with pytest.raises(PoolFullError):
-            self.pool.draft(base)
+            self.pool.draft(min(self.model))
 
-    @precondition(lambda self: not self.full)
-    @rule(target=drafts, base=sessions)
-    def draft(self, base: int) -> int:
-        for index, (one, _) in self.open.items():
-            if one.base == base:
-                return index
-        draft = self.pool.draft(base)
+    @precondition(lambda self: not self.full and self.idle)
+    @rule(data=st.data())
+    def draft(self, data: st.DataObject) -> None:
+        draft = self.pool.draft(data.draw(st.sampled_from(self.idle)))
         self.open[draft.index] = (draft, {})
-        return draft.index
 
+    @precondition(lambda self: self.open)
     @rule(
-        draft=drafts,
-        name=st.sampled_from(["words", "states"]),
+        data=st.data(),
+        name=st.sampled_from(NAMES),
         slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=8, unique=True),
         seed=st.integers(0, 99),
     )
-    def put(self, draft: int, name: str, slots: list[int], seed: int) -> None:
-        if draft not in self.open:
-            return
-        one, own = self.open[draft]
+    def put(self, data: st.DataObject, name: str, slots: list[int], seed: int) -> None:
+        one, own = self.open[data.draw(st.sampled_from(sorted(self.open)))]
         fresh = [slot for slot in slots if slot not in own.get(name, {})]
         if len(fresh) > self.free(name):
-            before = image(self.pool.dump(draft))
             with pytest.raises(PoolFullError):
                 put(one, name, slots, seed)
-            assert image(self.pool.dump(draft)) == before
-            return
-        put(one, name, slots, seed)
-        fields = one.get(name, torch.tensor(slots))
-        rows = [b"".join(field[i].numpy().tobytes() for field in fields) for i in range(len(slots))]
-        own.setdefault(name, {}).update(zip(slots, rows, strict=True))
+        else:
+            put(one, name, slots, seed)
+            fields = one.get(name, torch.tensor(slots))
+            rows = [b"".join(field[i].numpy().tobytes() for field in fields) for i in range(len(slots))]
+            own.setdefault(name, {}).update(zip(slots, rows, strict=True))
 
-    @rule(draft=consumes(drafts))
-    def commit(self, draft: int) -> None:
-        if draft in self.open:
-            one, _ = self.open[draft]
-            self.model[one.base] = self.view(draft)
-            one.commit()
-            del self.open[draft]
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        draft = data.draw(st.sampled_from(sorted(self.open)))
+        self.model[self.open[draft][0].base] = self.view(draft)
+        self.open.pop(draft)[0].commit()
 
-    @rule(draft=consumes(drafts))
-    def rollback(self, draft: int) -> None:
-        if draft in self.open:
-            self.open.pop(draft)[0].rollback()
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        self.open.pop(data.draw(st.sampled_from(sorted(self.open))))[0].rollback()
 
-    @rule(session=consumes(sessions))
-    def close(self, session: int) -> None:
-        if session in self.model and all(one.base != session for one, _ in self.open.values()):
-            self.pool.close(session)
-            del self.model[session]
+    @precondition(lambda self: self.idle)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from(self.idle))
+        self.pool.close(session)
+        del self.model[session]
 
     @invariant()
     def pool_equals_model(self) -> None:
         for index, state in self.model.items():
             assert image(self.pool.dump(index)) == state
-            assert self.pool.rows(index) == {name: len(state.get(name, {})) for name in CONFIG_NAMES}
+            assert self.pool.rows(index) == {name: len(state.get(name, {})) for name in NAMES}
         for index, (one, own) in self.open.items():
             assert image(self.pool.dump(index)) == self.view(index)
             assert image(one.touched()) == own
@@ -189,7 +180,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_leaks(self) -> None:
         sessions = SESSIONS - len(self.model) - len(self.open)
-        assert free_counts(self.pool) == [sessions, *(self.free(name) for name in CONFIG_NAMES)]
+        assert free_counts(self.pool) == [sessions, *(self.free(name) for name in NAMES)]
 
     @invariant()
     def the_empty_session_stays_empty(self) -> None:
@@ -197,7 +188,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert not any(field[0].any() for site in self.pool.sites.values() for field in site.fields)
 
 
-CONFIG_NAMES = ("words", "states")
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
@@ -270,7 +260,7 @@ def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> Non
     touched = image(draft.touched())
     draft.commit()
     stored = merged(old, touched)
-    assert {name: set(rows) for name, rows in touched.items() if name in CONFIG_NAMES} == {
+    assert {name: set(rows) for name, rows in touched.items() if name in NAMES} == {
         "words": {1, 2, 7},
         "states": {4, 15},
     }

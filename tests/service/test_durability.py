@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from service.store.embedded import valkey_binary
-from tests.live import ENDLESS, Client, Json, in_background, refusal, state, success, until, valkey_of
+from tests.live import ENDLESS, Client, Json, in_background, insist, refusal, state, success, until, valkey_of
 from tests.tiny import TEXT
 
 State = dict[str, dict[bytes, bytes]]
@@ -179,9 +179,9 @@ def test_a_store_that_keeps_dying_loses_and_doubles_nothing(
                     turn += 1
                 else:
                     refusal(response, 503, "store_unavailable")
-                    until(lambda: answers(client))
-                    assert client.version(session) - turn in (0, 1)
-                    turn = client.version(session)
+                    version = insist(lambda: client.version(session))
+                    assert version - turn in (0, 1)
+                    turn = version
 
     def kill_valkey_after(learned: int, client: Client) -> None:
         until(lambda: client.metric("tokens_learned_total") > learned and answers(client))
