@@ -102,6 +102,13 @@ def remember(known: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reversed([*known, *new])))[:DIGESTS_KEPT][::-1]
 
 
+def without_bos(encoded: Encoded, bos: int) -> Encoded:
+    """The same without the BOS that a tokenizer or a chat template may have put first; `windows` puts it back."""
+    if encoded.token_ids[:1] != [bos]:
+        return encoded
+    return Encoded(encoded.token_ids[1:], encoded.learn[1:], encoded.digests)
+
+
 def windows(token_ids: Sequence[int], size: int, bos: int) -> Iterator[tuple[list[int], int]]:
     """Cuts a text of any length into requests of at most `size` tokens; yields each, with BOS before it so that all of
     its tokens have a predictor, and its start in the text."""

@@ -359,10 +359,11 @@ class Sessions:
         return MemoryUse(key, meta.version, write, stored=rows)
 
     async def _observed(self, prompt: TextPrompt | ChatPrompt, meta: SessionMeta) -> Encoded:
-        """The tokens of a text that may be empty."""
+        """The tokens of a text that may be empty, without BOS."""
         if isinstance(prompt, TextPrompt) and not prompt.text:
             return Encoded([], [])
-        return await self._encode(prompt, meta.digests, reply=False)
+        encoded = await self._encode(prompt, meta.digests, reply=False)
+        return prompts.without_bos(encoded, self._served.bos)
 
     async def _encode(self, prompt: Prompt, known: Sequence[str], *, reply: bool) -> Encoded:
         def encode() -> Encoded:

@@ -88,11 +88,6 @@ class MemoryConfig:
         if sum(site.kind == "lexical" for site in self.sites) > 1:
             raise MemoryConfigError("at most one lexical site")
 
-    @property
-    def reads_hidden(self) -> bool:
-        """Whether any site changes hidden states: the frozen loss then needs a forward of its own."""
-        return any(site.kind == "hidden" for site in self.sites)
-
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

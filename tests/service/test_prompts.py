@@ -22,6 +22,7 @@ from service.prompts import (
     reply_digests,
     segments,
     windows,
+    without_bos,
 )
 
 Messages = list[dict[str, str]]
@@ -195,3 +196,10 @@ def test_segments_score_and_learn_each_token_of_the_text_once(learn: bool, score
     assert all(part.generate is None for part in parts)
     assert all((part.learn is None, part.score is None) == (not learn, not score) for part in parts)
     assert segments(Encoded([], []), 5, 1, learn=learn, score=score) == []
+
+
+def test_bos_stands_once_before_a_text_whoever_put_it_there() -> None:
+    with_bos, plain = Encoded([1, 7, 8], [True] * 3, ["d"]), Encoded([7, 8], [True] * 2, ["d"])
+    assert without_bos(with_bos, 1) == without_bos(plain, 1) == plain
+    assert [part for part, _ in windows(without_bos(with_bos, 1).token_ids, 8, 1)] == [[1, 7, 8]]
+    assert without_bos(Encoded([], []), 1) == Encoded([], [])
