@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -79,6 +80,7 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings) -> Fast
 
 
 async def _serve(settings: Settings, listener: socket.socket, url: str, embedded: EmbeddedValkey | None) -> int:
+    host, port, *_ = listener.getsockname()
     metrics = Metrics()
     store = RedisStore.from_url(url)
     sessions = Sessions(
@@ -99,13 +101,12 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
     engine: Engine | None = None
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
+        if loading.done() and sessions.state == "loading":
             served = loading.result()
             engine = served.engine
             engine.start()
             sessions.begin(served)
-            address = listener.getsockname()
-            log.info("ready: http://%s:%s (data in %s)", address[0], address[1], settings.data_dir)
+            log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
         await serving
     finally:
         server.should_exit = True
@@ -119,8 +120,30 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
 
 
 async def _load(settings: Settings, metrics: Metrics) -> Served:
-    """Reads the model on a thread of its own, so that the probes are answered meanwhile."""
-    return await asyncio.to_thread(_load_now, settings, metrics)
+    """Reads the model on a thread of its own, so that the probes are answered meanwhile; one that nobody waits for when
+    the server is told to stop."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[Served] = loop.create_future()
+
+    def settle(outcome: Served | Exception) -> None:
+        if loaded.done():
+            return
+        if isinstance(outcome, Exception):
+            loaded.set_exception(outcome)
+        else:
+            loaded.set_result(outcome)
+
+    def load() -> None:
+        outcome: Served | Exception
+        try:
+            outcome = _load_now(settings, metrics)
+        except Exception as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=load, name="imprint-load", daemon=True).start()
+    return await loaded
 
 
 def _load_now(settings: Settings, metrics: Metrics) -> Served:

@@ -33,6 +33,16 @@ class Candidates(NamedTuple):
     scores: Tensor
 
 
+def rowwise(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight for x [n, a], weight [a, b], each row rounded as if it were alone: no neighbours, not in the last bit.
+
+    Where gradients must reach the weight it is the plain product, whose backward does not need n copies of the weight.
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        return x @ weight
+    return torch.bmm(x[:, None], weight.expand(len(x), -1, -1))[:, 0]
+
+
 def address(keys: Tensor, k: int, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """Product-key top-k: the slots a token selects and their weights.
 

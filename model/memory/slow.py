@@ -34,7 +34,7 @@ class Site(nn.Module):
 
     def address(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, d] → slots [n, k] long, w [n, k]."""
-        s = hidden.float() @ self.address_weight + self.address_bias
+        s = ops.rowwise(hidden.float(), self.address_weight) + self.address_bias
         s = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-12)
         return ops.address(s.unflatten(1, (2, -1)), self.config.k, self.temperature)
 
@@ -64,7 +64,9 @@ class LexicalSite(Site):
         fast = self.rows(pool)
         slots, w = self.address(hidden)
         found = ops.read_lexical(ops.Rows(*fast.read(session, slots)), w)
-        return found, ops.mixing_weight(found, self.gate, hidden.float() @ self.gate_hidden + fast.trust[session])
+        return found, ops.mixing_weight(
+            found, self.gate, (hidden.float() * self.gate_hidden).sum(-1) + fast.trust[session]
+        )
 
     def learn(self, draft: Draft, hidden: Tensor, targets: Tensor, frozen: Tensor, adapted: Tensor) -> None:
         """Writes one block: targets [n] after final hidden states [n, d], with their log-probabilities [n] before this
@@ -101,8 +103,8 @@ class HiddenSite(Site):
         slots, w = self.address(hidden)
         (rows,) = self.rows(pool).read(session, slots)
         o = ops.read_hidden(rows, w)
-        g = torch.sigmoid(hidden.float() @ self.gate_hidden + self.gate)
-        changed = hidden + (g[:, None] * (o @ self.out)).to(hidden.dtype)
+        g = torch.sigmoid((hidden.float() * self.gate_hidden).sum(-1) + self.gate)
+        changed = hidden + (g[:, None] * ops.rowwise(o, self.out)).to(hidden.dtype)
         return torch.where(o.any(-1, keepdim=True), changed, hidden)
 
     def learn(self, draft: Draft, hidden: Tensor, following: Tensor, error: Tensor, adapted: Tensor) -> None:

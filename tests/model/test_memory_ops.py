@@ -336,3 +336,15 @@ def test_tokens_of_one_address_write_their_mean() -> None:
     at, w = torch.tensor([[0, 1, 2]]).expand(512, 3), torch.full((512, 3), 3**-0.5)
     new = ops.write_hidden(torch.zeros(3, 4), at, w, torch.full((512,), 0.5), values, decay=1.0, cap=1e4)
     torch.testing.assert_close(w[0] @ new, 0.5 * values.mean(0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 65])
+def test_a_row_of_a_product_is_rounded_as_if_it_were_alone(n: int) -> None:
+    """Law 4 rests on it: what a token addresses does not depend on the batch that it is decoded in."""
+    x, weight = torch.randn(n, 96), torch.randn(96, 48)
+    together = ops.rowwise(x, weight)
+    assert torch.equal(together, torch.cat([ops.rowwise(row[None], weight) for row in x]))
+    torch.testing.assert_close(together, x @ weight)
+    weight.requires_grad_()
+    ops.rowwise(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0)[:, None].expand_as(weight))

@@ -321,7 +321,9 @@ def test_the_reply_reaches_a_pipe_as_it_is(scripted: Callable[..., Scripted]) ->
 def test_ctrl_c_leaves_quietly(scripted: Callable[..., Scripted]) -> None:
     server = scripted(MODELS)
     run = command("chat", "--once", "hi", url=server.url)
-    process = subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A parent that ignores SIGINT, as a shell's background jobs do, would hand that on.
+    heed: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(**run, **heed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.hanging.wait(60)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
