@@ -122,7 +122,7 @@ def fit(
 def chat(
     session: Annotated[str | None, typer.Option("--session", "-s", help="Who learns; none = the frozen base.")] = None,
     once: Annotated[str | None, typer.Option(help="Say this, print the reply, leave.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply, in tokens.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 = always the likeliest token.")] = None,
     url: Url = LOCAL,
 ) -> None:

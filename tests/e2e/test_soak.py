@@ -12,7 +12,7 @@ from tests.soak import soak
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_minute_of_many_users(tiny_base: Path, tmp_path: Path) -> None:
-    run = soak(tmp_path, str(tiny_base), minutes=1, streams=8, kill=True)
+    run = soak(tmp_path, str(tiny_base), minutes=1, streams=16, kill=True)
     assert run.report()
     assert run.replayed == len(run.lives)
     assert {"heard", "left", "refused in a restart"} <= run.counts.keys()
