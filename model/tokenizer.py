@@ -77,6 +77,11 @@ class Tokenizer:
         """Whether `encode_chat` can work."""
         return self._chat_template is not None
 
+    @property
+    def start_token_id(self) -> int:
+        """What stands before a text's first token: BOS, or the end of another text for a model that has none."""
+        return self.bos_token_id if self.bos_token_id is not None else min(self.eos_token_ids, default=0)
+
     def encode(self, text: str) -> list[int]:
         """Token ids; a special token's text becomes that token. Raises `ValueError` if it is not Unicode."""
         bos = [self.bos_token_id] if self.add_bos and self.bos_token_id is not None else []

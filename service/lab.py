@@ -36,7 +36,7 @@ def evaluate_files(
     settings: Settings, paths: Sequence[Path], *, requests: int, window: int, streams: int, out: Path | None
 ) -> None:
     """Prints the table of `imprint eval`, and writes every number to `out`."""
-    lm, tokenizer, bos = _load(settings)
+    lm, tokenizer = _load(settings)
     found = _streams(paths, tokenizer, requests, window, streams)
     with _progress() as bar:
         task = bar.add_task("", total=arms(found))
@@ -44,7 +44,7 @@ def evaluate_files(
         def advance(name: str, n: int) -> None:
             bar.update(task, advance=n, description=name[:32])
 
-        reports = evaluate(lm, found, bos, progress=advance)
+        reports = evaluate(lm, found, tokenizer.start_token_id, progress=advance)
     console.print(_table(reports))
     if out is not None:
         out.write_text(json.dumps([asdict(report) for report in reports], indent=1))
@@ -54,7 +54,7 @@ def fit_files(
     settings: Settings, paths: Sequence[Path], *, out: Path, requests: int, window: int, streams: int, seed: int
 ) -> None:
     """Writes the checkpoint of `imprint fit` to `out`."""
-    lm, tokenizer, bos = _load(settings)
+    lm, tokenizer = _load(settings)
     found = _streams(paths, tokenizer, requests, window, streams, seed=seed)
     passages: list[list[Passage]] = []
     with _progress() as bar:
@@ -62,7 +62,7 @@ def fit_files(
         for stream in found:
             passages.append([])
             for request in stream.requests:
-                passages[-1].append(read_passage(lm.backbone, request, bos))
+                passages[-1].append(read_passage(lm.backbone, request, tokenizer.start_token_id))
                 bar.advance(task)
         replay = bar.add_task("fitting the read gate", total=len(passages))
         memory = fitted_memory(
@@ -75,15 +75,14 @@ def fit_files(
     console.print(f"{out}: {memory.fingerprint()}")
 
 
-def _load(settings: Settings) -> tuple[AdaptiveLM, Tokenizer, int]:
+def _load(settings: Settings) -> tuple[AdaptiveLM, Tokenizer]:
     try:
         folder = resolve_base(settings.model, settings.cache_dir, progress=console.print)
         backbone, tokenizer = load_backbone(folder), Tokenizer.load(folder)
         lm = AdaptiveLM(backbone, choose_memory(settings, backbone))
     except (BaseError, CheckpointError, ConfigError, MemoryConfigError) as error:
         raise CommandError(str(error)) from error
-    bos = tokenizer.bos_token_id
-    return lm, tokenizer, 0 if bos is None else bos
+    return lm, tokenizer
 
 
 def _streams(

@@ -40,8 +40,8 @@ class Locks:
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which goes on to its end even if the caller is cancelled meanwhile.
 
-    A caller that was cancelled still gets the result if there is one, so that it can be acted on; what it awaits next
-    is cancelled instead.
+    A caller that was cancelled still gets the result if there is one, so that it can be acted on: the cancellation is
+    spent then, and the caller must be about to end. If `work` fails, the cancellation is raised.
     """
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None

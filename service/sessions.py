@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -62,8 +62,6 @@ __all__ = [
 
 TENANT = "default"
 LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop's thread
-
-T = TypeVar("T")
 
 
 class Sessions:
@@ -129,7 +127,9 @@ class Sessions:
         """Learns a text of any length as one turn; of a chat, only what the session has not seen."""
         async with self._admitted(), self._session(session, if_match) as meta:
             encoded = await self._observed(prompt, meta)
-            parts = prompts.segments(encoded, self.context, self._served.bos, learn=True, score=False)
+            parts = prompts.segments(
+                encoded, self.context, self._served.tokenizer.start_token_id, learn=True, score=False
+            )
             turn = Turn(meta, seen=encoded.digests)
             async for _ in self._run(parts, turn, write=True):
                 pass
@@ -141,7 +141,9 @@ class Sessions:
         asked to."""
         async with self._admitted(), self._session(session, if_match) as meta:
             encoded = await self._observed(TextPrompt(text), meta)
-            parts = prompts.segments(encoded, self.context, self._served.bos, learn=learn, score=True)
+            parts = prompts.segments(
+                encoded, self.context, self._served.tokenizer.start_token_id, learn=learn, score=True
+            )
             turn = Turn(meta)
             scored = [
                 event
@@ -275,8 +277,9 @@ class Sessions:
                 jobs[Job([part], _putter(queue), frozen=frozen)] = number
         elif parts:
             memory = await self._memory(turn.meta, write=write)
-            proof = {"proof_from": turn.meta.requests, "proof_rate": self._proof_rate if write else 0.0}
-            jobs[Job(parts, _putter(queue), memory=memory, frozen=frozen, **proof)] = 0  # type: ignore[arg-type]
+            proof_from, proof_rate = turn.meta.requests, self._proof_rate
+            job = Job(parts, _putter(queue), memory, frozen=frozen, proof_from=proof_from, proof_rate=proof_rate)
+            jobs[job] = 0
         for job in jobs:
             self._served.engine.submit(job)
         unsettled = set(jobs)
@@ -363,7 +366,7 @@ class Sessions:
         if isinstance(prompt, TextPrompt) and not prompt.text:
             return Encoded([], [])
         encoded = await self._encode(prompt, meta.digests, reply=False)
-        return prompts.without_bos(encoded, self._served.bos)
+        return prompts.without_bos(encoded, self._served.tokenizer.start_token_id)
 
     async def _encode(self, prompt: Prompt, known: Sequence[str], *, reply: bool) -> Encoded:
         def encode() -> Encoded:

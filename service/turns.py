@@ -222,9 +222,3 @@ class Served:
     def slow_weights(self) -> str:
         """One fingerprint for all that a session's rows depend on."""
         return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def bos(self) -> int:
-        """What stands before a text's first token."""
-        bos = self.tokenizer.bos_token_id
-        return bos if bos is not None else min(self.tokenizer.eos_token_ids, default=0)

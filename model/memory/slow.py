@@ -61,26 +61,30 @@ class LexicalSite(Site):
 
     def find(self, pool: Pool, session: Tensor, hidden: Tensor) -> tuple[ops.Candidates, Tensor]:
         """What sessions [n] know about final hidden states [n, d]: candidates, and γ [n]."""
-        fast = self.rows(pool)
-        slots, w = self.address(hidden)
-        found = ops.read_lexical(ops.Rows(*fast.read(session, slots)), w)
-        return found, ops.mixing_weight(
-            found, self.gate, (hidden.float() * self.gate_hidden).sum(-1) + fast.trust[session]
-        )
+        return self._find_at(pool, session, hidden, *self.address(hidden))
 
     def learn(self, draft: Draft, hidden: Tensor, targets: Tensor, frozen: Tensor, adapted: Tensor) -> None:
         """Writes one block: targets [n] after final hidden states [n, d], with their log-probabilities [n] before this
         site's read (frozen) and after it (adapted). Trust takes one gradient step on the same tokens."""
         fast = self.rows(draft.pool)
         session = torch.full((len(targets),), draft.index, device=targets.device)
-        step = ops.trust_step(frozen, adapted, targets, *self.find(draft.pool, session, hidden))
+        slots, w = self.address(hidden)
+        found, gamma = self._find_at(draft.pool, session, hidden, slots, w)
+        step = ops.trust_step(frozen, adapted, targets, found, gamma)
         trust = fast.trust[draft.index] + self.trust_rate * step
         fast.trust[draft.index] = trust.clamp(*TRUST_LIMITS)
-        slots, w = self.address(hidden)
         touched, at = torch.unique(slots, return_inverse=True)
         old = ops.Rows(*draft.get(self.config.name, touched))
         new = ops.write_lexical(old, at, w, self.beta(-adapted), targets, decay=self.config.decay, cap=self.config.cap)
         draft.put(self.config.name, touched, new)
+
+    def _find_at(
+        self, pool: Pool, session: Tensor, hidden: Tensor, slots: Tensor, w: Tensor
+    ) -> tuple[ops.Candidates, Tensor]:
+        fast = self.rows(pool)
+        found = ops.read_lexical(ops.Rows(*fast.read(session, slots)), w)
+        bias = (hidden.float() * self.gate_hidden).sum(-1) + fast.trust[session]
+        return found, ops.mixing_weight(found, self.gate, bias)
 
 
 class HiddenSite(Site):

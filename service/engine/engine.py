@@ -88,7 +88,7 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """Ends a job within the current step, without an event, and forgets what it wrote."""
-        self._inbox.put(lambda: self._close(job, commit=False))
+        self.settle(job, None)
 
     def settle(self, job: Job, committed: int | None) -> None:
         """After `Finished`: the job's rows are stored as version `committed`, or (None) are to be forgotten."""
