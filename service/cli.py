@@ -98,7 +98,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--json", help="Also write every number to this file.")] = None,
 ) -> None:
     """Perplexity of texts with their own memory, with another's and without; needs no server."""
-    from service.lab import evaluate_files
+    from service.lab.evaluate import evaluate_files
 
     evaluate_files(Settings.load(), paths, requests=requests, window=window, streams=streams, out=out)
 
@@ -113,7 +113,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of the random keys and of the choice of streams.")] = 0,
 ) -> None:
     """Fit an initial memory to texts, for a base that none is shipped for; needs no server."""
-    from service.lab import fit_files
+    from service.lab.fit import fit_files
 
     fit_files(Settings.load(), paths, out=out, requests=requests, window=window, streams=streams, seed=seed)
 
