@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.backbone import Backbone, KVCache
-from model.memory import Draft, HiddenSite, Memory, Pool, ops
+from model.memory import Draft, HiddenSite, Memory, Pool, Reading, ops
 
 EMPTY = 0  # in every pool, the index of the session without rows
 OUTPUT = -1  # the "layer" of a site between the final norm and the head
@@ -65,6 +65,19 @@ class _Targets:
             {layer: h[mask] for layer, h in self.before.items()},
             {layer: h[mask] for layer, h in self.after.items()},
         )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """n scored targets. adapted, frozen and top: as in `Scores`; before the lexical site: the prediction, and its
+    log-probabilities [n] of the targets; reading: the lexical site's."""
+
+    adapted: Tensor
+    frozen: Tensor | None
+    top: tuple[Tensor, Tensor] | None
+    base: ops.Prediction
+    unmixed: Tensor
+    reading: Reading | None
 
 
 class AdaptiveLM:
@@ -128,13 +141,10 @@ class AdaptiveLM:
             unread_states = None if unread is None else _shift(unread, None if carry is None else carry.frozen)[wanted]
             chosen = targets.pick(wanted)
             of_chosen = learned[wanted]
-            adapted, base, best, logits, unmixed = self._score(
-                chosen, pool, index, frozen=frozen, unread=unread_states, top=top
-            )
-            scores = Scores(adapted, base, of_chosen, best)
+            scored = self._score(chosen, pool, index, frozen=frozen, unread=unread_states, top=top)
+            scores = Scores(scored.adapted, scored.frozen, of_chosen, scored.top)
             if draft is not None and bool(of_chosen.any()):
-                picked = chosen.pick(of_chosen)
-                self._write(draft, picked, adapted[of_chosen], unmixed[of_chosen], logits[of_chosen])
+                self._write(draft, chosen.pick(of_chosen), scored, of_chosen)
         last = Carry(final[-1], {n: h[-1] for n, h in inputs.items()}, None if unread is None else unread[-1])
         return last, scores
 
@@ -156,7 +166,11 @@ class AdaptiveLM:
         session = torch.tensor(index, device=self.device)
         logits = self.backbone.logits(self._read_output(states, pool, session))
         site = self.memory.lexical
-        return logits if site is None else ops.mix(logits, *site.find(pool, session, states))
+        if site is None:
+            return logits
+        base = ops.predict(logits)
+        reading = site.read(pool, session, states, base)
+        return ops.mix(base, reading.tokens, reading.shares, reading.gamma)
 
     # --- read ------------------------------------------------------------------------------------------------------
 
@@ -182,32 +196,34 @@ class AdaptiveLM:
 
     def _score(
         self, targets: _Targets, pool: Pool, index: int, *, frozen: bool, unread: Tensor | None, top: int
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor, Tensor]:
-        """adapted, frozen and top as in `Scores`; before the lexical site: logits [n, V] and log-probabilities [n]."""
+    ) -> _Scored:
         session = torch.full((len(targets.ids),), index, device=self.device)
-        logits = self.backbone.logits(self._read_output(targets.states, pool, session))
-        adapted = before_lexical = _log_prob(logits, targets.ids)
-        mixed, site = logits, self.memory.lexical
+        base = ops.predict(self.backbone.logits(self._read_output(targets.states, pool, session)))
+        adapted = unmixed = base.log_prob(targets.ids)
+        mixed, reading, site = base.logits, None, self.memory.lexical
         if site is not None and index != EMPTY:
-            read = site.find(pool, session, targets.states)
-            adapted = ops.target_log_prob(before_lexical, targets.ids, *read)
-            mixed = ops.mix(logits, *read) if top else logits
-        base: Tensor | None = None
+            reading = site.read(pool, session, targets.states, base)
+            in_memory = ops.memory_prob(targets.ids, reading.tokens, reading.shares)
+            adapted = ops.target_log_prob(unmixed, in_memory, reading.gamma)
+            mixed = ops.mix(base, reading.tokens, reading.shares, reading.gamma) if top else mixed
+        without: Tensor | None = None
         if frozen:
             differs = unread is not None or OUTPUT in self.memory.hidden
             states = targets.states if unread is None else unread
-            base = _log_prob(self.backbone.logits(states), targets.ids) if differs else before_lexical
+            without = ops.predict(self.backbone.logits(states)).log_prob(targets.ids) if differs else unmixed
         best = mixed.log_softmax(-1).topk(top) if top else None
-        return adapted, base, None if best is None else (best.values, best.indices), logits, before_lexical
+        return _Scored(adapted, without, None if best is None else (best.values, best.indices), base, unmixed, reading)
 
     # --- write -----------------------------------------------------------------------------------------------------
 
-    def _write(self, draft: Draft, targets: _Targets, adapted: Tensor, unmixed: Tensor, logits: Tensor) -> None:
-        if (lexical := self.memory.lexical) is not None:
-            lexical.learn(draft, targets.states, targets.ids, unmixed, adapted)
+    def _write(self, draft: Draft, targets: _Targets, scored: _Scored, mask: Tensor) -> None:
+        """Learns the targets, those of `scored` that the mask [n] chooses."""
+        if (lexical := self.memory.lexical) is not None and scored.reading is not None:
+            lexical.learn(draft, scored.reading.pick(mask), targets.ids, scored.unmixed[mask])
         if self.memory.hidden:
             error = F.embedding(targets.ids, self.backbone.embedding).float()
-            error = error - torch.softmax(logits, -1) @ self.backbone.embedding.float()
+            error = error - torch.softmax(scored.base.logits[mask], -1) @ self.backbone.embedding.float()
+            adapted = scored.adapted[mask]
             for layer, site in self.memory.hidden.items():
                 here = targets.states if layer == OUTPUT else targets.before[layer]
                 following = targets.following if layer == OUTPUT else targets.after[layer]
@@ -222,7 +238,3 @@ class AdaptiveLM:
 def _shift(states: Tensor, previous: Tensor | None) -> Tensor:
     """The state before each target: [T, d] with the previous block's last one, or [T − 1, d] at a request's start."""
     return states[:-1] if previous is None else torch.cat([previous[None], states[:-1]])
-
-
-def _log_prob(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

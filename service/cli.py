@@ -1,4 +1,4 @@
-"""The command line `imprint`. All commands but `serve`, `eval` and `fit` speak HTTP to a running server."""
+"""The command line `imprint`. All commands but `serve`, `eval` and `train` speak HTTP to a running server."""
 
 import codecs
 import contextlib
@@ -92,30 +92,71 @@ def serve(
 @app.command("eval")
 def evaluate(
     paths: TextPaths,
-    requests: Annotated[int, typer.Option(min=2, help="Requests read of each stream.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder of the results; a run that was killed goes on from it.")] = Path(
+        "imprint-eval"
+    ),
+    requests: Annotated[int, typer.Option(min=2, help="Requests of a stream, at most; half of them, at least.")] = 16,
     window: Window = 512,
     streams: PerKind = 2,
-    out: Annotated[Path | None, typer.Option("--json", help="Also write every number to this file.")] = None,
+    arms: Annotated[str, typer.Option(help="What to compare, commas between; all = the costly ones too.")] = "",
+    tune: Annotated[str, typer.Option(help="Kinds to tune on, commas between; the others are held out.")] = "",
+    probes: Annotated[str, typer.Option(help="What else to measure, commas between, or none.")] = (
+        "facts,keystrokes,cost"
+    ),
+    long: Annotated[int, typer.Option(min=0, help="Tokens of one long session over all texts; 0 = none.")] = 0,
+    adapter: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A plain adapter, too.")] = None,
 ) -> None:
-    """Perplexity of texts with their own memory, with another's and without; needs no server."""
+    """What the memory is worth on texts, beside every alternative; needs no server.
+
+    Writes results.json, table.md, plots and arrays. The same command goes on where a killed one was.
+    """
+    from service.lab.bench import Options
     from service.lab.evaluate import evaluate_files
 
-    evaluate_files(Settings.load(), paths, requests=requests, window=window, streams=streams, out=out)
+    extra = [] if probes == "none" else _names(probes)
+    options = Options(requests, window, streams, _names(arms), _names(tune), extra, long, adapter, out)
+    evaluate_files(Settings.load(), paths, options)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @app.command()
-def fit(
-    paths: TextPaths,
-    out: Annotated[Path, typer.Option(help="The memory checkpoint to write (safetensors).")],
-    requests: Annotated[int, typer.Option(min=1, help="Requests read of each stream.")] = 6,
-    window: Window = 512,
-    streams: PerKind = 2,
-    seed: Annotated[int, typer.Option(help="Of the random keys and of the choice of streams.")] = 0,
+def train(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text files, a stream each; folders of them, a kind each; hf:owner/name[:config][:split][:column]."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write; losses, plot and manifest go beside it.")],
+    work: Annotated[Path, typer.Option(help="Folder of features and unfinished runs; can be used again.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, all kinds alike.")] = 4_000_000,
+    stream_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a stream, at most.")] = 65_536,
+    requests: Annotated[
+        tuple[int, int], typer.Option("--request-tokens", min=1, help="Shortest and longest request of a stream.")
+    ] = (128, 1024),
+    valid: Annotated[int, typer.Option(min=1, help="Files of each kind held out to validate on.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser; as many as a pass takes.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Streams in flight, for each process.")] = 4,
+    span: Annotated[int, typer.Option(min=1, help="Requests that gradients pass.")] = 8,
+    lr: Annotated[float, typer.Option(min=1e-7, max=1.0, help="The peak learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of the choice of texts, of their order and of the first weights.")] = 0,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Train a plain adapter instead, to compare with.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="The adapter's; by default it is as large.")] = None,
 ) -> None:
-    """Fit an initial memory to texts, for a base that none is shipped for; needs no server."""
-    from service.lab.fit import fit_files
+    """Train a memory on texts; needs no server. The same command again goes on after any stop.
 
-    fit_files(Settings.load(), paths, out=out, requests=requests, window=window, streams=streams, seed=seed)
+    On several devices: torchrun --nproc-per-node N -m service train …
+    """
+    from service.lab.texts import Budget
+    from service.lab.train import VALID_TOKENS, Options, train_files
+
+    if requests[0] > requests[1]:
+        raise typer.BadParameter(f"the shortest must not be above the longest, got {requests[0]} and {requests[1]}")
+    budget = Budget(tokens, stream_tokens, valid, VALID_TOKENS, requests, seed)
+    train_files(Settings.load(), Options(paths, out, work, budget, steps, batch, span, lr, adapter, rank))
 
 
 @app.command()

@@ -72,6 +72,10 @@ class Metrics:
     def _learning(self) -> None:
         self.tokens_learned_total = self._counter("tokens_learned_total", "Tokens learned and committed.")
         self.rows_written_total = self._counter("rows_written_total", "Memory rows written and committed.")
+        self.guards_shut_total = self._counter(
+            "guards_shut_total", "Sessions whose read gate shut, their memory having done harm."
+        )
+        self.guards_opened_total = self._counter("guards_opened_total", "Sessions whose read gate opened again.")
         self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_S)
         self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTES)
         self.load_seconds = self._histogram("load_seconds", "Duration of one load of a session from the store.", STEP_S)

@@ -311,7 +311,7 @@ class Sessions:
             return None
         turn.stats, turn.rows_written = done.stats, done.rows_written
         kept = prompts.remember(meta.digests, [*turn.seen, *turn.said()])
-        if not done.rows and set(kept) <= set(meta.digests):
+        if not done.rows and not done.stats.tokens_learned and set(kept) <= set(meta.digests):
             if meta.version == 0:
                 await self._store.create(TENANT, meta)
             return None
@@ -339,6 +339,8 @@ class Sessions:
         self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in rows.values()))
         self._metrics.tokens_learned_total.inc(stats.tokens_learned)
         self._metrics.rows_written_total.inc(done.rows_written)
+        self._metrics.guards_shut_total.inc(max(0, done.guards))
+        self._metrics.guards_opened_total.inc(max(0, -done.guards))
         self._metrics.proof_tokens_total.inc(stats.proof_tokens)
         self._metrics.proof_loss_nats_total.inc(stats.proof_loss_sum)
         self._metrics.proof_frozen_loss_nats_total.inc(stats.proof_frozen_loss_sum)

@@ -1,20 +1,24 @@
-"""Test, then train: a stream is read request by request, each scored before it is learned.
+"""Test, then train: how a stream is read, request by request, each token scored before anything learns from it.
 
 A stream is a user: a book, an author's messages, a repository. It is cut into requests whose attention ends at their
-edges, so that the memory is the only link between them. The first half of a stream also serves as a past: what its
-second half is worth to it with its own past, with another stream's, and with none.
+edges, so that only what an arm carries over links them. What the frozen base makes of a stream is computed once, as its
+`Trace`; whatever only needs final hidden states works on that.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from model.backbone import Backbone
 from model.lm import AdaptiveLM
-from model.memory import Pool
+from model.memory import HiddenSite, Memory, Pool, ops
+
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -31,136 +35,152 @@ class Stream:
         """The number of requests that are the past."""
         return len(self.requests) // 2
 
-
-@dataclass(frozen=True)
-class Losses:
-    """Mean nats per token, by request."""
-
-    by_request: list[float]
-    tokens: list[int]
-
-    def mean(self, start: int = 0) -> float:
-        """Over the requests from `start` on, every token counting alike."""
-        weighted = (loss * n for loss, n in zip(self.by_request[start:], self.tokens[start:], strict=True))
-        return sum(weighted) / sum(self.tokens[start:])
+    @property
+    def past(self) -> int:
+        """The number of tokens in the first half."""
+        return sum(map(len, self.requests[: self.half]))
 
 
 @dataclass(frozen=True)
-class StreamReport:
-    """One stream's arms. frozen, online: all requests; the others: the second half, nothing learned in it.
+class Passage:
+    """What the frozen base makes of one request of n targets: the final states before them [n, d], the targets [n],
+    their log p [n] (nats) and the entropy [n] of each whole prediction, all fp32."""
 
-    own: with the memory of the first half; same_kind, other_kind: with another stream's (None: there is none).
+    states: Tensor
+    targets: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the frozen base makes of a stream of n targets.
+
+    states [n, d] fp32: the final hidden state before each target; targets [n] long; log_probs [n] fp32 (nats);
+    entropy [n] fp32 of the whole prediction; widths [n] int32: bytes of each target's text; lengths: targets of each
+    request.
     """
 
-    name: str
-    kind: str
-    frozen: Losses
-    online: Losses
-    own: Losses
-    same_kind: Losses | None
-    other_kind: Losses | None
+    states: Tensor
+    targets: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    widths: Tensor
+    lengths: list[int]
+
+    def parts(self) -> Iterator[slice]:
+        """Where each request lies."""
+        start = 0
+        for length in self.lengths:
+            yield slice(start, start + length)
+            start += length
+
+    def passages(self) -> Iterator[Passage]:
+        """The requests in order."""
+        for part in self.parts():
+            yield Passage(self.states[part], self.targets[part], self.log_probs[part], self.entropy[part])
 
 
 def cut(token_ids: Sequence[int], window: int, limit: int) -> list[list[int]]:
     """At most `limit` requests of `window` tokens, BOS not counted among them; a last partial one is dropped."""
-    parts = [list(token_ids[i : i + window]) for i in range(0, len(token_ids), window)]
-    return [part for part in parts if len(part) == window][:limit]
+    parts = [list(token_ids[i : i + window]) for i in range(0, min(len(token_ids), limit * window), window)]
+    return [part for part in parts if len(part) == window]
 
 
 @torch.inference_mode()
-def read(
-    lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int, *, learn: bool
-) -> tuple[float, float]:
-    """Scores one request in a session, learning each block after it is scored; returns the summed losses with memory
-    and without."""
+def read_passage(backbone: Backbone, token_ids: Sequence[int], bos: int) -> Passage:
+    """Runs the base over one request; every token is a target, the first one predicted from BOS."""
+    targets = torch.tensor(token_ids)
+    states = backbone(torch.tensor([[bos, *token_ids[:-1]]]))[0]
+    logits = backbone.logits(states).log_softmax(-1)
+    return Passage(states.float(), targets, logits.gather(-1, targets[:, None])[:, 0], -(logits.exp() * logits).sum(-1))
+
+
+def read_trace(
+    backbone: Backbone, stream: Stream, bos: int, width: Callable[[int], int], progress: Progress = lambda _: None
+) -> Trace:
+    """Runs the base over a stream. width: the bytes of a token; progress is told of each request."""
+    passages = []
+    for request in stream.requests:
+        passages.append(read_passage(backbone, request, bos))
+        progress(1)
+    widths = torch.tensor([width(token) for request in stream.requests for token in request], dtype=torch.int32)
+    return Trace(
+        torch.cat([passage.states for passage in passages]),
+        torch.cat([passage.targets for passage in passages]),
+        torch.cat([passage.log_probs for passage in passages]),
+        torch.cat([passage.entropy for passage in passages]),
+        widths,
+        [len(request) for request in stream.requests],
+    )
+
+
+@torch.inference_mode()
+def read(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int, *, learn: bool) -> Tensor:
+    """Scores one request of n tokens in a session, learning each block after it is scored; returns log p [n]."""
     ids = [bos, *token_ids]
     cache = lm.backbone.new_cache(len(ids))
-    frozen_cache = lm.backbone.new_cache(len(ids)) if lm.needs_frozen_cache else None
     draft = pool.draft(session) if learn else None
-    carry, adapted, frozen = None, 0.0, 0.0
-    block = lm.memory.config.block
-    for start in range(0, len(ids), block):
-        part = ids[start : start + block]
+    carry, found = None, []
+    for start in range(0, len(ids), lm.memory.config.block):
+        part = ids[start : start + lm.memory.config.block]
         mask = [True] * len(part)
+        index = session if draft is None else draft.index
         carry, scores = lm.block(
-            part,
-            cache,
-            pool,
-            session if draft is None else draft.index,
-            carry=carry,
-            score=mask,
-            learn=mask if learn else None,
-            draft=draft,
-            frozen=True,
-            frozen_cache=frozen_cache,
+            part, cache, pool, index, carry=carry, score=mask, learn=mask if learn else None, draft=draft
         )
-        if scores is not None and scores.frozen is not None:
-            adapted -= float(scores.adapted.double().sum())
-            frozen -= float(scores.frozen.double().sum())
+        if scores is not None:
+            found.append(scores.adapted)
     if draft is not None:
         draft.commit()
-    return adapted, frozen
+    return torch.cat(found)
 
 
-def evaluate(
-    lm: AdaptiveLM, streams: Sequence[Stream], bos: int, *, progress: Callable[[str, int], None] = lambda *_: None
-) -> list[StreamReport]:
-    """Runs every arm of every stream. progress is told the stream's name and the number of requests just read."""
-    slots = max((site.slots for site in lm.memory.config.sites), default=1)
-    pool = lm.new_pool(rows=(len(streams) + 3) * slots, sessions=len(streams) + 3)
-    pasts = {}
-    online: dict[str, tuple[Losses, Losses]] = {}
-    for stream in streams:
-        session, past, losses = pool.open(), None, []
-        for number, request in enumerate(stream.requests):
-            if number == stream.half:
-                past = pool.open(pool.dump(session))
-            losses.append(read(lm, pool, session, request, bos, learn=True))
-            progress(stream.name, 1)
-        pool.close(session)
-        pasts[stream.name] = past
-        online[stream.name] = (_losses(stream.requests, losses, 0), _losses(stream.requests, losses, 1))
-
-    def with_past(stream: Stream, past: Stream | None) -> Losses | None:
-        if past is None:
-            return None
-        session = pasts[past.name]
-        assert session is not None
-        requests = stream.requests[stream.half :]
-        losses = []
-        for request in requests:
-            losses.append(read(lm, pool, session, request, bos, learn=False))
-            progress(stream.name, 1)
-        return _losses(requests, losses, 0)
-
-    reports = []
-    for number, stream in enumerate(streams):
-        others = [*streams[number + 1 :], *streams[:number]]
-        adapted, frozen = online[stream.name]
-        own = with_past(stream, stream)
-        assert own is not None
-        same = with_past(stream, next((s for s in others if s.kind == stream.kind), None))
-        other = with_past(stream, next((s for s in others if s.kind != stream.kind), None))
-        reports.append(StreamReport(stream.name, stream.kind, frozen, adapted, own, same, other))
-    return reports
+def reads_states_only(memory: Memory) -> bool:
+    """Whether final hidden states are all that the memory needs of the base: `replay` then equals `read`."""
+    return not any(isinstance(site, HiddenSite) for site in memory.sites.values())
 
 
-def arms(streams: Sequence[Stream]) -> int:
-    """How many requests `evaluate` reads in all, for a progress bar."""
-    kinds = [stream.kind for stream in streams]
-    total = 0
-    for stream in streams:
-        half = len(stream.requests) - stream.half
-        others = (kinds.count(stream.kind) > 1) + (len(set(kinds)) > 1)
-        total += len(stream.requests) + half * (1 + others)
-    return total
+@torch.inference_mode()
+def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, *, learn: bool) -> Tensor:
+    """What `read` does, from what the base made of the request before; returns log p [n].
+
+    BOS is the first token of the first block, so that block has one target less.
+    """
+    site, block, n = lm.memory.lexical, lm.memory.config.block, len(passage.targets)
+    if site is None:
+        return passage.log_probs
+    draft = pool.draft(session) if learn else None
+    index, found = session if draft is None else draft.index, []
+    for start in range(0, n + 1, block):
+        part = slice(max(0, start - 1), min(n, start + block - 1))
+        if part.start == part.stop:
+            continue
+        states, targets = passage.states[part], passage.targets[part]
+        base = ops.predict(lm.backbone.logits(states))
+        reading, frozen = site.read(pool, torch.full((len(targets),), index), states, base), base.log_prob(targets)
+        in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
+        found.append(ops.target_log_prob(frozen, in_memory, reading.gamma))
+        if draft is not None:
+            site.learn(draft, reading, targets, frozen)
+    if draft is not None:
+        draft.commit()
+    return torch.cat(found)
 
 
-def ratio(adapted: Losses, frozen: Losses, start: int = 0) -> float:
-    """Perplexity over perplexity, on the requests of `adapted` and the frozen ones from `start` on."""
-    return math.exp(adapted.mean() - frozen.mean(start))
+def follow(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int, *, learn: bool) -> Tensor:
+    """`replay` where that is the same, else `read`: log p [n] of one request in a session."""
+    if reads_states_only(lm.memory):
+        return replay(lm, pool, session, passage, learn=learn)
+    return read(lm, pool, session, passage.targets.tolist(), bos, learn=learn)
 
 
-def _losses(requests: Sequence[Sequence[int]], sums: Sequence[tuple[float, float]], arm: int) -> Losses:
-    tokens = [len(request) for request in requests]
-    return Losses([pair[arm] / n for pair, n in zip(sums, tokens, strict=True)], tokens)
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start

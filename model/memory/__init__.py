@@ -3,7 +3,7 @@ weights."""
 
 from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.pool import Draft, Pool, PoolFullError, SiteRows
-from model.memory.slow import HiddenSite, LexicalSite, Memory, load_memory, save_memory
+from model.memory.slow import HiddenSite, LexicalSite, Memory, Reading, load_memory, save_memory
 
 __all__ = [
     "Draft",
@@ -14,6 +14,7 @@ __all__ = [
     "MemoryConfigError",
     "Pool",
     "PoolFullError",
+    "Reading",
     "SiteConfig",
     "SiteRows",
     "load_memory",

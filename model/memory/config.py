@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TRUST = "_trust"  # what a site's trust is stored under, after the site's name
+OWN = "_own"  # what a session's own numbers are stored under, after the site's name
 SiteKind = Literal["lexical", "hidden"]
 
 
@@ -21,14 +21,16 @@ class SiteConfig:
     """One place where the memory is read and written.
 
     name: unique in its memory; part of the store's keys.
-    kind: "lexical" (rows are sparse vectors over the vocabulary, read into the output distribution) or
+    kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution) or
         "hidden" (rows are vectors of `width` numbers, read into the residual stream).
     layer: the decoder layer whose output a hidden site reads and rewrites; -1 is the output, before the head. A
         lexical site is always at the output.
-    slots: N, a perfect square (product keys). k: slots a token selects.
-    width: numbers in a hidden site's row (d_v). pairs: (token, strength) pairs in a lexical site's row.
-    decay: the share of a row that one full-strength write forgets (lexical), or λ of the delta rule (hidden).
-    cap: largest norm of a hidden row, largest sum of strengths of a lexical row.
+    slots: N; in a hidden site a perfect square (product keys), in a lexical one a multiple of `cell`.
+    k: slots that a token selects (hidden), or cells that it reads (lexical).
+    width: numbers in a hidden site's row (d_v), or in a lexical row's key (d_k).
+    cell: slots that share an address; 1 in a hidden site.
+    surprise: nats; a lexical site does not write tokens that were expected better than that.
+    decay: λ of a hidden site's delta rule. cap: largest norm of its rows.
     """
 
     name: str
@@ -37,24 +39,29 @@ class SiteConfig:
     k: int
     layer: int = -1
     width: int = 0
-    pairs: int = 0
+    cell: int = 1
+    surprise: float = 0.0
     decay: float = 0.0
     cap: float = 1e4
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise MemoryConfigError(f"site name must be an identifier, got {self.name!r}")
-        if self.name.endswith(TRUST):
-            raise MemoryConfigError(f"site name must not end in {TRUST!r}, got {self.name!r}")
+        if self.name.endswith(OWN):
+            raise MemoryConfigError(f"site name must not end in {OWN!r}, got {self.name!r}")
         if self.kind not in ("lexical", "hidden"):
             raise MemoryConfigError(f"{self.name}.kind must be 'lexical' or 'hidden', got {self.kind!r}")
-        if self.slots < 1 or math.isqrt(self.slots) ** 2 != self.slots:
+        if self.slots < 1 or (self.kind == "hidden" and math.isqrt(self.slots) ** 2 != self.slots):
             raise MemoryConfigError(f"{self.name}.slots must be a perfect square (product keys), got {self.slots}")
-        if not 1 <= self.k <= math.isqrt(self.slots):
-            raise MemoryConfigError(f"{self.name}.k must be in 1..{math.isqrt(self.slots)} (√slots), got {self.k}")
-        size, value = ("pairs", self.pairs) if self.kind == "lexical" else ("width", self.width)
-        if value < 1:
-            raise MemoryConfigError(f"{self.name}.{size} must be at least 1, got {value}")
+        if self.cell < 1 or self.slots % self.cell or (self.kind == "hidden" and self.cell > 1):
+            raise MemoryConfigError(f"{self.name}.cell must divide slots, and be 1 in a hidden site, got {self.cell}")
+        most = self.cells if self.kind == "lexical" else math.isqrt(self.slots)
+        if not 1 <= self.k <= most:
+            raise MemoryConfigError(f"{self.name}.k must be in 1..{most}, got {self.k}")
+        if self.width < 1:
+            raise MemoryConfigError(f"{self.name}.width must be at least 1, got {self.width}")
+        if not self.surprise >= 0.0:
+            raise MemoryConfigError(f"{self.name}.surprise must not be negative, got {self.surprise}")
         if self.kind == "lexical" and self.layer != -1:
             raise MemoryConfigError(f"{self.name}.layer must be -1 for a lexical site, got {self.layer}")
         if not 0.0 <= self.decay <= 1.0:
@@ -63,9 +70,14 @@ class SiteConfig:
             raise MemoryConfigError(f"{self.name}.cap must be positive, got {self.cap}")
 
     @property
+    def cells(self) -> int:
+        """How many addresses there are."""
+        return self.slots // self.cell
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        return 8 * self.pairs if self.kind == "lexical" else 4 * self.width
+        return 8 + self.width if self.kind == "lexical" else 4 * self.width
 
 
 @dataclass(frozen=True)

@@ -5,75 +5,68 @@ Slow on purpose, and the definition: where `ops.py` and this file disagree, this
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from model.memory.ops import Candidates, Rows
+from model.memory.ops import KEY_STEPS, Candidates, Prediction, Rows
 
 
-def address(keys: Tensor, k: int, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Scores all N slots of each token; keys [n, 2, √N] → slots [n, k], w [n, k]."""
-    all_slots, all_weights = [], []
-    for s1, s2 in keys:
-        scores, slots = (s1[:, None] + s2[None, :]).flatten().topk(k)
-        a = torch.softmax(temperature * scores, dim=-1)
-        all_slots.append(slots)
-        all_weights.append(a / a.norm())
-    return torch.stack(all_slots), torch.stack(all_weights)
+def nearest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores all N slots of each token; keys [n, 2, √N] → slots [n, k], scores [n, k]."""
+    best = [(s1[:, None] + s2[None, :]).flatten().topk(k) for s1, s2 in keys]
+    return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
 
 
-def read_lexical(rows: Rows, w: Tensor) -> Candidates:
-    """A dictionary token → Σ_i w_i·strength for each token of the batch; rows [n, k, P], w [n, k]."""
-    n, k, pairs = rows.tokens.shape
-    tokens = torch.zeros(n, k * pairs, dtype=torch.long)
-    scores = torch.zeros(n, k * pairs, dtype=w.dtype)
-    for t in range(n):
-        found: dict[int, float] = {}
-        for i in range(k):
-            for token, strength in zip(rows.tokens[t, i].tolist(), rows.strengths[t, i].tolist(), strict=True):
-                found[token] = found.get(token, 0.0) + w[t, i].item() * strength
-        for place, token in enumerate(sorted(found)):
-            tokens[t, place], scores[t, place] = token, found[token] ** 2
-    return Candidates(tokens, scores)
+def read_lexical(rows: Rows, query: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor) -> Candidates:
+    """Row by row; arguments and result as in `ops.read_lexical`."""
+    n, k, P = rows.tokens.shape
+    heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
+    tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
+    evidence = torch.zeros(n, heads, 4, dtype=query.dtype)
+    evidence[:, :, 3] = math.log(1e-4) / 3
+    for t, h in itertools.product(range(n), range(heads)):
+        found = []
+        for place in range(k * P):
+            i, row = divmod(place, P)
+            if rows.ages[t, i, row] > 0:
+                cosine = float(query[t] @ (rows.keys[t, i, row].to(query.dtype) / KEY_STEPS))
+                score = float(sharpness[h]) * cosine + float(prior[h]) * float(log_probs[t, tokens[t, place]])
+                found.append((score, cosine, place))
+        if not found:
+            continue
+        total = math.log(sum(math.exp(score) for score, _, _ in found))
+        for score, _, place in found:
+            shares[t, h, place] = math.exp(score - total)
+        _, cosine, best = max(found, key=lambda item: item[0])
+        agreement = float(sum(shares[t, h, place] for *_, place in found if tokens[t, place] == tokens[t, best]))
+        evidence[t, h] = torch.tensor([total / 10, cosine, agreement, math.log(agreement + 1e-4) / 3])
+    return Candidates(tokens, shares, evidence.flatten(1))
 
 
-def mix(logits: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
-    """The mixture over the whole vocabulary, one token at a time; logits [n, V] → log-probabilities [n, V]."""
-    out = logits.clone()
-    for t in range(len(logits)):
+def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
+    """The mixture over the whole vocabulary, one token at a time; log-probabilities [n, V]."""
+    out = base.logits.clone()
+    for t in range(len(out)):
         if gamma[t] > 0:
-            memory = torch.zeros_like(logits[t])
-            for token, score in zip(found.tokens[t].tolist(), found.scores[t], strict=True):
-                memory[token] += score
-            out[t] = ((1 - gamma[t]) * torch.softmax(logits[t], -1) + gamma[t] * memory / memory.sum()).log()
+            memory = torch.zeros_like(out[t])
+            for token, share in zip(tokens[t].tolist(), shares[t], strict=True):
+                memory[token] += share
+            out[t] = ((1 - gamma[t]) * torch.softmax(base.logits[t], -1) + gamma[t] * memory).log()
     return out
 
 
-def write_lexical(old: Rows, at: Tensor, w: Tensor, beta: Tensor, targets: Tensor, *, decay: float, cap: float) -> Rows:
-    """Row by row with dictionaries; arguments and result as in `ops.write_lexical`."""
-    pairs = old.tokens.shape[1]
-    new = Rows(torch.zeros_like(old.tokens), torch.zeros_like(old.strengths))
-    for u in range(len(old.tokens)):
-        writes = [
-            (int(targets[t]), (beta[t] * w[t, i]).item())
-            for t in range(at.shape[0])
-            for i in range(at.shape[1])
-            if at[t, i] == u
-        ]
-        forget = 1.0 - decay * min(1.0, sum(amount for _, amount in writes))
-        row = {
-            token: strength * forget
-            for token, strength in zip(old.tokens[u].tolist(), old.strengths[u].tolist(), strict=True)
-            if strength > 0
-        }
-        for token, amount in writes:
-            row[token] = row.get(token, 0.0) + amount
-        kept = sorted((item for item in row.items() if item[1] > 0), key=lambda item: (-item[1], item[0]))[:pairs]
-        scale = min(1.0, cap / max(sum(strength for _, strength in kept), 1e-30))
-        for place, (token, strength) in enumerate(kept):
-            new.tokens[u, place], new.strengths[u, place] = token, strength * scale
+def write_lexical(old: Rows, at: Tensor, keys: Tensor, targets: Tensor) -> Rows:
+    """Token by token; arguments and result as in `ops.write_lexical`."""
+    new = Rows(old.ages.clone(), old.tokens.clone(), old.keys.clone())
+    for t in range(len(at)):
+        ages = new.ages[at[t]].tolist()
+        place = ages.index(min(ages))
+        new.ages[at[t], place] = max(ages) + 1
+        new.tokens[at[t], place] = int(targets[t])
+        new.keys[at[t], place] = keys[t]
     return new
 
 

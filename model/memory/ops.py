@@ -1,11 +1,11 @@
 """Address, read and write of the memory: pure functions, batched over tokens. Their twins are in `naive.py`.
 
-Letters: n tokens, N slots, k slots a token, d hidden size, V vocabulary, P pairs a lexical row, d_v width of a hidden
-row, K = k·P candidates a token, U touched rows. Fast weights are fp32 everywhere.
+Letters: n tokens, N slots, k slots or cells a token, d hidden size, V vocabulary, P rows a lexical cell, d_k numbers of
+their keys, K = k·P candidates a token, H heads, d_v width of a hidden row, U touched cells.
 
-The formulation is Imprint's own (docs/design of the memory: product keys as in Lample et al. 2019, arXiv 1907.05242;
-fast weights written sparsely after the idea of Sparse Meta Networks, arXiv 2009.01803; the lexical site is a neural
-cache, arXiv 1612.04426, of constant size).
+The formulation is Imprint's own: product keys as in Lample et al. 2019 (arXiv 1907.05242), fast weights written
+sparsely after the idea of Sparse Meta Networks (arXiv 2009.01803); the lexical site is a neural cache (arXiv
+1612.04426) of constant size and cost, whose entries lie in the cells of an inverted file (Jégou et al. 2011).
 """
 
 from __future__ import annotations
@@ -16,21 +16,54 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
+GUARD_TOKENS, GUARD_NATS = 1024, 8.0
+KEY_STEPS = 254  # of a key's component, between −0.5 and 0.5
 
 
 class Rows(NamedTuple):
-    """Lexical rows: `tokens` int32 [..., P] and `strengths` fp32 [..., P]; a pair of strength 0 is empty (token 0)."""
+    """Cells of lexical rows: `ages` int32 [..., P] (0 = no row, else the higher the younger), `tokens` int32 [..., P]
+    and `keys` int8 [..., P, d_k] of the contexts that they followed."""
 
+    ages: Tensor
     tokens: Tensor
-    strengths: Tensor
+    keys: Tensor
 
 
 class Candidates(NamedTuple):
-    """What a lexical read found. tokens [n, K] long, distinct where scores > 0; scores [n, K] fp32, 0 = no
-    candidate."""
+    """What a lexical read found: tokens [n, K] long (one may come more than once), p_mem as seen by each of H heads as
+    shares [n, H, K] of them (they sum to 1, or are all 0 where nothing was found), and evidence [n, 4·H] of how far to
+    believe each head."""
 
     tokens: Tensor
-    scores: Tensor
+    shares: Tensor
+    evidence: Tensor
+
+
+class Prediction(NamedTuple):
+    """What the base says of n next tokens: logits [n, V], log Σ exp(logits) [n] and the entropy [n] (nats)."""
+
+    logits: Tensor
+    log_z: Tensor
+    entropy: Tensor
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        """log p_LM of tokens [n] or [n, K], long."""
+        if tokens.dim() == 1:
+            return self.log_prob(tokens[:, None])[:, 0]
+        return self.logits.gather(1, tokens) - self.log_z[:, None]
+
+    def pick(self, mask: Tensor) -> Prediction:
+        """The prediction of some of the tokens; mask [n]."""
+        return Prediction(*(part[mask] for part in self))
+
+
+def predict(logits: Tensor) -> Prediction:
+    """logits [n, V] → what they say."""
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp()
+    total = weights.sum(-1)
+    log_z = top[:, 0] + total.log()
+    return Prediction(logits, log_z, log_z - torch.linalg.vecdot(weights, logits) / total)
 
 
 def rowwise(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,17 +76,22 @@ def rowwise(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x[:, None], weight.expand(len(x), -1, -1))[:, 0]
 
 
-def address(keys: Tensor, k: int, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Product-key top-k: the slots a token selects and their weights.
+def nearest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Product-key top-k: the slots [n, k] long that a token selects and their scores, the highest first.
 
-    keys [n, 2, √N]: the two halves of s. Slot i·√N + j scores s1_i + s2_j; a = softmax(temperature · top-k scores).
-    Returns slots [n, k] long and w = a / ‖a‖₂ [n, k].
+    keys [n, 2, √N]: the two halves of s. Slot i·√N + j scores s1_i + s2_j.
     """
     side = keys.shape[-1]
-    top1, index1 = keys[:, 0].topk(k)
-    top2, index2 = keys[:, 1].topk(k)
+    m = min(k, side)
+    top1, index1 = keys[:, 0].topk(m)
+    top2, index2 = keys[:, 1].topk(m)
     scores, best = (top1[:, :, None] + top2[:, None, :]).flatten(1).topk(k)
-    slots = index1.gather(1, best // k) * side + index2.gather(1, best % k)
+    return index1.gather(1, best // m) * side + index2.gather(1, best % m), scores
+
+
+def address(keys: Tensor, k: int, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest` slots [n, k] and w = a / ‖a‖₂ [n, k], a = softmax(temperature · their scores)."""
+    slots, scores = nearest(keys, k)
     a = torch.softmax(temperature * scores, dim=-1)
     return slots, a / a.norm(dim=-1, keepdim=True)
 
@@ -61,111 +99,117 @@ def address(keys: Tensor, k: int, temperature: float | Tensor) -> tuple[Tensor, 
 # --- lexical rows ---------------------------------------------------------------------------------------------------
 
 
-def read_lexical(rows: Rows, w: Tensor) -> Candidates:
-    """score(x) = (Σ_i w_i · strength_i(x))² over the k rows of each token; squaring sharpens the match.
+def quantise(keys: Tensor) -> Tensor:
+    """Unit vectors [..., d_k] as int8, in steps of 1 / KEY_STEPS; components beyond ±0.5 are clipped."""
+    return (keys * KEY_STEPS).round().clamp(-127, 127).to(torch.int8)
 
-    rows [n, k, P] of the addressed slots, w [n, k].
+
+def read_lexical(rows: Rows, query: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor) -> Candidates:
+    """Each head's p_mem(x) ∝ p_LM(x)^prior · Σ exp(sharpness · ⟨query, key⟩), over the rows of token x in k cells.
+
+    rows [n, k, P] of the addressed cells; query [n, d_k] of unit length; base: p_LM; sharpness and prior [H].
     """
-    tokens, order = rows.tokens.flatten(1).long().sort(dim=1, stable=True)
-    parts = (rows.strengths * w[:, :, None]).flatten(1).gather(1, order)
+    tokens, keys = rows.tokens.flatten(1).long(), rows.keys.flatten(1, 2).float()
+    # The query on the left: a lone matrix times a vector would be rounded differently from the same one in company.
+    cosines = torch.bmm(query[:, None], keys.transpose(1, 2))[:, 0] / KEY_STEPS
+    return weigh(tokens, cosines, base.log_prob(tokens), rows.ages.flatten(1) == 0, sharpness, prior)
+
+
+def weigh(
+    tokens: Tensor, cosines: Tensor, log_probs: Tensor, missing: Tensor, sharpness: Tensor, prior: Tensor
+) -> Candidates:
+    """Softmax over candidates by each head, and the evidence for it: log Σ exp(score), the cosine and the agreement
+    (what share of the head goes to the same token) of its best match, and the log of that, all scaled to about 1.
+
+    tokens [n or 1, K] long; cosines, log_probs (of p_LM) and missing [n, K]; sharpness and prior [H].
+    """
+    scores = sharpness[:, None] * cosines[:, None] + prior[:, None] * log_probs[:, None]
+    scores = scores.masked_fill(missing[:, None], -torch.inf)
+    best, at = scores.max(dim=-1, keepdim=True)
+    known = best > -torch.inf
+    weights = (scores - best.masked_fill(~known, 0.0)).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    shares = weights / torch.where(known, total, torch.ones_like(total))
+    tokens = tokens.expand(len(scores), -1)
+    agreement = (shares * (tokens[:, None] == tokens.gather(1, at[:, :, 0])[:, :, None])).sum(-1)
+    log_total = torch.where(known, best + total.log(), torch.zeros_like(best))[:, :, 0]
+    cosine = torch.where(known[:, :, 0], cosines.gather(1, at[:, :, 0]), torch.zeros_like(log_total))
+    evidence = torch.stack([log_total / 10, cosine, agreement, (agreement + 1e-4).log() / 3], dim=-1)
+    return Candidates(tokens, shares, evidence.flatten(1))
+
+
+def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
+    """p = (1 − γ)·p_LM + γ·p_mem as log-probabilities [n, V]; rows with γ = 0 keep their logits, bit for bit.
+
+    p_mem: shares [n, K] of tokens [n, K] long, which may repeat.
+    """
+    tokens, order = tokens.sort(dim=1, stable=True)
+    parts = shares.gather(1, order)
     starts = torch.ones_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
     segment = starts.cumsum(1) - 1
-    scores = torch.zeros_like(parts).scatter_add_(1, segment, parts).square()
+    share = torch.zeros_like(parts).scatter_add_(1, segment, parts)
     # Every member of a segment writes the same token, so the scatter has one outcome in any order.
     distinct = torch.zeros_like(tokens).scatter_(1, segment, tokens)
-    return Candidates(distinct, scores)
-
-
-def mixing_weight(found: Candidates, gate: Tensor, bias: Tensor) -> Tensor:
-    """γ [n] = σ(g0 + g1·log S + g2·max/S + bias), S = Σ scores; exactly 0 where nothing was found.
-
-    gate [3]; bias [n]: what the hidden state and the session's trust add. γ stays below 1: however sure a memory is, it
-    makes no token impossible.
-    """
-    total = found.scores.sum(-1)
-    known = total >= TINY
-    safe = torch.where(known, total, torch.ones_like(total))
-    agreement = found.scores.amax(-1) / safe
-    gamma = torch.sigmoid(gate[0] + gate[1] * safe.log() + gate[2] * agreement + bias)
-    gamma = gamma.clamp_max(1.0 - torch.finfo(gamma.dtype).eps)
-    return torch.where(known, gamma, torch.zeros_like(gamma))
-
-
-def mix(logits: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
-    """p = (1 − γ)·softmax(logits) + γ·p_mem as log-probabilities [n, V]; rows with γ = 0 keep their logits, bit for
-    bit."""
-    log_z = logits.logsumexp(-1, keepdim=True)
     g = gamma[:, None]
-    share = found.scores / found.scores.sum(-1, keepdim=True).clamp_min(TINY)
-    base = logits - log_z + torch.log1p(-g)
-    at = base.gather(1, found.tokens)
-    # γ·share = 0 on empty candidates: they add exactly nothing, whichever token they point at.
+    mixed = base.logits - base.log_z[:, None] + torch.log1p(-g)
+    at = mixed.gather(1, distinct)
+    # Places without a candidate add exactly nothing, whichever token they point at.
     gain = torch.logaddexp(at, (g * share).log()) - at
     gain = torch.where(share > 0, gain, torch.zeros_like(gain))
-    return torch.where(g > 0, base.scatter_add(1, found.tokens, gain), logits)
+    return torch.where(g > 0, mixed.scatter_add(1, distinct, gain), base.logits)
 
 
-def memory_prob(targets: Tensor, found: Candidates) -> Tensor:
-    """p_mem(target) [n], 0 where nothing was found."""
-    hit = (found.scores * (found.tokens == targets[:, None])).sum(-1)
-    return hit / found.scores.sum(-1).clamp_min(TINY)
+def memory_prob(targets: Tensor, tokens: Tensor, shares: Tensor) -> Tensor:
+    """p_mem(target) [n] from shares [n, K] of tokens [n or 1, K]."""
+    return (shares * (tokens == targets[:, None])).sum(-1)
 
 
-def target_log_prob(frozen: Tensor, targets: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
-    """log p(target) [n] under the mixture, from the frozen log-probabilities [n] of the targets [n]: no [n, V]
-    needed."""
-    share = memory_prob(targets, found)
-    mixed = torch.logaddexp(frozen + torch.log1p(-gamma), (gamma * share).log())
+def target_log_prob(frozen: Tensor, in_memory: Tensor, gamma: Tensor) -> Tensor:
+    """log p(target) [n] under the mixture, from the target's frozen log-probability and p_mem: no [n, V] needed."""
+    mixed = torch.logaddexp(frozen + torch.log1p(-gamma), (gamma * in_memory).log())
     return torch.where(gamma > 0, mixed, frozen)
 
 
-def trust_step(frozen: Tensor, adapted: Tensor, targets: Tensor, found: Candidates, gamma: Tensor) -> Tensor:
+def trust_step(frozen: Tensor, adapted: Tensor, in_memory: Tensor, gamma: Tensor) -> Tensor:
     """Σ_t ∂ log p_t / ∂ bias = Σ_t γ_t (1 − γ_t) (p_mem − p_LM)(target) / p_t: one number, how the block judges the
     gate.
 
-    frozen and adapted: log-probabilities [n] of the targets [n].
+    frozen and adapted: log-probabilities [n] of the targets; in_memory: their p_mem [n].
     """
-    odds = (memory_prob(targets, found) - frozen.exp()) / adapted.exp().clamp_min(TINY)
+    odds = (in_memory - frozen.exp()) / adapted.exp().clamp_min(TINY)
     return (gamma * (1.0 - gamma) * odds).sum()
 
 
-def write_lexical(old: Rows, at: Tensor, w: Tensor, beta: Tensor, targets: Tensor, *, decay: float, cap: float) -> Rows:
-    """One block's write: M_i ← (1 − decay·min(1, Σ_t β_t w_ti))·M_i + Σ_t β_t w_ti·onehot(x_{t+1}).
+def write_lexical(old: Rows, at: Tensor, keys: Tensor, targets: Tensor) -> Rows:
+    """One block's write: each token takes one row of its cell, an empty one or the oldest.
 
-    old [U, P]: the rows of the touched slots; at [n, k]: index into them of each address; w [n, k]; beta [n];
-    targets [n] long. Each row keeps its P strongest pairs (ties: the smaller token) and is scaled so that
-    its strengths sum to at most `cap`. Returns the new rows [U, P].
+    old [U, P]: the touched cells; at [n]: index into them of each token's cell, in the tokens' order; keys [n, d_k]
+    int8; targets [n] long. Returns the new cells [U, P].
     """
-    num_rows, pairs = old.tokens.shape
-    row = at.flatten()
-    amount = (beta[:, None] * w).flatten()
-    written = torch.zeros(num_rows, dtype=amount.dtype, device=amount.device).index_add_(0, row, amount)
-    kept = old.strengths * (1.0 - decay * written.clamp_max(1.0))[:, None]
+    P, device = old.ages.shape[1], at.device
+    at, order = at.sort(stable=True)
+    rank = torch.arange(len(at), device=device) - torch.searchsorted(at, at)  # a cell's first, second, … write
+    count = torch.bincount(at, minlength=len(old.ages))[at]
+    lasting = rank >= count - P  # the others would be overwritten in this block
+    at, rank, order = at[lasting], rank[lasting], order[lasting]
+    place = old.ages.argsort(dim=1, stable=True)[at, rank % P]
+    new = Rows(old.ages.clone(), old.tokens.clone(), old.keys.clone())
+    new.ages[at, place] = old.ages.amax(dim=1)[at] + 1 + rank.int()
+    new.tokens[at, place] = targets[order].int()
+    new.keys[at, place] = keys[order]
+    return new
 
-    # One list of (row, token, strength): what was there, then what is new; equal (row, token) are summed in that order.
-    span = int(max(int(old.tokens.max()), int(targets.max()))) + 1
-    key_old = torch.arange(num_rows, device=row.device)[:, None] * span + old.tokens.long()
-    key_new = row * span + targets.repeat_interleave(at.shape[1])
-    keys, segment = torch.unique(torch.cat([key_old.flatten(), key_new]), return_inverse=True)
-    sums = torch.zeros(len(keys), dtype=amount.dtype, device=amount.device)
-    sums.index_add_(0, segment, torch.cat([kept.flatten(), amount]))
 
-    # The P strongest of each row: `keys` is sorted by (row, token), so two stable sorts give (row, −strength, token).
-    order = sums.argsort(descending=True, stable=True)
-    order = order[(keys[order] // span).argsort(stable=True)]
-    keys, sums = keys[order], sums[order]
-    of_row = keys // span
-    rank = torch.arange(len(keys), device=row.device) - torch.searchsorted(of_row, of_row)
-    keep = (rank < pairs) & (sums > 0)
-    place = of_row[keep] * pairs + rank[keep]
-    tokens = torch.zeros(num_rows * pairs, dtype=torch.int32, device=row.device)
-    tokens[place] = (keys[keep] % span).int()
-    strengths = torch.zeros(num_rows * pairs, dtype=torch.float32, device=row.device)
-    strengths[place] = sums[keep].float()
-    strengths = strengths.view(num_rows, pairs)
-    strengths = strengths * (cap / strengths.sum(-1, keepdim=True).clamp_min(cap))
-    return Rows(tokens.view(num_rows, pairs), strengths)
+def guard(balance: Tensor, shut: Tensor, gain: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Law 12, never worse for long: counts a session's gain over the frozen base, and says whether its gate is shut.
+
+    balance: the summed gain (nats) of what was learned, fading over GUARD_TOKENS and at most GUARD_NATS, so that no
+    text earns a credit for later harm; gain: that of the next `tokens`, with the gate open. The gate shuts (1.0) when
+    the balance falls below −GUARD_NATS and opens (0.0) when it is above 0.
+    """
+    balance = (balance * (1.0 - 1.0 / GUARD_TOKENS) ** tokens + gain).clamp_max(GUARD_NATS)
+    return balance, torch.where(balance < -GUARD_NATS, torch.ones_like(shut), shut * (balance <= 0))
 
 
 # --- hidden rows ----------------------------------------------------------------------------------------------------

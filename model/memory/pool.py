@@ -1,11 +1,11 @@
-"""Where fast weights live while they are hot: one pool of rows a site, and for each session a table slot → row.
+"""Where fast weights live while they are hot: one pool of cells a site, and for each session a table cell → place.
 
-Row 0 of a pool is the empty row and session 0 is the empty session, so a batch may mix sessions, empty sessions and
-requests without one. A turn writes to a `Draft`: the rows it touches are copied first, so rolling back is dropping
-them.
+Place 0 of a pool is the empty cell and session 0 is the empty session, so a batch may mix sessions, empty sessions and
+requests without one. A turn writes to a `Draft`: the cells it touches are copied first, so rolling back is dropping
+them; what is stored are the rows in them that changed.
 
-A lexical site also has one number a session, its trust: what the session's own experience adds to the read gate. It is
-stored like a site of one slot, named `<site>_trust`.
+A lexical site also has three numbers a session, its own: the trust that the session's experience adds to the read gate,
+and the balance and the state of its guard. They are stored like a site of one slot, named `<site>_own`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.memory.config import TRUST, MemoryConfig, SiteConfig
+from model.memory.config import OWN, MemoryConfig, SiteConfig
+
+TRUST, BALANCE, SHUT = range(3)  # places in a session's own numbers
 
 
 class PoolFullError(RuntimeError):
@@ -53,45 +55,72 @@ class _Free:
 
 
 class SitePool:
-    """The rows and tables of one site. fields: each [R + 1, …]; a lexical site has tokens and strengths, a hidden
-    site values."""
+    """The cells and tables of one site; a cell holds the rows of `config.cell` neighbouring slots.
+
+    fields: each [C + 1, …] cells; a lexical site has ages, tokens [C + 1, P] and keys [C + 1, P, d_k], a hidden site
+    values [C + 1, d_v]. tables [S + 1, cells]. own [S + 1, 3].
+    """
 
     def __init__(
         self, config: SiteConfig, *, rows: int, sessions: int, device: torch.device, make_room: Callable[[], bool]
     ) -> None:
         self.config = config
-        self.free = _Free(rows, make_room)
-        sizes: list[tuple[int, torch.dtype]]
+        cells = -(-rows // config.cell)
+        self.free = _Free(cells, make_room)
         if config.kind == "lexical":
-            sizes = [(config.pairs, torch.int32), (config.pairs, torch.float32)]
+            pairs = (cells + 1, config.cell)
+            shapes = [(pairs, torch.int32), (pairs, torch.int32), ((*pairs, config.width), torch.int8)]
         else:
-            sizes = [(config.width, torch.float32)]
-        self.fields = [torch.zeros(rows + 1, size, dtype=dtype, device=device) for size, dtype in sizes]
-        self.tables = torch.zeros(sessions + 1, config.slots, dtype=torch.int32, device=device)
-        self.trust = torch.zeros(sessions + 1, device=device)
+            shapes = [((cells + 1, config.width), torch.float32)]
+        self.fields = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+        self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
+        self.own = torch.zeros(sessions + 1, 3, device=device)
 
-    def read(self, session: Tensor, slots: Tensor) -> list[Tensor]:
-        """session [n] long, slots [n, k] long → each field [n, k, …]."""
-        rows = self.tables[session[:, None], slots]
-        return [field[rows] for field in self.fields]
+    def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
+        """session [n] long, cells [n, k] long → each field [n, k, …]."""
+        places = self.tables[session[:, None], cells]
+        return [field[places] for field in self.fields]
 
     def fill(self, session: int, batch: SiteRows) -> None:
         """Gives a session the rows of `batch`. Raises PoolFullError, changing nothing."""
-        rows = self.free.take(len(batch.slots))
-        for field, values in zip(self.fields, self.unpack(batch.data), strict=True):
-            field[rows] = values
-        self.tables[session, batch.slots.long()] = rows.int().to(self.tables.device)
+        slots = batch.slots.long()
+        cells, at = torch.unique(slots // self.config.cell, return_inverse=True)
+        places = self.free.take(len(cells))
+        for field, values in zip(self.fields, self._unpack(batch.data), strict=True):
+            field[places] = 0
+            self._rows(field)[places[at], slots % self.config.cell] = values
+        self.tables[session, cells] = places.int().to(self.tables.device)
 
-    def pack(self, rows: Tensor) -> Tensor:
-        """Row indices [n] → uint8 [n, row_bytes], on the CPU."""
-        parts = [field[rows].contiguous().view(torch.uint8) for field in self.fields]
-        return torch.cat(parts, dim=1).cpu()
+    def count(self, session: int) -> int:
+        """How many rows a session holds."""
+        places = self.tables[session]
+        return int((self._rows(self.fields[0])[places[places > 0]] != 0).any(-1).sum())
 
-    def unpack(self, data: Tensor) -> list[Tensor]:
-        """uint8 [n, row_bytes] → each field [n, …]."""
-        sizes = [field.shape[1] * field.element_size() for field in self.fields]
-        parts = data.split(sizes, dim=1)
-        return [part.contiguous().view(f.dtype).to(f.device) for part, f in zip(parts, self.fields, strict=True)]
+    def pack(self, session: int, base: int, cells: Tensor) -> SiteRows:
+        """The rows of the cells [m] of a session that differ from those of session `base`."""
+        new, old = self.tables[session, cells], self.tables[base, cells]
+        data, before = self._bytes(new), self._bytes(old)
+        cell, place = (data != before).any(-1).nonzero(as_tuple=True)
+        return SiteRows((cells[cell] * self.config.cell + place).int().cpu(), data[cell, place].cpu())
+
+    def _rows(self, field: Tensor) -> Tensor:
+        """A field by cell and row: [C + 1, P, …] of a lexical site's, [C + 1, 1, d_v] of a hidden site's."""
+        return field.view(len(field), self.config.cell, -1)
+
+    def _bytes(self, places: Tensor) -> Tensor:
+        """The rows at some places [m] as uint8 [m, P, row_bytes]."""
+        return torch.cat([_as(self._rows(field)[places], torch.uint8) for field in self.fields], dim=-1)
+
+    def _unpack(self, data: Tensor) -> list[Tensor]:
+        """uint8 [n, row_bytes] → each field's rows [n, …]."""
+        sizes = [field[0].nbytes // self.config.cell for field in self.fields]
+        return [_as(part, f.dtype).to(f.device) for part, f in zip(data.split(sizes, dim=1), self.fields, strict=True)]
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes as another type, by the last dimension."""
+    # A copy: `contiguous` would leave no or one row with strides that `view` refuses.
+    return values.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 class Pool:
@@ -123,8 +152,9 @@ class Pool:
         index = int(self._sessions.take(1))
         try:
             for name, batch in (stored or {}).items():
-                if name.endswith(TRUST):
-                    self.sites[name.removesuffix(TRUST)].trust[index] = float(batch.data.view(torch.float32))
+                if name.endswith(OWN):
+                    site = self.sites[name.removesuffix(OWN)]
+                    site.own[index] = batch.data[0].view(torch.float32).to(site.own.device)
                 else:
                     self.sites[name].fill(index, batch)
         except PoolFullError:
@@ -141,7 +171,7 @@ class Pool:
 
     def rows(self, index: int) -> dict[str, int]:
         """How many rows a session holds, by site."""
-        return {name: int((site.tables[index] > 0).sum()) for name, site in self.sites.items()}
+        return {name: site.count(index) for name, site in self.sites.items()}
 
     def dump(self, index: int) -> dict[str, SiteRows]:
         """A session's whole state, as it is stored."""
@@ -152,25 +182,26 @@ class Pool:
         index = int(self._sessions.take(1))
         for site in self.sites.values():
             site.tables[index] = site.tables[base]
-            site.trust[index] = site.trust[base]
+            site.own[index] = site.own[base]
         return Draft(self, base, index)
 
     def _pack(self, index: int, base: int, masks: Mapping[str, Tensor]) -> dict[str, SiteRows]:
-        """The rows of session `index` that the masks [N] choose, and its trust where session `base` has another."""
+        """What differs from session `base` in the cells that the masks choose, and the session's own numbers."""
         packed = {}
         for name, mask in masks.items():
-            site, slots = self.sites[name], mask.nonzero()[:, 0]
-            if len(slots):
-                packed[name] = SiteRows(slots.int().cpu(), site.pack(site.tables[index, slots]))
-            trust = site.trust[index : index + 1].cpu()
-            if len(slots) and bool(trust != site.trust[base].cpu()):
-                packed[name + TRUST] = SiteRows(torch.zeros(1, dtype=torch.int32), trust.view(torch.uint8)[None])
+            site = self.sites[name]
+            rows = site.pack(index, base, mask.nonzero()[:, 0])
+            if len(rows.slots):
+                packed[name] = rows
+            own = site.own[index].cpu().clone()
+            if not torch.equal(own, site.own[base].cpu()):
+                packed[name + OWN] = SiteRows(torch.zeros(1, dtype=torch.int32), own.view(torch.uint8)[None])
         return packed
 
     def _drop(self, index: int) -> None:
         for site in self.sites.values():
             site.tables[index].zero_()
-            site.trust[index] = 0.0
+            site.own[index] = 0.0
         self._sessions.give(torch.tensor([index]))
 
 
@@ -182,30 +213,35 @@ class Draft:
         self.base = base
         self.index = index
         self._own = {
-            name: torch.zeros(site.config.slots, dtype=torch.bool, device=pool.device)
+            name: torch.zeros(site.config.cells, dtype=torch.bool, device=pool.device)
             for name, site in pool.sites.items()
         }
 
-    def get(self, name: str, slots: Tensor) -> list[Tensor]:
-        """The rows of `slots` [U]: each field [U, …]."""
+    def get(self, name: str, cells: Tensor) -> list[Tensor]:
+        """The contents of `cells` [U]: each field [U, …]."""
         site = self.pool.sites[name]
-        rows = site.tables[self.index, slots]
-        return [field[rows] for field in site.fields]
+        places = site.tables[self.index, cells]
+        return [field[places] for field in site.fields]
 
-    def put(self, name: str, slots: Tensor, fields: Iterable[Tensor]) -> None:
-        """Replaces the rows of `slots` [U] (distinct) by `fields`, each [U, …]. Raises PoolFullError, changing
+    def put(self, name: str, cells: Tensor, fields: Iterable[Tensor]) -> None:
+        """Replaces the contents of `cells` [U] (distinct) by `fields`, each [U, …]. Raises PoolFullError, changing
         nothing."""
         site, own = self.pool.sites[name], self._own[name]
-        fresh = slots[~own[slots]]
+        fresh = cells[~own[cells]]
         site.tables[self.index, fresh] = site.free.take(len(fresh)).int().to(self.pool.device)
         own[fresh] = True
-        rows = site.tables[self.index, slots]
+        places = site.tables[self.index, cells]
         for field, values in zip(site.fields, fields, strict=True):
-            field[rows] = values
+            field[places] = values
 
     def touched(self) -> dict[str, SiteRows]:
-        """The rows written in this turn: what a commit stores."""
+        """The rows that this turn changed: what a commit stores."""
         return self.pool._pack(self.index, self.base, self._own)
+
+    def guards(self) -> int:
+        """How many sites' read gates this turn shut, less those that it opened."""
+        sites = self.pool.sites.values()
+        return sum(int(site.own[self.index, SHUT] - site.own[self.base, SHUT]) for site in sites)
 
     def commit(self) -> None:
         """The base session becomes what the draft is."""
@@ -213,7 +249,7 @@ class Draft:
             base, own = site.tables[self.base], self._own[name]
             site.free.give(base[own & (base > 0)])
             base.copy_(site.tables[self.index])
-            site.trust[self.base] = site.trust[self.index]
+            site.own[self.base] = site.own[self.index]
         self.pool._drop(self.index)
 
     def rollback(self) -> None:

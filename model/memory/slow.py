@@ -6,22 +6,112 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.memory import ops
 from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
-from model.memory.pool import Draft, Pool, SitePool
+from model.memory.pool import BALANCE, SHUT, TRUST, Draft, Pool
 
-FORMAT = "1"
+FORMAT = "2"
+GATE_WIDTH = 32
+HEADS = 2  # a sharp and a broad one
+MOST = 1.0 - 1e-6  # of γ: however sure a memory is, it makes no token impossible
 TRUST_LIMITS = (-4.0, 2.0)  # the upper one keeps what was read over and over from drowning the base
 
 
-class Site(nn.Module):
-    """What both kinds of site share: the address s = Norm(W_a h + b_a) and the write gate β = σ(b_0 + b_1·surprise)."""
+class Reading(NamedTuple):
+    """What a lexical site makes of n tokens: their keys [n, d_k] and cells [n, k]; p_mem as shares [n, K] of tokens
+    [n, K]; the weight γ [n] that counts, and the one that would if the session's guard were open."""
+
+    keys: Tensor
+    cells: Tensor
+    tokens: Tensor
+    shares: Tensor
+    gamma: Tensor
+    unguarded: Tensor
+
+    def pick(self, mask: Tensor) -> Reading:
+        """The reading of some of the tokens; mask [n]."""
+        return Reading(*(part[mask] for part in self))
+
+
+class LexicalSite(nn.Module):
+    """Rows of (token, key), read into the output distribution.
+
+    The key of a token is Norm(W_k h + b_k), h the final hidden state that predicts it. Its cells are the k whose
+    centres are nearest to it; it is written to the nearest one. A small network looks at what was found, at the base's
+    entropy and at the key, and says γ (to which the session adds its trust) and how much each head counts.
+    """
+
+    def __init__(self, config: SiteConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.key_weight = nn.Parameter(torch.zeros(hidden_size, config.width))
+        self.key_bias = nn.Parameter(torch.zeros(config.width))
+        self.centres = nn.Parameter(torch.zeros(config.cells, config.width))
+        self.sharpness = nn.Parameter(torch.ones(HEADS))
+        self.prior = nn.Parameter(torch.zeros(HEADS))
+        self.gate_in = nn.Parameter(torch.zeros(4 * HEADS + 1 + config.width, GATE_WIDTH))
+        self.gate_in_bias = nn.Parameter(torch.zeros(GATE_WIDTH))
+        self.gate_out = nn.Parameter(torch.zeros(GATE_WIDTH, 1 + HEADS))
+        self.gate_out_bias = nn.Parameter(torch.zeros(1 + HEADS))
+        self.trust_rate = nn.Parameter(torch.zeros(()))
+
+    def keys(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [n, d] → keys [n, d_k] of unit length."""
+        return F.normalize(ops.rowwise(hidden.float(), self.key_weight) + self.key_bias, dim=-1)
+
+    def address(self, keys: Tensor) -> Tensor:
+        """keys [n, d_k] → cells [n, k] long, the nearest first."""
+        return ops.rowwise(keys, self.centres.T).topk(self.config.k, dim=-1).indices
+
+    def gate(self, found: ops.Candidates, entropy: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit of γ [n] before trust, and p_mem as shares [n, K]; entropy [n] of the base, keys [n, d_k]."""
+        evidence = torch.cat([found.evidence, entropy[:, None] / 4, keys], dim=1)
+        inner = torch.tanh(ops.rowwise(evidence, self.gate_in) + self.gate_in_bias)
+        out = ops.rowwise(inner, self.gate_out) + self.gate_out_bias
+        return out[:, 0], (torch.softmax(out[:, 1:], dim=1)[:, :, None] * found.shares).sum(1)
+
+    def read(self, pool: Pool, session: Tensor, hidden: Tensor, base: ops.Prediction) -> Reading:
+        """What sessions [n] know about what follows final hidden states [n, d], for which the base predicts `base`."""
+        fast = pool.sites[self.config.name]
+        keys = self.keys(hidden)
+        cells = self.address(keys)
+        found = ops.read_lexical(ops.Rows(*fast.read(session, cells)), keys, base, self.sharpness, self.prior)
+        logit, shares = self.gate(found, base.entropy, keys)
+        own = fast.own[session]
+        unguarded = torch.sigmoid(logit + own[:, TRUST]).clamp_max(MOST) * shares.any(-1)
+        return Reading(keys, cells, found.tokens, shares, unguarded * (own[:, SHUT] == 0), unguarded)
+
+    def learn(self, draft: Draft, reading: Reading, targets: Tensor, frozen: Tensor) -> None:
+        """Writes one block: the reading of n tokens, their targets [n] and the log-probabilities [n] of these without
+        this site. Trust takes one gradient step on the same tokens, and the guard counts what they gained."""
+        fast = draft.pool.sites[self.config.name]
+        in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
+        adapted = ops.target_log_prob(frozen, in_memory, reading.unguarded)
+        step = ops.trust_step(frozen, adapted, in_memory, reading.unguarded)
+        own = fast.own[draft.index]
+        trust = (own[TRUST] + self.trust_rate * step).clamp(*TRUST_LIMITS)
+        balance, shut = ops.guard(own[BALANCE], own[SHUT], (adapted - frozen).sum(), len(targets))
+        fast.own[draft.index] = torch.stack([trust, balance, shut])
+        news = adapted < -self.config.surprise
+        touched, at = torch.unique(reading.cells[news, 0], return_inverse=True)
+        old = ops.Rows(*draft.get(self.config.name, touched))
+        new = ops.write_lexical(old, at, ops.quantise(reading.keys[news]), targets[news])
+        draft.put(self.config.name, touched, new)
+
+
+class HiddenSite(nn.Module):
+    """Rows of d_v numbers, read into the residual stream: h ← h + g·W_o·norm(o), g = σ(g_0 + u·h).
+
+    The address is s = Norm(W_a h + b_a), the write gate β = σ(b_0 + b_1·surprise).
+    """
 
     def __init__(self, config: SiteConfig, hidden_size: int) -> None:
         super().__init__()
@@ -31,6 +121,11 @@ class Site(nn.Module):
         self.address_bias = nn.Parameter(torch.zeros(2 * side))
         self.temperature = nn.Parameter(torch.ones(()))
         self.write_gate = nn.Parameter(torch.zeros(2))
+        self.value_hidden = nn.Parameter(torch.zeros(hidden_size, config.width))
+        self.value_error = nn.Parameter(torch.zeros(hidden_size, config.width))
+        self.out = nn.Parameter(torch.zeros(config.width, hidden_size))
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.gate_hidden = nn.Parameter(torch.zeros(hidden_size))
 
     def address(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, d] → slots [n, k] long, w [n, k]."""
@@ -38,65 +133,9 @@ class Site(nn.Module):
         s = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-12)
         return ops.address(s.unflatten(1, (2, -1)), self.config.k, self.temperature)
 
-    def rows(self, pool: Pool) -> SitePool:
-        """This site's rows in a pool."""
-        return pool.sites[self.config.name]
-
     def beta(self, surprise: Tensor) -> Tensor:
         """surprise [n] (nats) → β [n], below 1."""
         return torch.sigmoid(self.write_gate[0] + self.write_gate[1] * surprise)
-
-
-class LexicalSite(Site):
-    """Rows over the vocabulary, read into the output distribution.
-
-    gate [3] and gate_hidden [d] make γ (`ops.mixing_weight`); trust_rate is the step of the session's own part of it.
-    """
-
-    def __init__(self, config: SiteConfig, hidden_size: int) -> None:
-        super().__init__(config, hidden_size)
-        self.gate = nn.Parameter(torch.zeros(3))
-        self.gate_hidden = nn.Parameter(torch.zeros(hidden_size))
-        self.trust_rate = nn.Parameter(torch.zeros(()))
-
-    def find(self, pool: Pool, session: Tensor, hidden: Tensor) -> tuple[ops.Candidates, Tensor]:
-        """What sessions [n] know about final hidden states [n, d]: candidates, and γ [n]."""
-        return self._find_at(pool, session, hidden, *self.address(hidden))
-
-    def learn(self, draft: Draft, hidden: Tensor, targets: Tensor, frozen: Tensor, adapted: Tensor) -> None:
-        """Writes one block: targets [n] after final hidden states [n, d], with their log-probabilities [n] before this
-        site's read (frozen) and after it (adapted). Trust takes one gradient step on the same tokens."""
-        fast = self.rows(draft.pool)
-        session = torch.full((len(targets),), draft.index, device=targets.device)
-        slots, w = self.address(hidden)
-        found, gamma = self._find_at(draft.pool, session, hidden, slots, w)
-        step = ops.trust_step(frozen, adapted, targets, found, gamma)
-        trust = fast.trust[draft.index] + self.trust_rate * step
-        fast.trust[draft.index] = trust.clamp(*TRUST_LIMITS)
-        touched, at = torch.unique(slots, return_inverse=True)
-        old = ops.Rows(*draft.get(self.config.name, touched))
-        new = ops.write_lexical(old, at, w, self.beta(-adapted), targets, decay=self.config.decay, cap=self.config.cap)
-        draft.put(self.config.name, touched, new)
-
-    def _find_at(
-        self, pool: Pool, session: Tensor, hidden: Tensor, slots: Tensor, w: Tensor
-    ) -> tuple[ops.Candidates, Tensor]:
-        fast = self.rows(pool)
-        found = ops.read_lexical(ops.Rows(*fast.read(session, slots)), w)
-        bias = (hidden.float() * self.gate_hidden).sum(-1) + fast.trust[session]
-        return found, ops.mixing_weight(found, self.gate, bias)
-
-
-class HiddenSite(Site):
-    """Rows of d_v numbers, read into the residual stream: h ← h + g·W_o·norm(o), g = σ(g_0 + u·h)."""
-
-    def __init__(self, config: SiteConfig, hidden_size: int) -> None:
-        super().__init__(config, hidden_size)
-        self.value_hidden = nn.Parameter(torch.zeros(hidden_size, config.width))
-        self.value_error = nn.Parameter(torch.zeros(hidden_size, config.width))
-        self.out = nn.Parameter(torch.zeros(config.width, hidden_size))
-        self.gate = nn.Parameter(torch.zeros(1))
-        self.gate_hidden = nn.Parameter(torch.zeros(hidden_size))
 
     def value(self, following: Tensor, error: Tensor) -> Tensor:
         """v_t = W_v [h_{t+1} ; ε_t]; both [n, d] → [n, d_v]."""
@@ -105,7 +144,7 @@ class HiddenSite(Site):
     def read(self, pool: Pool, session: Tensor, hidden: Tensor) -> Tensor:
         """The stream [n, d] of sessions [n] with their memory read into it; an empty read changes no bit."""
         slots, w = self.address(hidden)
-        (rows,) = self.rows(pool).read(session, slots)
+        (rows,) = pool.sites[self.config.name].read(session, slots)
         o = ops.read_hidden(rows, w)
         g = torch.sigmoid((hidden.float() * self.gate_hidden).sum(-1) + self.gate)
         changed = hidden + (g[:, None] * ops.rowwise(o, self.out)).to(hidden.dtype)

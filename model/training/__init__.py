@@ -1,1 +1,1 @@
-"""Making slow weights: today the initial memory, fitted to text without gradients through the base."""
+"""Making slow weights: a memory to begin with, what the base makes of texts, objectives, and the outer loop."""

@@ -130,7 +130,8 @@ class Token:
 class Finished:
     """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`.
 
-    rows_written counts them; rows_held, bytes_held: of the session with them.
+    rows_written counts them; rows_held, bytes_held: of the session with them; guards: read gates that the turn shut,
+    less those it opened.
     """
 
     stats: Stats
@@ -138,6 +139,7 @@ class Finished:
     rows_written: int = 0
     rows_held: int = 0
     bytes_held: int = 0
+    guards: int = 0
 
 
 @dataclass(frozen=True)

@@ -301,6 +301,7 @@ class Run:
             rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
             rows_held=sum(held.values()),
             bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in held.items()),
+            guards=self._draft.guards(),
         )
 
 

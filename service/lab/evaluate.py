@@ -1,61 +1,121 @@
-"""`imprint eval`: what the memory is worth on texts."""
+"""`imprint eval`: every arm on the same tokens, the probes, and what is told of them."""
 
 from __future__ import annotations
 
 import json
 import math
+import platform
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from rich.table import Table
+import numpy as np
+import torch
 
-from model.evaluation.prequential import StreamReport, arms, evaluate, ratio
-from service.lab.corpus import console, load_model, progress_bar, read_streams
+from model.evaluation.arms import Subject
+from service.client import CommandError
+from service.lab import probes
+from service.lab.bench import Bench, Options, arm_names
+from service.lab.corpus import base_folder, console, load_model, read_streams
+from service.lab.report import print_report, write_markdown
 from service.settings import Settings
 
 
-def evaluate_files(
-    settings: Settings, paths: Sequence[Path], *, requests: int, window: int, streams: int, out: Path | None
-) -> None:
-    """Prints the table of `imprint eval`, and writes every number to `out`."""
+def evaluate_files(settings: Settings, paths: Sequence[Path], options: Options) -> None:
+    """Runs the arms and the probes; writes results.json, arrays.npz, table.md and plots. Raises CommandError."""
+    begun = time.time()
+    _check(options)
     lm, tokenizer = load_model(settings)
-    found = read_streams(paths, tokenizer, requests, window, streams)
-    with progress_bar() as bar:
-        task = bar.add_task("", total=arms(found))
-
-        def advance(name: str, n: int) -> None:
-            bar.update(task, advance=n, description=name[:32])
-
-        reports = evaluate(lm, found, tokenizer.start_token_id, progress=advance)
-    console.print(_table(reports))
-    if out is not None:
-        out.write_text(json.dumps([asdict(report) for report in reports], indent=1))
-
-
-def _table(reports: Sequence[StreamReport]) -> Table:
-    table = Table(caption="Perplexity, and its ratio to the frozen base on the same tokens (below 1 is better).")
-    table.add_column("stream")
-    for name in ("frozen", "online", "ratio", "2nd half: own past", "same kind's past", "other kind's past"):
-        table.add_column(name, justify="right")
-    columns: list[list[float]] = [[], [], [], []]
-    for report in reports:
-        half = len(report.frozen.tokens) - len(report.own.tokens)
-        pasts = [
-            None if arm is None else ratio(arm, report.frozen, half)
-            for arm in (report.own, report.same_kind, report.other_kind)
-        ]
-        ratios = [ratio(report.online, report.frozen), *pasts]
-        for column, value in zip(columns, ratios, strict=True):
-            if value is not None:
-                column.append(value)
-        perplexities = [f"{math.exp(arm.mean()):.2f}" for arm in (report.frozen, report.online)]
-        table.add_row(report.name, *perplexities, *(_three(value) for value in ratios))
-    table.add_section()
-    means = [math.exp(sum(map(math.log, column)) / len(column)) if column else None for column in columns]
-    table.add_row("geometric mean", "", "", *(_three(mean) for mean in means))
-    return table
+    if options.window >= (context := lm.backbone.config.max_context):
+        raise CommandError(f"window must be at most {context - 1} (the base's context, less BOS), got {options.window}")
+    least = max(2, options.requests // 2)
+    streams = read_streams(paths, tokenizer, options.requests, options.window, options.streams, at_least=least)
+    bench = Bench(lm, tokenizer, base_folder(settings), streams, options)
+    bench.run()
+    results: dict[str, Any] = {
+        "streams": [_stream(subject) for subject in bench.subjects],
+        "arms": bench.describe(),
+        "probes": {name: getattr(probes, name)(bench) for name in options.probes},
+    }
+    if options.long:
+        results["probes"]["long"] = probes.long(bench, paths, options.long)
+    if "cost" in results["probes"]:  # the arm reads the head again, a server does not
+        results["arms"]["memory"]["cost"] = results["probes"]["cost"]["observe_over_score_frozen"]
+    results["about"] = _about(settings, bench, begun)
+    results = _plain(results)
+    (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    np.savez_compressed(options.out / "arrays.npz", allow_pickle=False, **_arrays(bench))
+    write_markdown(results, options.out / "table.md")
+    print_report(results)
+    _draw(results, options.out)
+    console.print(f"results: {options.out}")
 
 
-def _three(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _check(options: Options) -> None:
+    """What can be refused before anything long is begun."""
+    arm_names(options)
+    if unknown := set(options.probes) - set(probes.NAMES):
+        known = ", ".join(probes.NAMES)
+        raise CommandError(f"probes must be among {known} or none, got {', '.join(sorted(unknown))}")
+
+
+def _draw(results: dict[str, Any], out: Path) -> None:
+    from service.lab.plots import PlotsMissingError, draw
+
+    try:
+        for path in draw(results, out):
+            console.print(f"plot: {path}")
+    except PlotsMissingError as error:
+        console.print(f"no plots: {error}")
+
+
+def _arrays(bench: Bench) -> dict[str, np.ndarray[Any, Any]]:
+    """log p of every target under every arm, as `arm/stream`."""
+    return {
+        f"{arm}/{stream}": reading.log_probs.numpy()
+        for arm, readings in bench.readings.items()
+        for stream, reading in readings.items()
+    }
+
+
+def _about(settings: Settings, bench: Bench, begun: float) -> dict[str, Any]:
+    streams = [subject.stream for subject in bench.subjects]
+    return {
+        "model": Path(settings.model).name,
+        "base": bench.base,
+        "memory": bench.lm.memory.fingerprint(),
+        "requests": bench.options.requests,
+        "window": bench.options.window,
+        "tokens": sum(len(request) for stream in streams for request in stream.requests),
+        "kinds": sorted({stream.kind for stream in streams}),
+        "tuned_on": sorted(bench.tuning),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - begun),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _stream(subject: Subject) -> dict[str, Any]:
+    """One stream; rows and state_bytes are those of its memory at the end."""
+    trace, memory = subject.trace, subject.outcomes["memory"]
+    return {
+        "name": subject.stream.name,
+        "kind": subject.stream.kind,
+        "tokens": len(trace.targets),
+        "bytes": int(trace.widths.sum()),
+        "frozen_loss": -float(trace.log_probs.double().mean()),
+        "rows": int(memory.values["rows"]),
+        "state_bytes": memory.state_bytes,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: None stands for what was not measured."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

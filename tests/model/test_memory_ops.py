@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.memory import naive, ops
-from model.memory.ops import Candidates, Rows
+from model.memory.ops import GUARD_NATS, GUARD_TOKENS, Prediction, Rows
 
 VOCAB = 13
-SIZES = [(1, 1, 1), (7, 3, 4), (7, 1, 4), (65, 3, 1), (65, 3, 4)]  # n tokens, k slots a token, P pairs a row
+SIZES = [(1, 1, 1, 1), (7, 3, 4, 5), (7, 5, 1, 8), (65, 2, 3, 6)]  # n tokens, k cells a token, P rows a cell, d_k
+SHARPNESS, PRIOR = torch.tensor([9.0, 2.0]), torch.tensor([0.2, 1.1])
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -29,13 +31,352 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=bound, rtol=bound)
 
 
-def random_rows(*shape: int, pairs: int, seed: int, dtype: torch.dtype = torch.float32) -> Rows:
-    """Rows of every fill, from empty to full, with distinct tokens each, token 0 among them."""
-    g = noise(seed)
-    tokens = torch.rand(*shape, VOCAB, generator=g).argsort(-1)[..., :pairs]
-    strengths = torch.rand(*shape, pairs, generator=g, dtype=dtype) * 5
-    filled = torch.arange(pairs) < torch.randint(0, pairs + 1, (*shape, 1), generator=g)
-    return Rows((tokens * filled).int(), strengths * filled)
+def random_rows(*shape: int, width: int, seed: int) -> Rows:
+    """Cells of every fill, from empty to full, their rows in no order of age; few tokens, so that they repeat."""
+    g, P = noise(seed), shape[-1]
+    filled = torch.arange(P) < torch.randint(0, P + 1, (*shape[:-1], 1), generator=g)
+    ages = (
+        torch.rand(*shape, generator=g).argsort(-1) + 1 + torch.randint(0, 9, (*shape[:-1], 1), generator=g)
+    ) * filled
+    tokens = torch.randint(0, 5, shape, generator=g) * filled
+    keys = torch.randint(-127, 128, (*shape, width), generator=g) * filled[..., None]
+    return Rows(ages.int(), tokens.int(), keys.to(torch.int8))
+
+
+def random_keys(n: int, width: int, seed: int) -> Tensor:
+    return F.normalize(torch.randn(n, width, generator=noise(seed)), dim=-1)
+
+
+def random_base(n: int, seed: int, dtype: torch.dtype = torch.float32, spread: float = 2.0) -> Prediction:
+    return ops.predict(spread * torch.randn(n, VOCAB, generator=noise(seed), dtype=dtype))
+
+
+def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Prediction, Tensor, Tensor, Tensor]:
+    """A prediction, candidates that repeat, with their shares, and γ: 65 of them, in some of which nothing is known."""
+    tokens = torch.randint(0, VOCAB, (65, 12), generator=noise(1))
+    shares = torch.softmax(3 * torch.randn(65, 12, generator=noise(2), dtype=dtype), -1)
+    gamma = torch.sigmoid(torch.linspace(-9, 9, 65, dtype=dtype))
+    shares[::5], gamma[::5] = 0.0, 0.0
+    return random_base(65, 3, dtype, spread), tokens, shares, gamma
+
+
+def rows_equal(a: Rows, b: Rows) -> bool:
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Addresses and predictions.
+
+
+@pytest.mark.parametrize(("n", "side", "k"), [(1, 1, 1), (7, 3, 3), (65, 8, 1), (65, 8, 3), (7, 8, 8), (7, 3, 9)])
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_an_address_is_the_top_of_all_slots(n: int, side: int, k: int, temperature: float) -> None:
+    keys = torch.randn(n, 2, side, generator=noise(n + k))
+    slots, w = ops.address(keys, k, temperature)
+    twin, scores = naive.nearest(keys, k)
+    assert torch.equal(slots, twin)
+    assert all(len(set(row)) == k for row in slots.tolist())
+    torch.testing.assert_close(ops.nearest(keys, k)[1], scores)
+    torch.testing.assert_close(w, F.normalize(torch.softmax(temperature * scores, -1), dim=-1))
+    torch.testing.assert_close(ops.address(keys.double(), k, temperature)[1], w.double(), atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1, max_size=5))
+def test_among_ties_an_address_has_the_scores_of_the_top(k: int, scores: list[list[int]]) -> None:
+    keys = torch.tensor(scores, dtype=torch.float32).view(-1, 2, 3)
+    slots, found = ops.nearest(keys, k)
+    every = (keys[:, 0, :, None] + keys[:, 1, None, :]).flatten(1)
+    assert torch.equal(every.gather(1, slots), found)
+    assert torch.equal(found, naive.nearest(keys, k)[1])
+    assert all(len(set(row)) == k for row in slots.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+def test_a_prediction_is_the_softmax_of_its_logits(dtype: torch.dtype, shift: float) -> None:
+    base = random_base(7, 0, dtype, spread=4.0)
+    log_p = base.logits.log_softmax(-1)
+    moved, bound = ops.predict(base.logits + shift), 1e-4 if dtype == torch.float32 else 1e-10
+    tokens = torch.randint(0, VOCAB, (7, 3), generator=noise(1))
+    torch.testing.assert_close(moved.entropy, -(log_p.exp() * log_p).sum(-1), atol=bound, rtol=bound)
+    torch.testing.assert_close(moved.log_prob(tokens), log_p.gather(1, tokens), atol=bound, rtol=bound)
+    assert torch.equal(moved.log_prob(tokens[:, 0]), moved.log_prob(tokens)[:, 0])
+    mask = torch.arange(7) % 2 == 0
+    assert all(torch.equal(part, whole[mask]) for part, whole in zip(moved.pick(mask), moved, strict=True))
+
+
+# What is done for a token does not depend on the others of its batch: law 4 rests on it.
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 64])
+def test_a_row_of_a_product_is_rounded_as_if_it_were_alone(n: int) -> None:
+    x, weight = torch.randn(n, 96), torch.randn(96, 48)
+    together = ops.rowwise(x, weight)
+    assert torch.equal(together, torch.cat([ops.rowwise(row[None], weight) for row in x]))
+    torch.testing.assert_close(together, x @ weight)
+    transposed = weight.T.contiguous().T
+    assert torch.equal(ops.rowwise(x, transposed), torch.cat([ops.rowwise(row[None], transposed) for row in x]))
+    weight.requires_grad_()
+    ops.rowwise(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0)[:, None].expand_as(weight))
+
+
+@pytest.mark.parametrize(("k", "P", "width", "vocab"), [(32, 54, 64, 40_000), (4, 8, 16, 101), (1, 1, 1, 1)])
+def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: int, vocab: int) -> None:
+    n = 5
+    rows, query = random_rows(n, k, P, width=width, seed=0), random_keys(n, width, seed=1)
+    rows = rows._replace(tokens=rows.tokens.clamp_max(vocab - 1))
+    logits = 3 * torch.randn(n, vocab, generator=noise(2))
+
+    def run(part: slice) -> list[Tensor]:
+        base = ops.predict(logits[part].clone())
+        own = Rows(*(field[part].clone() for field in rows))
+        found = ops.read_lexical(own, query[part].clone(), base, SHARPNESS, PRIOR)
+        shares = found.shares.mean(1)
+        gamma = torch.sigmoid(found.evidence[:, 0]) * shares.any(-1)
+        return [base.log_z, base.entropy, *found, ops.mix(base, found.tokens, shares, gamma)]
+
+    alone = [torch.cat(parts) for parts in zip(*(run(slice(t, t + 1)) for t in range(n)), strict=True)]
+    for size in (2, 3, n):
+        assert all(torch.equal(x[:size], y[:size]) for x, y in zip(run(slice(0, size)), alone, strict=True))
+
+
+# Reading lexical rows.
+
+
+@pytest.mark.parametrize(("n", "k", "P", "width"), SIZES)
+def test_lexical_read_equals_its_twin(n: int, k: int, P: int, width: int) -> None:
+    rows, query, base = random_rows(n, k, P, width=width, seed=n), random_keys(n, width, seed=n), random_base(n, seed=n)
+    found = ops.read_lexical(rows, query, base, SHARPNESS, PRIOR)
+    exact = Prediction(*(part.double() for part in base))
+    twin = naive.read_lexical(rows, query.double(), exact, SHARPNESS.double(), PRIOR.double())
+    assert torch.equal(found.tokens, twin.tokens)
+    assert_close(found.shares, twin.shares.float())
+    assert_close(found.evidence, twin.evidence.float())
+
+
+@pytest.mark.parametrize(("n", "k", "P", "width"), SIZES)
+@pytest.mark.parametrize("sharpness", [0.0, 5.0, 300.0])
+def test_shares_sum_to_one_where_anything_is_known(n: int, k: int, P: int, width: int, sharpness: float) -> None:
+    rows, query, base = random_rows(n, k, P, width=width, seed=n), random_keys(n, width, seed=n), random_base(n, seed=n)
+    found = ops.read_lexical(rows, query, base, torch.tensor([sharpness, 1.0]), PRIOR)
+    known = (rows.ages > 0).any(-1).any(-1)
+    torch.testing.assert_close(found.shares.sum(-1), known.float()[:, None].expand(n, 2))
+    assert not found.shares.masked_select((rows.ages == 0).flatten(1)[:, None]).any(), "an empty row has no share"
+    assert found.evidence.isfinite().all()
+
+
+def test_what_lies_in_an_empty_row_is_not_read() -> None:
+    rows, query, base = random_rows(7, 3, 4, width=5, seed=0), random_keys(7, 5, seed=0), random_base(7, seed=0)
+    empty = rows.ages == 0
+    junk = Rows(rows.ages, rows.tokens.masked_fill(empty, 7), rows.keys.masked_fill(empty[..., None], 127))
+    plain, other = (ops.read_lexical(r, query, base, SHARPNESS, PRIOR) for r in (rows, junk))
+    assert empty.any()
+    assert torch.equal(plain.shares, other.shares)
+    assert torch.equal(plain.evidence, other.evidence)
+
+
+def test_what_several_rows_say_of_a_token_counts_together() -> None:
+    """Agreement is the share of the best match's token, in however many rows it stands."""
+    tokens, log_probs = torch.tensor([[3, 8, 3, 3]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
+    cosines, missing = torch.tensor([[0.9, 0.8, 0.1, 0.5]]), torch.tensor([[False, False, False, True]])
+    found = ops.weigh(tokens, cosines, log_probs, missing, torch.tensor([2.0]), torch.tensor([0.5]))
+    weights = [math.exp(2 * c + 0.5 * p) for c, p in ((0.9, -1), (0.8, -2), (0.1, -1))]
+    agreement, total = (weights[0] + weights[2]) / sum(weights), sum(weights)
+    torch.testing.assert_close(found.shares[0, 0], torch.tensor([*(w / total for w in weights), 0.0]))
+    torch.testing.assert_close(
+        ops.memory_prob(torch.tensor([3]), tokens, found.shares[:, 0]), torch.tensor([agreement])
+    )
+    expected = [math.log(total) / 10, 0.9, agreement, math.log(agreement + 1e-4) / 3]
+    torch.testing.assert_close(found.evidence, torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["tokens of each", "tokens of all"])
+def test_the_gradients_of_a_read_are_right_even_where_nothing_is_known(shared: bool) -> None:
+    g, n, K = noise(0), 4, 6
+    tokens = torch.randint(0, 3, (1 if shared else n, K), generator=g)
+    missing = torch.rand(n, K, generator=g) < 0.4
+    missing[1] = True
+    inputs = (
+        torch.rand(n, K, generator=g, dtype=torch.float64),
+        -torch.rand(n, K, generator=g, dtype=torch.float64),
+        SHARPNESS.double(),
+        PRIOR.double(),
+    )
+
+    def read(cosines: Tensor, log_probs: Tensor, sharpness: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        found = ops.weigh(tokens, cosines, log_probs, missing, sharpness, prior)
+        return found.shares, found.evidence
+
+    assert torch.autograd.gradcheck(read, [x.clone().requires_grad_() for x in inputs])
+
+
+# Writing lexical rows.
+
+
+def test_a_key_is_stored_to_half_a_step() -> None:
+    keys = random_keys(99, 64, seed=0)
+    stored = ops.quantise(keys)
+    assert stored.dtype == torch.int8
+    assert float((stored.float() / ops.KEY_STEPS - keys).abs().max()) <= 0.5 / ops.KEY_STEPS + 1e-6
+    assert ops.quantise(torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])).tolist() == [127, -127, 127, -127, 0]
+
+
+@pytest.mark.parametrize(
+    ("n", "U", "P"), [(0, 3, 2), (1, 1, 1), (7, 9, 4), (65, 9, 1), (65, 9, 4), (65, 2, 7), (65, 1, 65)]
+)
+def test_lexical_write_equals_its_twin(n: int, U: int, P: int) -> None:
+    old, at = random_rows(U, P, width=3, seed=n), torch.randint(0, U, (n,), generator=noise(n))
+    keys = torch.randint(-127, 128, (n, 3), generator=noise(1)).to(torch.int8)
+    targets = torch.randint(0, VOCAB, (n,), generator=noise(2))
+    before = Rows(*(field.clone() for field in old))
+    new = ops.write_lexical(old, at, keys, targets)
+    assert rows_equal(new, naive.write_lexical(old, at, keys, targets))
+    assert rows_equal(old, before), "what was read stays as it was"
+
+
+@st.composite
+def writes(draw: st.DrawFn) -> tuple[Rows, Tensor, Tensor, Tensor, list[int]]:
+    """Cells, writes to them that crowd and repeat, and the sizes of the blocks to write them in."""
+    U, P, n = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    at, targets = (torch.tensor(draw(st.lists(st.integers(0, most), min_size=n, max_size=n))) for most in (U - 1, 3))
+    sizes = draw(st.lists(st.integers(1, n), min_size=n, max_size=n))
+    return random_rows(U, P, width=2, seed=draw(st.integers(0, 99))), at, torch.arange(2 * n).view(n, 2), targets, sizes
+
+
+@settings(max_examples=150, deadline=None)
+@given(writes())
+def test_blocks_of_any_size_leave_the_rows_that_token_by_token_leaves(
+    write: tuple[Rows, Tensor, Tensor, Tensor, list[int]],
+) -> None:
+    old, at, keys, targets, sizes = write
+    keys, blocks, start = keys.to(torch.int8), old, 0
+    for size in sizes:
+        part = slice(start, start + size)
+        blocks, start = ops.write_lexical(blocks, at[part], keys[part], targets[part]), start + size
+    assert rows_equal(blocks, naive.write_lexical(old, at, keys, targets))
+
+
+def test_a_write_takes_an_empty_row_or_the_oldest_and_no_other_bit() -> None:
+    ages = torch.tensor([[4, 2, 3], [5, 0, 6], [1, 2, 3]], dtype=torch.int32)
+    old = Rows(ages, torch.full((3, 3), 9, dtype=torch.int32), torch.full((3, 3, 2), 7, dtype=torch.int8))
+    keys = torch.tensor([[1, 1], [2, 2], [3, 3]], dtype=torch.int8)
+    new = ops.write_lexical(old, torch.tensor([0, 1, 0]), keys, torch.tensor([10, 11, 12]))
+    assert new.ages.tolist() == [[4, 5, 6], [5, 7, 6], [1, 2, 3]]
+    assert new.tokens.tolist() == [[9, 10, 12], [9, 11, 9], [9, 9, 9]]
+    assert new.keys[..., 0].tolist() == [[7, 1, 3], [7, 2, 7], [7, 7, 7]]
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_a_token_takes_at_most_one_row(n: int) -> None:
+    """Law 6; and a cell keeps its youngest rows, in order."""
+    old, at = random_rows(4, 6, width=3, seed=1), torch.randint(0, 4, (n,), generator=noise(3))
+    targets = torch.arange(100, 100 + n)
+    new = ops.write_lexical(old, at, torch.zeros(n, 3, dtype=torch.int8), targets)
+    changed = torch.stack([(x != y).flatten(2).any(-1) for x, y in zip(_deep(new), _deep(old), strict=True)]).any(0)
+    assert int(changed.sum()) == sum(min(6, int((at == u).sum())) for u in range(4)) <= n
+    for u in range(4):
+        youngest = new.tokens[u][new.ages[u].argsort()]
+        written = targets[at == u][-6:]
+        assert youngest[6 - len(written) :].tolist() == written.tolist()
+        held = new.ages[u][new.ages[u] > 0].tolist()
+        assert len(set(held)) == len(held), "no two rows of a cell are of one age"
+
+
+def _deep(rows: Rows) -> list[Tensor]:
+    return [field.view(4, 6, -1) for field in rows]
+
+
+# The mixture (law 5: probabilities sum to 1).
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_mix_is_the_naive_mixture_and_sums_to_one(dtype: torch.dtype, spread: float) -> None:
+    base, tokens, shares, gamma = random_mixture(dtype, spread)
+    known = gamma > 0
+    assert 0 < known.sum() < len(known)
+    mixed = ops.mix(base, tokens, shares, gamma)
+    torch.testing.assert_close(mixed[known].exp().sum(-1), torch.ones(int(known.sum()), dtype=dtype))
+    twin = naive.mix(ops.predict(base.logits.double()), tokens, shares.double(), gamma.double())
+    assert_close(mixed[known], twin[known].to(dtype))
+    assert torch.equal(mixed[~known], base.logits[~known]), "γ = 0 keeps the logits, bit for bit"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_probability_of_a_target_is_that_of_the_mixture(dtype: torch.dtype) -> None:
+    base, tokens, shares, gamma = random_mixture(dtype, 3.0)
+    mixed, p_mem = ops.mix(base, tokens, shares, gamma).log_softmax(-1), torch.zeros(65, VOCAB, dtype=dtype)
+    p_mem.scatter_add_(1, tokens, shares)
+    for token in range(VOCAB):
+        targets = torch.full((65,), token)
+        frozen, in_memory = base.log_prob(targets), ops.memory_prob(targets, tokens, shares)
+        adapted = ops.target_log_prob(frozen, in_memory, gamma)
+        assert_close(in_memory, p_mem[:, token])
+        assert_close(adapted, mixed[:, token])
+        assert torch.equal(adapted[gamma == 0], frozen[gamma == 0])
+
+
+@pytest.mark.parametrize("gamma", [1e-30, 1 - 1e-6])
+@pytest.mark.parametrize("share", [1.0, 1e-30])
+def test_even_the_weakest_and_the_surest_memory_leaves_probabilities(gamma: float, share: float) -> None:
+    tokens, shares = torch.tensor([[4, 0]]), torch.tensor([[share, 1.0 - share]])
+    mixed = ops.mix(random_base(1, 0, spread=30.0), tokens, shares, torch.tensor([gamma]))
+    assert mixed.isfinite().all(), "no token becomes impossible"
+    torch.testing.assert_close(mixed.exp().sum(), torch.tensor(1.0))
+
+
+def test_a_step_of_trust_is_the_gradient_of_the_log_probability() -> None:
+    base, tokens, shares, _ = random_mixture(torch.float64, 2.0)
+    targets = torch.randint(0, VOCAB, (65,), generator=noise(4))
+    frozen, in_memory = base.log_prob(targets), ops.memory_prob(targets, tokens, shares)
+    bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    gamma = torch.sigmoid(torch.linspace(-4, 4, 65).double() + bias)
+    log_p = ((1 - gamma) * frozen.exp() + gamma * in_memory).log()
+    log_p.sum().backward()
+    assert bias.grad is not None
+    step = ops.trust_step(frozen, log_p.detach(), in_memory, gamma.detach())
+    torch.testing.assert_close(step, bias.grad)
+
+
+# The guard (law 12).
+
+
+def guarded(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
+    """The balance and whether the gate is shut after each block of (gain, tokens)."""
+    balance, shut = torch.zeros(()), torch.zeros(())
+    balances, states = [], []
+    for gain, tokens in gains:
+        balance, shut = ops.guard(balance, shut, torch.tensor(gain), tokens)
+        balances.append(float(balance))
+        states.append(bool(shut))
+    return balances, states
+
+
+def test_the_gate_shuts_below_the_limit_and_opens_above_zero() -> None:
+    _, shut = guarded([(-7.9, 1), (-0.2, 1), (7.9, 1), (0.5, 1), (-8.2, 1)])
+    assert shut == [False, True, True, False, False]
+
+
+def test_losses_and_gains_fade() -> None:
+    balances, shut = guarded([(-7.0, 1), (0.0, GUARD_TOKENS), (-7.0, 1)])
+    assert balances[1] == pytest.approx(-7.0 / math.e, rel=1e-2)
+    assert not any(shut[:2])
+    assert shut[2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=50))
+def test_what_an_open_gate_loses_is_bounded_whatever_it_gained_before(gains: list[float]) -> None:
+    """Between two shuttings it loses its credit, the limit and what shuts it; in 50 tokens little fades."""
+    was_open, lost = True, 0.0
+    for gain, shut in zip(gains, guarded([(gain, 1) for gain in gains])[1], strict=True):
+        lost = max(0.0, lost - gain) if was_open else 0.0
+        assert lost <= 2 * GUARD_NATS + 30.0 + 1.0
+        was_open = not shut
+
+
+# Hidden rows.
 
 
 def random_weights(n: int, k: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,220 +386,6 @@ def random_weights(n: int, k: int, seed: int, dtype: torch.dtype = torch.float32
 def random_places(n: int, k: int, rows: int, seed: int) -> Tensor:
     """at [n, k]: distinct within a token, as addresses are."""
     return torch.rand(n, rows, generator=noise(seed)).argsort(-1)[:, :k]
-
-
-def random_candidates(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Candidates:
-    found = ops.read_lexical(
-        random_rows(n, 3, pairs=4, seed=seed, dtype=dtype), random_weights(n, 3, seed, dtype=dtype)
-    )
-    found.scores[::5] = 0.0
-    return found
-
-
-def dense(found: Candidates) -> Tensor:
-    """Scores over the whole vocabulary [n, V]."""
-    return torch.zeros(len(found.tokens), VOCAB, dtype=found.scores.dtype).scatter_add(1, found.tokens, found.scores)
-
-
-# Addresses.
-
-
-@pytest.mark.parametrize(("n", "side", "k"), [(1, 1, 1), (7, 3, 3), (65, 8, 1), (65, 8, 3), (7, 8, 8)])
-@pytest.mark.parametrize("temperature", [0.5, 4.0])
-def test_an_address_is_the_top_of_all_slots(n: int, side: int, k: int, temperature: float) -> None:
-    keys = torch.randn(n, 2, side, generator=noise(n + k))
-    slots, w = ops.address(keys, k, temperature)
-    twin_slots, twin_w = naive.address(keys, k, temperature)
-    assert torch.equal(slots, twin_slots)
-    torch.testing.assert_close(w, twin_w)
-    assert all(len(set(row)) == k for row in slots.tolist())
-    torch.testing.assert_close(w.norm(dim=-1), torch.ones(n))
-    torch.testing.assert_close(ops.address(keys.double(), k, temperature)[1], w.double(), atol=1e-6, rtol=1e-5)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 3), st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1, max_size=5))
-def test_among_ties_an_address_has_the_scores_and_weights_of_the_top(k: int, scores: list[list[int]]) -> None:
-    keys = torch.tensor(scores, dtype=torch.float32).view(-1, 2, 3)
-    slots, w = ops.address(keys, k, 1.0)
-    twin_slots, twin_w = naive.address(keys, k, 1.0)
-    every = (keys[:, 0, :, None] + keys[:, 1, None, :]).flatten(1)
-    assert torch.equal(every.gather(1, slots), every.gather(1, twin_slots))
-    assert all(len(set(row)) == k for row in slots.tolist())
-    torch.testing.assert_close(w, twin_w)
-
-
-# Lexical rows.
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k", "pairs"), SIZES)
-def test_lexical_read_equals_its_twin(n: int, k: int, pairs: int, dtype: torch.dtype) -> None:
-    rows, w = random_rows(n, k, pairs=pairs, seed=n, dtype=dtype), random_weights(n, k, seed=n, dtype=dtype)
-    found = ops.read_lexical(rows, w)
-    assert found.tokens.shape == found.scores.shape == (n, k * pairs)
-    assert_close(dense(found), dense(naive.read_lexical(rows, w)))
-    for tokens, scores in zip(found.tokens, found.scores, strict=True):
-        named = tokens[scores > 0].tolist()
-        assert len(set(named)) == len(named), "candidates are distinct"
-
-
-def test_what_several_rows_say_of_a_token_is_summed_before_it_is_squared() -> None:
-    rows = Rows(torch.tensor([[[3, 0], [0, 3]]], dtype=torch.int32), torch.tensor([[[2.0, 1.0], [4.0, 0.0]]]))
-    found = ops.read_lexical(rows, torch.tensor([[0.5, 0.25]]))
-    assert dense(found)[0, [0, 3]].tolist() == [(0.5 * 1 + 0.25 * 4) ** 2, (0.5 * 2) ** 2]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("decay", "cap"), [(0.0, 1e4), (0.3, 1e4), (1.0, 1e4), (0.1, 2.0)])
-@pytest.mark.parametrize(("n", "k", "pairs"), SIZES)
-def test_lexical_write_equals_its_twin(
-    n: int, k: int, pairs: int, decay: float, cap: float, dtype: torch.dtype
-) -> None:
-    U = 9
-    old = random_rows(U, pairs=pairs, seed=n, dtype=dtype)
-    at, w = random_places(n, k, U, seed=n), random_weights(n, k, seed=n, dtype=dtype)
-    beta = torch.rand(n, generator=noise(n), dtype=dtype) * (torch.arange(n) % 4 != 3)
-    targets = torch.randint(0, VOCAB, (n,), generator=noise(n))
-    new = ops.write_lexical(old, at, w, beta, targets, decay=decay, cap=cap)
-    twin = naive.write_lexical(old, at, w, beta, targets, decay=decay, cap=cap)
-    assert torch.equal(new.tokens, twin.tokens)
-    torch.testing.assert_close(new.strengths, twin.strengths.float(), atol=1e-5, rtol=1e-5)
-    assert (new.strengths.sum(-1) <= cap * (1 + 1e-6)).all()
-    assert (new.tokens.dtype, new.strengths.dtype) == (torch.int32, torch.float32)
-
-
-@st.composite
-def dyadic_writes(draw: st.DrawFn) -> tuple[Rows, Tensor, Tensor, Tensor, Tensor, float]:
-    """Writes whose numbers add up exactly in fp32: ties are ties for both twins."""
-    U, pairs, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 7))
-    k = draw(st.integers(1, U))
-    tokens, strengths = torch.zeros(U, pairs, dtype=torch.int32), torch.zeros(U, pairs)
-    for u in range(U):
-        row = draw(st.lists(st.integers(0, 4), max_size=pairs, unique=True))
-        tokens[u, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        strengths[u, : len(row)] = torch.tensor([draw(st.sampled_from([0.25, 0.5, 1.0])) for _ in row])
-
-    def column(values: list[float], size: int) -> Tensor:
-        return torch.tensor(draw(st.lists(st.sampled_from(values), min_size=size, max_size=size)))
-
-    at = torch.tensor([draw(st.permutations(range(U)))[:k] for _ in range(n)])
-    w, beta = column([0.25, 0.5, 1.0], n * k).view(n, k), column([0.0, 0.5, 1.0], n)
-    targets = column([0, 1, 2, 3, 4], n).long()
-    return Rows(tokens, strengths), at, w, beta, targets, draw(st.sampled_from([0.0, 0.5, 1.0]))
-
-
-@settings(max_examples=150, deadline=None)
-@given(dyadic_writes())
-def test_lexical_write_resolves_ties_and_full_rows_as_its_twin(
-    write: tuple[Rows, Tensor, Tensor, Tensor, Tensor, float],
-) -> None:
-    old, at, w, beta, targets, decay = write
-    new = ops.write_lexical(old, at, w, beta, targets, decay=decay, cap=1e4)
-    twin = naive.write_lexical(old, at, w, beta, targets, decay=decay, cap=1e4)
-    assert torch.equal(new.tokens, twin.tokens)
-    assert torch.equal(new.strengths, twin.strengths)
-
-
-def test_a_full_row_keeps_its_strongest_pairs_and_the_smaller_token_of_equals() -> None:
-    old = Rows(torch.tensor([[7, 5]], dtype=torch.int32), torch.tensor([[3.0, 1.0]]))
-    targets, ones = torch.tensor([4, 0]), torch.ones(2)
-    new = ops.write_lexical(old, torch.zeros(2, 1).long(), ones[:, None], ones, targets, decay=0.0, cap=1e4)
-    assert new.tokens.tolist() == [[7, 0]]
-    assert new.strengths.tolist() == [[3.0, 1.0]]
-
-
-def test_one_write_of_full_strength_forgets_the_share_that_decay_says() -> None:
-    old = Rows(torch.tensor([[7, 0]], dtype=torch.int32), torch.tensor([[2.0, 0.0]]))
-    at, w, targets = torch.zeros(3, 1).long(), torch.ones(3, 1), torch.tensor([1, 1, 1])
-    for beta, left in [([1.0, 0.0, 0.0], 1.5), ([0.5, 0.0, 0.0], 1.75), ([1.0, 1.0, 1.0], 1.5)]:
-        new = ops.write_lexical(old, at, w, torch.tensor(beta), targets, decay=0.25, cap=1e4)
-        assert dict(zip(new.tokens[0].tolist(), new.strengths[0].tolist(), strict=True)) == {7: left, 1: sum(beta)}
-
-
-def test_a_write_of_no_strength_changes_no_bit() -> None:
-    old = random_rows(9, pairs=4, seed=3)
-    order = old.strengths.argsort(descending=True, stable=True)
-    old = Rows(old.tokens.gather(1, order), old.strengths.gather(1, order))
-    at, w, targets = random_places(7, 3, 9, seed=3), random_weights(7, 3, seed=3), torch.arange(7)
-    new = ops.write_lexical(old, at, w, torch.zeros(7), targets, decay=0.5, cap=1e4)
-    assert torch.equal(new.tokens, old.tokens)
-    assert torch.equal(new.strengths, old.strengths)
-
-
-# The mixture (law 5: probabilities sum to 1).
-
-
-def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Tensor, Candidates, Tensor]:
-    found = random_candidates(65, seed=1, dtype=dtype)
-    logits = spread * torch.randn(65, VOCAB, generator=noise(2), dtype=dtype)
-    gamma = ops.mixing_weight(
-        found, torch.tensor([-1.0, 0.5, 1.0], dtype=dtype), torch.linspace(-6, 6, 65, dtype=dtype)
-    )
-    return logits, found, gamma
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_mix_is_the_naive_mixture_and_sums_to_one(dtype: torch.dtype, spread: float) -> None:
-    logits, found, gamma = random_mixture(dtype, spread)
-    known = gamma > 0
-    assert 0 < known.sum() < len(known)
-    mixed = ops.mix(logits, found, gamma)
-    torch.testing.assert_close(mixed[known].exp().sum(-1), torch.ones(int(known.sum()), dtype=dtype))
-    twin = naive.mix(logits.double(), found, gamma.double())
-    assert_close(mixed[known], twin[known].to(dtype))
-    assert torch.equal(mixed[~known], logits[~known]), "γ = 0 keeps the logits, bit for bit"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_probability_of_a_target_is_that_of_the_mixture(dtype: torch.dtype) -> None:
-    logits, found, gamma = random_mixture(dtype, 3.0)
-    frozen = logits.log_softmax(-1)
-    p_mem = dense(found) / dense(found).sum(-1, keepdim=True).clamp_min(1e-30)
-    for token in range(VOCAB):
-        targets = torch.full((65,), token)
-        adapted = ops.target_log_prob(frozen[:, token], targets, found, gamma)
-        mixed = ops.mix(logits, found, gamma).log_softmax(-1)[:, token]
-        assert_close(adapted, mixed)
-        assert torch.equal(adapted[gamma == 0], frozen[gamma == 0, token])
-        assert_close(ops.memory_prob(targets, found), p_mem[:, token])
-
-
-def test_the_gate_opens_by_its_formula_and_only_where_something_was_found() -> None:
-    found = Candidates(torch.tensor([[4, 0], [0, 0]]), torch.tensor([[3.0, 1.0], [0.0, 0.0]]))
-    gamma = ops.mixing_weight(found, torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([0.25, 9.0]))
-    expected = torch.sigmoid(-1.0 + 0.5 * torch.tensor(4.0).log() + 2.0 * 0.75 + 0.25)
-    torch.testing.assert_close(gamma, torch.stack([expected, torch.zeros(())]))
-
-
-@pytest.mark.parametrize("scale", [1e-41, 1e-30, 1e9])
-@pytest.mark.parametrize("bias", [0.0, 40.0])
-def test_even_the_weakest_and_the_surest_memory_leaves_probabilities(scale: float, bias: float) -> None:
-    found = Candidates(torch.tensor([[4, 0]]), torch.tensor([[3.0, 1.0]]) * scale)
-    gamma = ops.mixing_weight(found, torch.zeros(3), torch.tensor([bias]))
-    mixed = ops.mix(torch.randn(1, VOCAB, generator=noise(0)), found, gamma)
-    assert mixed.isfinite().all(), "no token becomes impossible"
-    assert bool(gamma > 0) == (scale > 1e-38), "what is too weak to be normalised is nothing"
-    if gamma > 0:
-        torch.testing.assert_close(mixed.exp().sum(), torch.tensor(1.0))
-
-
-def test_a_step_of_trust_is_the_gradient_of_the_log_probability() -> None:
-    logits, found, _ = random_mixture(torch.float64, 2.0)
-    targets = torch.randint(0, VOCAB, (65,), generator=noise(4))
-    frozen = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    gamma = ops.mixing_weight(found, torch.tensor([-1.0, 0.5, 1.0], dtype=torch.float64), bias.expand(65))
-    p_mem = ops.memory_prob(targets, found)
-    log_p = ((1 - gamma) * frozen.exp() + gamma * p_mem).log()
-    log_p.sum().backward()
-    step = ops.trust_step(frozen, log_p.detach(), targets, found, gamma.detach())
-    assert bias.grad is not None
-    torch.testing.assert_close(step, bias.grad)
-
-
-# Hidden rows.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -336,15 +463,3 @@ def test_tokens_of_one_address_write_their_mean() -> None:
     at, w = torch.tensor([[0, 1, 2]]).expand(512, 3), torch.full((512, 3), 3**-0.5)
     new = ops.write_hidden(torch.zeros(3, 4), at, w, torch.full((512,), 0.5), values, decay=1.0, cap=1e4)
     torch.testing.assert_close(w[0] @ new, 0.5 * values.mean(0), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("n", [1, 2, 5, 16, 65])
-def test_a_row_of_a_product_is_rounded_as_if_it_were_alone(n: int) -> None:
-    """Law 4 rests on it: what a token addresses does not depend on the batch that it is decoded in."""
-    x, weight = torch.randn(n, 96), torch.randn(96, 48)
-    together = ops.rowwise(x, weight)
-    assert torch.equal(together, torch.cat([ops.rowwise(row[None], weight) for row in x]))
-    torch.testing.assert_close(together, x @ weight)
-    weight.requires_grad_()
-    ops.rowwise(x, weight).sum().backward()
-    torch.testing.assert_close(weight.grad, x.sum(0)[:, None].expand_as(weight))

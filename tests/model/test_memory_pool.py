@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor
 
 from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
-from model.memory.config import TRUST
+from model.memory.config import OWN
+from model.memory.pool import SHUT
 
-SLOTS, ROWS, SESSIONS = 16, 14, 4
+SLOTS, P, SESSIONS = 16, 4, 4
+ROWS = 22  # not a multiple of P: room for 6 cells of words, and for 22 states
 NAMES = ("words", "states")
+CELLS, CAPACITY, CELL = {"words": 4, "states": 16}, {"words": 6, "states": 22}, {"words": P, "states": 1}
 CONFIG = MemoryConfig(
     hidden_size=8,
     sites=(
-        SiteConfig("words", "lexical", slots=SLOTS, k=2, pairs=3),
+        SiteConfig("words", "lexical", slots=SLOTS, k=2, width=3, cell=P),
         SiteConfig("states", "hidden", slots=SLOTS, k=2, layer=0, width=5),
     ),
 )
 
-Image = dict[str, dict[int, bytes]]  # site → slot → the row's bytes
+Image = dict[str, dict[int, bytes]]  # site → slot → the row's bytes; <site>_own → 0 → the session's own numbers
 
 
 def new_pool(rows: int = ROWS, sessions: int = SESSIONS) -> Pool:
     return Pool(CONFIG, rows=rows, sessions=sessions)
 
 
-def put(draft: Draft, name: str, slots: list[int], seed: int) -> None:
-    """Writes random rows, to `slots`."""
-    g, n = torch.Generator().manual_seed(seed), len(slots)
+def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
+    """Writes random rows into the first place of `cells` and some of the others; the rest stays as it is."""
+    g, old = torch.Generator().manual_seed(seed), draft.get(name, torch.tensor(cells))
+    shape = (len(cells), CELL[name])
     if name == "words":
-        fields = [torch.randint(0, 99, (n, 3), generator=g, dtype=torch.int32), torch.randn(n, 3, generator=g)]
+        new = [
+            torch.randint(1, 99, shape, generator=g, dtype=torch.int32),
+            torch.randint(0, 99, shape, generator=g, dtype=torch.int32),
+            torch.randint(-127, 128, (*shape, 3), generator=g, dtype=torch.int32).to(torch.int8),
+        ]
     else:
-        fields = [torch.randn(n, 5, generator=g)]
-    draft.put(name, torch.tensor(slots), fields)
+        new = [torch.randn(*shape[:1], 5, generator=g)]
+    chosen = torch.rand(*shape, generator=g) < 0.4
+    chosen[:, 0] = True
+    fields = [torch.where(_like(chosen, b), b, a) for a, b in zip(old, new, strict=True)]
+    draft.put(name, torch.tensor(cells), fields)
+
+
+def _like(mask: Tensor, field: Tensor) -> Tensor:
+    return mask.unsqueeze(-1) if field.dim() > mask.dim() else mask.expand_as(field)
 
 
 def image(state: Mapping[str, SiteRows]) -> Image:
@@ -51,9 +67,41 @@ def image(state: Mapping[str, SiteRows]) -> Image:
     }
 
 
+def stored(state: Image) -> dict[str, SiteRows]:
+    """What a store gives back."""
+    return {
+        name: SiteRows(
+            torch.tensor(sorted(rows), dtype=torch.int32),
+            torch.tensor([list(rows[slot]) for slot in sorted(rows)], dtype=torch.uint8),
+        )
+        for name, rows in state.items()
+    }
+
+
 def merged(old: Image, new: Image) -> Image:
     """What a store holds after a commit: each row of `new` replaces that of `old`."""
     return {name: old.get(name, {}) | new.get(name, {}) for name in old.keys() | new.keys()}
+
+
+def changed(new: Image, old: Image) -> Image:
+    """The rows of `new` that `old` has not, or has otherwise."""
+    rows = {name: {slot: row for slot, row in new[name].items() if old.get(name, {}).get(slot) != row} for name in new}
+    return {name: found for name, found in rows.items() if found}
+
+
+def contents(draft: Draft, name: str, cells: Iterable[int]) -> dict[int, bytes]:
+    """The rows in some cells of a draft that are not empty."""
+    fields, rows = draft.get(name, torch.tensor(list(cells))), {}
+    for at, cell in enumerate(cells):
+        for place in range(CELL[name]):
+            parts = [field[at].view(CELL[name], -1)[place].contiguous() for field in fields]
+            if any(bool(part.any()) for part in parts):
+                rows[cell * CELL[name] + place] = b"".join(part.numpy().tobytes() for part in parts)
+    return rows
+
+
+def cells_of(state: Image, name: str) -> set[int]:
+    return {slot // CELL[name] for slot in state.get(name, {})}
 
 
 def free_counts(pool: Pool) -> list[int]:
@@ -61,26 +109,26 @@ def free_counts(pool: Pool) -> list[int]:
 
 
 def learned(pool: Pool, index: int, seed: int = 0) -> None:
-    """Makes a session hold a few rows at each site, and trust."""
+    """Makes a session hold a few rows at each site, and numbers of its own."""
     draft = pool.draft(index)
-    put(draft, "words", [3, 1, 9], seed)
+    put(draft, "words", [3, 1], seed)
     put(draft, "states", [0, 15], seed + 1)
-    pool.sites["words"].trust[draft.index] = 0.1 + seed
+    pool.sites["words"].own[draft.index] = torch.tensor([0.1 + seed, -3.0, 1.0])
     draft.commit()
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool beside a plain dictionary. As in serving, a session has one draft at a time and outlives it."""
+    """A pool beside plain dictionaries. As in serving, a session has one draft at a time and outlives it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = new_pool()
         self.model: dict[int, Image] = {}
-        self.open: dict[int, tuple[Draft, Image]] = {}  # by the index of the draft: it, and what it wrote
+        self.held: dict[int, dict[str, set[int]]] = {}  # by session or draft: the cells that it has places for
+        self.open: dict[int, tuple[Draft, Image]] = {}  # by the index of the draft: it, and what it is now
 
     def free(self, name: str) -> int:
-        used = sum(len(rows.get(name, {})) for rows in self.model.values())
-        return ROWS - used - sum(len(own.get(name, {})) for _, own in self.open.values())
+        return CAPACITY[name] - sum(len(cells[name]) for cells in self.held.values())
 
     @property
     def full(self) -> bool:
@@ -91,30 +139,27 @@ class PoolMachine(RuleBasedStateMachine):
         """Sessions without a draft."""
         return [index for index in self.model if all(one.base != index for one, _ in self.open.values())]
 
-    def view(self, draft: int) -> Image:
-        one, own = self.open[draft]
-        return merged(self.model[one.base], own)
-
     @precondition(lambda self: not self.full)
     @rule()
     def open_empty(self) -> None:
         index = self.pool.open()
         assert index not in self.model.keys() | self.open.keys()
-        self.model[index] = {}
+        self.model[index], self.held[index] = {}, {name: set() for name in NAMES}
 
     @precondition(lambda self: not self.full and self.model)
     @rule(data=st.data())
     def open_copy(self, data: st.DataObject) -> None:
         """Opens what another session is stored as; without room for it, nothing happens."""
-        other = data.draw(st.sampled_from(sorted(self.model)))
-        before, state = free_counts(self.pool), self.model[other]
-        if any(self.free(name) < len(state.get(name, {})) for name in NAMES):
+        state = self.model[data.draw(st.sampled_from(sorted(self.model)))]
+        before = free_counts(self.pool)
+        if any(self.free(name) < len(cells_of(state, name)) for name in NAMES):
             with pytest.raises(PoolFullError):
-                self.pool.open(self.pool.dump(other))
+                self.pool.open(stored(state))
             assert free_counts(self.pool) == before
         else:
-            index = self.pool.open(self.pool.dump(other))
+            index = self.pool.open(stored(state))
             self.model[index] = {name: dict(rows) for name, rows in state.items()}
+            self.held[index] = {name: cells_of(state, name) for name in NAMES}
 
     @precondition(lambda self: self.full)
     @rule()
@@ -128,54 +173,63 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def draft(self, data: st.DataObject) -> None:
         draft = self.pool.draft(data.draw(st.sampled_from(self.idle)))
-        self.open[draft.index] = (draft, {})
+        self.open[draft.index] = (draft, self.model[draft.base])
+        self.held[draft.index] = {name: set() for name in NAMES}
 
     @precondition(lambda self: self.open)
-    @rule(
-        data=st.data(),
-        name=st.sampled_from(NAMES),
-        slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=8, unique=True),
-        seed=st.integers(0, 99),
-    )
-    def put(self, data: st.DataObject, name: str, slots: list[int], seed: int) -> None:
-        one, own = self.open[data.draw(st.sampled_from(sorted(self.open)))]
-        fresh = [slot for slot in slots if slot not in own.get(name, {})]
-        if len(fresh) > self.free(name):
+    @rule(data=st.data(), name=st.sampled_from(NAMES), seed=st.integers(0, 99))
+    def put(self, data: st.DataObject, name: str, seed: int) -> None:
+        cells = data.draw(st.lists(st.integers(0, CELLS[name] - 1), min_size=1, max_size=8, unique=True))
+        one, state = self.open[data.draw(st.sampled_from(sorted(self.open)))]
+        held = self.held[one.index][name]
+        if len(set(cells) - held) > self.free(name):
             with pytest.raises(PoolFullError):
-                put(one, name, slots, seed)
+                put(one, name, cells, seed)
         else:
-            put(one, name, slots, seed)
-            fields = one.get(name, torch.tensor(slots))
-            rows = [b"".join(field[i].numpy().tobytes() for field in fields) for i in range(len(slots))]
-            own.setdefault(name, {}).update(zip(slots, rows, strict=True))
+            put(one, name, cells, seed)
+            held.update(cells)
+            if rows := contents(one, name, cells):
+                self.open[one.index] = (one, merged(state, {name: rows}))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), numbers=st.tuples(st.floats(-4, -1, width=32), st.floats(-9, 9, width=32), st.booleans()))
+    def experience(self, data: st.DataObject, numbers: tuple[float, float, bool]) -> None:
+        one, state = self.open[data.draw(st.sampled_from(sorted(self.open)))]
+        own = torch.tensor(numbers, dtype=torch.float32)
+        self.pool.sites["words"].own[one.index] = own
+        self.open[one.index] = (one, merged(state, {"words" + OWN: {0: own.numpy().tobytes()}}))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        draft = data.draw(st.sampled_from(sorted(self.open)))
-        self.model[self.open[draft][0].base] = self.view(draft)
-        self.open.pop(draft)[0].commit()
+        one, state = self.open.pop(data.draw(st.sampled_from(sorted(self.open))))
+        for name, cells in self.held.pop(one.index).items():
+            self.held[one.base][name] |= cells
+        self.model[one.base] = state
+        one.commit()
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def rollback(self, data: st.DataObject) -> None:
-        self.open.pop(data.draw(st.sampled_from(sorted(self.open))))[0].rollback()
+        one, _ = self.open.pop(data.draw(st.sampled_from(sorted(self.open))))
+        del self.held[one.index]
+        one.rollback()
 
     @precondition(lambda self: self.idle)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         session = data.draw(st.sampled_from(self.idle))
         self.pool.close(session)
-        del self.model[session]
+        del self.model[session], self.held[session]
 
     @invariant()
     def pool_equals_model(self) -> None:
         for index, state in self.model.items():
             assert image(self.pool.dump(index)) == state
             assert self.pool.rows(index) == {name: len(state.get(name, {})) for name in NAMES}
-        for index, (one, own) in self.open.items():
-            assert image(self.pool.dump(index)) == self.view(index)
-            assert image(one.touched()) == own
+        for index, (one, state) in self.open.items():
+            assert image(self.pool.dump(index)) == state
+            assert image(one.touched()) == changed(state, self.model[one.base])
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -184,7 +238,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_empty_session_stays_empty(self) -> None:
-        assert not any(site.tables[0].any() for site in self.pool.sites.values())
+        assert not any(site.tables[0].any() or site.own[0].any() for site in self.pool.sites.values())
         assert not any(field[0].any() for site in self.pool.sites.values() for field in site.fields)
 
 
@@ -192,22 +246,22 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
 
-def test_a_read_sees_each_sessions_own_rows_and_nothing_of_slots_never_written() -> None:
+def test_a_read_sees_each_sessions_own_rows_and_nothing_of_cells_never_written() -> None:
     pool = new_pool()
     first, second = pool.open(), pool.open()
     learned(pool, first)
     draft = pool.draft(second)
-    put(draft, "states", [0], seed=7)
-    (rows,) = pool.sites["states"].read(
-        torch.tensor([0, first, second, draft.index]), torch.tensor([[0, 15]]).expand(4, 2)
-    )
-    (own,) = pool.draft(first).get("states", torch.tensor([0, 15]))
-    (drafted,) = draft.get("states", torch.tensor([0]))
-    assert torch.equal(rows[1], own)
-    assert torch.equal(rows[3, :1], drafted)
-    assert not rows[0].any()
-    assert not rows[2].any()
-    assert not rows[3, 1].any()
+    put(draft, "words", [1], seed=7)
+    index, cells = torch.tensor([0, first, second, draft.index]), torch.tensor([[1, 3]]).expand(4, 2)
+    mine, drafted = pool.draft(first).get("words", cells[0]), draft.get("words", cells[0, :1])
+    for field, own, new in zip(pool.sites["words"].read(index, cells), mine, drafted, strict=True):
+        assert torch.equal(field[1], own)
+        assert torch.equal(field[3, :1], new)
+        assert own.any()
+        assert new.any()
+        assert not field[0].any()
+        assert not field[2].any()
+        assert not field[3, 1].any()
 
 
 def test_a_draft_changes_its_base_only_when_it_is_committed() -> None:
@@ -218,16 +272,55 @@ def test_a_draft_changes_its_base_only_when_it_is_committed() -> None:
     for end in ("rollback", "commit"):
         draft = pool.draft(index)
         put(draft, "words", [1, 2], seed=5)
-        pool.sites["words"].trust[draft.index] = 3.0
+        pool.sites["words"].own[draft.index] = 3.0
         after = image(pool.dump(draft.index))
-        assert image(pool.dump(index)) == before
+        assert image(pool.dump(index)) == before != after
         getattr(draft, end)()
         assert image(pool.dump(index)) == (before if end == "rollback" else after)
-    free[1] -= 1  # slot 2 is new, slot 1 replaces a row that is free again
+    free[1] -= 1  # cell 2 is new, cell 1 replaces one whose place is free again
     assert free_counts(pool) == free
 
 
-def test_a_dump_opens_as_the_same_bits_trust_included() -> None:
+def test_only_rows_that_changed_are_touched() -> None:
+    """One row of a cell of four: the other three are copied with it, but not stored again."""
+    pool = new_pool()
+    index = pool.open()
+    learned(pool, index)
+    draft, cells = pool.draft(index), torch.tensor([1, 3])
+    fields = [field.clone() for field in draft.get("words", cells)]
+    draft.put("words", cells, fields)
+    assert draft.touched() == {}, "what is written as it was has not changed"
+    fields[2][1, 2, 0] += 1
+    draft.put("words", cells, fields)
+    touched = draft.touched()
+    assert set(touched) == {"words"}
+    assert touched["words"].slots.tolist() == [3 * P + 2]
+
+
+def test_a_sessions_own_numbers_are_stored_even_where_no_row_changed() -> None:
+    pool = new_pool()
+    index = pool.open()
+    draft = pool.draft(index)
+    assert draft.touched() == {}
+    pool.sites["words"].own[draft.index] = torch.tensor([0.0, -2.5, 0.0])
+    touched = draft.touched()
+    assert set(touched) == {"words" + OWN}
+    draft.commit()
+    assert pool.sites["words"].own[pool.open(touched)].tolist() == [0.0, -2.5, 0.0]
+    assert pool.rows(index) == {"words": 0, "states": 0}
+
+
+@pytest.mark.parametrize(("was", "is_now", "counted"), [(0.0, 1.0, 1), (1.0, 0.0, -1), (1.0, 1.0, 0), (0.0, 0.0, 0)])
+def test_a_turn_tells_which_guards_it_moved(was: float, is_now: float, counted: int) -> None:
+    pool = new_pool()
+    index = pool.open()
+    pool.sites["words"].own[index, SHUT] = was
+    draft = pool.draft(index)
+    pool.sites["words"].own[draft.index, SHUT] = is_now
+    assert draft.guards() == counted
+
+
+def test_a_dump_opens_as_the_same_bits_own_numbers_included() -> None:
     pool, other = new_pool(), new_pool()
     index = pool.open()
     learned(pool, index, seed=3)
@@ -235,64 +328,70 @@ def test_a_dump_opens_as_the_same_bits_trust_included() -> None:
     state = pool.dump(index)
     again = other.open(state)
     assert image(other.dump(again)) == image(state)
-    assert set(state) == {"words", "states", "words" + TRUST}
+    assert set(state) == {"words", "states", "words" + OWN}
     for name, site in pool.sites.items():
-        assert torch.equal(site.trust[index], other.sites[name].trust[again])
-        slots = torch.arange(SLOTS)[None]
-        fields = site.read(torch.tensor([index]), slots)
-        for mine, theirs in zip(fields, other.sites[name].read(torch.tensor([again]), slots), strict=True):
+        assert torch.equal(site.own[index], other.sites[name].own[again])
+        cells = torch.arange(CELLS[name])[None]
+        fields = site.read(torch.tensor([index]), cells)
+        for mine, theirs in zip(fields, other.sites[name].read(torch.tensor([again]), cells), strict=True):
             assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("trust", [0.5, 0.25, 0.0])
 def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> None:
-    """The store applies a commit's rows to what it has; opened again, that must be the session, its trust included."""
-    pool = new_pool()
+    """The store applies a commit's rows to what it has; opened again, that must be the session."""
+    pool = new_pool(rows=2 * ROWS)
     index = pool.open()
     learned(pool, index)
-    pool.sites["words"].trust[index] = 0.5
+    pool.sites["words"].own[index] = torch.tensor([0.5, 0.0, 0.0])
     old = image(pool.dump(index))
     draft = pool.draft(index)
-    put(draft, "words", [1, 2], seed=5)
-    put(draft, "words", [2, 7], seed=6)
-    put(draft, "states", [15, 4], seed=7)
-    pool.sites["words"].trust[draft.index] = trust
+    put(draft, "words", [1, 2], seed=6)
+    put(draft, "words", [2, 0], seed=8)
+    put(draft, "states", [15, 4, 7], seed=7)
+    pool.sites["words"].own[draft.index] = torch.tensor([trust, 0.0, 0.0])
     touched = image(draft.touched())
     draft.commit()
-    stored = merged(old, touched)
-    assert {name: set(rows) for name, rows in touched.items() if name in NAMES} == {
-        "words": {1, 2, 7},
-        "states": {4, 15},
-    }
-    again = pool.open(
-        {
-            name: SiteRows(
-                torch.tensor(sorted(rows), dtype=torch.int32),
-                torch.tensor([list(rows[slot]) for slot in sorted(rows)], dtype=torch.uint8),
-            )
-            for name, rows in stored.items()
-        }
-    )
+    assert cells_of(touched, "words") == {0, 1, 2}
+    assert cells_of(touched, "states") == {4, 7, 15}
+    assert ("words" + OWN in touched) == (trust != 0.5)
+    again = pool.open(stored(merged(old, touched)))
     assert image(pool.dump(again)) == image(pool.dump(index))
-    assert float(pool.sites["words"].trust[again]) == trust
+    assert pool.sites["words"].own[again].tolist() == [trust, 0.0, 0.0]
 
 
 def test_an_index_that_is_used_again_remembers_nothing() -> None:
     pool = new_pool(sessions=1)
     index = pool.open()
-    pool.sites["words"].trust[index] = 2.0
+    pool.sites["words"].own[index] = 2.0
     pool.close(index)
     assert pool.open() == index
     assert pool.dump(index) == {}
-    assert not pool.sites["words"].trust.any()
+    assert not pool.sites["words"].own.any()
+
+
+def test_a_place_that_is_used_again_holds_none_of_its_old_rows() -> None:
+    """A stored session may have one row in a cell; the place it gets was full of another's."""
+    pool = Pool(CONFIG, rows=2 * P, sessions=2)
+    first = pool.open()
+    draft = pool.draft(first)
+    full = [field.clone().fill_(5) for field in draft.get("words", torch.tensor([0, 1]))]
+    draft.put("words", torch.tensor([0, 1]), full)
+    draft.commit()
+    pool.close(first)
+    row = SiteRows(torch.tensor([P + 2], dtype=torch.int32), torch.full((1, CONFIG.sites[0].row_bytes), 9).byte())
+    again = pool.open({"words": row})
+    assert image(pool.dump(again)) == image({"words": row})
+    assert pool.rows(again) == {"words": 1, "states": 0}
 
 
 def test_what_does_not_fit_whole_is_not_opened_at_all() -> None:
     """The first site's rows fit, the second's do not: neither they nor the session stay behind."""
     source = new_pool()
     index = source.open()
-    learned(source, index)
-    state, pool = source.dump(index), new_pool(rows=SLOTS + 1)
+    learned(source, index, seed=2)
+    state, pool = source.dump(index), new_pool(rows=SLOTS)
+    assert {"words", "states"} <= state.keys()
     draft = pool.draft(pool.open())
     put(draft, "states", list(range(SLOTS)), seed=0)
     before = free_counts(pool)
@@ -321,16 +420,16 @@ def test_room_is_made_only_when_needed_and_as_often_as_it_takes() -> None:
     cold = [pool.open(), pool.open()]
     for index in cold:
         draft = pool.draft(index)
-        put(draft, "words", [0, 1, 2, 3], seed=index)
+        put(draft, "states", [0, 1, 2, 3], seed=index)
         draft.commit()
     evictable.cold = list(cold)
     draft = pool.draft(pool.open())
     assert evictable.cold == cold[1:], "three sessions and two asked for: one had to go"
-    put(draft, "words", [0, 1, 2, 3, 4, 5], seed=9)
+    put(draft, "states", [0, 1, 2, 3, 4, 5], seed=9)
     assert evictable.cold == cold[1:], "six rows were free"
-    put(draft, "words", [6, 7], seed=9)
+    put(draft, "states", [6, 7], seed=9)
     assert evictable.cold == []
     before = image(pool.dump(draft.index))
     with pytest.raises(PoolFullError, match="3 needed, 2 of 10 free"):
-        put(draft, "words", [0, 9, 10, 11], seed=9)
+        put(draft, "states", [0, 9, 10, 11], seed=9)
     assert image(pool.dump(draft.index)) == before

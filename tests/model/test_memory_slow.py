@@ -1,4 +1,4 @@
-"""The memory's slow weights: what is loaded is what was saved, and anything else is refused by name."""
+"""The memory's slow weights: what is loaded is what was saved, anything else is refused by name, and what they do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 
-from model.memory import Memory, MemoryConfig, MemoryConfigError, SiteConfig, load_memory, save_memory
+from model.memory import (
+    Draft,
+    LexicalSite,
+    Memory,
+    MemoryConfig,
+    MemoryConfigError,
+    Pool,
+    Reading,
+    SiteConfig,
+    load_memory,
+    ops,
+    save_memory,
+)
+from model.memory.pool import SHUT, TRUST
 
-LEXICAL = SiteConfig("words", "lexical", slots=16, k=2, pairs=3)
+LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)
 HIDDEN = SiteConfig("states", "hidden", slots=9, k=3, layer=1, width=5, decay=1.0, cap=10.0)
 CONFIG = MemoryConfig(hidden_size=6, sites=(LEXICAL, HIDDEN), block=8)
 
@@ -36,7 +51,7 @@ def saved(tmp_path: Path) -> Path:
 def resave(path: Path, *, without: str | None = None, **metadata: Any) -> None:
     """Writes the file again without a tensor, or with other metadata."""
     tensors = {name: tensor for name, tensor in random_memory().state_dict().items() if name != without}
-    save_file(tensors, path, metadata={"format": "1", "memory": json.dumps(CONFIG.to_dict())} | metadata)
+    save_file(tensors, path, metadata={"format": "2", "memory": json.dumps(CONFIG.to_dict())} | metadata)
 
 
 # Save and load.
@@ -75,9 +90,11 @@ def test_any_changed_number_changes_the_fingerprint() -> None:
         replace(CONFIG, block=9),
         replace(CONFIG, sites=(HIDDEN, LEXICAL)),
         replace(CONFIG, sites=(replace(LEXICAL, k=1), HIDDEN)),
-        replace(CONFIG, sites=(replace(LEXICAL, pairs=4), HIDDEN)),
-        replace(CONFIG, sites=(replace(LEXICAL, decay=0.5), HIDDEN)),
-        replace(CONFIG, sites=(replace(LEXICAL, cap=5.0), HIDDEN)),
+        replace(CONFIG, sites=(replace(LEXICAL, width=5), HIDDEN)),
+        replace(CONFIG, sites=(replace(LEXICAL, cell=5), HIDDEN)),
+        replace(CONFIG, sites=(replace(LEXICAL, surprise=0.2), HIDDEN)),
+        replace(CONFIG, sites=(LEXICAL, replace(HIDDEN, decay=0.5))),
+        replace(CONFIG, sites=(LEXICAL, replace(HIDDEN, cap=5.0))),
         replace(CONFIG, sites=(replace(LEXICAL, name="other"), HIDDEN)),
         replace(CONFIG, sites=(LEXICAL, replace(HIDDEN, layer=0))),
     ],
@@ -95,8 +112,8 @@ def test_a_memory_for_another_base_is_refused(saved: Path) -> None:
 
 
 def test_a_missing_tensor_is_named(saved: Path) -> None:
-    resave(saved, without="sites.words.gate")
-    with pytest.raises(MemoryConfigError, match=r"(?s)memory\.safetensors .*sites\.words\.gate"):
+    resave(saved, without="sites.words.gate_in")
+    with pytest.raises(MemoryConfigError, match=r"(?s)memory\.safetensors .*sites\.words\.gate_in"):
         load_memory(saved, hidden_size=6)
 
 
@@ -120,11 +137,11 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(saved: Path) -> None:
-    resave(saved, format="2")
-    with pytest.raises(MemoryConfigError, match=r"memory\.safetensors: format must be 1, got '2'"):
+    resave(saved, format="1")
+    with pytest.raises(MemoryConfigError, match=r"memory\.safetensors: format must be 2, got '1'"):
         load_memory(saved, hidden_size=6)
     save_file({"x": torch.zeros(1)}, saved)
-    with pytest.raises(MemoryConfigError, match="format must be 1, got None"):
+    with pytest.raises(MemoryConfigError, match="format must be 2, got None"):
         load_memory(saved, hidden_size=6)
 
 
@@ -137,7 +154,7 @@ def test_another_format_is_refused(saved: Path) -> None:
         '{"sites": null}',
         '{"hidden_size": 6}',
         '{"hidden_size": 6, "sites": [3]}',
-        '{"hidden_size": 6, "sites": [{"name": 3, "kind": "lexical", "slots": 4, "k": 1}]}',
+        '{"hidden_size": 6, "sites": [{"name": 3, "kind": "lexical", "slots": 4, "k": 1, "width": 2}]}',
     ],
 )
 def test_a_configuration_that_is_none_is_refused(memory: str, saved: Path) -> None:
@@ -147,7 +164,7 @@ def test_a_configuration_that_is_none_is_refused(memory: str, saved: Path) -> No
 
 
 def test_a_file_without_a_configuration_is_refused(saved: Path) -> None:
-    save_file(random_memory().state_dict(), saved, metadata={"format": "1"})
+    save_file(random_memory().state_dict(), saved, metadata={"format": "2"})
     with pytest.raises(MemoryConfigError, match="not a memory configuration"):
         load_memory(saved, hidden_size=6)
 
@@ -180,20 +197,26 @@ def test_a_missing_key_is_named(key: str) -> None:
     ("site", "changes", "message"),
     [
         (LEXICAL, {"name": "two words"}, "name must be an identifier, got 'two words'"),
-        (LEXICAL, {"name": "words_trust"}, "name must not end in '_trust', got 'words_trust'"),
+        (LEXICAL, {"name": "words_own"}, "name must not end in '_own', got 'words_own'"),
         (LEXICAL, {"kind": "other"}, "words.kind must be 'lexical' or 'hidden', got 'other'"),
-        (LEXICAL, {"slots": 15}, r"words.slots must be a perfect square \(product keys\), got 15"),
-        (LEXICAL, {"slots": 0}, "words.slots must be a perfect square .*, got 0"),
-        (LEXICAL, {"slots": -4}, "words.slots must be a perfect square .*, got -4"),
-        (LEXICAL, {"k": 0}, r"words.k must be in 1..4 \(√slots\), got 0"),
-        (LEXICAL, {"k": 5}, r"words.k must be in 1..4 \(√slots\), got 5"),
-        (LEXICAL, {"pairs": 0}, "words.pairs must be at least 1, got 0"),
-        (LEXICAL, {"layer": 0}, "words.layer must be -1 for a lexical site, got 0"),
-        (LEXICAL, {"decay": 1.5}, "words.decay must be in 0..1, got 1.5"),
-        (LEXICAL, {"decay": -0.5}, "words.decay must be in 0..1, got -0.5"),
-        (LEXICAL, {"cap": 0.0}, "words.cap must be positive, got 0.0"),
-        (LEXICAL, {"cap": float("nan")}, "words.cap must be positive, got nan"),
+        (HIDDEN, {"slots": 15}, r"states.slots must be a perfect square \(product keys\), got 15"),
+        (HIDDEN, {"slots": -4}, "states.slots must be a perfect square .*, got -4"),
+        (LEXICAL, {"slots": 0}, "words.slots must be .*, got 0"),
+        (LEXICAL, {"cell": 4}, "words.cell must divide slots, and be 1 in a hidden site, got 4"),
+        (LEXICAL, {"cell": 0}, "words.cell must divide slots, and be 1 in a hidden site, got 0"),
+        (HIDDEN, {"cell": 3}, "states.cell must divide slots, and be 1 in a hidden site, got 3"),
+        (LEXICAL, {"k": 0}, "words.k must be in 1..5, got 0"),
+        (LEXICAL, {"k": 6}, "words.k must be in 1..5, got 6"),
+        (HIDDEN, {"k": 4}, "states.k must be in 1..3, got 4"),
+        (LEXICAL, {"width": 0}, "words.width must be at least 1, got 0"),
         (HIDDEN, {"width": 0}, "states.width must be at least 1, got 0"),
+        (LEXICAL, {"surprise": -0.1}, "words.surprise must not be negative, got -0.1"),
+        (LEXICAL, {"surprise": float("nan")}, "words.surprise must not be negative, got nan"),
+        (LEXICAL, {"layer": 0}, "words.layer must be -1 for a lexical site, got 0"),
+        (HIDDEN, {"decay": 1.5}, "states.decay must be in 0..1, got 1.5"),
+        (HIDDEN, {"decay": -0.5}, "states.decay must be in 0..1, got -0.5"),
+        (HIDDEN, {"cap": 0.0}, "states.cap must be positive, got 0.0"),
+        (HIDDEN, {"cap": float("nan")}, "states.cap must be positive, got nan"),
     ],
 )
 def test_a_site_that_cannot_be_built_is_refused(site: SiteConfig, changes: dict[str, Any], message: str) -> None:
@@ -216,4 +239,134 @@ def test_a_memory_that_cannot_be_built_is_refused(changes: dict[str, Any], messa
 
 
 def test_a_rows_bytes_are_those_that_are_stored() -> None:
-    assert (LEXICAL.row_bytes, HIDDEN.row_bytes) == (3 * (4 + 4), 5 * 4)
+    """An age, a token and a key of bytes; or numbers. The pool packs them so."""
+    assert (LEXICAL.row_bytes, HIDDEN.row_bytes) == (4 + 4 + 4, 5 * 4)
+    assert (LEXICAL.cells, HIDDEN.cells) == (5, 9)
+    pool = Pool(CONFIG, rows=15, sessions=2)
+    draft = pool.draft(pool.open())
+    for name in ("words", "states"):
+        draft.put(name, torch.tensor([1]), [torch.ones_like(field) for field in draft.get(name, torch.tensor([1]))])
+    touched = draft.touched()
+    assert touched["words"].data.shape == (3, LEXICAL.row_bytes)
+    assert touched["states"].data.shape == (1, HIDDEN.row_bytes)
+
+
+# What a lexical site does with its weights.
+
+
+def lexical_site(**changes: float) -> LexicalSite:
+    """A site that says γ = σ(0), with `changes` of what it learns and its trust rate."""
+    config = replace(LEXICAL, width=16, surprise=changes.get("surprise", 0.0))
+    memory = random_memory(replace(CONFIG, sites=(config,)))
+    site = memory.lexical
+    assert site is not None
+    for parameter in (site.gate_out, site.gate_out_bias, site.key_bias):
+        parameter.zero_()
+    site.sharpness.copy_(torch.tensor([30.0, 9.0]))
+    site.prior.fill_(0.2)
+    site.trust_rate.fill_(changes.get("trust_rate", 0.0))
+    return site
+
+
+def read_and_learn(site: LexicalSite, draft: Draft, seed: int, targets: Tensor) -> tuple[Reading, Tensor]:
+    """One block, the hidden states before its targets and what the base predicts being random; also that, [n]."""
+    g, n = torch.Generator().manual_seed(seed), len(targets)
+    hidden, base = torch.randn(n, 6, generator=g), ops.predict(torch.randn(n, 20, generator=g))
+    reading = site.read(draft.pool, torch.full((n,), draft.index), hidden, base)
+    site.learn(draft, reading, targets, base.log_prob(targets))
+    return reading, base.log_prob(targets)
+
+
+def new_draft(site: LexicalSite) -> Draft:
+    pool = Pool(MemoryConfig(6, (site.config,)), rows=60, sessions=4)
+    return pool.draft(pool.open())
+
+
+@torch.no_grad()
+def test_keys_are_of_unit_length_and_cells_are_the_nearest_centres() -> None:
+    site, hidden = lexical_site(), torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    keys = site.keys(hidden)
+    torch.testing.assert_close(keys.norm(dim=-1), torch.ones(9))
+    torch.testing.assert_close(keys, F.normalize(hidden @ site.key_weight, dim=-1))
+    cells = site.address(keys)
+    assert cells.shape == (9, 2)
+    assert torch.equal(cells, (keys @ site.centres.T).argsort(-1, descending=True)[:, :2])
+
+
+@torch.no_grad()
+def test_what_was_written_is_found_under_its_context() -> None:
+    """The first time nothing is known and γ is 0; the second time the token of this context has the most of a head."""
+    site, targets = lexical_site(), torch.arange(3)
+    draft = new_draft(site)
+    first, _ = read_and_learn(site, draft, 3, targets)
+    assert not first.gamma.any()
+    assert not first.shares.any()
+    again, _ = read_and_learn(site, draft, 3, targets)
+    torch.testing.assert_close(again.gamma, torch.full((3,), 0.5))
+    assert torch.equal(again.cells, first.cells)
+    assert again.tokens.gather(1, again.shares.argmax(1)[:, None])[:, 0].tolist() == targets.tolist()
+
+
+@torch.no_grad()
+def test_a_token_is_written_to_its_nearest_cell_only() -> None:
+    site = lexical_site()
+    draft, targets = new_draft(site), torch.arange(10, 17)
+    reading, _ = read_and_learn(site, draft, 4, targets)
+    ages, tokens, keys = draft.get("words", torch.arange(5))
+    for cell in range(5):
+        mine = reading.cells[:, 0] == cell
+        held = tokens[cell][ages[cell] > 0].tolist()
+        assert sorted(held) == sorted(targets[mine].tolist()[-3:]), "its youngest three, and nothing else"
+        for token, key in zip(tokens[cell], keys[cell], strict=True):
+            if token in held:
+                assert torch.equal(key, ops.quantise(reading.keys)[targets == token][0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("surprise", [0.0, 2.5, 99.0])
+def test_what_was_expected_better_than_the_threshold_is_not_written(surprise: float) -> None:
+    """Expected with the memory, open or shut."""
+    site, targets = lexical_site(surprise=surprise), torch.arange(8)
+    draft = new_draft(site)
+    draft.put("words", torch.arange(5), [torch.ones_like(field) for field in draft.get("words", torch.arange(5))])
+    for shut in (0.0, 1.0):
+        draft.pool.sites["words"].own[draft.index, SHUT] = shut
+        before = draft.get("words", torch.arange(5))
+        reading, frozen = read_and_learn(site, draft, 5 + int(shut), targets)
+        in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
+        adapted = ops.target_log_prob(frozen, in_memory, reading.unguarded)
+        news = targets[adapted < -surprise]
+        written = len(news) / len(targets)
+        assert {0.0: written == 1.0, 2.5: 0.0 < written < 1.0, 99.0: written == 0.0}[surprise], "the test can tell"
+        after = draft.get("words", torch.arange(5))
+        per_cell = torch.bincount(reading.cells[adapted < -surprise, 0], minlength=5).clamp_max(3)
+        assert torch.equal((after[0] != before[0]).sum(-1), per_cell)
+
+
+@torch.no_grad()
+def test_a_shut_guard_leaves_nothing_of_the_memory_but_the_knowledge_of_what_it_would_say() -> None:
+    site, targets = lexical_site(), torch.arange(4)
+    draft = new_draft(site)
+    read_and_learn(site, draft, 3, targets)
+    draft.pool.sites["words"].own[draft.index, SHUT] = 1.0
+    reading, _ = read_and_learn(site, draft, 3, targets)
+    assert not reading.gamma.any()
+    assert reading.unguarded.all()
+
+
+@torch.no_grad()
+def test_a_sessions_own_numbers_follow_what_its_memory_was_worth() -> None:
+    site, targets = lexical_site(trust_rate=0.5), torch.arange(2)
+    draft = new_draft(site)
+    read_and_learn(site, draft, 3, targets)
+    own = draft.pool.sites["words"].own[draft.index]
+    assert own.tolist() == [0.0, 0.0, 0.0], "nothing was said, nothing was gained"
+    reading, frozen = read_and_learn(site, draft, 3, targets)
+    in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
+    adapted = ops.target_log_prob(frozen, in_memory, reading.unguarded)
+    step = ops.trust_step(frozen, adapted, in_memory, reading.unguarded)
+    expected = torch.stack([0.5 * step, (adapted - frozen).sum(), torch.zeros(())])
+    assert float(expected[TRUST]) > 0.1
+    torch.testing.assert_close(own, expected)
+    reading, _ = read_and_learn(site, draft, 3, targets)
+    torch.testing.assert_close(reading.gamma, torch.sigmoid(0.5 * step).expand(2))

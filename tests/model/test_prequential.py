@@ -1,16 +1,16 @@
-"""The evaluation scores before it learns, keeps streams apart, and compares like with like."""
+"""A stream is read request by request: scored before it is learned, and the same from a trace as through the base."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.checkpoint import load_backbone
-from model.evaluation.prequential import Losses, Stream, arms, cut, evaluate, ratio, read
+from model.evaluation.prequential import Stream, cut, follow, read, read_passage, read_trace, reads_states_only, replay
 from model.lm import AdaptiveLM
+from model.memory import Memory, MemoryConfig, SiteConfig
 from model.training.initial import default_config, random_memory
 
 BOS = 1
@@ -22,11 +22,10 @@ def lm(tiny_base: Path) -> AdaptiveLM:
     return AdaptiveLM(backbone, random_memory(default_config(backbone.config.hidden_size), seed=0))
 
 
-def requests(seed: int, count: int = 4, size: int = 90) -> list[list[int]]:
-    """The same random request again and again: nothing but memory can foresee it."""
+def request(seed: int, size: int = 90) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    request: list[int] = torch.randint(3, 300, (size,), generator=generator).tolist()
-    return [request] * count
+    ids: list[int] = torch.randint(3, 300, (size,), generator=generator).tolist()
+    return ids
 
 
 def test_cut_drops_the_partial_request_and_keeps_order() -> None:
@@ -35,45 +34,62 @@ def test_cut_drops_the_partial_request_and_keeps_order() -> None:
     assert cut(range(3), 4, 9) == []
 
 
+def test_a_trace_holds_each_request_by_itself(lm: AdaptiveLM) -> None:
+    stream = Stream("a", "a", [request(0, 9), request(1, 5)])
+    seen: list[int] = []
+    trace = read_trace(lm.backbone, stream, BOS, lambda token: token % 7, seen.append)
+    assert trace.targets.tolist() == [*stream.requests[0], *stream.requests[1]]
+    assert trace.widths.tolist() == [token % 7 for token in trace.targets.tolist()]
+    assert [part for part in trace.parts()] == [slice(0, 9), slice(9, 14)]
+    assert seen == [1, 1]
+    alone = read_passage(lm.backbone, stream.requests[1], BOS)
+    (_, second) = trace.passages()
+    assert torch.equal(second.states, alone.states)
+    torch.testing.assert_close(second.log_probs, alone.log_probs)
+    said = lm.backbone.logits(alone.states).softmax(-1)
+    torch.testing.assert_close(trace.entropy[9:], torch.special.entr(said).sum(-1))
+
+
 def test_reading_scores_before_it_learns_and_predicting_leaves_no_trace(lm: AdaptiveLM) -> None:
     pool = lm.new_pool(rows=100_000, sessions=4)
     session = pool.open()
-    (request, *_) = requests(0, size=lm.memory.config.block - 1)
-    first = read(lm, pool, session, request, BOS, learn=True)
-    assert first[0] == first[1]  # one block: nothing had been learned when it was scored
+    ids = request(0, size=lm.memory.config.block - 1)
+    frozen = read_passage(lm.backbone, ids, BOS).log_probs
+    first = read(lm, pool, session, ids, BOS, learn=True)
+    torch.testing.assert_close(first, frozen, atol=1e-4, rtol=0)  # one block: nothing had been learned yet
     state = {name: rows.data for name, rows in pool.dump(session).items()}
-    again = read(lm, pool, session, request, BOS, learn=False)
-    assert again[0] < again[1] == first[1]
+    again = read(lm, pool, session, ids, BOS, learn=False)
+    assert again.sum() > first.sum()
     assert all(torch.equal(rows.data, state[name]) for name, rows in pool.dump(session).items())
 
 
-def test_every_arm_reads_the_same_tokens_and_the_own_past_wins(lm: AdaptiveLM) -> None:
-    streams = [
-        Stream("a1", "a", requests(1)),
-        Stream("a2", "a", requests(2)),
-        Stream("b1", "b", requests(3)),
-    ]
-    done = 0
-
-    def count(_: str, n: int) -> None:
-        nonlocal done
-        done += n
-
-    reports = {report.name: report for report in evaluate(lm, streams, BOS, progress=count)}
-    assert done == arms(streams)
-    for report in reports.values():
-        assert report.frozen.tokens == report.online.tokens == [90] * 4
-        assert report.own.tokens == [90] * 2
-        assert ratio(report.own, report.frozen, 2) < 1
-        assert report.other_kind is not None
-        assert report.own.mean() < report.other_kind.mean()
-        assert report.online.by_request[3] < report.online.by_request[0]
-    assert reports["b1"].same_kind is None
-    assert (same := reports["a1"].same_kind) is not None
-    assert reports["a1"].own.mean() < same.mean()
+@pytest.mark.parametrize("size", [1, 62, 63, 64, 65, 127, 128, 200])
+def test_a_replay_equals_the_reading_through_the_base(lm: AdaptiveLM, size: int) -> None:
+    pool = lm.new_pool(rows=400_000, sessions=6)
+    one, other = pool.open(), pool.open()
+    for seed in (0, 1, 0):
+        ids = request(seed, size)
+        passage = read_passage(lm.backbone, ids, BOS)
+        read_through = read(lm, pool, one, ids, BOS, learn=True)
+        replayed = replay(lm, pool, other, passage, learn=True)
+        torch.testing.assert_close(replayed, read_through, atol=1e-5, rtol=0)
+    assert pool.rows(one) == pool.rows(other)
 
 
-def test_a_ratio_compares_means_over_tokens_of_the_same_part() -> None:
-    frozen = Losses([9.0, 2.0, 4.0], [5, 1, 3])
-    assert frozen.mean(1) == pytest.approx(3.5)
-    assert ratio(Losses([2.0, 3.0], [1, 3]), frozen, 1) == pytest.approx(math.exp(2.75 - 3.5))
+def test_a_memory_below_the_output_is_read_through_the_base(tiny_base: Path) -> None:
+    backbone = load_backbone(tiny_base)
+    d = backbone.config.hidden_size
+    memory = Memory(MemoryConfig(d, (SiteConfig("deep", "hidden", slots=64, k=4, layer=0, width=8),), block=16))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.normal_(std=0.3)
+    lm = AdaptiveLM(backbone, memory)
+    assert not reads_states_only(memory)
+    pool = lm.new_pool(rows=1000, sessions=4)
+    ids = request(0)
+    passage = read_passage(backbone, ids, BOS)
+    one, other = pool.open(), pool.open()
+    followed = follow(lm, pool, one, passage, BOS, learn=True)
+    assert torch.equal(followed, read(lm, pool, other, ids, BOS, learn=True))
+    assert not torch.allclose(followed, passage.log_probs, atol=1e-3)

@@ -1,0 +1,100 @@
+"""What a memory costs in time, each way measured in turns with the others so that a busy machine slows all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+
+from model.lm import EMPTY, AdaptiveLM
+from model.memory import Pool
+
+
+@torch.inference_mode()
+def prefill(lm: AdaptiveLM, token_ids: Sequence[int]) -> None:
+    """The base alone, in the memory's blocks, without the head."""
+    cache, block = lm.backbone.new_cache(len(token_ids)), lm.memory.config.block
+    for start in range(0, len(token_ids), block):
+        lm.backbone(torch.tensor([token_ids[start : start + block]]), [cache])
+
+
+@torch.inference_mode()
+def through_blocks(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], *, learn: bool) -> None:
+    """Scores, and learns or not, as a server does."""
+    cache, block, carry = lm.backbone.new_cache(len(token_ids)), lm.memory.config.block, None
+    frozen_cache = lm.backbone.new_cache(len(token_ids)) if lm.needs_frozen_cache else None
+    draft = pool.draft(session) if learn else None
+    index = session if draft is None else draft.index
+    for start in range(0, len(token_ids), block):
+        part = token_ids[start : start + block]
+        score = [True] * len(part)
+        told = score if learn else None
+        carry, _ = lm.block(
+            part,
+            cache,
+            pool,
+            index,
+            carry=carry,
+            score=score,
+            learn=told,
+            draft=draft,
+            frozen=True,
+            frozen_cache=frozen_cache,
+        )
+    if draft is not None:
+        draft.commit()
+
+
+@torch.inference_mode()
+def decode(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], steps: int) -> None:
+    """Greedy tokens after a prompt of one block at most."""
+    prompt = list(token_ids[: lm.memory.config.block])
+    cache = lm.backbone.new_cache(len(prompt) + steps)
+    carry, _ = lm.block(prompt, cache, pool, session)
+    for _ in range(steps):
+        token = int(lm.predict([carry], pool, [session])[0].argmax())
+        (carry,) = lm.decode([token], [cache], pool, [session])
+
+
+def learning_cost(
+    lm: AdaptiveLM,
+    requests: Sequence[Sequence[int]],
+    bos: int,
+    steps: int = 32,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, float]:
+    """Medians over requests, in seconds for a request (decode: a token) and as multiples of the frozen base's.
+
+    observe: score and learn, without and with memory. The session has learned the requests before, so that its rows are
+    there to be read.
+    """
+    slots = max((site.slots for site in lm.memory.config.sites), default=1)
+    pool = lm.new_pool(rows=2 * slots, sessions=2)
+    session, times = pool.open(), dict[str, list[float]]()
+    for request in requests:
+        ids = [bos, *request]
+        ways: dict[str, Callable[[], None]] = {
+            "prefill": partial(prefill, lm, ids),
+            "score_frozen": partial(through_blocks, lm, pool, EMPTY, ids, learn=False),
+            "score": partial(through_blocks, lm, pool, session, ids, learn=False),
+            "observe": partial(through_blocks, lm, pool, session, ids, learn=True),
+            "decode_frozen": partial(decode, lm, pool, EMPTY, ids, steps),
+            "decode": partial(decode, lm, pool, session, ids, steps),
+        }
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            way()
+            times.setdefault(name, []).append(time.perf_counter() - begun)
+        progress(1)
+    seconds = {name: median(each) for name, each in times.items()}
+    return {
+        **{f"{name}_s": value for name, value in seconds.items()},
+        "observe_over_prefill": median(o / p for o, p in zip(times["observe"], times["prefill"], strict=True)),
+        "observe_over_score_frozen": median(
+            o / p for o, p in zip(times["observe"], times["score_frozen"], strict=True)
+        ),
+        "decode_over_frozen": median(o / p for o, p in zip(times["decode"], times["decode_frozen"], strict=True)),
+    }

@@ -1,0 +1,63 @@
+"""Very long sessions: whether a memory goes on helping, and what fills it, by position in the stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from model.evaluation.arms import state_bytes
+from model.evaluation.prequential import Passage, Progress, follow
+from model.lm import AdaptiveLM
+from model.memory import Pool
+
+
+@dataclass
+class LongRun:
+    """By request: tokens learned before it, mean nats per token without and with memory, and after it the rows held and
+    the state's norm. tokens: learned in all; state_bytes: stored at the end."""
+
+    position: list[int] = field(default_factory=list)
+    frozen: list[float] = field(default_factory=list)
+    adapted: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    norm: list[float] = field(default_factory=list)
+    tokens: int = 0
+    state_bytes: int = 0
+
+
+def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: Progress = lambda _: None) -> LongRun:
+    """One session reads and learns all passages, in order."""
+    slots = max((site.slots for site in lm.memory.config.sites), default=1)
+    pool = lm.new_pool(rows=2 * slots, sessions=2)
+    session, run = pool.open(), LongRun()
+    for passage in passages:
+        adapted = follow(lm, pool, session, passage, bos, learn=True)
+        run.position.append(run.tokens)
+        run.frozen.append(-float(passage.log_probs.double().mean()))
+        run.adapted.append(-float(adapted.double().mean()))
+        run.rows.append(sum(pool.rows(session).values()))
+        run.norm.append(state_norm(pool, session))
+        run.tokens += len(adapted)
+        progress(1)
+    run.state_bytes = state_bytes(pool.dump(session))
+    return run
+
+
+def state_norm(pool: Pool, session: int) -> float:
+    """The Euclidean norm of all real numbers in a session's rows."""
+    total = 0.0
+    for site in pool.sites.values():
+        table = site.tables[session]
+        rows = table[table > 0]
+        total += sum(float(f[rows].double().square().sum()) for f in site.fields if f.is_floating_point())
+    return math.sqrt(total)
+
+
+def ratio_between(run: LongRun, start: int, end: int) -> float:
+    """Perplexity with memory over perplexity without, on the requests that begin in [start, end); NaN if none does."""
+    chosen = [i for i, position in enumerate(run.position) if start <= position < end]
+    differences = torch.tensor([run.adapted[i] - run.frozen[i] for i in chosen], dtype=torch.float64)
+    return float(differences.mean().exp())

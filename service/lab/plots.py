@@ -1,0 +1,118 @@
+"""The plots of `imprint eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MAIN = ("memory", "cleared", "cache", "cache-bytes", "ngrams", "dense", "dynamic-head", "full-history", "adapter")
+Results = Mapping[str, Any]
+
+
+class PlotsMissingError(Exception):
+    """matplotlib is not installed."""
+
+
+def draw(results: Results, out: Path) -> list[Path]:
+    """Writes the PNG files that there is something to draw for. Raises PlotsMissingError."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise PlotsMissingError("matplotlib is missing: pip install 'imprint[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawings = {"requests": _requests, "kinds": _kinds, "novelty": _novelty, "return": _return, "long": _long}
+    drawn = []
+    for name, drawing in drawings.items():
+        figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+        if drawing(results, axes):
+            axes.axhline(1.0, color="grey", linewidth=0.8)
+            axes.set_ylabel("perplexity ÷ frozen base's")
+            drawn.append(out / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=150)
+        pyplot.close(figure)
+    return drawn
+
+
+def _requests(results: Results, axes: Any) -> bool:
+    """The ratio by request of the main arms; the memory's with its 95% band."""
+    for name in MAIN:
+        if (arm := results["arms"].get(name)) is not None:
+            curve = _gaps(arm["by_request"])
+            numbers = range(1, len(curve["ratio"]) + 1)
+            axes.plot(numbers, curve["ratio"], label=arm["title"], linewidth=2.5 if name == "memory" else 1.2)
+            if name == "memory":
+                axes.fill_between(numbers, curve["low"], curve["high"], alpha=0.2)
+    axes.set_xlabel("request")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    return True
+
+
+def _kinds(results: Results, axes: Any) -> bool:
+    kinds = results["about"]["kinds"]
+    names = [name for name in ("memory", "cache", "cache-bytes", "dynamic-head") if name in results["arms"]]
+    for number, name in enumerate(names):
+        arm = results["arms"][name]
+        heights = [arm["ratio"]["kinds"][kind] for kind in kinds]
+        _bars(axes, number, len(names), heights, arm["title"])
+    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    axes.legend(fontsize=8, loc="lower right")
+    return True
+
+
+def _novelty(results: Results, axes: Any) -> bool:
+    classes = results["arms"]["static"]["novelty"]
+    names = [name for name in ("memory", "cache", "ngrams", "dynamic-head") if name in results["arms"]]
+    for number, name in enumerate(names):
+        arm = results["arms"][name]
+        heights = [each["value"] if each else float("nan") for each in arm["novelty"].values()]
+        _bars(axes, number, len(names), heights, arm["title"])
+    labels = [f"{name}\n{each['share']:.0%} of targets" if each else name for name, each in classes.items()]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.legend(fontsize=8, loc="lower right")
+    return True
+
+
+def _return(results: Results, axes: Any) -> bool:
+    """The second half with the memory of the first, straight on and after other kinds."""
+    arms = results["arms"]
+    if "returned" not in arms:
+        return False
+    for name in ("memory", "own-past", "returned", "other-kind"):
+        if name in arms:
+            ratios = _gaps(arms[name]["by_request"])["ratio"]
+            axes.plot(range(1, len(ratios) + 1), ratios, label=arms[name]["title"])
+    axes.set_xlabel("request")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    return True
+
+
+def _long(results: Results, axes: Any) -> bool:
+    if (run := results["probes"].get("long")) is None:
+        return False
+    ratios = [float("nan") if ratio is None else ratio for ratio in run["bins"]["ratio"]]
+    axes.plot([position / 1000 for position in run["bins"]["position"]], ratios, label="ratio")
+    axes.set_xlabel("thousand tokens learned")
+    beside = axes.twinx()
+    positions = [position / 1000 for position in run["position"]]
+    for label, values, colour in (("rows held", run["rows"], "tab:green"), ("state norm", run["norm"], "tab:orange")):
+        shares = [value / max(values) for value in values]
+        beside.plot(positions, shares, "--", color=colour, linewidth=1, label=f"{label} ÷ largest")
+    beside.set_ylim(0, 1.05)
+    axes.legend(fontsize=8, loc="upper left")
+    beside.legend(fontsize=8, loc="upper right")
+    return True
+
+
+def _bars(axes: Any, number: int, count: int, heights: list[float], label: str) -> None:
+    width = 0.8 / count
+    axes.bar([x + (number - (count - 1) / 2) * width for x in range(len(heights))], heights, width, label=label)
+
+
+def _gaps(curve: Mapping[str, list[float | None]]) -> dict[str, list[float]]:
+    """Where nothing was measured, nothing is drawn."""
+    return {name: [float("nan") if value is None else value for value in values] for name, values in curve.items()}

@@ -1,0 +1,57 @@
+"""Results kept on disk as they come, so that a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import model
+
+
+class Runs:
+    """A folder of results, each under the hash of all that it depends on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, key: str) -> tuple[dict[str, Tensor], Any] | None:
+        """The tensors and the note kept under a key, if there are any."""
+        path = self._folder / f"{key}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                note = json.loads((file.metadata() or {})["note"])
+                return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118 (not a dict)
+        except (SafetensorError, KeyError, ValueError):
+            return None  # of another version, or damaged: made again
+
+    def save(self, key: str, tensors: dict[str, Tensor], note: Any) -> None:
+        """Keeps tensors and a JSON value; all or nothing of them."""
+        path = self._folder / f"{key}.safetensors"
+        part = path.with_suffix(".part")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"note": json.dumps(note)})
+        part.replace(path)
+
+
+def key(*parts: object) -> str:
+    """The hash that stands for these values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def code(*names: str) -> str:
+    """The hash of the sources of `model` under these names, such as "lm.py" or "memory"."""
+    digest = hashlib.sha256()
+    root = Path(model.__file__).parent
+    for name in names:
+        files = [root / name] if name.endswith(".py") else sorted((root / name).glob("*.py"))
+        for file in files:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""What learning is worth to a session: it helps with what comes again, and it never harms for long (law 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.backbone import Backbone
+from model.lm import AdaptiveLM
+from model.memory.ops import GUARD_NATS
+from model.memory.pool import SHUT, TRUST
+from model.memory.slow import TRUST_LIMITS
+from tests.model.tiny_lm import BLOCK, LEXICAL, VOCAB, Read, build, learn, learned, new_pool, read, text, tiny_backbone
+
+LENGTH = 190  # tokens of a request
+POISONS = {
+    "random tokens": torch.randint(1, VOCAB, (8 * LENGTH,), generator=torch.Generator().manual_seed(5)).tolist(),
+    "one token again and again": [7] * 8 * LENGTH,
+    "a context with two continuations": [t for i in range(LENGTH) for t in (11, 12, 13, 14, 15, 16, 17, 20 + i % 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny_backbone()
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def ordinary(backbone: Backbone) -> list[list[int]]:
+    """Texts that the base itself has drawn: no memory can predict them better than it does."""
+    texts, g = [], torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(8):
+            ids, cache = [0], backbone.new_cache(LENGTH)
+            while len(ids) < LENGTH:
+                p = backbone.logits(backbone(torch.tensor([ids[-1:]]), [cache])[0]).softmax(-1)
+                ids.append(int(torch.multinomial(p[0], 1, generator=g)))
+            texts.append(ids)
+    return texts
+
+
+def rash(backbone: Backbone) -> AdaptiveLM:
+    """A memory that believes whatever it finds, always: γ = σ(3), whatever the evidence and the experience."""
+    lm = build(backbone, LEXICAL)
+    assert lm.memory.lexical is not None
+    lm.memory.lexical.gate_out.zero_()
+    lm.memory.lexical.gate_out_bias.copy_(torch.tensor([3.0, 0.0, 0.0]))
+    lm.memory.lexical.trust_rate.zero_()
+    return lm
+
+
+def gain(request: Read) -> torch.Tensor:
+    """Nats over the base, of each token."""
+    return request.adapted - request.frozen
+
+
+def test_what_was_read_before_is_predicted_better(backbone: Backbone) -> None:
+    lm = build(backbone, LEXICAL)
+    pool, ids = new_pool(lm), text(1)
+    session = pool.open()
+    first, second = (learn(lm, pool, session, ids) for _ in range(2))
+    stranger = read(lm, pool, learned(lm, pool, seed=7), ids)
+    assert torch.equal(first.frozen, second.frozen)
+    assert second.adapted.mean() > first.adapted.mean() + 0.5
+    assert second.adapted.mean() > stranger.adapted.mean() + 0.5, "it is this text that was learned, not any"
+
+
+def test_what_is_read_again_and_again_takes_no_more_space(backbone: Backbone) -> None:
+    lm = build(backbone, replace(LEXICAL, surprise=1.0))
+    assert lm.memory.lexical is not None
+    lm.memory.lexical.gate_out_bias[0] = 3.0
+    pool, rows = new_pool(lm), [0]
+    session = pool.open()
+    for _ in range(3):
+        learn(lm, pool, session, text(1, 2 * BLOCK))
+        rows.append(pool.rows(session)["words"])
+    assert rows[1] > BLOCK
+    assert rows[2] - rows[1] < BLOCK / 4
+    assert rows[3] - rows[2] < BLOCK / 4
+
+
+def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbone: Backbone) -> None:
+    lm = build(backbone, LEXICAL)
+    lexical = lm.memory.lexical
+    assert lexical is not None
+    lexical.trust_rate.fill_(0.5)
+    pool = new_pool(lm)
+    session, trust = pool.open(), [0.0]
+    for ids in ([5, 6], [5, 6], [5, 6], [5, 7]):
+        learn(lm, pool, session, ids)
+        trust.append(float(pool.sites["words"].own[session, TRUST]))
+    assert trust[1] == 0.0, "nothing was known, nothing was said"
+    assert 0.0 < trust[2] < trust[3]
+    assert trust[4] < trust[3]
+    lexical.trust_rate.fill_(1e6)
+    for ids, bound in (([5, 8], min(TRUST_LIMITS)), ([5, 6], max(TRUST_LIMITS))):
+        learn(lm, pool, session, ids)
+        assert float(pool.sites["words"].own[session, TRUST]) == bound
+
+
+# Law 12: never worse for long.
+
+
+def test_a_memory_that_harms_is_shut_within_a_bounded_loss(backbone: Backbone, ordinary: list[list[int]]) -> None:
+    lm = rash(backbone)
+    pool = new_pool(lm)
+    session = pool.open()
+    gains = torch.cat([gain(learn(lm, pool, session, ids)) for ids in ordinary])
+    assert float(-gains.cumsum(0).min()) <= GUARD_NATS + BLOCK * -torch.sigmoid(torch.tensor(-3.0)).log()
+    assert bool(pool.sites["words"].own[session, SHUT])
+    assert pool.rows(session)["words"] == LEXICAL.slots, "it goes on learning"
+
+
+def test_a_shut_session_is_the_base_bit_for_bit(backbone: Backbone, ordinary: list[list[int]]) -> None:
+    lm = rash(backbone)
+    pool = new_pool(lm)
+    session = learned(lm, pool, seed=1)
+    for shut in (0.0, 1.0):
+        pool.sites["words"].own[session, SHUT] = shut
+        request = read(lm, pool, session, ordinary[0][:-1])
+        carries = lm.decode(ordinary[0][-1:], [request.cache], pool, [session])
+        predicted, base = lm.predict(carries, pool, [session]), backbone.logits(carries[0].hidden[None])
+        assert torch.equal(request.adapted, request.frozen) == bool(shut)
+        assert torch.equal(predicted, base) == bool(shut)
+
+
+def test_a_shut_session_opens_again_when_its_memory_would_help(backbone: Backbone, ordinary: list[list[int]]) -> None:
+    lm = rash(backbone)
+    pool, shut = new_pool(lm), []
+    session = pool.open()
+    for ids in [ordinary[0][: 4 * BLOCK], *[text(1)] * 4]:
+        request = learn(lm, pool, session, ids)
+        shut.append(bool(pool.sites["words"].own[session, SHUT]))
+    assert shut[0]
+    assert not shut[-1]
+    assert float(gain(request).mean()) > 1.0, "and helps"
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_poisoned_session_is_not_worse_than_the_base_afterwards(
+    backbone: Backbone, ordinary: list[list[int]], poison: str
+) -> None:
+    """Whether the poison did harm, or was so easy that the memory seemed to be worth a lot."""
+    lm = rash(backbone)
+    pool = new_pool(lm)
+    session = pool.open()
+    for start in range(0, len(POISONS[poison]), LENGTH):
+        learn(lm, pool, session, POISONS[poison][start : start + LENGTH])
+    requests = [learn(lm, pool, session, ids) for ids in ordinary]
+    lost = -float(sum(gain(request).sum() for request in requests))
+    assert lost <= 0.01 * -float(sum(request.frozen.sum() for request in requests))
