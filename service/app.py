@@ -182,7 +182,7 @@ def choose_memory(settings: Settings, backbone: Backbone) -> Memory:
     if settings.model in MEMORIES:
         with as_file(files("model") / "checkpoints" / MEMORIES[settings.model]) as path:
             return load_memory(path, hidden_size=hidden_size)
-    log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint fit`)", settings.model)
+    log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint train`)", settings.model)
     return random_memory(default_config(hidden_size), seed=0)
 
 

@@ -51,7 +51,9 @@ class SiteConfig:
             raise MemoryConfigError(f"site name must not end in {OWN!r}, got {self.name!r}")
         if self.kind not in ("lexical", "hidden"):
             raise MemoryConfigError(f"{self.name}.kind must be 'lexical' or 'hidden', got {self.kind!r}")
-        if self.slots < 1 or (self.kind == "hidden" and math.isqrt(self.slots) ** 2 != self.slots):
+        if self.slots < 1:
+            raise MemoryConfigError(f"{self.name}.slots must be at least 1, got {self.slots}")
+        if self.kind == "hidden" and math.isqrt(self.slots) ** 2 != self.slots:
             raise MemoryConfigError(f"{self.name}.slots must be a perfect square (product keys), got {self.slots}")
         if self.cell < 1 or self.slots % self.cell or (self.kind == "hidden" and self.cell > 1):
             raise MemoryConfigError(f"{self.name}.cell must divide slots, and be 1 in a hidden site, got {self.cell}")

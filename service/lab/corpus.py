@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -51,25 +50,19 @@ def read_streams(
     requests: int,
     window: int,
     per_kind: int,
-    seed: int | None = None,
     at_least: int | None = None,
 ) -> list[Stream]:
-    """The first streams of each kind that are long enough; with a seed, a random part of random ones.
+    """The first streams of each kind that are long enough.
 
     A stream has `requests` requests, or where that is given `at_least` so many. Raises CommandError if there is none.
     """
     least = requests if at_least is None else at_least
     chosen: list[Stream] = []
-    files = list(text_files(paths))
-    if seed is not None:
-        random.Random(seed).shuffle(files)
-    for file, kind in files:
+    for file, kind in text_files(paths):
         if sum(stream.kind == kind for stream in chosen) == per_kind:
             continue
-        text = read_text(file)
-        size = requests * window * CHARS_PER_TOKEN
-        start = 0 if seed is None else random.Random(f"{seed}/{file.name}").randrange(max(1, len(text) - size))
-        parts = cut(tokenizer.encode(text[start : start + size]), window, requests)
+        text = read_text(file)[: requests * window * CHARS_PER_TOKEN]
+        parts = cut(tokenizer.encode(text), window, requests)
         if len(parts) >= least:
             chosen.append(Stream(f"{kind}/{file.stem}", kind, parts))
     if not chosen:

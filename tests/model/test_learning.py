@@ -11,7 +11,7 @@ import torch
 from model.backbone import Backbone
 from model.lm import AdaptiveLM
 from model.memory.ops import GUARD_NATS
-from model.memory.pool import SHUT, TRUST
+from model.memory.pool import BALANCE, SHUT, TRUST
 from model.memory.slow import TRUST_LIMITS
 from tests.model.tiny_lm import BLOCK, LEXICAL, VOCAB, Read, build, learn, learned, new_pool, read, text, tiny_backbone
 
@@ -108,6 +108,17 @@ def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbo
 
 
 # Law 12: never worse for long.
+
+
+def test_the_balance_is_what_was_gained_over_the_base(backbone: Backbone) -> None:
+    lm = build(backbone, LEXICAL)
+    pool, balance = new_pool(lm), 0.0
+    session = pool.open()
+    for ids in ([5, 6], [5, 6], [5, 7], [5, 6]):
+        gained = float(gain(learn(lm, pool, session, ids)).sum())
+        balance = balance * (1 - 1 / 1024) + gained
+        assert float(pool.sites["words"].own[session, BALANCE]) == pytest.approx(balance, abs=1e-4)
+    assert 0.1 < abs(balance) < GUARD_NATS
 
 
 def test_a_memory_that_harms_is_shut_within_a_bounded_loss(backbone: Backbone, ordinary: list[list[int]]) -> None:

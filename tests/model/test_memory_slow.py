@@ -340,7 +340,11 @@ def test_what_was_expected_better_than_the_threshold_is_not_written(surprise: fl
         assert {0.0: written == 1.0, 2.5: 0.0 < written < 1.0, 99.0: written == 0.0}[surprise], "the test can tell"
         after = draft.get("words", torch.arange(5))
         per_cell = torch.bincount(reading.cells[adapted < -surprise, 0], minlength=5).clamp_max(3)
-        assert torch.equal((after[0] != before[0]).sum(-1), per_cell)
+        changed = after[0] != before[0]
+        assert torch.equal(changed.sum(-1), per_cell)
+        for token, key in zip(after[1][changed], after[2][changed], strict=True):
+            assert token in news
+            assert torch.equal(key, ops.quantise(reading.keys[int(token)])), "each with the key of its own context"
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def test_a_sample_of_the_targets_estimates_the_loss(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         whole = float(objective.step(objective.start(), chunk)[0])
     torch.manual_seed(0)
-    samples = torch.tensor([float(objective.step(objective.start(), chunk)[0]) for _ in range(100)])
+    samples = torch.tensor([objective.step(objective.start(), chunk)[0].item() for _ in range(100)])
     assert samples.std() > 0
     assert float(samples.mean()) == pytest.approx(whole, abs=4 * float(samples.std()) / 10)
 
