@@ -116,7 +116,7 @@ def _train(settings: Settings, options: Options, began: float) -> None:
     result = _loop(Trainer(objective, train, valid, schedule, run), schedule, run)
     _settle(objective, train, options.budget.seed)
     if _rank() == 0:
-        facts = {"base": base, "model": settings.model, "run": identity, "schedule": asdict(schedule)}
+        facts = {"base": base, "model": Path(settings.model).name, "run": identity, "schedule": asdict(schedule)}
         _write(options, objective, streams, result, run, facts, time.monotonic() - began)
 
 
