@@ -101,7 +101,7 @@ def evaluate(
     arms: Annotated[str, typer.Option(help="What to compare, commas between; all = the costly ones too.")] = "",
     tune: Annotated[str, typer.Option(help="Kinds to tune on, commas between; the others are held out.")] = "",
     probes: Annotated[str, typer.Option(help="What else to measure, commas between, or none.")] = (
-        "facts,keystrokes,cost"
+        "facts,keystrokes,cost,poison"
     ),
     long: Annotated[int, typer.Option(min=0, help="Tokens of one long session over all texts; 0 = none.")] = 0,
     adapter: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A plain adapter, too.")] = None,

@@ -11,7 +11,7 @@ import torch
 from model.evaluation.arms import state_bytes
 from model.evaluation.prequential import Passage, Progress, follow
 from model.lm import AdaptiveLM
-from model.memory import Pool
+from model.memory import Pool, ops
 
 
 @dataclass
@@ -47,12 +47,12 @@ def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: P
 
 
 def state_norm(pool: Pool, session: int) -> float:
-    """The Euclidean norm of all real numbers in a session's rows."""
+    """The Euclidean norm of all vectors in a session's rows: keys are of length 1, values as long as they are."""
     total = 0.0
     for site in pool.sites.values():
-        table = site.tables[session]
-        rows = table[table > 0]
-        total += sum(float(f[rows].double().square().sum()) for f in site.fields if f.is_floating_point())
+        table, vectors = site.tables[session], site.fields[-1]
+        scale = 1.0 if vectors.is_floating_point() else ops.KEY_STEPS
+        total += float((vectors[table[table > 0]].double() / scale).square().sum())
     return math.sqrt(total)
 
 

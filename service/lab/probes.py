@@ -1,7 +1,8 @@
-"""What `imprint eval` measures beside the arms: facts recalled, keystrokes saved, cost, and very long sessions."""
+"""What `imprint eval` measures beside the arms: facts recalled, keystrokes saved, cost, poison and long sessions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,17 +16,20 @@ from model.evaluation.cost import learning_cost
 from model.evaluation.facts import FactRecall, invent
 from model.evaluation.keystrokes import likeliest, saved_share
 from model.evaluation.long import LongRun, ratio_between, read_long
+from model.evaluation.poison import harm
 from model.evaluation.prequential import Passage, Stream
 from service.lab.bench import Bench
 from service.lab.corpus import mixed_requests, progress_bar
 from service.lab.runs import key
 
-NAMES = ("facts", "keystrokes", "cost")
+NAMES = ("facts", "keystrokes", "cost", "poison")
 FACTS = 48
 DISTANCES = (0, 1_000, 10_000, 100_000)
 TIMES = {"once": 1, "three times": 3}
 TYPED_REQUESTS = 4  # of a stream's second half
 TIMED_REQUESTS = 5
+POISON_TOKENS = 4_096
+AFTERWARDS = 4  # requests of normal text after the poison
 PIECE = 32  # requests of a long run that are read with the base, and kept, at a time
 BINS = 50
 SPAN = 100_000  # tokens of a long run that are compared
@@ -92,6 +96,28 @@ def cost(bench: Bench) -> dict[str, Any]:
     with progress_bar() as bar:
         task = bar.add_task("cost", total=len(requests))
         return dict(learning_cost(bench.lm, requests, bench.bos, progress=lambda n: bar.advance(task, n)))
+
+
+def poison(bench: Bench) -> dict[str, Any]:
+    """The perplexity ratio of the first stream of each kind after three sorts of nonsense: mean of kinds, and worst."""
+    first = {subject.stream.kind: subject for subject in reversed(bench.subjects)}
+    streams = {kind: list(subject.trace.passages())[:AFTERWARDS] for kind, subject in sorted(first.items())}
+
+    def make(advance: Advance) -> dict[str, Any]:
+        window = bench.options.window
+        found = harm(bench.lm, streams, bench.bos, tokens=POISON_TOKENS, window=window, progress=advance)
+        ratios = {name: {kind: math.exp(lost) for kind, lost in kinds.items()} for name, kinds in found.items()}
+        return {
+            name: {
+                "mean": math.exp(sum(found[name].values()) / len(kinds)),
+                "worst": max(kinds.values()),
+                "kinds": kinds,
+            }
+            for name, kinds in ratios.items()
+        }
+
+    total = 3 * sum(map(len, streams.values()))
+    return bench.kept("poison", make, total=total, uses=("evaluation/poison.py",))
 
 
 def long(bench: Bench, paths: Sequence[Path], tokens: int) -> dict[str, Any]:

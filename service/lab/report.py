@@ -142,6 +142,8 @@ def _others(results: Results) -> Block:
         rows.append(["observe ÷ plain prefill", f"{cost['observe_over_prefill']:.2f}×"])
         rows.append(["observe ÷ frozen score", f"{cost['observe_over_score_frozen']:.2f}×"])
         rows.append(["decode ÷ frozen decode", f"{cost['decode_over_frozen']:.2f}×"])
+    for name, ratio in probes.get("poison", {}).items():
+        rows.append([f"normal text after poison ({name}): mean, worst", f"{ratio['mean']:.3f}, {ratio['worst']:.3f}"])
     if "long" in probes:
         run = probes["long"]
         rows.append([f"long session, {run['tokens']:,} tokens: ratio", _plain(run["ratio"])])

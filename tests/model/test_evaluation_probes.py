@@ -13,6 +13,7 @@ from model.evaluation.cost import learning_cost
 from model.evaluation.facts import Fact, FactRecall, invent, recall
 from model.evaluation.keystrokes import keystrokes, likeliest, saved_share
 from model.evaluation.long import LongRun, ratio_between, read_long
+from model.evaluation.poison import harm, poisons
 from model.evaluation.prequential import read, read_passage
 from model.lm import EMPTY, AdaptiveLM
 from model.tokenizer import Tokenizer
@@ -135,3 +136,36 @@ def test_ratios_between_positions() -> None:
     run = LongRun(position=[0, 10, 20], frozen=[2.0, 2.0, 2.0], adapted=[2.0, 1.0, 0.5])
     assert ratio_between(run, 10, 30) == pytest.approx(math.exp(-1.25))
     assert math.isnan(ratio_between(run, 30, 40))
+
+
+def test_poisons_are_what_they_are_called() -> None:
+    made = poisons(300, 64)
+    assert made == poisons(300, 64)
+    assert all(len(ids) == 64 and all(0 <= i < 300 for i in ids) for ids in made.values())
+    assert len(set(made["one token repeated"])) == 1
+    context = made["alternating continuations"][:7]
+    assert made["alternating continuations"][8:15] == context
+    assert made["alternating continuations"][7] != made["alternating continuations"][15]
+
+
+def test_harm_is_what_a_poisoned_session_loses(lm: AdaptiveLM) -> None:
+    passages = [read_passage(lm.backbone, request(seed), BOS) for seed in (1, 2)]
+    told: list[int] = []
+    found = harm(lm, {"text": passages}, BOS, tokens=128, window=64, progress=told.append)
+    assert list(found) == list(poisons(300, 1))
+    assert sum(told) == 3 * 2
+    pool = lm.new_pool(rows=200_000, sessions=3)
+    session = pool.open()
+    for start in (0, 64):
+        read(
+            lm,
+            pool,
+            session,
+            poisons(lm.backbone.config.vocab_size, 128)["random tokens"][start : start + 64],
+            BOS,
+            learn=True,
+        )
+    lost = sum(
+        float((p.log_probs - read(lm, pool, session, p.targets.tolist(), BOS, learn=True)).sum()) for p in passages
+    )
+    assert found["random tokens"]["text"] == pytest.approx(lost / 120, abs=1e-4)
