@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-GUARD_TOKENS, GUARD_NATS = 1024, 8.0
+GUARD_TOKENS, GUARD_NATS = 1024, 16.0
 KEY_STEPS = 254  # of a key's component, between −0.5 and 0.5
 
 

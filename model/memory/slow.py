@@ -22,7 +22,7 @@ FORMAT = "2"
 GATE_WIDTH = 32
 HEADS = 2  # a sharp and a broad one
 MOST = 1.0 - 1e-6  # of γ: however sure a memory is, it makes no token impossible
-TRUST_LIMITS = (-4.0, 2.0)  # the upper one keeps what was read over and over from drowning the base
+TRUST_LIMITS = (-4.0, 1.0)  # the upper one keeps what was read over and over from drowning the base
 
 
 class Reading(NamedTuple):

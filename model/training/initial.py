@@ -18,7 +18,7 @@ WHITENING_FLOOR = 1e-3  # of the largest variance
 SHARPNESS = (20.0, 7.0)
 PRIOR = 0.2
 CAUTION = -2.0  # the gate's logit before training
-TRUST_RATE = 0.1
+TRUST_RATE = 0.02
 ROUNDS = 10  # of k-means
 CELL_STATES = 65_536  # that the cells are fitted to, at most
 

@@ -78,8 +78,9 @@ class Stream:
 @dataclass(frozen=True)
 class Schedule:
     """How a run goes. steps: of the optimiser. lr: its peak. batch: streams in flight, a process. span: requests that
-    gradients pass. validate_every: steps. seed: of the order of the
-    streams, and of torch's random numbers."""
+    gradients pass. validate_every: steps. seed: of the order of the streams, of where sessions end, and of torch's
+    random numbers. forget: the chance that a session ends after a chunk. One that goes on reads stream after stream, as
+    people change their subject: so it learns when not to believe its past."""
 
     steps: int
     lr: float
@@ -87,6 +88,7 @@ class Schedule:
     span: int
     validate_every: int
     seed: int = 0
+    forget: float = 0.15
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, …"""
@@ -208,8 +210,11 @@ class Trainer:
             loss.backward()
         lane.position += len(chunk.lengths)
         lane.state = self._objective.detach(state)
+        ends = random.Random(f"{self._schedule.seed}/{lane.number}/{lane.turn}/{lane.position}").random()
+        if not finite or ends < self._schedule.forget:
+            lane.state = self._objective.start()
         if not finite or lane.position >= features.requests:
-            lane.turn, lane.position, lane.state = lane.turn + 1, 0, self._objective.start()
+            lane.turn, lane.position = lane.turn + 1, 0
             del self._open[lane.number]
         return (loss.item(), targets * _frozen(chunk), targets, 0) if finite else (0.0, 0.0, 0, 1)
 
