@@ -73,10 +73,18 @@ class LexicalSite(nn.Module):
 
     def gate(self, found: ops.Candidates, entropy: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The logit of γ [n] before trust, and p_mem as shares [n, K]; entropy [n] of the base, keys [n, d_k]."""
-        evidence = torch.cat([found.evidence, entropy[:, None] / 4, keys], dim=1)
-        inner = torch.tanh(ops.rowwise(evidence, self.gate_in) + self.gate_in_bias)
+        logit, heads = self.judge(self.gate_inputs(found, entropy, keys))
+        return logit, (heads[:, :, None] * found.shares).sum(1)
+
+    def gate_inputs(self, found: ops.Candidates, entropy: Tensor, keys: Tensor) -> Tensor:
+        """What the gate looks at [n, 4·H + 1 + d_k]."""
+        return torch.cat([found.evidence, entropy[:, None] / 4, keys], dim=1)
+
+    def judge(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit of γ [n] before trust, and the heads' weights [n, H], from `gate_inputs`."""
+        inner = torch.tanh(ops.rowwise(inputs, self.gate_in) + self.gate_in_bias)
         out = ops.rowwise(inner, self.gate_out) + self.gate_out_bias
-        return out[:, 0], (torch.softmax(out[:, 1:], dim=1)[:, :, None] * found.shares).sum(1)
+        return out[:, 0], torch.softmax(out[:, 1:], dim=1)
 
     def read(self, pool: Pool, session: Tensor, hidden: Tensor, base: ops.Prediction) -> Reading:
         """What sessions [n] know about what follows final hidden states [n, d], for which the base predicts `base`."""

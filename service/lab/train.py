@@ -48,6 +48,7 @@ from model.training.loop import (
     TrainingError,
     read_losses,
 )
+from model.training.settle import settle
 from service.client import CommandError
 from service.lab.corpus import base_folder, console, progress_bar
 from service.lab.texts import Budget, Planned, draw_streams, find_kinds
@@ -114,7 +115,7 @@ def _train(settings: Settings, options: Options, began: float) -> None:
     identity = _identity(options, schedule, streams, objective)
     run = options.work / "runs" / identity
     result = _loop(Trainer(objective, train, valid, schedule, run), schedule, run)
-    _settle(objective, train, options.budget.seed)
+    _settle(objective, backbone, train, options.budget.seed)
     if _rank() == 0:
         facts = {"base": base, "model": Path(settings.model).name, "run": identity, "schedule": asdict(schedule)}
         _write(options, objective, streams, result, run, facts, time.monotonic() - began)
@@ -208,10 +209,23 @@ def _objective(options: Options, backbone: Backbone, train: Sequence[Stream]) ->
     return AdapterObjective(OutputAdapter(hidden_size, rank, seed=seed).to(device), head)
 
 
-def _settle(objective: Objective, train: Sequence[Stream], seed: int) -> None:
-    """Places a memory's cells where training has moved its keys."""
-    if isinstance(objective.module, Memory) and objective.module.lexical is not None:
-        fit_cells(objective.module.lexical, _some_states(train), torch.Generator().manual_seed(seed))
+def _settle(objective: Objective, backbone: Backbone, train: Sequence[Stream], seed: int) -> None:
+    """Places a memory's cells where training has moved its keys, and fits its gate to what is then served."""
+    memory = objective.module
+    if not isinstance(memory, Memory) or memory.lexical is None:
+        return
+    fit_cells(memory.lexical, _some_states(train), torch.Generator().manual_seed(seed))
+    dtype = backbone.embedding.dtype
+    with progress_bar() as bar:
+        task = bar.add_task("settling the gate", total=len(train))
+        gain = settle(
+            memory,
+            [StreamFeatures(stream.folder) for stream in train],
+            lambda states: backbone.logits(states.to(dtype)),
+            seed=seed,
+            progress=lambda n: bar.advance(task, n),
+        )
+    console.print(f"as served, on the streams trained on: perplexity × {np.exp(gain):.4f}")
 
 
 def _some_states(train: Sequence[Stream]) -> Tensor:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model.memory import Memory, MemoryConfig, Pool, SiteConfig, ops
 from model.training import lexical
-from model.training.features import Chunk
+from model.training import settle as settling
+from model.training.features import Chunk, StreamFeatures
 from model.training.initial import random_memory
 from model.training.lexical import LexicalObjective
 
@@ -181,3 +184,26 @@ def test_only_a_memory_of_one_lexical_site_is_trained() -> None:
     for sites in ((), (hidden,), (SITE, hidden)):
         with pytest.raises(ValueError, match="exactly one lexical site"):
             LexicalObjective(Memory(MemoryConfig(WIDTH, sites)), head())
+
+
+def test_settling_fits_the_gate_and_nothing_else_to_what_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "STEPS", 100)
+    chunk, memory = stream([30] * 12), some_memory()
+    offsets = np.cumsum([0, *chunk.lengths])
+    names = {"states": chunk.states.half(), "log_probs": chunk.log_probs, "entropy": chunk.entropy}
+    arrays = {name: tensor.numpy() for name, tensor in names.items()}
+    for name, array in {**arrays, "targets": chunk.targets.int().numpy(), "offsets": offsets}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    worse = served(memory, chunk).mean()
+    told: list[int] = []
+    settling.settle(
+        memory, [StreamFeatures(tmp_path)] * 3, lambda states: states @ head().T, seed=0, progress=told.append
+    )
+    assert sum(told) == 3
+    assert served(memory, chunk).mean() < worse - 0.01
+    changed = {name.split(".")[-1] for name, tensor in memory.state_dict().items() if not tensor.equal(before[name])}
+    assert changed == {"gate_in", "gate_in_bias", "gate_out", "gate_out_bias"}
+    assert not any(parameter.requires_grad for parameter in memory.parameters())
