@@ -179,13 +179,16 @@ def test_the_best_weights_end_up_in_the_module(tmp_path: Path) -> None:
     assert equal(load_file(tmp_path / "run" / "best.safetensors"), Toy().module.state_dict())
 
 
-def test_state_is_carried_to_the_end_of_a_stream_and_gradients_stop_between_chunks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("forget", "sessions"), [(0.0, ["0 2 4 5 6 8 10 12 13 15 17 19"]), (1.0, ["0"] * 12)])
+def test_a_session_goes_on_from_stream_to_stream_until_it_is_forgotten_and_gradients_stop_between_chunks(
+    tmp_path: Path, forget: float, sessions: list[str]
+) -> None:
     toy = Toy()
-    trainer = trainer_in(tmp_path, dataclasses.replace(SCHEDULE, steps=12, batch=1), toy)
-    trainer.run()  # 20 requests in five streams of 5, 1, 7, 3 and 4, two at a time
+    schedule = dataclasses.replace(SCHEDULE, steps=12, batch=1, forget=forget)
+    trainer_in(tmp_path, schedule, toy).run()  # 20 requests in five streams of 5, 1, 7, 3 and 4, two at a time
     assert not any(reaches_back for _, reaches_back in toy.chunks)
     text = " ".join(str(carried) for carried, _ in toy.chunks)
-    assert sorted(text.replace(" 0", "|0").split("|")) == ["0", "0 2", "0 2", "0 2 4", "0 2 4 6"]
+    assert text.replace(" 0", "|0").split("|") == sessions
 
 
 def test_a_pass_takes_every_stream_once(tmp_path: Path) -> None:
