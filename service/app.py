@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis import RedisStore
 
 COUNT_EVERY_S = 10.0
+LOADER = "imprint-load"  # the thread that loads the model
 KV_SHARE = 0.4  # of the memory that is free at the start
 MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
 
@@ -58,7 +60,12 @@ def run(settings: Settings) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         with _listening(settings) as listener, _store_url(settings) as (url, embedded):
-            return asyncio.run(_serve(settings, listener, url, embedded))
+            code = asyncio.run(_serve(settings, listener, url, embedded))
+        if any(thread.name == LOADER for thread in threading.enumerate()):
+            # Stopped while it loads: a thread inside torch aborts a process whose interpreter ends under it.
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except (StartError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError) as error:
         print(f"imprint: {error}", file=sys.stderr)
         return 1
@@ -142,7 +149,7 @@ async def _load(settings: Settings, metrics: Metrics) -> Served:
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, outcome)
 
-    threading.Thread(target=load, name="imprint-load", daemon=True).start()
+    threading.Thread(target=load, name=LOADER, daemon=True).start()
     return await loaded
 
 

@@ -354,13 +354,13 @@ def guarded(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
 
 
 def test_the_gate_shuts_below_the_limit_and_opens_above_zero() -> None:
-    _, shut = guarded([(-7.9, 1), (-0.2, 1), (7.9, 1), (0.5, 1), (-8.2, 1)])
+    _, shut = guarded([(-15.9, 1), (-0.2, 1), (15.9, 1), (0.5, 1), (-16.2, 1)])
     assert shut == [False, True, True, False, False]
 
 
 def test_losses_and_gains_fade() -> None:
-    balances, shut = guarded([(-7.0, 1), (0.0, GUARD_TOKENS), (-7.0, 1)])
-    assert balances[1] == pytest.approx(-7.0 / math.e, rel=1e-2)
+    balances, shut = guarded([(-14.0, 1), (0.0, GUARD_TOKENS), (-14.0, 1)])
+    assert balances[1] == pytest.approx(-14.0 / math.e, rel=1e-2)
     assert not any(shut[:2])
     assert shut[2]
 
