@@ -285,7 +285,7 @@ def test_a_restart_changes_no_bit(make_server: Callable[..., Any], told: tuple[J
         assert (tell(client, "alice", between=restart), state(server.data_dir, "alice")) == told
 
 
-@pytest.mark.parametrize("limits", [{"hot_sessions": 1, "max_batch": 1, "max_queue": 1}, {"hot_rows": 54_000}])
+@pytest.mark.parametrize("limits", [{"hot_sessions": 1, "max_batch": 1, "max_queue": 1}, {"hot_rows": 36_000}])
 def test_eviction_changes_no_bit(
     make_server: Callable[..., Any], told: tuple[Json, Json], limits: dict[str, int]
 ) -> None:
