@@ -81,7 +81,7 @@ class Settings(BaseSettings):
         description="Tokens that the key/value caches may hold, all running sequences together;"
         " 0 = from the free memory.",
     )
-    hot_rows: int = Field(8_000_000, ge=1, description="Room for rows of fast weights on the device, per site.")
+    hot_rows: int = Field(4_000_000, ge=1, description="Room for rows of fast weights on the device, per site.")
     hot_sessions: int = Field(1024, ge=1, description="Sessions whose fast weights are kept in memory.")
     proof_rate: float = Field(
         1.0,

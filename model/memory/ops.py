@@ -59,11 +59,14 @@ class Prediction(NamedTuple):
 
 def predict(logits: Tensor) -> Prediction:
     """logits [n, V] → what they say."""
-    top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp()
+    # Several threads share the sum of a lone row, and round it differently; two rows are each summed whole.
+    rows = logits.expand(2, -1) if len(logits) == 1 else logits
+    top = rows.amax(-1, keepdim=True)
+    weights = (rows - top).exp()
     total = weights.sum(-1)
     log_z = top[:, 0] + total.log()
-    return Prediction(logits, log_z, log_z - torch.linalg.vecdot(weights, logits) / total)
+    entropy = log_z - torch.linalg.vecdot(weights, rows) / total
+    return Prediction(logits, log_z[: len(logits)], entropy[: len(logits)])
 
 
 def rowwise(x: Tensor, weight: Tensor) -> Tensor:
