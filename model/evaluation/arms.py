@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.backbone import Backbone
-from model.evaluation.prequential import Clock, Progress, Stream, Trace, follow
+from model.evaluation.prequential import Clock, Progress, Stream, Trace, follow, new_pool
 from model.lm import AdaptiveLM
 from model.memory import SiteRows
 
@@ -134,8 +134,7 @@ class _MemoryArm(Arm):
 
     def __init__(self, lm: AdaptiveLM, bos: int) -> None:
         self.lm, self.bos = lm, bos
-        slots = max((site.slots for site in lm.memory.config.sites), default=1)
-        self.pool = lm.new_pool(rows=2 * slots, sessions=2)
+        self.pool = new_pool(lm)
         self.fingerprint = lm.memory.fingerprint()
 
     def identity(self, subject: Subject) -> list[str]:

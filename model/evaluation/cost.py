@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+from model.evaluation.prequential import new_pool, through_blocks
 from model.lm import EMPTY, AdaptiveLM
 from model.memory import Pool
 
@@ -21,31 +22,10 @@ def prefill(lm: AdaptiveLM, token_ids: Sequence[int]) -> None:
         lm.backbone(torch.tensor([token_ids[start : start + block]]), [cache])
 
 
-@torch.inference_mode()
-def through_blocks(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], *, learn: bool) -> None:
+def serve(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], *, learn: bool) -> None:
     """Scores, and learns or not, as a server does."""
-    cache, block, carry = lm.backbone.new_cache(len(token_ids)), lm.memory.config.block, None
-    frozen_cache = lm.backbone.new_cache(len(token_ids)) if lm.needs_frozen_cache else None
-    draft = pool.draft(session) if learn else None
-    index = session if draft is None else draft.index
-    for start in range(0, len(token_ids), block):
-        part = token_ids[start : start + block]
-        score = [True] * len(part)
-        told = score if learn else None
-        carry, _ = lm.block(
-            part,
-            cache,
-            pool,
-            index,
-            carry=carry,
-            score=score,
-            learn=told,
-            draft=draft,
-            frozen=True,
-            frozen_cache=frozen_cache,
-        )
-    if draft is not None:
-        draft.commit()
+    for _ in through_blocks(lm, pool, session, token_ids, learn=learn, frozen=True):
+        pass
 
 
 @torch.inference_mode()
@@ -71,16 +51,15 @@ def learning_cost(
     observe: score and learn, without and with memory. The session has learned the requests before, so that its rows are
     there to be read.
     """
-    slots = max((site.slots for site in lm.memory.config.sites), default=1)
-    pool = lm.new_pool(rows=2 * slots, sessions=2)
+    pool = new_pool(lm)
     session, times = pool.open(), dict[str, list[float]]()
     for request in requests:
         ids = [bos, *request]
         ways: dict[str, Callable[[], None]] = {
             "prefill": partial(prefill, lm, ids),
-            "score_frozen": partial(through_blocks, lm, pool, EMPTY, ids, learn=False),
-            "score": partial(through_blocks, lm, pool, session, ids, learn=False),
-            "observe": partial(through_blocks, lm, pool, session, ids, learn=True),
+            "score_frozen": partial(serve, lm, pool, EMPTY, ids, learn=False),
+            "score": partial(serve, lm, pool, session, ids, learn=False),
+            "observe": partial(serve, lm, pool, session, ids, learn=True),
             "decode_frozen": partial(decode, lm, pool, EMPTY, ids, steps),
             "decode": partial(decode, lm, pool, session, ids, steps),
         }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.evaluation.prequential import Passage, Progress, follow, read
+from model.evaluation.prequential import Passage, Progress, follow, new_pool, read
 from model.lm import EMPTY, AdaptiveLM
 from model.memory import Pool
 
@@ -125,8 +125,7 @@ class FactRecall:
             "verbatim": [_split(encode, fact.cue, fact.answer) for fact in facts],
             "paraphrased": [_split(encode, fact.paraphrase, fact.answer) for fact in facts],
         }
-        slots = max((site.slots for site in lm.memory.config.sites), default=1)
-        self.pool = lm.new_pool(rows=2 * slots, sessions=2)
+        self.pool = new_pool(lm)
 
     def run(
         self, fillers: Sequence[Passage], distances: Sequence[int], *, times: int, progress: Progress = lambda _: None

@@ -7,6 +7,7 @@ segment that has been scored. Weights begin anew with each stream.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -109,9 +110,9 @@ class ThroughBase(Arm):
         self._load, self.bos = load, bos
         self._loaded: tuple[Backbone, list[nn.Parameter], list[Tensor]] | None = None
 
+    @abstractmethod
     def prepare(self, backbone: Backbone) -> list[nn.Parameter]:
         """Makes the weights that learn, or finds them."""
-        raise NotImplementedError
 
     def optimizer(self, weights: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(weights, lr=rate)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
-
+from model.evaluation.prequential import through_blocks
 from model.lm import AdaptiveLM
 from model.memory import Pool
 
@@ -31,18 +30,10 @@ def keystrokes(typed: Sequence[bytes], shown: Sequence[bytes]) -> tuple[int, int
     return saved, total
 
 
-@torch.inference_mode()
 def likeliest(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int) -> list[int]:
     """The likeliest token at each of the n tokens of a request, in a session that learns nothing."""
-    ids, block = [bos, *token_ids], lm.memory.config.block
-    cache = lm.backbone.new_cache(len(ids))
-    carry, found = None, []
-    for start in range(0, len(ids), block):
-        part = ids[start : start + block]
-        carry, scores = lm.block(part, cache, pool, session, carry=carry, score=[True] * len(part), top=1)
-        if scores is not None and scores.top is not None:
-            found += scores.top[1][:, 0].tolist()
-    return found
+    scored = through_blocks(lm, pool, session, [bos, *token_ids], learn=False, top=1)
+    return [token for scores in scored if scores.top is not None for token in scores.top[1][:, 0].tolist()]
 
 
 def saved_share(token_ids: Sequence[int], predicted: Sequence[int], text: Callable[[int], bytes]) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model.evaluation.arms import state_bytes
-from model.evaluation.prequential import Passage, Progress, follow
+from model.evaluation.prequential import Passage, Progress, follow, new_pool
 from model.lm import AdaptiveLM
 from model.memory import Pool, ops
 
@@ -30,8 +30,7 @@ class LongRun:
 
 def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: Progress = lambda _: None) -> LongRun:
     """One session reads and learns all passages, in order."""
-    slots = max((site.slots for site in lm.memory.config.sites), default=1)
-    pool = lm.new_pool(rows=2 * slots, sessions=2)
+    pool = new_pool(lm)
     session, run = pool.open(), LongRun()
     for passage in passages:
         adapted = follow(lm, pool, session, passage, bos, learn=True)

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 
-from model.evaluation.prequential import Passage, Progress, follow, read_passage
+from model.evaluation.prequential import Passage, Progress, follow, new_pool, read_passage
 from model.lm import AdaptiveLM
 from model.memory import Pool
 
@@ -41,8 +41,7 @@ def harm(
 ) -> dict[str, dict[str, float]]:
     """By poison and stream: adapted minus frozen loss (mean nats a token) over the passages of a stream, learned on in
     a session that has learned the poison before, in requests of `window` tokens. progress is told of each passage."""
-    slots = max((site.slots for site in lm.memory.config.sites), default=1)
-    pool = lm.new_pool(rows=3 * slots, sessions=3)
+    pool = new_pool(lm, sessions=2)
     found: dict[str, dict[str, float]] = {}
     for name, ids in poisons(lm.backbone.config.vocab_size, tokens).items():
         poisoned = _learned(lm, pool, ids, bos, window)

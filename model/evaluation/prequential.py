@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.backbone import Backbone
-from model.lm import AdaptiveLM
+from model.lm import AdaptiveLM, Scores
 from model.memory import HiddenSite, Memory, Pool, ops
 
 Progress = Callable[[int], None]
@@ -115,25 +115,57 @@ def read_trace(
     )
 
 
+def new_pool(lm: AdaptiveLM, sessions: int = 1) -> Pool:
+    """Room for so many full sessions and the draft of one."""
+    slots = max((site.slots for site in lm.memory.config.sites), default=1)
+    return lm.new_pool(rows=(sessions + 1) * slots, sessions=sessions + 1)
+
+
 @torch.inference_mode()
-def read(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int, *, learn: bool) -> Tensor:
-    """Scores one request of n tokens in a session, learning each block after it is scored; returns log p [n]."""
-    ids = [bos, *token_ids]
-    cache = lm.backbone.new_cache(len(ids))
+def through_blocks(
+    lm: AdaptiveLM,
+    pool: Pool,
+    session: int,
+    token_ids: Sequence[int],
+    *,
+    learn: bool,
+    frozen: bool = False,
+    top: int = 0,
+) -> Iterator[Scores]:
+    """Scores one request block by block in a session, learning each block after it is scored; the last one commits.
+
+    token_ids begin with BOS, which is no target. frozen and top: as in `AdaptiveLM.block`.
+    """
+    cache = lm.backbone.new_cache(len(token_ids))
+    frozen_cache = lm.backbone.new_cache(len(token_ids)) if frozen and lm.needs_frozen_cache else None
     draft = pool.draft(session) if learn else None
-    carry, found = None, []
-    for start in range(0, len(ids), lm.memory.config.block):
-        part = ids[start : start + lm.memory.config.block]
+    index, carry, block = session if draft is None else draft.index, None, lm.memory.config.block
+    for start in range(0, len(token_ids), block):
+        part = token_ids[start : start + block]
         mask = [True] * len(part)
-        index = session if draft is None else draft.index
         carry, scores = lm.block(
-            part, cache, pool, index, carry=carry, score=mask, learn=mask if learn else None, draft=draft
+            part,
+            cache,
+            pool,
+            index,
+            carry=carry,
+            score=mask,
+            learn=mask if learn else None,
+            draft=draft,
+            frozen=frozen,
+            frozen_cache=frozen_cache,
+            top=top,
         )
         if scores is not None:
-            found.append(scores.adapted)
+            yield scores
     if draft is not None:
         draft.commit()
-    return torch.cat(found)
+
+
+def read(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int, *, learn: bool) -> Tensor:
+    """Scores one request of n tokens in a session, learning each block after it is scored; returns log p [n]."""
+    scored = through_blocks(lm, pool, session, [bos, *token_ids], learn=learn)
+    return torch.cat([scores.adapted for scores in scored])
 
 
 def reads_states_only(memory: Memory) -> bool:

@@ -86,14 +86,20 @@ class LexicalSite(nn.Module):
         out = ops.rowwise(inner, self.gate_out) + self.gate_out_bias
         return out[:, 0], torch.softmax(out[:, 1:], dim=1)
 
-    def read(self, pool: Pool, session: Tensor, hidden: Tensor, base: ops.Prediction) -> Reading:
-        """What sessions [n] know about what follows final hidden states [n, d], for which the base predicts `base`."""
-        fast = pool.sites[self.config.name]
+    def find(
+        self, pool: Pool, session: Tensor, hidden: Tensor, base: ops.Prediction
+    ) -> tuple[Tensor, Tensor, ops.Candidates]:
+        """The keys [n, d_k] of final hidden states [n, d], their cells [n, k], and what sessions [n] have there."""
         keys = self.keys(hidden)
         cells = self.address(keys)
-        found = ops.read_lexical(ops.Rows(*fast.read(session, cells)), keys, base, self.sharpness, self.prior)
+        rows = ops.Rows(*pool.sites[self.config.name].read(session, cells))
+        return keys, cells, ops.read_lexical(rows, keys, base, self.sharpness, self.prior)
+
+    def read(self, pool: Pool, session: Tensor, hidden: Tensor, base: ops.Prediction) -> Reading:
+        """What sessions [n] know about what follows final hidden states [n, d], for which the base predicts `base`."""
+        keys, cells, found = self.find(pool, session, hidden, base)
         logit, shares = self.gate(found, base.entropy, keys)
-        own = fast.own[session]
+        own = pool.sites[self.config.name].own[session]
         unguarded = torch.sigmoid(logit + own[:, TRUST]).clamp_max(MOST) * shares.any(-1)
         return Reading(keys, cells, found.tokens, shares, unguarded * (own[:, SHUT] == 0), unguarded)
 

@@ -70,12 +70,12 @@ def _served(
             chunk, draft = stream.chunk(number, 1, device), pool.draft(session)
             blocks = zip(chunk.states.split(memory.config.block), chunk.targets.split(memory.config.block), strict=True)
             for states, targets in blocks:
-                base, keys = ops.predict(logits(states)), site.keys(states)
-                cells, at = site.address(keys), torch.full((len(targets),), draft.index, device=device)
-                found = ops.read_lexical(ops.Rows(*fast.read(at, cells)), keys, base, site.sharpness, site.prior)
+                base, at = ops.predict(logits(states)), torch.full((len(targets),), draft.index, device=device)
+                keys, cells, found = site.find(pool, at, states, base)
                 frozen, (logit, shares) = base.log_prob(targets), site.gate(found, base.entropy, keys)
-                gamma = torch.sigmoid(logit) * shares.any(-1)
-                if (known := shares.any(-1)).any():
+                known = shares.any(-1)
+                gamma = torch.sigmoid(logit) * known
+                if known.any():
                     heads = (found.shares * (found.tokens == targets[:, None])[:, None]).sum(-1)
                     inputs = site.gate_inputs(found, base.entropy, keys)
                     yield Evidence(inputs[known], heads[known], frozen[known])

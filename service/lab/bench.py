@@ -33,7 +33,6 @@ from model.evaluation.gradients import DenseDelta, DynamicAll, DynamicLoRA, Outp
 from model.evaluation.prequential import Stream, Trace, read_passage, read_trace
 from model.evaluation.tuning import Tuned, tried_on, tune
 from model.lm import AdaptiveLM
-from model.memory import Pool
 from model.tokenizer import Tokenizer
 from model.training.adapter import load_adapter
 from service.client import CommandError
@@ -153,11 +152,6 @@ class Bench:
         """Token ids without BOS."""
         ids = self.tokenizer.encode(text)
         return ids[1:] if self.tokenizer.add_bos else ids
-
-    def new_pool(self) -> Pool:
-        """Room for one session and its draft."""
-        slots = max((site.slots for site in self.lm.memory.config.sites), default=1)
-        return self.lm.new_pool(rows=2 * slots, sessions=2)
 
     def _width(self, token: int) -> int:
         return len(self.tokenizer.token_bytes(token))

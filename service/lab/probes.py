@@ -17,7 +17,7 @@ from model.evaluation.facts import FactRecall, invent
 from model.evaluation.keystrokes import likeliest, saved_share
 from model.evaluation.long import LongRun, ratio_between, read_long
 from model.evaluation.poison import harm
-from model.evaluation.prequential import Passage, Stream
+from model.evaluation.prequential import Passage, Stream, new_pool
 from service.lab.bench import Bench
 from service.lab.corpus import mixed_requests, progress_bar
 from service.lab.runs import key
@@ -59,7 +59,7 @@ def keystrokes(bench: Bench) -> dict[str, Any]:
 
     def make(advance: Advance) -> dict[str, Any]:
         shares: dict[str, list[float]] = {"memory": [], "frozen": []}
-        pool = bench.new_pool()
+        pool = new_pool(bench.lm)
         for subject in bench.subjects:
             half = subject.stream.half
             session = pool.open(unpack_rows(subject.outcomes["memory"].values))
