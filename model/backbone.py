@@ -119,6 +119,13 @@ class Backbone(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
 
+    @property
+    def head_matrix(self) -> Tensor:
+        """The head as a plain matrix `[V, d]`, whichever layout it is kept in."""
+        if self.config.tie_embeddings:
+            return self.embedding
+        return self.head.weight.to_dense() if self.head.weight.is_mkldnn else self.head.weight
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one sequence of at most `capacity` tokens."""
         return KVCache(self.config, capacity, device=self.embedding.device, dtype=self.embedding.dtype)

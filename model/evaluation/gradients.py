@@ -48,7 +48,7 @@ class OutputLayer(Arm):
     costly = True
 
     def __init__(self, backbone: Backbone, whitening: Whitening) -> None:
-        self.head, self.norm = head_weight(backbone), whitening.norm
+        self.head, self.norm = backbone.head_matrix.float(), whitening.norm
 
     def identity(self, subject: Subject) -> list[str]:
         return [str(self.norm)]
@@ -77,7 +77,7 @@ class DenseDelta(Arm):
     needs = ("memory",)
 
     def __init__(self, backbone: Backbone, whitening: Whitening) -> None:
-        self.head, self.whitening = head_weight(backbone), whitening
+        self.head, self.whitening = backbone.head_matrix.float(), whitening
         self.norm = float(self.head.square().sum(-1).mean())
 
     def identity(self, subject: Subject) -> list[str]:
@@ -186,10 +186,3 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
         return y + (x @ self.down) @ self.up
-
-
-def head_weight(backbone: Backbone) -> Tensor:
-    """The head's matrix [V, d] in fp32, whichever layout it is kept in."""
-    weight = backbone.embedding if backbone.config.tie_embeddings else backbone.head.weight
-    dense = weight.to_dense() if weight.is_mkldnn else weight
-    return dense.detach().float()

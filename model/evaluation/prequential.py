@@ -92,8 +92,8 @@ def read_passage(backbone: Backbone, token_ids: Sequence[int], bos: int) -> Pass
     """Runs the base over one request; every token is a target, the first one predicted from BOS."""
     targets = torch.tensor(token_ids)
     states = backbone(torch.tensor([[bos, *token_ids[:-1]]]))[0]
-    logits = backbone.logits(states).log_softmax(-1)
-    return Passage(states.float(), targets, logits.gather(-1, targets[:, None])[:, 0], -(logits.exp() * logits).sum(-1))
+    base = ops.predict(backbone.logits(states))
+    return Passage(states.float(), targets, base.log_prob(targets), base.entropy)
 
 
 def read_trace(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.backbone import Backbone
+from model.memory.ops import predict
 
 ROWS = 256  # of logits at a time: a vocabulary of them is large
 BYTES_PER_STATE = 2
@@ -122,9 +123,8 @@ class StreamFeatures:
 
 def _score(backbone: Backbone, states: Tensor, targets: Tensor) -> Tensor:
     """[2, n]: log-probability of each target, and the entropy that it was drawn from."""
-    log_probs = backbone.logits(states).log_softmax(-1)
-    entropy = torch.special.entr(log_probs.exp()).sum(-1)
-    return torch.stack([log_probs.gather(-1, targets[:, None])[:, 0], entropy]).float()
+    base = predict(backbone.logits(states))
+    return torch.stack([base.log_prob(targets), base.entropy]).float()
 
 
 def _write(folder: Path, **arrays: np.ndarray) -> None:

@@ -260,8 +260,8 @@ class Trainer:
     def _validate(self, tell: Callable[[Record], None], progress: Callable[[str, int, int], None]) -> None:
         """Perplexity over the frozen base's, by kind; the weights with the best geometric mean are kept. Saves.
 
-        Request by request and with the same random numbers each time: a sample of the targets is then large, and the
-        same in all validations.
+        Request by request and with the same random numbers each time, so that an objective that samples its targets has
+        many of them, and the same in all validations.
         """
         kinds = sorted({stream.kind for stream in self._valid})
         sums = torch.zeros(len(kinds), 2, dtype=torch.float64, device=self._device)

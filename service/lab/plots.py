@@ -1,10 +1,12 @@
-"""The plots of `imprint eval`."""
+"""The plots of `imprint eval` and `imprint train`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MAIN = ("memory", "cleared", "cache", "cache-bytes", "ngrams", "dense", "dynamic-head", "full-history", "adapter")
 Results = Mapping[str, Any]
@@ -16,13 +18,7 @@ class PlotsMissingError(Exception):
 
 def draw(results: Results, out: Path) -> list[Path]:
     """Writes the PNG files that there is something to draw for. Raises PlotsMissingError."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlotsMissingError("matplotlib is missing: pip install 'imprint[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     drawings = {"requests": _requests, "kinds": _kinds, "novelty": _novelty, "return": _return, "long": _long}
     drawn = []
     for name, drawing in drawings.items():
@@ -34,6 +30,40 @@ def draw(results: Results, out: Path) -> list[Path]:
             figure.savefig(drawn[-1], dpi=150)
         pyplot.close(figure)
     return drawn
+
+
+def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Perplexity over the frozen base's by step: of each step (smoothed), and held out, by kind. Raises
+    PlotsMissingError."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    steps = [record for record in records if "loss" in record]
+    window = max(1, len(steps) // 50)
+    gains = np.array([record["loss"] - record["frozen"] for record in steps])
+    smooth = np.exp(np.convolve(gains, np.ones(window) / window, mode="valid"))
+    axes.plot([record["step"] for record in steps[window - 1 :]], smooth, color="0.7", label="training")
+    validations = [record["valid"] for record in records if "valid" in record]
+    at = [found["step"] for found in validations]
+    for number, kind in enumerate(sorted(validations[0]["kinds"])):
+        style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+        axes.plot(at, [found["kinds"][kind] for found in validations], style, linewidth=0.8, label=kind)
+    axes.plot(at, [found["ratio"] for found in validations], color="black", marker="o", label="held out, mean of kinds")
+    axes.axhline(1.0, color="black", linestyle=":", linewidth=0.8)
+    axes.set(xlabel="step", ylabel="perplexity ÷ frozen base's")
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise PlotsMissingError("matplotlib is missing: pip install 'imprint[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _requests(results: Results, axes: Any) -> bool:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from model.training.loop import (
 from model.training.settle import settle
 from service.client import CommandError
 from service.lab.corpus import base_folder, console, progress_bar
+from service.lab.plots import PlotsMissingError, draw_training
 from service.lab.texts import Budget, Planned, draw_streams, find_kinds
 from service.settings import Settings
 
@@ -196,7 +197,7 @@ def _stream(stream: Planned, work: Path) -> Stream:
 
 def _objective(options: Options, backbone: Backbone, train: Sequence[Stream]) -> Objective:
     device, hidden_size, seed = backbone.embedding.device, backbone.config.hidden_size, options.budget.seed
-    head = backbone.head.weight.to_dense() if backbone.head.weight.is_mkldnn else backbone.head.weight
+    head = backbone.head_matrix
     if not options.adapter:
         try:
             memory = random_memory(default_config(hidden_size), seed=seed, states=_some_states(train))
@@ -309,10 +310,10 @@ def _write(
     shutil.copyfile(run / LOSSES, out.with_suffix(".jsonl"))
     files = [out, out.with_suffix(".jsonl"), out.with_suffix(".json")]
     try:
-        _plot(read_losses(run / LOSSES), out.with_suffix(".png"))
+        draw_training(read_losses(run / LOSSES), out.with_suffix(".png"))
         files.append(out.with_suffix(".png"))
-    except ImportError:
-        console.print("No loss plot: it needs matplotlib: pip install 'imprint[plots]'")
+    except PlotsMissingError as error:
+        console.print(f"no loss plot: {error}")
     manifest = {
         "command": shlex.join(["imprint", *sys.argv[1:]]),
         "arm": "adapter" if options.adapter else "memory",
@@ -336,27 +337,6 @@ def _write(
         console.print(f"{kind:<32} × {ratio:.4f}")
     console.print(f"best: perplexity × {result.best['ratio']:.4f} at step {result.best['step']:,}")
     console.print(f"written: {', '.join(map(str, files))}; the run: {run}")
-
-
-def _plot(records: Sequence[Record], path: Path) -> None:
-    """Perplexity over the frozen base's by step: of each step (smoothed), and held out, by kind. Raises ImportError."""
-    figure = import_module("matplotlib.figure").Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    steps = [record for record in records if "loss" in record]
-    window = max(1, len(steps) // 50)
-    gains = np.array([record["loss"] - record["frozen"] for record in steps])
-    smooth = np.exp(np.convolve(gains, np.ones(window) / window, mode="valid"))
-    axes.plot([record["step"] for record in steps[window - 1 :]], smooth, color="0.7", label="training")
-    validations = [record["valid"] for record in records if "valid" in record]
-    at = [found["step"] for found in validations]
-    for number, kind in enumerate(sorted(validations[0]["kinds"])):
-        style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
-        axes.plot(at, [found["kinds"][kind] for found in validations], style, linewidth=0.8, label=kind)
-    axes.plot(at, [found["ratio"] for found in validations], color="black", marker="o", label="held out, mean of kinds")
-    axes.axhline(1.0, color="black", linestyle=":", linewidth=0.8)
-    axes.set(xlabel="step", ylabel="perplexity ÷ frozen base's")
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 def _code_version() -> str:
