@@ -34,10 +34,11 @@ from service.engine import Engine
 from service.errors import StoreUnavailable
 from service.http import install
 from service.metrics import Metrics
-from service.sessions import Served, Sessions
+from service.sessions import Limits, Served, Sessions
 from service.settings import Settings
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis import RedisStore
+from service.store.types import Keeping
 
 COUNT_EVERY_S = 10.0
 LOADER = "imprint-load"  # the thread that loads the model
@@ -89,18 +90,34 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings) -> Fast
 async def _serve(settings: Settings, listener: socket.socket, url: str, embedded: EmbeddedValkey | None) -> int:
     host, port, *_ = listener.getsockname()
     metrics = Metrics()
-    store = RedisStore.from_url(url)
+    keeping = Keeping(
+        versions=settings.keep_versions,
+        history_bytes=settings.keep_bytes,
+        ttl_s=settings.session_ttl_s,
+        lease_s=settings.lease_s,
+        wait_s=settings.lease_wait_s,
+    )
+    # The embedded store has one server at a time: what an earlier one of them held is this one's.
+    store = RedisStore.from_url(url, keeping, owner=None if embedded is None else "embedded")
+    limits = Limits(
+        max_queue=settings.max_queue,
+        session_bytes=settings.session_max_bytes,
+        key_ttl_s=settings.idempotency_ttl_s,
+        retry_ttl_s=settings.retry_ttl_s,
+        lease_s=settings.lease_s,
+        export_key=settings.export_key or "",
+    )
     sessions = Sessions(
         store,
         metrics,
         model_id=_model_id(settings.model),
-        max_queue=settings.max_queue,
+        limits=limits,
         proof_rate=settings.proof_rate,
     )
     app = create_app(sessions, metrics, settings)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
-    tasks = [asyncio.create_task(_count_cold(sessions, metrics))]
+    tasks = [asyncio.create_task(_count_cold(sessions, metrics)), asyncio.create_task(sessions.forget_erased())]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise()))
     serving = asyncio.create_task(server.serve([listener]))

@@ -61,10 +61,16 @@ class MethodNotAllowed(ImprintError):
     code = "method_not_allowed"
 
 
-class VersionConflict(ImprintError):
-    """409: the session moved on between load and commit."""
+class Conflict(ImprintError):
+    """409: the session is not in the state that the request needs."""
 
     status = 409
+    code = "conflict"
+
+
+class VersionConflict(Conflict):
+    """409: the session moved on between load and commit."""
+
     code = "version_conflict"
 
 
@@ -89,6 +95,13 @@ class UnsupportedMediaType(ImprintError):
     code = "unsupported_media_type"
 
 
+class KeyReused(ImprintError):
+    """422: an `Idempotency-Key` came again with another request."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
 class Overloaded(ImprintError):
     """429: the bounded queue is full."""
 
@@ -111,6 +124,26 @@ class StoreUnavailable(Unavailable):
     """503: the session store doesn't answer, or a commit's outcome is unknown."""
 
     code = "store_unavailable"
+
+
+class StoreFull(Unavailable):
+    """503: the session store has no room; what was learned stays, and can be used."""
+
+    code = "store_full"
+    retry_after = 10.0
+
+
+class SessionBusy(Unavailable):
+    """503: another replica teaches the session, or has changed it during the request."""
+
+    code = "session_busy"
+
+
+class TooLarge(ImprintError):
+    """507: the session has, or would get, more rows than it may have or the device can hold."""
+
+    status = 507
+    code = "session_too_large"
 
 
 class NotReady(Unavailable):

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BadRequest, ImprintError, MethodNotAllowed, NotFound, PayloadTooLarge, Unavailable
 from service.metrics import Metrics
-from service.routes import openai, ops, page, report
+from service.routes import call_headers, openai, ops, page, report
 from service.routes import sessions as session_routes
 from service.sessions import Sessions
 from service.settings import Settings
@@ -30,6 +30,7 @@ from service.settings import Settings
 CLIENT_GONE = 499  # nginx's status for it; the client itself never sees it
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")
+HOPELESS = (409, 507)  # statuses that OpenAI's client would retry, to no avail
 SHOWN = 80  # characters of a client's own words that an error repeats
 
 
@@ -131,6 +132,9 @@ class BodyLimit:
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     told = report(request, error)
     headers = {} if told.retry_after is None else {"Retry-After": str(math.ceil(told.retry_after))}
+    headers |= call_headers(request)
+    if told.status in HOPELESS:
+        headers["x-should-retry"] = "false"
     return JSONResponse(told.body(), told.status, headers)
 
 

@@ -78,6 +78,10 @@ class Metrics:
         self.guards_opened_total = self._counter("guards_opened_total", "Sessions whose read gate opened again.")
         self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_S)
         self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTES)
+        self.store_full_total = self._counter(
+            "store_full_total", "Turns that learned nothing because the store had no room for it."
+        )
+        self.replays_total = self._counter("replays_total", "Requests answered with what they were answered before.")
         self.load_seconds = self._histogram("load_seconds", "Duration of one load of a session from the store.", STEP_S)
         self.sessions_hot = self._gauge("sessions_hot", "Sessions whose fast weights are in memory.")
         self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store.")

@@ -144,7 +144,7 @@ class Session(BaseModel):
     )
     created: int = Field(description="Unix time in seconds.")
     updated: int = Field(description="Unix time in seconds.")
-    options: dict[str, str]
+    options: dict[str, str | int | bool]
 
 
 class SessionList(BaseModel):

@@ -34,8 +34,14 @@ INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
 SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID)]
+OnDisconnect = Literal["rollback", "commit"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
+
+
+ON_DISCONNECT = Field(
+    None, description="What becomes of the turn if its client goes; default `rollback`: it has never been."
+)
 
 
 def session_id(value: str, param: str) -> str:
@@ -195,6 +201,7 @@ class GenerationRequest(Body):
         None, description="Use and learn, only learn, or only use; default: the session's, `both`."
     )
     learn: Learn | None = Field(None, description="What is learned; default: the session's, else `prompt`.")
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
     def _streaming(self) -> "GenerationRequest":
@@ -296,12 +303,32 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class SessionOptions(Body):
-    """Body of `PUT /v1/sessions/{id}`: what requests that don't say otherwise do with the session."""
+    """Body of `PUT /v1/sessions/{id}`: what requests do with the session that don't say otherwise, and its keeping."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"adapt": "both", "learn": "all"}]})
 
     adapt: Adapt | None = None
     learn: Learn | None = None
+    keep_text: bool | None = Field(None, description="Keep what is learned, for as long as it can be undone.")
+    ttl_s: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(
+        None, description="Seconds after its last use at which the session is erased; 0 = never. Default: the server's."
+    )
+
+
+class Rollback(Body):
+    """Body of `POST /v1/sessions/{id}/rollback` and `/unlearn`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}]})
+
+    version: Annotated[int, Field(ge=0, le=INT64)]
+
+
+class Fork(Body):
+    """Body of `POST /v1/sessions/{id}/fork`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "alice-2"}]})
+
+    id: SessionId
 
 
 class ObserveRequest(Body):
@@ -311,6 +338,7 @@ class ObserveRequest(Body):
 
     text: str | None = None
     messages: Messages | None = None
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
     def _one_of(self) -> "ObserveRequest":
@@ -327,3 +355,4 @@ class ScoreRequest(Body):
 
     text: str
     learn: bool = False
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT

@@ -10,23 +10,25 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import replace
-from typing import Literal
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 
 from model.memory import SiteRows
 from service import prompts
-from service.engine import Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Stats, TokenScores
-from service.errors import BadRequest, NotFound, NotReady, Overloaded, PreconditionFailed, VersionConflict
+from service.calls import TENANT, Call
+from service.engine import Event, Failed, Finished, Job, MemoryUse, Segment, Stamp, Stats, TokenScores
+from service.errors import Conflict, NotFound, NotReady, VersionConflict
+from service.lessons import Content, digest, pack_lesson
 from service.metrics import Metrics
-from service.order import Locks, uninterrupted
 from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt, TokenPrompt
 from service.store.redis import RedisStore
-from service.store.types import RowBatch, SessionMeta
+from service.store.types import Note, Option, RowBatch, SessionMeta
 from service.turns import (
     Adapt,
     Adaptation,
+    Again,
     Answer,
     Ask,
     Delta,
@@ -39,16 +41,24 @@ from service.turns import (
     TokenLogprob,
     Turn,
     TurnEnd,
+    next_meta,
+    pack_answer,
+    segment,
+    unpack_answer,
 )
+from service.turnstile import Held, Limits, Turnstile, Write, known, overtaken, require_match
 
 __all__ = [
     "Adapt",
     "Adaptation",
+    "Again",
     "Ask",
+    "Call",
     "ChatPrompt",
     "Delta",
     "Generation",
     "Learn",
+    "Limits",
     "ObserveResult",
     "Prompt",
     "ScoreResult",
@@ -60,7 +70,8 @@ __all__ = [
     "TurnEnd",
 ]
 
-TENANT = "default"
+E = TypeVar("E")
+NOWHERE = (-1.0, -1)  # the stamp of rows that no stored version has
 LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop's thread
 
 
@@ -68,197 +79,233 @@ class Sessions:
     """All sessions of this server; "loading" until `begin`."""
 
     def __init__(
-        self, store: RedisStore, metrics: Metrics, *, model_id: str, max_queue: int, proof_rate: float
+        self, store: RedisStore, metrics: Metrics, *, model_id: str, limits: Limits, proof_rate: float
     ) -> None:
-        self.state: Literal["loading", "ready", "draining"] = "loading"
+        self.gate = Turnstile(store, metrics, limits)
         self.model_id = model_id
-        self._store = store
+        self.store = store
         self._metrics = metrics
-        self._max_queue = max_queue
         self._proof_rate = proof_rate
         self._loaded: Served | None = None
-        self._in_flight = 0
-        self._locks = Locks()
+
+    @property
+    def state(self) -> str:
+        """ "loading", "ready" or "draining"."""
+        return self.gate.state
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return self._served.fingerprints
+        return self.served.fingerprints
 
     @property
     def context(self) -> int:
         """Tokens that one request may hold."""
-        return self._served.context
+        return self.served.context
 
     @property
     def vocab_size(self) -> int:
-        return self._served.vocab_size
+        return self.served.vocab_size
 
     @property
     def in_flight(self) -> int:
         """Turns that run or wait."""
-        return self._in_flight
+        return self.gate.in_flight
 
     def begin(self, served: Served) -> None:
         """The model is loaded: turns are taken from now on."""
         self._loaded = served
-        self.state = "ready"
+        self.gate.state = "ready"
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more turns, and waits for those there are."""
-        self.state = "draining"
+        self.gate.state = "draining"
         deadline = time.monotonic() + timeout_s
-        while self._in_flight and time.monotonic() < deadline:
+        while self.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     # --- turns -----------------------------------------------------------------------------------------------------
 
-    async def generate(self, ask: Ask) -> AsyncGenerator[Delta | TurnEnd, None]:
+    async def generate(self, call: Call, ask: Ask) -> AsyncGenerator[Delta | Again | TurnEnd, None]:
         """Answers a completion request: `Delta`s, then one `TurnEnd` after the commit.
 
         Returns once the first event is there, so that every earlier error has a status of its own. Cancelling this call
         or closing the generator ends the work within one step of the engine and rolls the turn back.
         """
-        events = self._generate(ask)
+        events = self._generate(call, ask)
         return _resumed(await anext(events), events)
 
     async def observe(
-        self, session: str, prompt: TextPrompt | ChatPrompt, *, if_match: str | None = None
+        self, call: Call, session: str, prompt: TextPrompt | ChatPrompt, *, if_match: str | None = None
     ) -> ObserveResult:
         """Learns a text of any length as one turn; of a chat, only what the session has not seen."""
-        async with self._admitted(), self._session(session, if_match) as meta:
-            encoded = await self._observed(prompt, meta)
-            parts = prompts.segments(
-                encoded, self.context, self._served.tokenizer.start_token_id, learn=True, score=False
-            )
-            turn = Turn(meta, seen=encoded.digests)
-            async for _ in self._run(parts, turn, write=True):
-                pass
-            done = turn.adaptation()
+
+        async def turn_once() -> ObserveResult:
+            async with self._session(call, session, if_match) as held:
+                if held.replay is not None:
+                    return ObserveResult(**held.replay)
+                meta = known(held)
+                encoded = await self._observed(prompt, meta)
+                start = self.served.tokenizer.start_token_id
+                parts = prompts.segments(encoded, self.context, start, learn=True, score=False)
+                turn = Turn(held, seen=encoded.digests)
+                turn.result = lambda: asdict(observed(turn.adaptation(meta.version + 1)))
+                async for _ in self.run(parts, turn, write=True):
+                    pass
+                return observed(turn.adaptation())
+
+        def observed(done: Adaptation) -> ObserveResult:
             return ObserveResult(done.tokens_learned, done.rows_written, done.loss, done.version_to)
 
-    async def score(self, session: str, text: str, *, learn: bool, if_match: str | None = None) -> ScoreResult:
+        async with self.gate.admitted():
+            return await self.gate.twice(turn_once)
+
+    async def score(
+        self, call: Call, session: str, text: str, *, learn: bool, if_match: str | None = None
+    ) -> ScoreResult:
         """Log-probabilities of a text of any length, with memory and without; learns each block after scoring it, if
         asked to."""
-        async with self._admitted(), self._session(session, if_match) as meta:
-            encoded = await self._observed(TextPrompt(text), meta)
-            parts = prompts.segments(
-                encoded, self.context, self._served.tokenizer.start_token_id, learn=learn, score=True
-            )
-            turn = Turn(meta)
-            scored = [
-                event
-                async for _, event in self._run(parts, turn, write=learn, frozen=True)
-                if isinstance(event, TokenScores)
-            ]
-        adapted = [value for event in scored for value in event.adapted]
-        frozen = [value for event in scored for value in event.frozen or ()]
-        tokens = [self._served.tokenizer.token_bytes(i).decode(errors="replace") for i in encoded.token_ids]
-        return ScoreResult(
-            tokens, adapted, frozen, _mean_loss(adapted), _mean_loss(frozen), turn.adaptation().version_to
-        )
+
+        async def turn_once() -> ScoreResult:
+            async with self._session(call, session, if_match, write="always" if learn else "never") as held:
+                if held.replay is not None:
+                    return ScoreResult(**held.replay)
+                meta = known(held)
+                encoded = await self._observed(TextPrompt(text), meta)
+                start = self.served.tokenizer.start_token_id
+                parts = prompts.segments(encoded, self.context, start, learn=learn, score=True)
+                turn, scored = Turn(held), list[TokenScores]()
+                turn.result = lambda: asdict(result(encoded, scored, meta.version + 1))
+                async for _, event in self.run(parts, turn, write=learn, frozen=True):
+                    if isinstance(event, TokenScores):
+                        scored.append(event)
+                return result(encoded, scored, turn.adaptation().version_to)
+
+        def result(encoded: Encoded, scored: Sequence[TokenScores], version: int) -> ScoreResult:
+            adapted = [value for event in scored for value in event.adapted]
+            frozen = [value for event in scored for value in event.frozen or ()]
+            tokens = [self.served.tokenizer.token_bytes(i).decode(errors="replace") for i in encoded.token_ids]
+            return ScoreResult(tokens, adapted, frozen, _mean_loss(adapted), _mean_loss(frozen), version)
+
+        async with self.gate.admitted():
+            return await self.gate.twice(turn_once)
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def put(
-        self, session: str, options: dict[str, str], *, if_match: str | None = None
+        self, tenant: str, session: str, options: dict[str, Option], *, if_match: str | None = None
     ) -> tuple[SessionMeta, bool]:
         """Creates a session with options, or replaces its options; returns it and whether it is new."""
-        async with self._locks.hold(session):
-            meta = await self._store.meta(TENANT, session)
-            _require_match(if_match, meta)
+        async with self.gate.ordered(tenant, session):
+            meta = await self.store.meta(tenant, session)
+            require_match(if_match, meta)
             if meta is None:
-                return await self._store.create(TENANT, self._new_meta(session, options)), True
-            return await self._store.configure(TENANT, session, options), False
+                return await self.store.create(tenant, self.new_meta(session, options)), True
+            return await self.store.configure(tenant, session, options), False
 
-    async def get(self, session: str) -> SessionMeta:
+    async def get(self, tenant: str, session: str) -> SessionMeta:
         """Raises NotFound."""
-        meta = await self._store.meta(TENANT, session)
+        meta = await self.store.meta(tenant, session)
         if meta is None:
-            raise _unknown(session)
+            raise unknown(session)
         return meta
 
-    async def delete(self, session: str, *, if_match: str | None = None) -> None:
-        """Erases a session. Raises NotFound."""
-        async with self._locks.hold(session):
-            _require_match(if_match, await self._store.meta(TENANT, session))
-            erased = await self._store.delete(TENANT, session)
-            self._served.engine.forget((TENANT, session))
+    async def delete(self, tenant: str, session: str, *, if_match: str | None = None) -> None:
+        """Erases a session, on every replica. Raises NotFound."""
+        async with self.gate.ordered(tenant, session):
+            meta = None if if_match is None else await self.store.meta(tenant, session)
+            require_match(if_match, meta)
+            erased = await self.store.delete(tenant, session, version=None if meta is None else meta.version)
+            self.served.engine.forget((tenant, session))
             if not erased:
-                raise _unknown(session)
+                raise unknown(session)
 
-    async def list(self, after: str, limit: int) -> tuple[list[SessionMeta], str | None]:
+    async def list(self, tenant: str, after: str, limit: int) -> tuple[list[SessionMeta], str | None]:
         """A page of sessions in order of their ids, and the id after which the next page starts."""
-        page = await self._store.list(TENANT, after=after, limit=limit + 1)
+        page = await self.store.list(tenant, after=after, limit=limit + 1)
         return page[:limit], page[limit - 1].id if len(page) > limit else None
 
     async def count_cold(self) -> int:
         """Stored sessions that are not on the device."""
-        return max(0, await self._store.count(TENANT) - self._served.engine.sessions_hot)
+        return max(0, await self.store.count(TENANT) - self.served.engine.sessions_hot)
+
+    async def forget_erased(self) -> None:
+        """Drops the hot copies of sessions that any replica erases; all of them where a message may have been missed.
+        Never ends."""
+        async for erased in self.store.erased():
+            if self._loaded is None:
+                continue
+            if erased is None:
+                self.served.engine.forget_all()
+            else:
+                self.served.engine.forget(erased)
 
     # --- one turn --------------------------------------------------------------------------------------------------
 
-    async def _generate(self, ask: Ask) -> AsyncGenerator[Delta | TurnEnd, None]:
+    async def _generate(self, call: Call, ask: Ask) -> AsyncGenerator[Delta | Again | TurnEnd, None]:
+        """Runs the turn; once more if another replica changed the session and nothing was told to a stream."""
+        told = False
+        async with self.gate.admitted():
+            for last in (False, True):
+                try:
+                    async with aclosing(self._generate_once(call, ask)) as events:
+                        async for event in events:
+                            told = told or ask.stream
+                            yield event
+                    return
+                except VersionConflict as error:
+                    if told or last:
+                        raise overtaken() from error
+                if not ask.stream:
+                    yield Again()
+
+    async def _generate_once(self, call: Call, ask: Ask) -> AsyncGenerator[Delta | TurnEnd, None]:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._admitted())
-            meta = None
+            held = None
             if ask.session is not None:
-                meta = await stack.enter_async_context(self._session(ask.session, ask.if_match))
+                write: Write = {None: "unless predict", "predict": "never"}.get(ask.adapt, "always")  # type: ignore[assignment]
+                held = await stack.enter_async_context(self._session(call, ask.session, ask.if_match, write=write))
+                if held.replay is not None:
+                    deltas, end = unpack_answer(held.replay)
+                    for delta in deltas:
+                        yield delta
+                    yield end
+                    return
+            meta = None if held is None else held.meta
             policy = Policy.of(ask, meta)
             known = () if meta is None else meta.digests
             encoded = [await self._encode(prompt, known, reply=True) for prompt in ask.prompts]
-            parts = [self._segment(ask, prompt, e, policy) for prompt, e in zip(ask.prompts, encoded, strict=True)]
-            turn = Turn(meta)
-            answer = Answer(ask.generation, encoded, self._served.tokenizer)
+            parts = [
+                segment(ask, prompt, e, policy, self.context) for prompt, e in zip(ask.prompts, encoded, strict=True)
+            ]
+            turn = Turn(held)
+            answer = Answer(ask.generation, encoded, self.served.tokenizer)
             if policy.learn_prompt:
                 turn.seen = [digest for e in encoded for digest in e.digests]
             if policy.adapt == "both" and isinstance(chat := ask.prompts[0], ChatPrompt):
                 turn.said = lambda: prompts.reply_digests(chat.messages, answer.texts)
+            told, late = list[Delta](), list[Delta]()
+
+            def told_last(adaptation: Adaptation | None) -> TurnEnd:
+                tokens = sum(len(e.token_ids) for e in encoded)
+                return TurnEnd(answer.finish_reasons, tokens, turn.completion_tokens, adaptation)
+
+            def result() -> dict[str, Any]:
+                late.extend(answer.rest())
+                return pack_answer([*told, *late], told_last(turn.adaptation(0 if meta is None else meta.version + 1)))
+
+            turn.result = result
             writes = policy.learn_prompt or policy.learn_completion
-            async with aclosing(self._run(parts, turn, write=writes)) as events:
+            async with aclosing(self.run(parts, turn, write=writes)) as events:
                 async for prompt_number, event in events:
                     for delta in answer.deltas(prompt_number, event):
+                        if writes:
+                            told.append(delta)
                         yield delta
-            for delta in answer.rest():
+            for delta in [*late, *answer.rest()]:
                 yield delta
-            yield TurnEnd(
-                answer.finish_reasons,
-                sum(len(e.token_ids) for e in encoded),
-                turn.completion_tokens,
-                None if meta is None else turn.adaptation(),
-            )
+            yield told_last(None if meta is None else turn.adaptation())
 
-    def _segment(self, ask: Ask, prompt: Prompt, encoded: Encoded, policy: Policy) -> Segment:
-        options, count = ask.generation, len(encoded.token_ids)
-        param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-        wanted = 0 if policy.adapt == "observe" else options.max_tokens
-        if count + (wanted or 0) > self.context or (wanted is None and count == self.context):
-            asked = f"{count} tokens" if not wanted else f"{count} tokens and 'max_tokens' {wanted}"
-            raise BadRequest(
-                f"'{param}' and completion may hold {self.context} tokens together (the model's context), "
-                f"got {param} of {asked}.",
-                param=param,
-                code="context_length_exceeded",
-            )
-        generate = None
-        if policy.adapt != "observe":
-            generate = Generate(
-                max_tokens=self.context - count if wanted is None else wanted,
-                sampling=options.sampling,
-                stop=options.stop,
-                n=options.n,
-                logprobs=options.logprobs,
-                learn=policy.learn_completion,
-            )
-        scored = options.echo and options.logprobs is not None
-        return Segment(
-            encoded.token_ids,
-            learn=encoded.learn if policy.learn_prompt else None,
-            score=[True] * count if scored else None,
-            top=max(1, options.logprobs or 0) if scored else 0,
-            generate=generate,
-        )
-
-    async def _run(
+    async def run(
         self,
         parts: Sequence[Segment],
         turn: Turn,
@@ -276,12 +323,13 @@ class Sessions:
             for number, part in enumerate(parts):
                 jobs[Job([part], _putter(queue), frozen=frozen)] = number
         elif parts:
-            memory = await self._memory(turn.meta, write=write)
-            proof_from, proof_rate = turn.meta.requests, self._proof_rate
+            memory = await self._memory(turn, write=write)
+            start = turn.meta if turn.content is None else turn.content.applied_to(turn.meta)
+            proof_from, proof_rate = start.requests, self._proof_rate
             job = Job(parts, _putter(queue), memory, frozen=frozen, proof_from=proof_from, proof_rate=proof_rate)
             jobs[job] = 0
         for job in jobs:
-            self._served.engine.submit(job)
+            self.served.engine.submit(job)
         unsettled = set(jobs)
         try:
             while unsettled:
@@ -290,53 +338,59 @@ class Sessions:
                     unsettled.discard(job)
                     raise event.error
                 if isinstance(event, Finished):
-                    committed = await self._finish(turn, event)
+                    committed = await self._finish(turn, event, parts)
                     unsettled.discard(job)
-                    self._served.engine.settle(job, committed)
+                    self.served.engine.settle(job, committed)
                     continue
                 yield (jobs[job] if turn.meta is None else event.segment), event
         finally:
             for job in unsettled:
-                self._served.engine.cancel(job)
+                self.served.engine.cancel(job)
         if not jobs and turn.meta is not None:
-            await self._finish(turn, Finished(Stats(), {}))
+            await self._finish(turn, Finished(Stats(), {}), parts)
 
-    async def _finish(self, turn: Turn, done: Finished) -> int | None:
-        """Commits what a job did; returns the new version, or None if there was nothing to commit."""
+    async def _finish(self, turn: Turn, done: Finished, parts: Sequence[Segment]) -> Stamp | None:
+        """Commits what a job did; returns when the session now is as of, or None if there was nothing to commit."""
         self._metrics.tokens_prefilled_total.inc(done.stats.prompt_tokens)
         self._metrics.tokens_predicted_total.inc(done.stats.completion_tokens)
         turn.completion_tokens += done.stats.completion_tokens
-        meta = turn.meta
-        if meta is None:
+        if turn.held is None or turn.meta is None:
             return None
+        meta = turn.meta if turn.content is None else turn.content.applied_to(turn.meta)
         turn.stats, turn.rows_written = done.stats, done.rows_written
         kept = prompts.remember(meta.digests, [*turn.seen, *turn.said()])
-        if not done.rows and not done.stats.tokens_learned and set(kept) <= set(meta.digests):
+        learned = done.rows or done.stats.tokens_learned or not set(kept) <= set(meta.digests)
+        if turn.content is None and not learned:
             if meta.version == 0:
-                await self._store.create(TENANT, meta)
+                await self.store.create(turn.held.call.tenant, meta, turn.held.lease)
             return None
-        turn.meta = await uninterrupted(self._commit(meta, done, kept))
-        return turn.meta.version
+        turn.meta = await self._commit(turn, turn.held, done, next_meta(meta, done, kept), parts)
+        return turn.meta.created, turn.meta.version
 
-    async def _commit(self, meta: SessionMeta, done: Finished, digests: tuple[str, ...]) -> SessionMeta:
-        stats = done.stats
-        new = replace(
-            meta,
-            version=meta.version + 1,
-            tokens_learned=meta.tokens_learned + stats.tokens_learned,
-            rows=done.rows_held if done.rows else meta.rows,
-            bytes=done.bytes_held if done.rows else meta.bytes,
-            updated=time.time(),
-            proof_tokens=meta.proof_tokens + stats.proof_tokens,
-            loss_sum=meta.loss_sum + stats.proof_loss_sum,
-            frozen_loss_sum=meta.frozen_loss_sum + stats.proof_frozen_loss_sum,
-            requests=meta.requests + stats.segments_learned,
-            digests=digests,
+    async def _commit(
+        self, turn: Turn, held: Held, done: Finished, new: SessionMeta, parts: Sequence[Segment]
+    ) -> SessionMeta:
+        stats, limits = done.stats, self.gate.limits
+        lesson = pack_lesson(parts, done.said)
+        entry = {
+            "kind": turn.kind,
+            "time": new.updated,
+            "digest": digest(lesson),
+            "tokens": stats.tokens_learned,
+            "rows": done.rows_written,
+            "loss": stats.loss_sum / stats.tokens_learned if stats.tokens_learned else None,
+            "request_id": held.call.request_id,
+        }
+        if turn.of is not None:
+            entry["of"] = turn.of
+        note = Note(
+            log=entry,
+            text=lesson if new.options.get("keep_text") and turn.kind == "learn" else b"",
+            once=held.call.once(turn.result(), key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s),
         )
         rows = {site: RowBatch(batch.slots.numpy(), batch.data.numpy()) for site, batch in done.rows.items()}
-        with self._metrics.commit_seconds.time():
-            await self._store.commit(TENANT, new, rows)
-        self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in rows.values()))
+        content = Content({}, rows, {}) if turn.content is None else turn.content.overlaid(rows)
+        await self.gate.commit(held, new, content.sites, gone=content.gone, note=note)
         self._metrics.tokens_learned_total.inc(stats.tokens_learned)
         self._metrics.rows_written_total.inc(done.rows_written)
         self._metrics.guards_shut_total.inc(max(0, done.guards))
@@ -346,39 +400,44 @@ class Sessions:
         self._metrics.proof_frozen_loss_nats_total.inc(stats.proof_frozen_loss_sum)
         return new
 
-    async def _memory(self, meta: SessionMeta, *, write: bool) -> MemoryUse:
+    async def _memory(self, turn: Turn, *, write: bool) -> MemoryUse:
         """Where the engine finds the session's memory: on the device already, or with the rows that come along."""
-        key = (TENANT, meta.id)
-        if meta.version == 0:
-            return MemoryUse(key, 0, write, stored={})
-        if self._served.engine.pin(key, meta.version):
-            return MemoryUse(key, meta.version, write)
+        assert turn.held is not None and turn.meta is not None
+        meta, tenant = turn.meta, turn.held.call.tenant
+        key, stamp = (tenant, meta.id), (meta.created, meta.version)
+        if turn.content is None and meta.version == 0:
+            return MemoryUse(key, stamp, write, stored={})
+        if turn.content is None and self.served.engine.pin(key, stamp):
+            return MemoryUse(key, stamp, write)
         with self._metrics.load_seconds.time():
-            stored = await self._store.load(TENANT, meta.id)
-        if stored is None or stored.meta.version != meta.version:
+            stored = await self.store.load(tenant, meta.id)
+        if stored is None or (stored.meta.created, stored.meta.version) != stamp:
             raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
+        sites = stored.sites
+        if turn.content is not None:
+            sites, stamp = turn.content.rows_from(sites), NOWHERE
         rows = {
-            site: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data))
-            for site, batch in stored.sites.items()
+            site: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data)) for site, batch in sites.items()
         }
-        return MemoryUse(key, meta.version, write, stored=rows)
+        return MemoryUse(key, stamp, write, stored=rows)
 
     async def _observed(self, prompt: TextPrompt | ChatPrompt, meta: SessionMeta) -> Encoded:
         """The tokens of a text that may be empty, without BOS."""
         if isinstance(prompt, TextPrompt) and not prompt.text:
             return Encoded([], [])
         encoded = await self._encode(prompt, meta.digests, reply=False)
-        return prompts.without_bos(encoded, self._served.tokenizer.start_token_id)
+        return prompts.without_bos(encoded, self.served.tokenizer.start_token_id)
 
     async def _encode(self, prompt: Prompt, known: Sequence[str], *, reply: bool) -> Encoded:
         def encode() -> Encoded:
-            return prompts.encode(prompt, self._served.tokenizer, known, reply=reply)
+            return prompts.encode(prompt, self.served.tokenizer, known, reply=reply)
 
         long = isinstance(prompt, TextPrompt) and len(prompt.text) > LONG_TEXT
         return await asyncio.to_thread(encode) if long else encode()
 
     @property
-    def _served(self) -> Served:
+    def served(self) -> Served:
+        """The model; raises NotReady while it loads."""
         if self._loaded is None:
             raise NotReady("The server is loading; try again later.")
         return self._loaded
@@ -386,38 +445,33 @@ class Sessions:
     # --- order -----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[None]:
-        """A place in the bounded queue."""
-        if self.state != "ready":
-            raise NotReady(f"The server is {self.state}; try again later.", code=self.state)
-        if self._in_flight >= self._max_queue:
-            raise Overloaded(f"The server has {self._in_flight} requests in hand and takes no more than that.")
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
+    async def _session(
+        self, call: Call, name: str, if_match: str | None, *, write: Write = "always"
+    ) -> AsyncIterator[Held]:
+        """A session for one turn; a new one is at version 0 and not yet stored."""
+        async with self.gate.hold(call, name, write=write, if_match=if_match) as held:
+            if held.replay is None:
+                if held.meta is None:
+                    held.meta = self.new_meta(name, {})
+                self.require_served(held.meta)
+            yield held
 
-    @asynccontextmanager
-    async def _session(self, name: str, if_match: str | None) -> AsyncIterator[SessionMeta]:
-        """A session for one turn, in the order of asking; a new one is at version 0 and not yet stored."""
-        async with self._locks.hold(name):
-            meta = await self._store.meta(TENANT, name)
-            _require_match(if_match, meta)
-            if meta is not None and meta.model != self._served.slow_weights:
-                raise VersionConflict(
-                    f"Session {name!r} was learned by other slow weights ({meta.model[:23]}…) than those served "
-                    f"({self._served.slow_weights[:23]}…), and cannot be read with them.",
-                    code="model_mismatch",
-                )
-            yield meta or self._new_meta(name, {})
+    def require_served(self, meta: SessionMeta) -> None:
+        """Raises Conflict for a session of other slow weights."""
+        if meta.model != self.served.slow_weights:
+            raise Conflict(
+                f"Session {meta.id!r} was learned by other slow weights ({meta.model[:23]}…) than those served "
+                f"({self.served.slow_weights[:23]}…), and cannot be read with them.",
+                code="model_mismatch",
+            )
 
-    def _new_meta(self, name: str, options: dict[str, str]) -> SessionMeta:
+    def new_meta(self, name: str, options: dict[str, Option]) -> SessionMeta:
+        """A session that has learned nothing."""
         now = time.time()
         return SessionMeta(
             id=name,
             version=0,
-            model=self._served.slow_weights,
+            model=self.served.slow_weights,
             tokens_learned=0,
             rows=0,
             bytes=0,
@@ -432,9 +486,7 @@ class Sessions:
         )
 
 
-async def _resumed(
-    first: Delta | TurnEnd, rest: AsyncGenerator[Delta | TurnEnd, None]
-) -> AsyncGenerator[Delta | TurnEnd, None]:
+async def _resumed(first: E, rest: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:
     async with aclosing(rest):
         yield first
         async for event in rest:
@@ -445,17 +497,7 @@ def _putter(queue: asyncio.Queue[tuple[Job, Event]]) -> Callable[[Job, Event], N
     return lambda job, event: queue.put_nowait((job, event))
 
 
-def _require_match(if_match: str | None, meta: SessionMeta | None) -> None:
-    """RFC 9110 §13.1.1; a session that does not exist counts as version 0, which only `*` tells apart."""
-    if if_match is None:
-        return
-    tags = [tag.strip() for tag in if_match.split(",")]
-    current = f'"v{0 if meta is None else meta.version}"'
-    if not (current in tags or ("*" in tags and meta is not None)):
-        raise PreconditionFailed(f"'If-Match' is {if_match[:80]}, the session is at {current}.", param="If-Match")
-
-
-def _unknown(session: str) -> NotFound:
+def unknown(session: str) -> NotFound:
     return NotFound(f"Session {session!r} does not exist.", param="id", code="session_not_found")
 
 

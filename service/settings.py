@@ -18,7 +18,15 @@ PREFIX = "IMPRINT_"
 CLIENT_VARIABLES = {
     "IMPRINT_URL": "Where `imprint chat`, `observe`, `score` and `sessions` find the server; default `http://127.0.0.1:8000`.",
 }
-STORE_SCHEMES = ("redis", "rediss", "unix")
+STORE_SCHEMES = (
+    "redis",
+    "rediss",
+    "unix",
+    "redis+sentinel",
+    "rediss+sentinel",
+    "redis+cluster",
+    "rediss+cluster",
+)
 
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
@@ -65,8 +73,53 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         None,
         repr=False,
-        description="A Redis or Valkey server that keeps the sessions: `redis://`, `rediss://` or `unix://`."
-        " Unset: an embedded Valkey in the data folder.",
+        description="A Redis or Valkey server that keeps the sessions: `redis://`, `rediss://`, `unix://`,"
+        " `redis+sentinel://host:port,host:port/service` or `redis+cluster://host:port,host:port`"
+        " (with TLS: `rediss+…`). Unset: an embedded Valkey in the data folder.",
+    )
+    idempotency_ttl_s: int = Field(
+        86_400,
+        ge=0,
+        le=31_536_000,
+        description="Seconds for which the answer to a learning request with an `Idempotency-Key` is remembered.",
+    )
+    retry_ttl_s: int = Field(
+        600,
+        ge=0,
+        le=86_400,
+        description="Seconds for which the answer to a learning request without a key is remembered, for a retry that"
+        " says that it is one (`x-stainless-retry-count`).",
+    )
+    lease_s: float = Field(
+        10.0,
+        ge=1,
+        le=600,
+        description="Seconds after which another replica may take over a session from one that no longer answers.",
+    )
+    lease_wait_s: float = Field(
+        12.0, ge=0, le=600, description="Seconds for which a turn waits for a session that another replica teaches."
+    )
+    keep_versions: int = Field(32, ge=0, le=1000, description="Versions that a session can go back.")
+    keep_bytes: int = Field(
+        16 * 2**20, ge=0, description="Bytes, per session, of what leads back to them; the oldest go first."
+    )
+    session_ttl_s: int = Field(
+        0,
+        ge=0,
+        le=315_360_000,
+        description="Seconds after its last use at which a session is erased, unless its option `ttl_s` says otherwise;"
+        " 0 = never.",
+    )
+    session_max_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="Bytes of rows that a session may have; one that would get more is a 507; 0 = any.",
+    )
+    export_key: str | None = Field(
+        None,
+        min_length=16,
+        repr=False,
+        description="Signs exports (HMAC-SHA256); if set, imports must bear its signature.",
     )
     max_batch: int = Field(32, ge=1, le=4096, description="Sequences that run at the same time.")
     max_queue: int = Field(

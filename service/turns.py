@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
-from service.engine import Engine, Event, Stats, Token, TokenScores
+from service.engine import Engine, Event, Finished, Generate, Segment, Stats, Token, TokenScores
 from service.engine.job import Alternatives
 from service.errors import BadRequest
-from service.prompts import Encoded, Prompt
+from service.lessons import Content
+from service.prompts import ChatPrompt, Encoded, Prompt
 from service.store.types import SessionMeta
+from service.turnstile import Held
 
 Adapt = Literal["both", "observe", "predict"]
 Learn = Literal["prompt", "completion", "all"]
 FinishReason = Literal["stop", "length"]
+Kind = Literal["learn", "rollback", "unlearn", "fork", "import"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Ask:
     prompts: list[Prompt]
     generation: Generation
     if_match: str | None = None
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ class TurnEnd:
 
 
 @dataclass(frozen=True)
+class Again:
+    """The turn begins anew; what it said before is void. Never told to a stream."""
+
+
+@dataclass(frozen=True)
 class ObserveResult:
     """loss: nats per token, before they were learned."""
 
@@ -112,22 +123,38 @@ class ScoreResult:
 class Turn:
     """A turn as it goes: the session's meta (None: no session), and what the turn did to it.
 
-    seen, said: digests of the messages it may remember, those of the reply once there is one.
+    seen, said: digests of the messages it may remember, those of the reply once there is one. result: what is to be
+    remembered of its answer, once that is complete but for the commit. content: where it begins, if not where the
+    session is.
     """
 
-    def __init__(self, meta: SessionMeta | None, seen: Sequence[str] = ()) -> None:
-        self.meta = meta
+    def __init__(
+        self,
+        held: Held | None,
+        seen: Sequence[str] = (),
+        *,
+        kind: Kind = "learn",
+        of: int | str | None = None,
+        content: Content | None = None,
+    ) -> None:
+        self.held = held
+        self.meta = meta = None if held is None else held.meta
+        self.kind, self.of = kind, of
+        self.content = content
         self.seen = list(seen)
         self.said: Callable[[], list[str]] = list
+        self.result: Callable[[], dict[str, Any]] = dict
         self.stats = Stats()
         self.rows_written = 0
         self.completion_tokens = 0
         self._version = 0 if meta is None else meta.version
 
-    def adaptation(self) -> Adaptation:
+    def adaptation(self, version: int | None = None) -> Adaptation:
+        """version: to which it goes, where that is not yet so."""
         learned = self.stats.tokens_learned
         loss = self.stats.loss_sum / learned if learned else None
-        version = self._version if self.meta is None else self.meta.version
+        if version is None:
+            version = self._version if self.meta is None else self.meta.version
         return Adaptation(learned, self.rows_written, loss, self._version, version)
 
 
@@ -143,8 +170,8 @@ class Policy:
     def of(cls, ask: Ask, meta: SessionMeta | None) -> Policy:
         """The request's own words, else the session's options. Raises BadRequest where they contradict the request."""
         options = {} if meta is None else meta.options
-        adapt = ask.adapt or options.get("adapt", "both")
-        learn = ask.learn or options.get("learn", "prompt")
+        adapt = ask.adapt or str(options.get("adapt", "both"))
+        learn = ask.learn or str(options.get("learn", "prompt"))
         writes = meta is not None and adapt != "predict"
         completion = writes and adapt == "both" and learn in ("completion", "all")
         choices = len(ask.prompts) * ask.generation.n
@@ -206,6 +233,89 @@ class Answer:
             offset += len(token.decode(errors="ignore"))
         self.texts[choice] += text
         return Delta(choice, text, logprobs)
+
+
+def segment(ask: Ask, prompt: Prompt, encoded: Encoded, policy: Policy, context: int) -> Segment:
+    """The request of the engine that answers a prompt. Raises BadRequest for one that the context has no room for."""
+    options, count = ask.generation, len(encoded.token_ids)
+    param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+    wanted = 0 if policy.adapt == "observe" else options.max_tokens
+    if count + (wanted or 0) > context or (wanted is None and count == context):
+        asked = f"{count} tokens" if not wanted else f"{count} tokens and 'max_tokens' {wanted}"
+        raise BadRequest(
+            f"'{param}' and completion may hold {context} tokens together (the model's context), "
+            f"got {param} of {asked}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    generate = None
+    if policy.adapt != "observe":
+        generate = Generate(
+            max_tokens=context - count if wanted is None else wanted,
+            sampling=options.sampling,
+            stop=options.stop,
+            n=options.n,
+            logprobs=options.logprobs,
+            learn=policy.learn_completion,
+        )
+    scored = options.echo and options.logprobs is not None
+    return Segment(
+        encoded.token_ids,
+        learn=encoded.learn if policy.learn_prompt else None,
+        score=[True] * count if scored else None,
+        top=max(1, options.logprobs or 0) if scored else 0,
+        generate=generate,
+    )
+
+
+def next_meta(meta: SessionMeta, done: Finished, digests: tuple[str, ...]) -> SessionMeta:
+    """The meta of the version that `done` makes of a session."""
+    stats = done.stats
+    return replace(
+        meta,
+        version=meta.version + 1,
+        tokens_learned=meta.tokens_learned + stats.tokens_learned,
+        rows=done.rows_held if done.rows else meta.rows,
+        bytes=done.bytes_held if done.rows else meta.bytes,
+        updated=time.time(),
+        proof_tokens=meta.proof_tokens + stats.proof_tokens,
+        loss_sum=meta.loss_sum + stats.proof_loss_sum,
+        frozen_loss_sum=meta.frozen_loss_sum + stats.proof_frozen_loss_sum,
+        requests=meta.requests + stats.segments_learned,
+        digests=digests,
+    )
+
+
+def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:
+    """A completion request's answer as JSON; of a choice's deltas, one is made."""
+    texts: dict[int, str] = {}
+    tokens: dict[int, list[TokenLogprob]] = {}
+    for delta in deltas:
+        texts[delta.choice] = texts.get(delta.choice, "") + delta.text
+        tokens.setdefault(delta.choice, []).extend(delta.logprobs)
+    packed = {choice: [texts[choice], [_pack_token(one) for one in tokens[choice]]] for choice in texts}
+    return {"choices": packed, "end": asdict(end)}
+
+
+def unpack_answer(packed: dict[str, Any]) -> tuple[list[Delta], TurnEnd]:
+    deltas = [
+        Delta(int(choice), text, [_unpack_token(one) for one in tokens])
+        for choice, (text, tokens) in packed["choices"].items()
+    ]
+    end = packed["end"]
+    adaptation = None if end["adaptation"] is None else Adaptation(**end["adaptation"])
+    return deltas, TurnEnd(**{**end, "adaptation": adaptation})
+
+
+def _pack_token(one: TokenLogprob) -> list[Any]:
+    top = [[token_id, base64.b64encode(token).decode(), logprob] for token_id, token, logprob in one.top]
+    return [one.token_id, base64.b64encode(one.token).decode(), one.logprob, top, one.text_offset]
+
+
+def _unpack_token(packed: list[Any]) -> TokenLogprob:
+    token_id, token, logprob, top, text_offset = packed
+    others = [(other, base64.b64decode(text), value) for other, text, value in top]
+    return TokenLogprob(token_id, base64.b64decode(token), logprob, others, text_offset)
 
 
 @dataclass(frozen=True)

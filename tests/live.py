@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -25,7 +25,14 @@ T = TypeVar("T")
 
 EOS = "2"  # of the tiny base, as a key of `logit_bias`
 ENDLESS = {EOS: -100}
-VOLATILE = {b"id", b"nonce", b"created", b"updated"}  # of a stored session: they differ between equal ones
+VOLATILE = {
+    b"id",
+    b"nonce",
+    b"created",
+    b"updated",
+    b"undo_from",
+    b"undo_bytes",
+}  # of a stored session: they differ between equal ones
 PATIENCE_S = 60.0
 
 
@@ -225,22 +232,28 @@ def valkey_of(data_dir: Path) -> psutil.Process | None:
 
 
 def stored(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
-    """Every byte that is kept of a session, by the last part of its keys' names.
+    """Every byte that is kept of a session, by the last part of its keys' names; of what is no hash, its dump.
 
     store: the data folder of a running server, or the URL of its Redis.
     """
     prefix = f"imprint:{{default/{session}}}:"
     with _redis(store) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
-        return {key.decode().removeprefix(prefix): redis.hgetall(key) for key in keys}
+        return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
+
+
+def _content(redis: Redis, key: bytes) -> dict[bytes, bytes]:
+    if redis.type(key) == b"hash":
+        return cast(dict[bytes, bytes], redis.hgetall(key))
+    return {b"": cast(bytes, redis.dump(key))}
 
 
 def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
-    """What is stored of a session, but for what tells it from an equal one."""
-    found = stored(store, session)
+    """What a session is: its rows, and its meta but for what tells it from an equal one."""
     return {
         key: {name: value for name, value in content.items() if key != "meta" or name not in VOLATILE}
-        for key, content in found.items()
+        for key, content in stored(store, session).items()
+        if key == "meta" or key.startswith("rows:")
     }
 
 

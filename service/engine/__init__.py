@@ -1,7 +1,19 @@
 """The engine: the one thread that owns the device, and what it needs to share it between sessions."""
 
 from service.engine.engine import Engine
-from service.engine.job import Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Stats, Token, TokenScores
+from service.engine.job import (
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    Job,
+    MemoryUse,
+    Segment,
+    Stamp,
+    Stats,
+    Token,
+    TokenScores,
+)
 
 __all__ = [
     "Engine",
@@ -12,6 +24,7 @@ __all__ = [
     "Job",
     "MemoryUse",
     "Segment",
+    "Stamp",
     "Stats",
     "Token",
     "TokenScores",

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable
 import torch
 
 from model.lm import AdaptiveLM
-from model.memory import Pool, PoolFullError
+from model.memory import MemoryConfig, Pool, PoolFullError
 from model.tokenizer import Tokenizer
 from service.engine.hot import HotSessions
-from service.engine.job import Event, Failed, Job, SessionKey
+from service.engine.job import Event, Failed, Job, SessionKey, Stamp
 from service.engine.run import Choice, Run
 from service.engine.scheduler import Scheduler
-from service.errors import EngineError, ImprintError, Overloaded
+from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ class Engine:
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
-    def pin(self, key: SessionKey, version: int) -> bool:
-        """Whether a session is hot at this version; it then stays so for the next job that uses it."""
-        return self._hot.pin(key, version)
+    def pin(self, key: SessionKey, stamp: Stamp) -> bool:
+        """Whether a session is hot as of then; it then stays so for the next job that uses it."""
+        return self._hot.pin(key, stamp)
 
     def submit(self, job: Job) -> None:
         """Queues a job."""
@@ -90,8 +90,8 @@ class Engine:
         """Ends a job within the current step, without an event, and forgets what it wrote."""
         self.settle(job, None)
 
-    def settle(self, job: Job, committed: int | None) -> None:
-        """After `Finished`: the job's rows are stored as version `committed`, or (None) are to be forgotten."""
+    def settle(self, job: Job, committed: Stamp | None) -> None:
+        """After `Finished`: the job's rows are stored as of `committed`, or (None) are to be forgotten."""
         if committed is not None and job.memory is not None:
             self._hot.promise(job.memory.key, committed)
         self._inbox.put(lambda: self._close(job, commit=committed is not None))
@@ -99,6 +99,16 @@ class Engine:
     def forget(self, key: SessionKey) -> None:
         """Drops a session from the device."""
         self._inbox.put(lambda: self._hot.forget(key))
+
+    def forget_all(self) -> None:
+        """Drops every session from the device, those in use at their last use."""
+        for key in self._hot.everyone():
+            self.forget(key)
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """What the rows of sessions look like."""
+        return self._lm.memory.config
 
     @property
     def sessions_hot(self) -> int:
@@ -195,7 +205,9 @@ class Engine:
         except Exception as error:
             for run in runs:
                 if run.job in self._runs:
-                    self._events.append((run.job, Failed(_explain(error))))
+                    memory = run.job.memory
+                    alone = memory is not None and self._hot.alone(memory.key)
+                    self._events.append((run.job, Failed(_explain(error, alone=alone))))
                     self._close(run.job, commit=False)
 
     def _deliver(self) -> None:
@@ -209,9 +221,12 @@ def _emit_all(events: list[tuple[Job, Event]]) -> None:
         job.emit(job, event)
 
 
-def _explain(error: Exception) -> ImprintError:
+def _explain(error: Exception, *, alone: bool) -> ImprintError:
+    """alone: the session had the whole device, and waiting would give it no more."""
     if isinstance(error, ImprintError):
         return error
+    if isinstance(error, PoolFullError) and alone:
+        return TooLarge("The session, with what this request adds, has more rows than the device holds ('hot_rows').")
     if isinstance(error, PoolFullError):
         return Overloaded("The device has no room for more fast weights now.", code="memory_full")
     log.error("the engine failed on a request", exc_info=error)

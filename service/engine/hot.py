@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from model.memory import Pool, SiteRows
-from service.engine.job import SessionKey
+from service.engine.job import SessionKey, Stamp
 
 
 @dataclass
 class _Hot:
     index: int
-    version: int
+    stamp: Stamp
     pins: int = 0
     doomed: bool = False
 
@@ -32,28 +32,28 @@ class HotSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def pin(self, key: SessionKey, version: int) -> bool:
-        """Keeps a session hot until `leave`, if it is hot at this version; else returns False."""
+    def pin(self, key: SessionKey, stamp: Stamp) -> bool:
+        """Keeps a session hot until `leave`, if it is hot as of then; else returns False."""
         with self._lock:
             hot = self._sessions.get(key)
-            if hot is None or hot.version != version or hot.doomed:
+            if hot is None or hot.stamp != stamp or hot.doomed:
                 return False
             hot.pins += 1
             return True
 
-    def promise(self, key: SessionKey, version: int) -> None:
-        """A pinned session will be at this version by the time that the engine reads it next."""
+    def promise(self, key: SessionKey, stamp: Stamp) -> None:
+        """A pinned session will be as of then by the time that the engine reads it next."""
         with self._lock:
-            self._sessions[key].version = version
+            self._sessions[key].stamp = stamp
 
-    def enter(self, key: SessionKey, version: int, stored: dict[str, SiteRows] | None) -> int:
+    def enter(self, key: SessionKey, stamp: Stamp, stored: dict[str, SiteRows] | None) -> int:
         """The index of a session that was pinned, or (with `stored`) is made hot and pinned now. Raises
         PoolFullError."""
         if stored is not None:
             self._close(key)
             index = self.pool.open(stored)
             with self._lock:
-                self._sessions[key] = _Hot(index, version, pins=1)
+                self._sessions[key] = _Hot(index, stamp, pins=1)
         with self._lock:
             self._sessions.move_to_end(key)
             return self._sessions[key].index
@@ -66,6 +66,16 @@ class HotSessions:
             doomed = hot.doomed and hot.pins == 0
         if doomed:
             self._close(key)
+
+    def alone(self, key: SessionKey) -> bool:
+        """Whether no other session is hot."""
+        with self._lock:
+            return not self._sessions.keys() - {key}
+
+    def everyone(self) -> list[SessionKey]:
+        """The sessions that are hot."""
+        with self._lock:
+            return list(self._sessions)
 
     def forget(self, key: SessionKey) -> None:
         """Drops a session; at its last `leave` if it is pinned."""

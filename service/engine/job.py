@@ -10,6 +10,7 @@ from model.memory import SiteRows
 from model.sampling import Sampling
 
 SessionKey = tuple[str, str]  # tenant, session id
+Stamp = tuple[float, int]  # when a session was created, and its version: what tells its contents apart
 FinishReason = Literal["stop", "length"]
 
 
@@ -45,13 +46,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Which session's memory a job uses, at which version; write: whether it may learn.
+    """Which session's memory a job uses, as of when; write: whether it may learn.
 
     stored: its rows, unless the engine has pinned them hot (`Engine.pin`).
     """
 
     key: SessionKey
-    version: int
+    stamp: Stamp
     write: bool
     stored: dict[str, SiteRows] | None = None
 
@@ -131,7 +132,7 @@ class Finished:
     """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`.
 
     rows_written counts them; rows_held, bytes_held: of the session with them; guards: read gates that the turn shut,
-    less those it opened.
+    less those it opened. said: the generated tokens that were learned, by segment.
     """
 
     stats: Stats
@@ -140,6 +141,7 @@ class Finished:
     rows_held: int = 0
     bytes_held: int = 0
     guards: int = 0
+    said: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

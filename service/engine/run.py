@@ -94,6 +94,7 @@ class Run:
         self._cache: KVCache | None = None
         self._frozen_cache: KVCache | None = None
         self._carry: Carry | None = None
+        self._said: dict[int, list[int]] = {}
 
     @property
     def num_sequences(self) -> int:
@@ -120,7 +121,7 @@ class Run:
         """Takes its session's memory. Raises PoolFullError."""
         memory = self.job.memory
         if memory is not None:
-            self._index = hot.enter(memory.key, memory.version, memory.stored)
+            self._index = hot.enter(memory.key, memory.stamp, memory.stored)
             self._entered = True
             if memory.write:
                 self._draft = hot.pool.draft(self._index)
@@ -181,6 +182,9 @@ class Run:
         return len(segment.token_ids) + (segment.generate.max_tokens if segment.generate else 0)
 
     def _next_segment(self) -> None:
+        for sequence in self.sequences:
+            if sequence.learned:
+                self._said[self._segment] = sequence.tokens[: sequence.learned]
         self._segment += 1
         self._position = 0
         self._carry, self.sequences = None, []
@@ -302,6 +306,7 @@ class Run:
             rows_held=sum(held.values()),
             bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in held.items()),
             guards=self._draft.guards(),
+            said=self._said,
         )
 
 

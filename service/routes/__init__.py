@@ -1,8 +1,10 @@
 """What the routes share: the gate before every /v1 route, and answers that end when their client goes."""
 
 import asyncio
+import hashlib
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from email.message import Message as MimeHeader
@@ -17,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from service.errors import BadRequest, EngineError, ImprintError, NotReady, UnsupportedMediaType
 from service.metrics import Metrics
 from service.replies import ErrorReply
-from service.sessions import Sessions
+from service.sessions import Call, Sessions
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,10 +45,48 @@ def get_metrics(request: Request) -> Metrics:
 
 ServerSessions = Annotated[Sessions, Depends(get_sessions)]
 ServerMetrics = Annotated[Metrics, Depends(get_metrics)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="A request of this key is learned once; sent again, it is given the same answer.",
+    ),
+]
 IfMatch = Annotated[
     str | None,
     Header(description='Only if the session still has this ETag, as `"v3"`; else 412.', alias="If-Match"),
 ]
+
+
+async def get_call(request: Request) -> Call:
+    """The request as the sessions see it; it stays with the request, whatever becomes of that.
+
+    Raises BadRequest for a key that is none.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,255}", key):
+        raise BadRequest(
+            f"'Idempotency-Key' must have 1 to 255 printable ASCII characters, got {key[:80]!r}.",
+            param="Idempotency-Key",
+        )
+    retries = request.headers.get("x-stainless-retry-count", "0")
+    where = f"{request.method} {request.url.path}\n".encode()
+    call = Call(
+        request_id=request.state.request_id,
+        digest=hashlib.sha256(where + await request.body()).hexdigest(),
+        key=key,
+        retried=retries.isdecimal() and int(retries) > 0,
+    )
+    request.state.call = call
+    return call
+
+
+def call_headers(request: Request) -> dict[str, str]:
+    """What the headers of an answer say about whether its request was, or is to be, repeated."""
+    call: Call | None = getattr(request.state, "call", None)
+    if call is None or not call.committed:
+        return {}
+    return {"x-should-retry": "false"} | ({"Idempotent-Replayed": "true"} if call.replayed else {})
 
 
 class _JsonRequest(Request):
@@ -66,8 +106,6 @@ class V1Route(APIRoute):
 
         async def gated(request: Request) -> Response:
             _require_ready(get_sessions(request))
-            if "idempotency-key" in request.headers:
-                raise BadRequest("'Idempotency-Key' is not supported yet; leave it out.", param="Idempotency-Key")
             request = _JsonRequest(request.scope, request.receive)
             if body := await request.body():
                 _require_json(request.headers.get("content-type", ""))
@@ -113,14 +151,16 @@ def report(request: Request, error: Exception) -> ImprintError:
     return error
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client goes.
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], on_disconnect: str | None = None) -> T:
+    """The result of `work`, which is cancelled as soon as the client goes, unless `on_disconnect` is "commit".
 
     Whatever happens, `work` has ended when this returns. The body must have been read before.
 
     Raises:
         ClientDisconnect: the client went first.
     """
+    if on_disconnect == "commit":
+        return await work
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnected(receive))
     try:
@@ -141,6 +181,9 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+RequestCall = Annotated[Call, Depends(get_call)]
+
+
 class EventWriter(Protocol):
     """Turns the events of a turn into the `data` fields of server-sent events."""
 
@@ -159,15 +202,19 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, request: Request, events: AsyncGenerator[Any, None], writer: EventWriter) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self, request: Request, events: AsyncGenerator[Any, None], writer: EventWriter, on_disconnect: str | None
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers | call_headers(request))
         del self.headers["content-length"]
         self._request = request
         self._events = events
         self._writer = writer
+        self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._answer(send))
+        await until_disconnect(receive, self._answer(send), self._on_disconnect)
 
     async def _answer(self, send: Send) -> None:
         async def tell(data: str, *, more: bool = True) -> None:

@@ -13,16 +13,21 @@ from service.replies import ChatCompletion, Completion, Model, ModelList
 from service.routes import (
     ERRORS,
     EventStream,
+    IdempotencyKey,
     IfMatch,
+    RequestCall,
     ServerSessions,
     V1Route,
+    call_headers,
     get_metrics,
     until_disconnect,
 )
 from service.routes.shapes import ChatShape, CompletionShape, Json, Pace, Shape
 from service.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
 from service.sessions import (
+    Again,
     Ask,
+    Call,
     ChatPrompt,
     Delta,
     Generation,
@@ -85,8 +90,11 @@ async def create_completion(
     body: CompletionRequest,
     request: Request,
     sessions: ServerSessions,
+    call: RequestCall,
+    response: Response,
     session: SessionHeader = None,
     if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Json | Response:
     """Continues each prompt; with a session, from its memory and teaching it."""
     _require_model(body.model, sessions)
@@ -99,7 +107,8 @@ async def create_completion(
         logprobs=body.logprobs,
     )
     ask = _ask(body, _prompts(body, sessions), generation, session, if_match)
-    return await _answer(request, sessions, ask, CompletionShape(sessions, body, ask, _pace(request)), body.stream)
+    shape = CompletionShape(sessions, body, ask, _pace(request))
+    return await _answer(request, response, sessions, call, ask, shape, body.on_disconnect)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_streamed(CHAT_CHUNK))
@@ -107,8 +116,11 @@ async def create_chat_completion(
     body: ChatCompletionRequest,
     request: Request,
     sessions: ServerSessions,
+    call: RequestCall,
+    response: Response,
     session: SessionHeader = None,
     if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Json | Response:
     """Replies to a chat; with a session, from its memory and teaching it what the chat adds."""
     _require_model(body.model, sessions)
@@ -122,7 +134,8 @@ async def create_chat_completion(
     )
     prompt = ChatPrompt([message.plain() for message in body.messages])
     ask = _ask(body, [prompt], generation, session, if_match)
-    return await _answer(request, sessions, ask, ChatShape(sessions, body, ask, _pace(request)), body.stream)
+    shape = ChatShape(sessions, body, ask, _pace(request))
+    return await _answer(request, response, sessions, call, ask, shape, body.on_disconnect)
 
 
 def _model(sessions: Sessions) -> Model:
@@ -224,6 +237,7 @@ def _ask(
         prompts=list(prompts),
         generation=generation,
         if_match=if_match,
+        stream=bool(body.stream),
     )
 
 
@@ -231,22 +245,34 @@ def _pace(request: Request) -> Pace:
     return Pace(get_metrics(request), request.state.arrived)
 
 
-async def _answer(request: Request, sessions: Sessions, ask: Ask, shape: Shape, stream: bool | None) -> Json | Response:
-    """Runs the turn for as long as its client is there."""
-    if not stream:
-        return await until_disconnect(request.receive, _whole(sessions, ask, shape))
-    events = await until_disconnect(request.receive, sessions.generate(ask))
-    return EventStream(request, events, shape)
+async def _answer(
+    request: Request,
+    response: Response,
+    sessions: Sessions,
+    call: Call,
+    ask: Ask,
+    shape: Shape,
+    on_disconnect: str | None,
+) -> Json | Response:
+    """Runs the turn, by default for as long as its client is there."""
+    if ask.stream:
+        events = await until_disconnect(request.receive, sessions.generate(call, ask), on_disconnect)
+        return EventStream(request, events, shape, on_disconnect)
+    reply = await until_disconnect(request.receive, _whole(sessions, call, ask, shape), on_disconnect)
+    response.headers.update(call_headers(request))
+    return reply
 
 
-async def _whole(sessions: Sessions, ask: Ask, shape: Shape) -> Json:
+async def _whole(sessions: Sessions, call: Call, ask: Ask, shape: Shape) -> Json:
     """The reply in one piece."""
     deltas: list[Delta] = []
     end: TurnEnd | None = None
-    async with aclosing(await sessions.generate(ask)) as events:
+    async with aclosing(await sessions.generate(call, ask)) as events:
         async for event in events:
             if isinstance(event, TurnEnd):
                 end = event
+            elif isinstance(event, Again):
+                deltas.clear()
             else:
                 shape.pace(event.choice)
                 deltas.append(event)

@@ -1,20 +1,29 @@
 -- The step from version v to v+1 of one session: all of it or nothing.
 --
--- KEYS  the meta hash, then the row hash of each touched site.
--- ARGV  format, version v, created, nonce, options, number of meta values, field, value, ...,
---       then for each touched site: its name, its row_bytes, its rows as records (slot, row).
+-- KEYS  the meta hash.
+-- ARGV  version v, created, nonce, lease or '', default ttl, versions kept, bytes kept of them, log entries kept,
+--       log entry, text or '', name of the remembered answer or '', its ttl, its record, options,
+--       number of meta values, field, value, ...,
+--       then for each touched site: its name, its row_bytes, its rows as records (slot, row), slots to empty.
 -- Returns {verdict, detail}; whatever the verdict, nothing is written unless it is 'done'.
-local format, version, created, nonce, options, values = unpack(ARGV, 1, 6)
-local first_site = 7 + tonumber(values)
+local version, created, nonce, lease, ttl = unpack(ARGV, 1, 5)
+local keep, keep_bytes, keep_log, entry, text = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
+local once, once_ttl, record, options = unpack(ARGV, 11, 14)
+local FIRST_VALUE = 16
+local first_site = FIRST_VALUE + tonumber(ARGV[15])
 local SLOT_BYTES = 4
-local ROWS_PER_CALL = 2000 -- unpack fails from 8,000 values on
+local PER_CALL = 2000 -- unpack fails from 8,000 values on
 
-local stored = redis.call('HMGET', KEYS[1], 'format', 'version', 'created', 'nonce')
-if stored[1] and stored[1] ~= format then
+local stored = redis.call('HMGET', KEYS[1], 'format', 'version', 'created', 'nonce', 'undo_from', 'undo_bytes')
+if not known(stored[1]) then
   return {'format', stored[1]}
 end
 if stored[4] == nonce then
   return {'done', version} -- this very commit has landed before, and only its reply was lost
+end
+local stale = fenced(lease)
+if stale then
+  return stale
 end
 if (stored[2] or '0') ~= version then
   return {'conflict', stored[2] or '0'}
@@ -22,27 +31,123 @@ end
 if stored[3] and stored[3] ~= created then
   return {'renewed', stored[2]}
 end
-for site = first_site, #ARGV, 3 do
+for site = first_site, #ARGV, 4 do
   local row_bytes = redis.call('HGET', KEYS[1], 'site:' .. ARGV[site])
   if row_bytes and row_bytes ~= ARGV[site + 1] then
     return {'width', ARGV[site] .. ' are ' .. row_bytes .. ' bytes each, not ' .. ARGV[site + 1]}
   end
 end
 
-redis.call('HSET', KEYS[1], 'format', format, 'nonce', nonce, unpack(ARGV, 7, first_site - 1))
-redis.call('HSETNX', KEYS[1], 'options', options)
-for site = first_site, #ARGV, 3 do
-  local key, row_bytes, records = KEYS[2 + (site - first_site) / 3], tonumber(ARGV[site + 1]), ARGV[site + 2]
+local function packed(parts)
+  for i, part in ipairs(parts) do
+    parts[i] = struct.pack('<I4', #part) .. part
+  end
+  return table.concat(parts)
+end
+
+-- Calls `work` with up to PER_CALL records of `width` bytes at a time.
+local function in_pages(records, width, work)
+  for first = 1, #records, PER_CALL * width do
+    work(first, math.min(first + PER_CALL * width, #records + 1) - width)
+  end
+end
+
+local function slots_of(records, first, last, width)
+  local slots = {}
+  for at = first, last, width do
+    slots[#slots + 1] = string.sub(records, at, at + SLOT_BYTES - 1)
+  end
+  return slots
+end
+
+-- What leads back: the rows as they were, the slots that were empty, and the meta values as they were.
+local undo_rows, undo_meta = {}, {}
+
+local function write_site(key, row_bytes, records, gone)
+  local old, empty = {}, {}
   local width = SLOT_BYTES + row_bytes
-  redis.call('HSET', KEYS[1], 'site:' .. ARGV[site], row_bytes)
-  for first = 1, #records, ROWS_PER_CALL * width do
-    local last = math.min(first + ROWS_PER_CALL * width, #records + 1) - width
+  local function remember(slots)
+    for i, row in ipairs(redis.call('HMGET', key, unpack(slots))) do
+      if row then
+        old[#old + 1] = slots[i] .. row
+      else
+        empty[#empty + 1] = slots[i]
+      end
+    end
+  end
+  in_pages(records, width, function(first, last)
+    if keep > 0 then
+      remember(slots_of(records, first, last, width))
+    end
     local cells = {}
     for at = first, last, width do
       cells[#cells + 1] = string.sub(records, at, at + SLOT_BYTES - 1)
       cells[#cells + 1] = string.sub(records, at + SLOT_BYTES, at + width - 1)
     end
     redis.call('HSET', key, unpack(cells))
+  end)
+  in_pages(gone, SLOT_BYTES, function(first, last)
+    local slots = slots_of(gone, first, last, SLOT_BYTES)
+    if keep > 0 then
+      remember(slots)
+    end
+    redis.call('HDEL', key, unpack(slots))
+  end)
+  return table.concat(old), table.concat(empty)
+end
+
+local values = {'format', FORMAT, 'nonce', nonce}
+for i = FIRST_VALUE, first_site - 1, 2 do
+  local old = redis.call('HGET', KEYS[1], ARGV[i])
+  if old ~= ARGV[i + 1] then
+    values[#values + 1], values[#values + 2] = ARGV[i], ARGV[i + 1]
+    if old then
+      undo_meta[#undo_meta + 1], undo_meta[#undo_meta + 2] = ARGV[i], old
+    end
   end
 end
+redis.call('HSET', KEYS[1], unpack(values))
+redis.call('HSETNX', KEYS[1], 'options', options)
+for site = first_site, #ARGV, 4 do
+  local name, row_bytes, key = ARGV[site], ARGV[site + 1], HOME .. 'rows:' .. ARGV[site]
+  local old, empty = write_site(key, tonumber(row_bytes), ARGV[site + 2], ARGV[site + 3])
+  for _, part in ipairs({name, row_bytes, old, empty}) do
+    undo_rows[#undo_rows + 1] = part
+  end
+  if redis.call('EXISTS', key) == 1 then
+    redis.call('HSETNX', KEYS[1], 'site:' .. name, row_bytes)
+  else
+    redis.call('HDEL', KEYS[1], 'site:' .. name)
+  end
+end
+
+local new, from, bytes = tonumber(version) + 1, tonumber(stored[5] or version), tonumber(stored[6] or 0)
+if keep > 0 then
+  local parts = {new .. ':rows', packed(undo_rows), new .. ':meta', packed(undo_meta)}
+  bytes = bytes + #parts[2] + #parts[4] + #text
+  if text ~= '' then
+    parts[5], parts[6] = new .. ':text', text
+  end
+  redis.call('HSET', UNDO, unpack(parts))
+end
+while from < new and (new - from > keep or bytes > keep_bytes) do
+  from = from + 1
+  for _, part in ipairs({':rows', ':meta', ':text'}) do
+    bytes = bytes - redis.call('HSTRLEN', UNDO, from .. part)
+    redis.call('HDEL', UNDO, from .. part)
+  end
+end
+redis.call('HSET', KEYS[1], 'undo_from', from, 'undo_bytes', bytes)
+if entry ~= '' then
+  redis.call('RPUSH', LOG, entry)
+  redis.call('LTRIM', LOG, '-' .. keep_log, -1)
+end
+local now = tonumber(redis.call('TIME')[1])
+redis.call('ZREMRANGEBYSCORE', ONCES, '-inf', now)
+if once ~= '' then
+  redis.call('SET', HOME .. 'once:' .. once, record, 'EX', once_ttl)
+  redis.call('ZADD', ONCES, now + once_ttl, once)
+end
+age(ttl)
+release(lease)
 return {'done', version}

@@ -1,8 +1,10 @@
--- Replaces the options of a session, if there is one of this format.
+-- Replaces the options of a session, if there is one of a format that is known.
 --
--- KEYS  the meta hash.  ARGV  format, options.
+-- KEYS  the meta hash.  ARGV  options, default ttl.
 -- Returns the meta that is stored now, as field, value, ...; nothing if there is no session.
-if redis.call('HGET', KEYS[1], 'format') == ARGV[1] then
-  redis.call('HSET', KEYS[1], 'options', ARGV[2])
+local format = redis.call('HGET', KEYS[1], 'format')
+if format and known(format) then
+  redis.call('HSET', KEYS[1], 'options', ARGV[1])
+  age(ARGV[2])
 end
 return redis.call('HGETALL', KEYS[1])

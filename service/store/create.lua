@@ -1,8 +1,13 @@
 -- Creates a session unless there is one.
 --
--- KEYS  the meta hash.  ARGV  field, value, ...
--- Returns the meta that is stored now, as field, value, ...
-if redis.call('EXISTS', KEYS[1]) == 0 then
-  redis.call('HSET', KEYS[1], unpack(ARGV))
+-- KEYS  the meta hash.  ARGV  lease or '', default ttl, then field, value, ...
+-- Returns {'done', '', the meta that is stored now, as field, value, ...} or {verdict, detail}.
+local stale = fenced(ARGV[1])
+if stale then
+  return stale
 end
-return redis.call('HGETALL', KEYS[1])
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('HSET', KEYS[1], 'format', FORMAT, unpack(ARGV, 3))
+  age(ARGV[2])
+end
+return {'done', '', unpack(redis.call('HGETALL', KEYS[1]))}

@@ -1,16 +1,22 @@
--- Deletes every key of a session, if it is of this format.
+-- Deletes every key of a session, if it is of a known format, and bars the turns that have begun from bringing it back.
 --
--- KEYS  the meta hash.  ARGV  format, the prefix of its row hashes (same hash tag, so the same cluster slot).
--- Returns {verdict, detail}: {'done', whether there was a session} or {'format', the format found}.
-local meta = redis.call('HGETALL', KEYS[1])
-local format = redis.call('HGET', KEYS[1], 'format')
-if format and format ~= ARGV[1] then
-  return {'format', format}
+-- KEYS  the meta hash.  ARGV  the version it must have, or ''.
+-- Returns {verdict, detail}: {'done', whether there was a session}, {'format', the format found} or
+--         {'conflict', the version found}.
+local stored = redis.call('HMGET', KEYS[1], 'format', 'version')
+if not known(stored[1]) then
+  return {'format', stored[1]}
 end
-for i = 1, #meta, 2 do
-  local site = string.match(meta[i], '^site:(.*)$')
-  if site then
-    redis.call('UNLINK', ARGV[2] .. site)
-  end
+if ARGV[1] ~= '' and (stored[2] or '0') ~= ARGV[1] then
+  return {'conflict', stored[2] or '0'}
 end
+redis.call('SET', ERASED, redis.call('INCR', FENCE), 'EX', DAY_S)
+redis.call('EXPIRE', FENCE, DAY_S)
+for _, key in ipairs(rows_keys()) do
+  redis.call('UNLINK', key)
+end
+for _, once in ipairs(redis.call('ZRANGE', ONCES, 0, -1)) do
+  redis.call('UNLINK', HOME .. 'once:' .. once)
+end
+redis.call('UNLINK', LOG, UNDO, ONCES, LEASE)
 return {'done', tostring(redis.call('UNLINK', KEYS[1]))}

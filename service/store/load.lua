@@ -1,6 +1,6 @@
 -- One consistent read of a session.
 --
--- KEYS  the meta hash.  ARGV  the prefix of its row hashes (same hash tag, so the same cluster slot).
+-- KEYS  the meta hash.
 -- Returns {meta as field, value, ...; site, its rows as records (slot, row); site, ...}; no meta, no session.
 -- One string per site reads several times faster at the other end than a reply of thousands of rows.
 local meta = redis.call('HGETALL', KEYS[1])
@@ -9,7 +9,7 @@ for i = 1, #meta, 2 do
   local site = string.match(meta[i], '^site:(.*)$')
   if site then
     reply[#reply + 1] = site
-    reply[#reply + 1] = table.concat(redis.call('HGETALL', ARGV[1] .. site))
+    reply[#reply + 1] = table.concat(redis.call('HGETALL', HOME .. 'rows:' .. site))
   end
 end
 return reply

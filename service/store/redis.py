@@ -1,14 +1,22 @@
-"""Sessions in Redis or Valkey: consistent reads, and commits that are atomic, durable and counted once.
+"""Sessions in Redis or Valkey: consistent reads, and commits that are atomic, durable, fenced and counted once.
 
 Keys, all of a session's in one hash slot of a cluster:
 
     imprint:{<tenant>/<id>}:meta         hash: format, nonce of the last commit, SessionMeta's fields as JSON,
-                                         and `site:<name>` = bytes per row, for each site that has rows
-    imprint:{<tenant>/<id>}:rows:<site>  hash: slot (4 bytes, little-endian) -> row
+                                         `site:<name>` = bytes per row, for each site that has rows, and
+                                         undo_from, undo_bytes: the oldest version kept, and the size of :undo
+                        …:rows:<site>    hash: slot (4 bytes, little-endian) -> row
+                        …:log            list: one JSON object a commit
+                        …:undo           hash: <version>:rows, :meta and :text = what leads back to the one before
+                        …:once:<name>    the answer of a request that was learned; expires
+                        …:onces          sorted set of those names, by the time at which they expire
+                        …:lease          owner:fence of who may write; expires
+                        …:fence          counts leases and never goes back; outlives the session by a day
+                        …:erased         the fence at which the session was erased; expires after a day
     imprint:sessions:<tenant>            sorted set of ids, all of score 0, hence in the order of their bytes
 
 Every step on a session is one server-side script. The index cannot be part of it (another slot), so it is
-written first: it may name sessions that do not exist, which readers skip, but misses none.
+written first: it may name sessions that do not exist, which readers skip and clean, but misses none.
 """
 
 from __future__ import annotations
@@ -16,50 +24,62 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.exceptions import (
     ClusterDownError,
     ConnectionError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     ResponseError,
     TimeoutError,
     TryAgainError,
 )
 
-from service.errors import EngineError, NotFound, StoreUnavailable, VersionConflict
-from service.store.types import RowBatch, SessionMeta, StoredSession
+from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, StoreUnavailable, VersionConflict
+from service.store import codec
+from service.store.codec import decode, index_key, meta_key, pairs, unknown_format
+from service.store.connect import AnyRedis, connect
+from service.store.types import (
+    Entered,
+    History,
+    Keeping,
+    Lease,
+    Note,
+    Option,
+    RowBatch,
+    SessionMeta,
+    Slots,
+    StoredSession,
+)
 
-FORMAT = "1"
-CONNECTIONS = 16
-CONNECT_TIMEOUT_S = 2.0
-TIMEOUT_S = 10.0
-HEALTH_CHECK_S = 15
 READ_PATIENCE_S = 0.5
 COMMIT_PATIENCE_S = 2.0
+LONGEST_POLL_S = 0.25
+LOG_KEPT = 512  # entries of a session's log
+ERASURES = "imprint:erased"  # the channel that tells every replica of erased sessions
+TICK_S = 5.0
+NO_NOTE = Note()
+_SCRIPTS = ("create", "configure", "commit", "load", "enter", "lease", "history")
 
 _AWAY = (
     ConnectionError,
     TimeoutError,
     ClusterDownError,
+    RedisClusterException,
     TryAgainError,
     ReadOnlyError,
-    OutOfMemoryError,
     OSError,
 )
-_AWAY_REPLIES = ("BUSY", "MISCONF", "NOREPLICAS")
-_NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")
+_AWAY_REPLIES = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")
 
 log = logging.getLogger(__name__)
 
@@ -68,77 +88,97 @@ class RedisStore:
     """Sessions of all tenants, kept in one Redis or Valkey server (or cluster).
 
     Every method raises `StoreUnavailable` when the server does not answer, or not yet; nothing has to be
-    restarted when it comes back. A session in a format that this release does not know is refused with
-    `EngineError`, and names that could break out of a key with `ValueError`.
+    restarted when it comes back; and `StoreFull` when the server has no memory for a write. A session in a format
+    that this release does not know is refused with `EngineError`, and names that could break out of a key with
+    `ValueError`.
 
     Args:
         client: must answer in bytes, and not retry by itself: only this class knows what may be repeated.
+        owner: whose leases are this store's own; by default nobody else's.
     """
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: AnyRedis, keeping: Keeping | None = None, *, owner: str | None = None) -> None:
         self._client = client
-        self._create, self._configure, self._commit, self._load, self._delete = (
-            client.register_script(files(__package__).joinpath(f"{name}.lua").read_text("utf-8"))
-            for name in ("create", "configure", "commit", "load", "delete")
-        )
+        self._keeping = keeping or Keeping()
+        self._owner = owner or secrets.token_hex(8)
+        self._create, self._configure, self._commit, self._load = map(self._script, _SCRIPTS[:4])
+        self._enter, self._lease, self._history = map(self._script, _SCRIPTS[4:])
+        self._delete = self._script("delete", flags="#!lua flags=allow-oom\n")
+
+    def _script(self, name: str, flags: str = "") -> AsyncScript:
+        here = files(__package__)
+        text = flags + "".join(here.joinpath(f"{part}.lua").read_text("utf-8") for part in ("common", name))
+        return self._client.register_script(text)
 
     @classmethod
-    def from_url(cls, url: str) -> RedisStore:
-        """A store on the server at `redis://`, `rediss://` or `unix://`.
+    def from_url(cls, url: str, keeping: Keeping | None = None, *, owner: str | None = None) -> RedisStore:
+        """A store on what `connect` takes. Raises ValueError."""
+        return cls(connect(url), keeping, owner=owner)
+
+    # --- a turn ----------------------------------------------------------------------------------------------------
+
+    async def enter(
+        self, tenant: str, sid: str, *, write: Literal["always", "unless predict", "never"], names: Sequence[str] = ()
+    ) -> Entered:
+        """How a turn begins: with the answer that is remembered under one of `names`, else with the session's meta and,
+        if it may write, a lease; waits while somebody else holds that.
 
         Raises:
-            ValueError: the URL is none of these.
+            SessionBusy: somebody else held it all the time.
         """
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            timeout=TIMEOUT_S,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            health_check_interval=HEALTH_CHECK_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-        return cls(Redis.from_pool(pool))
+        key, keeping = meta_key(tenant, sid), self._keeping
+        args: list[str | int] = [self._owner, int(1000 * keeping.lease_s), write, keeping.ttl_s, *names]
+        deadline, pause = time.monotonic() + keeping.wait_s, 0.01
+        while True:
+            verdict, *told = await _patiently(lambda: self._enter([key], args))
+            if verdict == b"again":
+                return Entered(None, record=told[0])
+            if verdict == b"entered":
+                break
+            if time.monotonic() > deadline:
+                raise SessionBusy(
+                    f"Session {sid!r} is being taught by another replica, for more than {keeping.wait_s:g} s now."
+                )
+            await asyncio.sleep(min(pause, 0.001 * max(1, int(told[0]))))
+            pause = min(1.5 * pause, LONGEST_POLL_S)
+        lease = Lease(tenant, sid, told[0].decode()) if told[0] else None
+        return Entered(decode(sid, pairs(told[1:])) if told[1:] else None, lease)
+
+    async def renew(self, lease: Lease) -> bool:
+        """Prolongs a lease; returns whether it was still held."""
+        key, args = meta_key(lease.tenant, lease.sid), (lease.value, int(1000 * self._keeping.lease_s))
+        return bool(await _patiently(lambda: self._lease([key], args)))
+
+    async def release(self, lease: Lease) -> None:
+        """Gives a lease back, if it is still held."""
+        key = meta_key(lease.tenant, lease.sid)
+        await _patiently(lambda: self._lease([key], [lease.value, ""]))
 
     async def load(self, tenant: str, sid: str) -> StoredSession | None:
         """The session with all its rows, both of the same version; None if there is no such session."""
-        key, rows_prefix = _meta_key(tenant, sid), _rows_key(tenant, sid, "")
-        flat, *rows = await _patiently(lambda: self._load([key], [rows_prefix]))
+        key = meta_key(tenant, sid)
+        flat, *rows = await _patiently(lambda: self._load([key]))
         if not flat:
             return None
-        raw = _pairs(flat)
-        meta = _decode(sid, raw)
+        raw = pairs(flat)
+        meta = decode(sid, raw)
         sites = {
-            site.decode(): RowBatch.unpack(packed, int(raw[b"site:" + site])) for site, packed in _pairs(rows).items()
+            site.decode(): RowBatch.unpack(packed, int(raw[b"site:" + site])) for site, packed in pairs(rows).items()
         }
         return StoredSession(meta, sites)
 
-    async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
-        """The session without its rows; None if there is no such session."""
-        key = _meta_key(tenant, sid)
-        raw = await _patiently(lambda: self._client.hgetall(key))
-        return _decode(sid, raw) if raw else None
-
-    async def create(self, tenant: str, meta: SessionMeta) -> SessionMeta:
-        """Stores a session without rows, unless there is one of that id; returns what is stored then."""
-        key, values = _meta_key(tenant, meta.id), {"format": FORMAT, **_encode(meta)}
-        await self._index(tenant, meta.id)
-        return _decode(meta.id, _pairs(await _patiently(lambda: self._create([key], _flat(values)))))
-
-    async def configure(self, tenant: str, sid: str, options: Mapping[str, str]) -> SessionMeta:
-        """Replaces the session's options, and leaves its version.
-
-        Raises:
-            NotFound: there is no such session.
-        """
-        key, args = _meta_key(tenant, sid), [FORMAT, json.dumps(dict(options))]
-        flat = await _patiently(lambda: self._configure([key], args))
-        if not flat:
-            raise NotFound(f"session {sid!r} does not exist")
-        return _decode(sid, _pairs(flat))
-
-    async def commit(self, tenant: str, meta: SessionMeta, sites: Mapping[str, RowBatch]) -> None:
-        """Takes the session from version `meta.version - 1` to `meta.version`, entirely or not at all.
+    async def commit(
+        self,
+        tenant: str,
+        meta: SessionMeta,
+        sites: Mapping[str, RowBatch],
+        *,
+        gone: Mapping[str, Slots] | None = None,
+        lease: Lease | None = None,
+        note: Note = NO_NOTE,
+    ) -> None:
+        """Takes the session from version `meta.version - 1` to `meta.version`, entirely or not at all, and gives the
+        lease back.
 
         When this returns, the step is as durable as the server makes it. A lost reply is resolved by
         repeating the commit under its nonce, which the server applies once. Shield this call: cancelling it
@@ -147,41 +187,121 @@ class RedisStore:
         Args:
             meta: the new meta; its options are stored only if the session is new.
             sites: the touched rows alone, by site.
+            gone: slots to empty, of sites that are in `sites`.
+            lease: None only where nobody else can write.
 
         Raises:
-            VersionConflict: the stored session is not at that version any more; nothing was written.
+            VersionConflict: the stored session is not at that version any more, or somebody else has taken the lease
+                since; nothing was written.
+            Conflict: the session was erased since the turn began; nothing was written.
             StoreUnavailable: nothing was written, or the outcome is unknown: load again before the next turn.
         """
-        keys = [_meta_key(tenant, meta.id), *(_rows_key(tenant, meta.id, site) for site in sites)]
-        values = _encode(meta)
+        key, keeping, once = meta_key(tenant, meta.id), self._keeping, note.once
+        values = codec.encode(meta)
         options = values.pop("options")
-        args: list[str | int | bytes] = [FORMAT, meta.version - 1, values["created"], secrets.token_hex(16)]
-        args += [options, 2 * len(values), *_flat(values)]
+        entry = json.dumps({"version": meta.version, **note.log}) if note.log else ""
+        args: list[str | int | bytes] = [meta.version - 1, values["created"], secrets.token_hex(16)]
+        args += ["" if lease is None else lease.value, keeping.ttl_s, keeping.versions, keeping.history_bytes, LOG_KEPT]
+        args += [entry, note.text, *(("", 0, b"") if once is None else (once.name, once.ttl_s, once.record))]
+        args += [options, 2 * len(values), *codec.flat(values)]
         for site, batch in sites.items():
-            args += [site, batch.row_bytes, batch.pack()]
+            slots = (gone or {}).get(site)
+            args += [site, batch.row_bytes, batch.pack(), b"" if slots is None else codec.pack_slots(slots)]
         attempts = 0
 
         async def attempt() -> Any:
             nonlocal attempts
             attempts += 1
-            return await self._commit(keys, args)
+            return await self._commit([key], args)
 
-        await self._index(tenant, meta.id)
-        verdict, detail = await _patiently(attempt, COMMIT_PATIENCE_S)
-        if verdict == b"conflict" and attempts > 1 and int(detail) > meta.version:
+        async with self._indexed(tenant, meta.id, new=meta.version == 1):
+            verdict, detail = await _patiently(attempt, COMMIT_PATIENCE_S)
+        if attempts > 1 and (
+            verdict in (b"fenced", b"erased") or (verdict == b"conflict" and int(detail) > meta.version)
+        ):
             # An earlier attempt may have landed, and another commit since then have replaced its nonce.
             raise StoreUnavailable(f"unknown whether session {meta.id!r} took the step to {meta.version}")
         _check(verdict, detail, meta)
 
-    async def delete(self, tenant: str, sid: str) -> bool:
-        """Deletes every key of the session; returns whether there was one."""
-        key, args = _meta_key(tenant, sid), [FORMAT, _rows_key(tenant, sid, "")]
+    # --- sessions --------------------------------------------------------------------------------------------------
+
+    async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
+        """The session without its rows; None if there is no such session."""
+        key = meta_key(tenant, sid)
+        raw = await _patiently(lambda: self._client.hgetall(key))
+        return decode(sid, raw) if raw else None
+
+    async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
+        """Stores a session without rows, unless there is one of that id; returns what is stored then.
+
+        Raises VersionConflict and Conflict as `commit` does."""
+        key = meta_key(tenant, meta.id)
+        args: list[str | int] = ["" if lease is None else lease.value, self._keeping.ttl_s]
+        args += codec.flat(codec.encode(meta))
+        async with self._indexed(tenant, meta.id, new=True):
+            verdict, detail, *flat = await _patiently(lambda: self._create([key], args))
+        _check(verdict, detail, meta)
+        return decode(meta.id, pairs(flat))
+
+    async def configure(self, tenant: str, sid: str, options: Mapping[str, Option]) -> SessionMeta:
+        """Replaces the session's options, and leaves its version.
+
+        Raises:
+            NotFound: there is no such session.
+        """
+        key, args = meta_key(tenant, sid), (json.dumps(dict(options)), self._keeping.ttl_s)
+        flat = await _patiently(lambda: self._configure([key], args))
+        if not flat:
+            raise NotFound(f"session {sid!r} does not exist")
+        return decode(sid, pairs(flat))
+
+    async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
+        """Deletes every key of the session, and bars turns that have begun from bringing it back; returns whether
+        there was one.
+
+        Raises:
+            VersionConflict: it is not at `version`.
+        """
+        key, args = meta_key(tenant, sid), ["" if version is None else version]
         # Not repeated: a second attempt could not tell whether the first one found a session.
         verdict, detail = await _patiently(lambda: self._delete([key], args), patience=0)
         if verdict == b"format":
-            raise _unknown_format(sid, detail)
-        await _patiently(lambda: self._client.zrem(_index_key(tenant), sid))
+            raise unknown_format(sid, detail)
+        if verdict == b"conflict":
+            raise VersionConflict(f"session {sid!r} is at version {detail.decode()}, not {version}")
+        await _patiently(lambda: self._client.execute_command("PUBLISH", ERASURES, f"{tenant}/{sid}"))
+        await self._unindex(tenant, sid)
         return bool(detail == b"1")
+
+    async def erased(self) -> AsyncIterator[tuple[str, str] | None]:
+        """The tenant and id of each session that anybody erases, as it happens; None when some may have been missed.
+
+        Never ends; waits for a server that is away."""
+        while True:
+            try:
+                async with self._client.pubsub() as channel:
+                    await channel.subscribe(ERASURES)
+                    yield None
+                    while True:
+                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=TICK_S)
+                        if message is not None:
+                            tenant, _, sid = message["data"].decode().partition("/")
+                            yield tenant, sid
+            except _AWAY as error:
+                log.debug("waiting for the session store: %s", error)
+                await asyncio.sleep(1.0)
+
+    async def history(self, tenant: str, sid: str, *, undo: bool, entries: int = LOG_KEPT) -> History | None:
+        """How the session came to be what it is; `undo`: with the versions that can be undone."""
+        key, args = meta_key(tenant, sid), [entries, int(undo)]
+        flat, entered, steps = await _patiently(lambda: self._history([key], args))
+        if not flat:
+            return None
+        return History(
+            decode(sid, pairs(flat)),
+            [json.loads(entry) for entry in entered],
+            [codec.decode_undo(*step) for step in steps],
+        )
 
     async def list(self, tenant: str, *, after: str = "", limit: int = 100) -> list[SessionMeta]:
         """Up to `limit` sessions whose ids follow `after`, in order of their ids; fewer only at the end."""
@@ -191,13 +311,16 @@ class RedisStore:
             page = await _patiently(partial(self._page, tenant, after, missing))
             if not page:
                 break
-            found += [_decode(sid, raw) for sid, raw in page if raw]
+            found += [decode(sid, raw) for sid, raw in page if raw]
+            for sid, raw in page:
+                if not raw:
+                    await self._unindex(tenant, sid)
             after = page[-1][0]
         return found
 
     async def count(self, tenant: str) -> int:
         """How many sessions the index names."""
-        count: int = await _patiently(lambda: self._client.zcard(_index_key(tenant)))
+        count: int = await _patiently(lambda: self._client.zcard(index_key(tenant)))
         return count
 
     async def ping(self) -> None:
@@ -207,19 +330,34 @@ class RedisStore:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _index(self, tenant: str, sid: str) -> None:
-        """Names the session in the tenant's index; free when it is there, and mends one that is not."""
-        await _patiently(lambda: self._client.zadd(_index_key(tenant), {sid: 0}))
-
     async def _page(self, tenant: str, after: str, limit: int) -> Sequence[tuple[str, dict[bytes, bytes]]]:
         """The next ids of the index with their meta hashes, empty where an entry has no session."""
         start = f"({after}" if after else "-"
-        names = await self._client.zrangebylex(_index_key(tenant), start, "+", 0, limit)
+        names = await self._client.zrangebylex(index_key(tenant), start, "+", 0, limit)
         ids = [name.decode() for name in cast(list[bytes], names)]
         pipeline = self._client.pipeline(transaction=False)
         for sid in ids:
-            pipeline.hgetall(_meta_key(tenant, sid))
+            pipeline.hgetall(meta_key(tenant, sid))
         return list(zip(ids, await pipeline.execute(), strict=True))
+
+    @asynccontextmanager
+    async def _indexed(self, tenant: str, sid: str, *, new: bool) -> AsyncIterator[None]:
+        """Names a new session in the tenant's index: before it is there, so that none is missed, and after it again,
+        should somebody have taken the name for a stale one meanwhile (see `_unindex`)."""
+
+        async def name() -> None:
+            if new:
+                await _patiently(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
+
+        await name()
+        yield
+        await name()
+
+    async def _unindex(self, tenant: str, sid: str) -> None:
+        """Takes a session that is not there out of the index; puts it back if it is there after all."""
+        await _patiently(lambda: self._client.zrem(index_key(tenant), sid))
+        if await _patiently(lambda: self._client.exists(meta_key(tenant, sid))):
+            await _patiently(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
 
 
 async def _patiently(call: Callable[[], Awaitable[Any]], patience: float = READ_PATIENCE_S) -> Any:
@@ -228,9 +366,13 @@ async def _patiently(call: Callable[[], Awaitable[Any]], patience: float = READ_
     while True:
         try:
             return await call()
+        except OutOfMemoryError as error:
+            raise _full() from error
         except _AWAY as error:
             cause: Exception = error
         except ResponseError as error:
+            if "OOM " in str(error)[:80]:
+                raise _full() from error
             if not str(error).startswith(_AWAY_REPLIES):
                 raise
             cause = error
@@ -242,69 +384,23 @@ async def _patiently(call: Callable[[], Awaitable[Any]], patience: float = READ_
         pause *= 2
 
 
-def _meta_key(tenant: str, sid: str) -> str:
-    return f"imprint:{_hash_tag(tenant, sid)}:meta"
-
-
-def _rows_key(tenant: str, sid: str, site: str) -> str:
-    return f"imprint:{_hash_tag(tenant, sid)}:rows:{site}"
-
-
-def _index_key(tenant: str) -> str:
-    return f"imprint:sessions:{_checked('tenant', tenant)}"
-
-
-def _hash_tag(tenant: str, sid: str) -> str:
-    """The part of a key that a cluster hashes; no two sessions share it."""
-    return f"{{{_checked('tenant', tenant)}/{_checked('session id', sid)}}}"
-
-
-def _checked(kind: str, name: str) -> str:
-    """A name that cannot break out of its place in a key: no brace, slash or blank."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{kind} must match {_NAME.pattern}, not {name!r}")
-    return name
-
-
-def _encode(meta: SessionMeta) -> dict[str, str]:
-    return {field.name: json.dumps(getattr(meta, field.name)) for field in fields(meta)}
-
-
-def _decode(sid: str, raw: Mapping[bytes, bytes]) -> SessionMeta:
-    found = raw.get(b"format", b"none")
-    if found != FORMAT.encode():
-        raise _unknown_format(sid, found)
-    values = {field.name: json.loads(raw[field.name.encode()]) for field in fields(SessionMeta)}
-    return SessionMeta(**{**values, "digests": tuple(values["digests"])})
-
-
-def _unknown_format(sid: str, found: bytes) -> EngineError:
-    return EngineError(
-        f"session {sid!r} is stored in format {found.decode(errors='replace')}, but this release knows only "
-        f"format {FORMAT}: serve it with the release that wrote it, or a later one",
-        code="unknown_store_format",
-    )
+def _full() -> StoreFull:
+    return StoreFull("The session store is full: nothing can be learned until there is room in it again.")
 
 
 def _check(verdict: bytes, detail: bytes, meta: SessionMeta) -> None:
-    """Raises the error that a commit's verdict stands for, if it is not `done`."""
+    """Raises the error that a script's verdict stands for, if it is not `done`."""
     found, session = detail.decode(), f"session {meta.id!r}"
     match verdict:
         case b"format":
-            raise _unknown_format(meta.id, detail)
+            raise unknown_format(meta.id, detail)
         case b"conflict":
             raise VersionConflict(f"{session} is at version {found}, the turn began at {meta.version - 1}")
         case b"renewed":
             raise VersionConflict(f"{session} was deleted and created again since the turn began")
+        case b"fenced":
+            raise VersionConflict(f"somebody else has taken the lease of {session} since the turn began")
+        case b"erased":
+            raise Conflict(f"Session {meta.id!r} was erased while this request ran.", code="session_erased")
         case b"width":
             raise EngineError(f"rows of {session} at site {found}")
-
-
-def _flat(mapping: Mapping[str, str]) -> list[str]:
-    return [text for pair in mapping.items() for text in pair]
-
-
-def _pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
-    """The mapping that a script returned as key, value, key, value, ..."""
-    items = iter(flat)
-    return dict(zip(items, items, strict=True))

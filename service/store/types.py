@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 SLOT_BYTES = 4
+Option = str | int | bool
+Slots = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class SessionMeta:
         frozen_loss_sum: nats over the same tokens, without it.
         requests: requests learned from since the session began.
         options: the session's own defaults; `RedisStore.configure` alone replaces them.
-        digests: hex digests of the chat prefixes already learned, newest last.
+        digests: of the chat messages already learned, newest last: 16 hex digits each.
     """
 
     id: str
@@ -43,7 +47,7 @@ class SessionMeta:
     loss_sum: float
     frozen_loss_sum: float
     requests: int
-    options: dict[str, str]
+    options: dict[str, Option]
     digests: tuple[str, ...]
 
 
@@ -98,3 +102,89 @@ class StoredSession:
 
     meta: SessionMeta
     sites: dict[str, RowBatch]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a store keeps beside the sessions' latest versions, and for how long.
+
+    Attributes:
+        versions: how many versions a session can go back.
+        history_bytes: of what leads back to them, per session; the oldest go first.
+        ttl_s: seconds after its last use at which a session is forgotten, unless its options say; 0 = never.
+        lease_s: seconds for which a lease lasts without being renewed.
+        wait_s: seconds for which a turn waits for a lease that somebody else holds.
+    """
+
+    versions: int = 32
+    history_bytes: int = 16 * 2**20
+    ttl_s: int = 0
+    lease_s: float = 10.0
+    wait_s: float = 12.0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write to a session; `value` is its owner and a fence, which only the newest commit gets past."""
+
+    tenant: str
+    sid: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What a turn begins with; of a request that was answered before, `record` alone."""
+
+    meta: SessionMeta | None
+    lease: Lease | None = None
+    record: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Once:
+    """An answer to remember with a commit: under which name, for how many seconds, and the answer."""
+
+    name: str
+    ttl_s: int
+    record: bytes
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is kept along with a commit.
+
+    Attributes:
+        log: JSON of the log's entry; `version` is added to it.
+        text: what unlearning needs to learn again; empty = not kept.
+    """
+
+    log: Mapping[str, Any] = field(default_factory=dict)
+    text: bytes = b""
+    once: Once | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Undo:
+    """What leads from `version` back to the one before.
+
+    Attributes:
+        sites: the rows that it replaced. gone: `[n]`, the slots that were empty.
+        meta: the values that it replaced, by `SessionMeta`'s names.
+        text: of `Note`.
+    """
+
+    version: int
+    sites: dict[str, RowBatch]
+    gone: dict[str, Slots]
+    meta: dict[str, Any]
+    text: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """A session, the newest entries of its log (oldest first), and the versions that can be undone, newest first."""
+
+    meta: SessionMeta
+    log: list[dict[str, Any]]
+    undo: list[Undo]

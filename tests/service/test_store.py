@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from service.errors import EngineError, NotFound, StoreUnavailable, VersionConflict
-from service.store import RedisStore, RowBatch, SessionMeta, StoredSession
+from service.store import Note, Once, RedisStore, RowBatch, SessionMeta, StoredSession
 from service.store import redis as redis_store
 from service.store.embedded import EmbeddedValkey, valkey_binary
 from tests.service.faulty_line import Fault, faulty_line
@@ -46,7 +46,7 @@ def new_meta(sid: str, version: int = 0) -> SessionMeta:
         frozen_loss_sum=1e-17,
         requests=version,
         options={"adapt": "both", "note": "naïve ☃"},
-        digests=("00ff", "aa11"),
+        digests=("00ff" * 4, "aa11" * 4),
     )
 
 
@@ -70,7 +70,13 @@ def assert_same(loaded: StoredSession | None, meta: SessionMeta, sites: dict[str
 
 def snapshot(client: Redis, tenant: str) -> dict[bytes, Any]:
     """Every key of the tenant's sessions, byte for byte."""
-    return {key: client.hgetall(key) for key in client.scan_iter(f"imprint:{{{tenant}/*")}
+    return {key: client.dump(key) for key in client.scan_iter(f"imprint:{{{tenant}/*")}
+
+
+def contents(client: Redis, tenant: str) -> dict[bytes, Any]:
+    """The meta and the rows of the tenant's sessions."""
+    keys = [*client.scan_iter(f"imprint:{{{tenant}/*:meta"), *client.scan_iter(f"imprint:{{{tenant}/*:rows:*")]
+    return {key: client.hgetall(key) for key in keys}
 
 
 @pytest.fixture(scope="module")
@@ -115,18 +121,18 @@ async def test_load_returns_what_was_committed(store: RedisStore, tenant: str) -
 
 async def test_commit_touches_its_rows_only(store: RedisStore, raw: Redis, tenant: str) -> None:
     await store.commit(tenant, new_meta("s", 1), {"a": rows(range(1000)), "b": rows(range(1000))})
-    before = snapshot(raw, tenant)
+    before = contents(raw, tenant)
     logged: Any = raw.info("persistence")
     await store.commit(tenant, new_meta("s", 2), {"a": rows([3, 999, 1000], 7)})
     grown: Any = raw.info("persistence")
-    after = snapshot(raw, tenant)
+    after = contents(raw, tenant)
 
     key_a, key_b, key_meta = (f"imprint:{{{tenant}/s}}:{name}".encode() for name in ("rows:a", "rows:b", "meta"))
     touched = {slot.to_bytes(4, "little"): b"\7" * ROW_BYTES for slot in (3, 999, 1000)}
     assert after[key_b] == before[key_b]
     assert after[key_a] == {**before[key_a], **touched}
     assert after.keys() == before.keys() == {key_a, key_b, key_meta}
-    # Nor is anything else persisted: three rows and the meta take no more than a few kilobytes of log.
+    # Nor is anything else persisted: three rows, two of them to go back, and the meta take a few kilobytes of log.
     assert grown["aof_current_size"] - logged["aof_current_size"] < 3 * ROW_BYTES + 2500
 
 
@@ -197,7 +203,7 @@ async def test_commit_of_any_size(store: RedisStore, tenant: str, count: int) ->
 @pytest.mark.parametrize("sites", [{}, {"a": rows([])}], ids=["no sites", "a site without rows"])
 async def test_commit_without_rows(store: RedisStore, tenant: str, sites: dict[str, RowBatch]) -> None:
     await store.commit(tenant, new_meta("s", 1), sites)
-    assert_same(await store.load(tenant, "s"), new_meta("s", 1), sites)
+    assert_same(await store.load(tenant, "s"), new_meta("s", 1), {})
 
 
 async def test_rows_of_another_size_are_refused(store: RedisStore, raw: Redis, tenant: str) -> None:
@@ -259,11 +265,18 @@ async def test_configure_replaces_the_options_alone(store: RedisStore, tenant: s
 async def test_delete_leaves_no_key(store: RedisStore, raw: Redis, tenant: str) -> None:
     for sid in ("s", "s2"):
         await store.commit(tenant, new_meta(sid, 1), {"a": rows([1]), "b:rows": rows([2])})
+    await store.enter(tenant, "s", write="always")
+    again = Once("key", 60, b"answer")
+    await store.commit(tenant, new_meta("s", 2), {"a": rows([2])}, note=Note({"kind": "learn"}, b"text", again))
     others = {key: value for key, value in snapshot(raw, tenant).items() if b"/s2}" in key}
+    assert len(snapshot(raw, tenant)) - len(others) == 9
 
     assert await store.delete(tenant, "s") is True
 
-    assert snapshot(raw, tenant) == others
+    left = {f"imprint:{{{tenant}/s}}:{name}".encode() for name in ("fence", "erased")}
+    assert snapshot(raw, tenant).keys() == others.keys() | left
+    assert all(0 < raw.ttl(key) <= 86_400 for key in left), "a tombstone, for a day"
+    assert {key: value for key, value in snapshot(raw, tenant).items() if key not in left} == others
     assert raw.zrange(f"imprint:sessions:{tenant}", 0, -1) == [b"s2"]
     assert await store.load(tenant, "s") is None
     assert await store.delete(tenant, "s") is False
@@ -311,7 +324,7 @@ async def test_names_that_could_leave_their_key_are_refused(store: RedisStore, n
 
 async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Redis, tenant: str) -> None:
     await store.commit(tenant, new_meta("s", 1), {"a": rows([1])})
-    raw.hset(f"imprint:{{{tenant}/s}}:meta", "format", "2")
+    raw.hset(f"imprint:{{{tenant}/s}}:meta", "format", "3")
     before = snapshot(raw, tenant)
     for call in (
         store.load(tenant, "s"),
@@ -322,7 +335,7 @@ async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Re
         store.delete(tenant, "s"),
         store.list(tenant),
     ):
-        with pytest.raises(EngineError, match=r"'s' is stored in format 2, .* only format 1") as refused:
+        with pytest.raises(EngineError, match=r"'s' is stored in format 3, .* only formats up to 2") as refused:
             await call
         assert refused.value.code == "unknown_store_format"
     assert snapshot(raw, tenant) == before
@@ -366,11 +379,11 @@ async def test_a_session_lives_in_one_cluster_slot() -> None:
         assert await store.configure("t@1", ODD_ID, {}) == replace(new_meta(ODD_ID, 1), options={})
 
         keys = [key for key in client.scan_iter() if b"sessions" not in key]
-        assert len(keys) == 3
+        assert len(keys) == 4
         assert len({client.execute_command("CLUSTER KEYSLOT", key) for key in keys}) == 1
 
         assert await store.delete("t@1", ODD_ID)
-        assert client.dbsize() == 0
+        assert {key.rpartition(b":")[2] for key in client.scan_iter()} == {b"fence", b"erased"}
         await store.close()
 
 

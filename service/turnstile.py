@@ -1,0 +1,190 @@
+"""Who may work on a session, when, and how it is left: the queue, the order, the lease, the repetitions, the commit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from service.calls import Call
+from service.errors import (
+    NotReady,
+    Overloaded,
+    PreconditionFailed,
+    SessionBusy,
+    StoreFull,
+    StoreUnavailable,
+    TooLarge,
+    VersionConflict,
+)
+from service.metrics import Metrics
+from service.order import Locks, uninterrupted
+from service.store.redis import RedisStore
+from service.store.types import Lease, Note, RowBatch, SessionMeta, Slots
+
+Write = Literal["always", "unless predict", "never"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server allows and remembers.
+
+    max_queue: requests in hand. session_bytes: of one session's rows; 0 = no limit. key_ttl_s, retry_ttl_s: for how
+    long the answer to a request is remembered by its `Idempotency-Key`, and without one. lease_s: of `Keeping`.
+    export_key: signs exports; empty = they are not signed.
+    """
+
+    max_queue: int = 256
+    session_bytes: int = 0
+    key_ttl_s: int = 86_400
+    retry_ttl_s: int = 600
+    lease_s: float = 10.0
+    export_key: str = ""
+
+
+@dataclass
+class Held:
+    """A session while one turn has it. meta: None only of a session that is not there; replay: what the request was
+    answered before, and then nothing else counts; lease: given back by a commit."""
+
+    call: Call
+    meta: SessionMeta | None = None
+    lease: Lease | None = None
+    replay: dict[str, Any] | None = None
+
+
+class Turnstile:
+    """The way into sessions; "loading" until somebody says otherwise."""
+
+    def __init__(self, store: RedisStore, metrics: Metrics, limits: Limits) -> None:
+        self.state: Literal["loading", "ready", "draining"] = "loading"
+        self.in_flight = 0
+        self.limits = limits
+        self._store = store
+        self._metrics = metrics
+        self._locks = Locks()
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """A place in the bounded queue."""
+        if self.state != "ready":
+            raise NotReady(f"The server is {self.state}; try again later.", code=self.state)
+        if self.in_flight >= self.limits.max_queue:
+            raise Overloaded(f"The server has {self.in_flight} requests in hand and takes no more than that.")
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    @asynccontextmanager
+    async def ordered(self, tenant: str, session: str) -> AsyncIterator[None]:
+        """Holds a session against this server's other turns, in the order of asking."""
+        async with self._locks.hold(f"{tenant}/{session}"):
+            yield
+
+    @asynccontextmanager
+    async def hold(
+        self,
+        call: Call,
+        session: str,
+        *,
+        write: Write = "always",
+        if_match: str | None = None,
+    ) -> AsyncIterator[Held]:
+        """A session for one turn, against this server's other turns and, if it may write, against all others."""
+        async with self.ordered(call.tenant, session):
+            with self._counting_full():
+                entered = await self._store.enter(call.tenant, session, write=write, names=call.names)
+            if entered.record is not None:
+                replay = call.replay(entered.record)
+                self._metrics.replays_total.inc()
+                yield Held(call, replay=replay)
+                return
+            held = Held(call, entered.meta, entered.lease)
+            keeper = asyncio.create_task(self._keep(entered.lease)) if entered.lease else None
+            try:
+                require_match(if_match, entered.meta)
+                yield held
+            finally:
+                if keeper is not None:
+                    keeper.cancel()
+                if held.lease is not None:
+                    with suppress(StoreUnavailable):  # it then ends by itself
+                        await self._store.release(held.lease)
+
+    async def _keep(self, lease: Lease) -> None:
+        """Renews a lease for as long as a turn runs; one that was lost stays so, and its commit will be refused."""
+        while True:
+            await asyncio.sleep(self.limits.lease_s / 3)
+            with suppress(StoreUnavailable):
+                await self._store.renew(lease)
+
+    async def commit(
+        self,
+        held: Held,
+        new: SessionMeta,
+        sites: Mapping[str, RowBatch],
+        *,
+        gone: Mapping[str, Slots] | None = None,
+        note: Note,
+    ) -> None:
+        """Commits what a turn did; once begun, it is not interrupted."""
+        limit, before = self.limits.session_bytes, held.meta
+        if limit and new.bytes > limit and new.bytes > (0 if before is None else before.bytes):
+            raise TooLarge(f"Session {new.id!r} may have {limit} bytes of rows and would get {new.bytes}.")
+        tenant = held.call.tenant
+        with self._counting_full(), self._metrics.commit_seconds.time():
+            commit = self._store.commit(tenant, new, sites, gone=gone, lease=held.lease, note=note)
+            await uninterrupted(commit)
+        held.lease, held.call.committed = None, True
+        self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in sites.values()))
+
+    def _counting_full(self) -> _CountingFull:
+        return _CountingFull(self._metrics)
+
+    async def twice(self, turn: Callable[[], Awaitable[T]]) -> T:
+        """The result of a turn, which is run once more if another replica changed the session meanwhile."""
+        with suppress(VersionConflict):
+            return await turn()
+        try:
+            return await turn()
+        except VersionConflict as error:
+            raise overtaken() from error
+
+
+class _CountingFull:
+    """Counts the turns that the store has no room for."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, StoreFull):
+            self._metrics.store_full_total.inc()
+
+
+def overtaken() -> SessionBusy:
+    return SessionBusy("Another replica changed the session during this request, of which nothing was learned.")
+
+
+def require_match(if_match: str | None, meta: SessionMeta | None) -> None:
+    """RFC 9110 §13.1.1; a session that does not exist counts as version 0, which only `*` tells apart."""
+    if if_match is None:
+        return
+    tags = [tag.strip() for tag in if_match.split(",")]
+    current = f'"v{0 if meta is None else meta.version}"'
+    if not (current in tags or ("*" in tags and meta is not None)):
+        raise PreconditionFailed(f"'If-Match' is {if_match[:80]}, the session is at {current}.", param="If-Match")
+
+
+def known(held: Held) -> SessionMeta:
+    """The meta of a session that is there, or is new."""
+    assert held.meta is not None
+    return held.meta
