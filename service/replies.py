@@ -156,6 +156,30 @@ class SessionList(BaseModel):
     next: str | None
 
 
+class LogEntry(BaseModel):
+    """One commit of a session."""
+
+    version: int
+    kind: Literal["learn", "rollback", "unlearn", "fork", "import"]
+    of: int | str | None = Field(None, description="The version gone back to or unlearned, or where it came from.")
+    time: float = Field(description="Unix time in seconds.")
+    digest: str = Field(description="Of the tokens that were learned and of those before them.")
+    tokens: int
+    rows: int
+    loss: float | None = Field(description="Nats per token, before they were learned.")
+    request_id: str
+    text: str | None = Field(description="What was learned, where the session keeps that and it can still be undone.")
+
+
+class SessionLog(BaseModel):
+    """Reply of `GET /v1/sessions/{id}/log`, newest first; `next` is the `before` of the next page."""
+
+    object: Literal["list"]
+    data: list[LogEntry]
+    has_more: bool
+    next: int | None
+
+
 class SessionDeleted(BaseModel):
     """Reply of `DELETE /v1/sessions/{id}`."""
 

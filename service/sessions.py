@@ -43,6 +43,7 @@ from service.turns import (
     TurnEnd,
     next_meta,
     pack_answer,
+    score_result,
     segment,
     unpack_answer,
 )
@@ -148,7 +149,7 @@ class Sessions:
                 start = self.served.tokenizer.start_token_id
                 parts = prompts.segments(encoded, self.context, start, learn=True, score=False)
                 turn = Turn(held, seen=encoded.digests)
-                turn.result = lambda: asdict(observed(turn.adaptation(meta.version + 1)))
+                turn.result = lambda new: asdict(observed(turn.adaptation(new.version)))
                 async for _ in self.run(parts, turn, write=True):
                     pass
                 return observed(turn.adaptation())
@@ -174,17 +175,12 @@ class Sessions:
                 start = self.served.tokenizer.start_token_id
                 parts = prompts.segments(encoded, self.context, start, learn=learn, score=True)
                 turn, scored = Turn(held), list[TokenScores]()
-                turn.result = lambda: asdict(result(encoded, scored, meta.version + 1))
+                tokens = [self.served.tokenizer.token_bytes(i) for i in encoded.token_ids]
+                turn.result = lambda new: asdict(score_result(tokens, scored, new.version))
                 async for _, event in self.run(parts, turn, write=learn, frozen=True):
                     if isinstance(event, TokenScores):
                         scored.append(event)
-                return result(encoded, scored, turn.adaptation().version_to)
-
-        def result(encoded: Encoded, scored: Sequence[TokenScores], version: int) -> ScoreResult:
-            adapted = [value for event in scored for value in event.adapted]
-            frozen = [value for event in scored for value in event.frozen or ()]
-            tokens = [self.served.tokenizer.token_bytes(i).decode(errors="replace") for i in encoded.token_ids]
-            return ScoreResult(tokens, adapted, frozen, _mean_loss(adapted), _mean_loss(frozen), version)
+                return score_result(tokens, scored, turn.adaptation().version_to)
 
         async with self.gate.admitted():
             return await self.gate.twice(turn_once)
@@ -289,9 +285,9 @@ class Sessions:
                 tokens = sum(len(e.token_ids) for e in encoded)
                 return TurnEnd(answer.finish_reasons, tokens, turn.completion_tokens, adaptation)
 
-            def result() -> dict[str, Any]:
+            def result(new: SessionMeta) -> dict[str, Any]:
                 late.extend(answer.rest())
-                return pack_answer([*told, *late], told_last(turn.adaptation(0 if meta is None else meta.version + 1)))
+                return pack_answer([*told, *late], told_last(turn.adaptation(new.version)))
 
             turn.result = result
             writes = policy.learn_prompt or policy.learn_completion
@@ -386,7 +382,7 @@ class Sessions:
         note = Note(
             log=entry,
             text=lesson if new.options.get("keep_text") and turn.kind == "learn" else b"",
-            once=held.call.once(turn.result(), key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s),
+            once=held.call.once(turn.result(new), key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s),
         )
         rows = {site: RowBatch(batch.slots.numpy(), batch.data.numpy()) for site, batch in done.rows.items()}
         content = Content({}, rows, {}) if turn.content is None else turn.content.overlaid(rows)
@@ -499,7 +495,3 @@ def _putter(queue: asyncio.Queue[tuple[Job, Event]]) -> Callable[[Job, Event], N
 
 def unknown(session: str) -> NotFound:
     return NotFound(f"Session {session!r} does not exist.", param="id", code="session_not_found")
-
-
-def _mean_loss(log_probs: Sequence[float]) -> float | None:
-    return -sum(log_probs) / len(log_probs) if log_probs else None

@@ -124,7 +124,7 @@ class Turn:
     """A turn as it goes: the session's meta (None: no session), and what the turn did to it.
 
     seen, said: digests of the messages it may remember, those of the reply once there is one. result: what is to be
-    remembered of its answer, once that is complete but for the commit. content: where it begins, if not where the
+    remembered of its answer, given the session's next meta. content: where it begins, if not where the
     session is.
     """
 
@@ -143,7 +143,7 @@ class Turn:
         self.content = content
         self.seen = list(seen)
         self.said: Callable[[], list[str]] = list
-        self.result: Callable[[], dict[str, Any]] = dict
+        self.result: Callable[[SessionMeta], dict[str, Any]] = lambda new: {}
         self.stats = Stats()
         self.rows_written = 0
         self.completion_tokens = 0
@@ -284,6 +284,18 @@ def next_meta(meta: SessionMeta, done: Finished, digests: tuple[str, ...]) -> Se
         requests=meta.requests + stats.segments_learned,
         digests=digests,
     )
+
+
+def score_result(tokens: Sequence[bytes], scored: Sequence[TokenScores], version: int) -> ScoreResult:
+    """What the scores of all of a text's tokens say."""
+
+    def mean_loss(log_probs: Sequence[float]) -> float | None:
+        return -sum(log_probs) / len(log_probs) if log_probs else None
+
+    adapted = [value for event in scored for value in event.adapted]
+    frozen = [value for event in scored for value in event.frozen or ()]
+    words = [token.decode(errors="replace") for token in tokens]
+    return ScoreResult(words, adapted, frozen, mean_loss(adapted), mean_loss(frozen), version)
 
 
 def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from service.errors import BadRequest, EngineError, ImprintError, NotReady, Unsu
 from service.metrics import Metrics
 from service.replies import ErrorReply
 from service.sessions import Call, Sessions
+from service.versions import Versions
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,12 +39,18 @@ def get_sessions(request: Request) -> Sessions:
     return cast(Sessions, request.app.state.sessions)
 
 
+def get_versions(sessions: Annotated[Sessions, Depends(get_sessions)]) -> Versions:
+    """What can be done with the sessions' versions."""
+    return Versions(sessions)
+
+
 def get_metrics(request: Request) -> Metrics:
     """The one `Metrics` of this server."""
     return cast(Metrics, request.app.state.metrics)
 
 
 ServerSessions = Annotated[Sessions, Depends(get_sessions)]
+ServerVersions = Annotated[Versions, Depends(get_versions)]
 ServerMetrics = Annotated[Metrics, Depends(get_metrics)]
 IdempotencyKey = Annotated[
     str | None,
@@ -101,18 +108,26 @@ class _JsonRequest(Request):
 class V1Route(APIRoute):
     """A route under /v1: answers only while the server is ready, and parses JSON strictly."""
 
+    takes_json = True
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def gated(request: Request) -> Response:
             _require_ready(get_sessions(request))
             request = _JsonRequest(request.scope, request.receive)
-            if body := await request.body():
+            if (body := await request.body()) and self.takes_json:
                 _require_json(request.headers.get("content-type", ""))
                 request.parsed = _parse(body)
             return await handle(request)
 
         return gated
+
+
+class FileRoute(V1Route):
+    """A route under /v1 whose body is a file."""
+
+    takes_json = False
 
 
 def _require_ready(sessions: Sessions) -> None:

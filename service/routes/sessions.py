@@ -6,24 +6,33 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.replies import Observed, Scored, Session, SessionDeleted, SessionList
+from service.replies import LogEntry, Observed, Scored, Session, SessionDeleted, SessionList, SessionLog
 from service.routes import (
     ERRORS,
+    FileRoute,
     IdempotencyKey,
     IfMatch,
     RequestCall,
     ServerSessions,
+    ServerVersions,
     V1Route,
     call_headers,
     until_disconnect,
 )
-from service.schemas import SESSION_ID, ObserveRequest, ScoreRequest, SessionId, SessionOptions
+from service.schemas import SESSION_ID, Fork, ObserveRequest, Rollback, ScoreRequest, SessionId, SessionOptions
 from service.sessions import ChatPrompt, TextPrompt
 from service.store.types import SessionMeta
 
 ETAG: dict[str, Any] = {"ETag": {"schema": {"type": "string"}, "description": 'The version, as `"v3"`.'}}
 
+TAGGED: dict[int | str, dict[str, Any]] = {200: {"headers": ETAG}}
+FILE = "application/octet-stream"
+BINARY: dict[str, Any] = {"content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
+EXPORTED: dict[int | str, dict[str, Any]] = {200: {**BINARY, "headers": ETAG, "description": "The file."}}
+IMPORTED = {"requestBody": {**BINARY, "required": True}}
+
 router = APIRouter(prefix="/v1/sessions", route_class=V1Route, responses=ERRORS, tags=["Sessions"])
+files = APIRouter(prefix="/v1/sessions", route_class=FileRoute, responses=ERRORS, tags=["Sessions"])
 
 PathId = Annotated[SessionId, Path(alias="id", description="The session's id.", examples=["alice"])]
 
@@ -37,6 +46,15 @@ class Page(BaseModel):
     after: str = Field(
         "", pattern=rf"^$|{SESSION_ID}", description="Only ids after this one: `next` of the page before."
     )
+
+
+class LogPage(BaseModel):
+    """Which part of a session's log."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000)
+    before: int | None = Field(None, ge=1, description="Only versions before this one: `next` of the page before.")
 
 
 @router.get("")
@@ -121,6 +139,93 @@ async def score(
     done = await until_disconnect(request.receive, work, body.on_disconnect)
     response.headers.update({"ETag": _tag(done.version)} | call_headers(request))
     return Scored(**asdict(done))
+
+
+@router.get("/{id}/log")
+async def read_log(
+    session: PathId, page: Annotated[LogPage, Query()], versions: ServerVersions, call: RequestCall
+) -> SessionLog:
+    """What was learned when: the newest commits first."""
+    entries, before = await versions.log(call.tenant, session, before=page.before, limit=page.limit)
+    data = [LogEntry(**entry) for entry in entries]
+    return SessionLog(object="list", data=data, has_more=before is not None, next=before)
+
+
+@router.post("/{id}/rollback", responses=TAGGED)
+async def roll_back(
+    session: PathId,
+    body: Rollback,
+    request: Request,
+    versions: ServerVersions,
+    call: RequestCall,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Session:
+    """Makes a new version that is what an earlier one was, bit for bit."""
+    meta = await versions.rollback(call, session, body.version, if_match=if_match)
+    return _told(meta, request, response)
+
+
+@router.post("/{id}/unlearn", responses=TAGGED)
+async def unlearn(
+    session: PathId,
+    body: Rollback,
+    request: Request,
+    versions: ServerVersions,
+    call: RequestCall,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Session:
+    """Makes a new version as if one had never been learned; needs the later texts to be kept (option `keep_text`)."""
+    work = versions.unlearn(call, session, body.version, if_match=if_match)
+    return _told(await until_disconnect(request.receive, work), request, response)
+
+
+@router.post("/{id}/fork", status_code=201, responses={201: {"headers": ETAG}})
+async def fork(
+    session: PathId,
+    body: Fork,
+    request: Request,
+    versions: ServerVersions,
+    call: RequestCall,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Session:
+    """Makes a new session that has learned the same; from then on they go their own ways."""
+    meta = await versions.fork(call, session, body.id, if_match=if_match)
+    return _told(meta, request, response)
+
+
+@router.get("/{id}/export", response_class=Response, responses=EXPORTED)
+async def export(session: PathId, versions: ServerVersions, call: RequestCall) -> Response:
+    """The session as a safetensors file with a manifest, for `PUT …/import` here or elsewhere."""
+    data, meta = await versions.export(call.tenant, session)
+    headers = {"ETag": _etag(meta), "Content-Disposition": 'attachment; filename="session.safetensors"'}
+    return Response(data, headers=headers, media_type=FILE)
+
+
+@files.put("/{id}/import", responses={**TAGGED, 201: {"model": Session, "headers": ETAG}}, openapi_extra=IMPORTED)
+async def bring(
+    session: PathId,
+    request: Request,
+    versions: ServerVersions,
+    call: RequestCall,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Session:
+    """Gives the session what an export holds, in place of what it had; all of the file is verified before."""
+    meta, created = await versions.bring(call, session, await request.body(), if_match=if_match)
+    response.status_code = 201 if created else 200
+    return _told(meta, request, response)
+
+
+def _told(meta: SessionMeta, request: Request, response: Response) -> Session:
+    response.headers.update({"ETag": _etag(meta)} | call_headers(request))
+    return _session(meta)
 
 
 def _etag(meta: SessionMeta) -> str:

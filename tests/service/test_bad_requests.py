@@ -251,7 +251,9 @@ HEADERS: list[tuple[tuple[str, bytes], int, str]] = [
     (("X-Imprint-Session", b"\xff"), 400, "X-Imprint-Session"),
     (("X-Imprint-Session", b"a" * 129), 400, "X-Imprint-Session"),
     (("If-Match", b'"v3"'), 400, "If-Match"),
-    (("Idempotency-Key", b"k1"), 400, "Idempotency-Key"),
+    (("Idempotency-Key", b""), 400, "Idempotency-Key"),
+    (("Idempotency-Key", b"k" * 256), 400, "Idempotency-Key"),
+    (("Idempotency-Key", b"caf\xe9"), 400, "Idempotency-Key"),
 ]
 
 # bytes on the wire, the statuses that may answer them; None = the connection may simply be closed

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from service.errors import Overloaded, StoreUnavailable
 from service.http import install
 from service.metrics import Metrics
-from service.sessions import Ask, Delta, Sessions, TurnEnd
+from service.sessions import Ask, Call, Delta, Sessions, TurnEnd
 from service.settings import Settings
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ class Scripted:
         self.paused = asyncio.Event()
         self.running = 0
 
-    async def generate(self, ask: Ask) -> AsyncGenerator[Delta | TurnEnd, None]:
+    async def generate(self, call: Call, ask: Ask) -> AsyncGenerator[Delta | TurnEnd, None]:
         await self._work(self.early, self.pause_early)
         return self._events()
 

@@ -380,7 +380,7 @@ def test_a_session_of_other_slow_weights_is_refused_and_can_still_be_seen_and_er
     server = make_server().start()
     with Client(server.url, server.model) as client:
         client.observe("alice", TEXT)
-    learned = stored(server.data_dir, "alice")
+    learned = state(server.data_dir, "alice")
     assert server.stop() == 0
 
     server = make_server(model=str(other_base)).start()
@@ -392,7 +392,7 @@ def test_a_session_of_other_slow_weights_is_refused_and_can_still_be_seen_and_er
             ("sessions/alice/score", {"text": TEXT}),
         ):
             assert "other slow weights" in refusal(client.post(path, body), 409, "model_mismatch")["message"]
-        assert stored(server.data_dir, "alice") == learned
+        assert state(server.data_dir, "alice") == learned
         assert client.session("alice")["version"] == 1
         assert [one["id"] for one in client.http.get("/v1/sessions").json()["data"]] == ["alice"]
         assert client.http.delete("/v1/sessions/alice").status_code == 200

@@ -1,0 +1,162 @@
+"""A session's versions: going back, going two ways, taking away, bringing along. Each is one turn and one version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from service.engine import Segment
+from service.errors import Conflict, VersionConflict
+from service.lessons import content_at, unpack_lesson, whole_content, without
+from service.sessions import Call, Sessions, unknown
+from service.store.types import History, SessionMeta
+from service.transfer import pack_session, unpack_session
+from service.turns import Turn
+from service.turnstile import Held, require_match
+
+
+class Versions:
+    """What can be done with the versions of sessions. Every method raises NotFound for a session that is not there."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self._gate = sessions.gate
+        self._store = sessions.store
+
+    async def log(
+        self, tenant: str, session: str, *, before: int | None, limit: int
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """Up to `limit` entries of the log, newest first, of versions below `before`, and the next page's `before`."""
+        history = await self._store.history(tenant, session, undo=False)
+        if history is not None and history.meta.options.get("keep_text"):
+            history = await self._store.history(tenant, session, undo=True)
+        if history is None:
+            raise unknown(session)
+        texts = {undo.version: undo.text for undo in history.undo if undo.text}
+        entries = [entry for entry in reversed(history.log) if before is None or entry["version"] < before]
+        page = [entry | {"text": self._text(texts.get(entry["version"]))} for entry in entries[:limit]]
+        return page, page[-1]["version"] if len(entries) > limit else None
+
+    async def rollback(self, call: Call, session: str, version: int, *, if_match: str | None = None) -> SessionMeta:
+        """A new version with the content of an earlier one. Raises Conflict for one that is not kept."""
+
+        async def turn_once() -> SessionMeta:
+            async with self._gate.hold(call, session, if_match=if_match) as held:
+                if held.replay is not None:
+                    return _answered(held.replay)
+                history = await self._history(held, session)
+                turn = Turn(held, kind="rollback", of=version, content=content_at(history, version))
+                return await self._settle(turn)
+
+        async with self._gate.admitted():
+            return await self._gate.twice(turn_once)
+
+    async def unlearn(self, call: Call, session: str, version: int, *, if_match: str | None = None) -> SessionMeta:
+        """A new version as if `version` had never been learned: goes back to before it, and learns what came later
+        again. Its chat messages stay known, so that a client that resends them does not teach them again.
+
+        Raises Conflict where something that this needs is not kept."""
+
+        async def turn_once() -> SessionMeta:
+            async with self._gate.hold(call, session, if_match=if_match) as held:
+                if held.replay is not None:
+                    return _answered(held.replay)
+                history = await self._history(held, session)
+                self._sessions.require_served(history.meta)
+                base, lessons = without(history, version)
+                content = content_at(history, base)
+                content = replace(content, meta=content.meta | {"digests": history.meta.digests})
+                turn = Turn(held, kind="unlearn", of=version, content=content)
+                return await self._settle(turn, [part for lesson in lessons for part in unpack_lesson(lesson)])
+
+        async with self._gate.admitted():
+            return await self._gate.twice(turn_once)
+
+    async def fork(self, call: Call, session: str, new: str, *, if_match: str | None = None) -> SessionMeta:
+        """A new session that has learned the same. Raises Conflict if there is one of that id."""
+
+        async def turn_once() -> SessionMeta:
+            async with self._gate.hold(call, new) as held:
+                if held.replay is not None:
+                    return _answered(held.replay)
+                stored = await self._store.load(call.tenant, session)
+                if stored is None:
+                    raise unknown(session)
+                require_match(if_match, stored.meta)
+                if held.meta is not None:
+                    raise Conflict(f"Session {new!r} exists already.", param="id", code="session_exists")
+                meta = self._sessions.new_meta(new, stored.meta.options)
+                held.meta = replace(meta, model=stored.meta.model)
+                content = whole_content(asdict(stored.meta), stored.sites, {})
+                return await self._settle(Turn(held, kind="fork", of=session, content=content))
+
+        async with self._gate.admitted():
+            return await self._gate.twice(turn_once)
+
+    async def export(self, tenant: str, session: str) -> tuple[bytes, SessionMeta]:
+        """The session as a file that `bring` takes."""
+        stored = await self._store.load(tenant, session)
+        if stored is None:
+            raise unknown(session)
+        return pack_session(stored, self._gate.limits.export_key), stored.meta
+
+    async def bring(
+        self, call: Call, session: str, data: bytes, *, if_match: str | None = None
+    ) -> tuple[SessionMeta, bool]:
+        """Gives a session what an export holds, in place of what it had; returns it and whether it is new.
+
+        Raises BadRequest for a file that is no sound export, Conflict for one of other slow weights."""
+        served = self._sessions.served
+
+        async def turn_once() -> tuple[SessionMeta, bool]:
+            async with self._gate.hold(call, session, if_match=if_match) as held:
+                if held.replay is not None:
+                    return _answered(held.replay), held.replay["session"]["version"] == 1
+                config, key = served.engine.memory_config, self._gate.limits.export_key
+                manifest, sites = unpack_session(data, config, vocab_size=served.vocab_size, key=key)
+                self._sessions.require_served(replace(self._sessions.new_meta(session, {}), model=manifest["model"]))
+                new = held.meta is None
+                stored = None if new else await self._store.load(call.tenant, session)
+                if held.meta is None:
+                    held.meta = self._sessions.new_meta(session, {})
+                self._sessions.require_served(held.meta)
+                content = whole_content(manifest, sites, stored.sites if stored else {})
+                origin = f"{manifest['id']} v{manifest['version']}"
+                return await self._settle(Turn(held, kind="import", of=origin, content=content)), new
+
+        async with self._gate.admitted():
+            return await self._gate.twice(turn_once)
+
+    async def _history(self, held: Held, session: str) -> History:
+        history = await self._store.history(held.call.tenant, session, undo=True)
+        if held.meta is None or history is None:
+            raise unknown(session)
+        if (history.meta.created, history.meta.version) != (held.meta.created, held.meta.version):
+            raise VersionConflict(f"Session {session!r} was changed by somebody else during this turn.")
+        return history
+
+    async def _settle(self, turn: Turn, parts: Sequence[Segment] = ()) -> SessionMeta:
+        """Runs a turn to its end."""
+        turn.result = lambda new: {"session": asdict(replace(new, digests=()))}
+        async for _ in self._sessions.run(parts, turn, write=True):
+            pass
+        assert turn.held is not None and turn.meta is not None
+        if not parts:  # what the device holds is of an earlier version
+            self._sessions.served.engine.forget((turn.held.call.tenant, turn.meta.id))
+        return turn.meta
+
+    def _text(self, lesson: bytes | None) -> str | None:
+        """What a lesson taught, without what only stood before it."""
+        if lesson is None:
+            return None
+        decode = self._sessions.served.tokenizer.decode
+        parts = unpack_lesson(lesson)
+        return "".join(
+            decode([token for token, new in zip(part.token_ids, part.learn or (), strict=True) if new])
+            for part in parts
+        )
+
+
+def _answered(replay: dict[str, Any]) -> SessionMeta:
+    return SessionMeta(**replay["session"] | {"digests": ()})

@@ -1,0 +1,337 @@
+"""A session's versions: what was can be again, bit for bit; apart; elsewhere; or as if one lesson had never been."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from tests.live import ENDLESS, Client, Json, refusal, state, success
+from tests.tiny import TEXT, build_tiny_base
+
+State = dict[str, dict[bytes, bytes]]
+
+
+@pytest.fixture
+def client(server: Any) -> Iterator[Client]:
+    with Client(server.url, server.model) as client:
+        yield client
+
+
+@pytest.fixture
+def session() -> str:
+    return uuid4().hex
+
+
+def teach(client: Client, session: str, turn: int) -> Json:
+    """The turn of that number in the life of every session here: texts, completions, chats."""
+    match turn % 3:
+        case 0:
+            return client.observe(session, TEXT[turn % 40 :] * (1 + turn % 2))
+        case 1:
+            return client.complete(TEXT[turn:90], session=session, learn="all", max_tokens=90, logit_bias=ENDLESS)
+        case _:
+            return client.chat([{"role": "user", "content": TEXT[turn : turn + 80]}], session=session)
+
+
+def content(server: Any, session: str) -> State:
+    """What a session is, but for its version and its options."""
+    found = state(server.data_dir, session)
+    return {
+        key: {name: value for name, value in values.items() if key != "meta" or name not in (b"version", b"options")}
+        for key, values in found.items()
+    }
+
+
+def rows(server: Any, session: str) -> State:
+    """Its memory alone."""
+    return {key: values for key, values in state(server.data_dir, session).items() if key != "meta"}
+
+
+def rollback(client: Client, session: str, version: int, **headers: str) -> httpx.Response:
+    return client.post(f"sessions/{session}/rollback", {"version": version}, **headers)
+
+
+# --- rollback ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_kept_version_can_be_gone_back_to_bit_for_bit(client: Client, server: Any, session: str) -> None:
+    contents = [content(server, session)]
+    probe = [client.score(f"{session}-empty", TEXT)["logprobs"]]
+    for turn in range(6):
+        teach(client, session, turn)
+        contents.append(content(server, session))
+        probe.append(client.score(session, TEXT)["logprobs"])
+    for step, version in enumerate((3, 5, 1, 6, 0), 7):
+        answer = rollback(client, session, version)
+        assert success(answer)["version"] == step
+        assert answer.headers["etag"] == f'"v{step}"'
+        if version:
+            assert content(server, session) == contents[version]
+        else:
+            assert rows(server, session) == {}
+        assert client.score(session, TEXT)["logprobs"] == probe[version], "the device agrees with the store"
+    # What is learned after it is what it would have been then.
+    rollback(client, session, 2)
+    teach(client, session, 2)
+    assert rows(server, session) == {key: value for key, value in contents[3].items() if key != "meta"}
+
+
+def test_a_version_that_is_not_kept_is_refused(make_server: Callable[..., Any]) -> None:
+    server = make_server(keep_versions=2).start()
+    with Client(server.url) as client:
+        for turn in range(4):
+            client.observe("alice", TEXT[turn:])
+        before = state(server.data_dir, "alice")
+        for version in (0, 1, 5):
+            error = refusal(rollback(client, "alice", version), 409, "version_not_kept")
+            assert "2..4" in error["message"] and error["param"] == "version"
+        assert state(server.data_dir, "alice") == before
+        refusal(rollback(client, "nobody", 0), 404, "session_not_found")
+        refusal(rollback(client, "alice", 3, **{"If-Match": '"v3"'}), 412, "precondition_failed")
+        assert success(rollback(client, "alice", 2, **{"If-Match": '"v4"'}))["version"] == 5
+
+
+def test_versions_are_kept_within_their_bytes(make_server: Callable[..., Any]) -> None:
+    server = make_server(keep_bytes=4_000).start()
+    with Client(server.url) as client:
+        for turn in range(12):
+            client.observe("alice", TEXT[turn:] * 4)
+        refusal(rollback(client, "alice", 1), 409, "version_not_kept")
+        assert success(rollback(client, "alice", 11))["version"] == 13
+
+
+# --- fork -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_is_the_same_and_goes_its_own_way(client: Client, server: Any, session: str) -> None:
+    new = f"{session}-fork"
+    for turn in range(3):
+        teach(client, session, turn)
+    origin = state(server.data_dir, session)
+    answer = client.post(f"sessions/{session}/fork", {"id": new})
+    assert answer.status_code == 201 and answer.json()["version"] == 1
+    assert content(server, new) == content(server, session)
+    refusal(client.post(f"sessions/{session}/fork", {"id": new}), 409, "session_exists")
+    refusal(client.post(f"sessions/{session}-none/fork", {"id": f"{new}2"}), 404, "session_not_found")
+    refusal(client.post(f"sessions/{session}/fork", {"id": f"{new}2"}, '"v1"'), 412, "precondition_failed")
+    for turn in range(3, 5):
+        teach(client, new, turn)
+    assert state(server.data_dir, session) == origin
+    for turn in range(3, 5):
+        teach(client, session, turn)
+    assert content(server, session) == content(server, new)
+
+
+# --- export and import ------------------------------------------------------------------------------------------------
+
+
+def export(client: Client, session: str) -> bytes:
+    response = client.http.get(f"/v1/sessions/{session}/export")
+    assert response.status_code == 200, response.text
+    return response.content
+
+
+def bring(client: Client, session: str, data: bytes, **headers: str) -> httpx.Response:
+    return client.http.put(f"/v1/sessions/{session}/import", content=data, headers=headers)
+
+
+def test_what_is_imported_is_what_was_exported(client: Client, server: Any, session: str) -> None:
+    for turn in range(4):
+        teach(client, session, turn)
+    data, copy = export(client, session), f"{session}-copy"
+    answer = bring(client, copy, data)
+    assert answer.status_code == 201 and answer.headers["etag"] == '"v1"'
+    assert content(server, copy) == content(server, session)
+    teach(client, session, 5)
+    answer = bring(client, session, data)
+    assert answer.status_code == 200 and answer.json()["version"] == 6
+    assert content(server, copy) == content(server, session)
+    assert client.score(copy, TEXT) | {"version": 0} == client.score(session, TEXT) | {"version": 0}
+    success(rollback(client, session, 5))
+    teach(client, copy, 5)
+    assert content(server, copy) == content(server, session)
+    assert {name.rpartition(".")[2] for name in load(data)} == {"slots", "rows"}
+
+
+def altered(data: bytes, change: Callable[[Json, dict[str, Any]], None]) -> bytes:
+    """The same file with another manifest or other arrays."""
+    size = int.from_bytes(data[:8], "little")
+    manifest = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["imprint"])
+    arrays = {name: array.copy() for name, array in load(data).items()}
+    change(manifest, arrays)
+    return save(arrays, {"imprint": json.dumps(manifest)})
+
+
+def resealed(change: Callable[[Json, dict[str, Any]], None]) -> Callable[[Json, dict[str, Any]], None]:
+    """A forger's change: the checksum is right again."""
+    from service.transfer import _checksum
+
+    def forge(manifest: Json, arrays: dict[str, Any]) -> None:
+        change(manifest, arrays)
+        del manifest["sha256"]
+        manifest["sha256"] = _checksum(manifest, arrays).hex()
+
+    return forge
+
+
+def set_row(name: str, at: Any, value: Any) -> Callable[[Json, dict[str, Any]], None]:
+    def change(manifest: Json, arrays: dict[str, Any]) -> None:
+        array = next(array for key, array in arrays.items() if key.endswith(name))
+        array[at] = value
+
+    return change
+
+
+FORGERIES: dict[str, tuple[Callable[[Json, dict[str, Any]], None], str]] = {
+    "a row": (set_row("lexical.rows", (0, 20), 99), "checksum_mismatch"),
+    "a slot": (set_row("lexical.slots", -1, 2**30), "checksum_mismatch"),
+    "a counter": (lambda manifest, _: manifest.update(tokens_learned=1), "checksum_mismatch"),
+    "another format": (lambda manifest, _: manifest.update(format=2), "unknown_export_format"),
+    "a slot beyond": (resealed(set_row("lexical.slots", -1, 2**30)), "invalid_export"),
+    "a token beyond": (resealed(set_row("lexical.rows", (0, slice(4, 8)), 127)), "invalid_export"),
+    "not a number": (
+        resealed(set_row("_own.rows", (0, slice(0, 4)), np.frombuffer(struct.pack("<f", np.nan), np.uint8))),
+        "invalid_export",
+    ),
+    "a negative counter": (resealed(lambda manifest, _: manifest.update(requests=-1)), "invalid_export"),
+    "a foreign site": (
+        resealed(lambda _, arrays: arrays.update({"x.slots": np.zeros(1, np.int32), "x.rows": np.zeros((1, 4), "u1")})),
+        "invalid_export",
+    ),
+    "other digests": (resealed(lambda manifest, _: manifest.update(digests=["zz"])), "invalid_export"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_file_that_was_changed_is_refused(client: Client, server: Any, session: str, forgery: str) -> None:
+    for turn in range(2):
+        teach(client, session, turn)
+    before = state(server.data_dir, session)
+    change, code = FORGERIES[forgery]
+    refusal(bring(client, session, altered(export(client, session), change)), 400, code)
+    assert state(server.data_dir, session) == before
+
+
+def test_a_file_that_is_none_is_refused(client: Client, session: str) -> None:
+    teach(client, session, 0)
+    data = export(client, session)
+    for wrong in (data[:-1], data[: len(data) // 2], data[:7], b"", b"\x80\x04K\x01.", data + b"x", save({})):
+        refusal(bring(client, session, wrong), 400, "invalid_export")
+    assert client.version(session) == 1
+
+
+def test_a_server_with_a_key_takes_only_what_it_signed(make_server: Callable[..., Any]) -> None:
+    ours, theirs = (make_server(name, export_key=f"{name}-secret-0123456789").start() for name in ("ours", "theirs"))
+    with Client(ours.url) as one, Client(theirs.url) as two:
+        one.observe("alice", TEXT)
+        data = export(one, "alice")
+        assert bring(one, "bob", data).status_code == 201
+        refusal(bring(two, "alice", data), 400, "bad_signature")
+        unsigned = altered(data, lambda manifest, _: manifest.pop("hmac-sha256"))
+        refusal(bring(one, "carol", unsigned), 400, "bad_signature")
+        assert two.version("alice") == one.version("carol") == 0
+
+
+def test_a_file_of_other_slow_weights_is_refused(
+    client: Client, make_server: Callable[..., Any], tmp_path: Path, session: str
+) -> None:
+    teach(client, session, 0)
+    other = make_server(model=str(build_tiny_base(tmp_path / "other", seed=1))).start()
+    with Client(other.url, other.model) as elsewhere:
+        refusal(bring(elsewhere, "alice", export(client, session)), 409, "model_mismatch")
+        assert elsewhere.version("alice") == 0
+
+
+# --- unlearn ----------------------------------------------------------------------------------------------------------
+
+
+def keep_text(client: Client, session: str) -> None:
+    success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
+
+
+def test_what_is_unlearned_was_never_learned(client: Client, server: Any, session: str) -> None:
+    texts = [TEXT[n:] * (1 + n % 3) for n in range(5)]
+    naive = f"{session}-naive"
+    keep_text(client, session)
+    for text in texts:
+        client.observe(session, text)
+    answer = client.post(f"sessions/{session}/unlearn", {"version": 3})
+    assert success(answer)["version"] == 6
+    assert success(client.post(f"sessions/{session}/unlearn", {"version": 2}))["version"] == 7
+    for text in (texts[0], texts[3], texts[4]):
+        client.observe(naive, text)
+    assert rows(server, session) == rows(server, naive)
+    assert client.score(session, TEXT)["logprobs"] == client.score(naive, TEXT)["logprobs"]
+    told, alone = client.session(session), client.session(naive)
+    assert {name: told[name] for name in ("tokens_learned", "rows", "bytes")} == {
+        name: alone[name] for name in ("tokens_learned", "rows", "bytes")
+    }
+    assert told["gain"] == pytest.approx(alone["gain"])
+    refusal(client.post(f"sessions/{session}/unlearn", {"version": 3}), 409, "version_not_kept")
+    # The newest lesson needs nothing to be learned again, and going back brings what was unlearned with it.
+    success(rollback(client, session, 5))
+    success(client.post(f"sessions/{session}/unlearn", {"version": 5}))
+    success(rollback(client, session, 4))
+    assert client.session(session)["version"] == 10
+
+
+def test_chats_and_completions_are_unlearned_too_and_stay_known(client: Client, session: str) -> None:
+    keep_text(client, session)
+    for turn in range(5):
+        teach(client, session, turn)
+    learned = client.session(session)["tokens_learned"]
+    lost = client.http.get(f"/v1/sessions/{session}/log").json()["data"][2]
+    assert lost["version"] == 3 and lost["text"] == TEXT[2:82]
+    assert (
+        success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["tokens_learned"]
+        == learned - lost["tokens"]
+    )
+    again = client.chat([{"role": "user", "content": TEXT[2:82]}], session=session)
+    assert again["adaptation"]["tokens_learned"] == 0
+
+
+def test_without_its_text_nothing_can_be_unlearned(client: Client, server: Any, session: str) -> None:
+    for turn in range(3):
+        teach(client, session, turn)
+    before = state(server.data_dir, session)
+    error = refusal(client.post(f"sessions/{session}/unlearn", {"version": 1}), 409, "text_not_kept")
+    assert "keep_text" in error["message"]
+    assert state(server.data_dir, session) == before
+    assert success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["version"] == 4, "nothing came later"
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_what_was_learned_when(client: Client, session: str) -> None:
+    first = client.post(f"sessions/{session}/observe", {"text": TEXT}, **{"X-Request-Id": "the-first"})
+    for turn in range(1, 4):
+        teach(client, session, turn)
+    rollback(client, session, 2)
+    page = success(client.http.get(f"/v1/sessions/{session}/log", params={"limit": 3}))
+    assert [entry["version"] for entry in page["data"]] == [5, 4, 3]
+    assert (page["data"][0]["kind"], page["data"][0]["of"]) == ("rollback", 2)
+    assert page["has_more"] and page["next"] == 3
+    rest = success(client.http.get(f"/v1/sessions/{session}/log", params={"before": page["next"]}))
+    assert [entry["version"] for entry in rest["data"]] == [2, 1] and not rest["has_more"]
+    entry, told = rest["data"][1], success(first)
+    assert (entry["kind"], entry["request_id"], entry["text"]) == ("learn", "the-first", None)
+    assert (entry["tokens"], entry["rows"], entry["loss"]) == (
+        told["tokens_learned"],
+        told["rows_written"],
+        told["loss"],
+    )
+    same = client.post(f"sessions/{session}-2/observe", {"text": TEXT})
+    assert success(same)["version"] == 1
+    (other,) = client.http.get(f"/v1/sessions/{session}-2/log").json()["data"]
+    assert other["digest"] == entry["digest"] != rest["data"][0]["digest"]
+    refusal(client.http.get(f"/v1/sessions/{session}-3/log"), 404, "session_not_found")
