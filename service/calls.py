@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+import uuid
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import KeyReused
@@ -20,7 +22,8 @@ class Call:
     """One HTTP request.
 
     digest: of its route and body; empty = it is never remembered. key: its `Idempotency-Key`. retried: its client says
-    that it has sent it before. committed, replayed: whether a session has learned from it, now or before.
+    that it has sent it before. committed, replayed: whether a session has learned from it, now or before. id, created:
+    of its answer; a repetition has those of the first.
     """
 
     tenant: str = TENANT
@@ -30,6 +33,8 @@ class Call:
     retried: bool = False
     committed: bool = False
     replayed: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def names(self) -> list[str]:
@@ -41,7 +46,8 @@ class Call:
         ttl_s = retry_ttl_s if self.key is None else key_ttl_s
         if not self.digest or not ttl_s:
             return None
-        record = json.dumps({"request": self.digest, "result": result}, separators=(",", ":"))
+        told = {"request": self.digest, "id": self.id, "created": self.created, "result": result}
+        record = json.dumps(told, separators=(",", ":"))
         return Once(self._name, ttl_s, zlib.compress(record.encode(), 1))
 
     def replay(self, record: bytes) -> Json:
@@ -53,6 +59,7 @@ class Call:
                 param="Idempotency-Key",
             )
         self.committed = self.replayed = True
+        self.id, self.created = found["id"], found["created"]
         result: Json = found["result"]
         return result
 

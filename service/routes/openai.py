@@ -107,7 +107,7 @@ async def create_completion(
         logprobs=body.logprobs,
     )
     ask = _ask(body, _prompts(body, sessions), generation, session, if_match)
-    shape = CompletionShape(sessions, body, ask, _pace(request))
+    shape = CompletionShape(sessions, body, ask, call, _pace(request))
     return await _answer(request, response, sessions, call, ask, shape, body.on_disconnect)
 
 
@@ -134,7 +134,7 @@ async def create_chat_completion(
     )
     prompt = ChatPrompt([message.plain() for message in body.messages])
     ask = _ask(body, [prompt], generation, session, if_match)
-    shape = ChatShape(sessions, body, ask, _pace(request))
+    shape = ChatShape(sessions, body, ask, call, _pace(request))
     return await _answer(request, response, sessions, call, ask, shape, body.on_disconnect)
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any
 
 from service.metrics import Metrics
 from service.schemas import GenerationRequest
-from service.sessions import Ask, Delta, Sessions, TokenLogprob, TurnEnd
+from service.sessions import Ask, Call, Delta, Sessions, TokenLogprob, TurnEnd
 
 Json = dict[str, Any]
 
@@ -42,17 +41,21 @@ class Shape(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, sessions: Sessions, body: GenerationRequest, ask: Ask, pace: Pace) -> None:
+    def __init__(self, sessions: Sessions, body: GenerationRequest, ask: Ask, call: Call, pace: Pace) -> None:
         self.pace = pace
         self._choices = len(ask.prompts) * ask.generation.n
         self._with_logprobs = ask.generation.logprobs is not None
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        self._head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
+        self._call = call
+        self._model = {
             "model": sessions.model_id,
             "system_fingerprint": _system_fingerprint(sessions.fingerprints),
         }
+
+    @property
+    def _head(self) -> Json:
+        """What every piece of the answer begins with; only known once the answer has begun."""
+        return {"id": f"{self.id_prefix}-{self._call.id}", "created": self._call.created} | self._model
 
     @abstractmethod
     def whole(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
