@@ -210,7 +210,10 @@ class Sessions:
         async with self.gate.ordered(tenant, session):
             meta = None if if_match is None else await self.store.meta(tenant, session)
             require_match(if_match, meta)
-            erased = await self.store.delete(tenant, session, version=None if meta is None else meta.version)
+            try:
+                erased = await self.store.delete(tenant, session, version=None if meta is None else meta.version)
+            except VersionConflict as error:
+                raise PreconditionFailed(f"'If-Match' is {if_match}, and {error}.", param="If-Match") from error
             self.served.engine.forget((tenant, session))
             if not erased:
                 raise unknown(session)

@@ -1,0 +1,416 @@
+"""Several servers, one store: who may write, and that nobody else's turn lands."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from service.errors import Conflict, SessionBusy, StoreFull, VersionConflict
+from service.store import Keeping, Note, RedisStore
+from service.store.codec import encode
+from service.store.embedded import EmbeddedValkey
+from service.store.types import Lease
+from tests.live import ENDLESS, Client, in_background, refusal, state, success, until
+from tests.service.test_store import assert_same, new_meta, rows, snapshot
+from tests.service.valkeys import cluster, free_ports, sentinel, valkey, wait
+from tests.tiny import TEXT
+
+pytestmark = pytest.mark.timeout(90)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    embedded = EmbeddedValkey(tmp_path_factory.mktemp("data"))
+    yield embedded.start()
+    embedded.stop()
+
+
+@pytest.fixture
+def raw(url: str) -> Iterator[Redis]:
+    with Redis.from_url(url) as client:
+        yield client
+
+
+@pytest.fixture
+async def two(url: str) -> AsyncIterator[tuple[RedisStore, RedisStore]]:
+    """The stores of two replicas whose leases last a moment."""
+    stores = [RedisStore.from_url(url, Keeping(lease_s=0.3, wait_s=2.0)) for _ in range(2)]
+    yield stores[0], stores[1]
+    for store in stores:
+        await store.close()
+
+
+@pytest.fixture
+def tenant() -> str:
+    return uuid.uuid4().hex
+
+
+async def take(store: RedisStore, tenant: str) -> Lease:
+    entered = await store.enter(tenant, "s", write="always")
+    assert entered.lease is not None
+    return entered.lease
+
+
+# --- leases -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_is_one_replicas_until_it_commits_gives_it_back_or_lets_it_end(
+    two: tuple[RedisStore, RedisStore], url: str, tenant: str
+) -> None:
+    one, other = two
+    hasty = RedisStore.from_url(url, Keeping(lease_s=0.3, wait_s=0.0))
+    lease = await take(one, tenant)
+    with pytest.raises(SessionBusy) as busy:
+        await hasty.enter(tenant, "s", write="always")
+    assert busy.value.retry_after
+    assert (await hasty.enter(tenant, "s", write="never")).lease is None
+    await one.create(tenant, replace(new_meta("s"), options={"adapt": "predict"}))
+    assert (await hasty.enter(tenant, "s", write="unless predict")).lease is None
+    await one.commit(tenant, new_meta("s", 1), {}, lease=lease)
+    lease = await take(other, tenant)
+    await other.release(lease)
+    lease = await take(one, tenant)
+    for _ in range(4):
+        await asyncio.sleep(0.15)
+        assert await one.renew(lease)
+    with pytest.raises(SessionBusy):
+        await hasty.enter(tenant, "s", write="always")
+    await take(other, tenant)  # it ended by itself
+    assert not await one.renew(lease)
+    await hasty.close()
+
+
+async def test_a_stale_lease_commits_nothing(two: tuple[RedisStore, RedisStore], raw: Redis, tenant: str) -> None:
+    one, other = two
+    stale = await take(one, tenant)
+    fresh = await take(other, tenant)
+    before = snapshot(raw, tenant)
+    with pytest.raises(VersionConflict, match="lease"):
+        await one.commit(tenant, new_meta("s", 1), {"a": rows([1])}, lease=stale)
+    with pytest.raises(VersionConflict, match="lease"):
+        await one.create(tenant, new_meta("s"), stale)
+    await one.release(stale)
+    assert snapshot(raw, tenant) == before
+    await other.commit(tenant, new_meta("s", 1), {"a": rows([1], 2)}, lease=fresh)
+    assert_same(await one.load(tenant, "s"), new_meta("s", 1), {"a": rows([1], 2)})
+
+
+async def test_a_lease_that_ended_but_that_nobody_took_still_commits(
+    two: tuple[RedisStore, RedisStore], tenant: str
+) -> None:
+    lease = await take(two[0], tenant)
+    await asyncio.sleep(0.4)
+    await two[0].commit(tenant, new_meta("s", 1), {}, lease=lease)
+    assert await two[1].meta(tenant, "s") == new_meta("s", 1)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+async def test_a_late_commit_does_not_bring_back_what_was_erased(
+    two: tuple[RedisStore, RedisStore], raw: Redis, tenant: str, version: int
+) -> None:
+    one, other = two
+    if version:
+        await one.commit(tenant, new_meta("s", 1), {"a": rows([1])})
+    lease = await take(one, tenant)
+    assert await other.delete(tenant, "s") == bool(version)
+    before = snapshot(raw, tenant)
+    for call in (
+        one.commit(tenant, new_meta("s", version + 1), {"a": rows([1])}, lease=lease),
+        one.create(tenant, new_meta("s"), lease),
+    ):
+        with pytest.raises(Conflict) as erased:
+            await call
+        assert erased.value.code == "session_erased"
+    assert snapshot(raw, tenant) == before
+    await other.commit(tenant, new_meta("s", 1), {}, lease=await take(other, tenant))
+    with pytest.raises(Conflict, match="erased"):
+        await one.commit(tenant, new_meta("s", 2), {}, lease=lease)
+
+
+async def test_a_fence_never_goes_back(two: tuple[RedisStore, RedisStore], tenant: str) -> None:
+    fences = []
+    for turn in range(6):
+        lease = await take(two[turn % 2], tenant)
+        fences.append(int(lease.value.partition(":")[2]))
+        if turn == 3:
+            await two[0].delete(tenant, "s")
+        await two[turn % 2].release(lease)
+    assert fences == sorted(set(fences))
+
+
+async def test_every_replica_hears_of_an_erasure(two: tuple[RedisStore, RedisStore], tenant: str) -> None:
+    one, other = two
+    heard: list[tuple[str, str] | None] = []
+
+    async def listen() -> None:
+        async for erased in other.erased():
+            heard.append(erased)
+
+    listening = asyncio.create_task(listen())
+    while not heard:
+        await asyncio.sleep(0.01)
+    await one.commit(tenant, new_meta("s", 1), {})
+    await one.delete(tenant, "s")
+    while heard[1:] != [(tenant, "s")]:
+        await asyncio.sleep(0.01)
+    listening.cancel()
+
+
+# --- what is kept, and for how long -----------------------------------------------------------------------------------
+
+
+async def test_a_session_of_format_1_is_read_and_taken_over(url: str, raw: Redis, tenant: str) -> None:
+    store = RedisStore.from_url(url)
+    meta, key = new_meta("s", 1), f"imprint:{{{tenant}/s}}:meta"
+    old: dict[Any, Any] = {"format": "1", "nonce": "00", "digests": json.dumps(meta.digests), "site:a": "128"}
+    raw.hset(key, mapping=encode(meta) | old)
+    raw.hset(f"imprint:{{{tenant}/s}}:rows:a", mapping={b"\1\0\0\0": b"\7" * 128})
+    assert_same(await store.load(tenant, "s"), meta, {"a": rows([1], 7)})
+    await store.commit(tenant, new_meta("s", 2), {"a": rows([1, 2], 8)}, note=Note({"kind": "learn"}))
+    assert_same(await store.load(tenant, "s"), new_meta("s", 2), {"a": rows([1, 2], 8)})
+    assert raw.hget(key, "format") == b"2"
+    history = await store.history(tenant, "s", undo=True)
+    assert history is not None and [undo.version for undo in history.undo] == [2]
+    assert history.undo[0].sites["a"].data.tolist() == [[7] * 128]
+    await store.close()
+
+
+async def test_a_session_is_forgotten_when_it_was_not_used_for_its_time(url: str, raw: Redis, tenant: str) -> None:
+    store = RedisStore.from_url(url, Keeping(ttl_s=100))
+    sids = ("default", "own", "never")
+    for sid, options in zip(sids, ({}, {"ttl_s": 1}, {"ttl_s": 0}), strict=True):
+        meta = replace(new_meta(sid, 1), options=dict(options))
+        await store.commit(tenant, meta, {"a": rows([1])}, note=Note({"kind": "learn"}, b"text"))
+    await store.commit(tenant, new_meta("default", 2), {"b": rows([1])})
+    assert {sid: {raw.ttl(key) for key in snapshot(raw, tenant) if f"/{sid}}}".encode() in key} for sid in sids} == {
+        "default": {100},
+        "own": {1},
+        "never": {-1},
+    }
+    for _ in range(4):  # use, even that which only reads, counts
+        await asyncio.sleep(0.4)
+        assert (await store.enter(tenant, "own", write="never")).meta is not None
+    assert [meta.id for meta in await store.list(tenant)] == ["default", "never", "own"]
+    await asyncio.sleep(1.2)
+    assert [meta.id for meta in await store.list(tenant)] == ["default", "never"]
+    assert await store.count(tenant) == 2, "the index is cleaned"
+    await store.configure(tenant, "default", {"ttl_s": 0})
+    assert {raw.ttl(key) for key in snapshot(raw, tenant) if b"/default}" in key} == {-1}
+    await store.close()
+
+
+async def test_a_full_store_learns_nothing_and_can_be_read_and_emptied(url: str, raw: Redis, tenant: str) -> None:
+    store = RedisStore.from_url(url)
+    await store.commit(tenant, new_meta("s", 1), {"a": rows([1])})
+    before = snapshot(raw, tenant)
+    raw.config_set("maxmemory", 1)
+    try:
+        for call in (
+            store.commit(tenant, new_meta("s", 2), {"a": rows([2])}),
+            store.create(tenant, new_meta("new")),
+            store.enter(tenant, "s", write="always"),
+        ):
+            with pytest.raises(StoreFull) as full:
+                await call
+            assert full.value.code == "store_full" and full.value.retry_after
+        assert snapshot(raw, tenant) == before
+        assert (await store.enter(tenant, "s", write="never")).meta == new_meta("s", 1)
+        assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": rows([1])})
+        assert await store.delete(tenant, "s")
+    finally:
+        raw.config_set("maxmemory", 0)
+    await store.close()
+
+
+# --- a cluster, and Sentinels -----------------------------------------------------------------------------------------
+
+
+async def life(store: RedisStore, tenant: str, sid: str) -> None:
+    """Some of everything that a store does."""
+    for version in (1, 2, 3):
+        lease = (await store.enter(tenant, sid, write="always")).lease
+        sites = {"a": rows([0, version], version), "b": rows(range(50), version)}
+        await store.commit(tenant, new_meta(sid, version), sites, lease=lease, note=Note({"kind": "learn"}))
+    loaded = await store.load(tenant, sid)
+    assert loaded is not None and loaded.meta == new_meta(sid, 3)
+    assert loaded.sites["a"].slots.tolist() == [0, 1, 2, 3]
+    history = await store.history(tenant, sid, undo=True)
+    assert history is not None and [entry["version"] for entry in history.log] == [1, 2, 3]
+
+
+async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
+    with cluster(tmp_path) as ports:
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        store = RedisStore.from_url(f"redis+cluster://{hosts}", Keeping(lease_s=0.3, wait_s=2))
+        other = RedisStore.from_url(f"redis+cluster://{hosts}", Keeping(lease_s=0.3, wait_s=2))
+        sids = [f"s{n}" for n in range(12)]
+        for sid in sids:
+            await life(store, "t", sid)
+        assert [meta.id for meta in await other.list("t")] == sorted(sids)
+        nodes = [Redis(port=port) for port in ports]
+        assert all(node.dbsize() for node in nodes), "all nodes have some"
+        stale = await take(store, "t")
+        await take(other, "t")
+        with pytest.raises(VersionConflict):
+            await store.commit("t", new_meta("s", 1), {}, lease=stale)
+        heard: list[Any] = []
+
+        async def listen() -> None:
+            async for erased in other.erased():
+                heard.append(erased)
+
+        listening = asyncio.create_task(listen())
+        while not heard:
+            await asyncio.sleep(0.01)
+        for sid in sids:
+            assert await store.delete("t", sid)
+        while len(heard) <= len(sids):
+            await asyncio.sleep(0.01)
+        listening.cancel()
+        assert await store.list("t") == []
+        kept = [key for node in nodes for key in node.scan_iter()]
+        assert {key.rpartition(b":")[2] for key in kept} <= {b"fence", b"erased", b"lease"}
+        await store.close()
+        await other.close()
+        for node in nodes:
+            node.close()
+
+
+async def test_a_sentinel_names_the_master_that_took_over(tmp_path: Path) -> None:
+    with sentinel(tmp_path) as (port, (_, replica), processes):
+        store = RedisStore.from_url(f"redis+sentinel://127.0.0.1:{port}/mymaster/0")
+        await life(store, "t", "s")
+        with Redis(port=replica) as client:
+            wait(lambda: client.dbsize() > 0)
+        await store.ping()
+        processes[0].kill()
+        with Redis(port=replica) as client:
+            wait(lambda: dict(client.info("replication"))["role"] == "master")
+        while True:
+            try:
+                assert await store.meta("t", "s") == new_meta("s", 3)
+                break
+            except Exception as error:
+                assert getattr(error, "code", "") == "store_unavailable", error
+        await store.commit("t", new_meta("s", 4), {"a": rows([9])})
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("redis+sentinel://h:1", "service"),
+        ("redis+sentinel://h:x/m", "host:port"),
+        ("redis+cluster://", "host:port"),
+        ("redis+ring://h:1", "redis\\+ring"),
+        ("http://h:1", "http|scheme"),
+    ],
+)
+async def test_an_address_of_nothing_known_is_refused(url: str, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        RedisStore.from_url(url)
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    (port,) = free_ports(1)
+    with valkey(tmp_path / "redis", port):
+        yield f"redis://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def servers(make_server: Callable[..., Any], redis: str) -> list[Any]:
+    """Two replicas whose leases last a second."""
+    return [make_server(name, redis_url=redis, lease_s=1, lease_wait_s=10).start() for name in ("one", "two")]
+
+
+def test_a_replica_that_stood_still_learns_at_the_version_it_finds(servers: list[Any], redis: str) -> None:
+    long, short = {"text": TEXT * 150}, {"text": TEXT}
+    with Client(servers[0].url) as one, Client(servers[1].url) as two, ThreadPoolExecutor(2) as pool:
+        one.observe("alice", TEXT)
+        late = in_background(pool, one, lambda: one.post("sessions/alice/observe", long))
+        streamed = in_background(pool, one, lambda: stream(one))
+        servers[0].process.send_signal(signal.SIGSTOP)
+        try:
+            assert success(two.post("sessions/alice/observe", short))["version"] == 2
+            two.observe("bob", TEXT)
+        finally:
+            servers[0].process.send_signal(signal.SIGCONT)
+        assert success(late.result())["version"] == 3
+        # What a stream has said can't be unsaid: it ends in an error, and nothing of it is learned.
+        assert "session_busy" in streamed.result() and streamed.result().endswith("data: [DONE]\n\n")
+        assert two.version("bob") == 1
+        for text in (TEXT, TEXT, TEXT * 150):
+            two.observe("naive", text)
+        naive = {key: value for key, value in state(redis, "naive").items() if key != "meta"}
+        assert {key: value for key, value in state(redis, "alice").items() if key != "meta"} == naive
+        assert one.score("alice", TEXT) == two.score("alice", TEXT)
+
+
+def stream(client: Client) -> str:
+    body = client.completion(TEXT, session="bob", max_tokens=450, logit_bias=ENDLESS, stream=True)
+    return httpx.post(f"{client.url}/v1/completions", json=body, timeout=60).text
+
+
+def test_a_session_erased_at_one_replica_is_gone_from_the_other(servers: list[Any], redis: str) -> None:
+    with Client(servers[0].url) as one, Client(servers[1].url) as two:
+        for client in (one, two):
+            client.score("alice", TEXT, learn=True)
+        until(lambda: (one.metric("sessions_hot"), two.metric("sessions_hot")) == (1, 1))
+        assert one.http.delete("/v1/sessions/alice").status_code == 200
+        until(lambda: two.metric("sessions_hot") == 0)
+        # Of the same name and version, and yet another one.
+        assert one.score("alice", TEXT[9:], learn=True)["version"] == 1
+        assert two.score("alice", TEXT) == one.score("alice", TEXT)
+
+
+def test_a_killed_replicas_session_goes_on_at_the_other(servers: list[Any]) -> None:
+    with Client(servers[0].url) as one, Client(servers[1].url) as two:
+        one.observe("alice", TEXT)
+        with one.unfinished("sessions/alice/observe", {"text": TEXT * 200}):
+            servers[0].kill()
+        assert two.observe("alice", TEXT)["version"] == 2
+
+
+def test_a_full_store_stops_learning_and_not_predicting(servers: list[Any], redis: str) -> None:
+    with Client(servers[0].url) as client, Redis.from_url(redis) as raw:
+        client.observe("alice", TEXT)
+        raw.config_set("maxmemory", 1)
+        refusal(client.post("sessions/alice/observe", {"text": TEXT}), 503, "store_full")
+        refusal(client.post("completions", client.completion(session="alice")), 503, "store_full")
+        assert client.complete(session="alice", adapt="predict")["adaptation"]["version_to"] == 1
+        assert client.score("alice", TEXT)["version"] == 1
+        assert client.metric("store_full_total") == 2
+        raw.config_set("maxmemory", 0)
+        assert client.observe("alice", TEXT)["version"] == 2
+
+
+def test_a_session_has_room_for_so_many_bytes(make_server: Callable[..., Any]) -> None:
+    server = make_server(session_max_bytes=4000).start()
+    with Client(server.url) as client:
+        assert client.observe("alice", TEXT[:60])["version"] == 1
+        before = state(server.data_dir, "alice")
+        answer = client.post("sessions/alice/observe", {"text": TEXT * 3})
+        error = refusal(answer, 507, "session_too_large")
+        assert "4000" in error["message"] and answer.headers["x-should-retry"] == "false"
+        assert state(server.data_dir, "alice") == before
+
+
+def test_a_session_that_the_device_cannot_hold_is_told_so(make_server: Callable[..., Any]) -> None:
+    server = make_server(hot_rows=54 * 8).start()
+    with Client(server.url) as client:
+        refusal(client.post("sessions/alice/observe", {"text": TEXT}), 507, "session_too_large")
+        assert client.complete()["usage"]["completion_tokens"] >= 0
