@@ -34,6 +34,8 @@ class Content:
 
     def overlaid(self, written: Mapping[str, RowBatch]) -> Content:
         """The same with rows that were written on top of it."""
+        if not written:
+            return self
         cells: Cells = {}
         for site, batch in self.sites.items():
             _lay(cells, site, batch, self.gone.get(site))

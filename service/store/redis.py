@@ -39,6 +39,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
+    RedisError,
     ResponseError,
     TimeoutError,
     TryAgainError,
@@ -287,7 +288,7 @@ class RedisStore:
                         if message is not None:
                             tenant, _, sid = message["data"].decode().partition("/")
                             yield tenant, sid
-            except _AWAY as error:
+            except (RedisError, OSError) as error:
                 log.debug("waiting for the session store: %s", error)
                 await asyncio.sleep(1.0)
 
