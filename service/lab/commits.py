@@ -77,7 +77,7 @@ async def measure(store: RedisStore, raw: Redis, tenant: str, held: int, digests
     }
 
 
-async def main(turns: int, keep: int) -> None:
+async def main(turns: int, keep: int, *, leases: bool) -> None:
     console = Console()
     table = Table(title=f"{turns} turns of {TOKENS} tokens, {keep} versions kept")
     for name in ("rows held", "digests", "enter p50 ms", "commit p50 ms", "commit p99 ms", "bytes/token"):
@@ -85,7 +85,7 @@ async def main(turns: int, keep: int) -> None:
     with tempfile.TemporaryDirectory(prefix="imprint-commits-") as folder:
         embedded = EmbeddedValkey(Path(folder))
         url = embedded.start()
-        store = RedisStore.from_url(url, Keeping(versions=keep))
+        store = RedisStore.from_url(url, Keeping(versions=keep), alone=not leases)
         with Redis.from_url(url) as raw:
             raw.config_set("auto-aof-rewrite-percentage", 0)  # a rewrite would hide what was written
             for number, (held, digests) in enumerate([(0, 0), (1000, 0), (10_000, 0), (50_000, 0), (10_000, DIGESTS)]):
@@ -100,5 +100,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m service.lab.commits", description=__doc__)
     parser.add_argument("--turns", type=int, default=300)
     parser.add_argument("--keep", type=int, default=32, help="versions that can be gone back to")
+    parser.add_argument("--leases", action="store_true", help="take leases, as servers that share a Redis do")
     given = parser.parse_args()
-    asyncio.run(main(given.turns, given.keep))
+    asyncio.run(main(given.turns, given.keep, leases=given.leases))
