@@ -97,7 +97,10 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
         lease_s=settings.lease_s,
         wait_s=settings.lease_wait_s,
     )
-    store = RedisStore.from_url(url, keeping, alone=embedded is not None)
+    try:
+        store = RedisStore.from_url(url, keeping, alone=embedded is not None)
+    except ValueError as error:
+        raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
     limits = Limits(
         max_queue=settings.max_queue,
         session_bytes=settings.session_max_bytes,
