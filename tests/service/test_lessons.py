@@ -59,7 +59,8 @@ async def test_every_kept_version_comes_back_through_any_life(url: str) -> None:
 
     for version in range(1, 80):
         now = contents[-1][0]
-        values = {name: chance.randint(0, 9) for name in VERSIONED} | {"digests": (chance.randbytes(8).hex(),) * 2}
+        values: dict[str, Any] = {name: chance.randint(0, 9) for name in VERSIONED}
+        values["digests"] = (chance.randbytes(8).hex(),) * 2
         match chance.random():
             case x if x < 0.6:
                 content = Content(values, some_rows(), {})
