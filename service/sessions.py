@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Literal
@@ -19,11 +19,13 @@ from model.memory import SiteRows
 from service import prompts
 from service.engine import Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Stats, TokenScores
 from service.errors import BadRequest, NotFound, NotReady, Overloaded, PreconditionFailed, VersionConflict
+from service.ledger import Ledger
 from service.metrics import Metrics
 from service.order import Locks, uninterrupted
 from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt, TokenPrompt
 from service.store.redis import RedisStore
 from service.store.types import RowBatch, SessionMeta
+from service.tenants import Tenant
 from service.turns import (
     Adapt,
     Adaptation,
@@ -60,7 +62,6 @@ __all__ = [
     "TurnEnd",
 ]
 
-TENANT = "default"
 LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop's thread
 
 
@@ -68,11 +69,19 @@ class Sessions:
     """All sessions of this server; "loading" until `begin`."""
 
     def __init__(
-        self, store: RedisStore, metrics: Metrics, *, model_id: str, max_queue: int, proof_rate: float
+        self,
+        store: RedisStore,
+        ledger: Ledger,
+        metrics: Metrics,
+        *,
+        model_id: str,
+        max_queue: int,
+        proof_rate: float,
     ) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.model_id = model_id
         self._store = store
+        self._ledger = ledger
         self._metrics = metrics
         self._max_queue = max_queue
         self._proof_rate = proof_rate
@@ -122,29 +131,31 @@ class Sessions:
         return _resumed(await anext(events), events)
 
     async def observe(
-        self, session: str, prompt: TextPrompt | ChatPrompt, *, if_match: str | None = None
+        self, tenant: Tenant, session: str, prompt: TextPrompt | ChatPrompt, *, if_match: str | None = None
     ) -> ObserveResult:
         """Learns a text of any length as one turn; of a chat, only what the session has not seen."""
-        async with self._admitted(), self._session(session, if_match) as meta:
+        async with self._admitted(), self._session(tenant, session, if_match) as meta:
             encoded = await self._observed(prompt, meta)
             parts = prompts.segments(
                 encoded, self.context, self._served.tokenizer.start_token_id, learn=True, score=False
             )
-            turn = Turn(meta, seen=encoded.digests)
+            turn = Turn(tenant, meta, seen=encoded.digests)
             async for _ in self._run(parts, turn, write=True):
                 pass
             done = turn.adaptation()
             return ObserveResult(done.tokens_learned, done.rows_written, done.loss, done.version_to)
 
-    async def score(self, session: str, text: str, *, learn: bool, if_match: str | None = None) -> ScoreResult:
+    async def score(
+        self, tenant: Tenant, session: str, text: str, *, learn: bool, if_match: str | None = None
+    ) -> ScoreResult:
         """Log-probabilities of a text of any length, with memory and without; learns each block after scoring it, if
         asked to."""
-        async with self._admitted(), self._session(session, if_match) as meta:
+        async with self._admitted(), self._session(tenant, session, if_match) as meta:
             encoded = await self._observed(TextPrompt(text), meta)
             parts = prompts.segments(
                 encoded, self.context, self._served.tokenizer.start_token_id, learn=learn, score=True
             )
-            turn = Turn(meta)
+            turn = Turn(tenant, meta)
             scored = [
                 event
                 async for _, event in self._run(parts, turn, write=learn, frozen=True)
@@ -160,40 +171,47 @@ class Sessions:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def put(
-        self, session: str, options: dict[str, str], *, if_match: str | None = None
+        self, tenant: Tenant, session: str, options: dict[str, str], *, if_match: str | None = None
     ) -> tuple[SessionMeta, bool]:
         """Creates a session with options, or replaces its options; returns it and whether it is new."""
-        async with self._locks.hold(session):
-            meta = await self._store.meta(TENANT, session)
+        async with self._locks.hold((tenant.name, session)):
+            meta = await self._store.meta(tenant.name, session)
             _require_match(if_match, meta)
             if meta is None:
-                return await self._store.create(TENANT, self._new_meta(session, options)), True
-            return await self._store.configure(TENANT, session, options), False
+                async with self._ledger.place(tenant, session):
+                    return await self._store.create(tenant.name, self._new_meta(session, options)), True
+            return await self._store.configure(tenant.name, session, options), False
 
-    async def get(self, session: str) -> SessionMeta:
+    async def get(self, tenant: Tenant, session: str) -> SessionMeta:
         """Raises NotFound."""
-        meta = await self._store.meta(TENANT, session)
+        meta = await self._store.meta(tenant.name, session)
         if meta is None:
             raise _unknown(session)
         return meta
 
-    async def delete(self, session: str, *, if_match: str | None = None) -> None:
+    async def delete(self, tenant: Tenant, session: str, *, if_match: str | None = None) -> None:
         """Erases a session. Raises NotFound."""
-        async with self._locks.hold(session):
-            _require_match(if_match, await self._store.meta(TENANT, session))
-            erased = await self._store.delete(TENANT, session)
-            self._served.engine.forget((TENANT, session))
+        async with self._locks.hold((tenant.name, session)):
+            _require_match(if_match, await self._store.meta(tenant.name, session))
+            erased = await self._store.delete(tenant.name, session)
+            self._served.engine.forget((tenant.name, session))
+            await self._ledger.forget(tenant, session)
             if not erased:
                 raise _unknown(session)
 
-    async def list(self, after: str, limit: int) -> tuple[list[SessionMeta], str | None]:
+    async def list(self, tenant: Tenant, after: str, limit: int) -> tuple[list[SessionMeta], str | None]:
         """A page of sessions in order of their ids, and the id after which the next page starts."""
-        page = await self._store.list(TENANT, after=after, limit=limit + 1)
+        page = await self._store.list(tenant.name, after=after, limit=limit + 1)
         return page[:limit], page[limit - 1].id if len(page) > limit else None
 
-    async def count_cold(self) -> int:
-        """Stored sessions that are not on the device."""
-        return max(0, await self._store.count(TENANT) - self._served.engine.sessions_hot)
+    async def count_cold(self, tenants: Iterable[str]) -> int:
+        """Stored sessions, of these tenants together, that are not on the device."""
+        stored = sum([await self._store.count(name) for name in tenants])
+        return max(0, stored - self._served.engine.sessions_hot)
+
+    async def tokens_left(self, tenant: Tenant) -> tuple[int, float]:
+        """Tokens that a tenant with a limit of them may learn now, and seconds until it may learn all of them again."""
+        return await self._ledger.tokens(tenant)
 
     # --- one turn --------------------------------------------------------------------------------------------------
 
@@ -202,12 +220,12 @@ class Sessions:
             await stack.enter_async_context(self._admitted())
             meta = None
             if ask.session is not None:
-                meta = await stack.enter_async_context(self._session(ask.session, ask.if_match))
+                meta = await stack.enter_async_context(self._session(ask.tenant, ask.session, ask.if_match))
             policy = Policy.of(ask, meta)
             known = () if meta is None else meta.digests
             encoded = [await self._encode(prompt, known, reply=True) for prompt in ask.prompts]
             parts = [self._segment(ask, prompt, e, policy) for prompt, e in zip(ask.prompts, encoded, strict=True)]
-            turn = Turn(meta)
+            turn = Turn(ask.tenant, meta)
             answer = Answer(ask.generation, encoded, self._served.tokenizer)
             if policy.learn_prompt:
                 turn.seen = [digest for e in encoded for digest in e.digests]
@@ -270,13 +288,15 @@ class Sessions:
 
         A session's requests follow one another, since each may learn; without a session they run side by side.
         """
+        if write:
+            await self._ledger.check_learning(turn.tenant)
         queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         jobs: dict[Job, int] = {}
         if turn.meta is None:
             for number, part in enumerate(parts):
                 jobs[Job([part], _putter(queue), frozen=frozen)] = number
         elif parts:
-            memory = await self._memory(turn.meta, write=write)
+            memory = await self._memory(turn.tenant, turn.meta, write=write)
             proof_from, proof_rate = turn.meta.requests, self._proof_rate
             job = Job(parts, _putter(queue), memory, frozen=frozen, proof_from=proof_from, proof_rate=proof_rate)
             jobs[job] = 0
@@ -313,12 +333,12 @@ class Sessions:
         kept = prompts.remember(meta.digests, [*turn.seen, *turn.said()])
         if not done.rows and not done.stats.tokens_learned and set(kept) <= set(meta.digests):
             if meta.version == 0:
-                await self._store.create(TENANT, meta)
+                await self._store.create(turn.tenant.name, meta)
             return None
-        turn.meta = await uninterrupted(self._commit(meta, done, kept))
+        turn.meta = await uninterrupted(self._commit(turn.tenant, meta, done, kept))
         return turn.meta.version
 
-    async def _commit(self, meta: SessionMeta, done: Finished, digests: tuple[str, ...]) -> SessionMeta:
+    async def _commit(self, tenant: Tenant, meta: SessionMeta, done: Finished, digests: tuple[str, ...]) -> SessionMeta:
         stats = done.stats
         new = replace(
             meta,
@@ -335,7 +355,8 @@ class Sessions:
         )
         rows = {site: RowBatch(batch.slots.numpy(), batch.data.numpy()) for site, batch in done.rows.items()}
         with self._metrics.commit_seconds.time():
-            await self._store.commit(TENANT, new, rows)
+            await self._store.commit(tenant.name, new, rows)
+        await self._ledger.learned(tenant, new.id, new.bytes, stats.tokens_learned)
         self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in rows.values()))
         self._metrics.tokens_learned_total.inc(stats.tokens_learned)
         self._metrics.rows_written_total.inc(done.rows_written)
@@ -346,15 +367,15 @@ class Sessions:
         self._metrics.proof_frozen_loss_nats_total.inc(stats.proof_frozen_loss_sum)
         return new
 
-    async def _memory(self, meta: SessionMeta, *, write: bool) -> MemoryUse:
+    async def _memory(self, tenant: Tenant, meta: SessionMeta, *, write: bool) -> MemoryUse:
         """Where the engine finds the session's memory: on the device already, or with the rows that come along."""
-        key = (TENANT, meta.id)
+        key = (tenant.name, meta.id)
         if meta.version == 0:
             return MemoryUse(key, 0, write, stored={})
         if self._served.engine.pin(key, meta.version):
             return MemoryUse(key, meta.version, write)
         with self._metrics.load_seconds.time():
-            stored = await self._store.load(TENANT, meta.id)
+            stored = await self._store.load(tenant.name, meta.id)
         if stored is None or stored.meta.version != meta.version:
             raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
         rows = {
@@ -399,10 +420,10 @@ class Sessions:
             self._in_flight -= 1
 
     @asynccontextmanager
-    async def _session(self, name: str, if_match: str | None) -> AsyncIterator[SessionMeta]:
+    async def _session(self, tenant: Tenant, name: str, if_match: str | None) -> AsyncIterator[SessionMeta]:
         """A session for one turn, in the order of asking; a new one is at version 0 and not yet stored."""
-        async with self._locks.hold(name):
-            meta = await self._store.meta(TENANT, name)
+        async with self._locks.hold((tenant.name, name)):
+            meta = await self._store.meta(tenant.name, name)
             _require_match(if_match, meta)
             if meta is not None and meta.model != self._served.slow_weights:
                 raise VersionConflict(
@@ -410,7 +431,11 @@ class Sessions:
                     f"({self._served.slow_weights[:23]}…), and cannot be read with them.",
                     code="model_mismatch",
                 )
-            yield meta or self._new_meta(name, {})
+            if meta is not None:
+                yield meta
+                return
+            async with self._ledger.place(tenant, name):
+                yield self._new_meta(name, {})
 
     def _new_meta(self, name: str, options: dict[str, str]) -> SessionMeta:
         now = time.time()

@@ -15,6 +15,7 @@ from service.engine.job import Alternatives
 from service.errors import BadRequest
 from service.prompts import Encoded, Prompt
 from service.store.types import SessionMeta
+from service.tenants import Tenant
 
 Adapt = Literal["both", "observe", "predict"]
 Learn = Literal["prompt", "completion", "all"]
@@ -38,6 +39,7 @@ class Ask:
     """One completion request. Without a session it is answered by the frozen base; adapt and learn default to the
     session's options."""
 
+    tenant: Tenant
     session: str | None
     adapt: Adapt | None
     learn: Learn | None
@@ -110,12 +112,13 @@ class ScoreResult:
 
 
 class Turn:
-    """A turn as it goes: the session's meta (None: no session), and what the turn did to it.
+    """A turn as it goes: whose it is, the session's meta (None: no session), and what the turn did to it.
 
     seen, said: digests of the messages it may remember, those of the reply once there is one.
     """
 
-    def __init__(self, meta: SessionMeta | None, seen: Sequence[str] = ()) -> None:
+    def __init__(self, tenant: Tenant, meta: SessionMeta | None, seen: Sequence[str] = ()) -> None:
+        self.tenant = tenant
         self.meta = meta
         self.seen = list(seen)
         self.said: Callable[[], list[str]] = list

@@ -18,6 +18,7 @@ from service.errors import BadRequest, EngineError, ImprintError, NotReady, Unsu
 from service.metrics import Metrics
 from service.replies import ErrorReply
 from service.sessions import Sessions
+from service.tenants import Tenant
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,8 +42,14 @@ def get_metrics(request: Request) -> Metrics:
     return cast(Metrics, request.app.state.metrics)
 
 
+def get_tenant(request: Request) -> Tenant:
+    """Whose request this is, as its key says."""
+    return cast(Tenant, request.state.tenant)
+
+
 ServerSessions = Annotated[Sessions, Depends(get_sessions)]
 ServerMetrics = Annotated[Metrics, Depends(get_metrics)]
+Caller = Annotated[Tenant, Depends(get_tenant)]
 IfMatch = Annotated[
     str | None,
     Header(description='Only if the session still has this ETag, as `"v3"`; else 412.', alias="If-Match"),

@@ -12,6 +12,7 @@ from service.errors import BadRequest, NotFound
 from service.replies import ChatCompletion, Completion, Model, ModelList
 from service.routes import (
     ERRORS,
+    Caller,
     EventStream,
     IfMatch,
     ServerSessions,
@@ -31,6 +32,7 @@ from service.sessions import (
     TokenPrompt,
     TurnEnd,
 )
+from service.tenants import Tenant
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions only
 STARTED = int(time.time())
@@ -84,6 +86,7 @@ async def get_model(id: str, sessions: ServerSessions) -> Model:
 async def create_completion(
     body: CompletionRequest,
     request: Request,
+    tenant: Caller,
     sessions: ServerSessions,
     session: SessionHeader = None,
     if_match: IfMatch = None,
@@ -98,7 +101,7 @@ async def create_completion(
         echo=bool(body.echo),
         logprobs=body.logprobs,
     )
-    ask = _ask(body, _prompts(body, sessions), generation, session, if_match)
+    ask = _ask(tenant, body, _prompts(body, sessions), generation, session, if_match)
     return await _answer(request, sessions, ask, CompletionShape(sessions, body, ask, _pace(request)), body.stream)
 
 
@@ -106,6 +109,7 @@ async def create_completion(
 async def create_chat_completion(
     body: ChatCompletionRequest,
     request: Request,
+    tenant: Caller,
     sessions: ServerSessions,
     session: SessionHeader = None,
     if_match: IfMatch = None,
@@ -121,7 +125,7 @@ async def create_chat_completion(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     prompt = ChatPrompt([message.plain() for message in body.messages])
-    ask = _ask(body, [prompt], generation, session, if_match)
+    ask = _ask(tenant, body, [prompt], generation, session, if_match)
     return await _answer(request, sessions, ask, ChatShape(sessions, body, ask, _pace(request)), body.stream)
 
 
@@ -195,6 +199,7 @@ def _token_prompt(param: str, token_ids: list[int], sessions: Sessions) -> Token
 
 
 def _ask(
+    tenant: Tenant,
     body: GenerationRequest,
     prompts: Sequence[TextPrompt | TokenPrompt | ChatPrompt],
     generation: Generation,
@@ -218,6 +223,7 @@ def _ask(
     if generation.n > 1 and body.adapt == "observe":
         raise BadRequest(f"'adapt': 'observe' generates nothing, so 'n' must be 1, got {generation.n}.", param="adapt")
     return Ask(
+        tenant=tenant,
         session=session,
         adapt=body.adapt,
         learn=body.learn,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.replies import Observed, Scored, Session, SessionDeleted, SessionList
-from service.routes import ERRORS, IfMatch, ServerSessions, V1Route, until_disconnect
+from service.routes import ERRORS, Caller, IfMatch, ServerSessions, V1Route, until_disconnect
 from service.schemas import SESSION_ID, ObserveRequest, ScoreRequest, SessionId, SessionOptions
 from service.sessions import ChatPrompt, TextPrompt
 from service.store.types import SessionMeta
@@ -31,9 +31,9 @@ class Page(BaseModel):
 
 
 @router.get("")
-async def list_sessions(page: Annotated[Page, Query()], sessions: ServerSessions) -> SessionList:
+async def list_sessions(page: Annotated[Page, Query()], tenant: Caller, sessions: ServerSessions) -> SessionList:
     """The sessions, ordered by id, page by page."""
-    metas, next_id = await sessions.list(page.after, page.limit)
+    metas, next_id = await sessions.list(tenant, page.after, page.limit)
     return SessionList(
         object="list", data=[_session(meta) for meta in metas], has_more=next_id is not None, next=next_id
     )
@@ -42,6 +42,7 @@ async def list_sessions(page: Annotated[Page, Query()], sessions: ServerSessions
 @router.put("/{id}", responses={200: {"headers": ETAG}, 201: {"model": Session, "headers": ETAG}})
 async def put_session(
     session: PathId,
+    tenant: Caller,
     sessions: ServerSessions,
     response: Response,
     body: SessionOptions | None = None,
@@ -49,30 +50,33 @@ async def put_session(
 ) -> Session:
     """Creates the session, or replaces the options of the one there is."""
     options = {} if body is None else body.model_dump(exclude_none=True)
-    meta, created = await sessions.put(session, options, if_match=if_match)
+    meta, created = await sessions.put(tenant, session, options, if_match=if_match)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = _etag(meta)
     return _session(meta)
 
 
 @router.get("/{id}", responses={200: {"headers": ETAG}})
-async def get_session(session: PathId, sessions: ServerSessions, response: Response) -> Session:
+async def get_session(session: PathId, tenant: Caller, sessions: ServerSessions, response: Response) -> Session:
     """What the session holds and what it is worth."""
-    meta = await sessions.get(session)
+    meta = await sessions.get(tenant, session)
     response.headers["ETag"] = _etag(meta)
     return _session(meta)
 
 
 @router.delete("/{id}")
-async def delete_session(session: PathId, sessions: ServerSessions, if_match: IfMatch = None) -> SessionDeleted:
+async def delete_session(
+    session: PathId, tenant: Caller, sessions: ServerSessions, if_match: IfMatch = None
+) -> SessionDeleted:
     """Erases the session and all it has learned."""
-    await sessions.delete(session, if_match=if_match)
+    await sessions.delete(tenant, session, if_match=if_match)
     return SessionDeleted(id=session, object="session", deleted=True)
 
 
 @router.post("/{id}/observe")
 async def observe(
     session: PathId,
+    tenant: Caller,
     body: ObserveRequest,
     request: Request,
     sessions: ServerSessions,
@@ -84,16 +88,21 @@ async def observe(
         if body.text is not None
         else ChatPrompt([message.plain() for message in body.messages or []])
     )
-    work = sessions.observe(session, prompt, if_match=if_match)
+    work = sessions.observe(tenant, session, prompt, if_match=if_match)
     return Observed(**asdict(await until_disconnect(request.receive, work)))
 
 
 @router.post("/{id}/score")
 async def score(
-    session: PathId, body: ScoreRequest, request: Request, sessions: ServerSessions, if_match: IfMatch = None
+    session: PathId,
+    tenant: Caller,
+    body: ScoreRequest,
+    request: Request,
+    sessions: ServerSessions,
+    if_match: IfMatch = None,
 ) -> Scored:
     """How well the session predicts a text, beside the frozen model; learns it only if asked, after that."""
-    work = sessions.score(session, body.text, learn=body.learn, if_match=if_match)
+    work = sessions.score(tenant, session, body.text, learn=body.learn, if_match=if_match)
     return Scored(**asdict(await until_disconnect(request.receive, work)))
 
 

@@ -200,6 +200,11 @@ class RedisStore:
         count: int = await _patiently(lambda: self._client.zcard(_index_key(tenant)))
         return count
 
+    def script(self, name: str) -> Callable[[Sequence[str], Sequence[str | int]], Awaitable[Any]]:
+        """A script of this package, to be called with keys of one hash tag and arguments."""
+        script = self._client.register_script(files(__package__).joinpath(f"{name}.lua").read_text("utf-8"))
+        return lambda keys, args: _patiently(lambda: script(keys, args))
+
     async def ping(self) -> None:
         """Returns if the server answers right now."""
         await _patiently(lambda: self._client.ping(), patience=0)
