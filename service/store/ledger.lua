@@ -51,7 +51,7 @@ elseif act == 'hold' then
     redis.call('PEXPIRE', tokens, string.format('%.0f', (rate - left) * MINUTE / rate + 1000)) -- full again by then
   end
 elseif act == 'drop' then
-  redis.call('HINCRBY', sessions, '*', string.format('%.0f', -number(sessions, id, 0)))
+  redis.call('HINCRBY', sessions, '*', string.format('%.0f', 0 - number(sessions, id, 0)))
   redis.call('HDEL', sessions, id)
 elseif act == 'names' then
   return redis.call('HKEYS', sessions)
