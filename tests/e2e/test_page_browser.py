@@ -60,6 +60,7 @@ def page(browser: Browser, server: Server, faults: list[str]) -> Iterator[Page]:
     page.on("request", lambda request: requests.append(request.url))
     page.goto(server.url)
     expect(button(page, "Teach")).to_be_enabled()
+    expect(page.get_by_label("API key")).to_be_hidden()
     yield page
     page.close()
     assert not faults
