@@ -2,26 +2,30 @@
 
 Keys, all of a tenant's in one hash slot of a cluster:
 
-    imprint:{<tenant>}:sessions  hash: session id -> bytes of its rows, `*` -> the sum of them
+    imprint:{<tenant>}:sessions  hash: session id -> bytes of its rows, or since when it is new; `*` -> their sum
     imprint:{<tenant>}:tokens    hash: the bucket of tokens it may learn; expires when it is full again
 
-A tenant without such limits has no keys and costs nothing. The sessions are another slot's, so a crash between a commit
-and its note leaves the note behind by that turn: the session's next turn mends it, as does the next start.
+A tenant without such limits has no keys and costs nothing. The sessions are another slot's: what a crash keeps from
+being noted, or expires, is found out by reading the store, at the first use and before anybody is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from service.errors import QuotaExceeded, RateLimited, StoreUnavailable
+from service.errors import QuotaExceeded, RateLimited, Unavailable
 from service.store.redis import RedisStore
 from service.tenants import Tenant
 
 PAGE = 500
+SETTLE_S = 60.0  # how long the account is believed against a tenant
+PLACE_MS = 3_600_000  # how long a place is kept for a session that is not in the store: it may be in its first turn
 MINUTE_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ class Ledger:
     def __init__(self, store: RedisStore) -> None:
         self._store = store
         self._script = store.script("ledger")
-        self._settled: set[str] = set()
+        self._settled: dict[str, float] = {}
         self._settling = asyncio.Lock()
 
     @asynccontextmanager
@@ -48,6 +52,8 @@ class Ledger:
             return
         limit = tenant.limits.sessions
         free, count = await self._run(tenant, "place", session, limit)
+        if not free and await self._settle(tenant, SETTLE_S):
+            free, count = await self._run(tenant, "place", session, limit)
         if not free:
             raise QuotaExceeded(
                 f"The tenant may have {limit} sessions and has {count}; delete one to make room.", code="session_limit"
@@ -55,9 +61,9 @@ class Ledger:
         try:
             yield
         except BaseException:
-            with suppress(StoreUnavailable):
+            with suppress(Unavailable):
                 if await self._store.meta(tenant.name, session) is None:
-                    await self._run(tenant, "drop", session)
+                    await self._run(tenant, "drop", session, 0)
             raise
 
     async def check_learning(self, tenant: Tenant) -> None:
@@ -72,6 +78,8 @@ class Ledger:
         if not tracked and not limits.tokens_per_minute:
             return
         held, left = await self._look(tenant)
+        if limits.bytes and held >= limits.bytes and await self._settle(tenant, SETTLE_S):
+            held, left = await self._look(tenant)
         if limits.bytes and held >= limits.bytes:
             raise QuotaExceeded(
                 f"The tenant's sessions may hold {limits.bytes} bytes and hold {held}; delete some to learn more, "
@@ -93,13 +101,16 @@ class Ledger:
             tracked = await self._tracks(tenant)
             if tracked or rate:
                 await self._run(tenant, "hold", session, size if tracked else "", rate, tokens)
-        except StoreUnavailable:
+        except Unavailable:
             log.warning("a commit could not be noted in its tenant's account")
 
     async def forget(self, tenant: Tenant, session: str) -> None:
-        """A session is deleted."""
-        if await self._tracks(tenant):
-            await self._run(tenant, "drop", session)
+        """Notes that a session is deleted. Never fails."""
+        try:
+            if await self._tracks(tenant):
+                await self._run(tenant, "drop", session, 0)
+        except Unavailable:
+            log.warning("a deletion could not be noted in its tenant's account")
 
     async def tokens(self, tenant: Tenant) -> tuple[int, float]:
         """Tokens that a tenant with such a limit may learn now, and seconds until it may learn all of them again."""
@@ -114,26 +125,26 @@ class Ledger:
     async def _tracks(self, tenant: Tenant) -> bool:
         """Whether the tenant's sessions are counted; they are, once the account names those there are."""
         if not (tenant.limits.sessions or tenant.limits.bytes):
-            self._settled.discard(tenant.name)
+            self._settled.pop(tenant.name, None)
             return False
-        if tenant.name not in self._settled:
-            async with self._settling:
-                if tenant.name not in self._settled:
-                    await self._settle(tenant)
-                    self._settled.add(tenant.name)
+        await self._settle(tenant, math.inf)
         return True
 
-    async def _settle(self, tenant: Tenant) -> None:
-        """Brings the account in line with the store: sessions older than the limit, and what a crash left behind."""
-        noted = {name.decode() for name in await self._run(tenant, "names")} - {"*"}
-        after = ""
-        while page := await self._store.list(tenant.name, after=after, limit=PAGE):
-            for meta in page:
-                await self._run(tenant, "hold", meta.id, meta.bytes, 0, 0)
-            noted -= {meta.id for meta in page}
-            after = page[-1].id
-        for session in noted:
-            await self._run(tenant, "drop", session)
+    async def _settle(self, tenant: Tenant, age_s: float) -> bool:
+        """Brings the account in line with the store if that was not done within `age_s`; returns whether it was now."""
+        async with self._settling:
+            if time.monotonic() - self._settled.get(tenant.name, -math.inf) <= age_s:
+                return False
+            noted = {name.decode() for name in await self._run(tenant, "names")} - {"*"}
+            after = ""
+            while page := await self._store.list(tenant.name, after=after, limit=PAGE):
+                await self._run(tenant, "state", *(word for meta in page for word in (meta.id, meta.bytes)))
+                noted -= {meta.id for meta in page}
+                after = page[-1].id
+            for session in noted:
+                await self._run(tenant, "drop", session, PLACE_MS)
+            self._settled[tenant.name] = time.monotonic()
+            return True
 
     async def _run(self, tenant: Tenant, *arguments: str | int) -> Any:
         account = f"imprint:{{{tenant.name}}}"

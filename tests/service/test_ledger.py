@@ -97,6 +97,23 @@ async def test_the_account_is_settled_with_the_store(url: str) -> None:
     await store.close()
 
 
+async def test_nobody_is_refused_for_sessions_that_are_gone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They expired, say: nobody told the ledger."""
+    monkeypatch.setattr("service.ledger.SETTLE_S", 0.0)
+    store = RedisStore.from_url(url)
+    ledger, tenant = Ledger(store), Tenant("forgetful", Limits(sessions=1, bytes=100))
+    async with ledger.place(tenant, "s"):
+        await store.create(tenant.name, meta("s", 100))
+    await ledger.learned(tenant, "s", 100, 0)
+    with pytest.raises(QuotaExceeded):
+        await ledger.check_learning(tenant)
+    await store.delete(tenant.name, "s")
+    await ledger.check_learning(tenant)
+    async with ledger.place(tenant, "t"):
+        await store.create(tenant.name, meta("t"))
+    await store.close()
+
+
 async def test_a_tenant_without_limits_has_no_account(url: str) -> None:
     store = RedisStore.from_url(url)
     ledger, tenant = Ledger(store), Tenant("free")
