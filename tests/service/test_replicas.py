@@ -16,11 +16,13 @@ import httpx
 import pytest
 from redis import Redis
 
-from service.errors import Conflict, SessionBusy, StoreFull, VersionConflict
+from service.errors import Conflict, QuotaExceeded, RateLimited, SessionBusy, StoreFull, VersionConflict
+from service.ledger import Ledger
 from service.store import Keeping, Note, RedisStore
 from service.store.codec import encode
 from service.store.embedded import EmbeddedValkey
 from service.store.types import Lease
+from service.tenants import Limits, Tenant
 from tests.conftest import Server
 from tests.live import ENDLESS, Client, in_background, refusal, state, success, until
 from tests.service.test_store import ODD_ID, assert_same, new_meta, rows, snapshot
@@ -287,6 +289,13 @@ async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
         assert await store.list("t") == []
         kept = [key for node in nodes for key in node.scan_iter()]
         assert {key.rpartition(b":")[2] for key in kept} <= {b"fence", b"erased", b"lease"}
+        ledger, limited = Ledger(store), Tenant("limited", Limits(sessions=1, tokens_per_minute=9))
+        async with ledger.place(limited, "s"):
+            await store.create(limited.name, new_meta("s"))
+        await ledger.learned(limited, "s", 0, 10)
+        for refused in (Ledger(other).place(limited, "r").__aenter__(), Ledger(other).check_learning(limited)):
+            with pytest.raises((QuotaExceeded, RateLimited)):
+                await refused
         await store.close()
         await other.close()
         for node in nodes:
