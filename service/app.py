@@ -97,8 +97,10 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
         lease_s=settings.lease_s,
         wait_s=settings.lease_wait_s,
     )
-    # The embedded store has one server at a time: what an earlier one of them held is this one's.
-    store = RedisStore.from_url(url, keeping, owner=None if embedded is None else "embedded")
+    try:
+        store = RedisStore.from_url(url, keeping, alone=embedded is not None)
+    except ValueError as error:
+        raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
     limits = Limits(
         max_queue=settings.max_queue,
         session_bytes=settings.session_max_bytes,

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -40,7 +41,6 @@ class Client:
     def __init__(self, url: str, *, on_wait: Callable[[str], None] = lambda reason: None) -> None:
         self.url = url.rstrip("/")
         self._on_wait = on_wait
-        self._versions: dict[str, int] = {}
         try:
             self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
         except httpx.InvalidURL as error:
@@ -101,25 +101,12 @@ class Client:
             path = f"/v1/sessions?after={quote(page['next'], safe='')}"
 
     def _learn(self, session: str, action: str, body: Json, *fields: str) -> Json:
-        """A request that learns: where its outcome is unknown, the retry is refused unless nothing landed."""
-        if session not in self._versions:
-            self._versions[session] = self._version(session)
-        version = self._versions[session]
-        answer = self._json("POST", f"{_path(session)}/{action}", "version", *fields, body=body, version=version)
-        self._versions[session] = answer["version"]
-        return answer
+        """A request that learns once, however often it has to be sent."""
+        return self._json("POST", f"{_path(session)}/{action}", "version", *fields, body=body, key=uuid.uuid4().hex)
 
-    def _version(self, session: str) -> int:
-        try:
-            return int(self.session(session)["version"])
-        except ClientError as error:
-            if error.status == 404:
-                return 0
-            raise
-
-    def _json(self, method: str, path: str, *fields: str, body: Json | None = None, version: int | None = None) -> Json:
+    def _json(self, method: str, path: str, *fields: str, body: Json | None = None, key: str | None = None) -> Json:
         """The JSON answer to one request, which has `fields`."""
-        with self._send(method, path, body, version) as response:
+        with self._send(method, path, body, key) as response:
             answer: Json = json.loads(response.read())
             if missing := set(fields) - answer.keys():
                 raise KeyError(*missing)
@@ -127,11 +114,11 @@ class Client:
 
     @contextmanager
     def _send(
-        self, method: str, path: str, body: Json | None = None, version: int | None = None
+        self, method: str, path: str, body: Json | None = None, key: str | None = None
     ) -> Iterator[httpx.Response]:
         """The answer to one request, not yet read; the whole exchange speaks `ClientError`."""
         try:
-            response = self._accepted(method, path, body, version)
+            response = self._accepted(method, path, body, key)
             try:
                 yield response
             finally:
@@ -149,8 +136,8 @@ class Client:
         except (ValueError, KeyError, AttributeError):
             raise ClientError(f"{self.url} answered, but not as an Imprint server does") from None
 
-    def _accepted(self, method: str, path: str, body: Json | None, version: int | None) -> httpx.Response:
-        headers: dict[str, str] = {}
+    def _accepted(self, method: str, path: str, body: Json | None, key: str | None) -> httpx.Response:
+        headers = {} if key is None else {"Idempotency-Key": key}
         for attempt in itertools.count(1):
             request = self._http.build_request(method, path, json=body, headers=headers)
             response = self._http.send(request, stream=True)
@@ -159,8 +146,6 @@ class Client:
             refusal = _refusal(response)
             if response.status_code not in (429, 503) or attempt == ATTEMPTS:
                 raise refusal
-            if version is not None and refusal.code in ("store_unavailable", "interrupted"):
-                headers["If-Match"] = f'"v{version}"'
             wait = _retry_after(response)
             self._on_wait(f"{refusal}; trying again in {wait:g} s")
             time.sleep(wait)

@@ -34,6 +34,8 @@ class Content:
 
     def overlaid(self, written: Mapping[str, RowBatch]) -> Content:
         """The same with rows that were written on top of it."""
+        if not written:
+            return self
         cells: Cells = {}
         for site, batch in self.sites.items():
             _lay(cells, site, batch, self.gone.get(site))
@@ -169,7 +171,7 @@ def _lines(history: History) -> dict[int, list[int]]:
     its session was at that version."""
     entries = {entry["version"]: entry for entry in history.log}
     first = history.undo[-1].version - 1 if history.undo else history.meta.version
-    lines = {first: [-first]}
+    lines = {first: [~first]}
     for version in range(first + 1, history.meta.version + 1):
         entry, before = entries.get(version, {}), lines[version - 1]
         match entry.get("kind"), entry.get("of"):
@@ -180,5 +182,5 @@ def _lines(history: History) -> dict[int, list[int]]:
             case "unlearn", int(of) if of in before:
                 lines[version] = [one for one in before if one != of]
             case _:
-                lines[version] = [-version]
+                lines[version] = [~version]
     return lines

@@ -19,7 +19,7 @@ from model.memory import SiteRows
 from service import prompts
 from service.calls import TENANT, Call
 from service.engine import Event, Failed, Finished, Job, MemoryUse, Segment, Stamp, Stats, TokenScores
-from service.errors import Conflict, NotFound, NotReady, VersionConflict
+from service.errors import Conflict, NotFound, NotReady, PreconditionFailed, VersionConflict
 from service.lessons import Content, digest, pack_lesson
 from service.metrics import Metrics
 from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt, TokenPrompt
@@ -72,7 +72,7 @@ __all__ = [
 ]
 
 E = TypeVar("E")
-NOWHERE = (-1.0, -1)  # the stamp of rows that no stored version has
+NOWHERE = (-1.0, -1.0, -1)  # the stamp of rows that no stored version has
 LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop's thread
 
 
@@ -364,7 +364,7 @@ class Sessions:
                 await self.store.create(turn.held.call.tenant, meta, turn.held.lease)
             return None
         turn.meta = await self._commit(turn, turn.held, done, next_meta(meta, done, kept), parts)
-        return turn.meta.created, turn.meta.version
+        return turn.meta.stamp
 
     async def _commit(
         self, turn: Turn, held: Held, done: Finished, new: SessionMeta, parts: Sequence[Segment]
@@ -403,14 +403,14 @@ class Sessions:
         """Where the engine finds the session's memory: on the device already, or with the rows that come along."""
         assert turn.held is not None and turn.meta is not None
         meta, tenant = turn.meta, turn.held.call.tenant
-        key, stamp = (tenant, meta.id), (meta.created, meta.version)
+        key, stamp = (tenant, meta.id), meta.stamp
         if turn.content is None and meta.version == 0:
             return MemoryUse(key, stamp, write, stored={})
         if turn.content is None and self.served.engine.pin(key, stamp):
             return MemoryUse(key, stamp, write)
         with self._metrics.load_seconds.time():
             stored = await self.store.load(tenant, meta.id)
-        if stored is None or (stored.meta.created, stored.meta.version) != stamp:
+        if stored is None or stored.meta.stamp != stamp:
             raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
         sites = stored.sites
         if turn.content is not None:

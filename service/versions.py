@@ -132,7 +132,7 @@ class Versions:
         history = await self._store.history(held.call.tenant, session, undo=True)
         if held.meta is None or history is None:
             raise unknown(session)
-        if (history.meta.created, history.meta.version) != (held.meta.created, held.meta.version):
+        if history.meta.stamp != held.meta.stamp:
             raise VersionConflict(f"Session {session!r} was changed by somebody else during this turn.")
         return history
 

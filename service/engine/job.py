@@ -10,7 +10,7 @@ from model.memory import SiteRows
 from model.sampling import Sampling
 
 SessionKey = tuple[str, str]  # tenant, session id
-Stamp = tuple[float, int]  # when a session was created, and its version: what tells its contents apart
+Stamp = tuple[float, float, int]  # a session's creation, last commit and version: what tells its contents apart
 FinishReason = Literal["stop", "length"]
 
 

@@ -39,6 +39,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
+    RedisError,
     ResponseError,
     TimeoutError,
     TryAgainError,
@@ -94,13 +95,14 @@ class RedisStore:
 
     Args:
         client: must answer in bytes, and not retry by itself: only this class knows what may be repeated.
-        owner: whose leases are this store's own; by default nobody else's.
+        alone: nobody else uses the server, so no leases are taken: each would cost a sync to disk.
     """
 
-    def __init__(self, client: AnyRedis, keeping: Keeping | None = None, *, owner: str | None = None) -> None:
+    def __init__(self, client: AnyRedis, keeping: Keeping | None = None, *, alone: bool = False) -> None:
         self._client = client
         self._keeping = keeping or Keeping()
-        self._owner = owner or secrets.token_hex(8)
+        self._owner = secrets.token_hex(8)
+        self._alone = alone
         self._create, self._configure, self._commit, self._load = map(self._script, _SCRIPTS[:4])
         self._enter, self._lease, self._history = map(self._script, _SCRIPTS[4:])
         self._delete = self._script("delete", flags="#!lua flags=allow-oom\n")
@@ -111,9 +113,9 @@ class RedisStore:
         return self._client.register_script(text)
 
     @classmethod
-    def from_url(cls, url: str, keeping: Keeping | None = None, *, owner: str | None = None) -> RedisStore:
+    def from_url(cls, url: str, keeping: Keeping | None = None, *, alone: bool = False) -> RedisStore:
         """A store on what `connect` takes. Raises ValueError."""
-        return cls(connect(url), keeping, owner=owner)
+        return cls(connect(url), keeping, alone=alone)
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
@@ -126,8 +128,8 @@ class RedisStore:
         Raises:
             SessionBusy: somebody else held it all the time.
         """
-        key, keeping = meta_key(tenant, sid), self._keeping
-        args: list[str | int] = [self._owner, int(1000 * keeping.lease_s), write, keeping.ttl_s, *names]
+        key, keeping, wanted = meta_key(tenant, sid), self._keeping, "never" if self._alone else write
+        args: list[str | int] = [self._owner, int(1000 * keeping.lease_s), wanted, keeping.ttl_s, *names]
         deadline, pause = time.monotonic() + keeping.wait_s, 0.01
         while True:
             verdict, *told = await _patiently(lambda: self._enter([key], args))
@@ -287,7 +289,7 @@ class RedisStore:
                         if message is not None:
                             tenant, _, sid = message["data"].decode().partition("/")
                             yield tenant, sid
-            except _AWAY as error:
+            except (RedisError, OSError) as error:
                 log.debug("waiting for the session store: %s", error)
                 await asyncio.sleep(1.0)
 

@@ -50,6 +50,13 @@ class SessionMeta:
     options: dict[str, Option]
     digests: tuple[str, ...]
 
+    @property
+    def stamp(self) -> tuple[float, float, int]:
+        """What tells its content from every other that a session of this id had, has or will have.
+
+        The version alone does not: a session may be erased and made anew, and a failover may lose commits."""
+        return self.created, self.updated, self.version
+
 
 @dataclass(frozen=True, eq=False)
 class RowBatch:

@@ -42,7 +42,7 @@ class Hot(HotSessions):
 
 
 def at(version: int) -> Stamp:
-    return (1.5, version)
+    return (1.5, 2.5, version)
 
 
 def stored(rows: int, value: float = 1.0) -> dict[str, SiteRows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,7 +22,7 @@ from service.store.codec import encode
 from service.store.embedded import EmbeddedValkey
 from service.store.types import Lease
 from tests.live import ENDLESS, Client, in_background, refusal, state, success, until
-from tests.service.test_store import assert_same, new_meta, rows, snapshot
+from tests.service.test_store import ODD_ID, assert_same, new_meta, rows, snapshot
 from tests.service.valkeys import cluster, free_ports, sentinel, valkey, wait
 from tests.tiny import TEXT
 
@@ -257,8 +258,13 @@ async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
         for sid in sids:
             await life(store, "t", sid)
         assert [meta.id for meta in await other.list("t")] == sorted(sids)
-        nodes = [Redis(port=port) for port in ports]
+        nodes: list[Any] = [Redis(port=port) for port in ports]
         assert all(node.dbsize() for node in nodes), "all nodes have some"
+        await life(store, "t@1", ODD_ID)
+        of_one = [key for node in nodes for key in node.scan_iter("imprint:{t@1/*")]
+        assert len(of_one) == 6
+        assert len({nodes[0].execute_command("CLUSTER KEYSLOT", key) for key in of_one}) == 1
+        assert await store.delete("t@1", ODD_ID)
         stale = await take(store, "t")
         await take(other, "t")
         with pytest.raises(VersionConflict):

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import subprocess
-import tempfile
-import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ from redis.exceptions import RedisError
 from service.errors import EngineError, NotFound, StoreUnavailable, VersionConflict
 from service.store import Note, Once, RedisStore, RowBatch, SessionMeta, StoredSession
 from service.store import redis as redis_store
-from service.store.embedded import EmbeddedValkey, valkey_binary
+from service.store.embedded import EmbeddedValkey
 from tests.service.faulty_line import Fault, faulty_line
 
 pytestmark = pytest.mark.timeout(30)
@@ -339,52 +334,6 @@ async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Re
             await call
         assert refused.value.code == "unknown_store_format"
     assert snapshot(raw, tenant) == before
-
-
-# --- a cluster ---
-
-
-@contextmanager
-def cluster_node() -> Iterator[int]:
-    """A Valkey in cluster mode: it owns all slots, and refuses scripts that mix them."""
-    with socket.socket() as free, socket.socket() as bus:
-        for s in (free, bus):
-            s.bind(("127.0.0.1", 0))
-        port, bus_port = free.getsockname()[1], bus.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        options = f"--bind 127.0.0.1 --port {port} --cluster-port {bus_port} --cluster-enabled yes --dir {folder}"
-        process = subprocess.Popen([valkey_binary(), *options.split()], stdout=subprocess.DEVNULL)
-        try:
-            with Redis(port=port) as client:
-                while True:
-                    with suppress(RedisError):
-                        client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-                        break
-                    time.sleep(0.01)
-                while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
-                    time.sleep(0.01)
-            yield port
-        finally:
-            process.kill()
-            process.wait()
-
-
-async def test_a_session_lives_in_one_cluster_slot() -> None:
-    with cluster_node() as port, Redis(port=port) as client:
-        store = RedisStore.from_url(f"redis://127.0.0.1:{port}")
-        sites = {"a": rows(range(100)), "b": rows([1])}
-        await store.create("t@1", new_meta(ODD_ID))
-        await store.commit("t@1", new_meta(ODD_ID, 1), sites)
-        assert_same(await store.load("t@1", ODD_ID), new_meta(ODD_ID, 1), sites)
-        assert await store.configure("t@1", ODD_ID, {}) == replace(new_meta(ODD_ID, 1), options={})
-
-        keys = [key for key in client.scan_iter() if b"sessions" not in key]
-        assert len(keys) == 4
-        assert len({client.execute_command("CLUSTER KEYSLOT", key) for key in keys}) == 1
-
-        assert await store.delete("t@1", ODD_ID)
-        assert {key.rpartition(b":")[2] for key in client.scan_iter()} == {b"fence", b"erased"}
-        await store.close()
 
 
 # --- failures ---

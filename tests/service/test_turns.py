@@ -431,13 +431,13 @@ def test_if_match_lets_only_the_expected_version_through(client: Client, server:
     refusal(client.post(observe, body, '"v1"'), 412, "precondition_failed")
     assert client.version(session) == 0
     assert client.post(observe, body, '"v0"').json()["version"] == 1
-    before = stored(server.data_dir, session)
+    before = state(server.data_dir, session)
     for path, sent in ((observe, body), (score, body | {"learn": True}), ("completions", completion)):
         refusal(client.post(path, sent, '"v0"'), 412, "precondition_failed")
     refusal(
         client.http.put(f"/v1/sessions/{session}", json={}, headers={"If-Match": '"v0"'}), 412, "precondition_failed"
     )
     refusal(client.http.delete(f"/v1/sessions/{session}", headers={"If-Match": '"v0"'}), 412, "precondition_failed")
-    assert stored(server.data_dir, session) == before
+    assert state(server.data_dir, session) == before
     assert client.post("completions", completion, '"v1"').json()["adaptation"]["version_to"] == 2
     assert client.http.delete(f"/v1/sessions/{session}", headers={"If-Match": '"v2"'}).status_code == 200
