@@ -382,10 +382,11 @@ class Sessions:
         }
         if turn.of is not None:
             entry["of"] = turn.of
+        once = held.call.once(turn.result(new), new.version, key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s)
         note = Note(
             log=entry,
             text=lesson if new.options.get("keep_text") and turn.kind == "learn" else b"",
-            once=held.call.once(turn.result(new), key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s),
+            once=once,
         )
         rows = {site: RowBatch(batch.slots.numpy(), batch.data.numpy()) for site, batch in done.rows.items()}
         content = Content({}, rows, {}) if turn.content is None else turn.content.overlaid(rows)

@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from redis.commands.core import AsyncScript
 from redis.exceptions import (
@@ -81,6 +81,8 @@ _AWAY = (
     OSError,
 )
 _AWAY_REPLIES = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +233,7 @@ class RedisStore:
         """The session without its rows; None if there is no such session."""
         key = meta_key(tenant, sid)
         raw = await _patiently(lambda: self._client.hgetall(key))
-        return decode(sid, raw) if raw else None
+        return decode(sid, cast(dict[bytes, bytes], raw)) if raw else None
 
     async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
         """Stores a session without rows, unless there is one of that id; returns what is stored then.
@@ -362,22 +364,31 @@ class RedisStore:
             await _patiently(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
 
 
-async def _patiently(call: Callable[[], Awaitable[Any]], patience: float = READ_PATIENCE_S) -> Any:
+async def _patiently(call: Callable[[], Awaitable[T]], patience: float = READ_PATIENCE_S) -> T:
     """Repeats a call while the server is away, for `patience` seconds from the first failure."""
     deadline, pause = None, 0.01
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task else 0
     while True:
+        cause: Exception | None = None
         try:
-            return await call()
+            result = await call()
         except OutOfMemoryError as error:
             raise _full() from error
         except _AWAY as error:
-            cause: Exception = error
+            cause = error
         except ResponseError as error:
             if "OOM " in str(error)[:80]:
                 raise _full() from error
             if not str(error).startswith(_AWAY_REPLIES):
                 raise
             cause = error
+        if task and task.cancelling() > cancellations:
+            # Python 3.11's `asyncio.wait_for`, which the client uses, loses a cancellation that comes with a result:
+            # a turn that was given up would go on, and be learned.
+            raise asyncio.CancelledError
+        if cause is None:
+            return result
         deadline = deadline or time.monotonic() + patience
         if time.monotonic() + pause > deadline:
             log.warning("the session store is away: %s: %s", type(cause).__name__, cause)
