@@ -3,10 +3,11 @@
     python -m tests.oracle --kills 300                   # one server on its embedded store: it, its store, or both
     python -m tests.oracle --replicas 2 --minutes 10     # two servers on one Valkey, paused for longer than a lease
 
-Each client sends its next turn when the last one is acknowledged, and repeats it until then. At the end, the turns that a
-session's log names must be those that were acknowledged, each once and at the version that was told (a client that hung up
-has been told nothing: it looks whether the log names its turn), and its rows, own numbers, version and counters must
-equal, bit for bit, what the model alone makes of these turns. Prints one line of JSON; exit code 1 if anything is wrong.
+Each client sends its next turn when the last one is acknowledged, and repeats it until then. At the end, the turns that
+a session's log names must be those that were acknowledged, each once and at the version that was told (a client that
+hung up has been told nothing: it looks whether the log names its turn), and its rows, own numbers, version and counters
+must equal, bit for bit, what the model alone makes of these turns. Prints one line of JSON; exit code 1 if anything is
+wrong.
 """
 
 from __future__ import annotations
@@ -20,23 +21,22 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.prompts import TextPrompt
 from service.store.codec import decode
 from tests.conftest import Server
-from tests.live import Client, insist, state, stored, success, until, valkey_of
+from tests.live import Client, stored, success, until, valkey_of
 from tests.pupils import Life, Pupil, Turn, Wrong
-from tests.replay import Model, Replay, Rows, Version, one_thread
+from tests.replay import Model, Replay, Rows, one_thread
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import build_tiny_base
 
@@ -73,9 +73,6 @@ class Result:
         return json.dumps(found | told | rest)
 
 
-Trouble = Callable[[Result, Callable[[], None]], Awaitable[None]]
-
-
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -83,6 +80,7 @@ class Kills:
     """One server on its embedded store. The server, its store and both are killed in turns, at random instants, some of
     them before the server has come up again."""
 
+    does = "killed"
     patience_s = 20.0  # of a client with a server that says nothing
 
     def __init__(self, folder: Path, model: str, *, kills: int, seed: int) -> None:
@@ -153,6 +151,7 @@ class Pauses:
     """Replicas on one Valkey. One after the other is stopped for longer than a lease lasts, in the midst of whatever it
     does, and goes on where it was when others have gone on with its sessions."""
 
+    does = "paused, s"
     patience_s = 2 * LEASE_S
 
     def __init__(self, folder: Path, model: str, *, replicas: int, seconds: float, seed: int) -> None:
@@ -206,7 +205,6 @@ def run(world: Kills | Pauses, base: Path, *, seed: int) -> Result:
         with Client(world.url) as client:
             logs = {life.name: _log(client, life.name) for life in lives}
         found = {life.name: stored(world.store, life.name) for life in lives}
-        console.print(f"{time.monotonic()-began:.1f}")
     _check(lives, logs, found, Model(base), result)
     result.seconds = time.monotonic() - began
     return result
@@ -220,7 +218,7 @@ async def _live(world: Kills | Pauses, model: str, result: Result, seed: int) ->
         for number in range(SESSIONS)
     ]
     tasks = [asyncio.create_task(pupil.live(over.is_set, PAUSE_S)) for pupil in pupils]
-    with _progress(world.steps) as step:
+    with _progress(world.does, world.steps) as step:
         try:
             await world.trouble(result, step)
         except Wrong as error:
@@ -235,10 +233,16 @@ async def _live(world: Kills | Pauses, model: str, result: Result, seed: int) ->
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("oracle"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+def _progress(what: str, steps: int) -> Iterator[Callable[[], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("oracle", total=steps)
+        task = progress.add_task(what, total=steps)
         yield lambda: progress.advance(task)
 
 
@@ -262,25 +266,30 @@ def _log(client: Client, session: str) -> list[Json]:
 
 
 def _check(lives: list[Life], logs: dict[str, list[Json]], found: Any, model: Model, result: Result) -> None:
-    with one_thread():
+    with one_thread(), _progress("judged", len(lives)) as step:
         for life in lives:
             turns = _turns(life, logs[life.name], result)
             result.sessions += 1
             result.versions += len(turns)
             result.faults += [f"{life.name}: {wrong}" for wrong in _differences(life, turns, found[life.name], model)]
+            step()
 
 
 def _turns(life: Life, log: list[Json], result: Result) -> list[Turn]:
     """The turns that the session has taken, by its log; counts those that are lost or doubled."""
     taken = [life.turns[int(entry["request_id"].split("/")[1])] for entry in log]
     times = Counter(turn.number for turn in taken)
-    result.doubled += sum(count - 1 for count in times.values())
+    for number in (number for number, count in times.items() if count > 1):
+        result.doubled += 1
+        named = [(entry["version"], entry["request_id"]) for entry in log if f"/{number}/" in entry["request_id"]]
+        result.faults.append(f"doubled: {life.turns[number].told()}, in the log as {named}")
     if [entry["version"] for entry in log] != list(range(1, len(log) + 1)):
         result.faults.append(f"{life.name}: the log has other versions than 1..{len(log)}")
     for turn in life.turns:
         if turn.version is not None:
-            there = turn.version <= len(taken) and taken[turn.version - 1] is turn
-            result.lost += not there
+            if turn.version > len(taken) or taken[turn.version - 1] is not turn:
+                result.lost += 1
+                result.faults.append(f"lost: {turn.told()}, not in the log at its version")
         elif turn.acknowledged and times[turn.number]:
             result.faults.append(f"{life.name}: turn {turn.number} was told to change nothing, and did")
         elif not turn.acknowledged:
@@ -327,9 +336,13 @@ def _rows(found: dict[str, dict[bytes, bytes]]) -> Rows:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
     parser.add_argument("--kills", type=int, default=300, help="how often to kill something (default 300)")
-    parser.add_argument("--replicas", type=int, default=1, help="more than 1: servers on one Valkey, paused, not killed")
+    parser.add_argument(
+        "--replicas", type=int, default=1, help="more than 1: servers on one Valkey, paused, not killed"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="how long replicas are paused (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of what the clients do, and when something fails (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what the clients do, and when something fails (default 0)"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="imprint-oracle-") as name:
         folder = Path(name)

@@ -48,6 +48,12 @@ class Turn:
     version: int | None = None
     said: str | None = None
 
+    def told(self) -> str:
+        """The turn, for a report."""
+        kept = {name: value for name, value in self.body.items() if name not in ("prompt", "messages", "text")}
+        how = "keyed" if self.keyed else "without a key"
+        return f"turn {self.number} {self.path} {kept} {how}, version {self.version}"
+
 
 @dataclass
 class Life:
@@ -117,7 +123,7 @@ class Life:
 
 
 class Pupil:
-    """A client: takes turn after turn of one session until it is told to end, each until it is acknowledged; and goes on
+    """A client: takes turn after turn of a session, each until it is acknowledged, until it is told to end; and goes on
     with another session when one has had all its turns.
 
     urls: of the replicas, which it asks at random. patience_s: how long it waits for one of them.
