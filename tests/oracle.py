@@ -194,20 +194,33 @@ class Pauses:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Evidence:
+    """What is left of a run when it is over: by session, its log (oldest first) and every stored byte."""
+
+    lives: list[Life]
+    logs: dict[str, list[Json]]
+    found: dict[str, dict[str, dict[bytes, bytes]]]
+
+
 def run(world: Kills | Pauses, base: Path, *, seed: int) -> Result:
     """One whole run."""
     result, began = Result(), time.monotonic()
+    judge(witness(world, base.name, result, seed=seed), Model(base), result)
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def witness(world: Kills | Pauses, model: str, result: Result, *, seed: int) -> Evidence:
+    """The clients, and what befalls the servers."""
     with world.up():
-        lives = asyncio.run(_live(world, base.name, result, seed))
+        lives = asyncio.run(_live(world, model, result, seed))
         for url in world.urls:
             with Client(url) as client:
                 until(client.idle)
         with Client(world.url) as client:
             logs = {life.name: _log(client, life.name) for life in lives}
-        found = {life.name: stored(world.store, life.name) for life in lives}
-    _check(lives, logs, found, Model(base), result)
-    result.seconds = time.monotonic() - began
-    return result
+        return Evidence(lives, logs, {life.name: stored(world.store, life.name) for life in lives})
 
 
 async def _live(world: Kills | Pauses, model: str, result: Result, seed: int) -> list[Life]:
@@ -265,13 +278,14 @@ def _log(client: Client, session: str) -> list[Json]:
             return entries[::-1]
 
 
-def _check(lives: list[Life], logs: dict[str, list[Json]], found: Any, model: Model, result: Result) -> None:
-    with one_thread(), _progress("judged", len(lives)) as step:
-        for life in lives:
-            turns = _turns(life, logs[life.name], result)
+def judge(evidence: Evidence, model: Model, result: Result) -> None:
+    with one_thread(), _progress("judged", len(evidence.lives)) as step:
+        for life in evidence.lives:
+            turns = _turns(life, evidence.logs[life.name], result)
             result.sessions += 1
             result.versions += len(turns)
-            result.faults += [f"{life.name}: {wrong}" for wrong in _differences(life, turns, found[life.name], model)]
+            differences = _differences(life, turns, evidence.found[life.name], model)
+            result.faults += [f"{life.name}: {wrong}" for wrong in differences]
             step()
 
 
