@@ -237,7 +237,7 @@ def stored(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
     store: the data folder of a running server, or the URL of its Redis.
     """
     prefix = f"imprint:{{default/{session}}}:"
-    with _redis(store) as redis:
+    with redis_of(store) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
         return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
 
@@ -257,7 +257,7 @@ def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
     }
 
 
-def _redis(store: Path | str) -> Redis:
+def redis_of(store: Path | str) -> Redis:
     if isinstance(store, str):
         return Redis.from_url(store)
     valkey = valkey_of(store)
