@@ -31,6 +31,7 @@ WORKDIR /var/lib/imprint
 VOLUME ["/var/lib/imprint", "/var/cache/imprint"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# Without keys of your own (IMPRINT_API_KEYS or IMPRINT_API_KEYS_FILE) the first start makes one and logs it, once.
 # The first start fetches and converts the base, so it may take minutes to become ready.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python", "/usr/local/libexec/imprint/healthcheck.py"]

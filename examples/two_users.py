@@ -4,6 +4,7 @@ python examples/two_users.py [URL]
 """
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ READERS = {"ada": "keeper", "bo": "loom"}
 
 
 def main(url: str) -> None:
-    with httpx.Client(base_url=url, timeout=600) as client:
+    key = os.environ.get("IMPRINT_API_KEY", "none")
+    with httpx.Client(base_url=url, timeout=600, headers={"Authorization": f"Bearer {key}"}) as client:
 
         def ask(method: str, path: str, **body: Any) -> Any:
             reply = client.request(method, f"/v1/sessions/{path}", json=body or None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.backbone import Backbone, KVCache
 from model.memory import Draft, HiddenSite, Memory, Pool, Reading, ops
+from model.memory.config import RUNS
 
 EMPTY = 0  # in every pool, the index of the session without rows
 OUTPUT = -1  # the "layer" of a site between the final norm and the head
@@ -24,10 +25,13 @@ OUTPUT = -1  # the "layer" of a site between the final norm and the head
 
 @dataclass(frozen=True)
 class Carry:
-    """What the next block needs of a request's last token: its final hidden state [d], its input to each hidden site
-    [d], and its final hidden state without memory, where that differs and is kept."""
+    """What the next block needs of a request: the final hidden state [d] of its last token, its last tokens [8] (−1
+    before its start), its trust in the lexical site [R + 1], the last token's input to each hidden site [d], and its
+    final hidden state without memory, where that differs and is kept."""
 
     hidden: Tensor
+    trail: Tensor
+    trust: Tensor
     inputs: dict[int, Tensor] = field(default_factory=dict)
     frozen: Tensor | None = None
 
@@ -47,11 +51,13 @@ class Scores:
 class _Targets:
     """n learned or scored targets of a block and what predicts them.
 
-    ids [n]; states: final hidden states [n, d] one token earlier; following: those of the targets themselves. before
-    and after: the same two, at the input of each hidden site below the output.
+    ids [n]; prints [n, R]: fingerprints of what stands before them; states: final hidden states [n, d] one token
+    earlier; following: those of the targets themselves. before and after: the same two, at the input of each hidden
+    site below the output.
     """
 
     ids: Tensor
+    prints: Tensor
     states: Tensor
     following: Tensor
     before: dict[int, Tensor]
@@ -60,6 +66,7 @@ class _Targets:
     def pick(self, mask: Tensor) -> _Targets:
         return _Targets(
             self.ids[mask],
+            self.prints[mask],
             self.states[mask],
             self.following[mask],
             {layer: h[mask] for layer, h in self.before.items()},
@@ -70,7 +77,7 @@ class _Targets:
 @dataclass(frozen=True)
 class _Scored:
     """n scored targets. adapted, frozen and top: as in `Scores`; before the lexical site: the prediction, and its
-    log-probabilities [n] of the targets; reading: the lexical site's."""
+    log-probabilities [n] of the targets; reading: the lexical site's; trust: the request's, after them."""
 
     adapted: Tensor
     frozen: Tensor | None
@@ -78,6 +85,7 @@ class _Scored:
     base: ops.Prediction
     unmixed: Tensor
     reading: Reading | None
+    trust: Tensor
 
 
 class AdaptiveLM:
@@ -130,9 +138,12 @@ class AdaptiveLM:
         learned, wanted = (self._mask(mask, len(ids))[first:] for mask in (learn, score))
         wanted = wanted | learned
         scores: Scores | None = None
+        trail = torch.cat([ids.new_full((max(RUNS),), -1) if carry is None else carry.trail, ids])
+        trust = self._first_trust() if carry is None else carry.trust
         if bool(wanted.any()):
             targets = _Targets(
                 ids[first:],
+                ops.fingerprints(trail[:-1])[first:],
                 _shift(final, None if carry is None else carry.hidden),
                 final[first:],
                 {n: _shift(h, None if carry is None else carry.inputs[n]) for n, h in inputs.items()},
@@ -141,21 +152,32 @@ class AdaptiveLM:
             unread_states = None if unread is None else _shift(unread, None if carry is None else carry.frozen)[wanted]
             chosen = targets.pick(wanted)
             of_chosen = learned[wanted]
-            scored = self._score(chosen, pool, index, frozen=frozen, unread=unread_states, top=top)
+            scored = self._score(chosen, pool, index, trust, frozen=frozen, unread=unread_states, top=top)
+            trust = scored.trust
             scores = Scores(scored.adapted, scored.frozen, of_chosen, scored.top)
             if draft is not None and bool(of_chosen.any()):
                 self._write(draft, chosen.pick(of_chosen), scored, of_chosen)
-        last = Carry(final[-1], {n: h[-1] for n, h in inputs.items()}, None if unread is None else unread[-1])
+        last_inputs = {n: h[-1] for n, h in inputs.items()}
+        last = Carry(final[-1], trail[-max(RUNS) :], trust, last_inputs, None if unread is None else unread[-1])
         return last, scores
 
     def decode(
-        self, token_ids: Sequence[int], caches: Sequence[KVCache], pool: Pool, index: Sequence[int]
+        self,
+        token_ids: Sequence[int],
+        caches: Sequence[KVCache],
+        carries: Sequence[Carry],
+        pool: Pool,
+        index: Sequence[int],
     ) -> list[Carry]:
-        """One step of B sequences, each with its own cache and session; returns the carry of each."""
+        """One step of B sequences, each with its own cache, carry and session; returns the new carry of each."""
         ids = torch.tensor(token_ids, device=self.device)[:, None]
         inputs: dict[int, Tensor] = {}
         final = self.backbone(ids, caches, self._hooks(pool, index, inputs))[:, 0]
-        return [Carry(h, {layer: x[b] for layer, x in inputs.items()}) for b, h in enumerate(final)]
+        trails = torch.cat([torch.stack([carry.trail for carry in carries])[:, 1:], ids], dim=1)
+        return [
+            Carry(final[b], trails[b], carry.trust, {layer: x[b] for layer, x in inputs.items()})
+            for b, carry in enumerate(carries)
+        ]
 
     def predict(self, carries: Sequence[Carry], pool: Pool, index: Sequence[int]) -> Tensor:
         """Next-token scores [B, V] in fp32: the base's logits, bit for bit, where a session's memory is empty or
@@ -169,7 +191,9 @@ class AdaptiveLM:
         if site is None:
             return logits
         base = ops.predict(logits)
-        reading = site.read(pool, session, states, base)
+        prints = torch.cat([ops.fingerprints(carry.trail) for carry in carries])
+        trust = torch.stack([carry.trust for carry in carries])
+        reading = site.read(pool, session, states, prints, base, trust)
         return ops.mix(base, reading.tokens, reading.shares, reading.gamma)
 
     # --- read ------------------------------------------------------------------------------------------------------
@@ -195,14 +219,23 @@ class AdaptiveLM:
         return states if site is None else site.read(pool, session, states)
 
     def _score(
-        self, targets: _Targets, pool: Pool, index: int, *, frozen: bool, unread: Tensor | None, top: int
+        self,
+        targets: _Targets,
+        pool: Pool,
+        index: int,
+        trust: Tensor,
+        *,
+        frozen: bool,
+        unread: Tensor | None,
+        top: int,
     ) -> _Scored:
         session = torch.full((len(targets.ids),), index, device=self.device)
         base = ops.predict(self.backbone.logits(self._read_output(targets.states, pool, session)))
         adapted = unmixed = base.log_prob(targets.ids)
         mixed, reading, site = base.logits, None, self.memory.lexical
         if site is not None and index != EMPTY:
-            reading = site.read(pool, session, targets.states, base)
+            reading = site.read(pool, session, targets.states, targets.prints, base, trust.expand(len(session), -1))
+            trust = site.next_trust(trust, reading, targets.ids, unmixed)
             in_memory = ops.memory_prob(targets.ids, reading.tokens, reading.shares)
             adapted = ops.target_log_prob(unmixed, in_memory, reading.gamma)
             mixed = ops.mix(base, reading.tokens, reading.shares, reading.gamma) if top else mixed
@@ -212,7 +245,8 @@ class AdaptiveLM:
             states = targets.states if unread is None else unread
             without = ops.predict(self.backbone.logits(states)).log_prob(targets.ids) if differs else unmixed
         best = mixed.log_softmax(-1).topk(top) if top else None
-        return _Scored(adapted, without, None if best is None else (best.values, best.indices), base, unmixed, reading)
+        alternatives = None if best is None else (best.values, best.indices)
+        return _Scored(adapted, without, alternatives, base, unmixed, reading, trust)
 
     # --- write -----------------------------------------------------------------------------------------------------
 
@@ -228,6 +262,10 @@ class AdaptiveLM:
                 here = targets.states if layer == OUTPUT else targets.before[layer]
                 following = targets.following if layer == OUTPUT else targets.after[layer]
                 site.learn(draft, here, following, error, adapted)
+
+    def _first_trust(self) -> Tensor:
+        site = self.memory.lexical
+        return torch.zeros(len(RUNS) + 1, device=self.device) if site is None else site.first_trust()
 
     def _mask(self, mask: Sequence[bool] | None, length: int) -> Tensor:
         if mask is None:

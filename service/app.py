@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.resources import as_file, files
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
@@ -33,12 +34,14 @@ from service.base import BaseError, resolve_base
 from service.engine import Engine
 from service.errors import StoreUnavailable
 from service.http import install
+from service.ledger import Ledger
 from service.metrics import Metrics
 from service.sessions import Limits, Served, Sessions
 from service.settings import Settings
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis import RedisStore
 from service.store.types import Keeping
+from service.tenants import Keys, KeysError
 
 COUNT_EVERY_S = 10.0
 LOADER = "imprint-load"  # the thread that loads the model
@@ -60,19 +63,20 @@ def run(settings: Settings) -> int:
     for chatty in ("httpx", "httpcore", "urllib3", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        with _listening(settings) as listener, _store_url(settings) as (url, embedded):
-            code = asyncio.run(_serve(settings, listener, url, embedded))
+        keys = Keys(settings)
+        with _listening(settings, keys) as listener, _store_url(settings) as (url, embedded):
+            code = asyncio.run(_serve(settings, keys, listener, url, embedded))
         if any(thread.name == LOADER for thread in threading.enumerate()):
             # Stopped while it loads: a thread inside torch aborts a process whose interpreter ends under it.
             sys.stderr.flush()
             os._exit(code)
         return code
-    except (StartError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError) as error:
+    except (StartError, KeysError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError) as error:
         print(f"imprint: {error}", file=sys.stderr)
         return 1
 
 
-def create_app(sessions: Sessions, metrics: Metrics, settings: Settings) -> FastAPI:
+def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: Keys) -> FastAPI:
     """The web application in front of `sessions`."""
     # No docs_url: FastAPI's pages take their scripts from another host.
     app = FastAPI(
@@ -83,11 +87,13 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings) -> Fast
         redoc_url=None,
     )
     metrics.build_info.info({"version": version("imprint"), "model": settings.model})
-    install(app, sessions=sessions, metrics=metrics, settings=settings)
+    install(app, sessions=sessions, metrics=metrics, settings=settings, keys=keys)
     return app
 
 
-async def _serve(settings: Settings, listener: socket.socket, url: str, embedded: EmbeddedValkey | None) -> int:
+async def _serve(
+    settings: Settings, keys: Keys, listener: socket.socket, url: str, embedded: EmbeddedValkey | None
+) -> int:
     host, port, *_ = listener.getsockname()
     metrics = Metrics()
     keeping = Keeping(
@@ -111,15 +117,16 @@ async def _serve(settings: Settings, listener: socket.socket, url: str, embedded
     )
     sessions = Sessions(
         store,
+        Ledger(store),
         metrics,
         model_id=_model_id(settings.model),
         limits=limits,
         proof_rate=settings.proof_rate,
     )
-    app = create_app(sessions, metrics, settings)
+    app = create_app(sessions, metrics, settings, keys)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
-    tasks = [asyncio.create_task(_count_cold(sessions, metrics)), asyncio.create_task(sessions.forget_erased())]
+    tasks = [asyncio.create_task(_count_cold(sessions, metrics, keys)), asyncio.create_task(sessions.forget_erased())]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise()))
     serving = asyncio.create_task(server.serve([listener]))
@@ -227,12 +234,12 @@ def _kv_tokens(backbone: Backbone, context: int) -> int:
     return max(context, int(KV_SHARE * free) // one)
 
 
-async def _count_cold(sessions: Sessions, metrics: Metrics) -> None:
+async def _count_cold(sessions: Sessions, metrics: Metrics, keys: Keys) -> None:
     while True:
         await asyncio.sleep(COUNT_EVERY_S)
         if sessions.state == "ready":
             with suppress(StoreUnavailable):
-                metrics.sessions_cold.set(await sessions.count_cold())
+                metrics.sessions_cold.set(await sessions.count_cold(keys.tenants))
 
 
 class _Server(uvicorn.Server):
@@ -274,7 +281,7 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def _listening(settings: Settings) -> Iterator[socket.socket]:
+def _listening(settings: Settings, keys: Keys) -> Iterator[socket.socket]:
     """The server's own socket, taken before anything slow is begun."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
@@ -282,6 +289,12 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
     except OSError as error:
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
     with listener:
+        address = listener.getsockname()[0]
+        if not (keys.required or ip_address(address).is_loopback):
+            raise StartError(
+                f"{settings.host} can be reached from other machines, so API keys are needed: "
+                "`imprint keys new TENANT >> FILE` and IMPRINT_API_KEYS_FILE=FILE, or IMPRINT_HOST=127.0.0.1"
+            )
         yield listener
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from service.errors import KeyReused
 from service.store.types import Once
+from service.tenants import Tenant
 
-TENANT = "default"
 Json = dict[str, Any]
 
 
@@ -21,13 +21,15 @@ Json = dict[str, Any]
 class Call:
     """One HTTP request.
 
+    tenant: whose it is, as its API key says.
+
     digest: of its route and body; empty = it is never remembered. key: its `Idempotency-Key`. attempt: how often its
     client says to have sent it before; None = it does not say. began: the version that its turn found, once it has
     begun. committed, replayed: whether a session has learned from it, now or before. id, created: of its answer; a
     repetition has those of the first.
     """
 
-    tenant: str = TENANT
+    tenant: Tenant
     request_id: str = ""
     digest: str = ""
     key: str | None = None

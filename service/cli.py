@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
+from service import tenants
 from service.client import Client, ClientError, CommandError, Json
 from service.settings import Settings, SettingsError
 
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 sessions_app = typer.Typer(no_args_is_help=True, help="List, inspect and erase sessions.")
 app.add_typer(sessions_app, name="sessions")
+keys_app = typer.Typer(no_args_is_help=True, help="Make API keys.")
+app.add_typer(keys_app, name="keys")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -59,7 +63,7 @@ def main() -> None:
     """The console script: `app`, with every expected fault as one line on stderr and exit code 1."""
     try:
         app(prog_name="imprint")
-    except (CommandError, SettingsError, UnicodeError) as error:
+    except (CommandError, SettingsError, tenants.KeysError, UnicodeError) as error:
         err.print(f"imprint: {escape(str(error))}", style="red")
         sys.exit(1)
 
@@ -174,7 +178,7 @@ def chat(
     options = {"session": session, "max_tokens": max_tokens, "temperature": temperature}
     given = {name: value for name, value in options.items() if value is not None}
     interactive = once is None and sys.stdin.isatty()
-    with Client(url, on_wait=_note) as client:
+    with _connect(url) as client:
         body = {"model": client.model(), **given}
         conversation: list[dict[str, str]] = []
         for text in _typed() if interactive else [_piped() if once is None else once]:
@@ -265,7 +269,7 @@ def observe(
     # Every file is read once before the first piece is sent: a bad one should not leave the work half done.
     characters = [sum(map(len, _pieces(file))) for file in files if file != "-"]
     tally = Tally()
-    with Client(url, on_wait=_note) as client, _progress() as progress:
+    with _connect(url) as client, _progress() as progress:
         task = progress.add_task("", total=None if "-" in files else sum(characters), tally=tally)
         for file in files:
             progress.update(task, description=escape(file))
@@ -300,7 +304,7 @@ def score(
 ) -> None:
     """How well a session predicts a text, against the frozen base."""
     tokens, nats, frozen_nats = 0, 0.0, 0.0
-    with Client(url, on_wait=_note) as client:
+    with _connect(url) as client:
         for piece in _pieces(file):
             answer = client.score(session, piece, learn=learn)
             tokens += len(answer["logprobs"])
@@ -332,7 +336,7 @@ def score(
 @sessions_app.command("ls")
 def list_sessions(as_json: AsJson = False, url: Url = LOCAL) -> None:
     """All sessions."""
-    with Client(url, on_wait=_note) as client:
+    with _connect(url) as client:
         sessions = list(client.sessions())
     if as_json:
         print(json.dumps(sessions))
@@ -348,7 +352,7 @@ def list_sessions(as_json: AsJson = False, url: Url = LOCAL) -> None:
 @sessions_app.command("show")
 def show_session(session: SessionId, as_json: AsJson = False, url: Url = LOCAL) -> None:
     """One session, with everything the server tells about it."""
-    with Client(url, on_wait=_note) as client:
+    with _connect(url) as client:
         answer = client.session(session)
     if as_json:
         print(json.dumps(answer))
@@ -366,11 +370,21 @@ def remove_sessions(
     url: Url = LOCAL,
 ) -> None:
     """Erase sessions and all they learned."""
-    with Client(url, on_wait=_note) as client:
+    with _connect(url) as client:
         for session in sessions:
             if yes or typer.confirm(f"Erase session {session} and all it learned?", err=True):
                 client.delete(session)
                 out.print(f"erased {escape(session)}")
+
+
+@keys_app.command("new")
+def new_key(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is; `metrics` for one that opens /metrics alone.")],
+) -> None:
+    """Make a key: `imprint keys new acme >> FILE` shows it once and adds its hash to the server's file."""
+    key, line = tenants.new_key(tenant)
+    print(line)
+    err.print(f"the key, shown this once: {key}")
 
 
 def _label(field: str) -> str:
@@ -390,6 +404,11 @@ def _cell(field: str, value: Any) -> str:
     if isinstance(value, dict):
         return escape(", ".join(f"{name} = {option}" for name, option in value.items()))
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def _connect(url: str) -> Client:
+    # From the environment alone: other users of a machine can read a command's options.
+    return Client(url, key=os.environ.get("IMPRINT_API_KEY", "").strip(), on_wait=_note)
 
 
 def _note(line: str) -> None:

@@ -35,14 +35,20 @@ class ClientError(CommandError):
 class Client:
     """Talks to one server.
 
-    A request refused with 429 or 503 is sent again after the `Retry-After` seconds, `ATTEMPTS` times in all.
+    A request refused with 429 or 503 is sent again after the `Retry-After` seconds, `ATTEMPTS` times in all, unless the
+    server says that it would not help. `key` is the API key.
     """
 
-    def __init__(self, url: str, *, on_wait: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(
+        self, url: str, *, key: str | None = None, on_wait: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self.url = url.rstrip("/")
         self._on_wait = on_wait
         try:
-            self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=headers)
+        except UnicodeEncodeError:
+            raise ClientError("the API key holds characters that no key has") from None
         except httpx.InvalidURL as error:
             raise ClientError(f"--url must be an http:// address, got {url!r}: {error}") from None
 
@@ -144,7 +150,8 @@ class Client:
             if response.is_success:
                 break
             refusal = _refusal(response)
-            if response.status_code not in (429, 503) or attempt == ATTEMPTS:
+            final = response.headers.get("x-should-retry") == "false"
+            if response.status_code not in (429, 503) or final or attempt == ATTEMPTS:
                 raise refusal
             wait = _retry_after(response)
             self._on_wait(f"{refusal}; trying again in {wait:g} s")

@@ -4,6 +4,9 @@ Layers below the routes raise these; `service/http.py` turns them into responses
 client, so it names the field, the limit and the value, and never another session or an internal detail.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class ImprintError(Exception):
     """Base of the tree; raise one of its subclasses.
@@ -19,6 +22,7 @@ class ImprintError(Exception):
     type: str = "invalid_request_error"
     code: str | None = None
     retry_after: float | None = None
+    headers: Mapping[str, str] = MappingProxyType({})  # of the response, beside `Retry-After`
 
     def __init__(
         self,
@@ -45,6 +49,14 @@ class BadRequest(ImprintError):
     """400: the request can't be honoured as it stands."""
 
     status = 400
+
+
+class Unauthorized(ImprintError):
+    """401: no API key, or one that is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
 
 
 class NotFound(ImprintError):
@@ -109,6 +121,25 @@ class Overloaded(ImprintError):
     type = "rate_limit_error"
     code = "queue_full"
     retry_after = 1.0
+
+
+class RateLimited(ImprintError):
+    """429: the tenant has to wait."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retry_after = 1.0
+
+
+class QuotaExceeded(ImprintError):
+    """429: the tenant has used what it may use; waiting alone does not help, so clients are told not to retry."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    retry_after = 60.0
+    headers = MappingProxyType({"x-should-retry": "false"})
 
 
 class Unavailable(ImprintError):

@@ -9,7 +9,9 @@ import math
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,21 +22,33 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BadRequest, ImprintError, MethodNotAllowed, NotFound, PayloadTooLarge, Unavailable
+from service.errors import (
+    BadRequest,
+    ImprintError,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    RateLimited,
+    StoreUnavailable,
+    Unauthorized,
+    Unavailable,
+)
 from service.metrics import Metrics
 from service.routes import call_headers, openai, ops, page, report
 from service.routes import sessions as session_routes
 from service.sessions import Sessions
 from service.settings import Settings
+from service.tenants import OPERATOR, Keys, Tenant
 
 CLIENT_GONE = 499  # nginx's status for it; the client itself never sees it
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+PUBLIC = {"/livez", "/readyz", "/openapi.json", *page.FILES}  # what is the same for everybody
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")
 HOPELESS = (409, 507)  # statuses that OpenAI's client would retry, to no avail
 SHOWN = 80  # characters of a client's own words that an error repeats
 
 
-def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Settings) -> None:
+def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Settings, keys: Keys) -> None:
     """Makes `app` serve `sessions`: the routes, what turns errors into answers, and the middleware."""
     app.state.sessions = sessions
     app.state.metrics = metrics
@@ -47,6 +61,7 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     app.add_exception_handler(404, _answer_no_route)
     app.add_exception_handler(405, _answer_wrong_method)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(Access, keys=keys, sessions=sessions)
     app.add_middleware(Edge, metrics=metrics)
 
 
@@ -97,6 +112,65 @@ def _request_id(given: str) -> str:
     return given if SAFE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
+class Access:
+    """Tells whose request it is by its API key, and holds tenants to the requests they may have in flight.
+
+    It stands before the routes, so that what needs no key is what `PUBLIC` names, and nothing else. `/metrics` tells of
+    all tenants together, so none of them may read it: it has a key of its own.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, sessions: Sessions) -> None:
+        self._app = app
+        self._keys = keys
+        self._sessions = sessions
+        self._in_flight: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in PUBLIC:
+            await self._app(scope, receive, send)
+            return
+        tenant = self._tenant(scope)
+        scope["state"]["tenant"] = tenant
+        limit = tenant.limits.requests
+
+        async def send_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *await self._headers(tenant)]
+            await send(message)
+
+        refused = limit and self._in_flight[tenant.name] >= limit
+        self._in_flight[tenant.name] += not refused
+        try:
+            if refused:
+                error = RateLimited(f"The tenant may have {limit} requests in flight and has {limit}; try again later.")
+                await (await _answer_error(Request(scope), error))(scope, receive, send_limits)
+            else:
+                await self._app(scope, receive, send_limits)
+        finally:
+            self._in_flight[tenant.name] -= not refused
+            if not self._in_flight[tenant.name]:
+                del self._in_flight[tenant.name]
+
+    def _tenant(self, scope: Scope) -> Tenant:
+        given = Headers(scope=scope).getlist("authorization")
+        tenant = self._keys.tenant(given[0] if len(given) == 1 else None)
+        if self._keys.required and (tenant.name == OPERATOR) != (scope["path"] == "/metrics"):
+            raise Unauthorized(f"/metrics takes a key of {OPERATOR!r}, and all other routes take the other keys.")
+        return tenant
+
+    async def _headers(self, tenant: Tenant) -> list[tuple[bytes, bytes]]:
+        """OpenAI's `x-ratelimit-*`: `requests` are those in flight, `tokens` the learned ones."""
+        told: dict[str, object] = {}
+        if limit := tenant.limits.requests:
+            free = limit - self._in_flight[tenant.name]
+            told |= {"limit-requests": limit, "remaining-requests": free, "reset-requests": "0s" if free else "1s"}
+        if limit := tenant.limits.tokens_per_minute:
+            with suppress(StoreUnavailable):
+                left, reset = await self._sessions.tokens_left(tenant)
+                told |= {"limit-tokens": limit, "remaining-tokens": left, "reset-tokens": f"{reset:.3f}s"}
+        return [(f"x-ratelimit-{name}".encode(), str(value).encode()) for name, value in told.items()]
+
+
 class BodyLimit:
     """Refuses a body of more than `limit` bytes, whether its length is declared or it comes in chunks."""
 
@@ -132,7 +206,7 @@ class BodyLimit:
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     told = report(request, error)
     headers = {} if told.retry_after is None else {"Retry-After": str(math.ceil(told.retry_after))}
-    headers |= call_headers(request)
+    headers |= dict(told.headers) | call_headers(request)
     if told.status in HOPELESS:
         headers["x-should-retry"] = "false"
     return JSONResponse(told.body(), told.status, headers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,10 +21,10 @@ class Locks:
     """A lock for each name, first come, first served; a name is forgotten with its last user."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[Hashable, _Queue] = {}
 
     @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[None]:
+    async def hold(self, name: Hashable) -> AsyncIterator[None]:
         """Waits for the name's lock and holds it."""
         queue = self._queues.setdefault(name, _Queue())
         queue.users += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -17,14 +17,17 @@ import torch
 
 from model.memory import SiteRows
 from service import prompts
-from service.calls import TENANT, Call
+from service.calls import Call
 from service.engine import Event, Failed, Finished, Job, MemoryUse, Segment, Stamp, Stats, TokenScores
-from service.errors import Conflict, NotFound, NotReady, PreconditionFailed, VersionConflict
+from service.errors import NotReady, PreconditionFailed, VersionConflict
+from service.ledger import Ledger
 from service.lessons import Content, digest, pack_lesson
 from service.metrics import Metrics
 from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt, TokenPrompt
+from service.store.codec import damaged
 from service.store.redis import RedisStore
 from service.store.types import Note, Option, RowBatch, SessionMeta
+from service.tenants import Tenant
 from service.turns import (
     Adapt,
     Adaptation,
@@ -47,7 +50,8 @@ from service.turns import (
     segment,
     unpack_answer,
 )
-from service.turnstile import Held, Limits, Turnstile, Write, known, overtaken, require_match
+from service.transfer import sound
+from service.turnstile import Held, Limits, Turnstile, Write, known, overtaken, require_match, unknown
 
 __all__ = [
     "Adapt",
@@ -80,11 +84,19 @@ class Sessions:
     """All sessions of this server; "loading" until `begin`."""
 
     def __init__(
-        self, store: RedisStore, metrics: Metrics, *, model_id: str, limits: Limits, proof_rate: float
+        self,
+        store: RedisStore,
+        ledger: Ledger,
+        metrics: Metrics,
+        *,
+        model_id: str,
+        limits: Limits,
+        proof_rate: float,
     ) -> None:
-        self.gate = Turnstile(store, metrics, limits)
+        self.gate = Turnstile(store, ledger, metrics, limits)
         self.model_id = model_id
         self.store = store
+        self._ledger = ledger
         self._metrics = metrics
         self._proof_rate = proof_rate
         self._loaded: Served | None = None
@@ -188,44 +200,51 @@ class Sessions:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def put(
-        self, tenant: str, session: str, options: dict[str, Option], *, if_match: str | None = None
+        self, tenant: Tenant, session: str, options: dict[str, Option], *, if_match: str | None = None
     ) -> tuple[SessionMeta, bool]:
         """Creates a session with options, or replaces its options; returns it and whether it is new."""
         async with self.gate.ordered(tenant, session):
-            meta = await self.store.meta(tenant, session)
+            meta = await self.store.meta(tenant.name, session)
             require_match(if_match, meta)
             if meta is None:
-                return await self.store.create(tenant, self.new_meta(session, options)), True
-            return await self.store.configure(tenant, session, options), False
+                async with self._ledger.place(tenant, session):
+                    return await self.store.create(tenant.name, self.served.new_meta(session, options)), True
+            return await self.store.configure(tenant.name, session, options), False
 
-    async def get(self, tenant: str, session: str) -> SessionMeta:
+    async def get(self, tenant: Tenant, session: str) -> SessionMeta:
         """Raises NotFound."""
-        meta = await self.store.meta(tenant, session)
+        meta = await self.store.meta(tenant.name, session)
         if meta is None:
             raise unknown(session)
         return meta
 
-    async def delete(self, tenant: str, session: str, *, if_match: str | None = None) -> None:
+    async def delete(self, tenant: Tenant, session: str, *, if_match: str | None = None) -> None:
         """Erases a session, on every replica. Raises NotFound."""
         async with self.gate.ordered(tenant, session):
-            meta = None if if_match is None else await self.store.meta(tenant, session)
+            meta = None if if_match is None else await self.store.meta(tenant.name, session)
             require_match(if_match, meta)
             try:
-                erased = await self.store.delete(tenant, session, version=None if meta is None else meta.version)
+                erased = await self.store.delete(tenant.name, session, version=None if meta is None else meta.version)
             except VersionConflict as error:
                 raise PreconditionFailed(f"'If-Match' is {if_match}, and {error}.", param="If-Match") from error
-            self.served.engine.forget((tenant, session))
+            self.served.engine.forget((tenant.name, session))
+            await self._ledger.forget(tenant, session)
             if not erased:
                 raise unknown(session)
 
-    async def list(self, tenant: str, after: str, limit: int) -> tuple[list[SessionMeta], str | None]:
+    async def list(self, tenant: Tenant, after: str, limit: int) -> tuple[list[SessionMeta], str | None]:
         """A page of sessions in order of their ids, and the id after which the next page starts."""
-        page = await self.store.list(tenant, after=after, limit=limit + 1)
+        page = await self.store.list(tenant.name, after=after, limit=limit + 1)
         return page[:limit], page[limit - 1].id if len(page) > limit else None
 
-    async def count_cold(self) -> int:
-        """Stored sessions that are not on the device."""
-        return max(0, await self.store.count(TENANT) - self.served.engine.sessions_hot)
+    async def count_cold(self, tenants: Iterable[str]) -> int:
+        """Stored sessions, of these tenants together, that are not on the device."""
+        stored = sum([await self.store.count(name) for name in tenants])
+        return max(0, stored - self.served.engine.sessions_hot)
+
+    async def tokens_left(self, tenant: Tenant) -> tuple[int, float]:
+        """Tokens that a tenant with a limit of them may learn now, and seconds until it may learn all of them again."""
+        return await self._ledger.tokens(tenant)
 
     async def forget_erased(self) -> None:
         """Drops the hot copies of sessions that any replica erases; all of them where a message may have been missed.
@@ -316,6 +335,8 @@ class Sessions:
 
         A session's requests follow one another, since each may learn; without a session they run side by side.
         """
+        if turn.held is not None and ((write and parts) or turn.kind in ("fork", "import")):
+            await self._ledger.check_learning(turn.held.call.tenant)
         queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         jobs: dict[Job, int] = {}
         if turn.meta is None:
@@ -361,7 +382,7 @@ class Sessions:
         learned = done.rows or done.stats.tokens_learned or not set(kept) <= set(meta.digests)
         if turn.content is None and not learned:
             if meta.version == 0:
-                await self.store.create(turn.held.call.tenant, meta, turn.held.lease)
+                await self.store.create(turn.held.call.tenant.name, meta, turn.held.lease)
             return None
         turn.meta = await self._commit(turn, turn.held, done, next_meta(meta, done, kept), parts)
         return turn.meta.stamp
@@ -390,7 +411,7 @@ class Sessions:
         )
         rows = {site: RowBatch(batch.slots.numpy(), batch.data.numpy()) for site, batch in done.rows.items()}
         content = Content({}, rows, {}) if turn.content is None else turn.content.overlaid(rows)
-        await self.gate.commit(held, new, content.sites, gone=content.gone, note=note)
+        await self.gate.commit(held, new, content.sites, gone=content.gone, note=note, tokens=stats.tokens_learned)
         self._metrics.tokens_learned_total.inc(stats.tokens_learned)
         self._metrics.rows_written_total.inc(done.rows_written)
         self._metrics.guards_shut_total.inc(max(0, done.guards))
@@ -403,7 +424,7 @@ class Sessions:
     async def _memory(self, turn: Turn, *, write: bool) -> MemoryUse:
         """Where the engine finds the session's memory: on the device already, or with the rows that come along."""
         assert turn.held is not None and turn.meta is not None
-        meta, tenant = turn.meta, turn.held.call.tenant
+        meta, tenant = turn.meta, turn.held.call.tenant.name
         key, stamp = (tenant, meta.id), meta.stamp
         if turn.content is None and meta.version == 0:
             return MemoryUse(key, stamp, write, stored={})
@@ -413,7 +434,9 @@ class Sessions:
             stored = await self.store.load(tenant, meta.id)
         if stored is None or stored.meta.stamp != stamp:
             raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
-        sites = stored.sites
+        sites, config = stored.sites, self.served.engine.memory_config
+        if not all(sound(name, batch, config, self.vocab_size) for name, batch in sites.items()):
+            raise damaged(meta.id)
         if turn.content is not None:
             sites, stamp = turn.content.rows_from(sites), NOWHERE
         rows = {
@@ -452,38 +475,9 @@ class Sessions:
         async with self.gate.hold(call, name, write=write, if_match=if_match) as held:
             if held.replay is None:
                 if held.meta is None:
-                    held.meta = self.new_meta(name, {})
-                self.require_served(held.meta)
+                    held.meta = self.served.new_meta(name, {})
+                self.served.require_own(held.meta)
             yield held
-
-    def require_served(self, meta: SessionMeta) -> None:
-        """Raises Conflict for a session of other slow weights."""
-        if meta.model != self.served.slow_weights:
-            raise Conflict(
-                f"Session {meta.id!r} was learned by other slow weights ({meta.model[:23]}…) than those served "
-                f"({self.served.slow_weights[:23]}…), and cannot be read with them.",
-                code="model_mismatch",
-            )
-
-    def new_meta(self, name: str, options: dict[str, Option]) -> SessionMeta:
-        """A session that has learned nothing."""
-        now = time.time()
-        return SessionMeta(
-            id=name,
-            version=0,
-            model=self.served.slow_weights,
-            tokens_learned=0,
-            rows=0,
-            bytes=0,
-            created=now,
-            updated=now,
-            proof_tokens=0,
-            loss_sum=0.0,
-            frozen_loss_sum=0.0,
-            requests=0,
-            options=options,
-            digests=(),
-        )
 
 
 async def _resumed(first: E, rest: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:
@@ -495,7 +489,3 @@ async def _resumed(first: E, rest: AsyncGenerator[E, None]) -> AsyncGenerator[E,
 
 def _putter(queue: asyncio.Queue[tuple[Job, Event]]) -> Callable[[Job, Event], None]:
     return lambda job, event: queue.put_nowait((job, event))
-
-
-def unknown(session: str) -> NotFound:
-    return NotFound(f"Session {session!r} does not exist.", param="id", code="session_not_found")

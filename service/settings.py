@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 PREFIX = "IMPRINT_"
 CLIENT_VARIABLES = {
     "IMPRINT_URL": "Where `imprint chat`, `observe`, `score` and `sessions` find the server; default `http://127.0.0.1:8000`.",
+    "IMPRINT_API_KEY": "The key that they send, where the server asks for one.",
 }
 STORE_SCHEMES = (
     "redis",
@@ -120,6 +121,33 @@ class Settings(BaseSettings):
         min_length=16,
         repr=False,
         description="Signs exports (HMAC-SHA256); if set, imports must bear its signature.",
+    )
+    api_keys: str | None = Field(
+        None,
+        repr=False,
+        description="Who may use the server: entries `TENANT:SHA256` as `imprint keys new TENANT` makes them, commas"
+        " between. Without any keys it listens on loopback only and asks nobody for one.",
+    )
+    api_keys_file: Folder | None = Field(
+        None,
+        description="A file of such entries, one a line, beside those above; read again whenever it changes."
+        " `sessions=`, `bytes=`, `tokens_per_minute=`, `requests=` after an entry go before the four settings below.",
+    )
+    tenant_sessions: int = Field(0, ge=0, description="Sessions that a tenant may have; 0 = no limit.")
+    tenant_bytes: int = Field(
+        0,
+        ge=0,
+        description="Bytes that a tenant's sessions may hold together; from there on they predict and no longer learn."
+        " A turn that begins below may end above. 0 = no limit.",
+    )
+    tenant_tokens_per_minute: int = Field(
+        0,
+        ge=0,
+        description="Tokens that a tenant may learn per minute, on all servers of a store together. A turn may"
+        " overdraw, and the next ones wait until that is paid off. 0 = no limit.",
+    )
+    tenant_requests: int = Field(
+        0, ge=0, description="Requests that a tenant may have in flight, on each server; 0 = no limit."
     )
     max_batch: int = Field(32, ge=1, le=4096, description="Sequences that run at the same time.")
     max_queue: int = Field(

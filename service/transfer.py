@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from model.memory import MemoryConfig, SiteConfig
-from model.memory.config import OWN
+from model.memory import MemoryConfig
+from model.memory.config import OWN, RUNS
 from service.errors import BadRequest
 from service.store.types import RowBatch, StoredSession
 
 FORMAT = 1
 NAME = "imprint"  # of the manifest in the file's metadata
-OWN_BYTES = 12
+OWN_BYTES = 4 * 3 * (1 + len(RUNS))  # three numbers for each number of runs that a match may repeat
+PAIR_BYTES = 8  # of a lexical row: its age and its token come first
 COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
 Arrays = dict[str, NDArray[Any]]
@@ -99,35 +100,41 @@ def _is_digest(value: Any) -> bool:
 
 def _sites(arrays: Arrays, config: MemoryConfig, vocab_size: int) -> dict[str, RowBatch]:
     sites: dict[str, RowBatch] = {}
-    known = {site.name: site for site in config.sites}
     for name in {name.rpartition(".")[0] for name in arrays}:
-        site = known.get(name.removesuffix(OWN))
         slots, rows = arrays.get(f"{name}.slots"), arrays.get(f"{name}.rows")
-        if site is None or slots is None or rows is None:
+        if slots is None or rows is None:
             raise _unfit(f"has no sound site {name[:40]!r}")
-        own = name.endswith(OWN)
         try:
             batch = RowBatch(slots, rows)
         except ValueError as error:
             raise _unfit(f"has a site {name[:40]!r} that is none: {error}") from None
-        most, row_bytes = (1, OWN_BYTES) if own else (site.slots, site.row_bytes)
-        if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= most:
-            raise _unfit(f"has rows of site {name!r} that this memory has no place for")
-        if not (_finite(batch) if own or site.kind == "hidden" else _readable(batch, site, vocab_size)):
-            raise _unfit(f"has rows of site {name!r} that no memory writes")
+        if not sound(name, batch, config, vocab_size):
+            raise _unfit(f"has rows of site {name[:40]!r} that no memory writes")
         sites[name] = batch
     if len(arrays) != 2 * len(sites):
         raise _unfit("has arrays that belong to no site")
     return sites
 
 
+def sound(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> bool:
+    """Whether a site's rows can be: the memory has the site and a place for them, and could have written them."""
+    site = next((site for site in config.sites if site.name == name.removesuffix(OWN)), None)
+    if site is None:
+        return False
+    own = name.endswith(OWN)
+    most, row_bytes = (1, OWN_BYTES) if own else (site.slots, site.row_bytes)
+    if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= most:
+        return False
+    return _finite(batch) if own or site.kind == "hidden" else _readable(batch, vocab_size)
+
+
 def _finite(batch: RowBatch) -> bool:
     return bool(np.isfinite(np.ascontiguousarray(batch.data).view("<f4")).all())
 
 
-def _readable(batch: RowBatch, site: SiteConfig, vocab_size: int) -> bool:
-    """Whether rows of a lexical site have an age and a token of the vocabulary; their keys may be anything."""
-    ages, tokens = np.ascontiguousarray(batch.data[:, : site.row_bytes - site.width]).view("<i4").T
+def _readable(batch: RowBatch, vocab_size: int) -> bool:
+    """Whether rows of a lexical site have an age and a token of the vocabulary; what follows may be anything."""
+    ages, tokens = np.ascontiguousarray(batch.data[:, :PAIR_BYTES]).view("<i4").T
     return bool((ages > 0).all() and (tokens >= 0).all() and (tokens < vocab_size).all())
 
 

@@ -14,10 +14,10 @@ from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 from service.engine import Engine, Event, Finished, Generate, Segment, Stats, Token, TokenScores
 from service.engine.job import Alternatives
-from service.errors import BadRequest
+from service.errors import BadRequest, Conflict
 from service.lessons import Content
 from service.prompts import ChatPrompt, Encoded, Prompt
-from service.store.types import SessionMeta
+from service.store.types import Option, SessionMeta
 from service.turnstile import Held
 
 Adapt = Literal["both", "observe", "predict"]
@@ -344,3 +344,32 @@ class Served:
     def slow_weights(self) -> str:
         """One fingerprint for all that a session's rows depend on."""
         return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
+
+    def require_own(self, meta: SessionMeta) -> None:
+        """Raises Conflict for a session of other slow weights."""
+        if meta.model != self.slow_weights:
+            raise Conflict(
+                f"Session {meta.id!r} was learned by other slow weights ({meta.model[:23]}…) than those served "
+                f"({self.slow_weights[:23]}…), and cannot be read with them.",
+                code="model_mismatch",
+            )
+
+    def new_meta(self, name: str, options: dict[str, Option]) -> SessionMeta:
+        """A session that has learned nothing."""
+        now = time.time()
+        return SessionMeta(
+            id=name,
+            version=0,
+            model=self.slow_weights,
+            tokens_learned=0,
+            rows=0,
+            bytes=0,
+            created=now,
+            updated=now,
+            proof_tokens=0,
+            loss_sum=0.0,
+            frozen_loss_sum=0.0,
+            requests=0,
+            options=options,
+            digests=(),
+        )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from service.calls import Call
 from service.errors import (
+    NotFound,
     NotReady,
     Overloaded,
     PreconditionFailed,
@@ -19,10 +20,12 @@ from service.errors import (
     TooLarge,
     VersionConflict,
 )
+from service.ledger import Ledger
 from service.metrics import Metrics
 from service.order import Locks, uninterrupted
 from service.store.redis import RedisStore
 from service.store.types import Entered, Lease, Note, RowBatch, SessionMeta, Slots
+from service.tenants import Tenant
 
 Write = Literal["always", "unless predict", "never"]
 LATE_S = 1.0  # within which it shows that the client of a request is gone: one that gave it up, and sent it again
@@ -60,11 +63,12 @@ class Held:
 class Turnstile:
     """The way into sessions; "loading" until somebody says otherwise."""
 
-    def __init__(self, store: RedisStore, metrics: Metrics, limits: Limits) -> None:
+    def __init__(self, store: RedisStore, ledger: Ledger, metrics: Metrics, limits: Limits) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.in_flight = 0
         self.limits = limits
         self._store = store
+        self._ledger = ledger
         self._metrics = metrics
         self._locks = Locks()
 
@@ -82,9 +86,9 @@ class Turnstile:
             self.in_flight -= 1
 
     @asynccontextmanager
-    async def ordered(self, tenant: str, session: str) -> AsyncIterator[None]:
+    async def ordered(self, tenant: Tenant, session: str) -> AsyncIterator[None]:
         """Holds a session against this server's other turns, in the order of asking."""
-        async with self._locks.hold(f"{tenant}/{session}"):
+        async with self._locks.hold((tenant.name, session)):
             yield
 
     @asynccontextmanager
@@ -95,8 +99,12 @@ class Turnstile:
         *,
         write: Write = "always",
         if_match: str | None = None,
+        may_create: bool = True,
     ) -> AsyncIterator[Held]:
-        """A session for one turn, against this server's other turns and, if it may write, against all others."""
+        """A session for one turn, against this server's other turns and, if it may write, against all others.
+
+        Raises NotFound for one that is not there, unless the turn may create it; then it has a place in its tenant's
+        account."""
         async with self.ordered(call.tenant, session):
             entered, replay = await self._enter(call, session, write)
             if replay is not None:
@@ -109,7 +117,12 @@ class Turnstile:
             keeper = asyncio.create_task(self._keep(entered.lease)) if entered.lease else None
             try:
                 require_match(if_match, entered.meta)
-                yield held
+                async with AsyncExitStack() as stack:
+                    if entered.meta is None:
+                        if not may_create:
+                            raise unknown(session)
+                        await stack.enter_async_context(self._ledger.place(call.tenant, session))
+                    yield held
             finally:
                 if keeper is not None:
                     keeper.cancel()
@@ -120,14 +133,14 @@ class Turnstile:
     async def _enter(self, call: Call, session: str, write: Write) -> tuple[Entered, dict[str, Any] | None]:
         """How a turn begins; and what it was answered before, if it was."""
         with self._counting_full():
-            entered = await self._store.enter(call.tenant, session, write=write, names=call.names)
+            entered = await self._store.enter(call.tenant.name, session, write=write, names=call.names)
             if entered.record is None:
                 return entered, None
             replay = call.replay(entered.record)
             if replay is None:
                 if call.late(entered.record):
                     await asyncio.sleep(LATE_S)
-                entered = await self._store.enter(call.tenant, session, write=write)
+                entered = await self._store.enter(call.tenant.name, session, write=write)
             return entered, replay
 
     async def _keep(self, lease: Lease) -> None:
@@ -145,15 +158,21 @@ class Turnstile:
         *,
         gone: Mapping[str, Slots] | None = None,
         note: Note,
+        tokens: int,
     ) -> None:
-        """Commits what a turn did; once begun, it is not interrupted."""
+        """Commits what a turn did, and puts the tokens it learned on its tenant's account; once begun, it is not
+        interrupted."""
         limit, before = self.limits.session_bytes, held.meta
         if limit and new.bytes > limit and new.bytes > (0 if before is None else before.bytes):
             raise TooLarge(f"Session {new.id!r} may have {limit} bytes of rows and would get {new.bytes}.")
         tenant = held.call.tenant
-        with self._counting_full(), self._metrics.commit_seconds.time():
-            commit = self._store.commit(tenant, new, sites, gone=gone, lease=held.lease, note=note)
-            await uninterrupted(commit)
+
+        async def commit() -> None:
+            with self._counting_full(), self._metrics.commit_seconds.time():
+                await self._store.commit(tenant.name, new, sites, gone=gone, lease=held.lease, note=note)
+            await self._ledger.learned(tenant, new.id, new.bytes, tokens)
+
+        await uninterrupted(commit())
         held.lease, held.call.committed = None, True
         self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in sites.values()))
 
@@ -186,6 +205,10 @@ class _CountingFull:
 
 def overtaken() -> SessionBusy:
     return SessionBusy("Another replica changed the session during this request, of which nothing was learned.")
+
+
+def unknown(session: str) -> NotFound:
+    return NotFound(f"Session {session!r} does not exist.", param="id", code="session_not_found")
 
 
 def require_match(if_match: str | None, meta: SessionMeta | None) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 from service.engine import Segment
 from service.errors import Conflict, VersionConflict
 from service.lessons import content_at, unpack_lesson, whole_content, without
-from service.sessions import Call, Sessions, unknown
+from service.sessions import Call, Sessions
 from service.store.types import History, SessionMeta
+from service.tenants import Tenant
 from service.transfer import pack_session, unpack_session
 from service.turns import Turn
-from service.turnstile import Held, require_match
+from service.turnstile import Held, known, require_match, unknown
 
 
 class Versions:
@@ -25,12 +26,12 @@ class Versions:
         self._store = sessions.store
 
     async def log(
-        self, tenant: str, session: str, *, before: int | None, limit: int
+        self, tenant: Tenant, session: str, *, before: int | None, limit: int
     ) -> tuple[list[dict[str, Any]], int | None]:
         """Up to `limit` entries of the log, newest first, of versions below `before`, and the next page's `before`."""
-        history = await self._store.history(tenant, session, undo=False)
+        history = await self._store.history(tenant.name, session, undo=False)
         if history is not None and history.meta.options.get("keep_text"):
-            history = await self._store.history(tenant, session, undo=True)
+            history = await self._store.history(tenant.name, session, undo=True)
         if history is None:
             raise unknown(session)
         texts = {undo.version: undo.text for undo in history.undo if undo.text}
@@ -42,7 +43,7 @@ class Versions:
         """A new version with the content of an earlier one. Raises Conflict for one that is not kept."""
 
         async def turn_once() -> SessionMeta:
-            async with self._gate.hold(call, session, if_match=if_match) as held:
+            async with self._gate.hold(call, session, if_match=if_match, may_create=False) as held:
                 if held.replay is not None:
                     return _answered(held.replay)
                 history = await self._history(held, session)
@@ -59,11 +60,11 @@ class Versions:
         Raises Conflict where something that this needs is not kept."""
 
         async def turn_once() -> SessionMeta:
-            async with self._gate.hold(call, session, if_match=if_match) as held:
+            async with self._gate.hold(call, session, if_match=if_match, may_create=False) as held:
                 if held.replay is not None:
                     return _answered(held.replay)
                 history = await self._history(held, session)
-                self._sessions.require_served(history.meta)
+                self._sessions.served.require_own(history.meta)
                 base, lessons = without(history, version)
                 content = content_at(history, base)
                 content = replace(content, meta=content.meta | {"digests": history.meta.digests})
@@ -80,13 +81,13 @@ class Versions:
             async with self._gate.hold(call, new) as held:
                 if held.replay is not None:
                     return _answered(held.replay)
-                stored = await self._store.load(call.tenant, session)
+                stored = await self._store.load(call.tenant.name, session)
                 if stored is None:
                     raise unknown(session)
                 require_match(if_match, stored.meta)
                 if held.meta is not None:
                     raise Conflict(f"Session {new!r} exists already.", param="id", code="session_exists")
-                meta = self._sessions.new_meta(new, stored.meta.options)
+                meta = self._sessions.served.new_meta(new, stored.meta.options)
                 held.meta = replace(meta, model=stored.meta.model)
                 content = whole_content(asdict(stored.meta), stored.sites, {})
                 return await self._settle(Turn(held, kind="fork", of=session, content=content))
@@ -94,9 +95,9 @@ class Versions:
         async with self._gate.admitted():
             return await self._gate.twice(turn_once)
 
-    async def export(self, tenant: str, session: str) -> tuple[bytes, SessionMeta]:
+    async def export(self, tenant: Tenant, session: str) -> tuple[bytes, SessionMeta]:
         """The session as a file that `bring` takes."""
-        stored = await self._store.load(tenant, session)
+        stored = await self._store.load(tenant.name, session)
         if stored is None:
             raise unknown(session)
         return pack_session(stored, self._gate.limits.export_key), stored.meta
@@ -115,12 +116,12 @@ class Versions:
                     return _answered(held.replay), held.replay["session"]["version"] == 1
                 config, key = served.engine.memory_config, self._gate.limits.export_key
                 manifest, sites = unpack_session(data, config, vocab_size=served.vocab_size, key=key)
-                self._sessions.require_served(replace(self._sessions.new_meta(session, {}), model=manifest["model"]))
+                served.require_own(replace(served.new_meta(session, {}), model=manifest["model"]))
                 new = held.meta is None
-                stored = None if new else await self._store.load(call.tenant, session)
+                stored = None if new else await self._store.load(call.tenant.name, session)
                 if held.meta is None:
-                    held.meta = self._sessions.new_meta(session, {})
-                self._sessions.require_served(held.meta)
+                    held.meta = served.new_meta(session, {})
+                served.require_own(held.meta)
                 content = whole_content(manifest, sites, stored.sites if stored else {})
                 origin = f"{manifest['id']} v{manifest['version']}"
                 return await self._settle(Turn(held, kind="import", of=origin, content=content)), new
@@ -129,10 +130,8 @@ class Versions:
             return await self._gate.twice(turn_once)
 
     async def _history(self, held: Held, session: str) -> History:
-        history = await self._store.history(held.call.tenant, session, undo=True)
-        if held.meta is None or history is None:
-            raise unknown(session)
-        if history.meta.stamp != held.meta.stamp:
+        history = await self._store.history(held.call.tenant.name, session, undo=True)
+        if history is None or history.meta.stamp != known(held).stamp:
             raise VersionConflict(f"Session {session!r} was changed by somebody else during this turn.")
         return history
 
@@ -143,7 +142,7 @@ class Versions:
             pass
         assert turn.held is not None and turn.meta is not None
         if not parts:  # what the device holds is of an earlier version
-            self._sessions.served.engine.forget((turn.held.call.tenant, turn.meta.id))
+            self._sessions.served.engine.forget((turn.held.call.tenant.name, turn.meta.id))
         return turn.meta
 
     def _text(self, lesson: bytes | None) -> str | None:

@@ -39,10 +39,11 @@ PATIENCE_S = 60.0
 class Client:
     """A user of one server. Calls that return JSON assert success."""
 
-    def __init__(self, url: str, model: str = "tiny") -> None:
+    def __init__(self, url: str, model: str = "tiny", key: str | None = None) -> None:
         self.url = url
         self.model = model
-        self.http = httpx.Client(base_url=url, timeout=120)
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=url, timeout=120, headers=self.headers)
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +71,7 @@ class Client:
     def stream(self, path: str = "completions", **body: Any) -> Iterator[Iterator[Json]]:
         """The chunks of a stream as they come; leaving early disconnects."""
         body = {"model": self.model, "stream": True, "temperature": 0} | body
-        with httpx.stream("POST", f"{self.url}/v1/{path}", json=body, timeout=120) as response:
+        with httpx.stream("POST", f"{self.url}/v1/{path}", json=body, timeout=120, headers=self.headers) as response:
             assert response.status_code == 200, response.read()
             yield chunks(response)
 
@@ -231,12 +232,12 @@ def valkey_of(data_dir: Path) -> psutil.Process | None:
     return None
 
 
-def stored(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
+def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str, dict[bytes, bytes]]:
     """Every byte that is kept of a session, by the last part of its keys' names; of what is no hash, its dump.
 
     store: the data folder of a running server, or the URL of its Redis.
     """
-    prefix = f"imprint:{{default/{session}}}:"
+    prefix = f"imprint:{{{tenant}/{session}}}:"
     with redis_of(store) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
         return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
@@ -255,6 +256,13 @@ def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
         for key, content in stored(store, session).items()
         if key == "meta" or key.startswith("rows:")
     }
+
+
+def account(store: Path | str, tenant: str) -> dict[str, int]:
+    """The bytes of rows that a tenant's account names, by session; `*` is their sum."""
+    with redis_of(store) as redis:
+        noted = cast(dict[bytes, bytes], redis.hgetall(f"imprint:{{{tenant}}}:sessions"))
+        return {name.decode(): int(held) for name, held in noted.items()}
 
 
 def redis_of(store: Path | str) -> Redis:

@@ -44,6 +44,7 @@ SESSIONS = 20
 PAUSE_S = 0.5  # of a client between two turns
 LEASE_S = 1.0
 LONGEST_START_S = 60.0
+LAST_TURN_S = 120.0
 MAX_FAULTS = 20
 
 console = Console(stderr=True)
@@ -118,11 +119,10 @@ class Kills:
 
     async def _kill(self, victim: str) -> bool:
         """Whether there was one to kill, -9; a server comes up again at once."""
+        self._revive()
         server, store = self.server.process, valkey_of(self.server.data_dir)
         assert server is not None
-        if server.poll() is not None or (victim != "server" and store is None):
-            if server.poll() is not None:
-                raise Wrong(f"the server ended by itself: {self.server.log.read_text()[-2000:]}")
+        if victim != "server" and store is None:
             return False
         killed = [server] if victim != "store" else []
         killed += [store] if victim != "server" and store is not None else []  # type: ignore[list-item]
@@ -134,10 +134,21 @@ class Kills:
             self.server.start(wait=False)
         return True
 
+    def _revive(self) -> None:
+        """A server whose store is killed while it starts says so and ends; whoever keeps services up starts it again."""
+        assert self.server.process is not None
+        if self.server.process.poll() is None:
+            return
+        said = self.server.log.read_text()[-2000:]
+        if "valkey did not start (status -9)" not in said.splitlines()[-1]:
+            raise Wrong(f"the server ended by itself: {said}")
+        self.server.start(wait=False)
+
     async def _ready(self) -> None:
         deadline = time.monotonic() + LONGEST_START_S
         async with httpx.AsyncClient(timeout=5) as http:
             while time.monotonic() < deadline:
+                self._revive()
                 try:
                     if (await http.get(f"{self.url}/readyz")).status_code == 200:
                         return
@@ -239,9 +250,9 @@ async def _live(world: Kills | Pauses, model: str, result: Result, seed: int) ->
     over.set()
     for pupil, task in zip(pupils, tasks, strict=True):
         try:
-            await task
-        except Wrong as error:
-            result.faults.append(f"{pupil.life.name}: {error}")
+            await asyncio.wait_for(task, LAST_TURN_S)
+        except (Wrong, TimeoutError) as error:
+            result.faults.append(f"{pupil.life.name}: {error!r}")
     return [life for pupil in pupils for life in pupil.lives]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from redis import Redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from service.settings import Settings
 from service.store.embedded import valkey_binary
+from service.tenants import Keys, new_key
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".lua", ".md", ".toml", ".yml", ".yaml", ".html", ".css", ".js", ".sh", ".conf"}
@@ -155,6 +158,39 @@ def test_compose_publishes_the_server_to_this_host_only_and_the_store_to_nobody(
     services = compose()["services"]
     assert services["server"]["ports"] == ["127.0.0.1:8000:8000"]
     assert "ports" not in services["redis"]
+
+
+def test_the_container_makes_itself_a_key_unless_it_is_given_one(tmp_path: Path) -> None:
+    """The real entrypoint and the real command, up to a server that finds its port wrong: the key is shown once."""
+    command = tmp_path / "imprint"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m service "$@"\n')
+    command.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
+    data = tmp_path / "data"
+    data.mkdir()
+    environment = kept | {
+        "PATH": f"{tmp_path}:{kept['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "IMPRINT_DATA_DIR": str(data),
+        "IMPRINT_CACHE_DIR": str(tmp_path),
+        "IMPRINT_HOST": "0.0.0.0",
+        "IMPRINT_PORT": "-1",
+    }
+
+    def start(**given: str) -> str:
+        arguments = [str(ROOT / "docker" / "entrypoint"), "serve"]
+        ended = subprocess.run(arguments, env=environment | given, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1 and "IMPRINT_PORT" in ended.stderr
+        return ended.stderr
+
+    _, line = new_key("mine")
+    assert "the key" not in start(IMPRINT_API_KEYS=line)
+    assert not (data / "keys").exists()
+    (shown,) = re.findall(r"the key, shown this once: (\S+)", start())
+    keys = Keys(Settings(api_keys_file=data / "keys"))
+    assert keys.tenant(f"Bearer {shown}").name == "default"
+    assert (data / "keys").stat().st_mode & 0o077 == 0
+    assert "the key" not in start()
 
 
 def test_valkey_takes_the_stores_configuration() -> None:

@@ -36,7 +36,7 @@ def decode(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], s
     carry, _ = lm.block(prompt, cache, pool, session)
     for _ in range(steps):
         token = int(lm.predict([carry], pool, [session])[0].argmax())
-        (carry,) = lm.decode([token], [cache], pool, [session])
+        (carry,) = lm.decode([token], [cache], [carry], pool, [session])
 
 
 def learning_cost(

@@ -111,7 +111,7 @@ def recall(lm: AdaptiveLM, pool: Pool, session: int, cue: Sequence[int], answer:
     for token in answer:
         if int(lm.predict([carry], pool, [session])[0].argmax()) != token:
             return False
-        (carry,) = lm.decode([token], [cache], pool, [session])
+        (carry,) = lm.decode([token], [cache], [carry], pool, [session])
     return True
 
 

@@ -174,7 +174,7 @@ def reads_states_only(memory: Memory) -> bool:
 
 
 @torch.inference_mode()
-def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, *, learn: bool) -> Tensor:
+def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int, *, learn: bool) -> Tensor:
     """What `read` does, from what the base made of the request before; returns log p [n].
 
     BOS is the first token of the first block, so that block has one target less.
@@ -184,13 +184,17 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, *, learn:
         return passage.log_probs
     draft = pool.draft(session) if learn else None
     index, found = session if draft is None else draft.index, []
+    prints, trust = ops.request_fingerprints(passage.targets, bos), site.first_trust()
     for start in range(0, n + 1, block):
         part = slice(max(0, start - 1), min(n, start + block - 1))
         if part.start == part.stop:
             continue
         states, targets = passage.states[part], passage.targets[part]
         base = ops.predict(lm.backbone.logits(states))
-        reading, frozen = site.read(pool, torch.full((len(targets),), index), states, base), base.log_prob(targets)
+        session_of, trust_of = torch.full((len(targets),), index), trust.expand(len(targets), -1)
+        reading = site.read(pool, session_of, states, prints[part], base, trust_of)
+        frozen = base.log_prob(targets)
+        trust = site.next_trust(trust, reading, targets, frozen)
         in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
         found.append(ops.target_log_prob(frozen, in_memory, reading.gamma))
         if draft is not None:
@@ -203,7 +207,7 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, *, learn:
 def follow(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int, *, learn: bool) -> Tensor:
     """`replay` where that is the same, else `read`: log p [n] of one request in a session."""
     if reads_states_only(lm.memory):
-        return replay(lm, pool, session, passage, learn=learn)
+        return replay(lm, pool, session, passage, bos, learn=learn)
     return read(lm, pool, session, passage.targets.tolist(), bos, learn=learn)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+RUNS = (2, 4, 8)  # how many last tokens of its context a lexical row has a fingerprint of
 OWN = "_own"  # what a session's own numbers are stored under, after the site's name
 SiteKind = Literal["lexical", "hidden"]
 
@@ -79,7 +80,7 @@ class SiteConfig:
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        return 8 + self.width if self.kind == "lexical" else 4 * self.width
+        return 8 + 2 * len(RUNS) + self.width if self.kind == "lexical" else 4 * self.width
 
 
 @dataclass(frozen=True)

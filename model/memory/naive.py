@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from model.memory.ops import KEY_STEPS, Candidates, Prediction, Rows
+from model.memory.config import RUNS
+from model.memory.ops import KEY_STEPS, MIXER, Candidates, Prediction, Rows
 
 
 def nearest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -20,12 +21,15 @@ def nearest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
 
 
-def read_lexical(rows: Rows, query: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor) -> Candidates:
+def read_lexical(
+    rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
+) -> Candidates:
     """Row by row; arguments and result as in `ops.read_lexical`."""
     n, k, P = rows.tokens.shape
     heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
     tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
-    evidence = torch.zeros(n, heads, 4, dtype=query.dtype)
+    runs, repeats = context.shape[1], torch.zeros(n, dtype=torch.long)
+    evidence = torch.zeros(n, heads, 4 + runs, dtype=query.dtype)
     evidence[:, :, 3] = math.log(1e-4) / 3
     for t, h in itertools.product(range(n), range(heads)):
         found = []
@@ -33,17 +37,23 @@ def read_lexical(rows: Rows, query: Tensor, base: Prediction, sharpness: Tensor,
             i, row = divmod(place, P)
             if rows.ages[t, i, row] > 0:
                 cosine = float(query[t] @ (rows.keys[t, i, row].to(query.dtype) / KEY_STEPS))
+                pairs = zip(rows.prints[t, i, row].tolist(), context[t].tolist(), strict=True)
+                same = sum(mine == asked and asked != 0 for mine, asked in pairs)
                 score = float(sharpness[h]) * cosine + float(prior[h]) * float(log_probs[t, tokens[t, place]])
-                found.append((score, cosine, place))
+                score += float(bonus[h, :same].sum())
+                found.append((score, cosine, same, place))
         if not found:
             continue
-        total = math.log(sum(math.exp(score) for score, _, _ in found))
-        for score, _, place in found:
+        total = math.log(sum(math.exp(score) for score, *_ in found))
+        for score, *_, place in found:
             shares[t, h, place] = math.exp(score - total)
-        _, cosine, best = max(found, key=lambda item: item[0])
+        _, cosine, same, best = max(found, key=lambda item: item[0])
         agreement = float(sum(shares[t, h, place] for *_, place in found if tokens[t, place] == tokens[t, best]))
-        evidence[t, h] = torch.tensor([total / 10, cosine, agreement, math.log(agreement + 1e-4) / 3])
-    return Candidates(tokens, shares, evidence.flatten(1))
+        found_runs = [float(same > run) for run in range(runs)]
+        evidence[t, h] = torch.tensor([total / 10, cosine, agreement, math.log(agreement + 1e-4) / 3, *found_runs])
+        if h == 0:
+            repeats[t] = same
+    return Candidates(tokens, shares, evidence.flatten(1), repeats)
 
 
 def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
@@ -58,14 +68,31 @@ def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tens
     return out
 
 
-def write_lexical(old: Rows, at: Tensor, keys: Tensor, targets: Tensor) -> Rows:
+def fingerprints(token_ids: Tensor) -> Tensor:
+    """Place by place, in Python's own integers; argument and result as in `ops.fingerprints`."""
+    out = []
+    for end in range(max(RUNS), len(token_ids) + 1):
+        prints = []
+        for run in RUNS:
+            last = token_ids[end - run : end].tolist()[::-1]
+            total = sum((token + 1) * pow(MIXER, j + 1) for j, token in enumerate(last)) % 2**64
+            signed = total - 2**64 if total >= 2**63 else total
+            high = ((signed ^ (signed >> 29)) * MIXER) % 2**64 >> 48
+            print_ = high - 2**16 if high >= 2**15 else high
+            prints.append(0 if -1 in last else print_ or 1)
+        out.append(prints)
+    return torch.tensor(out, dtype=torch.int16).view(-1, len(RUNS))
+
+
+def write_lexical(old: Rows, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor) -> Rows:
     """Token by token; arguments and result as in `ops.write_lexical`."""
-    new = Rows(old.ages.clone(), old.tokens.clone(), old.keys.clone())
+    new = Rows(*(part.clone() for part in old))
     for t in range(len(at)):
         ages = new.ages[at[t]].tolist()
         place = ages.index(min(ages))
         new.ages[at[t], place] = max(ages) + 1
         new.tokens[at[t], place] = int(targets[t])
+        new.prints[at[t], place] = prints[t]
         new.keys[at[t], place] = keys[t]
     return new
 

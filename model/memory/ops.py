@@ -1,7 +1,8 @@
 """Address, read and write of the memory: pure functions, batched over tokens. Their twins are in `naive.py`.
 
 Letters: n tokens, N slots, k slots or cells a token, d hidden size, V vocabulary, P rows a lexical cell, d_k numbers of
-their keys, K = k·P candidates a token, H heads, d_v width of a hidden row, U touched cells.
+their keys, R runs of tokens that end a context, K = k·P candidates a token, H heads, d_v width of a hidden row, U
+touched cells.
 
 The formulation is Imprint's own: product keys as in Lample et al. 2019 (arXiv 1907.05242), fast weights written
 sparsely after the idea of Sparse Meta Networks (arXiv 2009.01803); the lexical site is a neural cache (arXiv
@@ -15,28 +16,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.memory.config import RUNS
+
 TINY = torch.finfo(torch.float32).tiny
-GUARD_TOKENS, GUARD_NATS = 1024, 16.0
+GUARD_TOKENS, GUARD_NATS = 1024, 8.0
 KEY_STEPS = 254  # of a key's component, between −0.5 and 0.5
+MIXER = -7046029254386353131  # 2⁶⁴ / φ: odd, its powers spread tokens over 64 bits
 
 
 class Rows(NamedTuple):
-    """Cells of lexical rows: `ages` int32 [..., P] (0 = no row, else the higher the younger), `tokens` int32 [..., P]
-    and `keys` int8 [..., P, d_k] of the contexts that they followed."""
+    """Cells of lexical rows: `ages` int32 [..., P] (0 = no row, else the higher the younger), `tokens` int32 [..., P],
+    and of the contexts that they followed `prints` int16 [..., P, R] and `keys` int8 [..., P, d_k]."""
 
     ages: Tensor
     tokens: Tensor
+    prints: Tensor
     keys: Tensor
 
 
 class Candidates(NamedTuple):
     """What a lexical read found: tokens [n, K] long (one may come more than once), p_mem as seen by each of H heads as
-    shares [n, H, K] of them (they sum to 1, or are all 0 where nothing was found), and evidence [n, 4·H] of how far to
-    believe each head."""
+    shares [n, H, K] of them (they sum to 1, or are all 0 where nothing was found), evidence [n, (4 + R)·H] of how far
+    to believe each head, and repeats [n] long: how many runs of its context the first head's best match repeats."""
 
     tokens: Tensor
     shares: Tensor
     evidence: Tensor
+    repeats: Tensor
 
 
 class Prediction(NamedTuple):
@@ -107,26 +113,64 @@ def quantise(keys: Tensor) -> Tensor:
     return (keys * KEY_STEPS).round().clamp(-127, 127).to(torch.int8)
 
 
-def read_lexical(rows: Rows, query: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor) -> Candidates:
-    """Each head's p_mem(x) ∝ p_LM(x)^prior · Σ exp(sharpness · ⟨query, key⟩), over the rows of token x in k cells.
+def fingerprints(token_ids: Tensor) -> Tensor:
+    """int16 [n, R] of the last 2, 4, 8 of token_ids [..., 7 + n] at each of n places; 0 where a run begins before its
+    request does, which ids of −1 stand for. Equal runs have equal ones, others differ but for one time in 65,535."""
+    window = token_ids.unfold(0, max(RUNS), 1).flip(1)
+    powers = torch.full((max(RUNS),), MIXER, device=token_ids.device).cumprod(0)
+    sums = ((window + 1) * powers).cumsum(1)[:, [run - 1 for run in RUNS]]
+    # The high bits of a product depend on all bits below them.
+    prints = (((sums ^ (sums >> 29)) * MIXER) >> 48).to(torch.int16)
+    whole = window[:, [run - 1 for run in RUNS]] >= 0
+    return torch.where(prints == 0, torch.ones_like(prints), prints) * whole
 
-    rows [n, k, P] of the addressed cells; query [n, d_k] of unit length; base: p_LM; sharpness and prior [H].
+
+def request_fingerprints(targets: Tensor, bos: int) -> Tensor:
+    """`fingerprints` [n, R] of what stands before each target [n] of a request that began with `bos`."""
+    return fingerprints(torch.cat([targets.new_tensor([-1] * (max(RUNS) - 1) + [bos]), targets[:-1]]))
+
+
+def repeated(prints: Tensor, context: Tensor) -> Tensor:
+    """How many runs (0 … R) of a context are repeated: int16 prints [..., R] of rows, context [..., R]."""
+    return ((prints == context) & (context != 0)).sum(-1)
+
+
+def read_lexical(
+    rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
+) -> Candidates:
+    """Each head's p_mem(x) ∝ p_LM(x)^prior · Σ exp(sharpness · ⟨query, key⟩ + Σ bonus), over the rows of token x in k
+    cells; a bonus for each run of the context that is repeated.
+
+    rows [n, k, P] of the addressed cells; query [n, d_k] of unit length; context [n, R]: fingerprints; base: p_LM;
+    sharpness and prior [H]; bonus [H, R].
     """
     tokens, keys = rows.tokens.flatten(1).long(), rows.keys.flatten(1, 2).float()
     # The query on the left: a lone matrix times a vector would be rounded differently from the same one in company.
     cosines = torch.bmm(query[:, None], keys.transpose(1, 2))[:, 0] / KEY_STEPS
-    return weigh(tokens, cosines, base.log_prob(tokens), rows.ages.flatten(1) == 0, sharpness, prior)
+    repeats = repeated(rows.prints.flatten(1, 2), context[:, None])
+    return weigh(tokens, cosines, repeats, base.log_prob(tokens), rows.ages.flatten(1) == 0, sharpness, prior, bonus)
 
 
 def weigh(
-    tokens: Tensor, cosines: Tensor, log_probs: Tensor, missing: Tensor, sharpness: Tensor, prior: Tensor
+    tokens: Tensor,
+    cosines: Tensor,
+    repeats: Tensor,
+    log_probs: Tensor,
+    missing: Tensor,
+    sharpness: Tensor,
+    prior: Tensor,
+    bonus: Tensor,
 ) -> Candidates:
     """Softmax over candidates by each head, and the evidence for it: log Σ exp(score), the cosine and the agreement
-    (what share of the head goes to the same token) of its best match, and the log of that, all scaled to about 1.
+    (what share of the head goes to the same token) of its best match, and the log of that, all scaled to about 1, and
+    which runs of the context that match repeats.
 
-    tokens [n or 1, K] long; cosines, log_probs (of p_LM) and missing [n, K]; sharpness and prior [H].
+    tokens [n or 1, K] long; cosines, repeats, log_probs (of p_LM) and missing [n, K]; sharpness and prior [H]; bonus
+    [H, R].
     """
     scores = sharpness[:, None] * cosines[:, None] + prior[:, None] * log_probs[:, None]
+    for run in range(bonus.shape[1]):
+        scores = scores + bonus[:, run, None] * (repeats > run)[:, None]
     scores = scores.masked_fill(missing[:, None], -torch.inf)
     best, at = scores.max(dim=-1, keepdim=True)
     known = best > -torch.inf
@@ -137,8 +181,10 @@ def weigh(
     agreement = (shares * (tokens[:, None] == tokens.gather(1, at[:, :, 0])[:, :, None])).sum(-1)
     log_total = torch.where(known, best + total.log(), torch.zeros_like(best))[:, :, 0]
     cosine = torch.where(known[:, :, 0], cosines.gather(1, at[:, :, 0]), torch.zeros_like(log_total))
-    evidence = torch.stack([log_total / 10, cosine, agreement, (agreement + 1e-4).log() / 3], dim=-1)
-    return Candidates(tokens, shares, evidence.flatten(1))
+    same = torch.where(known[:, :, 0], repeats.gather(1, at[:, :, 0]), torch.zeros_like(at[:, :, 0]))
+    runs = [(same > run).to(cosine.dtype) for run in range(bonus.shape[1])]
+    evidence = torch.stack([log_total / 10, cosine, agreement, (agreement + 1e-4).log() / 3, *runs], dim=-1)
+    return Candidates(tokens, shares, evidence.flatten(1), same[:, 0])
 
 
 def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
@@ -175,20 +221,19 @@ def target_log_prob(frozen: Tensor, in_memory: Tensor, gamma: Tensor) -> Tensor:
 
 
 def trust_step(frozen: Tensor, adapted: Tensor, in_memory: Tensor, gamma: Tensor) -> Tensor:
-    """Σ_t ∂ log p_t / ∂ bias = Σ_t γ_t (1 − γ_t) (p_mem − p_LM)(target) / p_t: one number, how the block judges the
-    gate.
+    """∂ log p_t / ∂ bias = γ_t (1 − γ_t) (p_mem − p_LM)(target) / p_t [n]: how each token judges the gate.
 
     frozen and adapted: log-probabilities [n] of the targets; in_memory: their p_mem [n].
     """
     odds = (in_memory - frozen.exp()) / adapted.exp().clamp_min(TINY)
-    return (gamma * (1.0 - gamma) * odds).sum()
+    return gamma * (1.0 - gamma) * odds
 
 
-def write_lexical(old: Rows, at: Tensor, keys: Tensor, targets: Tensor) -> Rows:
+def write_lexical(old: Rows, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor) -> Rows:
     """One block's write: each token takes one row of its cell, an empty one or the oldest.
 
     old [U, P]: the touched cells; at [n]: index into them of each token's cell, in the tokens' order; keys [n, d_k]
-    int8; targets [n] long. Returns the new cells [U, P].
+    int8; prints [n, R] int16; targets [n] long. Returns the new cells [U, P].
     """
     P, device = old.ages.shape[1], at.device
     at, order = at.sort(stable=True)
@@ -197,18 +242,19 @@ def write_lexical(old: Rows, at: Tensor, keys: Tensor, targets: Tensor) -> Rows:
     lasting = rank >= count - P  # the others would be overwritten in this block
     at, rank, order = at[lasting], rank[lasting], order[lasting]
     place = old.ages.argsort(dim=1, stable=True)[at, rank % P]
-    new = Rows(old.ages.clone(), old.tokens.clone(), old.keys.clone())
+    new = Rows(*(part.clone() for part in old))
     new.ages[at, place] = old.ages.amax(dim=1)[at] + 1 + rank.int()
     new.tokens[at, place] = targets[order].int()
+    new.prints[at, place] = prints[order]
     new.keys[at, place] = keys[order]
     return new
 
 
-def guard(balance: Tensor, shut: Tensor, gain: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def guard(balance: Tensor, shut: Tensor, gain: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Law 12, never worse for long: counts a session's gain over the frozen base, and says whether its gate is shut.
 
     balance: the summed gain (nats) of what was learned, fading over GUARD_TOKENS and at most GUARD_NATS, so that no
-    text earns a credit for later harm; gain: that of the next `tokens`, with the gate open. The gate shuts (1.0) when
+    text earns a credit for later harm; gain: that of the next `tokens`, with the gate open. A gate shuts (1.0) when
     the balance falls below −GUARD_NATS and opens (0.0) when it is above 0.
     """
     balance = (balance * (1.0 - 1.0 / GUARD_TOKENS) ** tokens + gain).clamp_max(GUARD_NATS)

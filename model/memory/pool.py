@@ -4,8 +4,9 @@ Place 0 of a pool is the empty cell and session 0 is the empty session, so a bat
 requests without one. A turn writes to a `Draft`: the cells it touches are copied first, so rolling back is dropping
 them; what is stored are the rows in them that changed.
 
-A lexical site also has three numbers a session, its own: the trust that the session's experience adds to the read gate,
-and the balance and the state of its guard. They are stored like a site of one slot, named `<site>_own`.
+A lexical site also has numbers of the session's own, three for each number of runs that a match may repeat: the trust
+that experience adds to the read gate, and the balance and the state of its guard. They are stored like a site of one
+slot, named `<site>_own`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.memory.config import OWN, MemoryConfig, SiteConfig
+from model.memory.config import OWN, RUNS, MemoryConfig, SiteConfig
 
 TRUST, BALANCE, SHUT = range(3)  # places in a session's own numbers
 
@@ -57,8 +58,8 @@ class _Free:
 class SitePool:
     """The cells and tables of one site; a cell holds the rows of `config.cell` neighbouring slots.
 
-    fields: each [C + 1, …] cells; a lexical site has ages, tokens [C + 1, P] and keys [C + 1, P, d_k], a hidden site
-    values [C + 1, d_v]. tables [S + 1, cells]. own [S + 1, 3].
+    fields: each [C + 1, …] cells; a lexical site has ages, tokens [C + 1, P], prints [C + 1, P, R] and keys
+    [C + 1, P, d_k], a hidden site values [C + 1, d_v]. tables [S + 1, cells]. own [S + 1, 3, R + 1].
     """
 
     def __init__(
@@ -69,12 +70,13 @@ class SitePool:
         self.free = _Free(cells, make_room)
         if config.kind == "lexical":
             pairs = (cells + 1, config.cell)
-            shapes = [(pairs, torch.int32), (pairs, torch.int32), ((*pairs, config.width), torch.int8)]
+            prints, keys = (*pairs, len(RUNS)), (*pairs, config.width)
+            shapes = [(pairs, torch.int32), (pairs, torch.int32), (prints, torch.int16), (keys, torch.int8)]
         else:
             shapes = [((cells + 1, config.width), torch.float32)]
         self.fields = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
-        self.own = torch.zeros(sessions + 1, 3, device=device)
+        self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
 
     def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
         """session [n] long, cells [n, k] long → each field [n, k, …]."""
@@ -154,7 +156,7 @@ class Pool:
             for name, batch in (stored or {}).items():
                 if name.endswith(OWN):
                     site = self.sites[name.removesuffix(OWN)]
-                    site.own[index] = batch.data[0].view(torch.float32).to(site.own.device)
+                    site.own[index] = batch.data[0].view(torch.float32).view_as(site.own[index]).to(site.own.device)
                 else:
                     self.sites[name].fill(index, batch)
         except PoolFullError:
@@ -195,7 +197,7 @@ class Pool:
                 packed[name] = rows
             own = site.own[index].cpu().clone()
             if not torch.equal(own, site.own[base].cpu()):
-                packed[name + OWN] = SiteRows(torch.zeros(1, dtype=torch.int32), own.view(torch.uint8)[None])
+                packed[name + OWN] = SiteRows(torch.zeros(1, dtype=torch.int32), own.flatten().view(torch.uint8)[None])
         return packed
 
     def _drop(self, index: int) -> None:
@@ -239,9 +241,9 @@ class Draft:
         return self.pool._pack(self.index, self.base, self._own)
 
     def guards(self) -> int:
-        """How many sites' read gates this turn shut, less those that it opened."""
+        """How many read gates this turn shut, less those that it opened."""
         sites = self.pool.sites.values()
-        return sum(int(site.own[self.index, SHUT] - site.own[self.base, SHUT]) for site in sites)
+        return sum(int((site.own[self.index, SHUT] - site.own[self.base, SHUT]).sum()) for site in sites)
 
     def commit(self) -> None:
         """The base session becomes what the draft is."""

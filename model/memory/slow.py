@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.memory import ops
-from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
+from model.memory.config import RUNS, MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.pool import BALANCE, SHUT, TRUST, Draft, Pool
 
-FORMAT = "2"
+FORMAT = "3"
 GATE_WIDTH = 32
 HEADS = 2  # a sharp and a broad one
 MOST = 1.0 - 1e-6  # of γ: however sure a memory is, it makes no token impossible
@@ -26,11 +26,14 @@ TRUST_LIMITS = (-4.0, 1.0)  # the upper one keeps what was read over and over fr
 
 
 class Reading(NamedTuple):
-    """What a lexical site makes of n tokens: their keys [n, d_k] and cells [n, k]; p_mem as shares [n, K] of tokens
-    [n, K]; the weight γ [n] that counts, and the one that would if the session's guard were open."""
+    """What a lexical site makes of n tokens: their contexts (fingerprints [n, R] and keys [n, d_k]) and cells [n, k];
+    how many runs [n] of the context the best match repeats; p_mem as shares [n, K] of tokens [n, K]; the weight γ [n]
+    that counts, and the one that would if the session's guards were open."""
 
+    prints: Tensor
     keys: Tensor
     cells: Tensor
+    repeats: Tensor
     tokens: Tensor
     shares: Tensor
     gamma: Tensor
@@ -40,13 +43,20 @@ class Reading(NamedTuple):
         """The reading of some of the tokens; mask [n]."""
         return Reading(*(part[mask] for part in self))
 
+    def by_repeats(self, values: Tensor) -> Tensor:
+        """The sums [R + 1] of values [n] over the tokens of each number of repeated runs."""
+        return (F.one_hot(self.repeats, len(RUNS) + 1).T * values).sum(1)
+
 
 class LexicalSite(nn.Module):
     """Rows of (token, key), read into the output distribution.
 
     The key of a token is Norm(W_k h + b_k), h the final hidden state that predicts it. Its cells are the k whose
     centres are nearest to it; it is written to the nearest one. A small network looks at what was found, at the base's
-    entropy and at the key, and says γ (to which the session adds its trust) and how much each head counts.
+    entropy and at the key, and says γ and how much each head counts. Trust is added to γ's logit, one for each number
+    of runs that the best match repeats: what follows a chance likeness and what follows a sentence that is said again
+    deserve different trust. Part of it is the session's, learned slowly and kept, and part the request's, which begins
+    in doubt and learns fast what the memory is worth to this text.
     """
 
     def __init__(self, config: SiteConfig, hidden_size: int) -> None:
@@ -57,11 +67,14 @@ class LexicalSite(nn.Module):
         self.centres = nn.Parameter(torch.zeros(config.cells, config.width))
         self.sharpness = nn.Parameter(torch.ones(HEADS))
         self.prior = nn.Parameter(torch.zeros(HEADS))
-        self.gate_in = nn.Parameter(torch.zeros(4 * HEADS + 1 + config.width, GATE_WIDTH))
+        self.bonus = nn.Parameter(torch.zeros(HEADS, len(RUNS)))
+        self.gate_in = nn.Parameter(torch.zeros((4 + len(RUNS)) * HEADS + 1 + config.width, GATE_WIDTH))
         self.gate_in_bias = nn.Parameter(torch.zeros(GATE_WIDTH))
         self.gate_out = nn.Parameter(torch.zeros(GATE_WIDTH, 1 + HEADS))
         self.gate_out_bias = nn.Parameter(torch.zeros(1 + HEADS))
         self.trust_rate = nn.Parameter(torch.zeros(()))
+        self.request_trust = nn.Parameter(torch.zeros(()))
+        self.request_trust_rate = nn.Parameter(torch.zeros(()))
 
     def keys(self, hidden: Tensor) -> Tensor:
         """Final hidden states [n, d] → keys [n, d_k] of unit length."""
@@ -77,7 +90,7 @@ class LexicalSite(nn.Module):
         return logit, (heads[:, :, None] * found.shares).sum(1)
 
     def gate_inputs(self, found: ops.Candidates, entropy: Tensor, keys: Tensor) -> Tensor:
-        """What the gate looks at [n, 4·H + 1 + d_k]."""
+        """What the gate looks at [n, (4 + R)·H + 1 + d_k]."""
         return torch.cat([found.evidence, entropy[:, None] / 4, keys], dim=1)
 
     def judge(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,37 +100,58 @@ class LexicalSite(nn.Module):
         return out[:, 0], torch.softmax(out[:, 1:], dim=1)
 
     def find(
-        self, pool: Pool, session: Tensor, hidden: Tensor, base: ops.Prediction
+        self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: ops.Prediction
     ) -> tuple[Tensor, Tensor, ops.Candidates]:
-        """The keys [n, d_k] of final hidden states [n, d], their cells [n, k], and what sessions [n] have there."""
+        """The keys [n, d_k] of final hidden states [n, d], their cells [n, k], and what sessions [n] have there;
+        prints [n, R]: fingerprints of the contexts."""
         keys = self.keys(hidden)
         cells = self.address(keys)
         rows = ops.Rows(*pool.sites[self.config.name].read(session, cells))
-        return keys, cells, ops.read_lexical(rows, keys, base, self.sharpness, self.prior)
+        return keys, cells, ops.read_lexical(rows, keys, prints, base, self.sharpness, self.prior, self.bonus)
 
-    def read(self, pool: Pool, session: Tensor, hidden: Tensor, base: ops.Prediction) -> Reading:
-        """What sessions [n] know about what follows final hidden states [n, d], for which the base predicts `base`."""
-        keys, cells, found = self.find(pool, session, hidden, base)
+    def first_trust(self) -> Tensor:
+        """The trust [R + 1] of a request that begins."""
+        return self.request_trust.detach().expand(len(RUNS) + 1)
+
+    def read(
+        self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: ops.Prediction, trust: Tensor
+    ) -> Reading:
+        """What sessions [n] know about what follows final hidden states [n, d] and contexts with fingerprints [n, R],
+        for which the base predicts `base`; trust [n, R + 1] of their requests."""
+        keys, cells, found = self.find(pool, session, hidden, prints, base)
         logit, shares = self.gate(found, base.entropy, keys)
-        own = pool.sites[self.config.name].own[session]
-        unguarded = torch.sigmoid(logit + own[:, TRUST]).clamp_max(MOST) * shares.any(-1)
-        return Reading(keys, cells, found.tokens, shares, unguarded * (own[:, SHUT] == 0), unguarded)
+        own = pool.sites[self.config.name].own[session, :, found.repeats]
+        logit = logit + own[:, TRUST] + trust.gather(1, found.repeats[:, None])[:, 0]
+        unguarded = torch.sigmoid(logit).clamp_max(MOST) * shares.any(-1)
+        gamma = unguarded * (own[:, SHUT] == 0)
+        return Reading(prints, keys, cells, found.repeats, found.tokens, shares, gamma, unguarded)
+
+    def judged(self, reading: Reading, targets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
+        """log p [n] of targets [n] as if the guards were open, and how they judge the gate [R + 1]; frozen: their
+        log-probabilities [n] without this site."""
+        in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
+        adapted = ops.target_log_prob(frozen, in_memory, reading.unguarded)
+        return adapted, reading.by_repeats(ops.trust_step(frozen, adapted, in_memory, reading.unguarded))
+
+    def next_trust(self, trust: Tensor, reading: Reading, targets: Tensor, frozen: Tensor) -> Tensor:
+        """A request's trust [R + 1] after a block; the other arguments are those of `learn`."""
+        _, step = self.judged(reading, targets, frozen)
+        return (trust + self.request_trust_rate * step).clamp(*TRUST_LIMITS)
 
     def learn(self, draft: Draft, reading: Reading, targets: Tensor, frozen: Tensor) -> None:
         """Writes one block: the reading of n tokens, their targets [n] and the log-probabilities [n] of these without
         this site. Trust takes one gradient step on the same tokens, and the guard counts what they gained."""
         fast = draft.pool.sites[self.config.name]
-        in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
-        adapted = ops.target_log_prob(frozen, in_memory, reading.unguarded)
-        step = ops.trust_step(frozen, adapted, in_memory, reading.unguarded)
+        adapted, step = self.judged(reading, targets, frozen)
         own = fast.own[draft.index]
         trust = (own[TRUST] + self.trust_rate * step).clamp(*TRUST_LIMITS)
-        balance, shut = ops.guard(own[BALANCE], own[SHUT], (adapted - frozen).sum(), len(targets))
+        gain, tokens = reading.by_repeats(adapted - frozen), reading.by_repeats(torch.ones_like(adapted))
+        balance, shut = ops.guard(own[BALANCE], own[SHUT], gain, tokens)
         fast.own[draft.index] = torch.stack([trust, balance, shut])
         news = adapted < -self.config.surprise
         touched, at = torch.unique(reading.cells[news, 0], return_inverse=True)
         old = ops.Rows(*draft.get(self.config.name, touched))
-        new = ops.write_lexical(old, at, ops.quantise(reading.keys[news]), targets[news])
+        new = ops.write_lexical(old, at, ops.quantise(reading.keys[news]), reading.prints[news], targets[news])
         draft.put(self.config.name, touched, new)
 
 

@@ -23,6 +23,7 @@ from model.memory.ops import predict
 
 ROWS = 256  # of logits at a time: a vocabulary of them is large
 BYTES_PER_STATE = 2
+START = 0  # stands for BOS where requests are only compared with each other
 
 
 class FeaturesError(Exception):

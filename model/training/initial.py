@@ -17,8 +17,10 @@ WHITENING_POWER = 0.75
 WHITENING_FLOOR = 1e-3  # of the largest variance
 SHARPNESS = (20.0, 7.0)
 PRIOR = 0.2
+BONUS = 1.0
 CAUTION = -2.0  # the gate's logit before training
 TRUST_RATE = 0.02
+REQUEST_TRUST, REQUEST_TRUST_RATE = -0.5, 0.3
 ROUNDS = 10  # of k-means
 CELL_STATES = 65_536  # that the cells are fitted to, at most
 
@@ -26,7 +28,7 @@ CELL_STATES = 65_536  # that the cells are fitted to, at most
 def default_config(hidden_size: int) -> MemoryConfig:
     """One lexical site; the sizes are chosen by measurement (docs/experiments.md)."""
     width = min(64, hidden_size // 2 * 2)
-    site = SiteConfig("lexical", "lexical", slots=1024 * 54, cell=54, k=32, width=width, surprise=0.1)
+    site = SiteConfig("lexical", "lexical", slots=1024 * 50, cell=50, k=32, width=width, surprise=0.1)
     return MemoryConfig(hidden_size, (site,), block=64)
 
 
@@ -48,9 +50,12 @@ def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = No
         site.key_bias.copy_(bias)
         site.sharpness.copy_(torch.tensor(SHARPNESS))
         site.prior.fill_(PRIOR)
+        site.bonus.fill_(BONUS)
         site.gate_in.copy_(torch.randn(site.gate_in.shape, generator=generator) / math.sqrt(len(site.gate_in)))
         site.gate_out_bias.copy_(torch.tensor([CAUTION, 0.0, 0.0]))
         site.trust_rate.fill_(TRUST_RATE)
+        site.request_trust.fill_(REQUEST_TRUST)
+        site.request_trust_rate.fill_(REQUEST_TRUST_RATE)
         if states is None:
             states = torch.randn(4096, config.hidden_size, generator=generator)
         fit_cells(site, states, generator)

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from model.memory import LexicalSite, Memory, ops
-from model.training.features import Chunk
+from model.memory.config import RUNS
+from model.training.features import START, Chunk
 
 QUERIES = 512  # targets of a chunk that count; a random sample keeps long histories affordable
 
 
 class Past(NamedTuple):
-    """What a stream has written: keys fp16 [m, d_k] and tokens int32 [m]."""
+    """What a stream has written: keys fp16 [m, d_k], fingerprints int16 [m, R] and tokens int32 [m]."""
 
     keys: Tensor
+    prints: Tensor
     tokens: Tensor
 
 
@@ -39,13 +41,15 @@ class LexicalObjective:
         self._block = memory.config.block
         self._head = head
         for name, parameter in site.named_parameters():
-            parameter.requires_grad_(name not in ("centres", "trust_rate"))
+            parameter.requires_grad_(name != "centres" and "trust" not in name)
 
     def start(self) -> Past:
         device = self._site.key_weight.device
         width = self._site.config.width
         return Past(
-            torch.empty(0, width, dtype=torch.float16, device=device), torch.empty(0, dtype=torch.int32, device=device)
+            torch.empty(0, width, dtype=torch.float16, device=device),
+            torch.empty(0, len(RUNS), dtype=torch.int16, device=device),
+            torch.empty(0, dtype=torch.int32, device=device),
         )
 
     def step(self, state: Any, chunk: Chunk) -> tuple[Tensor, int, Any]:
@@ -53,16 +57,21 @@ class LexicalObjective:
         it from a sample of them."""
         site, before, n = self._site, len(state.keys), len(chunk.targets)
         new = site.keys(chunk.states)
-        keys, tokens = torch.cat([state.keys.float(), new]), torch.cat([state.tokens.long(), chunk.targets])
+        context = torch.cat([ops.request_fingerprints(part, START) for part in chunk.targets.split(chunk.lengths)])
+        keys, prints = torch.cat([state.keys.float(), new]), torch.cat([state.prints, context])
+        tokens = torch.cat([state.tokens.long(), chunk.targets])
         seen = before + torch.tensor(self._written(chunk.lengths), device=new.device)
         picked = torch.arange(n, device=new.device)
         if torch.is_grad_enabled() and n > QUERIES:
             picked = torch.randperm(n, device=new.device)[:QUERIES]
-        losses = [self._losses(chunk, part, new[part], keys, tokens, seen[part]) for part in picked.split(QUERIES)]
-        return torch.cat(losses).mean() * n, n, Past(keys.half(), tokens.int())
+        losses = [
+            self._losses(chunk, part, new[part], keys, ops.repeated(prints, context[part, None]), tokens, seen[part])
+            for part in picked.split(QUERIES)
+        ]
+        return torch.cat(losses).mean() * n, n, Past(keys.half(), prints, tokens.int())
 
     def detach(self, state: Any) -> Any:
-        return Past(state.keys.detach(), state.tokens)
+        return Past(state.keys.detach(), state.prints, state.tokens)
 
     def groups(self) -> list[dict[str, Any]]:
         """Gates and scales learn faster than the keys; nothing decays."""
@@ -82,16 +91,17 @@ class LexicalObjective:
         ]
 
     def _losses(
-        self, chunk: Chunk, picked: Tensor, queries: Tensor, keys: Tensor, tokens: Tensor, seen: Tensor
+        self, chunk: Chunk, picked: Tensor, queries: Tensor, keys: Tensor, repeats: Tensor, tokens: Tensor, seen: Tensor
     ) -> Tensor:
-        """−log p [q] of the picked targets; queries [q, d_k], keys [m, d_k], tokens [m], seen [q]."""
+        """−log p [q] of the picked targets; queries [q, d_k], keys [m, d_k], repeats [q, m], tokens [m], seen [q]."""
         site, targets, frozen = self._site, chunk.targets[picked], chunk.log_probs[picked]
         with torch.no_grad():
             states = chunk.states[picked].to(self._head.dtype)
             log_z = (states * self._head[targets]).sum(-1).float() - frozen
             prior = (states @ self._head[tokens].T).float() - log_z[:, None]
         unwritten = torch.arange(len(tokens), device=seen.device) >= seen[:, None]
-        found = ops.weigh(tokens[None], queries @ keys.T, prior, unwritten, site.sharpness, site.prior)
+        cosines = queries @ keys.T
+        found = ops.weigh(tokens[None], cosines, repeats, prior, unwritten, site.sharpness, site.prior, site.bonus)
         logit, shares = site.gate(found, chunk.entropy[picked], queries)
         gamma = torch.sigmoid(logit) * (seen > 0)
         p = (1 - gamma) * frozen.exp() + gamma * ops.memory_prob(targets, tokens[None], shares)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.memory import LexicalSite, Memory, Pool, Reading, ops
-from model.training.features import StreamFeatures
+from model.training.features import START, StreamFeatures
 
 REQUESTS = 6  # of a stream that are read in one session
 FORGET = 0.5  # the chance that a session ends after them; else another stream follows
@@ -23,9 +23,11 @@ STEPS, BATCH, RATE = 2000, 4096, 2e-3
 
 
 class Evidence(NamedTuple):
-    """Of n tokens: what the gate looks at [n, F], each head's p_mem of the target [n, H], and the base's log p [n]."""
+    """Of n tokens: what the gate looks at [n, F], the request's trust in it [n], each head's p_mem of the target
+    [n, H], and the base's log p [n]."""
 
     inputs: Tensor
+    trust: Tensor
     heads: Tensor
     frozen: Tensor
 
@@ -60,7 +62,7 @@ def _served(
     seed: int,
     progress: Callable[[int], None],
 ) -> Iterator[Evidence]:
-    """Replays the streams block by block, with no trust and no guard, and yields each block's evidence."""
+    """Replays the streams block by block, without the session's trust and guards, and yields each block's evidence."""
     draw, device = random.Random(seed), site.key_weight.device
     pool = Pool(memory.config, rows=3 * site.config.slots, sessions=2, device=device)
     fast, session = pool.sites[site.config.name], pool.open()
@@ -68,18 +70,21 @@ def _served(
         first = draw.randrange(max(1, stream.requests - REQUESTS))
         for number in range(first, min(first + REQUESTS, stream.requests)):
             chunk, draft = stream.chunk(number, 1, device), pool.draft(session)
-            blocks = zip(chunk.states.split(memory.config.block), chunk.targets.split(memory.config.block), strict=True)
-            for states, targets in blocks:
+            prints, trust = ops.request_fingerprints(chunk.targets, START), site.first_trust()
+            parts = (part.split(memory.config.block) for part in (chunk.states, chunk.targets, prints))
+            for states, targets, context in zip(*parts, strict=True):
                 base, at = ops.predict(logits(states)), torch.full((len(targets),), draft.index, device=device)
-                keys, cells, found = site.find(pool, at, states, base)
+                keys, cells, found = site.find(pool, at, states, context, base)
                 frozen, (logit, shares) = base.log_prob(targets), site.gate(found, base.entropy, keys)
-                known = shares.any(-1)
-                gamma = torch.sigmoid(logit) * known
+                known, bias = shares.any(-1), trust[found.repeats]
+                gamma = torch.sigmoid(logit + bias) * known
                 if known.any():
                     heads = (found.shares * (found.tokens == targets[:, None])[:, None]).sum(-1)
                     inputs = site.gate_inputs(found, base.entropy, keys)
-                    yield Evidence(inputs[known], heads[known], frozen[known])
-                site.learn(draft, Reading(keys, cells, found.tokens, shares, gamma, gamma), targets, frozen)
+                    yield Evidence(inputs[known], bias[known], heads[known], frozen[known])
+                reading = Reading(context, keys, cells, found.repeats, found.tokens, shares, gamma, gamma)
+                trust = site.next_trust(trust, reading, targets, frozen)
+                site.learn(draft, reading, targets, frozen)
             draft.commit()
             fast.own[session] = 0.0
         if draw.random() < FORGET:
@@ -111,6 +116,6 @@ def _fit(site: LexicalSite, evidence: Evidence, seed: int) -> float:
 
 def _loss(site: LexicalSite, evidence: Evidence) -> Tensor:
     logit, heads = site.judge(evidence.inputs)
-    gamma = torch.sigmoid(logit)
+    gamma = torch.sigmoid(logit + evidence.trust)
     p = (1 - gamma) * evidence.frozen.exp() + gamma * (heads * evidence.heads).sum(-1)
     return -(p + ops.TINY).log().mean()

@@ -184,12 +184,13 @@ class Engine:
             carries = self._lm.decode(
                 [token for _, _, token in drawn],
                 [choice.cache for _, choice, _ in drawn],
+                [choice.carry for _, choice, _ in drawn],
                 self._hot.pool,
                 [run.index for run, _, _ in drawn],
             )
             for (_, choice, _), carry in zip(drawn, carries, strict=True):
                 choice.carry, choice.pending = carry, None
-        carries = [choice.carry for _, choice in batch if choice.carry is not None]
+        carries = [choice.carry for _, choice in batch]
         scores = self._lm.predict(carries, self._hot.pool, [run.index for run, _ in batch])
         for (run, choice), row in zip(batch, scores, strict=True):
             self._guard([run], lambda run=run, choice=choice, row=row: self._emit(run, run.accept(choice, row)))  # type: ignore[misc]

@@ -29,12 +29,12 @@ from service.engine.text import TextStream
 
 
 class Choice:
-    """One choice being generated. Its next scores come from `carry`; a drawn token waits in `pending` until decoded."""
+    """One choice being generated. Its next scores come from `carry`; a drawn token in `pending` is decoded first."""
 
     def __init__(self, choice: int, cache: KVCache, carry: Carry, options: Generate, tokenizer: Tokenizer) -> None:
         self.choice = choice
         self.cache = cache
-        self.carry: Carry | None = carry
+        self.carry = carry
         self.pending: int | None = None
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
@@ -63,7 +63,7 @@ class Choice:
         elif len(self.tokens) == self._options.max_tokens:
             self.text.finish()
             self.finish = "length"
-        self.carry, self.pending = None, token
+        self.pending = token
         return 1
 
     def show(self, segment: int) -> Token | None:

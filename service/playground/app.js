@@ -13,16 +13,28 @@ const nats = (value) => number(value, { minimumFractionDigits: 2, maximumFractio
 
 // --- the server ---
 
+const key = $("key");
+let tab = {};
+try { tab = sessionStorage; } catch { /* the browser forbids it: the key is forgotten with the page */ }
+key.value = tab.apiKey ?? "";
+key.addEventListener("change", () => {
+  tab.apiKey = key.value = key.value.trim();
+  refresh();
+});
+
 function broken(error) {
   throw error.name === "AbortError" ? error : new Error("The server does not answer.");
 }
 
 async function call(path, body, signal) {
-  const post = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal };
-  const response = await fetch(path, body && post).catch(broken);
+  const headers = key.value ? { Authorization: `Bearer ${encodeURI(key.value)}` } : {};
+  const post = { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body), signal };
+  const response = await fetch(path, body ? post : { headers }).catch(broken);
   if (response.ok) return response;
+  if (response.status === 401) $("door").hidden = false;
   const fault = `The server answered ${response.status} ${response.statusText}.`;
-  throw new Error(await response.json().then((told) => told.error.message).catch(() => fault));
+  const message = await response.json().then((told) => told.error.message).catch(() => fault);
+  throw Object.assign(new Error(message), { status: response.status });
 }
 
 const json = async (...request) => (await call(...request)).json();
@@ -98,12 +110,14 @@ async function refresh() {
     if (turn !== asked) return;
     model = $("model").textContent = served;
     showSession(found ?? { version: "new", tokens_learned: 0, rows: 0, bytes: 0, gain: null });
+    $("door").hidden = true;
     announce("");
   } catch (error) {
     if (turn !== asked) return;
     model = null;
-    announce(`${error.message} This page tries again by itself.`);
-    timer = setTimeout(refresh, RETRY_MS);
+    const shut = error.status === 401;
+    announce(shut ? error.message : `${error.message} This page tries again by itself.`);
+    if (!shut) timer = setTimeout(refresh, RETRY_MS);
   }
 }
 

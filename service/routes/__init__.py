@@ -79,6 +79,7 @@ async def get_call(request: Request) -> Call:
     retries = request.headers.get("x-stainless-retry-count", "")
     where = f"{request.method} {request.url.path}\n".encode()
     call = Call(
+        request.state.tenant,
         request_id=request.state.request_id,
         digest=hashlib.sha256(where + await request.body()).hexdigest(),
         key=key,

@@ -47,7 +47,7 @@ from redis.exceptions import (
 
 from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, StoreUnavailable, VersionConflict
 from service.store import codec
-from service.store.codec import decode, index_key, meta_key, pairs, unknown_format
+from service.store.codec import damaged, decode, index_key, meta_key, pairs, unknown_format
 from service.store.connect import AnyRedis, connect
 from service.store.types import (
     Entered,
@@ -69,6 +69,7 @@ LOG_KEPT = 512  # entries of a session's log
 ERASURES = "imprint:erased"  # the channel that tells every replica of erased sessions
 TICK_S = 5.0
 NO_NOTE = Note()
+FULL_TOO = "#!lua flags=allow-oom\n"  # a script that runs although the server has no memory left
 _SCRIPTS = ("create", "configure", "commit", "load", "enter", "lease", "history")
 
 _AWAY = (
@@ -105,13 +106,13 @@ class RedisStore:
         self._keeping = keeping or Keeping()
         self._owner = secrets.token_hex(8)
         self._alone = alone
-        self._create, self._configure, self._commit, self._load = map(self._script, _SCRIPTS[:4])
-        self._enter, self._lease, self._history = map(self._script, _SCRIPTS[4:])
-        self._delete = self._script("delete", flags="#!lua flags=allow-oom\n")
+        scripts = [self._script("common", name) for name in _SCRIPTS]
+        self._create, self._configure, self._commit, self._load, self._enter, self._lease, self._history = scripts
+        self._delete = self._script("common", "delete", flags=FULL_TOO)
 
-    def _script(self, name: str, flags: str = "") -> AsyncScript:
+    def _script(self, *parts: str, flags: str = "") -> AsyncScript:
         here = files(__package__)
-        text = flags + "".join(here.joinpath(f"{part}.lua").read_text("utf-8") for part in ("common", name))
+        text = flags + "".join(here.joinpath(f"{part}.lua").read_text("utf-8") for part in parts)
         return self._client.register_script(text)
 
     @classmethod
@@ -166,9 +167,13 @@ class RedisStore:
             return None
         raw = pairs(flat)
         meta = decode(sid, raw)
-        sites = {
-            site.decode(): RowBatch.unpack(packed, int(raw[b"site:" + site])) for site, packed in pairs(rows).items()
-        }
+        try:
+            sites = {
+                site.decode(): RowBatch.unpack(packed, int(raw[b"site:" + site]))
+                for site, packed in pairs(rows).items()
+            }
+        except ValueError as error:
+            raise damaged(sid) from error
         return StoredSession(meta, sites)
 
     async def commit(
@@ -326,6 +331,12 @@ class RedisStore:
         """How many sessions the index names."""
         count: int = await _patiently(lambda: self._client.zcard(index_key(tenant)))
         return count
+
+    def script(self, name: str) -> Callable[[Sequence[str], Sequence[str | int]], Awaitable[Any]]:
+        """A script of this package, to be called with keys of one hash tag and arguments; it writes little, and does
+        so on a full server, too."""
+        script = self._script(name, flags=FULL_TOO)
+        return lambda keys, args: _patiently(lambda: script(keys, args))
 
     async def ping(self) -> None:
         """Returns if the server answers right now."""

@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from model.config import tiny_config
+from service.tenants import new_key
 from tests.conftest import Server
 from tests.live import ENDLESS
 from tests.tiny import TEXT, build_tiny_base
@@ -58,6 +60,7 @@ def page(browser: Browser, server: Server, faults: list[str]) -> Iterator[Page]:
     page.on("request", lambda request: requests.append(request.url))
     page.goto(server.url)
     expect(button(page, "Teach")).to_be_enabled()
+    expect(page.get_by_label("API key")).to_be_hidden()
     yield page
     page.close()
     assert not faults
@@ -212,3 +215,24 @@ def test_while_the_server_loads_the_page_says_so_and_goes_on_by_itself(page: Pag
 def test_nothing_sticks_out(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_the_page_asks_for_a_key_where_the_server_does(browser: Browser, tiny_base: Path, tmp_path: Path) -> None:
+    key, line = new_key("acme")
+    server = Server(str(tiny_base), tmp_path / "data", api_keys=line).start()
+    page = browser.new_page()
+    asked = page.get_by_label("API key")
+    page.goto(server.url)
+    expect(page.locator("#state")).to_contain_text("An API key is required")
+    asked.fill("wrong")
+    asked.blur()
+    expect(page.locator("#state")).to_contain_text("not known")
+    asked.fill(key)
+    asked.blur()
+    expect(asked).to_be_hidden()
+    teach(page, TEXT)
+    expect(page.locator("#version")).to_have_text("1")
+    page.reload()
+    expect(page.locator("#version")).to_have_text("1")
+    page.close()
+    assert server.stop() == 0

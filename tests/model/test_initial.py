@@ -149,8 +149,9 @@ def test_a_random_memory_finds_what_it_has_written_and_believes_it_a_little() ->
     pool = Pool(CONFIG, rows=200, sessions=2)
     draft = pool.draft(pool.open())
     session, base = torch.full((20,), draft.index), ops.predict(torch.zeros(20, 30))
+    prints = ops.request_fingerprints(targets, 29)
     for known in (False, True):
-        reading = site.read(pool, session, states[:20], base)
+        reading = site.read(pool, session, states[:20], prints, base, site.first_trust().expand(20, -1))
         in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
         assert bool((in_memory > 2 / 30).all()) == known
         assert bool((reading.gamma > 0.05).all()) == known

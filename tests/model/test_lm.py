@@ -19,6 +19,7 @@ from tests.model.tiny_lm import (
     WIDTH,
     Read,
     build,
+    carried,
     image,
     learn,
     learned,
@@ -76,7 +77,7 @@ def test_an_empty_session_stays_the_base_in_a_batch_with_full_ones(lm: AdaptiveL
     for request, cache in zip(requests, plain, strict=True):
         lm.backbone(torch.tensor([request.ids]), [cache])
     alone = lm.backbone.logits(lm.backbone(torch.tensor(last)[:, None], plain)[:, 0])
-    carries = lm.decode(last, [request.cache for request in requests], pool, index)
+    carries = lm.decode(last, [r.cache for r in requests], [carried(r) for r in requests], pool, index)
     predicted = lm.predict(carries, pool, index)
     same = [torch.equal(predicted[b], alone[b]) for b in range(4)]
     assert same == [True, False, True, False]
@@ -94,8 +95,7 @@ def test_without_a_session_the_lexical_memory_is_not_even_asked(
     pool = new_pool(lm)
     monkeypatch.setattr(LexicalSite, "address", asked)
     request = read(lm, pool, EMPTY, text(0))
-    assert request.carry is not None
-    lm.predict(lm.decode([1], [request.cache], pool, [EMPTY]), pool, [EMPTY])
+    lm.predict(lm.decode([1], [request.cache], [carried(request)], pool, [EMPTY]), pool, [EMPTY])
 
 
 def test_the_frozen_scores_are_those_of_the_base_whatever_the_memory_holds(lm: AdaptiveLM) -> None:
@@ -145,7 +145,8 @@ def run_stream(
             more = request.step(pool, draft.index, draft, frozen=frozen)
             if busy is not None:
                 guest.step(pool, busy.index, busy)
-                lm.decode([3, 4], [guest.cache.fork(200), third.cache], pool, [busy.index, others[1]])
+                carries = [carried(guest), carried(third)]
+                lm.decode([3, 4], [guest.cache.fork(200), third.cache], carries, pool, [busy.index, others[1]])
         draft.commit()
         if busy is not None:
             busy.rollback()
@@ -196,9 +197,9 @@ def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
         for request, session in zip(requests, index, strict=True):
             request.step(pool, session)
         caches = [request.cache for request in requests]
-        rows = []
+        rows, carries = [], [carried(request) for request in requests]
         for _ in range(3):
-            carries = lm.decode([seed, 4, 2 * seed], caches, pool, index)
+            carries = lm.decode([seed, 4, 2 * seed], caches, carries, pool, index)
             rows += [lm.predict(carries, pool, index)[1], carries[1].hidden, *carries[1].inputs.values()]
         seen.append(torch.cat(rows))
     assert torch.equal(seen[0], seen[1])
@@ -213,7 +214,8 @@ def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: Adaptive
         requests = [Read(lm, text(seed, BLOCK - 1)) for seed in (1, 4, 5, 6, 7)[:size]]
         for request, session in zip(requests, index, strict=False):
             request.step(pool, session)
-        carries = lm.decode([4, 5, 6, 7, 8][:size], [request.cache for request in requests], pool, index[:size])
+        caches, carries = [r.cache for r in requests], [carried(r) for r in requests]
+        carries = lm.decode([4, 5, 6, 7, 8][:size], caches, carries, pool, index[:size])
         seen.append((carries[0].hidden, *carries[0].inputs.values(), lm.predict(carries, pool, index[:size])[0]))
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
@@ -306,7 +308,7 @@ def test_a_lexical_row_holds_learned_tokens_only(backbone: Backbone) -> None:
     pool, ids = new_pool(lm), [5, 6, 7, 8, 9, 10]
     draft = pool.draft(pool.open())
     lm.block(ids, backbone.new_cache(99), pool, draft.index, learn=[True, False, True, False, False, True], draft=draft)
-    ages, tokens, _ = draft.get("words", torch.arange(LEXICAL.cells))
+    ages, tokens, *_ = draft.get("words", torch.arange(LEXICAL.cells))
     assert sorted(tokens[ages > 0].tolist()) == [7, 10]
 
 
@@ -328,10 +330,9 @@ def test_what_only_reads_leaves_every_bit_as_it_was(lm: AdaptiveLM) -> None:
     session = learned(lm, pool, seed=1)
     before, fields = image(pool.dump(session)), [f.clone() for site in pool.sites.values() for f in site.fields]
     request = read(lm, pool, session, text(2))
-    assert request.carry is not None
-    carries = [request.carry]
+    carries = [carried(request)]
     for token in (1, 2, 3):
-        carries = lm.decode([token], [request.cache], pool, [session])
+        carries = lm.decode([token], [request.cache], carries, pool, [session])
         lm.predict(carries, pool, [session])
     lm.block([4, 5], request.cache, pool, session, carry=carries[0], learn=[True, True])
     assert image(pool.dump(session)) == before
@@ -349,7 +350,7 @@ def test_decoding_after_a_block_is_the_block_of_the_same_tokens(lm: AdaptiveLM) 
     carry, _ = lm.block(ids[:3], cache, pool, session)
     for t in range(3, BLOCK):
         whole, _ = lm.block(ids[: t + 1], lm.backbone.new_cache(99), pool, session)
-        (carry,) = lm.decode([ids[t]], [cache], pool, [session])
+        (carry,) = lm.decode([ids[t]], [cache], [carry], pool, [session])
         torch.testing.assert_close(carry.hidden, whole.hidden, atol=1e-4, rtol=0)
         assert carry.inputs.keys() == whole.inputs.keys()
         for layer, state in carry.inputs.items():

@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
-from model.memory.config import OWN
+from model.memory.config import OWN, RUNS
 from model.memory.pool import SHUT
 
-SLOTS, P, SESSIONS = 16, 4, 4
+SLOTS, P, SESSIONS, R = 16, 4, 4, len(RUNS)
 ROWS = 22  # not a multiple of P: room for 6 cells of words, and for 22 states
 NAMES = ("words", "states")
 CELLS, CAPACITY, CELL = {"words": 4, "states": 16}, {"words": 6, "states": 22}, {"words": P, "states": 1}
@@ -42,6 +42,7 @@ def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
         new = [
             torch.randint(1, 99, shape, generator=g, dtype=torch.int32),
             torch.randint(0, 99, shape, generator=g, dtype=torch.int32),
+            torch.randint(-99, 99, (*shape, R), generator=g, dtype=torch.int32).to(torch.int16),
             torch.randint(-127, 128, (*shape, 3), generator=g, dtype=torch.int32).to(torch.int8),
         ]
     else:
@@ -50,6 +51,11 @@ def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
     chosen[:, 0] = True
     fields = [torch.where(_like(chosen, b), b, a) for a, b in zip(old, new, strict=True)]
     draft.put(name, torch.tensor(cells), fields)
+
+
+def numbers(trust: float, balance: float, shut: float) -> Tensor:
+    """A session's own numbers [3, R + 1], each a little different for each number of repeated runs."""
+    return torch.tensor([[trust], [balance], [shut]]) * torch.linspace(1.0, 0.5, R + 1)
 
 
 def _like(mask: Tensor, field: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ def learned(pool: Pool, index: int, seed: int = 0) -> None:
     draft = pool.draft(index)
     put(draft, "words", [3, 1], seed)
     put(draft, "states", [0, 15], seed + 1)
-    pool.sites["words"].own[draft.index] = torch.tensor([0.1 + seed, -3.0, 1.0])
+    pool.sites["words"].own[draft.index] = numbers(0.1 + seed, -3.0, 1.0)
     draft.commit()
 
 
@@ -192,10 +198,10 @@ class PoolMachine(RuleBasedStateMachine):
                 self.open[one.index] = (one, merged(state, {name: rows}))
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data(), numbers=st.tuples(st.floats(-4, -1, width=32), st.floats(-9, 9, width=32), st.booleans()))
-    def experience(self, data: st.DataObject, numbers: tuple[float, float, bool]) -> None:
+    @rule(data=st.data(), drawn=st.tuples(st.floats(-4, -1, width=32), st.floats(-9, 9, width=32), st.booleans()))
+    def experience(self, data: st.DataObject, drawn: tuple[float, float, bool]) -> None:
         one, state = self.open[data.draw(st.sampled_from(sorted(self.open)))]
-        own = torch.tensor(numbers, dtype=torch.float32)
+        own = numbers(*drawn)
         self.pool.sites["words"].own[one.index] = own
         self.open[one.index] = (one, merged(state, {"words" + OWN: {0: own.numpy().tobytes()}}))
 
@@ -290,7 +296,7 @@ def test_only_rows_that_changed_are_touched() -> None:
     fields = [field.clone() for field in draft.get("words", cells)]
     draft.put("words", cells, fields)
     assert draft.touched() == {}, "what is written as it was has not changed"
-    fields[2][1, 2, 0] += 1
+    fields[3][1, 2, 0] += 1
     draft.put("words", cells, fields)
     touched = draft.touched()
     assert set(touched) == {"words"}
@@ -302,11 +308,11 @@ def test_a_sessions_own_numbers_are_stored_even_where_no_row_changed() -> None:
     index = pool.open()
     draft = pool.draft(index)
     assert draft.touched() == {}
-    pool.sites["words"].own[draft.index] = torch.tensor([0.0, -2.5, 0.0])
+    pool.sites["words"].own[draft.index] = numbers(0.0, -2.5, 0.0)
     touched = draft.touched()
     assert set(touched) == {"words" + OWN}
     draft.commit()
-    assert pool.sites["words"].own[pool.open(touched)].tolist() == [0.0, -2.5, 0.0]
+    assert pool.sites["words"].own[pool.open(touched)].tolist() == numbers(0.0, -2.5, 0.0).tolist()
     assert pool.rows(index) == {"words": 0, "states": 0}
 
 
@@ -314,9 +320,9 @@ def test_a_sessions_own_numbers_are_stored_even_where_no_row_changed() -> None:
 def test_a_turn_tells_which_guards_it_moved(was: float, is_now: float, counted: int) -> None:
     pool = new_pool()
     index = pool.open()
-    pool.sites["words"].own[index, SHUT] = was
+    pool.sites["words"].own[index, SHUT, 2] = was
     draft = pool.draft(index)
-    pool.sites["words"].own[draft.index, SHUT] = is_now
+    pool.sites["words"].own[draft.index, SHUT, 2] = is_now
     assert draft.guards() == counted
 
 
@@ -343,13 +349,13 @@ def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> Non
     pool = new_pool(rows=2 * ROWS)
     index = pool.open()
     learned(pool, index)
-    pool.sites["words"].own[index] = torch.tensor([0.5, 0.0, 0.0])
+    pool.sites["words"].own[index] = numbers(0.5, 0.0, 0.0)
     old = image(pool.dump(index))
     draft = pool.draft(index)
     put(draft, "words", [1, 2], seed=6)
     put(draft, "words", [2, 0], seed=8)
     put(draft, "states", [15, 4, 7], seed=7)
-    pool.sites["words"].own[draft.index] = torch.tensor([trust, 0.0, 0.0])
+    pool.sites["words"].own[draft.index] = numbers(trust, 0.0, 0.0)
     touched = image(draft.touched())
     draft.commit()
     assert cells_of(touched, "words") == {0, 1, 2}
@@ -357,7 +363,7 @@ def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> Non
     assert ("words" + OWN in touched) == (trust != 0.5)
     again = pool.open(stored(merged(old, touched)))
     assert image(pool.dump(again)) == image(pool.dump(index))
-    assert pool.sites["words"].own[again].tolist() == [trust, 0.0, 0.0]
+    assert pool.sites["words"].own[again].tolist() == numbers(trust, 0.0, 0.0).tolist()
 
 
 def test_an_index_that_is_used_again_remembers_nothing() -> None:

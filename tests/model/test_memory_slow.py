@@ -26,7 +26,8 @@ from model.memory import (
     ops,
     save_memory,
 )
-from model.memory.pool import SHUT, TRUST
+from model.memory.config import RUNS
+from model.memory.pool import BALANCE, SHUT, TRUST
 
 LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)
 HIDDEN = SiteConfig("states", "hidden", slots=9, k=3, layer=1, width=5, decay=1.0, cap=10.0)
@@ -51,7 +52,7 @@ def saved(tmp_path: Path) -> Path:
 def resave(path: Path, *, without: str | None = None, **metadata: Any) -> None:
     """Writes the file again without a tensor, or with other metadata."""
     tensors = {name: tensor for name, tensor in random_memory().state_dict().items() if name != without}
-    save_file(tensors, path, metadata={"format": "2", "memory": json.dumps(CONFIG.to_dict())} | metadata)
+    save_file(tensors, path, metadata={"format": "3", "memory": json.dumps(CONFIG.to_dict())} | metadata)
 
 
 # Save and load.
@@ -138,10 +139,10 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(saved: Path) -> None:
     resave(saved, format="1")
-    with pytest.raises(MemoryConfigError, match=r"memory\.safetensors: format must be 2, got '1'"):
+    with pytest.raises(MemoryConfigError, match=r"memory\.safetensors: format must be 3, got '1'"):
         load_memory(saved, hidden_size=6)
     save_file({"x": torch.zeros(1)}, saved)
-    with pytest.raises(MemoryConfigError, match="format must be 2, got None"):
+    with pytest.raises(MemoryConfigError, match="format must be 3, got None"):
         load_memory(saved, hidden_size=6)
 
 
@@ -164,7 +165,7 @@ def test_a_configuration_that_is_none_is_refused(memory: str, saved: Path) -> No
 
 
 def test_a_file_without_a_configuration_is_refused(saved: Path) -> None:
-    save_file(random_memory().state_dict(), saved, metadata={"format": "2"})
+    save_file(random_memory().state_dict(), saved, metadata={"format": "3"})
     with pytest.raises(MemoryConfigError, match="not a memory configuration"):
         load_memory(saved, hidden_size=6)
 
@@ -240,7 +241,7 @@ def test_a_memory_that_cannot_be_built_is_refused(changes: dict[str, Any], messa
 
 def test_a_rows_bytes_are_those_that_are_stored() -> None:
     """An age, a token and a key of bytes; or numbers. The pool packs them so."""
-    assert (LEXICAL.row_bytes, HIDDEN.row_bytes) == (4 + 4 + 4, 5 * 4)
+    assert (LEXICAL.row_bytes, HIDDEN.row_bytes) == (4 + 4 + 2 * len(RUNS) + 4, 5 * 4)
     assert (LEXICAL.cells, HIDDEN.cells) == (5, 9)
     pool = Pool(CONFIG, rows=15, sessions=2)
     draft = pool.draft(pool.open())
@@ -255,7 +256,7 @@ def test_a_rows_bytes_are_those_that_are_stored() -> None:
 
 
 def lexical_site(**changes: float) -> LexicalSite:
-    """A site that says γ = σ(0), with `changes` of what it learns and its trust rate."""
+    """A site that says γ = σ(0) and no trust, with `changes` of what it learns and its rates."""
     config = replace(LEXICAL, width=16, surprise=changes.get("surprise", 0.0))
     memory = random_memory(replace(CONFIG, sites=(config,)))
     site = memory.lexical
@@ -264,15 +265,26 @@ def lexical_site(**changes: float) -> LexicalSite:
         parameter.zero_()
     site.sharpness.copy_(torch.tensor([30.0, 9.0]))
     site.prior.fill_(0.2)
+    site.request_trust.zero_()
     site.trust_rate.fill_(changes.get("trust_rate", 0.0))
+    site.request_trust_rate.fill_(changes.get("request_trust_rate", 0.0))
     return site
 
 
-def read_and_learn(site: LexicalSite, draft: Draft, seed: int, targets: Tensor) -> tuple[Reading, Tensor]:
+def read_and_learn(
+    site: LexicalSite,
+    draft: Draft,
+    seed: int,
+    targets: Tensor,
+    prints: Tensor | None = None,
+    trust: Tensor | None = None,
+) -> tuple[Reading, Tensor]:
     """One block, the hidden states before its targets and what the base predicts being random; also that, [n]."""
     g, n = torch.Generator().manual_seed(seed), len(targets)
     hidden, base = torch.randn(n, 6, generator=g), ops.predict(torch.randn(n, 20, generator=g))
-    reading = site.read(draft.pool, torch.full((n,), draft.index), hidden, base)
+    prints = torch.zeros(n, len(RUNS), dtype=torch.int16) if prints is None else prints
+    trust = site.first_trust() if trust is None else trust
+    reading = site.read(draft.pool, torch.full((n,), draft.index), hidden, prints, base, trust.expand(n, -1))
     site.learn(draft, reading, targets, base.log_prob(targets))
     return reading, base.log_prob(targets)
 
@@ -312,7 +324,7 @@ def test_a_token_is_written_to_its_nearest_cell_only() -> None:
     site = lexical_site()
     draft, targets = new_draft(site), torch.arange(10, 17)
     reading, _ = read_and_learn(site, draft, 4, targets)
-    ages, tokens, keys = draft.get("words", torch.arange(5))
+    ages, tokens, _, keys = draft.get("words", torch.arange(5))
     for cell in range(5):
         mine = reading.cells[:, 0] == cell
         held = tokens[cell][ages[cell] > 0].tolist()
@@ -342,7 +354,7 @@ def test_what_was_expected_better_than_the_threshold_is_not_written(surprise: fl
         per_cell = torch.bincount(reading.cells[adapted < -surprise, 0], minlength=5).clamp_max(3)
         changed = after[0] != before[0]
         assert torch.equal(changed.sum(-1), per_cell)
-        for token, key in zip(after[1][changed], after[2][changed], strict=True):
+        for token, key in zip(after[1][changed], after[3][changed], strict=True):
             assert token in news
             assert torch.equal(key, ops.quantise(reading.keys[int(token)])), "each with the key of its own context"
 
@@ -364,13 +376,36 @@ def test_a_sessions_own_numbers_follow_what_its_memory_was_worth() -> None:
     draft = new_draft(site)
     read_and_learn(site, draft, 3, targets)
     own = draft.pool.sites["words"].own[draft.index]
-    assert own.tolist() == [0.0, 0.0, 0.0], "nothing was said, nothing was gained"
+    assert not own.any(), "nothing was said, nothing was gained"
     reading, frozen = read_and_learn(site, draft, 3, targets)
     in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
     adapted = ops.target_log_prob(frozen, in_memory, reading.unguarded)
-    step = ops.trust_step(frozen, adapted, in_memory, reading.unguarded)
+    step = ops.trust_step(frozen, adapted, in_memory, reading.unguarded).sum()
     expected = torch.stack([0.5 * step, (adapted - frozen).sum(), torch.zeros(())])
     assert float(expected[TRUST]) > 0.1
-    torch.testing.assert_close(own, expected)
+    torch.testing.assert_close(own[:, 0], expected)
+    assert not own[:, 1:].any(), "no run was repeated"
     reading, _ = read_and_learn(site, draft, 3, targets)
     torch.testing.assert_close(reading.gamma, torch.sigmoid(0.5 * step).expand(2))
+
+
+@torch.no_grad()
+def test_what_is_said_again_earns_trust_of_its_own() -> None:
+    """Trust, balance and guard go by the number of runs that the best match repeats, in the session and the request."""
+    site, targets = lexical_site(trust_rate=0.5, request_trust_rate=0.25), torch.arange(2)
+    draft, prints = new_draft(site), torch.tensor([[3, 4, 0], [0, 0, 0]], dtype=torch.int16)
+    read_and_learn(site, draft, 3, targets, prints)
+    own = draft.pool.sites["words"].own[draft.index]
+    reading, frozen = read_and_learn(site, draft, 3, targets, prints)
+    assert reading.repeats.tolist() == [2, 0]
+    _, step = site.judged(reading, targets, frozen)
+    assert (step != 0).tolist() == [True, False, True, False]
+    torch.testing.assert_close(own[TRUST], 0.5 * step)
+    assert (own[BALANCE] != 0).tolist() == [True, False, True, False]
+    request = site.next_trust(torch.full((4,), -0.5), reading, targets, frozen)
+    torch.testing.assert_close(request, -0.5 + 0.25 * step)
+    again, _ = read_and_learn(site, draft, 3, targets, prints, trust=request)
+    torch.testing.assert_close(again.gamma, torch.sigmoid(0.5 * step + request)[[2, 0]])
+    draft.pool.sites["words"].own[draft.index, SHUT, 2] = 1.0
+    shut, _ = read_and_learn(site, draft, 3, targets, prints)
+    assert (shut.gamma > 0).tolist() == [False, True]

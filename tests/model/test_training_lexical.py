@@ -14,7 +14,7 @@ from torch import Tensor
 from model.memory import Memory, MemoryConfig, Pool, SiteConfig, ops
 from model.training import lexical
 from model.training import settle as settling
-from model.training.features import Chunk, StreamFeatures
+from model.training.features import START, Chunk, StreamFeatures
 from model.training.initial import random_memory
 from model.training.lexical import LexicalObjective
 
@@ -41,7 +41,8 @@ def some_memory() -> Memory:
         site.gate_out.normal_(0.0, 0.5, generator=noise(3))
         site.gate_out_bias[0] = 0.0
         site.prior.copy_(torch.tensor([0.2, 0.7]))
-        site.trust_rate.zero_()
+        for trust in (site.trust_rate, site.request_trust, site.request_trust_rate):
+            trust.zero_()
     return memory
 
 
@@ -75,9 +76,12 @@ def served(memory: Memory, chunk: Chunk) -> Tensor:
     pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2)
     draft = pool.draft(pool.open())
     for request in requests(chunk):
-        for states, targets in zip(request.states.split(BLOCK), request.targets.split(BLOCK), strict=True):
+        prints = ops.request_fingerprints(request.targets, START)
+        parts = (part.split(BLOCK) for part in (request.states, request.targets, prints))
+        for states, targets, context in zip(*parts, strict=True):
             base = ops.predict(states @ head().T)
-            reading = site.read(pool, torch.full((len(targets),), draft.index), states, base)
+            trust = site.first_trust().expand(len(targets), -1)
+            reading = site.read(pool, torch.full((len(targets),), draft.index), states, context, base, trust)
             in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
             found.append(-ops.target_log_prob(base.log_prob(targets), in_memory, reading.unguarded))
             site.learn(draft, reading, targets, base.log_prob(targets))
@@ -143,8 +147,9 @@ def test_gradients_reach_every_number_that_is_trained_and_no_other() -> None:
     named = dict(memory.named_parameters())
     trained = [p for group in objective.groups() for p in group["params"]]
     left = {name for name, p in named.items() if not any(p is q for q in trained)}
-    assert left == {"sites.words.centres", "sites.words.trust_rate"}
-    assert len(trained) == len(named) - 2, "each once"
+    trust = {f"sites.words.{name}" for name in ("trust_rate", "request_trust", "request_trust_rate")}
+    assert left == {"sites.words.centres", *trust}
+    assert len(trained) == len(named) - 4, "each once"
     for name, p in named.items():
         if name in left:
             assert p.grad is None

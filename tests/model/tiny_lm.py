@@ -104,6 +104,12 @@ def read(lm: AdaptiveLM, pool: Pool, index: int, ids: Sequence[int], draft: Draf
     return request
 
 
+def carried(request: Read) -> Carry:
+    """The carry of a request that has begun."""
+    assert request.carry is not None
+    return request.carry
+
+
 def learn(lm: AdaptiveLM, pool: Pool, session: int, ids: Sequence[int]) -> Read:
     """One turn: the session learns a text."""
     draft = pool.draft(session)

@@ -15,6 +15,7 @@ from service.http import install
 from service.metrics import Metrics
 from service.sessions import Ask, Call, Delta, Sessions, TurnEnd
 from service.settings import Settings
+from service.tenants import Keys
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "m", "prompt": "a"},
@@ -87,7 +88,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def app(sessions: Scripted, metrics: Metrics) -> FastAPI:
     app = FastAPI()
-    install(app, sessions=cast(Sessions, sessions), metrics=metrics, settings=Settings())
+    install(app, sessions=cast(Sessions, sessions), metrics=metrics, settings=Settings(), keys=Keys(Settings()))
     return app
 
 

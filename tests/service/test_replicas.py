@@ -16,11 +16,14 @@ import httpx
 import pytest
 from redis import Redis
 
-from service.errors import Conflict, SessionBusy, StoreFull, VersionConflict
+from service.errors import Conflict, QuotaExceeded, RateLimited, SessionBusy, StoreFull, VersionConflict
+from service.ledger import Ledger
 from service.store import Keeping, Note, RedisStore
 from service.store.codec import encode
 from service.store.embedded import EmbeddedValkey
 from service.store.types import Lease
+from service.tenants import Limits, Tenant
+from tests.conftest import Server
 from tests.live import ENDLESS, Client, in_background, refusal, state, success, until
 from tests.service.test_store import ODD_ID, assert_same, new_meta, rows, snapshot
 from tests.service.valkeys import cluster, free_ports, sentinel, valkey, wait
@@ -286,6 +289,13 @@ async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
         assert await store.list("t") == []
         kept = [key for node in nodes for key in node.scan_iter()]
         assert {key.rpartition(b":")[2] for key in kept} <= {b"fence", b"erased", b"lease"}
+        ledger, limited = Ledger(store), Tenant("limited", Limits(sessions=1, tokens_per_minute=9))
+        async with ledger.place(limited, "s"):
+            await store.create(limited.name, new_meta("s"))
+        await ledger.learned(limited, "s", 0, 10)
+        for refused in (Ledger(other).place(limited, "r").__aenter__(), Ledger(other).check_learning(limited)):
+            with pytest.raises((QuotaExceeded, RateLimited)):
+                await refused
         await store.close()
         await other.close()
         for node in nodes:
@@ -330,78 +340,107 @@ async def test_an_address_of_nothing_known_is_refused(url: str, what: str) -> No
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (port,) = free_ports(1)
-    with valkey(tmp_path / "redis", port):
+    with valkey(tmp_path_factory.mktemp("redis"), port):
         yield f"redis://127.0.0.1:{port}"
 
 
+@pytest.fixture(scope="module")
+def servers(tiny_base: Path, redis: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """Two replicas whose leases last a second; the last test kills one."""
+    folder = tmp_path_factory.mktemp("replicas")
+    pair = [Server(str(tiny_base), folder / name, redis_url=redis, lease_s=1) for name in ("one", "two")]
+    for server in pair:
+        server.start()
+    yield pair
+    for server in pair:
+        server.stop()
+
+
 @pytest.fixture
-def servers(make_server: Callable[..., Any], redis: str) -> list[Any]:
-    """Two replicas whose leases last a second."""
-    return [make_server(name, redis_url=redis, lease_s=1, lease_wait_s=10).start() for name in ("one", "two")]
+def one(servers: list[Server]) -> Iterator[Client]:
+    with Client(servers[0].url) as client:
+        yield client
 
 
-def test_a_replica_that_stood_still_learns_at_the_version_it_finds(servers: list[Any], redis: str) -> None:
-    long, short = {"text": TEXT * 150}, {"text": TEXT}
-    with Client(servers[0].url) as one, Client(servers[1].url) as two, ThreadPoolExecutor(2) as pool:
-        one.observe("alice", TEXT)
-        late = in_background(pool, one, lambda: one.post("sessions/alice/observe", long))
-        streamed = in_background(pool, one, lambda: stream(one))
-        servers[0].process.send_signal(signal.SIGSTOP)
-        try:
-            assert success(two.post("sessions/alice/observe", short))["version"] == 2
-            two.observe("bob", TEXT)
-        finally:
-            servers[0].process.send_signal(signal.SIGCONT)
-        assert success(late.result())["version"] == 3
-        # What a stream has said can't be unsaid: it ends in an error, and nothing of it is learned.
-        assert "session_busy" in streamed.result() and streamed.result().endswith("data: [DONE]\n\n")
-        assert two.version("bob") == 1
-        for text in (TEXT, TEXT, TEXT * 150):
-            two.observe("naive", text)
-        naive = {key: value for key, value in state(redis, "naive").items() if key != "meta"}
-        assert {key: value for key, value in state(redis, "alice").items() if key != "meta"} == naive
-        assert one.score("alice", TEXT) == two.score("alice", TEXT)
+@pytest.fixture
+def other(servers: list[Server]) -> Iterator[Client]:
+    with Client(servers[1].url) as client:
+        yield client
 
 
-def stream(client: Client) -> str:
-    body = client.completion(TEXT, session="bob", max_tokens=450, logit_bias=ENDLESS, stream=True)
+def memory(redis: str, session: str) -> Any:
+    return {key: value for key, value in state(redis, session).items() if key != "meta"}
+
+
+def stream(client: Client, session: str) -> str:
+    body = client.completion(TEXT, session=session, max_tokens=450, logit_bias=ENDLESS, stream=True)
     return httpx.post(f"{client.url}/v1/completions", json=body, timeout=60).text
 
 
-def test_a_session_erased_at_one_replica_is_gone_from_the_other(servers: list[Any], redis: str) -> None:
-    with Client(servers[0].url) as one, Client(servers[1].url) as two:
-        for client in (one, two):
-            client.score("alice", TEXT, learn=True)
-        until(lambda: (one.metric("sessions_hot"), two.metric("sessions_hot")) == (1, 1))
-        assert one.http.delete("/v1/sessions/alice").status_code == 200
-        until(lambda: two.metric("sessions_hot") == 0)
-        # Of the same name and version, and yet another one.
-        assert one.score("alice", TEXT[9:], learn=True)["version"] == 1
-        assert two.score("alice", TEXT) == one.score("alice", TEXT)
+def test_a_replica_that_stood_still_learns_at_the_version_it_finds(
+    servers: list[Server], one: Client, other: Client, redis: str, tenant: str
+) -> None:
+    alice, bob, naive = (f"{tenant}-{name}" for name in ("alice", "bob", "naive"))
+    stuck = servers[0].process
+    assert stuck is not None
+    with ThreadPoolExecutor(2) as pool:
+        one.observe(alice, TEXT)
+        late = in_background(pool, one, lambda: one.post(f"sessions/{alice}/observe", {"text": TEXT * 150}))
+        streamed = in_background(pool, one, lambda: stream(one, bob))
+        stuck.send_signal(signal.SIGSTOP)
+        try:
+            assert other.observe(alice, TEXT)["version"] == 2
+            other.observe(bob, TEXT)
+        finally:
+            stuck.send_signal(signal.SIGCONT)
+        assert success(late.result())["version"] == 3
+        # What a stream has said can't be unsaid: it ends in an error, and nothing of it is learned.
+        assert "session_busy" in streamed.result() and streamed.result().endswith("data: [DONE]\n\n")
+    assert other.version(bob) == 1
+    for text in (TEXT, TEXT, TEXT * 150):
+        other.observe(naive, text)
+    assert memory(redis, alice) == memory(redis, naive)
+    assert one.score(alice, TEXT) == other.score(alice, TEXT)
 
 
-def test_a_killed_replicas_session_goes_on_at_the_other(servers: list[Any]) -> None:
-    with Client(servers[0].url) as one, Client(servers[1].url) as two:
-        one.observe("alice", TEXT)
-        with one.unfinished("sessions/alice/observe", {"text": TEXT * 200}):
-            servers[0].kill()
-        assert two.observe("alice", TEXT)["version"] == 2
+def test_a_session_erased_at_one_replica_is_gone_from_the_other(one: Client, other: Client, tenant: str) -> None:
+    for client in (one, other):
+        client.score(tenant, TEXT, learn=True)
+    hot = other.metric("sessions_hot")
+    assert one.http.delete(f"/v1/sessions/{tenant}").status_code == 200
+    until(lambda: other.metric("sessions_hot") == hot - 1)
+    # Of the same name and version, and yet another one.
+    for text in (TEXT[9:], TEXT[5:]):
+        assert one.score(tenant, text, learn=True)["version"] <= 2
+    assert other.score(tenant, TEXT) == one.score(tenant, TEXT)
 
 
-def test_a_full_store_stops_learning_and_not_predicting(servers: list[Any], redis: str) -> None:
-    with Client(servers[0].url) as client, Redis.from_url(redis) as raw:
-        client.observe("alice", TEXT)
+def test_a_full_store_stops_learning_and_not_predicting(one: Client, redis: str, tenant: str) -> None:
+    counted = one.metric("store_full_total")
+    with Redis.from_url(redis) as raw:
+        one.observe(tenant, TEXT)
         raw.config_set("maxmemory", 1)
-        refusal(client.post("sessions/alice/observe", {"text": TEXT}), 503, "store_full")
-        refusal(client.post("completions", client.completion(session="alice")), 503, "store_full")
-        assert client.complete(session="alice", adapt="predict")["adaptation"]["version_to"] == 1
-        assert client.score("alice", TEXT)["version"] == 1
-        assert client.metric("store_full_total") == 2
-        raw.config_set("maxmemory", 0)
-        assert client.observe("alice", TEXT)["version"] == 2
+        try:
+            refusal(one.post(f"sessions/{tenant}/observe", {"text": TEXT}), 503, "store_full")
+            refusal(one.post("completions", one.completion(session=tenant)), 503, "store_full")
+            assert one.complete(session=tenant, adapt="predict")["adaptation"]["version_to"] == 1
+            assert one.score(tenant, TEXT)["version"] == 1
+        finally:
+            raw.config_set("maxmemory", 0)
+    assert one.metric("store_full_total") == counted + 2
+    assert one.observe(tenant, TEXT)["version"] == 2
+
+
+def test_a_killed_replicas_session_goes_on_at_the_other(
+    servers: list[Server], one: Client, other: Client, tenant: str
+) -> None:
+    one.observe(tenant, TEXT)
+    with one.unfinished(f"sessions/{tenant}/observe", {"text": TEXT * 200}):
+        servers[0].kill()
+    assert other.observe(tenant, TEXT)["version"] == 2
 
 
 def test_a_session_has_room_for_so_many_bytes(make_server: Callable[..., Any]) -> None:

@@ -1,0 +1,130 @@
+"""API keys: made, read, compared, rotated."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.app import run
+from service.errors import Unauthorized
+from service.settings import Settings
+from service.tenants import DEFAULT, Keys, KeysError, Limits, Tenant, new_key
+
+
+def bearer(key: str) -> str:
+    return f"Bearer {key}"
+
+
+def test_a_key_is_compared_with_every_hash_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [new_key(owner) for owner in ("a", "b", "c")]
+    keys = Keys(Settings(api_keys=",".join(line for _, line in made)))
+    compared: list[str] = []
+    compare = hmac.compare_digest
+
+    def watched(stored: str, given: str) -> bool:
+        compared.append(stored)
+        return compare(stored, given)
+
+    monkeypatch.setattr(hmac, "compare_digest", watched)
+    for (key, _), owner in zip(made, "abc", strict=True):
+        assert keys.tenant(bearer(key)).name == owner
+    with pytest.raises(Unauthorized):
+        keys.tenant(bearer("imp_wrong"))
+    assert compared == [line.split(":")[1] for _, line in made] * 4
+    assert not any(key in line for key, line in made)
+
+
+def test_keys_rotate_while_the_server_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    (old, old_line), (new, new_line) = new_key("acme"), new_key("acme")
+    file.write_text(old_line)
+    keys = Keys(Settings(api_keys_file=file))
+
+    def enters(key: str) -> bool:
+        try:
+            return keys.tenant(bearer(key)).name == "acme"
+        except Unauthorized:
+            return False
+
+    assert (enters(old), enters(new)) == (True, False)
+    file.write_text(f"{old_line}\n{new_line}\n")
+    assert (enters(old), enters(new)) == (True, True)
+    file.write_text(f"{new_line}\n")
+    assert (enters(old), enters(new)) == (False, True)
+    for fault in ("acme:nonsense\n", None):
+        file.write_text(fault) if fault else file.unlink()
+        assert (enters(old), enters(new)) == (False, True)
+        assert "stay as they were" in caplog.text
+        caplog.clear()
+    file.write_text("# nobody\n")
+    assert (enters(old), enters(new)) == (False, False)
+
+
+HASH, OTHER = "ab" * 32, "cd" * 32
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("", "hold no key"),
+        ("# acme", "hold no key"),
+        ("acme", "TENANT:SHA256"),
+        (f"acme/x:{HASH}", "TENANT:SHA256"),
+        (f"acme:{HASH[:-1]}", "TENANT:SHA256"),
+        (f"acme:{HASH} sessions=-1", "TENANT:SHA256"),
+        (f"acme:{HASH} speed=1", "one of sessions, bytes, tokens_per_minute, requests, got speed"),
+        (f"acme:{HASH}\nbo:{HASH}", "line 2: this key belongs to another tenant"),
+        (f"acme:{HASH} bytes=1\nacme:{OTHER} bytes=2", "line 2: bytes of acme was 1 before, and is 2 here"),
+    ],
+)
+def test_faulty_keys_stop_the_start_with_one_line(tmp_path: Path, lines: str, reason: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(lines)
+    with pytest.raises(KeysError) as fault:
+        Keys(Settings(api_keys_file=file))
+    assert reason in str(fault.value)
+    assert "\n" not in str(fault.value) and HASH[:-1] not in str(fault.value)
+
+
+def test_a_tenants_own_limits_go_before_the_settings() -> None:
+    (key, line), (plain, other) = new_key("acme"), new_key("bo")
+    keys = Keys(Settings(api_keys=f"{line} bytes=5 sessions=0,{other}", tenant_sessions=3, tenant_requests=4))
+    assert keys.tenant(bearer(key)) == Tenant("acme", Limits(sessions=0, bytes=5, requests=4))
+    assert keys.tenant(bearer(plain)) == Tenant("bo", Limits(sessions=3, requests=4))
+
+
+def test_without_keys_everybody_is_the_default_tenant() -> None:
+    assert Keys(Settings()).tenant(None) == Keys(Settings()).tenant("Bearer none") == Tenant(DEFAULT)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_without_keys_no_other_machine_is_served(host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Settings(host=host, port=0, data_dir=tmp_path / "data")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"imprint: {host} can be reached from other machines")
+    assert "imprint keys new" in line and "IMPRINT_API_KEYS_FILE" in line
+    assert not (tmp_path / "data").exists()
+
+
+# --- the command line ---
+
+
+def imprint(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
+    command = [sys.executable, "-m", "service", *arguments]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_new_key_goes_to_the_terminal_and_its_hash_to_the_file() -> None:
+    made = imprint("keys", "new", "acme")
+    (key,) = re.findall(r"imp_\S+", made.stderr)
+    assert "imp_" not in made.stdout
+    assert Keys(Settings(api_keys=made.stdout)).tenant(f"Bearer {key}").name == "acme"
+    refused = imprint("keys", "new", "a/b")
+    assert refused.returncode == 1 and "'a/b'" in refused.stderr and "Traceback" not in refused.stderr
