@@ -28,6 +28,7 @@ from service.store.codec import damaged
 from service.store.redis import RedisStore
 from service.store.types import Note, Option, RowBatch, SessionMeta
 from service.tenants import Tenant
+from service.transfer import sound
 from service.turns import (
     Adapt,
     Adaptation,
@@ -50,7 +51,6 @@ from service.turns import (
     segment,
     unpack_answer,
 )
-from service.transfer import sound
 from service.turnstile import Held, Limits, Turnstile, Write, known, overtaken, require_match, unknown
 
 __all__ = [

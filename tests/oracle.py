@@ -135,7 +135,7 @@ class Kills:
         return True
 
     def _revive(self) -> None:
-        """A server whose store is killed while it starts says so and ends; whoever keeps services up starts it again."""
+        """A server whose store is killed while it starts says so and ends; whoever keeps it up starts it again."""
         assert self.server.process is not None
         if self.server.process.poll() is None:
             return

@@ -217,7 +217,7 @@ class Replay:
                 if taught == len(said):
                     carry, pending = behind, False
             if pending:
-                carry = model.lm.decode([said[-1]], [cache], model.pool, [draft.index])[0]
+                carry = model.lm.decode([said[-1]], [cache], [carry], model.pool, [draft.index])[0]
         return text.text
 
     def _commit(self, draft: Draft, learned: _Learned, seen: Sequence[str]) -> None:

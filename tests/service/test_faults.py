@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import json
 import re
 import resource
 import signal
@@ -20,7 +19,7 @@ import pytest
 from service.errors import StoreUnavailable
 from service.store import Keeping, RedisStore, connect
 from service.store.embedded import EmbeddedValkey
-from tests.live import ENDLESS, Client, Json, in_background, redis_of, refusal, state, success, until, valkey_of
+from tests.live import Client, Json, in_background, redis_of, refusal, state, success, until, valkey_of
 from tests.service.failing_line import FailingLine
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
@@ -92,8 +91,8 @@ def limit_files(server: Any, size: int) -> None:
         process.rlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
-@pytest.mark.parametrize("damage", [b"short", b"\xff" * 72], ids=["its length", "its content"])
-def test_a_damaged_row_is_an_error_of_its_session_alone(make_server: Callable[..., Any], damage: bytes) -> None:
+@pytest.mark.parametrize("damage", ["its length", "its content"])
+def test_a_damaged_row_is_an_error_of_its_session_alone(make_server: Callable[..., Any], damage: str) -> None:
     server = make_server().start()
     with Client(server.url) as client:
         for session in ("alice", "bob"):
@@ -102,7 +101,8 @@ def test_a_damaged_row_is_an_error_of_its_session_alone(make_server: Callable[..
         server.start()  # nothing is hot
         with redis_of(server.data_dir) as raw:
             key = "imprint:{default/alice}:rows:lexical"
-            raw.hset(key, min(raw.hkeys(key)), damage)
+            slot, row = min(raw.hgetall(key).items())
+            raw.hset(key, slot, b"short" if damage == "its length" else b"\xff" * len(row))
         before = state(server.data_dir, "alice")
         for path, body in (
             ("sessions/alice/observe", {"text": TEXT}),
@@ -169,7 +169,7 @@ def attempt(number: int) -> dict[str, str]:
 
 
 def test_a_turn_that_was_answered_elsewhere_is_not_learned_when_its_replica_wakes_up(servers: list[Any]) -> None:
-    """Without a key, and though its client wants it committed whatever happens: its lease is lost, and so it begins anew."""
+    """Without a key, and though its client wants it committed whatever happens: it has lost its lease and begins anew."""
     body: Json = {"text": TEXT * 100, "on_disconnect": "commit"}
     with Client(servers[0].url) as one, Client(servers[1].url) as two, ThreadPoolExecutor(1) as pool:
         first = in_background(pool, one, lambda: one.post("sessions/alice/observe", body, **attempt(0)))
