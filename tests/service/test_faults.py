@@ -169,7 +169,7 @@ def attempt(number: int) -> dict[str, str]:
 
 
 def test_a_turn_that_was_answered_elsewhere_is_not_learned_when_its_replica_wakes_up(servers: list[Any]) -> None:
-    """Without a key, and though its client wants it committed whatever happens: it has lost its lease and begins anew."""
+    """Even without a key, and if its client wants it committed whatever happens: the lost lease makes it begin anew."""
     body: Json = {"text": TEXT * 100, "on_disconnect": "commit"}
     with Client(servers[0].url) as one, Client(servers[1].url) as two, ThreadPoolExecutor(1) as pool:
         first = in_background(pool, one, lambda: one.post("sessions/alice/observe", body, **attempt(0)))
