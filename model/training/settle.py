@@ -2,6 +2,7 @@
 
 Training weighs everything that a stream has written. Serving finds the rows of the nearest cells only, and those alone
 agree more often than all would: the gate is fitted once more, to sessions that the served rule has read and written.
+First without the trust of a request, which would only hide a gate that is too sure, then with it.
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ def settle(
 ) -> float:
     """Fits the gate of a memory's lexical site to the streams, read in sessions that change their subject.
 
-    logits: final states [n, d] → [n, V] of the base. progress is told of each stream. Returns the mean loss (nats) less
-    the frozen base's. Raises ValueError for a memory without a lexical site.
+    logits: final states [n, d] → [n, V] of the base. progress is told of each stream, in both rounds. Returns the mean
+    loss (nats) less the frozen base's. Raises ValueError for a memory without a lexical site.
     """
     site = memory.lexical
     if site is None:
         raise ValueError("only a lexical site has a gate to settle")
-    with torch.no_grad():
-        parts = list(_served(memory, site, streams, logits, seed, progress))
-    evidence = Evidence(*(torch.cat(each) for each in zip(*parts, strict=True)))
-    return _fit(site, evidence, seed)
+    for trusting in (False, True):
+        with torch.no_grad():
+            parts = list(_served(memory, site, streams, logits, seed, progress, trusting=trusting))
+        gain = _fit(site, Evidence(*(torch.cat(each) for each in zip(*parts, strict=True))), seed)
+    return gain
 
 
 def _served(
@@ -61,6 +63,8 @@ def _served(
     logits: Callable[[Tensor], Tensor],
     seed: int,
     progress: Callable[[int], None],
+    *,
+    trusting: bool,
 ) -> Iterator[Evidence]:
     """Replays the streams block by block, without the session's trust and guards, and yields each block's evidence."""
     draw, device = random.Random(seed), site.key_weight.device
@@ -70,7 +74,7 @@ def _served(
         first = draw.randrange(max(1, stream.requests - REQUESTS))
         for number in range(first, min(first + REQUESTS, stream.requests)):
             chunk, draft = stream.chunk(number, 1, device), pool.draft(session)
-            prints, trust = ops.request_fingerprints(chunk.targets, START), site.first_trust()
+            prints, trust = ops.request_fingerprints(chunk.targets, START), site.first_trust() * trusting
             parts = (part.split(memory.config.block) for part in (chunk.states, chunk.targets, prints))
             for states, targets, context in zip(*parts, strict=True):
                 base, at = ops.predict(logits(states)), torch.full((len(targets),), draft.index, device=device)
@@ -83,7 +87,7 @@ def _served(
                     inputs = site.gate_inputs(found, base.entropy, keys)
                     yield Evidence(inputs[known], bias[known], heads[known], frozen[known])
                 reading = Reading(context, keys, cells, found.repeats, found.tokens, shares, gamma, gamma)
-                trust = site.next_trust(trust, reading, targets, frozen)
+                trust = site.next_trust(trust, reading, targets, frozen) * trusting
                 site.learn(draft, reading, targets, frozen)
             draft.commit()
             fast.own[session] = 0.0

@@ -22,7 +22,7 @@ from rich.table import Table
 from service.store import Keeping, Note, Once, RedisStore, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
 
-TOKENS, ROW_BYTES, SLOTS = 64, 72, 55_296  # of a turn; of the shipped memory
+TOKENS, ROW_BYTES, SLOTS = 64, 78, 51_200  # of a turn; of the shipped memory
 DIGESTS = 1024  # as many as a session of a long chat has
 ANSWER = json.dumps({"text": "x" * 300, "adaptation": {"tokens_learned": TOKENS}}).encode()
 

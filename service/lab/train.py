@@ -220,7 +220,7 @@ def _settle(objective: Objective, backbone: Backbone, train: Sequence[Stream], s
     fit_cells(memory.lexical, _some_states(train), torch.Generator().manual_seed(seed))
     dtype = backbone.embedding.dtype
     with progress_bar() as bar:
-        task = bar.add_task("settling the gate", total=len(train))
+        task = bar.add_task("settling the gate", total=2 * len(train))
         gain = settle(
             memory,
             [StreamFeatures(stream.folder) for stream in train],
