@@ -64,6 +64,7 @@ def test_a_slow_store_delays_and_nothing_else(make_server: Callable[..., Any]) -
         assert state(server.data_dir, "alice") == state(server.data_dir, "naive")
 
 
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="limits of other processes are Linux's alone")
 def test_a_full_disk_stops_learning_until_there_is_room(make_server: Callable[..., Any]) -> None:
     """A limit on the size of files, which Valkey inherits when it is started again."""
     server = make_server().start()
