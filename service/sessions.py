@@ -24,9 +24,11 @@ from service.ledger import Ledger
 from service.lessons import Content, digest, pack_lesson
 from service.metrics import Metrics
 from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt, TokenPrompt
+from service.store.codec import damaged
 from service.store.redis import RedisStore
 from service.store.types import Note, Option, RowBatch, SessionMeta
 from service.tenants import Tenant
+from service.transfer import sound
 from service.turns import (
     Adapt,
     Adaptation,
@@ -401,10 +403,11 @@ class Sessions:
         }
         if turn.of is not None:
             entry["of"] = turn.of
+        once = held.call.once(turn.result(new), new.version, key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s)
         note = Note(
             log=entry,
             text=lesson if new.options.get("keep_text") and turn.kind == "learn" else b"",
-            once=held.call.once(turn.result(new), key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s),
+            once=once,
         )
         rows = {site: RowBatch(batch.slots.numpy(), batch.data.numpy()) for site, batch in done.rows.items()}
         content = Content({}, rows, {}) if turn.content is None else turn.content.overlaid(rows)
@@ -431,7 +434,9 @@ class Sessions:
             stored = await self.store.load(tenant, meta.id)
         if stored is None or stored.meta.stamp != stamp:
             raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
-        sites = stored.sites
+        sites, config = stored.sites, self.served.engine.memory_config
+        if not all(sound(name, batch, config, self.vocab_size) for name, batch in sites.items()):
+            raise damaged(meta.id)
         if turn.content is not None:
             sites, stamp = turn.content.rows_from(sites), NOWHERE
         rows = {

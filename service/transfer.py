@@ -100,26 +100,32 @@ def _is_digest(value: Any) -> bool:
 
 def _sites(arrays: Arrays, config: MemoryConfig, vocab_size: int) -> dict[str, RowBatch]:
     sites: dict[str, RowBatch] = {}
-    known = {site.name: site for site in config.sites}
     for name in {name.rpartition(".")[0] for name in arrays}:
-        site = known.get(name.removesuffix(OWN))
         slots, rows = arrays.get(f"{name}.slots"), arrays.get(f"{name}.rows")
-        if site is None or slots is None or rows is None:
+        if slots is None or rows is None:
             raise _unfit(f"has no sound site {name[:40]!r}")
-        own = name.endswith(OWN)
         try:
             batch = RowBatch(slots, rows)
         except ValueError as error:
             raise _unfit(f"has a site {name[:40]!r} that is none: {error}") from None
-        most, row_bytes = (1, OWN_BYTES) if own else (site.slots, site.row_bytes)
-        if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= most:
-            raise _unfit(f"has rows of site {name!r} that this memory has no place for")
-        if not (_finite(batch) if own or site.kind == "hidden" else _readable(batch, vocab_size)):
-            raise _unfit(f"has rows of site {name!r} that no memory writes")
+        if not sound(name, batch, config, vocab_size):
+            raise _unfit(f"has rows of site {name[:40]!r} that no memory writes")
         sites[name] = batch
     if len(arrays) != 2 * len(sites):
         raise _unfit("has arrays that belong to no site")
     return sites
+
+
+def sound(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> bool:
+    """Whether a site's rows can be: the memory has the site and a place for them, and could have written them."""
+    site = next((site for site in config.sites if site.name == name.removesuffix(OWN)), None)
+    if site is None:
+        return False
+    own = name.endswith(OWN)
+    most, row_bytes = (1, OWN_BYTES) if own else (site.slots, site.row_bytes)
+    if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= most:
+        return False
+    return _finite(batch) if own or site.kind == "hidden" else _readable(batch, vocab_size)
 
 
 def _finite(batch: RowBatch) -> bool:

@@ -24,10 +24,11 @@ from service.ledger import Ledger
 from service.metrics import Metrics
 from service.order import Locks, uninterrupted
 from service.store.redis import RedisStore
-from service.store.types import Lease, Note, RowBatch, SessionMeta, Slots
+from service.store.types import Entered, Lease, Note, RowBatch, SessionMeta, Slots
 from service.tenants import Tenant
 
 Write = Literal["always", "unless predict", "never"]
+LATE_S = 1.0  # within which it shows that the client of a request is gone: one that gave it up, and sent it again
 T = TypeVar("T")
 
 
@@ -105,13 +106,13 @@ class Turnstile:
         Raises NotFound for one that is not there, unless the turn may create it; then it has a place in its tenant's
         account."""
         async with self.ordered(call.tenant, session):
-            with self._counting_full():
-                entered = await self._store.enter(call.tenant.name, session, write=write, names=call.names)
-            if entered.record is not None:
-                replay = call.replay(entered.record)
+            entered, replay = await self._enter(call, session, write)
+            if replay is not None:
                 self._metrics.replays_total.inc()
                 yield Held(call, replay=replay)
                 return
+            if call.began is None:
+                call.began = 0 if entered.meta is None else entered.meta.version
             held = Held(call, entered.meta, entered.lease)
             keeper = asyncio.create_task(self._keep(entered.lease)) if entered.lease else None
             try:
@@ -128,6 +129,19 @@ class Turnstile:
                 if held.lease is not None:
                     with suppress(StoreUnavailable):  # it then ends by itself
                         await self._store.release(held.lease)
+
+    async def _enter(self, call: Call, session: str, write: Write) -> tuple[Entered, dict[str, Any] | None]:
+        """How a turn begins; and what it was answered before, if it was."""
+        with self._counting_full():
+            entered = await self._store.enter(call.tenant.name, session, write=write, names=call.names)
+            if entered.record is None:
+                return entered, None
+            replay = call.replay(entered.record)
+            if replay is None:
+                if call.late(entered.record):
+                    await asyncio.sleep(LATE_S)
+                entered = await self._store.enter(call.tenant.name, session, write=write)
+            return entered, replay
 
     async def _keep(self, lease: Lease) -> None:
         """Renews a lease for as long as a turn runs; one that was lost stays so, and its commit will be refused."""

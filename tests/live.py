@@ -238,7 +238,7 @@ def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str
     store: the data folder of a running server, or the URL of its Redis.
     """
     prefix = f"imprint:{{{tenant}/{session}}}:"
-    with _redis(store) as redis:
+    with redis_of(store) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
         return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
 
@@ -260,12 +260,12 @@ def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
 
 def account(store: Path | str, tenant: str) -> dict[str, int]:
     """The bytes of rows that a tenant's account names, by session; `*` is their sum."""
-    with _redis(store) as redis:
+    with redis_of(store) as redis:
         noted = cast(dict[bytes, bytes], redis.hgetall(f"imprint:{{{tenant}}}:sessions"))
         return {name.decode(): int(held) for name, held in noted.items()}
 
 
-def _redis(store: Path | str) -> Redis:
+def redis_of(store: Path | str) -> Redis:
     if isinstance(store, str):
         return Redis.from_url(store)
     valkey = valkey_of(store)

@@ -76,14 +76,14 @@ async def get_call(request: Request) -> Call:
             f"'Idempotency-Key' must have 1 to 255 printable ASCII characters, got {key[:80]!r}.",
             param="Idempotency-Key",
         )
-    retries = request.headers.get("x-stainless-retry-count", "0")
+    retries = request.headers.get("x-stainless-retry-count", "")
     where = f"{request.method} {request.url.path}\n".encode()
     call = Call(
         request.state.tenant,
         request_id=request.state.request_id,
         digest=hashlib.sha256(where + await request.body()).hexdigest(),
         key=key,
-        retried=retries.isdecimal() and int(retries) > 0,
+        attempt=int(retries) if re.fullmatch(r"[0-9]{1,9}", retries) else None,
     )
     request.state.call = call
     return call

@@ -65,6 +65,13 @@ def unknown_format(sid: str, found: bytes) -> EngineError:
     )
 
 
+def damaged(sid: str) -> EngineError:
+    return EngineError(
+        f"session {sid!r} is damaged in the store: it has rows that no memory writes; erase it, or import an export",
+        code="damaged_session",
+    )
+
+
 def decode_undo(version: int, rows: bytes, meta: bytes, text: bytes) -> Undo:
     sites: dict[str, RowBatch] = {}
     gone: dict[str, Slots] = {}

@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from redis.commands.core import AsyncScript
 from redis.exceptions import (
@@ -47,7 +47,7 @@ from redis.exceptions import (
 
 from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, StoreUnavailable, VersionConflict
 from service.store import codec
-from service.store.codec import decode, index_key, meta_key, pairs, unknown_format
+from service.store.codec import damaged, decode, index_key, meta_key, pairs, unknown_format
 from service.store.connect import AnyRedis, connect
 from service.store.types import (
     Entered,
@@ -82,6 +82,8 @@ _AWAY = (
     OSError,
 )
 _AWAY_REPLIES = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +167,13 @@ class RedisStore:
             return None
         raw = pairs(flat)
         meta = decode(sid, raw)
-        sites = {
-            site.decode(): RowBatch.unpack(packed, int(raw[b"site:" + site])) for site, packed in pairs(rows).items()
-        }
+        try:
+            sites = {
+                site.decode(): RowBatch.unpack(packed, int(raw[b"site:" + site]))
+                for site, packed in pairs(rows).items()
+            }
+        except ValueError as error:
+            raise damaged(sid) from error
         return StoredSession(meta, sites)
 
     async def commit(
@@ -232,7 +238,7 @@ class RedisStore:
         """The session without its rows; None if there is no such session."""
         key = meta_key(tenant, sid)
         raw = await _patiently(lambda: self._client.hgetall(key))
-        return decode(sid, raw) if raw else None
+        return decode(sid, cast(dict[bytes, bytes], raw)) if raw else None
 
     async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
         """Stores a session without rows, unless there is one of that id; returns what is stored then.
@@ -369,22 +375,31 @@ class RedisStore:
             await _patiently(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
 
 
-async def _patiently(call: Callable[[], Awaitable[Any]], patience: float = READ_PATIENCE_S) -> Any:
+async def _patiently(call: Callable[[], Awaitable[T]], patience: float = READ_PATIENCE_S) -> T:
     """Repeats a call while the server is away, for `patience` seconds from the first failure."""
     deadline, pause = None, 0.01
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task else 0
     while True:
+        cause: Exception | None = None
         try:
-            return await call()
+            result = await call()
         except OutOfMemoryError as error:
             raise _full() from error
         except _AWAY as error:
-            cause: Exception = error
+            cause = error
         except ResponseError as error:
             if "OOM " in str(error)[:80]:
                 raise _full() from error
             if not str(error).startswith(_AWAY_REPLIES):
                 raise
             cause = error
+        if task and task.cancelling() > cancellations:
+            # Python 3.11's `asyncio.wait_for`, which the client uses, loses a cancellation that comes with a result:
+            # a turn that was given up would go on, and be learned.
+            raise asyncio.CancelledError
+        if cause is None:
+            return result
         deadline = deadline or time.monotonic() + patience
         if time.monotonic() + pause > deadline:
             log.warning("the session store is away: %s: %s", type(cause).__name__, cause)

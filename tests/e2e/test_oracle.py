@@ -1,0 +1,79 @@
+"""A slice of the oracle's runs, and that the oracle would see what it looks for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import Evidence, Kills, Pauses, Result, judge, run, witness
+from tests.replay import Model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+ROWS = "rows:lexical"
+
+
+def first(evidence: Evidence) -> str:
+    """A session with at least three versions."""
+    return next(life.name for life in evidence.lives if len(evidence.logs[life.name]) > 2)
+
+
+def turn_is_not_there(evidence: Evidence) -> None:
+    evidence.logs[first(evidence)].pop()
+
+
+def turn_is_there_twice(evidence: Evidence) -> None:
+    log = evidence.logs[first(evidence)]
+    log.append(log[-1] | {"version": len(log) + 1})
+
+
+def row_is_another(evidence: Evidence) -> None:
+    rows = evidence.found[first(evidence)][ROWS]
+    slot = min(rows)
+    rows[slot] = bytes([rows[slot][0] ^ 1]) + rows[slot][1:]
+
+
+def row_is_not_there(evidence: Evidence) -> None:
+    rows = evidence.found[first(evidence)][ROWS]
+    del rows[min(rows)]
+
+
+def counter_is_another(evidence: Evidence) -> None:
+    meta = evidence.found[first(evidence)]["meta"]
+    meta[b"tokens_learned"] = str(int(meta[b"tokens_learned"]) + 1).encode()
+
+
+FORGERIES: list[Callable[[Evidence], None]] = [
+    turn_is_not_there,
+    turn_is_there_twice,
+    row_is_another,
+    row_is_not_there,
+    counter_is_another,
+]
+
+
+def test_kills_of_the_server_and_its_store_lose_and_double_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    world, result, model = Kills(tmp_path, str(tiny_base), kills=9, seed=0), Result(), Model(tiny_base)
+    evidence = witness(world, tiny_base.name, result, seed=0)
+    judge(evidence, model, result)
+    assert result.passed, result.line()
+    assert (result.counts["kills"], result.sessions) == (9, 20)
+    assert result.counts["acknowledged"] and result.counts["retries"]
+
+    few = Evidence([life for life in evidence.lives if life.name == first(evidence)], evidence.logs, evidence.found)
+    for forge in FORGERIES:
+        forged, found = copy.deepcopy(few), Result()
+        forge(forged)
+        judge(forged, model, found)
+        assert not found.passed, forge.__name__
+        assert (found.lost > 0) == (forge is turn_is_not_there)
+        assert (found.doubled > 0) == (forge is turn_is_there_twice)
+
+
+def test_paused_replicas_lose_and_double_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    world = Pauses(tmp_path, str(tiny_base), replicas=2, seconds=10, seed=0)
+    result = run(world, tiny_base, seed=0)
+    assert result.passed, result.line()
+    assert result.counts["pauses"] and result.counts["given up"]

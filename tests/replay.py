@@ -1,0 +1,262 @@
+"""A session's turns told to the model alone, one after the other: no server, no store, no scheduler, no neighbours.
+
+What comes out is what the session must be, bit for bit, if each of the turns was learned once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import load_backbone
+from model.lm import AdaptiveLM, Carry, Scores
+from model.memory import Draft, SiteRows
+from model.sampling import Sampler, Sampling
+from model.tokenizer import Tokenizer
+from model.training.initial import default_config, random_memory
+from service import prompts
+from service.engine.text import TextStream
+from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt
+
+Json = dict[str, Any]
+Rows = dict[str, dict[int, bytes]]
+ROWS = 300_000
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a session counts; the names are those of its stored meta."""
+
+    tokens_learned: int = 0
+    rows: int = 0
+    bytes: int = 0
+    proof_tokens: int = 0
+    loss_sum: float = 0.0
+    frozen_loss_sum: float = 0.0
+    requests: int = 0
+    digests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a session is: every row and own number by site and slot, and its counters."""
+
+    rows: Rows = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+
+    def differs(self, rows: Rows, meta: Any) -> list[str]:
+        """What of a stored session is not as it is here."""
+        here, there = ({site: held for site, held in each.items() if held} for each in (self.rows, rows))
+        wrong = [
+            f"{site} slot {slot}"
+            for site in here.keys() | there.keys()
+            for slot in here.get(site, {}).keys() | there.get(site, {}).keys()
+            if here.get(site, {}).get(slot) != there.get(site, {}).get(slot)
+        ]
+        return wrong + [
+            f"{one.name} {getattr(meta, one.name)}, alone {getattr(self.counters, one.name)}"
+            for one in fields(Counters)
+            if getattr(meta, one.name) != getattr(self.counters, one.name)
+        ]
+
+
+@dataclass
+class _Learned:
+    """What a turn adds to the counters."""
+
+    tokens: int = 0
+    segments: int = 0
+    proof_tokens: int = 0
+    loss: float = 0.0
+    frozen_loss: float = 0.0
+
+    def add(self, scores: Scores | None) -> None:
+        if scores is None:
+            return
+        learned = scores.learned
+        self.tokens += int(learned.sum())
+        if scores.frozen is not None:
+            self.proof_tokens += int(learned.sum())
+            self.loss += -float(scores.adapted[learned].double().sum())
+            self.frozen_loss -= float(scores.frozen[learned].double().sum())
+
+
+class Model:
+    """The model that a server serves from a folder that no memory is shipped for."""
+
+    def __init__(self, folder: Path) -> None:
+        backbone = load_backbone(folder)
+        hidden_size = backbone.config.hidden_size
+        self.lm = AdaptiveLM(backbone, random_memory(default_config(hidden_size), seed=0))
+        self.tokenizer = Tokenizer.load(folder)
+        self.context = backbone.config.max_context
+        self.block = self.lm.memory.config.block
+        self.pool = self.lm.new_pool(rows=ROWS, sessions=4)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As many threads as the servers of tests have: sums of other splits differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
+
+
+class Replay:
+    """One session. `versions[v]` is what it was at version v; use it under `one_thread`, and `end` it."""
+
+    def __init__(self, model: Model) -> None:
+        self.versions = [Version()]
+        self._model = model
+        self._index = model.pool.open()
+
+    def end(self) -> None:
+        self._model.pool.close(self._index)
+
+    def rollback(self, version: int) -> None:
+        self._model.pool.close(self._index)
+        self.versions.append(self.versions[version])
+        stored = {site: _packed(held) for site, held in self.versions[-1].rows.items() if held}
+        self._index = self._model.pool.open(stored)
+
+    def observe(self, prompt: Prompt) -> None:
+        """Learns a text, or what is new of a chat."""
+        model, counters = self._model, self.versions[-1].counters
+        start = model.tokenizer.start_token_id
+        encoded = prompts.encode(prompt, model.tokenizer, counters.digests, reply=False)
+        encoded = prompts.without_bos(encoded, start)
+        learned, draft = _Learned(), model.pool.draft(self._index)
+        for segment in prompts.segments(encoded, model.context, start, learn=True, score=False):
+            self._read(segment.token_ids, segment.learn, 0, draft, learned)
+        self._commit(draft, learned, encoded.digests)
+
+    def complete(self, body: Json) -> str | None:
+        """Learns a completion request; returns the answer, if that leaves a trace."""
+        prompt: Prompt = ChatPrompt(body["messages"]) if "messages" in body else TextPrompt(body["prompt"])
+        known = self.versions[-1].counters.digests
+        encoded = prompts.encode(prompt, self._model.tokenizer, known, reply=True)
+        adapt, learn = body["adapt"], body["learn"]
+        reads, says = learn in ("prompt", "all"), adapt == "both" and learn in ("completion", "all")
+        chats = adapt == "both" and isinstance(prompt, ChatPrompt)
+        learned, draft = _Learned(), self._model.pool.draft(self._index)
+        room = body["max_tokens"] if adapt == "both" else 0
+        cache, carry = self._read(encoded.token_ids, encoded.learn if reads else None, room, draft, learned)
+        said = None
+        if says or chats:
+            said = self._say(body, encoded, cache, carry, draft, learned if says else None, proves=reads)
+        digests = list(encoded.digests) if reads else []
+        if chats and said is not None:
+            digests += prompts.reply_digests(body["messages"], [said])
+        self._commit(draft, learned, digests)
+        return said
+
+    def _read(
+        self, tokens: Sequence[int], learn: Sequence[bool] | None, room: int, draft: Draft, learned: _Learned
+    ) -> tuple[Any, Carry]:
+        """A request's tokens, block by block; `room`: for how many more there must be in the cache."""
+        model, carry = self._model, None
+        cache = model.lm.backbone.new_cache(len(tokens) + room)
+        for start in range(0, len(tokens), model.block):
+            part = slice(start, start + model.block)
+            wanted = None if learn is None else learn[part]
+            carry, scores = model.lm.block(
+                tokens[part], cache, model.pool, draft.index, carry=carry, learn=wanted, draft=draft, frozen=True
+            )
+            learned.add(scores)
+        learned.segments += int(learn is not None and any(learn))
+        assert carry is not None
+        return cache, carry
+
+    def _say(
+        self,
+        body: Json,
+        encoded: Encoded,
+        cache: Any,
+        carry: Carry,
+        draft: Draft,
+        learned: _Learned | None,
+        *,
+        proves: bool,
+    ) -> str:
+        """A reply, token by token; each block that can no longer become a stop string is learned at once, if any is."""
+        model, text = self._model, TextStream(self._model.tokenizer.stream(), tuple(body.get("stop", ())))
+        sampler = Sampler(Sampling(temperature=body["temperature"], seed=body["seed"]))
+        said, taught, over, behind = list[int](), 0, False, carry
+        while not over:
+            token = sampler.draw(model.lm.predict([carry], model.pool, [draft.index])[0])
+            if token in model.tokenizer.eos_token_ids:
+                text.finish()
+                over = True
+            else:
+                said.append(token)
+                over = text.push(token)
+                if not over and len(said) == body["max_tokens"]:
+                    text.finish()
+                    over = True
+            pending = not over
+            while learned is not None and (count := min(model.block, text.tokens_released - taught)) > 0:
+                if count < model.block and not over:
+                    break
+                length = cache.length
+                cache.truncate(len(encoded.token_ids) + taught)
+                part = said[taught : taught + count]
+                mask = [True] * count
+                behind, scores = model.lm.block(
+                    part, cache, model.pool, draft.index, carry=behind, learn=mask, draft=draft, frozen=proves
+                )
+                learned.add(scores)
+                taught += count
+                cache.length = max(cache.length, length)
+                if taught == len(said):
+                    carry, pending = behind, False
+            if pending:
+                carry = model.lm.decode([said[-1]], [cache], [carry], model.pool, [draft.index])[0]
+        return text.text
+
+    def _commit(self, draft: Draft, learned: _Learned, seen: Sequence[str]) -> None:
+        pool, before = self._model.pool, self.versions[-1]
+        touched, held = draft.touched(), pool.rows(draft.index)
+        counters = before.counters
+        digests = prompts.remember(counters.digests, seen)
+        new = bool(touched or learned.tokens or not set(digests) <= set(counters.digests))
+        if not new:
+            draft.rollback()
+            return
+        draft.commit()
+        size = sum(count * pool.sites[site].config.row_bytes for site, count in held.items())
+        self.versions.append(
+            Version(
+                _overlaid(before.rows, touched),
+                Counters(
+                    counters.tokens_learned + learned.tokens,
+                    sum(held.values()) if touched else counters.rows,
+                    size if touched else counters.bytes,
+                    counters.proof_tokens + learned.proof_tokens,
+                    counters.loss_sum + learned.loss,
+                    counters.frozen_loss_sum + learned.frozen_loss,
+                    counters.requests + learned.segments,
+                    digests,
+                ),
+            )
+        )
+
+
+def _overlaid(rows: Rows, touched: Mapping[str, SiteRows]) -> Rows:
+    whole = dict(rows)
+    for site, batch in touched.items():
+        written = zip(batch.slots.tolist(), batch.data.numpy(), strict=True)
+        whole[site] = whole.get(site, {}) | {slot: row.tobytes() for slot, row in written}
+    return whole
+
+
+def _packed(held: Mapping[int, bytes]) -> SiteRows:
+    slots = sorted(held)
+    data = torch.frombuffer(bytearray(b"".join(held[slot] for slot in slots)), dtype=torch.uint8)
+    return SiteRows(torch.tensor(slots, dtype=torch.int32), data.view(len(slots), -1))
