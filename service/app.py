@@ -304,7 +304,7 @@ def _store_url(settings: Settings) -> Iterator[tuple[str, EmbeddedValkey | None]
     if settings.redis_url is not None:
         yield settings.redis_url, None
         return
-    embedded = EmbeddedValkey(settings.data_dir)
+    embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes)
     url = embedded.start()
     try:
         yield url, embedded

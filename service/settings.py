@@ -104,6 +104,12 @@ class Settings(BaseSettings):
     keep_bytes: int = Field(
         16 * 2**20, ge=0, description="Bytes, per session, of what leads back to them; the oldest go first."
     )
+    store_bytes: int = Field(
+        0,
+        ge=0,
+        description="Bytes of memory that the embedded store may use, all sessions together; then learning is a 503 and"
+        " prediction goes on. 0 = no limit; a Redis of your own has its `maxmemory`.",
+    )
     session_ttl_s: int = Field(
         0,
         ge=0,

@@ -1,6 +1,7 @@
 """What a commit costs: its latency, and the bytes that it makes the store write, against the size of the session.
 
 `python -m service.lab.commits` runs an embedded Valkey in a temporary folder, each commit on disk before it returns.
+With `--url` it takes a store of yours, and leaves sessions of tenants t0, t1, … there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import asyncio
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from rich.table import Table
 from service.store import Keeping, Note, Once, RedisStore, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
 
-TOKENS, ROW_BYTES, SLOTS = 64, 78, 51_200  # of a turn; of the shipped memory
+TOKENS, ROW_BYTES, OWN_BYTES, SLOTS = 64, 78, 48, 51_200  # of a turn; of the shipped memory
 DIGESTS = 1024  # as many as a session of a long chat has
 ANSWER = json.dumps({"text": "x" * 300, "adaptation": {"tokens_learned": TOKENS}}).encode()
 
@@ -56,7 +59,7 @@ async def measure(store: RedisStore, raw: Redis, tenant: str, held: int, digests
     begins, commits, before = [], [], written(raw)
     for version in range(2, turns + 2):
         batch = turn_rows(chance, held)
-        own = RowBatch(np.zeros(1, np.int32), chance.integers(0, 256, (1, 12), np.uint8))
+        own = RowBatch(np.zeros(1, np.int32), chance.integers(0, 256, (1, OWN_BYTES), np.uint8))
         log = {"kind": "learn", "time": time.time(), "digest": "ab" * 16, "tokens": TOKENS, "rows": 64, "loss": 2.5}
         note = Note(log | {"request_id": "ab" * 16}, once=Once(f"auto-{version:064x}", 600, ANSWER))
         began = time.perf_counter()
@@ -77,14 +80,24 @@ async def measure(store: RedisStore, raw: Redis, tenant: str, held: int, digests
     }
 
 
-async def main(turns: int, keep: int, *, leases: bool) -> None:
+@contextmanager
+def running(url: str | None) -> Iterator[str]:
+    """The address of the given store, or of an embedded one."""
+    if url is not None:
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="imprint-commits-") as folder:
+        embedded = EmbeddedValkey(Path(folder))
+        yield embedded.start()
+        embedded.stop()
+
+
+async def main(turns: int, keep: int, given: str | None, *, leases: bool) -> None:
     console = Console()
     table = Table(title=f"{turns} turns of {TOKENS} tokens, {keep} versions kept")
     for name in ("rows held", "digests", "enter p50 ms", "commit p50 ms", "commit p99 ms", "bytes/token"):
         table.add_column(name, justify="right")
-    with tempfile.TemporaryDirectory(prefix="imprint-commits-") as folder:
-        embedded = EmbeddedValkey(Path(folder))
-        url = embedded.start()
+    with running(given) as url:
         store = RedisStore.from_url(url, Keeping(versions=keep), alone=not leases)
         with Redis.from_url(url) as raw:
             raw.config_set("auto-aof-rewrite-percentage", 0)  # a rewrite would hide what was written
@@ -92,7 +105,6 @@ async def main(turns: int, keep: int, *, leases: bool) -> None:
                 found = await measure(store, raw, f"t{number}", held, digests, turns)
                 table.add_row(*(f"{value:,.2f}" if value % 1 else f"{value:,.0f}" for value in found.values()))
         await store.close()
-        embedded.stop()
     console.print(table)
 
 
@@ -101,5 +113,6 @@ if __name__ == "__main__":
     parser.add_argument("--turns", type=int, default=300)
     parser.add_argument("--keep", type=int, default=32, help="versions that can be gone back to")
     parser.add_argument("--leases", action="store_true", help="take leases, as servers that share a Redis do")
+    parser.add_argument("--url", help="of a store to measure; default: an embedded one")
     given = parser.parse_args()
-    asyncio.run(main(given.turns, given.keep, leases=given.leases))
+    asyncio.run(main(given.turns, given.keep, given.url, leases=given.leases))

@@ -54,9 +54,11 @@ class EmbeddedValkey:
 
     Args:
         data_dir: where the sessions are kept; created if missing. One server at a time can use it.
+        max_bytes: of memory, from which on nothing more is stored; 0 = no limit.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *, max_bytes: int = 0) -> None:
+        self._max_bytes = max_bytes
         self._data_dir = data_dir.absolute()
         self._home = self._data_dir / "valkey"
         self._lock: int | None = None
@@ -164,6 +166,8 @@ class EmbeddedValkey:
             "appendfsync": "always",
             "aof-load-truncated": "yes",
             "save": "",
+            "maxmemory": str(self._max_bytes),
+            "maxmemory-policy": "noeviction",
             "loglevel": "notice",
         }
         return [text for name, value in options.items() for text in (f"--{name}", value)]

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 from service.errors import StoreUnavailable
 from service.store import RedisStore, RowBatch, SessionMeta
@@ -140,6 +141,16 @@ def test_a_folder_that_others_can_enter_gets_no_socket(tmp_path: Path, monkeypat
         squatted.chmod(0o777)
         with pytest.raises(StoreError, match=f"{squatted} must be a folder that only this user can enter"):
             EmbeddedValkey(tmp_path / ("x" * 120)).start()
+
+
+def test_the_store_keeps_what_it_has_when_its_bytes_are_used_up(tmp_path: Path) -> None:
+    valkey = EmbeddedValkey(tmp_path / "data", max_bytes=16 * 2**20)
+    with Redis.from_url(valkey.start()) as client:
+        with pytest.raises(OutOfMemoryError):
+            for number in range(20):
+                client.set(f"k{number}", bytes(2**20))
+        assert client.get("k0") == bytes(2**20)
+    valkey.stop()
 
 
 def test_a_second_server_on_the_folder_is_refused(valkey: EmbeddedValkey, tmp_path: Path) -> None:
