@@ -1,4 +1,4 @@
-"""Half a minute of the soak: many users, a restart and a kill -9; every answer and every byte as if nothing had been."""
+"""Half a minute of the soak: many users, a restart and a kill -9; all is as if nothing had been."""
 
 from __future__ import annotations
 
