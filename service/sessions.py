@@ -169,8 +169,7 @@ class Sessions:
         def observed(done: Adaptation) -> ObserveResult:
             return ObserveResult(done.tokens_learned, done.rows_written, done.loss, done.version_to)
 
-        async with self.gate.admitted():
-            return await self.gate.twice(turn_once)
+        return await self.gate.turn(turn_once)
 
     async def score(
         self, call: Call, session: str, text: str, *, learn: bool, if_match: str | None = None
@@ -194,8 +193,7 @@ class Sessions:
                         scored.append(event)
                 return score_result(tokens, scored, turn.adaptation().version_to)
 
-        async with self.gate.admitted():
-            return await self.gate.twice(turn_once)
+        return await self.gate.turn(turn_once)
 
     # --- sessions --------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -176,31 +176,25 @@ class Turnstile:
         held.lease, held.call.committed = None, True
         self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in sites.values()))
 
-    def _counting_full(self) -> _CountingFull:
-        return _CountingFull(self._metrics)
-
-    async def twice(self, turn: Callable[[], Awaitable[T]]) -> T:
-        """The result of a turn, which is run once more if another replica changed the session meanwhile."""
-        with suppress(VersionConflict):
-            return await turn()
+    @contextmanager
+    def _counting_full(self) -> Iterator[None]:
+        """Counts the turns that the store has no room for."""
         try:
-            return await turn()
-        except VersionConflict as error:
-            raise overtaken() from error
-
-
-class _CountingFull:
-    """Counts the turns that the store has no room for."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, StoreFull):
+            yield
+        except StoreFull:
             self._metrics.store_full_total.inc()
+            raise
+
+    async def turn(self, once: Callable[[], Awaitable[T]]) -> T:
+        """The result of a turn with a place in the queue, run once more if another replica changed the session
+        meanwhile."""
+        async with self.admitted():
+            with suppress(VersionConflict):
+                return await once()
+            try:
+                return await once()
+            except VersionConflict as error:
+                raise overtaken() from error
 
 
 def overtaken() -> SessionBusy:

@@ -50,8 +50,7 @@ class Versions:
                 turn = Turn(held, kind="rollback", of=version, content=content_at(history, version))
                 return await self._settle(turn)
 
-        async with self._gate.admitted():
-            return await self._gate.twice(turn_once)
+        return await self._gate.turn(turn_once)
 
     async def unlearn(self, call: Call, session: str, version: int, *, if_match: str | None = None) -> SessionMeta:
         """A new version as if `version` had never been learned: goes back to before it, and learns what came later
@@ -71,8 +70,7 @@ class Versions:
                 turn = Turn(held, kind="unlearn", of=version, content=content)
                 return await self._settle(turn, [part for lesson in lessons for part in unpack_lesson(lesson)])
 
-        async with self._gate.admitted():
-            return await self._gate.twice(turn_once)
+        return await self._gate.turn(turn_once)
 
     async def fork(self, call: Call, session: str, new: str, *, if_match: str | None = None) -> SessionMeta:
         """A new session that has learned the same. Raises Conflict if there is one of that id."""
@@ -92,8 +90,7 @@ class Versions:
                 content = whole_content(asdict(stored.meta), stored.sites, {})
                 return await self._settle(Turn(held, kind="fork", of=session, content=content))
 
-        async with self._gate.admitted():
-            return await self._gate.twice(turn_once)
+        return await self._gate.turn(turn_once)
 
     async def export(self, tenant: Tenant, session: str) -> tuple[bytes, SessionMeta]:
         """The session as a file that `bring` takes."""
@@ -126,8 +123,7 @@ class Versions:
                 origin = f"{manifest['id']} v{manifest['version']}"
                 return await self._settle(Turn(held, kind="import", of=origin, content=content)), new
 
-        async with self._gate.admitted():
-            return await self._gate.twice(turn_once)
+        return await self._gate.turn(turn_once)
 
     async def _history(self, held: Held, session: str) -> History:
         history = await self._store.history(held.call.tenant.name, session, undo=True)
