@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
+from dataclasses import dataclass
 from email.message import Message as MimeHeader
 from typing import Annotated, Any, Protocol, TypeVar, cast
 
@@ -198,6 +199,42 @@ async def _disconnected(receive: Receive) -> None:
 
 
 RequestCall = Annotated[Call, Depends(get_call)]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What every learning route is given beside its body: the request, the call that it is, and its `If-Match`."""
+
+    request: Request
+    response: Response
+    call: Call
+    if_match: str | None
+
+    def tag(self, version: int) -> None:
+        """Puts the version that it led to, and whether it was or is to be repeated, on the answer."""
+        self.response.headers.update({"ETag": etag(version)} | call_headers(self.request))
+
+    async def unless_left(self, work: Coroutine[Any, Any, T], on_disconnect: str | None = None) -> T:
+        """`until_disconnect` of its client."""
+        return await until_disconnect(self.request.receive, work, on_disconnect)
+
+
+def get_lesson(
+    request: Request,
+    response: Response,
+    call: RequestCall,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Lesson:
+    """The key is read in `get_call`; it stands here for the documentation."""
+    return Lesson(request, response, call, if_match)
+
+
+RequestLesson = Annotated[Lesson, Depends(get_lesson)]
+
+
+def etag(version: int) -> str:
+    return f'"v{version}"'
 
 
 class EventWriter(Protocol):

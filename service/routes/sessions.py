@@ -3,21 +3,21 @@
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.replies import LogEntry, Observed, Scored, Session, SessionDeleted, SessionList, SessionLog
 from service.routes import (
     ERRORS,
     FileRoute,
-    IdempotencyKey,
     IfMatch,
+    Lesson,
     RequestCall,
+    RequestLesson,
     ServerSessions,
     ServerVersions,
     V1Route,
-    call_headers,
-    until_disconnect,
+    etag,
 )
 from service.schemas import SESSION_ID, Fork, ObserveRequest, Rollback, ScoreRequest, SessionId, SessionOptions
 from service.sessions import ChatPrompt, TextPrompt
@@ -79,7 +79,7 @@ async def put_session(
     options = {} if body is None else body.model_dump(exclude_none=True)
     meta, created = await sessions.put(call.tenant, session, options, if_match=if_match)
     response.status_code = 201 if created else 200
-    response.headers["ETag"] = _etag(meta)
+    response.headers["ETag"] = etag(meta.version)
     return _session(meta)
 
 
@@ -87,7 +87,7 @@ async def put_session(
 async def get_session(session: PathId, sessions: ServerSessions, call: RequestCall, response: Response) -> Session:
     """What the session holds and what it is worth."""
     meta = await sessions.get(call.tenant, session)
-    response.headers["ETag"] = _etag(meta)
+    response.headers["ETag"] = etag(meta.version)
     return _session(meta)
 
 
@@ -104,12 +104,8 @@ async def delete_session(
 async def observe(
     session: PathId,
     body: ObserveRequest,
-    request: Request,
     sessions: ServerSessions,
-    call: RequestCall,
-    response: Response,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
+    lesson: RequestLesson,
 ) -> Observed:
     """Learns a text or a chat of any length, without answering."""
     prompt = (
@@ -117,9 +113,9 @@ async def observe(
         if body.text is not None
         else ChatPrompt([message.plain() for message in body.messages or []])
     )
-    work = sessions.observe(call, session, prompt, if_match=if_match)
-    done = await until_disconnect(request.receive, work, body.on_disconnect)
-    response.headers.update({"ETag": _tag(done.version)} | call_headers(request))
+    work = sessions.observe(lesson.call, session, prompt, if_match=lesson.if_match)
+    done = await lesson.unless_left(work, body.on_disconnect)
+    lesson.tag(done.version)
     return Observed(**asdict(done))
 
 
@@ -127,17 +123,13 @@ async def observe(
 async def score(
     session: PathId,
     body: ScoreRequest,
-    request: Request,
     sessions: ServerSessions,
-    call: RequestCall,
-    response: Response,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
+    lesson: RequestLesson,
 ) -> Scored:
     """How well the session predicts a text, beside the frozen model; learns it only if asked, after that."""
-    work = sessions.score(call, session, body.text, learn=body.learn, if_match=if_match)
-    done = await until_disconnect(request.receive, work, body.on_disconnect)
-    response.headers.update({"ETag": _tag(done.version)} | call_headers(request))
+    work = sessions.score(lesson.call, session, body.text, learn=body.learn, if_match=lesson.if_match)
+    done = await lesson.unless_left(work, body.on_disconnect)
+    lesson.tag(done.version)
     return Scored(**asdict(done))
 
 
@@ -155,85 +147,60 @@ async def read_log(
 async def roll_back(
     session: PathId,
     body: Rollback,
-    request: Request,
     versions: ServerVersions,
-    call: RequestCall,
-    response: Response,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
+    lesson: RequestLesson,
 ) -> Session:
     """Makes a new version that is what an earlier one was, bit for bit."""
-    meta = await versions.rollback(call, session, body.version, if_match=if_match)
-    return _told(meta, request, response)
+    return _told(await versions.rollback(lesson.call, session, body.version, if_match=lesson.if_match), lesson)
 
 
 @router.post("/{id}/unlearn", responses=TAGGED)
 async def unlearn(
     session: PathId,
     body: Rollback,
-    request: Request,
     versions: ServerVersions,
-    call: RequestCall,
-    response: Response,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
+    lesson: RequestLesson,
 ) -> Session:
     """Makes a new version as if one had never been learned; needs the later texts to be kept (option `keep_text`)."""
-    work = versions.unlearn(call, session, body.version, if_match=if_match)
-    return _told(await until_disconnect(request.receive, work), request, response)
+    work = versions.unlearn(lesson.call, session, body.version, if_match=lesson.if_match)
+    return _told(await lesson.unless_left(work), lesson)
 
 
 @router.post("/{id}/fork", status_code=201, responses={201: {"headers": ETAG}})
 async def fork(
     session: PathId,
     body: Fork,
-    request: Request,
     versions: ServerVersions,
-    call: RequestCall,
-    response: Response,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
+    lesson: RequestLesson,
 ) -> Session:
     """Makes a new session that has learned the same; from then on they go their own ways."""
-    meta = await versions.fork(call, session, body.id, if_match=if_match)
-    return _told(meta, request, response)
+    return _told(await versions.fork(lesson.call, session, body.id, if_match=lesson.if_match), lesson)
 
 
 @router.get("/{id}/export", response_class=Response, responses=EXPORTED)
 async def export(session: PathId, versions: ServerVersions, call: RequestCall) -> Response:
     """The session as a safetensors file with a manifest, for `PUT …/import` here or elsewhere."""
     data, meta = await versions.export(call.tenant, session)
-    headers = {"ETag": _etag(meta), "Content-Disposition": 'attachment; filename="session.safetensors"'}
+    headers = {"ETag": etag(meta.version), "Content-Disposition": 'attachment; filename="session.safetensors"'}
     return Response(data, headers=headers, media_type=FILE)
 
 
 @files.put("/{id}/import", responses={**TAGGED, 201: {"model": Session, "headers": ETAG}}, openapi_extra=IMPORTED)
 async def bring(
     session: PathId,
-    request: Request,
     versions: ServerVersions,
-    call: RequestCall,
-    response: Response,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
+    lesson: RequestLesson,
 ) -> Session:
     """Gives the session what an export holds, in place of what it had; all of the file is verified before."""
-    meta, created = await versions.bring(call, session, await request.body(), if_match=if_match)
-    response.status_code = 201 if created else 200
-    return _told(meta, request, response)
+    data = await lesson.request.body()
+    meta, created = await versions.bring(lesson.call, session, data, if_match=lesson.if_match)
+    lesson.response.status_code = 201 if created else 200
+    return _told(meta, lesson)
 
 
-def _told(meta: SessionMeta, request: Request, response: Response) -> Session:
-    response.headers.update({"ETag": _etag(meta)} | call_headers(request))
+def _told(meta: SessionMeta, lesson: Lesson) -> Session:
+    lesson.tag(meta.version)
     return _session(meta)
-
-
-def _etag(meta: SessionMeta) -> str:
-    return _tag(meta.version)
-
-
-def _tag(version: int) -> str:
-    return f'"v{version}"'
 
 
 def _session(meta: SessionMeta) -> Session:
