@@ -13,14 +13,12 @@ from service.replies import ChatCompletion, Completion, Model, ModelList
 from service.routes import (
     ERRORS,
     EventStream,
-    IdempotencyKey,
-    IfMatch,
-    RequestCall,
+    Lesson,
+    RequestLesson,
     ServerSessions,
     V1Route,
     call_headers,
     get_metrics,
-    until_disconnect,
 )
 from service.routes.shapes import ChatShape, CompletionShape, Json, Pace, Shape
 from service.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
@@ -88,13 +86,9 @@ async def get_model(id: str, sessions: ServerSessions) -> Model:
 @router.post("/completions", response_model=Completion, responses=_streamed(COMPLETION_CHUNK))
 async def create_completion(
     body: CompletionRequest,
-    request: Request,
     sessions: ServerSessions,
-    call: RequestCall,
-    response: Response,
+    lesson: RequestLesson,
     session: SessionHeader = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> Json | Response:
     """Continues each prompt; with a session, from its memory and teaching it."""
     _require_model(body.model, sessions)
@@ -106,21 +100,17 @@ async def create_completion(
         echo=bool(body.echo),
         logprobs=body.logprobs,
     )
-    ask = _ask(body, _prompts(body, sessions), generation, session, if_match)
-    shape = CompletionShape(sessions, body, ask, call, _pace(request))
-    return await _answer(request, response, sessions, call, ask, shape, body.on_disconnect)
+    ask = _ask(body, _prompts(body, sessions), generation, session, lesson.if_match)
+    shape = CompletionShape(sessions, body, ask, lesson.call, _pace(lesson.request))
+    return await _answer(lesson, sessions, ask, shape, body.on_disconnect)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_streamed(CHAT_CHUNK))
 async def create_chat_completion(
     body: ChatCompletionRequest,
-    request: Request,
     sessions: ServerSessions,
-    call: RequestCall,
-    response: Response,
+    lesson: RequestLesson,
     session: SessionHeader = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> Json | Response:
     """Replies to a chat; with a session, from its memory and teaching it what the chat adds."""
     _require_model(body.model, sessions)
@@ -133,9 +123,9 @@ async def create_chat_completion(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     prompt = ChatPrompt([message.plain() for message in body.messages])
-    ask = _ask(body, [prompt], generation, session, if_match)
-    shape = ChatShape(sessions, body, ask, call, _pace(request))
-    return await _answer(request, response, sessions, call, ask, shape, body.on_disconnect)
+    ask = _ask(body, [prompt], generation, session, lesson.if_match)
+    shape = ChatShape(sessions, body, ask, lesson.call, _pace(lesson.request))
+    return await _answer(lesson, sessions, ask, shape, body.on_disconnect)
 
 
 def _model(sessions: Sessions) -> Model:
@@ -246,20 +236,14 @@ def _pace(request: Request) -> Pace:
 
 
 async def _answer(
-    request: Request,
-    response: Response,
-    sessions: Sessions,
-    call: Call,
-    ask: Ask,
-    shape: Shape,
-    on_disconnect: str | None,
+    lesson: Lesson, sessions: Sessions, ask: Ask, shape: Shape, on_disconnect: str | None
 ) -> Json | Response:
     """Runs the turn, by default for as long as its client is there."""
     if ask.stream:
-        events = await until_disconnect(request.receive, sessions.generate(call, ask), on_disconnect)
-        return EventStream(request, events, shape, on_disconnect)
-    reply = await until_disconnect(request.receive, _whole(sessions, call, ask, shape), on_disconnect)
-    response.headers.update(call_headers(request))
+        events = await lesson.unless_left(sessions.generate(lesson.call, ask), on_disconnect)
+        return EventStream(lesson.request, events, shape, on_disconnect)
+    reply = await lesson.unless_left(_whole(sessions, lesson.call, ask, shape), on_disconnect)
+    lesson.response.headers.update(call_headers(lesson.request))
     return reply
 
 
