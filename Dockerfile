@@ -9,6 +9,7 @@ ARG TORCH_INDEX=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY imprint imprint
 COPY model model
 COPY service service
 RUN --mount=type=cache,target=/var/cache/pip \

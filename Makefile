@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := model service tests $(wildcard scripts)
+CHECKED := imprint model service tests examples $(wildcard scripts)
 
 .PHONY: serve test lint clean
 
@@ -32,4 +32,4 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
-	find model service tests -name __pycache__ -prune -exec rm -rf {} +
+	find imprint model service tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,13 +1,10 @@
 """The command line `imprint`. All commands but `serve`, `eval` and `train` speak HTTP to a running server."""
 
-import codecs
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +17,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemaining
 from rich.table import Table
 
 from service import tenants
-from service.client import Client, ClientError, CommandError, Json
+from service.client import ChatOptions, Client, ClientError, Reading
+from service.client.texts import File, name_of, pieces
+from service.errors import CommandError, ImprintError
 from service.settings import Settings, SettingsError
 
-PIECE_CHARS = 200_000
-READ_BYTES = 2**16
-BORDERS = ("\n\n", "\n", " ")
 # The model's text may hold anything: a terminal must not obey it.
 CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
@@ -55,15 +51,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LOCAL = "http://127.0.0.1:8000"
 
 
-class FileError(CommandError):
-    """A file cannot be read as text. The message is one line that names the file."""
-
-
 def main() -> None:
     """The console script: `app`, with every expected fault as one line on stderr and exit code 1."""
     try:
         app(prog_name="imprint")
-    except (CommandError, SettingsError, tenants.KeysError, UnicodeError) as error:
+    except (CommandError, ImprintError, SettingsError, tenants.KeysError, UnicodeError) as error:
         err.print(f"imprint: {escape(str(error))}", style="red")
         sys.exit(1)
 
@@ -175,17 +167,15 @@ def chat(
 
     Ctrl-D leaves. Without a terminal, standard input is the one message.
     """
-    options = {"session": session, "max_tokens": max_tokens, "temperature": temperature}
-    given = {name: value for name, value in options.items() if value is not None}
+    options: ChatOptions = {"session": session, "max_tokens": max_tokens, "temperature": temperature}
     interactive = once is None and sys.stdin.isatty()
     with _connect(url) as client:
-        body = {"model": client.model(), **given}
         conversation: list[dict[str, str]] = []
         for text in _typed() if interactive else [_piped() if once is None else once]:
             asked = [*conversation, {"role": "user", "content": text}]
             try:
-                reply = _reply(client, {**body, "messages": asked})
-            except ClientError as error:
+                reply = _reply(client, asked, options)
+            except ImprintError as error:
                 if not interactive:
                     raise
                 err.print(escape(str(error)), style="red")
@@ -208,55 +198,25 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> str:
-    text = "".join(_pieces("-")).strip()
+    text = "".join(pieces(sys.stdin.buffer)).strip()
     if not text:
-        raise FileError("standard input holds no message")
+        raise CommandError("standard input holds no message")
     return text
 
 
-def _reply(client: Client, body: Json) -> str:
+def _reply(client: Client, messages: list[dict[str, str]], options: ChatOptions) -> str:
     """Print one reply as it streams, then what was learned; return the reply."""
-    reply = ""
-    adaptation: Json | None = None
+    stream = client.stream_chat(messages, **options)
     try:
-        for chunk in client.chat(body):
-            adaptation = chunk.get("adaptation") or adaptation
-            for choice in chunk["choices"]:
-                piece = choice["delta"].get("content") or ""
-                reply += piece
-                out.file.write(piece.translate(CONTROLS) if out.is_terminal else piece)
-                out.file.flush()
+        for chunk in stream:
+            out.file.write(chunk.text.translate(CONTROLS) if out.is_terminal else chunk.text)
+            out.file.flush()
     finally:
         out.print()
-    if adaptation is not None:
-        loss = "" if adaptation["loss"] is None else f" · loss {adaptation['loss']:.3f}"
-        versions = f"version {adaptation['version_from']} → {adaptation['version_to']}"
-        _note(f"learned {adaptation['tokens_learned']:,} tokens{loss} · {versions}")
-    return reply
-
-
-@dataclass
-class Tally:
-    """What the pieces sent so far have taught."""
-
-    tokens: int = 0
-    rows: int = 0
-    scored: int = 0
-    nats: float = 0.0
-    version: int | None = None
-
-    def add(self, answer: Json) -> None:
-        self.tokens += answer["tokens_learned"]
-        self.rows += answer["rows_written"]
-        self.version = answer["version"]
-        if answer["loss"] is not None:
-            self.scored += answer["tokens_learned"]
-            self.nats += answer["loss"] * answer["tokens_learned"]
-
-    def __str__(self) -> str:
-        loss = f" · loss {self.nats / self.scored:.3f}" if self.scored else ""
-        version = "" if self.version is None else f" · version {self.version}"
-        return f"learned {self.tokens:,} tokens · {self.rows:,} rows{loss}{version}"
+    if (done := stream.adaptation) is not None:
+        loss = "" if done.loss is None else f" · loss {done.loss:.3f}"
+        _note(f"learned {done.tokens_learned:,} tokens{loss} · version {done.version_from} → {done.version_to}")
+    return stream.text
 
 
 @app.command()
@@ -266,21 +226,25 @@ def observe(
     url: Url = LOCAL,
 ) -> None:
     """Learn from files, in order, without generating anything."""
-    # Every file is read once before the first piece is sent: a bad one should not leave the work half done.
-    characters = [sum(map(len, _pieces(file))) for file in files if file != "-"]
-    tally = Tally()
-    with _connect(url) as client, _progress() as progress:
-        task = progress.add_task("", total=None if "-" in files else sum(characters), tally=tally)
-        for file in files:
-            progress.update(task, description=escape(file))
-            for piece in _pieces(file):
-                try:
-                    answer = client.observe(session, piece)
-                except ClientError as error:
-                    raise ClientError(f"{error} (before that: {tally})" if tally.tokens else str(error)) from None
-                tally.add(answer)
-                progress.update(task, advance=len(piece))
-    out.print(str(tally))
+    learned: Reading | None = None
+    with _connect(url) as client, _progress() as bar:
+        task = bar.add_task("", total=None, learned="")
+
+        def tell(reading: Reading) -> None:
+            nonlocal learned
+            learned = reading
+            done, total = reading.characters, reading.total
+            bar.update(task, description=escape(reading.file), completed=done, total=total, learned=str(reading))
+
+        try:
+            learned = client.observe_files(session, map(_file, files), progress=tell)
+        except ImprintError as error:
+            raise CommandError(f"{error} (before that: {learned})" if learned else str(error)) from None
+    out.print(str(learned))
+
+
+def _file(name: str) -> File:
+    return sys.stdin.buffer if name == "-" else name
 
 
 def _progress() -> Progress:
@@ -289,7 +253,7 @@ def _progress() -> Progress:
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        "{task.fields[tally]}",
+        "{task.fields[learned]}",
     )
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
@@ -305,13 +269,13 @@ def score(
     """How well a session predicts a text, against the frozen base."""
     tokens, nats, frozen_nats = 0, 0.0, 0.0
     with _connect(url) as client:
-        for piece in _pieces(file):
+        for piece in pieces(_file(file)):
             answer = client.score(session, piece, learn=learn)
-            tokens += len(answer["logprobs"])
-            nats -= sum(answer["logprobs"])
-            frozen_nats -= sum(answer["frozen_logprobs"])
+            tokens += len(answer.logprobs)
+            nats -= sum(answer.logprobs)
+            frozen_nats -= sum(answer.frozen_logprobs)
     if not tokens:
-        raise FileError(f"{_name(file)} holds nothing to score")
+        raise CommandError(f"{name_of(_file(file))} holds nothing to score")
     result = {
         "session": session,
         "tokens": tokens,
@@ -321,12 +285,12 @@ def score(
         "perplexity": math.exp(nats / tokens),
         "frozen_perplexity": math.exp(frozen_nats / tokens),
         "perplexity_ratio": math.exp((nats - frozen_nats) / tokens),
-        "version": answer["version"],
+        "version": answer.version,
     }
     if as_json:
         print(json.dumps(result))
         return
-    table = Table("", "perplexity", "nats/token", title=f"{tokens:,} tokens of {escape(_name(file))}")
+    table = Table("", "perplexity", "nats/token", title=f"{tokens:,} tokens of {escape(name_of(_file(file)))}")
     table.add_row("frozen base", f"{result['frozen_perplexity']:.3f}", f"{result['frozen_loss']:.4f}")
     table.add_row(f"session {escape(session)}", f"{result['perplexity']:.3f}", f"{result['loss']:.4f}")
     table.add_row("ratio, gain", f"{result['perplexity_ratio']:.3f}", f"{result['gain']:+.4f}")
@@ -337,7 +301,7 @@ def score(
 def list_sessions(as_json: AsJson = False, url: Url = LOCAL) -> None:
     """All sessions."""
     with _connect(url) as client:
-        sessions = list(client.sessions())
+        sessions = [session.model_dump() for session in client.sessions()]
     if as_json:
         print(json.dumps(sessions))
         return
@@ -353,7 +317,7 @@ def list_sessions(as_json: AsJson = False, url: Url = LOCAL) -> None:
 def show_session(session: SessionId, as_json: AsJson = False, url: Url = LOCAL) -> None:
     """One session, with everything the server tells about it."""
     with _connect(url) as client:
-        answer = client.session(session)
+        answer = client.get(session).model_dump()
     if as_json:
         print(json.dumps(answer))
         return
@@ -407,55 +371,16 @@ def _cell(field: str, value: Any) -> str:
 
 
 def _connect(url: str) -> Client:
-    # From the environment alone: other users of a machine can read a command's options.
-    return Client(url, key=os.environ.get("IMPRINT_API_KEY", "").strip(), on_wait=_note)
+    # The key comes from the environment alone: other users of a machine can read a command's options.
+    try:
+        return Client(url, on_wait=lambda error, wait: _note(f"{error}; trying again in {wait:.3g} s"))
+    except ClientError as error:
+        raise CommandError(f"--url: {error}") from None
 
 
 def _note(line: str) -> None:
     """Say something beside the result: on stderr, so that pipes get the result alone."""
     err.print(escape(line), style="dim")
-
-
-def _name(file: str) -> str:
-    return "standard input" if file == "-" else file
-
-
-def _pieces(file: str) -> Iterator[str]:
-    """The text of a UTF-8 file, in pieces of at most `PIECE_CHARS` characters that joined give the whole."""
-    text = ""
-    for part in _decoded(file):
-        text += part
-        while len(text) > PIECE_CHARS:
-            cut = _border(text)
-            yield text[:cut]
-            text = text[cut:]
-    if text:
-        yield text
-
-
-def _border(text: str) -> int:
-    """Where to cut: behind the last blank line of the piece's second half, else newline, else space."""
-    for border in BORDERS:
-        if (found := text.rfind(border, PIECE_CHARS // 2, PIECE_CHARS)) >= 0:
-            return found + len(border)
-    return PIECE_CHARS
-
-
-def _decoded(file: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
-            while data := stream.read(READ_BYTES):
-                offset += len(data)
-                yield decoder.decode(data)
-            yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        # The decoder counts from what it was given, a character that the last read cut in two included.
-        at = offset - len(error.object) + error.start
-        raise FileError(f"{_name(file)} is not UTF-8 text: {error.reason} at byte {at}") from None
-    except OSError as error:
-        raise FileError(f"cannot read {_name(file)}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

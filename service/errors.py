@@ -1,15 +1,23 @@
 """The errors a client can meet: one tree, one HTTP status each, OpenAI's body for all of them.
 
-Layers below the routes raise these; `service/http.py` turns them into responses. Every message is shown to a
-client, so it names the field, the limit and the value, and never another session or an internal detail.
+Layers below the routes raise these, `service/http.py` turns them into responses, and the Python client turns those
+into the same errors again. Every message is shown to a client, so it names the field, the limit and the value, and
+never another session or an internal detail.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
 
+class CommandError(Exception):
+    """A command of the command line cannot be done. The message is one line that says why."""
+
+
 class ImprintError(Exception):
     """Base of the tree; raise one of its subclasses.
+
+    The Python client adds two things: the `request_id` under which the server's log has the request, and the
+    `idempotency_key` of a request that learns, with which it can be sent again.
 
     Args:
         message: one sentence for the client.
@@ -23,6 +31,8 @@ class ImprintError(Exception):
     code: str | None = None
     retry_after: float | None = None
     headers: Mapping[str, str] = MappingProxyType({})  # of the response, beside `Retry-After`
+    request_id: str | None = None
+    idempotency_key: str | None = None
 
     def __init__(
         self,
@@ -114,28 +124,29 @@ class KeyReused(ImprintError):
     code = "idempotency_key_reused"
 
 
-class Overloaded(ImprintError):
+class TooManyRequests(ImprintError):
+    """429: too much is asked for."""
+
+    status = 429
+    type = "rate_limit_error"
+    retry_after = 1.0
+
+
+class Overloaded(TooManyRequests):
     """429: the bounded queue is full."""
 
-    status = 429
-    type = "rate_limit_error"
     code = "queue_full"
-    retry_after = 1.0
 
 
-class RateLimited(ImprintError):
+class RateLimited(TooManyRequests):
     """429: the tenant has to wait."""
 
-    status = 429
-    type = "rate_limit_error"
     code = "rate_limit_exceeded"
-    retry_after = 1.0
 
 
-class QuotaExceeded(ImprintError):
+class QuotaExceeded(TooManyRequests):
     """429: the tenant has used what it may use; waiting alone does not help, so clients are told not to retry."""
 
-    status = 429
     type = "insufficient_quota"
     code = "insufficient_quota"
     retry_after = 60.0

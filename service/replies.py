@@ -1,10 +1,10 @@
-"""The bodies of answers: OpenAI's and Imprint's own. The chunks of streams are made in `routes/shapes.py`."""
+"""The bodies of answers: OpenAI's and Imprint's own, as the server makes them and its Python client reads them."""
 
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from service.sessions import Adaptation
+from service.words import Adaptation
 
 
 class ErrorDetail(BaseModel):
@@ -60,6 +60,38 @@ class Completion(BaseModel):
     usage: Usage
     adaptation: Adaptation | None
 
+    @property
+    def text(self) -> str:
+        """What the first choice says."""
+        return self.choices[0].text
+
+
+class CompletionPiece(BaseModel):
+    """More of one completion; the last piece has a `finish_reason` and no text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionChunk(BaseModel):
+    """One event of a streamed `POST /v1/completions`; `adaptation` comes with the `finish_reason`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionPiece]
+    usage: Usage | None = None
+    adaptation: Adaptation | None = None
+
+    @property
+    def text(self) -> str:
+        """What the first choice says here."""
+        return "".join(choice.text for choice in self.choices if choice.index == 0)
+
 
 class TopLogprob(BaseModel):
     """A token that could have stood here; `bytes` are exact where `token` shows an unfinished character."""
@@ -111,6 +143,45 @@ class ChatCompletion(BaseModel):
     usage: Usage
     adaptation: Adaptation | None
 
+    @property
+    def text(self) -> str:
+        """What the first choice says."""
+        return self.choices[0].message.content
+
+
+class ChatDelta(BaseModel):
+    """What a chunk adds to the message; empty in the last one."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatPiece(BaseModel):
+    """More of one reply; the last piece has a `finish_reason` and no text."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatChunk(BaseModel):
+    """One event of a streamed `POST /v1/chat/completions`; `adaptation` comes with the `finish_reason`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatPiece]
+    usage: Usage | None = None
+    adaptation: Adaptation | None = None
+
+    @property
+    def text(self) -> str:
+        """What the first choice says here."""
+        return "".join(choice.delta.content or "" for choice in self.choices if choice.index == 0)
+
 
 class Model(BaseModel):
     """The served model."""
@@ -126,7 +197,7 @@ class ModelList(BaseModel):
     """Reply of `GET /v1/models`."""
 
     object: Literal["list"]
-    data: list[Model]
+    data: list[Model] = Field(min_length=1)
 
 
 class Session(BaseModel):

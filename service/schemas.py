@@ -24,7 +24,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from service.errors import BadRequest
-from service.sessions import Adapt, Learn
+from service.words import Adapt, Learn
 
 SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
 MAX_FIELDS = 64

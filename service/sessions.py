@@ -30,14 +30,11 @@ from service.store.types import Note, Option, RowBatch, SessionMeta
 from service.tenants import Tenant
 from service.transfer import sound
 from service.turns import (
-    Adapt,
-    Adaptation,
     Again,
     Answer,
     Ask,
     Delta,
     Generation,
-    Learn,
     ObserveResult,
     Policy,
     ScoreResult,
@@ -52,17 +49,15 @@ from service.turns import (
     unpack_answer,
 )
 from service.turnstile import Held, Limits, Turnstile, Write, known, overtaken, require_match, unknown
+from service.words import Adaptation
 
 __all__ = [
-    "Adapt",
-    "Adaptation",
     "Again",
     "Ask",
     "Call",
     "ChatPrompt",
     "Delta",
     "Generation",
-    "Learn",
     "Limits",
     "ObserveResult",
     "Prompt",

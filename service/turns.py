@@ -19,9 +19,8 @@ from service.lessons import Content
 from service.prompts import ChatPrompt, Encoded, Prompt
 from service.store.types import Option, SessionMeta
 from service.turnstile import Held
+from service.words import Adapt, Adaptation, Learn
 
-Adapt = Literal["both", "observe", "predict"]
-Learn = Literal["prompt", "completion", "all"]
 FinishReason = Literal["stop", "length"]
 Kind = Literal["learn", "rollback", "unlearn", "fork", "import"]
 
@@ -70,17 +69,6 @@ class Delta:
     choice: int
     text: str
     logprobs: list[TokenLogprob]
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What a turn did to its session. loss: nats per learned token, before it was learned."""
-
-    tokens_learned: int
-    rows_written: int
-    loss: float | None
-    version_from: int
-    version_to: int
 
 
 @dataclass(frozen=True)

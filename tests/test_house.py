@@ -26,7 +26,7 @@ from service.tenants import Keys, new_key
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".lua", ".md", ".toml", ".yml", ".yaml", ".html", ".css", ".js", ".sh", ".conf"}
-PLACES = ("model", "service", "tests", "docs", "docker", "deploy", "scripts")
+PLACES = ("imprint", "model", "service", "tests", "docs", "examples", "docker", "deploy", "scripts")
 
 # Who must not import whom: imports point from the routes down to the model.
 WEB = ("fastapi", "starlette", "uvicorn", "httpx", "requests")

@@ -35,7 +35,7 @@ from model.evaluation.tuning import Tuned, tried_on, tune
 from model.lm import AdaptiveLM
 from model.tokenizer import Tokenizer
 from model.training.adapter import load_adapter
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.corpus import progress_bar
 from service.lab.runs import Runs, code, key
 

@@ -16,7 +16,7 @@ from model.memory import MemoryConfigError
 from model.tokenizer import Tokenizer
 from service.app import choose_memory
 from service.base import BaseError, resolve_base
-from service.client import CommandError
+from service.errors import CommandError
 from service.settings import Settings
 
 RECORD_SEPARATOR = "\x1e\n"  # divides the documents of a stream in one file

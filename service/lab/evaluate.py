@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from model.evaluation.arms import Subject
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab import probes
 from service.lab.bench import Bench, Options, arm_names
 from service.lab.corpus import base_folder, console, load_model, read_streams

@@ -18,7 +18,7 @@ import numpy as np
 
 from model.tokenizer import Tokenizer
 from model.training.features import cut_lengths
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.corpus import read_text, text_files
 
 HUB = "hf:"

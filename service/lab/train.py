@@ -50,7 +50,7 @@ from model.training.loop import (
     read_losses,
 )
 from model.training.settle import settle
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.corpus import base_folder, console, progress_bar
 from service.lab.plots import PlotsMissingError, draw_training
 from service.lab.texts import Budget, Planned, draw_streams, find_kinds

@@ -7,9 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import cli
-from service.client import sse_data
+from service.client import texts
+from service.client.wire import Events
+from tests.service.scripted import MODELS, OBSERVED, Answer, Scripted, ok, refused, said, stream
 
 ROOT = Path(__file__).resolve().parents[2]
 STORY = "The cat sat on the mat. The cat sat on the hat.\n\n" * 20
@@ -155,17 +154,15 @@ def test_pieces_join_to_the_file_and_none_is_too_long(tmp_path_factory: Any, cas
     file = tmp_path_factory.getbasetemp() / "pieces.txt"
     file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "PIECE_CHARS", size)
-        patch.setattr(cli, "READ_BYTES", 3)
-        pieces = list(cli._pieces(str(file)))
+        patch.setattr(texts, "READ_BYTES", 3)
+        pieces = list(texts.pieces(str(file), size))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= size for piece in pieces)
 
 
-def test_pieces_end_where_a_paragraph_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "PIECE_CHARS", 12)
+def test_pieces_end_where_a_paragraph_ends(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("one two\n\nthree\nfour five\n\nsix")
-    assert list(cli._pieces(str(tmp_path / "text"))) == ["one two\n\n", "three\nfour ", "five\n\nsix"]
+    assert list(texts.pieces(tmp_path / "text", 12)) == ["one two\n\n", "three\nfour ", "five\n\nsix"]
 
 
 @given(st.lists(st.text()), st.integers(1, 50))
@@ -173,52 +170,11 @@ def test_a_stream_is_read_the_same_however_it_is_cut(texts: list[str], size: int
     data = [json.dumps(text, ensure_ascii=False) for text in texts]
     stream = "".join(f": ping\n\ndata: {one}\n\n" for one in data).encode()
     cuts = [stream[start : start + size] for start in range(0, len(stream), size)]
-    assert list(sse_data(cuts)) == data
+    events = Events()
+    assert [one for cut in cuts for one in events.feed(cut)] == data
 
 
 # Against a server scripted to misbehave.
-
-Answer = tuple[int, dict[str, str], bytes]
-OBSERVED = {"tokens_learned": 3, "rows_written": 3, "loss": 1.0, "version": 1}
-
-
-class Scripted:
-    """Gives `answers` in order, one a request, and keeps the requests; without an answer left it hangs."""
-
-    def __init__(self, *answers: Answer) -> None:
-        self.answers = list(answers)
-        self.requests: list[tuple[str, dict[str, str], Any]] = []
-        self.hanging, self.closing = threading.Event(), threading.Event()
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                scripted.requests.append((self.path, dict(self.headers), json.loads(body or "null")))
-                if not scripted.answers:
-                    scripted.hanging.set()
-                    scripted.closing.wait()
-                    return
-                status, headers, content = scripted.answers.pop(0)
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_POST = answer  # noqa: N815
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -232,27 +188,6 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
     yield start
     for server in started:
         server.close()
-
-
-def ok(body: object) -> Answer:
-    return 200, {}, json.dumps(body).encode()
-
-
-def refused(status: int, code: str, **headers: str) -> Answer:
-    error = {"message": f"It is {code}.", "type": "server_error", "param": None, "code": code}
-    return status, headers, json.dumps({"error": error}).encode()
-
-
-def stream(*chunks: object) -> Answer:
-    frames = [json.dumps(chunk, ensure_ascii=False) if chunk != "[DONE]" else "[DONE]" for chunk in chunks]
-    return 200, {"Content-Type": "text/event-stream"}, "".join(f"data: {one}\n\n" for one in frames).encode()
-
-
-def said(text: str) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
-
-
-MODELS = ok({"object": "list", "data": [{"id": "tiny"}]})
 
 
 def test_a_busy_server_is_asked_again(scripted: Callable[..., Scripted]) -> None:
@@ -305,7 +240,7 @@ def test_a_broken_stream_is_an_error(scripted: Callable[..., Scripted], chunks: 
 
 
 def test_an_answer_that_is_not_imprints_is_an_error(scripted: Callable[..., Scripted]) -> None:
-    for answer in ((200, {}, b"<html>"), ok([]), ok({}), (502, {}, b"Bad Gateway")):
+    for answer in ((200, {}, b"<html>"), ok([]), ok({}), (404, {}, b"Not Found")):
         server = scripted(answer)
         assert server.url in told(imprint("sessions", "ls", url=server.url))
 

@@ -21,7 +21,7 @@ from model.memory import load_memory
 from model.tokenizer import Tokenizer
 from model.training.adapter import load_adapter
 from model.training.features import StreamFeatures
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.texts import Budget, Planned, draw_streams, find_kinds
 from tests.tiny import TEXT
 

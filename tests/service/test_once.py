@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
@@ -17,6 +13,7 @@ import openai
 import pytest
 
 from tests.live import ENDLESS, Client, Json, in_background, refusal, state, stored, success, text_of, until
+from tests.service.cutter import Cutter
 from tests.tiny import TEXT
 
 CHAT = [{"role": "user", "content": TEXT[:80]}]
@@ -200,49 +197,6 @@ def test_only_a_retry_that_says_so_is_taken_for_one(client: Client, session: str
     assert REPLAYED not in other.headers and client.version(session) == 4
 
 
-class Cutter:
-    """A line to the server that breaks where an answer has come, and before the client has read any of it."""
-
-    def __init__(self, url: str) -> None:
-        split = urlsplit(url)
-        self._upstream = (split.hostname or "", split.port or 80)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.cuts = 0
-        self.retries: list[int] = []
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._serve, daemon=True)
-        thread.start()
-        yield
-        self._listener.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._carry, args=(connection,), daemon=True).start()
-
-    def _carry(self, near: socket.socket) -> None:
-        """One request and its answer."""
-        with near, socket.create_connection(self._upstream) as far:
-            head, _, body = near.recv(1 << 16).partition(b"\r\n\r\n")
-            fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
-            while len(body) < int(fields[b"content-length"]):
-                body += near.recv(1 << 16)
-            self.retries.append(int(fields[b"x-stainless-retry-count"]))
-            head = head.replace(b"keep-alive", b"close")
-            far.sendall(head + b"\r\n\r\n" + body)
-            answer = b"".join(iter(lambda: far.recv(1 << 16), b""))
-            if self.cuts:
-                self.cuts -= 1
-            else:
-                near.sendall(answer)
-
-
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_the_openai_client_retries_after_a_cut_and_has_taught_once(
     client: Client, server: Any, session: str, kind: str
@@ -254,7 +208,7 @@ def test_the_openai_client_retries_after_a_cut_and_has_taught_once(
     with line.open(), openai.OpenAI(base_url=f"{line.url}/v1", api_key="none", max_retries=3) as theirs:
         create: Any = theirs.completions.create if kind == "completion" else theirs.chat.completions.create
         answer = create(**body, extra_body=extra)
-    assert line.retries == [0, 1, 2]
+    assert [head["x-stainless-retry-count"] for head in line.heads] == ["0", "1", "2"]
     assert answer.model_extra["adaptation"]["version_to"] == 1 == client.version(session)
     alone, own = f"{session}-alone", client.session(session)["tokens_learned"]
     create_alone = client.post(path, body | extra | {"session": alone})

@@ -1,0 +1,112 @@
+"""The Python client of an Imprint server.
+
+    from imprint import Client
+
+    with Client("http://127.0.0.1:8000") as client:
+        client.observe("ada", "My cat is called Miso.")
+        print(client.complete("My cat is called", session="ada", max_tokens=8).text)
+
+It needs httpx and pydantic; torch is the server's.
+"""
+
+from service.client import (
+    AsyncClient,
+    AsyncStream,
+    ChatOptions,
+    Client,
+    ClientError,
+    CompletionOptions,
+    ConnectionBroken,
+    FileError,
+    Message,
+    NoServer,
+    Reading,
+    Stream,
+    TimedOut,
+    UnexpectedAnswer,
+)
+from service.errors import (
+    BadRequest,
+    Conflict,
+    EngineError,
+    ImprintError,
+    KeyReused,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    Overloaded,
+    PayloadTooLarge,
+    PreconditionFailed,
+    QuotaExceeded,
+    RateLimited,
+    SessionBusy,
+    StoreFull,
+    StoreUnavailable,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMediaType,
+    VersionConflict,
+)
+from service.replies import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    LogEntry,
+    Model,
+    Observed,
+    Scored,
+    Session,
+)
+from service.words import Adaptation
+
+__all__ = [
+    "Adaptation",
+    "AsyncClient",
+    "AsyncStream",
+    "BadRequest",
+    "ChatChunk",
+    "ChatCompletion",
+    "ChatOptions",
+    "Client",
+    "ClientError",
+    "Completion",
+    "CompletionChunk",
+    "CompletionOptions",
+    "Conflict",
+    "ConnectionBroken",
+    "EngineError",
+    "FileError",
+    "ImprintError",
+    "KeyReused",
+    "LogEntry",
+    "Message",
+    "MethodNotAllowed",
+    "Model",
+    "NoServer",
+    "NotFound",
+    "NotReady",
+    "Observed",
+    "Overloaded",
+    "PayloadTooLarge",
+    "PreconditionFailed",
+    "QuotaExceeded",
+    "RateLimited",
+    "Reading",
+    "Scored",
+    "Session",
+    "SessionBusy",
+    "StoreFull",
+    "StoreUnavailable",
+    "Stream",
+    "TimedOut",
+    "TooLarge",
+    "TooManyRequests",
+    "Unauthorized",
+    "Unavailable",
+    "UnexpectedAnswer",
+    "UnsupportedMediaType",
+    "VersionConflict",
+]

@@ -1,0 +1,59 @@
+"""A line between a client and the server that breaks while an answer comes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+
+class Cutter:
+    """Cuts the next `cuts` answers when they are complete, having passed on `passed` bytes of each.
+
+    heads: the headers of the requests, names in lower case.
+    """
+
+    def __init__(self, url: str) -> None:
+        split = urlsplit(url)
+        self._upstream = (split.hostname or "", split.port or 80)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.cuts = 0
+        self.passed = 0
+        self.heads: list[dict[str, str]] = []
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._serve, daemon=True)
+        thread.start()
+        yield
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._carry, args=(connection,), daemon=True).start()
+
+    def _carry(self, near: socket.socket) -> None:
+        """One request and its answer."""
+        with near, socket.create_connection(self._upstream) as far:
+            head, _, body = near.recv(1 << 16).partition(b"\r\n\r\n")
+            if not head:
+                return
+            first, *lines = head.decode().split("\r\n")
+            fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+            while len(body) < int(fields.get("content-length", 0)):
+                body += near.recv(1 << 16)
+            self.heads.append(dict(fields))
+            fields["connection"] = "close"
+            far.sendall("\r\n".join([first, *map(": ".join, fields.items()), "", ""]).encode() + body)
+            answer = b"".join(iter(lambda: far.recv(1 << 16), b""))
+            if self.cuts:
+                self.cuts -= 1
+                answer = answer[: self.passed]
+            near.sendall(answer)

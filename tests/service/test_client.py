@@ -1,0 +1,383 @@
+"""The Python client, both of it: against a real server, over a line that breaks, and against one that misbehaves."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+import imprint
+from service import errors
+from service.client import asks, wire
+from tests.conftest import Server
+from tests.live import ENDLESS, in_background, until
+from tests.live import Client as Plain
+from tests.service.awaited import Awaited
+from tests.service.cutter import Cutter
+from tests.service.scripted import CHUNK, OBSERVED, Answer, Scripted, ok, refused, said, stream
+from tests.tiny import TEXT
+
+KINDS: dict[str, Callable[..., Any]] = {"sync": imprint.Client, "async": Awaited}
+CHAT = [{"role": "user", "content": TEXT[:80]}]
+GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "logit_bias": ENDLESS}
+
+
+@pytest.fixture(params=KINDS)
+def connect(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Makes clients of one kind."""
+    made: list[Any] = []
+
+    def connect(url: str, **options: Any) -> Any:
+        made.append(KINDS[request.param](url, **options))
+        return made[-1]
+
+    yield connect
+    for client in made:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(connect: Callable[..., Any], server: Server) -> Any:
+    return connect(server.url)
+
+
+@pytest.fixture
+def session() -> str:
+    return uuid4().hex
+
+
+# Against a real server.
+
+
+def test_sessions_are_made_with_options_told_of_listed_and_erased(client: Any) -> None:
+    names = [f"{uuid4().hex[:8]}-{number}" for number in range(3)]
+    names.sort()
+    for name in names:
+        made = client.create(name, learn="all", keep_text=True, ttl_s=3600)
+        assert made.options == {"learn": "all", "keep_text": True, "ttl_s": 3600}
+        assert (made.id, made.version) == (name, 0)
+    assert client.get(names[0]).id == names[0]
+    every = [one.id for one in client.sessions(page_size=2)]
+    assert every == sorted(every) and set(names) <= set(every)
+    assert [one.id for one in client.sessions(after=names[0])] == every[every.index(names[0]) + 1 :]
+    for name in names:
+        client.delete(name)
+    with pytest.raises(imprint.NotFound) as lost:
+        client.get(names[0])
+    assert (lost.value.status, lost.value.code) == (404, "session_not_found")
+    assert lost.value.request_id
+
+
+def test_texts_and_chats_are_observed_and_scored(client: Any, session: str) -> None:
+    told = client.observe(session, TEXT)
+    assert (told.version, told.tokens_learned > 0, told.rows_written > 0) == (1, True, True)
+    assert client.observe(session, messages=CHAT, if_match=1).version == 2
+    with pytest.raises(imprint.PreconditionFailed):
+        client.observe(session, TEXT, if_match=1)
+    scored = client.score(session, TEXT)
+    assert scored.version == 2 and scored.loss < scored.frozen_loss
+    assert client.score(session, TEXT, learn=True).version == 3
+
+
+def test_files_are_observed_piece_by_piece_and_once(client: Any, session: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("One two.\n\n" * 8)
+    steps: list[tuple[str, int, int | None, int | None]] = []
+
+    def observe(files: list[Any], key: str | None = None) -> Any:
+        steps.clear()
+        return client.observe_files(
+            session,
+            files,
+            piece_chars=50,
+            idempotency_key=key,
+            progress=lambda now: steps.append((Path(now.file).name, now.characters, now.total, now.version)),
+        )
+
+    done = observe([tmp_path / "a", str(tmp_path / "a")], "mine")
+    assert steps == [("a", 50, 160, 1), ("a", 80, 160, 2), ("a", 130, 160, 3), ("a", 160, 160, 4)]
+    assert done.tokens_learned == client.get(session).tokens_learned
+    assert done.loss is not None and f"{done.tokens_learned:,} tokens" in str(done)
+    again = observe([tmp_path / "a", str(tmp_path / "a")], "mine")
+    assert (again.tokens_learned, again.version) == (done.tokens_learned, 4)
+    assert client.get(session).version == 4
+    observe([io.BytesIO(b"Three.")])
+    assert steps == [("the stream", 6, None, 5)]
+    (tmp_path / "bad").write_bytes(b"\xff")
+    for bad in ("bad", "none"):
+        with pytest.raises(imprint.FileError, match=bad):
+            observe([tmp_path / "a", tmp_path / bad])
+    assert client.get(session).version == 5
+
+
+def test_what_is_streamed_is_what_is_answered(client: Any, session: str) -> None:
+    whole = client.complete(TEXT[:60], **GREEDY)
+    streamed = client.stream(TEXT[:60], **GREEDY)
+    assert "".join(chunk.text for chunk in streamed) == streamed.text == whole.text
+    assert whole.adaptation is streamed.adaptation is None
+    reply = client.chat(CHAT, session=session, **GREEDY)
+    assert reply.adaptation.version_to == 1
+    with client.stream_chat([*CHAT, *CHAT], session=session, adapt="both", **GREEDY) as streamed:
+        chunks = list(streamed)
+    assert chunks[-1].adaptation == streamed.adaptation
+    assert streamed.adaptation.version_to == client.get(session).version == 2
+    assert client.complete(["a", "b"], n=2, logprobs=1, **GREEDY).choices[3].logprobs.tokens
+
+
+def test_a_stream_that_is_left_has_never_been(client: Any, server: Server, session: str) -> None:
+    with client.stream(TEXT[:60], session=session, max_tokens=400, logit_bias=ENDLESS) as streamed:
+        next(streamed)
+    with Plain(server.url) as plain:
+        until(plain.idle)
+        assert plain.version(session) == 0
+
+
+def test_versions_go_back_fork_move_and_unlearn(client: Any, session: str) -> None:
+    client.create(session, keep_text=True)
+    for text in (TEXT, TEXT[40:], TEXT[80:]):
+        client.observe(session, text)
+    assert client.rollback(session, 2).version == 4
+    assert client.unlearn(session, 1).version == 5
+    entries = list(client.log(session, page_size=2))
+    assert [(one.version, one.kind, one.of) for one in entries[:2]] == [(5, "unlearn", 1), (4, "rollback", 2)]
+    assert [one.version for one in entries] == [5, 4, 3, 2, 1]
+    assert next(iter(client.log(session, before=3))).text == TEXT[40:]
+    fork = client.fork(session, f"{session}-fork")
+    data = client.export(session)
+    copy = client.import_(f"{session}-copy", data)
+    assert fork.rows == copy.rows == client.get(session).rows > 0
+    scores = [client.score(one, TEXT).logprobs for one in (session, fork.id, copy.id)]
+    assert scores[0] == scores[1] == scores[2]
+    with pytest.raises(imprint.BadRequest) as bad:
+        client.import_(session, data[:-1])
+    assert bad.value.code == "invalid_export"
+
+
+def test_a_refusal_says_what_and_where(client: Any, session: str) -> None:
+    with pytest.raises(imprint.BadRequest) as bad:
+        client.complete("a", temperature=3)
+    assert (bad.value.param, bad.value.status) == ("temperature", 400)
+    with pytest.raises(imprint.NotFound) as lost:
+        client.complete("a", model="gpt-4o")
+    assert lost.value.code == "model_not_found"
+    with pytest.raises(imprint.BadRequest):
+        next(client.stream("a", session=session, max_tokens=10**6))
+    with pytest.raises(imprint.ClientError):
+        client.get("..")
+    with pytest.raises(imprint.ClientError):
+        client.observe(session, "\ud800")
+
+
+# Over a line that breaks.
+
+
+@pytest.mark.parametrize("passed", [0, 200], ids=["before the answer", "within it"])
+def test_what_learns_is_learned_once_over_a_line_that_breaks(
+    connect: Callable[..., Any], server: Server, session: str, passed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "FIRST_BACKOFF_S", 0.01)
+    line = Cutter(server.url)
+    with line.open():
+        client = connect(line.url)
+        client.model()
+        line.passed = passed
+        calls: list[Callable[[], Any]] = [
+            lambda: client.observe(session, TEXT),
+            lambda: client.score(session, TEXT, learn=True),
+            lambda: client.complete(TEXT, session=session, **GREEDY),
+            lambda: client.rollback(session, 2),
+            lambda: client.fork(session, f"{session}-fork"),
+            lambda: client.import_(session, client.export(f"{session}-fork")),
+            lambda: (
+                list(client.stream(TEXT, session=session, **GREEDY)) if not passed else client.observe(session, "a")
+            ),
+        ]
+        for call in calls:
+            line.heads.clear()
+            line.cuts = 2
+            call()
+        assert len({head["idempotency-key"] for head in line.heads}) == 1 and len(line.heads) == 3
+        assert client.get(session).version == 6
+        line.cuts = 2
+        client.delete(f"{session}-fork")
+        with pytest.raises(imprint.NotFound):
+            client.delete(f"{session}-fork")
+
+
+def test_a_stream_that_broke_is_asked_again_with_its_key(
+    connect: Callable[..., Any], server: Server, session: str
+) -> None:
+    line = Cutter(server.url)
+    with line.open():
+        client = connect(line.url)
+        client.model()
+        line.cuts, line.passed = 1, 700
+        broken = client.stream(TEXT, session=session, max_tokens=30, logit_bias=ENDLESS)
+        with pytest.raises(imprint.ConnectionBroken) as error:
+            list(broken)
+        assert error.value.idempotency_key == broken.idempotency_key
+        key = error.value.idempotency_key
+        again = client.stream(TEXT, session=session, max_tokens=30, logit_bias=ENDLESS, idempotency_key=key)
+        list(again)
+        assert broken.text and again.text.startswith(broken.text)
+        assert again.adaptation.version_to == client.get(session).version == 1
+
+
+# Against a server that misbehaves.
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Scripted]]:
+    started: list[Scripted] = []
+
+    def start(*answers: Answer, port: int = 0) -> Scripted:
+        started.append(Scripted(*answers, port=port))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def test_a_refusal_that_passes_is_waited_out_for_as_long_as_it_says(
+    connect: Callable[..., Any], scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "FIRST_BACKOFF_S", 0.01)
+    gateway: Answer = (502, {}, b"Bad Gateway")
+    told = refused(500, "engine_error", **{"x-should-retry": "true"})
+    server = scripted(refused(429, "queue_full", **{"Retry-After": "1"}), gateway, told, ok(OBSERVED))
+    waits: list[tuple[type, float]] = []
+    client = connect(server.url, on_wait=lambda error, wait: waits.append((type(error), wait)))
+    began = time.monotonic()
+    assert client.observe("me", "text").version == 1
+    assert time.monotonic() - began >= 1
+    assert [kind for kind, _ in waits] == [errors.Overloaded, imprint.ImprintError, errors.EngineError]
+    assert 1 <= waits[0][1] <= 1.25 and all(0 < wait <= 0.04 for _, wait in waits[1:])
+    assert len({headers["Idempotency-Key"] for _, headers, _ in server.requests}) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (refused(429, "insufficient_quota", **{"x-should-retry": "false"}), imprint.QuotaExceeded),
+        (refused(429, "rate_limit_exceeded", **{"Retry-After": "3600"}), imprint.RateLimited),
+        (refused(409, "session_erased"), imprint.Conflict),
+        (refused(401, "invalid_api_key"), imprint.Unauthorized),
+        (refused(500, "damaged_session"), imprint.EngineError),
+        (refused(507, "session_too_large"), imprint.TooLarge),
+        ((418, {}, b"short and stout"), imprint.ImprintError),
+        ((200, {}, b"<html>"), imprint.UnexpectedAnswer),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_refusal_that_stays_is_told_at_once(
+    connect: Callable[..., Any], scripted: Callable[..., Scripted], answer: Any, kind: type
+) -> None:
+    server = scripted(answer)
+    with pytest.raises(imprint.ImprintError) as told:
+        connect(server.url).observe("me", "text", idempotency_key="mine")
+    assert type(told.value) is kind
+    assert told.value.idempotency_key == "mine"
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_went_away_is_waited_for_and_one_that_never_was_is_not(
+    connect: Callable[..., Any], scripted: Callable[..., Scripted]
+) -> None:
+    server = scripted(ok(OBSERVED))
+    port: int = server.server.server_port
+    client = connect(server.url, on_wait=lambda error, wait: scripted(ok(OBSERVED), port=port))
+    client.observe("me", "text")
+    server.close()
+    assert client.observe("me", "text").version == 1
+    waited: list[float] = []
+    with pytest.raises(imprint.NoServer, match="imprint serve"):
+        connect("http://127.0.0.1:9", on_wait=lambda error, wait: waited.append(wait)).get("me")
+    assert not waited
+
+
+def test_there_are_so_many_attempts_and_no_more(connect: Callable[..., Any], scripted: Callable[..., Scripted]) -> None:
+    server = scripted(*[refused(503, "loading", **{"Retry-After": "0"})] * 9)
+    with pytest.raises(imprint.NotReady):
+        connect(server.url, retries=2).get("me")
+    assert len(server.requests) == 3
+
+
+def test_an_error_within_a_stream_comes_after_what_was_said(
+    connect: Callable[..., Any], scripted: Callable[..., Scripted]
+) -> None:
+    busy = {"error": {"message": "It moved on.", "type": "server_error", "param": None, "code": "session_busy"}}
+    server = scripted(stream(said("Hel"), said("lo"), busy, "[DONE]"), stream(said("Hel"), CHUNK, "[DONE]"))
+    client = connect(server.url)
+    streamed = client.stream_chat(CHAT, model="tiny")
+    with pytest.raises(imprint.SessionBusy, match="It moved on"):
+        list(streamed)
+    assert streamed.text == "Hello"
+    with pytest.raises(imprint.UnexpectedAnswer):
+        list(client.stream_chat(CHAT, model="tiny"))
+
+
+# The package.
+
+
+def test_a_date_is_a_time_to_wait_until() -> None:
+    assert imprint.BadRequest is errors.BadRequest
+    from service.client.faults import refusal
+
+    past = refusal(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"", "http://here")
+    assert past.retry_after == 0.0 and type(past) is errors.Unavailable
+    assert refusal(503, {"retry-after": "soon"}, b"", "http://here").retry_after is None
+
+
+def test_url_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPRINT_URL", "http://there:1/")
+    monkeypatch.setenv("IMPRINT_API_KEY", "imp_1")
+    place = wire.Place(None, None)
+    assert (place.url, place.headers) == ("http://there:1", {"Authorization": "Bearer imp_1"})
+    assert wire.Place("http://here", "").headers == {}
+    for url in ("localhost:8000", "ftp://here", "http://", "http://here:port"):
+        with pytest.raises(imprint.ClientError, match="http://…"):
+            imprint.Client(url)
+    with pytest.raises(imprint.ClientError):
+        imprint.Client(api_key="é")
+
+
+def test_both_clients_have_the_same_calls_with_text_and_signature() -> None:
+    def calls(kind: type) -> dict[str, Any]:
+        named = {name: value for name, value in vars(kind).items() if not name.startswith("_") and callable(value)}
+        return {name: [*inspect.signature(value).parameters] for name, value in named.items()}
+
+    assert calls(imprint.Client) == calls(imprint.AsyncClient)
+    assert calls(imprint.Client)["rollback"] == ["self", "session", "version", "idempotency_key", "if_match"]
+    for name in calls(imprint.Client):
+        assert inspect.getdoc(getattr(imprint.Client, name))
+    every = {name for name, ask in vars(asks).items() if getattr(ask, "__module__", "") == asks.__name__}
+    every = {name for name in every if inspect.isfunction(getattr(asks, name)) and not name.startswith("_")}
+    assert every - calls(imprint.Client).keys() == {"page_of_sessions", "page_of_log"}
+
+
+def test_the_clients_errors_are_the_servers() -> None:
+    named = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and "errors" in kind.__module__}
+    assert named - {"CommandError"} <= set(imprint.__all__)
+
+
+def test_the_client_needs_no_torch() -> None:
+    heavy = "torch", "numpy", "fastapi", "transformers", "redis", "tokenizers", "typer"
+    check = f"import sys, imprint; print([name for name in {heavy!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_threads_may_share_a_client(server: Server, session: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with imprint.Client(server.url) as client, ThreadPoolExecutor(4) as pool, Plain(server.url) as plain:
+        long = in_background(pool, plain, lambda: client.complete(TEXT, max_tokens=60, logit_bias=ENDLESS))
+        versions = sorted(pool.map(lambda _: client.observe(session, TEXT[:60]).version, range(6)))
+        assert long.result() and versions == [1, 2, 3, 4, 5, 6]
