@@ -85,6 +85,7 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: K
         description="A language model that learns as it serves.",
         docs_url=None,
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     metrics.build_info.info({"version": version("imprint"), "model": settings.model})
     install(app, sessions=sessions, metrics=metrics, settings=settings, keys=keys)

@@ -33,6 +33,7 @@ from service.errors import (
     Unauthorized,
     Unavailable,
 )
+from service.examples import show_examples
 from service.metrics import Metrics
 from service.routes import call_headers, openai, ops, page, report
 from service.routes import sessions as session_routes
@@ -56,6 +57,7 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     app.router.redirect_slashes = False
     for router in (openai.router, session_routes.router, session_routes.files, ops.router, page.router):
         app.include_router(router)
+    show_examples(app)
     app.add_exception_handler(ImprintError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(404, _answer_no_route)

@@ -16,7 +16,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "IMPRINT_"
 CLIENT_VARIABLES = {
-    "IMPRINT_URL": "Where `imprint chat`, `observe`, `score` and `sessions` find the server; default `http://127.0.0.1:8000`.",
+    "IMPRINT_URL": "Where `imprint chat`, `observe`, `score`, `sessions` and the Python client find the server; "
+    "default `http://127.0.0.1:8000`.",
     "IMPRINT_API_KEY": "The key that they send, where the server asks for one.",
 }
 STORE_SCHEMES = (
@@ -250,7 +251,7 @@ line that names it. (Kubernetes sets such variables for a Service called `imprin
 | --- | --- | --- | --- |
 {rows}
 
-Read by the client commands only:
+Read by those who talk to a server:
 
 | variable | meaning |
 | --- | --- |

@@ -1,14 +1,16 @@
 """OpenAI's routes: models, completions and chat completions, streamed or not."""
 
+import json
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Annotated, cast
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Path, Request, Response
 
 from model.sampling import Sampling
 from service.errors import BadRequest, NotFound
+from service.examples import EXAMPLES
 from service.replies import ChatCompletion, Completion, Model, ModelList
 from service.routes import (
     ERRORS,
@@ -37,15 +39,6 @@ from service.sessions import (
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions only
 STARTED = int(time.time())
-COMPLETION_CHUNK = (
-    '{"id":"cmpl-1","object":"text_completion","created":1767225600,"model":"smollm2-135m-instruct",'
-    '"system_fingerprint":"fp_1","choices":[{"index":0,"text":" fish","logprobs":null,"finish_reason":null}]}'
-)
-CHAT_CHUNK = (
-    '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1767225600,"model":"smollm2-135m-instruct",'
-    '"system_fingerprint":"fp_1","choices":'
-    '[{"index":0,"delta":{"content":"Hello"},"logprobs":null,"finish_reason":null}]}'
-)
 
 router = APIRouter(prefix="/v1", route_class=V1Route, responses=ERRORS, tags=["OpenAI"])
 
@@ -55,35 +48,41 @@ SessionHeader = Annotated[
 ]
 
 
+ModelId = Annotated[str, Path(description="The model's id.", examples=["smollm2-135m-instruct"])]
+
+
 def _streamed(chunk: str) -> dict[int | str, Json]:
     """The documentation of an answer that may be a stream of such chunks."""
+    events = [json.dumps(example, separators=(",", ":")) for example in EXAMPLES[chunk]]
     return {
         200: {
             "description": "The completion; or its chunks, `adaptation` on those with a `finish_reason`.",
             "content": {
                 "text/event-stream": {
                     "schema": {"type": "string"},
-                    "example": f"data: {chunk}\n\ndata: [DONE]\n\n",
+                    "example": "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]),
                 }
             },
         }
     }
 
 
-@router.get("/models")
+@router.get("/models", summary="List the served model")
 async def list_models(sessions: ServerSessions) -> ModelList:
     """The served model."""
     return ModelList(object="list", data=[_model(sessions)])
 
 
-@router.get("/models/{id:path}")
-async def get_model(id: str, sessions: ServerSessions) -> Model:
+@router.get("/models/{id:path}", summary="Describe the served model")
+async def get_model(id: ModelId, sessions: ServerSessions) -> Model:
     """The served model, by its id."""
     _require_model(id, sessions)
     return _model(sessions)
 
 
-@router.post("/completions", response_model=Completion, responses=_streamed(COMPLETION_CHUNK))
+@router.post(
+    "/completions", summary="Continue a text", response_model=Completion, responses=_streamed("CompletionChunk")
+)
 async def create_completion(
     body: CompletionRequest,
     sessions: ServerSessions,
@@ -105,7 +104,9 @@ async def create_completion(
     return await _answer(lesson, sessions, ask, shape, body.on_disconnect)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses=_streamed(CHAT_CHUNK))
+@router.post(
+    "/chat/completions", summary="Reply to a chat", response_model=ChatCompletion, responses=_streamed("ChatChunk")
+)
 async def create_chat_completion(
     body: ChatCompletionRequest,
     sessions: ServerSessions,

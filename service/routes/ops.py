@@ -28,19 +28,19 @@ class Ready(BaseModel):
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "Loading or draining."}}
 EXPOSITION: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"text/plain": {"schema": {"type": "string"}}},
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": "imprint_ready_state 1.0\n"}},
         "description": "Prometheus' text exposition.",
     }
 }
 
 
-@router.get("/livez")
+@router.get("/livez", summary="Is the process alive")
 async def livez() -> Live:
     """The process answers."""
     return Live(status="ok")
 
 
-@router.get("/readyz", responses=NOT_READY)
+@router.get("/readyz", summary="Does the server take requests", responses=NOT_READY)
 async def readyz(sessions: ServerSessions, response: Response) -> Ready:
     """The server takes requests."""
     if sessions.state != "ready":
@@ -49,7 +49,7 @@ async def readyz(sessions: ServerSessions, response: Response) -> Ready:
     return Ready(status=sessions.state)
 
 
-@router.get("/metrics", response_class=Response, responses=EXPOSITION)
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=EXPOSITION)
 async def metrics(request: Request, server_metrics: ServerMetrics) -> Response:
     """Prometheus' text exposition; docs/metrics.md lists the names."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -42,7 +42,7 @@ class Page(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    limit: int = Field(100, ge=1, le=1000)
+    limit: int = Field(100, ge=1, le=1000, description="How many, at most.")
     after: str = Field(
         "", pattern=rf"^$|{SESSION_ID}", description="Only ids after this one: `next` of the page before."
     )
@@ -53,11 +53,11 @@ class LogPage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    limit: int = Field(100, ge=1, le=1000)
+    limit: int = Field(100, ge=1, le=1000, description="How many, at most.")
     before: int | None = Field(None, ge=1, description="Only versions before this one: `next` of the page before.")
 
 
-@router.get("")
+@router.get("", summary="List sessions")
 async def list_sessions(page: Annotated[Page, Query()], sessions: ServerSessions, call: RequestCall) -> SessionList:
     """The sessions, ordered by id, page by page."""
     metas, next_id = await sessions.list(call.tenant, page.after, page.limit)
@@ -66,7 +66,11 @@ async def list_sessions(page: Annotated[Page, Query()], sessions: ServerSessions
     )
 
 
-@router.put("/{id}", responses={200: {"headers": ETAG}, 201: {"model": Session, "headers": ETAG}})
+@router.put(
+    "/{id}",
+    summary="Create a session or set its options",
+    responses={200: {"headers": ETAG}, 201: {"model": Session, "headers": ETAG}},
+)
 async def put_session(
     session: PathId,
     sessions: ServerSessions,
@@ -83,7 +87,7 @@ async def put_session(
     return _session(meta)
 
 
-@router.get("/{id}", responses={200: {"headers": ETAG}})
+@router.get("/{id}", summary="Describe a session", responses={200: {"headers": ETAG}})
 async def get_session(session: PathId, sessions: ServerSessions, call: RequestCall, response: Response) -> Session:
     """What the session holds and what it is worth."""
     meta = await sessions.get(call.tenant, session)
@@ -91,7 +95,7 @@ async def get_session(session: PathId, sessions: ServerSessions, call: RequestCa
     return _session(meta)
 
 
-@router.delete("/{id}")
+@router.delete("/{id}", summary="Erase a session")
 async def delete_session(
     session: PathId, sessions: ServerSessions, call: RequestCall, if_match: IfMatch = None
 ) -> SessionDeleted:
@@ -100,7 +104,7 @@ async def delete_session(
     return SessionDeleted(id=session, object="session", deleted=True)
 
 
-@router.post("/{id}/observe")
+@router.post("/{id}/observe", summary="Learn a text or a chat")
 async def observe(
     session: PathId,
     body: ObserveRequest,
@@ -119,7 +123,7 @@ async def observe(
     return Observed(**asdict(done))
 
 
-@router.post("/{id}/score")
+@router.post("/{id}/score", summary="Score a text")
 async def score(
     session: PathId,
     body: ScoreRequest,
@@ -133,7 +137,7 @@ async def score(
     return Scored(**asdict(done))
 
 
-@router.get("/{id}/log")
+@router.get("/{id}/log", summary="Tell what was learned when")
 async def read_log(
     session: PathId, page: Annotated[LogPage, Query()], versions: ServerVersions, call: RequestCall
 ) -> SessionLog:
@@ -143,7 +147,7 @@ async def read_log(
     return SessionLog(object="list", data=data, has_more=before is not None, next=before)
 
 
-@router.post("/{id}/rollback", responses=TAGGED)
+@router.post("/{id}/rollback", summary="Go back to a version", responses=TAGGED)
 async def roll_back(
     session: PathId,
     body: Rollback,
@@ -154,7 +158,7 @@ async def roll_back(
     return _told(await versions.rollback(lesson.call, session, body.version, if_match=lesson.if_match), lesson)
 
 
-@router.post("/{id}/unlearn", responses=TAGGED)
+@router.post("/{id}/unlearn", summary="Forget one version", responses=TAGGED)
 async def unlearn(
     session: PathId,
     body: Rollback,
@@ -166,7 +170,7 @@ async def unlearn(
     return _told(await lesson.unless_left(work), lesson)
 
 
-@router.post("/{id}/fork", status_code=201, responses={201: {"headers": ETAG}})
+@router.post("/{id}/fork", summary="Copy a session", status_code=201, responses={201: {"headers": ETAG}})
 async def fork(
     session: PathId,
     body: Fork,
@@ -177,7 +181,7 @@ async def fork(
     return _told(await versions.fork(lesson.call, session, body.id, if_match=lesson.if_match), lesson)
 
 
-@router.get("/{id}/export", response_class=Response, responses=EXPORTED)
+@router.get("/{id}/export", summary="Download a session", response_class=Response, responses=EXPORTED)
 async def export(session: PathId, versions: ServerVersions, call: RequestCall) -> Response:
     """The session as a safetensors file with a manifest, for `PUT …/import` here or elsewhere."""
     data, meta = await versions.export(call.tenant, session)
@@ -185,7 +189,12 @@ async def export(session: PathId, versions: ServerVersions, call: RequestCall) -
     return Response(data, headers=headers, media_type=FILE)
 
 
-@files.put("/{id}/import", responses={**TAGGED, 201: {"model": Session, "headers": ETAG}}, openapi_extra=IMPORTED)
+@files.put(
+    "/{id}/import",
+    summary="Upload a session",
+    responses={**TAGGED, 201: {"model": Session, "headers": ETAG}},
+    openapi_extra=IMPORTED,
+)
 async def bring(
     session: PathId,
     versions: ServerVersions,

@@ -1,0 +1,143 @@
+"""The description of the interface: every route has words and examples, and what they promise is what a server does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator
+
+from service import replies
+from tests.conftest import Server
+from tests.live import Client
+from tests.tiny import TEXT
+
+Json = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("get", "put", "post", "delete", "patch")
+JSON_TYPE = "application/json"
+
+
+@pytest.fixture(scope="module")
+def page(server: Server) -> Json:
+    page: Json = httpx.get(f"{server.url}/openapi.json").json()
+    return page
+
+
+def operations(page: Json) -> Iterator[tuple[str, str, Json]]:
+    for path, methods in page["paths"].items():
+        for method in methods.keys() & set(METHODS):
+            yield method, path, methods[method]
+
+
+def check(page: Json, schema: Json, value: Any) -> None:
+    """`value` is what `schema` says, wherever in the page that stands."""
+    Draft202012Validator({**schema, "components": page["components"]}).validate(value)
+
+
+def examples(page: Json, media: Json) -> list[Any]:
+    """The examples of a body, its own or those of its schema."""
+    schema = media["schema"]
+    for option in schema.get("anyOf", []):
+        if "$ref" in option:
+            schema = option
+    if "$ref" in schema:
+        schema = page["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return [media["example"]] if "example" in media else list(schema.get("examples", []))
+
+
+def bodies(operation: Json) -> Iterator[Json]:
+    """What the operation takes and what it answers, by media type, for each of its successes and failures."""
+    if "requestBody" in operation:
+        yield operation["requestBody"]["content"]
+    for answer in operation["responses"].values():
+        yield answer.get("content", {})
+
+
+def test_every_route_is_described_but_the_pages_files(page: Json) -> None:
+    hidden = [file.name for file in (ROOT / "service").rglob("*.py") if "include_in_schema" in file.read_text()]
+    assert hidden == ["page.py"]
+    names = [operation["operationId"] for _, _, operation in operations(page)]
+    assert len(set(names)) == len(names) >= 16
+
+
+def test_every_route_has_words_and_examples_that_are_what_the_schemas_say(page: Json) -> None:
+    for method, path, operation in operations(page):
+        where = f"{method.upper()} {path}"
+        assert operation["summary"] and operation["description"].endswith("."), where
+        for content in bodies(operation):
+            for media_type, media in content.items():
+                if media_type == "application/octet-stream":
+                    continue
+                shown = examples(page, media)
+                assert shown, f"{where}: {media_type} has no example"
+                for example in shown:
+                    check(page, media["schema"], example)
+        for parameter in operation.get("parameters", []):
+            assert parameter["description"], where
+
+
+def test_the_examples_of_streams_are_events_of_chunks(page: Json) -> None:
+    for path, chunk in (("/v1/completions", "CompletionChunk"), ("/v1/chat/completions", "ChatChunk")):
+        stream = page["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["example"]
+        *events, done = [event.removeprefix("data: ") for event in stream.split("\n\n") if event]
+        assert done == "[DONE]"
+        for event in events:
+            getattr(replies, chunk).model_validate_json(event, strict=True)
+        assert json.loads(events[-1])["adaptation"]
+
+
+def test_a_server_answers_the_examples_as_described(page: Json, server: Server) -> None:
+    with Client(server.url, server.model) as client:
+        for method, path, operation in operations(page):
+            content = operation.get("requestBody", {}).get("content", {None: {"schema": {}}})
+            for media_type, media in content.items():
+                for example in [None] if media_type is None else examples(page, media) or [exported(client)]:
+                    known_session(client)
+                    answer = ask(client, method, address(operation, path), example)
+                    described(page, operation, answer)
+
+
+def known_session(client: Client) -> None:
+    """The session that the examples name, with versions to go back to; the one that they fork it to is not there."""
+    for session in ("alice", "alice-2"):
+        client.http.delete(f"/v1/sessions/{session}")
+    client.http.put("/v1/sessions/alice", json={"keep_text": True})
+    for start in range(4):
+        client.observe("alice", TEXT[start : start + 40])
+
+
+def exported(client: Client) -> bytes:
+    known_session(client)
+    return client.http.get("/v1/sessions/alice/export").content
+
+
+def address(operation: Json, path: str) -> str:
+    for parameter in operation.get("parameters", []):
+        if parameter["in"] == "path":
+            path = path.replace(f"{{{parameter['name']}}}", parameter["schema"]["examples"][0])
+    return path.replace("smollm2-135m-instruct", "tiny")
+
+
+def ask(client: Client, method: str, url: str, body: Any) -> httpx.Response:
+    if isinstance(body, bytes):
+        return client.http.request(method, url, content=body)
+    if isinstance(body, dict) and "model" in body:
+        body = body | {"model": client.model}
+    return client.http.request(method, url, json=body)
+
+
+def described(page: Json, operation: Json, answer: httpx.Response) -> None:
+    """The answer is a success that the operation tells of, of the type and shape that it says."""
+    assert answer.is_success, answer.text
+    said = operation["responses"][str(answer.status_code)]
+    media_type = answer.headers["content-type"].partition(";")[0]
+    assert media_type in said["content"], answer.headers["content-type"]
+    if media_type == JSON_TYPE:
+        check(page, said["content"][media_type]["schema"], answer.json())
+    for header in said.get("headers", {}):
+        assert header in answer.headers
