@@ -1,0 +1,29 @@
+"""LangChain: one model object a user, and each learns its user. Needs `pip install langchain-openai`."""
+
+import os
+
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
+
+url = os.environ.get("IMPRINT_URL", "http://127.0.0.1:8000")
+
+
+def model_of(session: str) -> ChatOpenAI:
+    return ChatOpenAI(
+        model=os.environ.get("MODEL", "smollm2-135m-instruct"),
+        base_url=f"{url}/v1",
+        api_key=SecretStr(os.environ.get("IMPRINT_API_KEY", "none")),
+        extra_body={"session": session},
+        temperature=0,
+        max_completion_tokens=40,
+    )
+
+
+prompt = ChatPromptTemplate.from_messages([("system", "Answer in one sentence."), ("human", "{question}")])
+chain = prompt | model_of("langchain") | StrOutputParser()
+print(chain.invoke({"question": "My cat is called Miso. Where might she sleep?"}))
+for piece in chain.stream({"question": "What is my cat called?"}):
+    print(piece, end="", flush=True)
+print()

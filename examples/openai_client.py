@@ -1,0 +1,30 @@
+"""OpenAI's client, as it is: name a session, and it learns what you say. Needs `pip install openai`."""
+
+import os
+
+from openai import OpenAI
+
+url = os.environ.get("IMPRINT_URL", "http://127.0.0.1:8000")
+client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("IMPRINT_API_KEY", "none"))
+model = client.models.list().data[0].id
+
+stream = client.chat.completions.create(
+    model=model,
+    messages=[{"role": "user", "content": "My cat is called Miso and she sleeps on the radiator."}],
+    max_tokens=60,  # without it a reply may fill the context, as with OpenAI
+    extra_body={"session": "openai"},  # or the header X-Imprint-Session, or OpenAI's `user`
+    stream=True,
+)
+for chunk in stream:
+    print(chunk.choices[0].delta.content or "", end="", flush=True)
+print(f"\n{(chunk.model_extra or {})['adaptation']}")
+
+# Use what was learned, and learn nothing more:
+reply = client.completions.create(
+    model=model,
+    prompt="My cat is called",
+    max_tokens=8,
+    temperature=0,
+    extra_body={"session": "openai", "adapt": "predict"},
+)
+print(reply.choices[0].text)

@@ -1,0 +1,24 @@
+"""The same client for asyncio: many users at a time."""
+
+import asyncio
+
+from imprint import AsyncClient
+
+CATS = {"ada": "Miso", "bo": "Udon", "cy": "Nori"}
+
+
+async def main() -> None:
+    async with AsyncClient() as client:
+
+        async def meet(user: str, cat: str) -> None:
+            await client.observe(f"async-{user}", f"My cat is called {cat}. I said {cat}!")
+            stream = client.stream("My cat is called", session=f"async-{user}", adapt="predict", max_tokens=4)
+            async for chunk in stream:
+                assert chunk.text is not None
+            print(f"{user}:{stream.text}")
+            await client.delete(f"async-{user}")
+
+        await asyncio.gather(*(meet(user, cat) for user, cat in CATS.items()))
+
+
+asyncio.run(main())
