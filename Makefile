@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := imprint model service tests examples $(wildcard scripts)
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint docs clean
 
 serve: $(VENV)/.serve
 	$(BIN)/imprint serve
@@ -16,6 +16,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(CHECKED)
+
+# The pages of docs/ as a site: open build/site/index.html.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # pip installs into the environment from outside: some systems ship venv without ensurepip.
 $(BIN)/python:

@@ -41,6 +41,7 @@ from service.sessions import Sessions
 from service.settings import Settings
 from service.tenants import OPERATOR, Keys, Tenant
 
+ROUTERS = (openai.router, session_routes.router, session_routes.files, ops.router, page.router)
 CLIENT_GONE = 499  # nginx's status for it; the client itself never sees it
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 PUBLIC = {"/livez", "/readyz", "/openapi.json", *page.FILES}  # what is the same for everybody
@@ -55,7 +56,7 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     app.state.metrics = metrics
     metrics.ready_state.set_function(lambda: sessions.state == "ready")
     app.router.redirect_slashes = False
-    for router in (openai.router, session_routes.router, session_routes.files, ops.router, page.router):
+    for router in ROUTERS:
         app.include_router(router)
     show_examples(app)
     app.add_exception_handler(ImprintError, _answer_error)

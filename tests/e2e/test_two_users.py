@@ -1,70 +1,109 @@
-"""On the real base: what a session has learned helps that session, and not its neighbour."""
+"""On the real base: what a session has learned helps that session and not its neighbour, as docs/tour.md shows it."""
 
 from __future__ import annotations
 
+import io
+import re
+import runpy
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
+from imprint import Client, CompletionOptions
 from tests.conftest import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real]
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-READERS = {"ada": "keeper", "bo": "loom"}
+ROOT = Path(__file__).parents[2]
+TOUR = (ROOT / "docs" / "tour.md").read_text()
+NEAR = 0.02  # other processors round otherwise
+
+
+@dataclass
+class Visit:
+    """A server of the default base after `examples/two_users.py`: Ada and Bo have each read half of a text."""
+
+    client: Client
+    table: str
 
 
 @pytest.fixture(scope="module")
-def client(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server of the default base, where each reader has observed the first part of a book."""
+def visit(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     data_dir = tmp_path_factory.mktemp("real") / "data"
     server = Server("smollm2-135m-instruct", data_dir, cache_dir=base_folder.parent).start()
-    with httpx.Client(base_url=server.url, timeout=120) as client:
-        for reader, book in READERS.items():
-            text = (EXAMPLES / f"{book}-1.txt").read_text()
-            reply = client.post(f"/v1/sessions/{reader}/observe", json={"text": text})
-            assert reply.status_code == 200, reply.text
-            assert reply.json()["version"] == 1
-        yield client
+    with Client(server.url) as client, redirect_stdout(io.StringIO()) as table:
+        script = runpy.run_path(str(ROOT / "examples" / "two_users.py"))
+        script["main"](server.url)
+        sys.stdout.flush()
+        yield Visit(client, table.getvalue())
     assert server.stop() == 0
 
 
-def score(client: httpx.Client, reader: str, text: str) -> Any:
-    reply = client.post(f"/v1/sessions/{reader}/score", json={"text": text})
-    assert reply.status_code == 200, reply.text
-    return reply.json()
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
 
 
-@pytest.mark.parametrize(("reader", "neighbour"), [("ada", "bo"), ("bo", "ada")])
-def test_a_memory_beats_the_base_and_the_neighbours_memory_on_its_own_book(
-    client: httpx.Client, reader: str, neighbour: str
-) -> None:
-    unseen = (EXAMPLES / f"{READERS[reader]}-2.txt").read_text()
-    own, other = score(client, reader, unseen), score(client, neighbour, unseen)
-    assert own["frozen_loss"] == other["frozen_loss"]
-    assert own["loss"] < own["frozen_loss"]
-    assert own["loss"] < other["loss"]
+def predicting(session: str | None) -> CompletionOptions:
+    """With the session's memory and leaving it as it is; None = the frozen base."""
+    return {"session": session, "adapt": "predict"} if session else {}
 
 
-def test_an_empty_session_is_the_base_bit_for_bit(client: httpx.Client) -> None:
-    scored = score(client, "nobody", (EXAMPLES / "keeper-2.txt").read_text())
-    assert scored["logprobs"] == scored["frozen_logprobs"]
-    assert scored["loss"] == scored["frozen_loss"]
+def test_a_memory_beats_the_base_and_the_neighbours_memory_on_its_own_text(visit: Visit) -> None:
+    keeper, loom = (numbers(line) for line in visit.table.splitlines()[2:])
+    (_, ada, own, bo, other), (_, ada_too, others, bo_too, owns) = keeper, loom
+    assert own < 1 < other * 1.05 and ada < bo
+    assert owns < 1 < others * 1.05 and bo_too < ada_too
 
 
-def test_what_was_taught_is_completed(client: httpx.Client) -> None:
+def test_the_table_of_the_tour_is_what_the_example_prints(visit: Visit) -> None:
+    shown = TOUR[TOUR.index("| perplexity of") :].split("\n\n")[0]
+    assert re.sub(r"\d+\.\d+", "", shown) == re.sub(r"\d+\.\d+", "", visit.table.rstrip())
+    assert numbers(shown) == pytest.approx(numbers(visit.table), rel=NEAR)
+
+
+def test_the_sessions_of_the_tour_learned_what_it_says(visit: Visit) -> None:
+    told = re.findall(r"--session (\w+)\nlearned (\d+) tokens · (\d+) rows · loss ([\d.]+) · version 1", TOUR)
+    assert [name for name, *_ in told] == ["ada", "bo"]
+    for name, tokens, rows, loss in told:
+        session, (entry,) = visit.client.get(name), visit.client.log(name)
+        assert session.tokens_learned == int(tokens)
+        assert session.rows == pytest.approx(int(rows), rel=NEAR)
+        assert entry.loss == pytest.approx(float(loss), rel=NEAR)
+
+
+def test_what_the_tour_teaches_is_completed_as_it_shows(visit: Visit) -> None:
+    paragraph = " ".join(line.removeprefix("> ") for line in TOUR.splitlines() if line.startswith("> "))
+    learned = visit.client.observe("visitor", paragraph)
+    assert f"{learned.tokens_learned} tokens" in TOUR
+    table = TOUR[TOUR.index("| prompt |") :].split("\n\n")[0]
+    for row in table.splitlines()[2:]:
+        prompt, adapted, frozen = (cell.strip() for cell in row.strip("|").split("|"))
+        for shown, session in ((adapted, "visitor"), (frozen, None)):
+            options = predicting(session)
+            said = visit.client.complete(prompt, max_tokens=12, temperature=0, **options).text
+            assert " ".join(said.split()).startswith(shown)
+
+
+def test_an_empty_session_is_the_base_bit_for_bit(visit: Visit) -> None:
+    scored = visit.client.score("nobody", (ROOT / "examples" / "keeper-2.txt").read_text()[:1000])
+    assert scored.logprobs == scored.frozen_logprobs
+    assert scored.loss == scored.frozen_loss
+
+
+def test_what_was_taught_is_completed(visit: Visit) -> None:
     """The base cannot know the name; the session that read the story does."""
     prompt = "The Keeper of Orvane Light was called"
 
-    def name_logprob(**fields: Any) -> float:
-        body = {"model": "smollm2-135m-instruct", "prompt": prompt + " Marrow Tessaly", "max_tokens": 0, "echo": True}
-        reply = client.post("/v1/completions", json=body | {"logprobs": 0} | fields)
-        assert reply.status_code == 200, reply.text
-        logprobs = reply.json()["choices"][0]["logprobs"]
-        start = next(i for i, offset in enumerate(logprobs["text_offset"]) if offset >= len(prompt))
-        return float(sum(logprobs["token_logprobs"][start:]))
+    def name_logprob(session: str | None) -> float:
+        text = prompt + " Marrow Tessaly"
+        reply = visit.client.complete(text, max_tokens=0, echo=True, logprobs=0, **predicting(session))
+        logprobs = reply.choices[0].logprobs
+        assert logprobs is not None
+        start = next(i for i, offset in enumerate(logprobs.text_offset) if offset >= len(prompt))
+        return sum(logprob or 0.0 for logprob in logprobs.token_logprobs[start:])
 
-    assert name_logprob(session="ada", adapt="predict") > name_logprob() + 2
+    assert name_logprob("ada") > name_logprob(None) + 2

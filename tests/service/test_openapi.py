@@ -11,7 +11,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from service import replies
+from service import reference, replies
 from tests.conftest import Server
 from tests.live import Client
 from tests.tiny import TEXT
@@ -78,6 +78,11 @@ def test_every_route_has_words_and_examples_that_are_what_the_schemas_say(page: 
                     check(page, media["schema"], example)
         for parameter in operation.get("parameters", []):
             assert parameter["description"], where
+
+
+def test_the_page_of_routes_and_errors_is_what_its_generator_prints() -> None:
+    page = (ROOT / "docs" / "http.md").read_text()
+    assert page == reference.markdown(), "write it again: python -m service.reference > docs/http.md"
 
 
 def test_the_examples_of_streams_are_events_of_chunks(page: Json) -> None:
