@@ -15,7 +15,7 @@ def markdown() -> str:
     for router in ROUTERS:
         app.include_router(router)
     routes = "\n".join(
-        f"| `{method.upper()}` | `{path}` | {operation['summary']} | {operation['description']} |"
+        f"| `{method.upper()} {path}` | {operation['description']} |"
         for path, methods in app.openapi()["paths"].items()
         for method, operation in methods.items()
     )
@@ -32,8 +32,8 @@ are OpenAI's, streamed (server-sent events) or not.
 
 ## Routes
 
-| | path | | |
-| --- | --- | --- | --- |
+| route | |
+| --- | --- |
 {routes}
 
 A session is named by the body's `session`, else by the header `X-Imprint-Session`, else by OpenAI's `user`. Answers of

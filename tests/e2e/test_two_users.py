@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
-from imprint import Client, CompletionOptions
+from imprint import Client, Completion, CompletionOptions
 from tests.conftest import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real]
@@ -47,9 +48,12 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+\.\d+", text)]
 
 
-def predicting(session: str | None) -> CompletionOptions:
-    """With the session's memory and leaving it as it is; None = the frozen base."""
-    return {"session": session, "adapt": "predict"} if session else {}
+def predicted(client: Client, reader: str | None, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
+    """With the session's memory, leaving it as it is; None = the frozen base."""
+    options["adapt"] = "predict" if reader else None
+    options["session"] = reader
+    options["temperature"] = 0
+    return client.complete(prompt, **options)
 
 
 def test_a_memory_beats_the_base_and_the_neighbours_memory_on_its_own_text(visit: Visit) -> None:
@@ -83,8 +87,7 @@ def test_what_the_tour_teaches_is_completed_as_it_shows(visit: Visit) -> None:
     for row in table.splitlines()[2:]:
         prompt, adapted, frozen = (cell.strip() for cell in row.strip("|").split("|"))
         for shown, session in ((adapted, "visitor"), (frozen, None)):
-            options = predicting(session)
-            said = visit.client.complete(prompt, max_tokens=12, temperature=0, **options).text
+            said = predicted(visit.client, session, prompt, max_tokens=12).text
             assert " ".join(said.split()).startswith(shown)
 
 
@@ -100,7 +103,7 @@ def test_what_was_taught_is_completed(visit: Visit) -> None:
 
     def name_logprob(session: str | None) -> float:
         text = prompt + " Marrow Tessaly"
-        reply = visit.client.complete(text, max_tokens=0, echo=True, logprobs=0, **predicting(session))
+        reply = predicted(visit.client, session, text, max_tokens=0, echo=True, logprobs=0)
         logprobs = reply.choices[0].logprobs
         assert logprobs is not None
         start = next(i for i, offset in enumerate(logprobs.text_offset) if offset >= len(prompt))
