@@ -1,0 +1,157 @@
+"""What is deployed says what the server does: dashboards, alerts, containers, Kubernetes. The real tools read it; no engine
+of theirs runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from service.metrics import Metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "deploy"
+ENDINGS = ("", "_bucket", "_sum", "_count")  # of a histogram's series
+
+
+def tool(name: str, *arguments: object) -> str:
+    """What a program of the environment prints; its complaint is the test's failure."""
+    program = Path(sysconfig.get_path("scripts")) / name
+    done = subprocess.run([program, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def read(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+# --- Grafana ----------------------------------------------------------------------------------------------------------
+
+
+def dashboards() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in (DEPLOY / "grafana" / "dashboards").glob("*.json")}
+
+
+def test_the_dashboards_are_what_their_source_makes() -> None:
+    made = runpy.run_path(str(DEPLOY / "grafana" / "dashboards.py"))["files"]()
+    assert {path.stem for path in made} == dashboards().keys() == {"service", "adaptation", "state", "device"}
+    for path, text in made.items():
+        assert path.read_text() == text, "run: python deploy/grafana/dashboards.py"
+
+
+@pytest.mark.parametrize("name", sorted(dashboards()))
+def test_grafanas_models_know_every_field_of_a_dashboard(name: str) -> None:
+    """They drop what they do not know, so what comes back whole is Grafana's."""
+    given = dashboards()[name]
+    assert json.loads(JSONEncoder().encode(Dashboard.from_json(given))) == given
+
+
+def test_panels_have_their_own_ids_and_places_and_say_what_they_tell() -> None:
+    for dashboard in dashboards().values():
+        panels = dashboard["panels"]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        taken = [
+            (x, y)
+            for panel in panels
+            for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+            for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+        ]
+        assert len(set(taken)) == len(taken) and max(x for x, _ in taken) < 24
+        assert all(panel["description"] and panel["targets"] for panel in panels if panel["type"] != "row")
+
+
+def exposed() -> set[str]:
+    """Every series that a server can expose."""
+    return {one.name + ending for one in Metrics().described for ending in ENDINGS}
+
+
+def test_dashboards_and_alerts_ask_for_metrics_that_there_are() -> None:
+    texts = [path.read_text() for path in DEPLOY.rglob("*") if path.suffix in (".json", ".yml", ".yaml")]
+    asked = {name for text in texts for name in re.findall(r"\bimprint_[a-z_]+\b", text)}
+    assert asked and asked <= exposed()
+
+
+# --- Prometheus -------------------------------------------------------------------------------------------------------
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [rule for group in read("deploy/prometheus/alerts.yml")["groups"] for rule in group["rules"]]
+
+
+def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
+    for alert in alerts():
+        assert alert["labels"]["severity"] in ("page", "ticket"), alert
+        assert alert["annotations"].keys() == {"summary", "runbook"}, alert
+
+
+def test_every_alert_fires_on_a_bad_day_and_none_on_a_good_one() -> None:
+    bad, good = read("tests/deploy/alerts.yml")["tests"]
+    firing = {sample["labels"] for sample in bad["promql_expr_test"][0]["exp_samples"]}
+    assert firing == {f'{{alertname="{alert["alert"]}"}}' for alert in alerts()}
+    assert good["promql_expr_test"][0] == {"expr": "ALERTS", "eval_time": "2h", "exp_samples": []}
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool (Debian's package prometheus) is not installed")
+    for command in (("check", "rules", "deploy/prometheus/alerts.yml"), ("test", "rules", "tests/deploy/alerts.yml")):
+        done = subprocess.run(["promtool", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["prometheus.yml", "kubernetes.yml"])
+def test_prometheus_takes_the_configuration(name: str) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool (Debian's package prometheus) is not installed")
+    command = ["promtool", "check", "config", "--syntax-only", DEPLOY / "prometheus" / name]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+
+def test_compose_takes_the_files_and_brings_everything() -> None:
+    together = yaml.safe_load(tool("docker-compose", "-f", "docker-compose.yml", "config"))
+    assert together["services"].keys() == {"server", "redis", "prometheus", "grafana"}
+    for service in together["services"].values():
+        assert service["healthcheck"]["test"]
+        assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
+        mounts = [volume for volume in service["volumes"] if volume["type"] == "bind"]
+        assert all(Path(mount["source"]).exists() and mount["read_only"] for mount in mounts)
+    cuda = tool("docker-compose", "-f", "docker-compose.yml", "-f", "docker/compose.cuda.yml", "config")
+    server = yaml.safe_load(cuda)["services"]["server"]
+    assert (
+        server["build"]["args"]["VARIANT"] == server["image"].split(":")[1] == server["environment"]["IMPRINT_DEVICE"]
+    )
+
+
+def test_what_compose_runs_finds_one_another() -> None:
+    services = read("docker-compose.yml")["services"]
+
+    def where(service: str, inside: str) -> str:
+        """What is mounted at or above a path of a container."""
+        mounts = {mount.split(":")[1]: mount.split(":")[0] for mount in services[service]["volumes"]}
+        return next(source for target, source in mounts.items() if Path(inside).is_relative_to(target))
+
+    (job,) = read("deploy/prometheus/prometheus.yml")["scrape_configs"]
+    key_file = job["authorization"]["credentials_file"]
+    assert f"METRICS_KEY_FILE={key_file}" in (ROOT / "Dockerfile").read_text()
+    assert where("server", key_file) == where("prometheus", key_file)
+    assert job["static_configs"] == [{"targets": ["server:8000"]}]
+    (source,) = read("deploy/grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert source["jsonData"]["timeInterval"] == read("deploy/prometheus/prometheus.yml")["global"]["scrape_interval"]
+    (provider,) = read("deploy/grafana/provisioning/dashboards/imprint.yml")["providers"]
+    assert where("grafana", provider["options"]["path"]) == "./deploy/grafana/dashboards"
+
+
+def test_the_dockerfile_follows_the_rules_of_its_linter() -> None:
+    tool("hadolint", "Dockerfile")
