@@ -190,7 +190,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
         raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
     backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     tokenizer = Tokenizer.load(folder)
-    memory = choose_memory(settings, backbone).to(device)
+    memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
     engine = Engine(
         AdaptiveLM(backbone, memory),
@@ -210,9 +210,8 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     return Served(engine, tokenizer, prints, context, backbone.config.vocab_size)
 
 
-def choose_memory(settings: Settings, backbone: Backbone) -> Memory:
-    """The memory that is asked for, the one shipped for the base, or a random one."""
-    hidden_size = backbone.config.hidden_size
+def choose_memory(settings: Settings, hidden_size: int) -> Memory:
+    """The memory that is asked for, the one shipped for the base, or a random one. Raises MemoryConfigError."""
     if settings.memory != "default":
         return load_memory(Path(settings.memory), hidden_size=hidden_size)
     if settings.model in MEMORIES:

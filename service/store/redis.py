@@ -347,6 +347,13 @@ class RedisStore:
         limits = [node["maxmemory"] for node in nodes]
         return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
 
+    async def configuration(self, *names: str) -> dict[str, str]:
+        """The server's own settings of these names; none where it does not tell them."""
+        try:
+            return cast(dict[str, str], await _patiently(lambda: self._client.config_get(*names)))
+        except ResponseError:
+            return {}
+
     async def ping(self) -> None:
         """Returns if the server answers right now."""
         await _patiently(lambda: self._client.ping(), patience=0)
