@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := model service tests $(wildcard scripts)
+CHECKED := model service tests deploy $(wildcard scripts)
 
 .PHONY: serve test lint clean
 
