@@ -340,8 +340,9 @@ class RedisStore:
         return lambda keys, args: _patiently(lambda: script(keys, args))
 
     async def memory(self) -> tuple[int, int]:
-        """Bytes of memory that the server (the masters of a cluster) uses, and that it may use; 0 = no limit, or it does
-        not tell."""
+        """Bytes of memory that the server (the masters of a cluster) uses, and that it may use.
+
+        0 of what it does not tell, or does not limit."""
         everywhere = {"target_nodes": RedisCluster.PRIMARIES} if isinstance(self._client, RedisCluster) else {}
         try:
             told: dict[str, Any] = await _patiently(lambda: self._client.info("memory", **everywhere))
