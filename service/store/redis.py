@@ -340,9 +340,14 @@ class RedisStore:
         return lambda keys, args: _patiently(lambda: script(keys, args))
 
     async def memory(self) -> tuple[int, int]:
-        """Bytes of memory that the server (the masters of a cluster) uses, and that it may use; 0 = no limit."""
+        """Bytes of memory that the server (the masters of a cluster) uses, and that it may use.
+
+        0 of what it does not tell, or does not limit."""
         everywhere = {"target_nodes": RedisCluster.PRIMARIES} if isinstance(self._client, RedisCluster) else {}
-        told: dict[str, Any] = await _patiently(lambda: self._client.info("memory", **everywhere))
+        try:
+            told: dict[str, Any] = await _patiently(lambda: self._client.info("memory", **everywhere))
+        except ResponseError:
+            return 0, 0
         nodes = [told] if "used_memory" in told else list(told.values())
         limits = [node["maxmemory"] for node in nodes]
         return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
