@@ -1,10 +1,11 @@
 # The Imprint server:  docker build -t imprint .
 #
-# TORCH_INDEX is one more package index to take torch from. Left empty, pip's own index decides, which on Linux x86-64
-# means the CUDA build (run it with --gpus all); with PyTorch's "cpu" index (its installation page names it), pip prefers
-# the much smaller CPU build:  docker build --build-arg TORCH_INDEX=<that index> -t imprint .
+# VARIANT=cuda is what pip's own index gives on Linux x86-64 (run it with --gpus all). The much smaller VARIANT=cpu wants
+# one more package index to take torch from, PyTorch's "cpu" index (its installation page names it):
+#     docker build --build-arg VARIANT=cpu --build-arg TORCH_INDEX=<that index> -t imprint:cpu .
 
 FROM python:3.11-slim AS wheels
+ARG VARIANT=cuda
 ARG TORCH_INDEX=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
@@ -13,16 +14,22 @@ COPY imprint imprint
 COPY model model
 COPY service service
 RUN --mount=type=cache,target=/var/cache/pip \
-    pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels .
+    pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels . \
+    && if [ "$VARIANT" = cpu ] && [ -n "$(find /wheels -name 'nvidia_*')" ]; then \
+        echo "VARIANT=cpu, but pip chose torch's CUDA build: TORCH_INDEX must name an index of CPU builds" >&2; exit 1; \
+    fi
 
 FROM python:3.11-slim
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     HOME=/var/cache/imprint \
     IMPRINT_HOST=0.0.0.0 IMPRINT_PORT=8000 \
-    IMPRINT_DATA_DIR=/var/lib/imprint IMPRINT_CACHE_DIR=/var/cache/imprint
+    IMPRINT_DATA_DIR=/var/lib/imprint IMPRINT_CACHE_DIR=/var/cache/imprint \
+    METRICS_KEY_FILE=/run/imprint/metrics.key
 RUN groupadd --gid 10001 imprint \
     && useradd --uid 10001 --gid imprint --no-create-home --home-dir /var/cache/imprint --shell /usr/sbin/nologin imprint \
-    && install --directory --owner imprint --group imprint --mode 0700 /var/lib/imprint /var/cache/imprint
+    && install --directory --owner imprint --group imprint --mode 0700 /var/lib/imprint /var/cache/imprint \
+    && install --directory --owner imprint --group imprint /run/imprint
+# hadolint ignore=DL3013
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     pip install --no-index --find-links /wheels imprint
 COPY --chmod=0755 docker/entrypoint docker/healthcheck.py /usr/local/libexec/imprint/
@@ -32,7 +39,8 @@ WORKDIR /var/lib/imprint
 VOLUME ["/var/lib/imprint", "/var/cache/imprint"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# Without keys of your own (IMPRINT_API_KEYS or IMPRINT_API_KEYS_FILE) the first start makes one and logs it, once.
+# Without keys of your own (IMPRINT_API_KEYS or IMPRINT_API_KEYS_FILE) the first start makes one and logs it, once, and
+# one for /metrics, which it leaves in METRICS_KEY_FILE.
 # The first start fetches and converts the base, so it may take minutes to become ready.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python", "/usr/local/libexec/imprint/healthcheck.py"]

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := imprint model service tests examples $(wildcard scripts)
+CHECKED := imprint model service tests deploy examples $(wildcard scripts)
 
 .PHONY: serve test lint docs clean
 

@@ -43,7 +43,7 @@ from service.store.redis import RedisStore
 from service.store.types import Keeping
 from service.tenants import Keys, KeysError
 
-COUNT_EVERY_S = 10.0
+WATCH_EVERY_S = 10.0
 LOADER = "imprint-load"  # the thread that loads the model
 KV_SHARE = 0.4  # of the memory that is free at the start
 MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
@@ -127,7 +127,8 @@ async def _serve(
     app = create_app(sessions, metrics, settings, keys)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
-    tasks = [asyncio.create_task(_count_cold(sessions, metrics, keys)), asyncio.create_task(sessions.forget_erased())]
+    watching = asyncio.create_task(_watch_store(store, sessions, metrics, keys))
+    tasks = [watching, asyncio.create_task(sessions.forget_erased())]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise()))
     serving = asyncio.create_task(server.serve([listener]))
@@ -190,7 +191,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
         raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
     backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     tokenizer = Tokenizer.load(folder)
-    memory = choose_memory(settings, backbone).to(device)
+    memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
     engine = Engine(
         AdaptiveLM(backbone, memory),
@@ -204,13 +205,14 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
         metrics=metrics,
     )
     prints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
+    metrics.build_info.info({"version": version("imprint"), "model": settings.model, **prints})
+    _watch_device(metrics, device)
     log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - began)
     return Served(engine, tokenizer, prints, context, backbone.config.vocab_size)
 
 
-def choose_memory(settings: Settings, backbone: Backbone) -> Memory:
-    """The memory that is asked for, the one shipped for the base, or a random one."""
-    hidden_size = backbone.config.hidden_size
+def choose_memory(settings: Settings, hidden_size: int) -> Memory:
+    """The memory that is asked for, the one shipped for the base, or a random one. Raises MemoryConfigError."""
     if settings.memory != "default":
         return load_memory(Path(settings.memory), hidden_size=hidden_size)
     if settings.model in MEMORIES:
@@ -235,12 +237,32 @@ def _kv_tokens(backbone: Backbone, context: int) -> int:
     return max(context, int(KV_SHARE * free) // one)
 
 
-async def _count_cold(sessions: Sessions, metrics: Metrics, keys: Keys) -> None:
+async def _watch_store(store: RedisStore, sessions: Sessions, metrics: Metrics, keys: Keys) -> None:
+    """Measures the store, over and over."""
     while True:
-        await asyncio.sleep(COUNT_EVERY_S)
-        if sessions.state == "ready":
-            with suppress(StoreUnavailable):
+        try:
+            used, limit = await store.memory()
+            metrics.store_used_bytes.set(used)
+            metrics.store_limit_bytes.set(limit)
+            if sessions.state == "ready":
                 metrics.sessions_cold.set(await sessions.count_cold(keys.tenants))
+            metrics.store_up.set(1)
+        except StoreUnavailable:
+            metrics.store_up.set(0)
+        await asyncio.sleep(WATCH_EVERY_S)
+
+
+def _watch_device(metrics: Metrics, device: str) -> None:
+    """Has the device measured whenever the metrics are read."""
+
+    def free_bytes() -> int:
+        return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    metrics.device_info.info({"kind": device, "name": name})
+    total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
+    metrics.device_memory_bytes.set(total)
+    metrics.device_memory_used_bytes.set_function(lambda: total - free_bytes())
 
 
 class _Server(uvicorn.Server):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +67,37 @@ def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
             return path
         if path.is_file() and path.suffix == ".gguf":
             return _from_gguf(path.resolve(), cache_dir, progress)
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path.exists():
+        if _is_repository(model):
             return _from_hub(model, cache_dir / "hub", progress)
     except (GGUFError, OSError) as error:
         raise BaseError(f"model {model}: {_one_line(str(error))}") from error
+    raise _unknown(model)
+
+
+def cached_base(model: str, cache_dir: Path) -> Path | None:
+    """What `resolve_base` would give, if nothing has to be fetched or converted for that. Raises `BaseError`."""
+    path = Path(model).expanduser()
+    if model in PACKAGED:
+        folder = cache_dir / model
+    elif model and path.is_dir():
+        return path
+    elif path.is_file() and path.suffix == ".gguf":
+        folder = _gguf_folder(path.resolve(), cache_dir)
+    elif _is_repository(model):
+        folder = _snapshot(model, cache_dir / "hub", offline=True)
+    else:
+        raise _unknown(model)
+    return folder if _is_complete(folder) else None
+
+
+def _unknown(model: str) -> BaseError:
     known = ", ".join(PACKAGED)
-    raise BaseError(f"model must be {known}, a folder, a .gguf file or owner/name on the hub, got {model!r}")
+    return BaseError(f"model must be {known}, a folder, a .gguf file or owner/name on the hub, got {model!r}")
+
+
+def _is_repository(model: str) -> bool:
+    """Whether it has the form of a name on the hub."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
 
 
 def _from_package(name: str, package: Packaged, cache_dir: Path, progress: Progress) -> Path:
@@ -92,10 +116,13 @@ def _from_package(name: str, package: Packaged, cache_dir: Path, progress: Progr
 
 
 def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
+    return _once(_gguf_folder(path, cache_dir), lambda scratch: _converted(path, scratch, progress))
+
+
+def _gguf_folder(path: Path, cache_dir: Path) -> Path:
     status = path.stat()
     identity = hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    folder = cache_dir / f"{path.stem}-{identity[:12]}"
-    return _once(folder, lambda scratch: _converted(path, scratch, progress))
+    return cache_dir / f"{path.stem}-{identity[:12]}"
 
 
 def _converted(gguf: Path, scratch: Path, progress: Progress) -> Path:
@@ -105,25 +132,30 @@ def _converted(gguf: Path, scratch: Path, progress: Progress) -> Path:
 
 
 def _from_hub(repository: str, cache_dir: Path, progress: Progress) -> Path:
-    # Imported here because only this way of naming a model needs it, and it is slow to import.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def fetch(*, offline: bool) -> Path:
-        return Path(
-            snapshot_download(repository, cache_dir=cache_dir, allow_patterns=HUB_FILES, local_files_only=offline)
-        )
-
     try:
-        with suppress(LocalEntryNotFoundError):
-            if _is_complete(cached := fetch(offline=True)):
-                return cached
+        if _is_complete(cached := _snapshot(repository, cache_dir, offline=True)):
+            return cached
         progress(f"Fetching {repository} from the Hugging Face hub")
-        folder = fetch(offline=False)
+        folder = _snapshot(repository, cache_dir, offline=False)
         model_files(folder)
         return folder
     except (OSError, ValueError, CheckpointError) as error:  # the hub's own errors are kinds of the first two
         raise BaseError(f"model {repository}: {_one_line(str(error))}") from error
+
+
+def _snapshot(repository: str, cache_dir: Path, *, offline: bool) -> Path:
+    """Where the hub's files are; offline, a folder that may be incomplete or not there."""
+    # Imported here because only this way of naming a model needs it, and it is slow to import.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(repository, cache_dir=cache_dir, allow_patterns=HUB_FILES, local_files_only=offline)
+    except LocalEntryNotFoundError:
+        if not offline:
+            raise
+        found = str(cache_dir / repository)
+    return Path(found)
 
 
 def _once(folder: Path, build: Callable[[Path], Path]) -> Path:

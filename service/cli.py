@@ -1,10 +1,12 @@
-"""The command line `imprint`. All commands but `serve`, `eval` and `train` speak HTTP to a running server."""
+"""The command line `imprint`. All commands but `serve`, `doctor`, `eval` and `train` speak HTTP to a running server."""
 
 import contextlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +50,7 @@ TextPaths = Annotated[
 Window = Annotated[int, typer.Option(min=8, max=8191, help="Tokens of a request.")]
 PerKind = Annotated[int, typer.Option("--streams", min=1, help="Streams of a kind, at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MARKS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "fail": "[red]✗[/red]"}
 LOCAL = "http://127.0.0.1:8000"
 
 
@@ -83,6 +86,27 @@ def serve(
     from service.app import run  # the commands that only speak HTTP need no torch
 
     raise typer.Exit(run(settings))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look for what keeps a server from starting here, and say what to do. Exits with 1 if there is something."""
+    from service.doctor import Finding, examine
+
+    logging.disable()  # what it would warn of is told in order
+    try:
+        findings = list(examine(Settings.load()))
+    except SettingsError as error:
+        findings = [Finding("settings", "fail", str(error), "docs/settings.md lists them all")]
+    healthy = all(finding.status != "fail" for finding in findings)
+    if as_json:
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
+        raise typer.Exit(not healthy)
+    for finding in findings:
+        out.print(f"{MARKS[finding.status]} [bold]{finding.name:<7}[/bold] {escape(finding.found)}")
+        if finding.do:
+            out.print(f"          → {escape(finding.do)}")
+    raise typer.Exit(not healthy)
 
 
 @app.command("eval")

@@ -1,18 +1,35 @@
 """The server's Prometheus metrics. `python -m service.metrics` prints docs/metrics.md.
 
-Labels hold routes, statuses and error codes, never a session: there may be millions of those.
+Labels hold routes, statuses, error codes and fingerprints, never a session: there may be millions of those.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 PREFIX = "imprint_"
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BYTES = tuple(float(4**power) for power in range(5, 14))
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROCESS = (  # what prometheus_client tells of the process where there is a /proc
+    ("cpu_seconds_total", "counter", "CPU time of the server's process."),
+    ("resident_memory_bytes", "gauge", "Resident memory of the server's process."),
+    ("virtual_memory_bytes", "gauge", "Virtual memory of the server's process."),
+    ("start_time_seconds", "gauge", "When the process began, in seconds since 1970."),
+    ("open_fds", "gauge", "Open files and connections."),
+    ("max_fds", "gauge", "Files and connections that may be open."),
+)
+GAIN = (-1.0, -0.5, -0.2, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,9 @@ class Metrics:
         self._requests()
         self._engine()
         self._learning()
+        self._store()
         self._server()
+        self._process()
 
     def _requests(self) -> None:
         self.requests_total = self._counter("requests_total", "HTTP requests answered.", ("route", "code"))
@@ -66,6 +85,7 @@ class Metrics:
             "engine_step_seconds", "Duration of one engine step, prefill or decode.", STEP_S, ("kind",)
         )
         self.kv_tokens_reserved = self._gauge("kv_tokens_reserved", "Tokens reserved in key/value caches.")
+        self.kv_tokens_capacity = self._gauge("kv_tokens_capacity", "Tokens that the key/value caches may hold.")
         self.tokens_predicted_total = self._counter("tokens_predicted_total", "Tokens generated.")
         self.tokens_prefilled_total = self._counter("tokens_prefilled_total", "Prompt tokens read.")
 
@@ -76,6 +96,22 @@ class Metrics:
             "guards_shut_total", "Sessions whose read gate shut, their memory having done harm."
         )
         self.guards_opened_total = self._counter("guards_opened_total", "Sessions whose read gate opened again.")
+        self.proof_tokens_total = self._counter(
+            "proof_tokens_total", "Tokens that the frozen model scored too, before they were learned."
+        )
+        self.proof_loss_nats_total = self._counter(
+            "proof_loss_nats_total", "Loss of the adapted model, summed over the proof tokens."
+        )
+        self.proof_frozen_loss_nats_total = self._counter(
+            "proof_frozen_loss_nats_total", "Loss of the frozen model, summed over the proof tokens."
+        )
+        self.session_gain_nats_per_token = self._histogram(
+            "session_gain_nats_per_token",
+            "What a session's memory has been worth so far; observed at each of its turns with proof tokens.",
+            GAIN,
+        )
+
+    def _store(self) -> None:
         self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_S)
         self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTES)
         self.store_full_total = self._counter(
@@ -88,20 +124,35 @@ class Metrics:
         self.session_evictions_total = self._counter(
             "session_evictions_total", "Sessions dropped from memory for others."
         )
-        self.proof_tokens_total = self._counter(
-            "proof_tokens_total", "Tokens that the frozen model scored too, before they were learned."
+        self.hot_rows_ratio = self._gauge(
+            "hot_rows_ratio", "Share of the room for fast weights that is taken, of the fullest site."
         )
-        self.proof_loss_nats_total = self._counter(
-            "proof_loss_nats_total", "Loss of the adapted model, summed over the proof tokens."
+        self.lease_wait_seconds = self._histogram(
+            "lease_wait_seconds", "From asking for a session's lease to having it; replicas on one Redis only.", STEP_S
         )
-        self.proof_frozen_loss_nats_total = self._counter(
-            "proof_frozen_loss_nats_total", "Loss of the frozen model, summed over the proof tokens."
+        self.leases_held = self._gauge("leases_held", "Sessions that this server is teaching, by lease.")
+        self.turns_overtaken_total = self._counter(
+            "turns_overtaken_total", "Commits refused because another replica had changed the session meanwhile."
+        )
+        self.store_up = self._gauge("store_up", "1 while the session store answers.")
+        self.store_used_bytes = self._gauge("store_used_bytes", "Memory that the session store uses.")
+        self.store_limit_bytes = self._gauge(
+            "store_limit_bytes", "Memory that the session store may use; 0 = no limit."
         )
 
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
-        self.build_info = Info(f"{PREFIX}build", "Version and fingerprints of what runs.", registry=self.registry)
-        self.described.append(Described(f"{PREFIX}build_info", "info", (), "Version and fingerprints of what runs."))
+        self.build_info = self._info("build", ("version", "model", "base", "memory"), "What runs, with fingerprints.")
+        self.device_info = self._info("device", ("kind", "name"), "Where the model runs.")
+        self.device_memory_used_bytes = self._gauge(
+            "device_memory_used_bytes", "Memory of that device in use, by whatever process."
+        )
+        self.device_memory_bytes = self._gauge("device_memory_bytes", "Memory of that device.")
+
+    def _process(self) -> None:
+        ProcessCollector(namespace=PREFIX.rstrip("_"), registry=self.registry)
+        for name, kind, meaning in PROCESS:
+            self._describe(f"process_{name}", kind, (), meaning)
 
     def _counter(self, name: str, meaning: str, labels: tuple[str, ...] = ()) -> Counter:
         self._describe(name, "counter", labels, meaning)
@@ -110,6 +161,10 @@ class Metrics:
     def _gauge(self, name: str, meaning: str) -> Gauge:
         self._describe(name, "gauge", (), meaning)
         return Gauge(PREFIX + name, meaning, registry=self.registry)
+
+    def _info(self, name: str, labels: tuple[str, ...], meaning: str) -> Info:
+        self._describe(f"{name}_info", "info", labels, meaning)
+        return Info(PREFIX + name, meaning, registry=self.registry)
 
     def _histogram(self, name: str, meaning: str, buckets: Sequence[float], labels: tuple[str, ...] = ()) -> Histogram:
         self._describe(name, "histogram", labels, meaning)

@@ -412,6 +412,9 @@ class Sessions:
         self._metrics.proof_tokens_total.inc(stats.proof_tokens)
         self._metrics.proof_loss_nats_total.inc(stats.proof_loss_sum)
         self._metrics.proof_frozen_loss_nats_total.inc(stats.proof_frozen_loss_sum)
+        if stats.proof_tokens:
+            gain = (new.frozen_loss_sum - new.loss_sum) / new.proof_tokens
+            self._metrics.session_gain_nats_per_token.observe(gain)
         return new
 
     async def _memory(self, turn: Turn, *, write: bool) -> MemoryUse:

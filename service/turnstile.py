@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -115,6 +116,7 @@ class Turnstile:
                 call.began = 0 if entered.meta is None else entered.meta.version
             held = Held(call, entered.meta, entered.lease)
             keeper = asyncio.create_task(self._keep(entered.lease)) if entered.lease else None
+            self._metrics.leases_held.inc(keeper is not None)
             try:
                 require_match(if_match, entered.meta)
                 async with AsyncExitStack() as stack:
@@ -124,6 +126,7 @@ class Turnstile:
                         await stack.enter_async_context(self._ledger.place(call.tenant, session))
                     yield held
             finally:
+                self._metrics.leases_held.dec(keeper is not None)
                 if keeper is not None:
                     keeper.cancel()
                 if held.lease is not None:
@@ -133,15 +136,22 @@ class Turnstile:
     async def _enter(self, call: Call, session: str, write: Write) -> tuple[Entered, dict[str, Any] | None]:
         """How a turn begins; and what it was answered before, if it was."""
         with self._counting_full():
-            entered = await self._store.enter(call.tenant.name, session, write=write, names=call.names)
+            entered = await self._entered(call, session, write, call.names)
             if entered.record is None:
                 return entered, None
             replay = call.replay(entered.record)
             if replay is None:
                 if call.late(entered.record):
                     await asyncio.sleep(LATE_S)
-                entered = await self._store.enter(call.tenant.name, session, write=write)
+                entered = await self._entered(call, session, write)
             return entered, replay
+
+    async def _entered(self, call: Call, session: str, write: Write, names: Sequence[str] = ()) -> Entered:
+        began = time.perf_counter()
+        entered = await self._store.enter(call.tenant.name, session, write=write, names=names)
+        if entered.lease is not None:
+            self._metrics.lease_wait_seconds.observe(time.perf_counter() - began)
+        return entered
 
     async def _keep(self, lease: Lease) -> None:
         """Renews a lease for as long as a turn runs; one that was lost stays so, and its commit will be refused."""
@@ -168,7 +178,7 @@ class Turnstile:
         tenant = held.call.tenant
 
         async def commit() -> None:
-            with self._counting_full(), self._metrics.commit_seconds.time():
+            with self._counting_refusals(), self._metrics.commit_seconds.time():
                 await self._store.commit(tenant.name, new, sites, gone=gone, lease=held.lease, note=note)
             await self._ledger.learned(tenant, new.id, new.bytes, tokens)
 
@@ -183,6 +193,16 @@ class Turnstile:
             yield
         except StoreFull:
             self._metrics.store_full_total.inc()
+            raise
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        """Counts the commits that another replica's were before, too."""
+        try:
+            with self._counting_full():
+                yield
+        except VersionConflict:
+            self._metrics.turns_overtaken_total.inc()
             raise
 
     async def turn(self, once: Callable[[], Awaitable[T]]) -> T:

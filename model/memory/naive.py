@@ -84,6 +84,15 @@ def fingerprints(token_ids: Tensor) -> Tensor:
     return torch.tensor(out, dtype=torch.int16).view(-1, len(RUNS))
 
 
+def place(cells: Tensor, room: Tensor) -> Tensor:
+    """Token by token; arguments and result as in `ops.place`."""
+    chosen: list[int] = []
+    for mine, rooms in zip(cells.tolist(), room.tolist(), strict=True):
+        empty = [cell for cell, rows in zip(mine, rooms, strict=True) if chosen.count(cell) < rows]
+        chosen.append(empty[0] if empty else mine[0])
+    return torch.tensor(chosen, dtype=torch.long)
+
+
 def write_lexical(old: Rows, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor) -> Rows:
     """Token by token; arguments and result as in `ops.write_lexical`."""
     new = Rows(*(part.clone() for part in old))

@@ -229,6 +229,19 @@ def trust_step(frozen: Tensor, adapted: Tensor, in_memory: Tensor, gamma: Tensor
     return gamma * (1.0 - gamma) * odds
 
 
+def place(cells: Tensor, room: Tensor) -> Tensor:
+    """Where each token is written [n]: the nearest of its cells [n, k] in which the tokens before it left an empty row;
+    the nearest of all if there is none. room [n, k]: the empty rows of these cells before the block."""
+    left: dict[int, int] = {}
+    chosen = []
+    for mine, rooms in zip(cells.tolist(), room.tolist(), strict=True):
+        left.update((cell, free) for cell, free in zip(mine, rooms, strict=True) if cell not in left)
+        cell = next((cell for cell in mine if left[cell] > 0), mine[0])
+        left[cell] -= 1
+        chosen.append(cell)
+    return torch.tensor(chosen, dtype=torch.long, device=cells.device)
+
+
 def write_lexical(old: Rows, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor) -> Rows:
     """One block's write: each token takes one row of its cell, an empty one or the oldest.
 

@@ -42,6 +42,11 @@ class _Free:
         self._top = capacity
         self._make_room = make_room
 
+    @property
+    def taken(self) -> float:
+        """The share that is not free."""
+        return 1.0 - self._top / len(self._stack)
+
     def take(self, n: int) -> Tensor:
         while n > self._top and self._make_room():
             pass
@@ -170,6 +175,11 @@ class Pool:
             table = site.tables[index]
             site.free.give(table[table > 0])
         self._drop(index)
+
+    @property
+    def taken(self) -> float:
+        """The share of the room for rows that sessions and drafts have taken, of the fullest site."""
+        return max(site.free.taken for site in self.sites.values())
 
     def rows(self, index: int) -> dict[str, int]:
         """How many rows a session holds, by site."""

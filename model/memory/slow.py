@@ -27,12 +27,13 @@ TRUST_LIMITS = (-4.0, 1.0)  # the upper one keeps what was read over and over fr
 
 class Reading(NamedTuple):
     """What a lexical site makes of n tokens: their contexts (fingerprints [n, R] and keys [n, d_k]) and cells [n, k];
-    how many runs [n] of the context the best match repeats; p_mem as shares [n, K] of tokens [n, K]; the weight γ [n]
-    that counts, and the one that would if the session's guards were open."""
+    how many empty rows these have [n, k]; how many runs [n] of the context the best match repeats; p_mem as shares
+    [n, K] of tokens [n, K]; the weight γ [n] that counts, and the one that would if the session's guards were open."""
 
     prints: Tensor
     keys: Tensor
     cells: Tensor
+    room: Tensor
     repeats: Tensor
     tokens: Tensor
     shares: Tensor
@@ -52,11 +53,12 @@ class LexicalSite(nn.Module):
     """Rows of (token, key), read into the output distribution.
 
     The key of a token is Norm(W_k h + b_k), h the final hidden state that predicts it. Its cells are the k whose
-    centres are nearest to it; it is written to the nearest one. A small network looks at what was found, at the base's
-    entropy and at the key, and says γ and how much each head counts. Trust is added to γ's logit, one for each number
-    of runs that the best match repeats: what follows a chance likeness and what follows a sentence that is said again
-    deserve different trust. Part of it is the session's, learned slowly and kept, and part the request's, which begins
-    in doubt and learns fast what the memory is worth to this text.
+    centres are nearest to it; it is written to the nearest one that has room, which a crowd of like contexts needs. A
+    small network looks at what was found, at the base's entropy and at the key, and says γ and how much each head
+    counts. Trust is added to γ's logit, one for each number of runs that the best match repeats: what follows a chance
+    likeness and what follows a sentence that is said again deserve different trust. Part of it is the session's,
+    learned slowly and kept, and part the request's, which begins in doubt and learns fast what the memory is worth to
+    this text.
     """
 
     def __init__(self, config: SiteConfig, hidden_size: int) -> None:
@@ -101,13 +103,14 @@ class LexicalSite(nn.Module):
 
     def find(
         self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: ops.Prediction
-    ) -> tuple[Tensor, Tensor, ops.Candidates]:
-        """The keys [n, d_k] of final hidden states [n, d], their cells [n, k], and what sessions [n] have there;
-        prints [n, R]: fingerprints of the contexts."""
+    ) -> tuple[Tensor, Tensor, Tensor, ops.Candidates]:
+        """The keys [n, d_k] of final hidden states [n, d], their cells [n, k], how many empty rows sessions [n] have in
+        these, and what else; prints [n, R]: fingerprints of the contexts."""
         keys = self.keys(hidden)
         cells = self.address(keys)
         rows = ops.Rows(*pool.sites[self.config.name].read(session, cells))
-        return keys, cells, ops.read_lexical(rows, keys, prints, base, self.sharpness, self.prior, self.bonus)
+        found = ops.read_lexical(rows, keys, prints, base, self.sharpness, self.prior, self.bonus)
+        return keys, cells, (rows.ages == 0).sum(-1), found
 
     def first_trust(self) -> Tensor:
         """The trust [R + 1] of a request that begins."""
@@ -118,13 +121,13 @@ class LexicalSite(nn.Module):
     ) -> Reading:
         """What sessions [n] know about what follows final hidden states [n, d] and contexts with fingerprints [n, R],
         for which the base predicts `base`; trust [n, R + 1] of their requests."""
-        keys, cells, found = self.find(pool, session, hidden, prints, base)
+        keys, cells, room, found = self.find(pool, session, hidden, prints, base)
         logit, shares = self.gate(found, base.entropy, keys)
         own = pool.sites[self.config.name].own[session, :, found.repeats]
         logit = logit + own[:, TRUST] + trust.gather(1, found.repeats[:, None])[:, 0]
         unguarded = torch.sigmoid(logit).clamp_max(MOST) * shares.any(-1)
         gamma = unguarded * (own[:, SHUT] == 0)
-        return Reading(prints, keys, cells, found.repeats, found.tokens, shares, gamma, unguarded)
+        return Reading(prints, keys, cells, room, found.repeats, found.tokens, shares, gamma, unguarded)
 
     def judged(self, reading: Reading, targets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
         """log p [n] of targets [n] as if the guards were open, and how they judge the gate [R + 1]; frozen: their
@@ -149,7 +152,8 @@ class LexicalSite(nn.Module):
         balance, shut = ops.guard(own[BALANCE], own[SHUT], gain, tokens)
         fast.own[draft.index] = torch.stack([trust, balance, shut])
         news = adapted < -self.config.surprise
-        touched, at = torch.unique(reading.cells[news, 0], return_inverse=True)
+        chosen = ops.place(reading.cells[news], reading.room[news])
+        touched, at = torch.unique(chosen, return_inverse=True)
         old = ops.Rows(*draft.get(self.config.name, touched))
         new = ops.write_lexical(old, at, ops.quantise(reading.keys[news]), reading.prints[news], targets[news])
         draft.put(self.config.name, touched, new)

@@ -23,6 +23,7 @@ from model.memory.ops import predict
 
 ROWS = 256  # of logits at a time: a vocabulary of them is large
 BYTES_PER_STATE = 2
+QUERIES = 512  # targets of a chunk that a gradient is taken of
 START = 0  # stands for BOS where requests are only compared with each other
 
 
@@ -43,6 +44,13 @@ class Chunk:
     log_probs: Tensor
     entropy: Tensor
     lengths: list[int]
+
+    def picked(self) -> Tensor:
+        """Which targets a loss is taken of: all of them, or a random sample where gradients are wanted."""
+        n, device = len(self.targets), self.targets.device
+        if torch.is_grad_enabled() and n > QUERIES:
+            return torch.randperm(n, device=device)[:QUERIES]
+        return torch.arange(n, device=device)
 
 
 def cut_lengths(tokens: int, shortest: int, longest: int, seed: str) -> list[int]:

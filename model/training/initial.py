@@ -17,7 +17,7 @@ WHITENING_POWER = 0.75
 WHITENING_FLOOR = 1e-3  # of the largest variance
 SHARPNESS = (20.0, 7.0)
 PRIOR = 0.2
-BONUS = 1.0
+BONUS = (1.0, 1.0, 3.0)  # of each run that is repeated: the longest must outvote many rows that repeat less
 CAUTION = -2.0  # the gate's logit before training
 TRUST_RATE = 0.02
 REQUEST_TRUST, REQUEST_TRUST_RATE = -0.5, 0.3
@@ -50,7 +50,7 @@ def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = No
         site.key_bias.copy_(bias)
         site.sharpness.copy_(torch.tensor(SHARPNESS))
         site.prior.fill_(PRIOR)
-        site.bonus.fill_(BONUS)
+        site.bonus.copy_(torch.tensor(BONUS).expand_as(site.bonus))
         site.gate_in.copy_(torch.randn(site.gate_in.shape, generator=generator) / math.sqrt(len(site.gate_in)))
         site.gate_out_bias.copy_(torch.tensor([CAUTION, 0.0, 0.0]))
         site.trust_rate.fill_(TRUST_RATE)

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from model.memory import LexicalSite, Memory, ops
 from model.memory.config import RUNS
-from model.training.features import START, Chunk
-
-QUERIES = 512  # targets of a chunk that count; a random sample keeps long histories affordable
+from model.training.features import QUERIES, START, Chunk
 
 
 class Past(NamedTuple):
@@ -61,12 +59,9 @@ class LexicalObjective:
         keys, prints = torch.cat([state.keys.float(), new]), torch.cat([state.prints, context])
         tokens = torch.cat([state.tokens.long(), chunk.targets])
         seen = before + torch.tensor(self._written(chunk.lengths), device=new.device)
-        picked = torch.arange(n, device=new.device)
-        if torch.is_grad_enabled() and n > QUERIES:
-            picked = torch.randperm(n, device=new.device)[:QUERIES]
         losses = [
             self._losses(chunk, part, new[part], keys, ops.repeated(prints, context[part, None]), tokens, seen[part])
-            for part in picked.split(QUERIES)
+            for part in chunk.picked().split(QUERIES)
         ]
         return torch.cat(losses).mean() * n, n, Past(keys.half(), prints, tokens.int())
 

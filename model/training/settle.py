@@ -78,7 +78,7 @@ def _served(
             parts = (part.split(memory.config.block) for part in (chunk.states, chunk.targets, prints))
             for states, targets, context in zip(*parts, strict=True):
                 base, at = ops.predict(logits(states)), torch.full((len(targets),), draft.index, device=device)
-                keys, cells, found = site.find(pool, at, states, context, base)
+                keys, cells, room, found = site.find(pool, at, states, context, base)
                 frozen, (logit, shares) = base.log_prob(targets), site.gate(found, base.entropy, keys)
                 known, bias = shares.any(-1), trust[found.repeats]
                 gamma = torch.sigmoid(logit + bias) * known
@@ -86,7 +86,7 @@ def _served(
                     heads = (found.shares * (found.tokens == targets[:, None])[:, None]).sum(-1)
                     inputs = site.gate_inputs(found, base.entropy, keys)
                     yield Evidence(inputs[known], bias[known], heads[known], frozen[known])
-                reading = Reading(context, keys, cells, found.repeats, found.tokens, shares, gamma, gamma)
+                reading = Reading(context, keys, cells, room, found.repeats, found.tokens, shares, gamma, gamma)
                 trust = site.next_trust(trust, reading, targets, frozen) * trusting
                 site.learn(draft, reading, targets, frozen)
             draft.commit()

@@ -57,6 +57,7 @@ class Engine:
         self._metrics = metrics
         self._hot = HotSessions(make_pool, on_evict=metrics.session_evictions_total.inc)
         self._scheduler: Scheduler[Run] = Scheduler(max_sequences=max_batch, max_tokens=kv_tokens)
+        metrics.kv_tokens_capacity.set(kv_tokens)
         self._runs: dict[Job, Run] = {}
         self._arrived: dict[Job, float] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -169,6 +170,7 @@ class Engine:
         self._metrics.queue_depth.set(len(self._scheduler.waiting))
         self._metrics.kv_tokens_reserved.set(self._scheduler.tokens_reserved)
         self._metrics.sessions_hot.set(len(self._hot))
+        self._metrics.hot_rows_ratio.set(self._hot.pool.taken)
 
     def _decode(self) -> None:
         batch = [(run, choice) for run in self._scheduler.running for choice in run.decodable()]

@@ -38,7 +38,7 @@ def load_model(settings: Settings) -> tuple[AdaptiveLM, Tokenizer]:
     folder = base_folder(settings)
     try:
         backbone, tokenizer = load_backbone(folder), Tokenizer.load(folder)
-        lm = AdaptiveLM(backbone, choose_memory(settings, backbone))
+        lm = AdaptiveLM(backbone, choose_memory(settings, backbone.config.hidden_size))
     except (CheckpointError, ConfigError, MemoryConfigError) as error:
         raise CommandError(str(error)) from error
     return lm, tokenizer

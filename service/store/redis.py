@@ -32,6 +32,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Any, Literal, TypeVar, cast
 
+from redis.asyncio.cluster import RedisCluster
 from redis.commands.core import AsyncScript
 from redis.exceptions import (
     ClusterDownError,
@@ -337,6 +338,26 @@ class RedisStore:
         so on a full server, too."""
         script = self._script(name, flags=FULL_TOO)
         return lambda keys, args: _patiently(lambda: script(keys, args))
+
+    async def memory(self) -> tuple[int, int]:
+        """Bytes of memory that the server (the masters of a cluster) uses, and that it may use.
+
+        0 of what it does not tell, or does not limit."""
+        everywhere = {"target_nodes": RedisCluster.PRIMARIES} if isinstance(self._client, RedisCluster) else {}
+        try:
+            told: dict[str, Any] = await _patiently(lambda: self._client.info("memory", **everywhere))
+        except ResponseError:
+            return 0, 0
+        nodes = [told] if "used_memory" in told else list(told.values())
+        limits = [node["maxmemory"] for node in nodes]
+        return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
+
+    async def configuration(self, *names: str) -> dict[str, str]:
+        """The server's own settings of these names; none where it does not tell them."""
+        try:
+            return cast(dict[str, str], await _patiently(lambda: self._client.config_get(*names)))
+        except ResponseError:
+            return {}
 
     async def ping(self) -> None:
         """Returns if the server answers right now."""

@@ -245,6 +245,21 @@ def test_a_key_is_stored_to_half_a_step() -> None:
 
 
 @pytest.mark.parametrize(
+    ("n", "k", "cells", "most"), [(0, 2, 3, 4), (1, 1, 1, 0), (7, 3, 5, 2), (65, 4, 6, 9), (65, 3, 9, 0)]
+)
+def test_places_are_those_of_the_twin(n: int, k: int, cells: int, most: int) -> None:
+    near = torch.rand(n, cells, generator=noise(n)).argsort(-1)[:, :k]
+    room = torch.randint(0, most + 1, (cells,), generator=noise(1))[near]
+    assert torch.equal(ops.place(near, room), naive.place(near, room))
+
+
+def test_a_full_cell_passes_on_to_the_next_nearest_and_forgets_only_when_all_are_full() -> None:
+    near = torch.tensor([[4, 2], [4, 2], [2, 4], [4, 2], [4, 2]])
+    room = torch.tensor([[1, 2], [1, 2], [2, 1], [1, 2], [1, 2]])
+    assert ops.place(near, room).tolist() == [4, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
     ("n", "U", "P"), [(0, 3, 2), (1, 1, 1), (7, 9, 4), (65, 9, 1), (65, 9, 4), (65, 2, 7), (65, 1, 65)]
 )
 def test_lexical_write_equals_its_twin(n: int, U: int, P: int) -> None:

@@ -320,18 +320,20 @@ def test_what_was_written_is_found_under_its_context() -> None:
 
 
 @torch.no_grad()
-def test_a_token_is_written_to_its_nearest_cell_only() -> None:
+def test_a_token_is_written_once_where_there_is_room() -> None:
+    """In the nearest of its cells that has an empty row."""
     site = lexical_site()
-    draft, targets = new_draft(site), torch.arange(10, 17)
+    draft, targets = new_draft(site), torch.arange(8, 20)
     reading, _ = read_and_learn(site, draft, 4, targets)
     ages, tokens, _, keys = draft.get("words", torch.arange(5))
+    where = ops.place(reading.cells, torch.full_like(reading.cells, 3))
+    assert reading.room.tolist() == [[3, 3]] * 12
+    assert not torch.equal(where, reading.cells[:, 0]), "the test can tell"
     for cell in range(5):
-        mine = reading.cells[:, 0] == cell
-        held = tokens[cell][ages[cell] > 0].tolist()
-        assert sorted(held) == sorted(targets[mine].tolist()[-3:]), "its youngest three, and nothing else"
-        for token, key in zip(tokens[cell], keys[cell], strict=True):
-            if token in held:
-                assert torch.equal(key, ops.quantise(reading.keys)[targets == token][0])
+        held = tokens[cell][ages[cell] > 0]
+        assert sorted(held.tolist()) == targets[where == cell][-3:].tolist(), "its youngest three, and nothing else"
+        for token, key in zip(held, keys[cell][ages[cell] > 0], strict=True):
+            assert torch.equal(key, ops.quantise(reading.keys)[targets == token][0])
 
 
 @torch.no_grad()
@@ -351,7 +353,8 @@ def test_what_was_expected_better_than_the_threshold_is_not_written(surprise: fl
         written = len(news) / len(targets)
         assert {0.0: written == 1.0, 2.5: 0.0 < written < 1.0, 99.0: written == 0.0}[surprise], "the test can tell"
         after = draft.get("words", torch.arange(5))
-        per_cell = torch.bincount(reading.cells[adapted < -surprise, 0], minlength=5).clamp_max(3)
+        where = ops.place(reading.cells[adapted < -surprise], reading.room[adapted < -surprise])
+        per_cell = torch.bincount(where, minlength=5).clamp_max(3)
         changed = after[0] != before[0]
         assert torch.equal(changed.sum(-1), per_cell)
         for token, key in zip(after[1][changed], after[3][changed], strict=True):

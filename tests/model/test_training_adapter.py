@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from model.training import features
 from model.training.adapter import AdapterObjective, OutputAdapter, load_adapter, rank_of, save_adapter
 from model.training.features import Chunk
 
@@ -41,6 +42,17 @@ def test_its_formula() -> None:
     adapter, h = trained(), noise(5, WIDTH)
     normed = h / (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).sqrt()
     torch.testing.assert_close(adapter(h), h + F.gelu(normed @ adapter.down) @ adapter.up)
+
+
+def test_a_sample_of_the_targets_estimates_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, data = AdapterObjective(trained(), noise(VOCAB, WIDTH, seed=5)), chunk(40)
+    with torch.no_grad():
+        whole = float(objective.step(None, data)[0])
+    monkeypatch.setattr(features, "QUERIES", 16)
+    torch.manual_seed(0)
+    samples = torch.tensor([objective.step(None, data)[0].item() for _ in range(100)])
+    assert samples.std() > 0
+    assert float(samples.mean()) == pytest.approx(whole, abs=4 * float(samples.std()) / 10)
 
 
 @pytest.mark.parametrize("rows", [2, 512])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.memory import Memory, MemoryConfig, Pool, SiteConfig, ops
-from model.training import lexical
+from model.training import features
 from model.training import settle as settling
 from model.training.features import START, Chunk, StreamFeatures
 from model.training.initial import random_memory
@@ -160,7 +160,7 @@ def test_gradients_reach_every_number_that_is_trained_and_no_other() -> None:
 
 
 def test_a_sample_of_the_targets_estimates_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lexical, "QUERIES", 16)
+    monkeypatch.setattr(features, "QUERIES", 16)
     objective, chunk = LexicalObjective(some_memory(), head()), stream()
     with torch.no_grad():
         whole = float(objective.step(objective.start(), chunk)[0])

@@ -296,6 +296,12 @@ async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
         for refused in (Ledger(other).place(limited, "r").__aenter__(), Ledger(other).check_learning(limited)):
             with pytest.raises((QuotaExceeded, RateLimited)):
                 await refused
+        assert await store.configuration("appendonly") == {"appendonly": "no"}
+        used, limit = await store.memory()
+        assert used > max(node.info("memory")["used_memory"] for node in nodes) and limit == 0
+        for node in nodes:
+            node.config_set("maxmemory", 10**9)
+        assert (await store.memory())[1] == 3 * 10**9
         await store.close()
         await other.close()
         for node in nodes:

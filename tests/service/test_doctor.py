@@ -1,0 +1,167 @@
+"""`imprint doctor` finds what is wrong, says what to do about it, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from redis import Redis
+from typer.testing import CliRunner, Result
+
+from service.cli import app
+from service.doctor import Finding, examine
+from service.settings import Settings
+from service.tenants import OPERATOR, new_key
+from tests.conftest import Server
+from tests.service.valkeys import free_ports, valkey
+
+NAMES = ["device", "model", "memory", "store", "port", "disk", "keys"]
+
+
+@pytest.fixture
+def settings(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
+    """Those of a server that could start."""
+    (port,) = free_ports(1)
+    return {
+        "model": str(tiny_base),
+        "data_dir": tmp_path / "data",
+        "cache_dir": tmp_path / "cache",
+        "port": port,
+        "device": "cpu",
+    }
+
+
+def findings(settings: dict[str, Any], **others: object) -> dict[str, Finding]:
+    found = {one.name: one for one in examine(Settings(**settings | others))}
+    assert list(found) == NAMES
+    assert all(one.found and bool(one.do) == (one.status != "ok") for one in found.values())
+    return found
+
+
+def failed(settings: dict[str, Any], **others: object) -> dict[str, str]:
+    """What is said of each thing that keeps a server from starting."""
+    return {
+        name: f"{one.found} → {one.do}" for name, one in findings(settings, **others).items() if one.status == "fail"
+    }
+
+
+def test_where_a_server_could_start_nothing_fails_and_nothing_is_made(settings: dict[str, Any], tmp_path: Path) -> None:
+    found = findings(settings)
+    statuses = {name: one.status for name, one in found.items()}
+    assert statuses == dict.fromkeys(NAMES, "ok") | {"memory": "warn"}  # none is shipped for a tiny base
+    assert "imprint train" in found["memory"].do
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "words"),
+    [
+        ("model", {"model": "/no/such/folder"}, "/no/such/folder"),
+        ("memory", {"memory": "/no/such/file"}, "imprint train"),
+        ("store", {"redis_url": "redis://127.0.0.1:1/0"}, "does not answer"),
+        ("store", {"redis_url": "redis+sentinel://127.0.0.1:1"}, "IMPRINT_REDIS_URL"),
+        ("disk", {"data_dir": Path(__file__) / "data"}, "cannot be written"),
+        ("keys", {"api_keys": "acme:123"}, "imprint keys new"),
+        ("keys", {"host": "0.0.0.0"}, "can be reached from other machines"),
+        ("keys", {"api_keys_file": Path("/no/such/keys")}, "/no/such/keys"),
+        pytest.param(
+            "device",
+            {"device": "cuda"},
+            "IMPRINT_DEVICE",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_fault_is_named_with_what_to_do(
+    settings: dict[str, Any], name: str, others: dict[str, Any], words: str
+) -> None:
+    told = failed(settings, **others)
+    assert told.keys() == {name}
+    assert words in told[name]
+
+
+def test_a_damaged_base_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in failed(settings, model=str(tmp_path))["model"]
+
+
+def test_a_base_that_has_to_be_fetched_first_is_no_fault(settings: dict[str, Any]) -> None:
+    found = findings(settings, model="smollm2-135m-instruct")
+    assert (found["model"].status, found["memory"].status) == ("warn", "warn")
+    assert "93 MB" in found["model"].do
+
+
+def test_a_port_that_something_else_has_is_named(settings: dict[str, Any]) -> None:
+    with socket.create_server(("127.0.0.1", settings["port"])):
+        assert str(settings["port"]) in failed(settings)["port"]
+
+
+def test_beside_a_server_that_runs_all_is_well(server: Server, settings: dict[str, Any]) -> None:
+    port = int(server.url.rpartition(":")[2])
+    found = findings(settings, port=port, data_dir=server.data_dir)
+    assert found["port"].found.endswith("ready")
+    assert found["store"].status == "ok"
+    assert "IMPRINT_DATA_DIR" in failed(settings, data_dir=server.data_dir)["store"]
+
+
+def test_prometheus_needs_a_key_where_keys_are_wanted(settings: dict[str, Any]) -> None:
+    keys = new_key("acme")[1]
+    assert findings(settings, api_keys=keys)["keys"].status == "warn"
+    assert findings(settings, api_keys=f"{keys},{new_key(OPERATOR)[1]}")["keys"].status == "ok"
+
+
+@pytest.fixture
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    (port,) = free_ports(1)
+    with valkey(tmp_path_factory.mktemp("valkey"), port, "--maxmemory", "100mb"):
+        yield port
+
+
+def test_a_redis_that_forgets_is_named(settings: dict[str, Any], redis: int) -> None:
+    url = f"redis://127.0.0.1:{redis}/0"
+    assert findings(settings, redis_url=url)["store"].status == "warn"  # it keeps nothing on its disk
+    with Redis(port=redis) as client:
+        client.config_set("appendonly", "yes")
+        found = findings(settings, redis_url=url)["store"]
+        assert found.status == "ok" and "104.9 MB" in found.found
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        assert "noeviction" in failed(settings, redis_url=url)["store"]
+        client.config_set("requirepass", "secret")
+    assert "password" in failed(settings, redis_url=url)["store"]
+
+
+@pytest.fixture
+def doctor(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
+    """The command."""
+    for name, value in settings.items():
+        monkeypatch.setenv(f"IMPRINT_{name.upper()}", str(value))
+    yield lambda *arguments: CliRunner().invoke(app, ["doctor", *arguments])
+    logging.disable(logging.NOTSET)
+
+
+def test_the_command_tells_people_and_programs_the_same(
+    doctor: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = json.loads(doctor("--json").stdout)
+    assert told["healthy"]
+    shown = doctor()
+    assert shown.exit_code == 0
+    for finding in told["findings"]:
+        assert f"{finding['name']:<7} {finding['found']}" in shown.stdout
+        assert finding["do"] in shown.stdout
+    monkeypatch.setenv("IMPRINT_HOST", "0.0.0.0")
+    assert doctor().exit_code == doctor("--json").exit_code == 1
+
+
+def test_an_unknown_setting_is_the_one_finding(doctor: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPRINT_PROT", "1")
+    done = doctor("--json")
+    assert done.exit_code == 1
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert finding["name"] == "settings" and "IMPRINT_PORT" in finding["found"]
