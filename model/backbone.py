@@ -5,6 +5,7 @@ Architecture: Touvron et al. 2023, "LLaMA" (arXiv 2302.13971). Its naive twin is
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LinearScaling, Llama3Scaling, ModelConfig
-from model.linear import Linear
+from model.linear import HalfLinear, Linear
 
 Device = torch.device | str
 Site = Callable[[Tensor], Tensor]
@@ -118,6 +119,18 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+
+    def halved(self) -> Backbone:
+        """This model with its linear maps in fp16, sharing all other weights; itself where that has no fast kernels."""
+        if not HalfLinear.supports(self.embedding):
+            return self
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        twin = copy.deepcopy(self, shared)
+        for parent in list(twin.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Linear):
+                    setattr(parent, name, HalfLinear(child))
+        return twin
 
     @property
     def head_matrix(self) -> Tensor:

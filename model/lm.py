@@ -89,10 +89,14 @@ class _Scored:
 
 
 class AdaptiveLM:
-    """Steps over (slow weights, fast weights, tokens); it keeps no state of its own. Call under `inference_mode`."""
+    """Steps over (slow weights, fast weights, tokens); it keeps no state of its own. Call under `inference_mode`.
 
-    def __init__(self, backbone: Backbone, memory: Memory) -> None:
+    decoder: the base as it generates, if that differs from how it reads, scores and learns.
+    """
+
+    def __init__(self, backbone: Backbone, memory: Memory, *, decoder: Backbone | None = None) -> None:
         self.backbone = backbone
+        self.decoder = backbone if decoder is None else decoder
         self.memory = memory
         self.needs_frozen_cache = any(layer != OUTPUT for layer in memory.hidden)
 
@@ -172,7 +176,7 @@ class AdaptiveLM:
         """One step of B sequences, each with its own cache, carry and session; returns the new carry of each."""
         ids = torch.tensor(token_ids, device=self.device)[:, None]
         inputs: dict[int, Tensor] = {}
-        final = self.backbone(ids, caches, self._hooks(pool, index, inputs))[:, 0]
+        final = self.decoder(ids, caches, self._hooks(pool, index, inputs))[:, 0]
         trails = torch.cat([torch.stack([carry.trail for carry in carries])[:, 1:], ids], dim=1)
         return [
             Carry(final[b], trails[b], carry.trust, {layer: x[b] for layer, x in inputs.items()})
@@ -184,9 +188,9 @@ class AdaptiveLM:
         silent, and log-probabilities of the mixture elsewhere."""
         states = torch.stack([carry.hidden for carry in carries])
         if all(i == EMPTY for i in index):
-            return self.backbone.logits(states)
+            return self.decoder.logits(states)
         session = torch.tensor(index, device=self.device)
-        logits = self.backbone.logits(self._read_output(states, pool, session))
+        logits = self.decoder.logits(self._read_output(states, pool, session))
         site = self.memory.lexical
         if site is None:
             return logits

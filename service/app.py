@@ -194,7 +194,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
     engine = Engine(
-        AdaptiveLM(backbone, memory),
+        AdaptiveLM(backbone, memory, decoder=backbone.halved() if settings.decode_dtype == "fp16" else None),
         tokenizer,
         max_turns=settings.max_queue,
         max_batch=settings.max_batch,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from model.backbone import Backbone, KVCache
 from model.checkpoint import load_backbone
 from model.config import tiny_config
+from model.linear import Linear
 from model.tokenizer import Tokenizer
 from tests.model.twin import tokens, twin
 
@@ -148,10 +149,12 @@ def test_a_prefill_repeats_bit_for_bit_whatever_else_is_served(backbone: Backbon
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("B", [2, 3, 5, 16])
-def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone, B: int) -> None:
-    ids = tokens(B, 30)
-    caches = [backbone.new_cache(40) for _ in range(B)]
+@pytest.mark.parametrize("B", [2, 3, 5, 16, 37])
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone, B: int, halved: bool) -> None:
+    ids = tokens(B, 64)
+    backbone = backbone.halved() if halved else backbone
+    caches = [backbone.new_cache(64) for _ in range(B)]
     for i, cache in enumerate(caches):
         backbone(ids[i : i + 1, : 7 + i], [cache])
     alone = [backbone(ids[i : i + 1, -1:], [cache.fork(cache.length + 1)]) for i, cache in enumerate(caches)]
@@ -159,6 +162,21 @@ def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone
     assert torch.equal(together, torch.cat(alone))
     logits = torch.cat([backbone.logits(hidden) for hidden in alone])
     assert torch.equal(backbone.logits(together), logits)
+
+
+@torch.inference_mode()
+def test_halved_weights_are_those_of_fp16_and_share_the_rest(folder: Path) -> None:
+    plain, packed = load_backbone(folder, trainable=True), load_backbone(folder)
+    halved, ids = packed.halved(), tokens(2, 30)
+    rounded = load_backbone(folder, trainable=True)
+    for module in rounded.modules():
+        if isinstance(module, Linear):
+            module.weight = torch.nn.Parameter(module.weight.half().float(), requires_grad=False)
+    torch.testing.assert_close(halved(ids), rounded(ids), atol=2e-5, rtol=0)
+    torch.testing.assert_close(halved.logits(halved(ids)), rounded.logits(rounded(ids)), atol=2e-5, rtol=0)
+    assert not torch.equal(rounded(ids), plain(ids))
+    assert halved.embedding is packed.embedding and halved.cos is packed.cos
+    assert {name for name, _ in halved.named_parameters()} < {name for name, _ in packed.named_parameters()}
 
 
 @torch.inference_mode()

@@ -206,7 +206,9 @@ def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
     assert torch.equal(seen[0], seen[2])
 
 
-def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: AdaptiveLM) -> None:
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: AdaptiveLM, halved: bool) -> None:
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.halved() if halved else None)
     pool = new_pool(lm)
     sessions = [learned(lm, pool, seed=seed) for seed in (1, 2, 3)]
     index, seen = [*sessions, EMPTY, sessions[0]], []
@@ -219,6 +221,16 @@ def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: Adaptive
         seen.append((carries[0].hidden, *carries[0].inputs.values(), lm.predict(carries, pool, index[:size])[0]))
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+def test_how_the_base_generates_changes_no_bit_of_what_is_scored_and_learned(lm: AdaptiveLM) -> None:
+    halved = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.halved())
+    pool, images, scores = new_pool(lm), [], []
+    for one in (lm, halved):
+        session = pool.open()
+        scores.append(learn(one, pool, session, text(1)).adapted)
+        images.append(image(pool.dump(session)))
+    assert images[0] == images[1] and torch.equal(*scores)
 
 
 # Law 5: score, then update.
