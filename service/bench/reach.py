@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.bench.numbers import Estimate, mean, ratio
-from service.bench.profile import told
+from service.bench.estimates import Estimate, mean, ratio
+from service.bench.profiling import told
 
 Results = Mapping[str, Any]
 

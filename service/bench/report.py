@@ -13,14 +13,14 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from service.bench.numbers import mean, ratio
-from service.bench.profile import told
+from service.bench.estimates import mean, ratio
+from service.bench.profiling import told
 from service.bench.reach import ROWS, Results
 from service.client import CommandError
 from service.lab.corpus import console
 
 BEGIN, END = "<!-- imprint bench: begin -->", "<!-- imprint bench: end -->"
-PLOTS = ("speed", "state", "latency")
+REACH = "What is to be reached"
 QUANTILES = 101
 
 Block = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # a heading, the columns, the rows
@@ -77,7 +77,7 @@ def _reach(results: Results) -> Block:
              "–" if measured is None else reached, limit]
         )  # fmt: skip
     columns = ["what", "at least", "aim", "measured", "95%", "reached", "what limits it next, or why not measured"]
-    return "What is to be reached", columns, rows
+    return REACH, columns, rows
 
 
 def _scenario(name: str, one: Mapping[str, Any]) -> Block:
@@ -125,11 +125,12 @@ def _profile(results: Results) -> Block:
 
 def print_report(results: Results) -> None:
     for heading, columns, rows in blocks(results):
+        shown = len(columns) - (heading == REACH)  # what limits is for wider pages
         table = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-        for number, name in enumerate(columns):
+        for number, name in enumerate(columns[:shown]):
             table.add_column(name, justify="left" if number == 0 else "right")
         for cells in rows:
-            table.add_row(*cells)
+            table.add_row(*cells[:shown])
         console.print(table)
 
 
@@ -204,7 +205,7 @@ def _number(value: float) -> str:
     """Three significant digits, whole numbers above a hundred."""
     if value >= 100:
         return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+    return f"{value:.{2 - math.floor(math.log10(value))}f}" if value >= 0.01 else f"{value:.3g}"
 
 
 def _interval(estimate: Any) -> str:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.lm import AdaptiveLM
 from service.base import BaseError, resolve_gguf
-from service.bench import peers, profile, report, scenarios
+from service.bench import peers, profiling, report, scenarios
 from service.bench.heard import Arm, PeerError
 from service.bench.peers import Wanted
 from service.bench.stage import QUICK, Sizes, Stage
@@ -146,7 +146,7 @@ async def _measure(
             bar.update(task, completed=done)
     if PROFILE in names:
         steps = 4 if sizes.rounds[0] < 3 else 16
-        results["profile"] = profile.profiles(lm, texts, sizes.batches, threads, steps)
+        results["profile"] = profiling.profiles(lm, texts, sizes.batches, threads, steps)
 
 
 async def _stage(
@@ -215,10 +215,14 @@ def _about(
         "busy": busy,
         "model": Path(settings.model).name,
         "memory": lm.memory.fingerprint(),
-        "versions": {"imprint": version("imprint"), "torch": torch.__version__, **peers.versions(options.wanted)},
+        "versions": {
+            "imprint": version("imprint"),
+            "torch": torch.__version__,
+            **peers.versions(options.wanted, options.out),
+        },
         "settings": {name: value for name, value in told.items() if not name.endswith(PLACES)},
         "weight_bytes": weights,
-        "read_bytes_per_s": profile.read_bandwidth(device, threads),
+        "read_bytes_per_s": profiling.read_bandwidth(device, threads),
     }
 
 

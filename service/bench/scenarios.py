@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+from service.bench.estimates import percentiles
 from service.bench.heard import Arm, Heard
-from service.bench.numbers import percentiles
 from service.bench.peers import Imprint
 from service.bench.stage import Stage
 
@@ -102,7 +102,9 @@ def step_time(heard: list[Heard], choices: int) -> float:
     """Seconds of a decoding step, between the moment when all streams have begun and the first one's end."""
     begun, ended = max(one.times[0] for one in heard), min(one.times[-1] for one in heard)
     pieces = sum(begun < at <= ended for one in heard for at in one.times)
-    shown = sum(len(one.times) for one in heard) / sum(one.tokens for one in heard)
+    if not pieces:  # the streams were too short to be at work together
+        return max(one.pace for one in heard) * choices
+    shown = sum(len(one.times) for one in heard) / sum(one.tokens for one in heard)  # a character may take two tokens
     return (ended - begun) * len(heard) * choices * shown / pieces
 
 

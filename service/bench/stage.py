@@ -72,7 +72,7 @@ QUICK = Sizes(
     long_prompt=512,
     quiet_s=0.3,
     learned=256,
-    rounds=(2, 6),
+    rounds=(3, 6),
 )
 
 

@@ -51,7 +51,7 @@ async def states(stage: Stage) -> Result:
 
 async def _measure(stage: Stage, store: RedisStore, sid: str, rows: int) -> tuple[str, dict[str, float]]:
     made = made_session(stage.config, sid, "sha256:" + "ab" * 32, rows, stage.vocab_size)
-    pool = Pool(stage.config, rows=rows + 64, sessions=1)
+    pool = Pool(stage.config, rows=max(site.slots for site in stage.config.sites), sessions=1)
     marks = [time.perf_counter()]
     await store.commit(TENANT, made.meta, made.sites)
     marks.append(time.perf_counter())
@@ -60,7 +60,7 @@ async def _measure(stage: Stage, store: RedisStore, sid: str, rows: int) -> tupl
     assert loaded is not None
     fit = all(sound(name, batch, stage.config, stage.vocab_size) for name, batch in loaded.sites.items())
     assert fit, "made rows are such as a memory writes"
-    pool.open({name: SiteRows(torch.from_numpy(b.slots), torch.tensor(b.data)) for name, b in loaded.sites.items()})
+    pool.open({name: SiteRows(torch.from_numpy(b.slots), torch.from_numpy(b.data)) for name, b in loaded.sites.items()})
     marks.append(time.perf_counter())
     entered = await store.enter(TENANT, sid, write="always")
     batches = _turn(made.sites, np.random.default_rng(rows))
