@@ -69,7 +69,7 @@ def plan(sizes: Sizes) -> dict[str, tuple[Scenario, float]]:
         "single": (scenarios.single, 2.0),
         "prefill": (scenarios.prefill, 2.0),
     }
-    every |= {f"streams-{count}": (scenarios.streams(count), 3.0) for count in sizes.streams}
+    every |= {f"streams-{count}": (scenarios.streams(count), 2.5 + count / 25) for count in sizes.streams}
     every |= {f"batch-{count}": (scenarios.batch(count), 1.5) for count in sizes.batches}
     return every | {
         "sessions": (scenarios.sessions, 2.0),
@@ -165,8 +165,6 @@ async def _stage(
     most = max([16, *sizes.streams, *sizes.batches])
     # Room for the largest load and no more: 2,000 sessions are then many more than the device holds.
     room = {"MAX_BATCH": most, "MAX_QUEUE": most + 16, "HOT_SESSIONS": most}
-    endpoint = await peers.start_imprint(stack, options.out, folder, threads, **room)
-    endpoint.fields["logit_bias"] = {str(token): -100 for token in eos}
     found: dict[str, Arm] = {}
 
     async def add(name: str, start: Callable[[], Awaitable[Arm]]) -> None:
@@ -179,14 +177,18 @@ async def _stage(
             console.print(f"{name} is not measured: {error}")
 
     async def llama() -> Arm:
-        gguf = wanted.gguf or _gguf(settings)
+        gguf = wanted.gguf or await asyncio.to_thread(_gguf, settings)
         many = (max(sizes.streams), max(sizes.lengths) + sizes.stream_tokens + 32)
         return await peers.start_llama(stack, options.out, replace(wanted, gguf=gguf), threads, many)
 
     base = base_folder(settings)
-    await add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads))
-    await add("llama.cpp", llama)
-    await add("vllm", lambda: peers.find_vllm(stack, wanted.vllm_url))
+    endpoint, *_ = await asyncio.gather(
+        peers.start_imprint(stack, options.out, folder, threads, **room),
+        add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads)),
+        add("llama.cpp", llama),
+        add("vllm", lambda: peers.find_vllm(stack, wanted.vllm_url)),
+    )
+    endpoint.fields["logit_bias"] = {str(token): -100 for token in eos}
     config = lm.backbone.config
     context = min(settings.context or config.max_context, config.max_context)
     return Stage(endpoint, found, missing, texts, sizes, lm.memory.config, config.vocab_size, context)
@@ -205,6 +207,7 @@ def _about(
     device = device_of(settings)
     told = {name: value for name, value in peers.measured_environment(threads).items() if name.startswith(PREFIX)}
     tensors = {id(tensor): tensor.numel() * tensor.element_size() for tensor in lm.backbone.parameters()}
+    versions = {"imprint": version("imprint"), "torch": torch.__version__}
     weights = sum(tensors.values()) // (2 if device == "cuda" else 1)  # bf16 there, and read here as fp32
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -215,11 +218,7 @@ def _about(
         "busy": busy,
         "model": Path(settings.model).name,
         "memory": lm.memory.fingerprint(),
-        "versions": {
-            "imprint": version("imprint"),
-            "torch": torch.__version__,
-            **peers.versions(options.wanted, options.out),
-        },
+        "versions": versions | peers.versions(options.wanted, options.out),
         "settings": {name: value for name, value in told.items() if not name.endswith(PLACES)},
         "weight_bytes": weights,
         "read_bytes_per_s": profiling.read_bandwidth(device, threads),

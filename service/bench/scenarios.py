@@ -118,7 +118,7 @@ async def sessions(stage: Stage) -> Result:
 
     async def once(arm: Arm, number: int) -> dict[str, float]:
         size = CLIENTS if arm.name == "5" else many
-        first, count = asked[arm.name], 4 * CLIENTS
+        first, count = asked[arm.name], stage.sizes.session_turns * CLIENTS
         asked[arm.name] += count
 
         async def client(at: int) -> None:
