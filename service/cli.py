@@ -1,4 +1,4 @@
-"""The command line `imprint`. All commands but `serve`, `doctor`, `eval` and `train` speak HTTP to a running server."""
+"""The command line `imprint`. All commands but `serve`, `doctor`, `eval`, `bench` and `train` speak HTTP to a server."""
 
 import contextlib
 import json
@@ -136,6 +136,43 @@ def evaluate(
     extra = [] if probes == "none" else _names(probes)
     options = Options(requests, window, streams, _names(arms), _names(tune), extra, long, adapter, out)
     evaluate_files(Settings.load(), paths, options)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("imprint-bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="A first look, within two minutes.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.05, max=600, help="For all scenarios together; default 12, or 1 with --quick.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads of every arm; 0 = one a core.")] = 0,
+    scenarios: Annotated[str, typer.Option(help="Which to run, commas between; default: all.")] = "",
+    peers: Annotated[str, typer.Option(help="Which to measure beside it, commas between, or none.")] = (
+        "transformers,llama.cpp,vllm"
+    ),
+    llama_server: Annotated[
+        Path | None, typer.Option(help="llama.cpp's server; default: the one on PATH, or of the extra `peers`.")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="For llama.cpp; default: what the base came from.")
+    ] = None,
+    vllm: Annotated[str | None, typer.Option(metavar="URL", help="A vLLM server of the same base.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="A Markdown page; what stands between its marks is replaced by the results.")
+    ] = None,
+) -> None:
+    """How fast the server is, beside the peers that are installed; needs no running server.
+
+    Writes results.json, table.md and plots. The arms take turns, so a busy machine slows all of them.
+    """
+    from service.bench.peers import Wanted
+    from service.bench.run import Options, run, sizes_for
+
+    settings = Settings.load()
+    wanted = Wanted([] if peers == "none" else _names(peers), llama_server, gguf, vllm)
+    limit = (1.0 if quick else 12.0) if minutes is None else minutes
+    sizes = sizes_for(settings, quick=quick)
+    run(settings, Options(out, sizes, limit, threads, _names(scenarios), wanted, page))
 
 
 def _names(text: str) -> list[str]:

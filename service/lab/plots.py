@@ -18,7 +18,7 @@ class PlotsMissingError(Exception):
 
 def draw(results: Results, out: Path) -> list[Path]:
     """Writes the PNG files that there is something to draw for. Raises PlotsMissingError."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     drawings = {"requests": _requests, "kinds": _kinds, "novelty": _novelty, "return": _return, "long": _long}
     drawn = []
     for name, drawing in drawings.items():
@@ -35,7 +35,7 @@ def draw(results: Results, out: Path) -> list[Path]:
 def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Perplexity over the frozen base's by step: of each step (smoothed), and held out, by kind. Raises
     PlotsMissingError."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     steps = [record for record in records if "loss" in record]
     window = max(1, len(steps) // 50)
@@ -55,7 +55,8 @@ def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib without a screen. Raises PlotsMissingError."""
     try:
         import matplotlib
     except ImportError:

@@ -1,0 +1,54 @@
+"""`transformers` generate as a process: reads requests as lines of JSON, writes when each token came.
+
+It imports nothing of ours. `python generate.py MODEL THREADS`; a request is {"prompt": token ids, "tokens": how many},
+its answer {"times": seconds from the request's arrival to each token}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+
+class Clock:
+    """A stopping criterion that never stops: it is asked once after each token."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.times.append(time.perf_counter() - self.begun)
+        return input_ids.new_zeros(len(input_ids), dtype=bool)
+
+
+def main(model: str, threads: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, StoppingCriteriaList
+
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+    lm = lm.to(device)
+    lm.generation_config.eos_token_id = None  # it goes on past the end of a text
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may print there
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        request, clock = json.loads(line), Clock()
+        ids = torch.tensor([request["prompt"]], device=device)
+        lm.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request["tokens"],
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        print(json.dumps({"times": clock.times}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
