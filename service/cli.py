@@ -1,4 +1,4 @@
-"""The command line `imprint`. All commands but `serve`, `doctor`, `eval`, `bench` and `train` speak HTTP to a server."""
+"""The command line `imprint`. All commands but `serve`, `doctor`, `eval`, `bench` and `train` speak HTTP."""
 
 import contextlib
 import json
@@ -130,8 +130,8 @@ def evaluate(
 
     Writes results.json, table.md, plots and arrays. The same command goes on where a killed one was.
     """
-    from service.lab.bench import Options
     from service.lab.evaluate import evaluate_files
+    from service.lab.trial import Options
 
     extra = [] if probes == "none" else _names(probes)
     options = Options(requests, window, streams, _names(arms), _names(tune), extra, long, adapter, out)

@@ -17,9 +17,9 @@ import torch
 from model.evaluation.arms import Subject
 from service.errors import CommandError
 from service.lab import probes
-from service.lab.bench import Bench, Options, arm_names
 from service.lab.corpus import base_folder, console, load_model, read_streams
 from service.lab.report import print_report, write_markdown
+from service.lab.trial import Options, Trial, arm_names
 from service.settings import Settings
 
 
@@ -32,21 +32,21 @@ def evaluate_files(settings: Settings, paths: Sequence[Path], options: Options) 
         raise CommandError(f"window must be at most {context - 1} (the base's context, less BOS), got {options.window}")
     least = max(2, options.requests // 2)
     streams = read_streams(paths, tokenizer, options.requests, options.window, options.streams, at_least=least)
-    bench = Bench(lm, tokenizer, base_folder(settings), streams, options)
-    bench.run()
+    trial = Trial(lm, tokenizer, base_folder(settings), streams, options)
+    trial.run()
     results: dict[str, Any] = {
-        "streams": [_stream(subject) for subject in bench.subjects],
-        "arms": bench.describe(),
-        "probes": {name: getattr(probes, name)(bench) for name in options.probes},
+        "streams": [_stream(subject) for subject in trial.subjects],
+        "arms": trial.describe(),
+        "probes": {name: getattr(probes, name)(trial) for name in options.probes},
     }
     if options.long:
-        results["probes"]["long"] = probes.long(bench, paths, options.long)
+        results["probes"]["long"] = probes.long(trial, paths, options.long)
     if "cost" in results["probes"]:  # the arm reads the head again, a server does not
         results["arms"]["memory"]["cost"] = results["probes"]["cost"]["observe_over_score_frozen"]
-    results["about"] = _about(settings, bench, begun)
+    results["about"] = _about(settings, trial, begun)
     results = _plain(results)
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
-    np.savez_compressed(options.out / "arrays.npz", allow_pickle=False, **_arrays(bench))
+    np.savez_compressed(options.out / "arrays.npz", allow_pickle=False, **_arrays(trial))
     write_markdown(results, options.out / "table.md")
     print_report(results)
     _draw(results, options.out)
@@ -71,26 +71,26 @@ def _draw(results: dict[str, Any], out: Path) -> None:
         console.print(f"no plots: {error}")
 
 
-def _arrays(bench: Bench) -> dict[str, np.ndarray[Any, Any]]:
+def _arrays(trial: Trial) -> dict[str, np.ndarray[Any, Any]]:
     """log p of every target under every arm, as `arm/stream`."""
     return {
         f"{arm}/{stream}": reading.log_probs.numpy()
-        for arm, readings in bench.readings.items()
+        for arm, readings in trial.readings.items()
         for stream, reading in readings.items()
     }
 
 
-def _about(settings: Settings, bench: Bench, begun: float) -> dict[str, Any]:
-    streams = [subject.stream for subject in bench.subjects]
+def _about(settings: Settings, trial: Trial, begun: float) -> dict[str, Any]:
+    streams = [subject.stream for subject in trial.subjects]
     return {
         "model": Path(settings.model).name,
-        "base": bench.base,
-        "memory": bench.lm.memory.fingerprint(),
-        "requests": bench.options.requests,
-        "window": bench.options.window,
+        "base": trial.base,
+        "memory": trial.lm.memory.fingerprint(),
+        "requests": trial.options.requests,
+        "window": trial.options.window,
         "tokens": sum(len(request) for stream in streams for request in stream.requests),
         "kinds": sorted({stream.kind for stream in streams}),
-        "tuned_on": sorted(bench.tuning),
+        "tuned_on": sorted(trial.tuning),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - begun),
         "torch": torch.__version__,

@@ -18,9 +18,9 @@ from model.evaluation.keystrokes import likeliest, saved_share
 from model.evaluation.long import LongRun, ratio_between, read_long
 from model.evaluation.poison import harm
 from model.evaluation.prequential import Passage, Stream, new_pool
-from service.lab.bench import Bench
 from service.lab.corpus import mixed_requests, progress_bar
 from service.lab.runs import key
+from service.lab.trial import Trial
 
 NAMES = ("facts", "keystrokes", "cost", "poison")
 FACTS = 48
@@ -37,30 +37,30 @@ SPAN = 100_000  # tokens of a long run that are compared
 Advance = Callable[[int], None]
 
 
-def facts(bench: Bench) -> dict[str, Any]:
+def facts(trial: Trial) -> dict[str, Any]:
     """Recall of invented facts after other text: all streams' requests in turns."""
 
     def make(advance: Advance) -> dict[str, Any]:
-        recall = FactRecall(bench.lm, bench.encode, bench.bos, invent(FACTS))
-        streams = [list(subject.trace.passages()) for subject in bench.subjects]
+        recall = FactRecall(trial.lm, trial.encode, trial.bos, invent(FACTS))
+        streams = [list(subject.trace.passages()) for subject in trial.subjects]
         fillers: list[Passage] = [s[n] for n in range(max(map(len, streams))) for s in streams if n < len(s)]
         found: dict[str, Any] = {"facts": FACTS, "frozen": recall.shares()}
         for name, times in TIMES.items():
             found[name] = recall.run(fillers, DISTANCES, times=times, progress=advance)
         return found
 
-    available = sum(len(subject.trace.targets) for subject in bench.subjects)
+    available = sum(len(subject.trace.targets) for subject in trial.subjects)
     farthest = max(distance for distance in DISTANCES if distance <= available)
-    return bench.kept("facts", make, total=len(TIMES) * farthest, uses=("evaluation/facts.py",))
+    return trial.kept("facts", make, total=len(TIMES) * farthest, uses=("evaluation/facts.py",))
 
 
-def keystrokes(bench: Bench) -> dict[str, Any]:
+def keystrokes(trial: Trial) -> dict[str, Any]:
     """Keys saved on the start of each stream's second half, with the memory of its first half and without."""
 
     def make(advance: Advance) -> dict[str, Any]:
         shares: dict[str, list[float]] = {"memory": [], "frozen": []}
-        pool = new_pool(bench.lm)
-        for subject in bench.subjects:
+        pool = new_pool(trial.lm)
+        for subject in trial.subjects:
             half = subject.stream.half
             session = pool.open(unpack_rows(subject.outcomes["memory"].values))
             ids: list[int] = []
@@ -68,44 +68,44 @@ def keystrokes(bench: Bench) -> dict[str, Any]:
             for passage in list(subject.trace.passages())[half : half + TYPED_REQUESTS]:
                 request = passage.targets.tolist()
                 ids += request
-                best["memory"] += likeliest(bench.lm, pool, session, request, bench.bos)
-                best["frozen"] += bench.lm.backbone.logits(passage.states).argmax(-1).tolist()
+                best["memory"] += likeliest(trial.lm, pool, session, request, trial.bos)
+                best["frozen"] += trial.lm.backbone.logits(passage.states).argmax(-1).tolist()
                 advance(1)
             pool.close(session)
             for name, predicted in best.items():
-                shares[name].append(saved_share(ids, predicted, bench.tokenizer.token_bytes))
-        kinds = [subject.stream.kind for subject in bench.subjects]
-        names = [subject.stream.name for subject in bench.subjects]
+                shares[name].append(saved_share(ids, predicted, trial.tokenizer.token_bytes))
+        kinds = [subject.stream.kind for subject in trial.subjects]
+        names = [subject.stream.name for subject in trial.subjects]
         means = {name: metrics.over_kinds(values, kinds) for name, values in shares.items()}
         return {
             **{name: None if mean is None else asdict(mean) for name, mean in means.items()},
             "streams": {name: dict(zip(names, values, strict=True)) for name, values in shares.items()},
         }
 
-    return bench.kept(
+    return trial.kept(
         "keystrokes",
         make,
-        total=sum(min(TYPED_REQUESTS, len(s.stream.requests) - s.stream.half) for s in bench.subjects),
+        total=sum(min(TYPED_REQUESTS, len(s.stream.requests) - s.stream.half) for s in trial.subjects),
         uses=("evaluation/keystrokes.py",),
     )
 
 
-def cost(bench: Bench) -> dict[str, Any]:
+def cost(trial: Trial) -> dict[str, Any]:
     """Seconds of learning and decoding beside the frozen base's. Measured anew each time."""
-    requests = [subject.stream.requests[0] for subject in bench.subjects][:TIMED_REQUESTS]
+    requests = [subject.stream.requests[0] for subject in trial.subjects][:TIMED_REQUESTS]
     with progress_bar() as bar:
         task = bar.add_task("cost", total=len(requests))
-        return dict(learning_cost(bench.lm, requests, bench.bos, progress=lambda n: bar.advance(task, n)))
+        return dict(learning_cost(trial.lm, requests, trial.bos, progress=lambda n: bar.advance(task, n)))
 
 
-def poison(bench: Bench) -> dict[str, Any]:
+def poison(trial: Trial) -> dict[str, Any]:
     """The perplexity ratio of the first stream of each kind after three sorts of nonsense: mean of kinds, and worst."""
-    first = {subject.stream.kind: subject for subject in reversed(bench.subjects)}
+    first = {subject.stream.kind: subject for subject in reversed(trial.subjects)}
     streams = {kind: list(subject.trace.passages())[:AFTERWARDS] for kind, subject in sorted(first.items())}
 
     def make(advance: Advance) -> dict[str, Any]:
-        window = bench.options.window
-        found = harm(bench.lm, streams, bench.bos, tokens=POISON_TOKENS, window=window, progress=advance)
+        window = trial.options.window
+        found = harm(trial.lm, streams, trial.bos, tokens=POISON_TOKENS, window=window, progress=advance)
         ratios = {name: {kind: math.exp(lost) for kind, lost in kinds.items()} for name, kinds in found.items()}
         return {
             name: {
@@ -117,26 +117,26 @@ def poison(bench: Bench) -> dict[str, Any]:
         }
 
     total = 3 * sum(map(len, streams.values()))
-    return bench.kept("poison", make, total=total, uses=("evaluation/poison.py",))
+    return trial.kept("poison", make, total=total, uses=("evaluation/poison.py",))
 
 
-def long(bench: Bench, paths: Sequence[Path], tokens: int) -> dict[str, Any]:
+def long(trial: Trial, paths: Sequence[Path], tokens: int) -> dict[str, Any]:
     """One session over texts of all kinds, request by request in turns, up to `tokens` tokens.
 
     What the base makes of them is kept: about 1.2 kB a token of the default base.
     """
-    order = mixed_requests(paths, bench.tokenizer, bench.options.window, tokens)
+    order = mixed_requests(paths, trial.tokenizer, trial.options.window, tokens)
     parts = [Stream(f"long/{at}", "long", order[at : at + PIECE]) for at in range(0, len(order), PIECE)]
 
     def make(advance: Advance) -> dict[str, Any]:
         def passages() -> Iterator[Passage]:
             for part in parts:
-                yield from bench.subject(part, lambda _: None, compact=True).trace.passages()
+                yield from trial.subject(part, lambda _: None, compact=True).trace.passages()
 
-        return asdict(read_long(bench.lm, passages(), bench.bos, advance))
+        return asdict(read_long(trial.lm, passages(), trial.bos, advance))
 
     name = "long " + key([part.requests for part in parts])
-    run = LongRun(**bench.kept(name, make, total=len(order), uses=("evaluation/long.py",)))
+    run = LongRun(**trial.kept(name, make, total=len(order), uses=("evaluation/long.py",)))
     return {
         **asdict(run),
         "ratio": ratio_between(run, 0, run.tokens),

@@ -30,8 +30,8 @@ from service.transfer import pack_session, sound, unpack_session
 
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(16,),
-    batch_tokens=4, sessions=12, session_turns=1, states=(1 / 64, 1 / 16), rate=20.0, rate_s=0.2, long_prompt=128, quiet_s=0.05,
-    learned=64, rounds=(2, 2),
+    batch_tokens=4, sessions=12, session_turns=1, states=(1 / 64, 1 / 16), rate=20.0, rate_s=0.2, long_prompt=128,
+    quiet_s=0.05, learned=64, rounds=(2, 2),
 )  # fmt: skip
 
 

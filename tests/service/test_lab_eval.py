@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from service.lab.bench import CHEAP, COSTLY
 from service.lab.corpus import text_files
 from service.lab.runs import Runs, key
+from service.lab.trial import CHEAP, COSTLY
 from tests.tiny import TEXT
 
 SIZES = ("--requests", 4, "--window", 64)

@@ -68,7 +68,7 @@ class Options:
     out: Path
 
 
-class Bench:
+class Trial:
     """tuning: the kinds that settings are chosen on. tuned and readings: by arm, once it has run."""
 
     def __init__(
