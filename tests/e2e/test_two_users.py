@@ -18,18 +18,15 @@ READERS = {"ada": "keeper", "bo": "loom"}
 
 
 @pytest.fixture(scope="module")
-def client(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def client(real_server: Server) -> Iterator[httpx.Client]:
     """A client of a server of the default base, where each reader has observed the first part of a book."""
-    data_dir = tmp_path_factory.mktemp("real") / "data"
-    server = Server("smollm2-135m-instruct", data_dir, cache_dir=base_folder.parent).start()
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(base_url=real_server.url, timeout=120) as client:
         for reader, book in READERS.items():
             text = (EXAMPLES / f"{book}-1.txt").read_text()
             reply = client.post(f"/v1/sessions/{reader}/observe", json={"text": text})
             assert reply.status_code == 200, reply.text
             assert reply.json()["version"] == 1
         yield client
-    assert server.stop() == 0
 
 
 def score(client: httpx.Client, reader: str, text: str) -> Any:
