@@ -10,6 +10,7 @@ import { count, describe, nats, number, span, whole } from "./tokens.js";
 const RETRY_MS = 1000;
 const SHORT = 12_000; // characters up to which a text is learned in small pieces, to be watched
 const WATCHED = 700; // characters of a text that is watched
+const PREVIEW = 4000; // characters of the draft that are shown while it is learned
 const POINTS = 24; // of the watched text's curve, at most, while one text is learned
 const SHOWN = 24; // passages of the manuscript
 const GHOST = 24; // tokens of a suggestion
@@ -262,7 +263,8 @@ function pieces(text) {
 
 async function learn(signal) {
   const name = session.value;
-  const work = pieces(draft.text);
+  let rest = draft.text;
+  const work = pieces(rest);
   const progress = $("teach").querySelector("progress");
   const job = crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
   const pause = Math.ceil(work.length / POINTS);
@@ -275,6 +277,8 @@ async function learn(signal) {
     if (!points.size) await measure(signal);
     for (const [i, text] of work.entries()) {
       const scored = await commit(name, text, `page.${job}.${i}`, signal);
+      rest = rest.slice(text.length);
+      draft.text = rest.slice(0, PREVIEW);
       keep(text, scored, sum);
       progress.value = i + 1;
       say(note, `${name} learned ${count(sum.tokens, "token")}, ${number(i + 1)} of ${count(work.length, "piece")}; ` +
@@ -283,6 +287,7 @@ async function learn(signal) {
       if (i % pause === 0 || i === work.length - 1) await measure(signal);
     }
   } finally {
+    draft.text = rest;
     progress.hidden = true;
     field.readOnly = false;
   }
@@ -298,7 +303,7 @@ async function commit(name, text, id, signal) {
   return scored;
 }
 
-/** Moves a learned piece from the draft to the manuscript. */
+/** Adds a learned piece to the manuscript. */
 function keep(text, scored, sum) {
   sum.tokens += scored.tokens.length;
   sum.adapted += scored.tokens.length * scored.loss;
@@ -307,7 +312,6 @@ function keep(text, scored, sum) {
   log.set(scored.version, { version: scored.version, kind: "learn", loss: scored.loss, tokens: scored.tokens.length, request_id: "" });
   meta = { ...meta, version: scored.version };
   $("version").textContent = scored.version;
-  draft.text = draft.text.slice(text.length);
   showManuscript();
   if (view === "read") showCurve();
   json(sessionPath(session.value, "cells")).then(({ sites }) => drawCells(sites)).catch(() => {});

@@ -4,7 +4,7 @@ import { stopped } from "./server.js";
 import { describe, span, whole } from "./tokens.js";
 
 const PAUSE_MS = 350;
-const LONGEST = 6000; // characters that are scored while one writes
+const LONGEST = 6000; // characters that are scored, and laid out twice, while one writes
 
 /**
  * ask(prompt, signal) yields pieces of a completion, score(text, signal) gives its tokens' probabilities;
@@ -26,7 +26,9 @@ export function makeDraft({ field, backdrop, announce, suggests, ask, score, sho
 
   /** Keeps the tints of the tokens before the first change. */
   function repaint() {
-    const text = field.value;
+    const long = field.value.length > LONGEST;
+    const text = long ? "" : field.value;
+    field.parentNode.classList.toggle("long", long);
     let at = 0;
     const kept = spans.findIndex((one) => {
       if (!text.startsWith(one.told.text, at)) return true;
@@ -84,6 +86,14 @@ export function makeDraft({ field, backdrop, announce, suggests, ask, score, sho
     timer = setTimeout(look, PAUSE_MS);
   }
 
+  /** A long text goes in at once: the browser's own way lays it out anew for each line. */
+  function paste(event) {
+    const text = event.clipboardData.getData("text/plain");
+    if (text.length <= LONGEST) return;
+    event.preventDefault();
+    type(text.replaceAll("\r\n", "\n"));
+  }
+
   function type(text) {
     field.setRangeText(text, field.selectionStart, field.selectionEnd, "end");
     field.dispatchEvent(new InputEvent("input", { bubbles: true }));
@@ -104,6 +114,7 @@ export function makeDraft({ field, backdrop, announce, suggests, ask, score, sho
       quiet();
     }
   });
+  field.addEventListener("paste", paste);
   field.addEventListener("blur", dropGhost);
   field.addEventListener("mousemove", ({ clientX, clientY }) => {
     const under = document.elementsFromPoint(clientX, clientY).find((one) => one.told && one.parentNode === backdrop);
