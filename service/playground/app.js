@@ -4,24 +4,30 @@ import { makeCells, makeCurve, smoothed } from "./charts.js";
 import { choices, compare, FROZEN } from "./compare.js";
 import { makeDraft } from "./draft.js";
 import { difference, lineage, list, undoes } from "./history.js";
+import { makeManuscript } from "./manuscript.js";
 import { events, find, json, names, readiness, sessionPath, stopped, useKey } from "./server.js";
-import { count, describe, nats, number, span, whole } from "./tokens.js";
+import { count, nats, number, whole } from "./tokens.js";
+import { pieces, sample, Watch } from "./watch.js";
 
 const RETRY_MS = 1000;
-const SHORT = 12_000; // characters up to which a text is learned in small pieces, to be watched
-const WATCHED = 700; // characters of a text that is watched
 const PREVIEW = 4000; // characters of the draft that are shown while it is learned
 const POINTS = 24; // of the watched text's curve, at most, while one text is learned
-const SHOWN = 24; // passages of the manuscript
 const GHOST = 24; // tokens of a suggestion
 const STATES = { loading: "The server is loading the model.", draining: "The server is shutting down." };
 
 const $ = (id) => document.getElementById(id);
 const [session, field, key] = [$("session"), $("draft"), $("key")];
-const storage = (name) => { try { return window[name]; } catch { return {}; /* forbidden: forgotten with the page */ } };
+const storage = (name) => {
+  try {
+    return window[name];
+  } catch {
+    return {}; /* forbidden: forgotten with the page */
+  }
+};
 const [kept, tab] = [storage("localStorage"), storage("sessionStorage")];
 const curve = makeCurve($("curve"));
 const drawCells = makeCells($("cells"));
+const watch = new Watch();
 
 let model = null;
 let asked = 0;
@@ -30,10 +36,7 @@ let busy = null; // what runs now, to be aborted
 let meta = null; // of the session, if there is one
 let log = new Map(); // its entries, by version
 let passages = new Map(); // {text, parts or null}, by version
-let points = new Map(); // the watched text's adapted loss, by version
-let watched = null; // {text, what, frozen}
 let pending = null; // a piece whose answer was not awaited: {session, text, key}
-let samples = null;
 let view = "watched";
 
 const say = (place, text, fault = false) => {
@@ -47,27 +50,37 @@ const note = document.querySelector("#teach .note");
 function sessionIsValid() {
   const { valid } = session.validity;
   session.setAttribute("aria-invalid", !valid);
-  $("session-fault").textContent = valid ? "" :
-    "A session’s name has 1 to 128 letters, digits or . _ ~ : @ + = - and starts with a letter or a digit.";
+  $("session-fault").textContent = valid
+    ? ""
+    : "A session’s name has 1 to 128 letters, digits or . _ ~ : @ + = - and starts with a letter or a digit.";
   return valid;
 }
 
 /** Makes the session, if there is none of that name; one made here keeps its texts, so that they can be seen again. */
 async function ensure(name) {
-  if (meta?.id !== name) meta = (await find(name)) ?? (await json(sessionPath(name), { method: "PUT", body: { keep_text: true } }));
+  if (meta?.id !== name)
+    meta = (await find(name)) ?? (await json(sessionPath(name), { method: "PUT", body: { keep_text: true } }));
 }
 
 function showFacts() {
-  const { version, tokens_learned, rows, bytes, gain } = meta ?? { version: "new", tokens_learned: 0, rows: 0, bytes: 0, gain: null };
+  const { version, tokens_learned, rows, bytes, gain } = meta ?? {
+    version: "new",
+    tokens_learned: 0,
+    rows: 0,
+    bytes: 0,
+    gain: null,
+  };
   $("version").textContent = version;
   $("tokens-learned").textContent = number(tokens_learned);
   $("rows").textContent = number(rows);
   $("bytes").textContent = `${number(bytes / 1000, { maximumFractionDigits: 1 })} kB`;
-  $("gain").textContent = gain === null ? "not measured" : number(gain, { maximumFractionDigits: 3, signDisplay: "exceptZero" });
+  $("gain").textContent =
+    gain === null ? "not measured" : number(gain, { maximumFractionDigits: 3, signDisplay: "exceptZero" });
 }
 
 function enable() {
-  for (const button of document.querySelectorAll("button:not(#guide-step)")) button.disabled = model === null || (busy !== null && !button.stops);
+  for (const button of document.querySelectorAll("button:not(#guide-step)"))
+    button.disabled = model === null || (busy !== null && !button.stops);
   if (busy) return;
   $("undo").disabled ||= !meta || undoes(log, meta.version) === undefined;
   $("watch").disabled ||= !field.value.trim();
@@ -112,7 +125,8 @@ async function showSession(name, turn) {
   meta = found;
   if (other) forget();
   log = new Map(told.data.map((entry) => [entry.version, entry]));
-  for (const { version, text } of told.data) if (text && !passages.has(version)) passages.set(version, { text, parts: null });
+  for (const { version, text } of told.data)
+    if (text && !passages.has(version)) passages.set(version, { text, parts: null });
   drawCells(seen.sites, other);
   showFacts();
   showManuscript();
@@ -121,13 +135,13 @@ async function showSession(name, turn) {
   showNames(everyone);
   guide();
   enable();
-  if (other && found && watched) measure().catch(() => {});
+  if (other && found) measure().catch(() => {});
 }
 
 /** What was seen of another session. */
 function forget() {
   passages = new Map();
-  points = new Map();
+  watch.forget();
   log = new Map();
 }
 
@@ -144,91 +158,40 @@ function free(name, everyone) {
   for (let i = 2; ; i++) if (!everyone.includes(`${name}-${i}`)) return `${name}-${i}`;
 }
 
-// --- the manuscript ---
-
-function passage(version, { text, parts }) {
-  const whole = document.createElement("div");
-  const mark = Object.assign(document.createElement("span"), { className: "mark", textContent: version });
-  const loss = log.get(version)?.loss;
-  whole.setAttribute("role", "group");
-  whole.setAttribute("aria-label", `Version ${version}${loss == null ? "" : `, loss ${nats(loss)}`}`);
-  mark.setAttribute("aria-hidden", true);
-  const body = document.createElement("p");
-  body.append(...(parts ? parts.map(span) : [text]));
-  for (const token of parts ? body.children : []) token.tabIndex = -1;
-  whole.append(mark, body);
-  return whole;
-}
-
 function showManuscript() {
-  const present = meta ? lineage(log, meta.version).filter((version) => passages.has(version)) : [];
-  const shown = present.slice(-SHOWN);
-  const place = $("manuscript");
-  const last = place.lastElementChild?.version;
-  const old = new Map([...place.children].map((one) => [one.version, one]));
-  place.replaceChildren(...shown.map((version) => {
-    const data = passages.get(version);
-    const reusable = old.get(version);
-    return reusable?.data === data ? reusable : Object.assign(passage(version, data), { version, data });
-  }));
-  if (shown.at(-1) !== last) place.scrollTop = place.scrollHeight;
-  const first = place.querySelector("p > span");
-  if (first && !place.querySelector("[tabindex='0']")) first.tabIndex = 0;
-  const missing = (meta ? lineage(log, meta.version).length : 0) - shown.length;
-  $("earlier").hidden = missing === 0;
-  $("earlier").textContent = `${count(missing, "earlier version")} not shown.`;
+  const present = meta ? lineage(log, meta.version) : [];
+  const shown = manuscript.draw(
+    present.filter((version) => passages.has(version)),
+    passages,
+    log,
+  );
+  const earlier = present.length - shown;
+  $("earlier").hidden = earlier === 0;
+  $("earlier").textContent = `${count(earlier, "earlier version")} not shown.`;
 }
 
-const show = (text) => { if ($("token").textContent !== text) $("token").textContent = text; };
-
-$("manuscript").addEventListener("focusin", ({ target }) => {
-  for (const token of $("manuscript").querySelectorAll("[tabindex='0']")) token.tabIndex = -1;
-  target.tabIndex = 0;
-  show(describe(target.told));
-});
-$("manuscript").addEventListener("pointerover", ({ target }) => { if (target.told) show(describe(target.told)); });
-$("manuscript").addEventListener("keydown", (event) => {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!step) return;
-  const tokens = [...$("manuscript").querySelectorAll("p > span")];
-  tokens[tokens.indexOf(event.target) + step]?.focus();
-  event.preventDefault();
-});
+const show = (text) => {
+  if ($("token").textContent !== text) $("token").textContent = text;
+};
 
 // --- the curve ---
 
 async function measure(signal) {
-  if (!watched) return;
-  const { loss, frozen_loss, version } = await json(sessionPath(session.value, "score"), { body: { text: watched.text }, signal });
-  watched.frozen = frozen_loss;
-  points.set(version, loss);
+  await watch.measure(session.value, signal);
   showCurve();
 }
 
-function watch(text, what) {
-  watched = { text, what, frozen: null };
-  points = new Map();
-}
-
 function showCurve() {
-  if (view === "read") {
-    const parts = meta ? lineage(log, meta.version).flatMap((version) => passages.get(version)?.parts ?? []) : [];
-    curve.draw(smoothed(parts), { x: "tokens learned", points: false });
-    $("curve-text").textContent = parts.length ? "Each token as it was predicted before it was learned; means of 32." :
-      "Shows each text that is learned while this page is open.";
+  if (view === "watched") {
+    curve.draw(watch.data, { x: "version", points: true });
+    $("curve-text").textContent = watch.told;
     return;
   }
-  const versions = [...points.keys()].sort((a, b) => a - b);
-  curve.draw([versions, versions.map(() => watched.frozen), versions.map((one) => points.get(one))], { x: "version", points: true });
-  $("curve-text").textContent = versions.length ? watchedText(versions.at(-1)) :
-    watched ? `Watched: ${watched.what}. Its curve begins when something is learned.` :
-      "Watches the end of the first text that you let it learn, or the draft.";
-}
-
-function watchedText(version) {
-  const [frozen, adapted] = [watched.frozen, points.get(version)];
-  return `Watched: ${watched.what}. ${nats(frozen)} nats a token for the frozen base, ${nats(adapted)} with version ${version}: ` +
-    `perplexity ${nats(Math.exp(frozen))} and ${nats(Math.exp(adapted))}.`;
+  const parts = meta ? lineage(log, meta.version).flatMap((version) => passages.get(version)?.parts ?? []) : [];
+  curve.draw(smoothed(parts), { x: "tokens learned", points: false });
+  $("curve-text").textContent = parts.length
+    ? "Each token as it was predicted before it was learned; means of 32."
+    : "Shows each text that is learned while this page is open.";
 }
 
 // --- work that takes a while ---
@@ -255,12 +218,6 @@ async function alone(button, place, work) {
   await refresh();
 }
 
-function pieces(text) {
-  const [least, most] = text.length > SHORT ? [2000, 4000] : [300, 600];
-  const some = `[^]{${least},${most}}`; // up to a blank line, else the end of a sentence, a space or the limit
-  return text.match(new RegExp(`${some}(?:\\n\\s*\\n|$)|${some}(?:\\n|[.!?]["'”’)]*\\s)|${some}\\s|[^]{1,${most}}`, "gu")) ?? [];
-}
-
 async function learn(signal) {
   const name = session.value;
   let rest = draft.text;
@@ -270,20 +227,23 @@ async function learn(signal) {
   const pause = Math.ceil(work.length / POINTS);
   const sum = { tokens: 0, adapted: 0, frozen: 0 };
   await ensure(name);
-  if (!watched) watch(draft.text.slice(-WATCHED).trim(), "the end of the first text learned here");
+  if (!watch.text) watch.turn(rest, "the end of the first text learned here", { end: true });
   Object.assign(progress, { max: work.length, value: 0, hidden: false });
   field.readOnly = true;
   try {
-    if (!points.size) await measure(signal);
+    if (!watch.begun) await measure(signal);
     for (const [i, text] of work.entries()) {
       const scored = await commit(name, text, `page.${job}.${i}`, signal);
       rest = rest.slice(text.length);
       draft.text = rest.slice(0, PREVIEW);
       keep(text, scored, sum);
       progress.value = i + 1;
-      say(note, `${name} learned ${count(sum.tokens, "token")}, ${number(i + 1)} of ${count(work.length, "piece")}; ` +
-        `perplexity ${nats(Math.exp(sum.adapted / sum.tokens))} before they were learned, ` +
-        `${nats(Math.exp(sum.frozen / sum.tokens))} for the frozen base; version ${scored.version}.`);
+      say(
+        note,
+        `${name} learned ${count(sum.tokens, "token")}, ${number(i + 1)} of ${count(work.length, "piece")}; ` +
+          `perplexity ${nats(Math.exp(sum.adapted / sum.tokens))} before they were learned, ` +
+          `${nats(Math.exp(sum.frozen / sum.tokens))} for the frozen base; version ${scored.version}.`,
+      );
       if (i % pause === 0 || i === work.length - 1) await measure(signal);
     }
   } finally {
@@ -309,12 +269,20 @@ function keep(text, scored, sum) {
   sum.adapted += scored.tokens.length * scored.loss;
   sum.frozen += scored.tokens.length * scored.frozen_loss;
   passages.set(scored.version, { text, parts: [...whole(text, scored)] });
-  log.set(scored.version, { version: scored.version, kind: "learn", loss: scored.loss, tokens: scored.tokens.length, request_id: "" });
+  log.set(scored.version, {
+    version: scored.version,
+    kind: "learn",
+    loss: scored.loss,
+    tokens: scored.tokens.length,
+    request_id: "",
+  });
   meta = { ...meta, version: scored.version };
   $("version").textContent = scored.version;
   showManuscript();
   if (view === "read") showCurve();
-  json(sessionPath(session.value, "cells")).then(({ sites }) => drawCells(sites)).catch(() => {});
+  json(sessionPath(session.value, "cells"))
+    .then(({ sites }) => drawCells(sites))
+    .catch(() => {});
 }
 
 async function goBack(version, signal) {
@@ -327,12 +295,16 @@ async function goBack(version, signal) {
   await measure(signal);
 }
 
-const back = (version, button = $("undo")) => alone(button, $("versions-note"), (signal) => goBack(version, signal)).then(() => draft.stale());
+const back = (version, button = $("undo")) =>
+  alone(button, $("versions-note"), (signal) => goBack(version, signal)).then(() => draft.stale());
 
 function showVersions() {
   const version = meta?.version ?? 0;
   $("versions").replaceChildren(...list(log, version, (to) => back(to)));
-  for (const [select, wanted] of [[$("diff-from"), 0], [$("diff-to"), version]]) {
+  for (const [select, wanted] of [
+    [$("diff-from"), 0],
+    [$("diff-to"), version],
+  ]) {
     const before = Number(select.value);
     const keeps = select.children.length > 0 && select.id === "diff-from" && before <= version;
     const first = Math.max(0, version - 32);
@@ -343,29 +315,39 @@ function showVersions() {
 
 // --- the first minute ---
 
-async function sample(name) {
-  samples ??= {};
-  samples[name] ??= await (await fetch(`playground/samples/${name}.txt`)).text();
-  return samples[name];
-}
-
 /** One line that says what to do next. */
 function guide() {
   const learned = meta && lineage(log, meta.version).length > 0;
   const steps = [
-    [!learned && !draft.text, "New here? Begin with a page of a story that no model has read.", "Put in the page", async () => {
-      const next = await sample("keeper-2");
-      watch(next.slice(0, next.lastIndexOf("\n\n", WATCHED)), "the beginning of the next page, which it never reads");
-      draft.text = await sample("keeper-1");
-      showCurve();
-    }],
-    [!learned, "Underlined blue is what the memory predicts better, dotted orange what it predicts worse. It knows nothing yet: let it learn the page."],
-    [!draft.text, "Write on, and take what it suggests; or see what it has learned.", "Try a line", async () => {
-      draft.text = $("prompt").value = "Osric Pell has a stone in the churchyard at";
-      field.focus();
-      field.setSelectionRange(field.value.length, field.value.length);
-      draft.look();
-    }],
+    [
+      !learned && !draft.text,
+      "New here? Begin with a page of a story that no model has read.",
+      "Put in the page",
+      async () => {
+        const next = await sample("keeper-2");
+        watch.turn(
+          next.slice(0, next.lastIndexOf("\n\n", 700)),
+          "the beginning of the next page, which it never reads",
+        );
+        draft.text = await sample("keeper-1");
+        showCurve();
+      },
+    ],
+    [
+      !learned,
+      "Underlined blue is what the memory predicts better, dotted orange what it predicts worse. It knows nothing yet: let it learn the page.",
+    ],
+    [
+      !draft.text,
+      "Write on, and take what it suggests; or see what it has learned.",
+      "Try a line",
+      async () => {
+        draft.text = $("prompt").value = "Osric Pell has a stone in the churchyard at";
+        field.focus();
+        field.setSelectionRange(field.value.length, field.value.length);
+        draft.look();
+      },
+    ],
     [true, ""],
   ];
   const [, text, label, work] = steps.find(([applies]) => applies);
@@ -378,14 +360,25 @@ function guide() {
 
 // --- what one can do ---
 
+const manuscript = makeManuscript($("manuscript"), show);
 const draft = makeDraft({
   field,
   backdrop: $("backdrop"),
   announce: $("suggestion"),
-  suggests: () => $("suggest").checked && model !== null && !busy && session.validity.valid,
+  ready: () => model !== null && !busy && session.validity.valid,
+  suggests: () => $("suggest").checked,
   async *ask(prompt, signal) {
     await ensure(session.value);
-    const body = { model, prompt, max_tokens: GHOST, temperature: 0, stop: ["\n\n"], stream: true, session: session.value, adapt: "predict" };
+    const body = {
+      model,
+      prompt,
+      max_tokens: GHOST,
+      temperature: 0,
+      stop: ["\n\n"],
+      stream: true,
+      session: session.value,
+      adapt: "predict",
+    };
     for await (const event of events("v1/completions", { body, signal })) yield event.choices[0].text;
   },
   async score(text, signal) {
@@ -410,11 +403,13 @@ field.addEventListener("keydown", (event) => {
 });
 $("suggest").addEventListener("change", () => draft.look());
 $("undo").addEventListener("click", () => back(undoes(log, meta.version)));
-$("watch").addEventListener("click", () => alone($("watch"), note, async (signal) => {
-  await ensure(session.value);
-  watch(draft.text.slice(0, WATCHED), "what was the draft");
-  await measure(signal);
-}));
+$("watch").addEventListener("click", () =>
+  alone($("watch"), note, async (signal) => {
+    await ensure(session.value);
+    watch.turn(draft.text, "what was the draft");
+    await measure(signal);
+  }),
+);
 $("fork").addEventListener("submit", (event) => {
   event.preventDefault();
   const [from, to] = [session.value, $("fork-name").value];
@@ -439,14 +434,30 @@ $("diff").addEventListener("submit", (event) => {
 });
 $("compare").addEventListener("submit", (event) => {
   event.preventDefault();
-  const sides = ["left", "right"].map((side) => ({ name: $(side).value, text: $(`${side}-text`), note: $(`${side}-note`) }));
-  const request = { model, prompt: $("prompt").value, max_tokens: $("length").valueAsNumber, temperature: $("temperature").valueAsNumber };
+  const sides = ["left", "right"].map((side) => ({
+    name: $(side).value,
+    text: $(`${side}-text`),
+    note: $(`${side}-note`),
+  }));
+  const request = {
+    model,
+    prompt: $("prompt").value,
+    max_tokens: $("length").valueAsNumber,
+    temperature: $("temperature").valueAsNumber,
+  };
   const place = event.target.querySelector(".note");
   alone(event.target.querySelector("button"), place, (signal) => compare(sides, request, signal));
 });
-for (const radio of document.querySelectorAll("[name=view]")) radio.addEventListener("change", () => { view = radio.value; showCurve(); });
+for (const radio of document.querySelectorAll("[name=view]"))
+  radio.addEventListener("change", () => {
+    view = radio.value;
+    showCurve();
+  });
 
-$("door").addEventListener("submit", (event) => { event.preventDefault(); key.blur(); });
+$("door").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key.blur();
+});
 key.addEventListener("change", () => {
   tab.apiKey = key.value = key.value.trim();
   useKey(key.value);
@@ -464,7 +475,10 @@ const theme = () => {
   document.documentElement.dataset.theme = $("theme").value;
   curve.again();
 };
-$("theme").addEventListener("change", () => { kept.theme = $("theme").value; theme(); });
+$("theme").addEventListener("change", () => {
+  kept.theme = $("theme").value;
+  theme();
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", curve.again);
 
 $("theme").value = kept.theme ?? "";

@@ -16,7 +16,12 @@ function colour(name) {
 
 function options(width, { x, points }) {
   const [adapted, frozen, ink, line] = ["--accent", "--frozen", "--dim", "--line"].map(colour);
-  const axis = { stroke: ink, font: "12px system-ui", grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
+  const axis = {
+    stroke: ink,
+    font: "12px system-ui",
+    grid: { stroke: line, width: 1 },
+    ticks: { stroke: line, width: 1 },
+  };
   const value = (_, y) => (y == null ? "" : nats(y));
   return {
     width,
@@ -25,7 +30,14 @@ function options(width, { x, points }) {
     legend: { markers: { width: 2, dash: (_, i) => (i === 1 ? "dashed" : "solid") } },
     scales: { x: { time: false } },
     axes: [
-      { ...axis, label: x, labelFont: "12px system-ui", labelSize: 18, size: 32, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000] },
+      {
+        ...axis,
+        label: x,
+        labelFont: "12px system-ui",
+        labelSize: 18,
+        size: 32,
+        incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000],
+      },
       { ...axis, size: 40, values: (_, ticks) => ticks.map((tick) => number(tick, { maximumFractionDigits: 2 })) },
     ],
     series: [
@@ -71,21 +83,26 @@ function siteMap({ name, counts, bin_cells, bin_rows, rows, cells }, before) {
   grid.style.setProperty("--across", Math.ceil(Math.sqrt(counts.length)));
   const used = counts.filter(Boolean).length;
   const unit = bin_cells === 1 ? "cell" : `${bin_cells} cells`;
-  const told = `Site “${name}”: ${count(rows, "row")} in ${number(used)} of ${number(counts.length)} ${bin_cells === 1 ? "cells" : `bins of ${unit}`}` +
+  const told =
+    `Site “${name}”: ${count(rows, "row")} in ${number(used)} of ${number(counts.length)} ${bin_cells === 1 ? "cells" : `bins of ${unit}`}` +
     `${used ? `; the fullest holds ${Math.max(...counts)} of ${bin_rows}` : ""}.`;
   grid.setAttribute("aria-label", told);
   caption.textContent = told;
-  grid.append(...counts.map((held, i) => {
-    const cell = document.createElement("i");
-    if (held) cell.style.setProperty("--fill", Math.sqrt(held / bin_rows).toFixed(3));
-    if (before && held > before[i]) cell.className = "new";
-    return cell;
-  }));
+  grid.append(
+    ...counts.map((held, i) => {
+      const cell = document.createElement("i");
+      if (held) cell.style.setProperty("--fill", Math.sqrt(held / bin_rows).toFixed(3));
+      if (before && held > before[i]) cell.className = "new";
+      return cell;
+    }),
+  );
   grid.addEventListener("pointermove", ({ target }) => {
     const at = [...grid.children].indexOf(target);
     if (at >= 0) caption.textContent = `Site “${name}”, ${unit} ${at + 1}: ${count(counts[at], "row")} of ${bin_rows}.`;
   });
-  grid.addEventListener("pointerleave", () => { caption.textContent = told; });
+  grid.addEventListener("pointerleave", () => {
+    caption.textContent = told;
+  });
   figure.append(grid, caption);
   return figure;
 }

@@ -33,11 +33,21 @@ async function judge(names, prompt, signal) {
 export async function compare(sides, request, signal) {
   const seed = Math.floor(Math.random() * 2 ** 31);
   for (const side of sides) side.note.textContent = "";
-  await Promise.all(sides.map(({ name, text }) => {
-    const use = name === FROZEN ? {} : { session: name, adapt: "predict" };
-    return complete(text, request.prompt, events("v1/completions", { body: { ...request, ...use, seed, stream: true }, signal }));
-  }));
-  const losses = await judge(sides.map((side) => side.name), request.prompt, signal);
+  await Promise.all(
+    sides.map(({ name, text }) => {
+      const use = name === FROZEN ? {} : { session: name, adapt: "predict" };
+      return complete(
+        text,
+        request.prompt,
+        events("v1/completions", { body: { ...request, ...use, seed, stream: true }, signal }),
+      );
+    }),
+  );
+  const losses = await judge(
+    sides.map((side) => side.name),
+    request.prompt,
+    signal,
+  );
   for (const { name, note } of sides) {
     const loss = losses.get(name);
     if (loss !== undefined) note.textContent = `Perplexity of the prompt: ${nats(Math.exp(loss))}.`;

@@ -7,10 +7,11 @@ const PAUSE_MS = 350;
 const LONGEST = 6000; // characters that are scored, and laid out twice, while one writes
 
 /**
- * ask(prompt, signal) yields pieces of a completion, score(text, signal) gives its tokens' probabilities;
- * show(text) tells of a token, failed(error) of a fault, changed() that the text is another.
+ * ready() tells whether the server may be asked, suggests() whether for suggestions, too. ask(prompt, signal) yields
+ * pieces of a completion, score(text, signal) gives its tokens' probabilities. show(text) tells of a token,
+ * failed(error) of a fault, changed() that the text is another.
  */
-export function makeDraft({ field, backdrop, announce, suggests, ask, score, show, failed, changed }) {
+export function makeDraft({ field, backdrop, announce, ready, suggests, ask, score, show, failed, changed }) {
   const tail = document.createTextNode("");
   const ghost = Object.assign(document.createElement("span"), { className: "ghost" });
   const end = document.createTextNode("\u200b"); // gives a last empty line its height
@@ -22,7 +23,9 @@ export function makeDraft({ field, backdrop, announce, suggests, ask, score, sho
 
   const parts = () => spans.map((one) => one.told);
   const lengthOf = (some) => some.reduce((sum, one) => sum + one.told.text.length, 0);
-  const dropGhost = () => { ghost.textContent = announce.textContent = ""; };
+  const dropGhost = () => {
+    ghost.textContent = announce.textContent = "";
+  };
 
   /** Keeps the tints of the tokens before the first change. */
   function repaint() {
@@ -71,6 +74,7 @@ export function makeDraft({ field, backdrop, announce, suggests, ask, score, sho
   async function look() {
     const text = field.value;
     const { signal } = asking;
+    if (!ready()) return;
     try {
       const work = text.trim() && text.length <= LONGEST ? [score(text, signal).then((told) => paint(text, told))] : [];
       if (suggests() && atEnd()) work.push(suggest(signal));
@@ -129,14 +133,18 @@ export function makeDraft({ field, backdrop, announce, suggests, ask, score, sho
   });
 
   return {
-    get text() { return field.value; },
+    get text() {
+      return field.value;
+    },
     set text(value) {
       field.value = value;
       repaint();
       changed();
     },
     /** Tokens with both log-probabilities, as far as the text is scored. */
-    get parts() { return parts(); },
+    get parts() {
+      return parts();
+    },
     look: later,
     quiet,
     /** Forgets the tints, which another memory made. */

@@ -56,29 +56,36 @@ function told(step) {
 export function list(log, version, back) {
   const present = new Set(lineage(log, version));
   const now = origin(log, version);
-  return steps(log).reverse().map((step) => {
-    const item = document.createElement("li");
-    const [first, last] = [step[0].version, step.at(-1).version];
-    const name = first === last ? `${last}` : `${first}–${last}`;
-    item.append(Object.assign(document.createElement("b"), { textContent: name }), ` ${told(step)} `);
-    const here = last === now;
-    if (here) item.setAttribute("aria-current", "true");
-    if (step[0].kind === "learn" && !step.some((entry) => present.has(entry.version))) item.className = "undone";
-    const note = here ? "now" : item.className && "undone";
-    if (note) item.append(Object.assign(document.createElement("em"), { textContent: note }), " ");
-    if (!here && step[0].kind !== "rollback") {
-      const button = Object.assign(document.createElement("button"), { type: "button", className: "link", textContent: `Return to ${last}` });
-      button.addEventListener("click", () => back(last));
-      item.append(button);
-    }
-    return item;
-  });
+  return steps(log)
+    .reverse()
+    .map((step) => {
+      const item = document.createElement("li");
+      const [first, last] = [step[0].version, step.at(-1).version];
+      const name = first === last ? `${last}` : `${first}–${last}`;
+      item.append(Object.assign(document.createElement("b"), { textContent: name }), ` ${told(step)} `);
+      const here = last === now;
+      if (here) item.setAttribute("aria-current", "true");
+      if (step[0].kind === "learn" && !step.some((entry) => present.has(entry.version))) item.className = "undone";
+      const note = here ? "now" : item.className && "undone";
+      if (note) item.append(Object.assign(document.createElement("em"), { textContent: note }), " ");
+      if (!here && step[0].kind !== "rollback") {
+        const button = Object.assign(document.createElement("button"), {
+          type: "button",
+          className: "link",
+          textContent: `Return to ${last}`,
+        });
+        button.addEventListener("click", () => back(last));
+        item.append(button);
+      }
+      return item;
+    });
 }
 
 /** What the answer of /diff says, as a sentence and as items. */
 export function difference({ from, to, tokens_learned, rows, learned, forgotten }) {
   const sum = (name) => Object.values(rows).reduce((all, site) => all + site[name], 0);
-  const sentence = `From ${from} to ${to}: ${number(tokens_learned, { signDisplay: "exceptZero" })} tokens learned; ` +
+  const sentence =
+    `From ${from} to ${to}: ${number(tokens_learned, { signDisplay: "exceptZero" })} tokens learned; ` +
     `${count(sum("added"), "row")} added, ${number(sum("removed"))} removed, ${number(sum("changed"))} replaced.`;
   const items = [...forgotten.map((entry) => ["−", entry]), ...learned.map((entry) => ["+", entry])];
   return [sentence, items.map(([sign, entry]) => lesson(sign, entry))];
@@ -89,7 +96,9 @@ function lesson(sign, entry) {
   const loss = entry.loss === null ? "" : `, loss ${nats(entry.loss)}`;
   item.className = sign === "+" ? "added" : "removed";
   item.append(Object.assign(document.createElement("b"), { textContent: `${sign} ${entry.version}` }));
-  item.append(` ${entry.kind === "learn" ? `${count(entry.tokens, "token")}, ${count(entry.rows, "row")}${loss}` : told([entry])}`);
+  item.append(
+    ` ${entry.kind === "learn" ? `${count(entry.tokens, "token")}, ${count(entry.rows, "row")}${loss}` : told([entry])}`,
+  );
   if (entry.text) item.append(Object.assign(document.createElement("q"), { textContent: shorten(entry.text) }));
   return item;
 }

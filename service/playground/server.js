@@ -8,7 +8,9 @@ export class Refused extends Error {
 }
 
 let apiKey = "";
-export const useKey = (key) => { apiKey = key; };
+export const useKey = (key) => {
+  apiKey = key;
+};
 export const sessionPath = (name, action = "") => `v1/sessions/${encodeURIComponent(name)}${action && `/${action}`}`;
 export const stopped = (error) => error.name === "AbortError";
 
@@ -21,10 +23,15 @@ export async function call(path, { body, method = body ? "POST" : "GET", headers
   const given = { ...headers };
   if (apiKey) given.Authorization = `Bearer ${encodeURI(apiKey)}`;
   if (body) given["Content-Type"] = "application/json";
-  const response = await fetch(path, { method, headers: given, body: body && JSON.stringify(body), signal }).catch(broken);
+  const response = await fetch(path, { method, headers: given, body: body && JSON.stringify(body), signal }).catch(
+    broken,
+  );
   if (response.ok) return response;
   const fault = `The server answered ${response.status} ${response.statusText}.`;
-  const message = await response.json().then((told) => told.error.message).catch(() => fault);
+  const message = await response
+    .json()
+    .then((told) => told.error.message)
+    .catch(() => fault);
   throw new Refused(message, response.status);
 }
 

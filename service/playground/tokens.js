@@ -17,7 +17,10 @@ function chance(logprob) {
 export function describe({ text, adapted, frozen }) {
   const ratio = Math.exp(Math.abs(adapted - frozen));
   const times = number(ratio, { maximumSignificantDigits: 2, notation: ratio < 1e4 ? "standard" : "compact" });
-  const verdict = Math.abs(adapted - frozen) < SEEN ? "much the same" : `${times} times ${adapted > frozen ? "likelier" : "less likely"}`;
+  const verdict =
+    Math.abs(adapted - frozen) < SEEN
+      ? "much the same"
+      : `${times} times ${adapted > frozen ? "likelier" : "less likely"}`;
   return `${JSON.stringify(text)}: ${chance(adapted)} with the memory, ${chance(frozen)} for the frozen base; ${verdict}`;
 }
 

@@ -7,10 +7,11 @@ from importlib.resources import files
 from fastapi import APIRouter, Request, Response
 
 TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
+SCRIPTS = ("app", "charts", "compare", "draft", "history", "manuscript", "server", "tokens", "watch")
 PARTS = (
-    *("app.js", "charts.js", "compare.js", "draft.js", "history.js", "server.js", "tokens.js", "style.css", "icon.svg"),
+    *(f"{name}.js" for name in SCRIPTS),
+    *("style.css", "icon.svg", "samples/keeper-1.txt", "samples/keeper-2.txt"),
     *("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css", "uplot/LICENSE.txt"),
-    *("samples/keeper-1.txt", "samples/keeper-2.txt"),
 )
 FILES = {"/": ("index.html", "text/html")} | {
     f"/playground/{name}": (name, TYPES[name.rpartition(".")[2]]) for name in PARTS

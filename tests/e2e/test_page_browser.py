@@ -25,6 +25,7 @@ from tests.tiny import TEXT, build_tiny_base
 
 pytestmark = pytest.mark.e2e
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTEXT = 8192
 PATIENCE_MS = 60_000
 REFUSED = "Failed to load resource"  # how the browser itself reports a 4xx
@@ -137,15 +138,17 @@ def accessible(page: Page) -> None:
     assert not [one for one in told if one[1] in ("serious", "critical")], told
 
 
-def shoot(page: Page, name: str) -> None:
+def shoot(page: Page, name: str, *, whole: bool = False) -> None:
     if folder := os.environ.get("IMPRINT_SHOTS"):
-        page.screenshot(path=Path(folder) / f"playground-{name}.png")
+        page.evaluate("scrollTo(0, 0)")
+        page.screenshot(path=Path(folder) / f"playground-{name}.png", full_page=whole)
 
 
 @pytest.mark.real
 def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server: Server) -> None:
     """The whole story on the real base: a page is pasted and the curve falls, undone and it returns; fork, compare."""
     page = watched(real_server.url)
+    page.set_viewport_size({"width": 1280, "height": 960})
     page.emulate_media(color_scheme="light")
     choose(page, "reader")
     button(page, "Put in the page").click()
@@ -162,11 +165,15 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     button(page, "Try a line").click()
     expect(page.locator("#suggestion")).to_contain_text("Quill")
     expect(page.locator("#backdrop .better")).not_to_have_count(0)
-    accessible(page)
     shoot(page, "light")
     page.emulate_media(color_scheme="dark")
     accessible(page)
     shoot(page, "dark")
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 390, "height": 844})
+    accessible(page)
+    shoot(page, "phone")
+    page.set_viewport_size({"width": 1280, "height": 960})
     page.keyboard.press("Tab")
     expect(draft(page)).to_have_value(re.compile("^Osric Pell has a stone in the churchyard at Quill"))
     draft(page).fill("")
@@ -196,10 +203,17 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
         page.get_by_label("Left", exact=True).input_value(),
         page.get_by_label("Right", exact=True).input_value(),
     ) == ("other", "reader")
-    expect(page.locator("#right-text")).to_contain_text("Quill")
-    page.set_viewport_size({"width": 390, "height": 844})
     accessible(page)
-    shoot(page, "phone")
+    shoot(page, "versions", whole=True)
+
+    learn(page, (EXAMPLES / "loom-1.txt").read_text())
+    expect(note(page, "teach")).to_contain_text("other learned")
+    button(page, "Stop").click()
+    expect(note(page, "teach")).to_contain_text("Stopped.")
+    expect(button(page, "Learn")).to_be_enabled()
+    version = get(real_server, "other")["version"]
+    expect(page.locator("#version")).to_have_text(str(version))
+    assert len(draft(page).input_value()) > 1000  # what is not learned stays in the draft
     assert get(real_server, "reader")["version"] == 8  # reading a memory leaves it as it is
 
 
