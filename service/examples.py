@@ -46,6 +46,15 @@ ENTRY: Json = {
     "request_id": "6f1c2b1d0f8a4c0e9a54d1d7c6f3a2b1",
     "text": None,
 }
+SITE: Json = {
+    "name": "lexical",
+    "kind": "lexical",
+    "rows": 698,
+    "cells": 4,
+    "bin_cells": 1,
+    "bin_rows": 300,
+    "counts": [0, 201, 289, 208],
+}
 SCORED: Json = {
     "tokens": ["My", " cat"],
     "logprobs": [-5.5, -3.25],
@@ -88,7 +97,19 @@ EXAMPLES: dict[str, list[Json]] = {
     "Ready": [{"status": "ready"}],
     "Scored": [SCORED],
     "Session": [SESSION],
+    "SessionCells": [{"object": "session.cells", "version": 4, "sites": [SITE]}],
     "SessionDeleted": [{"id": "alice", "object": "session", "deleted": True}],
+    "SessionDiff": [
+        {
+            "object": "session.diff",
+            "from": 3,
+            "to": 4,
+            "tokens_learned": 8,
+            "rows": {"lexical": {"added": 7, "removed": 0, "changed": 0}},
+            "learned": [ENTRY],
+            "forgotten": [],
+        }
+    ],
     "SessionList": [{"object": "list", "data": [SESSION], "has_more": True, "next": "alice"}],
     "SessionLog": [{"object": "list", "data": [ENTRY], "has_more": True, "next": 4}],
 }

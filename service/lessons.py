@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,13 +76,13 @@ def _batches(cells: Cells, widths: Mapping[str, int]) -> tuple[dict[str, RowBatc
     return sites, gone
 
 
-def content_at(history: History, version: int) -> Content:
-    """What leads from the latest version back to `version`. Raises Conflict if that is not kept."""
+def content_at(history: History, version: int, param: str = "version") -> Content:
+    """What leads from the latest version back to `version`, given as `param`. Raises Conflict if that is not kept."""
     oldest = history.undo[-1].version - 1 if history.undo else history.meta.version
     if not oldest <= version <= history.meta.version:
         raise Conflict(
-            f"'version' must be in {oldest}..{history.meta.version}, the versions kept, got {version}.",
-            param="version",
+            f"'{param}' must be in {oldest}..{history.meta.version}, the versions kept, got {version}.",
+            param=param,
             code="version_not_kept",
         )
     meta, cells, widths = {name: getattr(history.meta, name) for name in VERSIONED}, Cells(), dict[str, int]()
@@ -132,6 +132,21 @@ def unpack_lesson(packed: bytes) -> list[Segment]:
     return segments
 
 
+def told(entry: Mapping[str, Any], lessons: Mapping[int, bytes], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """An entry of the log with the text that its version taught, without what only stood before that; None if it is not
+    kept. lessons: of `lessons_of`."""
+    packed = lessons.get(entry["version"])
+    if packed is None:
+        return {**entry, "text": None}
+    parts = [(part.token_ids, part.learn or ()) for part in unpack_lesson(packed)]
+    return {**entry, "text": "".join(decode([t for t, new in zip(*part, strict=True) if new]) for part in parts)}
+
+
+def lessons_of(history: History) -> dict[int, bytes]:
+    """The lessons that are kept, by version."""
+    return {undo.version: undo.text for undo in history.undo if undo.text}
+
+
 def digest(packed: bytes) -> str:
     return hashlib.sha256(packed).hexdigest()[:32]
 
@@ -142,7 +157,7 @@ def without(history: History, version: int) -> tuple[int, list[bytes]]:
     Raises:
         Conflict: it is not among the lessons that the session consists of, or something that this needs is not kept.
     """
-    lines = _lines(history)
+    lines = lineages(history)
     now = lines[history.meta.version]
     if version not in now:
         raise Conflict(
@@ -166,7 +181,7 @@ def without(history: History, version: int) -> tuple[int, list[bytes]]:
     return base, lessons
 
 
-def _lines(history: History) -> dict[int, list[int]]:
+def lineages(history: History) -> dict[int, list[int]]:
     """For each kept version, the versions whose lessons it consists of, in order; a negative one stands for all that
     its session was at that version."""
     entries = {entry["version"]: entry for entry in history.log}

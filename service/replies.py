@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.words import Adaptation
 
@@ -249,6 +249,49 @@ class SessionLog(BaseModel):
     data: list[LogEntry]
     has_more: bool
     next: int | None
+
+
+class SiteCells(BaseModel):
+    """How full a site of a session's memory is."""
+
+    name: str
+    kind: Literal["lexical", "hidden"]
+    rows: int
+    cells: int = Field(description="Addresses of the site, each with room for the same number of rows.")
+    bin_cells: int = Field(description="Neighbouring cells that are counted together; 1 = each by itself.")
+    bin_rows: int = Field(description="Rows that a bin has room for.")
+    counts: list[int] = Field(description="Rows held in each bin, in the order of the cells; at most 1,024 bins.")
+
+
+class SessionCells(BaseModel):
+    """Reply of `GET /v1/sessions/{id}/cells`."""
+
+    object: Literal["session.cells"]
+    version: int
+    sites: list[SiteCells]
+
+
+class RowChange(BaseModel):
+    """Rows that one version has and the other has not, and those that both have, but not the same."""
+
+    added: int
+    removed: int
+    changed: int
+
+
+class SessionDiff(BaseModel):
+    """Reply of `GET /v1/sessions/{id}/diff`: what the later version consists of and the earlier one does not, and the
+    other way round."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    object: Literal["session.diff"]
+    start: int = Field(alias="from")
+    end: int = Field(alias="to")
+    tokens_learned: int = Field(description="How many more tokens `to` has learned than `from`; may be negative.")
+    rows: dict[str, RowChange] = Field(description="What changed in the memory, by site.")
+    learned: list[LogEntry] = Field(description="Commits that `to` has and `from` has not, the oldest first.")
+    forgotten: list[LogEntry] = Field(description="Commits that `from` has and `to` has not, the oldest first.")
 
 
 class SessionDeleted(BaseModel):

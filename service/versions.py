@@ -8,7 +8,7 @@ from typing import Any
 
 from service.engine import Segment
 from service.errors import Conflict, VersionConflict
-from service.lessons import content_at, unpack_lesson, whole_content, without
+from service.lessons import content_at, lessons_of, told, unpack_lesson, whole_content, without
 from service.sessions import Call, Sessions
 from service.store.types import History, SessionMeta
 from service.tenants import Tenant
@@ -34,9 +34,9 @@ class Versions:
             history = await self._store.history(tenant.name, session, undo=True)
         if history is None:
             raise unknown(session)
-        texts = {undo.version: undo.text for undo in history.undo if undo.text}
+        lessons, decode = lessons_of(history), self._sessions.served.tokenizer.decode
         entries = [entry for entry in reversed(history.log) if before is None or entry["version"] < before]
-        page = [entry | {"text": self._text(texts.get(entry["version"]))} for entry in entries[:limit]]
+        page = [told(entry, lessons, decode) for entry in entries[:limit]]
         return page, page[-1]["version"] if len(entries) > limit else None
 
     async def rollback(self, call: Call, session: str, version: int, *, if_match: str | None = None) -> SessionMeta:
@@ -140,17 +140,6 @@ class Versions:
         if not parts:  # what the device holds is of an earlier version
             self._sessions.served.engine.forget((turn.held.call.tenant.name, turn.meta.id))
         return turn.meta
-
-    def _text(self, lesson: bytes | None) -> str | None:
-        """What a lesson taught, without what only stood before it."""
-        if lesson is None:
-            return None
-        decode = self._sessions.served.tokenizer.decode
-        parts = unpack_lesson(lesson)
-        return "".join(
-            decode([token for token, new in zip(part.token_ids, part.learn or (), strict=True) if new])
-            for part in parts
-        )
 
 
 def _answered(replay: dict[str, Any]) -> SessionMeta:

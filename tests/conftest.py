@@ -97,6 +97,15 @@ def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     assert running.stop() == 0, running.log.read_text()
 
 
+@pytest.fixture(scope="session")
+def real_server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server of the default base; each test has sessions of its own there."""
+    data_dir = tmp_path_factory.mktemp("real") / "data"
+    running = Server("smollm2-135m-instruct", data_dir, cache_dir=base_folder.parent).start()
+    yield running
+    assert running.stop() == 0, running.log.read_text()
+
+
 @pytest.fixture
 def make_server(tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Servers of a test's own, to be killed, restarted or overloaded; settings as keywords."""

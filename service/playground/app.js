@@ -1,288 +1,490 @@
-// The page at /. What a model or a server says is put in as text, never as markup.
+// The page at /: a session is taught on the left, and what became of it is seen on the right.
 
-const PIECE = // of a long text: up to a blank line, else up to a line's end, a space or the limit
-  /[^]{1,4000}(?:\n\s*\n|$)|[^]{1,4000}\n|[^]{1,4000}\s|[^]{1,4000}/gu;
-const FULL_TINT = Math.log(20); // nats
+import { makeCells, makeCurve, smoothed } from "./charts.js";
+import { choices, compare, FROZEN } from "./compare.js";
+import { makeDraft } from "./draft.js";
+import { difference, lineage, list, undoes } from "./history.js";
+import { makeManuscript } from "./manuscript.js";
+import { events, find, json, names, readiness, sessionPath, stopped, useKey } from "./server.js";
+import { count, nats, number, whole } from "./tokens.js";
+import { pieces, sample, Watch } from "./watch.js";
+
 const RETRY_MS = 1000;
+const PREVIEW = 4000; // characters of the draft that are shown while it is learned
+const POINTS = 24; // of the watched text's curve, at most, while one text is learned
+const GHOST = 24; // tokens of a suggestion
 const STATES = { loading: "The server is loading the model.", draining: "The server is shutting down." };
 
 const $ = (id) => document.getElementById(id);
-const number = (value, options) => value.toLocaleString("en", options);
-const count = (value, noun) => `${number(value)} ${noun}${value === 1 ? "" : "s"}`;
-const nats = (value) => number(value, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
-
-// --- the server ---
-
-const key = $("key");
-let tab = {};
-try { tab = sessionStorage; } catch { /* the browser forbids it: the key is forgotten with the page */ }
-key.value = tab.apiKey ?? "";
-key.addEventListener("change", () => {
-  tab.apiKey = key.value = key.value.trim();
-  refresh();
-});
-
-function broken(error) {
-  throw error.name === "AbortError" ? error : new Error("The server does not answer.");
-}
-
-async function call(path, body, signal) {
-  const headers = key.value ? { Authorization: `Bearer ${encodeURI(key.value)}` } : {};
-  const post = { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body), signal };
-  const response = await fetch(path, body ? post : { headers }).catch(broken);
-  if (response.ok) return response;
-  if (response.status === 401) $("door").hidden = false;
-  const fault = `The server answered ${response.status} ${response.statusText}.`;
-  const message = await response.json().then((told) => told.error.message).catch(() => fault);
-  throw Object.assign(new Error(message), { status: response.status });
-}
-
-const json = async (...request) => (await call(...request)).json();
-
-/** The JSON of each server-sent event. */
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const { value, done } = await reader.read().catch(broken);
-    if (done) throw new Error("The server broke off its answer.");
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const data of parts.map((part) => part.slice("data: ".length))) {
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
-      yield event;
-    }
+const [session, field, key] = [$("session"), $("draft"), $("key")];
+const storage = (name) => {
+  try {
+    return window[name];
+  } catch {
+    return {}; /* forbidden: forgotten with the page */
   }
-}
+};
+const [kept, tab] = [storage("localStorage"), storage("sessionStorage")];
+const curve = makeCurve($("curve"));
+const drawCells = makeCells($("cells"));
+const watch = new Watch();
 
-// --- the session ---
-
-const session = $("session");
-let kept = {};
-try { kept = localStorage; } catch { /* the browser forbids it: the name is forgotten with the page */ }
 let model = null;
 let asked = 0;
 let timer;
+let busy = null; // what runs now, to be aborted
+let meta = null; // of the session, if there is one
+let log = new Map(); // its entries, by version
+let passages = new Map(); // {text, parts or null}, by version
+let pending = null; // a piece whose answer was not awaited: {session, text, key}
+let view = "watched";
 
-const sessionPath = (name, action) => `v1/sessions/${encodeURIComponent(name)}/${action}`;
+const say = (place, text, fault = false) => {
+  place.textContent = text;
+  place.classList.toggle("error", fault);
+};
+const note = document.querySelector("#teach .note");
+
+// --- the session ---
 
 function sessionIsValid() {
   const { valid } = session.validity;
   session.setAttribute("aria-invalid", !valid);
-  $("session-fault").textContent = valid ? "" :
-    "A session’s name has 1 to 128 letters, digits or . _ ~ : @ + = - and starts with a letter or a digit.";
+  $("session-fault").textContent = valid
+    ? ""
+    : "A session’s name has 1 to 128 letters, digits or . _ ~ : @ + = - and starts with a letter or a digit.";
   return valid;
 }
 
-/** The session, or undefined; by way of the list, since browsers report a 404 for a new name as an error. */
-async function find(name) {
-  for (let after = name.slice(0, -1); after !== null;) {
-    const page = await json(`v1/sessions?after=${encodeURIComponent(after)}`);
-    const next = page.data.find((one) => one.id >= name);
-    if (next) return next.id === name ? next : undefined;
-    after = page.next;
-  }
+/** Makes the session, if there is none of that name; one made here keeps its texts, so that they can be seen again. */
+async function ensure(name) {
+  if (meta?.id !== name)
+    meta = (await find(name)) ?? (await json(sessionPath(name), { method: "PUT", body: { keep_text: true } }));
 }
 
-function showSession({ version, tokens_learned, rows, bytes, gain }) {
+function showFacts() {
+  const { version, tokens_learned, rows, bytes, gain } = meta ?? {
+    version: "new",
+    tokens_learned: 0,
+    rows: 0,
+    bytes: 0,
+    gain: null,
+  };
   $("version").textContent = version;
   $("tokens-learned").textContent = number(tokens_learned);
   $("rows").textContent = number(rows);
   $("bytes").textContent = `${number(bytes / 1000, { maximumFractionDigits: 1 })} kB`;
-  $("gain").textContent = gain === null ? "not measured" : number(gain, { maximumFractionDigits: 3, signDisplay: "exceptZero" });
+  $("gain").textContent =
+    gain === null ? "not measured" : number(gain, { maximumFractionDigits: 3, signDisplay: "exceptZero" });
+}
+
+function enable() {
+  for (const button of document.querySelectorAll("button:not(#guide-step)"))
+    button.disabled = model === null || (busy !== null && !button.stops);
+  if (busy) return;
+  $("undo").disabled ||= !meta || undoes(log, meta.version) === undefined;
+  $("watch").disabled ||= !field.value.trim();
+  for (const button of document.querySelectorAll("#fork button, #diff button")) button.disabled ||= !meta;
 }
 
 function announce(state) {
   if ($("state").textContent !== state) $("state").textContent = state;
-  for (const button of document.querySelectorAll("button")) button.disabled = model === null;
+  enable();
 }
 
-/** Asks until the server is ready, then shows what it serves and the session as it is now. */
+/** Asks until the server is ready, then shows the session as it is now. */
 async function refresh() {
   clearTimeout(timer);
   const turn = ++asked;
   try {
-    const { status } = await (await fetch("readyz").catch(broken)).json();
+    const status = await readiness();
     if (status !== "ready") throw new Error(STATES[status]);
     const served = (await json("v1/models")).data[0].id;
-    const found = session.validity.valid ? await find(session.value) : undefined;
     if (turn !== asked) return;
     model = $("model").textContent = served;
-    showSession(found ?? { version: "new", tokens_learned: 0, rows: 0, bytes: 0, gain: null });
     $("door").hidden = true;
     announce("");
+    await showSession(session.value, turn);
   } catch (error) {
     if (turn !== asked) return;
     model = null;
     const shut = error.status === 401;
+    if (shut) $("door").hidden = false;
     announce(shut ? error.message : `${error.message} This page tries again by itself.`);
     if (!shut) timer = setTimeout(refresh, RETRY_MS);
   }
 }
 
+async function showSession(name, turn) {
+  const everyone = await names();
+  const found = session.validity.valid ? await find(name) : undefined;
+  const told = found ? await json(sessionPath(name, "log?limit=1000")) : { data: [] };
+  const seen = found ? await json(sessionPath(name, "cells")) : { sites: [] };
+  if (turn !== asked) return;
+  const other = !meta || !found || meta.id !== found.id || meta.created !== found.created;
+  meta = found;
+  if (other) forget();
+  log = new Map(told.data.map((entry) => [entry.version, entry]));
+  for (const { version, text } of told.data)
+    if (text && !passages.has(version)) passages.set(version, { text, parts: null });
+  drawCells(seen.sites, other);
+  showFacts();
+  showManuscript();
+  showVersions();
+  showCurve();
+  showNames(everyone);
+  guide();
+  enable();
+  if (other && found) measure().catch(() => {});
+}
+
+/** What was seen of another session. */
+function forget() {
+  passages = new Map();
+  watch.forget();
+  log = new Map();
+}
+
+function showNames(everyone) {
+  $("sessions").replaceChildren(...everyone.map((name) => new Option(name)));
+  choices($("left"), everyone, $("left").value && everyone.includes($("left").value) ? undefined : session.value);
+  choices($("right"), everyone);
+  const { value, dataset } = $("fork-name");
+  if (dataset.of !== session.value || everyone.includes(value)) $("fork-name").value = free(session.value, everyone);
+  dataset.of = session.value;
+}
+
+function free(name, everyone) {
+  for (let i = 2; ; i++) if (!everyone.includes(`${name}-${i}`)) return `${name}-${i}`;
+}
+
+function showManuscript() {
+  const present = meta ? lineage(log, meta.version) : [];
+  const shown = manuscript.draw(
+    present.filter((version) => passages.has(version)),
+    passages,
+    log,
+  );
+  const earlier = present.length - shown;
+  $("earlier").hidden = earlier === 0;
+  $("earlier").textContent = `${count(earlier, "earlier version")} not shown.`;
+}
+
+const show = (text) => {
+  if ($("token").textContent !== text) $("token").textContent = text;
+};
+
+// --- the curve ---
+
+async function measure(signal) {
+  await watch.measure(session.value, signal);
+  showCurve();
+}
+
+function showCurve() {
+  if (view === "watched") {
+    curve.draw(watch.data, { x: "version", points: true });
+    $("curve-text").textContent = watch.told;
+    return;
+  }
+  const parts = meta ? lineage(log, meta.version).flatMap((version) => passages.get(version)?.parts ?? []) : [];
+  curve.draw(smoothed(parts), { x: "tokens learned", points: false });
+  $("curve-text").textContent = parts.length
+    ? "Each token as it was predicted before it was learned; means of 32."
+    : "Shows each text that is learned while this page is open.";
+}
+
+// --- work that takes a while ---
+
+/** Runs work(signal) alone; meanwhile `button` stops it. Faults are told in `place`. */
+async function alone(button, place, work) {
+  if (busy) return button.stops ? busy.abort() : undefined;
+  if (!sessionIsValid()) return session.focus();
+  const label = button.textContent;
+  busy = new AbortController();
+  button.textContent = "Stop";
+  button.stops = true;
+  say(place, "");
+  draft.quiet();
+  enable();
+  try {
+    await work(busy.signal);
+  } catch (error) {
+    say(place, `${stopped(error) ? "Stopped." : error.message} ${place.textContent}`.trim(), !stopped(error));
+  }
+  busy = null;
+  button.textContent = label;
+  button.stops = false;
+  await refresh();
+}
+
+async function learn(signal) {
+  const name = session.value;
+  let rest = draft.text;
+  const work = pieces(rest);
+  const progress = $("teach").querySelector("progress");
+  const job = crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
+  const pause = Math.ceil(work.length / POINTS);
+  const sum = { tokens: 0, adapted: 0, frozen: 0 };
+  await ensure(name);
+  if (!watch.text) watch.turn(rest, "the end of the first text learned here", { end: true });
+  Object.assign(progress, { max: work.length, value: 0, hidden: false });
+  field.readOnly = true;
+  try {
+    if (!watch.begun) await measure(signal);
+    for (const [i, text] of work.entries()) {
+      const scored = await commit(name, text, `page.${job}.${i}`, signal);
+      rest = rest.slice(text.length);
+      draft.text = rest.slice(0, PREVIEW);
+      keep(text, scored, sum);
+      progress.value = i + 1;
+      say(
+        note,
+        `${name} learned ${count(sum.tokens, "token")}, ${number(i + 1)} of ${count(work.length, "piece")}; ` +
+          `perplexity ${nats(Math.exp(sum.adapted / sum.tokens))} before they were learned, ` +
+          `${nats(Math.exp(sum.frozen / sum.tokens))} for the frozen base; version ${scored.version}.`,
+      );
+      if (i % pause === 0 || i === work.length - 1) await measure(signal);
+    }
+  } finally {
+    draft.text = rest;
+    progress.hidden = true;
+    field.readOnly = false;
+  }
+}
+
+/** Learns a piece, once: one whose answer never came is asked for again under its old key. */
+async function commit(name, text, id, signal) {
+  const again = pending?.session === name && pending.text === text;
+  pending = again ? pending : { session: name, text, key: crypto.randomUUID?.() ?? `${id}.${Date.now()}` };
+  const headers = { "Idempotency-Key": pending.key, "X-Request-Id": id };
+  const scored = await json(sessionPath(name, "score"), { body: { text, learn: true }, headers, signal });
+  pending = null;
+  return scored;
+}
+
+/** Adds a learned piece to the manuscript. */
+function keep(text, scored, sum) {
+  sum.tokens += scored.tokens.length;
+  sum.adapted += scored.tokens.length * scored.loss;
+  sum.frozen += scored.tokens.length * scored.frozen_loss;
+  passages.set(scored.version, { text, parts: [...whole(text, scored)] });
+  log.set(scored.version, {
+    version: scored.version,
+    kind: "learn",
+    loss: scored.loss,
+    tokens: scored.tokens.length,
+    request_id: "",
+  });
+  meta = { ...meta, version: scored.version };
+  $("version").textContent = scored.version;
+  showManuscript();
+  if (view === "read") showCurve();
+  json(sessionPath(session.value, "cells"))
+    .then(({ sites }) => drawCells(sites))
+    .catch(() => {});
+}
+
+async function goBack(version, signal) {
+  const before = meta && lineage(log, meta.version);
+  const after = lineage(log, version);
+  const texts = before.filter((one) => !after.includes(one)).map((one) => passages.get(one)?.text ?? "");
+  const { version: now } = await json(sessionPath(session.value, "rollback"), { body: { version }, signal });
+  if (!draft.text) draft.text = texts.join("");
+  say($("versions-note"), `Version ${now} is what version ${version} was.`);
+  await measure(signal);
+}
+
+const back = (version, button = $("undo")) =>
+  alone(button, $("versions-note"), (signal) => goBack(version, signal)).then(() => draft.stale());
+
+function showVersions() {
+  const version = meta?.version ?? 0;
+  $("versions").replaceChildren(...list(log, version, (to) => back(to)));
+  for (const [select, wanted] of [
+    [$("diff-from"), 0],
+    [$("diff-to"), version],
+  ]) {
+    const before = Number(select.value);
+    const keeps = select.children.length > 0 && select.id === "diff-from" && before <= version;
+    const first = Math.max(0, version - 32);
+    select.replaceChildren(...Array.from({ length: version - first + 1 }, (_, i) => new Option(first + i)));
+    select.value = Math.max(first, keeps ? before : wanted);
+  }
+}
+
+// --- the first minute ---
+
+/** One line that says what to do next. */
+function guide() {
+  const learned = meta && lineage(log, meta.version).length > 0;
+  const steps = [
+    [
+      !learned && !draft.text,
+      "New here? Begin with a page of a story that no model has read.",
+      "Put in the page",
+      async () => {
+        const next = await sample("keeper-2");
+        watch.turn(
+          next.slice(0, next.lastIndexOf("\n\n", 700)),
+          "the beginning of the next page, which it never reads",
+        );
+        draft.text = await sample("keeper-1");
+        showCurve();
+      },
+    ],
+    [
+      !learned,
+      "Underlined blue is what the memory predicts better, dotted orange what it predicts worse. It knows nothing yet: let it learn the page.",
+    ],
+    [
+      !draft.text,
+      "Write on, and take what it suggests; or see what it has learned.",
+      "Try a line",
+      async () => {
+        draft.text = $("prompt").value = "Osric Pell has a stone in the churchyard at";
+        field.focus();
+        field.setSelectionRange(field.value.length, field.value.length);
+        draft.look();
+      },
+    ],
+    [true, ""],
+  ];
+  const [, text, label, work] = steps.find(([applies]) => applies);
+  const button = $("guide-step");
+  if ($("guide-text").textContent !== text) $("guide-text").textContent = text;
+  button.hidden = !label;
+  button.textContent = label ?? "";
+  button.onclick = work;
+}
+
 // --- what one can do ---
 
-/** Runs `work(name, say, signal)` when the form is sent; meanwhile its button stops it. */
-function onSubmit(form, work) {
-  const button = form.querySelector("button");
-  const note = form.querySelector(".note");
-  const label = button.textContent;
-  const say = (text) => { note.textContent = text.trim(); };
-  let running = null;
-  const run = (controller) => {
-    running = controller;
-    button.textContent = running ? "Stop" : label;
-    button.formNoValidate = running !== null;
-  };
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (running) return running.abort();
-    if (!sessionIsValid()) return session.focus();
-    run(new AbortController());
-    note.classList.remove("error");
-    say("");
-    try {
-      await work(session.value, say, running.signal);
-    } catch (error) {
-      const stopped = error.name === "AbortError";
-      note.classList.toggle("error", !stopped);
-      say(`${stopped ? "Stopped." : error.message} ${note.textContent}`);
-    }
-    running.abort(); // of two streams, the one that is left
-    run(null);
-    refresh();
-  });
-}
-
-onSubmit($("teach"), async (name, say, signal) => {
-  const lesson = $("lesson");
-  const progress = $("teach").querySelector("progress");
-  const pieces = lesson.value.match(PIECE);
-  const sum = { tokens: 0, rows: 0, nats: 0 };
-  progress.max = lesson.value.length;
-  progress.value = 0;
-  progress.hidden = pieces.length === 1;
-  lesson.readOnly = true;
-  try {
-    for (const [index, text] of pieces.entries()) {
-      const { tokens_learned, rows_written, loss, version } = await json(sessionPath(name, "observe"), { text }, signal);
-      sum.tokens += tokens_learned;
-      sum.rows += rows_written;
-      sum.nats += tokens_learned * loss;
-      lesson.value = lesson.value.slice(text.length);
-      progress.value += text.length;
-      say(`${name} learned ${count(sum.tokens, "token")} (${index + 1} of ${count(pieces.length, "piece")}) and wrote ` +
-        `${count(sum.rows, "row")}; loss ${nats(sum.nats / sum.tokens)} nats per token; version ${version}.`);
-    }
-  } finally {
-    progress.hidden = true;
-    lesson.readOnly = false;
-  }
+const manuscript = makeManuscript($("manuscript"), show);
+const draft = makeDraft({
+  field,
+  backdrop: $("backdrop"),
+  announce: $("suggestion"),
+  ready: () => model !== null && !busy && session.validity.valid,
+  suggests: () => $("suggest").checked,
+  async *ask(prompt, signal) {
+    await ensure(session.value);
+    const body = {
+      model,
+      prompt,
+      max_tokens: GHOST,
+      temperature: 0,
+      stop: ["\n\n"],
+      stream: true,
+      session: session.value,
+      adapt: "predict",
+    };
+    for await (const event of events("v1/completions", { body, signal })) yield event.choices[0].text;
+  },
+  async score(text, signal) {
+    await ensure(session.value);
+    return json(sessionPath(session.value, "score"), { body: { text }, signal });
+  },
+  show,
+  failed: (error) => say(note, error.message, true),
+  changed() {
+    guide();
+    enable();
+    $("learn").disabled ||= !busy && !field.value.trim();
+  },
 });
 
-/** Streams a completion into `place`; returns what the session's memory did. */
-async function complete(place, request, signal) {
-  const given = document.createElement("span");
-  const said = document.createTextNode("");
-  let adaptation = null;
-  given.className = "given";
-  given.textContent = request.prompt;
-  place.replaceChildren(given, said);
-  place.setAttribute("aria-busy", true);
-  try {
-    for await (const event of events(await call("v1/completions", request, signal))) {
-      said.appendData(event.choices[0].text);
-      adaptation = event.adaptation ?? adaptation;
-    }
-  } finally {
-    place.setAttribute("aria-busy", false);
-  }
-  return adaptation;
-}
-
-onSubmit($("complete"), async (name, say, signal) => {
+$("teach").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (busy || draft.text.trim()) alone($("learn"), note, learn);
+});
+field.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("teach").requestSubmit();
+});
+$("suggest").addEventListener("change", () => draft.look());
+$("undo").addEventListener("click", () => back(undoes(log, meta.version)));
+$("watch").addEventListener("click", () =>
+  alone($("watch"), note, async (signal) => {
+    await ensure(session.value);
+    watch.turn(draft.text, "what was the draft");
+    await measure(signal);
+  }),
+);
+$("fork").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const [from, to] = [session.value, $("fork-name").value];
+  const button = event.target.querySelector("button");
+  alone(button, $("versions-note"), async (signal) => {
+    await json(sessionPath(from, "fork"), { body: { id: to }, signal });
+    session.value = kept.session = to;
+    choices($("left"), [from, to], to);
+    choices($("right"), [from, to], from);
+    say($("versions-note"), `${to} has learned what ${from} has; from here on they go their own ways.`);
+  });
+});
+$("diff").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const place = event.target.querySelector(".note");
+  alone(event.target.querySelector("button"), place, async (signal) => {
+    const span = `diff?from=${$("diff-from").value}&to=${$("diff-to").value}`;
+    const [sentence, items] = difference(await json(sessionPath(session.value, span), { signal }));
+    say(place, sentence);
+    $("lessons").replaceChildren(...items);
+  });
+});
+$("compare").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const sides = ["left", "right"].map((side) => ({
+    name: $(side).value,
+    text: $(`${side}-text`),
+    note: $(`${side}-note`),
+  }));
   const request = {
     model,
     prompt: $("prompt").value,
     max_tokens: $("length").valueAsNumber,
     temperature: $("temperature").valueAsNumber,
-    seed: Math.floor(Math.random() * 2 ** 31), // the same for both, so that only the memory makes a difference
-    stream: true,
   };
-  const use = $("learn").checked ? { adapt: "both", learn: "prompt" } : { adapt: "predict" };
-  const adapted = complete($("adapted"), { ...request, session: name, ...use }, signal).then((done) => {
-    const learned = done.tokens_learned ? count(done.tokens_learned, "token") : "nothing";
-    say(`${name} learned ${learned}; version ${done.version_to}.`);
+  const place = event.target.querySelector(".note");
+  alone(event.target.querySelector("button"), place, (signal) => compare(sides, request, signal));
+});
+for (const radio of document.querySelectorAll("[name=view]"))
+  radio.addEventListener("change", () => {
+    view = radio.value;
+    showCurve();
   });
-  await Promise.all([adapted, complete($("frozen"), request, signal)]);
+
+$("door").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key.blur();
 });
-
-/** The tokens as the text has them: those that share the bytes of a character become one. */
-function* whole(text, { tokens, logprobs, frozen_logprobs }) {
-  let at = 0;
-  let open = null;
-  for (const [i, token] of tokens.entries()) {
-    const torn = token.includes("\ufffd") && !text.startsWith(token, at);
-    if (open && torn) {
-      open.adapted += logprobs[i];
-      open.frozen += frozen_logprobs[i];
-      continue;
-    }
-    if (open) {
-      const end = Math.max(at, text.indexOf(token, at + 1));
-      yield { ...open, text: text.slice(at, end) };
-      at = end;
-      open = null;
-    }
-    const part = { text: token, adapted: logprobs[i], frozen: frozen_logprobs[i] };
-    if (torn) open = part;
-    else yield part;
-    if (text.startsWith(token, at)) at += token.length;
-  }
-  if (open) yield { ...open, text: text.slice(at) };
-}
-
-function chance(logprob) {
-  const p = Math.exp(logprob);
-  return p > 0.01 ? `${(100 * p).toPrecision(3)} %` : `1 in ${number(1 / p, { notation: "compact" })}`;
-}
-
-function showToken({ text, adapted, frozen }, index) {
-  const token = document.createElement("span");
-  token.textContent = text;
-  token.title = `${JSON.stringify(text)}: ${chance(adapted)} with the memory, ${chance(frozen)} for the frozen base`;
-  token.className = adapted < frozen ? "worse" : "better";
-  token.style.setProperty("--strength", Math.min(Math.abs(adapted - frozen) / FULL_TINT, 1));
-  token.tabIndex = index ? -1 : 0;
-  return token;
-}
-
-onSubmit($("score"), async (name, say, signal) => {
-  const text = $("sample").value;
-  const scored = await json(sessionPath(name, "score"), { text }, signal);
-  const { tokens, loss, frozen_loss } = scored;
-  $("tokens").replaceChildren(...[...whole(text, scored)].map(showToken));
-  $("scored").hidden = false;
-  say(`Perplexity ${nats(Math.exp(loss))} with the memory of ${name}, ${nats(Math.exp(frozen_loss))} for the frozen base, ` +
-    `over ${count(tokens.length, "token")}.`);
-});
-
-$("tokens").addEventListener("focusin", ({ target }) => {
-  for (const token of $("tokens").querySelectorAll("[tabindex='0']")) token.tabIndex = -1;
-  target.tabIndex = 0;
-  $("token").textContent = target.title;
-});
-$("tokens").addEventListener("keydown", ({ key, target }) => {
-  const next = { ArrowLeft: target.previousSibling, ArrowRight: target.nextSibling }[key];
-  next?.focus();
+key.addEventListener("change", () => {
+  tab.apiKey = key.value = key.value.trim();
+  useKey(key.value);
+  refresh();
 });
 session.addEventListener("input", sessionIsValid);
 session.addEventListener("change", () => {
   if (!sessionIsValid()) return;
   kept.session = session.value;
-  refresh();
+  draft.quiet();
+  say(note, "");
+  refresh().then(() => draft.stale());
 });
+const theme = () => {
+  document.documentElement.dataset.theme = $("theme").value;
+  curve.again();
+};
+$("theme").addEventListener("change", () => {
+  kept.theme = $("theme").value;
+  theme();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", curve.again);
+
+$("theme").value = kept.theme ?? "";
+theme();
+useKey((key.value = tab.apiKey ?? ""));
 session.value = kept.session ?? session.value;
 sessionIsValid();
+guide();
 refresh();

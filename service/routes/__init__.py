@@ -22,6 +22,7 @@ from service.metrics import Metrics
 from service.replies import ErrorReply
 from service.sessions import Call, Sessions
 from service.versions import Versions
+from service.views import Views
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,6 +46,11 @@ def get_versions(sessions: Annotated[Sessions, Depends(get_sessions)]) -> Versio
     return Versions(sessions)
 
 
+def get_views(sessions: Annotated[Sessions, Depends(get_sessions)]) -> Views:
+    """What can be seen of the sessions."""
+    return Views(sessions)
+
+
 def get_metrics(request: Request) -> Metrics:
     """The one `Metrics` of this server."""
     return cast(Metrics, request.app.state.metrics)
@@ -52,6 +58,7 @@ def get_metrics(request: Request) -> Metrics:
 
 ServerSessions = Annotated[Sessions, Depends(get_sessions)]
 ServerVersions = Annotated[Versions, Depends(get_versions)]
+ServerViews = Annotated[Views, Depends(get_views)]
 ServerMetrics = Annotated[Metrics, Depends(get_metrics)]
 IdempotencyKey = Annotated[
     str | None,

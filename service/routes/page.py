@@ -6,15 +6,23 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 
-FILES = {
-    "/": ("index.html", "text/html"),
-    "/playground/app.js": ("app.js", "text/javascript"),
-    "/playground/style.css": ("style.css", "text/css"),
-    "/playground/icon.svg": ("icon.svg", "image/svg+xml"),
+TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
+SCRIPTS = ("app", "charts", "compare", "draft", "history", "manuscript", "server", "tokens", "watch")
+PARTS = (
+    *(f"{name}.js" for name in SCRIPTS),
+    *("style.css", "icon.svg", "samples/keeper-1.txt", "samples/keeper-2.txt"),
+    *("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css", "uplot/LICENSE.txt"),
+)
+FILES = {"/": ("index.html", "text/html")} | {
+    f"/playground/{name}": (name, TYPES[name.rpartition(".")[2]]) for name in PARTS
 }
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
 HEADERS = {
     "Cache-Control": "no-cache",  # kept, but asked about each time, so that a page never meets another release's script
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }

@@ -6,7 +6,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.replies import LogEntry, Observed, Scored, Session, SessionDeleted, SessionList, SessionLog
+from service.replies import (
+    LogEntry,
+    Observed,
+    RowChange,
+    Scored,
+    Session,
+    SessionCells,
+    SessionDeleted,
+    SessionDiff,
+    SessionList,
+    SessionLog,
+    SiteCells,
+)
 from service.routes import (
     ERRORS,
     FileRoute,
@@ -16,6 +28,7 @@ from service.routes import (
     RequestLesson,
     ServerSessions,
     ServerVersions,
+    ServerViews,
     V1Route,
     etag,
 )
@@ -55,6 +68,15 @@ class LogPage(BaseModel):
 
     limit: int = Field(100, ge=1, le=1000, description="How many, at most.")
     before: int | None = Field(None, ge=1, description="Only versions before this one: `next` of the page before.")
+
+
+class Span(BaseModel):
+    """Two versions of a session."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int = Field(alias="from", ge=0, description="The version to begin at; 0 = nothing learned.")
+    end: int = Field(alias="to", ge=0, description="The version to end at.")
 
 
 @router.get("", summary="List sessions")
@@ -145,6 +167,32 @@ async def read_log(
     entries, before = await versions.log(call.tenant, session, before=page.before, limit=page.limit)
     data = [LogEntry(**entry) for entry in entries]
     return SessionLog(object="list", data=data, has_more=before is not None, next=before)
+
+
+@router.get("/{id}/cells", summary="Show how full the memory is", responses=TAGGED)
+async def read_cells(session: PathId, views: ServerViews, call: RequestCall, response: Response) -> SessionCells:
+    """How full the session's memory is: rows held by each cell of each site."""
+    meta, fills = await views.cells(call.tenant, session)
+    response.headers["ETag"] = etag(meta.version)
+    sites = [SiteCells(**asdict(fill)) for fill in fills]
+    return SessionCells(object="session.cells", version=meta.version, sites=sites)
+
+
+@router.get("/{id}/diff", summary="Compare two versions", responses=TAGGED)
+async def read_diff(
+    session: PathId, span: Annotated[Span, Query()], views: ServerViews, call: RequestCall, response: Response
+) -> SessionDiff:
+    """What lies between two versions that are kept: what was learned, what was forgotten, and which rows changed."""
+    meta, diff = await views.diff(call.tenant, session, span.start, span.end)
+    response.headers["ETag"] = etag(meta.version)
+    return SessionDiff(
+        object="session.diff",
+        **{"from": span.start, "to": span.end},
+        tokens_learned=diff.tokens_learned,
+        rows={name: RowChange(**asdict(changes)) for name, changes in diff.rows.items()},
+        learned=[LogEntry(**entry) for entry in diff.learned],
+        forgotten=[LogEntry(**entry) for entry in diff.forgotten],
+    )
 
 
 @router.post("/{id}/rollback", summary="Go back to a version", responses=TAGGED)

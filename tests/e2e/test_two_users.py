@@ -33,15 +33,12 @@ class Visit:
 
 
 @pytest.fixture(scope="module")
-def visit(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
-    data_dir = tmp_path_factory.mktemp("real") / "data"
-    server = Server("smollm2-135m-instruct", data_dir, cache_dir=base_folder.parent).start()
-    with Client(server.url) as client, redirect_stdout(io.StringIO()) as table:
+def visit(real_server: Server) -> Iterator[Visit]:
+    with Client(real_server.url) as client, redirect_stdout(io.StringIO()) as table:
         script = runpy.run_path(str(ROOT / "examples" / "two_users.py"))
-        script["main"](server.url)
+        script["main"](real_server.url)
         sys.stdout.flush()
         yield Visit(client, table.getvalue())
-    assert server.stop() == 0
 
 
 def numbers(text: str) -> list[float]:

@@ -1,10 +1,13 @@
 """The page at `/`: its files and no others, all of them local, under a policy that lets nothing else in."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from http.client import HTTPConnection
 from importlib.resources import files
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,7 +17,10 @@ from service.routes.page import FILES
 from service.schemas import SESSION_ID
 from tests.conftest import Server
 
-PLAYGROUND = files("service") / "playground"
+PLAYGROUND = Path(str(files("service"))) / "playground"
+SCRIPTS = sorted(PLAYGROUND.glob("*.js"))
+VENDORED = PLAYGROUND / "uplot"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Elements(HTMLParser):
@@ -48,7 +54,7 @@ def test_a_file_is_served_with_its_type_and_the_policy(client: httpx.Client, pat
     assert response.content == (PLAYGROUND / name).read_bytes()
     assert response.headers["content-type"].split(";")[0] == media_type
     policy = [directive.strip() for directive in response.headers["content-security-policy"].split(";")]
-    assert "default-src 'self'" in policy
+    assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} < set(policy)
     assert not [directive for directive in policy if "unsafe" in directive or "*" in directive]
     assert response.headers["x-content-type-options"] == "nosniff"
 
@@ -87,6 +93,8 @@ def test_the_page_is_only_read(client: httpx.Client) -> None:
         "/playground/index.html",
         "/playground/app.js/",
         "/playground//app.js",
+        "/playground/uplot/SOURCE.json",
+        "/playground/uplot",
         "/playground/../app.py",
         "/playground/%2e%2e/app.py",
         "/playground/..%2fapp.py",
@@ -104,22 +112,36 @@ def test_nothing_else_can_be_reached(server: Server, path: str) -> None:
     connection.close()
 
 
-def test_what_the_page_refers_to_is_local_and_there(
-    client: httpx.Client, elements: list[tuple[str, dict[str, str | None]]]
-) -> None:
-    links = [value for _, given in elements for name, value in given.items() if name in ("src", "href", "action")]
-    assert {f"/{link}" for link in links} == set(FILES) - {"/"}
-    for link in links:
-        assert client.get(f"/{link}").status_code == 200
-    for name in ("app.js", "style.css"):
-        assert not re.search(r"https?:|//\w|url\(|@import|\bimport\b", (PLAYGROUND / name).read_text())
+def test_what_the_page_refers_to_is_local_and_there(elements: list[tuple[str, dict[str, str | None]]]) -> None:
+    links = {value for _, given in elements for name, value in given.items() if name in ("src", "href", "action")}
+    for script in SCRIPTS:
+        links |= {f"playground/{name}" for name in re.findall(r'from "\./([\w.]+)"', script.read_text())}
+    samples = {path for path in FILES if path.startswith("/playground/samples/")}
+    assert {f"/{link}" for link in links} | samples | {"/playground/uplot/LICENSE.txt"} == set(FILES) - {"/"}
+    for file in (*SCRIPTS, PLAYGROUND / "index.html", PLAYGROUND / "style.css"):
+        assert not re.search(r"https?:|//\w|url\(|@import|\bimport\(", file.read_text()), file
+
+
+def test_what_others_wrote_is_what_they_released() -> None:
+    source = json.loads((VENDORED / "SOURCE.json").read_text())
+    found = {file.name for file in VENDORED.iterdir()} - {"SOURCE.json"}
+    assert found == set(source["files"])
+    for name, checksum in source["files"].items():
+        assert hashlib.sha256((VENDORED / name).read_bytes()).hexdigest() == checksum
+    assert source["license"] == "MIT" and f"(v{source['version']})" in (VENDORED / "uPlot.iife.min.js").read_text()
+
+
+def test_the_samples_are_the_examples() -> None:
+    for sample in (PLAYGROUND / "samples").iterdir():
+        assert sample.read_bytes() == (EXAMPLES / sample.name).read_bytes()
 
 
 def test_the_page_needs_no_inline_code(elements: list[tuple[str, dict[str, str | None]]]) -> None:
     assert all(given.get("src") for tag, given in elements if tag == "script")
     assert "style" not in [tag for tag, _ in elements]
     assert not [name for _, given in elements for name in given if name == "style" or name.startswith("on")]
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|\beval\b", (PLAYGROUND / "app.js").read_text())
+    for script in SCRIPTS:
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|\beval\b", script.read_text()), script
 
 
 def test_script_and_page_agree_on_ids(elements: list[tuple[str, dict[str, str | None]]]) -> None:
@@ -132,5 +154,5 @@ def test_script_and_page_agree_on_ids(elements: list[tuple[str, dict[str, str | 
 
 def test_the_page_takes_the_names_that_the_server_takes(elements: list[tuple[str, dict[str, str | None]]]) -> None:
     """A `pattern` is anchored by itself, and wants a literal hyphen escaped."""
-    pattern = next(given["pattern"] for _, given in elements if given.get("id") == "session")
-    assert pattern == SESSION_ID.removeprefix("^").removesuffix("$").replace("=-]", r"=\-]")
+    patterns = {given["pattern"] for _, given in elements if "pattern" in given}
+    assert patterns == {SESSION_ID.removeprefix("^").removesuffix("$").replace("=-]", r"=\-]")}

@@ -1,0 +1,72 @@
+// Talking with the server. What it says is put in the page as text, never as markup.
+
+export class Refused extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+let apiKey = "";
+export const useKey = (key) => {
+  apiKey = key;
+};
+export const sessionPath = (name, action = "") => `v1/sessions/${encodeURIComponent(name)}${action && `/${action}`}`;
+export const stopped = (error) => error.name === "AbortError";
+
+function broken(error) {
+  throw stopped(error) ? error : new Error("The server does not answer.");
+}
+
+/** The answer to a request; throws `Refused` with the server's own words for one that is none. */
+export async function call(path, { body, method = body ? "POST" : "GET", headers = {}, signal } = {}) {
+  const given = { ...headers };
+  if (apiKey) given.Authorization = `Bearer ${encodeURI(apiKey)}`;
+  if (body) given["Content-Type"] = "application/json";
+  const response = await fetch(path, { method, headers: given, body: body && JSON.stringify(body), signal }).catch(
+    broken,
+  );
+  if (response.ok) return response;
+  const fault = `The server answered ${response.status} ${response.statusText}.`;
+  const message = await response
+    .json()
+    .then((told) => told.error.message)
+    .catch(() => fault);
+  throw new Refused(message, response.status);
+}
+
+export const json = async (path, options) => (await call(path, options)).json();
+
+/** What /readyz says, whatever its status. */
+export const readiness = async () => (await (await fetch("readyz").catch(broken)).json()).status;
+
+/** The JSON of each server-sent event of a streamed answer. */
+export async function* events(path, options) {
+  const response = await call(path, options);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read().catch(broken);
+    if (done) throw new Error("The server broke off its answer.");
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const data of parts.map((part) => part.slice("data: ".length))) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+/** The ids of sessions to choose from. */
+export const names = async () => (await json("v1/sessions?limit=1000")).data.map((one) => one.id);
+
+/** The session, or undefined; by way of the list, since browsers report a 404 for a new name as an error. */
+export async function find(name) {
+  for (let after = name.slice(0, -1); after !== null;) {
+    const page = await json(`v1/sessions?after=${encodeURIComponent(after)}`);
+    const next = page.data.find((one) => one.id >= name);
+    if (next) return next.id === name ? next : undefined;
+    after = page.next;
+  }
+}
