@@ -16,7 +16,7 @@ from rich.table import Table
 from service.bench.estimates import mean, ratio
 from service.bench.profiling import told
 from service.bench.reach import ROWS, Results
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.corpus import console
 
 BEGIN, END = "<!-- imprint bench: begin -->", "<!-- imprint bench: end -->"

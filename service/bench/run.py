@@ -29,7 +29,7 @@ from service.bench.peers import Wanted
 from service.bench.stage import QUICK, Sizes, Stage
 from service.bench.states import states
 from service.bench.texts import Texts
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.corpus import base_folder, console, load_model
 from service.settings import PREFIX, Settings
 

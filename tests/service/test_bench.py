@@ -24,7 +24,7 @@ from service.bench.run import Options, run
 from service.bench.scenarios import gaps_between, step_time
 from service.bench.stage import QUICK
 from service.bench.texts import made_session
-from service.client import CommandError
+from service.errors import CommandError
 from service.settings import Settings
 from service.transfer import pack_session, sound, unpack_session
 
