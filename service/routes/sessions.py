@@ -75,8 +75,8 @@ class Span(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    start: int = Field(alias="from", ge=0, description="The version to begin at; 0 = nothing learned.")
-    end: int = Field(alias="to", ge=0, description="The version to end at.")
+    start: int = Field(alias="from", ge=0, examples=[1], description="The version to begin at; 0 = nothing learned.")
+    end: int = Field(alias="to", ge=0, examples=[2], description="The version to end at.")
 
 
 @router.get("", summary="List sessions")

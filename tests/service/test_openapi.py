@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -115,10 +116,12 @@ def known_session(client: Client) -> bytes:
 
 
 def address(operation: Json, path: str) -> str:
-    for parameter in operation.get("parameters", []):
-        if parameter["in"] == "path":
-            path = path.replace(f"{{{parameter['name']}}}", parameter["schema"]["examples"][0])
-    return path.replace("smollm2-135m-instruct", "tiny")
+    needed = [one for one in operation.get("parameters", []) if one["required"]]
+    values = {(one["in"], one["name"]): one["schema"]["examples"][0] for one in needed}
+    for (_, name), value in values.items():
+        path = path.replace(f"{{{name}}}", str(value))
+    query = urlencode({name: value for (place, name), value in values.items() if place == "query"})
+    return path.replace("smollm2-135m-instruct", "tiny") + (f"?{query}" if query else "")
 
 
 def ask(client: Client, method: str, url: str, body: Any) -> httpx.Response:
