@@ -83,8 +83,8 @@ class Layer(nn.Module):
         """`[B, T, d] -> [B, T, d]`, given the rotation `[B, T, 1, hd]` of each token's position."""
         B, T, _ = hidden.shape
         qkv: Tensor = self.qkv(self.attention_norm(hidden)).view(B, T, -1, self.head_dim)
-        q, k, v = qkv.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        qk, v = qkv.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k = _rotate(qk, cos, sin).split_with_sizes([self.heads, self.kv_heads], dim=2)
         attended = attend(self.index, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         hidden = hidden + self.out(attended.transpose(1, 2).reshape(B, T, -1))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
@@ -196,25 +196,24 @@ class _CachedAttention:
     """
 
     def __init__(self, caches: Sequence[KVCache], T: int) -> None:
-        self._T = T
-        self._windows = []
+        self._windows, self._ends = [], []
         for cache in caches:
             end = cache.length + T
             if end > cache.capacity:
                 raise ValueError(f"cache must have room for {end} tokens, its capacity is {cache.capacity}")
             keys, values = cache.keys[:, None, :, :end], cache.values[:, None, :, :end]
             self._windows.append((keys.unbind(), values.unbind()))
+            self._ends.append((keys[:, 0, :, -T:].unbind(), values[:, 0, :, -T:].unbind()))
         self._mask = _causal_mask(self._windows[0][0][0], T) if T > 1 else None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attended = []
-        rows = zip(self._windows, q[:, None].unbind(), k.unbind(), v.unbind(), strict=True)
-        for (all_keys, all_values), row_q, row_k, row_v in rows:
-            keys, values = all_keys[layer], all_values[layer]
-            keys[:, :, -self._T :] = row_k
-            values[:, :, -self._T :] = row_v
-            attended.append(F.scaled_dot_product_attention(row_q, keys, values, attn_mask=self._mask, enable_gqa=True))
-        return torch.cat(attended)
+        new = [end[layer] for ends in self._ends for end in ends]
+        torch._foreach_copy_(new, [part for row in zip(k.unbind(), v.unbind(), strict=True) for part in row])
+        attended = [
+            F.scaled_dot_product_attention(row, keys[layer], values[layer], attn_mask=self._mask, enable_gqa=True)
+            for row, (keys, values) in zip(q[:, None].unbind(), self._windows, strict=True)
+        ]
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 def _causal_mask(keys: Tensor, T: int) -> Tensor:

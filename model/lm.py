@@ -185,7 +185,7 @@ class AdaptiveLM:
 
     def predict(self, carries: Sequence[Carry], pool: Pool, index: Sequence[int]) -> Tensor:
         """Next-token scores [B, V] in fp32: the base's logits, bit for bit, where a session's memory is empty or
-        silent, and log-probabilities of the mixture elsewhere."""
+        silent, and log-probabilities of the mixture, up to a constant a row, elsewhere."""
         states = torch.stack([carry.hidden for carry in carries])
         if all(i == EMPTY for i in index):
             return self.decoder.logits(states)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-TOP_P_WINDOW = 1024
+TOP_P_WINDOW = 256  # of a vocabulary of 49,152, the 1,024 likeliest take six times as long to find as these
 GREEDY_BELOW = 1e-5  # scores divided by less could leave the range of fp32
 
 
@@ -66,9 +66,11 @@ def _nucleus(probs: Tensor, top_p: float, u: float) -> int:
     if top_p >= 1.0:
         cumulative = probs.double().cumsum(-1)
         return min(int(torch.searchsorted(cumulative, u * cumulative[-1], right=True)), len(probs) - 1)
-    values, indices = probs.topk(min(TOP_P_WINDOW, len(probs)))
-    if float(values.sum()) < top_p:
-        values, indices = probs.sort(descending=True, stable=True)
+    window = min(TOP_P_WINDOW, len(probs))
+    values, indices = probs.topk(window)
+    while window < len(probs) and float(values.sum()) < top_p:
+        window = min(8 * window, len(probs))
+        values, indices = probs.topk(window)
     cumulative = values.double().cumsum(-1)
     size = min(int(torch.searchsorted(cumulative, top_p)) + 1, len(cumulative))
     place = int(torch.searchsorted(cumulative[:size], u * cumulative[size - 1], right=True))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.memory.config import RUNS
@@ -169,8 +170,8 @@ def weigh(
     [H, R].
     """
     scores = sharpness[:, None] * cosines[:, None] + prior[:, None] * log_probs[:, None]
-    for run in range(bonus.shape[1]):
-        scores = scores + bonus[:, run, None] * (repeats > run)[:, None]
+    earned = F.pad(bonus.cumsum(1), (1, 0))  # by the number of runs repeated
+    scores = scores + earned[:, repeats].transpose(0, 1)
     scores = scores.masked_fill(missing[:, None], -torch.inf)
     best, at = scores.max(dim=-1, keepdim=True)
     known = best > -torch.inf
@@ -188,25 +189,15 @@ def weigh(
 
 
 def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
-    """p = (1 − γ)·p_LM + γ·p_mem as log-probabilities [n, V]; rows with γ = 0 keep their logits, bit for bit.
+    """log p [n, V] up to a constant a row, p = (1 − γ)·p_LM + γ·p_mem: logits that change at p_mem's tokens alone.
 
-    p_mem: shares [n, K] of tokens [n, K] long, which may repeat.
+    Rows with γ = 0 keep them all, bit for bit. p_mem: shares [n, K] of tokens [n, K] long, which may repeat.
     """
-    tokens, order = tokens.sort(dim=1, stable=True)
-    parts = shares.gather(1, order)
-    starts = torch.ones_like(tokens, dtype=torch.bool)
-    starts[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
-    segment = starts.cumsum(1) - 1
-    share = torch.zeros_like(parts).scatter_add_(1, segment, parts)
-    # Every member of a segment writes the same token, so the scatter has one outcome in any order.
-    distinct = torch.zeros_like(tokens).scatter_(1, segment, tokens)
-    g = gamma[:, None]
-    mixed = base.logits - base.log_z[:, None] + torch.log1p(-g)
-    at = mixed.gather(1, distinct)
-    # Places without a candidate add exactly nothing, whichever token they point at.
-    gain = torch.logaddexp(at, (g * share).log()) - at
-    gain = torch.where(share > 0, gain, torch.zeros_like(gain))
-    return torch.where(g > 0, mixed.scatter_add(1, distinct, gain), base.logits)
+    share = torch.zeros_like(base.logits).scatter_add_(1, tokens, shares).gather(1, tokens)
+    at = base.log_prob(tokens) + torch.log1p(-gamma)[:, None]
+    gain = torch.logaddexp(at, (gamma[:, None] * share).log()) - at
+    # A token that comes more than once gets the same score each time.
+    return base.logits.scatter(1, tokens, base.logits.gather(1, tokens) + gain)
 
 
 def memory_prob(targets: Tensor, tokens: Tensor, shares: Tensor) -> Tensor:
