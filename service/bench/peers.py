@@ -190,6 +190,7 @@ async def start_llama(stack: AsyncExitStack, out: Path, wanted: Wanted, threads:
         command = [str(binary), "--model", str(wanted.gguf), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--parallel", str(slots), "--ctx-size", str(slots * context)]
         command += ["--threads", str(threads), "--threads-batch", str(threads), "--cache-ram", "0", "--no-webui"]
+        command += ["--no-mmap"]  # its weights are in memory, as ours are, whatever the system does to its page cache
         process = Process(command, out / f"llama-{slots}.log", environment)
         stack.callback(process.stop)
         await process.ready("it", f"{url}/health")
