@@ -183,14 +183,15 @@ async def start_llama(stack: AsyncExitStack, out: Path, wanted: Wanted, threads:
     binary = llama_binary(wanted.llama_server)
     if wanted.gguf is None:
         raise PeerError("this base did not come from a GGUF file; give one with --gguf")
-    endpoints, environment = [], measured_environment(threads) | _libraries(binary, out)
+    environment = measured_environment(threads) | _libraries(binary, out)
+    environment["LLAMA_ARG_LOAD_MODE"] = "none"  # in memory, as our weights are: a mapped file may be paged out
+    endpoints = []
     for slots, context in ((FEW, 5120), many):
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         command = [str(binary), "--model", str(wanted.gguf), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--parallel", str(slots), "--ctx-size", str(slots * context)]
         command += ["--threads", str(threads), "--threads-batch", str(threads), "--cache-ram", "0", "--no-webui"]
-        command += ["--no-mmap"]  # its weights are in memory, as ours are, whatever the system does to its page cache
         process = Process(command, out / f"llama-{slots}.log", environment)
         stack.callback(process.stop)
         await process.ready("it", f"{url}/health")
