@@ -12,11 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -48,14 +47,15 @@ class Process:
                 [*command], env=dict(environment), stdin=pipe, stdout=pipe or file, stderr=file
             )
 
-    async def ready(self, name: str, asks: Callable[[], Any]) -> None:
-        """Waits until `asks` returns something true. Raises PeerError with the end of its log."""
+    async def ready(self, name: str, probe: str) -> None:
+        """Waits until the address `probe` answers 200. Raises PeerError with the end of its log."""
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with suppress(httpx.HTTPError):
-                if asks():
-                    return
-            await asyncio.sleep(0.1)
+        async with httpx.AsyncClient(timeout=10) as http:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                with suppress(httpx.HTTPError):
+                    if (await http.get(probe)).status_code == 200:
+                        return
+                await asyncio.sleep(0.1)
         self.stop()
         raise PeerError(f"{name} did not start; the end of its log: {self.last_words()}")
 
@@ -157,7 +157,7 @@ async def start_imprint(stack: AsyncExitStack, out: Path, data: Path, threads: i
     environment = measured_environment(threads) | {f"IMPRINT_{name}": str(value) for name, value in given.items()}
     process = Process([sys.executable, "-m", "service", "serve"], out / "imprint.log", environment)
     stack.callback(process.stop)
-    await process.ready("imprint", lambda: httpx.get(f"{url}/readyz").status_code == 200)
+    await process.ready("imprint", f"{url}/readyz")
     endpoint = Endpoint("imprint", url, await model_of("imprint", url), {})
     stack.push_async_callback(endpoint.close)
     return endpoint
@@ -183,7 +183,9 @@ async def start_llama(stack: AsyncExitStack, out: Path, wanted: Wanted, threads:
     binary = llama_binary(wanted.llama_server)
     if wanted.gguf is None:
         raise PeerError("this base did not come from a GGUF file; give one with --gguf")
-    endpoints, environment = [], measured_environment(threads) | _libraries(binary, out)
+    environment = measured_environment(threads) | _libraries(binary, out)
+    environment["LLAMA_ARG_LOAD_MODE"] = "none"  # in memory, as our weights are: a mapped file may be paged out
+    endpoints = []
     for slots, context in ((FEW, 5120), many):
         port = free_port()
         url = f"http://127.0.0.1:{port}"
@@ -192,7 +194,7 @@ async def start_llama(stack: AsyncExitStack, out: Path, wanted: Wanted, threads:
         command += ["--threads", str(threads), "--threads-batch", str(threads), "--cache-ram", "0", "--no-webui"]
         process = Process(command, out / f"llama-{slots}.log", environment)
         stack.callback(process.stop)
-        await process.ready("it", lambda url=url: httpx.get(f"{url}/health").status_code == 200)  # type: ignore[misc]
+        await process.ready("it", f"{url}/health")
         fields: Json = {"ignore_eos": True, "cache_prompt": False}
         endpoints.append(Endpoint("llama.cpp", url, await model_of("llama.cpp", url), fields))
         stack.push_async_callback(endpoints[-1].close)

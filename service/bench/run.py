@@ -140,7 +140,10 @@ async def _measure(
             bar.update(task, description=name)
             stage.budget_s, stage.progress = 60 * options.minutes * weight / total, advance
             began = time.monotonic()
+            before = dict(results["missing"])
             results["scenarios"][name] = await scenario(stage)
+            for peer in results["missing"].keys() - before.keys():
+                console.print(f"{peer} is not measured from here on: {results['missing'][peer]}")
             console.print(f"{name}: {time.monotonic() - began:.0f} s")
             done += weight
             bar.update(task, completed=done)

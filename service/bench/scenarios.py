@@ -18,6 +18,7 @@ from service.bench.peers import Imprint
 from service.bench.stage import Stage
 
 CLIENTS = 5  # that walk through the sessions; as many sessions are the other arm
+USERS = 16  # who send requests at a fixed rate
 RUNNING = 4  # streams that are interrupted
 CHOICES = 8  # of one request: they share a prompt, so a large batch is soon at work
 POLL_S = 0.005
@@ -166,7 +167,7 @@ async def rate(stage: Stage) -> Result:
     """Requests at a fixed rate, whether or not the ones before are done."""
     sizes = stage.sizes
     pooled: dict[str, dict[str, list[float]]] = {}
-    users = 16
+    users = min(USERS, max(sizes.streams))
 
     async def once(arm: Arm, number: int) -> dict[str, float]:
         chance = random.Random(f"rate/{number}")
@@ -197,7 +198,7 @@ async def interruption(stage: Stage) -> Result:
     """Streams that run while a long prompt comes in."""
     sizes = stage.sizes
     long = min(sizes.long_prompt, stage.context - 1)
-    room = min(1024, stage.context - 32)
+    room = min(sizes.running, stage.context - 32)
     samples: dict[str, dict[str, list[float]]] = {}
 
     async def once(arm: Arm, number: int) -> dict[str, float]:
@@ -218,7 +219,7 @@ async def interruption(stage: Stage) -> Result:
         for one in ended:
             if isinstance(one, Exception):
                 raise one
-        begun = max(heard.times[0] for heard in running)
+        begun = max((heard.times[0] for heard in running if heard.times), default=prompt.sent - sizes.quiet_s)
         quiet = gaps_between(running, begun, prompt.sent)
         busy = gaps_between(running, prompt.sent, prompt.sent + prompt.first)
         told = samples.setdefault(arm.name, {"quiet": [], "busy": []})

@@ -33,11 +33,10 @@ class Sizes:
     """How much each scenario does; tokens unless said otherwise.
 
     prompt, tokens: of the single stream. prefill: of the prompt whose reading is timed. streams: how many at once.
-    lengths: of their prompts, in turn. batches: sequences in one decoding step. sessions: in all, against 5;
-    session_turns: of each of the five clients, a round.
-    history: rows of sessions, beside their names. states: parts of a full session. rate: requests a second, for
-    rate_s seconds. long_prompt: that interrupts running streams. learned: by each session that is read. rounds: at
-    least and at most.
+    lengths: of their prompts, in turn. batches: sequences in one decoding step. sessions: in all, against 5, each
+    client's session_turns a round. history: rows of sessions. states: parts of a full session. rate: requests a second,
+    for rate_s seconds. long_prompt: that comes in when streams, of `running` at most, have run for quiet_s seconds.
+    learned: by each session that is read. rounds: at least and at most.
     """
 
     prompt: int = 128
@@ -55,6 +54,7 @@ class Sizes:
     rate: float = 1.0
     rate_s: float = 20.0
     long_prompt: int = 4096
+    running: int = 1024
     quiet_s: float = 1.0
     learned: int = 2048
     rounds: tuple[int, int] = (3, 12)

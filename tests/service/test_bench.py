@@ -31,7 +31,7 @@ from service.transfer import pack_session, sound, unpack_session
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(16,),
     batch_tokens=4, sessions=12, session_turns=1, states=(1 / 64, 1 / 16), rate=20.0, rate_s=0.2, long_prompt=128,
-    quiet_s=0.05, learned=64, rounds=(2, 2),
+    running=48, quiet_s=0.05, learned=64, rounds=(1, 1),
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     out = tmp_path_factory.mktemp("bench")
     page = out / "page.md"
     page.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\nbehind\n")
-    wanted = peers.Wanted(["transformers", "llama.cpp"], llama_server=out / "none")
+    wanted = peers.Wanted(["transformers", "llama.cpp"], llama_server=Path("no-server"))
     options = Options(out, TINY, minutes=0.1, threads=1, wanted=wanted, page=page)
     return out, run(Settings(model=str(tiny_base)), options)
 
@@ -210,7 +210,7 @@ async def test_a_process_that_ends_early_is_told_by_its_last_words(tmp_path: Pat
     command = [sys.executable, "-c", "print('no such file', flush=True); raise SystemExit(3)"]
     process = peers.Process(command, tmp_path / "log", os.environ)
     with pytest.raises(PeerError, match="it did not start; the end of its log: no such file"):
-        await process.ready("it", lambda: False)
+        await process.ready("it", "http://127.0.0.1:9/health")
 
 
 def test_a_benchmark_takes_no_addresses_keys_or_limits_from_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
