@@ -29,6 +29,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTEXT = 8192
 PATIENCE_MS = 60_000
 REFUSED = "Failed to load resource"  # how the browser itself reports a 4xx
+PASTE = """(field, text) => {
+  const clipboardData = new DataTransfer();
+  clipboardData.setData("text/plain", text);
+  field.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+}"""
 Watched = Callable[[str], Page]
 
 
@@ -272,7 +277,9 @@ def test_a_suggestion_is_taken_or_dropped_and_holds_nobody(page: Page) -> None:
 def test_a_long_text_comes_in_pieces_and_can_be_stopped(page: Page, server: Server) -> None:
     piece = TEXT * 15 + "\n\n"
     choose(page, "cy")
-    learn(page, piece * 100)
+    draft(page).evaluate(PASTE, piece * 100)
+    expect(draft(page)).to_have_value(piece * 100)
+    button(page, "Learn").click()
     expect(note(page, "teach")).to_contain_text("of 100 pieces")
     expect(page.get_by_role("progressbar")).to_be_visible()
     button(page, "Stop").first.click()
