@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -105,7 +105,7 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
         except PeerError as error:
             raise CommandError(str(error)) from error
     results["about"] = _about(settings, options, lm, threads, begun, busy)
-    results = report.finished(results)
+    results = json.loads(json.dumps(report.finished(results)))
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     report.write(results, options.out, options.page)
     return results
@@ -219,6 +219,7 @@ def _about(
         "device": device,
         "threads": threads,
         "busy": busy,
+        "sizes": asdict(options.sizes),
         "model": Path(settings.model).name,
         "memory": lm.memory.fingerprint(),
         "versions": versions | peers.versions(options.wanted, options.out),
