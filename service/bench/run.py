@@ -168,6 +168,7 @@ async def _stage(
     most = max([16, *sizes.streams, *sizes.batches])
     # Room for the largest load and no more: 2,000 sessions are then many more than the device holds.
     room = {"MAX_BATCH": most, "MAX_QUEUE": most + 16, "HOT_SESSIONS": most}
+    served = {name.upper(): getattr(settings, name) for name in ("model", "memory", "cache_dir", "device", "context")}
     found: dict[str, Arm] = {}
 
     async def add(name: str, start: Callable[[], Awaitable[Arm]]) -> None:
@@ -186,7 +187,7 @@ async def _stage(
 
     base = base_folder(settings)
     endpoint, *_ = await asyncio.gather(
-        peers.start_imprint(stack, options.out, folder, threads, **room),
+        peers.start_imprint(stack, options.out, folder, threads, **served, **room),
         add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads)),
         add("llama.cpp", llama),
         add("vllm", lambda: peers.find_vllm(stack, wanted.vllm_url)),
