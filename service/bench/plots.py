@@ -60,13 +60,17 @@ def _state(results: Results, figure: Any) -> bool:
             tokens = [int(arm.replace(",", "")) for arm in arms]
             _line(axes, tokens, [found["request_s"] for found in arms.values()], "request")
             axes.set(xlabel="tokens learned before", ylabel="ms", title="a request of 64 + 16 tokens", ylim=(0, None))
+            axes.set_xscale("log")
+            _plain(axes.xaxis)
         else:
             sizes = [float(arm.removesuffix(" MB")) for arm in arms]
             for what in ("load", "place", "commit", "save"):
                 _line(axes, sizes, [found[f"{what}_s"] for found in arms.values()], what)
-            axes.set(xlabel="MB of rows", ylabel="ms", title="embedded store", yscale="log")
+            axes.set(xlabel="MB of rows", ylabel="ms", title="embedded store", yscale="log", xscale="log")
+            axes.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)
+            axes.set_xticks([], minor=True)
+            _plain(axes.yaxis)
             axes.legend(fontsize=8)
-        axes.set_xscale("log")
     return bool(there)
 
 
@@ -81,15 +85,25 @@ def _latency(results: Results, figure: Any) -> bool:
             values = [1000 * value for value in curves[what]]
             axes.plot(values, [i / (len(values) - 1) for i in range(len(values))], color=COLOURS[arm], label=arm)
         axes.set(xscale="log", xlabel="ms", ylim=(0, 1))
+        _plain(axes.xaxis)
         axes.set_title(title, fontsize=10)
         axes.axhline(0.99, color="0.8", linewidth=0.8)
         axes.legend(fontsize=8)
+    if there:
+        figure.supylabel("share that came within", fontsize=10)
     return bool(there)
 
 
 def _line(axes: Any, x: Sequence[float], rounds: Sequence[Sequence[float]], label: str) -> None:
-    found = [mean([1000 * value for value in values]) for values in rounds]
-    (line,) = axes.plot(x, [one.value for one in found], marker="o", label=label)
-    if all(one.low is not None for one in found):
-        low, high = [one.low for one in found], [one.high for one in found]
-        axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+    """The geometric mean over rounds, in ms; each round a dot."""
+    (line,) = axes.plot(x, [1000 * mean(values).value for values in rounds], marker="o", label=label)
+    for at, values in zip(x, rounds, strict=True):
+        axes.plot([at] * len(values), [1000 * value for value in values], ".", color=line.get_color(), markersize=3)
+
+
+def _plain(axis: Any) -> None:
+    """A logarithmic axis with numbers as people write them, not as powers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -16,12 +16,18 @@ from rich.table import Table
 from service.bench.estimates import mean, ratio
 from service.bench.profiling import told
 from service.bench.reach import ROWS, Results
+<<<<<<< HEAD
 from service.errors import CommandError
+=======
+from service.bench.stage import Sizes
+from service.client import CommandError
+>>>>>>> bench
 from service.lab.corpus import console
 
 BEGIN, END = "<!-- imprint bench: begin -->", "<!-- imprint bench: end -->"
 REACH = "What is to be reached"
 QUANTILES = 101
+FULL = Sizes().sessions
 
 Block = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # a heading, the columns, the rows
 
@@ -58,7 +64,8 @@ def blocks(results: Results) -> list[Block]:
     """Every table."""
     made = [_reach(results)]
     for name, one in results["scenarios"].items():
-        made.append(_scenario(name, one))
+        if SHOWN[name.partition("-")[0]][0]:
+            made.append(_scenario(name, one))
         if "percentiles" in one:
             made.append(_percentiles(one))
     return made + ([_profile(results)] if results["profile"] else [])
@@ -138,10 +145,11 @@ def markdown(results: Results, plots: Sequence[str]) -> str:
     """plots: paths of the images, as the page sees them."""
     about = results["about"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    small = " A quick run: fewer sessions and tokens than the rows name." if about["sizes"]["sessions"] < FULL else ""
     absent = "".join(f" {name}: not measured ({why})." for name, why in results["missing"].items())
     text = (
         f"{about['date']}; {about['machine']}; {about['threads']} threads each; base {about['model']}; {versions}."
-        f"{absent}"
+        f"{absent}{small}"
         f" Other work took {about['busy']:.0%} of the machine when the run began.\n\n"
         "Arms take turns, round by round; values are geometric means over rounds, intervals Student's over the rounds'"
         ' logarithms. "off": no session, the frozen base; "predict": a session\'s memory is read; "both": it also'

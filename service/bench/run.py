@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -105,7 +105,7 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
         except PeerError as error:
             raise CommandError(str(error)) from error
     results["about"] = _about(settings, options, lm, threads, begun, busy)
-    results = report.finished(results)
+    results = json.loads(json.dumps(report.finished(results)))
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     report.write(results, options.out, options.page)
     return results
@@ -168,6 +168,7 @@ async def _stage(
     most = max([16, *sizes.streams, *sizes.batches])
     # Room for the largest load and no more: 2,000 sessions are then many more than the device holds.
     room = {"MAX_BATCH": most, "MAX_QUEUE": most + 16, "HOT_SESSIONS": most}
+    served = {name.upper(): getattr(settings, name) for name in ("model", "memory", "cache_dir", "device", "context")}
     found: dict[str, Arm] = {}
 
     async def add(name: str, start: Callable[[], Awaitable[Arm]]) -> None:
@@ -186,7 +187,7 @@ async def _stage(
 
     base = base_folder(settings)
     endpoint, *_ = await asyncio.gather(
-        peers.start_imprint(stack, options.out, folder, threads, **room),
+        peers.start_imprint(stack, options.out, folder, threads, **served, **room),
         add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads)),
         add("llama.cpp", llama),
         add("vllm", lambda: peers.find_vllm(stack, wanted.vllm_url)),
@@ -219,6 +220,7 @@ def _about(
         "device": device,
         "threads": threads,
         "busy": busy,
+        "sizes": asdict(options.sizes),
         "model": Path(settings.model).name,
         "memory": lm.memory.fingerprint(),
         "versions": versions | peers.versions(options.wanted, options.out),

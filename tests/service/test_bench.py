@@ -141,6 +141,7 @@ def test_every_scenario_is_measured_for_every_arm_that_is_there(whole: tuple[Pat
     assert list(found["single"]["arms"]) == ["off", "predict", "both", "transformers"]
     assert list(found["prefill"]["arms"]) == ["off", "both", "transformers"]
     assert list(found["sessions"]["arms"]) == ["5", "many"]
+    assert whole[1]["about"]["model"] == "tiny" and "serving an unfitted one" in (whole[0] / "imprint.log").read_text()
     assert found["history"]["rows"] == {"1,000": 1000, "1,000,000": 51_200}
     for scenario in found.values():
         for arm in scenario["arms"].values():
