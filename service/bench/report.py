@@ -16,12 +16,8 @@ from rich.table import Table
 from service.bench.estimates import mean, ratio
 from service.bench.profiling import told
 from service.bench.reach import ROWS, Results
-<<<<<<< HEAD
-from service.errors import CommandError
-=======
 from service.bench.stage import Sizes
-from service.client import CommandError
->>>>>>> bench
+from service.errors import CommandError
 from service.lab.corpus import console
 
 BEGIN, END = "<!-- imprint bench: begin -->", "<!-- imprint bench: end -->"
