@@ -222,6 +222,26 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     assert get(real_server, "reader")["version"] == 8  # reading a memory leaves it as it is
 
 
+@pytest.mark.real
+def test_the_tour_is_what_one_sees(watched: Watched, real_server: Server) -> None:
+    """docs/tour.md on the real base: a paragraph is taught, its line is suggested, and completed beside the base."""
+    tour = (Path(__file__).parents[2] / "docs" / "tour.md").read_text()
+    page = watched(real_server.url)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.emulate_media(color_scheme="light")
+    choose(page, "tourist")
+    learn(page, " ".join(line.removeprefix("> ") for line in tour.splitlines() if line.startswith("> ")))
+    learned(page, 1)
+    frozen, adapted = losses(page, 1)
+    assert adapted < frozen / 4
+    first_row = tour.split("| --- | --- | --- |\n| ")[1].split("\n")[0]
+    prompt, continued, _ = (cell.strip() for cell in first_row.split("|", 2))
+    draft(page).fill(prompt)
+    expect(page.locator("#suggestion")).to_contain_text(continued)
+    expect(page.locator("#backdrop .better")).not_to_have_count(0)
+    shoot(page, "tour")
+
+
 def test_the_page_says_what_the_server_says(page: Page, server: Server) -> None:
     choose(page, "ada")
     expect(page.locator("#version")).to_have_text("new")
