@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
+from service.engine.job import Stats
+
 PREFIX = "imprint_"
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BYTES = tuple(float(4**power) for power in range(5, 14))
+EXPERIENCE = ((1000, "1000+"), (100, "100-999"), (10, "10-99"), (0, "0-9"))  # rewards a session has learned, from
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -62,8 +65,11 @@ class Metrics:
         )
         self.queue_depth = self._gauge("queue_depth", "Turns that wait for the engine.")
         self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCES)
+        self.decisions_batch = self._histogram(
+            "decisions_batch", "Sessions that a policy decides for in one step.", SEQUENCES
+        )
         self.engine_step_seconds = self._histogram(
-            "engine_step_seconds", "Duration of one engine step, prefill or decode.", STEP_S, ("kind",)
+            "engine_step_seconds", "Duration of one engine step: prefill, decode or (policies) decide.", STEP_S, ("kind",)
         )
         self.kv_tokens_reserved = self._gauge("kv_tokens_reserved", "Tokens reserved in key/value caches.")
         self.tokens_predicted_total = self._counter("tokens_predicted_total", "Tokens generated.")
@@ -78,6 +84,22 @@ class Metrics:
         self.guards_opened_total = self._counter("guards_opened_total", "Sessions whose read gate opened again.")
         self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_S)
         self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTES)
+        self.policy_rewards_total = self._counter(
+            "policy_rewards_total",
+            "Rewards and labels learned, by how many the session had learned before.",
+            ("policy", "learned"),
+        )
+        self.policy_reward_sum_total = self._counter(
+            "policy_reward_sum_total",
+            "The sum of positive rewards; a label counts 1 if the policy would have said it.",
+            ("policy", "learned"),
+        )
+        self.policy_penalty_sum_total = self._counter(
+            "policy_penalty_sum_total", "The sum of negative rewards, without their sign.", ("policy", "learned")
+        )
+        self.policy_regret_total = self._counter(
+            "policy_regret_total", "Reward missed, where the client knows it and tells.", ("policy", "learned")
+        )
         self.store_full_total = self._counter(
             "store_full_total", "Turns that learned nothing because the store had no room for it."
         )
@@ -97,6 +119,14 @@ class Metrics:
         self.proof_frozen_loss_nats_total = self._counter(
             "proof_frozen_loss_nats_total", "Loss of the frozen model, summed over the proof tokens."
         )
+
+    def rewarded(self, policy: str, learned: int, stats: Stats, regret: float) -> None:
+        """Counts what a session of a policy has learned; learned: how many rewards it has, with those."""
+        group = next(name for least, name in EXPERIENCE if learned - stats.tokens_learned >= least)
+        self.policy_rewards_total.labels(policy, group).inc(stats.tokens_learned)
+        self.policy_reward_sum_total.labels(policy, group).inc(max(0.0, stats.rewards))
+        self.policy_penalty_sum_total.labels(policy, group).inc(max(0.0, -stats.rewards))
+        self.policy_regret_total.labels(policy, group).inc(regret)
 
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
