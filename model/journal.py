@@ -65,7 +65,7 @@ class Journal:
         return int(self.rows[0, LAST]), float(self.rows[0, REWARD]) if told else math.nan
 
     def open(self, number: int | None) -> int:
-        """The row of the action of this number (None: the last one), which waits for its reward. Raises JournalError."""
+        """The row of the action of this number (None: the last), which waits for its reward. Raises JournalError."""
         if not self.count:
             raise JournalError("the session has taken no action yet", known=False)
         number = self.count if number is None else number

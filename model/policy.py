@@ -28,7 +28,9 @@ from model.memory.config import RUNS
 from model.memory.slow import Reading
 
 FORMAT = "1"
-HISTORY = 3  # numbers of an action's input about the last action: whether it was this one, its reward, whether it has one
+HISTORY = (
+    3  # numbers of an action's input about the last action: whether it was this one, its reward, whether it has one
+)
 OUTCOME = 4  # numbers of what a reward says: 1, the reward, how far above and how far below what was expected
 
 
@@ -321,9 +323,17 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
             )
             site.address_bias.copy_(torch.randn(site.address_bias.shape, generator=generator) * 0.1)
             site.temperature.fill_(4.0)
-            site.write_gate.copy_(torch.tensor([2.0, 0.0]))
+            site.write_gate.copy_(torch.tensor([-1.0, 0.0]))  # a row that changes slowly lets gradients pass
             for weight in (site.value_hidden, site.value_error, site.out):
                 spread(weight, len(weight))
+        else:
+            labels = policy.labels
+            for weight in (labels.key_weight, labels.gate_in, labels.centres):
+                spread(weight, len(weight))
+            labels.sharpness.copy_(torch.tensor([20.0, 7.0]))
+            labels.prior.fill_(0.2)
+            labels.gate_out_bias[0] = 2.0
+            labels.trust_rate.fill_(0.02)
     return policy
 
 

@@ -56,6 +56,9 @@ class StartError(Exception):
     """The server cannot start; the message is one line that says why."""
 
 
+UNFIT = (StartError, KeysError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError, PolicyError)
+
+
 def run(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, drains, and returns the exit code."""
     logging.basicConfig(
@@ -72,7 +75,7 @@ def run(settings: Settings) -> int:
             sys.stderr.flush()
             os._exit(code)
         return code
-    except (StartError, KeysError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError, PolicyError) as error:
+    except UNFIT as error:
         print(f"imprint: {error}", file=sys.stderr)
         return 1
 
@@ -307,8 +310,8 @@ def _listening(settings: Settings, keys: Keys) -> Iterator[socket.socket]:
     except OSError as error:
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
     with listener:
-        # Event loops set it only on sockets that name TCP as their protocol, which those accepted here do not: an answer's
-        # second piece would wait 40 ms for the client to acknowledge the first.
+        # Event loops set it only on sockets that name TCP as their protocol, which those accepted here do not: the
+        # second piece of an answer would wait 40 ms for the client to acknowledge the first.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         address = listener.getsockname()[0]
         if not (keys.required or ip_address(address).is_loopback):

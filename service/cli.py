@@ -129,11 +129,12 @@ def _names(text: str) -> list[str]:
 @app.command()
 def train(
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Text files, a stream each; folders of them, a kind each; hf:owner/name[:config][:split][:column]."
         ),
-    ],
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(help="The checkpoint to write; losses, plot and manifest go beside it.")],
     work: Annotated[Path, typer.Option(help="Folder of features and unfinished runs; can be used again.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, all kinds alike.")] = 4_000_000,
@@ -149,11 +150,20 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the choice of texts, of their order and of the first weights.")] = 0,
     adapter: Annotated[bool, typer.Option("--adapter", help="Train a plain adapter instead, to compare with.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="The adapter's; by default it is as large.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Train this policy instead (docs/scenarios.md).")] = None,
 ) -> None:
-    """Train a memory on texts; needs no server. The same command again goes on after any stop.
+    """Train a memory on texts, or a policy on a scenario; needs no server. The same command goes on after any stop.
 
     On several devices: torchrun --nproc-per-node N -m service train …
     """
+    if (policy is None) == (not paths):
+        raise typer.BadParameter("give texts to train a memory on, or --policy, and not both")
+    if policy is not None:
+        from service.lab.policies import train_policy
+
+        train_policy(policy, out, work, rounds=steps, seed=seed)
+        return
+    assert paths is not None
     from service.lab.texts import Budget
     from service.lab.train import VALID_TOKENS, Options, train_files
 

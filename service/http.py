@@ -54,7 +54,14 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     app.state.metrics = metrics
     metrics.ready_state.set_function(lambda: sessions.state == "ready")
     app.router.redirect_slashes = False
-    for router in (openai.router, session_routes.router, session_routes.files, policies.router, ops.router, page.router):
+    for router in (
+        openai.router,
+        session_routes.router,
+        session_routes.files,
+        policies.router,
+        ops.router,
+        page.router,
+    ):
         app.include_router(router)
     app.add_exception_handler(ImprintError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

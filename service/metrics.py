@@ -3,12 +3,16 @@
 Labels hold routes, statuses and error codes, never a session: there may be millions of those.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
-from service.engine.job import Stats
+if TYPE_CHECKING:
+    from service.engine.job import Deed, Stats
 
 PREFIX = "imprint_"
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
@@ -69,7 +73,10 @@ class Metrics:
             "decisions_batch", "Sessions that a policy decides for in one step.", SEQUENCES
         )
         self.engine_step_seconds = self._histogram(
-            "engine_step_seconds", "Duration of one engine step: prefill, decode or (policies) decide.", STEP_S, ("kind",)
+            "engine_step_seconds",
+            "Duration of one engine step: prefill, decode or (policies) decide.",
+            STEP_S,
+            ("kind",),
         )
         self.kv_tokens_reserved = self._gauge("kv_tokens_reserved", "Tokens reserved in key/value caches.")
         self.tokens_predicted_total = self._counter("tokens_predicted_total", "Tokens generated.")
@@ -120,13 +127,14 @@ class Metrics:
             "proof_frozen_loss_nats_total", "Loss of the frozen model, summed over the proof tokens."
         )
 
-    def rewarded(self, policy: str, learned: int, stats: Stats, regret: float) -> None:
-        """Counts what a session of a policy has learned; learned: how many rewards it has, with those."""
-        group = next(name for least, name in EXPERIENCE if learned - stats.tokens_learned >= least)
-        self.policy_rewards_total.labels(policy, group).inc(stats.tokens_learned)
-        self.policy_reward_sum_total.labels(policy, group).inc(max(0.0, stats.rewards))
-        self.policy_penalty_sum_total.labels(policy, group).inc(max(0.0, -stats.rewards))
-        self.policy_regret_total.labels(policy, group).inc(regret)
+    def rewarded(self, deed: Deed, learned: int, stats: Stats) -> None:
+        """Counts what a deed taught a session; learned: rewards that it has learned, with those."""
+        count = stats.tokens_learned
+        labels = (deed.policy, next(name for least, name in EXPERIENCE if learned - count >= least))
+        self.policy_rewards_total.labels(*labels).inc(count)
+        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, stats.rewards))
+        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -stats.rewards))
+        self.policy_regret_total.labels(*labels).inc(deed.regret)
 
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")

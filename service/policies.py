@@ -39,8 +39,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class ActResult:
-    """An action, under which id its reward can be told, how likely it was to be taken, how likely each was and what each
-    is expected to bring."""
+    """An action, under which id its reward can be told, how likely it was to be taken, how likely each was, and what
+    each is expected to bring."""
 
     action: int
     action_id: str | None
@@ -106,10 +106,19 @@ class Policies:
 
     async def feedback(self, call: Call, session: str, told: Told, *, if_match: str | None = None) -> ObserveResult:
         """Learns the reward of an earlier action."""
-        return await self._learn(call, session, None, "act", lambda name: self._told(name, told, Deed(name, decide=False)), if_match)
+        return await self._learn(
+            call, session, None, "act", lambda name: self._told(name, told, Deed(name, decide=False)), if_match
+        )
 
     async def observe(
-        self, call: Call, session: str, model: str | None, features: list[float], label: int, *, if_match: str | None = None
+        self,
+        call: Call,
+        session: str,
+        model: str | None,
+        features: list[float],
+        label: int,
+        *,
+        if_match: str | None = None,
     ) -> ObserveResult:
         """Learns the label of an example."""
 
@@ -210,7 +219,7 @@ class Policies:
             raise BadRequest(f"'model' must be a policy that {TASKS[task]} ({fit}), got {name!r}.", param="model")
 
     def _told(self, name: str, told: Told | None, deed: Deed) -> Deed:
-        """The deed with what is told of an action's outcome. Raises BadRequest for a reward out of the policy's range."""
+        """The deed with what is told of an action's outcome. Raises BadRequest for a reward out of range."""
         if told is None:
             return deed
         config = self._policy(name).config
@@ -231,5 +240,6 @@ def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
         f" and {config.features} of each of {config.actions} actions" if config.features else ""
     )
     raise BadRequest(
-        f"{field!r} must hold {config.observation} numbers for {config.name!r} ({parts}), got {len(numbers)}.", param=field
+        f"{field!r} must hold {config.observation} numbers for {config.name!r} ({parts}), got {len(numbers)}.",
+        param=field,
     )

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 
 from model.memory import SiteRows
-from model.policy import Policy
 from service import prompts
 from service.calls import Call
 from service.engine import Event, Failed, Finished, Job, MemoryUse, Segment, Stamp, Stats, TokenScores
@@ -110,10 +109,6 @@ class Sessions:
     @property
     def fingerprints(self) -> dict[str, str]:
         return self.served.fingerprints
-
-    @property
-    def policies(self) -> dict[str, Policy]:
-        return self.served.policies
 
     @property
     def context(self) -> int:
@@ -423,7 +418,7 @@ class Sessions:
         if turn.deed is None:
             self._metrics.tokens_learned_total.inc(stats.tokens_learned)
         else:
-            self._metrics.rewarded(turn.deed.policy, new.tokens_learned, stats, turn.deed.regret)
+            self._metrics.rewarded(turn.deed, new.tokens_learned, stats)
         self._metrics.rows_written_total.inc(done.rows_written)
         self._metrics.guards_shut_total.inc(max(0, done.guards))
         self._metrics.guards_opened_total.inc(max(0, -done.guards))

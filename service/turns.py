@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from model.policy import Policy
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
-from model.policy import Policy
 from service.engine import Deed, Engine, Event, Finished, Generate, Segment, Stats, Token, TokenScores
 from service.engine.job import Alternatives
 from service.errors import BadRequest, Conflict
@@ -362,15 +362,16 @@ class Served:
         mine = self.prints[policy] if policy else self.slow_weights
         if meta.model != mine:
             other = self.owner(meta.model)
-            whose = f"policy {other!r}" if other else "text" if other == "" else f"other slow weights ({meta.model[:23]}…)"
+            whose = f"policy {other!r}" if other else "the model of text" if other == "" else "other slow weights"
+            asked = f"policy {policy!r}" if policy else "the model of text"
             raise Conflict(
-                f"Session {meta.id!r} was learned by {whose} and not by {f'policy {policy!r}' if policy else 'those of text'} "
-                f"({mine[:23]}…), and cannot be read with them.",
+                f"Session {meta.id!r} was learned by {whose} ({meta.model[:23]}…), not by {asked} ({mine[:23]}…), and "
+                "cannot be read with the latter.",
                 code="model_mismatch",
             )
 
     def require_any(self, meta: SessionMeta) -> str:
-        """The policy that a session is of, or "" if it is of text. Raises Conflict if its slow weights are not served."""
+        """The policy that a session is of, or "" if of text. Raises Conflict if its slow weights are not served."""
         owner = self.owner(meta.model)
         if owner is None:
             self.require_own(meta)

@@ -98,7 +98,8 @@ class LinearBandit(Tasks):
 
     def _draw(self, batch: int) -> NDArray[np.float64]:
         weights = self.rng.normal(size=(batch, self.actions, self.context))
-        return weights / np.linalg.norm(weights, axis=-1, keepdims=True)
+        units: NDArray[np.float64] = weights / np.linalg.norm(weights, axis=-1, keepdims=True)
+        return units
 
 
 class Choices(Tasks):
@@ -152,7 +153,8 @@ def gittins(ones: NDArray[np.float64], zeros: NDArray[np.float64], discount: flo
     low = min(int(place), len(DISCOUNTS) - 2)
     share = place - low
     below, above = (gittins_table(DISCOUNTS[i])[pulls, paid] for i in (low, low + 1))
-    return (1 - share) * below + share * above
+    index: NDArray[np.float64] = (1 - share) * below + share * above
+    return index
 
 
 @lru_cache(maxsize=len(DISCOUNTS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.scenarios.core import Indices, Numbers, Tasks
 
@@ -80,11 +81,13 @@ class CardSorting(Tasks):
     def teacher(self) -> Numbers:
         """The chance of each pile to be right: the ideal observer's, a Bayes filter that knows the hazard."""
         belief = self.belief[np.arange(self.batch), self.deck]
-        return np.einsum("br,bra->ba", belief, self.right()).astype(np.float32)
+        chances: Numbers = np.einsum("br,bra->ba", belief, self.right()).astype(np.float32)
+        return chances
 
-    def right(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def right(self) -> NDArray[np.bool_]:
         """Whether each pile is right under each rule [B, rules, piles]."""
-        return self.agrees[:, :, self.rules].all(-1).transpose(0, 2, 1)
+        right: NDArray[np.bool_] = self.agrees[:, :, self.rules].all(-1).transpose(0, 2, 1)
+        return right
 
     def _deal(self) -> None:
         """A card for each task: in which dimensions each pile agrees with it [B, piles, dims]."""

@@ -51,6 +51,7 @@ class TaskEnv(gymnasium.Env[Numbers, np.int64]):
     metadata = {"render_modes": []}  # noqa: RUF012 (gymnasium's own name)
 
     def __init__(self, tasks: type[Tasks], steps: int, **options: Any) -> None:
+        super().__init__()
         self._make = lambda rng: tasks(1, rng, **options)
         self._steps = steps
         self._task = self._make(np.random.default_rng(0))
@@ -58,7 +59,9 @@ class TaskEnv(gymnasium.Env[Numbers, np.int64]):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.action_space = gymnasium.spaces.Discrete(self._task.actions)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Numbers, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Numbers, dict[str, Any]]:
         super().reset(seed=seed)
         self._task, self._done = self._make(self.np_random), 0
         return self._task.observe()[0], {}

@@ -57,10 +57,11 @@ class LabelStream(Streams):
         return self.now
 
     def answers(self) -> Indices:
-        return self.labels[np.arange(self.batch), self.which]
+        answers: Indices = self.labels[np.arange(self.batch), self.which]
+        return answers
 
     def step(self, actions: Indices) -> Numbers:
-        reward = (actions == self.answers()).astype(np.float32)
+        reward: Numbers = (actions == self.answers()).astype(np.float32)
         for task in np.flatnonzero(self.rng.random(self.batch) < self.drift):
             one, other = self.rng.permutation(self.actions)[:2]
             self.labels[task, [one, other]] = self.labels[task, [other, one]]
@@ -110,10 +111,11 @@ class FunctionStream(Streams):
 
     def values(self) -> NDArray[np.float64]:
         """y of what can be seen now [B], with its noise."""
-        return self._values + self.noises
+        values: NDArray[np.float64] = self._values + self.noises
+        return values
 
     def step(self, actions: Indices) -> Numbers:
-        reward = (actions == self.answers()).astype(np.float32)
+        reward: Numbers = (actions == self.answers()).astype(np.float32)
         new = self.rng.random(self.batch) < self.moves
         for old, fresh in zip((self.speeds, self.phases, self.heights), self._functions(int(new.sum())), strict=True):
             old[new] = fresh

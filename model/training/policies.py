@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from model.scenarios.core import Numbers, Tasks
 from model.scenarios.streams import Streams
 
 CLIP = 1.0
+SAVED = 10  # rounds between two saves
+STATE = "state.pt"
 EXPLORE = 0.05  # share of actions that are taken at random while training
 
 
@@ -35,7 +37,8 @@ EXPLORE = 0.05  # share of actions that are taken at random while training
 class Lessons:
     """How a policy is trained: `rounds` of `batch` new tasks of `steps` steps; gradients pass `span` steps.
 
-    keen: how sharply the best actions are told apart; imitate: whether there is a teacher.
+    keen: how sharply the best actions are told apart; imitate: whether there is a teacher; led: share
+    of the tasks in which the teacher acts.
     """
 
     rounds: int
@@ -45,6 +48,7 @@ class Lessons:
     lr: float = 3e-3
     keen: float = 20.0
     imitate: bool = True
+    led: float = 0.0
     seed: int = 0
 
 
@@ -116,6 +120,9 @@ class ActingRound:
         chances = torch.softmax(logits, -1).double().numpy()
         drawn = (chances.cumsum(1) < self.rng.random((len(chances), 1))).sum(1).clip(0, chances.shape[1] - 1)
         best = logits.argmax(-1).numpy() if self.policy.config.greedy else drawn
+        if self.lessons.imitate and self.lessons.led:
+            leads = np.arange(len(best)) < self.lessons.led * len(best)
+            best = np.where(leads, self.tasks.teacher().argmax(1), best)
         other = self.rng.integers(logits.shape[1], size=len(best))
         action: np.ndarray[Any, np.dtype[np.int64]] = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
         return action
@@ -171,3 +178,71 @@ class LabellingRound:
         in_memory = ops.memory_prob(labels[asked], found.tokens, shares)
         said = (1 - gamma) * base.log_prob(labels[asked]).exp() + gamma * in_memory
         return -said.clamp_min(ops.TINY).log().mean()
+
+
+class PolicyTrainer:
+    """Trains a policy round by round; `folder` keeps it, its optimiser and the losses, so that a stop costs no more
+    than the rounds since the last save. Not trained: addresses of lone slots, the cells' centres, rates of trust."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        make: Callable[[int, np.random.Generator], Tasks],
+        lessons: Lessons,
+        folder: Path,
+    ) -> None:
+        self.policy, self.lessons, self.folder = policy, lessons, folder
+        self._make = make
+        acting = policy.config.task == "act"
+        fixed = ("centres", "trust") if not acting else ("address", "temperature") if policy.site.config.k == 1 else ()
+        self._trained = [
+            parameter.requires_grad_(True)
+            for name, parameter in policy.named_parameters()
+            if not any(word in name for word in fixed)
+        ]
+        self._optimiser = torch.optim.Adam(self._trained, lr=lessons.lr)
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        if (folder / STATE).exists():
+            kept = torch.load(folder / STATE, weights_only=True)
+            policy.load_state_dict(kept["policy"])
+            self._optimiser.load_state_dict(kept["optimiser"])
+            self.losses, self.seconds = kept["losses"], kept["seconds"]
+
+    def run(self, tell: Callable[[int, float], None]) -> None:
+        """Trains to the last round; tells after each how many are done and the round's loss (nats)."""
+        began, before = time.process_time(), self.seconds
+        while len(self.losses) < self.lessons.rounds:
+            self.losses.append(self._round(len(self.losses)))
+            self.seconds = before + time.process_time() - began
+            done = len(self.losses)
+            if done % SAVED == 0 or done == self.lessons.rounds:
+                self._save()
+            tell(done, self.losses[-1])
+        self.policy.requires_grad_(False)
+
+    def _round(self, number: int) -> float:
+        lessons = self.lessons
+        rng = np.random.default_rng([lessons.seed, number])
+        tasks = self._make(lessons.batch, rng)
+        kind = ActingRound if self.policy.config.task == "act" else LabellingRound
+        one, spans = kind(self.policy, tasks, lessons, rng), lessons.steps // lessons.span
+        rate = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * number / lessons.rounds)))
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for _ in range(spans):
+            loss = one.loss()
+            self._optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self._trained, CLIP)
+            self._optimiser.step()
+            total += float(loss.detach())
+        return total / spans
+
+    def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {"policy": self.policy.state_dict(), "optimiser": self._optimiser.state_dict()}
+        scratch = self.folder / f"{STATE}.part"
+        torch.save(kept | {"losses": self.losses, "seconds": self.seconds}, scratch)
+        os.replace(scratch, self.folder / STATE)

@@ -145,11 +145,12 @@ class Desk:
             for run, logits in zip(runs, self.policy.label(observation, self.hot.pool, session), strict=True):
                 guard(run, lambda run=run, logits=logits: run.decide(logits, None, None))  # type: ignore[misc]
             return
-        last, reward = (torch.tensor(part, device=self.hot.pool.device) for part in zip(*(r.journal.last for r in runs)))
+        told = zip(*(run.journal.last for run in runs), strict=True)
+        last, reward = (torch.tensor(part, device=self.hot.pool.device) for part in told)
         inputs = self.policy.inputs(observation, last, reward)
         logits, expected = self.policy.decide(inputs, self.hot.pool, session)
-        for run, *told in zip(runs, logits, expected, inputs, strict=True):
-            guard(run, lambda run=run, told=told: run.decide(*told))  # type: ignore[misc]
+        for run, *mine in zip(runs, logits, expected, inputs, strict=True):
+            guard(run, lambda run=run, mine=mine: run.decide(*mine))  # type: ignore[misc]
 
     def _reward(self, runs: Sequence[DeedRun], guard: Guard) -> None:
         if not runs:

@@ -32,6 +32,17 @@ def draw(results: Results, out: Path) -> list[Path]:
     return drawn
 
 
+def draw_losses(losses: Sequence[float], path: Path) -> None:
+    """A policy's loss by round. Raises PlotsMissingError."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses)
+    axes.set_xlabel("round")
+    axes.set_ylabel("loss, nats")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Perplexity over the frozen base's by step: of each step (smoothed), and held out, by kind. Raises
     PlotsMissingError."""

@@ -74,14 +74,14 @@ def _streamed(chunk: str) -> dict[int | str, Json]:
 @router.get("/models")
 async def list_models(sessions: ServerSessions) -> ModelList:
     """The served model, and the policies."""
-    return ModelList(object="list", data=[_model(sessions), *map(_policy, sessions.policies.items())])
+    return ModelList(object="list", data=[_model(sessions), *map(_policy, sessions.served.policies.items())])
 
 
 @router.get("/models/{id:path}")
 async def get_model(id: str, sessions: ServerSessions) -> Model:
     """The served model or a policy, by its id."""
-    if id in sessions.policies:
-        return _policy((id, sessions.policies[id]))
+    if id in sessions.served.policies:
+        return _policy((id, sessions.served.policies[id]))
     _require_model(id, sessions)
     return _model(sessions)
 
@@ -146,7 +146,9 @@ def _policy(named: tuple[str, Policy]) -> Model:
     config = policy.config
     shape = {field: getattr(config, field) for field in PolicyShape.model_fields}
     prints = {"policy": policy.fingerprint()}
-    return Model(id=name, object="model", created=STARTED, owned_by="imprint", fingerprints=prints, policy=PolicyShape(**shape))
+    return Model(
+        id=name, object="model", created=STARTED, owned_by="imprint", fingerprints=prints, policy=PolicyShape(**shape)
+    )
 
 
 def _require_model(model: str, sessions: Sessions) -> None:

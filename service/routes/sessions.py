@@ -112,9 +112,7 @@ async def observe(
     """Learns a text or a chat of any length, without answering; or the label of an example (policies)."""
     if body.features is not None and body.label is not None:
         label, policies = body.label, Policies(sessions)
-        work = policies.observe(
-            lesson.call, session, body.model, body.features, label, if_match=lesson.if_match
-        )
+        work = policies.observe(lesson.call, session, body.model, body.features, label, if_match=lesson.if_match)
         return _observed(await lesson.unless_left(work, body.on_disconnect), lesson)
     prompt = (
         TextPrompt(body.text)
