@@ -174,6 +174,22 @@ def train(
 
 
 @app.command()
+def scenario(
+    name: Annotated[str, typer.Argument(help="Of the policy; `imprint train --policy ?` lists them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("imprint-scenarios"),
+    seeds: Annotated[int, typer.Option(min=1, help="Each of new tasks.")] = 5,
+    rivals: Annotated[bool, typer.Option(help="Train RL², a transformer and a dense memory, too.")] = True,
+    policy: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Instead of the shipped one.")
+    ] = None,
+) -> None:
+    """What a policy is worth on its scenario, beside its rivals; needs no server. Writes JSON and learning curves."""
+    from service.lab.scenarios import measure_scenario
+
+    measure_scenario(name, out, seeds=seeds, rivals=rivals, checkpoint=policy)
+
+
+@app.command()
 def chat(
     session: Annotated[str | None, typer.Option("--session", "-s", help="Who learns; none = the frozen base.")] = None,
     once: Annotated[str | None, typer.Option(help="Say this, print the reply, leave.")] = None,

@@ -11,6 +11,7 @@ import numpy as np
 from model.journal import journal_site
 from model.memory import MemoryConfig, SiteConfig
 from model.policy import HISTORY, PolicyConfig
+from model.scenarios.bandits import BernoulliBandit, Choices
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.core import Tasks
 from model.scenarios.streams import LabelStream

@@ -45,8 +45,8 @@ class LabelStream(Streams):
         source: str = "digits",
     ) -> None:
         super().__init__(batch, rng)
-        self.actions, self.drift, self.turned = ways, drift, turned
-        self.images = _digits(held_out) if source == "digits" else _omniglot(Path(source), held_out)
+        self.actions, self.drift, self.source = ways, drift, source
+        self.images = digits_of(held_out) if source == "digits" else _omniglot(Path(source), held_out)
         self.context = self.images[0].shape[1] ** 2
         self.classes = np.stack([rng.permutation(len(self.images))[:ways] for _ in range(batch)])
         self.turns = rng.integers(8, size=(batch, ways)) if turned else np.zeros((batch, ways), int)
@@ -135,8 +135,9 @@ class FunctionStream(Streams):
         self._values = (self.heights * np.sin(angles)).sum(1)
 
 
-def _digits(held_out: bool) -> list[NDArray[Any]]:
-    """Images [n, 8, 8] of each digit, in 0…1."""
+def digits_of(held_out: bool) -> list[NDArray[Any]]:
+    """Images [n, 8, 8] of each digit, in 0…1: those never trained on, or the others."""
+
     from sklearn.datasets import load_digits  # slow to import, and needed here alone
 
     data = load_digits()

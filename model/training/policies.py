@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,9 @@ from model.memory import ops
 from model.memory.config import RUNS
 from model.memory.slow import MOST
 from model.policy import Policy, freshness
-from model.scenarios.core import Numbers, Tasks
+from model.scenarios.core import Indices, Numbers, Tasks
 from model.scenarios.streams import Streams
+from model.training.agents import Agent, MemoryAgent
 
 CLIP = 1.0
 SAVED = 10  # rounds between two saves
@@ -52,79 +52,35 @@ class Lessons:
     seed: int = 0
 
 
-class Sheet:
-    """The rows of a batch of tasks while training, where gradients reach them: [B, P, d_v]; each slot that is asked for
-    gets one of the P places, for all tasks alike."""
-
-    def __init__(self, batch: int, slots: int, width: int) -> None:
-        self.rows = torch.zeros(batch, 0, width)
-        self._places = torch.full((slots,), -1)
-
-    def places(self, slots: Tensor) -> Tensor:
-        """slots, any shape → places."""
-        new = torch.unique(slots[self._places[slots] < 0])
-        if len(new):
-            batch, held, width = self.rows.shape
-            self._places[new] = held + torch.arange(len(new))
-            self.rows = torch.cat([self.rows, self.rows.new_zeros(batch, len(new), width)], dim=1)
-        return self._places[slots]
-
-    def read(self, places: Tensor) -> Tensor:
-        """places [B, m] → rows [B, m, d_v]."""
-        return self.rows.gather(1, places[:, :, None].expand(-1, -1, self.rows.shape[2]))
-
-    def write(self, places: Tensor, rows: Tensor) -> None:
-        """rows [B, k, d_v] at places [B, k]."""
-        self.rows = self.rows.scatter(1, places[:, :, None].expand_as(rows), rows)
-
-
 class ActingRound:
-    """One round of an acting policy: `loss` of each span of steps, with the rows carried from one to the next."""
+    """One round of an agent: `loss` of each span of steps, with what it keeps carried from one to the next."""
 
-    def __init__(self, policy: Policy, tasks: Tasks, lessons: Lessons, rng: np.random.Generator) -> None:
-        self.policy, self.tasks, self.lessons, self.rng = policy, tasks, lessons, rng
-        site = policy.site.config
-        self.sheet = Sheet(tasks.batch, site.slots, site.width)
-        self.last = torch.full((tasks.batch,), -1)
-        self.reward = torch.full((tasks.batch,), math.nan)
+    def __init__(self, agent: Agent, tasks: Tasks, lessons: Lessons, rng: np.random.Generator, greedy: bool) -> None:
+        self.agent, self.tasks, self.lessons, self.rng, self.greedy = agent, tasks, lessons, rng, greedy
+        agent.begin(tasks.batch)
 
     def loss(self) -> Tensor:
-        self.sheet.rows = self.sheet.rows.detach()
+        self.agent.detach()
         said, told = zip(*(self._step() for _ in range(self.lessons.span)), strict=True)
         logits, expected = (torch.cat(parts) for parts in zip(*said, strict=True))
         wanted, means = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*told, strict=True))
         return F.cross_entropy(logits, wanted) + F.binary_cross_entropy(expected, means)
 
     def _step(self) -> tuple[tuple[Tensor, Tensor], tuple[Numbers, Numbers]]:
-        """What the policy said of each action [B, A], and what it should have said."""
-        policy, tasks = self.policy, self.tasks
-        B, A = tasks.batch, tasks.actions
-        inputs = policy.inputs(torch.from_numpy(tasks.observe()), self.last, self.reward)
-        state = policy.state(inputs.flatten(0, 1))
-        with torch.set_grad_enabled(policy.site.config.k > 1):  # the weight of a lone slot is 1, whatever its address
-            slots, w = policy.site.address(state)
-        places = self.sheet.places(slots).view(B, -1)
-        rows = self.sheet.read(places).view(B * A, *slots.shape[1:], -1)
-        recalled = policy.recall(state, rows, w)
-        logits, expected = (part.view(B, A) for part in policy.judge(recalled))
-        action = self._choose(logits.detach())
-        told = self._told()
-        taken = torch.arange(B) * A + torch.from_numpy(action)
-        reward = torch.from_numpy(tasks.step(action))
-        value, beta, _ = policy.lesson(recalled[taken], policy.scaled(reward), expected.flatten()[taken])
-        self.sheet.write(self.sheet.places(slots[taken]), policy.write(rows[taken], w[taken], beta, value))
-        self.last, self.reward = torch.from_numpy(action), reward
-        return (logits, expected), told
+        """What the agent said of each action [B, A], and what it should have said."""
+        said = self.agent.ask(torch.from_numpy(self.tasks.observe()))
+        action, told = self._choose(said[0].detach()), self._told()
+        reward = self.tasks.step(action)
+        self.agent.tell(torch.from_numpy(action), torch.from_numpy(reward))
+        return said, told
 
-    def _choose(self, logits: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-        chances = torch.softmax(logits, -1).double().numpy()
-        drawn = (chances.cumsum(1) < self.rng.random((len(chances), 1))).sum(1).clip(0, chances.shape[1] - 1)
-        best = logits.argmax(-1).numpy() if self.policy.config.greedy else drawn
+    def _choose(self, logits: Tensor) -> Indices:
+        best = chosen(logits, self.rng, greedy=self.greedy)
         if self.lessons.imitate and self.lessons.led:
             leads = np.arange(len(best)) < self.lessons.led * len(best)
             best = np.where(leads, self.tasks.teacher().argmax(1), best)
         other = self.rng.integers(logits.shape[1], size=len(best))
-        action: np.ndarray[Any, np.dtype[np.int64]] = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
+        action: Indices = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
         return action
 
     def _told(self) -> tuple[Numbers, Numbers]:
@@ -138,14 +94,24 @@ class ActingRound:
         return best / best.sum(1, keepdims=True), means
 
 
+def chosen(logits: Tensor, rng: np.random.Generator, *, greedy: bool) -> Indices:
+    """An action [B] for logits [B, A]: the best one, or one as likely as the logits say."""
+    if greedy:
+        best: Indices = logits.argmax(-1).numpy()
+        return best
+    chances = torch.softmax(logits.double(), -1).numpy()
+    drawn: Indices = (chances.cumsum(1) < rng.random((len(chances), 1))).sum(1)
+    return drawn.clip(0, chances.shape[1] - 1)
+
+
 class LabellingRound:
     """One round of a labelling policy: each example of each stream asks all earlier ones of it."""
 
-    def __init__(self, policy: Policy, tasks: Tasks, lessons: Lessons, rng: np.random.Generator) -> None:
+    def __init__(self, policy: Policy, tasks: Tasks, steps: int) -> None:
         assert isinstance(tasks, Streams)
-        self.policy, self.lessons = policy, lessons
+        self.policy = policy
         seen = []
-        for _ in range(lessons.steps):
+        for _ in range(steps):
             seen.append((tasks.observe(), tasks.answers()))
             tasks.step(np.zeros(tasks.batch, np.int64))
         self._features = torch.from_numpy(np.stack([features for features, _ in seen], 1))
@@ -191,10 +157,10 @@ class PolicyTrainer:
         lessons: Lessons,
         folder: Path,
     ) -> None:
-        self.policy, self.lessons, self.folder = policy, lessons, folder
-        self._make = make
         acting = policy.config.task == "act"
         fixed = ("centres", "trust") if not acting else ("address", "temperature") if policy.site.config.k == 1 else ()
+        self.policy, self.lessons, self.folder = policy, lessons, folder
+        self._make = make
         self._trained = [
             parameter.requires_grad_(True)
             for name, parameter in policy.named_parameters()
@@ -225,8 +191,12 @@ class PolicyTrainer:
         lessons = self.lessons
         rng = np.random.default_rng([lessons.seed, number])
         tasks = self._make(lessons.batch, rng)
-        kind = ActingRound if self.policy.config.task == "act" else LabellingRound
-        one, spans = kind(self.policy, tasks, lessons, rng), lessons.steps // lessons.span
+        one: ActingRound | LabellingRound
+        if self.policy.config.task == "act":
+            one = ActingRound(MemoryAgent(self.policy), tasks, lessons, rng, self.policy.config.greedy)
+        else:
+            one = LabellingRound(self.policy, tasks, lessons.steps)
+        spans = lessons.steps // lessons.span
         rate = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * number / lessons.rounds)))
         for group in self._optimiser.param_groups:
             group["lr"] = rate
@@ -246,3 +216,25 @@ class PolicyTrainer:
         scratch = self.folder / f"{STATE}.part"
         torch.save(kept | {"losses": self.losses, "seconds": self.seconds}, scratch)
         os.replace(scratch, self.folder / STATE)
+
+
+def train_agent(
+    agent: Agent, make: Callable[[int, np.random.Generator], Tasks], lessons: Lessons, *, greedy: bool, seconds: float
+) -> int:
+    """Trains a rival on the same lessons for as many seconds of one core; returns how many rounds that were."""
+    began, rounds = time.process_time(), 0
+    trained = list(agent.network.parameters())
+    optimiser = torch.optim.Adam(trained, lr=lessons.lr)
+    while (spent := (time.process_time() - began) / seconds) < 1.0:
+        for group in optimiser.param_groups:
+            group["lr"] = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
+        rng = np.random.default_rng([lessons.seed, rounds])
+        one = ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy)
+        for _ in range(lessons.steps // lessons.span):
+            loss = one.loss()
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, CLIP)
+            optimiser.step()
+        rounds += 1
+    return rounds
