@@ -15,7 +15,8 @@ from model.memory import Draft, Pool, naive, ops
 from model.policy import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.recipes import RECIPES
-from model.training.policies import ActingRound, LabellingRound, Lessons, PolicyTrainer, Sheet
+from model.training.agents import MemoryAgent, RecurrentAgent
+from model.training.policies import ActingRound, LabellingRound, Lessons, PolicyTrainer, train_agent
 from tests.tiny import build_tiny_policies
 
 EMPTY = 0
@@ -130,21 +131,18 @@ def test_a_reward_touches_k_rows_and_no_other(chooser: Policy) -> None:
 
 def test_training_reads_and_writes_what_serving_does(chooser: Policy) -> None:
     """The rows that gradients pass are those of the pool: the same rewards lead to the same decisions."""
-    pool, site = pool_of(chooser), chooser.site.config
-    index, sheet = pool.open(), Sheet(1, site.slots, site.width)
-    inputs = asked(chooser, 12, seed=3)
-    for step, asked_with in enumerate(inputs):
-        state = chooser.state(asked_with)
-        slots, w = chooser.site.address(state)
-        rows = sheet.read(sheet.places(slots).view(1, -1)).view(3, site.k, -1)
-        recalled = chooser.recall(state, rows, w)
-        served, _ = chooser.decide(asked_with[None], pool, torch.tensor([index]))
-        torch.testing.assert_close(chooser.judge(recalled)[0], served[0])
-        told, taken = torch.tensor([float(step % 2)]), slice(step % 3, step % 3 + 1)
-        value, beta, _ = chooser.lesson(recalled[taken], told, chooser.judge(recalled)[1][taken])
-        sheet.write(sheet.places(slots[taken]), chooser.write(rows[taken], w[taken], beta, value))
+    pool, agent = pool_of(chooser), MemoryAgent(chooser)
+    index, last, told = pool.open(), torch.tensor([-1]), torch.tensor([math.nan])
+    agent.begin(1)
+    for step, observation in enumerate(torch.randn(12, 1, chooser.config.observation)):
+        inputs = chooser.inputs(observation, last, told)
+        served = chooser.decide(inputs, pool, torch.tensor([index]))
+        for trained, said in zip(agent.ask(observation), served, strict=True):
+            torch.testing.assert_close(trained, said)
+        last, told = torch.tensor([step % 3]), torch.tensor([float(step % 2)])
+        agent.tell(last, told)
         draft = pool.draft(index)
-        reward(chooser, draft, asked_with[step % 3], float(told))
+        reward(chooser, draft, inputs[0, step % 3], float(told))
         draft.commit()
 
 
@@ -189,6 +187,7 @@ def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
         journal.open(5)
     with pytest.raises(JournalError, match="1 to 68"):
         journal.open(69)
+    journal = Journal(journal.rows)
     last = journal.open(None)
     assert journal.inputs(last).tolist() == [KEPT + 4, -1.0]
     journal.reward(last, 0.25)
@@ -225,14 +224,29 @@ def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
 
 def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
     rng = np.random.default_rng(0)
-    for name, kind in (("card-sorting", ActingRound), ("digits", LabellingRound)):
+    for name in ("card-sorting", "digits"):
         recipe = RECIPES[name].but(batch=2, steps=8, span=8)
         policy = new_policy(recipe.config(name), seed=0)
         policy.requires_grad_(True)
-        kind(policy, recipe.make(2, rng, training=True), recipe.lessons, rng).loss().backward()
+        tasks = recipe.make(2, rng, training=True)
+        one: ActingRound | LabellingRound
+        if policy.config.task == "act":
+            one = ActingRound(MemoryAgent(policy), tasks, recipe.lessons, rng, greedy=True)
+        else:
+            one = LabellingRound(policy, tasks, 8)
+        one.loss().backward()
         grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
         assert all(bool(grad.isfinite().all()) for grad in grads.values())
         assert len(grads) >= 12
+
+
+def test_rivals_learn_from_the_same_lessons() -> None:
+    recipe = RECIPES["card-sorting"].but(batch=4, steps=4, span=2)
+    agent = RecurrentAgent(16, 4, 8, cell="lstm", seed=0)
+    before = [parameter.clone() for parameter in agent.network.parameters()]
+    rounds = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
+    assert rounds >= 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, agent.network.parameters(), strict=True))
 
 
 def test_the_ideal_observer_of_card_sorting_makes_one_and_a_half_errors_a_switch() -> None:
