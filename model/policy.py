@@ -267,6 +267,7 @@ class Policy(nn.Module):
         n, base, keys = len(states), self.base(states), site.keys(states)
         cells = site.address(keys)
         rows = ops.Rows(*pool.sites[site.config.name].read(session, cells))
+        room = (rows.ages == 0).sum(-1)
         prints = torch.zeros(n, len(RUNS), dtype=torch.int16, device=states.device)
         cosines = torch.bmm(keys[:, None], rows.keys.flatten(1, 2).float().transpose(1, 2))[:, 0] / ops.KEY_STEPS
         found = ops.weigh(
@@ -280,7 +281,7 @@ class Policy(nn.Module):
             torch.zeros_like(site.bonus),
         )
         trust = site.first_trust().expand(n, -1)
-        return base, site.believe(pool, session, prints, base, trust, keys, cells, found)
+        return base, site.believe(pool, session, prints, base, trust, keys, cells, room, found)
 
     # --- identity --------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from model.policy import Policy
 from service.engine import Decided, Deed
 from service.errors import BadRequest, Conflict, NotFound
 from service.sessions import Call, ObserveResult, Sessions
-from service.words import Adaptation
 from service.store.types import SessionMeta
 from service.turns import Turn
 from service.turnstile import Held, Write, known
+from service.words import Adaptation
 
 ACTION = "act-"
 Task = Literal["act", "label"]

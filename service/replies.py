@@ -268,7 +268,7 @@ class SiteCells(BaseModel):
     """How full a site of a session's memory is."""
 
     name: str
-    kind: Literal["lexical", "hidden"]
+    kind: Literal["lexical", "hidden", "journal"]
     rows: int
     cells: int = Field(description="Addresses of the site, each with room for the same number of rows.")
     bin_cells: int = Field(description="Neighbouring cells that are counted together; 1 = each by itself.")

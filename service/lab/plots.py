@@ -34,7 +34,7 @@ def draw(results: Results, out: Path) -> list[Path]:
 
 def draw_losses(losses: Sequence[float], path: Path) -> None:
     """A policy's loss by round. Raises PlotsMissingError."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses)
     axes.set_xlabel("round")
@@ -45,7 +45,7 @@ def draw_losses(losses: Sequence[float], path: Path) -> None:
 
 def draw_curves(curves: Mapping[str, Any], window: int, path: Path) -> None:
     """What each arm misses by step: the mean of `window` steps. Raises PlotsMissingError."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name, curve in curves.items():
         smooth = np.convolve(curve, np.ones(window) / window, mode="valid")

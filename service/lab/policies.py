@@ -15,7 +15,7 @@ import torch
 from model.policy import new_policy, save_policy
 from model.scenarios.recipes import RECIPES, Recipe
 from model.training.policies import PolicyTrainer
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.corpus import console, progress_bar
 from service.lab.plots import PlotsMissingError, draw_losses
 from service.lab.train import code_version, hardware

@@ -27,7 +27,7 @@ from model.scenarios.recipes import Recipe
 from model.scenarios.streams import Streams
 from model.training.agents import Agent, ContextAgent, DenseAgent, MemoryAgent, RecurrentAgent
 from model.training.policies import chosen, train_agent
-from service.client import CommandError
+from service.errors import CommandError
 from service.lab.corpus import console
 from service.lab.plots import PlotsMissingError, draw_curves
 from service.lab.policies import find_recipe

@@ -26,7 +26,7 @@ from service.bench.stage import QUICK
 from service.bench.texts import made_session
 from service.errors import CommandError
 from service.settings import Settings
-from service.transfer import pack_session, sound, unpack_session
+from service.transfer import pack_session, read_export, sound, unpack_session
 
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(16,),
@@ -108,7 +108,7 @@ def test_a_made_session_is_one_that_a_memory_could_have_written(kind: Any) -> No
     config = MemoryConfig(64, (site,))
     made = made_session(config, "made", "sha256:00", 1000, vocab_size=50)
     assert made.meta.rows == slots  # all that there is room for
-    _, sites = unpack_session(pack_session(made, ""), config, vocab_size=50, key="")
+    _, sites = unpack_session(*read_export(pack_session(made, ""), ""), config, vocab_size=50)
     assert all(sound(name, batch, config, 50) for name, batch in sites.items())
     pool = Pool(config, rows=slots, sessions=1)
     index = pool.open(
