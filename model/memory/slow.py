@@ -135,7 +135,7 @@ class LexicalSite(nn.Module):
         room: Tensor,
         found: ops.Candidates,
     ) -> Reading:
-        """How far to believe what was found for keys [n, d_k] in cells [n, k]; room: their empty rows; the rest is `read`'s."""
+        """How far to believe what was found for keys [n, d_k] in cells [n, k] of so much room [n, k]; see `read`."""
         logit, shares = self.gate(found, base.entropy, keys)
         own = pool.sites[self.config.name].own[session, :, found.repeats]
         logit = logit + own[:, TRUST] + trust.gather(1, found.repeats[:, None])[:, 0]
