@@ -369,6 +369,8 @@ class ObserveRequest(Body):
 class PredictRequest(Body):
     """Body of `POST /v1/sessions/{id}/predict`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "mine", "features": [0.5, -1.0]}]})
+
     features: Observation
     model: str | None = MODEL
 

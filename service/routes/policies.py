@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 from service.policies import Policies, Told, Wish
 from service.replies import Acted, Labelled, Observed
 from service.routes import ERRORS, RequestCall, RequestLesson, ServerSessions, V1Route
-from service.routes.sessions import PathId
+from service.routes.sessions import TAGGED, PathId
 from service.schemas import ActRequest, FeedbackRequest, PredictRequest
 
 router = APIRouter(prefix="/v1/sessions", route_class=V1Route, responses=ERRORS, tags=["Policies"])
@@ -22,7 +22,7 @@ def get_policies(sessions: ServerSessions) -> Policies:
 ServerPolicies = Annotated[Policies, Depends(get_policies)]
 
 
-@router.post("/{id}/act")
+@router.post("/{id}/act", summary="Act", responses=TAGGED)
 async def act(session: PathId, body: ActRequest, policies: ServerPolicies, lesson: RequestLesson) -> Acted:
     """Learns the reward of the last action, or of the one named, and takes the next action."""
     told = None if body.reward is None else Told(body.reward, body.action_id, body.regret or 0.0)
@@ -33,7 +33,7 @@ async def act(session: PathId, body: ActRequest, policies: ServerPolicies, lesso
     return Acted(object="action", **asdict(done))
 
 
-@router.post("/{id}/feedback")
+@router.post("/{id}/feedback", summary="Reward an action", responses=TAGGED)
 async def feedback(session: PathId, body: FeedbackRequest, policies: ServerPolicies, lesson: RequestLesson) -> Observed:
     """Learns the reward of an earlier action, without taking another."""
     told = Told(body.reward, body.action_id, body.regret or 0.0)
@@ -43,7 +43,7 @@ async def feedback(session: PathId, body: FeedbackRequest, policies: ServerPolic
     return Observed(**asdict(done))
 
 
-@router.post("/{id}/predict")
+@router.post("/{id}/predict", summary="Label an example")
 async def predict(session: PathId, body: PredictRequest, policies: ServerPolicies, call: RequestCall) -> Labelled:
     """Labels an example with what the session has learned; learns nothing."""
     done = await policies.predict(call, session, body.model, body.features)

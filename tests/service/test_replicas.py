@@ -382,7 +382,7 @@ def memory(redis: str, session: str) -> Any:
 
 
 def stream(client: Client, session: str) -> str:
-    body = client.completion(TEXT, session=session, max_tokens=450, logit_bias=ENDLESS, stream=True)
+    body = client.completion(TEXT, session=session, max_tokens=450, n=8, logit_bias=ENDLESS, stream=True)
     return httpx.post(f"{client.url}/v1/completions", json=body, timeout=60).text
 
 
