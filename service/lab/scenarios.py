@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -52,9 +52,17 @@ class Arm:
     note: str = ""
 
 
-def measure_scenario(name: str, out: Path, *, seeds: int, rivals: bool, checkpoint: Path | None) -> None:
+def measure_scenario(
+    name: str, out: Path, *, seeds: int, rivals: bool, checkpoint: Path | None, options: Mapping[str, str]
+) -> None:
     """Runs `imprint scenario`. Raises CommandError."""
     recipe = find_recipe(name)
+    try:
+        changed = {option: json.loads(value) for option, value in options.items()}
+        recipe = replace(recipe, options={**recipe.options, **changed})
+        recipe.make(1, np.random.default_rng(0))
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--change {dict(options)}: {error}") from error
     torch.set_num_threads(1)
     policy, seconds = _trained(name, checkpoint)
     labelling = policy.config.task == "label"
@@ -64,6 +72,7 @@ def measure_scenario(name: str, out: Path, *, seeds: int, rivals: bool, checkpoi
     about = {"scenario": name, "options": dict(recipe.options), "seeds": seeds, "tasks": TASKS, "steps": recipe.steps}
     about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "seconds": seconds}
     told = {arm.name: {"figures": arm.figures, "curve": arm.curve.tolist(), "note": arm.note} for arm in arms}
+    name = "-".join([name, *(f"{option}-{value}" for option, value in options.items())])
     (out / f"{name}.json").write_text(json.dumps({"about": about, "arms": told}) + "\n")
     try:
         draw_curves({arm.name: arm.curve for arm in arms}, recipe.steps // 20, out / f"{name}.png")
