@@ -46,7 +46,8 @@ class PolicyConfig:
     `actions` labels an example bears, learn from the right one).
     context: numbers of an observation that all actions share; features: numbers of each action's own.
     identity: whether actions differ otherwise than by their features. cue: how many of the context's first numbers say
-    which place of the memory is asked; by_action: whether each action has a place of its own.
+    which place of the memory is asked; by_features, by_action: whether an action is asked about in a place that its
+    features, or which one it is, say.
     width: units of a layer.
     lowest, highest: of a reward. greedy: whether it takes the best action unless told otherwise.
     """
@@ -59,6 +60,7 @@ class PolicyConfig:
     features: int = 0
     identity: bool = True
     cue: int = 0
+    by_features: bool = False
     by_action: bool = False
     width: int = 64
     lowest: float = 0.0
@@ -94,7 +96,7 @@ class PolicyConfig:
     @property
     def place(self) -> int:
         """Numbers that say which place of the memory is asked."""
-        return self.cue + self.by_action * self.actions
+        return self.cue + self.by_features * self.features + self.by_action * self.actions
 
     @property
     def state(self) -> int:
@@ -156,9 +158,10 @@ class Policy(nn.Module):
     def state(self, inputs: Tensor) -> Tensor:
         """What the memory sees [n, D] of inputs [n, F]."""
         c = self.config
-        places = [inputs[:, : c.cue]]
+        places, start = [inputs[:, : c.cue]], c.context + c.features
+        if c.by_features:
+            places.append(inputs[:, c.context : start])
         if c.by_action:
-            start = c.context + c.features
             places.append(inputs[:, start : start + c.actions])
         return torch.cat([*places, torch.relu(_apply(self.trunk, inputs))], dim=1)
 

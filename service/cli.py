@@ -235,11 +235,13 @@ def scenario(
     policy: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Instead of the shipped one.")
     ] = None,
+    change: Annotated[list[str] | None, typer.Option(help="An option of the scenario, as drift=0.")] = None,
 ) -> None:
     """What a policy is worth on its scenario, beside its rivals; needs no server. Writes JSON and learning curves."""
     from service.lab.scenarios import measure_scenario
 
-    measure_scenario(name, out, seeds=seeds, rivals=rivals, checkpoint=policy)
+    options = dict(one.partition("=")[::2] for one in change or [])
+    measure_scenario(name, out, seeds=seeds, rivals=rivals, checkpoint=policy, options=options)
 
 
 @app.command()

@@ -37,6 +37,7 @@ class Recipe:
     layer: int = 64
     decay: float = 1.0
     identity: bool = False
+    by_features: bool = False
     by_action: bool = False
     cued: bool = False
     greedy: bool = True
@@ -52,11 +53,17 @@ class Recipe:
         if self.cell > 1:
             site = SiteConfig(MEMORY, "lexical", slots=self.slots, cell=self.cell, k=self.k, width=self.width)
             return PolicyConfig(name, "label", memory=MemoryConfig(self.layer, (site,)), **shape)
-        shape |= {"features": tasks.features, "identity": self.identity, "by_action": self.by_action}
+        shape |= {
+            "features": tasks.features,
+            "identity": self.identity,
+            "by_action": self.by_action,
+            "by_features": self.by_features,
+        }
         shape |= {"cue": tasks.context if self.cued else 0, "greedy": self.greedy}
         inputs = tasks.context + tasks.features + self.identity * tasks.actions + HISTORY
         site = SiteConfig(MEMORY, "hidden", slots=self.slots, k=self.k, width=self.width, decay=self.decay)
-        state = shape["cue"] + self.by_action * tasks.actions + self.layer
+        place = shape["cue"] + self.by_features * tasks.features + self.by_action * tasks.actions
+        state = place + self.layer
         return PolicyConfig(name, "act", memory=MemoryConfig(state, (site, journal_site(inputs))), **shape)
 
     def but(self, **changes: Any) -> Recipe:
@@ -81,9 +88,15 @@ RECIPES: dict[str, Recipe] = {
     ),
     "choices": Recipe(
         Choices,
-        Lessons(rounds=100, batch=32, steps=80, span=20, lr=5e-3, imitate=False),
+        Lessons(rounds=250, batch=32, steps=80, span=20, lr=5e-3, imitate=False),
         steps=100,
+        slots=256,
+        k=8,
+        width=16,
+        decay=0.0,
         identity=True,
+        by_features=True,
+        by_action=True,
         greedy=False,
     ),
     "digits": Recipe(

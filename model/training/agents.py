@@ -1,7 +1,7 @@
 """Who can be trained to act: a policy with its memory, and its rivals, who remember in other ways.
 
 An agent plays B tasks at once: it is asked, then told the rewards. Gradients pass what it keeps until `detach`.
-Rivals are told the last action and its reward with each observation, as in RL² (arXiv 1611.02779).
+Rivals are told the last action, its features and its reward with each observation, as in RL² (arXiv 1611.02779).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.policy import Policy
+from model.scenarios.core import Tasks
 
 
 class Agent(ABC):
@@ -106,13 +107,18 @@ class MemoryAgent(Agent):
 
 
 class _Told(nn.Module):
-    """What rivals see: the observation, the last action and its reward, and whether there was one."""
+    """What rivals see: the observation, the last action with its features and its reward, and whether there was one."""
 
-    def __init__(self, observation: int, actions: int, width: int) -> None:
+    def __init__(self, tasks: Tasks, width: int) -> None:
         super().__init__()
-        self.actions = actions
-        self.enter = nn.Linear(observation + actions + 2, width)
-        self.leave = nn.Linear(width, 2 * actions)
+        self.context, self.features, self.actions = tasks.context, tasks.features, tasks.actions
+        self.enter = nn.Linear(tasks.context + tasks.actions * tasks.features + self.did, width)
+        self.leave = nn.Linear(width, 2 * tasks.actions)
+
+    @property
+    def did(self) -> int:
+        """Numbers that tell of the last action."""
+        return self.actions + self.features + 2
 
     def said(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits, expected = self.leave(hidden).chunk(2, dim=-1)
@@ -125,22 +131,25 @@ class Rival(Agent):
     network: _Told
 
     def begin(self, batch: int) -> None:
-        self._did = torch.zeros(batch, self.network.actions + 2)
+        self._did = torch.zeros(batch, self.network.did)
 
     def tell(self, action: Tensor, reward: Tensor) -> None:
+        net, here = self.network, torch.arange(len(action))
+        features = self._observed[:, net.context :].view(len(action), net.actions, net.features)[here, action]
         told = torch.stack([reward, torch.ones_like(reward)], dim=1)
-        self._did = torch.cat([F.one_hot(action, self.network.actions).float(), told], dim=1)
+        self._did = torch.cat([F.one_hot(action, net.actions).float(), features, told], dim=1)
 
     def _seen(self, observation: Tensor) -> Tensor:
+        self._observed = observation
         return torch.relu(self.network.enter(torch.cat([observation, self._did], dim=1)))
 
 
 class RecurrentAgent(Rival):
     """RL²: a GRU or an LSTM, whose state is all it knows of its task."""
 
-    def __init__(self, observation: int, actions: int, width: int, *, cell: str, seed: int) -> None:
+    def __init__(self, tasks: Tasks, width: int, *, cell: str, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = _Told(observation, actions, width)
+        self.network = _Told(tasks, width)
         self.network.cell = nn.LSTMCell(width, width) if cell == "lstm" else nn.GRUCell(width, width)
 
     def begin(self, batch: int) -> None:
@@ -163,9 +172,9 @@ class RecurrentAgent(Rival):
 class ContextAgent(Rival):
     """A transformer of two layers with the last `window` steps of its task in context."""
 
-    def __init__(self, observation: int, actions: int, width: int, *, window: int, seed: int) -> None:
+    def __init__(self, tasks: Tasks, width: int, *, window: int, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = _Told(observation, actions, width)
+        self.network = _Told(tasks, width)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.network.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.network.places = nn.Parameter(torch.randn(window, width) * 0.1)
@@ -190,9 +199,9 @@ class ContextAgent(Rival):
 class DenseAgent(Rival):
     """A dense delta memory: a matrix that each step writes as a whole, M ← M + β k (v − M k)ᵀ, and reads by query."""
 
-    def __init__(self, observation: int, actions: int, width: int, *, seed: int) -> None:
+    def __init__(self, tasks: Tasks, width: int, *, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = _Told(observation, actions, width)
+        self.network = _Told(tasks, width)
         self.network.project = nn.Linear(width, 3 * width + 1)
         self.network.mix = nn.Linear(2 * width, width)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -34,6 +34,7 @@ from service.lab.policies import find_recipe
 from service.lab.rivals import follow, label_stream, offline
 from service.lab.train import hardware
 
+RIVALS_LR = 2e-3  # the better of 2e-3 and the policies' own 6e-3 for a GRU
 TASKS, STREAMS = 100, 10  # of each seed: tasks to act in, streams to label
 STUDENT = {3: 4.303, 5: 2.776, 10: 2.262}  # 97.5% of the t distribution, by the number of seeds
 Measured = dict[str, float]
@@ -51,9 +52,17 @@ class Arm:
     note: str = ""
 
 
-def measure_scenario(name: str, out: Path, *, seeds: int, rivals: bool, checkpoint: Path | None) -> None:
+def measure_scenario(
+    name: str, out: Path, *, seeds: int, rivals: bool, checkpoint: Path | None, options: Mapping[str, str]
+) -> None:
     """Runs `imprint scenario`. Raises CommandError."""
     recipe = find_recipe(name)
+    try:
+        changed = {option: json.loads(value) for option, value in options.items()}
+        recipe = replace(recipe, options={**recipe.options, **changed})
+        recipe.make(1, np.random.default_rng(0))
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--change {dict(options)}: {error}") from error
     torch.set_num_threads(1)
     policy, seconds = _trained(name, checkpoint)
     labelling = policy.config.task == "label"
@@ -63,6 +72,7 @@ def measure_scenario(name: str, out: Path, *, seeds: int, rivals: bool, checkpoi
     about = {"scenario": name, "options": dict(recipe.options), "seeds": seeds, "tasks": TASKS, "steps": recipe.steps}
     about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "seconds": seconds}
     told = {arm.name: {"figures": arm.figures, "curve": arm.curve.tolist(), "note": arm.note} for arm in arms}
+    name = "-".join([name, *(f"{option}-{value}" for option, value in options.items())])
     (out / f"{name}.json").write_text(json.dumps({"about": about, "arms": told}) + "\n")
     try:
         draw_curves({arm.name: arm.curve for arm in arms}, recipe.steps // 20, out / f"{name}.png")
@@ -80,7 +90,7 @@ def print_arms(name: str, arms: list[Arm]) -> None:
     figures = list(arms[0].figures)
     table = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("arm", *figures, ""):
-        table.add_column(column, justify="left" if column in ("arm", "") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("arm", "") else "right", overflow="fold")
     for arm in arms:
         cells = ["{:.3f} ± {:.3f}".format(*interval(arm.figures[one])) for one in figures]
         table.add_row(arm.name, *cells, arm.note)
@@ -116,11 +126,11 @@ def _acting(policy: Policy, recipe: Recipe, seeds: int, seconds: float) -> list[
     ]
     tasks = recipe.make(1, np.random.default_rng(0))
     arms += [_played(name, recipe, seeds, way) for name, way in follow(tasks).items()]
-    for name, agent in (_rivals(policy, size) if seconds else {}).items():
+    for name, agent in (_rivals(tasks, size) if seconds else {}).items():
         rounds = train_agent(
             agent,
             lambda batch, rng: recipe.make(batch, rng, training=True),
-            recipe.lessons,
+            recipe.but(lr=RIVALS_LR).lessons,
             greedy=greedy,
             seconds=seconds,
         )
@@ -130,20 +140,19 @@ def _acting(policy: Policy, recipe: Recipe, seeds: int, seconds: float) -> list[
     return arms
 
 
-def _rivals(policy: Policy, size: int) -> dict[str, Agent]:
+def _rivals(tasks: Tasks, size: int) -> dict[str, Agent]:
     """Agents of about as many parameters."""
-    seen, actions = policy.config.observation, policy.config.actions
 
     def width(cost: float, most: int) -> int:
         """Units whose squares cost so many parameters each, beside the layers in and out; a multiple of 4."""
-        edge = seen + 3 * actions + 2
+        edge = tasks.context + (tasks.actions + 1) * tasks.features + 3 * tasks.actions + 2
         return min(most, 4 * int((math.sqrt(edge**2 + 4 * cost * size) - edge) / (2 * cost) / 4))
 
     return {
-        "RL², GRU": RecurrentAgent(seen, actions, width(6, 128), cell="gru", seed=0),
-        "RL², LSTM": RecurrentAgent(seen, actions, width(8, 128), cell="lstm", seed=0),
-        "transformer, 40 steps in context": ContextAgent(seen, actions, width(16.5, 128), window=40, seed=0),
-        "dense delta memory": DenseAgent(seen, actions, width(5, 128), seed=0),
+        "RL², GRU": RecurrentAgent(tasks, width(6, 128), cell="gru", seed=0),
+        "RL², LSTM": RecurrentAgent(tasks, width(8, 128), cell="lstm", seed=0),
+        "transformer, 40 steps in context": ContextAgent(tasks, width(16.5, 128), window=40, seed=0),
+        "dense delta memory": DenseAgent(tasks, width(5, 128), seed=0),
     }
 
 
@@ -194,7 +203,7 @@ def _figures(tasks: Tasks, regret: Numbers, reward: Numbers, habit: _Habit) -> M
 
 class _Habit:
     """Card sorting: of the trials after the first error that follows a switch, up to the next success, how many still
-    follow the rule that was."""
+    follow the rule that was, and could have followed no other."""
 
     def __init__(self) -> None:
         self.trials, self.old = 0, 0
@@ -209,7 +218,8 @@ class _Habit:
         former = tasks.former[here, tasks.deck]
         after = self._phase == 2
         self.trials += int(after.sum())
-        self.old += int((after & wrong & tasks.right()[here, former, action]).sum())
+        right = tasks.right()[here, :, action]
+        self.old += int((after & wrong & right[here, former] & (right.sum(1) == 1)).sum())
         self._phase = np.where((self._phase == 1) & wrong, 2, np.where(after & ~wrong, 0, self._phase))
 
     def after(self, tasks: Tasks) -> None:

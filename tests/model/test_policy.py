@@ -242,7 +242,7 @@ def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
 
 def test_rivals_learn_from_the_same_lessons() -> None:
     recipe = RECIPES["card-sorting"].but(batch=4, steps=4, span=2)
-    agent = RecurrentAgent(16, 4, 8, cell="lstm", seed=0)
+    agent = RecurrentAgent(recipe.make(1, np.random.default_rng(0)), 8, cell="lstm", seed=0)
     before = [parameter.clone() for parameter in agent.network.parameters()]
     rounds = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
     assert rounds >= 1
