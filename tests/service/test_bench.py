@@ -20,6 +20,7 @@ from service.base import resolve_gguf
 from service.bench import peers, report
 from service.bench.estimates import mean, percentiles, ratio
 from service.bench.heard import Heard, PeerError, events
+from service.bench.reach import Row
 from service.bench.run import Options, run
 from service.bench.scenarios import gaps_between, step_time
 from service.bench.stage import QUICK
@@ -230,3 +231,16 @@ def test_a_base_that_is_no_gguf_file_has_none(tmp_path: Path) -> None:
     file = tmp_path / "base.gguf"
     file.touch()
     assert resolve_gguf(str(file), tmp_path, progress=print) == file
+
+
+# --- rows to reach ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rounds", "reached"),
+    [([0.985, 0.99, 0.995], "aim"), ([1.04, 1.05, 1.06], "least"), ([1.19, 1.2, 1.21], "no"), ([0.5, 1.0, 2.0], "aim?"),
+     ([0.6, 1.2, 2.4], "no?"), ([1.0], "aim?")],
+)  # fmt: skip
+def test_a_goal_is_reached_for_sure_only_where_the_whole_interval_says_so(rounds: list[float], reached: str) -> None:
+    row = Row("cost", 1.1, 1.02, False, lambda results: mean(rounds), lambda results: "")
+    assert row.told({})["reached"] == reached
