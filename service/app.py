@@ -28,6 +28,7 @@ from model.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.config import ConfigError
 from model.lm import AdaptiveLM
 from model.memory import Memory, MemoryConfigError, load_memory
+from model.policy import Policy, PolicyError, load_policy
 from model.tokenizer import Tokenizer
 from model.training.initial import default_config, random_memory
 from service.base import BaseError, resolve_base
@@ -55,6 +56,9 @@ class StartError(Exception):
     """The server cannot start; the message is one line that says why."""
 
 
+UNFIT = (StartError, KeysError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError, PolicyError)
+
+
 def run(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, drains, and returns the exit code."""
     logging.basicConfig(
@@ -71,7 +75,7 @@ def run(settings: Settings) -> int:
             sys.stderr.flush()
             os._exit(code)
         return code
-    except (StartError, KeysError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError) as error:
+    except UNFIT as error:
         print(f"imprint: {error}", file=sys.stderr)
         return 1
 
@@ -192,6 +196,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     tokenizer = Tokenizer.load(folder)
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
+    policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
     engine = Engine(
         AdaptiveLM(backbone, memory, decoder=backbone.halved() if settings.decode_dtype == "fp16" else None),
@@ -203,12 +208,14 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
         hot_sessions=settings.hot_sessions,
         threads=settings.threads,
         metrics=metrics,
+        policies=policies,
     )
     prints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
     metrics.build_info.info({"version": version("imprint"), "model": settings.model, **prints})
     _watch_device(metrics, device)
     log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - began)
-    return Served(engine, tokenizer, prints, context, backbone.config.vocab_size)
+    whose = {name: policy.fingerprint() for name, policy in policies.items()}
+    return Served(engine, tokenizer, prints, context, backbone.config.vocab_size, policies, whose)
 
 
 def choose_memory(settings: Settings, hidden_size: int) -> Memory:
@@ -220,6 +227,20 @@ def choose_memory(settings: Settings, hidden_size: int) -> Memory:
             return load_memory(path, hidden_size=hidden_size)
     log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint train`)", settings.model)
     return random_memory(default_config(hidden_size), seed=0)
+
+
+def choose_policies(settings: Settings) -> list[Policy]:
+    """The policies that are asked for: files, or all that are shipped. Raises StartError for two of one name."""
+    if settings.policies == "default":
+        with as_file(files("model") / "checkpoints" / "policies") as folder:
+            policies = [load_policy(path) for path in sorted(folder.glob("*.safetensors"))]
+    else:
+        paths = [] if settings.policies == "none" else settings.policies.split(",")
+        policies = [load_policy(Path(path.strip())) for path in paths]
+    names = [policy.config.name for policy in policies]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise StartError(f"IMPRINT_POLICIES: two policies are called {min(twice)!r}")
+    return policies
 
 
 def _model_id(model: str) -> str:
@@ -312,6 +333,9 @@ def _listening(settings: Settings, keys: Keys) -> Iterator[socket.socket]:
     except OSError as error:
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
     with listener:
+        # Event loops set it only on sockets that name TCP as their protocol, which those accepted here do not: the
+        # second piece of an answer would wait 40 ms for the client to acknowledge the first.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         address = listener.getsockname()[0]
         if not (keys.required or ip_address(address).is_loopback):
             raise StartError(

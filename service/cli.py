@@ -182,11 +182,12 @@ def _names(text: str) -> list[str]:
 @app.command()
 def train(
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Text files, a stream each; folders of them, a kind each; hf:owner/name[:config][:split][:column]."
         ),
-    ],
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(help="The checkpoint to write; losses, plot and manifest go beside it.")],
     work: Annotated[Path, typer.Option(help="Folder of features and unfinished runs; can be used again.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, all kinds alike.")] = 4_000_000,
@@ -202,11 +203,20 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the choice of texts, of their order and of the first weights.")] = 0,
     adapter: Annotated[bool, typer.Option("--adapter", help="Train a plain adapter instead, to compare with.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="The adapter's; by default it is as large.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Train this policy instead (docs/scenarios.md).")] = None,
 ) -> None:
-    """Train a memory on texts; needs no server. The same command again goes on after any stop.
+    """Train a memory on texts, or a policy on a scenario; needs no server. The same command goes on after any stop.
 
     On several devices: torchrun --nproc-per-node N -m service train …
     """
+    if (policy is None) == (not paths):
+        raise typer.BadParameter("give texts to train a memory on, or --policy, and not both")
+    if policy is not None:
+        from service.lab.policies import train_policy
+
+        train_policy(policy, out, work, rounds=steps, seed=seed)
+        return
+    assert paths is not None
     from service.lab.texts import Budget
     from service.lab.train import VALID_TOKENS, Options, train_files
 
@@ -214,6 +224,24 @@ def train(
         raise typer.BadParameter(f"the shortest must not be above the longest, got {requests[0]} and {requests[1]}")
     budget = Budget(tokens, stream_tokens, valid, VALID_TOKENS, requests, seed)
     train_files(Settings.load(), Options(paths, out, work, budget, steps, batch, span, lr, adapter, rank))
+
+
+@app.command()
+def scenario(
+    name: Annotated[str, typer.Argument(help="Of the policy; `imprint train --policy ?` lists them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("imprint-scenarios"),
+    seeds: Annotated[int, typer.Option(min=1, help="Each of new tasks.")] = 5,
+    rivals: Annotated[bool, typer.Option(help="Train RL², a transformer and a dense memory, too.")] = True,
+    policy: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Instead of the shipped one.")
+    ] = None,
+    change: Annotated[list[str] | None, typer.Option(help="An option of the scenario, as drift=0.")] = None,
+) -> None:
+    """What a policy is worth on its scenario, beside its rivals; needs no server. Writes JSON and learning curves."""
+    from service.lab.scenarios import measure_scenario
+
+    options = dict(one.partition("=")[::2] for one in change or [])
+    measure_scenario(name, out, seeds=seeds, rivals=rivals, checkpoint=policy, options=options)
 
 
 @app.command()

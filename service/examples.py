@@ -46,6 +46,15 @@ ENTRY: Json = {
     "request_id": "6f1c2b1d0f8a4c0e9a54d1d7c6f3a2b1",
     "text": None,
 }
+ACTED: Json = {
+    "object": "action",
+    "action": 1,
+    "action_id": "act-4",
+    "probability": 0.75,
+    "probabilities": [0.25, 0.75],
+    "expected": [0.375, 0.5],
+    "adaptation": ADAPTATION | {"tokens_learned": 1, "rows_written": 1},
+}
 SITE: Json = {
     "name": "lexical",
     "kind": "lexical",
@@ -77,6 +86,7 @@ REPLY: Json = {"role": "assistant", "content": "Hello", "refusal": None}
 REFUSED = "'temperature': input should be less than or equal to 2, got 3."
 
 EXAMPLES: dict[str, list[Json]] = {
+    "Acted": [ACTED],
     "Completion": [_completion(LAST | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
     "CompletionChunk": [
         _completion(MORE | {"text": " fish"}),
@@ -90,6 +100,7 @@ EXAMPLES: dict[str, list[Json]] = {
     "ErrorReply": [
         {"error": {"message": REFUSED, "type": "invalid_request_error", "param": "temperature", "code": None}}
     ],
+    "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
     "Live": [{"status": "ok"}],
     "Model": [MODEL],
     "ModelList": [{"object": "list", "data": [MODEL]}],

@@ -35,13 +35,20 @@ from service.errors import (
 )
 from service.examples import show_examples
 from service.metrics import Metrics
-from service.routes import call_headers, openai, ops, page, report
+from service.routes import call_headers, openai, ops, page, policies, report
 from service.routes import sessions as session_routes
 from service.sessions import Sessions
 from service.settings import Settings
 from service.tenants import OPERATOR, Keys, Tenant
 
-ROUTERS = (openai.router, session_routes.router, session_routes.files, ops.router, page.router)
+ROUTERS = (
+    openai.router,
+    session_routes.router,
+    session_routes.files,
+    policies.router,
+    ops.router,
+    page.router,
+)
 CLIENT_GONE = 499  # nginx's status for it; the client itself never sees it
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 PUBLIC = {"/livez", "/readyz", "/openapi.json", *page.FILES}  # what is the same for everybody

@@ -3,8 +3,11 @@
 Labels hold routes, statuses, error codes and fingerprints, never a session: there may be millions of those.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,10 +19,14 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+if TYPE_CHECKING:
+    from service.engine.job import Deed, Stats
+
 PREFIX = "imprint_"
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BYTES = tuple(float(4**power) for power in range(5, 14))
+EXPERIENCE = ((1000, "1000+"), (100, "100-999"), (10, "10-99"), (0, "0-9"))  # rewards a session has learned, from
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROCESS = (  # what prometheus_client tells of the process where there is a /proc
     ("cpu_seconds_total", "counter", "CPU time of the server's process."),
@@ -81,8 +88,14 @@ class Metrics:
         )
         self.queue_depth = self._gauge("queue_depth", "Turns that wait for the engine.")
         self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCES)
+        self.decisions_batch = self._histogram(
+            "decisions_batch", "Sessions that a policy decides for in one step.", SEQUENCES
+        )
         self.engine_step_seconds = self._histogram(
-            "engine_step_seconds", "Duration of one engine step, prefill or decode.", STEP_S, ("kind",)
+            "engine_step_seconds",
+            "Duration of one engine step: prefill, decode or (policies) decide.",
+            STEP_S,
+            ("kind",),
         )
         self.kv_tokens_reserved = self._gauge("kv_tokens_reserved", "Tokens reserved in key/value caches.")
         self.kv_tokens_capacity = self._gauge("kv_tokens_capacity", "Tokens that the key/value caches may hold.")
@@ -114,6 +127,22 @@ class Metrics:
     def _store(self) -> None:
         self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_S)
         self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTES)
+        self.policy_rewards_total = self._counter(
+            "policy_rewards_total",
+            "Rewards and labels learned, by how many the session had learned before.",
+            ("policy", "learned"),
+        )
+        self.policy_reward_sum_total = self._counter(
+            "policy_reward_sum_total",
+            "The sum of positive rewards; a label counts 1 if the policy would have said it.",
+            ("policy", "learned"),
+        )
+        self.policy_penalty_sum_total = self._counter(
+            "policy_penalty_sum_total", "The sum of negative rewards, without their sign.", ("policy", "learned")
+        )
+        self.policy_regret_total = self._counter(
+            "policy_regret_total", "Reward missed, where the client knows it and tells.", ("policy", "learned")
+        )
         self.store_full_total = self._counter(
             "store_full_total", "Turns that learned nothing because the store had no room for it."
         )
@@ -139,6 +168,15 @@ class Metrics:
         self.store_limit_bytes = self._gauge(
             "store_limit_bytes", "Memory that the session store may use; 0 = no limit."
         )
+
+    def rewarded(self, deed: Deed, learned: int, stats: Stats) -> None:
+        """Counts what a deed taught a session; learned: rewards that it has learned, with those."""
+        count = stats.tokens_learned
+        labels = (deed.policy, next(name for least, name in EXPERIENCE if learned - count >= least))
+        self.policy_rewards_total.labels(*labels).inc(count)
+        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, stats.rewards))
+        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -stats.rewards))
+        self.policy_regret_total.labels(*labels).inc(deed.regret)
 
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")

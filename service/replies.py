@@ -183,14 +183,27 @@ class ChatChunk(BaseModel):
         return "".join(choice.delta.content or "" for choice in self.choices if choice.index == 0)
 
 
+class PolicyShape(BaseModel):
+    """What a policy takes and gives."""
+
+    task: Literal["act", "label"]
+    observation: int = Field(description="Numbers of an observation, or of an example's features.")
+    context: int = Field(description="How many of them all actions share; they come first.")
+    features: int = Field(description="Numbers of each action's own; they follow, action by action.")
+    actions: int = Field(description="Actions, or labels.")
+    lowest: float
+    highest: float
+
+
 class Model(BaseModel):
-    """The served model."""
+    """A served model: that of text, or a policy."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     fingerprints: dict[str, str]
+    policy: PolicyShape | None = None
 
 
 class ModelList(BaseModel):
@@ -255,7 +268,7 @@ class SiteCells(BaseModel):
     """How full a site of a session's memory is."""
 
     name: str
-    kind: Literal["lexical", "hidden"]
+    kind: Literal["lexical", "hidden", "journal"]
     rows: int
     cells: int = Field(description="Addresses of the site, each with room for the same number of rows.")
     bin_cells: int = Field(description="Neighbouring cells that are counted together; 1 = each by itself.")
@@ -308,6 +321,27 @@ class Observed(BaseModel):
     tokens_learned: int
     rows_written: int
     loss: float | None
+    version: int
+
+
+class Acted(BaseModel):
+    """Reply of `POST /v1/sessions/{id}/act`; `adaptation` counts rewards where that of text counts tokens."""
+
+    object: Literal["action"]
+    action: int
+    action_id: str | None = Field(description="Names the action for its reward; null if the session only predicts.")
+    probability: float = Field(description="With which it was chosen: 1 for the best one, at temperature 0.")
+    probabilities: list[float]
+    expected: list[float] = Field(description="What each action is expected to bring.")
+    adaptation: Adaptation
+
+
+class Labelled(BaseModel):
+    """Reply of `POST /v1/sessions/{id}/predict`."""
+
+    object: Literal["label"]
+    label: int
+    probabilities: list[float]
     version: int
 
 

@@ -44,6 +44,14 @@ ON_DISCONNECT = Field(
 )
 
 
+MODEL = Field(None, description="The policy; needed for a session that is not there yet.")
+REGRET = Field(None, description="What that action missed, where it is known; it is counted, not learned.")
+Observation = Annotated[
+    list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
+]
+ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,7}$")]
+
+
 def session_id(value: str, param: str) -> str:
     """`value`, if it can name a session; else a `BadRequest` on `param`."""
     if re.fullmatch(SESSION_ID, value) is None:
@@ -310,6 +318,7 @@ class SessionOptions(Body):
     adapt: Adapt | None = None
     learn: Learn | None = None
     keep_text: bool | None = Field(None, description="Keep what is learned, for as long as it can be undone.")
+    model: str | None = Field(None, description="The policy that a new session is of; default: text.")
     ttl_s: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(
         None, description="Seconds after its last use at which the session is erased; 0 = never. Default: the server's."
     )
@@ -332,20 +341,73 @@ class Fork(Body):
 
 
 class ObserveRequest(Body):
-    """Body of `POST /v1/sessions/{id}/observe`: one of `text` and `messages`."""
+    """Body of `POST /v1/sessions/{id}/observe`: one of `text`, `messages`, and (policies) `features` with `label`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso."}]})
 
     text: str | None = None
     messages: Messages | None = None
+    features: Observation | None = None
+    label: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    model: str | None = MODEL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
     def _one_of(self) -> "ObserveRequest":
-        if (self.text is None) == (self.messages is None):
-            fault = "neither" if self.text is None else "both"
-            raise BadRequest(f"Give one of 'text' and 'messages', got {fault}.", param="text")
+        given = [name for name in ("text", "messages", "features") if getattr(self, name) is not None]
+        if len(given) != 1:
+            fault = "neither" if not given else " and ".join(given)
+            raise BadRequest(f"Give one of 'text', 'messages' and 'features', got {fault}.", param="text")
+        if (self.features is None) != (self.label is None):
+            missing = "features" if self.features is None else "label"
+            raise BadRequest("'features' and 'label' go together: give both or none of them.", param=missing)
+        if self.features is None and self.model is not None:
+            raise BadRequest("'model' is only allowed with 'features': text has one model.", param="model")
         return self
+
+
+class PredictRequest(Body):
+    """Body of `POST /v1/sessions/{id}/predict`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "mine", "features": [0.5, -1.0]}]})
+
+    features: Observation
+    model: str | None = MODEL
+
+
+class ActRequest(Body):
+    """Body of `POST /v1/sessions/{id}/act`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}]})
+
+    observation: Observation = Field(description="The context's numbers, then those of each action.")
+    reward: float | None = Field(None, description="Of the last action, or of `action_id`.")
+    action_id: ActionId | None = Field(None, description="Whose reward it is.")
+    regret: Annotated[float, Field(ge=0)] | None = REGRET
+    model: str | None = MODEL
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        None, description="0 = the best action, 1 = as likely as each is thought to be best; default: the policy's."
+    )
+    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
+
+    @model_validator(mode="after")
+    def _of_a_reward(self) -> "ActRequest":
+        for name in ("action_id", "regret"):
+            if self.reward is None and getattr(self, name) is not None:
+                raise BadRequest(f"'{name}' is only allowed with 'reward'.", param=name)
+        return self
+
+
+class FeedbackRequest(Body):
+    """Body of `POST /v1/sessions/{id}/feedback`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"action_id": "act-1", "reward": 1.0}]})
+
+    action_id: ActionId
+    reward: float
+    regret: Annotated[float, Field(ge=0)] | None = REGRET
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
 
 class ScoreRequest(Body):

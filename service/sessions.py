@@ -19,7 +19,7 @@ from model.memory import SiteRows
 from service import prompts
 from service.calls import Call
 from service.engine import Event, Failed, Finished, Job, MemoryUse, Segment, Stamp, Stats, TokenScores
-from service.errors import NotReady, PreconditionFailed, VersionConflict
+from service.errors import NotFound, NotReady, PreconditionFailed, VersionConflict
 from service.ledger import Ledger
 from service.lessons import Content, digest, pack_lesson
 from service.metrics import Metrics
@@ -35,8 +35,8 @@ from service.turns import (
     Ask,
     Delta,
     Generation,
+    Grant,
     ObserveResult,
-    Policy,
     ScoreResult,
     Served,
     TokenLogprob,
@@ -193,15 +193,20 @@ class Sessions:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def put(
-        self, tenant: Tenant, session: str, options: dict[str, Option], *, if_match: str | None = None
+        self, tenant: Tenant, session: str, options: dict[str, Option], *, model: str = "", if_match: str | None = None
     ) -> tuple[SessionMeta, bool]:
-        """Creates a session with options, or replaces its options; returns it and whether it is new."""
+        """Creates a session with options (of the policy `model`, or of text), or replaces its options; returns it and
+        whether it is new."""
+        if model and model not in self.served.policies:
+            raise NotFound(f"There is no policy {model[:80]!r}.", param="model", code="model_not_found")
         async with self.gate.ordered(tenant, session):
             meta = await self.store.meta(tenant.name, session)
             require_match(if_match, meta)
             if meta is None:
                 async with self._ledger.place(tenant, session):
-                    return await self.store.create(tenant.name, self.served.new_meta(session, options)), True
+                    return await self.store.create(tenant.name, self.served.new_meta(session, options, model)), True
+            if model:
+                self.served.require_own(meta, model)
             return await self.store.configure(tenant.name, session, options), False
 
     async def get(self, tenant: Tenant, session: str) -> SessionMeta:
@@ -282,7 +287,7 @@ class Sessions:
                     yield end
                     return
             meta = None if held is None else held.meta
-            policy = Policy.of(ask, meta)
+            policy = Grant.of(ask, meta)
             known = () if meta is None else meta.digests
             encoded = [await self._encode(prompt, known, reply=True) for prompt in ask.prompts]
             parts = [
@@ -328,18 +333,18 @@ class Sessions:
 
         A session's requests follow one another, since each may learn; without a session they run side by side.
         """
-        if turn.held is not None and ((write and parts) or turn.kind in ("fork", "import")):
+        if turn.held is not None and ((write and (parts or turn.deed)) or turn.kind in ("fork", "import")):
             await self._ledger.check_learning(turn.held.call.tenant)
         queue: asyncio.Queue[tuple[Job, Event]] = asyncio.Queue()
         jobs: dict[Job, int] = {}
         if turn.meta is None:
             for number, part in enumerate(parts):
                 jobs[Job([part], _putter(queue), frozen=frozen)] = number
-        elif parts:
+        elif parts or turn.deed is not None:
             memory = await self._memory(turn, write=write)
             start = turn.meta if turn.content is None else turn.content.applied_to(turn.meta)
             proof_from, proof_rate = start.requests, self._proof_rate
-            job = Job(parts, _putter(queue), memory, frozen=frozen, proof_from=proof_from, proof_rate=proof_rate)
+            job = Job(parts, _putter(queue), memory, frozen, proof_from, proof_rate, turn.deed)
             jobs[job] = 0
         for job in jobs:
             self.served.engine.submit(job)
@@ -405,7 +410,10 @@ class Sessions:
         rows = {site: RowBatch(batch.slots.numpy(), batch.data.numpy()) for site, batch in done.rows.items()}
         content = Content({}, rows, {}) if turn.content is None else turn.content.overlaid(rows)
         await self.gate.commit(held, new, content.sites, gone=content.gone, note=note, tokens=stats.tokens_learned)
-        self._metrics.tokens_learned_total.inc(stats.tokens_learned)
+        if turn.deed is None:
+            self._metrics.tokens_learned_total.inc(stats.tokens_learned)
+        else:
+            self._metrics.rewarded(turn.deed, new.tokens_learned, stats)
         self._metrics.rows_written_total.inc(done.rows_written)
         self._metrics.guards_shut_total.inc(max(0, done.guards))
         self._metrics.guards_opened_total.inc(max(0, -done.guards))
@@ -421,24 +429,25 @@ class Sessions:
         """Where the engine finds the session's memory: on the device already, or with the rows that come along."""
         assert turn.held is not None and turn.meta is not None
         meta, tenant = turn.meta, turn.held.call.tenant.name
-        key, stamp = (tenant, meta.id), meta.stamp
+        key, stamp, policy = (tenant, meta.id), meta.stamp, "" if turn.deed is None else turn.deed.policy
         if turn.content is None and meta.version == 0:
-            return MemoryUse(key, stamp, write, stored={})
-        if turn.content is None and self.served.engine.pin(key, stamp):
-            return MemoryUse(key, stamp, write)
+            return MemoryUse(key, stamp, write, {}, policy)
+        if turn.content is None and self.served.engine.pin(key, stamp, policy):
+            return MemoryUse(key, stamp, write, policy=policy)
         with self._metrics.load_seconds.time():
             stored = await self.store.load(tenant, meta.id)
         if stored is None or stored.meta.stamp != stamp:
             raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
-        sites, config = stored.sites, self.served.engine.memory_config
-        if not all(sound(name, batch, config, self.vocab_size) for name, batch in sites.items()):
+        sites, config = stored.sites, self.served.engine.memory_config(policy)
+        vocab_size = self.served.policies[policy].config.actions if policy else self.vocab_size
+        if not all(sound(name, batch, config, vocab_size) for name, batch in sites.items()):
             raise damaged(meta.id)
         if turn.content is not None:
             sites, stamp = turn.content.rows_from(sites), NOWHERE
         rows = {
             site: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data)) for site, batch in sites.items()
         }
-        return MemoryUse(key, stamp, write, stored=rows)
+        return MemoryUse(key, stamp, write, rows, policy)
 
     async def _observed(self, prompt: TextPrompt | ChatPrompt, meta: SessionMeta) -> Encoded:
         """The tokens of a text that may be empty, without BOS."""

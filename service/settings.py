@@ -65,6 +65,11 @@ class Settings(BaseSettings):
         min_length=1,
         description="The meta-trained memory: `default` (shipped for the base), or the path of a checkpoint.",
     )
+    policies: str = Field(
+        "default",
+        min_length=1,
+        description="The policies served beside text: `default` (those shipped), `none`, or paths with commas between.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; `auto` takes CUDA if there is any."
     )

@@ -43,8 +43,9 @@ def pack_session(stored: StoredSession, key: str) -> bytes:
     return save(arrays, {NAME: json.dumps(manifest)})
 
 
-def unpack_session(data: bytes, config: MemoryConfig, *, vocab_size: int, key: str) -> tuple[Json, dict[str, RowBatch]]:
-    """The manifest and the rows of a file. Raises BadRequest for one that is damaged, unknown or not signed."""
+def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
+    """The manifest and the arrays of a file, as they stand there. Raises BadRequest for one that is damaged, unknown or
+    not signed."""
     try:
         arrays: Arrays = load(data)
         size = int.from_bytes(data[:8], "little")
@@ -59,11 +60,18 @@ def unpack_session(data: bytes, config: MemoryConfig, *, vocab_size: int, key: s
         raise _unfit("is damaged: its content does not match its checksum", "checksum_mismatch")
     if key and not hmac.compare_digest(str(signature).encode(), _signature(told, key).encode()):
         raise _unfit("is not signed with this server's IMPRINT_EXPORT_KEY", "bad_signature")
+    return _checked(manifest), arrays
+
+
+def unpack_session(
+    manifest: Json, arrays: Arrays, config: MemoryConfig, vocab_size: int
+) -> tuple[Json, dict[str, RowBatch]]:
+    """The manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
     sites = _sites(arrays, config, vocab_size)
     rows = {site: batch for site, batch in sites.items() if not site.endswith(OWN)}
     manifest["rows"] = sum(len(batch.slots) for batch in rows.values())
     manifest["bytes"] = sum(batch.data.nbytes for batch in rows.values())
-    return _checked(manifest), sites
+    return manifest, sites
 
 
 def _checksum(manifest: Mapping[str, Any], arrays: Arrays) -> bytes:
@@ -125,7 +133,7 @@ def sound(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> 
     most, row_bytes = (1, OWN_BYTES) if own else (site.slots, site.row_bytes)
     if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= most:
         return False
-    return _finite(batch) if own or site.kind == "hidden" else _readable(batch, vocab_size)
+    return _finite(batch) if own or site.kind != "lexical" else _readable(batch, vocab_size)
 
 
 def _finite(batch: RowBatch) -> bool:

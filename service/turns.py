@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from model.policy import Policy
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
-from service.engine import Engine, Event, Finished, Generate, Segment, Stats, Token, TokenScores
+from service.engine import Deed, Engine, Event, Finished, Generate, Segment, Stats, Token, TokenScores
 from service.engine.job import Alternatives
 from service.errors import BadRequest, Conflict
 from service.lessons import Content
@@ -124,11 +125,13 @@ class Turn:
         kind: Kind = "learn",
         of: int | str | None = None,
         content: Content | None = None,
+        deed: Deed | None = None,
     ) -> None:
         self.held = held
         self.meta = meta = None if held is None else held.meta
         self.kind, self.of = kind, of
         self.content = content
+        self.deed = deed
         self.seen = list(seen)
         self.said: Callable[[], list[str]] = list
         self.result: Callable[[SessionMeta], dict[str, Any]] = lambda new: {}
@@ -147,7 +150,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Grant:
     """What a completion request may do with its session's memory."""
 
     adapt: Adapt
@@ -155,7 +158,7 @@ class Policy:
     learn_completion: bool
 
     @classmethod
-    def of(cls, ask: Ask, meta: SessionMeta | None) -> Policy:
+    def of(cls, ask: Ask, meta: SessionMeta | None) -> Grant:
         """The request's own words, else the session's options. Raises BadRequest where they contradict the request."""
         options = {} if meta is None else meta.options
         adapt = ask.adapt or str(options.get("adapt", "both"))
@@ -223,7 +226,7 @@ class Answer:
         return Delta(choice, text, logprobs)
 
 
-def segment(ask: Ask, prompt: Prompt, encoded: Encoded, policy: Policy, context: int) -> Segment:
+def segment(ask: Ask, prompt: Prompt, encoded: Encoded, policy: Grant, context: int) -> Segment:
     """The request of the engine that answers a prompt. Raises BadRequest for one that the context has no room for."""
     options, count = ask.generation, len(encoded.token_ids)
     param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
@@ -320,35 +323,55 @@ def _unpack_token(packed: list[Any]) -> TokenLogprob:
 
 @dataclass(frozen=True)
 class Served:
-    """The model that is served, once it is loaded. fingerprints: of the base and of the memory's slow weights."""
+    """What is served, once it is loaded. fingerprints: of the base and of the memory's slow weights. policies: by name,
+    and of which slow weights each is."""
 
     engine: Engine
     tokenizer: Tokenizer
     fingerprints: dict[str, str]
     context: int
     vocab_size: int
+    policies: dict[str, Policy] = field(default_factory=dict)
+    prints: dict[str, str] = field(default_factory=dict)
 
     @property
     def slow_weights(self) -> str:
         """One fingerprint for all that a session's rows depend on."""
         return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
 
-    def require_own(self, meta: SessionMeta) -> None:
-        """Raises Conflict for a session of other slow weights."""
-        if meta.model != self.slow_weights:
+    def owner(self, model: str) -> str | None:
+        """The policy of such slow weights, or "" if they are those of text; None: they are not served."""
+        if model == self.slow_weights:
+            return ""
+        return next((name for name, mine in self.prints.items() if mine == model), None)
+
+    def require_own(self, meta: SessionMeta, policy: str = "") -> None:
+        """Raises Conflict for a session of other slow weights than text's or a policy's."""
+        mine = self.prints[policy] if policy else self.slow_weights
+        if meta.model != mine:
+            other = self.owner(meta.model)
+            whose = f"policy {other!r}" if other else "the model of text" if other == "" else "other slow weights"
+            asked = f"policy {policy!r}" if policy else "the model of text"
             raise Conflict(
-                f"Session {meta.id!r} was learned by other slow weights ({meta.model[:23]}…) than those served "
-                f"({self.slow_weights[:23]}…), and cannot be read with them.",
+                f"Session {meta.id!r} was learned by {whose} ({meta.model[:23]}…), not by {asked} ({mine[:23]}…), and "
+                "cannot be read with the latter.",
                 code="model_mismatch",
             )
 
-    def new_meta(self, name: str, options: dict[str, Option]) -> SessionMeta:
+    def require_any(self, meta: SessionMeta) -> str:
+        """The policy that a session is of, or "" if of text. Raises Conflict if its slow weights are not served."""
+        owner = self.owner(meta.model)
+        if owner is None:
+            self.require_own(meta)
+        return owner or ""
+
+    def new_meta(self, name: str, options: dict[str, Option], policy: str = "") -> SessionMeta:
         """A session that has learned nothing."""
         now = time.time()
         return SessionMeta(
             id=name,
             version=0,
-            model=self.slow_weights,
+            model=self.prints[policy] if policy else self.slow_weights,
             tokens_learned=0,
             rows=0,
             bytes=0,

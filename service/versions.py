@@ -12,7 +12,7 @@ from service.lessons import content_at, lessons_of, told, unpack_lesson, whole_c
 from service.sessions import Call, Sessions
 from service.store.types import History, SessionMeta
 from service.tenants import Tenant
-from service.transfer import pack_session, unpack_session
+from service.transfer import pack_session, read_export, unpack_session
 from service.turns import Turn
 from service.turnstile import Held, known, require_match, unknown
 
@@ -63,7 +63,7 @@ class Versions:
                 if held.replay is not None:
                     return _answered(held.replay)
                 history = await self._history(held, session)
-                self._sessions.served.require_own(history.meta)
+                self._sessions.served.require_any(history.meta)
                 base, lessons = without(history, version)
                 content = content_at(history, base)
                 content = replace(content, meta=content.meta | {"digests": history.meta.digests})
@@ -111,14 +111,15 @@ class Versions:
             async with self._gate.hold(call, session, if_match=if_match) as held:
                 if held.replay is not None:
                     return _answered(held.replay), held.replay["session"]["version"] == 1
-                config, key = served.engine.memory_config, self._gate.limits.export_key
-                manifest, sites = unpack_session(data, config, vocab_size=served.vocab_size, key=key)
-                served.require_own(replace(served.new_meta(session, {}), model=manifest["model"]))
+                manifest, arrays = read_export(data, self._gate.limits.export_key)
+                policy = served.require_any(replace(served.new_meta(session, {}), model=manifest["model"]))
+                vocab_size = served.policies[policy].config.actions if policy else served.vocab_size
+                manifest, sites = unpack_session(manifest, arrays, served.engine.memory_config(policy), vocab_size)
                 new = held.meta is None
                 stored = None if new else await self._store.load(call.tenant.name, session)
                 if held.meta is None:
-                    held.meta = served.new_meta(session, {})
-                served.require_own(held.meta)
+                    held.meta = served.new_meta(session, {}, policy)
+                served.require_own(held.meta, policy)
                 content = whole_content(manifest, sites, stored.sites if stored else {})
                 origin = f"{manifest['id']} v{manifest['version']}"
                 return await self._settle(Turn(held, kind="import", of=origin, content=content)), new

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from model.memory.config import MemoryConfig, SiteConfig
+from model.memory.config import MemoryConfig, SiteConfig, SiteKind
 from service.lessons import content_at, lessons_of, lineages, told
 from service.sessions import Sessions
 from service.store.codec import damaged
@@ -28,7 +28,7 @@ class SiteFill:
     bin_cells, bin_rows: cells in a bin, and rows that it has room for."""
 
     name: str
-    kind: Literal["lexical", "hidden"]
+    kind: SiteKind
     rows: int
     cells: int
     bin_cells: int
@@ -70,8 +70,7 @@ class Views:
             raise unknown(session)
         meta, slots = found
         served = self._sessions.served
-        served.require_own(meta)
-        sites = served.engine.memory_config.sites
+        sites = served.engine.memory_config(served.require_any(meta)).sites
         if any(held[-1] >= site.slots for site in sites if len(held := slots.get(site.name, NO_SLOTS))):
             raise damaged(session)
         return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in sites]
@@ -80,9 +79,9 @@ class Views:
         """What lies between two versions that are kept. Raises Conflict for one that is not."""
         history, stored = await self._whole(tenant, session)
         served = self._sessions.served
-        served.require_own(stored.meta)
+        config = served.engine.memory_config(served.require_any(stored.meta))
         # A full memory has 50,000 rows: that much is not for the event loop's thread.
-        rows, tokens = await asyncio.to_thread(_row_changes, history, stored, start, end, served.engine.memory_config)
+        rows, tokens = await asyncio.to_thread(_row_changes, history, stored, start, end, config)
         lines, entries = lineages(history), {entry["version"]: entry for entry in history.log}
         lessons, decode = lessons_of(history), served.tokenizer.decode
 

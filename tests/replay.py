@@ -92,7 +92,8 @@ class Model:
     def __init__(self, folder: Path) -> None:
         backbone = load_backbone(folder)
         hidden_size = backbone.config.hidden_size
-        self.lm = AdaptiveLM(backbone, random_memory(default_config(hidden_size), seed=0))
+        memory = random_memory(default_config(hidden_size), seed=0)
+        self.lm = AdaptiveLM(backbone, memory, decoder=backbone.halved())
         self.tokenizer = Tokenizer.load(folder)
         self.context = backbone.config.max_context
         self.block = self.lm.memory.config.block

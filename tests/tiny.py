@@ -10,6 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.config import ModelConfig, tiny_config
+from model.journal import journal_site
+from model.memory import MemoryConfig, SiteConfig
+from model.policy import PolicyConfig, new_policy, save_policy
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -52,3 +55,20 @@ def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int =
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def build_tiny_policies(folder: Path) -> list[Path]:
+    """Writes two untrained policies: "chooser" picks one of 3 actions (an observation is 2 numbers of the context and 2
+    of each), "namer" gives one of 5 labels to 6 numbers."""
+    folder.mkdir(parents=True)
+    memory = MemoryConfig(16 + 2, (SiteConfig("memory", "hidden", slots=64, k=2, width=8, decay=0.5), journal_site(7)))
+    chooser = PolicyConfig("chooser", "act", 2, 3, memory, features=2, identity=False, cue=2, width=16)
+    labels = MemoryConfig(16, (SiteConfig("memory", "lexical", slots=32, cell=8, k=2, width=8),))
+    namer = PolicyConfig("namer", "label", 6, 5, labels, width=16)
+    paths = []
+    for config in (chooser, namer):
+        policy = new_policy(config, seed=1)
+        policy.head.weight.mul_(10)  # decisive, so that what was learned shows
+        paths.append(folder / f"{config.name}.safetensors")
+        save_policy(policy, paths[-1])
+    return paths

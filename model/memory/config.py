@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 RUNS = (2, 4, 8)  # how many last tokens of its context a lexical row has a fingerprint of
 OWN = "_own"  # what a session's own numbers are stored under, after the site's name
-SiteKind = Literal["lexical", "hidden"]
+SiteKind = Literal["lexical", "hidden", "journal"]
 
 
 class MemoryConfigError(ValueError):
@@ -22,8 +22,9 @@ class SiteConfig:
     """One place where the memory is read and written.
 
     name: unique in its memory; part of the store's keys.
-    kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution) or
-        "hidden" (rows are vectors of `width` numbers, read into the residual stream).
+    kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution), "hidden"
+        (rows are vectors of `width` numbers, read into the residual stream) or "journal" (the same rows without slow
+        weights: what a policy keeps of its session beside what it has learned).
     layer: the decoder layer whose output a hidden site reads and rewrites; -1 is the output, before the head. A
         lexical site is always at the output.
     slots: N; in a hidden site a perfect square (product keys), in a lexical one a multiple of `cell`.
@@ -50,15 +51,17 @@ class SiteConfig:
             raise MemoryConfigError(f"site name must be an identifier, got {self.name!r}")
         if self.name.endswith(OWN):
             raise MemoryConfigError(f"site name must not end in {OWN!r}, got {self.name!r}")
-        if self.kind not in ("lexical", "hidden"):
-            raise MemoryConfigError(f"{self.name}.kind must be 'lexical' or 'hidden', got {self.kind!r}")
+        if self.kind not in ("lexical", "hidden", "journal"):
+            raise MemoryConfigError(f"{self.name}.kind must be 'lexical', 'hidden' or 'journal', got {self.kind!r}")
         if self.slots < 1:
             raise MemoryConfigError(f"{self.name}.slots must be at least 1, got {self.slots}")
         if self.kind == "hidden" and math.isqrt(self.slots) ** 2 != self.slots:
             raise MemoryConfigError(f"{self.name}.slots must be a perfect square (product keys), got {self.slots}")
-        if self.cell < 1 or self.slots % self.cell or (self.kind == "hidden" and self.cell > 1):
-            raise MemoryConfigError(f"{self.name}.cell must divide slots, and be 1 in a hidden site, got {self.cell}")
-        most = self.cells if self.kind == "lexical" else math.isqrt(self.slots)
+        if self.cell < 1 or self.slots % self.cell or (self.kind != "lexical" and self.cell > 1):
+            raise MemoryConfigError(
+                f"{self.name}.cell must divide slots, and be 1 but in lexical sites, got {self.cell}"
+            )
+        most = math.isqrt(self.slots) if self.kind == "hidden" else self.cells
         if not 1 <= self.k <= most:
             raise MemoryConfigError(f"{self.name}.k must be in 1..{most}, got {self.k}")
         if self.width < 1:

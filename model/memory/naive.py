@@ -116,6 +116,15 @@ def read_hidden(rows: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def amount_hidden(rows: Tensor, w: Tensor) -> Tensor:
+    """log(1 + rms(Σ_i w_i·M_i)), one token at a time; rows [n, k, d_v], w [n, k] → [n]."""
+    out = torch.zeros(len(rows), dtype=rows.dtype)
+    for t in range(len(rows)):
+        o = [sum(float(w[t, i] * rows[t, i, v]) for i in range(w.shape[1])) for v in range(rows.shape[2])]
+        out[t] = math.log1p(math.sqrt(sum(number**2 for number in o) / len(o)))
+    return out
+
+
 def write_hidden(
     old: Tensor, at: Tensor, w: Tensor, beta: Tensor, values: Tensor, *, decay: float, cap: float
 ) -> Tensor:

@@ -271,8 +271,15 @@ def guard(balance: Tensor, shut: Tensor, gain: Tensor, tokens: Tensor) -> tuple[
 def read_hidden(rows: Tensor, w: Tensor) -> Tensor:
     """o = norm(Σ_i w_i·M_i) [n, d_v] with norm(0) = 0; rows [n, k, d_v], w [n, k]."""
     o = torch.einsum("nk,nkv->nv", w, rows)
-    scale = o.square().mean(-1, keepdim=True).sqrt()
-    return torch.where(scale > 0, o / scale.clamp_min(1e-6), torch.zeros_like(o))
+    square = o.square().mean(-1, keepdim=True)  # the root of an exact 0 has no gradient
+    return torch.where(square > 0, o / square.clamp_min(1e-12).sqrt(), torch.zeros_like(o))
+
+
+def amount_hidden(rows: Tensor, w: Tensor) -> Tensor:
+    """How much `read_hidden` leaves out: log(1 + rms(Σ_i w_i·M_i)) [n]; rows [n, k, d_v], w [n, k]."""
+    o = torch.einsum("nk,nkv->nv", w, rows)
+    square = o.square().mean(-1)
+    return torch.where(square > 0, square.clamp_min(TINY).sqrt().log1p(), torch.zeros_like(square))
 
 
 def write_hidden(

@@ -121,7 +121,21 @@ class LexicalSite(nn.Module):
     ) -> Reading:
         """What sessions [n] know about what follows final hidden states [n, d] and contexts with fingerprints [n, R],
         for which the base predicts `base`; trust [n, R + 1] of their requests."""
-        keys, cells, room, found = self.find(pool, session, hidden, prints, base)
+        return self.believe(pool, session, prints, base, trust, *self.find(pool, session, hidden, prints, base))
+
+    def believe(
+        self,
+        pool: Pool,
+        session: Tensor,
+        prints: Tensor,
+        base: ops.Prediction,
+        trust: Tensor,
+        keys: Tensor,
+        cells: Tensor,
+        room: Tensor,
+        found: ops.Candidates,
+    ) -> Reading:
+        """How far to believe what was found for keys [n, d_k] in cells [n, k] of so much room [n, k]; see `read`."""
         logit, shares = self.gate(found, base.entropy, keys)
         own = pool.sites[self.config.name].own[session, :, found.repeats]
         logit = logit + own[:, TRUST] + trust.gather(1, found.repeats[:, None])[:, 0]
@@ -197,6 +211,10 @@ class HiddenSite(nn.Module):
         """The stream [n, d] of sessions [n] with their memory read into it; an empty read changes no bit."""
         slots, w = self.address(hidden)
         (rows,) = pool.sites[self.config.name].read(session, slots)
+        return self.join(hidden, rows, w)
+
+    def join(self, hidden: Tensor, rows: Tensor, w: Tensor) -> Tensor:
+        """The stream [n, d] with the rows [n, k, d_v] of its slots read into it."""
         o = ops.read_hidden(rows, w)
         g = torch.sigmoid((hidden.float() * self.gate_hidden).sum(-1) + self.gate)
         changed = hidden + (g[:, None] * ops.rowwise(o, self.out)).to(hidden.dtype)
@@ -219,7 +237,9 @@ class Memory(nn.Module):
         super().__init__()
         self.config = config
         kinds = {"lexical": LexicalSite, "hidden": HiddenSite}
-        self.sites = nn.ModuleDict({s.name: kinds[s.kind](s, config.hidden_size) for s in config.sites})
+        self.sites = nn.ModuleDict(
+            {site.name: kinds[site.kind](site, config.hidden_size) for site in config.sites if site.kind in kinds}
+        )
         self.requires_grad_(False)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from model.lm import EMPTY, AdaptiveLM
 from model.memory import Pool, SiteRows
@@ -84,7 +84,7 @@ def seconds(step: Step, steps: int) -> float:
 
 def shares(step: Step, steps: int) -> dict[str, float]:
     """By group, the share of the time of so many steps; the largest first."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(use_kineto=False) as found:  # the other one prints of its own
         begun = time.perf_counter()
         for _ in range(steps):
             step()

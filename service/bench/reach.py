@@ -34,7 +34,13 @@ class Row:
             found = self.value(results)
         except NotMeasuredError as error:
             return limits | {"measured": None, "reached": f"not measured: {error}", "limit": ""}
-        reached = "aim" if self._met(found, self.aim) else "least" if self._met(found, self.least) else "no"
+        reached, goal = next(
+            ((word, goal) for word, goal in (("aim", self.aim), ("least", self.least)) if self._met(found.value, goal)),
+            ("no", self.least),
+        )
+        worse = found.low if self.up == (reached != "no") else found.high  # where it might really be
+        if worse is None or self._met(worse, goal) != (reached != "no"):
+            reached += "?"
         return limits | {
             "measured": asdict(found),
             "reached": reached,
@@ -42,8 +48,8 @@ class Row:
             "note": or_empty(self.note, results),
         }
 
-    def _met(self, found: Estimate, goal: float) -> bool:
-        return found.value >= goal if self.up else found.value <= goal
+    def _met(self, value: float, goal: float) -> bool:
+        return value >= goal if self.up else value <= goal
 
 
 # --- finding numbers -------------------------------------------------------------------------------------------------

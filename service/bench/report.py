@@ -144,12 +144,13 @@ def markdown(results: Results, plots: Sequence[str]) -> str:
     small = " A quick run: fewer sessions and tokens than the rows name." if about["sizes"]["sessions"] < FULL else ""
     absent = "".join(f" {name}: not measured ({why})." for name, why in results["missing"].items())
     text = (
-        f"{about['date']}; {about['machine']}; {about['threads']} threads each; base {about['model']}; {versions}."
+        f"{about['date']}; {about['machine']}; threads of each: {about['threads']}; base {about['model']}; {versions}."
         f"{absent}{small}"
         f" Other work took {about['busy']:.0%} of the machine when the run began.\n\n"
         "Arms take turns, round by round; values are geometric means over rounds, intervals Student's over the rounds'"
         ' logarithms. "off": no session, the frozen base; "predict": a session\'s memory is read; "both": it also'
-        " learns the prompt, and commits.\n"
+        " learns the prompt, and commits. A question mark stands where the interval leaves open whether the goal is"
+        " reached.\n"
     )
     for heading, columns, rows in blocks(results):
         lines = [columns, ["---"] * len(columns), *rows]

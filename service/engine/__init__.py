@@ -2,6 +2,8 @@
 
 from service.engine.engine import Engine
 from service.engine.job import (
+    Decided,
+    Deed,
     Event,
     Failed,
     Finished,
@@ -16,6 +18,8 @@ from service.engine.job import (
 )
 
 __all__ = [
+    "Decided",
+    "Deed",
     "Engine",
     "Event",
     "Failed",

@@ -12,19 +12,24 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from model.lm import AdaptiveLM
 from model.memory import MemoryConfig, Pool, PoolFullError
+from model.policy import Policy
 from model.tokenizer import Tokenizer
+from service.engine.deeds import DeedRun, Desk
 from service.engine.hot import HotSessions
 from service.engine.job import Event, Failed, Job, SessionKey, Stamp
 from service.engine.run import Choice, Run
 from service.engine.scheduler import Scheduler
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
+
+POLICY_SHARE = 32  # each policy has room for so many times fewer hot rows than text
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +50,28 @@ class Engine:
         hot_sessions: int,
         threads: int,
         metrics: Metrics,
+        policies: Mapping[str, Policy] = MappingProxyType({}),
     ) -> None:
-        def make_pool(make_room: Callable[[], bool]) -> Pool:
-            # Each turn in hand may hold a session and a draft, be it waiting, running or being committed.
-            sessions = max(hot_sessions + max_batch, 2 * max_turns)
-            return lm.new_pool(rows=hot_rows, sessions=sessions, make_room=make_room)
+        # Each turn in hand may hold a session and a draft, be it waiting, running or being committed.
+        sessions = max(hot_sessions + max_batch, 2 * max_turns)
+
+        def make_hot(config: MemoryConfig, rows: int) -> HotSessions:
+            def make_pool(make_room: Callable[[], bool]) -> Pool:
+                return Pool(config, rows=rows, sessions=sessions, device=lm.device, make_room=make_room)
+
+            return HotSessions(make_pool, on_evict=metrics.session_evictions_total.inc)
 
         self._lm = lm
         self._tokenizer = tokenizer
         self._threads = threads
         self._metrics = metrics
-        self._hot = HotSessions(make_pool, on_evict=metrics.session_evictions_total.inc)
+        self._hot = make_hot(lm.memory.config, hot_rows)
+        # A policy's session holds a few rows, where one of text holds thousands.
+        few = -(-hot_rows // POLICY_SHARE)
+        self._policies = {name: Desk(one, make_hot(one.config.memory, few)) for name, one in policies.items()}
         self._scheduler: Scheduler[Run] = Scheduler(max_sequences=max_batch, max_tokens=kv_tokens)
         metrics.kv_tokens_capacity.set(kv_tokens)
-        self._runs: dict[Job, Run] = {}
+        self._runs: dict[Job, Run | DeedRun] = {}
         self._arrived: dict[Job, float] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[tuple[Job, Event]] = []
@@ -78,9 +91,9 @@ class Engine:
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
-    def pin(self, key: SessionKey, stamp: Stamp) -> bool:
+    def pin(self, key: SessionKey, stamp: Stamp, policy: str = "") -> bool:
         """Whether a session is hot as of then; it then stays so for the next job that uses it."""
-        return self._hot.pin(key, stamp)
+        return self._hot_of(policy).pin(key, stamp)
 
     def submit(self, job: Job) -> None:
         """Queues a job."""
@@ -94,26 +107,33 @@ class Engine:
     def settle(self, job: Job, committed: Stamp | None) -> None:
         """After `Finished`: the job's rows are stored as of `committed`, or (None) are to be forgotten."""
         if committed is not None and job.memory is not None:
-            self._hot.promise(job.memory.key, committed)
+            self._hot_of(job.memory.policy).promise(job.memory.key, committed)
         self._inbox.put(lambda: self._close(job, commit=committed is not None))
 
     def forget(self, key: SessionKey) -> None:
         """Drops a session from the device."""
-        self._inbox.put(lambda: self._hot.forget(key))
+        for hot in self._everywhere():
+            self._inbox.put(lambda hot=hot: hot.forget(key))  # type: ignore[misc]
 
     def forget_all(self) -> None:
         """Drops every session from the device, those in use at their last use."""
-        for key in self._hot.everyone():
-            self.forget(key)
+        for hot in self._everywhere():
+            for key in hot.everyone():
+                self.forget(key)
 
-    @property
-    def memory_config(self) -> MemoryConfig:
-        """What the rows of sessions look like."""
-        return self._lm.memory.config
+    def memory_config(self, policy: str = "") -> MemoryConfig:
+        """What the rows of a policy's sessions, or of those of text, look like."""
+        return self._hot_of(policy).pool.config
 
     @property
     def sessions_hot(self) -> int:
-        return len(self._hot)
+        return sum(len(hot) for hot in self._everywhere())
+
+    def _hot_of(self, policy: str) -> HotSessions:
+        return self._policies[policy].hot if policy else self._hot
+
+    def _everywhere(self) -> list[HotSessions]:
+        return [self._hot, *(desk.hot for desk in self._policies.values())]
 
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
@@ -136,7 +156,7 @@ class Engine:
 
     def _take_messages(self) -> None:
         """Handles what has come in; sleeps until something does if there is nothing to run."""
-        idle = not self._scheduler.running and not self._scheduler.waiting
+        idle = not self._scheduler.running and not self._scheduler.waiting and not any(self._desks())
         while True:
             try:
                 handle = self._inbox.get(block=idle)
@@ -146,16 +166,24 @@ class Engine:
             idle = False
 
     def _add(self, job: Job) -> None:
-        run = Run(job, self._lm, self._tokenizer)
-        self._runs[job] = run
+        if job.deed is not None:
+            desk = self._policies[job.deed.policy]
+            self._runs[job] = deed = DeedRun(job, desk.policy)
+            desk.waiting.append(deed)
+            return
+        self._runs[job] = run = Run(job, self._lm, self._tokenizer)
         self._scheduler.add(run)
 
     def _close(self, job: Job, *, commit: bool) -> None:
         run = self._runs.pop(job, None)
         self._arrived.pop(job, None)
-        if run is not None:
+        if isinstance(run, Run):
             self._scheduler.remove(run)
             run.close(self._hot, commit=commit)
+        elif run is not None:
+            desk = self._policies[run.deed.policy]
+            desk.remove(run)
+            run.close(desk.hot, commit=commit)
 
     def _step(self) -> None:
         for run in self._scheduler.admit():
@@ -165,6 +193,7 @@ class Engine:
             with self._metrics.engine_step_seconds.labels("prefill").time():
                 self._guard([turn], lambda: self._emit(turn, turn.block(self._hot)))
         self._decode()
+        self._decide()
         for done in [run for run in self._scheduler.running if run.done]:
             self._scheduler.remove(done)
         self._metrics.queue_depth.set(len(self._scheduler.waiting))
@@ -197,11 +226,33 @@ class Engine:
         for (run, choice), row in zip(batch, scores, strict=True):
             self._guard([run], lambda run=run, choice=choice, row=row: self._emit(run, run.accept(choice, row)))  # type: ignore[misc]
 
-    def _emit(self, run: Run, events: Iterable[Event]) -> None:
+    def _desks(self) -> Iterator[Desk]:
+        """The policies that are asked for something."""
+        return (desk for desk in self._policies.values() if desk.waiting)
+
+    def _decide(self) -> None:
+        """Does what is asked of each policy, for all sessions together."""
+        for desk in self._desks():
+            runs = desk.take(self._scheduler.max_sequences)
+            self._metrics.decisions_batch.observe(len(runs))
+            with self._metrics.engine_step_seconds.labels("decide").time():
+                for run in runs:
+                    self._metrics.queue_time_seconds.observe(time.monotonic() - self._arrived.pop(run.job))
+                    self._guard([run], lambda run=run, desk=desk: run.start(desk.hot))  # type: ignore[misc]
+                for step in (desk.learn, desk.decide):
+                    held = [run for run in runs if run.job in self._runs]
+                    self._guard(held, lambda step=step, held=held: step(held, self._guard_one))  # type: ignore[misc]
+                for run in [run for run in runs if run.job in self._runs]:
+                    self._guard([run], lambda run=run: self._emit(run, run.events()))  # type: ignore[misc]
+
+    def _guard_one(self, run: DeedRun, work: Callable[[], None]) -> None:
+        self._guard([run], work)
+
+    def _emit(self, run: Run | DeedRun, events: Iterable[Event]) -> None:
         for event in events:
             self._events.append((run.job, event))
 
-    def _guard(self, runs: list[Run], work: Callable[[], None]) -> None:
+    def _guard(self, runs: Sequence[Run | DeedRun], work: Callable[[], None]) -> None:
         """Does the work; if it fails, the runs it was for fail with it, and nobody else."""
         try:
             work()
@@ -209,7 +260,7 @@ class Engine:
             for run in runs:
                 if run.job in self._runs:
                     memory = run.job.memory
-                    alone = memory is not None and self._hot.alone(memory.key)
+                    alone = memory is not None and self._hot_of(memory.policy).alone(memory.key)
                     self._events.append((run.job, Failed(_explain(error, alone=alone))))
                     self._close(run.job, commit=False)
 

@@ -45,16 +45,37 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Deed:
+    """One request of a policy: first it learns, if there is something to learn, then it decides, if it is asked.
+
+    policy: its name. reward: of the action of number `action_id` (None: of the last one); label: of the observation.
+    regret: what that action missed, as far as the client knows. decide: whether an action or a label is wanted.
+    temperature: None = the policy's own; seed: of what is drawn.
+    """
+
+    policy: str
+    observation: tuple[float, ...] = ()
+    decide: bool = True
+    reward: float | None = None
+    action_id: int | None = None
+    label: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    regret: float = 0.0
+
+
+@dataclass(frozen=True)
 class MemoryUse:
     """Which session's memory a job uses, as of when; write: whether it may learn.
 
-    stored: its rows, unless the engine has pinned them hot (`Engine.pin`).
+    stored: its rows, unless the engine has pinned them hot (`Engine.pin`). policy: whose memory it is; "" = text's.
     """
 
     key: SessionKey
     stamp: Stamp
     write: bool
     stored: dict[str, SiteRows] | None = None
+    policy: str = ""
 
 
 @dataclass(eq=False)
@@ -62,7 +83,7 @@ class Job:
     """A turn as the engine sees it. `emit` is called with the job and each of its events, in order, on the event loop.
 
     frozen: score without memory as well. proof_from, proof_rate: of the learned segments, counted from proof_from,
-    this share is scored without memory too, for the record.
+    this share is scored without memory too, for the record. deed: what a policy is to do, instead of segments.
     """
 
     segments: Sequence[Segment]
@@ -71,6 +92,7 @@ class Job:
     frozen: bool = False
     proof_from: int = 0
     proof_rate: float = 0.0
+    deed: Deed | None = None
 
     def proves(self, segment: int) -> bool:
         """Whether a segment is in the sampled share; the first of a session always is, unless the rate is 0."""
@@ -80,7 +102,8 @@ class Job:
 
 @dataclass
 class Stats:
-    """What a job did. Losses are nats, summed: over the learned tokens, and over those of them that were proved."""
+    """What a job did. Losses are nats, summed: over the learned tokens, and over those of them that were proved. Of a
+    policy, a reward or label is a token; rewards: their sum, a label's being 1 if it would have been said."""
 
     prompt_tokens: int = 0
     tokens_learned: int = 0
@@ -90,6 +113,7 @@ class Stats:
     proof_loss_sum: float = 0.0
     proof_frozen_loss_sum: float = 0.0
     completion_tokens: int = 0
+    rewards: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,18 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Decided:
+    """What a policy chose: an action or a label, the chances of all of them, and what each action is expected to bring,
+    in the reward's own units. number: of the action in its session; None where it is not remembered."""
+
+    choice: int
+    chances: list[float]
+    expected: list[float] | None
+    number: int | None
+    segment: int = 0
+
+
+@dataclass(frozen=True)
 class Finished:
     """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`.
 
@@ -151,4 +187,4 @@ class Failed:
     error: Exception
 
 
-Event = TokenScores | Token | Finished | Failed
+Event = TokenScores | Token | Decided | Finished | Failed

@@ -8,20 +8,18 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from model.backbone import KVCache
-from model.lm import EMPTY, AdaptiveLM, Carry, Scores
-from model.memory import Draft
+from model.lm import AdaptiveLM, Carry, Scores
 from model.sampling import Sampler
 from model.tokenizer import Tokenizer
+from service.engine.hold import Hold
 from service.engine.hot import HotSessions
 from service.engine.job import (
     Alternatives,
     Event,
-    Finished,
     FinishReason,
     Generate,
     Job,
     Segment,
-    Stats,
     Token,
     TokenScores,
 )
@@ -76,19 +74,15 @@ class Choice:
         return Token(segment, self.choice, text, tokens, self.finish)
 
 
-class Run:
-    """A job's way through the engine. Raises what the model raises; `close` then, to leave nothing behind."""
+class Run(Hold):
+    """A text job's way through the engine. Raises what the model raises; `close` then, to leave nothing behind."""
 
     def __init__(self, job: Job, lm: AdaptiveLM, tokenizer: Tokenizer) -> None:
-        self.job = job
-        self.stats = Stats()
+        super().__init__(job)
         self.sequences: list[Choice] = []
         self._lm = lm
         self._tokenizer = tokenizer
         self._block = lm.memory.config.block
-        self._index = EMPTY
-        self._draft: Draft | None = None
-        self._entered = False
         self._segment = -1
         self._position = 0
         self._cache: KVCache | None = None
@@ -112,33 +106,14 @@ class Run:
     def done(self) -> bool:
         return self._segment == len(self.job.segments)
 
-    @property
-    def index(self) -> int:
-        """The pool's index of the fast weights that this run reads."""
-        return self._index
-
     def start(self, hot: HotSessions) -> None:
-        """Takes its session's memory. Raises PoolFullError."""
-        memory = self.job.memory
-        if memory is not None:
-            self._index = hot.enter(memory.key, memory.stamp, memory.stored)
-            self._entered = True
-            if memory.write:
-                self._draft = hot.pool.draft(self._index)
-                self._index = self._draft.index
+        """Takes its session's memory and begins its first segment. Raises PoolFullError."""
+        super().start(hot)
         self._next_segment()
 
     def close(self, hot: HotSessions, *, commit: bool) -> None:
         """Ends the turn: its draft becomes the session, or is forgotten."""
-        if self._draft is not None:
-            if commit:
-                self._draft.commit()
-            else:
-                self._draft.rollback()
-            self._draft = None
-        memory = self.job.memory
-        if memory is not None and (self._entered or memory.stored is None):
-            hot.leave(memory.key)
+        super().close(hot, commit=commit)
         self._cache = self._frozen_cache = None
         self.sequences = []
 
@@ -156,7 +131,7 @@ class Run:
         if complete and not self.done:
             self._next_segment()
             if self.done:
-                yield self._finished()
+                yield self._finished(self._said)
 
     def decodable(self) -> list[Choice]:
         """The sequences whose next token is due."""
@@ -292,22 +267,6 @@ class Run:
             self.stats.proof_tokens += learned
             self.stats.proof_loss_sum += loss
             self.stats.proof_frozen_loss_sum -= float(scores.frozen[scores.learned].double().sum())
-
-    def _finished(self) -> Finished:
-        if self._draft is None:
-            return Finished(self.stats, {})
-        sites = self._draft.pool.sites
-        held = self._draft.pool.rows(self._draft.index)
-        touched = self._draft.touched()
-        return Finished(
-            self.stats,
-            touched,
-            rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
-            rows_held=sum(held.values()),
-            bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in held.items()),
-            guards=self._draft.guards(),
-            said=self._said,
-        )
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

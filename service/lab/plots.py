@@ -32,6 +32,32 @@ def draw(results: Results, out: Path) -> list[Path]:
     return drawn
 
 
+def draw_losses(losses: Sequence[float], path: Path) -> None:
+    """A policy's loss by round. Raises PlotsMissingError."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses)
+    axes.set_xlabel("round")
+    axes.set_ylabel("loss, nats")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_curves(curves: Mapping[str, Any], window: int, path: Path) -> None:
+    """What each arm misses by step: the mean of `window` steps. Raises PlotsMissingError."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, curve in curves.items():
+        smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
+        axes.plot(np.arange(len(smooth)) + window, smooth, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("missed reward, mean")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Perplexity over the frozen base's by step: of each step (smoothed), and held out, by kind. Raises
     PlotsMissingError."""

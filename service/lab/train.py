@@ -328,9 +328,9 @@ def _write(
         "skipped_steps": result.skipped,
         "seconds": {"training": round(result.seconds, 1), "this_call": round(seconds, 1)},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": _code_version(),
+        "code": code_version(),
         "torch": torch.__version__,
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "processes": _world(),
         **facts,
         "budget": asdict(options.budget),
@@ -344,7 +344,7 @@ def _write(
     console.print(f"written: {', '.join(map(str, files))}; the run: {run}")
 
 
-def _code_version() -> str:
+def code_version() -> str:
     """The commit of a checkout, marked if files differ from it; else the package's version."""
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
@@ -355,7 +355,7 @@ def _code_version() -> str:
     return metadata.version("imprint")
 
 
-def _hardware() -> str:
+def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     cpuinfo = Path("/proc/cpuinfo")

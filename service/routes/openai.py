@@ -8,10 +8,11 @@ from typing import Annotated, cast
 
 from fastapi import APIRouter, Header, Path, Request, Response
 
+from model.policy import Policy
 from model.sampling import Sampling
 from service.errors import BadRequest, NotFound
 from service.examples import EXAMPLES
-from service.replies import ChatCompletion, Completion, Model, ModelList
+from service.replies import ChatCompletion, Completion, Model, ModelList, PolicyShape
 from service.routes import (
     ERRORS,
     EventStream,
@@ -69,13 +70,15 @@ def _streamed(chunk: str) -> dict[int | str, Json]:
 
 @router.get("/models", summary="List the served model")
 async def list_models(sessions: ServerSessions) -> ModelList:
-    """The served model."""
-    return ModelList(object="list", data=[_model(sessions)])
+    """The served model, and the policies."""
+    return ModelList(object="list", data=[_model(sessions), *map(_policy, sessions.served.policies.items())])
 
 
 @router.get("/models/{id:path}", summary="Describe the served model")
 async def get_model(id: ModelId, sessions: ServerSessions) -> Model:
-    """The served model, by its id."""
+    """The served model or a policy, by its id."""
+    if id in sessions.served.policies:
+        return _policy((id, sessions.served.policies[id]))
     _require_model(id, sessions)
     return _model(sessions)
 
@@ -136,6 +139,16 @@ def _model(sessions: Sessions) -> Model:
         created=STARTED,
         owned_by="imprint",
         fingerprints=dict(sessions.fingerprints),
+    )
+
+
+def _policy(named: tuple[str, Policy]) -> Model:
+    name, policy = named
+    config = policy.config
+    shape = {field: getattr(config, field) for field in PolicyShape.model_fields}
+    prints = {"policy": policy.fingerprint()}
+    return Model(
+        id=name, object="model", created=STARTED, owned_by="imprint", fingerprints=prints, policy=PolicyShape(**shape)
     )
 
 

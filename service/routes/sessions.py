@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.policies import Policies
 from service.replies import (
     LogEntry,
     Observed,
@@ -33,7 +34,7 @@ from service.routes import (
     etag,
 )
 from service.schemas import SESSION_ID, Fork, ObserveRequest, Rollback, ScoreRequest, SessionId, SessionOptions
-from service.sessions import ChatPrompt, TextPrompt
+from service.sessions import ChatPrompt, ObserveResult, TextPrompt
 from service.store.types import SessionMeta
 
 ETAG: dict[str, Any] = {"ETag": {"schema": {"type": "string"}, "description": 'The version, as `"v3"`.'}}
@@ -103,7 +104,8 @@ async def put_session(
 ) -> Session:
     """Creates the session, or replaces the options of the one there is."""
     options = {} if body is None else body.model_dump(exclude_none=True)
-    meta, created = await sessions.put(call.tenant, session, options, if_match=if_match)
+    model = options.pop("model", "")
+    meta, created = await sessions.put(call.tenant, session, options, model=model, if_match=if_match)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = etag(meta.version)
     return _session(meta)
@@ -133,16 +135,18 @@ async def observe(
     sessions: ServerSessions,
     lesson: RequestLesson,
 ) -> Observed:
-    """Learns a text or a chat of any length, without answering."""
+    """Learns a text or a chat of any length, without answering; or the label of an example (policies)."""
+    if body.features is not None and body.label is not None:
+        label, policies = body.label, Policies(sessions)
+        work = policies.observe(lesson.call, session, body.model, body.features, label, if_match=lesson.if_match)
+        return _observed(await lesson.unless_left(work, body.on_disconnect), lesson)
     prompt = (
         TextPrompt(body.text)
         if body.text is not None
         else ChatPrompt([message.plain() for message in body.messages or []])
     )
     work = sessions.observe(lesson.call, session, prompt, if_match=lesson.if_match)
-    done = await lesson.unless_left(work, body.on_disconnect)
-    lesson.tag(done.version)
-    return Observed(**asdict(done))
+    return _observed(await lesson.unless_left(work, body.on_disconnect), lesson)
 
 
 @router.post("/{id}/score", summary="Score a text")
@@ -253,6 +257,11 @@ async def bring(
     meta, created = await versions.bring(lesson.call, session, data, if_match=lesson.if_match)
     lesson.response.status_code = 201 if created else 200
     return _told(meta, lesson)
+
+
+def _observed(done: ObserveResult, lesson: Lesson) -> Observed:
+    lesson.tag(done.version)
+    return Observed(**asdict(done))
 
 
 def _told(meta: SessionMeta, lesson: Lesson) -> Session:

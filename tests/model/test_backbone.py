@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -177,6 +180,24 @@ def test_halved_weights_are_those_of_fp16_and_share_the_rest(folder: Path) -> No
     assert not torch.equal(rounded(ids), plain(ids))
     assert halved.embedding is packed.embedding and halved.cos is packed.cos
     assert {name for name, _ in halved.named_parameters()} < {name for name, _ in packed.named_parameters()}
+
+
+def test_halved_weights_round_each_row_alone_also_on_older_processors() -> None:
+    """In a process of its own: FBGEMM reads once what it may use. 128 rows leave two of six, 127 one."""
+    program = """if True:
+        import torch
+        from model.linear import HalfLinear, Linear
+        linear = Linear(576, 192, bias=True, device="cpu", dtype=torch.float32).requires_grad_(False)
+        for parameter in linear.parameters():
+            parameter.normal_()
+        half, x = HalfLinear(linear), torch.randn(128, 576)
+        together = half(x)
+        for n in (*range(1, 34), 65, 127):
+            assert torch.equal(half(x[:n]), together[:n]), n
+            assert torch.equal(half(x[None, -1]), together[None, -1]), n
+    """
+    environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parents[2])
 
 
 @torch.inference_mode()

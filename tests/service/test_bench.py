@@ -20,13 +20,14 @@ from service.base import resolve_gguf
 from service.bench import peers, report
 from service.bench.estimates import mean, percentiles, ratio
 from service.bench.heard import Heard, PeerError, events
+from service.bench.reach import Row
 from service.bench.run import Options, run
 from service.bench.scenarios import gaps_between, step_time
 from service.bench.stage import QUICK
 from service.bench.texts import made_session
 from service.errors import CommandError
 from service.settings import Settings
-from service.transfer import pack_session, sound, unpack_session
+from service.transfer import pack_session, read_export, sound, unpack_session
 
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(16,),
@@ -108,7 +109,7 @@ def test_a_made_session_is_one_that_a_memory_could_have_written(kind: Any) -> No
     config = MemoryConfig(64, (site,))
     made = made_session(config, "made", "sha256:00", 1000, vocab_size=50)
     assert made.meta.rows == slots  # all that there is room for
-    _, sites = unpack_session(pack_session(made, ""), config, vocab_size=50, key="")
+    _, sites = unpack_session(*read_export(pack_session(made, ""), ""), config, vocab_size=50)
     assert all(sound(name, batch, config, 50) for name, batch in sites.items())
     pool = Pool(config, rows=slots, sessions=1)
     index = pool.open(
@@ -230,3 +231,16 @@ def test_a_base_that_is_no_gguf_file_has_none(tmp_path: Path) -> None:
     file = tmp_path / "base.gguf"
     file.touch()
     assert resolve_gguf(str(file), tmp_path, progress=print) == file
+
+
+# --- rows to reach ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rounds", "reached"),
+    [([0.985, 0.99, 0.995], "aim"), ([1.04, 1.05, 1.06], "least"), ([1.19, 1.2, 1.21], "no"), ([0.5, 1.0, 2.0], "aim?"),
+     ([0.6, 1.2, 2.4], "no?"), ([1.0], "aim?")],
+)  # fmt: skip
+def test_a_goal_is_reached_for_sure_only_where_the_whole_interval_says_so(rounds: list[float], reached: str) -> None:
+    row = Row("cost", 1.1, 1.02, False, lambda results: mean(rounds), lambda results: "")
+    assert row.told({})["reached"] == reached

@@ -55,8 +55,9 @@ def adaptation(reply: Any) -> Any:
 
 
 def test_models_carry_fingerprints(client: openai.OpenAI, server: Any) -> None:
-    (model,) = client.models.list().data
+    model, *policies = client.models.list().data
     assert model.id == server.model
+    assert all(client.models.retrieve(policy.id) == policy for policy in policies)
     assert client.models.retrieve(server.model) == model
     assert model.model_extra is not None
     assert {"base", "memory"} <= model.model_extra["fingerprints"].keys()

@@ -101,6 +101,8 @@ def test_a_server_answers_the_examples_as_described(page: Json, server: Server) 
         exported = known_session(client)
         # What takes something away comes last.
         for method, path, operation in sorted(operations(page), key=lambda one: one[0] in ("put", "delete")):
+            if "Policies" in operation["tags"]:
+                continue  # their examples are of no policy that is shipped
             content = operation.get("requestBody", {}).get("content", {None: {"schema": {}}})
             for media_type, media in content.items():
                 for example in [None] if media_type is None else examples(page, media) or [exported]:

@@ -396,6 +396,7 @@ def test_a_replica_that_stood_still_learns_at_the_version_it_finds(
         one.observe(alice, TEXT)
         late = in_background(pool, one, lambda: one.post(f"sessions/{alice}/observe", {"text": TEXT * 150}))
         streamed = in_background(pool, one, lambda: stream(one, bob))
+        until(lambda: one.metric("leases_held") == 2)
         stuck.send_signal(signal.SIGSTOP)
         try:
             assert other.observe(alice, TEXT)["version"] == 2

@@ -1,0 +1,240 @@
+"""Meta-training of policies: many tasks at once, a teacher who knows their kind, gradients through the writes.
+
+Acting: what the memory should say of each action is told by the scenario's teacher; where there is none, by the task
+itself. Then a policy learns how likely each action is to be the best, given what it has seen (posterior sampling, as in
+arXiv 2306.14892), and what each brings. Labelling: each example asks all earlier ones of its stream.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.memory import ops
+from model.memory.config import RUNS
+from model.memory.slow import MOST
+from model.policy import Policy, freshness
+from model.scenarios.core import Indices, Numbers, Tasks
+from model.scenarios.streams import Streams
+from model.training.agents import Agent, MemoryAgent
+
+CLIP = 1.0
+SAVED = 10  # rounds between two saves
+STATE = "state.pt"
+EXPLORE = 0.05  # share of actions that are taken at random while training
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """How a policy is trained: `rounds` of `batch` new tasks of `steps` steps; gradients pass `span` steps.
+
+    keen: how sharply the best actions are told apart; imitate: whether there is a teacher; led: share
+    of the tasks in which the teacher acts.
+    """
+
+    rounds: int
+    batch: int = 256
+    steps: int = 120
+    span: int = 40
+    lr: float = 3e-3
+    keen: float = 20.0
+    imitate: bool = True
+    led: float = 0.0
+    seed: int = 0
+
+
+class ActingRound:
+    """One round of an agent: `loss` of each span of steps, with what it keeps carried from one to the next."""
+
+    def __init__(self, agent: Agent, tasks: Tasks, lessons: Lessons, rng: np.random.Generator, greedy: bool) -> None:
+        self.agent, self.tasks, self.lessons, self.rng, self.greedy = agent, tasks, lessons, rng, greedy
+        agent.begin(tasks.batch)
+
+    def loss(self) -> Tensor:
+        self.agent.detach()
+        said, told = zip(*(self._step() for _ in range(self.lessons.span)), strict=True)
+        logits, expected = (torch.cat(parts) for parts in zip(*said, strict=True))
+        wanted, means = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*told, strict=True))
+        return F.cross_entropy(logits, wanted) + F.binary_cross_entropy(expected, means)
+
+    def _step(self) -> tuple[tuple[Tensor, Tensor], tuple[Numbers, Numbers]]:
+        """What the agent said of each action [B, A], and what it should have said."""
+        said = self.agent.ask(torch.from_numpy(self.tasks.observe()))
+        action, told = self._choose(said[0].detach()), self._told()
+        reward = self.tasks.step(action)
+        self.agent.tell(torch.from_numpy(action), torch.from_numpy(reward))
+        return said, told
+
+    def _choose(self, logits: Tensor) -> Indices:
+        best = chosen(logits, self.rng, greedy=self.greedy)
+        if self.lessons.imitate and self.lessons.led:
+            leads = np.arange(len(best)) < self.lessons.led * len(best)
+            best = np.where(leads, self.tasks.teacher().argmax(1), best)
+        other = self.rng.integers(logits.shape[1], size=len(best))
+        action: Indices = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
+        return action
+
+    def _told(self) -> tuple[Numbers, Numbers]:
+        """How each action should be preferred and what it brings [B, A]: by the teacher, or in truth."""
+        if self.lessons.imitate:
+            told = self.tasks.teacher()
+            preferred = np.exp(self.lessons.keen * (told - told.max(1, keepdims=True)))
+            return preferred / preferred.sum(1, keepdims=True), told.clip(0, 1)
+        means = self.tasks.means()
+        best = (means == means.max(1, keepdims=True)).astype(np.float32)
+        return best / best.sum(1, keepdims=True), means
+
+
+def chosen(logits: Tensor, rng: np.random.Generator, *, greedy: bool) -> Indices:
+    """An action [B] for logits [B, A]: the best one, or one as likely as the logits say."""
+    if greedy:
+        best: Indices = logits.argmax(-1).numpy()
+        return best
+    chances = torch.softmax(logits.double(), -1).numpy()
+    drawn: Indices = (chances.cumsum(1) < rng.random((len(chances), 1))).sum(1)
+    return drawn.clip(0, chances.shape[1] - 1)
+
+
+class LabellingRound:
+    """One round of a labelling policy: each example of each stream asks all earlier ones of it."""
+
+    def __init__(self, policy: Policy, tasks: Tasks, steps: int) -> None:
+        assert isinstance(tasks, Streams)
+        self.policy = policy
+        seen = []
+        for _ in range(steps):
+            seen.append((tasks.observe(), tasks.answers()))
+            tasks.step(np.zeros(tasks.batch, np.int64))
+        self._features = torch.from_numpy(np.stack([features for features, _ in seen], 1))
+        self._labels = torch.from_numpy(np.stack([labels for _, labels in seen], 1))
+
+    def loss(self) -> Tensor:
+        streams = zip(self._features, self._labels, strict=True)
+        return torch.stack([self._stream(features, labels) for features, labels in streams]).mean()
+
+    def _stream(self, features: Tensor, labels: Tensor) -> Tensor:
+        policy, site, T = self.policy, self.policy.labels, len(labels)
+        states = policy.embed(features)
+        keys = site.keys(states)
+        # Rows are stored in int8: training sees the same roundings.
+        stored = keys + (ops.quantise(keys.detach()) / ops.KEY_STEPS - keys.detach())
+        asked, earlier = slice(1, T), slice(0, T - 1)
+        base, keys = policy.base(states[asked]), keys[asked]
+        found = ops.weigh(
+            labels[None, earlier],
+            keys @ stored[earlier].T,
+            torch.zeros(T - 1, T - 1, dtype=torch.long),
+            freshness((torch.arange(T - 1)[:, None] - torch.arange(T - 1)).clamp_min(0)),
+            torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1),
+            site.sharpness,
+            site.prior,
+            torch.zeros(len(site.sharpness), len(RUNS)),
+        )
+        logit, shares = site.gate(found, base.entropy, keys)
+        gamma = torch.sigmoid(logit).clamp_max(MOST)
+        in_memory = ops.memory_prob(labels[asked], found.tokens, shares)
+        said = (1 - gamma) * base.log_prob(labels[asked]).exp() + gamma * in_memory
+        return -said.clamp_min(ops.TINY).log().mean()
+
+
+class PolicyTrainer:
+    """Trains a policy round by round; `folder` keeps it, its optimiser and the losses, so that a stop costs no more
+    than the rounds since the last save. Not trained: addresses of lone slots, the cells' centres, rates of trust."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        make: Callable[[int, np.random.Generator], Tasks],
+        lessons: Lessons,
+        folder: Path,
+    ) -> None:
+        acting = policy.config.task == "act"
+        fixed = ("centres", "trust") if not acting else ("address", "temperature") if policy.site.config.k == 1 else ()
+        self.policy, self.lessons, self.folder = policy, lessons, folder
+        self._make = make
+        self._trained = [
+            parameter.requires_grad_(True)
+            for name, parameter in policy.named_parameters()
+            if not any(word in name for word in fixed)
+        ]
+        self._optimiser = torch.optim.Adam(self._trained, lr=lessons.lr)
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        if (folder / STATE).exists():
+            kept = torch.load(folder / STATE, weights_only=True)
+            policy.load_state_dict(kept["policy"])
+            self._optimiser.load_state_dict(kept["optimiser"])
+            self.losses, self.seconds = kept["losses"], kept["seconds"]
+
+    def run(self, tell: Callable[[int, float], None]) -> None:
+        """Trains to the last round; tells after each how many are done and the round's loss (nats)."""
+        began, before = time.process_time(), self.seconds
+        while len(self.losses) < self.lessons.rounds:
+            self.losses.append(self._round(len(self.losses)))
+            self.seconds = before + time.process_time() - began
+            done = len(self.losses)
+            if done % SAVED == 0 or done == self.lessons.rounds:
+                self._save()
+            tell(done, self.losses[-1])
+        self.policy.requires_grad_(False)
+
+    def _round(self, number: int) -> float:
+        lessons = self.lessons
+        rng = np.random.default_rng([lessons.seed, number])
+        tasks = self._make(lessons.batch, rng)
+        one: ActingRound | LabellingRound
+        if self.policy.config.task == "act":
+            one = ActingRound(MemoryAgent(self.policy), tasks, lessons, rng, self.policy.config.greedy)
+        else:
+            one = LabellingRound(self.policy, tasks, lessons.steps)
+        spans = lessons.steps // lessons.span
+        rate = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * number / lessons.rounds)))
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for _ in range(spans):
+            loss = one.loss()
+            self._optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self._trained, CLIP)
+            self._optimiser.step()
+            total += float(loss.detach())
+        return total / spans
+
+    def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {"policy": self.policy.state_dict(), "optimiser": self._optimiser.state_dict()}
+        scratch = self.folder / f"{STATE}.part"
+        torch.save(kept | {"losses": self.losses, "seconds": self.seconds}, scratch)
+        os.replace(scratch, self.folder / STATE)
+
+
+def train_agent(
+    agent: Agent, make: Callable[[int, np.random.Generator], Tasks], lessons: Lessons, *, greedy: bool, seconds: float
+) -> int:
+    """Trains a rival on the same lessons for as many seconds of one core; returns how many rounds that were."""
+    began, rounds = time.process_time(), 0
+    trained = list(agent.network.parameters())
+    optimiser = torch.optim.Adam(trained, lr=lessons.lr)
+    while (spent := (time.process_time() - began) / seconds) < 1.0:
+        for group in optimiser.param_groups:
+            group["lr"] = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
+        rng = np.random.default_rng([lessons.seed, rounds])
+        one = ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy)
+        for _ in range(lessons.steps // lessons.span):
+            loss = one.loss()
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, CLIP)
+            optimiser.step()
+        rounds += 1
+    return rounds

@@ -1,0 +1,269 @@
+"""`imprint scenario NAME`: a policy beside what else could be used, on the same tasks, seed by seed.
+
+Rivals that learn to learn are trained here, on the policy's lessons, for as many seconds of one core as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+
+from model.memory import Pool
+from model.policy import Policy, PolicyError, load_policy
+from model.scenarios.card_sorting import CardSorting
+from model.scenarios.core import Indices, Numbers, Tasks
+from model.scenarios.recipes import Recipe
+from model.scenarios.streams import Streams
+from model.training.agents import Agent, ContextAgent, DenseAgent, MemoryAgent, RecurrentAgent
+from model.training.policies import chosen, train_agent
+from service.errors import CommandError
+from service.lab.corpus import console
+from service.lab.plots import PlotsMissingError, draw_curves
+from service.lab.policies import find_recipe
+from service.lab.rivals import follow, label_stream, offline
+from service.lab.train import hardware
+
+RIVALS_LR = 2e-3  # the better of 2e-3 and the policies' own 6e-3 for a GRU
+TASKS, STREAMS = 100, 10  # of each seed: tasks to act in, streams to label
+STUDENT = {3: 4.303, 5: 2.776, 10: 2.262}  # 97.5% of the t distribution, by the number of seeds
+Measured = dict[str, float]
+Curve = NDArray[np.float64]
+Choose = Callable[[Tasks], Indices]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What was measured of one way to play: a figure a seed, and the mean of each step over tasks and seeds."""
+
+    name: str
+    figures: Mapping[str, list[float]]
+    curve: Curve
+    note: str = ""
+
+
+def measure_scenario(
+    name: str, out: Path, *, seeds: int, rivals: bool, checkpoint: Path | None, options: Mapping[str, str]
+) -> None:
+    """Runs `imprint scenario`. Raises CommandError."""
+    recipe = find_recipe(name)
+    try:
+        changed = {option: json.loads(value) for option, value in options.items()}
+        recipe = replace(recipe, options={**recipe.options, **changed})
+        recipe.make(1, np.random.default_rng(0))
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--change {dict(options)}: {error}") from error
+    torch.set_num_threads(1)
+    policy, seconds = _trained(name, checkpoint)
+    labelling = policy.config.task == "label"
+    arms = _labelling(policy, recipe, seeds) if labelling else _acting(policy, recipe, seeds, seconds if rivals else 0)
+    print_arms(name, arms)
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"scenario": name, "options": dict(recipe.options), "seeds": seeds, "tasks": TASKS, "steps": recipe.steps}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "seconds": seconds}
+    told = {arm.name: {"figures": arm.figures, "curve": arm.curve.tolist(), "note": arm.note} for arm in arms}
+    name = "-".join([name, *(f"{option}-{value}" for option, value in options.items())])
+    (out / f"{name}.json").write_text(json.dumps({"about": about, "arms": told}) + "\n")
+    try:
+        draw_curves({arm.name: arm.curve for arm in arms}, recipe.steps // 20, out / f"{name}.png")
+    except PlotsMissingError as error:
+        console.print(f"no plot: {error}")
+
+
+def interval(figures: list[float]) -> tuple[float, float]:
+    """The mean over seeds and half the width of its 95% interval (0 of a single seed)."""
+    mean, n = float(np.mean(figures)), len(figures)
+    return mean, STUDENT.get(n, 1.96) * float(np.std(figures, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+
+
+def print_arms(name: str, arms: list[Arm]) -> None:
+    figures = list(arms[0].figures)
+    table = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("arm", *figures, ""):
+        table.add_column(column, justify="left" if column in ("arm", "") else "right", overflow="fold")
+    for arm in arms:
+        cells = ["{:.3f} ± {:.3f}".format(*interval(arm.figures[one])) for one in figures]
+        table.add_row(arm.name, *cells, arm.note)
+    console.print(table)
+
+
+def _trained(name: str, checkpoint: Path | None) -> tuple[Policy, float]:
+    """The policy, and for how many seconds of one core it was trained."""
+    try:
+        if checkpoint is not None:
+            return load_policy(checkpoint), _seconds(checkpoint)
+        with as_file(files("model") / "checkpoints" / "policies") as folder:
+            path = folder / f"{name}.safetensors"
+            return load_policy(path), _seconds(path)
+    except PolicyError as error:
+        raise CommandError(str(error)) from error
+
+
+def _seconds(path: Path) -> float:
+    manifest = path.with_suffix(".json")
+    return float(json.loads(manifest.read_text())["seconds"]) if manifest.exists() else 60.0
+
+
+# --- acting --------------------------------------------------------------------------------------------------------
+
+
+def _acting(policy: Policy, recipe: Recipe, seeds: int, seconds: float) -> list[Arm]:
+    greedy = policy.config.greedy
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    arms = [
+        _played("memory", recipe, seeds, lambda: _by(MemoryAgent(policy), greedy), f"{size:,} parameters"),
+        _played("memory off", recipe, seeds, lambda: _by(MemoryAgent(policy, forgetful=True), greedy)),
+    ]
+    tasks = recipe.make(1, np.random.default_rng(0))
+    arms += [_played(name, recipe, seeds, way) for name, way in follow(tasks).items()]
+    for name, agent in (_rivals(tasks, size) if seconds else {}).items():
+        rounds = train_agent(
+            agent,
+            lambda batch, rng: recipe.make(batch, rng, training=True),
+            recipe.but(lr=RIVALS_LR).lessons,
+            greedy=greedy,
+            seconds=seconds,
+        )
+        count = sum(parameter.numel() for parameter in agent.network.parameters())
+        note = f"{count:,} parameters, {rounds} rounds in {seconds:.0f} s"
+        arms.append(_played(name, recipe, seeds, lambda agent=agent: _by(agent, greedy), note))  # type: ignore[misc]
+    return arms
+
+
+def _rivals(tasks: Tasks, size: int) -> dict[str, Agent]:
+    """Agents of about as many parameters."""
+
+    def width(cost: float, most: int) -> int:
+        """Units whose squares cost so many parameters each, beside the layers in and out; a multiple of 4."""
+        edge = tasks.context + (tasks.actions + 1) * tasks.features + 3 * tasks.actions + 2
+        return min(most, 4 * int((math.sqrt(edge**2 + 4 * cost * size) - edge) / (2 * cost) / 4))
+
+    return {
+        "RL², GRU": RecurrentAgent(tasks, width(6, 128), cell="gru", seed=0),
+        "RL², LSTM": RecurrentAgent(tasks, width(8, 128), cell="lstm", seed=0),
+        "transformer, 40 steps in context": ContextAgent(tasks, width(16.5, 128), window=40, seed=0),
+        "dense delta memory": DenseAgent(tasks, width(5, 128), seed=0),
+    }
+
+
+def _by(agent: Agent, greedy: bool) -> Choose:
+    """Plays as the agent says."""
+    fresh = True
+
+    def choose(tasks: Tasks) -> Indices:
+        nonlocal fresh
+        if fresh:
+            agent.begin(tasks.batch)
+            fresh = False
+        return chosen(agent.ask(torch.from_numpy(tasks.observe()))[0], tasks.rng, greedy=greedy)
+
+    choose.tell = agent.tell  # type: ignore[attr-defined]
+    return choose
+
+
+@torch.no_grad()
+def _played(name: str, recipe: Recipe, seeds: int, player: Callable[[], Choose], note: str = "") -> Arm:
+    figures: dict[str, list[float]] = {}
+    curves = []
+    for seed in range(seeds):
+        tasks = recipe.make(TASKS, np.random.default_rng([1_000_000, seed]))
+        choose, missed, rewards, habit = player(), [], [], _Habit()
+        for _ in range(recipe.steps):
+            means, action = tasks.means(), choose(tasks)
+            missed.append(means.max(1) - means[np.arange(TASKS), action])
+            habit.before(tasks, action, missed[-1] > 0)
+            reward = tasks.step(action)
+            habit.after(tasks)
+            rewards.append(reward)
+            if hasattr(choose, "tell"):
+                choose.tell(torch.from_numpy(action), torch.from_numpy(reward))
+        regret, reward = np.stack(missed, 1), np.stack(rewards, 1)
+        for one, figure in _figures(tasks, regret, reward, habit).items():
+            figures.setdefault(one, []).append(figure)
+        curves.append(regret.mean(0))
+    return Arm(name, figures, np.mean(curves, axis=0), note)
+
+
+def _figures(tasks: Tasks, regret: Numbers, reward: Numbers, habit: _Habit) -> Measured:
+    if isinstance(tasks, CardSorting):
+        share = habit.old / max(1, habit.trials)
+        return {"errors per switch": float(regret.sum() / tasks.switches.sum()), "perseverative": share}
+    return {"reward": float(reward.sum(1).mean()), "regret": float(regret.sum(1).mean())}
+
+
+class _Habit:
+    """Card sorting: of the trials after the first error that follows a switch, up to the next success, how many still
+    follow the rule that was, and could have followed no other."""
+
+    def __init__(self) -> None:
+        self.trials, self.old = 0, 0
+        self._phase: Indices | None = None
+
+    def before(self, tasks: Tasks, action: Indices, wrong: NDArray[np.bool_]) -> None:
+        if not isinstance(tasks, CardSorting):
+            return
+        here = np.arange(tasks.batch)
+        if self._phase is None:
+            self._phase = np.zeros(tasks.batch, np.int64)
+        former = tasks.former[here, tasks.deck]
+        after = self._phase == 2
+        self.trials += int(after.sum())
+        right = tasks.right()[here, :, action]
+        self.old += int((after & wrong & right[here, former] & (right.sum(1) == 1)).sum())
+        self._phase = np.where((self._phase == 1) & wrong, 2, np.where(after & ~wrong, 0, self._phase))
+
+    def after(self, tasks: Tasks) -> None:
+        if isinstance(tasks, CardSorting) and self._phase is not None:
+            self._phase = np.where(tasks.switched, 1, self._phase)
+
+
+# --- labelling -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _labelling(policy: Policy, recipe: Recipe, seeds: int) -> list[Arm]:
+    """Accuracy after 5 labels a class, and over the last quarter."""
+    answers: dict[str, list[Curve]] = {}
+    for seed in range(seeds):
+        tasks = recipe.make(STREAMS, np.random.default_rng([1_000_000, seed]))
+        assert isinstance(tasks, Streams)
+        seen, labels = [], []
+        for _ in range(recipe.steps):
+            seen.append(tasks.observe())
+            labels.append(tasks.answers())
+            tasks.step(labels[-1])
+        features, told = np.stack(seen, 1), np.stack(labels, 1)
+        rights = {"memory": np.stack([_served(policy, x, y) for x, y in zip(features, told, strict=True)])}
+        rights |= label_stream(features, told, tasks.actions) | offline(tasks, features, told)
+        for name, right in rights.items():
+            answers.setdefault(name, []).append(right.mean(0))
+    first = 5 * policy.config.actions
+    arms = []
+    for name, curves in answers.items():
+        early = [float(curve[first : first + 10].mean()) for curve in curves]
+        late = [float(curve[-recipe.steps // 4 :].mean()) for curve in curves]
+        arms.append(Arm(name, {"after 5 a class": early, "last quarter": late}, 1 - np.mean(curves, axis=0)))
+    return arms
+
+
+def _served(policy: Policy, features: Numbers, labels: Indices) -> Curve:
+    """Whether each label [T] was foreseen, as a server's session would."""
+    pool = Pool(policy.config.memory, rows=4096, sessions=4)
+    index, right = pool.open(), []
+    for example, label in zip(torch.from_numpy(features), torch.from_numpy(labels), strict=True):
+        draft = pool.draft(index)
+        ((said, _, _, learn),) = policy.label_lessons(example[None], label[None], pool, torch.tensor([draft.index]))
+        learn(draft)
+        draft.commit()
+        right.append(float(said == int(label)))
+    return np.array(right)

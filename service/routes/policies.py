@@ -1,0 +1,50 @@
+"""Routes of policies: acting and its rewards, and labelling without learning."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from service.policies import Policies, Told, Wish
+from service.replies import Acted, Labelled, Observed
+from service.routes import ERRORS, RequestCall, RequestLesson, ServerSessions, V1Route
+from service.routes.sessions import TAGGED, PathId
+from service.schemas import ActRequest, FeedbackRequest, PredictRequest
+
+router = APIRouter(prefix="/v1/sessions", route_class=V1Route, responses=ERRORS, tags=["Policies"])
+
+
+def get_policies(sessions: ServerSessions) -> Policies:
+    """What can be asked of the policies."""
+    return Policies(sessions)
+
+
+ServerPolicies = Annotated[Policies, Depends(get_policies)]
+
+
+@router.post("/{id}/act", summary="Act", responses=TAGGED)
+async def act(session: PathId, body: ActRequest, policies: ServerPolicies, lesson: RequestLesson) -> Acted:
+    """Learns the reward of the last action, or of the one named, and takes the next action."""
+    told = None if body.reward is None else Told(body.reward, body.action_id, body.regret or 0.0)
+    wish = Wish(body.temperature, body.seed)
+    work = policies.act(lesson.call, session, body.model, body.observation, told, wish, if_match=lesson.if_match)
+    done = await lesson.unless_left(work, body.on_disconnect)
+    lesson.tag(done.adaptation.version_to)
+    return Acted(object="action", **asdict(done))
+
+
+@router.post("/{id}/feedback", summary="Reward an action", responses=TAGGED)
+async def feedback(session: PathId, body: FeedbackRequest, policies: ServerPolicies, lesson: RequestLesson) -> Observed:
+    """Learns the reward of an earlier action, without taking another."""
+    told = Told(body.reward, body.action_id, body.regret or 0.0)
+    work = policies.feedback(lesson.call, session, told, if_match=lesson.if_match)
+    done = await lesson.unless_left(work, body.on_disconnect)
+    lesson.tag(done.version)
+    return Observed(**asdict(done))
+
+
+@router.post("/{id}/predict", summary="Label an example")
+async def predict(session: PathId, body: PredictRequest, policies: ServerPolicies, call: RequestCall) -> Labelled:
+    """Labels an example with what the session has learned; learns nothing."""
+    done = await policies.predict(call, session, body.model, body.features)
+    return Labelled(object="label", **asdict(done))

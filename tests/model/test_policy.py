@@ -1,0 +1,257 @@
+"""Policies keep the laws of the memory: empty is the network alone, twins agree, no neighbours, sparse writes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.journal import KEPT, SLOTS, TOUCHED, Journal, JournalError
+from model.memory import Draft, Pool, naive, ops
+from model.policy import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
+from model.scenarios.card_sorting import CardSorting
+from model.scenarios.recipes import RECIPES
+from model.training.agents import MemoryAgent, RecurrentAgent
+from model.training.policies import ActingRound, LabellingRound, Lessons, PolicyTrainer, train_agent
+from tests.tiny import build_tiny_policies
+
+EMPTY = 0
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build_tiny_policies(tmp_path_factory.mktemp("policies") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def chooser(paths: list[Path]) -> Policy:
+    return load_policy(paths[0])
+
+
+@pytest.fixture(scope="module")
+def namer(paths: list[Path]) -> Policy:
+    return load_policy(paths[1])
+
+
+def pool_of(policy: Policy) -> Pool:
+    return Pool(policy.config.memory, rows=1024, sessions=16)
+
+
+def asked(policy: Policy, n: int, seed: int = 0) -> Tensor:
+    """What the actions of n sessions ask with [n, A, F]."""
+    generator = torch.Generator().manual_seed(seed)
+    observation = torch.randn(n, policy.config.observation, generator=generator)
+    return policy.inputs(observation, torch.full((n,), -1), torch.full((n,), math.nan))
+
+
+def rewarded(policy: Policy, pool: Pool, index: int, times: int, seed: int = 0) -> None:
+    """Learns some rewards in a session."""
+    inputs = asked(policy, times, seed)
+    for time in range(times):
+        draft = pool.draft(index)
+        reward(policy, draft, inputs[time, time % 3], float(time % 2))
+        draft.commit()
+
+
+def reward(policy: Policy, draft: Draft, inputs: Tensor, value: float) -> None:
+    session = torch.tensor([draft.index])
+    slots, rows, _, _ = policy.reward(inputs[None], torch.tensor([value]), draft.pool, session)
+    draft.put("memory", slots[0], [rows[0]])
+
+
+def test_how_much_there_is_of_a_row_is_what_its_twin_says() -> None:
+    rows, w = torch.randn(5, 3, 4, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    rows[2] = 0
+    torch.testing.assert_close(ops.amount_hidden(rows, w), naive.amount_hidden(rows, w))
+
+
+def test_an_empty_session_decides_as_the_network_alone(chooser: Policy, namer: Policy) -> None:
+    inputs, pool = asked(chooser, 4), pool_of(chooser)
+    index = pool.open()
+    alone = chooser.judge(chooser.state(inputs.flatten(0, 1)))
+    for session in (EMPTY, index):
+        logits, expected = chooser.decide(inputs, pool, torch.full((4,), session))
+        assert torch.equal(logits.flatten(), alone[0]) and torch.equal(expected.flatten(), alone[1])
+    features, labels = torch.randn(4, 6), pool_of(namer)
+    alone_labels = namer.base(namer.embed(features)).logits.log_softmax(-1)
+    assert torch.equal(namer.label(features, labels, torch.full((4,), labels.open())), alone_labels)
+
+
+def test_neighbours_change_no_bit(chooser: Policy, namer: Policy) -> None:
+    pool = pool_of(chooser)
+    sessions = [pool.open() for _ in range(5)]
+    for number, index in enumerate(sessions):
+        rewarded(chooser, pool, index, 6, seed=number)
+    inputs, told = asked(chooser, 5, seed=9), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    together = chooser.decide(inputs, pool, torch.tensor(sessions))
+    written = chooser.reward(inputs[:, 1], told, pool, torch.tensor(sessions))
+    for i, index in enumerate(sessions):
+        alone = chooser.decide(inputs[i : i + 1], pool, torch.tensor([index]))
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
+        mine = chooser.reward(inputs[i : i + 1, 1], told[i : i + 1], pool, torch.tensor([index]))
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(mine, written, strict=True))
+    labels = pool_of(namer)
+    opened = [labels.open() for _ in range(4)]
+    features = torch.randn(4, 6)
+    for index in opened[1:]:
+        observed(namer, labels, index, features[index % 4], index % 5)
+    all_said = namer.label(features, labels, torch.tensor(opened))
+    for i, index in enumerate(opened):
+        assert torch.equal(namer.label(features[i : i + 1], labels, torch.tensor([index]))[0], all_said[i])
+
+
+def observed(policy: Policy, pool: Pool, index: int, features: Tensor, label: int) -> None:
+    draft = pool.draft(index)
+    session = torch.tensor([draft.index])
+    ((_, _, _, learn),) = policy.label_lessons(features[None], torch.tensor([label]), pool, session)
+    learn(draft)
+    assert len(draft.touched()["memory"].slots) == 1
+    draft.commit()
+
+
+def test_a_reward_touches_k_rows_and_no_other(chooser: Policy) -> None:
+    pool = pool_of(chooser)
+    index = pool.open()
+    rewarded(chooser, pool, index, 8)
+    before = pool.dump(index)["memory"]
+    draft = pool.draft(index)
+    reward(chooser, draft, asked(chooser, 1, seed=5)[0, 0], 1.0)
+    touched = draft.touched()["memory"]
+    assert 1 <= len(touched.slots) <= chooser.site.config.k
+    draft.commit()
+    after = pool.dump(index)["memory"]
+    kept = {int(slot): row for slot, row in zip(after.slots, after.data, strict=True)}
+    for slot, row in zip(before.slots, before.data, strict=True):
+        assert int(slot) in touched.slots or torch.equal(kept[int(slot)], row)
+
+
+def test_training_reads_and_writes_what_serving_does(chooser: Policy) -> None:
+    """The rows that gradients pass are those of the pool: the same rewards lead to the same decisions."""
+    pool, agent = pool_of(chooser), MemoryAgent(chooser)
+    index, last, told = pool.open(), torch.tensor([-1]), torch.tensor([math.nan])
+    agent.begin(1)
+    for step, observation in enumerate(torch.randn(12, 1, chooser.config.observation)):
+        inputs = chooser.inputs(observation, last, told)
+        served = chooser.decide(inputs, pool, torch.tensor([index]))
+        for trained, said in zip(agent.ask(observation), served, strict=True):
+            torch.testing.assert_close(trained, said)
+        last, told = torch.tensor([step % 3]), torch.tensor([float(step % 2)])
+        agent.tell(last, told)
+        draft = pool.draft(index)
+        reward(chooser, draft, inputs[0, step % 3], float(told))
+        draft.commit()
+
+
+def test_a_label_is_remembered_and_the_latest_counts_most(namer: Policy) -> None:
+    pool = pool_of(namer)
+    index, features = pool.open(), torch.randn(6)
+
+    def said() -> int:
+        return int(namer.label(features[None], pool, torch.tensor([index])).argmax())
+
+    observed(namer, pool, index, features, 3)
+    assert said() == 3
+    for _ in range(3):
+        observed(namer, pool, index, features, 1)
+    assert said() == 1
+
+
+def test_a_policy_is_loaded_as_it_was_saved(chooser: Policy, tmp_path: Path) -> None:
+    save_policy(chooser, tmp_path / "again")
+    again = load_policy(tmp_path / "again")
+    assert again.config == chooser.config and again.fingerprint() == chooser.fingerprint()
+    (tmp_path / "broken").write_bytes(b"no policy")
+    with pytest.raises(PolicyError, match="cannot read the policy broken"):
+        load_policy(tmp_path / "broken")
+    with pytest.raises(PolicyError, match="cue must be in"):
+        PolicyConfig("x", "act", 1, 2, chooser.config.memory, cue=2)
+
+
+def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
+    journal = Journal(torch.zeros(SLOTS, 4 + 2))
+    assert journal.last[0] == -1 and math.isnan(journal.last[1])
+    with pytest.raises(JournalError, match="no action yet"):
+        journal.open(None)
+    numbers = [journal.take(n % 3, 0.5, torch.tensor([n, -1.0])) for n in range(KEPT + 5)]
+    assert numbers == list(range(1, KEPT + 6)) and journal.sound
+    journal = Journal(journal.rows)
+    journal.reward(journal.open(40), 1.0)
+    assert math.isnan(journal.last[1])  # another action's
+    with pytest.raises(JournalError, match="rewarded before"):
+        journal.open(40)
+    with pytest.raises(JournalError, match="no longer kept"):
+        journal.open(5)
+    with pytest.raises(JournalError, match="1 to 68"):
+        journal.open(69)
+    journal = Journal(journal.rows)
+    last = journal.open(None)
+    assert journal.inputs(last).tolist() == [KEPT + 4, -1.0]
+    journal.reward(last, 0.25)
+    journal.take(0, 1.0, torch.zeros(2))
+    assert len(journal.touched) <= TOUCHED
+
+
+def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
+    lessons = Lessons(rounds=4, batch=4, steps=4, span=2)
+    recipe = RECIPES["card-sorting"]
+
+    def trainer(folder: str, rounds: int) -> PolicyTrainer:
+        policy = new_policy(recipe.config("cards"), seed=0)
+        kept = Lessons(rounds=rounds, batch=4, steps=4, span=2)
+        return PolicyTrainer(policy, lambda batch, rng: recipe.make(batch, rng), kept, tmp_path / folder)
+
+    whole = trainer("whole", lessons.rounds)
+    whole.run(lambda done, loss: None)
+
+    def stop(done: int, loss: float) -> None:
+        first._save()
+        if done == 2:
+            raise KeyboardInterrupt
+
+    first = trainer("parts", lessons.rounds)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stop)
+    second = trainer("parts", lessons.rounds)
+    assert len(second.losses) == 2
+    second.run(lambda done, loss: None)
+    assert second.losses == whole.losses
+    assert second.policy.fingerprint() == whole.policy.fingerprint()
+
+
+def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
+    rng = np.random.default_rng(0)
+    for name in ("card-sorting", "digits"):
+        recipe = RECIPES[name].but(batch=2, steps=8, span=8)
+        policy = new_policy(recipe.config(name), seed=0)
+        policy.requires_grad_(True)
+        tasks = recipe.make(2, rng, training=True)
+        one: ActingRound | LabellingRound
+        if policy.config.task == "act":
+            one = ActingRound(MemoryAgent(policy), tasks, recipe.lessons, rng, greedy=True)
+        else:
+            one = LabellingRound(policy, tasks, 8)
+        one.loss().backward()
+        grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
+        assert all(bool(grad.isfinite().all()) for grad in grads.values())
+        assert len(grads) >= 12
+
+
+def test_rivals_learn_from_the_same_lessons() -> None:
+    recipe = RECIPES["card-sorting"].but(batch=4, steps=4, span=2)
+    agent = RecurrentAgent(recipe.make(1, np.random.default_rng(0)), 8, cell="lstm", seed=0)
+    before = [parameter.clone() for parameter in agent.network.parameters()]
+    rounds = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
+    assert rounds >= 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, agent.network.parameters(), strict=True))
+
+
+def test_the_ideal_observer_of_card_sorting_makes_one_and_a_half_errors_a_switch() -> None:
+    tasks, errors = CardSorting(200, np.random.default_rng(0)), 0.0
+    for _ in range(200):
+        action = (tasks.teacher() + 1e-6 * tasks.rng.random((200, 4))).argmax(1)
+        errors += float((1 - tasks.step(action)).sum())
+    assert errors / tasks.switches.sum() == pytest.approx(1.5, abs=0.1)

@@ -1,0 +1,225 @@
+"""Policies over HTTP keep what is promised of sessions: one state, learned once, versions, refusals by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import Server
+from tests.live import Client, Json, refusal, success
+from tests.tiny import build_tiny_policies
+
+SEEN = [0.5, -0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # what a chooser sees
+EXAMPLE = [1.0, 0.0, 0.5, 0.0, 0.25, 0.0]
+OTHER = [-1.0, 1.0, -1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ",".join(map(str, build_tiny_policies(tmp_path_factory.mktemp("policies") / "tiny")))
+
+
+@pytest.fixture(scope="module")
+def own(tiny_base: Path, paths: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(str(tiny_base), tmp_path_factory.mktemp("server") / "data", policies=paths).start()
+    yield running
+    assert running.stop() == 0, running.log.read_text()
+
+
+@pytest.fixture
+def user(own: Server) -> Iterator[Client]:
+    with Client(own.url) as client:
+        yield client
+
+
+def act(user: Client, session: str, reward: float | None = None, **fields: Any) -> Json:
+    body = {"model": "chooser", "observation": SEEN} | ({} if reward is None else {"reward": reward}) | fields
+    return success(user.post(f"sessions/{session}/act", body))
+
+
+def live(user: Client, session: str, steps: int) -> list[Json]:
+    """A life of some actions, each rewarded, by the same rule in every session."""
+    told: list[Json] = []
+    for step in range(steps):
+        seen = [*SEEN[:7], step / 8]
+        reward = None if not told else float(told[-1]["action"] == 1)
+        told.append(act(user, session, reward, observation=seen, seed=step, temperature=1.0))
+    return told
+
+
+def state(user: Client, session: str) -> dict[str, Any]:
+    """What a session holds, without what names it."""
+    meta = user.session(session)
+    return {name: meta[name] for name in ("version", "rows", "bytes", "tokens_learned", "gain")}
+
+
+def test_a_session_acts_and_learns_its_rewards(user: Client) -> None:
+    first, second = live(user, "ada", 2)
+    assert first["action_id"] == "act-1" and first["adaptation"]["tokens_learned"] == 0
+    assert 0 <= first["action"] < 3 and first["probability"] == first["probabilities"][first["action"]]
+    assert sum(first["probabilities"]) == pytest.approx(1)
+    assert second["adaptation"] == second["adaptation"] | {"tokens_learned": 1, "version_from": 1, "version_to": 2}
+    assert second["expected"] != first["expected"]
+    meta = user.session("ada")
+    assert meta["version"] == 2 and meta["tokens_learned"] == 1 and meta["gain"] is not None
+    (newest, _) = success(user.http.get("/v1/sessions/ada/log"))["data"]
+    assert newest["tokens"] == 1 and newest["kind"] == "learn"
+
+
+def test_the_same_requests_lead_to_the_same_state_whoever_else_is_served(user: Client) -> None:
+    alone = live(user, "alone", 8)
+    with ThreadPoolExecutor(6) as pool:
+        lives = list(pool.map(lambda name: live(user, name, 8), [f"crowd-{n}" for n in range(6)]))
+    for told in lives:
+        assert told == alone
+    assert {json.dumps(state(user, f"crowd-{n}")) for n in range(6)} == {json.dumps(state(user, "alone"))}
+
+
+def test_a_request_sent_again_is_answered_again_and_learned_once(user: Client) -> None:
+    live(user, "once", 2)
+    body = {"observation": SEEN, "reward": 1.0}
+    key = {"Idempotency-Key": "the-third"}
+    first, again = (user.post("sessions/once/act", body, **key) for _ in range(2))
+    assert success(first) == success(again) and again.headers["idempotent-replayed"] == "true"
+    assert user.version("once") == 3
+    refusal(user.post("sessions/once/act", body | {"reward": 0.0}, **key), 422, "idempotency_key_reused")
+    refusal(user.post("sessions/once/act", body, if_match='"v1"'), 412, "precondition_failed")
+
+
+def test_what_was_told_is_there_after_a_kill(make_server: Callable[..., Server], paths: str) -> None:
+    server = make_server(policies=paths).start()
+    with Client(server.url) as user:
+        told = live(user, "ada", 5)
+        before = state(user, "ada")
+    server.kill()
+    server.start()
+    with Client(server.url) as user:
+        assert state(user, "ada") == before
+        live(user, "bo", 5)
+        going_on = [act(user, name, 1.0, seed=0) for name in ("ada", "bo")]
+        assert going_on[0] == going_on[1] and told[-1]["action_id"] == "act-5"
+
+
+def test_an_earlier_action_is_rewarded_later_and_once(user: Client) -> None:
+    for _ in range(3):
+        act(user, "late")
+    told = success(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0, "regret": 0.25}))
+    assert told["tokens_learned"] == 1 and told["version"] == 4
+    fault = refusal(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0}), 409, "action_closed")
+    assert "rewarded before" in fault["message"]
+    act(user, "late", 0.0, action_id="act-1")
+    act(user, "late", 0.0, action_id="act-3")
+    metrics = user.http.get("/metrics").text
+    assert 'imprint_policy_regret_total{learned="0-9",policy="chooser"} 0.25' in metrics
+    assert 'imprint_policy_rewards_total{learned="0-9",policy="chooser"}' in metrics
+
+
+def test_versions_of_a_policys_session_can_be_gone_back_to_forked_and_moved(user: Client) -> None:
+    live(user, "lineage", 4)
+    fourth = state(user, "lineage")
+    told = act(user, "lineage", 1.0)
+    success(user.post("sessions/lineage/fork", {"id": "branch"}))
+    success(user.post("sessions/lineage/rollback", {"version": 4}))
+    assert {**state(user, "lineage"), "version": 4} == fourth
+    assert act(user, "lineage", 1.0)["expected"] == told["expected"]
+    file = user.http.get("/v1/sessions/branch/export").content
+    assert user.http.put("/v1/sessions/moved/import", content=file).status_code == 201
+    assert act(user, "moved", 0.0)["expected"] == act(user, "branch", 0.0)["expected"]
+    success(user.post("sessions/branch/unlearn", {"version": user.version("branch")}))
+
+
+def test_labels_are_learned_and_predicting_changes_nothing(user: Client) -> None:
+    for step in range(4):
+        features = EXAMPLE if step % 2 else OTHER
+        body = {"model": "namer", "features": features, "label": 3 * (step % 2)}
+        assert success(user.post("sessions/labels/observe", body))["tokens_learned"] == 1
+    before = state(user, "labels")
+    for label in (0, 3):
+        told = success(user.post("sessions/labels/predict", {"features": EXAMPLE if label else OTHER}))
+        assert told["label"] == label and told["version"] == 4
+        assert sum(told["probabilities"]) == pytest.approx(1, abs=1e-5)
+    assert state(user, "labels") == before
+
+
+def test_a_session_is_of_one_model(user: Client) -> None:
+    live(user, "mine", 1)
+    user.observe("text", "The fox learns the way home.")
+    refusal(user.post("sessions/mine/observe", {"text": "The fox."}), 409, "model_mismatch")
+    refusal(user.post("sessions/text/act", {"observation": SEEN}), 409, "model_mismatch")
+    refusal(user.post("sessions/text/act", {"observation": SEEN, "model": "chooser"}), 409, "model_mismatch")
+    refusal(user.post("sessions/new/act", {"observation": SEEN, "model": "other"}), 404, "model_not_found")
+    assert success(user.http.put("/v1/sessions/planned", json={"model": "namer", "ttl_s": 60}))["version"] == 0
+    success(user.post("sessions/planned/observe", {"features": EXAMPLE, "label": 1}))
+    refusal(user.http.put("/v1/sessions/planned", json={"model": "chooser"}), 409, "model_mismatch")
+    models = {model["id"]: model for model in success(user.http.get("/v1/models"))["data"]}
+    assert models["chooser"]["policy"]["observation"] == len(SEEN) and models["tiny"]["policy"] is None
+
+
+def test_a_session_that_only_predicts_acts_and_remembers_nothing(user: Client) -> None:
+    success(user.http.put("/v1/sessions/still", json={"model": "chooser", "adapt": "predict"}))
+    assert act(user, "still")["action_id"] is None
+    assert user.version("still") == 0
+    refusal(user.post("sessions/still/act", {"observation": SEEN, "reward": 1.0}), 409, "conflict")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("act", {"observation": SEEN[:3]}, "observation", "must hold 8 numbers for 'chooser'"),
+        ("act", {"observation": [*SEEN[:7], "1"]}, "observation.7", "valid number"),
+        ("act", {"observation": [*SEEN[:7], 1e7]}, "observation.7", "less than or equal to 1000000"),
+        ("act", {"observation": []}, "observation", "at least 1 item"),
+        ("act", {"observation": SEEN, "reward": 1.5}, "reward", "must be in 0..1, got 1.5"),
+        ("act", {"observation": SEEN, "reward": "good"}, "reward", "valid number"),
+        ("act", {"observation": SEEN, "reward": 1.0, "action_id": "act-77"}, "action_id", "an action never taken"),
+        ("act", {"observation": SEEN, "reward": 1.0, "action_id": "7"}, "action_id", "match pattern"),
+        ("act", {"observation": SEEN, "action_id": "act-1"}, "action_id", "only allowed with 'reward'"),
+        ("act", {"observation": SEEN, "temperature": -1}, "temperature", "greater than or equal to 0"),
+        ("act", {"observation": SEEN, "model": "namer"}, "model", "must be a policy that acts (chooser)"),
+        ("feedback", {"reward": 1.0}, "action_id", "is required"),
+        ("feedback", {"action_id": "act-9999", "reward": 1.0}, "action_id", "the actions 1 to"),
+    ],
+)
+def test_a_bad_request_is_refused_by_name_and_changes_nothing(
+    user: Client, path: str, body: Json, param: str, words: str
+) -> None:
+    if not user.version("strict"):
+        act(user, "strict")
+    before = state(user, "strict")
+    response = user.post(f"sessions/strict/{path}", body)
+    fault = response.json()["error"]
+    assert (response.status_code, fault["param"]) == (400, param), response.text
+    assert words in fault["message"]
+    assert state(user, "strict") == before
+
+
+def test_no_number_is_refused(user: Client) -> None:
+    for number in ("NaN", "Infinity", "1e999"):
+        content = f'{{"observation": {json.dumps(SEEN)}, "reward": {number}}}'
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(f"{user.url}/v1/sessions/ada/act", content=content, headers=headers)
+        assert response.status_code == 400, response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"features": EXAMPLE, "label": 5}, "label", "must be in 0..4, got 5"),
+        ({"features": EXAMPLE[:2], "label": 1}, "features", "must hold 6 numbers"),
+        ({"features": EXAMPLE}, "label", "go together"),
+        ({"label": 1, "text": "x"}, "features", "go together"),
+        ({"features": EXAMPLE, "label": 1, "text": "x"}, "text", "text and features"),
+    ],
+)
+def test_a_bad_example_is_refused_by_name(user: Client, body: Json, param: str, words: str) -> None:
+    response = user.post("sessions/examples/observe", {"model": "namer"} | body)
+    fault = response.json()["error"]
+    assert (response.status_code, fault["param"]) == (400, param), response.text
+    assert words in fault["message"]
+    assert user.version("examples") == 0
