@@ -50,10 +50,12 @@ from service.errors import (
     VersionConflict,
 )
 from service.replies import (
+    Acted,
     ChatChunk,
     ChatCompletion,
     Completion,
     CompletionChunk,
+    Labelled,
     LogEntry,
     Model,
     Observed,
@@ -63,6 +65,7 @@ from service.replies import (
 from service.words import Adaptation
 
 __all__ = [
+    "Acted",
     "Adaptation",
     "AsyncClient",
     "AsyncStream",
@@ -81,6 +84,7 @@ __all__ = [
     "FileError",
     "ImprintError",
     "KeyReused",
+    "Labelled",
     "LogEntry",
     "Message",
     "MethodNotAllowed",

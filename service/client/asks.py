@@ -8,10 +8,12 @@ from urllib.parse import quote, urlencode
 
 from service.client.faults import ClientError
 from service.replies import (
+    Acted,
     ChatChunk,
     ChatCompletion,
     Completion,
     CompletionChunk,
+    Labelled,
     Model,
     ModelList,
     Observed,
@@ -93,14 +95,15 @@ def create(
     learn: Learn | None = None,
     keep_text: bool | None = None,
     ttl_s: int | None = None,
+    model: str | None = None,
     if_match: int | None = None,
 ) -> Ask[Session]:
     """Creates the session, or replaces the options of the one there is.
 
     adapt, learn: what requests do that don't say otherwise. keep_text: keep the texts, so that they can be unlearned.
-    ttl_s: seconds after its last use at which it is erased, 0 = never.
+    ttl_s: seconds after its last use at which it is erased, 0 = never. model: the policy that it is of; none = text.
     """
-    body = _given(adapt=adapt, learn=learn, keep_text=keep_text, ttl_s=ttl_s)
+    body = _given(adapt=adapt, learn=learn, keep_text=keep_text, ttl_s=ttl_s, model=model)
     return Ask("PUT", _path(session), Session.model_validate_json, body, _match(if_match))
 
 
@@ -127,12 +130,16 @@ def observe(
     text: str | None = None,
     *,
     messages: Sequence[Message] | None = None,
+    features: Sequence[float] | None = None,
+    label: int | None = None,
+    model: str | None = None,
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Ask[Observed]:
-    """Learns a text, or a chat, of any length as one version, without answering."""
-    body = _given(text=text, messages=messages, on_disconnect=on_disconnect)
+    """Learns a text or a chat of any length as one version, without answering; with a policy, an example's label."""
+    body = _given(text=text, messages=messages, features=features, label=label, model=model)
+    body |= _given(on_disconnect=on_disconnect)
     headers = _learns(idempotency_key, if_match)
     return Ask("POST", f"{_path(session)}/observe", Observed.model_validate_json, body, headers)
 
@@ -175,6 +182,55 @@ def stream_chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> 
     """The same as `chat`, piece by piece."""
     body = {"messages": messages, "stream": True}
     return _generation("chat/completions", ChatChunk.model_validate_json, body, options)
+
+
+# Policies.
+
+
+def act(
+    session: str,
+    observation: Sequence[float],
+    *,
+    reward: float | None = None,
+    action_id: str | None = None,
+    regret: float | None = None,
+    model: str | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    on_disconnect: OnDisconnect | None = None,
+    idempotency_key: str | None = None,
+    if_match: int | None = None,
+) -> Ask[Acted]:
+    """Learns the reward of the last action, or of `action_id`, and takes the next one.
+
+    model: the policy of a session that is new.
+    """
+    body = _given(reward=reward, action_id=action_id, regret=regret, model=model, temperature=temperature, seed=seed)
+    body |= {"observation": observation} | _given(on_disconnect=on_disconnect)
+    headers = _learns(idempotency_key, if_match)
+    return Ask("POST", f"{_path(session)}/act", Acted.model_validate_json, body, headers)
+
+
+def feedback(
+    session: str,
+    action_id: str,
+    reward: float,
+    *,
+    regret: float | None = None,
+    on_disconnect: OnDisconnect | None = None,
+    idempotency_key: str | None = None,
+    if_match: int | None = None,
+) -> Ask[Observed]:
+    """Learns the reward of an earlier action, without taking another."""
+    body = _given(action_id=action_id, reward=reward, regret=regret, on_disconnect=on_disconnect)
+    headers = _learns(idempotency_key, if_match)
+    return Ask("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
+
+
+def predict(session: str, features: Sequence[float], *, model: str | None = None) -> Ask[Labelled]:
+    """Labels an example with what the session has learned; learns nothing."""
+    body = _given(features=features, model=model)
+    return Ask("POST", f"{_path(session)}/predict", Labelled.model_validate_json, body)
 
 
 # Versions.

@@ -160,6 +160,19 @@ def test_versions_go_back_fork_move_and_unlearn(client: Any, session: str) -> No
     assert bad.value.code == "invalid_export"
 
 
+def test_policies_act_are_rewarded_and_label(client: Any, session: str) -> None:
+    first = client.act(session, [0.0], model="bandit", seed=1)
+    assert first.adaptation.version_to == 1 and 0 <= first.action < len(first.probabilities)
+    assert client.feedback(session, first.action_id, 1.0).version == 2
+    second = client.act(session, [0.0], temperature=0)
+    assert client.act(session, [0.0], reward=0.0, action_id=second.action_id).adaptation.version_to == 4
+    labels = f"{session}-labels"
+    client.create(labels, model="digits")
+    digit = [0.0] * 64
+    assert client.observe(labels, features=digit, label=3).version == 1
+    assert client.predict(labels, digit).label == 3
+
+
 def test_a_refusal_says_what_and_where(client: Any, session: str) -> None:
     with pytest.raises(imprint.BadRequest) as bad:
         client.complete("a", temperature=3)
