@@ -212,8 +212,8 @@ def train(
     if (policy is None) == (not paths):
         raise typer.BadParameter("give texts to train a memory on, or --policy, and not both")
     if policy is not None:
-        from service.lab.policies import train_policy
-
+        with _scenarios():
+            from service.lab.policies import train_policy
         train_policy(policy, out, work, rounds=steps, seed=seed)
         return
     assert paths is not None
@@ -224,6 +224,15 @@ def train(
         raise typer.BadParameter(f"the shortest must not be above the longest, got {requests[0]} and {requests[1]}")
     budget = Budget(tokens, stream_tokens, valid, VALID_TOKENS, requests, seed)
     train_files(Settings.load(), Options(paths, out, work, budget, steps, batch, span, lr, adapter, rank))
+
+
+@contextlib.contextmanager
+def _scenarios() -> Iterator[None]:
+    """Tells what to install where the scenarios' own packages are missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is missing: pip install 'imprint[scenarios]'") from error
 
 
 @app.command()
@@ -238,8 +247,8 @@ def scenario(
     change: Annotated[list[str] | None, typer.Option(help="An option of the scenario, as drift=0.")] = None,
 ) -> None:
     """What a policy is worth on its scenario, beside its rivals; needs no server. Writes JSON and learning curves."""
-    from service.lab.scenarios import measure_scenario
-
+    with _scenarios():
+        from service.lab.scenarios import measure_scenario
     options = dict(one.partition("=")[::2] for one in change or [])
     measure_scenario(name, out, seeds=seeds, rivals=rivals, checkpoint=policy, options=options)
 
