@@ -44,7 +44,7 @@ def known(command: Any, words: list[str]) -> bool:
     """Whether these subcommands and options exist."""
     if subcommands := getattr(command, "commands", None):
         return not words or (words[0] in subcommands and known(subcommands[words[0]], words[1:]))
-    options = {option for parameter in command.params for option in parameter.opts}
+    options = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
     return {word for word in words if word.startswith("--")} <= options
 
 
