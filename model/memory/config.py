@@ -58,9 +58,7 @@ class SiteConfig:
         if self.kind == "hidden" and math.isqrt(self.slots) ** 2 != self.slots:
             raise MemoryConfigError(f"{self.name}.slots must be a perfect square (product keys), got {self.slots}")
         if self.cell < 1 or self.slots % self.cell or (self.kind != "lexical" and self.cell > 1):
-            raise MemoryConfigError(
-                f"{self.name}.cell must divide slots, and be 1 but in lexical sites, got {self.cell}"
-            )
+            raise MemoryConfigError(f"{self.name}.cell must divide slots, and be 1 in a hidden site, got {self.cell}")
         most = math.isqrt(self.slots) if self.kind == "hidden" else self.cells
         if not 1 <= self.k <= most:
             raise MemoryConfigError(f"{self.name}.k must be in 1..{most}, got {self.k}")

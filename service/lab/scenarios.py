@@ -34,7 +34,7 @@ from service.lab.policies import find_recipe
 from service.lab.rivals import follow, label_stream, offline
 from service.lab.train import hardware
 
-RIVALS_LR = 2e-3  # at the policies' own 6e-3 no rival learned anything; no other rate was tried
+RIVALS_LR = 2e-3  # with the policies' own 6e-3, and poorer inputs, no rival learned anything; no other was tried
 TASKS, STREAMS = 100, 10  # of each seed: tasks to act in, streams to label
 STUDENT = {3: 4.303, 5: 2.776, 10: 2.262}  # 97.5% of the t distribution, by the number of seeds
 Measured = dict[str, float]
