@@ -9,7 +9,6 @@ Letters: n sessions or examples, A actions, F numbers of an action's input, D th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -19,13 +18,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from model import weights
 from model.memory import Draft, HiddenSite, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool, ops
 from model.memory.config import RUNS
-from model.memory.slow import Reading
+from model.memory.slow import Found, Reading
 
 FORMAT = "1"
 HISTORY = (
@@ -259,8 +258,8 @@ class Policy(nn.Module):
         loss = -ops.target_log_prob(frozen, in_memory, reading.gamma)
 
         def write(i: int) -> Callable[[Draft], None]:
-            mine = Reading(*(part[i : i + 1] for part in reading))
-            return lambda draft: self.labels.learn(draft, mine, labels[i : i + 1], frozen[i : i + 1])
+            one = torch.tensor([i], device=labels.device)
+            return lambda draft: self.labels.learn(draft, reading.pick(one), labels[one], frozen[one])
 
         told = zip(said.argmax(-1).tolist(), loss.tolist(), (-frozen).tolist(), strict=True)
         return [(*one, write(i)) for i, one in enumerate(told)]
@@ -270,10 +269,9 @@ class Policy(nn.Module):
         n, base, keys = len(states), self.base(states), site.keys(states)
         cells = site.address(keys)
         rows = ops.Rows(*pool.sites[site.config.name].read(session, cells))
-        room = (rows.ages == 0).sum(-1)
         prints = torch.zeros(n, len(RUNS), dtype=torch.int16, device=states.device)
-        cosines = torch.bmm(keys[:, None], rows.keys.flatten(1, 2).float().transpose(1, 2))[:, 0] / ops.KEY_STEPS
-        found = ops.weigh(
+        cosines = ops.likeness(rows, keys)
+        candidates = ops.weigh(
             rows.tokens.flatten(1).long(),
             cosines,
             torch.zeros_like(cosines, dtype=torch.long),
@@ -284,17 +282,14 @@ class Policy(nn.Module):
             torch.zeros_like(site.bonus),
         )
         trust = site.first_trust().expand(n, -1)
-        return base, site.believe(pool, session, prints, base, trust, keys, cells, room, found)
+        found = Found(keys, cells, (rows.ages == 0).sum(-1), candidates)
+        return base, site.believe(pool, session, prints, base, trust, found)
 
     # --- identity --------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         """sha256 over the configuration and every tensor: the identity that a stored state is bound to."""
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
+        return weights.fingerprint(self.config.to_dict(), self)
 
 
 def freshness(writes: Tensor) -> Tensor:
@@ -343,16 +338,13 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
 
 def save_policy(policy: Policy, path: Path) -> None:
     """Writes the slow weights as safetensors with the configuration in its metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
-    save_file(tensors, path, metadata={"format": FORMAT, "policy": json.dumps(policy.config.to_dict())})
+    weights.write(policy, path, {"format": FORMAT, "policy": json.dumps(policy.config.to_dict())})
 
 
 def load_policy(path: Path) -> Policy:
     """Reads what `save_policy` wrote. Raises PolicyError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata, tensors = weights.read(path)
     except (OSError, SafetensorError) as error:
         raise PolicyError(f"cannot read the policy {path.name}: {error}") from error
     if metadata.get("format") != FORMAT or "policy" not in metadata:

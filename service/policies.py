@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from model.policy import Policy
 from service.engine import Decided, Deed
@@ -158,17 +158,14 @@ class Policies:
     ) -> ObserveResult:
         """A turn that learns and decides nothing."""
 
-        def observed(done: Adaptation) -> ObserveResult:
-            return ObserveResult(done.tokens_learned, done.rows_written, done.loss, done.version_to)
-
         async def turn_once() -> ObserveResult:
             async with self._held(call, session, model, task, "always", if_match) as (held, name):
                 if held.replay is not None:
                     return ObserveResult(**held.replay)
                 turn = Turn(held, deed=deed(name))
-                turn.result = lambda new: asdict(observed(turn.adaptation(new.version)))
+                turn.result = lambda new: asdict(ObserveResult.of(turn.adaptation(new.version)))
                 await self._run(turn, [], write=True)
-                return observed(turn.adaptation())
+                return ObserveResult.of(turn.adaptation())
 
         return await self._sessions.gate.turn(turn_once)
 
@@ -229,8 +226,7 @@ class Policies:
                 f"'reward' must be in {config.lowest:g}..{config.highest:g}, got {told.reward:g}.", param="reward"
             )
         number = None if told.action_id is None else int(told.action_id.removeprefix(ACTION))
-        values: dict[str, Any] = asdict(deed) | {"reward": told.reward, "action_id": number, "regret": told.regret}
-        return Deed(**values)
+        return replace(deed, reward=told.reward, action_id=number, regret=told.regret)
 
 
 def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:

@@ -13,9 +13,6 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-import torch
-
-from model.memory import SiteRows
 from service import prompts
 from service.calls import Call
 from service.engine import Event, Failed, Finished, Job, MemoryUse, Segment, Stamp, Stats, TokenScores
@@ -28,7 +25,7 @@ from service.store.codec import damaged
 from service.store.redis import RedisStore
 from service.store.types import Note, Option, RowBatch, SessionMeta
 from service.tenants import Tenant
-from service.transfer import sound
+from service.transfer import as_tensors, sound
 from service.turns import (
     Again,
     Answer,
@@ -156,13 +153,10 @@ class Sessions:
                 start = self.served.tokenizer.start_token_id
                 parts = prompts.segments(encoded, self.context, start, learn=True, score=False)
                 turn = Turn(held, seen=encoded.digests)
-                turn.result = lambda new: asdict(observed(turn.adaptation(new.version)))
+                turn.result = lambda new: asdict(ObserveResult.of(turn.adaptation(new.version)))
                 async for _ in self.run(parts, turn, write=True):
                     pass
-                return observed(turn.adaptation())
-
-        def observed(done: Adaptation) -> ObserveResult:
-            return ObserveResult(done.tokens_learned, done.rows_written, done.loss, done.version_to)
+                return ObserveResult.of(turn.adaptation())
 
         return await self.gate.turn(turn_once)
 
@@ -444,10 +438,7 @@ class Sessions:
             raise damaged(meta.id)
         if turn.content is not None:
             sites, stamp = turn.content.rows_from(sites), NOWHERE
-        rows = {
-            site: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data)) for site, batch in sites.items()
-        }
-        return MemoryUse(key, stamp, write, rows, policy)
+        return MemoryUse(key, stamp, write, as_tensors(sites), policy)
 
     async def _observed(self, prompt: TextPrompt | ChatPrompt, meta: SessionMeta) -> Encoded:
         """The tokens of a text that may be empty, without BOS."""

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from model.memory import MemoryConfig
+from model.memory import MemoryConfig, SiteRows
 from model.memory.config import OWN, RUNS
 from service.errors import BadRequest
 from service.store.types import RowBatch, StoredSession
@@ -28,6 +29,13 @@ COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
 Arrays = dict[str, NDArray[Any]]
 Json = dict[str, Any]
+
+
+def as_tensors(sites: Mapping[str, RowBatch]) -> dict[str, SiteRows]:
+    """A session's rows as the model takes them; nothing is copied."""
+    return {
+        name: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data)) for name, batch in sites.items()
+    }
 
 
 def pack_session(stored: StoredSession, key: str) -> bytes:

@@ -96,6 +96,11 @@ class ObserveResult:
     loss: float | None
     version: int
 
+    @classmethod
+    def of(cls, done: Adaptation) -> ObserveResult:
+        """What a turn did that only learned."""
+        return cls(done.tokens_learned, done.rows_written, done.loss, done.version_to)
+
 
 @dataclass(frozen=True)
 class ScoreResult:

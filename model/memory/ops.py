@@ -136,6 +136,13 @@ def repeated(prints: Tensor, context: Tensor) -> Tensor:
     return ((prints == context) & (context != 0)).sum(-1)
 
 
+def likeness(rows: Rows, query: Tensor) -> Tensor:
+    """⟨query, key⟩ [n, K] of the rows [n, k, P] of the addressed cells; query [n, d_k] of unit length."""
+    keys = rows.keys.flatten(1, 2).float()
+    # The query on the left: a lone matrix times a vector would be rounded differently from the same one in company.
+    return torch.bmm(query[:, None], keys.transpose(1, 2))[:, 0] / KEY_STEPS
+
+
 def read_lexical(
     rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
 ) -> Candidates:
@@ -145,9 +152,7 @@ def read_lexical(
     rows [n, k, P] of the addressed cells; query [n, d_k] of unit length; context [n, R]: fingerprints; base: p_LM;
     sharpness and prior [H]; bonus [H, R].
     """
-    tokens, keys = rows.tokens.flatten(1).long(), rows.keys.flatten(1, 2).float()
-    # The query on the left: a lone matrix times a vector would be rounded differently from the same one in company.
-    cosines = torch.bmm(query[:, None], keys.transpose(1, 2))[:, 0] / KEY_STEPS
+    tokens, cosines = rows.tokens.flatten(1).long(), likeness(rows, query)
     repeats = repeated(rows.prints.flatten(1, 2), context[:, None])
     return weigh(tokens, cosines, repeats, base.log_prob(tokens), rows.ages.flatten(1) == 0, sharpness, prior, bonus)
 
@@ -268,17 +273,21 @@ def guard(balance: Tensor, shut: Tensor, gain: Tensor, tokens: Tensor) -> tuple[
 # --- hidden rows ----------------------------------------------------------------------------------------------------
 
 
+def _recalled(rows: Tensor, w: Tensor) -> Tensor:
+    """Σ_i w_i·M_i [n, d_v]; rows [n, k, d_v], w [n, k]."""
+    return torch.einsum("nk,nkv->nv", w, rows)
+
+
 def read_hidden(rows: Tensor, w: Tensor) -> Tensor:
     """o = norm(Σ_i w_i·M_i) [n, d_v] with norm(0) = 0; rows [n, k, d_v], w [n, k]."""
-    o = torch.einsum("nk,nkv->nv", w, rows)
+    o = _recalled(rows, w)
     square = o.square().mean(-1, keepdim=True)  # the root of an exact 0 has no gradient
     return torch.where(square > 0, o / square.clamp_min(1e-12).sqrt(), torch.zeros_like(o))
 
 
 def amount_hidden(rows: Tensor, w: Tensor) -> Tensor:
     """How much `read_hidden` leaves out: log(1 + rms(Σ_i w_i·M_i)) [n]; rows [n, k, d_v], w [n, k]."""
-    o = torch.einsum("nk,nkv->nv", w, rows)
-    square = o.square().mean(-1)
+    square = _recalled(rows, w).square().mean(-1)
     return torch.where(square > 0, square.clamp_min(TINY).sqrt().log1p(), torch.zeros_like(square))
 
 
@@ -291,7 +300,7 @@ def write_hidden(
     counts the tokens of the block that crowd at t's address. Those of one address thus write their mean, and no
     eigenvalue of c⁻¹WWᵀ is above 1: a block of any size is stable. Returns the new rows [U, d_v].
     """
-    error = values - decay * torch.einsum("nk,nkv->nv", w, old[at])
+    error = values - decay * _recalled(old[at], w)
     row = at.flatten()
     load = torch.zeros(len(old), dtype=old.dtype, device=old.device).index_add_(0, row, w.flatten())
     crowd = (w * load[at]).sum(-1).clamp_min(1.0)

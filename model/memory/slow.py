@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from model import weights
 from model.memory import ops
 from model.memory.config import RUNS, MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.pool import BALANCE, SHUT, TRUST, Draft, Pool
@@ -23,6 +22,16 @@ GATE_WIDTH = 32
 HEADS = 2  # a sharp and a broad one
 MOST = 1.0 - 1e-6  # of γ: however sure a memory is, it makes no token impossible
 TRUST_LIMITS = (-4.0, 1.0)  # the upper one keeps what was read over and over from drowning the base
+
+
+class Found(NamedTuple):
+    """What a lexical site holds for n contexts: their keys [n, d_k], their cells [n, k], the nearest first, how many
+    empty rows these have [n, k], and the rows in them."""
+
+    keys: Tensor
+    cells: Tensor
+    room: Tensor
+    candidates: ops.Candidates
 
 
 class Reading(NamedTuple):
@@ -101,16 +110,13 @@ class LexicalSite(nn.Module):
         out = ops.rowwise(inner, self.gate_out) + self.gate_out_bias
         return out[:, 0], torch.softmax(out[:, 1:], dim=1)
 
-    def find(
-        self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: ops.Prediction
-    ) -> tuple[Tensor, Tensor, Tensor, ops.Candidates]:
-        """The keys [n, d_k] of final hidden states [n, d], their cells [n, k], how many empty rows sessions [n] have in
-        these, and what else; prints [n, R]: fingerprints of the contexts."""
+    def find(self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: ops.Prediction) -> Found:
+        """What sessions [n] hold for final hidden states [n, d]; prints [n, R]: fingerprints of the contexts."""
         keys = self.keys(hidden)
         cells = self.address(keys)
         rows = ops.Rows(*pool.sites[self.config.name].read(session, cells))
         found = ops.read_lexical(rows, keys, prints, base, self.sharpness, self.prior, self.bonus)
-        return keys, cells, (rows.ages == 0).sum(-1), found
+        return Found(keys, cells, (rows.ages == 0).sum(-1), found)
 
     def first_trust(self) -> Tensor:
         """The trust [R + 1] of a request that begins."""
@@ -121,7 +127,7 @@ class LexicalSite(nn.Module):
     ) -> Reading:
         """What sessions [n] know about what follows final hidden states [n, d] and contexts with fingerprints [n, R],
         for which the base predicts `base`; trust [n, R + 1] of their requests."""
-        return self.believe(pool, session, prints, base, trust, *self.find(pool, session, hidden, prints, base))
+        return self.believe(pool, session, prints, base, trust, self.find(pool, session, hidden, prints, base))
 
     def believe(
         self,
@@ -130,18 +136,17 @@ class LexicalSite(nn.Module):
         prints: Tensor,
         base: ops.Prediction,
         trust: Tensor,
-        keys: Tensor,
-        cells: Tensor,
-        room: Tensor,
-        found: ops.Candidates,
+        found: Found,
     ) -> Reading:
-        """How far to believe what was found for keys [n, d_k] in cells [n, k] of so much room [n, k]; see `read`."""
-        logit, shares = self.gate(found, base.entropy, keys)
-        own = pool.sites[self.config.name].own[session, :, found.repeats]
-        logit = logit + own[:, TRUST] + trust.gather(1, found.repeats[:, None])[:, 0]
+        """How far to believe what was found; the rest is `read`'s."""
+        keys, cells, room, candidates = found
+        tokens, repeats = candidates.tokens, candidates.repeats
+        logit, shares = self.gate(candidates, base.entropy, keys)
+        own = pool.sites[self.config.name].own[session, :, repeats]
+        logit = logit + own[:, TRUST] + trust.gather(1, repeats[:, None])[:, 0]
         unguarded = torch.sigmoid(logit).clamp_max(MOST) * shares.any(-1)
         gamma = unguarded * (own[:, SHUT] == 0)
-        return Reading(prints, keys, cells, room, found.repeats, found.tokens, shares, gamma, unguarded)
+        return Reading(prints, keys, cells, room, repeats, tokens, shares, gamma, unguarded)
 
     def judged(self, reading: Reading, targets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
         """log p [n] of targets [n] as if the guards were open, and how they judge the gate [R + 1]; frozen: their
@@ -254,26 +259,18 @@ class Memory(nn.Module):
 
     def fingerprint(self) -> str:
         """sha256 over the configuration and every tensor: the identity that a stored state is bound to."""
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
+        return weights.fingerprint(self.config.to_dict(), self)
 
 
 def save_memory(memory: Memory, path: Path) -> None:
     """Writes the slow weights as safetensors with the configuration in its metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in memory.state_dict().items()}
-    metadata = {"format": FORMAT, "memory": json.dumps(memory.config.to_dict())}
-    save_file(tensors, path, metadata=metadata)
+    weights.write(memory, path, {"format": FORMAT, "memory": json.dumps(memory.config.to_dict())})
 
 
 def load_memory(path: Path, *, hidden_size: int) -> Memory:
     """Reads what `save_memory` wrote. Raises MemoryConfigError if it is none, or made for another hidden size."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata, tensors = weights.read(path)
     except (OSError, SafetensorError) as error:
         raise MemoryConfigError(f"cannot read the memory checkpoint {path.name}: {error}") from error
     if metadata.get("format") != FORMAT:

@@ -7,13 +7,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from model.scenarios.core import Indices, Numbers, Tasks
+from model.scenarios.core import Indices, Numbers, Tasks, Taught
 
 DISCOUNTS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 DEPTH = 500  # pulls of one arm that an index is worked out for
 
 
-class BernoulliBandit(Tasks):
+class BernoulliBandit(Taught):
     """Arms that pay 1 with a chance of their own, uniform in 0…1, or else 0.
 
     horizon: steps of the task; the context says which share of them is over. restless: the chance of each arm, at each

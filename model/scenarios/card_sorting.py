@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from model.scenarios.core import Indices, Numbers, Tasks
+from model.scenarios.core import Indices, Numbers, Taught
 
 PILES = 4
 
 
-class CardSorting(Tasks):
+class CardSorting(Taught):
     """Cards of `dims` dimensions with four values each.
 
     together = 1: pile i bears the key card whose values are all i, as in the clinic's test; the card belongs where the

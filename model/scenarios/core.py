@@ -40,9 +40,13 @@ class Tasks(ABC):
     def means(self) -> Numbers:
         """The expected reward of each action [B, A], as only the world knows it: what regret is counted from."""
 
+
+class Taught(Tasks):
+    """Tasks of a kind that somebody knows."""
+
+    @abstractmethod
     def teacher(self) -> Numbers:
         """How good each action is [B, A] in the eyes of somebody who knows the kind of task, but not the task."""
-        raise NotImplementedError(f"{type(self).__name__} has no teacher")
 
 
 class TaskEnv(gymnasium.Env[Numbers, np.int64]):

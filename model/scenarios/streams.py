@@ -21,6 +21,15 @@ class Streams(Tasks):
     def answers(self) -> Indices:
         """The right answers [B] to what can be seen now."""
 
+    def read(self, steps: int) -> tuple[Numbers, Indices]:
+        """The next steps, whatever is answered: what could be seen [B, steps, F] and the right answers [B, steps]."""
+        seen, answers = [], []
+        for _ in range(steps):
+            seen.append(self.observe())
+            answers.append(self.answers())
+            self.step(answers[-1])
+        return np.stack(seen, 1), np.stack(answers, 1)
+
     def means(self) -> Numbers:
         return np.eye(self.actions, dtype=np.float32)[self.answers()]
 

@@ -23,7 +23,7 @@ from model.memory import ops
 from model.memory.config import RUNS
 from model.memory.slow import MOST
 from model.policy import Policy, freshness
-from model.scenarios.core import Indices, Numbers, Tasks
+from model.scenarios.core import Indices, Numbers, Tasks, Taught
 from model.scenarios.streams import Streams
 from model.training.agents import Agent, MemoryAgent
 
@@ -78,15 +78,19 @@ class ActingRound:
         best = chosen(logits, self.rng, greedy=self.greedy)
         if self.lessons.imitate and self.lessons.led:
             leads = np.arange(len(best)) < self.lessons.led * len(best)
-            best = np.where(leads, self.tasks.teacher().argmax(1), best)
+            best = np.where(leads, self.teacher().argmax(1), best)
         other = self.rng.integers(logits.shape[1], size=len(best))
         action: Indices = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
         return action
 
+    def teacher(self) -> Numbers:
+        assert isinstance(self.tasks, Taught), "only tasks with a teacher can be imitated"
+        return self.tasks.teacher()
+
     def _told(self) -> tuple[Numbers, Numbers]:
         """How each action should be preferred and what it brings [B, A]: by the teacher, or in truth."""
         if self.lessons.imitate:
-            told = self.tasks.teacher()
+            told = self.teacher()
             preferred = np.exp(self.lessons.keen * (told - told.max(1, keepdims=True)))
             return preferred / preferred.sum(1, keepdims=True), told.clip(0, 1)
         means = self.tasks.means()
@@ -110,12 +114,7 @@ class LabellingRound:
     def __init__(self, policy: Policy, tasks: Tasks, steps: int) -> None:
         assert isinstance(tasks, Streams)
         self.policy = policy
-        seen = []
-        for _ in range(steps):
-            seen.append((tasks.observe(), tasks.answers()))
-            tasks.step(np.zeros(tasks.batch, np.int64))
-        self._features = torch.from_numpy(np.stack([features for features, _ in seen], 1))
-        self._labels = torch.from_numpy(np.stack([labels for _, labels in seen], 1))
+        self._features, self._labels = map(torch.from_numpy, tasks.read(steps))
 
     def loss(self) -> Tensor:
         streams = zip(self._features, self._labels, strict=True)
@@ -196,19 +195,7 @@ class PolicyTrainer:
             one = ActingRound(MemoryAgent(self.policy), tasks, lessons, rng, self.policy.config.greedy)
         else:
             one = LabellingRound(self.policy, tasks, lessons.steps)
-        spans = lessons.steps // lessons.span
-        rate = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * number / lessons.rounds)))
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        total = 0.0
-        for _ in range(spans):
-            loss = one.loss()
-            self._optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self._trained, CLIP)
-            self._optimiser.step()
-            total += float(loss.detach())
-        return total / spans
+        return _learn(one, lessons, self._optimiser, number / lessons.rounds)
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -223,18 +210,24 @@ def train_agent(
 ) -> int:
     """Trains a rival on the same lessons for as many seconds of one core; returns how many rounds that were."""
     began, rounds = time.process_time(), 0
-    trained = list(agent.network.parameters())
-    optimiser = torch.optim.Adam(trained, lr=lessons.lr)
+    optimiser = torch.optim.Adam(agent.network.parameters(), lr=lessons.lr)
     while (spent := (time.process_time() - began) / seconds) < 1.0:
-        for group in optimiser.param_groups:
-            group["lr"] = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * spent)))
         rng = np.random.default_rng([lessons.seed, rounds])
-        one = ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy)
-        for _ in range(lessons.steps // lessons.span):
-            loss = one.loss()
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, CLIP)
-            optimiser.step()
+        _learn(ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy), lessons, optimiser, spent)
         rounds += 1
     return rounds
+
+
+def _learn(one: ActingRound | LabellingRound, lessons: Lessons, optimiser: torch.optim.Optimizer, done: float) -> float:
+    """The steps of one round, a span each, at the learning rate of this share of the training; their mean loss."""
+    spans, total = lessons.steps // lessons.span, 0.0
+    for group in optimiser.param_groups:
+        group["lr"] = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    for _ in range(spans):
+        loss = one.loss()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], CLIP)
+        optimiser.step()
+        total += float(loss.detach())
+    return total / spans

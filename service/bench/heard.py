@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import httpx
 
+from service.client.wire import Events
+
 Json = dict[str, Any]
 TIMEOUT = httpx.Timeout(600, connect=10)
 
@@ -101,12 +103,10 @@ class Endpoint:
 
 async def events(parts: AsyncIterator[bytes]) -> AsyncIterator[Json]:
     """The JSON of each server-sent event, as soon as it is complete."""
-    rest = b""
+    stream = Events()
     async for part in parts:
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            data = line.removeprefix(b"data:").strip()
-            if line.startswith(b"data:") and data != b"[DONE]":
+        for data in stream.feed(part):
+            if data != "[DONE]":
                 yield json.loads(data)
 
 

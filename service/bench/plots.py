@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.bench.estimates import mean
+from service.lab.estimates import mean
 from service.lab.plots import load_pyplot
 
 Results = Mapping[str, Any]

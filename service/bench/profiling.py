@@ -10,8 +10,9 @@ import torch
 from torch.autograd.profiler import profile
 
 from model.lm import EMPTY, AdaptiveLM
-from model.memory import Pool, SiteRows
+from model.memory import Pool
 from service.bench.texts import Texts, made_session
+from service.transfer import as_tensors
 
 PROMPT, ROWS = 16, 51_200
 GROUPS = {
@@ -37,8 +38,7 @@ def profiles(
     block = lm.memory.config.block
     pool = lm.new_pool(rows=ROWS + 4096, sessions=2)
     made = made_session(lm.memory.config, "full", "", ROWS, lm.backbone.config.vocab_size)
-    rows = {name: SiteRows(torch.from_numpy(b.slots), torch.from_numpy(b.data)) for name, b in made.sites.items()}
-    session = pool.open(rows)
+    session = pool.open(as_tensors(made.sites))
     ids = texts.cut("profile", block)
     every: dict[str, Step] = {}
     for count in (1, *batches):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.bench.estimates import Estimate, mean, ratio
 from service.bench.profiling import told
+from service.lab.estimates import Estimate, mean, ratio
 
 Results = Mapping[str, Any]
 

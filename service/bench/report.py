@@ -13,12 +13,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from service.bench.estimates import mean, ratio
 from service.bench.profiling import told
 from service.bench.reach import ROWS, Results
 from service.bench.stage import Sizes
 from service.errors import CommandError
 from service.lab.corpus import console
+from service.lab.estimates import mean, ratio
 
 BEGIN, END = "<!-- imprint bench: begin -->", "<!-- imprint bench: end -->"
 REACH = "What is to be reached"

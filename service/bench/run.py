@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
 import signal
 import tempfile
 import time
@@ -31,6 +30,7 @@ from service.bench.states import states
 from service.bench.texts import Texts
 from service.errors import CommandError
 from service.lab.corpus import base_folder, console, load_model
+from service.lab.machine import processor
 from service.settings import PREFIX, Settings
 
 Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
@@ -232,13 +232,8 @@ def _about(
 
 def machine() -> str:
     """Processor, cores and memory; the GPU, if there is one."""
-    name = platform.processor() or platform.machine()
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        lines = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
-    told = f"{name}, {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory}"
+    told = f"{processor()}, {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory}"
     return f"{told}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else told
 
 

@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from service.bench.estimates import percentiles
 from service.bench.heard import Arm, Heard
 from service.bench.peers import Imprint
 from service.bench.stage import Stage
+from service.lab.estimates import percentiles
 
 CLIENTS = 5  # that walk through the sessions; as many sessions are the other arm
 USERS = 16  # who send requests at a fixed rate

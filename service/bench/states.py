@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from model.memory import Pool, SiteRows
+from model.memory import Pool
 from model.memory.config import OWN
 from service.bench.scenarios import Result
 from service.bench.stage import Stage, Values
 from service.bench.texts import made_session
 from service.store import Keeping, Note, RedisStore, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
-from service.transfer import sound
+from service.transfer import as_tensors, sound
 
 TOKENS = 64  # learned by a turn
 TENANT = "bench"
@@ -60,7 +59,7 @@ async def _measure(stage: Stage, store: RedisStore, sid: str, rows: int) -> tupl
     assert loaded is not None
     fit = all(sound(name, batch, stage.config, stage.vocab_size) for name, batch in loaded.sites.items())
     assert fit, "made rows are such as a memory writes"
-    pool.open({name: SiteRows(torch.from_numpy(b.slots), torch.from_numpy(b.data)) for name, b in loaded.sites.items()})
+    pool.open(as_tensors(loaded.sites))
     marks.append(time.perf_counter())
     entered = await store.enter(TENANT, sid, write="always")
     batches = _turn(made.sites, np.random.default_rng(rows))

@@ -17,8 +17,9 @@ from model.scenarios.recipes import RECIPES, Recipe
 from model.training.policies import PolicyTrainer
 from service.errors import CommandError
 from service.lab.corpus import console, progress_bar
+from service.lab.machine import hardware
 from service.lab.plots import PlotsMissingError, draw_losses
-from service.lab.train import code_version, hardware
+from service.lab.train import code_version
 
 
 def find_recipe(name: str) -> Recipe:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model.scenarios.bandits import BernoulliBandit, Choices
 from model.scenarios.card_sorting import CardSorting
-from model.scenarios.core import Indices, Numbers, Tasks
+from model.scenarios.core import Indices, Numbers, Tasks, Taught
 from model.scenarios.streams import LabelStream, Streams, digits_of
 
 NEIGHBOURS = (1, 3, 5)
@@ -34,6 +34,7 @@ def _random(tasks: Tasks) -> Indices:
 
 
 def _teacher(tasks: Tasks) -> Indices:
+    assert isinstance(tasks, Taught)
     told = tasks.teacher()
     best: Indices = (told + 1e-6 * tasks.rng.random(told.shape)).argmax(1)
     return best
@@ -50,14 +51,13 @@ class _Thompson:
 
     def __init__(self) -> None:
         self._counts: NDArray[np.float64] | None = None
-        self._last: Indices | None = None
 
     def __call__(self, tasks: Tasks) -> Indices:
-        if self._counts is None or self._counts.shape[0] != tasks.batch or self._last is None:
+        if self._counts is None or len(self._counts) != tasks.batch:
             self._counts = np.zeros((tasks.batch, tasks.actions, 2))
         ones, zeros = self._counts[..., 1], self._counts[..., 0]
-        self._last = tasks.rng.beta(0.6 + ones, 1.4 + zeros).argmax(1)
-        return self._last
+        best: Indices = tasks.rng.beta(0.6 + ones, 1.4 + zeros).argmax(1)
+        return best
 
     def tell(self, action: object, reward: object) -> None:
         assert self._counts is not None

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import model
+from model import weights
 
 
 class Runs:
@@ -27,9 +28,8 @@ class Runs:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                note = json.loads((file.metadata() or {})["note"])
-                return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118 (not a dict)
+            metadata, tensors = weights.read(path)
+            return tensors, json.loads(metadata["note"])
         except (SafetensorError, KeyError, ValueError):
             return None  # of another version, or damaged: made again
 

@@ -29,14 +29,14 @@ from model.training.agents import Agent, ContextAgent, DenseAgent, MemoryAgent, 
 from model.training.policies import chosen, train_agent
 from service.errors import CommandError
 from service.lab.corpus import console
+from service.lab.estimates import half_width
+from service.lab.machine import hardware
 from service.lab.plots import PlotsMissingError, draw_curves
 from service.lab.policies import find_recipe
 from service.lab.rivals import follow, label_stream, offline
-from service.lab.train import hardware
 
 RIVALS_LR = 2e-3  # with the policies' own 6e-3, and poorer inputs, no rival learned anything; no other was tried
 TASKS, STREAMS = 100, 10  # of each seed: tasks to act in, streams to label
-STUDENT = {3: 4.303, 5: 2.776, 10: 2.262}  # 97.5% of the t distribution, by the number of seeds
 Measured = dict[str, float]
 Curve = NDArray[np.float64]
 Choose = Callable[[Tasks], Indices]
@@ -82,8 +82,7 @@ def measure_scenario(
 
 def interval(figures: list[float]) -> tuple[float, float]:
     """The mean over seeds and half the width of its 95% interval (0 of a single seed)."""
-    mean, n = float(np.mean(figures)), len(figures)
-    return mean, STUDENT.get(n, 1.96) * float(np.std(figures, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    return float(np.mean(figures)), half_width(figures) if len(figures) > 1 else 0.0
 
 
 def print_arms(name: str, arms: list[Arm]) -> None:
@@ -237,12 +236,7 @@ def _labelling(policy: Policy, recipe: Recipe, seeds: int) -> list[Arm]:
     for seed in range(seeds):
         tasks = recipe.make(STREAMS, np.random.default_rng([1_000_000, seed]))
         assert isinstance(tasks, Streams)
-        seen, labels = [], []
-        for _ in range(recipe.steps):
-            seen.append(tasks.observe())
-            labels.append(tasks.answers())
-            tasks.step(labels[-1])
-        features, told = np.stack(seen, 1), np.stack(labels, 1)
+        features, told = tasks.read(recipe.steps)
         rights = {"memory": np.stack([_served(policy, x, y) for x, y in zip(features, told, strict=True)])}
         rights |= label_stream(features, told, tasks.actions) | offline(tasks, features, told)
         for name, right in rights.items():

@@ -52,6 +52,7 @@ from model.training.loop import (
 from model.training.settle import settle
 from service.errors import CommandError
 from service.lab.corpus import base_folder, console, progress_bar
+from service.lab.machine import hardware
 from service.lab.plots import PlotsMissingError, draw_training
 from service.lab.texts import Budget, Planned, draw_streams, find_kinds
 from service.settings import Settings
@@ -353,19 +354,6 @@ def code_version() -> str:
         if done and not any(one.returncode for one in done):
             return done[0].stdout.strip() + (" with changes" if done[1].stdout.strip() else "")
     return metadata.version("imprint")
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,6 @@ from typing import Annotated, cast
 
 from fastapi import APIRouter, Header, Path, Request, Response
 
-from model.policy import Policy
 from model.sampling import Sampling
 from service.errors import BadRequest, NotFound
 from service.examples import EXAMPLES
@@ -71,14 +70,16 @@ def _streamed(chunk: str) -> dict[int | str, Json]:
 @router.get("/models", summary="List the served model")
 async def list_models(sessions: ServerSessions) -> ModelList:
     """The served model, and the policies."""
-    return ModelList(object="list", data=[_model(sessions), *map(_policy, sessions.served.policies.items())])
+    return ModelList(
+        object="list", data=[_model(sessions), *(_policy(name, sessions) for name in sessions.served.policies)]
+    )
 
 
 @router.get("/models/{id:path}", summary="Describe the served model")
 async def get_model(id: ModelId, sessions: ServerSessions) -> Model:
     """The served model or a policy, by its id."""
     if id in sessions.served.policies:
-        return _policy((id, sessions.served.policies[id]))
+        return _policy(id, sessions)
     _require_model(id, sessions)
     return _model(sessions)
 
@@ -142,11 +143,10 @@ def _model(sessions: Sessions) -> Model:
     )
 
 
-def _policy(named: tuple[str, Policy]) -> Model:
-    name, policy = named
-    config = policy.config
+def _policy(name: str, sessions: Sessions) -> Model:
+    config = sessions.served.policies[name].config
     shape = {field: getattr(config, field) for field in PolicyShape.model_fields}
-    prints = {"policy": policy.fingerprint()}
+    prints = {"policy": sessions.served.prints[name]}
     return Model(
         id=name, object="model", created=STARTED, owned_by="imprint", fingerprints=prints, policy=PolicyShape(**shape)
     )

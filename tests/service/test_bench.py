@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.memory import MemoryConfig, Pool, SiteConfig, SiteRows
+from model.memory import MemoryConfig, Pool, SiteConfig
 from service.base import resolve_gguf
 from service.bench import peers, report
-from service.bench.estimates import mean, percentiles, ratio
 from service.bench.heard import Heard, PeerError, events
 from service.bench.reach import Row
 from service.bench.run import Options, run
@@ -26,8 +25,9 @@ from service.bench.scenarios import gaps_between, step_time
 from service.bench.stage import QUICK
 from service.bench.texts import made_session
 from service.errors import CommandError
+from service.lab.estimates import mean, percentiles, ratio
 from service.settings import Settings
-from service.transfer import pack_session, read_export, sound, unpack_session
+from service.transfer import as_tensors, pack_session, read_export, sound, unpack_session
 
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(16,),
@@ -112,9 +112,7 @@ def test_a_made_session_is_one_that_a_memory_could_have_written(kind: Any) -> No
     _, sites = unpack_session(*read_export(pack_session(made, ""), ""), config, vocab_size=50)
     assert all(sound(name, batch, config, 50) for name, batch in sites.items())
     pool = Pool(config, rows=slots, sessions=1)
-    index = pool.open(
-        {name: SiteRows(torch.from_numpy(b.slots), torch.from_numpy(b.data)) for name, b in sites.items()}
-    )
+    index = pool.open(as_tensors(sites))
     assert pool.rows(index) == {"site": slots}
     held = pool.dump(index)["site"]
     assert np.array_equal(held.data.numpy(), made.sites["site"].data)

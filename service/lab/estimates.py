@@ -1,4 +1,4 @@
-"""What is told of timings: ratios over rounds with their intervals, and percentiles."""
+"""What is told of repeated measurements: means and ratios with their intervals, and percentiles."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 # Student's t, two-sided 95%, for 1, 2, … degrees of freedom; more than the last have (nearly) the last one's.
 STUDENT = (
@@ -25,6 +26,12 @@ class Estimate:
     rounds: int
 
 
+def half_width(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """Half of Student's 95% interval of the mean of two or more values."""
+    n = len(values)
+    return STUDENT[min(n - 1, len(STUDENT)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """The geometric mean of positive values, with Student's interval of their logarithms. Raises ValueError."""
     if not values or min(values) <= 0:
@@ -33,7 +40,7 @@ def mean(values: Sequence[float]) -> Estimate:
     centre = float(logs.mean())
     if len(logs) == 1:
         return Estimate(math.exp(centre), None, None, 1)
-    half = STUDENT[min(len(logs) - 1, len(STUDENT)) - 1] * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    half = half_width(logs)
     return Estimate(math.exp(centre), math.exp(centre - half), math.exp(centre + half), len(logs))
 
 
