@@ -90,12 +90,13 @@ class SitePool:
 
     def fill(self, session: int, batch: SiteRows) -> None:
         """Gives a session the rows of `batch`. Raises PoolFullError, changing nothing."""
-        slots = batch.slots.long()
-        cells, at = torch.unique(slots // self.config.cell, return_inverse=True)
+        slots, P = batch.slots.long(), self.config.cell
+        cells, at = torch.unique_consecutive(slots // P, return_inverse=True)
         places = self.free.take(len(cells))
-        for field, values in zip(self.fields, self._unpack(batch.data), strict=True):
-            field[places] = 0
-            self._rows(field)[places[at], slots % self.config.cell] = values
+        rows = batch.data.new_zeros(len(cells) * P, batch.data.shape[1])
+        rows[at * P + slots % P] = batch.data
+        for field, values in zip(self.fields, self._unpack(rows), strict=True):
+            field[places] = values.view(len(cells), *field.shape[1:])
         self.tables[session, cells] = places.int().to(self.tables.device)
 
     def count(self, session: int) -> int:
