@@ -48,11 +48,17 @@ class KVCache:
         """An independent copy of the used prefix; raises `ValueError` if it does not fit into `capacity`."""
         if capacity < self.length:
             raise ValueError(f"capacity must be at least the {self.length} cached tokens, got {capacity}")
-        copy = KVCache(self._config, capacity, device=self.keys.device, dtype=self.keys.dtype)
-        copy.keys[:, :, : self.length] = self.keys[:, :, : self.length]
-        copy.values[:, :, : self.length] = self.values[:, :, : self.length]
-        copy.length = self.length
-        return copy
+        twin = KVCache(self._config, capacity, device=self.keys.device, dtype=self.keys.dtype)
+        twin.keys[:, :, : self.length] = self.keys[:, :, : self.length]
+        twin.values[:, :, : self.length] = self.values[:, :, : self.length]
+        twin.length = self.length
+        return twin
+
+    def ahead(self, tokens: int) -> KVCache:
+        """This very cache as it will be so many tokens on: a row of a decoding step that follows other rows of it."""
+        later = copy.copy(self)
+        later.length += tokens
+        return later
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; raises `ValueError` if there are fewer."""
@@ -155,7 +161,7 @@ class Backbone(nn.Module):
         extended in place), either one row prefills a chunk of any `T`, or each of `B` rows decodes one token
         at its own length. `sites[l]` replaces the residual stream `[B, T, d]` after layer `l`. Raises
         `ValueError` for other shapes and for sequences longer than the context or the cache; the caches then
-        stay as they were.
+        stay as they were. Several rows that decode may be one sequence, each on the cache `ahead` of the one before.
         """
         B, T = token_ids.shape
         starts = [0] if caches is None else [cache.length for cache in caches]

@@ -9,7 +9,7 @@ alone, in a shape that only depends on the request: what it teaches does not dep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,11 @@ class Carry:
     trust: Tensor
     inputs: dict[int, Tensor] = field(default_factory=dict)
     frozen: Tensor | None = None
+
+    def ahead(self, tokens: Sequence[int]) -> Carry:
+        """What `decode` needs of the carry that will stand after these tokens."""
+        trail = torch.cat([self.trail, self.trail.new_tensor(tokens)])
+        return replace(self, trail=trail[-len(self.trail) :])
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,10 @@ class AdaptiveLM:
         pool: Pool,
         index: Sequence[int],
     ) -> list[Carry]:
-        """One step of B sequences, each with its own cache, carry and session; returns the new carry of each."""
+        """One step of B sequences, each with its own cache, carry and session; returns the new carry of each.
+
+        Rows that follow one another in one sequence (caches and carries `ahead`) are, bit for bit, what they would be
+        in steps of their own."""
         ids = torch.tensor(token_ids, device=self.device)[:, None]
         inputs: dict[int, Tensor] = {}
         final = self.decoder(ids, caches, self._hooks(pool, index, inputs))[:, 0]

@@ -192,7 +192,8 @@ async def test_a_session_of_format_1_is_read_and_taken_over(url: str, raw: Redis
 async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Redis, tenant: str) -> None:
     store = RedisStore.from_url(url, Keeping(ttl_s=100))
     held, name = rows([*range(12_000), *range(20_000, 30_000, 7)], 3), f"imprint:{{{tenant}/s}}:"
-    raw.hset(f"{name}meta", mapping=encode(new_meta("s", 1)) | {"format": "2", "site:a": "128"})
+    meta: dict[Any, Any] = encode(new_meta("s", 1)) | {"format": "2", "site:a": "128"}
+    raw.hset(f"{name}meta", mapping=meta)
     pairs = zip(held.slots.astype("<u4"), held.data, strict=True)
     raw.hset(f"{name}rows:a", mapping={slot.tobytes(): row.tobytes() for slot, row in pairs})
     raw.expire(f"{name}rows:a", 5)
