@@ -24,7 +24,7 @@ def nearest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def read_lexical(
     rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
 ) -> Candidates:
-    """Row by row; arguments and result as in `ops.read_lexical`."""
+    """Row by row; arguments and result as in `ops.compare` and `ops.weigh`."""
     n, k, P = rows.tokens.shape
     heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
     tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)

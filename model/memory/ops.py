@@ -35,6 +35,16 @@ class Rows(NamedTuple):
     keys: Tensor
 
 
+class Compared(NamedTuple):
+    """The K rows in the cells of each of n contexts, beside that context: their tokens [n, K] long, the cosine [n, K] of
+    their keys and its key, how many of its runs they repeat [n, K] long, and where there is no row [n, K]."""
+
+    tokens: Tensor
+    cosines: Tensor
+    repeats: Tensor
+    missing: Tensor
+
+
 class Candidates(NamedTuple):
     """What a lexical read found: tokens [n, K] long (one may come more than once), p_mem as seen by each of H heads as
     shares [n, H, K] of them (they sum to 1, or are all 0 where nothing was found), evidence [n, (4 + R)·H] of how far
@@ -117,13 +127,23 @@ def quantise(keys: Tensor) -> Tensor:
 def fingerprints(token_ids: Tensor) -> Tensor:
     """int16 [n, R] of the last 2, 4, 8 of token_ids [..., 7 + n] at each of n places; 0 where a run begins before its
     request does, which ids of −1 stand for. Equal runs have equal ones, others differ but for one time in 65,535."""
-    window = token_ids.unfold(0, max(RUNS), 1).flip(1)
-    powers = torch.full((max(RUNS),), MIXER, device=token_ids.device).cumprod(0)
-    sums = ((window + 1) * powers).cumsum(1)[:, [run - 1 for run in RUNS]]
+    return trail_fingerprints(token_ids.unfold(0, max(RUNS), 1))
+
+
+def trail_fingerprints(trails: Tensor) -> Tensor:
+    """`fingerprints` [n, R] at the ends of n sequences, of their last tokens [n, 8] each."""
+    window = trails.flip(1)
+    powers = torch.full((max(RUNS),), MIXER, device=trails.device).cumprod(0)
+    sums = _at_ends(((window + 1) * powers).cumsum(1))
     # The high bits of a product depend on all bits below them.
     prints = (((sums ^ (sums >> 29)) * MIXER) >> 48).to(torch.int16)
-    whole = window[:, [run - 1 for run in RUNS]] >= 0
+    whole = _at_ends(window) >= 0
     return torch.where(prints == 0, torch.ones_like(prints), prints) * whole
+
+
+def _at_ends(values: Tensor) -> Tensor:
+    """Of values [n, 8] by distance, those at which a run ends [n, R]. A list as an index would wait for the device."""
+    return torch.stack([values[:, run - 1] for run in RUNS], dim=1)
 
 
 def request_fingerprints(targets: Tensor, bos: int) -> Tensor:
@@ -143,18 +163,11 @@ def likeness(rows: Rows, query: Tensor) -> Tensor:
     return torch.bmm(query[:, None], keys.transpose(1, 2))[:, 0] / KEY_STEPS
 
 
-def read_lexical(
-    rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
-) -> Candidates:
-    """Each head's p_mem(x) ∝ p_LM(x)^prior · Σ exp(sharpness · ⟨query, key⟩ + Σ bonus), over the rows of token x in k
-    cells; a bonus for each run of the context that is repeated.
-
-    rows [n, k, P] of the addressed cells; query [n, d_k] of unit length; context [n, R]: fingerprints; base: p_LM;
-    sharpness and prior [H]; bonus [H, R].
-    """
-    tokens, cosines = rows.tokens.flatten(1).long(), likeness(rows, query)
+def compare(rows: Rows, query: Tensor, context: Tensor) -> Compared:
+    """The rows [n, k, P] of the addressed cells, beside a query [n, d_k] of unit length and the fingerprints of a context
+    [n, R]."""
     repeats = repeated(rows.prints.flatten(1, 2), context[:, None])
-    return weigh(tokens, cosines, repeats, base.log_prob(tokens), rows.ages.flatten(1) == 0, sharpness, prior, bonus)
+    return Compared(rows.tokens.flatten(1).long(), likeness(rows, query), repeats, rows.ages.flatten(1) == 0)
 
 
 def weigh(
@@ -167,9 +180,12 @@ def weigh(
     prior: Tensor,
     bonus: Tensor,
 ) -> Candidates:
-    """Softmax over candidates by each head, and the evidence for it: log Σ exp(score), the cosine and the agreement
-    (what share of the head goes to the same token) of its best match, and the log of that, all scaled to about 1, and
-    which runs of the context that match repeats.
+    """Each head's p_mem(x) ∝ p_LM(x)^prior · Σ exp(sharpness · ⟨query, key⟩ + Σ bonus), over the rows of token x in k
+    cells; a bonus for each run of the context that is repeated.
+
+    With it, the evidence for each head: log Σ exp(score), the cosine and the agreement (what share of the head goes to
+    the same token) of its best match, and the log of that, all scaled to about 1, and which runs of the context that
+    match repeats.
 
     tokens [n or 1, K] long; cosines, repeats, log_probs (of p_LM) and missing [n, K]; sharpness and prior [H]; bonus
     [H, R].

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.device import kernels_for
+from model.memory import ops
 from model.memory.config import OWN, RUNS, MemoryConfig, SiteConfig
 
 TRUST, BALANCE, SHUT = range(3)  # places in a session's own numbers
@@ -82,11 +84,20 @@ class SitePool:
         self.fields = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
         self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
+        self.kernels = kernels_for(device)
 
     def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
         """session [n] long, cells [n, k] long → each field [n, k, …]."""
         places = self.tables[session[:, None], cells]
         return [field[places] for field in self.fields]
+
+    def compare(self, session: Tensor, cells: Tensor, query: Tensor, context: Tensor) -> ops.Compared:
+        """The rows in cells [n, k] long of sessions [n] long, beside a query [n, d_k] and the fingerprints of a context
+        [n, R]."""
+        if self.kernels is None:
+            return ops.compare(ops.Rows(*self.read(session, cells)), query, context)
+        found: ops.Compared = self.kernels.compare(self.tables, self.fields, session, cells, query, context)
+        return found
 
     def fill(self, session: int, batch: SiteRows) -> None:
         """Gives a session the rows of `batch`. Raises PoolFullError, changing nothing."""
@@ -239,13 +250,27 @@ class Draft:
     def put(self, name: str, cells: Tensor, fields: Iterable[Tensor]) -> None:
         """Replaces the contents of `cells` [U] (distinct) by `fields`, each [U, …]. Raises PoolFullError, changing
         nothing."""
+        places = self._take(name, cells)
+        for field, values in zip(self.pool.sites[name].fields, fields, strict=True):
+            field[places] = values
+
+    def write(self, name: str, cells: Tensor, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor) -> None:
+        """Writes one block into `cells` [U] (distinct) of a lexical site; the rest as in `ops.write_lexical`. Raises
+        PoolFullError, changing nothing."""
+        site = self.pool.sites[name]
+        if site.kernels is None:
+            self.put(name, cells, ops.write_lexical(ops.Rows(*self.get(name, cells)), at, keys, prints, targets))
+            return
+        before = site.tables[self.index, cells]
+        site.kernels.write(site.fields, before, self._take(name, cells), at, keys, prints, targets)
+
+    def _take(self, name: str, cells: Tensor) -> Tensor:
+        """The draft's own places [U] of `cells` [U], new ones for those that it had not touched yet."""
         site, own = self.pool.sites[name], self._own[name]
         fresh = cells[~own[cells]]
         site.tables[self.index, fresh] = site.free.take(len(fresh)).int().to(self.pool.device)
         own[fresh] = True
-        places = site.tables[self.index, cells]
-        for field, values in zip(site.fields, fields, strict=True):
-            field[places] = values
+        return site.tables[self.index, cells]
 
     def touched(self) -> dict[str, SiteRows]:
         """The rows that this turn changed: what a commit stores."""

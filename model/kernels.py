@@ -1,0 +1,115 @@
+"""Triton kernels, for GPUs. Each has a twin in torch's operators, named beside it, which runs everywhere else.
+
+Import it through `device.kernels_for`: Triton may not be installed. The tests run it in Triton's interpreter, on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.memory.ops import KEY_STEPS, Compared
+
+
+def compare(
+    tables: Tensor, fields: Sequence[Tensor], session: Tensor, cells: Tensor, query: Tensor, context: Tensor
+) -> Compared:
+    """The rows in `cells` [n, k] of sessions [n], beside a query [n, d_k] and the fingerprints of a context [n, R]: from
+    address to comparison without a copy of the keys. Twin: `SitePool.read` and `ops.compare`."""
+    n, k = cells.shape
+    ages, tokens, prints, keys = fields
+    P, R, D = ages.shape[1], prints.shape[2], keys.shape[2]
+    K, device = k * P, cells.device
+    found = Compared(
+        torch.empty(n, K, dtype=torch.long, device=device),
+        torch.empty(n, K, device=device),
+        torch.empty(n, K, dtype=torch.long, device=device),
+        torch.empty(n, K, dtype=torch.bool, device=device),
+    )
+    inputs = (tables, ages, tokens, prints, keys, *(x.contiguous() for x in (session, cells, query, context)))
+    outputs = (found.tokens, found.cosines, found.repeats, found.missing.view(torch.uint8))
+    sizes = (triton.next_power_of_2(P), triton.next_power_of_2(D))
+    _compare[(n, k)](*inputs, *outputs, tables.shape[1], 1.0 / KEY_STEPS, P, R, D, *sizes)
+    return found
+
+
+@triton.jit
+def _compare(
+    tables, ages, tokens, prints, keys, session, cells, query, context, out_tokens, out_cosines, out_repeats,
+    out_missing, table_size, step, P: tl.constexpr, R: tl.constexpr, D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """One program for each cell of each token."""
+    at, n = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.program_id(0)
+    place = tl.load(tables + tl.load(session + n) * table_size + tl.load(cells + at)).to(tl.int64)
+    p, d = tl.arange(0, P2), tl.arange(0, D2)
+    here, wide = p < P, d < D
+    row = place * P + p
+    key = tl.load(keys + row[:, None] * D + d[None, :], mask=here[:, None] & wide[None, :], other=0)
+    cosine = tl.sum(key.to(tl.float32) * tl.load(query + n * D + d, mask=wide, other=0.0)[None, :], axis=1) * step
+    repeats = tl.zeros([P2], dtype=tl.int64)
+    for r in tl.static_range(R):
+        mine = tl.load(context + n * R + r)
+        repeats += ((tl.load(prints + row * R + r, mask=here, other=0) == mine) & (mine != 0)).to(tl.int64)
+    out = at.to(tl.int64) * P + p
+    tl.store(out_tokens + out, tl.load(tokens + row, mask=here, other=0).to(tl.int64), mask=here)
+    tl.store(out_cosines + out, cosine, mask=here)
+    tl.store(out_repeats + out, repeats, mask=here)
+    tl.store(out_missing + out, (tl.load(ages + row, mask=here, other=0) == 0).to(tl.uint8), mask=here)
+
+
+def write(
+    fields: Sequence[Tensor],
+    old: Tensor,
+    new: Tensor,
+    at: Tensor,
+    keys: Tensor,
+    prints: Tensor,
+    targets: Tensor,
+) -> None:
+    """One block's sparse write: the cells at places old [U] go to places new [U] (the same or free ones), with the rows of
+    n tokens in them. The other arguments are those of `ops.write_lexical`. Twin: that between `Draft.get` and `put`."""
+    ages, tokens, their_prints, their_keys = fields
+    P, R, D = ages.shape[1], prints.shape[1], keys.shape[1]
+    inputs = (x.contiguous() for x in (old, new, at, keys, prints, targets))
+    sizes = (triton.next_power_of_2(P), triton.next_power_of_2(D))
+    _write[(len(old),)](ages, tokens, their_prints, their_keys, *inputs, len(at), P, R, D, *sizes)
+
+
+@triton.jit
+def _write(
+    ages, tokens, prints, keys, old, new, at, new_keys, new_prints, targets, n, P: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """One program for each touched cell. It first finds out which token each of the rows comes from, so that every row is
+    stored once, by the thread that loads it: no order of stores to keep."""
+    cell = tl.program_id(0)
+    p, d = tl.arange(0, P2), tl.arange(0, D2)
+    here = p < P
+    before = tl.load(old + cell).to(tl.int64) * P + p
+    after = tl.load(new + cell).to(tl.int64) * P + p
+    age = tl.load(ages + before, mask=here, other=2147483647)
+    youngest = tl.max(tl.where(here, age, 0), axis=0)
+    source = tl.full([P2], -1, dtype=tl.int32)
+    for t in range(n):
+        if tl.load(at + t) == cell:
+            oldest = tl.argmin(age, axis=0)  # the first one of equals, as a stable sort has it
+            youngest += 1
+            age = tl.where(p == oldest, youngest, age)
+            source = tl.where(p == oldest, t, source)
+    fresh, kept = here & (source >= 0), here & (source < 0)
+    # What is not written is loaded from before, what is from the block.
+    token = tl.load(tokens + before, mask=kept, other=0) + tl.load(targets + source, mask=fresh, other=0).to(tl.int32)
+    tl.store(ages + after, age, mask=here)
+    tl.store(tokens + after, token, mask=here)
+    for r in tl.static_range(R):
+        print_kept = tl.load(prints + before * R + r, mask=kept, other=0)
+        print_new = tl.load(new_prints + source * R + r, mask=fresh, other=0)
+        tl.store(prints + after * R + r, print_kept + print_new, mask=here)
+    wide = (d < D)[None, :]
+    key_kept = tl.load(keys + before[:, None] * D + d[None, :], mask=kept[:, None] & wide, other=0)
+    key_new = tl.load(new_keys + source[:, None] * D + d[None, :], mask=fresh[:, None] & wide, other=0)
+    tl.store(keys + after[:, None] * D + d[None, :], key_kept + key_new, mask=here[:, None] & wide)
