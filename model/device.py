@@ -1,4 +1,5 @@
-"""What the device decides: which kernels run. Everything else of a GPU's own lies in `kernels`, `paged` and `graphs`."""
+"""What the device decides: which kernels run, and how data gets there. The rest of what only GPUs do lies in `kernels`,
+`paged` and `graphs`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -17,3 +19,11 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     from model import kernels
 
     return kernels
+
+
+def upload(data: Tensor, device: torch.device) -> Tensor:
+    """`data` of the host on the device, which works on meanwhile: the host waits for nothing."""
+    if device.type != "cuda":
+        return data.to(device)
+    # From pinned memory, which torch keeps until the copy is done.
+    return data.pin_memory().to(device, non_blocking=True)

@@ -18,8 +18,8 @@ from model.memory.ops import KEY_STEPS, Compared
 def compare(
     tables: Tensor, fields: Sequence[Tensor], session: Tensor, cells: Tensor, query: Tensor, context: Tensor
 ) -> Compared:
-    """The rows in `cells` [n, k] of sessions [n], beside a query [n, d_k] and the fingerprints of a context [n, R]: from
-    address to comparison without a copy of the keys. Twin: `SitePool.read` and `ops.compare`."""
+    """The rows in `cells` [n, k] of sessions [n], beside a query [n, d_k] and the fingerprints of a context [n, R]:
+    from address to comparison without a copy of the keys. Twin: `SitePool.read` and `ops.compare`."""
     n, k = cells.shape
     ages, tokens, prints, keys = fields
     P, R, D = ages.shape[1], prints.shape[2], keys.shape[2]
@@ -40,7 +40,8 @@ def compare(
 @triton.jit
 def _compare(
     tables, ages, tokens, prints, keys, session, cells, query, context, out_tokens, out_cosines, out_repeats,
-    out_missing, table_size, step, P: tl.constexpr, R: tl.constexpr, D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
+    out_missing, table_size, step,
+    P: tl.constexpr, R: tl.constexpr, D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """One program for each cell of each token."""
     at, n = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.program_id(0)
@@ -70,8 +71,9 @@ def write(
     prints: Tensor,
     targets: Tensor,
 ) -> None:
-    """One block's sparse write: the cells at places old [U] go to places new [U] (the same or free ones), with the rows of
-    n tokens in them. The other arguments are those of `ops.write_lexical`. Twin: that between `Draft.get` and `put`."""
+    """One block's sparse write: the cells at places old [U] go to places new [U] (the same or free ones), with the rows
+    of n tokens in them. The other arguments are those of `ops.write_lexical`, which is its twin between `Draft.get` and
+    `Draft.put`."""
     ages, tokens, their_prints, their_keys = fields
     P, R, D = ages.shape[1], prints.shape[1], keys.shape[1]
     inputs = (x.contiguous() for x in (old, new, at, keys, prints, targets))
@@ -84,8 +86,8 @@ def _write(
     ages, tokens, prints, keys, old, new, at, new_keys, new_prints, targets, n, P: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """One program for each touched cell. It first finds out which token each of the rows comes from, so that every row is
-    stored once, by the thread that loads it: no order of stores to keep."""
+    """One program for each touched cell. It first finds out which token each of the rows comes from, so that every row
+    is stored once, by the thread that loads it: no order of stores to keep."""
     cell = tl.program_id(0)
     p, d = tl.arange(0, P2), tl.arange(0, D2)
     here = p < P
@@ -113,3 +115,67 @@ def _write(
     key_kept = tl.load(keys + before[:, None] * D + d[None, :], mask=kept[:, None] & wide, other=0)
     key_new = tl.load(new_keys + source[:, None] * D + d[None, :], mask=fresh[:, None] & wide, other=0)
     tl.store(keys + after[:, None] * D + d[None, :], key_kept + key_new, mask=here[:, None] & wide)
+
+
+def attend_in_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    page: int,
+) -> Tensor:
+    """One token of each of B sequences attends to the pages of its own, and is added to them. Twin:
+    `paged.attend_in_pages`, which says what the arguments are."""
+    B, H, D = q.shape
+    H_kv = k.shape[1]
+    out = torch.empty(B, H, D, device=q.device, dtype=q.dtype)
+    strides = (stride for x in (q, k, v) for stride in x.stride()[:2])
+    sizes = (H_kv, H // H_kv, D, triton.next_power_of_2(H // H_kv), triton.next_power_of_2(D), page)
+    _attend[(B, H_kv)](
+        q, k, v, keys, values, tables, sequences, positions, out, *strides, tables.shape[1], D**-0.5, *sizes
+    )
+    return out
+
+
+@triton.jit
+def _attend(
+    q, k, v, keys, values, tables, sequences, positions, out, q_row, q_head, k_row, k_head, v_row, v_head, table_size,
+    scale, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, G2: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One program for each row and each of its heads of keys; G heads of queries share one."""
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    table, position = tables + tl.load(sequences + b) * table_size, tl.load(positions + b)
+    g, d, t = tl.arange(0, G2), tl.arange(0, D2), tl.arange(0, PAGE)
+    wide = d < D
+    asked = (g < G)[:, None] & wide[None, :]
+    query = tl.load(q + b * q_row + (h * G + g)[:, None] * q_head + d[None, :], mask=asked, other=0.0)
+    query = query.to(tl.float32) * scale
+    key = tl.load(k + b * k_row + h * k_head + d, mask=wide, other=0.0)
+    value = tl.load(v + b * v_row + h * v_head + d, mask=wide, other=0.0)
+    place = tl.load(table + position // PAGE).to(tl.int64) * PAGE + position % PAGE
+    tl.store(keys + (place * H_KV + h) * D + d, key, mask=wide)
+    tl.store(values + (place * H_KV + h) * D + d, value, mask=wide)
+    # The token attends to itself from registers, so no thread waits for what another stores.
+    top = tl.sum(query * key.to(tl.float32)[None, :], axis=1)
+    total = tl.full([G2], 1.0, dtype=tl.float32)
+    sums = tl.zeros([G2, D2], dtype=tl.float32) + value.to(tl.float32)[None, :]
+    for start in range(0, position, PAGE):
+        known = start + t < position
+        at = ((tl.load(table + start // PAGE).to(tl.int64) * PAGE + t) * H_KV + h)[:, None] * D + d[None, :]
+        there = known[:, None] & wide[None, :]
+        page_keys = tl.load(keys + at, mask=there, other=0.0).to(tl.float32)
+        scores = tl.sum(query[:, None, :] * page_keys[None, :, :], axis=2)
+        scores = tl.where(known[None, :], scores, float("-inf"))
+        highest = tl.maximum(top, tl.max(scores, axis=1))
+        fade, weights = tl.exp(top - highest), tl.exp(scores - highest[:, None])
+        page_values = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
+        sums = sums * fade[:, None] + tl.sum(weights[:, :, None] * page_values[None, :, :], axis=1)
+        total = total * fade + tl.sum(weights, axis=1)
+        top = highest
+    head = b * H_KV * G + h * G + g
+    attended = (sums / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + head[:, None] * D + d[None, :], attended, mask=asked)

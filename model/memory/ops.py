@@ -36,8 +36,8 @@ class Rows(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """The K rows in the cells of each of n contexts, beside that context: their tokens [n, K] long, the cosine [n, K] of
-    their keys and its key, how many of its runs they repeat [n, K] long, and where there is no row [n, K]."""
+    """The K rows in the cells of each of n contexts, beside that context: their tokens [n, K] long, the cosine [n, K]
+    of their keys and its key, how many of its runs they repeat [n, K] long, and where there is no row [n, K]."""
 
     tokens: Tensor
     cosines: Tensor
@@ -164,8 +164,8 @@ def likeness(rows: Rows, query: Tensor) -> Tensor:
 
 
 def compare(rows: Rows, query: Tensor, context: Tensor) -> Compared:
-    """The rows [n, k, P] of the addressed cells, beside a query [n, d_k] of unit length and the fingerprints of a context
-    [n, R]."""
+    """The rows [n, k, P] of the addressed cells, beside a query [n, d_k] of unit length and the fingerprints of a
+    context [n, R]."""
     repeats = repeated(rows.prints.flatten(1, 2), context[:, None])
     return Compared(rows.tokens.flatten(1).long(), likeness(rows, query), repeats, rows.ages.flatten(1) == 0)
 

@@ -36,10 +36,10 @@ class SiteRows:
     data: Tensor
 
 
-class _Free:
+class Free:
     """A stack of free indices. When it runs short, `make_room` is asked to give some back, until it returns False."""
 
-    def __init__(self, capacity: int, make_room: Callable[[], bool]) -> None:
+    def __init__(self, capacity: int, make_room: Callable[[], bool] = lambda: False) -> None:
         self._stack = torch.arange(capacity, 0, -1)
         self._top = capacity
         self._make_room = make_room
@@ -74,7 +74,7 @@ class SitePool:
     ) -> None:
         self.config = config
         cells = -(-rows // config.cell)
-        self.free = _Free(cells, make_room)
+        self.free = Free(cells, make_room)
         if config.kind == "lexical":
             pairs = (cells + 1, config.cell)
             prints, keys = (*pairs, len(RUNS)), (*pairs, config.width)
@@ -164,7 +164,7 @@ class Pool:
             site.name: SitePool(site, rows=rows, sessions=sessions, device=self.device, make_room=make_room)
             for site in config.sites
         }
-        self._sessions = _Free(sessions, make_room)
+        self._sessions = Free(sessions, make_room)
 
     def open(self, stored: Mapping[str, SiteRows] | None = None) -> int:
         """A session with the given rows (none: an empty one); returns its index. Raises PoolFullError."""

@@ -144,6 +144,7 @@ class Engine:
             torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
+                self._lm.prepare(self._hot.pool)
                 while not self._stopping:
                     self._take_messages()
                     self._step()

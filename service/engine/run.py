@@ -193,9 +193,9 @@ class Run(Hold):
         self._carry, self.sequences = None, []
         self._cache = self._frozen_cache = None
         if not self.done:
-            self._cache = self._lm.backbone.new_cache(self._capacity(self._here))
+            self._cache = self._lm.new_cache(self._capacity(self._here))
             if self._wants_frozen and self._lm.needs_frozen_cache:
-                self._frozen_cache = self._lm.backbone.new_cache(self._capacity(self._here))
+                self._frozen_cache = self._lm.new_cache(self._capacity(self._here))
 
     @property
     def _wants_frozen(self) -> bool:

@@ -1,0 +1,145 @@
+"""Law 2 for decoding in steps of fixed shapes, over paged caches: what they compute is what `AdaptiveLM` computes.
+Where there is no GPU the steps run as they are; a GPU replays them as captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.backbone import Backbone, KVCache
+from model.graphs import SteppedLM, for_serving
+from model.lm import EMPTY, AdaptiveLM, Carry
+from model.memory import Pool, PoolFullError
+from model.paged import PAGE, PagedCache, Pages
+from tests.model.tiny_lm import BLOCK, KINDS, build, learned, new_pool, text, tiny_backbone
+
+LENGTHS = [1, 7, 31, 32, 33, 60, 2, 40, 64, 5, 90, 3, 12]  # tokens before the first step: pages end among them
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny_backbone()
+
+
+@pytest.fixture(params=["lexical", "all"])
+def lm(request: pytest.FixtureRequest, backbone: Backbone) -> AdaptiveLM:
+    return build(backbone, *KINDS[request.param])
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def stepped(lm: AdaptiveLM, max_batch: int = 13) -> SteppedLM:
+    return SteppedLM(lm, kv_tokens=13 * 128, max_batch=max_batch)
+
+
+def begun(lm: AdaptiveLM, pool: Pool, index: Sequence[int]) -> tuple[list[KVCache], list[Carry]]:
+    """Requests of each of some sessions, read up to lengths of their own."""
+    caches, carries = [], []
+    for seed, (session, length) in enumerate(zip(index, LENGTHS, strict=False)):
+        cache, carry, ids = lm.new_cache(length + 8), None, text(seed, length)
+        for start in range(0, length, BLOCK):
+            carry, _ = lm.block(ids[start : start + BLOCK], cache, pool, session, carry=carry)
+        assert carry is not None
+        caches.append(cache)
+        carries.append(carry)
+    return caches, carries
+
+
+def generate(lm: AdaptiveLM, pool: Pool, index: Sequence[int], steps: int = 4) -> list[Tensor]:
+    """Some greedy steps of the requests of some sessions; what each predicts and carries."""
+    caches, carries = begun(lm, pool, index)
+    seen = []
+    for _ in range(steps):
+        scores = lm.predict(carries, pool, index)
+        carries = lm.decode([int(token) for token in scores.argmax(-1)], caches, carries, pool, index)
+        states = [torch.stack([carry.hidden for carry in carries]), torch.stack([carry.trail for carry in carries])]
+        inputs = [torch.stack([carry.inputs[layer] for carry in carries]) for layer in carries[0].inputs]
+        seen += [lm.predict(carries, pool, index).log_softmax(-1), *states, *inputs]
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 13])
+def test_a_step_of_a_fixed_shape_computes_what_one_of_any_shape_does(lm: AdaptiveLM, size: int) -> None:
+    """Full batches and such as are filled up, of sessions with memory, without and none, over pages as they grow."""
+    pool = new_pool(lm)
+    sessions = [learned(lm, pool, seed=1), EMPTY, learned(lm, pool, seed=2), pool.open()]
+    index = [sessions[i % 4] for i in range(size)]
+    for ours, twin in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
+        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+
+
+def test_with_no_session_there_is_a_step_that_does_not_ask_the_memory(lm: AdaptiveLM) -> None:
+    pool, index = new_pool(lm), [EMPTY] * 3
+    for ours, twin in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
+        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+
+
+def test_what_fills_up_a_batch_changes_nothing(lm: AdaptiveLM) -> None:
+    """Sequences that leave, and those that come to where others were, find what they have left and nothing else."""
+    pool, model = new_pool(lm), stepped(lm)
+    index = [learned(lm, pool, seed=seed) for seed in (1, 2, 3)]
+    alone = [generate(model, pool, [session]) for session in index[:1]]
+    caches, carries = begun(model, pool, index)
+    model.decode([1, 2, 3], caches, carries, pool, index)
+    del caches, carries
+    again = generate(model, pool, index[:1])
+    assert all(torch.equal(a, b) for a, b in zip(alone[0], again, strict=True))
+
+
+def test_all_steps_can_be_made_before_they_are_needed(lm: AdaptiveLM) -> None:
+    pool, model = new_pool(lm), stepped(lm, max_batch=5)
+    assert model.sizes == [1, 2, 4, 8]
+    model.prepare(pool)
+    index = [learned(lm, pool, seed=1)] * 5
+    for ours, twin in zip(generate(model, pool, index), generate(lm, pool, index), strict=True):
+        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+
+
+def test_without_a_gpu_the_model_serves_as_it_is(lm: AdaptiveLM) -> None:
+    served = for_serving(lm, kv_tokens=512, max_batch=4)
+    assert (served is lm) == (not torch.cuda.is_available())
+
+
+# Pages.
+
+
+def pages_of(backbone: Backbone, tokens: int = 5 * PAGE, sequences: int = 3) -> Pages:
+    return Pages(backbone.config, tokens=tokens, sequences=sequences, device="cpu", dtype=torch.float32)
+
+
+def test_a_fork_is_a_copy_and_a_cut_is_forgotten(backbone: Backbone) -> None:
+    ids, pages = torch.tensor([text(1, 80)]), pages_of(backbone, tokens=4 * 128, sequences=4)
+    cache = PagedCache(pages, 128)
+    backbone(ids[:, :50], [cache])
+    fork = cache.fork(100)
+    after = backbone(ids[:, 50:80], [fork])
+    backbone(ids[:, :30], [cache])
+    cache.truncate(50)
+    torch.testing.assert_close(backbone(ids[:, 50:80], [cache]), after, atol=1e-5, rtol=0)
+    torch.testing.assert_close(after, backbone(ids)[:, 50:], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="capacity must be at least the 80"):
+        cache.fork(79)
+    with pytest.raises(ValueError, match="room for 101 tokens"):
+        backbone(ids[:, :21], [fork])
+
+
+def test_pages_are_reserved_by_capacity_and_free_when_nobody_refers_to_them(backbone: Backbone) -> None:
+    pages = pages_of(backbone)
+    caches = [PagedCache(pages, capacity) for capacity in (1, PAGE + 1, 3 * PAGE)]
+    assert [cache.nbytes for cache in caches] == [n * PAGE * pages.token_bytes for n in (1, 2, 3)]
+    assert len({cache.sequence for cache in caches}) == 3
+    with pytest.raises(PoolFullError):
+        PagedCache(pages, 1)
+    del caches[1]
+    again = PagedCache(pages, 2 * PAGE)
+    assert pages.taken == 6 / 8
+    with pytest.raises(PoolFullError):
+        PagedCache(pages, 9 * PAGE)
+    assert pages.taken == 6 / 8 and again.length == 0
