@@ -65,8 +65,8 @@ class Step:
         else:
             self._graph.replay()
         # Copies: the next step writes into the same memory.
-        states, trails, scores = (x[:n].clone() for x in (self._states, self._new_trails, self._scores))
-        inputs = {layer: x[:n].clone() for layer, x in self._inputs.items()}
+        states, trails, scores = (x[:n].clone().unbind() for x in (self._states, self._new_trails, self._scores))
+        inputs = {layer: x[:n].clone().unbind() for layer, x in self._inputs.items()}
         for cache in caches:
             cache.length += 1
         return [

@@ -131,42 +131,51 @@ def attend_in_pages(
     """One token of each of B sequences attends to the pages of its own, and is added to them. Twin:
     `paged.attend_in_pages`, which says what the arguments are."""
     B, H, D = q.shape
-    H_kv = k.shape[1]
+    H_kv, D2 = k.shape[1], triton.next_power_of_2(D)
     out = torch.empty(B, H, D, device=q.device, dtype=q.dtype)
-    strides = (stride for x in (q, k, v) for stride in x.stride()[:2])
-    sizes = (H_kv, H // H_kv, D, triton.next_power_of_2(H // H_kv), triton.next_power_of_2(D), page)
-    _attend[(B, H_kv)](
-        q, k, v, keys, values, tables, sequences, positions, out, *strides, tables.shape[1], D**-0.5, *sizes
-    )
+    pages = (keys, values, tables, sequences, positions)
+    strides = (*k.stride()[:2], *v.stride()[:2], tables.shape[1])
+    # A launch of its own: rows of a batch may follow one another in one sequence.
+    _store_in_pages[(B, H_kv)](k, v, *pages, *strides, H_kv, D, D2, page)
+    sizes = (H_kv, H // H_kv, D, triton.next_power_of_2(H // H_kv), D2, page)
+    _attend_in_pages[(B, H_kv)](q, *pages, out, *q.stride()[:2], tables.shape[1], D**-0.5, *sizes)
     return out
 
 
 @triton.jit
-def _attend(
-    q, k, v, keys, values, tables, sequences, positions, out, q_row, q_head, k_row, k_head, v_row, v_head, table_size,
-    scale, H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, G2: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
+def _store_in_pages(
+    k, v, keys, values, tables, sequences, positions, k_row, k_head, v_row, v_head, table_size,
+    H_KV: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One program for each row and each of its heads of keys."""
+    b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, D2)
+    table, position = tables + tl.load(sequences + b) * table_size, tl.load(positions + b)
+    place = tl.load(table + position // PAGE).to(tl.int64) * PAGE + position % PAGE
+    at, wide = (place * H_KV + h) * D + d, d < D
+    tl.store(keys + at, tl.load(k + b * k_row + h * k_head + d, mask=wide), mask=wide)
+    tl.store(values + at, tl.load(v + b * v_row + h * v_head + d, mask=wide), mask=wide)
+
+
+@triton.jit
+def _attend_in_pages(
+    q, keys, values, tables, sequences, positions, out, q_row, q_head, table_size, scale,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, G2: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One program for each row and each of its heads of keys; G heads of queries share one."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     table, position = tables + tl.load(sequences + b) * table_size, tl.load(positions + b)
     g, d, t = tl.arange(0, G2), tl.arange(0, D2), tl.arange(0, PAGE)
-    wide = d < D
-    asked = (g < G)[:, None] & wide[None, :]
+    wide = (d < D)[None, :]
+    asked = (g < G)[:, None] & wide
     query = tl.load(q + b * q_row + (h * G + g)[:, None] * q_head + d[None, :], mask=asked, other=0.0)
     query = query.to(tl.float32) * scale
-    key = tl.load(k + b * k_row + h * k_head + d, mask=wide, other=0.0)
-    value = tl.load(v + b * v_row + h * v_head + d, mask=wide, other=0.0)
-    place = tl.load(table + position // PAGE).to(tl.int64) * PAGE + position % PAGE
-    tl.store(keys + (place * H_KV + h) * D + d, key, mask=wide)
-    tl.store(values + (place * H_KV + h) * D + d, value, mask=wide)
-    # The token attends to itself from registers, so no thread waits for what another stores.
-    top = tl.sum(query * key.to(tl.float32)[None, :], axis=1)
-    total = tl.full([G2], 1.0, dtype=tl.float32)
-    sums = tl.zeros([G2, D2], dtype=tl.float32) + value.to(tl.float32)[None, :]
-    for start in range(0, position, PAGE):
-        known = start + t < position
+    top = tl.full([G2], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([G2], dtype=tl.float32)
+    sums = tl.zeros([G2, D2], dtype=tl.float32)
+    for start in range(0, position + 1, PAGE):
+        known = start + t <= position
         at = ((tl.load(table + start // PAGE).to(tl.int64) * PAGE + t) * H_KV + h)[:, None] * D + d[None, :]
-        there = known[:, None] & wide[None, :]
+        there = known[:, None] & wide
         page_keys = tl.load(keys + at, mask=there, other=0.0).to(tl.float32)
         scores = tl.sum(query[:, None, :] * page_keys[None, :, :], axis=2)
         scores = tl.where(known[None, :], scores, float("-inf"))
@@ -176,6 +185,6 @@ def _attend(
         sums = sums * fade[:, None] + tl.sum(weights[:, :, None] * page_values[None, :, :], axis=1)
         total = total * fade + tl.sum(weights, axis=1)
         top = highest
-    head = b * H_KV * G + h * G + g
+    head = (b * H_KV + h) * G + g
     attended = (sums / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + head[:, None] * D + d[None, :], attended, mask=asked)

@@ -21,6 +21,7 @@ import torch
 from model.lm import AdaptiveLM
 from model.memory import MemoryConfig, Pool, PoolFullError
 from model.policy import Policy
+from model.sampling import draw_ahead
 from model.tokenizer import Tokenizer
 from service.engine.deeds import DeedRun, Desk
 from service.engine.hot import HotSessions
@@ -230,7 +231,10 @@ class Engine:
         )
         carries = [list(islice(decoded, len(tokens))) or [choice.carry] for _, choice, tokens in asked]
         index = [run.index for (run, _), rows in zip(batch, carries, strict=True) for _ in rows]
-        scores = iter(self._lm.predict([carry for rows in carries for carry in rows], self._hot.pool, index))
+        told = self._lm.predict([carry for rows in carries for carry in rows], self._hot.pool, index)
+        if len(told) == len(batch):
+            draw_ahead([choice.sampler for _, choice in batch], told)
+        scores = iter(told)
         for (run, choice, tokens), rows in zip(asked, carries, strict=True):
             stood = choice.cache.length
             accepted = run.accept(choice, tokens[1:], rows, list(islice(scores, len(rows))))

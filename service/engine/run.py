@@ -50,7 +50,7 @@ class Choice:
         self.learn_carry = carry
         self._options = options
         self._eos = tokenizer.eos_token_ids
-        self._sampler = Sampler(options.sampling, choice=choice)
+        self.sampler = Sampler(options.sampling, choice=choice)
         self._lookup = Lookup(prompt)
         self._alternatives: list[Alternatives] = []
         self._shown_text = 0
@@ -67,7 +67,7 @@ class Choice:
 
     def accept(self, scores: Tensor) -> int:
         """Draws the next token from scores [V] and notes what follows from it; returns the number of tokens added."""
-        token = self._sampler.draw(scores)
+        token = self.sampler.draw(scores)
         if token in self._eos:
             self.text.finish()
             self.finish = "stop"

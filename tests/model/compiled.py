@@ -13,8 +13,11 @@ H100 = GPUTarget("cuda", 90, 32)
 ROWS = {"ages": "*i32", "tokens": "*i32", "prints": "*i16", "keys": "*i8"}
 CELLS = {"P": 50, "R": 3, "D": 64, "P2": 64, "D2": 64}
 HEADS = {"H_KV": 3, "G": 3, "D": 64, "G2": 4, "D2": 64, "PAGE": 32}
-BF16 = dict.fromkeys(("q", "k", "v", "keys", "values", "out"), "*bf16")
-STRIDES = dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32")
+PAGES = (
+    dict.fromkeys(("q", "k", "v", "keys", "values", "out"), "*bf16")
+    | dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "table_size"), "i32")
+    | {"tables": "*i32", "sequences": "*i64", "positions": "*i64", "scale": "fp32"}
+)
 KERNELS = {
     kernels._compare: (
         ROWS
@@ -29,16 +32,14 @@ KERNELS = {
         | {"n": "i32"},
         CELLS,
     ),
-    kernels._attend: (
-        BF16
-        | {"tables": "*i32", "sequences": "*i64", "positions": "*i64", "table_size": "i32", "scale": "fp32"}
-        | STRIDES,
-        HEADS,
-    ),
+    kernels._store_in_pages: (PAGES, HEADS),
+    kernels._attend_in_pages: (PAGES, HEADS),
 }
 
 if __name__ == "__main__":
     for kernel, (arguments, sizes) in KERNELS.items():
-        signature = {name: "constexpr" if name in sizes else arguments[name] for name in kernel.arg_names}
-        triton.compile(ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in sizes.items()}), H100)
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in sizes else arguments[name] for name in names}
+        constants = {(at,): sizes[name] for at, name in enumerate(names) if name in sizes}
+        triton.compile(ASTSource(kernel, signature, constants), H100)
         print(kernel.__name__)

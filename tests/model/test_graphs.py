@@ -75,6 +75,23 @@ def test_a_step_of_a_fixed_shape_computes_what_one_of_any_shape_does(lm: Adaptiv
         torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
 
 
+def test_rows_of_one_sequence_may_follow_one_another(lm: AdaptiveLM) -> None:
+    pool, model = new_pool(lm), stepped(lm)
+    session = learned(lm, pool, seed=1)
+    (cache,), (carry,) = begun(model, pool, [session])
+    told, rows = [5, 6, 7], []
+    ahead = [cache.ahead(at) for at in range(3)]
+    together = model.decode(told, ahead, [carry.ahead(told[:at]) for at in range(3)], pool, [session] * 3)
+    for token in told:
+        (carry,) = model.decode([token], [cache], [carry], pool, [session])
+        rows.append(carry)
+    for one, other in zip(together, rows, strict=True):
+        torch.testing.assert_close(one.hidden, other.hidden, atol=1e-4, rtol=0)
+        assert torch.equal(one.trail, other.trail)
+    ours, twin = (model.predict(carries, pool, [session] * 3).log_softmax(-1) for carries in (together, rows))
+    torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+
+
 def test_with_no_session_there_is_a_step_that_does_not_ask_the_memory(lm: AdaptiveLM) -> None:
     pool, index = new_pool(lm), [EMPTY] * 3
     for ours, twin in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
@@ -105,6 +122,27 @@ def test_all_steps_can_be_made_before_they_are_needed(lm: AdaptiveLM) -> None:
 def test_without_a_gpu_the_model_serves_as_it_is(lm: AdaptiveLM) -> None:
     served = for_serving(lm, kv_tokens=512, max_batch=4)
     assert (served is lm) == (not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize("kind", ["plain", "stepped"])
+def test_a_base_in_bf16_has_fast_weights_in_fp32_and_says_much_the_same(lm: AdaptiveLM, kind: str) -> None:
+    """What a GPU serves: nothing of the memory is rounded to the base's precision."""
+    half = build(tiny_backbone(torch.bfloat16), *lm.memory.config.sites)
+    served = stepped(half) if kind == "stepped" else half
+    said = []
+    for model in (served, lm):
+        pool = new_pool(model)
+        index = [learned(model, pool, seed=1), EMPTY]
+        site = pool.sites["words"]
+        assert site.own.dtype == torch.float32 and site.own[index[0]].any()
+        assert pool.rows(index[0])["words"] > 0
+        caches, carries = begun(model, pool, index)
+        carries = model.decode([3, 4], caches, carries, pool, index)
+        assert {carry.hidden.dtype for carry in carries} == {model.backbone.embedding.dtype}
+        scores = model.predict(carries, pool, index)
+        assert scores.dtype == torch.float32
+        said.append(scores.log_softmax(-1).exp())
+    assert float((said[0] - said[1]).abs().sum(-1).max()) < 0.2, "of 2, in total variation"
 
 
 # Pages.

@@ -21,8 +21,8 @@ LEXICAL_WEIGHTS = {"sharpness": (30.0, 9.0), "prior": 0.2, "trust_rate": 0.1, "g
 KINDS = {"lexical": (LEXICAL,), "middle": (MIDDLE,), "output": (OUTPUT,), "all": (LEXICAL, MIDDLE, OUTPUT)}
 
 
-def tiny_backbone() -> Backbone:
-    """Three layers with random weights."""
+def tiny_backbone(dtype: torch.dtype = torch.float32) -> Backbone:
+    """Three layers with random weights, the same ones in any precision."""
     config = tiny_config(
         vocab_size=VOCAB, hidden_size=WIDTH, num_layers=3, head_dim=8, intermediate_size=48, max_context=256
     )
@@ -30,6 +30,7 @@ def tiny_backbone() -> Backbone:
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2, generator=g)
+    base = base.to(dtype)
     base.pack()
     return base
 

@@ -25,8 +25,7 @@ KV_TOKENS = 6 * PAGE
 def jobs(ids: list[int]) -> list[tuple[Segment, MemoryUse | None]]:
     """More than fit at once: several choices, a session that learns what it says, ones that read only, and none."""
     mask = [True] * len(ids)
-    known = [(1.0, 1.0, 1), {}]
-    users = [MemoryUse(("t", name), known[0], write=name == "a", stored=known[1]) for name in "ab"]
+    users = [MemoryUse(("t", name), (1.0, 1.0, 1), write=name == "a", stored={}) for name in "ab"]
     return [
         (Segment(ids[:20], generate=Generate(9, GREEDY, n=3)), None),
         (Segment(ids, learn=mask, generate=Generate(40, GREEDY, learn=True)), users[0]),
