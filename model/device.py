@@ -22,8 +22,36 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
 
 def upload(data: Tensor, device: torch.device) -> Tensor:
-    """`data` of the host on the device, which works on meanwhile: the host waits for nothing."""
+    """A little of the host's data on the device. The host does not wait for it."""
     if device.type != "cuda":
         return data.to(device)
     # From pinned memory, which torch keeps until the copy is done.
     return data.pin_memory().to(device, non_blocking=True)
+
+
+def load(data: Tensor, device: torch.device) -> Tensor:
+    """Much of the host's data on the device, over a stream of its own: the host does not wait, what is under way goes
+    on, and what is launched from now on waits on the device alone."""
+    if device.type != "cuda":
+        return data.to(device)
+    steps, aside = torch.cuda.current_stream(device), _aside(device)
+    with torch.cuda.stream(aside):
+        there = upload(data, device)
+    steps.wait_stream(aside)
+    there.record_stream(steps)  # its memory is not given to others before the steps are done with it
+    return there
+
+
+def fetch(data: Tensor) -> Tensor:
+    """The device's data in the host's memory, by way of pinned memory; waits for it."""
+    if data.device.type != "cuda":
+        return data.cpu()
+    there = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+    there.copy_(data, non_blocking=True)
+    torch.cuda.current_stream(data.device).synchronize()
+    return there
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

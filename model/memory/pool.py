@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.device import kernels_for
+from model.device import fetch, kernels_for, load, upload
 from model.memory import ops
 from model.memory.config import OWN, RUNS, MemoryConfig, SiteConfig
 
@@ -106,9 +106,11 @@ class SitePool:
         places = self.free.take(len(cells))
         rows = batch.data.new_zeros(len(cells) * P, batch.data.shape[1])
         rows[at * P + slots % P] = batch.data
-        for field, values in zip(self.fields, self._unpack(rows), strict=True):
+        device = self.tables.device
+        cells, places = upload(cells, device), upload(places, device)
+        for field, values in zip(self.fields, self._unpack(load(rows, device)), strict=True):
             field[places] = values.view(len(cells), *field.shape[1:])
-        self.tables[session, cells] = places.int().to(self.tables.device)
+        self.tables[session, cells] = places.int()
 
     def count(self, session: int) -> int:
         """How many rows a session holds."""
@@ -120,7 +122,7 @@ class SitePool:
         new, old = self.tables[session, cells], self.tables[base, cells]
         data, before = self._bytes(new), self._bytes(old)
         cell, place = (data != before).any(-1).nonzero(as_tuple=True)
-        return SiteRows((cells[cell] * self.config.cell + place).int().cpu(), data[cell, place].cpu())
+        return SiteRows(fetch((cells[cell] * self.config.cell + place).int()), fetch(data[cell, place]))
 
     def _rows(self, field: Tensor) -> Tensor:
         """A field by cell and row: [C + 1, P, …] of a lexical site's, [C + 1, 1, d_v] of a hidden site's."""
@@ -133,7 +135,7 @@ class SitePool:
     def _unpack(self, data: Tensor) -> list[Tensor]:
         """uint8 [n, row_bytes] → each field's rows [n, …]."""
         sizes = [field[0].nbytes // self.config.cell for field in self.fields]
-        return [_as(part, f.dtype).to(f.device) for part, f in zip(data.split(sizes, dim=1), self.fields, strict=True)]
+        return [_as(part, field.dtype) for part, field in zip(data.split(sizes, dim=1), self.fields, strict=True)]
 
 
 def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,7 +175,8 @@ class Pool:
             for name, batch in (stored or {}).items():
                 if name.endswith(OWN):
                     site = self.sites[name.removesuffix(OWN)]
-                    site.own[index] = batch.data[0].view(torch.float32).view_as(site.own[index]).to(site.own.device)
+                    own = batch.data[0].view(torch.float32).view_as(site.own[index])
+                    site.own[index] = upload(own, self.device)
                 else:
                     self.sites[name].fill(index, batch)
         except PoolFullError:
@@ -268,7 +271,7 @@ class Draft:
         """The draft's own places [U] of `cells` [U], new ones for those that it had not touched yet."""
         site, own = self.pool.sites[name], self._own[name]
         fresh = cells[~own[cells]]
-        site.tables[self.index, fresh] = site.free.take(len(fresh)).int().to(self.pool.device)
+        site.tables[self.index, fresh] = upload(site.free.take(len(fresh)).int(), self.pool.device)
         own[fresh] = True
         return site.tables[self.index, cells]
 

@@ -4,10 +4,12 @@ Where there is no GPU the steps run as they are; a GPU replays them as captured.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.backbone import Backbone, KVCache
 from model.graphs import SteppedLM, for_serving
@@ -108,6 +110,46 @@ def test_what_fills_up_a_batch_changes_nothing(lm: AdaptiveLM) -> None:
     del caches, carries
     again = generate(model, pool, index[:1])
     assert all(torch.equal(a, b) for a, b in zip(alone[0], again, strict=True))
+
+
+class Watched(TorchDispatchMode):
+    """Notes the operators that a CUDA graph can't hold: they ask what a tensor holds, or bring data of the host's."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, parts = operator.__name__.split(".")[0], [x for arg in args if isinstance(arg, list) for x in arg]
+        by_mask = name.startswith("index") and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in parts)
+        if by_mask or name in WAITING:
+            self.seen.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+}
+WAITING |= {"lift_fresh", "lift_fresh_copy", "equal", "is_nonzero"}
+
+
+def test_nothing_of_a_step_waits_for_the_device_or_the_host(lm: AdaptiveLM) -> None:
+    pool, model = new_pool(lm), stepped(lm)
+    for reads in (True, False):
+        step = model._step(pool, 4, reads)
+        with Watched() as watched:
+            step._compute()
+        assert watched.seen == []
+    with Watched() as watched:
+        x = torch.zeros(3, 4)
+        bool(x[:, [1, 2]][x[:, :2] == 0].any())
+    assert set(watched.seen) == {"lift_fresh", "index", "is_nonzero"}, "what it watches for"
 
 
 def test_all_steps_can_be_made_before_they_are_needed(lm: AdaptiveLM) -> None:
