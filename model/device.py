@@ -13,7 +13,12 @@ from torch import Tensor
 
 @cache
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Our Triton kernels where they run: on a GPU, with Triton installed. None elsewhere: torch's operators do it."""
+    """Our kernels where they run: Numba's on a CPU, Triton's on a GPU that has it installed. None elsewhere: torch's
+    operators do it."""
+    if device.type == "cpu":
+        from model import native
+
+        return native
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from model import kernels

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.memory.ops import KEY_STEPS, Compared
+from model.memory.ops import LIKENESS_STEP, Compared, query_steps
 
 
 def compare(
@@ -30,10 +30,10 @@ def compare(
         torch.empty(n, K, dtype=torch.long, device=device),
         torch.empty(n, K, dtype=torch.bool, device=device),
     )
-    inputs = (tables, ages, tokens, prints, keys, *(x.contiguous() for x in (session, cells, query, context)))
+    inputs = (tables, ages, tokens, prints, keys, *(x.contiguous() for x in (session, cells, query_steps(query), context)))
     outputs = (found.tokens, found.cosines, found.repeats, found.missing.view(torch.uint8))
     sizes = (triton.next_power_of_2(P), triton.next_power_of_2(D))
-    _compare[(n, k)](*inputs, *outputs, tables.shape[1], 1.0 / KEY_STEPS, P, R, D, *sizes)
+    _compare[(n, k)](*inputs, *outputs, tables.shape[1], LIKENESS_STEP, P, R, D, *sizes)
     return found
 
 

@@ -22,6 +22,8 @@ from model.memory.config import RUNS
 TINY = torch.finfo(torch.float32).tiny
 GUARD_TOKENS, GUARD_NATS = 1024, 8.0
 KEY_STEPS = 254  # of a key's component, between −0.5 and 0.5
+QUERY_STEPS = 32767  # of a query's component: products with keys, and sums of them, are then whole and below 2²⁴
+LIKENESS_STEP = 1.0 / (KEY_STEPS * QUERY_STEPS)
 MIXER = -7046029254386353131  # 2⁶⁴ / φ: odd, its powers spread tokens over 64 bits
 
 
@@ -156,11 +158,16 @@ def repeated(prints: Tensor, context: Tensor) -> Tensor:
     return ((prints == context) & (context != 0)).sum(-1)
 
 
+def query_steps(query: Tensor) -> Tensor:
+    """Queries [..., d_k] of unit length in whole steps of 1 / QUERY_STEPS: fp32 then sums their products with keys
+    exactly, so likeness is the same to the last bit in any order, batch and kernel."""
+    return (query.float() * QUERY_STEPS).round()
+
+
 def likeness(rows: Rows, query: Tensor) -> Tensor:
     """⟨query, key⟩ [n, K] of the rows [n, k, P] of the addressed cells; query [n, d_k] of unit length."""
     keys = rows.keys.flatten(1, 2).float()
-    # The query on the left: a lone matrix times a vector would be rounded differently from the same one in company.
-    return torch.bmm(query[:, None], keys.transpose(1, 2))[:, 0] / KEY_STEPS
+    return torch.bmm(query_steps(query)[:, None], keys.transpose(1, 2))[:, 0] * LIKENESS_STEP
 
 
 def compare(rows: Rows, query: Tensor, context: Tensor) -> Compared:
