@@ -81,7 +81,7 @@ def write(
     _write[(len(old),)](ages, tokens, their_prints, their_keys, *inputs, len(at), P, R, D, *sizes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _write(
     ages, tokens, prints, keys, old, new, at, new_keys, new_prints, targets, n, P: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,

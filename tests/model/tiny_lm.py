@@ -12,6 +12,7 @@ from model.config import tiny_config
 from model.lm import AdaptiveLM, Carry, Scores
 from model.memory import Draft, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where what is made for GPUs is tested
 VOCAB, WIDTH, BLOCK = 96, 32, 8
 LEXICAL = SiteConfig("words", "lexical", slots=64, k=4, width=16, cell=8)
 MIDDLE = SiteConfig("middle", "hidden", slots=36, k=3, layer=1, width=5, decay=1.0, cap=10.0)
@@ -45,7 +46,7 @@ def build(backbone: Backbone, *sites: SiteConfig) -> AdaptiveLM:
         for ending, value in LEXICAL_WEIGHTS.items():
             if name.endswith(ending):
                 tensor.copy_(torch.tensor(value))
-    return AdaptiveLM(backbone, memory)
+    return AdaptiveLM(backbone, memory.to(backbone.embedding.device))
 
 
 def text(seed: int, length: int = 3 * BLOCK + 3) -> list[int]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from model.checkpoint import load_backbone
 from model.graphs import SteppedLM
 from model.lm import AdaptiveLM
@@ -16,8 +18,10 @@ from model.tokenizer import Tokenizer
 from model.training.initial import random_memory
 from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Token
 from service.metrics import Metrics
+from tests.model.tiny_lm import DEVICE
 from tests.tiny import TEXT
 
+pytestmark = pytest.mark.gpu
 GREEDY = Sampling(temperature=0.0)
 KV_TOKENS = 6 * PAGE
 
@@ -77,9 +81,9 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
 
 
 def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(tiny_base: Path) -> None:
-    tokenizer, backbone = Tokenizer.load(tiny_base), load_backbone(tiny_base)
+    tokenizer, backbone = Tokenizer.load(tiny_base), load_backbone(tiny_base, device=DEVICE)
     site = SiteConfig("words", "lexical", slots=64, k=4, width=16, cell=8)
-    memory = random_memory(MemoryConfig(backbone.config.hidden_size, (site,), block=16), seed=0)
+    memory = random_memory(MemoryConfig(backbone.config.hidden_size, (site,), block=16), seed=0).to(DEVICE)
     plain = AdaptiveLM(backbone, memory)
     stepped = SteppedLM(plain, kv_tokens=max(KV_TOKENS, 8 * 128), max_batch=8)
     ids = tokenizer.encode(TEXT * 2)[:90]
