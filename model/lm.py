@@ -218,7 +218,9 @@ class AdaptiveLM:
             return logits
         base = ops.predict(logits)
         reading = site.read(pool, session, states, ops.trail_fingerprints(trails), base, trust)
-        return ops.mix(base, reading.tokens, reading.shares, reading.gamma)
+        mix = pool.sites[site.config.name].operators.mix
+        mixed: Tensor = mix(base, reading.tokens, reading.shares, reading.gamma)
+        return mixed
 
     def hooks(
         self, pool: Pool, index: int | Sequence[int] | Tensor, inputs: dict[int, Tensor]

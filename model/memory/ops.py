@@ -78,14 +78,11 @@ class Prediction(NamedTuple):
 
 def predict(logits: Tensor) -> Prediction:
     """logits [n, V] → what they say."""
+    probs = torch.softmax(logits, -1)
+    log_z = logits.amax(-1) - probs.amax(-1).log()
     # Several threads share the sum of a lone row, and round it differently; two rows are each summed whole.
-    rows = logits.expand(2, -1) if len(logits) == 1 else logits
-    top = rows.amax(-1, keepdim=True)
-    weights = (rows - top).exp()
-    total = weights.sum(-1)
-    log_z = top[:, 0] + total.log()
-    entropy = log_z - torch.linalg.vecdot(weights, rows) / total
-    return Prediction(logits, log_z[: len(logits)], entropy[: len(logits)])
+    pair = (probs.expand(2, -1), logits.expand(2, -1)) if len(logits) == 1 else (probs, logits)
+    return Prediction(logits, log_z, log_z - torch.linalg.vecdot(*pair)[: len(logits)])
 
 
 def rowwise(x: Tensor, weight: Tensor) -> Tensor:
@@ -177,6 +174,11 @@ def compare(rows: Rows, query: Tensor, context: Tensor) -> Compared:
     return Compared(rows.tokens.flatten(1).long(), likeness(rows, query), repeats, rows.ages.flatten(1) == 0)
 
 
+def earned_by(bonus: Tensor) -> Tensor:
+    """What a row earns with each head by the number of runs that it repeats [H, R + 1]; bonus [H, R]."""
+    return F.pad(bonus.cumsum(1), (1, 0))
+
+
 def weigh(
     tokens: Tensor,
     cosines: Tensor,
@@ -198,8 +200,7 @@ def weigh(
     [H, R].
     """
     scores = sharpness[:, None] * cosines[:, None] + prior[:, None] * log_probs[:, None]
-    earned = F.pad(bonus.cumsum(1), (1, 0))  # by the number of runs repeated
-    scores = scores + earned[:, repeats].transpose(0, 1)
+    scores = scores + earned_by(bonus)[:, repeats].transpose(0, 1)
     scores = scores.masked_fill(missing[:, None], -torch.inf)
     best, at = scores.max(dim=-1, keepdim=True)
     known = best > -torch.inf

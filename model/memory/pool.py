@@ -85,6 +85,7 @@ class SitePool:
         self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
         self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
         self.kernels = kernels_for(device)
+        self.operators = self.kernels or ops
 
     def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
         """session [n] long, cells [n, k] long → each field [n, k, …]."""

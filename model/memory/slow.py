@@ -114,9 +114,10 @@ class LexicalSite(nn.Module):
         """What sessions [n] hold for final hidden states [n, d]; prints [n, R]: fingerprints of the contexts."""
         keys = self.keys(hidden)
         cells = self.address(keys)
-        rows = pool.sites[self.config.name].compare(session, cells, keys, prints)
+        fast = pool.sites[self.config.name]
+        rows = fast.compare(session, cells, keys, prints)
         log_probs = base.log_prob(rows.tokens)
-        found = ops.weigh(*rows[:3], log_probs, rows.missing, self.sharpness, self.prior, self.bonus)
+        found = fast.operators.weigh(*rows[:3], log_probs, rows.missing, self.sharpness, self.prior, self.bonus)
         return Found(keys, cells, rows.missing.view(*cells.shape, -1).sum(-1), found)
 
     def first_trust(self) -> Tensor:
