@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -10,14 +11,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 
 @cache
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Our Triton kernels where they run: on a GPU, with Triton installed. None elsewhere: torch's operators do it."""
+    """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what their
+    twins do. None elsewhere: torch's operators take their place."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from model import kernels
+    from model.selfcheck import check_kernels
 
+    try:
+        check_kernels(device)
+    except Exception as error:  # whatever it is, the twins can do without
+        log.warning("our kernels can't be used on this GPU, torch's operators take their place: %s", error)
+        return None
     return kernels
 
 
