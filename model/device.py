@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 @cache
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what their
-    twins do. None elsewhere: torch's operators take their place."""
+    """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what
+    their twins do. None elsewhere: torch's operators take their place."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from model import kernels
