@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -10,20 +11,34 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 
 @cache
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Our kernels where they run: Numba's on a CPU, Triton's on a GPU that has it installed. None elsewhere: torch's
-    operators do it."""
-    if device.type == "cpu":
-        from model import native
-
-        return native
+    """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what
+    their twins do. None elsewhere: torch's operators take their place."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from model import kernels
+    from model.selfcheck import check_kernels
 
+    try:
+        check_kernels(device)
+    except Exception as error:  # whatever it is, the twins can do without
+        log.warning("our kernels can't be used on this GPU, torch's operators take their place: %s", error)
+        return None
     return kernels
+
+
+def row_kernels_for(device: torch.device) -> ModuleType | None:
+    """What compares, weighs and writes the memory's rows: Numba's kernels on a CPU, ours of above on a GPU. None
+    elsewhere."""
+    if device.type != "cpu":
+        return kernels_for(device)
+    from model import native
+
+    return native
 
 
 def upload(data: Tensor, device: torch.device) -> Tensor:

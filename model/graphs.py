@@ -6,6 +6,7 @@ as it is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from model.lm import EMPTY, AdaptiveLM, Carry
 from model.memory import Pool
 from model.memory.config import RUNS
 from model.paged import PagedAttention, PagedCache, Pages
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,10 @@ class SteppedLM(AdaptiveLM):
             step = Step(self, self.pages, pool, size, reads=reads)
             if self.device.type == "cuda":
                 self._memory = self._memory or torch.cuda.graph_pool_handle()
-                step.capture(self._memory)
+                try:
+                    step.capture(self._memory)
+                except RuntimeError as error:
+                    log.warning("a step of %d sequences is not captured, and slower for it: %s", size, error)
             self._steps[size, reads] = step
         return self._steps[size, reads]
 

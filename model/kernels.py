@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.memory.ops import LIKENESS_STEP, Compared, mix, query_steps, weigh
-
-__all__ = ["attend_in_pages", "compare", "mix", "weigh", "write"]
+from model.memory.ops import LIKENESS_STEP, Compared, query_steps, weigh
 
 
 def compare(

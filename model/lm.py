@@ -218,9 +218,7 @@ class AdaptiveLM:
             return logits
         base = ops.predict(logits)
         reading = site.read(pool, session, states, ops.trail_fingerprints(trails), base, trust)
-        mix = pool.sites[site.config.name].operators.mix
-        mixed: Tensor = mix(base, reading.tokens, reading.shares, reading.gamma)
-        return mixed
+        return ops.mix(base, reading.tokens, reading.shares, reading.gamma)
 
     def hooks(
         self, pool: Pool, index: int | Sequence[int] | Tensor, inputs: dict[int, Tensor]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.memory.ops import LIKENESS_STEP, Candidates, Compared, Prediction, earned_by, query_steps
+from model.memory.ops import LIKENESS_STEP, Candidates, Compared, earned_by, query_steps
 
 Array = NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -57,19 +57,11 @@ def weigh(
 ) -> Candidates:
     """Without the passes over all candidates that its twin takes for each step."""
     (n, K), (H, R) = cosines.shape, bonus.shape
-    shares, evidence = (torch.empty(n, H, wide, dtype=log_probs.dtype) for wide in (K, 4 + R))
+    shares, evidence = (torch.zeros(n, H, wide, dtype=log_probs.dtype) for wide in (K, 4 + R))
     same = torch.empty(n, dtype=torch.long)
     scales = (sharpness, prior, earned_by(bonus))
     _weigh(*_arrays(tokens, cosines, repeats, log_probs, missing, *scales, shares, evidence, same))
     return Candidates(tokens, shares, evidence.flatten(1), same)
-
-
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
-    """Without a pass over the vocabulary but the copy."""
-    mixed = base.logits.clone()
-    share = mixed.new_zeros(mixed.shape[1])
-    _mix(*_arrays(mixed, base.log_z, tokens, shares, gamma, share))
-    return mixed
 
 
 def write(
@@ -137,10 +129,7 @@ def _weigh(
     H, runs = bonus.shape
     for t in range(n):
         for h in range(H):
-            shares, evidence = out_shares[t, h], out_evidence[t, h]
-            shares[:] = 0.0
-            evidence[:] = 0.0
-            best = -1
+            shares, evidence, best = out_shares[t, h], out_evidence[t, h], -1
             for i in range(K):
                 if not missing[t, i]:
                     score = sharpness[h] * cosines[t, i] + prior[h] * log_probs[t, i] + bonus[h, repeats[t, i]]
@@ -168,25 +157,6 @@ def _weigh(
             evidence[3] = math.log(agreement + np.float32(1e-4)) / np.float32(3.0)
             for run in range(runs - 1):
                 evidence[4 + run] = repeats[t, best] > run
-
-
-@compiled
-def _mix(mixed: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array, share: Array) -> None:
-    """share [V]: zeros, before and after."""
-    n, K = tokens.shape
-    for t in range(n):
-        if gamma[t] == 0.0:
-            continue
-        for i in range(K):
-            share[tokens[t, i]] += shares[t, i]
-        for i in range(K):
-            token = tokens[t, i]
-            if share[token] > 0.0:
-                base = mixed[t, token] - log_z[t] + math.log1p(-gamma[t])
-                memory = math.log(gamma[t] * share[token])
-                high, low = max(base, memory), min(base, memory)
-                mixed[t, token] += high + math.log1p(math.exp(low - high)) - base
-                share[token] = 0.0
 
 
 @compiled

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.device import fetch, kernels_for, load, upload
+from model.device import fetch, load, row_kernels_for, upload
 from model.memory import ops
 from model.memory.config import OWN, RUNS, MemoryConfig, SiteConfig
 
@@ -84,8 +84,8 @@ class SitePool:
         self.fields = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
         self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
-        self.kernels = kernels_for(device)
-        self.operators = self.kernels or ops
+        self.kernels = row_kernels_for(device)
+        self.weigh = self.kernels.weigh if self.kernels else ops.weigh
 
     def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
         """session [n] long, cells [n, k] long → each field [n, k, …]."""

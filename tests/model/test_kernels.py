@@ -33,6 +33,7 @@ from tests.model.tiny_lm import (
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' twins are all that runs here")
 from model import kernels
+from model.selfcheck import check_kernels
 
 pytestmark = pytest.mark.gpu
 R = len(RUNS)
@@ -162,6 +163,13 @@ def test_a_model_on_all_kernels_learns_and_says_what_it_does_on_none() -> None:
         assert all(state[at] == twin_state[at] for at in state if "_own" not in at[0])
     torch.testing.assert_close(adapted, twin_adapted, atol=1e-4, rtol=0)
     torch.testing.assert_close(said, twin_said, atol=1e-4, rtol=0)
+
+
+def test_kernels_are_checked_before_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_kernels(DEVICE)
+    monkeypatch.setattr(kernels, "KEY_STEPS", 250)
+    with pytest.raises(RuntimeError, match="the kernel compare does not compute what its twin does"):
+        check_kernels(DEVICE)
 
 
 def test_every_kernel_compiles_for_an_h100() -> None:
