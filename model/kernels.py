@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.memory.ops import LIKENESS_STEP, Compared, query_steps, weigh
+from model.memory.ops import LIKENESS_STEP, Compared, query_steps
+from model.memory.ops import weigh as weigh  # torch's operators are its kernels
 
 
 def compare(
@@ -30,7 +31,14 @@ def compare(
         torch.empty(n, K, dtype=torch.long, device=device),
         torch.empty(n, K, dtype=torch.bool, device=device),
     )
-    inputs = (tables, ages, tokens, prints, keys, *(x.contiguous() for x in (session, cells, query_steps(query), context)))
+    inputs = (
+        tables,
+        ages,
+        tokens,
+        prints,
+        keys,
+        *(x.contiguous() for x in (session, cells, query_steps(query), context)),
+    )
     outputs = (found.tokens, found.cosines, found.repeats, found.missing.view(torch.uint8))
     sizes = (triton.next_power_of_2(P), triton.next_power_of_2(D))
     _compare[(n, k)](*inputs, *outputs, tables.shape[1], LIKENESS_STEP, P, R, D, *sizes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 import numpy as np
@@ -18,15 +18,15 @@ from torch import Tensor
 from model.memory.ops import LIKENESS_STEP, Candidates, Compared, earned_by, query_steps
 
 Array = NDArray[Any]
-Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """The function as machine code, from its first call on."""
     try:
-        return cast(Function, numba.njit(nogil=True, cache=True)(function))
+        machine: Callable[..., None] = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # there is no place to keep it
-        return cast(Function, numba.njit(nogil=True)(function))
+        machine = numba.njit(nogil=True)(function)
+    return machine
 
 
 def compare(

@@ -85,7 +85,6 @@ class SitePool:
         self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
         self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
         self.kernels = row_kernels_for(device)
-        self.weigh = self.kernels.weigh if self.kernels else ops.weigh
 
     def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
         """session [n] long, cells [n, k] long → each field [n, k, …]."""

@@ -117,7 +117,8 @@ class LexicalSite(nn.Module):
         fast = pool.sites[self.config.name]
         rows = fast.compare(session, cells, keys, prints)
         log_probs = base.log_prob(rows.tokens)
-        found = fast.weigh(*rows[:3], log_probs, rows.missing, self.sharpness, self.prior, self.bonus)
+        weigh = (fast.kernels or ops).weigh
+        found = weigh(*rows[:3], log_probs, rows.missing, self.sharpness, self.prior, self.bonus)
         return Found(keys, cells, rows.missing.view(*cells.shape, -1).sum(-1), found)
 
     def first_trust(self) -> Tensor:
