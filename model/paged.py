@@ -49,7 +49,10 @@ class Pages:
         return self._pages.taken
 
     def take(self, tokens: int) -> tuple[int, Tensor]:
-        """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, changing nothing."""
+        """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, and `ValueError` for more tokens
+        than the context has, changing nothing."""
+        if tokens > (longest := self.tables.shape[1] * PAGE):
+            raise ValueError(f"capacity must be at most the {longest} tokens of the context, got {tokens}")
         pages = self._pages.take(-(-tokens // PAGE))
         try:
             sequence = int(self._sequences.take(1))
@@ -69,7 +72,7 @@ class PagedCache(KVCache):
     """The pages of one sequence; they are free again as soon as nobody refers to it."""
 
     def __init__(self, pages: Pages, capacity: int) -> None:
-        """Raises PoolFullError."""
+        """Raises PoolFullError, and `ValueError` for more than the context."""
         self.pages = pages
         self.capacity = capacity
         self.length = 0
