@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused_before_the_device_is_asked(lm: AdaptiveLM)
         model.new_cache(most + 1)
     cache = model.new_cache(most)
     carry, _ = model.block(text(1, most), cache, pool)
-    with pytest.raises(ValueError, match="exceeds the context|room for"):
+    with pytest.raises(ValueError, match=f"room for {most + 1} tokens"):
         model.decode([1], [cache], [carry], pool, [EMPTY])
     short = model.new_cache(5)
     carry, _ = model.block(text(1, 5), short, pool)
@@ -259,5 +259,5 @@ def test_pages_are_reserved_by_capacity_and_free_when_nobody_refers_to_them(back
     again = PagedCache(pages, 2 * PAGE)
     assert pages.taken == 6 / 8
     with pytest.raises(PoolFullError):
-        PagedCache(pages, 9 * PAGE)
+        PagedCache(pages, 3 * PAGE)
     assert pages.taken == 6 / 8 and again.length == 0
