@@ -50,8 +50,8 @@ class Pages:
         return self._pages.taken
 
     def take(self, tokens: int) -> tuple[int, Tensor]:
-        """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, and `ValueError` for more than
-        the context, changing nothing."""
+        """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, and `ValueError` for more
+        than the context, changing nothing."""
         if tokens > self.longest:
             raise ValueError(f"capacity must be at most the {self.longest} tokens of the context, got {tokens}")
         pages = self._pages.take(-(-tokens // PAGE))
