@@ -30,6 +30,7 @@ class Pages:
 
     def __init__(self, config: ModelConfig, *, tokens: int, sequences: int, device: Device, dtype: torch.dtype) -> None:
         self.device = torch.device(device)
+        self.longest = config.max_context  # a captured step checks nothing, and reads what it is told to
         self.kernels = kernels_for(self.device)
         pages = -(-tokens // PAGE) + sequences
         shape = (config.num_layers, (pages + 1) * PAGE, config.num_kv_heads, config.head_dim)
@@ -49,7 +50,10 @@ class Pages:
         return self._pages.taken
 
     def take(self, tokens: int) -> tuple[int, Tensor]:
-        """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, changing nothing."""
+        """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, and `ValueError` for more
+        than the context, changing nothing."""
+        if tokens > self.longest:
+            raise ValueError(f"capacity must be at most the {self.longest} tokens of the context, got {tokens}")
         pages = self._pages.take(-(-tokens // PAGE))
         try:
             sequence = int(self._sequences.take(1))
@@ -69,7 +73,7 @@ class PagedCache(KVCache):
     """The pages of one sequence; they are free again as soon as nobody refers to it."""
 
     def __init__(self, pages: Pages, capacity: int) -> None:
-        """Raises PoolFullError."""
+        """Raises PoolFullError, and `ValueError` for more than the context."""
         self.pages = pages
         self.capacity = capacity
         self.length = 0

@@ -210,6 +210,21 @@ def test_a_base_in_bf16_has_fast_weights_in_fp32_and_says_much_the_same(lm: Adap
     assert float((said[0] - said[1]).abs().sum(-1).max()) < 0.2, "of 2, in total variation"
 
 
+def test_what_does_not_fit_is_refused_before_the_device_is_asked(lm: AdaptiveLM) -> None:
+    pool, model, most = new_pool(lm), stepped(lm), lm.backbone.config.max_context
+    with pytest.raises(ValueError, match=f"at most the {most} tokens"):
+        model.new_cache(most + 1)
+    cache = model.new_cache(most)
+    carry, _ = model.block(text(1, most), cache, pool)
+    with pytest.raises(ValueError, match=f"room for {most + 1} tokens"):
+        model.decode([1], [cache], [carry], pool, [EMPTY])
+    short = model.new_cache(5)
+    carry, _ = model.block(text(1, 5), short, pool)
+    with pytest.raises(ValueError, match="room for 6 tokens, its capacity is 5"):
+        model.decode([1], [short], [carry], pool, [EMPTY])
+    assert short.length == 5
+
+
 # Pages.
 
 
@@ -244,5 +259,5 @@ def test_pages_are_reserved_by_capacity_and_free_when_nobody_refers_to_them(back
     again = PagedCache(pages, 2 * PAGE)
     assert pages.taken == 6 / 8
     with pytest.raises(PoolFullError):
-        PagedCache(pages, 9 * PAGE)
+        PagedCache(pages, 3 * PAGE)
     assert pages.taken == 6 / 8 and again.length == 0
