@@ -115,6 +115,7 @@ class SteppedLM(AdaptiveLM):
 
     def prepare(self, pool: Pool) -> None:
         """Captures every step's graph, the largest first: smaller ones then fit into its memory."""
+        super().prepare(pool)
         for size in reversed(self.sizes):
             for reads in (True, False):
                 self._step(pool, size, reads)

@@ -118,7 +118,11 @@ class AdaptiveLM:
         return self.backbone.new_cache(capacity)
 
     def prepare(self, pool: Pool) -> None:
-        """What is worth doing once, before sessions of this pool are served: here nothing."""
+        """Does everything once, before sessions of this pool are served: kernels are compiled when they are called."""
+        draft = pool.draft(EMPTY)
+        carry, _ = self.block([0, 0], self.new_cache(2), pool, draft.index, learn=[False, True], draft=draft)
+        self.predict([carry], pool, [draft.index])
+        draft.rollback()
 
     def block(
         self,

@@ -165,7 +165,7 @@ def test_all_steps_can_be_made_before_they_are_needed(lm: AdaptiveLM) -> None:
     model.prepare(pool)
     index = [learned(lm, pool, seed=1)] * 5
     for ours, twin in zip(generate(model, pool, index), generate(lm, pool, index), strict=True):
-        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours, twin, atol=5e-4, rtol=0)
 
 
 def test_a_state_that_is_loaded_while_others_are_decoded_is_whole(lm: AdaptiveLM) -> None:

@@ -167,7 +167,7 @@ def test_a_model_on_all_kernels_learns_and_says_what_it_does_on_none() -> None:
 
 def test_kernels_are_checked_before_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     check_kernels(DEVICE)
-    monkeypatch.setattr(kernels, "LIKENESS_STEP", 1.1 * kernels.LIKENESS_STEP)
+    monkeypatch.setattr(kernels, "LIKENESS_STEP", 1.1 * ops.LIKENESS_STEP)
     with pytest.raises(RuntimeError, match="the kernel compare does not compute what its twin does"):
         check_kernels(DEVICE)
 

@@ -93,7 +93,8 @@ def test_rows_are_weighed_as_by_the_twins(P: int, width: int, dtype: torch.dtype
     scales = torch.tensor([9.0, 2.0]), torch.tensor([0.5, -0.3]), torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.1, 0.0]])
     rows = site.compare(asked, cells, query, context)
     parts = (rows.tokens, rows.cosines, rows.repeats, base.log_prob(rows.tokens), rows.missing)
-    ours, twin = native.weigh(*parts, *scales), ops.weigh(*parts, *scales)
+    asking: tuple[Tensor, ...] = (*parts, *scales)
+    ours, twin = native.weigh(*asking), ops.weigh(*asking)
     exact = (scale.double() for scale in scales)
     loops = naive.read_lexical(
         ops.Rows(*site.read(asked, cells)), query.double(), context, ops.predict(base.logits.double()), *exact
@@ -105,5 +106,6 @@ def test_rows_are_weighed_as_by_the_twins(P: int, width: int, dtype: torch.dtype
         torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-5, msg=name)
         torch.testing.assert_close(mine.double(), slow, atol=2e-4, rtol=1e-4, msg=name)
     for n in range(len(asked)):
-        alone = native.weigh(*(part[n : n + 1] for part in parts), *scales)
+        asking = (*(part[n : n + 1] for part in parts), *scales)
+        alone = native.weigh(*asking)
         assert torch.equal(alone.shares[0], ours.shares[n]) and torch.equal(alone.evidence[0], ours.evidence[n])
