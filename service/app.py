@@ -145,7 +145,7 @@ async def _serve(
         if loading.done() and sessions.state == "loading":
             served = loading.result()
             engine = served.engine
-            engine.start()
+            await engine.start()
             sessions.begin(served)
             log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
         await serving

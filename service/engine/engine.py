@@ -79,15 +79,17 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[tuple[Job, Event]] = []
         self._stopping = False
+        self._prepared = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="imprint-engine", daemon=True)
 
     # --- from other threads ----------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Starts the thread; events are delivered on the running event loop."""
+    async def start(self) -> None:
+        """Starts the thread and waits until it can serve; events are delivered on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        await asyncio.to_thread(self._prepared.wait)
 
     async def stop(self) -> None:
         """Ends the thread after its current step; jobs that are not done end without an event."""
@@ -146,6 +148,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 self._lm.prepare(self._hot.pool)
+                self._prepared.set()
                 while not self._stopping:
                     self._take_messages()
                     self._step()
@@ -154,6 +157,8 @@ class Engine:
             log.critical("the engine's thread died; the server ends", exc_info=True)
             os.kill(os.getpid(), signal.SIGTERM)
             raise
+        finally:
+            self._prepared.set()
 
     def _stop(self) -> None:
         self._stopping = True

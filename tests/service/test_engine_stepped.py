@@ -71,7 +71,7 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
         )
 
     async def all_of_them() -> list[tuple[object, ...]]:
-        engine.start()
+        await engine.start()
         try:
             return await asyncio.gather(*(one(*job) for job in jobs(ids)))
         finally:
