@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.e2e
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTEXT = 8192
 PATIENCE_MS = 60_000
+LOOK_MS = 600  # longer than the page waits before it asks about what was written
 REFUSED = "Failed to load resource"  # how the browser itself reports a 4xx
 PASTE = """(field, text) => {
   const clipboardData = new DataTransfer();
@@ -129,6 +131,25 @@ def losses(page: Page, version: int) -> tuple[float, float]:
     expect(said).to_contain_text(f"with version {version}:")
     frozen, adapted = re.findall(r"(\d+\.\d\d)(?: nats a token| with version)", said.text_content() or "")
     return float(frozen), float(adapted)
+
+
+@contextmanager
+def held(page: Page, requests: str) -> Iterator[None]:
+    """Such requests reach the server when the block ends."""
+    waiting: list[Route] = []
+    over = False
+
+    def hold(route: Route) -> None:
+        if over:
+            route.continue_()
+        else:
+            waiting.append(route)
+
+    page.route(requests, hold)
+    yield
+    over = True
+    for route in waiting:
+        route.continue_()
 
 
 def get(server: Server, path: str) -> Json:
@@ -292,6 +313,29 @@ def test_a_suggestion_is_taken_or_dropped_and_holds_nobody(page: Page) -> None:
     assert box is not None
     page.mouse.move(box["x"] + 2, box["y"] + box["height"] / 2)
     expect(page.locator("#token")).to_contain_text("with the memory")
+
+
+def test_what_is_written_while_something_runs_is_looked_at_afterwards(page: Page, faults: list[str]) -> None:
+    choose(page, "gus")
+    with held(page, "**/v1/completions"):
+        button(page, "Complete both").click()
+        draft(page).fill("The quick brown")
+        page.wait_for_timeout(LOOK_MS)  # it was not the time to look
+    expect(page.locator("#suggestion")).not_to_be_empty()
+
+    with held(page, "**/v1/sessions?*"):
+        choose(page, "hal")
+        learn(page, TEXT)
+        expect(draft(page)).not_to_be_editable()  # what would be written now would be lost
+        page.route("**/readyz", lambda route: route.fulfill(status=503, json={"status": "loading"}))
+    expect(page.locator("#state")).to_contain_text("The server is loading the model.")  # which is told at Learn's end
+    draft(page).fill("The lazy dog")
+    page.wait_for_timeout(LOOK_MS)
+    expect(page.locator("#suggestion")).to_be_empty()
+    page.unroute("**/readyz")
+    expect(page.locator("#suggestion")).not_to_be_empty()
+    assert all(fault.startswith(REFUSED) for fault in faults)
+    faults.clear()
 
 
 def test_a_long_text_comes_in_pieces_and_can_be_stopped(page: Page, server: Server) -> None:
