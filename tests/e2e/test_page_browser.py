@@ -317,6 +317,7 @@ def test_a_suggestion_is_taken_or_dropped_and_holds_nobody(page: Page) -> None:
 
 def test_what_is_written_while_something_runs_is_looked_at_afterwards(page: Page, faults: list[str]) -> None:
     choose(page, "gus")
+    page.get_by_label("The same prompt").fill("The fox")
     with held(page, "**/v1/completions"):
         button(page, "Complete both").click()
         draft(page).fill("The quick brown")
