@@ -194,9 +194,9 @@ def show_keys(app: FastAPI) -> None:
             for name, tenant in (("tenant", "TENANT"), ("operator", OPERATOR))
         }
         for path, methods in told["paths"].items():
-            wanted = {} if path in PUBLIC else {"operator" if path == "/metrics" else "tenant": []}
+            takes = "operator" if path == "/metrics" else "tenant"
             for operation in methods.values():
-                operation["security"] = [wanted] if wanted else []
+                operation["security"] = [] if path in PUBLIC else [{takes: []}]
         return told
 
     app.openapi = page  # type: ignore[method-assign]

@@ -1,0 +1,403 @@
+"""What the dashboards show: rows of panels; a panel is a title, what it tells, a unit and its queries by legend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+NATS = "suffix: nats"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """queries: PromQL by legend; `@` stands for the instances that are chosen at the top, `[]` for the range that suits
+    the graph. unit: Grafana's name for it."""
+
+    title: str
+    tells: str
+    unit: str
+    queries: Mapping[str, str]
+    kind: Literal["graph", "stack", "number", "distribution"] = "graph"
+
+
+def rate(metric: str, where: str = "") -> str:
+    """Events per second of a counter, all instances together."""
+    return f"sum(rate({metric}{{@{where}}}[]))"
+
+
+def ratio(upper: str, lower: str) -> str:
+    """One counter's growth by another's."""
+    return f"{rate(upper)} / {rate(lower)}"
+
+
+def share_of_requests(status: str) -> str:
+    """The share of all answers that have a status of this pattern; 0 where none had."""
+    some = rate("imprint_requests_total", f', code=~"{status}"')
+    return f"({some} or vector(0)) / {rate('imprint_requests_total')}"
+
+
+def quantiles(metric: str, *shares: float, by: str = "") -> dict[str, str]:
+    """Quantiles of a histogram, each of all instances together."""
+    kept = f"le, {by}" if by else "le"
+    legend = f" {{{{{by}}}}}" if by else ""
+    return {
+        f"p{100 * share:g}{legend}": f"histogram_quantile({share}, sum by ({kept}) (rate({metric}_bucket{{@}}[])))"
+        for share in shares
+    }
+
+
+def learned_by_policies(what: str) -> str:
+    """What policies got per second, by policy and by how much its session had learned before."""
+    return f"sum by (policy, learned) (rate(imprint_policy_{what}_total{{@}}[]))"
+
+
+def gain(window: str) -> str:
+    """Nats per token that the memory was worth, over the proof tokens of a range."""
+    sums = [
+        f"sum(rate(imprint_proof_{name}_total{{@}}{window}))" for name in ("frozen_loss_nats", "loss_nats", "tokens")
+    ]
+    return f"({sums[0]} - {sums[1]}) / {sums[2]}"
+
+
+SERVICE = {
+    "Requests": [
+        Panel(
+            "Requests",
+            "HTTP requests answered, by route.",
+            "reqps",
+            {"{{route}}": "sum by (route) (rate(imprint_requests_total{@}[]))"},
+            "stack",
+        ),
+        Panel(
+            "Errors",
+            "Errors told to clients, by their code. 429s mean too much load, 503s a store or a server that is away.",
+            "reqps",
+            {"{{code}}": "sum by (code) (rate(imprint_errors_total{@}[]))"},
+            "stack",
+        ),
+        Panel(
+            "Answers that failed",
+            "Share of all answers that were a 5xx or a 429.",
+            "percentunit",
+            {"5xx": share_of_requests("5.."), "429": share_of_requests("429")},
+        ),
+    ],
+    "Latency": [
+        Panel(
+            "Time to first token",
+            "From a request's arrival to the first text of its completion.",
+            "s",
+            quantiles("imprint_time_to_first_token_seconds", 0.5, 0.95, 0.99),
+        ),
+        Panel(
+            "Between tokens",
+            "Between two successive pieces of text of one choice.",
+            "s",
+            quantiles("imprint_inter_token_latency_seconds", 0.5, 0.95, 0.99),
+        ),
+        Panel(
+            "Whole requests, p95",
+            "From arrival to the end of the answer, by route.",
+            "s",
+            quantiles("imprint_request_latency_seconds", 0.95, by="route"),
+        ),
+    ],
+    "Load": [
+        Panel(
+            "Tokens",
+            "Tokens read, generated and learned. What fails is not counted.",
+            "short",
+            {
+                "read": rate("imprint_tokens_prefilled_total"),
+                "generated": rate("imprint_tokens_predicted_total"),
+                "learned": rate("imprint_tokens_learned_total"),
+            },
+        ),
+        Panel(
+            "In hand",
+            "Requests being answered, and those of them that wait for the engine. The autoscaler looks at the first.",
+            "short",
+            {
+                "in flight, {{instance}}": "imprint_requests_in_flight{@}",
+                "waiting, {{instance}}": "imprint_queue_depth{@}",
+            },
+        ),
+        Panel(
+            "Wait for the engine",
+            "From a turn's arrival at the engine to its first step.",
+            "s",
+            quantiles("imprint_queue_time_seconds", 0.5, 0.95),
+        ),
+        Panel(
+            "Sequences in a step",
+            "How many sequences one decoding step serves: the batch.",
+            "short",
+            quantiles("imprint_batch_size", 0.5, 0.95)
+            | {"mean": ratio("imprint_batch_size_sum", "imprint_batch_size_count")},
+        ),
+    ],
+}
+
+ADAPTATION = {
+    "What learning is worth": [
+        Panel(
+            "Gain, last hour",
+            "By how much sessions predict a token of their text better than the frozen base, each scored before it is "
+            "learned. Below zero, learning does harm.",
+            NATS,
+            {"gain": gain("[1h]")},
+            "number",
+        ),
+        Panel("Gain over time", "The same, at each moment.", NATS, {"gain": gain("[]")}),
+        Panel(
+            "Loss, adapted and frozen",
+            "Per proof token, with the sessions' memories and without.",
+            NATS,
+            {
+                "adapted": ratio("imprint_proof_loss_nats_total", "imprint_proof_tokens_total"),
+                "frozen": ratio("imprint_proof_frozen_loss_nats_total", "imprint_proof_tokens_total"),
+            },
+        ),
+    ],
+    "Over sessions": [
+        Panel(
+            "Gain of sessions",
+            "What sessions' memories have been worth so far, a token; a session counts at each of its learning turns.",
+            NATS,
+            {"{{le}}": "sum by (le) (increase(imprint_session_gain_nats_per_token_bucket{@}[]))"},
+            "distribution",
+        ),
+        Panel(
+            "Quantiles over sessions",
+            "The same as lines. The tenth percentile below zero: a tenth of the learning is in sessions that it harms.",
+            NATS,
+            quantiles("imprint_session_gain_nats_per_token", 0.1, 0.5, 0.9),
+        ),
+        Panel(
+            "Learning in sessions that gain",
+            "Share of the learning turns whose session's memory has been worth something so far.",
+            "percentunit",
+            {
+                "gaining": '1 - sum(rate(imprint_session_gain_nats_per_token_bucket{@, le=~"0(.0)?"}[])) '
+                "/ sum(rate(imprint_session_gain_nats_per_token_count{@}[]))"
+            },
+        ),
+    ],
+    "What is written": [
+        Panel(
+            "Tokens learned",
+            "Tokens learned and committed.",
+            "short",
+            {"{{instance}}": "sum by (instance) (rate(imprint_tokens_learned_total{@}[]))"},
+            "stack",
+        ),
+        Panel(
+            "Rows written", "Memory rows written and committed.", "short", {"rows": rate("imprint_rows_written_total")}
+        ),
+        Panel(
+            "Rows per token",
+            "Fewer where more was expected: what the mixture knows is not written.",
+            "short",
+            {"rows per token": ratio("imprint_rows_written_total", "imprint_tokens_learned_total")},
+        ),
+        Panel(
+            "Guards",
+            "Sessions whose read gate was shut, their memory having done harm, and opened again, per hour.",
+            "short",
+            {
+                "shut": rate("imprint_guards_shut_total") + " * 3600",
+                "opened": rate("imprint_guards_opened_total") + " * 3600",
+            },
+        ),
+        Panel(
+            "Repetitions and refusals",
+            "Requests answered with what they were answered before, and turns that a full store could not take.",
+            "reqps",
+            {"replays": rate("imprint_replays_total"), "store full": rate("imprint_store_full_total")},
+        ),
+    ],
+    "Policies": [
+        Panel(
+            "Reward",
+            "Mean, by how many the session had learned before: a learning curve. Of labels, the share that was foreseen.",
+            "short",
+            {
+                "{{policy}}, after {{learned}}": f"({learned_by_policies('reward_sum')} - "
+                f"{learned_by_policies('penalty_sum')}) / {learned_by_policies('rewards')}"
+            },
+        ),
+        Panel(
+            "Regret",
+            "Reward missed for each that was had, as far as clients know and tell it.",
+            "short",
+            {"{{policy}}, after {{learned}}": f"{learned_by_policies('regret')} / {learned_by_policies('rewards')}"},
+        ),
+        Panel(
+            "Rewards",
+            "Rewards and labels learned.",
+            "ops",
+            {"{{policy}}, after {{learned}}": learned_by_policies("rewards")},
+        ),
+    ],
+}
+
+STATE = {
+    "Sessions": [
+        Panel(
+            "Hot sessions",
+            "Sessions whose fast weights are on a server's device.",
+            "short",
+            {"{{instance}}": "imprint_sessions_hot{@}"},
+            "stack",
+        ),
+        Panel(
+            "Cold sessions",
+            "Sessions that are only in the store, as the server that knows of most sees it.",
+            "short",
+            {"cold": "max(imprint_sessions_cold{@})"},
+        ),
+        Panel(
+            "Room for fast weights",
+            "Share of the rows on each device that is taken.",
+            "percentunit",
+            {"taken, {{instance}}": "imprint_hot_rows_ratio{@}"},
+        ),
+        Panel(
+            "Evictions and loads",
+            "Sessions dropped from devices for others, and sessions read from the store.",
+            "ops",
+            {"evictions": rate("imprint_session_evictions_total"), "loads": rate("imprint_load_seconds_count")},
+        ),
+    ],
+    "Store": [
+        Panel(
+            "Commits",
+            "Turns committed to the store, and the bytes of rows in them.",
+            "ops",
+            {"commits": rate("imprint_commit_seconds_count")},
+        ),
+        Panel(
+            "Bytes committed",
+            "Bytes of rows, without the log and the answers.",
+            "Bps",
+            {"rows": rate("imprint_commit_bytes_sum")},
+        ),
+        Panel(
+            "Store latency",
+            "Duration of one commit, fsync included where the store does that, and of one load of a session.",
+            "s",
+            {
+                f"{what} {quantile}": query
+                for what in ("commit", "load")
+                for quantile, query in quantiles(f"imprint_{what}_seconds", 0.5, 0.99).items()
+            },
+        ),
+        Panel(
+            "Memory of the store",
+            "What the store uses and, where it has a limit, may use. At the limit nothing more is learned.",
+            "bytes",
+            {"used": "max(imprint_store_used_bytes{@})", "limit": "max(imprint_store_limit_bytes{@}) > 0"},
+        ),
+        Panel(
+            "Store answers", "1 while each server reaches the store.", "short", {"{{instance}}": "imprint_store_up{@}"}
+        ),
+    ],
+    "Leases": [
+        Panel(
+            "Leases held",
+            "Sessions that each server is teaching at this moment. An embedded store needs no leases.",
+            "short",
+            {"{{instance}}": "imprint_leases_held{@}"},
+            "stack",
+        ),
+        Panel(
+            "Wait for a lease",
+            "Long where another server teaches the same session.",
+            "s",
+            quantiles("imprint_lease_wait_seconds", 0.5, 0.99),
+        ),
+        Panel(
+            "Overtaken turns",
+            "Commits refused because another server had taken the session over. They were run again or told as 409.",
+            "ops",
+            {"overtaken": rate("imprint_turns_overtaken_total")},
+        ),
+    ],
+}
+
+DEVICE = {
+    "What runs": [
+        Panel(
+            "Versions and fingerprints",
+            "Servers by what they run. Those of one store must have the same base and memory.",
+            "short",
+            {
+                "{{version}} · {{model}} · base {{base}} · memory {{memory}}": (
+                    "count by (version, model, base, memory) (imprint_build_info{@})"
+                )
+            },
+            "number",
+        ),
+        Panel(
+            "Devices",
+            "Servers by where the model runs.",
+            "short",
+            {"{{kind}} {{name}}": "count by (kind, name) (imprint_device_info{@})"},
+            "number",
+        ),
+        Panel(
+            "Ready",
+            "1 while a server takes requests, 0 while it loads or drains.",
+            "short",
+            {"{{instance}}": "imprint_ready_state{@}"},
+        ),
+    ],
+    "Engine": [
+        Panel(
+            "Time at work",
+            "Share of the time that the engine spends on blocks (reading and learning) and on decoding.",
+            "percentunit",
+            {"{{kind}}, {{instance}}": "sum by (instance, kind) (rate(imprint_engine_step_seconds_sum{@}[]))"},
+            "stack",
+        ),
+        Panel(
+            "Steps", "Duration of one engine step.", "s", quantiles("imprint_engine_step_seconds", 0.5, 0.99, by="kind")
+        ),
+        Panel(
+            "Key-value caches",
+            "Share of the caches' tokens that is reserved. At 1 new requests wait.",
+            "percentunit",
+            {"{{instance}}": "imprint_kv_tokens_reserved{@} / imprint_kv_tokens_capacity{@}"},
+        ),
+    ],
+    "Machine": [
+        Panel(
+            "Device memory",
+            "In use by whatever process: of the GPU, or of the machine where the model runs on CPUs.",
+            "bytes",
+            {
+                "used, {{instance}}": "imprint_device_memory_used_bytes{@}",
+                "all, {{instance}}": "imprint_device_memory_bytes{@}",
+            },
+        ),
+        Panel(
+            "Process memory",
+            "Resident memory of each server.",
+            "bytes",
+            {"{{instance}}": "imprint_process_resident_memory_bytes{@}"},
+        ),
+        Panel(
+            "CPU",
+            "CPU seconds per second: cores at work.",
+            "short",
+            {"{{instance}}": "rate(imprint_process_cpu_seconds_total{@}[])"},
+        ),
+        Panel(
+            "Files and connections",
+            "Share of those that may be open.",
+            "percentunit",
+            {"{{instance}}": "imprint_process_open_fds{@} / imprint_process_max_fds{@}"},
+        ),
+    ],
+}
