@@ -220,7 +220,7 @@ ADAPTATION = {
     "Policies": [
         Panel(
             "Reward",
-            "Mean, by how many the session had learned before: a learning curve. Of labels, the share that was foreseen.",
+            "Mean, by how many the session had learned before: a learning curve. Of labels: the share foreseen.",
             "short",
             {
                 "{{policy}}, after {{learned}}": f"({learned_by_policies('reward_sum')} - "
