@@ -15,7 +15,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from deploy.grafana.dashboards import files
+from deploy.grafana.build import files
 from service.http import PUBLIC
 from service.metrics import Metrics
 from service.settings import Settings
@@ -49,7 +49,7 @@ def test_the_dashboards_are_what_their_source_makes() -> None:
     made = files()
     assert {path.stem for path in made} == dashboards().keys() == {"service", "adaptation", "state", "device"}
     for path, text in made.items():
-        assert path.read_text() == text, "run: python -m deploy.grafana.dashboards"
+        assert path.read_text() == text, "run: python -m deploy.grafana.build"
 
 
 @pytest.mark.parametrize("name", sorted(dashboards()))

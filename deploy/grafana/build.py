@@ -1,4 +1,4 @@
-"""The Grafana dashboards, in Grafana's own builders. `python -m deploy.grafana.dashboards` writes dashboards/*.json."""
+"""The Grafana dashboards, in Grafana's own builders. `python -m deploy.grafana.build` writes dashboards/*.json."""
 
 from __future__ import annotations
 
