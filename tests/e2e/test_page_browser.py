@@ -23,6 +23,7 @@ from service.tenants import new_key
 from tests.conftest import Server
 from tests.live import ENDLESS, Json
 from tests.tiny import TEXT, build_tiny_base
+from tests.tour import first_row, paragraph
 
 pytestmark = pytest.mark.e2e
 
@@ -178,6 +179,13 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     page.emulate_media(color_scheme="light")
     choose(page, "reader")
     button(page, "Put in the page").click()
+    expect(draft(page)).to_have_value(re.compile("^The Keeper of Orvane Light"))
+    draft(page).focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Control+X")
+    expect(draft(page)).to_have_value("")
+    page.keyboard.press("Control+V")
+    expect(draft(page)).to_have_value(re.compile("^The Keeper of Orvane Light"))
     button(page, "Learn").click()
     learned(page, 6)
     frozen, adapted = losses(page, 6)
@@ -246,17 +254,15 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
 @pytest.mark.real
 def test_the_tour_is_what_one_sees(watched: Watched, real_server: Server) -> None:
     """docs/tour.md on the real base: a paragraph is taught, its line is suggested, and completed beside the base."""
-    tour = (Path(__file__).parents[2] / "docs" / "tour.md").read_text()
     page = watched(real_server.url)
     page.set_viewport_size({"width": 1280, "height": 800})
     page.emulate_media(color_scheme="light")
     choose(page, "tourist")
-    learn(page, " ".join(line.removeprefix("> ") for line in tour.splitlines() if line.startswith("> ")))
+    learn(page, paragraph())
     learned(page, 1)
     frozen, adapted = losses(page, 1)
     assert adapted < frozen / 4
-    first_row = tour.split("| --- | --- | --- |\n| ")[1].split("\n")[0]
-    prompt, continued, _ = (cell.strip() for cell in first_row.split("|", 2))
+    prompt, continued = first_row()
     draft(page).fill(prompt)
     expect(page.locator("#suggestion")).to_contain_text(continued)
     expect(page.locator("#backdrop .better")).not_to_have_count(0)
