@@ -3,7 +3,7 @@
     python -m tests.tour
 
 Clones what is committed here, calls `make serve` with nothing set up and no base at hand, and does in a browser what
-the tour says. Prints how many seconds each step took.
+the tour says. Prints the seconds since the start, and those of CPU that were spent, after each step.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import psutil
 from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,11 +69,22 @@ def _ready(url: str) -> bool:
         return False
 
 
+def _cpu() -> float:
+    """Seconds of CPU of all that was started here."""
+    spent = os.times()
+    total = spent.children_user + spent.children_system
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            total += one.cpu_times().user + one.cpu_times().system
+    return total
+
+
 def main() -> None:
+    """The tour, told step by step."""
     began = time.monotonic()
 
     def tell(what: str) -> None:
-        print(f"{time.monotonic() - began:6.0f} s  {what}", flush=True)
+        print(f"{time.monotonic() - began:6.0f} s, {_cpu():4.0f} s of CPU: {what}", flush=True)
 
     expect.set_options(timeout=1000 * PATIENCE_S)
     with tempfile.TemporaryDirectory(prefix="imprint-tour-") as name, sync_playwright() as playwright:
