@@ -11,7 +11,7 @@ import pytest
 from tests.oracle import Evidence, Kills, Pauses, Result, judge, run, witness
 from tests.replay import Model
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.e2e
 ROWS = "rows:lexical"
 
 

@@ -10,7 +10,6 @@ from tests.soak import soak
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(600)
 def test_a_quarter_of_a_minute_of_many_users(tiny_base: Path, tmp_path: Path) -> None:
     run = soak(tmp_path, str(tiny_base), minutes=0.25, streams=16, kill=True)
     assert run.report()

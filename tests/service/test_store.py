@@ -20,8 +20,6 @@ from service.store import redis as redis_store
 from service.store.embedded import EmbeddedValkey
 from tests.service.faulty_line import Fault, faulty_line
 
-pytestmark = pytest.mark.timeout(30)
-
 ROW_BYTES = 128
 ODD_ID = "a~:@+=-._Z9"
 
