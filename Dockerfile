@@ -20,6 +20,12 @@ RUN --mount=type=cache,target=/var/cache/pip \
     fi
 
 FROM python:3.11-slim
+ARG VARIANT=cuda
+# Triton compiles what launches our kernels, with a C compiler.
+# hadolint ignore=DL3008
+RUN if [ "$VARIANT" = cuda ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     HOME=/var/cache/imprint \
     IMPRINT_HOST=0.0.0.0 IMPRINT_PORT=8000 \

@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := imprint model service tests deploy examples $(wildcard scripts)
 
-.PHONY: serve test lint docs clean
+.PHONY: serve test gpu lint docs clean
 
 serve: $(VENV)/.serve
 	$(BIN)/imprint serve
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# Everything that a GPU is needed for: the tests that it runs otherwise than a CPU, and the measurements.
+gpu: $(VENV)/.test
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch finds no GPU here")'
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/imprint bench --page docs/performance.md
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

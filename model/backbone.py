@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,52 @@ Site = Callable[[Tensor], Tensor]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class KVCache:
-    """Keys and values of one sequence, each `[L, H_kv, rows, hd]`, of which `length` rows are in use.
+class KVCache(ABC):
+    """Keys and values of one sequence, of which `length` tokens are there; `capacity` is how many fit."""
 
-    The memory is reserved, not touched: on a CPU, pages become real as the sequence grows into them. `capacity`
-    is how many tokens fit.
+    capacity: int
+    length: int
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Reserved memory in bytes."""
+
+    @abstractmethod
+    def fork(self, capacity: int) -> KVCache:
+        """An independent copy of the used prefix; raises `ValueError` if it does not fit into `capacity`."""
+
+    @abstractmethod
+    def attention(self, caches: Sequence[Any], T: int) -> Attend:
+        """Attention of one forward pass over each row's own cache, all of them of this kind, which it extends by `T`
+        tokens. Raises `ValueError` where one has no room."""
+
+    def ahead(self, tokens: int) -> Self:
+        """This very cache as it will be so many tokens on: a row of a decoding step that follows other rows of it."""
+        later = copy.copy(self)
+        later.length += tokens
+        return later
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens; raises `ValueError` if there are fewer."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be between 0 and the {self.length} cached tokens, got {length}")
+        self.length = length
+
+    def _check_fork(self, capacity: int) -> None:
+        if capacity < self.length:
+            raise ValueError(f"capacity must be at least the {self.length} cached tokens, got {capacity}")
+
+    def check_room(self, T: int) -> None:
+        """Raises `ValueError` where `T` more tokens do not fit."""
+        if self.length + T > self.capacity:
+            raise ValueError(f"cache must have room for {self.length + T} tokens, its capacity is {self.capacity}")
+
+
+class DenseCache(KVCache):
+    """Keys and values each `[L, H_kv, rows, hd]`, of which `length` rows are in use.
+
+    The memory is reserved, not touched: on a CPU, pages become real as the sequence grows into them.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, *, device: Device, dtype: torch.dtype) -> None:
@@ -41,24 +84,18 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Reserved memory in bytes."""
         return self.keys.nbytes + self.values.nbytes
 
-    def fork(self, capacity: int) -> KVCache:
-        """An independent copy of the used prefix; raises `ValueError` if it does not fit into `capacity`."""
-        if capacity < self.length:
-            raise ValueError(f"capacity must be at least the {self.length} cached tokens, got {capacity}")
-        copy = KVCache(self._config, capacity, device=self.keys.device, dtype=self.keys.dtype)
-        copy.keys[:, :, : self.length] = self.keys[:, :, : self.length]
-        copy.values[:, :, : self.length] = self.values[:, :, : self.length]
-        copy.length = self.length
-        return copy
+    def fork(self, capacity: int) -> DenseCache:
+        self._check_fork(capacity)
+        twin = DenseCache(self._config, capacity, device=self.keys.device, dtype=self.keys.dtype)
+        twin.keys[:, :, : self.length] = self.keys[:, :, : self.length]
+        twin.values[:, :, : self.length] = self.values[:, :, : self.length]
+        twin.length = self.length
+        return twin
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens; raises `ValueError` if there are fewer."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must be between 0 and the {self.length} cached tokens, got {length}")
-        self.length = length
+    def attention(self, caches: Sequence[DenseCache], T: int) -> Attend:
+        return _CachedAttention(caches, T)
 
 
 class Layer(nn.Module):
@@ -141,7 +178,7 @@ class Backbone(nn.Module):
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one sequence of at most `capacity` tokens."""
-        return KVCache(self.config, capacity, device=self.embedding.device, dtype=self.embedding.dtype)
+        return DenseCache(self.config, capacity, device=self.embedding.device, dtype=self.embedding.dtype)
 
     def forward(
         self,
@@ -155,22 +192,29 @@ class Backbone(nn.Module):
         extended in place), either one row prefills a chunk of any `T`, or each of `B` rows decodes one token
         at its own length. `sites[l]` replaces the residual stream `[B, T, d]` after layer `l`. Raises
         `ValueError` for other shapes and for sequences longer than the context or the cache; the caches then
-        stay as they were.
+        stay as they were. Several rows that decode may be one sequence, each on the cache `ahead` of the one before.
         """
         B, T = token_ids.shape
         starts = [0] if caches is None else [cache.length for cache in caches]
         self._check_shape(B, T, None if caches is None else len(caches), longest=max(starts, default=0) + T)
         positions = (torch.tensor(starts)[:, None] + torch.arange(T)).to(self.cos.device)
+        attend = _attend_causally if caches is None else caches[0].attention(caches, T)
+        final = self.run(token_ids, positions, attend, sites)
+        for cache in caches or ():
+            cache.length += T
+        return final
+
+    def run(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, sites: Mapping[int, Site] | None = None
+    ) -> Tensor:
+        """`forward` of token ids `[B, T]` at given positions `[B, T]`, with an attention of the caller's."""
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
-        attend: Attend = _attend_causally if caches is None else _CachedAttention(caches, T)
         hidden = F.embedding(token_ids, self.embedding)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, attend)
             if sites is not None and index in sites:
                 hidden = sites[index](hidden)
         final: Tensor = self.norm(hidden)
-        for cache in caches or ():
-            cache.length += T
         return final
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -190,21 +234,20 @@ class Backbone(nn.Module):
 
 
 class _CachedAttention:
-    """Attention of one forward pass over each row's own cache, which it extends by `T` tokens.
+    """Attention over dense caches.
 
     The views into a cache are cut for all layers at once, which is cheaper than layer by layer.
     """
 
-    def __init__(self, caches: Sequence[KVCache], T: int) -> None:
+    def __init__(self, caches: Sequence[DenseCache], T: int) -> None:
         self._windows, self._ends = [], []
         for cache in caches:
+            cache.check_room(T)
             end = cache.length + T
-            if end > cache.capacity:
-                raise ValueError(f"cache must have room for {end} tokens, its capacity is {cache.capacity}")
             keys, values = cache.keys[:, None, :, :end], cache.values[:, None, :, :end]
             self._windows.append((keys.unbind(), values.unbind()))
             self._ends.append((keys[:, 0, :, -T:].unbind(), values[:, 0, :, -T:].unbind()))
-        self._mask = _causal_mask(self._windows[0][0][0], T) if T > 1 else None
+        self._mask = causal_mask(self._windows[0][0][0], T) if T > 1 else None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new = [end[layer] for ends in self._ends for end in ends]
@@ -216,7 +259,7 @@ class _CachedAttention:
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
-def _causal_mask(keys: Tensor, T: int) -> Tensor:
+def causal_mask(keys: Tensor, T: int) -> Tensor:
     """`[T, S]` to add to the scores of the last `T` of the `S` positions in `keys`: -inf for those ahead."""
     S = keys.shape[2]
     ahead = torch.ones(T, S, dtype=torch.bool, device=keys.device).triu(S - T + 1)

@@ -9,7 +9,7 @@ alone, in a shape that only depends on the request: what it teaches does not dep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,11 @@ class Carry:
     trust: Tensor
     inputs: dict[int, Tensor] = field(default_factory=dict)
     frozen: Tensor | None = None
+
+    def ahead(self, tokens: Sequence[int]) -> Carry:
+        """What `decode` needs of the carry that will stand after these tokens."""
+        trail = torch.cat([self.trail, self.trail.new_tensor(tokens)])
+        return replace(self, trail=trail[-len(self.trail) :])
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,17 @@ class AdaptiveLM:
         """An empty pool on the model's device; the arguments are those of `Pool`."""
         return Pool(self.memory.config, rows=rows, sessions=sessions, device=self.device, make_room=make_room)
 
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for one sequence of at most `capacity` tokens."""
+        return self.backbone.new_cache(capacity)
+
+    def prepare(self, pool: Pool) -> None:
+        """Does everything once, before sessions of this pool are served: kernels are compiled when they are called."""
+        draft = pool.draft(EMPTY)
+        carry, _ = self.block([0, 0], self.new_cache(2), pool, draft.index, learn=[False, True], draft=draft)
+        self.predict([carry], pool, [draft.index])
+        draft.rollback()
+
     def block(
         self,
         token_ids: Sequence[int],
@@ -132,7 +148,7 @@ class AdaptiveLM:
         """
         ids = torch.tensor(token_ids, device=self.device)
         inputs: dict[int, Tensor] = {}
-        final = self.backbone(ids[None], [cache], self._hooks(pool, index, inputs))[0]
+        final = self.backbone(ids[None], [cache], self.hooks(pool, index, inputs))[0]
         unread: Tensor | None = None
         if frozen and self.needs_frozen_cache:
             if frozen_cache is None:
@@ -173,10 +189,13 @@ class AdaptiveLM:
         pool: Pool,
         index: Sequence[int],
     ) -> list[Carry]:
-        """One step of B sequences, each with its own cache, carry and session; returns the new carry of each."""
+        """One step of B sequences, each with its own cache, carry and session; returns the new carry of each.
+
+        Rows that follow one another in one sequence (caches and carries `ahead`) are, bit for bit, what they would be
+        in steps of their own."""
         ids = torch.tensor(token_ids, device=self.device)[:, None]
         inputs: dict[int, Tensor] = {}
-        final = self.decoder(ids, caches, self._hooks(pool, index, inputs))[:, 0]
+        final = self.decoder(ids, caches, self.hooks(pool, index, inputs))[:, 0]
         trails = torch.cat([torch.stack([carry.trail for carry in carries])[:, 1:], ids], dim=1)
         return [
             Carry(final[b], trails[b], carry.trust, {layer: x[b] for layer, x in inputs.items()})
@@ -189,23 +208,26 @@ class AdaptiveLM:
         states = torch.stack([carry.hidden for carry in carries])
         if all(i == EMPTY for i in index):
             return self.decoder.logits(states)
-        session = torch.tensor(index, device=self.device)
+        trails, trust = (torch.stack(part) for part in ([c.trail for c in carries], [c.trust for c in carries]))
+        return self.mixture(states, trails, trust, pool, torch.tensor(index, device=self.device))
+
+    # --- read ------------------------------------------------------------------------------------------------------
+
+    def mixture(self, states: Tensor, trails: Tensor, trust: Tensor, pool: Pool, session: Tensor) -> Tensor:
+        """`predict` [B, V] with the memory of sessions [B], from what carries hold: states [B, d], trails [B, 8] and
+        trust [B, R + 1]. No shape depends on what is found, and nothing waits for the device."""
         logits = self.decoder.logits(self._read_output(states, pool, session))
         site = self.memory.lexical
         if site is None:
             return logits
         base = ops.predict(logits)
-        prints = torch.cat([ops.fingerprints(carry.trail) for carry in carries])
-        trust = torch.stack([carry.trust for carry in carries])
-        reading = site.read(pool, session, states, prints, base, trust)
+        reading = site.read(pool, session, states, ops.trail_fingerprints(trails), base, trust)
         return ops.mix(base, reading.tokens, reading.shares, reading.gamma)
 
-    # --- read ------------------------------------------------------------------------------------------------------
-
-    def _hooks(
-        self, pool: Pool, index: int | Sequence[int], inputs: dict[int, Tensor]
+    def hooks(
+        self, pool: Pool, index: int | Sequence[int] | Tensor, inputs: dict[int, Tensor]
     ) -> dict[int, Callable[[Tensor], Tensor]]:
-        """The reads below the output, by layer; each notes its input [T or B, d] in `inputs`."""
+        """The reads of sessions [1 or B] below the output, by layer; each notes its input [T or B, d] in `inputs`."""
 
         def hook(layer: int, site: HiddenSite) -> Callable[[Tensor], Tensor]:
             def read(hidden: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from model.backbone import Backbone
 from model.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.config import ConfigError
+from model.graphs import for_serving
 from model.lm import AdaptiveLM
 from model.memory import Memory, MemoryConfigError, load_memory
 from model.policy import Policy, PolicyError, load_policy
@@ -37,6 +38,7 @@ from service.errors import StoreUnavailable
 from service.http import install
 from service.ledger import Ledger
 from service.metrics import Metrics
+from service.schemas import MOST_CHOICES
 from service.sessions import Limits, Served, Sessions
 from service.settings import Settings
 from service.store.embedded import EmbeddedValkey, StoreError
@@ -198,12 +200,17 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
+    kv_tokens = settings.kv_tokens or _kv_tokens(backbone, context)
+    lm = AdaptiveLM(backbone, memory, decoder=backbone.halved() if settings.decode_dtype == "fp16" else None)
     engine = Engine(
-        AdaptiveLM(backbone, memory, decoder=backbone.halved() if settings.decode_dtype == "fp16" else None),
+        # A request that is larger than the budget runs alone: there must be room for the largest.
+        for_serving(
+            lm, kv_tokens=max(kv_tokens, MOST_CHOICES * context), max_batch=max(settings.max_batch, MOST_CHOICES)
+        ),
         tokenizer,
         max_turns=settings.max_queue,
         max_batch=settings.max_batch,
-        kv_tokens=settings.kv_tokens or _kv_tokens(backbone, context),
+        kv_tokens=kv_tokens,
         hot_rows=settings.hot_rows,
         hot_sessions=settings.hot_sessions,
         threads=settings.threads,
@@ -251,7 +258,7 @@ def _model_id(model: str) -> str:
 
 def _kv_tokens(backbone: Backbone, context: int) -> int:
     """Key-value cache tokens for a share of the free memory, at least one request's."""
-    one = backbone.new_cache(1).nbytes
+    one = backbone.new_cache(context).nbytes // context
     free = psutil.virtual_memory().available
     if backbone.embedding.is_cuda:
         free = torch.cuda.mem_get_info()[0]

@@ -88,6 +88,11 @@ class Metrics:
         )
         self.queue_depth = self._gauge("queue_depth", "Turns that wait for the engine.")
         self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCES)
+        self.guessed_tokens_total = self._counter(
+            "guessed_tokens_total",
+            "Tokens that were guessed from what the sequence said before, to decode several at once.",
+        )
+        self.guessed_rightly_total = self._counter("guessed_rightly_total", "Guessed tokens that were then drawn.")
         self.decisions_batch = self._histogram(
             "decisions_batch", "Sessions that a policy decides for in one step.", SEQUENCES
         )

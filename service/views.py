@@ -64,11 +64,11 @@ class Views:
         self._sessions = sessions
 
     async def cells(self, tenant: Tenant, session: str) -> tuple[SessionMeta, list[SiteFill]]:
-        """How full each site is; reads only where there are rows, not the rows."""
-        found = await self._sessions.store.slots(tenant.name, session)
-        if found is None:
+        """How full each site is."""
+        stored = await self._sessions.store.load(tenant.name, session)
+        if stored is None:
             raise unknown(session)
-        meta, slots = found
+        meta, slots = stored.meta, {site: batch.slots for site, batch in stored.sites.items()}
         served = self._sessions.served
         sites = served.engine.memory_config(served.require_any(meta)).sites
         if any(held[-1] >= site.slots for site in sites if len(held := slots.get(site.name, NO_SLOTS))):

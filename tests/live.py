@@ -18,6 +18,7 @@ import httpx
 import psutil
 from redis import Redis
 
+from service.store.types import PAGE_ROWS, RowBatch
 from tests.tiny import TEXT
 
 Json = dict[str, Any]
@@ -241,6 +242,13 @@ def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str
     with redis_of(store) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
         return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
+
+
+def rows_of(pages: dict[bytes, bytes]) -> dict[int, bytes]:
+    """A site's rows as they are stored, by slot."""
+    width = len(next(iter(pages.values()), b"")) // PAGE_ROWS - 1
+    rows = RowBatch.of_pages(pages, width) if pages else None
+    return {} if rows is None else dict(zip(rows.slots.tolist(), map(bytes, rows.data), strict=True))
 
 
 def _content(redis: Redis, key: bytes) -> dict[bytes, bytes]:

@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from service.prompts import TextPrompt
 from service.store.codec import decode
 from tests.conftest import Server
-from tests.live import Client, stored, success, until, valkey_of
+from tests.live import Client, rows_of, stored, success, until, valkey_of
 from tests.pupils import Life, Pupil, Turn, Wrong
 from tests.replay import Model, Replay, Rows, one_thread
 from tests.service.valkeys import free_ports, valkey
@@ -351,11 +351,7 @@ def _tell(replay: Replay, turn: Turn) -> str | None:
 
 
 def _rows(found: dict[str, dict[bytes, bytes]]) -> Rows:
-    return {
-        key.removeprefix("rows:"): {int.from_bytes(slot, "little"): row for slot, row in content.items()}
-        for key, content in found.items()
-        if key.startswith("rows:")
-    }
+    return {key.removeprefix("rows:"): rows_of(content) for key, content in found.items() if key.startswith("rows:")}
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.memory.config import RUNS
-from model.memory.ops import KEY_STEPS, MIXER, Candidates, Prediction, Rows
+from model.memory.ops import LIKENESS_STEP, MIXER, Candidates, Prediction, Rows, query_steps
 
 
 def nearest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def nearest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def read_lexical(
     rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
 ) -> Candidates:
-    """Row by row; arguments and result as in `ops.read_lexical`."""
+    """Row by row; arguments and result as in `ops.compare` and `ops.weigh`."""
     n, k, P = rows.tokens.shape
     heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
     tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
@@ -36,7 +36,7 @@ def read_lexical(
         for place in range(k * P):
             i, row = divmod(place, P)
             if rows.ages[t, i, row] > 0:
-                cosine = float(query[t] @ (rows.keys[t, i, row].to(query.dtype) / KEY_STEPS))
+                cosine = float(query_steps(query[t]) @ rows.keys[t, i, row].float()) * LIKENESS_STEP
                 pairs = zip(rows.prints[t, i, row].tolist(), context[t].tolist(), strict=True)
                 same = sum(mine == asked and asked != 0 for mine, asked in pairs)
                 score = float(sharpness[h]) * cosine + float(prior[h]) * float(log_probs[t, tokens[t, place]])

@@ -22,6 +22,8 @@ from model.memory.config import RUNS
 TINY = torch.finfo(torch.float32).tiny
 GUARD_TOKENS, GUARD_NATS = 1024, 8.0
 KEY_STEPS = 254  # of a key's component, between −0.5 and 0.5
+QUERY_STEPS = 32767  # of a query's component: products with keys, and sums of them, are then whole and below 2²⁴
+LIKENESS_STEP = 1.0 / (KEY_STEPS * QUERY_STEPS)
 MIXER = -7046029254386353131  # 2⁶⁴ / φ: odd, its powers spread tokens over 64 bits
 
 
@@ -33,6 +35,16 @@ class Rows(NamedTuple):
     tokens: Tensor
     prints: Tensor
     keys: Tensor
+
+
+class Compared(NamedTuple):
+    """The K rows in the cells of each of n contexts, beside that context: their tokens [n, K] long, the cosine [n, K]
+    of their keys and its key, how many of its runs they repeat [n, K] long, and where there is no row [n, K]."""
+
+    tokens: Tensor
+    cosines: Tensor
+    repeats: Tensor
+    missing: Tensor
 
 
 class Candidates(NamedTuple):
@@ -66,14 +78,11 @@ class Prediction(NamedTuple):
 
 def predict(logits: Tensor) -> Prediction:
     """logits [n, V] → what they say."""
+    probs = torch.softmax(logits, -1)
+    log_z = logits.amax(-1) - probs.amax(-1).log()
     # Several threads share the sum of a lone row, and round it differently; two rows are each summed whole.
-    rows = logits.expand(2, -1) if len(logits) == 1 else logits
-    top = rows.amax(-1, keepdim=True)
-    weights = (rows - top).exp()
-    total = weights.sum(-1)
-    log_z = top[:, 0] + total.log()
-    entropy = log_z - torch.linalg.vecdot(weights, rows) / total
-    return Prediction(logits, log_z[: len(logits)], entropy[: len(logits)])
+    pair = (probs.expand(2, -1), logits.expand(2, -1)) if len(logits) == 1 else (probs, logits)
+    return Prediction(logits, log_z, log_z - torch.linalg.vecdot(*pair)[: len(logits)])
 
 
 def rowwise(x: Tensor, weight: Tensor) -> Tensor:
@@ -117,13 +126,23 @@ def quantise(keys: Tensor) -> Tensor:
 def fingerprints(token_ids: Tensor) -> Tensor:
     """int16 [n, R] of the last 2, 4, 8 of token_ids [..., 7 + n] at each of n places; 0 where a run begins before its
     request does, which ids of −1 stand for. Equal runs have equal ones, others differ but for one time in 65,535."""
-    window = token_ids.unfold(0, max(RUNS), 1).flip(1)
-    powers = torch.full((max(RUNS),), MIXER, device=token_ids.device).cumprod(0)
-    sums = ((window + 1) * powers).cumsum(1)[:, [run - 1 for run in RUNS]]
+    return trail_fingerprints(token_ids.unfold(0, max(RUNS), 1))
+
+
+def trail_fingerprints(trails: Tensor) -> Tensor:
+    """`fingerprints` [n, R] at the ends of n sequences, of their last tokens [n, 8] each."""
+    window = trails.flip(1)
+    powers = torch.full((max(RUNS),), MIXER, device=trails.device).cumprod(0)
+    sums = _at_ends(((window + 1) * powers).cumsum(1))
     # The high bits of a product depend on all bits below them.
     prints = (((sums ^ (sums >> 29)) * MIXER) >> 48).to(torch.int16)
-    whole = window[:, [run - 1 for run in RUNS]] >= 0
+    whole = _at_ends(window) >= 0
     return torch.where(prints == 0, torch.ones_like(prints), prints) * whole
+
+
+def _at_ends(values: Tensor) -> Tensor:
+    """Of values [n, 8] by distance, those at which a run ends [n, R]. A list as an index would wait for the device."""
+    return torch.stack([values[:, run - 1] for run in RUNS], dim=1)
 
 
 def request_fingerprints(targets: Tensor, bos: int) -> Tensor:
@@ -136,25 +155,28 @@ def repeated(prints: Tensor, context: Tensor) -> Tensor:
     return ((prints == context) & (context != 0)).sum(-1)
 
 
+def query_steps(query: Tensor) -> Tensor:
+    """Queries [..., d_k] of unit length in whole steps of 1 / QUERY_STEPS: fp32 then sums their products with keys
+    exactly, so likeness is the same to the last bit in any order, batch and kernel."""
+    return (query.float() * QUERY_STEPS).round()
+
+
 def likeness(rows: Rows, query: Tensor) -> Tensor:
     """⟨query, key⟩ [n, K] of the rows [n, k, P] of the addressed cells; query [n, d_k] of unit length."""
     keys = rows.keys.flatten(1, 2).float()
-    # The query on the left: a lone matrix times a vector would be rounded differently from the same one in company.
-    return torch.bmm(query[:, None], keys.transpose(1, 2))[:, 0] / KEY_STEPS
+    return torch.bmm(query_steps(query)[:, None], keys.transpose(1, 2))[:, 0] * LIKENESS_STEP
 
 
-def read_lexical(
-    rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
-) -> Candidates:
-    """Each head's p_mem(x) ∝ p_LM(x)^prior · Σ exp(sharpness · ⟨query, key⟩ + Σ bonus), over the rows of token x in k
-    cells; a bonus for each run of the context that is repeated.
-
-    rows [n, k, P] of the addressed cells; query [n, d_k] of unit length; context [n, R]: fingerprints; base: p_LM;
-    sharpness and prior [H]; bonus [H, R].
-    """
-    tokens, cosines = rows.tokens.flatten(1).long(), likeness(rows, query)
+def compare(rows: Rows, query: Tensor, context: Tensor) -> Compared:
+    """The rows [n, k, P] of the addressed cells, beside a query [n, d_k] of unit length and the fingerprints of a
+    context [n, R]."""
     repeats = repeated(rows.prints.flatten(1, 2), context[:, None])
-    return weigh(tokens, cosines, repeats, base.log_prob(tokens), rows.ages.flatten(1) == 0, sharpness, prior, bonus)
+    return Compared(rows.tokens.flatten(1).long(), likeness(rows, query), repeats, rows.ages.flatten(1) == 0)
+
+
+def earned_by(bonus: Tensor) -> Tensor:
+    """What a row earns with each head by the number of runs that it repeats [H, R + 1]; bonus [H, R]."""
+    return F.pad(bonus.cumsum(1), (1, 0))
 
 
 def weigh(
@@ -167,16 +189,18 @@ def weigh(
     prior: Tensor,
     bonus: Tensor,
 ) -> Candidates:
-    """Softmax over candidates by each head, and the evidence for it: log Σ exp(score), the cosine and the agreement
-    (what share of the head goes to the same token) of its best match, and the log of that, all scaled to about 1, and
-    which runs of the context that match repeats.
+    """Each head's p_mem(x) ∝ p_LM(x)^prior · Σ exp(sharpness · ⟨query, key⟩ + Σ bonus), over the rows of token x in k
+    cells; a bonus for each run of the context that is repeated.
+
+    With it, the evidence for each head: log Σ exp(score), the cosine and the agreement (what share of the head goes to
+    the same token) of its best match, and the log of that, all scaled to about 1, and which runs of the context that
+    match repeats.
 
     tokens [n or 1, K] long; cosines, repeats, log_probs (of p_LM) and missing [n, K]; sharpness and prior [H]; bonus
     [H, R].
     """
     scores = sharpness[:, None] * cosines[:, None] + prior[:, None] * log_probs[:, None]
-    earned = F.pad(bonus.cumsum(1), (1, 0))  # by the number of runs repeated
-    scores = scores + earned[:, repeats].transpose(0, 1)
+    scores = scores + earned_by(bonus)[:, repeats].transpose(0, 1)
     scores = scores.masked_fill(missing[:, None], -torch.inf)
     best, at = scores.max(dim=-1, keepdim=True)
     known = best > -torch.inf

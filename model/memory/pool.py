@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.device import fetch, load, row_kernels_for, upload
+from model.memory import ops
 from model.memory.config import OWN, RUNS, MemoryConfig, SiteConfig
 
 TRUST, BALANCE, SHUT = range(3)  # places in a session's own numbers
@@ -34,10 +36,10 @@ class SiteRows:
     data: Tensor
 
 
-class _Free:
+class Free:
     """A stack of free indices. When it runs short, `make_room` is asked to give some back, until it returns False."""
 
-    def __init__(self, capacity: int, make_room: Callable[[], bool]) -> None:
+    def __init__(self, capacity: int, make_room: Callable[[], bool] = lambda: False) -> None:
         self._stack = torch.arange(capacity, 0, -1)
         self._top = capacity
         self._make_room = make_room
@@ -72,7 +74,7 @@ class SitePool:
     ) -> None:
         self.config = config
         cells = -(-rows // config.cell)
-        self.free = _Free(cells, make_room)
+        self.free = Free(cells, make_room)
         if config.kind == "lexical":
             pairs = (cells + 1, config.cell)
             prints, keys = (*pairs, len(RUNS)), (*pairs, config.width)
@@ -82,21 +84,33 @@ class SitePool:
         self.fields = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
         self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
+        self.kernels = row_kernels_for(device)
 
     def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
         """session [n] long, cells [n, k] long → each field [n, k, …]."""
         places = self.tables[session[:, None], cells]
         return [field[places] for field in self.fields]
 
+    def compare(self, session: Tensor, cells: Tensor, query: Tensor, context: Tensor) -> ops.Compared:
+        """The rows in cells [n, k] long of sessions [n] long, beside a query [n, d_k] and the fingerprints of a context
+        [n, R]."""
+        if self.kernels is None:
+            return ops.compare(ops.Rows(*self.read(session, cells)), query, context)
+        found: ops.Compared = self.kernels.compare(self.tables, self.fields, session, cells, query, context)
+        return found
+
     def fill(self, session: int, batch: SiteRows) -> None:
         """Gives a session the rows of `batch`. Raises PoolFullError, changing nothing."""
-        slots = batch.slots.long()
-        cells, at = torch.unique(slots // self.config.cell, return_inverse=True)
+        slots, P = batch.slots.long(), self.config.cell
+        cells, at = torch.unique_consecutive(slots // P, return_inverse=True)
         places = self.free.take(len(cells))
-        for field, values in zip(self.fields, self._unpack(batch.data), strict=True):
-            field[places] = 0
-            self._rows(field)[places[at], slots % self.config.cell] = values
-        self.tables[session, cells] = places.int().to(self.tables.device)
+        rows = batch.data.new_zeros(len(cells) * P, batch.data.shape[1])
+        rows[at * P + slots % P] = batch.data
+        device = self.tables.device
+        cells, places = upload(cells, device), upload(places, device)
+        for field, values in zip(self.fields, self._unpack(load(rows, device)), strict=True):
+            field[places] = values.view(len(cells), *field.shape[1:])
+        self.tables[session, cells] = places.int()
 
     def count(self, session: int) -> int:
         """How many rows a session holds."""
@@ -108,7 +122,7 @@ class SitePool:
         new, old = self.tables[session, cells], self.tables[base, cells]
         data, before = self._bytes(new), self._bytes(old)
         cell, place = (data != before).any(-1).nonzero(as_tuple=True)
-        return SiteRows((cells[cell] * self.config.cell + place).int().cpu(), data[cell, place].cpu())
+        return SiteRows(fetch((cells[cell] * self.config.cell + place).int()), fetch(data[cell, place]))
 
     def _rows(self, field: Tensor) -> Tensor:
         """A field by cell and row: [C + 1, P, …] of a lexical site's, [C + 1, 1, d_v] of a hidden site's."""
@@ -121,7 +135,7 @@ class SitePool:
     def _unpack(self, data: Tensor) -> list[Tensor]:
         """uint8 [n, row_bytes] → each field's rows [n, …]."""
         sizes = [field[0].nbytes // self.config.cell for field in self.fields]
-        return [_as(part, f.dtype).to(f.device) for part, f in zip(data.split(sizes, dim=1), self.fields, strict=True)]
+        return [_as(part, field.dtype) for part, field in zip(data.split(sizes, dim=1), self.fields, strict=True)]
 
 
 def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +166,7 @@ class Pool:
             site.name: SitePool(site, rows=rows, sessions=sessions, device=self.device, make_room=make_room)
             for site in config.sites
         }
-        self._sessions = _Free(sessions, make_room)
+        self._sessions = Free(sessions, make_room)
 
     def open(self, stored: Mapping[str, SiteRows] | None = None) -> int:
         """A session with the given rows (none: an empty one); returns its index. Raises PoolFullError."""
@@ -161,7 +175,8 @@ class Pool:
             for name, batch in (stored or {}).items():
                 if name.endswith(OWN):
                     site = self.sites[name.removesuffix(OWN)]
-                    site.own[index] = batch.data[0].view(torch.float32).view_as(site.own[index]).to(site.own.device)
+                    own = batch.data[0].view(torch.float32).view_as(site.own[index])
+                    site.own[index] = upload(own, self.device)
                 else:
                     self.sites[name].fill(index, batch)
         except PoolFullError:
@@ -238,13 +253,27 @@ class Draft:
     def put(self, name: str, cells: Tensor, fields: Iterable[Tensor]) -> None:
         """Replaces the contents of `cells` [U] (distinct) by `fields`, each [U, …]. Raises PoolFullError, changing
         nothing."""
+        places = self._take(name, cells)
+        for field, values in zip(self.pool.sites[name].fields, fields, strict=True):
+            field[places] = values
+
+    def write(self, name: str, cells: Tensor, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor) -> None:
+        """Writes one block into `cells` [U] (distinct) of a lexical site; the rest as in `ops.write_lexical`. Raises
+        PoolFullError, changing nothing."""
+        site = self.pool.sites[name]
+        if site.kernels is None:
+            self.put(name, cells, ops.write_lexical(ops.Rows(*self.get(name, cells)), at, keys, prints, targets))
+            return
+        before = site.tables[self.index, cells]
+        site.kernels.write(site.fields, before, self._take(name, cells), at, keys, prints, targets)
+
+    def _take(self, name: str, cells: Tensor) -> Tensor:
+        """The draft's own places [U] of `cells` [U], new ones for those that it had not touched yet."""
         site, own = self.pool.sites[name], self._own[name]
         fresh = cells[~own[cells]]
-        site.tables[self.index, fresh] = site.free.take(len(fresh)).int().to(self.pool.device)
+        site.tables[self.index, fresh] = upload(site.free.take(len(fresh)).int(), self.pool.device)
         own[fresh] = True
-        places = site.tables[self.index, cells]
-        for field, values in zip(site.fields, fields, strict=True):
-            field[places] = values
+        return site.tables[self.index, cells]
 
     def touched(self) -> dict[str, SiteRows]:
         """The rows that this turn changed: what a commit stores."""

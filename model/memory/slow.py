@@ -114,9 +114,12 @@ class LexicalSite(nn.Module):
         """What sessions [n] hold for final hidden states [n, d]; prints [n, R]: fingerprints of the contexts."""
         keys = self.keys(hidden)
         cells = self.address(keys)
-        rows = ops.Rows(*pool.sites[self.config.name].read(session, cells))
-        found = ops.read_lexical(rows, keys, prints, base, self.sharpness, self.prior, self.bonus)
-        return Found(keys, cells, (rows.ages == 0).sum(-1), found)
+        fast = pool.sites[self.config.name]
+        rows = fast.compare(session, cells, keys, prints)
+        log_probs = base.log_prob(rows.tokens)
+        weigh = (fast.kernels or ops).weigh
+        found = weigh(*rows[:3], log_probs, rows.missing, self.sharpness, self.prior, self.bonus)
+        return Found(keys, cells, rows.missing.view(*cells.shape, -1).sum(-1), found)
 
     def first_trust(self) -> Tensor:
         """The trust [R + 1] of a request that begins."""
@@ -173,9 +176,8 @@ class LexicalSite(nn.Module):
         news = adapted < -self.config.surprise
         chosen = ops.place(reading.cells[news], reading.room[news])
         touched, at = torch.unique(chosen, return_inverse=True)
-        old = ops.Rows(*draft.get(self.config.name, touched))
-        new = ops.write_lexical(old, at, ops.quantise(reading.keys[news]), reading.prints[news], targets[news])
-        draft.put(self.config.name, touched, new)
+        keys = ops.quantise(reading.keys[news])
+        draft.write(self.config.name, touched, at, keys, reading.prints[news], targets[news])
 
 
 class HiddenSite(nn.Module):

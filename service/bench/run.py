@@ -147,7 +147,7 @@ async def _measure(
             console.print(f"{name}: {time.monotonic() - began:.0f} s")
             done += weight
             bar.update(task, completed=done)
-    if PROFILE in names:
+    if PROFILE in names and device_of(settings) == "cpu":  # that is where the model is here
         steps = 4 if sizes.rounds[0] < 3 else 16
         results["profile"] = profiling.profiles(lm, texts, sizes.batches, threads, steps)
 

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from model.lm import AdaptiveLM
 from model.memory import MemoryConfig, Pool, PoolFullError
 from model.policy import Policy
+from model.sampling import draw_ahead
 from model.tokenizer import Tokenizer
 from service.engine.deeds import DeedRun, Desk
 from service.engine.hot import HotSessions
@@ -29,6 +31,7 @@ from service.engine.scheduler import Scheduler
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
 
+GUESSING_ROWS = 4  # of a step, where fewer sequences are at work
 POLICY_SHARE = 32  # each policy has room for so many times fewer hot rows than text
 
 log = logging.getLogger(__name__)
@@ -142,6 +145,7 @@ class Engine:
             torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
+                self._lm.prepare(self._hot.pool)
                 while not self._stopping:
                     self._take_messages()
                     self._step()
@@ -209,22 +213,34 @@ class Engine:
                 self._guard([run for run, _ in batch], lambda: self._decode_batch(batch))
 
     def _decode_batch(self, batch: list[tuple[Run, Choice]]) -> None:
-        """One token for every sequence: those that drew one in the last step are decoded first."""
-        drawn = [(run, choice, choice.pending) for run, choice in batch if choice.pending is not None]
-        if drawn:
-            carries = self._lm.decode(
-                [token for _, _, token in drawn],
-                [choice.cache for _, choice, _ in drawn],
-                [choice.carry for _, choice, _ in drawn],
+        """A token for every sequence, or a few where it was guessed rightly; what was drawn in the last step is taken
+        in first."""
+        # A few rows more cost little as long as reading the weights is what takes the time.
+        asked = [(run, choice, choice.intake(GUESSING_ROWS // len(batch))) for run, choice in batch]
+        intake = [(run, choice, at, tokens) for run, choice, tokens in asked for at in range(len(tokens))]
+        decoded = iter(
+            self._lm.decode(
+                [tokens[at] for _, _, at, tokens in intake],
+                [choice.cache.ahead(at) if at else choice.cache for _, choice, at, _ in intake],
+                [choice.carry.ahead(tokens[:at]) if at else choice.carry for _, choice, at, tokens in intake],
                 self._hot.pool,
-                [run.index for run, _, _ in drawn],
+                [run.index for run, _, _, _ in intake],
             )
-            for (_, choice, _), carry in zip(drawn, carries, strict=True):
-                choice.carry, choice.pending = carry, None
-        carries = [choice.carry for _, choice in batch]
-        scores = self._lm.predict(carries, self._hot.pool, [run.index for run, _ in batch])
-        for (run, choice), row in zip(batch, scores, strict=True):
-            self._guard([run], lambda run=run, choice=choice, row=row: self._emit(run, run.accept(choice, row)))  # type: ignore[misc]
+            if intake
+            else ()
+        )
+        carries = [list(islice(decoded, len(tokens))) or [choice.carry] for _, choice, tokens in asked]
+        index = [run.index for (run, _), rows in zip(batch, carries, strict=True) for _ in rows]
+        told = self._lm.predict([carry for rows in carries for carry in rows], self._hot.pool, index)
+        if len(told) == len(batch):
+            draw_ahead([choice.sampler for _, choice in batch], told)
+        scores = iter(told)
+        for (run, choice, tokens), rows in zip(asked, carries, strict=True):
+            stood = choice.cache.length
+            accepted = run.accept(choice, tokens[1:], rows, list(islice(scores, len(rows))))
+            self._guard([run], lambda run=run, accepted=accepted: self._emit(run, accepted))  # type: ignore[misc]
+            self._metrics.guessed_tokens_total.inc(len(rows) - 1)
+            self._metrics.guessed_rightly_total.inc(choice.cache.length - stood)
 
     def _desks(self) -> Iterator[Desk]:
         """The policies that are asked for something."""

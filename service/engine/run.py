@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from model.backbone import KVCache
+from model.drafting import Lookup
 from model.lm import AdaptiveLM, Carry, Scores
 from model.sampling import Sampler
 from model.tokenizer import Tokenizer
@@ -29,7 +30,15 @@ from service.engine.text import TextStream
 class Choice:
     """One choice being generated. Its next scores come from `carry`; a drawn token in `pending` is decoded first."""
 
-    def __init__(self, choice: int, cache: KVCache, carry: Carry, options: Generate, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        choice: int,
+        cache: KVCache,
+        carry: Carry,
+        prompt: Sequence[int],
+        options: Generate,
+        tokenizer: Tokenizer,
+    ) -> None:
         self.choice = choice
         self.cache = cache
         self.carry = carry
@@ -41,19 +50,30 @@ class Choice:
         self.learn_carry = carry
         self._options = options
         self._eos = tokenizer.eos_token_ids
-        self._sampler = Sampler(options.sampling, choice=choice)
+        self.sampler = Sampler(options.sampling, choice=choice)
+        self._lookup = Lookup(prompt)
         self._alternatives: list[Alternatives] = []
         self._shown_text = 0
         self._shown_tokens = 0
 
+    def intake(self, rows: int) -> list[int]:
+        """What the next step is to take in: the token that was drawn last, if any, and up to `rows` tokens in all,
+        where the others are a guess."""
+        if self.pending is None:
+            return []
+        # The last token of all is not taken in any more.
+        most = min(rows, self._options.max_tokens - len(self.tokens)) - 1
+        return [self.pending, *self._lookup.guess(most)] if most > 0 else [self.pending]
+
     def accept(self, scores: Tensor) -> int:
         """Draws the next token from scores [V] and notes what follows from it; returns the number of tokens added."""
-        token = self._sampler.draw(scores)
+        token = self.sampler.draw(scores)
         if token in self._eos:
             self.text.finish()
             self.finish = "stop"
             return 0
         self.tokens.append(token)
+        self._lookup.add(token)
         if self._options.logprobs is not None:
             self._alternatives.append(_alternatives(scores, token, self._options.logprobs))
         if self.text.push(token):
@@ -137,13 +157,21 @@ class Run(Hold):
         """The sequences whose next token is due."""
         return [] if self.wants_block else [s for s in self.sequences if s.finish is None]
 
-    def accept(self, sequence: Choice, scores: Tensor) -> Iterator[Event]:
-        """The next token of a sequence, from its scores [V]."""
-        self.stats.completion_tokens += sequence.accept(scores)
-        shown = sequence.show(self._segment)
-        if shown is not None:
-            yield shown
-        yield from self.advance()
+    def accept(
+        self, sequence: Choice, guess: Sequence[int], carries: Sequence[Carry], scores: Sequence[Tensor]
+    ) -> Iterator[Event]:
+        """The next tokens of a sequence, from the carries and the scores [V] where it stands and after each token of
+        the guess: as long as that is right, and one more."""
+        for place, (carry, row) in enumerate(zip(carries, scores, strict=True)):
+            sequence.carry, sequence.pending = carry, None
+            sequence.cache.length += min(place, 1)  # the step itself counted the first row
+            self.stats.completion_tokens += sequence.accept(row)
+            shown = sequence.show(self._segment)
+            if shown is not None:
+                yield shown
+            yield from self.advance()
+            if sequence.finish or self.wants_block or sequence.pending not in guess[place : place + 1]:
+                break
 
     @property
     def _prefilling(self) -> bool:
@@ -165,9 +193,9 @@ class Run(Hold):
         self._carry, self.sequences = None, []
         self._cache = self._frozen_cache = None
         if not self.done:
-            self._cache = self._lm.backbone.new_cache(self._capacity(self._here))
+            self._cache = self._lm.new_cache(self._capacity(self._here))
             if self._wants_frozen and self._lm.needs_frozen_cache:
-                self._frozen_cache = self._lm.backbone.new_cache(self._capacity(self._here))
+                self._frozen_cache = self._lm.new_cache(self._capacity(self._here))
 
     @property
     def _wants_frozen(self) -> bool:
@@ -219,7 +247,8 @@ class Run(Hold):
         assert self._cache is not None and self._carry is not None
         capacity = self._capacity(self._here)
         caches = [self._cache, *(self._cache.fork(capacity) for _ in range(options.n - 1))]
-        return [Choice(i, cache, self._carry, options, self._tokenizer) for i, cache in enumerate(caches)]
+        prompt = self._here.token_ids
+        return [Choice(i, cache, self._carry, prompt, options, self._tokenizer) for i, cache in enumerate(caches)]
 
     def _learnable(self, sequence: Choice) -> bool:
         """Whether a block of released tokens waits to be learned; at the end, any released token."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from model.evaluation.arms import Subject
 from service.errors import CommandError
 from service.lab import probes
 from service.lab.corpus import base_folder, console, load_model, read_streams
+from service.lab.machine import hardware
 from service.lab.report import print_report, write_markdown
 from service.lab.trial import Options, Trial, arm_names
 from service.settings import Settings
@@ -94,7 +94,7 @@ def _about(settings: Settings, trial: Trial, begun: float) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - begun),
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": hardware(),
     }
 
 

@@ -14,8 +14,10 @@ import numpy as np
 from service.errors import EngineError
 from service.store.types import SLOT_BYTES, RowBatch, SessionMeta, Slots, Undo
 
-FORMAT = b"2"
-READABLE = (b"1", FORMAT)  # "1" had its digests in another form, and neither log nor earlier versions
+FORMAT = b"3"
+# A hash field for each row; "1" had its digests in another form, too, and neither log nor earlier versions.
+OLD_FORMATS = (b"1", b"2")
+SITE = "site:"
 _FIELDS = frozenset(field.name for field in fields(SessionMeta))
 _NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")
 
@@ -44,9 +46,15 @@ def encode(meta: SessionMeta) -> dict[str, str]:
 
 def decode(sid: str, raw: Mapping[bytes, bytes]) -> SessionMeta:
     found = raw.get(b"format", b"none")
-    if found not in READABLE:
+    if found not in (*OLD_FORMATS, FORMAT):
         raise unknown_format(sid, found)
     return SessionMeta(**{name: decode_value(name, raw[name.encode()]) for name in _FIELDS})
+
+
+def sites_of(raw: Mapping[bytes, bytes]) -> dict[str, int]:
+    """The sites of which a session has rows, and how many bytes a row has."""
+    fields = ((name.decode(), size) for name, size in raw.items())
+    return {name.removeprefix(SITE): int(size) for name, size in fields if name.startswith(SITE)}
 
 
 def decode_value(name: str, raw: bytes) -> Any:

@@ -12,7 +12,6 @@ local once, once_ttl, record, options = unpack(ARGV, 11, 14)
 local FIRST_VALUE = 16
 local first_site = FIRST_VALUE + tonumber(ARGV[15])
 local SLOT_BYTES = 4
-local PER_CALL = 2000 -- unpack fails from 8,000 values on
 
 local stored = redis.call('HMGET', KEYS[1], 'format', 'version', 'created', 'nonce', 'undo_from', 'undo_bytes')
 if not known(stored[1]) then
@@ -38,6 +37,10 @@ for site = first_site, #ARGV, 4 do
   end
 end
 
+if OLD_FORMATS[stored[1]] then
+  upgrade()
+end
+
 local function packed(parts)
   for i, part in ipairs(parts) do
     parts[i] = struct.pack('<I4', #part) .. part
@@ -45,53 +48,63 @@ local function packed(parts)
   return table.concat(parts)
 end
 
--- Calls `work` with up to PER_CALL records of `width` bytes at a time.
-local function in_pages(records, width, work)
-  for first = 1, #records, PER_CALL * width do
-    work(first, math.min(first + PER_CALL * width, #records + 1) - width)
-  end
-end
-
-local function slots_of(records, first, last, width)
-  local slots = {}
-  for at = first, last, width do
-    slots[#slots + 1] = string.sub(records, at, at + SLOT_BYTES - 1)
-  end
-  return slots
-end
-
 -- What leads back: the rows as they were, the slots that were empty, and the meta values as they were.
 local undo_rows, undo_meta = {}, {}
 
+-- What changes, by page and place: a row, or false where one is to go; and the pages in order.
+local function changes_of(row_bytes, records, gone)
+  local changes, pages = {}, {}
+  local function note(slot, row)
+    local number = struct.unpack('<I4', slot)
+    local page = math.floor(number / PAGE_ROWS)
+    if not changes[page] then
+      changes[page] = {}
+      pages[#pages + 1] = page
+    end
+    changes[page][number % PAGE_ROWS] = row
+  end
+  for at = 1, #records, SLOT_BYTES + row_bytes do
+    local row = at + SLOT_BYTES
+    note(string.sub(records, at, row - 1), string.sub(records, row, row + row_bytes - 1))
+  end
+  for at = 1, #gone, SLOT_BYTES do
+    note(string.sub(gone, at, at + SLOT_BYTES - 1), false)
+  end
+  return changes, pages
+end
+
 local function write_site(key, row_bytes, records, gone)
   local old, empty = {}, {}
-  local width = SLOT_BYTES + row_bytes
-  local function remember(slots)
-    for i, row in ipairs(redis.call('HMGET', key, unpack(slots))) do
-      if row then
-        old[#old + 1] = slots[i] .. row
+  local changes, pages = changes_of(row_bytes, records, gone)
+  in_calls(pages, function(some)
+    local fields, kept, void = {}, {}, {}
+    for i, page in ipairs(some) do
+      fields[i] = struct.pack('<I4', page)
+    end
+    for i, page in ipairs(redis.call('HMGET', key, unpack(fields))) do
+      local rows = rows_of(page, row_bytes)
+      for place, row in pairs(changes[some[i]]) do
+        local slot = struct.pack('<I4', some[i] * PAGE_ROWS + place)
+        if rows[place] then
+          old[#old + 1] = slot .. rows[place]
+        else
+          empty[#empty + 1] = slot
+        end
+        rows[place] = row
+      end
+      local new = page_of(rows, row_bytes)
+      if new then
+        kept[#kept + 1], kept[#kept + 2] = fields[i], new
       else
-        empty[#empty + 1] = slots[i]
+        void[#void + 1] = fields[i]
       end
     end
-  end
-  in_pages(records, width, function(first, last)
-    if keep > 0 then
-      remember(slots_of(records, first, last, width))
+    if #kept > 0 then
+      redis.call('HSET', key, unpack(kept))
     end
-    local cells = {}
-    for at = first, last, width do
-      cells[#cells + 1] = string.sub(records, at, at + SLOT_BYTES - 1)
-      cells[#cells + 1] = string.sub(records, at + SLOT_BYTES, at + width - 1)
+    if #void > 0 then
+      redis.call('HDEL', key, unpack(void))
     end
-    redis.call('HSET', key, unpack(cells))
-  end)
-  in_pages(gone, SLOT_BYTES, function(first, last)
-    local slots = slots_of(gone, first, last, SLOT_BYTES)
-    if keep > 0 then
-      remember(slots)
-    end
-    redis.call('HDEL', key, unpack(slots))
   end)
   return table.concat(old), table.concat(empty)
 end

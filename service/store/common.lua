@@ -2,12 +2,13 @@
 local HOME = string.sub(KEYS[1], 1, -5)
 local LOG, UNDO, ONCES = HOME .. 'log', HOME .. 'undo', HOME .. 'onces'
 local FENCE, LEASE, ERASED = HOME .. 'fence', HOME .. 'lease', HOME .. 'erased'
-local FORMAT = '2'
+local FORMAT = '3'
+local OLD_FORMATS = {['1'] = true, ['2'] = true} -- see upgrade.lua
 local DAY_S = 86400
 
--- Whether the session can be read here: it does not exist yet, or is of this format or of one that reads as this one.
+-- Whether the session is known here: it does not exist yet, or is of this format or of one that becomes it.
 local function known(format)
-  return not format or format == FORMAT or format == '1'
+  return not format or format == FORMAT or OLD_FORMATS[format]
 end
 
 local function rows_keys()

@@ -5,7 +5,7 @@ Keys, all of a session's in one hash slot of a cluster:
     imprint:{<tenant>/<id>}:meta         hash: format, nonce of the last commit, SessionMeta's fields as JSON,
                                          `site:<name>` = bytes per row, for each site that has rows, and
                                          undo_from, undo_bytes: the oldest version kept, and the size of :undo
-                        …:rows:<site>    hash: slot (4 bytes, little-endian) -> row
+                        …:rows:<site>    hash: pages of rows, see pages.lua
                         …:log            list: one JSON object a commit
                         …:undo           hash: <version>:rows, :meta and :text = what leads back to the one before
                         …:once:<name>    the answer of a request that was learned; expires
@@ -71,7 +71,7 @@ ERASURES = "imprint:erased"  # the channel that tells every replica of erased se
 TICK_S = 5.0
 NO_NOTE = Note()
 FULL_TOO = "#!lua flags=allow-oom\n"  # a script that runs although the server has no memory left
-_SCRIPTS = ("create", "configure", "commit", "load", "enter", "lease", "history")
+_SCRIPTS = ("create", "configure", "enter", "lease", "history")
 
 _AWAY = (
     ConnectionError,
@@ -107,8 +107,10 @@ class RedisStore:
         self._keeping = keeping or Keeping()
         self._owner = secrets.token_hex(8)
         self._alone = alone
+        self._sites: tuple[str, ...] = ()  # of which rows were found so far
         scripts = [self._script("common", name) for name in _SCRIPTS]
-        self._create, self._configure, self._commit, self._load, self._enter, self._lease, self._history = scripts
+        self._create, self._configure, self._enter, self._lease, self._history = scripts
+        self._commit, self._upgrade = (self._script("common", "pages", name) for name in ("commit", "upgrade"))
         self._delete = self._script("common", "delete", flags=FULL_TOO)
 
     def _script(self, *parts: str, flags: str = "") -> AsyncScript:
@@ -163,28 +165,36 @@ class RedisStore:
     async def load(self, tenant: str, sid: str) -> StoredSession | None:
         """The session with all its rows, both of the same version; None if there is no such session."""
         key = meta_key(tenant, sid)
-        flat, *rows = await _patiently(lambda: self._load([key]))
-        if not flat:
-            return None
-        raw = pairs(flat)
-        meta = decode(sid, raw)
+        while True:
+            sites = self._sites
+            raw, *pages = await _patiently(lambda key=key, sites=sites: self._read(key, sites))  # type: ignore[misc]
+            if not raw:
+                return None
+            if raw.get(b"format") in codec.OLD_FORMATS:
+                await _patiently(lambda: self._upgrade([key], [self._keeping.ttl_s]))
+                continue
+            self._sites = tuple(sorted({*sites, *codec.sites_of(raw)}))
+            if self._sites == sites:
+                break
+        meta, widths = decode(sid, raw), codec.sites_of(raw)
         try:
-            sites = {
-                site.decode(): RowBatch.unpack(packed, int(raw[b"site:" + site]))
-                for site, packed in pairs(rows).items()
+            rows = {
+                site: RowBatch.of_pages(found, widths[site])
+                for site, found in zip(sites, pages, strict=True)
+                if site in widths
             }
         except ValueError as error:
             raise damaged(sid) from error
-        return StoredSession(meta, sites)
+        return StoredSession(meta, rows)
 
-    async def slots(self, tenant: str, sid: str) -> tuple[SessionMeta, dict[str, Slots]] | None:
-        """The session and which slots of each site hold a row, `[n]` int32, increasing; None if there is no such
-        session. It moves 4 bytes a row."""
-        key = meta_key(tenant, sid)
-        flat, *slots = await _patiently(lambda: self._load([key], ["slots"]))
-        if not flat:
-            return None
-        return decode(sid, pairs(flat)), {name.decode(): codec.unpack_slots(at) for name, at in pairs(slots).items()}
+    async def _read(self, key: str, sites: Sequence[str]) -> list[dict[bytes, bytes]]:
+        """A session's meta, and the pages of these sites, at one moment."""
+        # A script would have to copy every row twice, and nobody else is served meanwhile.
+        transaction = self._client.pipeline(transaction=True)
+        transaction.hgetall(key)
+        for site in sites:
+            transaction.hgetall(f"{key.removesuffix('meta')}rows:{site}")
+        return cast(list[dict[bytes, bytes]], await transaction.execute())
 
     async def commit(
         self,

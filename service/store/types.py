@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLOT_BYTES = 4
+PAGE_ROWS = 5  # as in pages.lua
 Option = str | int | bool
 Slots = NDArray[np.int32]
 
@@ -101,6 +102,21 @@ class RowBatch:
         slots = records[:, :SLOT_BYTES].copy().view("<u4").reshape(-1).astype(np.int32)
         order = np.argsort(slots)
         return cls(slots[order], records[order, SLOT_BYTES:])
+
+    @classmethod
+    def of_pages(cls, pages: Mapping[bytes, bytes], row_bytes: int) -> RowBatch:
+        """Reads the pages of the store (pages.lua), in any order."""
+        number = np.frombuffer(b"".join(pages), "<u4").astype(np.int64)
+        parts = np.frombuffer(b"".join(pages.values()), np.uint8).reshape(len(number), PAGE_ROWS * (1 + row_bytes))
+        order = number.argsort()
+        held = parts[order, :PAGE_ROWS].reshape(-1)
+        slots = (number[order, None] * PAGE_ROWS + np.arange(PAGE_ROWS)).reshape(-1)
+        rows = parts[order, PAGE_ROWS:].reshape(-1, row_bytes)
+        if held.max(initial=0) > 1:
+            raise ValueError(f"a flag of a page must be 0 or 1, not {held.max()}")
+        if not held.all():
+            slots, rows = slots[held == 1], rows[held == 1]
+        return cls(slots.astype(np.int32), rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from service.store.types import PAGE_ROWS
 from tests.oracle import Evidence, Kills, Pauses, Result, judge, run, witness
 from tests.replay import Model
 
@@ -31,8 +32,11 @@ def turn_is_there_twice(evidence: Evidence) -> None:
 
 def row_is_another(evidence: Evidence) -> None:
     rows = evidence.found[first(evidence)][ROWS]
-    slot = min(rows)
-    rows[slot] = bytes([rows[slot][0] ^ 1]) + rows[slot][1:]
+    number = min(rows)
+    page = bytearray(rows[number])
+    held = page.index(1)
+    page[PAGE_ROWS + held * (len(page) // PAGE_ROWS - 1)] ^= 1
+    rows[number] = bytes(page)
 
 
 def row_is_not_there(evidence: Evidence) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from model.backbone import Backbone, KVCache
+from model.backbone import Backbone, DenseCache, KVCache
 from model.checkpoint import load_backbone
 from model.config import tiny_config
 from model.linear import Linear
@@ -229,7 +229,7 @@ def test_truncated_tokens_are_forgotten_bit_for_bit(backbone: Backbone) -> None:
 
 def test_a_cache_costs_keys_and_values_of_every_layer() -> None:
     config = tiny_config(num_layers=3, num_kv_heads=2, head_dim=16)
-    cache = KVCache(config, 96, device="cpu", dtype=torch.float32)
+    cache = DenseCache(config, 96, device="cpu", dtype=torch.float32)
     assert cache.nbytes == 2 * 3 * 2 * 96 * 16 * 4
 
 

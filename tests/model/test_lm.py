@@ -223,6 +223,30 @@ def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: Adaptive
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize("halved", [False, True])
+def test_rows_that_follow_one_another_are_steps_of_their_own(lm: AdaptiveLM, halved: bool) -> None:
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.halved() if halved else None)
+    pool = new_pool(lm)
+    session, neighbour = learned(lm, pool, seed=1), learned(lm, pool, seed=2)
+    tokens, alone = [4, 5, 6, 7], list[Tensor]()
+    request = Read(lm, text(1, BLOCK - 1))
+    request.step(pool, session)
+    cache, carry = request.cache.fork(BLOCK + 9), carried(request)
+    for token in tokens:
+        (carry,) = lm.decode([token], [cache], [carry], pool, [session])
+        alone += [carry.trail, carry.hidden, *carry.inputs.values(), lm.predict([carry], pool, [session])[0]]
+    other = Read(lm, text(3, 9))
+    other.step(pool, neighbour)
+    caches = [request.cache.ahead(at) for at in range(4)]
+    carries = [carried(request).ahead(tokens[:at]) for at in range(4)]
+    index = [session] * 4 + [neighbour]
+    rows = lm.decode([*tokens, 9], [*caches, other.cache], [*carries, carried(other)], pool, index)
+    together, scores = list[Tensor](), lm.predict(rows, pool, index)
+    for row, score in zip(rows[:4], scores, strict=False):
+        together += [row.trail, row.hidden, *row.inputs.values(), score]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 def test_how_the_base_generates_changes_no_bit_of_what_is_scored_and_learned(lm: AdaptiveLM) -> None:
     halved = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.halved())
     pool, images, scores = new_pool(lm), [], []

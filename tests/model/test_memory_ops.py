@@ -68,6 +68,14 @@ def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Prediction, Tenso
     return random_base(65, 3, dtype, spread), tokens, shares, gamma
 
 
+def read_lexical(
+    rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
+) -> ops.Candidates:
+    """All of a read but finding the rows."""
+    seen = ops.compare(rows, query, context)
+    return ops.weigh(*seen[:3], base.log_prob(seen.tokens), seen.missing, sharpness, prior, bonus)
+
+
 def rows_equal(a: Rows, b: Rows) -> bool:
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -139,7 +147,7 @@ def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: in
     def run(part: slice) -> list[Tensor]:
         base = ops.predict(logits[part].clone())
         own = Rows(*(field[part].clone() for field in rows))
-        found = ops.read_lexical(own, query[part].clone(), context[part].clone(), base, SHARPNESS, PRIOR, BONUS)
+        found = read_lexical(own, query[part].clone(), context[part].clone(), base, SHARPNESS, PRIOR, BONUS)
         shares = found.shares.mean(1)
         gamma = torch.sigmoid(found.evidence[:, 0]) * shares.any(-1)
         return [base.log_z, base.entropy, *found, ops.mix(base, found.tokens, shares, gamma)]
@@ -156,7 +164,7 @@ def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: in
 def test_lexical_read_equals_its_twin(n: int, k: int, P: int, width: int) -> None:
     rows, query, base = random_rows(n, k, P, width=width, seed=n), random_keys(n, width, seed=n), random_base(n, seed=n)
     context = random_context(n, seed=n)
-    found = ops.read_lexical(rows, query, context, base, SHARPNESS, PRIOR, BONUS)
+    found = read_lexical(rows, query, context, base, SHARPNESS, PRIOR, BONUS)
     exact, scales = Prediction(*(part.double() for part in base)), (SHARPNESS.double(), PRIOR.double(), BONUS.double())
     twin = naive.read_lexical(rows, query.double(), context, exact, *scales)
     assert torch.equal(found.tokens, twin.tokens)
@@ -169,7 +177,7 @@ def test_lexical_read_equals_its_twin(n: int, k: int, P: int, width: int) -> Non
 @pytest.mark.parametrize("sharpness", [0.0, 5.0, 300.0])
 def test_shares_sum_to_one_where_anything_is_known(n: int, k: int, P: int, width: int, sharpness: float) -> None:
     rows, query, base = random_rows(n, k, P, width=width, seed=n), random_keys(n, width, seed=n), random_base(n, seed=n)
-    found = ops.read_lexical(rows, query, random_context(n, n), base, torch.tensor([sharpness, 1.0]), PRIOR, BONUS)
+    found = read_lexical(rows, query, random_context(n, n), base, torch.tensor([sharpness, 1.0]), PRIOR, BONUS)
     known = (rows.ages > 0).any(-1).any(-1)
     torch.testing.assert_close(found.shares.sum(-1), known.float()[:, None].expand(n, 2))
     assert not found.shares.masked_select((rows.ages == 0).flatten(1)[:, None]).any(), "an empty row has no share"
@@ -186,7 +194,7 @@ def test_what_lies_in_an_empty_row_is_not_read() -> None:
         rows.prints.masked_fill(full, 1),
         rows.keys.masked_fill(full, 127),
     )
-    plain, other = (ops.read_lexical(r, query, context, base, SHARPNESS, PRIOR, BONUS) for r in (rows, junk))
+    plain, other = (read_lexical(r, query, context, base, SHARPNESS, PRIOR, BONUS) for r in (rows, junk))
     assert empty.any()
     assert torch.equal(plain.shares, other.shares)
     assert torch.equal(plain.evidence, other.evidence)

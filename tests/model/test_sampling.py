@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import sampling
-from model.sampling import Sampler, Sampling, _nucleus
+from model.sampling import Sampler, Sampling, _draw_together, _nucleus
 
 SCORES = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 
@@ -133,6 +133,35 @@ def test_the_scores_that_are_given_stay_as_they_were() -> None:
     scores = SCORES.clone()
     drawn(Sampling(seed=1, frequency_penalty=1.0, presence_penalty=1.0, logit_bias={0: 5.0}), 10, scores)
     assert torch.equal(scores, SCORES)
+
+
+# Rows that are drawn together.
+
+
+@pytest.mark.parametrize("window", [5, sampling.TOP_P_WINDOW])
+@pytest.mark.parametrize("spread", [0.5, 4.0])
+def test_rows_drawn_together_are_those_drawn_one_by_one(
+    window: int, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever each row asks for, also where a nucleus does not fit the window."""
+    monkeypatch.setattr(sampling, "TOP_P_WINDOW", window)
+    options = [
+        Sampling(temperature=0.0),
+        Sampling(seed=1),
+        Sampling(seed=2, temperature=1.7, top_p=0.9),
+        Sampling(seed=3, top_p=0.0),
+        Sampling(seed=4, top_p=0.99, logit_bias={3: 5.0}),
+        Sampling(seed=5, temperature=0.3, frequency_penalty=1.5),
+        Sampling(temperature=0.0, presence_penalty=2.0),
+    ]
+    together, alone = ([Sampler(one) for one in options] for _ in range(2))
+    for step in range(30):
+        scores = spread * torch.randn(len(options), 300, generator=torch.Generator().manual_seed(step))
+        tokens = _draw_together(together, scores)
+        for sampler, token in zip(together, tokens, strict=True):
+            sampler._ahead = token  # as `draw_ahead` does on a GPU
+        given = [sampler.draw(row) for sampler, row in zip(together, torch.zeros(len(options), 300), strict=True)]
+        assert given == tokens == [sampler.draw(row) for sampler, row in zip(alone, scores, strict=True)]
 
 
 # Seeds.

@@ -12,6 +12,7 @@ from model.config import tiny_config
 from model.lm import AdaptiveLM, Carry, Scores
 from model.memory import Draft, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where what is made for GPUs is tested
 VOCAB, WIDTH, BLOCK = 96, 32, 8
 LEXICAL = SiteConfig("words", "lexical", slots=64, k=4, width=16, cell=8)
 MIDDLE = SiteConfig("middle", "hidden", slots=36, k=3, layer=1, width=5, decay=1.0, cap=10.0)
@@ -21,8 +22,8 @@ LEXICAL_WEIGHTS = {"sharpness": (30.0, 9.0), "prior": 0.2, "trust_rate": 0.1, "g
 KINDS = {"lexical": (LEXICAL,), "middle": (MIDDLE,), "output": (OUTPUT,), "all": (LEXICAL, MIDDLE, OUTPUT)}
 
 
-def tiny_backbone() -> Backbone:
-    """Three layers with random weights."""
+def tiny_backbone(dtype: torch.dtype = torch.float32) -> Backbone:
+    """Three layers with random weights, the same ones in any precision."""
     config = tiny_config(
         vocab_size=VOCAB, hidden_size=WIDTH, num_layers=3, head_dim=8, intermediate_size=48, max_context=256
     )
@@ -30,6 +31,7 @@ def tiny_backbone() -> Backbone:
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2, generator=g)
+    base = base.to(dtype)
     base.pack()
     return base
 
@@ -44,7 +46,7 @@ def build(backbone: Backbone, *sites: SiteConfig) -> AdaptiveLM:
         for ending, value in LEXICAL_WEIGHTS.items():
             if name.endswith(ending):
                 tensor.copy_(torch.tensor(value))
-    return AdaptiveLM(backbone, memory)
+    return AdaptiveLM(backbone, memory.to(backbone.embedding.device))
 
 
 def text(seed: int, length: int = 3 * BLOCK + 3) -> list[int]:

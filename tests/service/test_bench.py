@@ -19,8 +19,8 @@ from model.memory import MemoryConfig, Pool, SiteConfig
 from service.base import resolve_gguf
 from service.bench import peers, report
 from service.bench.heard import Heard, PeerError, events
-from service.bench.reach import Row
-from service.bench.run import Options, run
+from service.bench.reach import ROWS, Row
+from service.bench.run import Options, plan, run, sizes_for
 from service.bench.scenarios import gaps_between, step_time
 from service.bench.stage import QUICK
 from service.bench.texts import made_session
@@ -242,3 +242,19 @@ def test_a_base_that_is_no_gguf_file_has_none(tmp_path: Path) -> None:
 def test_a_goal_is_reached_for_sure_only_where_the_whole_interval_says_so(rounds: list[float], reached: str) -> None:
     row = Row("cost", 1.1, 1.02, False, lambda results: mean(rounds), lambda results: "")
     assert row.told({})["reached"] == reached
+
+
+def test_a_gpu_fills_the_rows_that_only_a_gpu_can() -> None:
+    assert "batch-256" in plan(sizes_for(Settings(device="cuda"), quick=False))
+    about = {"device": "cuda", "weight_bytes": 270e6, "read_bytes_per_s": 2.7e12}  # read in 0.1 ms
+    measured = {
+        "single": {"off": {"s_per_token": [0.4e-3]}},
+        "batch-256": {"off": {"s_per_step": [4.0e-3]}, "predict": {"s_per_step": [5.0e-3]}},
+        "streams-64": {"off": {"tokens_per_s": [300.0]}, "vllm": {"tokens_per_s": [200.0]}},
+    }
+    scenarios = {name: {"arms": arms} for name, arms in measured.items()}
+    results = {"about": about, "missing": {}, "scenarios": scenarios, "profile": {}}
+    gpu = [row for row in ROWS if row.what.startswith("GPU")]
+    assert [row.value(results).value for row in gpu] == pytest.approx([4.0, 0.8, 1.5])
+    told = [row.told(results | {"about": about | {"device": "cpu"}})["reached"] for row in gpu]
+    assert told == ["not measured: there was no GPU"] * 3

@@ -20,6 +20,7 @@ import pytest
 from service.errors import StoreUnavailable
 from service.store import Keeping, RedisStore, connect
 from service.store.embedded import EmbeddedValkey
+from service.store.types import PAGE_ROWS
 from tests.conftest import Server
 from tests.live import Client, Json, in_background, redis_of, refusal, state, success, until, valkey_of
 from tests.service.failing_line import FailingLine
@@ -96,16 +97,16 @@ def limit_files(server: Any, size: int) -> None:
 def test_a_damaged_row_is_an_error_of_its_session_alone(make_server: Callable[..., Any]) -> None:
     server = make_server().start()
     with Client(server.url) as client:
-        for session in ("short", "torn", "whole"):
+        for session in ("short", "odd", "torn", "whole"):
             client.observe(session, TEXT)
         server.stop()
         server.start()  # nothing is hot
         with redis_of(server.data_dir) as raw:
-            for session, length in (("short", -1), ("torn", None)):
+            for session, sound, length in (("short", PAGE_ROWS, -1), ("odd", 0, None), ("torn", PAGE_ROWS, None)):
                 key = f"imprint:{{default/{session}}}:rows:lexical"
-                slot, row = min(raw.hgetall(key).items())
-                raw.hset(key, slot, (b"\xff" * len(row))[:length])
-        for session in ("short", "torn"):
+                number, page = min(raw.hgetall(key).items())
+                raw.hset(key, number, (page[:sound] + b"\xff" * (len(page) - sound))[:length])
+        for session in ("short", "odd", "torn"):
             before = state(server.data_dir, session)
             for path, body in (
                 (f"sessions/{session}/observe", {"text": TEXT}),

@@ -180,10 +180,23 @@ async def test_a_session_of_format_1_is_read_and_taken_over(url: str, raw: Redis
     assert_same(await store.load(tenant, "s"), meta, {"a": rows([1], 7)})
     await store.commit(tenant, new_meta("s", 2), {"a": rows([1, 2], 8)}, note=Note({"kind": "learn"}))
     assert_same(await store.load(tenant, "s"), new_meta("s", 2), {"a": rows([1, 2], 8)})
-    assert raw.hget(key, "format") == b"2"
+    assert raw.hget(key, "format") == b"3"
     history = await store.history(tenant, "s", undo=True)
     assert history is not None and [undo.version for undo in history.undo] == [2]
     assert history.undo[0].sites["a"].data.tolist() == [[7] * 128]
+    await store.close()
+
+
+async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Redis, tenant: str) -> None:
+    store = RedisStore.from_url(url, Keeping(ttl_s=100))
+    held, name = rows([*range(12_000), *range(20_000, 30_000, 7)], 3), f"imprint:{{{tenant}/s}}:"
+    meta: dict[Any, Any] = encode(new_meta("s", 1)) | {"format": "2", "site:a": "128"}
+    raw.hset(f"{name}meta", mapping=meta)
+    pairs = zip(held.slots.astype("<u4"), held.data, strict=True)
+    raw.hset(f"{name}rows:a", mapping={slot.tobytes(): row.tobytes() for slot, row in pairs})
+    raw.expire(f"{name}rows:a", 5)
+    assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": held})
+    assert raw.ttl(f"{name}rows:a") > 90 and raw.hget(f"{name}meta", "format") == b"3"
     await store.close()
 
 

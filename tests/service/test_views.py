@@ -14,7 +14,7 @@ from model.config import tiny_config
 from model.memory.config import MemoryConfig, SiteConfig
 from service.store.types import RowBatch
 from service.views import MOST_BINS, NO_SLOTS, RowChanges, _changes, _fill
-from tests.live import Client, Json, refusal, stored, success
+from tests.live import Client, Json, refusal, rows_of, stored, success
 from tests.tiny import TEXT
 
 
@@ -56,7 +56,7 @@ def test_the_cells_hold_the_rows_that_are_stored(client: Client, server: Any, se
     for site in seen["sites"]:
         wide = site["bin_cells"] * site["bin_rows"]
         assert len(site["counts"]) * site["bin_cells"] >= site["cells"] and wide >= max(site["counts"])
-        slots = np.array([int.from_bytes(slot, "little") for slot in found[f"rows:{site['name']}"]])
+        slots = np.array([*rows_of(found[f"rows:{site['name']}"])])
         assert site["counts"] == np.bincount(slots // site["bin_rows"], minlength=len(site["counts"])).tolist()
 
 

@@ -1,0 +1,77 @@
+"""What the device decides: which kernels run, and how data gets there. The rest of what only GPUs do lies in `kernels`,
+`paged` and `graphs`."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what
+    their twins do. None elsewhere: torch's operators take their place."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from model import kernels
+    from model.selfcheck import check_kernels
+
+    try:
+        check_kernels(device)
+    except Exception as error:  # whatever it is, the twins can do without
+        log.warning("our kernels can't be used on this GPU, torch's operators take their place: %s", error)
+        return None
+    return kernels
+
+
+def row_kernels_for(device: torch.device) -> ModuleType | None:
+    """What compares, weighs and writes the memory's rows: Numba's kernels on a CPU, ours of above on a GPU. None
+    elsewhere."""
+    if device.type != "cpu":
+        return kernels_for(device)
+    from model import native
+
+    return native
+
+
+def upload(data: Tensor, device: torch.device) -> Tensor:
+    """A little of the host's data on the device. The host does not wait for it."""
+    if device.type != "cuda":
+        return data.to(device)
+    # From pinned memory, which torch keeps until the copy is done.
+    return data.pin_memory().to(device, non_blocking=True)
+
+
+def load(data: Tensor, device: torch.device) -> Tensor:
+    """Much of the host's data on the device, over a stream of its own: the host does not wait, what is under way goes
+    on, and what is launched from now on waits on the device alone."""
+    if device.type != "cuda":
+        return data.to(device)
+    steps, aside = torch.cuda.current_stream(device), _aside(device)
+    with torch.cuda.stream(aside):
+        there = upload(data, device)
+    steps.wait_stream(aside)
+    there.record_stream(steps)  # its memory is not given to others before the steps are done with it
+    return there
+
+
+def fetch(data: Tensor) -> Tensor:
+    """The device's data in the host's memory, by way of pinned memory; waits for it."""
+    if data.device.type != "cuda":
+        return data.cpu()
+    there = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+    there.copy_(data, non_blocking=True)
+    torch.cuda.current_stream(data.device).synchronize()
+    return there
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,91 @@
+"""The engine on the model as a GPU has it, in steps of fixed shapes over paged caches, says and learns what it does on
+the model as it is."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from model.checkpoint import load_backbone
+from model.graphs import SteppedLM
+from model.lm import AdaptiveLM
+from model.memory import MemoryConfig, SiteConfig
+from model.paged import PAGE
+from model.sampling import Sampling
+from model.tokenizer import Tokenizer
+from model.training.initial import random_memory
+from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Token
+from service.metrics import Metrics
+from tests.model.tiny_lm import DEVICE
+from tests.tiny import TEXT
+
+pytestmark = pytest.mark.gpu
+GREEDY = Sampling(temperature=0.0)
+KV_TOKENS = 6 * PAGE
+
+
+def jobs(ids: list[int]) -> list[tuple[Segment, MemoryUse | None]]:
+    """More than fit at once: several choices, a session that learns what it says, ones that read only, and none."""
+    mask = [True] * len(ids)
+    users = [MemoryUse(("t", name), (1.0, 1.0, 1), write=name == "a", stored={}) for name in "ab"]
+    return [
+        (Segment(ids[:20], generate=Generate(9, GREEDY, n=3)), None),
+        (Segment(ids, learn=mask, generate=Generate(40, GREEDY, learn=True)), users[0]),
+        (Segment(ids[5:60], generate=Generate(12, GREEDY, logprobs=2)), users[1]),
+        (Segment(ids[:70], generate=Generate(30, GREEDY)), None),
+        (Segment(ids[3:9], generate=Generate(2, GREEDY, n=8)), None),
+    ]
+
+
+def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[object, ...]]:
+    """What each job said, counted and wrote."""
+    engine = Engine(
+        lm, tokenizer, max_turns=8, max_batch=4, kv_tokens=KV_TOKENS, hot_rows=2000, hot_sessions=4, threads=1,
+        metrics=Metrics(),
+    )  # fmt: skip
+
+    async def one(segment: Segment, memory: MemoryUse | None) -> tuple[object, ...]:
+        events: list[Event] = []
+        ended = asyncio.Event()
+
+        def emit(job: Job, event: Event) -> None:
+            events.append(event)
+            if isinstance(event, Finished | Failed):
+                ended.set()
+
+        job = Job([segment], emit, memory)
+        engine.submit(job)
+        await ended.wait()
+        engine.settle(job, None)
+        assert isinstance(events[-1], Finished), events[-1]
+        said = [(event.choice, event.text, event.finish) for event in events if isinstance(event, Token)]
+        text = {choice: "".join(t for c, t, _ in said if c == choice) for choice, _, _ in said}
+        stats = events[-1].stats
+        return (
+            text,
+            stats.tokens_learned,
+            stats.completion_tokens,
+            {n: len(r.slots) for n, r in events[-1].rows.items()},
+        )
+
+    async def all_of_them() -> list[tuple[object, ...]]:
+        engine.start()
+        try:
+            return await asyncio.gather(*(one(*job) for job in jobs(ids)))
+        finally:
+            await engine.stop()
+
+    return asyncio.run(all_of_them())
+
+
+def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(tiny_base: Path) -> None:
+    tokenizer, backbone = Tokenizer.load(tiny_base), load_backbone(tiny_base, device=DEVICE)
+    site = SiteConfig("words", "lexical", slots=64, k=4, width=16, cell=8)
+    memory = random_memory(MemoryConfig(backbone.config.hidden_size, (site,), block=16), seed=0).to(DEVICE)
+    plain = AdaptiveLM(backbone, memory)
+    stepped = SteppedLM(plain, kv_tokens=max(KV_TOKENS, 8 * 128), max_batch=8)
+    ids = tokenizer.encode(TEXT * 2)[:90]
+    assert run(stepped, tokenizer, ids) == run(plain, tokenizer, ids)
+    assert stepped.pages.taken == 0.0, "what a request reserved is free again"
