@@ -10,7 +10,7 @@ serve: $(VENV)/.serve
 	$(BIN)/imprint serve
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Everything that a GPU is needed for: the tests that it runs otherwise than a CPU, and the measurements.
 gpu: $(VENV)/.test

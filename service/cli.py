@@ -7,20 +7,19 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
 from service import tenants
-from service.client import ChatOptions, Client, ClientError, Reading
+from service.cli_sessions import sessions_app
+from service.client import ChatOptions, Client, Reading
 from service.client.texts import File, name_of, pieces
+from service.console import LOCAL, AsJson, Url, connect, err, note, out
 from service.errors import CommandError, ImprintError
 from service.settings import Settings, SettingsError
 
@@ -33,25 +32,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A language model server that learns while it serves.",
 )
-sessions_app = typer.Typer(no_args_is_help=True, help="List, inspect and erase sessions.")
 app.add_typer(sessions_app, name="sessions")
 keys_app = typer.Typer(no_args_is_help=True, help="Make API keys.")
 app.add_typer(keys_app, name="keys")
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Url = Annotated[str, typer.Option("--url", envvar="IMPRINT_URL", help="Where the server is.")]
-SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
 Session = Annotated[str, typer.Option("--session", "-s", help="The session's id.")]
 TextPaths = Annotated[
     list[Path], typer.Argument(exists=True, help="Text files, a stream each, or folders of them, a kind each.")
 ]
 Window = Annotated[int, typer.Option(min=8, max=8191, help="Tokens of a request.")]
 PerKind = Annotated[int, typer.Option("--streams", min=1, help="Streams of a kind, at most.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MARKS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "fail": "[red]✗[/red]"}
-LOCAL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
@@ -267,7 +258,7 @@ def chat(
     """
     options: ChatOptions = {"session": session, "max_tokens": max_tokens, "temperature": temperature}
     interactive = once is None and sys.stdin.isatty()
-    with _connect(url) as client:
+    with connect(url) as client:
         conversation: list[dict[str, str]] = []
         for text in _typed() if interactive else [_piped() if once is None else once]:
             asked = [*conversation, {"role": "user", "content": text}]
@@ -313,7 +304,7 @@ def _reply(client: Client, messages: list[dict[str, str]], options: ChatOptions)
         out.print()
     if (done := stream.adaptation) is not None:
         loss = "" if done.loss is None else f" · loss {done.loss:.3f}"
-        _note(f"learned {done.tokens_learned:,} tokens{loss} · version {done.version_from} → {done.version_to}")
+        note(f"learned {done.tokens_learned:,} tokens{loss} · version {done.version_from} → {done.version_to}")
     return stream.text
 
 
@@ -325,7 +316,7 @@ def observe(
 ) -> None:
     """Learn from files, in order, without generating anything."""
     learned: Reading | None = None
-    with _connect(url) as client, _progress() as bar:
+    with connect(url) as client, _progress() as bar:
         task = bar.add_task("", total=None, learned="")
 
         def tell(reading: Reading) -> None:
@@ -366,7 +357,7 @@ def score(
 ) -> None:
     """How well a session predicts a text, against the frozen base."""
     tokens, nats, frozen_nats = 0, 0.0, 0.0
-    with _connect(url) as client:
+    with connect(url) as client:
         for piece in pieces(_file(file)):
             answer = client.score(session, piece, learn=learn)
             tokens += len(answer.logprobs)
@@ -395,50 +386,6 @@ def score(
     out.print(table)
 
 
-@sessions_app.command("ls")
-def list_sessions(as_json: AsJson = False, url: Url = LOCAL) -> None:
-    """All sessions."""
-    with _connect(url) as client:
-        sessions = [session.model_dump() for session in client.sessions()]
-    if as_json:
-        print(json.dumps(sessions))
-        return
-    columns = ("id", "version", "tokens_learned", "rows", "bytes", "gain", "updated")
-    table = Table(*map(_label, columns))
-    table.columns[0].overflow = "fold"
-    for session in sessions:
-        table.add_row(*(_cell(column, session[column]) for column in columns))
-    out.print(table)
-
-
-@sessions_app.command("show")
-def show_session(session: SessionId, as_json: AsJson = False, url: Url = LOCAL) -> None:
-    """One session, with everything the server tells about it."""
-    with _connect(url) as client:
-        answer = client.get(session).model_dump()
-    if as_json:
-        print(json.dumps(answer))
-        return
-    table = Table(show_header=False)
-    for field, value in answer.items():
-        table.add_row(_label(field), _cell(field, value))
-    out.print(table)
-
-
-@sessions_app.command("rm")
-def remove_sessions(
-    sessions: Annotated[list[str], typer.Argument(metavar="ID...", help="The sessions' ids.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    url: Url = LOCAL,
-) -> None:
-    """Erase sessions and all they learned."""
-    with _connect(url) as client:
-        for session in sessions:
-            if yes or typer.confirm(f"Erase session {session} and all it learned?", err=True):
-                client.delete(session)
-                out.print(f"erased {escape(session)}")
-
-
 @keys_app.command("new")
 def new_key(
     tenant: Annotated[str, typer.Argument(help="Whose key it is; `metrics` for one that opens /metrics alone.")],
@@ -447,38 +394,6 @@ def new_key(
     key, line = tenants.new_key(tenant)
     print(line)
     err.print(f"the key, shown this once: {key}")
-
-
-def _label(field: str) -> str:
-    return "gain, nats/token" if field == "gain" else field.replace("_", " ")
-
-
-def _cell(field: str, value: Any) -> str:
-    """One value of a session, for people."""
-    if value is None:
-        return "–"
-    if field in ("created", "updated"):
-        return f"{datetime.fromtimestamp(value):%Y-%m-%d %H:%M}"
-    if field == "bytes":
-        return decimal(value)
-    if field == "gain":
-        return f"{value:+.4f}"
-    if isinstance(value, dict):
-        return escape(", ".join(f"{name} = {option}" for name, option in value.items()))
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
-
-
-def _connect(url: str) -> Client:
-    # The key comes from the environment alone: other users of a machine can read a command's options.
-    try:
-        return Client(url, on_wait=lambda error, wait: _note(f"{error}; trying again in {wait:.3g} s"))
-    except ClientError as error:
-        raise CommandError(f"--url: {error}") from None
-
-
-def _note(line: str) -> None:
-    """Say something beside the result: on stderr, so that pipes get the result alone."""
-    err.print(escape(line), style="dim")
 
 
 if __name__ == "__main__":

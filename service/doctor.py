@@ -102,7 +102,7 @@ def _device(settings: Settings) -> str:
 
 
 def _model(settings: Settings) -> str:
-    config = _config(settings)
+    config = _config(settings, tokenizer=True)
     if config is None:
         megabytes = f" ({PACKAGED[settings.model].megabytes} MB)" if settings.model in PACKAGED else ""
         raise Ailment(
@@ -114,14 +114,15 @@ def _model(settings: Settings) -> str:
     return f"{settings.model}: {config.num_layers} layers of {config.hidden_size}, {config.max_context} tokens"
 
 
-def _config(settings: Settings) -> ModelConfig | None:
-    """The base's, if it is at hand."""
+def _config(settings: Settings, *, tokenizer: bool = False) -> ModelConfig | None:
+    """The base's, if it is at hand. tokenizer: see whether that can be read, too."""
     try:
         folder = cached_base(settings.model, settings.cache_dir)
         if folder is None:
             return None
         config = load_config(folder)
-        Tokenizer.load(folder)
+        if tokenizer:
+            Tokenizer.load(folder)
         return config
     except (BaseError, CheckpointError, ConfigError) as error:
         raise Ailment(str(error), "see IMPRINT_MODEL in docs/settings.md; a damaged folder can be deleted") from error

@@ -66,6 +66,8 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     for router in ROUTERS:
         app.include_router(router)
     show_examples(app)
+    if keys.required:
+        show_keys(app)
     app.add_exception_handler(ImprintError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(404, _answer_no_route)
@@ -179,6 +181,25 @@ class Access:
                 left, reset = await self._sessions.tokens_left(tenant)
                 told |= {"limit-tokens": limit, "remaining-tokens": left, "reset-tokens": f"{reset:.3f}s"}
         return [(f"x-ratelimit-{name}".encode(), str(value).encode()) for name, value in told.items()]
+
+
+def show_keys(app: FastAPI) -> None:
+    """Says in /openapi.json which routes take which key, as `Access` has it."""
+    describe = app.openapi
+
+    def page() -> dict[str, Any]:
+        told = describe()
+        told["components"]["securitySchemes"] = {
+            name: {"type": "http", "scheme": "bearer", "description": f"A key of `imprint keys new {tenant}`."}
+            for name, tenant in (("tenant", "TENANT"), ("operator", OPERATOR))
+        }
+        for path, methods in told["paths"].items():
+            takes = "operator" if path == "/metrics" else "tenant"
+            for operation in methods.values():
+                operation["security"] = [] if path in PUBLIC else [{takes: []}]
+        return told
+
+    app.openapi = page  # type: ignore[method-assign]
 
 
 class BodyLimit:

@@ -27,8 +27,8 @@ def markdown() -> str:
 # Routes and errors
 
 Printed by `python -m service.reference`; edit the routes and `service/errors.py` instead of this page. A running
-server describes every route at `/openapi.json`, with schemas and examples of requests and answers. OpenAI's routes
-are OpenAI's, streamed (server-sent events) or not.
+server describes every route at `/openapi.json`, with schemas and examples of requests and answers, and the key that it
+takes where there are keys. OpenAI's routes are OpenAI's, streamed (server-sent events) or not.
 
 ## Routes
 

@@ -34,7 +34,7 @@ VOLATILE = {
     b"undo_from",
     b"undo_bytes",
 }  # of a stored session: they differ between equal ones
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 
 
 class Client:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -16,6 +15,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from deploy.grafana.build import files
 from service.http import PUBLIC
 from service.metrics import Metrics
 from service.settings import Settings
@@ -46,10 +46,10 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 
 def test_the_dashboards_are_what_their_source_makes() -> None:
-    made = runpy.run_path(str(DEPLOY / "grafana" / "dashboards.py"))["files"]()
+    made = files()
     assert {path.stem for path in made} == dashboards().keys() == {"service", "adaptation", "state", "device"}
     for path, text in made.items():
-        assert path.read_text() == text, "run: python deploy/grafana/dashboards.py"
+        assert path.read_text() == text, "run: python -m deploy.grafana.build"
 
 
 @pytest.mark.parametrize("name", sorted(dashboards()))

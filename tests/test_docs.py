@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ def test_every_command_that_is_shown_exists() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
         assert set(re.findall(r"^make (\w+)|`make (\w+)`", page.read_text())) <= {("", name) for name in targets}
+
+
+def test_every_extra_that_is_named_can_be_installed() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = [*PAGES, *(ROOT / "service").rglob("*.py"), ROOT / "pyproject.toml"]
+    named = {name for file in told for name in re.findall(r"(?:imprint|'\.)\[([\w,]+)\]", file.read_text())}
+    assert {name for names in named for name in names.split(",")} <= extras.keys()
+    assert extras.keys() - {"test"} <= {name for names in named for name in names.split(",")}
 
 
 def test_the_site_builds_without_a_warning_and_takes_nothing_from_elsewhere(tmp_path: Path) -> None:

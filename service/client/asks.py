@@ -19,6 +19,7 @@ from service.replies import (
     Observed,
     Scored,
     Session,
+    SessionDiff,
     SessionList,
     SessionLog,
 )
@@ -239,6 +240,12 @@ def predict(session: str, features: Sequence[float], *, model: str | None = None
 def page_of_log(session: str, before: int | None, size: int) -> Ask[SessionLog]:
     """The commits before that version, newest first."""
     return Ask("GET", f"{_path(session)}/log?{_query(before=before, limit=size)}", SessionLog.model_validate_json)
+
+
+def diff(session: str, start: int, end: int) -> Ask[SessionDiff]:
+    """What lies between two versions that are kept: what was learned, what was forgotten, which rows changed."""
+    path = f"{_path(session)}/diff?{urlencode({'from': start, 'to': end})}"
+    return Ask("GET", path, SessionDiff.model_validate_json)
 
 
 def rollback(

@@ -98,6 +98,7 @@ class Client:
     act = _answered(asks.act)
     feedback = _answered(asks.feedback)
     predict = _answered(asks.predict)
+    diff = _answered(asks.diff)
     rollback = _answered(asks.rollback)
     unlearn = _answered(asks.unlearn)
     fork = _answered(asks.fork)

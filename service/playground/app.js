@@ -105,6 +105,7 @@ async function refresh() {
     $("door").hidden = true;
     announce("");
     await showSession(session.value, turn);
+    if (turn === asked) draft.resume();
   } catch (error) {
     if (turn !== asked) return;
     model = null;
@@ -226,11 +227,11 @@ async function learn(signal) {
   const job = crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
   const pause = Math.ceil(work.length / POINTS);
   const sum = { tokens: 0, adapted: 0, frozen: 0 };
-  await ensure(name);
-  if (!watch.text) watch.turn(rest, "the end of the first text learned here", { end: true });
-  Object.assign(progress, { max: work.length, value: 0, hidden: false });
   field.readOnly = true;
   try {
+    await ensure(name);
+    if (!watch.text) watch.turn(rest, "the end of the first text learned here", { end: true });
+    Object.assign(progress, { max: work.length, value: 0, hidden: false });
     if (!watch.begun) await measure(signal);
     for (const [i, text] of work.entries()) {
       const scored = await commit(name, text, `page.${job}.${i}`, signal);

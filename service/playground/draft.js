@@ -20,6 +20,7 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
   let timer;
   let asking = new AbortController();
   let typed = 0;
+  let unseen = false; // the text, or the memory, is another since the last look that came to its end
 
   const parts = () => spans.map((one) => one.told);
   const lengthOf = (some) => some.reduce((sum, one) => sum + one.told.text.length, 0);
@@ -79,6 +80,7 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
       const work = text.trim() && text.length <= LONGEST ? [score(text, signal).then((told) => paint(text, told))] : [];
       if (suggests() && atEnd()) work.push(suggest(signal));
       await Promise.all(work);
+      if (!signal.aborted) unseen = false;
     } catch (error) {
       if (!stopped(error)) failed(error);
     }
@@ -87,6 +89,7 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
 
   function later() {
     quiet();
+    unseen = true;
     timer = setTimeout(look, PAUSE_MS);
   }
 
@@ -116,10 +119,14 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
       type(ghost.textContent);
     } else if (event.key === "Escape") {
       quiet();
+      unseen = false;
     }
   });
   field.addEventListener("paste", paste);
   field.addEventListener("blur", dropGhost);
+  field.addEventListener("focus", () => {
+    if (suggests() && field.value.trim()) later();
+  });
   field.addEventListener("mousemove", ({ clientX, clientY }) => {
     const under = document.elementsFromPoint(clientX, clientY).find((one) => one.told && one.parentNode === backdrop);
     if (under) show(describe(under.told));
@@ -138,6 +145,7 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
     },
     set text(value) {
       field.value = value;
+      unseen = true;
       repaint();
       changed();
     },
@@ -147,6 +155,10 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
     },
     look: later,
     quiet,
+    /** Looks at what could not be looked at when it was written, or no longer. */
+    resume() {
+      if (unseen) later();
+    },
     /** Forgets the tints, which another memory made. */
     stale() {
       for (const old of spans.splice(0)) old.remove();

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -22,12 +23,15 @@ from service.tenants import new_key
 from tests.conftest import Server
 from tests.live import ENDLESS, Json
 from tests.tiny import TEXT, build_tiny_base
+from tests.tour import first_row, paragraph
 
 pytestmark = pytest.mark.e2e
 
+GUIDE = Path(__file__).parents[2] / "docs" / "playground.md"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTEXT = 8192
-PATIENCE_MS = 60_000
+PATIENCE_MS = 300_000
+LOOK_MS = 600  # longer than the page waits before it asks about what was written
 REFUSED = "Failed to load resource"  # how the browser itself reports a 4xx
 PASTE = """(field, text) => {
   const clipboardData = new DataTransfer();
@@ -131,6 +135,25 @@ def losses(page: Page, version: int) -> tuple[float, float]:
     return float(frozen), float(adapted)
 
 
+@contextmanager
+def held(page: Page, requests: str) -> Iterator[None]:
+    """Such requests reach the server when the block ends."""
+    waiting: list[Route] = []
+    over = False
+
+    def hold(route: Route) -> None:
+        if over:
+            route.continue_()
+        else:
+            waiting.append(route)
+
+    page.route(requests, hold)
+    yield
+    over = True
+    for route in waiting:
+        route.continue_()
+
+
 def get(server: Server, path: str) -> Json:
     found: Json = httpx.get(f"{server.url}/v1/sessions/{path}").json()
     return found
@@ -157,10 +180,18 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     page.emulate_media(color_scheme="light")
     choose(page, "reader")
     button(page, "Put in the page").click()
+    expect(draft(page)).to_have_value(re.compile("^The Keeper of Orvane Light"))
+    draft(page).focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Control+X")
+    expect(draft(page)).to_have_value("")
+    page.keyboard.press("Control+V")
+    expect(draft(page)).to_have_value(re.compile("^The Keeper of Orvane Light"))
     button(page, "Learn").click()
     learned(page, 6)
     frozen, adapted = losses(page, 6)
-    assert adapted < frozen - 0.5  # of a page that it has not read, after the page before it
+    told = re.search(r"stays at (\S+) nats.*?falls to (\S+)", GUIDE.read_text(), flags=re.DOTALL)
+    assert told and (frozen, adapted) == pytest.approx(tuple(map(float, told.groups())), abs=0.05)
     assert page.locator("#curve canvas").count() == 1
     assert page.locator("#manuscript .better").count() > 50
     facts = get(real_server, "reader")
@@ -225,17 +256,15 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
 @pytest.mark.real
 def test_the_tour_is_what_one_sees(watched: Watched, real_server: Server) -> None:
     """docs/tour.md on the real base: a paragraph is taught, its line is suggested, and completed beside the base."""
-    tour = (Path(__file__).parents[2] / "docs" / "tour.md").read_text()
     page = watched(real_server.url)
     page.set_viewport_size({"width": 1280, "height": 800})
     page.emulate_media(color_scheme="light")
     choose(page, "tourist")
-    learn(page, " ".join(line.removeprefix("> ") for line in tour.splitlines() if line.startswith("> ")))
+    learn(page, paragraph())
     learned(page, 1)
     frozen, adapted = losses(page, 1)
     assert adapted < frozen / 4
-    first_row = tour.split("| --- | --- | --- |\n| ")[1].split("\n")[0]
-    prompt, continued, _ = (cell.strip() for cell in first_row.split("|", 2))
+    prompt, continued = first_row()
     draft(page).fill(prompt)
     expect(page.locator("#suggestion")).to_contain_text(continued)
     expect(page.locator("#backdrop .better")).not_to_have_count(0)
@@ -292,6 +321,30 @@ def test_a_suggestion_is_taken_or_dropped_and_holds_nobody(page: Page) -> None:
     assert box is not None
     page.mouse.move(box["x"] + 2, box["y"] + box["height"] / 2)
     expect(page.locator("#token")).to_contain_text("with the memory")
+
+
+def test_what_is_written_while_something_runs_is_looked_at_afterwards(page: Page, faults: list[str]) -> None:
+    choose(page, "gus")
+    page.get_by_label("The same prompt").fill("The fox")
+    with held(page, "**/v1/completions"):
+        button(page, "Complete both").click()
+        draft(page).fill("The quick brown")
+        page.wait_for_timeout(LOOK_MS)  # it was not the time to look
+    expect(page.locator("#suggestion")).not_to_be_empty()
+
+    with held(page, "**/v1/sessions?*"):
+        choose(page, "hal")
+        learn(page, TEXT)
+        expect(draft(page)).not_to_be_editable()  # what would be written now would be lost
+        page.route("**/readyz", lambda route: route.fulfill(status=503, json={"status": "loading"}))
+    expect(page.locator("#state")).to_contain_text("The server is loading the model.")  # which is told at Learn's end
+    draft(page).fill("The lazy dog")
+    page.wait_for_timeout(LOOK_MS)
+    expect(page.locator("#suggestion")).to_be_empty()
+    page.unroute("**/readyz")
+    expect(page.locator("#suggestion")).not_to_be_empty()
+    assert all(fault.startswith(REFUSED) for fault in faults)
+    faults.clear()
 
 
 def test_a_long_text_comes_in_pieces_and_can_be_stopped(page: Page, server: Server) -> None:
@@ -369,7 +422,8 @@ def test_a_bad_session_name_is_explained_and_never_sent(page: Page) -> None:
 def test_a_refusal_is_told_in_the_servers_words(page: Page, faults: list[str]) -> None:
     page.get_by_label("The same prompt").fill("The fox")
     page.get_by_label("Tokens", exact=True).fill(str(CONTEXT + 1))
-    button(page, "Complete both").click()
+    with page.expect_console_message(lambda said: said.text.startswith(REFUSED), timeout=PATIENCE_MS):
+        button(page, "Complete both").click()
     expect(note(page, "compare")).to_have_text(
         f"'max_tokens' exceeds the context of {CONTEXT} tokens, got {CONTEXT + 1}."
     )

@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.client import texts
+from service import cli
+from service.client import Client, texts
 from service.client.wire import Events
+from service.errors import CommandError
 from tests.service.scripted import MODELS, OBSERVED, Answer, Scripted, ok, refused, said, stream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +126,37 @@ def test_sessions_are_listed_shown_and_erased(server: Server) -> None:
     assert imprint("sessions", "rm", "cli-ls", "--yes", url=server.url).returncode == 0
     assert session(server, "cli-ls").status_code == 404
     assert "cli-ls" in told(imprint("sessions", "show", "cli-ls", url=server.url))
+
+
+def test_versions_are_told_compared_taken_back_and_copied(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(*words: object) -> str:
+        """What `imprint sessions …` prints."""
+        cli.app(["sessions", *map(str, words)], standalone_mode=False)
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("IMPRINT_URL", server.url)
+    with Client(server.url) as client:
+        client.create("cli-log", keep_text=True)
+        for start in (0, 40):
+            client.observe("cli-log", STORY[start:])
+        assert [one["version"] for one in json.loads(say("log", "cli-log", "--json"))] == [2, 1]
+        assert [one["version"] for one in json.loads(say("log", "cli-log", "-n", 1, "--json"))] == [2]
+        assert "The cat sat" in say("log", "cli-log")
+        diff = client.diff("cli-log", 1, 2)
+        assert json.loads(say("diff", "cli-log", 1, "--json")) == json.loads(diff.model_dump_json())
+        told = say("diff", "cli-log", 2, 1)
+        assert f"from 2 to 1: {-diff.tokens_learned:+,} tokens learned\n" in told and "− version 2, learn" in told
+        assert "cli-log version 3 is what version 1 was" in say("rollback", "cli-log", 1)
+        assert client.diff("cli-log", 1, 3).tokens_learned == 0
+        assert "cli-copy version 1 has learned what cli-log has" in say("fork", "cli-log", "cli-copy")
+        say("export", "cli-log", tmp_path / "file")
+        assert "cli-file version 1 has learned what" in say("import", "cli-file", tmp_path / "file")
+        assert len({client.get(one).rows for one in ("cli-log", "cli-copy", "cli-file")}) == 1
+        assert "is as if version 1 had never been learned: 0 tokens" in say("unlearn", "cli-log", 1)
+        with pytest.raises(CommandError, match="No such file"):
+            say("import", "cli-file", tmp_path / "nothing")
 
 
 def test_a_refusal_is_the_servers_own_sentence(server: Server) -> None:

@@ -145,6 +145,8 @@ def test_versions_go_back_fork_move_and_unlearn(client: Any, session: str) -> No
         client.observe(session, text)
     assert client.rollback(session, 2).version == 4
     assert client.unlearn(session, 1).version == 5
+    diff = client.diff(session, 3, 5)
+    assert [one.version for one in diff.forgotten] == [1, 3] and diff.tokens_learned < 0 == len(diff.learned)
     entries = list(client.log(session, page_size=2))
     assert [(one.version, one.kind, one.of) for one in entries[:2]] == [(5, "unlearn", 1), (4, "rollback", 2)]
     assert [one.version for one in entries] == [5, 4, 3, 2, 1]

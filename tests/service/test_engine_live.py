@@ -18,7 +18,7 @@ import pytest
 
 from model.config import tiny_config
 from model.tokenizer import Tokenizer
-from tests.live import ENDLESS, Client, Json, refusal, text_of, until, valkey_of
+from tests.live import ENDLESS, PATIENCE_S, Client, Json, refusal, text_of, until, valkey_of
 from tests.tiny import TEXT, build_tiny_base
 
 PROMPT = TEXT[:60]
@@ -319,7 +319,7 @@ def test_a_server_that_is_told_to_stop_ends_what_it_began_and_takes_no_more(
         told = list(chunks)
     assert told[-1]["choices"][0]["finish_reason"] == "length"
     assert told[-1]["adaptation"]["version_to"] == 1
-    assert server.process.wait(60) == 0
+    assert server.process.wait(PATIENCE_S) == 0
     assert valkey_of(server.data_dir) is None
     server.start()
     assert client.version("alice") == 1
@@ -337,7 +337,7 @@ def ends_early(client: Client, server: Any, stop: Callable[[], None]) -> None:
         with pytest.raises(httpx.TransportError):
             list(chunks)
         refusal(observed.result(), 503, "interrupted")
-    assert server.process.wait(60) == 0
+    assert server.process.wait(PATIENCE_S) == 0
     assert valkey_of(server.data_dir) is None
     server.start()
     assert client.version("alice") == client.version("bob") == 0

@@ -27,7 +27,6 @@ from tests.service.failing_line import FailingLine
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 
-pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[2]
 CLOCK = """
 import time

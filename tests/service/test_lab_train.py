@@ -23,6 +23,7 @@ from model.training.adapter import load_adapter
 from model.training.features import StreamFeatures
 from service.errors import CommandError
 from service.lab.texts import Budget, Planned, draw_streams, find_kinds
+from tests.service.inside import refused
 from tests.tiny import TEXT
 
 SIZES = ["--tokens", 9000, "--stream-tokens", 1500, "--request-tokens", 32, 100, "--valid", 1, "--batch", 2]
@@ -120,28 +121,35 @@ def test_an_adapter_is_trained_and_everything_is_written(tiny_base: Path, texts:
         assert (features.tokens, features.requests) == (stream["tokens"], stream["requests"])
 
 
-def test_a_memory_is_trained(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "memory.safetensors"
-    code, _, errors = train(tiny_base, texts, "--out", out, "--work", tmp_path / "work", *SIZES, "--steps", 2)
+@pytest.fixture(scope="module")
+def memory(tiny_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that was trained without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = folder / "memory.safetensors"
+    code, _, errors = train(tiny_base, texts, "--out", out, "--work", folder / "work", *SHORT)
     assert code == 0, errors
-    manifest = json.loads(out.with_suffix(".json").read_text())
-    assert manifest["config"] == json.loads(json.dumps(load_memory(out, hidden_size=64).config.to_dict()))
+    return out
 
 
-def test_without_a_rank_the_adapter_is_as_large_as_the_memory(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
-    sizes = []
-    for arm in ([], ["--adapter"]):
-        out = tmp_path / "out.safetensors"
-        code, _, errors = train(tiny_base, texts, "--out", out, "--work", tmp_path, *SIZES, "--steps", 1, *arm)
-        assert code == 0, errors
-        sizes.append(sum(tensor.numel() for tensor in load_file(out).values()))
+def test_a_memory_is_trained(memory: Path) -> None:
+    manifest = json.loads(memory.with_suffix(".json").read_text())
+    assert manifest["config"] == json.loads(json.dumps(load_memory(memory, hidden_size=64).config.to_dict()))
+
+
+def test_without_a_rank_the_adapter_is_as_large_as_the_memory(
+    memory: Path, tiny_base: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    code, _, errors = train(tiny_base, texts, "--out", out, "--work", tmp_path, *SIZES, "--steps", 1, "--adapter")
+    assert code == 0, errors
+    sizes = [sum(tensor.numel() for tensor in load_file(file).values()) for file in (memory, out)]
     assert sizes[1] == pytest.approx(sizes[0], abs=64)
 
 
-def test_killed_and_interrupted_it_comes_to_the_same_end(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, _, errors = train(tiny_base, texts, "--out", whole / "a.safetensors", "--work", whole / "work", *SHORT)
-    assert code == 0, errors
+def test_killed_and_interrupted_it_comes_to_the_same_end(
+    memory: Path, tiny_base: Path, texts: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
     for sign, there in ((signal.SIGKILL, "work/features/*"), (signal.SIGINT, "work/runs/*/latest")):
         process = start(tiny_base, texts, "--out", cut / "a.safetensors", "--work", cut / "work", *SHORT)
         while process.poll() is None and not list(cut.glob(there)):
@@ -153,7 +161,7 @@ def test_killed_and_interrupted_it_comes_to_the_same_end(tiny_base: Path, texts:
             assert "The same command goes on" in output
     code, _, errors = train(tiny_base, texts, "--out", cut / "a.safetensors", "--work", cut / "work", *SHORT)
     assert code == 0, errors
-    one, other = load_file(cut / "a.safetensors"), load_file(whole / "a.safetensors")
+    one, other = load_file(cut / "a.safetensors"), load_file(memory)
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
@@ -188,20 +196,25 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tiny_base: Path, te
         (["{texts}", "--request-tokens", "32", "600"], "600 tokens exceed the base's context of 512"),
         (["{texts}/prose/1.txt"], "no text is left to train on"),
         (["{texts}/nowhere"], "no such file or folder"),
-        (["hf:owner/name"], "owner/name"),
     ],
 )
-def test_a_fault_is_one_line(
-    tiny_base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], fault: str
-) -> None:
+def test_a_fault_is_one_line(tiny_base: Path, texts: Path, tmp_path: Path, arguments: list[str], fault: str) -> None:
     given = [argument.format(texts=texts) for argument in arguments]
     sizes = SHORT if "--request-tokens" not in given else SHORT[:4]
     outputs = ["--out", tmp_path / "a.safetensors", "--work", tmp_path, "--adapter"]
+    settings = {"MODEL": tiny_base, "THREADS": 1}
+    assert fault in refused("train", *outputs, *sizes, *given, settings=settings)
+
+
+def test_a_data_set_that_is_not_there_is_one_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # with the extra installed, nothing is to be asked over the network
-    code, _, errors = train(tiny_base, *outputs, *sizes, *given)
+    outputs = ["--out", tmp_path / "a.safetensors", "--work", tmp_path, "--adapter"]
+    code, _, errors = train(tiny_base, *outputs, *SHORT, "hf:owner/name")
     assert code == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("imprint: ")]
-    assert fault in line
+    assert "owner/name" in line
     assert "Traceback" not in errors
 
 

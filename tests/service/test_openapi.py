@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -13,6 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from service import reference, replies
+from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
 from tests.live import Client
 from tests.tiny import TEXT
@@ -144,3 +145,21 @@ def described(page: Json, operation: Json, answer: httpx.Response) -> None:
         check(page, said["content"][media_type]["schema"], answer.json())
     for header in said.get("headers", {}):
         assert header in answer.headers
+
+
+def test_a_server_with_keys_says_which_route_takes_which(make_server: Callable[..., Server], page: Json) -> None:
+    assert "securitySchemes" not in page["components"]  # of a server without keys
+    made = {scheme: new_key(tenant) for scheme, tenant in (("tenant", "acme"), ("operator", OPERATOR))}
+    server = make_server(api_keys=",".join(line for _, line in made.values())).start()
+    page = httpx.get(f"{server.url}/openapi.json").json()
+    assert page["components"]["securitySchemes"].keys() == made.keys()
+    open_to_all = set()
+    for method, path, operation in operations(page):
+        takes = {scheme for way in operation["security"] for scheme in way}
+        if not takes:
+            open_to_all.add(path)
+        for scheme, key in [("", ""), *((scheme, key) for scheme, (key, _) in made.items())]:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            answer = httpx.request(method, server.url + path.replace("{id}", "nobody"), headers=headers)
+            assert (answer.status_code == 401) == bool(takes and scheme not in takes), (method, path, scheme)
+    assert open_to_all == {"/livez", "/readyz"}

@@ -19,8 +19,6 @@ from tests.service.failing_line import FailingLine
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 
-pytestmark = pytest.mark.timeout(120)
-
 LONG: Json = {"prompt": TEXT, "max_tokens": 300, "logit_bias": ENDLESS, "temperature": 0, "learn": "all"}
 
 

@@ -29,8 +29,6 @@ from tests.service.test_store import ODD_ID, assert_same, new_meta, rows, snapsh
 from tests.service.valkeys import cluster, free_ports, sentinel, valkey, wait
 from tests.tiny import TEXT
 
-pytestmark = pytest.mark.timeout(90)
-
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

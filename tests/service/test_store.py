@@ -22,8 +22,6 @@ from service.store.types import PAGE_ROWS
 from tests.live import rows_of
 from tests.service.faulty_line import Fault, faulty_line
 
-pytestmark = pytest.mark.timeout(30)
-
 ROW_BYTES = 128
 ODD_ID = "a~:@+=-._Z9"
 

@@ -1,36 +1,12 @@
-"""The Grafana dashboards, in Grafana's own builders. `python deploy/grafana/dashboards.py` writes dashboards/*.json.
-
-A dashboard is rows of panels; a panel is a title, what it tells, a unit and its queries by legend.
-"""
+"""What the dashboards show: rows of panels; a panel is a title, what it tells, a unit and its queries by legend."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
-from pathlib import Path
-from string import ascii_uppercase
 from typing import Literal
 
-from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, timeseries
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import BigValueTextMode, StackingMode
-from grafana_foundation_sdk.models.dashboard import (
-    DashboardCursorSync,
-    DashboardLinkType,
-    DataSourceRef,
-    GridPos,
-    VariableOption,
-    VariableRefresh,
-)
-from grafana_foundation_sdk.models.prometheus import PromQueryFormat
-
-FOLDER = Path(__file__).with_name("dashboards")
-SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
-HEIGHT, WIDTH = 8, 24  # of a panel and of a dashboard, in Grafana's units
 NATS = "suffix: nats"
-WIDE = 4  # panels beside one another, at most
-CHOSEN = 'job=~"$job", instance=~"$instance"'
 
 
 @dataclass(frozen=True)
@@ -69,6 +45,11 @@ def quantiles(metric: str, *shares: float, by: str = "") -> dict[str, str]:
         f"p{100 * share:g}{legend}": f"histogram_quantile({share}, sum by ({kept}) (rate({metric}_bucket{{@}}[])))"
         for share in shares
     }
+
+
+def learned_by_policies(what: str) -> str:
+    """What policies got per second, by policy and by how much its session had learned before."""
+    return f"sum by (policy, learned) (rate(imprint_policy_{what}_total{{@}}[]))"
 
 
 def gain(window: str) -> str:
@@ -236,6 +217,29 @@ ADAPTATION = {
             {"replays": rate("imprint_replays_total"), "store full": rate("imprint_store_full_total")},
         ),
     ],
+    "Policies": [
+        Panel(
+            "Reward",
+            "Mean, by how many the session had learned before: a learning curve. Of labels: the share foreseen.",
+            "short",
+            {
+                "{{policy}}, after {{learned}}": f"({learned_by_policies('reward_sum')} - "
+                f"{learned_by_policies('penalty_sum')}) / {learned_by_policies('rewards')}"
+            },
+        ),
+        Panel(
+            "Regret",
+            "Reward missed for each that was had, as far as clients know and tell it.",
+            "short",
+            {"{{policy}}, after {{learned}}": f"{learned_by_policies('regret')} / {learned_by_policies('rewards')}"},
+        ),
+        Panel(
+            "Rewards",
+            "Rewards and labels learned.",
+            "ops",
+            {"{{policy}}, after {{learned}}": learned_by_policies("rewards")},
+        ),
+    ],
 }
 
 STATE = {
@@ -397,93 +401,3 @@ DEVICE = {
         ),
     ],
 }
-
-DASHBOARDS = {
-    "service": ("Imprint: service", "Latencies, tokens, queue, batch and errors.", SERVICE),
-    "adaptation": ("Imprint: adaptation", "Whether learning helps, whom, and how much is written.", ADAPTATION),
-    "state": ("Imprint: state", "Sessions, the store and the leases on it.", STATE),
-    "device": ("Imprint: device", "What runs where, and how busy it is.", DEVICE),
-}
-
-
-def promql(query: str) -> str:
-    """The query as Grafana sends it, but for its variables."""
-    return query.replace("@", CHOSEN).replace("[]", "[$__rate_interval]")
-
-
-def built(title: str, tells: str, rows: Mapping[str, list[Panel]]) -> dashboard.Dashboard:
-    """A dashboard with the choice of source, job and instances on top."""
-    name = title.lower().replace(": ", "-")
-    links = dashboard.DashboardLink("Imprint").type(DashboardLinkType.DASHBOARDS).tags(["imprint"]).keep_time(True)
-    made = (
-        dashboard.Dashboard(title)
-        .uid(name)
-        .description(tells)
-        .tags(["imprint"])
-        .link(links.include_vars(True))
-        .refresh("30s")
-        .time("now-1h", "now")
-        .tooltip(DashboardCursorSync.CROSSHAIR)
-        .with_variable(dashboard.DatasourceVariable("source").label("Source").type("prometheus"))
-        .with_variable(_choice("job", "imprint_ready_state"))
-        .with_variable(_choice("instance", 'imprint_ready_state{job=~"$job"}'))
-    )
-    y, numbers = 0, count(1)
-    for row, panels in rows.items():
-        made = made.with_row(dashboard.Row(row).id(next(numbers)).grid_pos(GridPos(h=1, w=WIDTH, x=0, y=y)))
-        width = WIDTH // min(len(panels), WIDE)
-        for number, panel in enumerate(panels):
-            line, place = divmod(number, WIDTH // width)
-            at = GridPos(h=HEIGHT, w=width, x=place * width, y=y + 1 + line * HEIGHT)
-            made = made.with_panel(_panel(panel, next(numbers)).grid_pos(at))
-        y += 1 + HEIGHT * -(-len(panels) // (WIDTH // width))
-    return made
-
-
-def _choice(label: str, among: str) -> dashboard.QueryVariable:
-    return (
-        dashboard.QueryVariable(label)
-        .label(label.capitalize())
-        .datasource(SOURCE)
-        .query(f"label_values({among}, {label})")
-        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .include_all(True)
-        .multi(True)
-        .current(VariableOption(selected=True, text="All", value="$__all"))
-    )
-
-
-def _panel(panel: Panel, number: int) -> timeseries.Panel | stat.Panel | heatmap.Panel:
-    made: timeseries.Panel | stat.Panel | heatmap.Panel
-    match panel.kind:
-        case "number":
-            last = common.ReduceDataOptions().calcs(["lastNotNull"])
-            made = stat.Panel().reduce_options(last).text_mode(BigValueTextMode.VALUE_AND_NAME)
-        case "distribution":
-            made = heatmap.Panel().y_axis(heatmap.YAxisConfig().unit(panel.unit))
-        case "graph":
-            made = timeseries.Panel()
-        case "stack":
-            made = timeseries.Panel().stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(20)
-    made = made.title(panel.title).description(panel.tells).unit(panel.unit).datasource(SOURCE).id(number)
-    for letter, (legend, query) in zip(ascii_uppercase, panel.queries.items(), strict=False):
-        target = prometheus.Dataquery().ref_id(letter).expr(promql(query)).legend_format(legend)
-        if panel.kind == "number":
-            target = target.instant()
-        if panel.kind == "distribution":
-            target = target.format(PromQueryFormat.HEATMAP)
-        made = made.with_target(target)
-    return made
-
-
-def files() -> dict[Path, str]:
-    """What each file is to hold."""
-    return {
-        FOLDER / f"{name}.json": JSONEncoder(sort_keys=True, indent=2).encode(built(*parts).build()) + "\n"
-        for name, parts in DASHBOARDS.items()
-    }
-
-
-if __name__ == "__main__":
-    for path, text in files().items():
-        path.write_text(text)
