@@ -47,6 +47,7 @@ class PolicyConfig:
     identity: whether actions differ otherwise than by their features. cue: how many of the context's first numbers say
     which place of the memory is asked; by_features, by_action: whether an action is asked about in a place that its
     features, or which one it is, say.
+    product: whether what is recalled also multiplies the state, number by number.
     width: units of a layer.
     lowest, highest: of a reward. greedy: whether it takes the best action unless told otherwise.
     """
@@ -61,6 +62,7 @@ class PolicyConfig:
     cue: int = 0
     by_features: bool = False
     by_action: bool = False
+    product: bool = False
     width: int = 64
     lowest: float = 0.0
     highest: float = 1.0
@@ -129,6 +131,7 @@ class Policy(nn.Module):
         self.trunk = nn.Linear(config.input, W)
         self.inner = nn.Linear(W, W) if config.task == "label" else None
         self.size = nn.Parameter(torch.zeros(D))
+        self.product = nn.Parameter(torch.zeros(self.site.config.width, D)) if config.product else None
         self.join = nn.Linear(D, W)
         self.head = nn.Linear(W, 2 if config.task == "act" else config.actions)
         self.event = nn.Linear(D + OUTCOME, D)
@@ -167,6 +170,8 @@ class Policy(nn.Module):
     def recall(self, state: Tensor, rows: Tensor, w: Tensor) -> Tensor:
         """The states [n, D] with what the rows [n, k, d_v] of their slots say, and how much there is of it."""
         recalled = self.site.join(state, rows, w)
+        if self.product is not None:
+            recalled = recalled + state * ops.rowwise(ops.read_hidden(rows, w), self.product)
         if self.site.config.decay == 1.0:  # what replaces what was there is as large as that
             return recalled
         return recalled + ops.amount_hidden(rows, w)[:, None] * self.size
@@ -323,7 +328,8 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
             site.address_bias.copy_(torch.randn(site.address_bias.shape, generator=generator) * 0.1)
             site.temperature.fill_(4.0)
             site.write_gate.copy_(torch.tensor([-1.0, 0.0]))  # a row that changes slowly lets gradients pass
-            for weight in (site.value_hidden, site.value_error, site.out):
+            products = [] if policy.product is None else [policy.product]
+            for weight in (site.value_hidden, site.value_error, site.out, *products):
                 spread(weight, len(weight))
         else:
             labels = policy.labels

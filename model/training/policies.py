@@ -78,21 +78,21 @@ class ActingRound:
         best = chosen(logits, self.rng, greedy=self.greedy)
         if self.lessons.imitate and self.lessons.led:
             leads = np.arange(len(best)) < self.lessons.led * len(best)
-            best = np.where(leads, self.teacher().argmax(1), best)
+            best = np.where(leads, self._taught().teacher().argmax(1), best)
         other = self.rng.integers(logits.shape[1], size=len(best))
         action: Indices = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
         return action
 
-    def teacher(self) -> Numbers:
+    def _taught(self) -> Taught:
         assert isinstance(self.tasks, Taught), "only tasks with a teacher can be imitated"
-        return self.tasks.teacher()
+        return self.tasks
 
     def _told(self) -> tuple[Numbers, Numbers]:
         """How each action should be preferred and what it brings [B, A]: by the teacher, or in truth."""
         if self.lessons.imitate:
-            told = self.teacher()
+            told = self._taught().teacher()
             preferred = np.exp(self.lessons.keen * (told - told.max(1, keepdims=True)))
-            return preferred / preferred.sum(1, keepdims=True), told.clip(0, 1)
+            return preferred / preferred.sum(1, keepdims=True), self._taught().expects().clip(0, 1)
         means = self.tasks.means()
         best = (means == means.max(1, keepdims=True)).astype(np.float32)
         return best / best.sum(1, keepdims=True), means
