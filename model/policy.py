@@ -335,6 +335,8 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
             labels = policy.labels
             for weight in (labels.key_weight, labels.gate_in, labels.centres):
                 spread(weight, len(weight))
+            # Without biases all examples of one direction would have one key.
+            policy.trunk.bias.copy_(torch.randn(policy.trunk.bias.shape, generator=generator))
             labels.sharpness.copy_(torch.tensor([20.0, 7.0]))
             labels.prior.fill_(0.2)
             labels.gate_out_bias[0] = 2.0

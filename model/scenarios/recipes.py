@@ -14,7 +14,7 @@ from model.policy import HISTORY, PolicyConfig
 from model.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.core import Tasks
-from model.scenarios.streams import LabelStream
+from model.scenarios.streams import FunctionStream, LabelStream
 from model.training.policies import Lessons
 
 MEMORY = "memory"
@@ -83,7 +83,6 @@ BANDIT = Recipe(
     identity=True,
     by_action=True,
 )
-LABELS = Lessons(rounds=400, batch=16, steps=120, span=120, lr=2e-3)
 RECIPES: dict[str, Recipe] = {
     "card-sorting": CARDS,
     "card-sorting-6": replace(CARDS, options={"dims": 6}).but(rounds=200),
@@ -121,14 +120,24 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits": Recipe(
         LabelStream,
-        LABELS,
+        Lessons(rounds=2500, batch=16, steps=120, span=120, lr=2e-3),
         steps=200,
         options={"drift": 0.01},
-        training={"held_out": False, "turned": True},
+        training={"held_out": False, "turned": 0.5},
         slots=1024,
         cell=256,
         k=4,
         width=64,
         layer=96,
+    ),
+    "functions": Recipe(
+        FunctionStream,
+        Lessons(rounds=2000, batch=16, steps=200, span=200, lr=5e-3),
+        steps=400,
+        options={"bins": 8},
+        slots=1024,
+        cell=256,
+        k=4,
+        width=32,
     ),
 }

@@ -207,15 +207,15 @@ class PolicyTrainer:
 
 def train_agent(
     agent: Agent, make: Callable[[int, np.random.Generator], Tasks], lessons: Lessons, *, greedy: bool, seconds: float
-) -> int:
-    """Trains a rival on the same lessons for as many seconds of one core; returns how many rounds that were."""
-    began, rounds = time.process_time(), 0
+) -> list[float]:
+    """Trains a rival on the same lessons for so many seconds of one core; returns the loss (nats) of each round."""
+    began, losses = time.process_time(), list[float]()
     optimiser = torch.optim.Adam(agent.network.parameters(), lr=lessons.lr)
     while (spent := (time.process_time() - began) / seconds) < 1.0:
-        rng = np.random.default_rng([lessons.seed, rounds])
-        _learn(ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy), lessons, optimiser, spent)
-        rounds += 1
-    return rounds
+        rng = np.random.default_rng([lessons.seed, len(losses)])
+        one = ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy)
+        losses.append(_learn(one, lessons, optimiser, spent))
+    return losses
 
 
 def _learn(one: ActingRound | LabellingRound, lessons: Lessons, optimiser: torch.optim.Optimizer, done: float) -> float:

@@ -15,7 +15,7 @@ from model.memory import Draft, Pool, naive, ops
 from model.policy import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.recipes import RECIPES
-from model.training.agents import MemoryAgent, RecurrentAgent
+from model.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
 from model.training.policies import ActingRound, LabellingRound, Lessons, PolicyTrainer, train_agent
 from tests.tiny import build_tiny_policies
 
@@ -240,12 +240,15 @@ def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
         assert len(grads) >= 12
 
 
-def test_rivals_learn_from_the_same_lessons() -> None:
+@pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
+def test_rivals_learn_from_the_same_lessons(kind: str) -> None:
     recipe = RECIPES["card-sorting"].but(batch=4, steps=4, span=2)
-    agent = RecurrentAgent(recipe.make(1, np.random.default_rng(0)), 8, cell="lstm", seed=0)
+    tasks = recipe.make(1, np.random.default_rng(0))
+    transformer = kind == "transformer"
+    agent: Agent = ContextAgent(tasks, 8, seed=0) if transformer else RecurrentAgent(tasks, 8, cell=kind, seed=0)
     before = [parameter.clone() for parameter in agent.network.parameters()]
-    rounds = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
-    assert rounds >= 1
+    losses = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
+    assert losses
     assert any(not torch.equal(a, b) for a, b in zip(before, agent.network.parameters(), strict=True))
 
 
