@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from model import weights
 from model.memory import Draft, HiddenSite, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool, ops
 from model.memory.config import RUNS
+from model.memory.pool import BALANCE, SHUT
 from model.memory.slow import Found, Reading
 
 FORMAT = "1"
@@ -197,22 +198,30 @@ class Policy(nn.Module):
 
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
         """How good each action is [n, A] and what it is expected to bring [n, A], scaled; inputs [n, A, F] of sessions
-        [n] long."""
-        state = self.state(inputs.flatten(0, 1))
-        recalled = self._read(state, pool, session.repeat_interleave(self.config.actions))[0]
-        logits, expected = self.judge(recalled)
+        [n] long. A session whose guard is shut decides as the network alone."""
+        state, session = self.state(inputs.flatten(0, 1)), session.repeat_interleave(self.config.actions)
+        shut = pool.sites[self.site.config.name].own[session, SHUT, 0] != 0
+        recalled = self._read(state, pool, session)[0]
+        logits, expected = self.judge(torch.where(shut[:, None], state, recalled))
         return logits.view(len(inputs), -1), expected.view(len(inputs), -1)
 
     def reward(
         self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the rewards [n] of actions that asked with inputs [n, F] write in sessions [n] long: the slots [n, k]
-        and their new rows [n, k, d_v]; and the loss [n] (nats) of what was expected, and of what is without memory."""
+        and their new rows [n, k, d_v]; and the loss [n] (nats) of what memory expected, and of what is without it."""
         state, reward = self.state(inputs), self.scaled(reward)
         recalled, slots, w, rows = self._read(state, pool, session)
         value, beta, loss = self.lesson(recalled, reward, self.judge(recalled)[1])
         frozen = self.lesson(state, reward, self.judge(state)[1])[2]
         return slots, self.write(rows, w, beta, value), loss, frozen
+
+    def guard(self, draft: Draft, gain: float) -> bool:
+        """Counts what memory gained (nats) on a reward, as if the guard were open; returns whether it was."""
+        own = draft.pool.sites[self.site.config.name].own[draft.index]
+        balance, shut = own[BALANCE, 0].clone(), own[SHUT, 0].clone()
+        own[BALANCE, 0], own[SHUT, 0] = tally(balance, shut, own.new_tensor(gain))
+        return not shut
 
     def write(self, rows: Tensor, w: Tensor, beta: Tensor, value: Tensor) -> Tensor:
         """The rows [n, k, d_v] of n sessions' slots after one write each."""
@@ -295,6 +304,12 @@ class Policy(nn.Module):
     def fingerprint(self) -> str:
         """sha256 over the configuration and every tensor: the identity that a stored state is bound to."""
         return weights.fingerprint(self.config.to_dict(), self)
+
+
+def tally(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.guard` after one reward of each of some sessions. No reward counts more than GUARD_NATS, so that none alone
+    shuts a guard in good standing."""
+    return ops.guard(balance, shut, gain.clamp(-ops.GUARD_NATS, ops.GUARD_NATS), torch.ones_like(gain))
 
 
 def freshness(writes: Tensor) -> Tensor:

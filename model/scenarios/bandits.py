@@ -61,7 +61,8 @@ class BernoulliBandit(Taught):
 
     def expects(self) -> Numbers:
         """Each arm's posterior mean."""
-        return ((self.counts[..., 1] + 1) / (self.counts.sum(-1) + 2)).astype(np.float32)
+        means: Numbers = ((self.counts[..., 1] + 1) / (self.counts.sum(-1) + 2)).astype(np.float32)
+        return means
 
 
 class LinearBandit(Tasks):

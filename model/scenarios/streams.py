@@ -38,7 +38,7 @@ class LabelStream(Streams):
     """Images of `ways` classes that come in any order, and whose labels are a permutation of the task's own.
 
     drift: the chance, after each image, that two classes change labels. held_out: images (digits) or classes
-    (Omniglot) that are never trained on. turned: the share of classes that are images turned and mirrored, for training.
+    (Omniglot) that are never trained on. turned: the share of classes whose images are turned and mirrored.
     source: "digits" (scikit-learn's, 8 × 8, 10 classes) or an Omniglot file (14 × 14, its classes).
     """
 

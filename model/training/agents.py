@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.policy import Policy
+from model.policy import Policy, tally
 from model.scenarios.core import Tasks
 
 
@@ -67,15 +67,16 @@ class Sheet:
 
 
 class MemoryAgent(Agent):
-    """A policy; forgetful: it writes nothing."""
+    """A policy; forgetful: it writes nothing; guarded: as it is served, and not trained."""
 
-    def __init__(self, policy: Policy, *, forgetful: bool = False) -> None:
+    def __init__(self, policy: Policy, *, forgetful: bool = False, guarded: bool = False) -> None:
         self.network = self.policy = policy
-        self._forgetful = forgetful
+        self._forgetful, self._guarded = forgetful, guarded
 
     def begin(self, batch: int) -> None:
         site = self.policy.site.config
         self.sheet = Sheet(batch, site.slots, site.width)
+        self.balance, self.shut = torch.zeros(batch), torch.zeros(batch)
         self._last = torch.full((batch,), -1)
         self._reward = torch.full((batch,), math.nan)
 
@@ -88,18 +89,25 @@ class MemoryAgent(Agent):
             self._slots, self._w = policy.site.address(state)
         places = self.sheet.places(self._slots).view(B, -1)
         self._rows = self.sheet.read(places).view(B * A, *self._slots.shape[1:], -1)
-        self._recalled = policy.recall(state, self._rows, self._w)
-        logits, expected = (part.view(B, A) for part in policy.judge(self._recalled))
-        self._expected = expected.flatten()
-        return logits, expected
+        self._state, self._recalled = state, policy.recall(state, self._rows, self._w)
+        logits, self._expected = policy.judge(self._recalled)
+        if not self._guarded:
+            return logits.view(B, A), self._expected.view(B, A)
+        shut = self.shut.repeat_interleave(A)[:, None] != 0
+        logits, expected = policy.judge(torch.where(shut, state, self._recalled))
+        return logits.view(B, A), expected.view(B, A)
 
     def tell(self, action: Tensor, reward: Tensor) -> None:
         policy = self.policy
         taken = torch.arange(len(action)) * policy.config.actions + action
         if not self._forgetful:
-            value, beta, _ = policy.lesson(self._recalled[taken], policy.scaled(reward), self._expected[taken])
+            value, beta, loss = policy.lesson(self._recalled[taken], policy.scaled(reward), self._expected[taken])
             new = policy.write(self._rows[taken], self._w[taken], beta, value)
             self.sheet.write(self.sheet.places(self._slots[taken]), new)
+            if self._guarded:
+                alone = self._state[taken]
+                frozen = policy.lesson(alone, policy.scaled(reward), policy.judge(alone)[1])[2]
+                self.balance, self.shut = tally(self.balance, self.shut, frozen - loss)
         self._last, self._reward = action, reward
 
     def detach(self) -> None:

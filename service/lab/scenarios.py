@@ -138,7 +138,9 @@ def _acting(policy: Policy, recipe: Recipe, seeds: int, rivals: Sequence[str], s
     greedy = policy.config.greedy
     size = sum(parameter.numel() for parameter in policy.parameters())
     arms = [
-        _played("memory", recipe, seeds, lambda: _by(MemoryAgent(policy), greedy), f"{size:,} parameters"),
+        _played(
+            "memory", recipe, seeds, lambda: _by(MemoryAgent(policy, guarded=True), greedy), f"{size:,} parameters"
+        ),
         _played("memory off", recipe, seeds, lambda: _by(MemoryAgent(policy, forgetful=True), greedy)),
     ]
     tasks = recipe.make(1, np.random.default_rng(0))
@@ -258,8 +260,8 @@ def _labelling(policy: Policy, recipe: Recipe, seeds: int) -> list[Arm]:
     for seed in range(seeds):
         tasks = recipe.make(STREAMS, np.random.default_rng([1_000_000, seed]))
         assert isinstance(tasks, Streams)
-        wrong = _misread if isinstance(tasks, FunctionStream) else _mislabelled
-        for name, curve in wrong(policy, tasks, T).items():  # type: ignore[operator]
+        wrong = _misread(policy, tasks, T) if isinstance(tasks, FunctionStream) else _mislabelled(policy, tasks, T)
+        for name, curve in wrong.items():
             found.setdefault(name, []).append(curve.mean(0))
     arms = []
     for name, curves in found.items():
