@@ -116,11 +116,11 @@ RECIPES: dict[str, Recipe] = {
         identity=True,
         by_features=True,
         by_action=True,
-        greedy=False,
+        product=True,
     ),
     "digits": Recipe(
         LabelStream,
-        Lessons(rounds=2500, batch=16, steps=120, span=120, lr=2e-3),
+        Lessons(rounds=1500, batch=16, steps=120, span=120, lr=2e-3),
         steps=200,
         options={"drift": 0.01},
         training={"held_out": False, "turned": 0.5},

@@ -14,7 +14,7 @@ from service.schemas import ActRequest, FeedbackRequest, PredictRequest
 router = APIRouter(prefix="/v1/sessions", route_class=V1Route, responses=ERRORS, tags=["Policies"])
 
 
-def get_policies(sessions: ServerSessions) -> Policies:
+async def get_policies(sessions: ServerSessions) -> Policies:
     """What can be asked of the policies."""
     return Policies(sessions)
 
