@@ -89,6 +89,7 @@ class AsyncClient:
     stream_chat = _streamed(asks.stream_chat)
     act = _answered(asks.act)
     feedback = _answered(asks.feedback)
+    keep = _answered(asks.keep)
     predict = _answered(asks.predict)
     rollback = _answered(asks.rollback)
     unlearn = _answered(asks.unlearn)
