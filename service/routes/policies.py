@@ -30,7 +30,7 @@ async def act(session: PathId, body: ActRequest, policies: ServerPolicies, lesso
     work = policies.act(lesson.call, session, body.model, body.observation, told, wish, if_match=lesson.if_match)
     done = await lesson.unless_left(work, body.on_disconnect)
     lesson.tag(done.adaptation.version_to)
-    return Acted(object="action", **asdict(done))
+    return Acted(object="action", **done.told())
 
 
 @router.post("/{id}/feedback", summary="Reward an action, or tell what was kept of a completion", responses=TAGGED)
