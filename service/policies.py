@@ -40,8 +40,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class ActResult:
-    """An action, under which id its reward can be told, how likely it was to be taken, how likely each was, and what
-    each is expected to bring."""
+    """An action, under which id its reward can be told, how likely it was to be taken, how likely each was, and the
+    mean reward that each is expected to bring."""
 
     action: int
     action_id: str | None

@@ -41,7 +41,8 @@ async def feedback(
     versions: ServerVersions,
     lesson: RequestLesson,
 ) -> Observed:
-    """Learns the reward of an earlier action, without taking another; or the text that a user kept of a completion."""
+    """Learns the reward of an earlier action (`action_id`, `reward`), without taking another; or the text that a user
+    kept of a completion (`completion_id`, `text`), behind its prompt if the session keeps texts (`keep_text`)."""
     if body.text is not None and body.completion_id is not None:
         answer = body.completion_id.rpartition("-")[2]
         work = versions.keep(lesson.call, session, answer, body.text, if_match=lesson.if_match)
