@@ -154,7 +154,7 @@ def prompt_of(history: History, answer: str) -> list[int]:
         name, length = entry.get("answer", ("", 0))
         if name == answer:
             lesson = lessons_of(history).get(entry["version"])
-            return unpack_lesson(lesson)[0].token_ids[:length] if lesson else []
+            return list(unpack_lesson(lesson)[0].token_ids[:length]) if lesson else []
     raise NotFound(
         f"'completion_id' names no completion of one prompt among the last commits of session {history.meta.id!r}.",
         param="completion_id",

@@ -384,7 +384,7 @@ class Sessions:
     ) -> SessionMeta:
         stats, limits = done.stats, self.gate.limits
         lesson = pack_lesson(parts, done.said)
-        entry = {
+        entry: dict[str, Any] = {
             "kind": turn.kind,
             "time": new.updated,
             "digest": digest(lesson),

@@ -93,7 +93,8 @@ def measure_scenario(
     name = "-".join([name, *(f"{option}-{value}" for option, value in options.items())])
     (out / f"{name}.json").write_text(json.dumps({"about": about, "arms": told}) + "\n")
     try:
-        draw_curves({arm.name: arm.curve for arm in arms}, recipe.steps // 20, out / f"{name}.png")
+        what = "squared error" if issubclass(recipe.tasks, FunctionStream) else "missed reward"
+        draw_curves({arm.name: arm.curve for arm in arms}, recipe.steps // 20, out / f"{name}.png", what)
     except PlotsMissingError as error:
         console.print(f"no plot: {error}")
 
