@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from model import weights
 from model.memory import Draft, HiddenSite, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool, ops
 from model.memory.config import RUNS
+from model.memory.pool import BALANCE, SHUT
 from model.memory.slow import Found, Reading
 
 FORMAT = "1"
@@ -47,6 +48,7 @@ class PolicyConfig:
     identity: whether actions differ otherwise than by their features. cue: how many of the context's first numbers say
     which place of the memory is asked; by_features, by_action: whether an action is asked about in a place that its
     features, or which one it is, say.
+    product: whether what is recalled also multiplies the state, number by number.
     width: units of a layer.
     lowest, highest: of a reward. greedy: whether it takes the best action unless told otherwise.
     """
@@ -61,6 +63,7 @@ class PolicyConfig:
     cue: int = 0
     by_features: bool = False
     by_action: bool = False
+    product: bool = False
     width: int = 64
     lowest: float = 0.0
     highest: float = 1.0
@@ -129,6 +132,7 @@ class Policy(nn.Module):
         self.trunk = nn.Linear(config.input, W)
         self.inner = nn.Linear(W, W) if config.task == "label" else None
         self.size = nn.Parameter(torch.zeros(D))
+        self.product = nn.Parameter(torch.zeros(self.site.config.width, D)) if config.product else None
         self.join = nn.Linear(D, W)
         self.head = nn.Linear(W, 2 if config.task == "act" else config.actions)
         self.event = nn.Linear(D + OUTCOME, D)
@@ -167,6 +171,8 @@ class Policy(nn.Module):
     def recall(self, state: Tensor, rows: Tensor, w: Tensor) -> Tensor:
         """The states [n, D] with what the rows [n, k, d_v] of their slots say, and how much there is of it."""
         recalled = self.site.join(state, rows, w)
+        if self.product is not None:
+            recalled = recalled + state * ops.rowwise(ops.read_hidden(rows, w), self.product)
         if self.site.config.decay == 1.0:  # what replaces what was there is as large as that
             return recalled
         return recalled + ops.amount_hidden(rows, w)[:, None] * self.size
@@ -192,22 +198,30 @@ class Policy(nn.Module):
 
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
         """How good each action is [n, A] and what it is expected to bring [n, A], scaled; inputs [n, A, F] of sessions
-        [n] long."""
-        state = self.state(inputs.flatten(0, 1))
-        recalled = self._read(state, pool, session.repeat_interleave(self.config.actions))[0]
-        logits, expected = self.judge(recalled)
+        [n] long. A session whose guard is shut decides as the network alone."""
+        state, session = self.state(inputs.flatten(0, 1)), session.repeat_interleave(self.config.actions)
+        shut = pool.sites[self.site.config.name].own[session, SHUT, 0] != 0
+        recalled = self._read(state, pool, session)[0]
+        logits, expected = self.judge(torch.where(shut[:, None], state, recalled))
         return logits.view(len(inputs), -1), expected.view(len(inputs), -1)
 
     def reward(
         self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the rewards [n] of actions that asked with inputs [n, F] write in sessions [n] long: the slots [n, k]
-        and their new rows [n, k, d_v]; and the loss [n] (nats) of what was expected, and of what is without memory."""
+        and their new rows [n, k, d_v]; and the loss [n] (nats) of what memory expected, and of what is without it."""
         state, reward = self.state(inputs), self.scaled(reward)
         recalled, slots, w, rows = self._read(state, pool, session)
         value, beta, loss = self.lesson(recalled, reward, self.judge(recalled)[1])
         frozen = self.lesson(state, reward, self.judge(state)[1])[2]
         return slots, self.write(rows, w, beta, value), loss, frozen
+
+    def guard(self, draft: Draft, gain: float) -> bool:
+        """Counts what memory gained (nats) on a reward, as if the guard were open; returns whether it was."""
+        own = draft.pool.sites[self.site.config.name].own[draft.index]
+        balance, shut = own[BALANCE, 0].clone(), own[SHUT, 0].clone()
+        own[BALANCE, 0], own[SHUT, 0] = tally(balance, shut, own.new_tensor(gain))
+        return not shut
 
     def write(self, rows: Tensor, w: Tensor, beta: Tensor, value: Tensor) -> Tensor:
         """The rows [n, k, d_v] of n sessions' slots after one write each."""
@@ -292,6 +306,12 @@ class Policy(nn.Module):
         return weights.fingerprint(self.config.to_dict(), self)
 
 
+def tally(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.guard` after one reward of each of some sessions. No reward counts more than GUARD_NATS, so that none alone
+    shuts a guard in good standing."""
+    return ops.guard(balance, shut, gain.clamp(-ops.GUARD_NATS, ops.GUARD_NATS), torch.ones_like(gain))
+
+
 def freshness(writes: Tensor) -> Tensor:
     """What takes the place of the base's prediction in a label's vote, and counts as much as the site's `prior`:
     −log(1 + writes), of how many writes to its cell, or examples, came after it."""
@@ -323,12 +343,15 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
             site.address_bias.copy_(torch.randn(site.address_bias.shape, generator=generator) * 0.1)
             site.temperature.fill_(4.0)
             site.write_gate.copy_(torch.tensor([-1.0, 0.0]))  # a row that changes slowly lets gradients pass
-            for weight in (site.value_hidden, site.value_error, site.out):
+            products = [] if policy.product is None else [policy.product]
+            for weight in (site.value_hidden, site.value_error, site.out, *products):
                 spread(weight, len(weight))
         else:
             labels = policy.labels
             for weight in (labels.key_weight, labels.gate_in, labels.centres):
                 spread(weight, len(weight))
+            # Without biases all examples of one direction would have one key.
+            policy.trunk.bias.copy_(torch.randn(policy.trunk.bias.shape, generator=generator))
             labels.sharpness.copy_(torch.tensor([20.0, 7.0]))
             labels.prior.fill_(0.2)
             labels.gate_out_bias[0] = 2.0

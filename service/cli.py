@@ -231,7 +231,8 @@ def scenario(
     name: Annotated[str, typer.Argument(help="Of the policy; `imprint train --policy ?` lists them.")],
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("imprint-scenarios"),
     seeds: Annotated[int, typer.Option(min=1, help="Each of new tasks.")] = 5,
-    rivals: Annotated[bool, typer.Option(help="Train RL², a transformer and a dense memory, too.")] = True,
+    rivals: Annotated[str, typer.Option(help="Which to train as well; or none.")] = "gru,lstm,transformer,dense",
+    seconds: Annotated[float | None, typer.Option(min=1, help="For each of them; default: as the policy was.")] = None,
     policy: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Instead of the shipped one.")
     ] = None,
@@ -241,7 +242,8 @@ def scenario(
     with _scenarios():
         from service.lab.scenarios import measure_scenario
     options = dict(one.partition("=")[::2] for one in change or [])
-    measure_scenario(name, out, seeds=seeds, rivals=rivals, checkpoint=policy, options=options)
+    others = [] if rivals == "none" else rivals.split(",")
+    measure_scenario(name, out, seeds=seeds, rivals=others, seconds=seconds, checkpoint=policy, options=options)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from service.engine import Segment
-from service.errors import Conflict
+from service.errors import Conflict, NotFound
 from service.store.types import History, RowBatch, SessionMeta, Slots
 
 # What of a session's meta belongs to a version; the rest belongs to the session.
@@ -145,6 +145,21 @@ def told(entry: Mapping[str, Any], lessons: Mapping[int, bytes], decode: Callabl
 def lessons_of(history: History) -> dict[int, bytes]:
     """The lessons that are kept, by version."""
     return {undo.version: undo.text for undo in history.undo if undo.text}
+
+
+def prompt_of(history: History, answer: str) -> list[int]:
+    """The prompt's tokens behind which a completion was generated; none if the session did not keep them. Raises
+    NotFound for one that is not in its log."""
+    for entry in history.log:
+        name, length = entry.get("answer", ("", 0))
+        if name == answer:
+            lesson = lessons_of(history).get(entry["version"])
+            return list(unpack_lesson(lesson)[0].token_ids[:length]) if lesson else []
+    raise NotFound(
+        f"'completion_id' names no completion of one prompt among the last commits of session {history.meta.id!r}.",
+        param="completion_id",
+        code="completion_not_found",
+    )
 
 
 def digest(packed: bytes) -> str:

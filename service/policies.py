@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from model.policy import Policy
 from service.engine import Decided, Deed
@@ -40,8 +40,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class ActResult:
-    """An action, under which id its reward can be told, how likely it was to be taken, how likely each was, and what
-    each is expected to bring."""
+    """An action, under which id its reward can be told, how likely it was to be taken, how likely each was, and the
+    mean reward that each is expected to bring."""
 
     action: int
     action_id: str | None
@@ -49,6 +49,10 @@ class ActResult:
     probabilities: list[float]
     expected: list[float]
     adaptation: Adaptation
+
+    def told(self) -> dict[str, Any]:
+        """As JSON; `asdict` would copy each number by itself."""
+        return vars(self) | {"adaptation": vars(self.adaptation)}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Policies:
                 if told is not None and not write:
                     raise Conflict("The session's option 'adapt' is 'predict': it learns no reward.", param="reward")
                 turn = Turn(held, deed=deed)
-                turn.result = lambda new: asdict(acted(turn.adaptation(new.version)))
+                turn.result = lambda new: acted(turn.adaptation(new.version)).told()
                 await self._run(turn, decided, write=write)
                 return acted(turn.adaptation())
 

@@ -332,7 +332,7 @@ class Acted(BaseModel):
     action_id: str | None = Field(description="Names the action for its reward; null if the session only predicts.")
     probability: float = Field(description="With which it was chosen: 1 for the best one, at temperature 0.")
     probabilities: list[float]
-    expected: list[float] = Field(description="What each action is expected to bring.")
+    expected: list[float] = Field(description="The mean reward that each action is expected to bring.")
     adaptation: Adaptation
 
 

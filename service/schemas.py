@@ -50,6 +50,7 @@ REGRET = Field(None, description="What that action missed, where it is known; it
 Observation = Annotated[
     list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
 ]
+CompletionId = Annotated[str, StringConstraints(pattern=r"^(chat)?cmpl-[0-9a-f]{32}$")]
 ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,7}$")]
 
 
@@ -401,14 +402,27 @@ class ActRequest(Body):
 
 
 class FeedbackRequest(Body):
-    """Body of `POST /v1/sessions/{id}/feedback`."""
+    """Body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and what was kept of it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"action_id": "act-1", "reward": 1.0}]})
 
-    action_id: ActionId
-    reward: float
+    action_id: ActionId | None = None
+    reward: float | None = None
     regret: Annotated[float, Field(ge=0)] | None = REGRET
+    completion_id: CompletionId | None = Field(None, description="The `id` of a completion of this session.")
+    text: Annotated[str, Field(min_length=1)] | None = Field(None, description="What the user kept in its place.")
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "FeedbackRequest":
+        of_action, of_text = ("action_id", "reward", "regret"), ("completion_id", "text")
+        kept = [name for name in of_text if getattr(self, name) is not None]
+        if kept and any(getattr(self, name) is not None for name in of_action):
+            raise BadRequest(f"{kept[0]!r} is of text and does not go with a reward of an action.", param=kept[0])
+        for name in of_text if kept else of_action[:2]:
+            if getattr(self, name) is None:
+                raise BadRequest(f"{name!r} is required with the other one of its pair.", param=name)
+        return self
 
 
 class ScoreRequest(Body):

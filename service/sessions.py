@@ -384,7 +384,7 @@ class Sessions:
     ) -> SessionMeta:
         stats, limits = done.stats, self.gate.limits
         lesson = pack_lesson(parts, done.said)
-        entry = {
+        entry: dict[str, Any] = {
             "kind": turn.kind,
             "time": new.updated,
             "digest": digest(lesson),
@@ -395,6 +395,8 @@ class Sessions:
         }
         if turn.of is not None:
             entry["of"] = turn.of
+        if turn.completion_tokens and len(parts) == 1:
+            entry["answer"] = [held.call.id, len(parts[0].token_ids)]
         once = held.call.once(turn.result(new), new.version, key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s)
         note = Note(
             log=entry,

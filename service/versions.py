@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from service.engine import Segment
-from service.errors import Conflict, VersionConflict
-from service.lessons import content_at, lessons_of, told, unpack_lesson, whole_content, without
+from service.errors import BadRequest, Conflict, VersionConflict
+from service.lessons import content_at, lessons_of, prompt_of, told, unpack_lesson, whole_content, without
+from service.prompts import message_digests
 from service.sessions import Call, Sessions
 from service.store.types import History, SessionMeta
 from service.tenants import Tenant
 from service.transfer import pack_session, read_export, unpack_session
-from service.turns import Turn
+from service.turns import ObserveResult, Turn
 from service.turnstile import Held, known, require_match, unknown
 
 
@@ -69,6 +70,33 @@ class Versions:
                 content = replace(content, meta=content.meta | {"digests": history.meta.digests})
                 turn = Turn(held, kind="unlearn", of=version, content=content)
                 return await self._settle(turn, [part for lesson in lessons for part in unpack_lesson(lesson)])
+
+        return await self._gate.turn(turn_once)
+
+    async def keep(
+        self, call: Call, session: str, answer: str, text: str, *, if_match: str | None = None
+    ) -> ObserveResult:
+        """Learns what a user kept of an answer, behind its prompt where the session keeps texts. Raises NotFound for an
+        answer that is not in its log."""
+
+        async def turn_once() -> ObserveResult:
+            async with self._gate.hold(call, session, if_match=if_match, may_create=False) as held:
+                if held.replay is not None:
+                    return ObserveResult(**held.replay)
+                served = self._sessions.served
+                served.require_own(known(held))
+                tokenizer, most = served.tokenizer, self._sessions.context - 1
+                prompt = prompt_of(await self._history(held, session), answer) or [tokenizer.start_token_id]
+                learned = tokenizer.encode(text)[tokenizer.add_bos :]
+                if len(learned) > most:
+                    raise BadRequest(f"'text' may have {most} tokens, got {len(learned)}.", param="text")
+                prompt = prompt[len(learned) - most - 1 :]
+                part = Segment(prompt + learned, learn=[False] * len(prompt) + [True] * len(learned))
+                turn = Turn(held, seen=list(message_digests([{"role": "assistant", "content": text}])))
+                turn.result = lambda new: asdict(ObserveResult.of(turn.adaptation(new.version)))
+                async for _ in self._sessions.run([part], turn, write=True):
+                    pass
+                return ObserveResult.of(turn.adaptation())
 
         return await self._gate.turn(turn_once)
 

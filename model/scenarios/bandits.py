@@ -59,6 +59,11 @@ class BernoulliBandit(Taught):
         left = max(2.0, self.horizon - self.done) if not self.restless else 1 / self.restless
         return gittins(self.counts[..., 1], self.counts[..., 0], 1 - 1 / left).astype(np.float32)
 
+    def expects(self) -> Numbers:
+        """Each arm's posterior mean."""
+        means: Numbers = ((self.counts[..., 1] + 1) / (self.counts.sum(-1) + 2)).astype(np.float32)
+        return means
+
 
 class LinearBandit(Tasks):
     """Contexts of `dims` normal numbers; an arm pays 1 with chance σ(sharp · x·θ_arm), θ of unit length and the task's.

@@ -48,6 +48,10 @@ class Taught(Tasks):
     def teacher(self) -> Numbers:
         """How good each action is [B, A] in the eyes of somebody who knows the kind of task, but not the task."""
 
+    def expects(self) -> Numbers:
+        """The reward of each action [B, A] that the same one expects."""
+        return self.teacher()
+
 
 class TaskEnv(gymnasium.Env[Numbers, np.int64]):
     """One task as an environment of `steps` steps; `info` bears the regret of each."""

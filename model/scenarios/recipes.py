@@ -11,10 +11,10 @@ import numpy as np
 from model.journal import journal_site
 from model.memory import MemoryConfig, SiteConfig
 from model.policy import HISTORY, PolicyConfig
-from model.scenarios.bandits import BernoulliBandit, Choices
+from model.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.core import Tasks
-from model.scenarios.streams import LabelStream
+from model.scenarios.streams import FunctionStream, LabelStream
 from model.training.policies import Lessons
 
 MEMORY = "memory"
@@ -39,6 +39,7 @@ class Recipe:
     identity: bool = False
     by_features: bool = False
     by_action: bool = False
+    product: bool = False
     cued: bool = False
     greedy: bool = True
 
@@ -58,6 +59,7 @@ class Recipe:
             "identity": self.identity,
             "by_action": self.by_action,
             "by_features": self.by_features,
+            "product": self.product,
         }
         shape |= {"cue": tasks.context if self.cued else 0, "greedy": self.greedy}
         inputs = tasks.context + tasks.features + self.identity * tasks.actions + HISTORY
@@ -72,19 +74,36 @@ class Recipe:
 
 
 CARDS = Recipe(CardSorting, Lessons(rounds=150, batch=128, steps=60, span=20, lr=6e-3, led=0.5), steps=300)
-LABELS = Lessons(rounds=400, batch=16, steps=120, span=120, lr=2e-3)
+BANDIT = Recipe(
+    BernoulliBandit,
+    Lessons(rounds=40, batch=64, steps=500, span=25, lr=5e-3, keen=100.0, led=0.5),
+    steps=500,
+    width=16,
+    decay=0.0,
+    identity=True,
+    by_action=True,
+)
 RECIPES: dict[str, Recipe] = {
     "card-sorting": CARDS,
     "card-sorting-6": replace(CARDS, options={"dims": 6}).but(rounds=200),
     "card-sorting-8": replace(CARDS, options={"dims": 8}).but(rounds=300),
-    "bandit": Recipe(
-        BernoulliBandit,
-        Lessons(rounds=40, batch=64, steps=500, span=25, lr=5e-3, keen=100.0, led=0.5),
+    "card-sorting-pairs": replace(
+        CARDS, options={"dims": 8, "together": 2}, slots=16, width=64, layer=96, product=True
+    ).but(rounds=1000, lr=3e-3),
+    "card-sorting-decks": replace(
+        CARDS, options={"dims": 8, "decks": 16}, training={"bout": 20.0}, cued=True, product=True
+    ).but(rounds=500, lr=5e-3),
+    "bandit": BANDIT,
+    "bandit-5": replace(BANDIT, options={"arms": 5}),
+    "bandit-linear": Recipe(
+        LinearBandit,
+        Lessons(rounds=200, batch=64, steps=100, span=25, lr=5e-3, imitate=False),
         steps=500,
-        width=16,
+        slots=256,
         decay=0.0,
         identity=True,
         by_action=True,
+        product=True,
     ),
     "choices": Recipe(
         Choices,
@@ -97,18 +116,28 @@ RECIPES: dict[str, Recipe] = {
         identity=True,
         by_features=True,
         by_action=True,
-        greedy=False,
+        product=True,
     ),
     "digits": Recipe(
         LabelStream,
-        LABELS,
+        Lessons(rounds=1500, batch=16, steps=120, span=120, lr=2e-3),
         steps=200,
         options={"drift": 0.01},
-        training={"held_out": False, "turned": True},
+        training={"held_out": False, "turned": 0.5},
         slots=1024,
         cell=256,
         k=4,
         width=64,
         layer=96,
+    ),
+    "functions": Recipe(
+        FunctionStream,
+        Lessons(rounds=2000, batch=16, steps=200, span=200, lr=5e-3),
+        steps=400,
+        options={"bins": 8},
+        slots=1024,
+        cell=256,
+        k=4,
+        width=32,
     ),
 }

@@ -38,7 +38,7 @@ class LabelStream(Streams):
     """Images of `ways` classes that come in any order, and whose labels are a permutation of the task's own.
 
     drift: the chance, after each image, that two classes change labels. held_out: images (digits) or classes
-    (Omniglot) that are never trained on. turned: classes are also images turned and mirrored, for training.
+    (Omniglot) that are never trained on. turned: the share of classes whose images are turned and mirrored.
     source: "digits" (scikit-learn's, 8 × 8, 10 classes) or an Omniglot file (14 × 14, its classes).
     """
 
@@ -50,7 +50,7 @@ class LabelStream(Streams):
         ways: int = 10,
         drift: float = 0.0,
         held_out: bool = True,
-        turned: bool = False,
+        turned: float = 0.0,
         source: str = "digits",
     ) -> None:
         super().__init__(batch, rng)
@@ -58,7 +58,7 @@ class LabelStream(Streams):
         self.images = digits_of(held_out) if source == "digits" else _omniglot(Path(source), held_out)
         self.context = self.images[0].shape[1] ** 2
         self.classes = np.stack([rng.permutation(len(self.images))[:ways] for _ in range(batch)])
-        self.turns = rng.integers(8, size=(batch, ways)) if turned else np.zeros((batch, ways), int)
+        self.turns = rng.integers(8, size=(batch, ways)) * (rng.random((batch, ways)) < turned)
         self.labels = np.stack([rng.permutation(ways) for _ in range(batch)])
         self._draw()
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.policy import Policy
+from model.policy import Policy, tally
 from model.scenarios.core import Tasks
 
 
@@ -67,15 +67,16 @@ class Sheet:
 
 
 class MemoryAgent(Agent):
-    """A policy; forgetful: it writes nothing."""
+    """A policy; forgetful: it writes nothing; guarded: as it is served, and not trained."""
 
-    def __init__(self, policy: Policy, *, forgetful: bool = False) -> None:
+    def __init__(self, policy: Policy, *, forgetful: bool = False, guarded: bool = False) -> None:
         self.network = self.policy = policy
-        self._forgetful = forgetful
+        self._forgetful, self._guarded = forgetful, guarded
 
     def begin(self, batch: int) -> None:
         site = self.policy.site.config
         self.sheet = Sheet(batch, site.slots, site.width)
+        self.balance, self.shut = torch.zeros(batch), torch.zeros(batch)
         self._last = torch.full((batch,), -1)
         self._reward = torch.full((batch,), math.nan)
 
@@ -88,18 +89,25 @@ class MemoryAgent(Agent):
             self._slots, self._w = policy.site.address(state)
         places = self.sheet.places(self._slots).view(B, -1)
         self._rows = self.sheet.read(places).view(B * A, *self._slots.shape[1:], -1)
-        self._recalled = policy.recall(state, self._rows, self._w)
-        logits, expected = (part.view(B, A) for part in policy.judge(self._recalled))
-        self._expected = expected.flatten()
-        return logits, expected
+        self._state, self._recalled = state, policy.recall(state, self._rows, self._w)
+        logits, self._expected = policy.judge(self._recalled)
+        if not self._guarded:
+            return logits.view(B, A), self._expected.view(B, A)
+        shut = self.shut.repeat_interleave(A)[:, None] != 0
+        logits, expected = policy.judge(torch.where(shut, state, self._recalled))
+        return logits.view(B, A), expected.view(B, A)
 
     def tell(self, action: Tensor, reward: Tensor) -> None:
         policy = self.policy
         taken = torch.arange(len(action)) * policy.config.actions + action
         if not self._forgetful:
-            value, beta, _ = policy.lesson(self._recalled[taken], policy.scaled(reward), self._expected[taken])
+            value, beta, loss = policy.lesson(self._recalled[taken], policy.scaled(reward), self._expected[taken])
             new = policy.write(self._rows[taken], self._w[taken], beta, value)
             self.sheet.write(self.sheet.places(self._slots[taken]), new)
+            if self._guarded:
+                alone = self._state[taken]
+                frozen = policy.lesson(alone, policy.scaled(reward), policy.judge(alone)[1])[2]
+                self.balance, self.shut = tally(self.balance, self.shut, frozen - loss)
         self._last, self._reward = action, reward
 
     def detach(self) -> None:
@@ -169,31 +177,55 @@ class RecurrentAgent(Rival):
         self._state = [part.detach() for part in self._state]
 
 
-class ContextAgent(Rival):
-    """A transformer of two layers with the last `window` steps of its task in context."""
+class _Layer(nn.Module):
+    """A layer of a transformer that reads one step at a time: each attends to all steps so far, farther ones less, by a
+    slope of each head's own (as in arXiv 2108.12409, but learned)."""
 
-    def __init__(self, tasks: Tasks, width: int, *, window: int, seed: int) -> None:
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ask, self.answer = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.slope = nn.Parameter(torch.logspace(-1, -8, heads, base=2).log())
+
+    def forward(self, x: Tensor, kept: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A step x [B, W] and what is kept of earlier ones, keys and values [B, H, T, W / H]; the same afterwards."""
+        heads = len(self.slope)
+        query, key, value = self.ask(self.before(x)).view(len(x), 3, heads, 1, -1).unbind(1)
+        key, value = torch.cat([kept[0], key], dim=2), torch.cat([kept[1], value], dim=2)
+        ago = torch.arange(key.shape[2] - 1, -1, -1)
+        fading = (-self.slope.exp()[:, None, None] * ago).expand(len(x), -1, -1, -1)
+        heard = F.scaled_dot_product_attention(query, key, value, attn_mask=fading)
+        x = x + self.answer(heard.flatten(1))
+        return x + self.narrow(torch.relu(self.widen(self.between(x)))), (key, value)
+
+
+class ContextAgent(Rival):
+    """A transformer of two layers with its whole task in context."""
+
+    def __init__(self, tasks: Tasks, width: int, *, seed: int) -> None:
         torch.manual_seed(seed)
         self.network = _Told(tasks, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.network.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.network.places = nn.Parameter(torch.randn(window, width) * 0.1)
-        self._window = window
+        self.network.layers = nn.ModuleList([_Layer(width), _Layer(width)])
+
+    @property
+    def _layers(self) -> list[_Layer]:
+        return [layer for layer in self.network.get_submodule("layers").children() if isinstance(layer, _Layer)]
 
     def begin(self, batch: int) -> None:
         super().begin(batch)
-        self._steps: list[Tensor] = []
+        heads = len(self._layers[0].slope)
+        nothing = torch.zeros(batch, heads, 0, self.network.enter.out_features // heads)
+        self._kept = [(nothing, nothing) for _ in self._layers]
 
     def ask(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        self._steps = [*self._steps, self._seen(observation)][-self._window :]
-        steps = torch.stack(self._steps, dim=1)
-        # The newest step has the last place, whatever came before.
-        places = self.network.get_parameter("places")[-len(self._steps) :]
-        hidden = self.network.get_submodule("layers")(steps + places)
-        return self.network.said(hidden[:, -1])
+        hidden = self._seen(observation)
+        for number, layer in enumerate(self._layers):
+            hidden, self._kept[number] = layer(hidden, self._kept[number])
+        return self.network.said(hidden)
 
     def detach(self) -> None:
-        self._steps = [step.detach() for step in self._steps]
+        self._kept = [(keys.detach(), values.detach()) for keys, values in self._kept]
 
 
 class DenseAgent(Rival):

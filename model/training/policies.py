@@ -78,21 +78,21 @@ class ActingRound:
         best = chosen(logits, self.rng, greedy=self.greedy)
         if self.lessons.imitate and self.lessons.led:
             leads = np.arange(len(best)) < self.lessons.led * len(best)
-            best = np.where(leads, self.teacher().argmax(1), best)
+            best = np.where(leads, self._taught().teacher().argmax(1), best)
         other = self.rng.integers(logits.shape[1], size=len(best))
         action: Indices = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
         return action
 
-    def teacher(self) -> Numbers:
+    def _taught(self) -> Taught:
         assert isinstance(self.tasks, Taught), "only tasks with a teacher can be imitated"
-        return self.tasks.teacher()
+        return self.tasks
 
     def _told(self) -> tuple[Numbers, Numbers]:
         """How each action should be preferred and what it brings [B, A]: by the teacher, or in truth."""
         if self.lessons.imitate:
-            told = self.teacher()
+            told = self._taught().teacher()
             preferred = np.exp(self.lessons.keen * (told - told.max(1, keepdims=True)))
-            return preferred / preferred.sum(1, keepdims=True), told.clip(0, 1)
+            return preferred / preferred.sum(1, keepdims=True), self._taught().expects().clip(0, 1)
         means = self.tasks.means()
         best = (means == means.max(1, keepdims=True)).astype(np.float32)
         return best / best.sum(1, keepdims=True), means
@@ -207,15 +207,15 @@ class PolicyTrainer:
 
 def train_agent(
     agent: Agent, make: Callable[[int, np.random.Generator], Tasks], lessons: Lessons, *, greedy: bool, seconds: float
-) -> int:
-    """Trains a rival on the same lessons for as many seconds of one core; returns how many rounds that were."""
-    began, rounds = time.process_time(), 0
+) -> list[float]:
+    """Trains a rival on the same lessons for so many seconds of one core; returns the loss (nats) of each round."""
+    began, losses = time.process_time(), list[float]()
     optimiser = torch.optim.Adam(agent.network.parameters(), lr=lessons.lr)
     while (spent := (time.process_time() - began) / seconds) < 1.0:
-        rng = np.random.default_rng([lessons.seed, rounds])
-        _learn(ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy), lessons, optimiser, spent)
-        rounds += 1
-    return rounds
+        rng = np.random.default_rng([lessons.seed, len(losses)])
+        one = ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy)
+        losses.append(_learn(one, lessons, optimiser, spent))
+    return losses
 
 
 def _learn(one: ActingRound | LabellingRound, lessons: Lessons, optimiser: torch.optim.Optimizer, done: float) -> float:

@@ -89,6 +89,7 @@ class AsyncClient:
     stream_chat = _streamed(asks.stream_chat)
     act = _answered(asks.act)
     feedback = _answered(asks.feedback)
+    keep = _answered(asks.keep)
     predict = _answered(asks.predict)
     diff = _answered(asks.diff)
     rollback = _answered(asks.rollback)

@@ -228,6 +228,21 @@ def feedback(
     return Ask("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
 
 
+def keep(
+    session: str,
+    completion_id: str,
+    text: str,
+    *,
+    on_disconnect: OnDisconnect | None = None,
+    idempotency_key: str | None = None,
+    if_match: int | None = None,
+) -> Ask[Observed]:
+    """Learns the text that a user kept of an earlier completion, behind its prompt if the session keeps texts."""
+    body = _given(completion_id=completion_id, text=text, on_disconnect=on_disconnect)
+    headers = _learns(idempotency_key, if_match)
+    return Ask("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
+
+
 def predict(session: str, features: Sequence[float], *, model: str | None = None) -> Ask[Labelled]:
     """Labels an example with what the session has learned; learns nothing."""
     body = _given(features=features, model=model)

@@ -59,12 +59,13 @@ class DeedRun(Hold):
         return self.deed.reward
 
     def rewarded(self, slots: Tensor, rows: Tensor, loss: float, frozen: float) -> None:
-        """Writes what a reward changes: rows [k, d_v] of the memory's slots [k], and the journal. Raises
+        """Writes what a reward changes: rows [k, d_v] of the memory's slots [k], the guard and the journal. Raises
         PoolFullError."""
         assert self._draft is not None and self.row is not None
         self._draft.put(self._policy.site.config.name, slots, [rows])
         self.journal.reward(self.row, self.reward)
-        self.count(self.reward, loss, frozen)
+        was_open = self._policy.guard(self._draft, frozen - loss)
+        self.count(self.reward, loss if was_open else frozen, frozen)
 
     def label(self, choice: int, loss: float, frozen: float, learn: Callable[[Draft], None]) -> None:
         """Learns a label; choice: what the policy would have said. Raises PoolFullError."""

@@ -1,13 +1,14 @@
 """`imprint scenario NAME`: a policy beside what else could be used, on the same tasks, seed by seed.
 
-Rivals that learn to learn are trained here, on the policy's lessons, for as many seconds of one core as it was.
+Rivals that learn to learn are trained here, on the policy's lessons, for as many seconds of one core as it was, or for
+so many as are asked for.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import as_file, files
@@ -24,7 +25,7 @@ from model.policy import Policy, PolicyError, load_policy
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.core import Indices, Numbers, Tasks
 from model.scenarios.recipes import Recipe
-from model.scenarios.streams import Streams
+from model.scenarios.streams import FunctionStream, Streams
 from model.training.agents import Agent, ContextAgent, DenseAgent, MemoryAgent, RecurrentAgent
 from model.training.policies import chosen, train_agent
 from service.errors import CommandError
@@ -33,9 +34,15 @@ from service.lab.estimates import half_width
 from service.lab.machine import hardware
 from service.lab.plots import PlotsMissingError, draw_curves
 from service.lab.policies import find_recipe
-from service.lab.rivals import follow, label_stream, offline
+from service.lab.rivals import follow, function_stream, label_stream, offline
 
 RIVALS_LR = 2e-3  # with the policies' own 6e-3, and poorer inputs, no rival learned anything; no other was tried
+RIVALS = {
+    "gru": "RL², GRU",
+    "lstm": "RL², LSTM",
+    "transformer": "transformer, task in context",
+    "dense": "dense delta memory",
+}
 TASKS, STREAMS = 100, 10  # of each seed: tasks to act in, streams to label
 Measured = dict[str, float]
 Curve = NDArray[np.float64]
@@ -53,10 +60,19 @@ class Arm:
 
 
 def measure_scenario(
-    name: str, out: Path, *, seeds: int, rivals: bool, checkpoint: Path | None, options: Mapping[str, str]
+    name: str,
+    out: Path,
+    *,
+    seeds: int,
+    rivals: Sequence[str],
+    seconds: float | None,
+    checkpoint: Path | None,
+    options: Mapping[str, str],
 ) -> None:
-    """Runs `imprint scenario`. Raises CommandError."""
+    """Runs `imprint scenario`; rivals: of RIVALS; seconds: for which each is trained. Raises CommandError."""
     recipe = find_recipe(name)
+    if unknown := set(rivals) - set(RIVALS):
+        raise CommandError(f"--rivals must be among {', '.join(RIVALS)}, or none, got {', '.join(sorted(unknown))}")
     try:
         changed = {option: json.loads(value) for option, value in options.items()}
         recipe = replace(recipe, options={**recipe.options, **changed})
@@ -64,18 +80,21 @@ def measure_scenario(
     except (ValueError, TypeError) as error:
         raise CommandError(f"--change {dict(options)}: {error}") from error
     torch.set_num_threads(1)
-    policy, seconds = _trained(name, checkpoint)
-    labelling = policy.config.task == "label"
-    arms = _labelling(policy, recipe, seeds) if labelling else _acting(policy, recipe, seeds, seconds if rivals else 0)
+    policy, trained = _trained(name, checkpoint)
+    if policy.config.task == "label":
+        arms = _labelling(policy, recipe, seeds)
+    else:
+        arms = _acting(policy, recipe, seeds, rivals, seconds or trained)
     print_arms(name, arms)
     out.mkdir(parents=True, exist_ok=True)
     about = {"scenario": name, "options": dict(recipe.options), "seeds": seeds, "tasks": TASKS, "steps": recipe.steps}
-    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "seconds": seconds}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "seconds": trained}
     told = {arm.name: {"figures": arm.figures, "curve": arm.curve.tolist(), "note": arm.note} for arm in arms}
     name = "-".join([name, *(f"{option}-{value}" for option, value in options.items())])
     (out / f"{name}.json").write_text(json.dumps({"about": about, "arms": told}) + "\n")
     try:
-        draw_curves({arm.name: arm.curve for arm in arms}, recipe.steps // 20, out / f"{name}.png")
+        what = "squared error" if issubclass(recipe.tasks, FunctionStream) else "missed reward"
+        draw_curves({arm.name: arm.curve for arm in arms}, recipe.steps // 20, out / f"{name}.png", what)
     except PlotsMissingError as error:
         console.print(f"no plot: {error}")
 
@@ -116,17 +135,20 @@ def _seconds(path: Path) -> float:
 # --- acting --------------------------------------------------------------------------------------------------------
 
 
-def _acting(policy: Policy, recipe: Recipe, seeds: int, seconds: float) -> list[Arm]:
+def _acting(policy: Policy, recipe: Recipe, seeds: int, rivals: Sequence[str], seconds: float) -> list[Arm]:
     greedy = policy.config.greedy
     size = sum(parameter.numel() for parameter in policy.parameters())
     arms = [
-        _played("memory", recipe, seeds, lambda: _by(MemoryAgent(policy), greedy), f"{size:,} parameters"),
+        _played(
+            "memory", recipe, seeds, lambda: _by(MemoryAgent(policy, guarded=True), greedy), f"{size:,} parameters"
+        ),
         _played("memory off", recipe, seeds, lambda: _by(MemoryAgent(policy, forgetful=True), greedy)),
     ]
     tasks = recipe.make(1, np.random.default_rng(0))
     arms += [_played(name, recipe, seeds, way) for name, way in follow(tasks).items()]
-    for name, agent in (_rivals(tasks, size) if seconds else {}).items():
-        rounds = train_agent(
+    for rival in rivals:
+        agent, name = _rival(rival, tasks, size), RIVALS[rival]
+        losses = train_agent(
             agent,
             lambda batch, rng: recipe.make(batch, rng, training=True),
             recipe.but(lr=RIVALS_LR).lessons,
@@ -134,25 +156,26 @@ def _acting(policy: Policy, recipe: Recipe, seeds: int, seconds: float) -> list[
             seconds=seconds,
         )
         count = sum(parameter.numel() for parameter in agent.network.parameters())
-        note = f"{count:,} parameters, {rounds} rounds in {seconds:.0f} s"
+        quarter = max(1, len(losses) // 4)
+        late = 1 - np.mean(losses[-quarter:]) / np.mean(losses[-2 * quarter : -quarter] or losses)
+        note = f"{count:,} parameters, {len(losses)} rounds in {seconds:.0f} s, loss −{late:.1%} in the last quarter"
         arms.append(_played(name, recipe, seeds, lambda agent=agent: _by(agent, greedy), note))  # type: ignore[misc]
     return arms
 
 
-def _rivals(tasks: Tasks, size: int) -> dict[str, Agent]:
-    """Agents of about as many parameters."""
+def _rival(name: str, tasks: Tasks, size: int) -> Agent:
+    """An agent of about as many parameters."""
 
-    def width(cost: float, most: int) -> int:
+    def width(cost: float) -> int:
         """Units whose squares cost so many parameters each, beside the layers in and out; a multiple of 4."""
         edge = tasks.context + (tasks.actions + 1) * tasks.features + 3 * tasks.actions + 2
-        return min(most, 4 * int((math.sqrt(edge**2 + 4 * cost * size) - edge) / (2 * cost) / 4))
+        return min(128, 4 * int((math.sqrt(edge**2 + 4 * cost * size) - edge) / (2 * cost) / 4))
 
-    return {
-        "RL², GRU": RecurrentAgent(tasks, width(6, 128), cell="gru", seed=0),
-        "RL², LSTM": RecurrentAgent(tasks, width(8, 128), cell="lstm", seed=0),
-        "transformer, 40 steps in context": ContextAgent(tasks, width(16.5, 128), window=40, seed=0),
-        "dense delta memory": DenseAgent(tasks, width(5, 128), seed=0),
-    }
+    if name == "transformer":
+        return ContextAgent(tasks, width(16.5), seed=0)
+    if name == "dense":
+        return DenseAgent(tasks, width(5), seed=0)
+    return RecurrentAgent(tasks, width(8 if name == "lstm" else 6), cell=name, seed=0)
 
 
 def _by(agent: Agent, greedy: bool) -> Choose:
@@ -231,33 +254,67 @@ class _Habit:
 
 @torch.no_grad()
 def _labelling(policy: Policy, recipe: Recipe, seeds: int) -> list[Arm]:
-    """Accuracy after 5 labels a class, and over the last quarter."""
-    answers: dict[str, list[Curve]] = {}
+    """Accuracy after 5 labels a class, and over the last quarter; of functions the error in their second 50 and over
+    the last quarter."""
+    T = recipe.steps
+    found: dict[str, list[Curve]] = {}
     for seed in range(seeds):
         tasks = recipe.make(STREAMS, np.random.default_rng([1_000_000, seed]))
         assert isinstance(tasks, Streams)
-        features, told = tasks.read(recipe.steps)
-        rights = {"memory": np.stack([_served(policy, x, y) for x, y in zip(features, told, strict=True)])}
-        rights |= label_stream(features, told, tasks.actions) | offline(tasks, features, told)
-        for name, right in rights.items():
-            answers.setdefault(name, []).append(right.mean(0))
-    first = 5 * policy.config.actions
+        wrong = _misread(policy, tasks, T) if isinstance(tasks, FunctionStream) else _mislabelled(policy, tasks, T)
+        for name, curve in wrong.items():
+            found.setdefault(name, []).append(curve.mean(0))
     arms = []
-    for name, curves in answers.items():
-        early = [float(curve[first : first + 10].mean()) for curve in curves]
-        late = [float(curve[-recipe.steps // 4 :].mean()) for curve in curves]
-        arms.append(Arm(name, {"after 5 a class": early, "last quarter": late}, 1 - np.mean(curves, axis=0)))
+    for name, curves in found.items():
+        late = [float(curve[-T // 4 :].mean()) for curve in curves]
+        if issubclass(recipe.tasks, FunctionStream):
+            roots = {"of steps 51 to 100": [float(curve[50:100].mean()) for curve in curves], "last quarter": late}
+            figures = {column: np.sqrt(means).tolist() for column, means in roots.items()}
+        else:
+            first = 5 * policy.config.actions
+            early = [1 - float(curve[first : first + 10].mean()) for curve in curves]
+            figures = {"after 5 a class": early, "last quarter": [1 - mean for mean in late]}
+        arms.append(Arm(name, figures, np.mean(curves, axis=0)))
     return arms
 
 
-def _served(policy: Policy, features: Numbers, labels: Indices) -> Curve:
-    """Whether each label [T] was foreseen, as a server's session would."""
+def _mislabelled(policy: Policy, tasks: Streams, steps: int) -> dict[str, Curve]:
+    """Whether each label [B, T] was not foreseen."""
+    features, told = tasks.read(steps)
+    streams = zip(features, told, strict=True)
+    rights = {"memory": np.stack([_foreseen(policy, x, y).argmax(1) == y for x, y in streams])}
+    rights |= label_stream(features, told, tasks.actions) | offline(tasks, features, told)
+    return {name: 1.0 - right for name, right in rights.items()}
+
+
+def _misread(policy: Policy, tasks: FunctionStream, steps: int) -> dict[str, Curve]:
+    """The squared error [B, T] of what was foreseen of each value: the mean of the chances of its bins."""
+    values = np.zeros((tasks.batch, steps))
+    features = np.zeros((tasks.batch, steps, tasks.context), np.float32)
+    labels = np.zeros(values.shape, np.int64)
+    true = np.zeros(values.shape)
+    for step in range(steps):
+        features[:, step], values[:, step], labels[:, step] = tasks.observe(), tasks.values(), tasks.answers()
+        true[:, step] = values[:, step] - tasks.noises
+        tasks.step(labels[:, step])
+    alone = policy.base(policy.embed(torch.from_numpy(features).flatten(0, 1))).logits.softmax(-1).numpy()
+    streams = zip(features, labels, strict=True)
+    said = {
+        "memory": np.stack([_foreseen(policy, x, y) @ tasks.centres for x, y in streams]),
+        "memory off": (alone @ tasks.centres).reshape(values.shape),
+    }
+    said |= function_stream(tasks, features, values) | {"who knows the function": true}
+    return {name: (foreseen - values) ** 2 for name, foreseen in said.items()}
+
+
+def _foreseen(policy: Policy, features: Numbers, labels: Indices) -> Curve:
+    """The chances [T, L] of each label before it was told, as a server's session would give them."""
     pool = Pool(policy.config.memory, rows=4096, sessions=4)
-    index, right = pool.open(), []
+    index, chances = pool.open(), []
     for example, label in zip(torch.from_numpy(features), torch.from_numpy(labels), strict=True):
+        chances.append(policy.label(example[None], pool, torch.tensor([index]))[0].exp().numpy())
         draft = pool.draft(index)
-        ((said, _, _, learn),) = policy.label_lessons(example[None], label[None], pool, torch.tensor([draft.index]))
+        ((*_, learn),) = policy.label_lessons(example[None], label[None], pool, torch.tensor([draft.index]))
         learn(draft)
         draft.commit()
-        right.append(float(said == int(label)))
-    return np.array(right)
+    return np.stack(chances).astype(np.float64)

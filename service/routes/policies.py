@@ -7,14 +7,14 @@ from fastapi import APIRouter, Depends
 
 from service.policies import Policies, Told, Wish
 from service.replies import Acted, Labelled, Observed
-from service.routes import ERRORS, RequestCall, RequestLesson, ServerSessions, V1Route
+from service.routes import ERRORS, RequestCall, RequestLesson, ServerSessions, ServerVersions, V1Route
 from service.routes.sessions import TAGGED, PathId
 from service.schemas import ActRequest, FeedbackRequest, PredictRequest
 
 router = APIRouter(prefix="/v1/sessions", route_class=V1Route, responses=ERRORS, tags=["Policies"])
 
 
-def get_policies(sessions: ServerSessions) -> Policies:
+async def get_policies(sessions: ServerSessions) -> Policies:
     """What can be asked of the policies."""
     return Policies(sessions)
 
@@ -30,14 +30,25 @@ async def act(session: PathId, body: ActRequest, policies: ServerPolicies, lesso
     work = policies.act(lesson.call, session, body.model, body.observation, told, wish, if_match=lesson.if_match)
     done = await lesson.unless_left(work, body.on_disconnect)
     lesson.tag(done.adaptation.version_to)
-    return Acted(object="action", **asdict(done))
+    return Acted(object="action", **done.told())
 
 
-@router.post("/{id}/feedback", summary="Reward an action", responses=TAGGED)
-async def feedback(session: PathId, body: FeedbackRequest, policies: ServerPolicies, lesson: RequestLesson) -> Observed:
-    """Learns the reward of an earlier action, without taking another."""
-    told = Told(body.reward, body.action_id, body.regret or 0.0)
-    work = policies.feedback(lesson.call, session, told, if_match=lesson.if_match)
+@router.post("/{id}/feedback", summary="Reward an action, or tell what was kept of a completion", responses=TAGGED)
+async def feedback(
+    session: PathId,
+    body: FeedbackRequest,
+    policies: ServerPolicies,
+    versions: ServerVersions,
+    lesson: RequestLesson,
+) -> Observed:
+    """Learns the reward of an earlier action (`action_id`, `reward`), without taking another; or the text that a user
+    kept of a completion (`completion_id`, `text`), behind its prompt if the session keeps texts (`keep_text`)."""
+    if body.text is not None and body.completion_id is not None:
+        answer = body.completion_id.rpartition("-")[2]
+        work = versions.keep(lesson.call, session, answer, body.text, if_match=lesson.if_match)
+    else:
+        told = Told(body.reward or 0.0, body.action_id, body.regret or 0.0)
+        work = policies.feedback(lesson.call, session, told, if_match=lesson.if_match)
     done = await lesson.unless_left(work, body.on_disconnect)
     lesson.tag(done.version)
     return Observed(**asdict(done))

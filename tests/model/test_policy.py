@@ -15,7 +15,7 @@ from model.memory import Draft, Pool, naive, ops
 from model.policy import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.recipes import RECIPES
-from model.training.agents import MemoryAgent, RecurrentAgent
+from model.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
 from model.training.policies import ActingRound, LabellingRound, Lessons, PolicyTrainer, train_agent
 from tests.tiny import build_tiny_policies
 
@@ -146,6 +146,47 @@ def test_training_reads_and_writes_what_serving_does(chooser: Policy) -> None:
         draft.commit()
 
 
+def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: list[Path]) -> None:
+    """Law 12: where rewards contradict what memory makes of them, decisions are soon those of the network alone."""
+    chooser = load_policy(paths[0])
+    inputs = asked(chooser, 1)
+    chooser.head.weight.mul_(5)  # firm expectations, and none without memory
+    chooser.head.bias[1] -= torch.logit(chooser.judge(chooser.state(inputs[0, :1]))[1][0])
+    pool = pool_of(chooser)
+    index = pool.open()
+    alone = chooser.decide(inputs, pool, torch.tensor([EMPTY]))
+
+    def judged(kind: bool) -> int:
+        """How many rewards it takes until what is decided changes sides."""
+        for count in range(1, 200):
+            told = reward_that(kind)
+            draft = pool.draft(index)
+            session = torch.tensor([draft.index])
+            slots, rows, loss, frozen = chooser.reward(inputs[0, :1], told, pool, session)
+            assert bool(frozen < loss) != kind
+            draft.put("memory", slots[0], [rows[0]])
+            was_open = chooser.guard(draft, float(frozen - loss))
+            shuts = draft.guards()
+            draft.commit()
+            decided = chooser.decide(inputs, pool, torch.tensor([index]))
+            same = all(torch.equal(a, b) for a, b in zip(decided, alone, strict=True))
+            assert same == (shuts > 0 or (not was_open and shuts == 0))
+            if shuts:
+                return count
+        raise AssertionError("the guard did not move")
+
+    def reward_that(kind: bool) -> Tensor:
+        open_one = pool.open(pool.dump(index))
+        pool.sites["memory"].own[open_one] = 0.0
+        expected = chooser.decide(inputs, pool, torch.tensor([open_one]))[1][0, 0]
+        pool.close(open_one)
+        return ((expected > alone[1][0, 0]) == kind).float()[None]
+
+    rewarded(chooser, pool, index, 4)
+    assert judged(kind=False) > 1
+    judged(kind=True)
+
+
 def test_a_label_is_remembered_and_the_latest_counts_most(namer: Policy) -> None:
     pool = pool_of(namer)
     index, features = pool.open(), torch.randn(6)
@@ -240,12 +281,15 @@ def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
         assert len(grads) >= 12
 
 
-def test_rivals_learn_from_the_same_lessons() -> None:
+@pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
+def test_rivals_learn_from_the_same_lessons(kind: str) -> None:
     recipe = RECIPES["card-sorting"].but(batch=4, steps=4, span=2)
-    agent = RecurrentAgent(recipe.make(1, np.random.default_rng(0)), 8, cell="lstm", seed=0)
+    tasks = recipe.make(1, np.random.default_rng(0))
+    transformer = kind == "transformer"
+    agent: Agent = ContextAgent(tasks, 8, seed=0) if transformer else RecurrentAgent(tasks, 8, cell=kind, seed=0)
     before = [parameter.clone() for parameter in agent.network.parameters()]
-    rounds = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
-    assert rounds >= 1
+    losses = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
+    assert losses
     assert any(not torch.equal(a, b) for a, b in zip(before, agent.network.parameters(), strict=True))
 
 

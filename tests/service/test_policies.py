@@ -78,6 +78,7 @@ def test_the_same_requests_lead_to_the_same_state_whoever_else_is_served(user: C
         lives = list(pool.map(lambda name: live(user, name, 8), [f"crowd-{n}" for n in range(6)]))
     for told in lives:
         assert told == alone
+    assert b"memory_own" in user.http.get("/v1/sessions/alone/export").content  # what the guard counts
     assert {json.dumps(state(user, f"crowd-{n}")) for n in range(6)} == {json.dumps(state(user, "alone"))}
 
 

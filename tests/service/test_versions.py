@@ -335,3 +335,20 @@ def test_the_log_tells_what_was_learned_when(client: Client, session: str) -> No
     (other,) = client.http.get(f"/v1/sessions/{session}-2/log").json()["data"]
     assert other["digest"] == entry["digest"] != rest["data"][0]["digest"]
     refusal(client.http.get(f"/v1/sessions/{session}-3/log"), 404, "session_not_found")
+
+
+def test_the_text_that_a_user_kept_is_learned_behind_its_prompt_once(client: Client, server: Any, session: str) -> None:
+    client.http.put(f"/v1/sessions/{session}", json={"keep_text": True})
+    said = client.complete(session=session)
+    body, key = {"completion_id": said["id"], "text": " and the lamp stays lit."}, {"Idempotency-Key": "kept"}
+    first, again = (client.post(f"sessions/{session}/feedback", body, **key) for _ in range(2))
+    told = success(first)
+    assert success(again) == told and told["version"] == client.version(session) == 2
+    (newest, _) = success(client.http.get(f"/v1/sessions/{session}/log"))["data"]
+    assert newest["text"] == body["text"] and newest["tokens"] == told["tokens_learned"]
+    twin = uuid4().hex
+    refusal(client.post(f"sessions/{twin}/feedback", body), 404, "session_not_found")
+    client.observe(twin, "x")
+    refusal(client.post(f"sessions/{twin}/feedback", body), 404, "completion_not_found")
+    for wrong in (body | {"reward": 1.0}, {"text": "x"}, {"completion_id": "cmpl-1", "text": "x"}):
+        assert client.post(f"sessions/{session}/feedback", wrong).status_code == 400
