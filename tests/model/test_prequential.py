@@ -72,7 +72,7 @@ def test_a_replay_equals_the_reading_through_the_base(lm: AdaptiveLM, size: int)
         passage = read_passage(lm.backbone, ids, BOS)
         read_through = read(lm, pool, one, ids, BOS, learn=True)
         replayed = replay(lm, pool, other, passage, BOS, learn=True)
-        torch.testing.assert_close(replayed, read_through, atol=1e-5, rtol=0)
+        torch.testing.assert_close(replayed, read_through, atol=5e-5, rtol=0)
     assert pool.rows(one) == pool.rows(other)
 
 
