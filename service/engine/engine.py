@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from types import MappingProxyType
 
@@ -256,7 +257,7 @@ class Engine:
         for desk in self._desks():
             runs = desk.take(self._scheduler.max_sequences)
             self._metrics.decisions_batch.observe(len(runs))
-            with self._metrics.engine_step_seconds.labels("decide").time():
+            with self._metrics.engine_step_seconds.labels("decide").time(), _one_thread():
                 for run in runs:
                     self._metrics.queue_time_seconds.observe(time.monotonic() - self._arrived.pop(run.job))
                     self._guard([run], lambda run=run, desk=desk: run.start(desk.hot))  # type: ignore[misc]
@@ -289,6 +290,17 @@ class Engine:
         events, self._events = self._events, []
         if events and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_emit_all, events)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For steps so small that to share them takes longer than to do them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _emit_all(events: list[tuple[Job, Event]]) -> None:
