@@ -1,6 +1,7 @@
-"""Kernels for CPUs, compiled by Numba; each has a twin of its name in `ops`.
+"""Kernels for CPUs, compiled by Numba, with the arguments of those in `kernels`; each has a twin in torch's operators.
 
-Import it through `device.kernels_for`. What a function compiles to is kept, beside this file or in the user's cache.
+Import it through `device.row_kernels_for`. What a function compiles to is kept: beside this file, or in
+the user's cache.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 def compare(
     tables: Tensor, fields: Sequence[Tensor], session: Tensor, cells: Tensor, query: Tensor, context: Tensor
 ) -> Compared:
-    """One pass over the rows; equal to its twin to the last bit."""
+    """One pass over the rows; equal to its twin, `SitePool.read` and `ops.compare`, to the last bit."""
     n, K = len(cells), cells.shape[1] * fields[0].shape[1]
     found = Compared(
         torch.empty(n, K, dtype=torch.long),
@@ -55,7 +56,7 @@ def weigh(
     prior: Tensor,
     bonus: Tensor,
 ) -> Candidates:
-    """Without the passes over all candidates that its twin takes for each step."""
+    """Without the passes over all candidates that its twin, `ops.weigh`, takes for each step."""
     (n, K), (H, R) = cosines.shape, bonus.shape
     shares, evidence = (torch.zeros(n, H, wide, dtype=log_probs.dtype) for wide in (K, 4 + R))
     same = torch.empty(n, dtype=torch.long)
@@ -67,7 +68,7 @@ def weigh(
 def write(
     fields: Sequence[Tensor], old: Tensor, new: Tensor, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor
 ) -> None:
-    """Token by token, in place."""
+    """Token by token, in place. Twin: `ops.write_lexical` between `Draft.get` and `Draft.put`."""
     _write(*_arrays(*fields, old, new, at, keys, prints, targets))
 
 

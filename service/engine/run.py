@@ -164,7 +164,8 @@ class Run(Hold):
         the guess: as long as that is right, and one more."""
         for place, (carry, row) in enumerate(zip(carries, scores, strict=True)):
             sequence.carry, sequence.pending = carry, None
-            sequence.cache.length += min(place, 1)  # the step itself counted the first row
+            if place:  # the step itself counted the first row
+                sequence.cache.length += 1
             self.stats.completion_tokens += sequence.accept(row)
             shown = sequence.show(self._segment)
             if shown is not None:

@@ -173,10 +173,11 @@ class RedisStore:
             if raw.get(b"format") in codec.OLD_FORMATS:
                 await _patiently(lambda: self._upgrade([key], [self._keeping.ttl_s]))
                 continue
-            self._sites = tuple(sorted({*sites, *codec.sites_of(raw)}))
-            if self._sites == sites:
+            widths = codec.sites_of(raw)
+            if widths.keys() <= set(sites):
                 break
-        meta, widths = decode(sid, raw), codec.sites_of(raw)
+            self._sites = tuple({*sites, *widths})
+        meta = decode(sid, raw)
         try:
             rows = {
                 site: RowBatch.of_pages(found, widths[site])
