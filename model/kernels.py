@@ -12,8 +12,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.memory.ops import LIKENESS_STEP, Compared, query_steps
-from model.memory.ops import weigh as weigh  # torch's operators are its kernels
+from model.memory.ops import LIKENESS_STEP, Candidates, Compared, Prediction, Scales, query_steps, weigh_rows
+from model.memory.ops import believe as believe  # torch's operators are the kernels of these
+from model.memory.ops import mix as mix
+from model.memory.ops import predict as predict
+from model.memory.ops import trail_fingerprints as trail_fingerprints
+
+
+def find(
+    tables: Tensor,
+    fields: Sequence[Tensor],
+    session: Tensor,
+    cells: Tensor,
+    query: Tensor,
+    context: Tensor,
+    base: Prediction,
+    scales: Scales,
+) -> tuple[Candidates, Tensor]:
+    """`SitePool.find`, by `compare`; torch's operators weigh."""
+    rows = compare(tables, fields, session, cells, query, context)
+    return weigh_rows(rows, base, scales), rows.missing.view(*cells.shape, -1).sum(-1)
 
 
 def compare(

@@ -220,9 +220,11 @@ class AdaptiveLM:
         site = self.memory.lexical
         if site is None:
             return logits
-        base = ops.predict(logits)
-        reading = site.read(pool, session, states, ops.trail_fingerprints(trails), base, trust)
-        return ops.mix(base, reading.tokens, reading.shares, reading.gamma)
+        kernels = pool.sites[site.config.name].kernels or ops
+        base = kernels.predict(logits)
+        reading = site.read(pool, session, states, kernels.trail_fingerprints(trails), base, trust)
+        mixed: Tensor = kernels.mix(base, reading.tokens, reading.shares, reading.gamma, inplace=True)
+        return mixed
 
     def hooks(
         self, pool: Pool, index: int | Sequence[int] | Tensor, inputs: dict[int, Tensor]

@@ -1,14 +1,17 @@
 """Kernels for CPUs, compiled by Numba, with the arguments of those in `kernels`; each has a twin in torch's operators.
 
 Import it through `device.row_kernels_for`. What a function compiles to is kept: beside this file, or in
-the user's cache.
+the user's cache. Each row is computed alone, in one order, so neither its neighbours nor the number of threads show.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -16,53 +19,86 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.memory.ops import LIKENESS_STEP, Candidates, Compared, earned_by, query_steps
+from model.memory.config import RUNS, SHUT, TRUST
+from model.memory.ops import (
+    LIKENESS_STEP,
+    MIXER,
+    MOST,
+    QUERY_STEPS,
+    Belief,
+    Candidates,
+    Gate,
+    Prediction,
+    Scales,
+)
+
+LEAST = np.float32(-87.0)  # below it, exp is 0 in fp32
+ROWS_A_THREAD = 8  # fewer are done before another thread has woken up
 
 Array = NDArray[Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as machine code, from its first call on."""
+def compiled(function: F) -> F:
+    """The function as machine code, from its first call on. Sums may be taken in vectors, of one order for a length."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "nnan"}}
     try:
-        machine: Callable[..., None] = numba.njit(nogil=True, cache=True)(function)
+        machine: F = numba.njit(**options, cache=True)(function)
     except RuntimeError:  # there is no place to keep it
-        machine = numba.njit(nogil=True)(function)
+        machine = numba.njit(**options)(function)
     return machine
 
 
-def compare(
-    tables: Tensor, fields: Sequence[Tensor], session: Tensor, cells: Tensor, query: Tensor, context: Tensor
-) -> Compared:
-    """One pass over the rows; equal to its twin, `SitePool.read` and `ops.compare`, to the last bit."""
-    n, K = len(cells), cells.shape[1] * fields[0].shape[1]
-    found = Compared(
-        torch.empty(n, K, dtype=torch.long),
-        torch.empty(n, K),
-        torch.empty(n, K, dtype=torch.long),
-        torch.empty(n, K, dtype=torch.bool),
-    )
-    inputs = (tables, *fields, session, cells, query_steps(query).short(), context)
-    _compare(*_arrays(*inputs, *found), np.float32(LIKENESS_STEP))
-    return found
+def predict(logits: Tensor) -> Prediction:
+    """Two passes over a row that stays in the cache. Twin: `ops.predict`."""
+    log_z, entropy = torch.empty(2, len(logits)).unbind()
+    _by_rows(_predict, len(logits), logits, log_z, entropy)
+    return Prediction(logits, log_z, entropy)
 
 
-def weigh(
-    tokens: Tensor,
-    cosines: Tensor,
-    repeats: Tensor,
-    log_probs: Tensor,
-    missing: Tensor,
-    sharpness: Tensor,
-    prior: Tensor,
-    bonus: Tensor,
-) -> Candidates:
-    """Without the passes over all candidates that its twin, `ops.weigh`, takes for each step."""
-    (n, K), (H, R) = cosines.shape, bonus.shape
-    shares, evidence = (torch.zeros(n, H, wide, dtype=log_probs.dtype) for wide in (K, 4 + R))
-    same = torch.empty(n, dtype=torch.long)
-    scales = (sharpness, prior, earned_by(bonus))
-    _weigh(*_arrays(tokens, cosines, repeats, log_probs, missing, *scales, shares, evidence, same))
-    return Candidates(tokens, shares, evidence.flatten(1), same)
+def find(
+    tables: Tensor,
+    fields: Sequence[Tensor],
+    session: Tensor,
+    cells: Tensor,
+    query: Tensor,
+    context: Tensor,
+    base: Prediction,
+    scales: Scales,
+) -> tuple[Candidates, Tensor]:
+    """One pass over the rows for each context. Twin: `SitePool.read`, `ops.compare` and `ops.weigh_rows`; likeness and
+    repeated runs are the same to the last bit."""
+    n, K, (H, R) = len(cells), cells.shape[1] * fields[0].shape[1], scales.bonus.shape
+    tokens, same = torch.empty(n, K, dtype=torch.long), torch.empty(n, dtype=torch.long)
+    room = torch.empty(cells.shape, dtype=torch.long)
+    shares, evidence = (torch.zeros(n, H, wide, dtype=base.logits.dtype) for wide in (K, 4 + R))
+    asked = (tables, *fields, session, cells, query, context, base.logits, base.log_z, *scales)
+    _by_rows(_find, n, *asked, tokens, shares, evidence, same, room)
+    return Candidates(tokens, shares, evidence.flatten(1), same), room
+
+
+def believe(
+    found: Candidates, entropy: Tensor, keys: Tensor, gate: Gate, own: Tensor, session: Tensor, trust: Tensor
+) -> Belief:
+    """Without the dozen operators of its twin, `ops.believe`."""
+    n, _, K = found.shares.shape
+    belief = Belief(*(entropy.new_empty(size) for size in ((n, K), (n,), (n,))))
+    _by_rows(_believe, n, *found[1:], entropy, keys, *gate, own, session, trust, *belief)
+    return belief
+
+
+def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor, *, inplace: bool = False) -> Tensor:
+    """Without the passes over the vocabulary that its twin, `ops.mix`, takes."""
+    mixed = base.logits if inplace else base.logits.clone()
+    _by_rows(_mix, len(mixed), mixed, base.log_z, tokens, shares, gamma)
+    return mixed
+
+
+def trail_fingerprints(trails: Tensor) -> Tensor:
+    """Equal to its twin, `ops.trail_fingerprints`, to the last bit."""
+    prints = torch.empty(len(trails), len(RUNS), dtype=torch.int16)
+    _trail_fingerprints(*_arrays(trails, prints))
+    return prints
 
 
 def write(
@@ -73,11 +109,59 @@ def write(
 
 
 def _arrays(*tensors: Tensor) -> list[Array]:
-    return [tensor.detach().numpy() for tensor in tensors]
+    # Of one layout: for each other one, a kernel would be compiled again.
+    return [(each.detach() if each.requires_grad else each).contiguous().numpy() for each in tensors]
+
+
+def _by_rows(kernel: Callable[..., None], n: int, *tensors: Tensor) -> None:
+    """kernel(first, last, …) for all of n rows, on as many threads as torch's operators would take."""
+    arrays, threads = _arrays(*tensors), max(1, min(torch.get_num_threads(), n // ROWS_A_THREAD))
+    bounds = [n * i // threads for i in range(threads + 1)]
+    others = [_threads().submit(kernel, *part, *arrays) for part in pairwise(bounds[1:])]
+    kernel(0, bounds[1], *arrays)
+    for other in others:
+        other.result()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="rows")
 
 
 @compiled
-def _compare(
+def _exp(x: Any) -> Any:
+    """exp(x) for |x| ≤ 88 in fp32, also as a vector: 2ⁿ·exp(r), |r| ≤ ½ log 2, by the polynomial of Cephes' expf."""
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * r * r + r + np.float32(1.0)) * power
+
+
+@compiled
+def _predict(first: int, last: int, logits: Array, log_z: Array, entropy: Array) -> None:
+    for t in range(first, last):
+        row = logits[t]
+        top, total, weighted = row[0], np.float32(0.0), np.float32(0.0)
+        for i in range(len(row)):
+            top = max(top, row[i])
+        for i in range(len(row)):
+            below = max(row[i] - top, LEAST)
+            p = _exp(below)
+            total += p
+            weighted += p * below
+        log_z[t], entropy[t] = top + math.log(total), math.log(total) - weighted / total
+
+
+@compiled
+def _find(
+    first: int,
+    last: int,
     tables: Array,
     ages: Array,
     tokens: Array,
@@ -87,77 +171,154 @@ def _compare(
     cells: Array,
     query: Array,
     context: Array,
-    out_tokens: Array,
-    out_cosines: Array,
-    out_repeats: Array,
-    out_missing: Array,
-    step: Any,
-) -> None:
-    n, k = cells.shape
-    P, R, D = keys.shape[1], prints.shape[2], keys.shape[2]
-    for t in range(n):
-        for j in range(k):
-            place = tables[session[t], cells[t, j]]
-            for p in range(P):
-                at = j * P + p
-                out_missing[t, at] = ages[place, p] == 0
-                out_tokens[t, at] = tokens[place, p]
-                repeats = 0
-                for r in range(R):
-                    repeats += prints[place, p, r] == context[t, r] and context[t, r] != 0
-                out_repeats[t, at] = repeats
-                total = np.int32(0)
-                for d in range(D):
-                    total += np.int32(np.int32(query[t, d]) * np.int32(keys[place, p, d]))
-                out_cosines[t, at] = np.float32(total) * step
-
-
-@compiled
-def _weigh(
-    tokens: Array,
-    cosines: Array,
-    repeats: Array,
-    log_probs: Array,
-    missing: Array,
+    logits: Array,
+    log_z: Array,
     sharpness: Array,
     prior: Array,
     bonus: Array,
+    out_tokens: Array,
     out_shares: Array,
     out_evidence: Array,
     out_repeats: Array,
+    out_room: Array,
 ) -> None:
-    n, K = cosines.shape
-    H, runs = bonus.shape
-    for t in range(n):
-        for h in range(H):
+    k, P, R, D = cells.shape[1], keys.shape[1], prints.shape[2], keys.shape[2]
+    K, step, steps = k * P, np.float32(LIKENESS_STEP), np.empty(D, np.int16)
+    cosines, repeats, log_probs = np.empty(K, np.float32), np.empty(K, np.int64), np.empty(K, logits.dtype)
+    earned = np.zeros((len(bonus), R + 1), bonus.dtype)
+    for r in range(R):
+        earned[:, r + 1] = earned[:, r] + bonus[:, r]
+    for t in range(first, last):
+        for d in range(D):
+            steps[d] = np.int16(np.rint(query[t, d] * np.float32(QUERY_STEPS)))
+        for j in range(k):
+            place, empty = tables[session[t], cells[t, j]], 0
+            for p in range(P):
+                at, token = j * P + p, tokens[place, p]
+                out_tokens[t, at] = token
+                repeats[at] = -1  # no row
+                if ages[place, p] == 0:
+                    empty += 1
+                    continue
+                same = 0
+                for r in range(R):
+                    same += prints[place, p, r] == context[t, r] and context[t, r] != 0
+                repeats[at] = same
+                log_probs[at] = logits[t, token] - log_z[t]
+                total = np.int32(0)
+                for d in range(D):
+                    total += np.int32(np.int32(steps[d]) * np.int32(keys[place, p, d]))
+                cosines[at] = np.float32(total) * step
+            out_room[t, j] = empty
+        for h in range(len(bonus)):
             shares, evidence, best = out_shares[t, h], out_evidence[t, h], -1
             for i in range(K):
-                if not missing[t, i]:
-                    score = sharpness[h] * cosines[t, i] + prior[h] * log_probs[t, i] + bonus[h, repeats[t, i]]
+                if repeats[i] >= 0:
+                    score = sharpness[h] * cosines[i] + prior[h] * log_probs[i] + earned[h, repeats[i]]
                     shares[i] = score
                     if best < 0 or score > shares[best]:
                         best = i
             if h == 0:
-                out_repeats[t] = 0 if best < 0 else repeats[t, best]
+                out_repeats[t] = 0 if best < 0 else repeats[best]
             if best < 0:
                 evidence[3] = math.log(np.float32(1e-4)) / np.float32(3.0)
                 continue
-            top, total = shares[best], np.float32(0.0)
+            top, total_share = shares[best], np.float32(0.0)
             for i in range(K):
-                if not missing[t, i]:
-                    shares[i] = math.exp(shares[i] - top)
-                    total += shares[i]
+                if repeats[i] >= 0:
+                    shares[i] = _exp(shares[i] - top)
+                    total_share += shares[i]
             agreement = np.float32(0.0)
             for i in range(K):
-                shares[i] /= total
-                if tokens[t, i] == tokens[t, best]:
+                shares[i] /= total_share
+                if out_tokens[t, i] == out_tokens[t, best]:
                     agreement += shares[i]
-            evidence[0] = (top + math.log(total)) / np.float32(10.0)
-            evidence[1] = cosines[t, best]
+            evidence[0] = (top + math.log(total_share)) / np.float32(10.0)
+            evidence[1] = cosines[best]
             evidence[2] = agreement
             evidence[3] = math.log(agreement + np.float32(1e-4)) / np.float32(3.0)
-            for run in range(runs - 1):
-                evidence[4 + run] = repeats[t, best] > run
+            for run in range(R):
+                evidence[4 + run] = repeats[best] > run
+
+
+@compiled
+def _believe(
+    first: int,
+    last: int,
+    shares: Array,
+    evidence: Array,
+    repeats: Array,
+    entropy: Array,
+    keys: Array,
+    weight: Array,
+    bias: Array,
+    out_weight: Array,
+    out_bias: Array,
+    own: Array,
+    session: Array,
+    trust: Array,
+    mixed: Array,
+    gamma: Array,
+    unguarded: Array,
+) -> None:
+    H, K, E, D = shares.shape[1], shares.shape[2], evidence.shape[1], keys.shape[1]
+    for t in range(first, last):
+        inner, out = bias.copy(), out_bias.copy()
+        for e in range(E):
+            inner += evidence[t, e] * weight[e]
+        inner += entropy[t] / np.float32(4.0) * weight[E]
+        for d in range(D):
+            inner += keys[t, d] * weight[E + 1 + d]
+        for g in range(len(inner)):
+            out += np.tanh(inner[g]) * out_weight[g]
+        heads = np.exp(out[1:] - out[1:].max())
+        heads /= heads.sum()
+        known = False
+        for i in range(K):
+            mixed[t, i] = heads[0] * shares[t, 0, i]
+            for h in range(1, H):
+                mixed[t, i] += heads[h] * shares[t, h, i]
+            known |= mixed[t, i] > 0
+        same, mine = repeats[t], own[session[t]]
+        logit = out[0] + mine[TRUST, same] + trust[t, same]
+        unguarded[t] = min(1 / (1 + math.exp(-logit)), MOST) if known else 0.0
+        gamma[t] = unguarded[t] if mine[SHUT, same] == 0 else 0.0
+
+
+@compiled
+def _mix(first: int, last: int, logits: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array) -> None:
+    K = tokens.shape[1]
+    share, distinct = np.zeros(logits.shape[1], shares.dtype), np.empty(K, np.int64)
+    for t in range(first, last):
+        count, without = 0, math.log1p(-gamma[t]) - log_z[t]
+        for i in range(K):
+            token = tokens[t, i]
+            if gamma[t] * shares[t, i] > 0:
+                if share[token] == 0:
+                    distinct[count] = token
+                    count += 1
+                share[token] += shares[t, i]
+        for i in range(count):
+            token = distinct[i]
+            base, added = logits[t, token] + without, gamma[t] * share[token]
+            if base > LEAST:
+                logits[t, token] += math.log1p(added * _exp(-base))
+            else:
+                logits[t, token] += math.log(added) - base
+            share[token] = 0
+
+
+@compiled
+def _trail_fingerprints(trails: Array, out: Array) -> None:
+    mixer = np.int64(MIXER)
+    for t in range(len(trails)):
+        for r in range(len(RUNS)):
+            total, power, first = np.int64(0), np.int64(1), trails.shape[1] - RUNS[r]
+            for at in range(trails.shape[1] - 1, first - 1, -1):
+                power *= mixer
+                total += (trails[t, at] + 1) * power
+            high = np.int16(((total ^ (total >> 29)) * mixer) >> 48)
+            out[t, r] = 0 if trails[t, first] < 0 else 1 if high == 0 else high
 
 
 @compiled

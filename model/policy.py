@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from model import weights
 from model.memory import Draft, HiddenSite, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool, ops
-from model.memory.config import RUNS
-from model.memory.pool import BALANCE, SHUT
+from model.memory.config import BALANCE, RUNS, SHUT
 from model.memory.slow import Found, Reading
 
 FORMAT = "1"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 RUNS = (2, 4, 8)  # how many last tokens of its context a lexical row has a fingerprint of
 OWN = "_own"  # what a session's own numbers are stored under, after the site's name
+TRUST, BALANCE, SHUT = range(3)  # places in them
 SiteKind = Literal["lexical", "hidden", "journal"]
 
 

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.memory.config import RUNS
+from model.memory.config import RUNS, SHUT, TRUST
 
 TINY = torch.finfo(torch.float32).tiny
 GUARD_TOKENS, GUARD_NATS = 1024, 8.0
+MOST = 1.0 - 1e-6  # of γ: however sure a memory is, it makes no token impossible
 KEY_STEPS = 254  # of a key's component, between −0.5 and 0.5
 QUERY_STEPS = 32767  # of a query's component: products with keys, and sums of them, are then whole and below 2²⁴
 LIKENESS_STEP = 1.0 / (KEY_STEPS * QUERY_STEPS)
@@ -56,6 +57,34 @@ class Candidates(NamedTuple):
     shares: Tensor
     evidence: Tensor
     repeats: Tensor
+
+
+class Scales(NamedTuple):
+    """What H heads think of rows: sharpness [H] of likeness, prior [H], the exponent of p_LM, and a bonus [H, R] for
+    each run of the context that is repeated."""
+
+    sharpness: Tensor
+    prior: Tensor
+    bonus: Tensor
+
+
+class Gate(NamedTuple):
+    """The small network that judges what was found: from E inputs (`gate_inputs`) to the logit of γ and H heads by way
+    of G numbers; weight [E, G], bias [G], out_weight [G, 1 + H], out_bias [1 + H]."""
+
+    weight: Tensor
+    bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+class Belief(NamedTuple):
+    """How far what was found is believed: p_mem as shares [n, K], the weight γ [n] that counts, and the one that would
+    if the session's guards were open."""
+
+    shares: Tensor
+    gamma: Tensor
+    unguarded: Tensor
 
 
 class Prediction(NamedTuple):
@@ -217,16 +246,48 @@ def weigh(
     return Candidates(tokens, shares, evidence.flatten(1), same[:, 0])
 
 
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
+def weigh_rows(rows: Compared, base: Prediction, scales: Scales) -> Candidates:
+    """`weigh`, of rows beside a context for which the base predicts `base`."""
+    return weigh(*rows[:3], base.log_prob(rows.tokens), rows.missing, *scales)
+
+
+def gate_inputs(found: Candidates, entropy: Tensor, keys: Tensor) -> Tensor:
+    """What a gate looks at [n, (4 + R)·H + 1 + d_k]; entropy [n] of the base, keys [n, d_k]."""
+    return torch.cat([found.evidence, entropy[:, None] / 4, keys], dim=1)
+
+
+def judge(inputs: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """The logit of γ [n] before trust, and the heads' weights [n, H], from `gate_inputs`."""
+    inner = torch.tanh(rowwise(inputs, gate.weight) + gate.bias)
+    out = rowwise(inner, gate.out_weight) + gate.out_bias
+    return out[:, 0], torch.softmax(out[:, 1:], dim=1)
+
+
+def believe(
+    found: Candidates, entropy: Tensor, keys: Tensor, gate: Gate, own: Tensor, session: Tensor, trust: Tensor
+) -> Belief:
+    """How far to believe what sessions [n] of `own` [S, 3, R + 1] hold; trust [n, R + 1] of the requests, and the rest
+    as in `gate_inputs`."""
+    logit, heads = judge(gate_inputs(found, entropy, keys), gate)
+    shares = (heads[:, :, None] * found.shares).sum(1)
+    mine = own[session, :, found.repeats]
+    logit = logit + mine[:, TRUST] + trust.gather(1, found.repeats[:, None])[:, 0]
+    unguarded = torch.sigmoid(logit).clamp_max(MOST) * shares.any(-1)
+    return Belief(shares, unguarded * (mine[:, SHUT] == 0), unguarded)
+
+
+def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor, *, inplace: bool = False) -> Tensor:
     """log p [n, V] up to a constant a row, p = (1 − γ)·p_LM + γ·p_mem: logits that change at p_mem's tokens alone.
 
-    Rows with γ = 0 keep them all, bit for bit. p_mem: shares [n, K] of tokens [n, K] long, which may repeat.
+    Rows with γ = 0 keep them all, bit for bit. p_mem: shares [n, K] of tokens [n, K] long, which may repeat. inplace:
+    the base's logits become it.
     """
     share = torch.zeros_like(base.logits).scatter_add_(1, tokens, shares).gather(1, tokens)
     at = base.log_prob(tokens) + torch.log1p(-gamma)[:, None]
     gain = torch.logaddexp(at, (gamma[:, None] * share).log()) - at
     # A token that comes more than once gets the same score each time.
-    return base.logits.scatter(1, tokens, base.logits.gather(1, tokens) + gain)
+    scatter = base.logits.scatter_ if inplace else base.logits.scatter
+    return scatter(1, tokens, base.logits.gather(1, tokens) + gain)
 
 
 def memory_prob(targets: Tensor, tokens: Tensor, shares: Tensor) -> Tensor:

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from model.device import fetch, load, row_kernels_for, upload
 from model.memory import ops
-from model.memory.config import OWN, RUNS, MemoryConfig, SiteConfig
-
-TRUST, BALANCE, SHUT = range(3)  # places in a session's own numbers
+from model.memory.config import OWN, RUNS, SHUT, MemoryConfig, SiteConfig
 
 
 class PoolFullError(RuntimeError):
@@ -91,12 +89,17 @@ class SitePool:
         places = self.tables[session[:, None], cells]
         return [field[places] for field in self.fields]
 
-    def compare(self, session: Tensor, cells: Tensor, query: Tensor, context: Tensor) -> ops.Compared:
-        """The rows in cells [n, k] long of sessions [n] long, beside a query [n, d_k] and the fingerprints of a context
-        [n, R]."""
+    def find(
+        self, session: Tensor, cells: Tensor, query: Tensor, context: Tensor, base: ops.Prediction, scales: ops.Scales
+    ) -> tuple[ops.Candidates, Tensor]:
+        """What a lexical read makes of the rows in cells [n, k] long of sessions [n] long, for a query [n, d_k], the
+        fingerprints of a context [n, R] and what the base predicts; and how many empty rows the cells have [n, k]."""
         if self.kernels is None:
-            return ops.compare(ops.Rows(*self.read(session, cells)), query, context)
-        found: ops.Compared = self.kernels.compare(self.tables, self.fields, session, cells, query, context)
+            rows = ops.compare(ops.Rows(*self.read(session, cells)), query, context)
+            return ops.weigh_rows(rows, base, scales), rows.missing.view(*cells.shape, -1).sum(-1)
+        found: tuple[ops.Candidates, Tensor] = self.kernels.find(
+            self.tables, self.fields, session, cells, query, context, base, scales
+        )
         return found
 
     def fill(self, session: int, batch: SiteRows) -> None:

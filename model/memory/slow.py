@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from model import weights
 from model.memory import ops
-from model.memory.config import RUNS, MemoryConfig, MemoryConfigError, SiteConfig
-from model.memory.pool import BALANCE, SHUT, TRUST, Draft, Pool
+from model.memory.config import BALANCE, RUNS, SHUT, TRUST, MemoryConfig, MemoryConfigError, SiteConfig
+from model.memory.pool import Draft, Pool
 
 FORMAT = "3"
 GATE_WIDTH = 32
 HEADS = 2  # a sharp and a broad one
-MOST = 1.0 - 1e-6  # of γ: however sure a memory is, it makes no token impossible
 TRUST_LIMITS = (-4.0, 1.0)  # the upper one keeps what was read over and over from drowning the base
 
 
@@ -97,29 +96,25 @@ class LexicalSite(nn.Module):
 
     def gate(self, found: ops.Candidates, entropy: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The logit of γ [n] before trust, and p_mem as shares [n, K]; entropy [n] of the base, keys [n, d_k]."""
-        logit, heads = self.judge(self.gate_inputs(found, entropy, keys))
+        logit, heads = ops.judge(ops.gate_inputs(found, entropy, keys), self.network)
         return logit, (heads[:, :, None] * found.shares).sum(1)
 
-    def gate_inputs(self, found: ops.Candidates, entropy: Tensor, keys: Tensor) -> Tensor:
-        """What the gate looks at [n, (4 + R)·H + 1 + d_k]."""
-        return torch.cat([found.evidence, entropy[:, None] / 4, keys], dim=1)
+    @property
+    def network(self) -> ops.Gate:
+        """What judges what was found."""
+        return ops.Gate(self.gate_in, self.gate_in_bias, self.gate_out, self.gate_out_bias)
 
-    def judge(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The logit of γ [n] before trust, and the heads' weights [n, H], from `gate_inputs`."""
-        inner = torch.tanh(ops.rowwise(inputs, self.gate_in) + self.gate_in_bias)
-        out = ops.rowwise(inner, self.gate_out) + self.gate_out_bias
-        return out[:, 0], torch.softmax(out[:, 1:], dim=1)
+    @property
+    def scales(self) -> ops.Scales:
+        """What the heads think of rows."""
+        return ops.Scales(self.sharpness, self.prior, self.bonus)
 
     def find(self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: ops.Prediction) -> Found:
         """What sessions [n] hold for final hidden states [n, d]; prints [n, R]: fingerprints of the contexts."""
         keys = self.keys(hidden)
         cells = self.address(keys)
-        fast = pool.sites[self.config.name]
-        rows = fast.compare(session, cells, keys, prints)
-        log_probs = base.log_prob(rows.tokens)
-        weigh = (fast.kernels or ops).weigh
-        found = weigh(*rows[:3], log_probs, rows.missing, self.sharpness, self.prior, self.bonus)
-        return Found(keys, cells, rows.missing.view(*cells.shape, -1).sum(-1), found)
+        found, room = pool.sites[self.config.name].find(session, cells, keys, prints, base, self.scales)
+        return Found(keys, cells, room, found)
 
     def first_trust(self) -> Tensor:
         """The trust [R + 1] of a request that begins."""
@@ -143,13 +138,10 @@ class LexicalSite(nn.Module):
     ) -> Reading:
         """How far to believe what was found; the rest is `read`'s."""
         keys, cells, room, candidates = found
-        tokens, repeats = candidates.tokens, candidates.repeats
-        logit, shares = self.gate(candidates, base.entropy, keys)
-        own = pool.sites[self.config.name].own[session, :, repeats]
-        logit = logit + own[:, TRUST] + trust.gather(1, repeats[:, None])[:, 0]
-        unguarded = torch.sigmoid(logit).clamp_max(MOST) * shares.any(-1)
-        gamma = unguarded * (own[:, SHUT] == 0)
-        return Reading(prints, keys, cells, room, repeats, tokens, shares, gamma, unguarded)
+        fast = pool.sites[self.config.name]
+        believe = (fast.kernels or ops).believe
+        belief = believe(candidates, base.entropy, keys, self.network, fast.own, session, trust)
+        return Reading(prints, keys, cells, room, candidates.repeats, candidates.tokens, *belief)
 
     def judged(self, reading: Reading, targets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
         """log p [n] of targets [n] as if the guards were open, and how they judge the gate [R + 1]; frozen: their

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from model.memory import ops
 from model.memory.config import RUNS
-from model.memory.slow import MOST
 from model.policy import Policy, freshness
 from model.scenarios.core import Indices, Numbers, Tasks, Taught
 from model.scenarios.streams import Streams
@@ -139,7 +138,7 @@ class LabellingRound:
             torch.zeros(len(site.sharpness), len(RUNS)),
         )
         logit, shares = site.gate(found, base.entropy, keys)
-        gamma = torch.sigmoid(logit).clamp_max(MOST)
+        gamma = torch.sigmoid(logit).clamp_max(ops.MOST)
         in_memory = ops.memory_prob(labels[asked], found.tokens, shares)
         said = (1 - gamma) * base.log_prob(labels[asked]).exp() + gamma * in_memory
         return -said.clamp_min(ops.TINY).log().mean()

@@ -84,7 +84,7 @@ def _served(
                 gamma = torch.sigmoid(logit + bias) * known
                 if known.any():
                     heads = (found.shares * (found.tokens == targets[:, None])[:, None]).sum(-1)
-                    inputs = site.gate_inputs(found, base.entropy, keys)
+                    inputs = ops.gate_inputs(found, base.entropy, keys)
                     yield Evidence(inputs[known], bias[known], heads[known], frozen[known])
                 reading = Reading(context, keys, cells, room, found.repeats, found.tokens, shares, gamma, gamma)
                 trust = site.next_trust(trust, reading, targets, frozen) * trusting
@@ -119,7 +119,7 @@ def _fit(site: LexicalSite, evidence: Evidence, seed: int) -> float:
 
 
 def _loss(site: LexicalSite, evidence: Evidence) -> Tensor:
-    logit, heads = site.judge(evidence.inputs)
+    logit, heads = ops.judge(evidence.inputs, site.network)
     gamma = torch.sigmoid(logit + evidence.trust)
     p = (1 - gamma) * evidence.frozen.exp() + gamma * (heads * evidence.heads).sum(-1)
     return -(p + ops.TINY).log().mean()

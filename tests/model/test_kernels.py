@@ -48,7 +48,7 @@ def test_a_block_written_by_the_kernel_leaves_the_bits_of_its_twin(P: int, width
 def test_rows_compared_by_the_kernel_are_compared_as_by_its_twin(P: int, width: int) -> None:
     pool = pool_of(P, width, kernels, DEVICE)
     site, (asked, cells, query, context) = pool.sites["words"], asked_of(pool)
-    ours = site.compare(asked, cells, query, context)
+    ours = kernels.compare(site.tables, site.fields, asked, cells, query, context)
     twin = ops.compare(ops.Rows(*site.read(asked, cells)), query, context)
     for name, one, other in zip(ops.Compared._fields, ours, twin, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape), name

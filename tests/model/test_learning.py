@@ -10,9 +10,8 @@ import torch
 
 from model.backbone import Backbone
 from model.lm import AdaptiveLM
-from model.memory.config import RUNS
+from model.memory.config import BALANCE, RUNS, SHUT, TRUST
 from model.memory.ops import GUARD_NATS
-from model.memory.pool import BALANCE, SHUT, TRUST
 from model.memory.slow import TRUST_LIMITS
 from tests.model.tiny_lm import (
     BLOCK,

@@ -12,8 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
-from model.memory.config import OWN, RUNS
-from model.memory.pool import SHUT
+from model.memory.config import OWN, RUNS, SHUT
 
 SLOTS, P, SESSIONS, R = 16, 4, 4, len(RUNS)
 ROWS = 22  # not a multiple of P: room for 6 cells of words, and for 22 states

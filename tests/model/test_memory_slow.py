@@ -26,8 +26,7 @@ from model.memory import (
     ops,
     save_memory,
 )
-from model.memory.config import RUNS
-from model.memory.pool import BALANCE, SHUT, TRUST
+from model.memory.config import BALANCE, RUNS, SHUT, TRUST
 
 LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)
 HIDDEN = SiteConfig("states", "hidden", slots=9, k=3, layer=1, width=5, decay=1.0, cap=10.0)
