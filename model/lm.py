@@ -122,6 +122,7 @@ class AdaptiveLM:
         draft = pool.draft(EMPTY)
         carry, _ = self.block([0, 0], self.new_cache(2), pool, draft.index, learn=[False, True], draft=draft)
         self.predict([carry], pool, [draft.index])
+        pool.close(pool.open(draft.touched()))
         draft.rollback()
 
     def block(

@@ -11,12 +11,14 @@ sparsely after the idea of Sparse Meta Networks (arXiv 2009.01803); the lexical 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.device import load, upload
 from model.memory.config import RUNS, SHUT, TRUST
 
 TINY = torch.finfo(torch.float32).tiny
@@ -353,6 +355,26 @@ def guard(balance: Tensor, shut: Tensor, gain: Tensor, tokens: Tensor) -> tuple[
     """
     balance = (balance * (1.0 - 1.0 / GUARD_TOKENS) ** tokens + gain).clamp_max(GUARD_NATS)
     return balance, torch.where(balance < -GUARD_NATS, torch.ones_like(shut), shut * (balance <= 0))
+
+
+# --- rows as bytes --------------------------------------------------------------------------------------------------
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """Rows [..., w] of numbers as uint8 [..., bytes of a row]."""
+    # A copy: `contiguous` would leave no or one row with strides that `view` refuses.
+    return values.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def fill(fields: Sequence[Tensor], places: Tensor, cell: Tensor, row: Tensor, data: Tensor) -> None:
+    """Puts stored rows, data uint8 [n, row_bytes] of the host, into fields, each [C, P, w]: row `row` [n] of the cell
+    at places[cell [n]]. What else is in the cells at `places` [m] becomes 0."""
+    P, device = fields[0].shape[1], fields[0].device
+    rows = data.new_zeros(len(places) * P, data.shape[1])
+    rows[cell * P + row] = data
+    places, parts = upload(places, device), load(rows, device).split([field[0, 0].nbytes for field in fields], dim=1)
+    for field, part in zip(fields, parts, strict=True):
+        field[places] = as_bytes(part).view(field.dtype).view(len(places), *field.shape[1:])
 
 
 # --- hidden rows ----------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model.device import fetch, load, row_kernels_for, upload
+from model.device import fetch, row_kernels_for, upload
 from model.memory import ops
 from model.memory.config import OWN, RUNS, SHUT, MemoryConfig, SiteConfig
 
@@ -104,16 +105,13 @@ class SitePool:
 
     def fill(self, session: int, batch: SiteRows) -> None:
         """Gives a session the rows of `batch`. Raises PoolFullError, changing nothing."""
-        slots, P = batch.slots.long(), self.config.cell
-        cells, at = torch.unique_consecutive(slots // P, return_inverse=True)
-        places = self.free.take(len(cells))
-        rows = batch.data.new_zeros(len(cells) * P, batch.data.shape[1])
-        rows[at * P + slots % P] = batch.data
-        device = self.tables.device
-        cells, places = upload(cells, device), upload(places, device)
-        for field, values in zip(self.fields, self._unpack(load(rows, device)), strict=True):
-            field[places] = values.view(len(cells), *field.shape[1:])
-        self.tables[session, cells] = places.int()
+        # By numpy, which keeps to one thread: a session is loaded while the other cores have work.
+        cell, row = np.divmod(batch.slots.numpy().astype(np.int64), self.config.cell)
+        begins = np.diff(cell, prepend=-1) != 0
+        cells, *where = map(torch.from_numpy, (cell[begins], begins.cumsum() - 1, row))
+        places, device = self.free.take(len(cells)), self.tables.device
+        (self.kernels or ops).fill([self._rows(field) for field in self.fields], places, *where, batch.data)
+        self.tables[session, upload(cells, device)] = upload(places.int(), device)
 
     def count(self, session: int) -> int:
         """How many rows a session holds."""
@@ -133,18 +131,7 @@ class SitePool:
 
     def _bytes(self, places: Tensor) -> Tensor:
         """The rows at some places [m] as uint8 [m, P, row_bytes]."""
-        return torch.cat([_as(self._rows(field)[places], torch.uint8) for field in self.fields], dim=-1)
-
-    def _unpack(self, data: Tensor) -> list[Tensor]:
-        """uint8 [n, row_bytes] → each field's rows [n, …]."""
-        sizes = [field[0].nbytes // self.config.cell for field in self.fields]
-        return [_as(part, field.dtype) for part, field in zip(data.split(sizes, dim=1), self.fields, strict=True)]
-
-
-def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bytes as another type, by the last dimension."""
-    # A copy: `contiguous` would leave no or one row with strides that `view` refuses.
-    return values.clone(memory_format=torch.contiguous_format).view(dtype)
+        return torch.cat([ops.as_bytes(self._rows(field)[places]) for field in self.fields], dim=-1)
 
 
 class Pool:
