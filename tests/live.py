@@ -246,9 +246,11 @@ def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str
 
 def rows_of(pages: dict[bytes, bytes]) -> dict[int, bytes]:
     """A site's rows as they are stored, by slot."""
-    width = len(next(iter(pages.values()), b"")) // PAGE_ROWS - 1
-    rows = RowBatch.of_pages(pages, width) if pages else None
-    return {} if rows is None else dict(zip(rows.slots.tolist(), map(bytes, rows.data), strict=True))
+    if not pages:
+        return {}
+    page = next(iter(pages.values()))
+    rows = RowBatch.of_pages(pages, (len(page) - PAGE_ROWS) // sum(page[:PAGE_ROWS]))
+    return dict(zip(rows.slots.tolist(), map(bytes, rows.data), strict=True))
 
 
 def _content(redis: Redis, key: bytes) -> dict[bytes, bytes]:

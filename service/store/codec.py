@@ -14,9 +14,9 @@ import numpy as np
 from service.errors import EngineError
 from service.store.types import SLOT_BYTES, RowBatch, SessionMeta, Slots, Undo
 
-FORMAT = b"3"
+FORMAT = b"4"
 # A hash field for each row; "1" had its digests in another form, too, and neither log nor earlier versions.
-OLD_FORMATS = (b"1", b"2")
+OLD_FORMATS = (b"1", b"2", b"3")
 SITE = "site:"
 _FIELDS = frozenset(field.name for field in fields(SessionMeta))
 _NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")

@@ -38,7 +38,7 @@ for site = first_site, #ARGV, 4 do
 end
 
 if OLD_FORMATS[stored[1]] then
-  upgrade()
+  upgrade(stored[1])
 end
 
 local function packed(parts)
@@ -92,7 +92,7 @@ local function write_site(key, row_bytes, records, gone)
         end
         rows[place] = row
       end
-      local new = page_of(rows, row_bytes)
+      local new = page_of(rows)
       if new then
         kept[#kept + 1], kept[#kept + 2] = fields[i], new
       else

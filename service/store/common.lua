@@ -2,8 +2,8 @@
 local HOME = string.sub(KEYS[1], 1, -5)
 local LOG, UNDO, ONCES = HOME .. 'log', HOME .. 'undo', HOME .. 'onces'
 local FENCE, LEASE, ERASED = HOME .. 'fence', HOME .. 'lease', HOME .. 'erased'
-local FORMAT = '3'
-local OLD_FORMATS = {['1'] = true, ['2'] = true} -- see upgrade.lua
+local FORMAT = '4'
+local OLD_FORMATS = {['1'] = true, ['2'] = true, ['3'] = true} -- see upgrade.lua
 local DAY_S = 86400
 
 -- Whether the session is known here: it does not exist yet, or is of this format or of one that becomes it.

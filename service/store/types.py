@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLOT_BYTES = 4
-PAGE_ROWS = 5  # as in pages.lua
+PAGE_ROWS = 10  # as in pages.lua
 Option = str | int | bool
 Slots = NDArray[np.int32]
 
@@ -107,16 +107,22 @@ class RowBatch:
     def of_pages(cls, pages: Mapping[bytes, bytes], row_bytes: int) -> RowBatch:
         """Reads the pages of the store (pages.lua), in any order."""
         number = np.frombuffer(b"".join(pages), "<u4").astype(np.int64)
-        parts = np.frombuffer(b"".join(pages.values()), np.uint8).reshape(len(number), PAGE_ROWS * (1 + row_bytes))
-        order = number.argsort()
-        held = parts[order, :PAGE_ROWS].reshape(-1)
-        slots = (number[order, None] * PAGE_ROWS + np.arange(PAGE_ROWS)).reshape(-1)
-        rows = parts[order, PAGE_ROWS:].reshape(-1, row_bytes)
-        if held.max(initial=0) > 1:
-            raise ValueError(f"a flag of a page must be 0 or 1, not {held.max()}")
-        if not held.all():
-            slots, rows = slots[held == 1], rows[held == 1]
-        return cls(slots.astype(np.int32), rows)
+        order, values = number.argsort(), list(pages.values())
+        packed = [values[at] for at in order.tolist()]
+        counts, rest = np.divmod(np.fromiter(map(len, packed), np.int64, len(packed)) - PAGE_ROWS, row_bytes)
+        if rest.any() or counts.min(initial=1) < 1:
+            raise ValueError(f"a page must be {PAGE_ROWS} bytes and some rows of {row_bytes}")
+        data = np.frombuffer(b"".join(packed), np.uint8)
+        begins = np.arange(len(packed)) * PAGE_ROWS + (counts.cumsum() - counts) * row_bytes
+        held = data[begins[:, None] + np.arange(PAGE_ROWS)]
+        if held.max(initial=0) > 1 or (held.sum(1) != counts).any():
+            raise ValueError("the flags of a page must be 0 or 1, and 1 for each of its rows")
+        page, place = held.nonzero()
+        rows = np.empty((0, row_bytes), np.uint8)
+        if len(page):
+            starts = (page + 1) * PAGE_ROWS + np.arange(len(page)) * row_bytes
+            rows = np.lib.stride_tricks.sliding_window_view(data, row_bytes)[starts]
+        return cls((number[order][page] * PAGE_ROWS + place).astype(np.int32), rows)
 
 
 @dataclass(frozen=True, eq=False)

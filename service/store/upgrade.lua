@@ -1,7 +1,8 @@
 -- Takes a session over that an earlier release wrote.
 --
 -- KEYS  the meta hash.  ARGV  default ttl.
-if OLD_FORMATS[redis.call('HGET', KEYS[1], 'format')] then
-  upgrade()
+local format = redis.call('HGET', KEYS[1], 'format')
+if OLD_FORMATS[format] then
+  upgrade(format)
   age(ARGV[1])
 end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import struct
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -180,23 +181,29 @@ async def test_a_session_of_format_1_is_read_and_taken_over(url: str, raw: Redis
     assert_same(await store.load(tenant, "s"), meta, {"a": rows([1], 7)})
     await store.commit(tenant, new_meta("s", 2), {"a": rows([1, 2], 8)}, note=Note({"kind": "learn"}))
     assert_same(await store.load(tenant, "s"), new_meta("s", 2), {"a": rows([1, 2], 8)})
-    assert raw.hget(key, "format") == b"3"
+    assert raw.hget(key, "format") == b"4"
     history = await store.history(tenant, "s", undo=True)
     assert history is not None and [undo.version for undo in history.undo] == [2]
     assert history.undo[0].sites["a"].data.tolist() == [[7] * 128]
     await store.close()
 
 
-async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Redis, tenant: str) -> None:
+@pytest.mark.parametrize("format", ["2", "3"])
+async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Redis, tenant: str, format: str) -> None:
+    """Format 2 had a field for each row, format 3 for five slots, with zeros where there is no row."""
     store = RedisStore.from_url(url, Keeping(ttl_s=100))
     held, name = rows([*range(12_000), *range(20_000, 30_000, 7)], 3), f"imprint:{{{tenant}/s}}:"
-    meta: dict[Any, Any] = encode(new_meta("s", 1)) | {"format": "2", "site:a": "128"}
+    meta: dict[Any, Any] = encode(new_meta("s", 1)) | {"format": format, "site:a": "128"}
     raw.hset(f"{name}meta", mapping=meta)
-    pairs = zip(held.slots.astype("<u4"), held.data, strict=True)
-    raw.hset(f"{name}rows:a", mapping={slot.tobytes(): row.tobytes() for slot, row in pairs})
+    by_slot = {int(slot): row.tobytes() for slot, row in zip(held.slots, held.data, strict=True)}
+    if format == "3":
+        pages = {slot // 5: [by_slot.get(slot // 5 * 5 + place) for place in range(5)] for slot in by_slot}
+        flags = {number: bytes(row is not None for row in page) for number, page in pages.items()}
+        by_slot = {number: flags[number] + b"".join(row or bytes(128) for row in pages[number]) for number in pages}
+    raw.hset(f"{name}rows:a", mapping={struct.pack("<I", number): value for number, value in by_slot.items()})
     raw.expire(f"{name}rows:a", 5)
     assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": held})
-    assert raw.ttl(f"{name}rows:a") > 90 and raw.hget(f"{name}meta", "format") == b"3"
+    assert raw.ttl(f"{name}rows:a") > 90 and raw.hget(f"{name}meta", "format") == b"4"
     await store.close()
 
 

@@ -319,7 +319,7 @@ async def test_names_that_could_leave_their_key_are_refused(store: RedisStore, n
 
 async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Redis, tenant: str) -> None:
     await store.commit(tenant, new_meta("s", 1), {"a": rows([1])})
-    raw.hset(f"imprint:{{{tenant}/s}}:meta", "format", "4")
+    raw.hset(f"imprint:{{{tenant}/s}}:meta", "format", "5")
     before = snapshot(raw, tenant)
     for call in (
         store.load(tenant, "s"),
@@ -330,7 +330,7 @@ async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Re
         store.delete(tenant, "s"),
         store.list(tenant),
     ):
-        with pytest.raises(EngineError, match=r"'s' is stored in format 4, .* only formats up to 3") as refused:
+        with pytest.raises(EngineError, match=r"'s' is stored in format 5, .* only formats up to 4") as refused:
             await call
         assert refused.value.code == "unknown_store_format"
     assert snapshot(raw, tenant) == before
