@@ -41,7 +41,7 @@ def profiles(
     session = pool.open(as_tensors(made.sites))
     ids = texts.cut("profile", block)
     every: dict[str, Step] = {}
-    for count in (1, *batches):
+    for count in batches:
         every[f"decode {count}, off"] = decoding(lm, pool, EMPTY, ids[:PROMPT], count, steps)
         every[f"decode {count}, predict"] = decoding(lm, pool, session, ids[:PROMPT], count, steps)
     every["block, off"] = lambda: lm.block(ids, lm.backbone.new_cache(block), pool, EMPTY)

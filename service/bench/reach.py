@@ -175,16 +175,12 @@ def or_empty(told: Callable[[Results], str], results: Results) -> str:
 
 
 ROWS = (
-    Row(
-        "decode with memory on (predict) ÷ off, batch 1", 1.07, 1.02, False,
-        compare("single", "s_per_token", "predict", "off"), step("decode 1, predict"),
-    ),
     *(
         Row(
             f"decode with memory on (predict) ÷ off, batch {count}", 1.07, 1.02, False,
             compare(f"batch-{count}", "s_per_step", "predict", "off"), step(f"decode {count}, predict"),
         )
-        for count in (16, 64)
+        for count in (1, 16, 64)
     ),
     Row(
         "throughput kept from 5 to 2,000 sessions", 0.95, 0.99, True,

@@ -80,20 +80,25 @@ def streams(count: int) -> Callable[[Stage], Awaitable[Result]]:
 
 
 def batch(count: int) -> Callable[[Stage], Awaitable[Result]]:
-    """The scenario of decoding alone, so many sequences at once."""
+    """The scenario of decoding alone, so many sequences at once.
+
+    The sessions are full of rows that say nothing, so with and without them the texts, and the tokens that are guessed
+    of them, are the same."""
 
     async def scenario(stage: Stage) -> Result:
         sizes, requests = stage.sizes, -(-count // CHOICES)
-        choices = count // requests
+        choices, tokens = count // requests, sizes.tokens if count == 1 else sizes.batch_tokens
+        for name in {f"full-{i}" for i in range(requests)} - stage.known:
+            await stage.make(name, max(sizes.history))
 
         async def once(arm: Arm, number: int) -> dict[str, float]:
             prompts = [stage.texts.cut(f"batch/{number}/{i}", 16) for i in range(requests)]
-            asked = [arm.generate(p, sizes.batch_tokens, stream=i, n=choices) for i, p in enumerate(prompts)]
+            asked = [arm.generate(p, tokens, stream=i, n=choices) for i, p in enumerate(prompts)]
             return {"s_per_step": step_time(await asyncio.gather(*asked), choices)}
 
-        arms = stage.arms("off", "predict")
+        arms = [*stage.arms("off"), Imprint("predict", stage.imprint, "predict", "full")]
         await stage.warm(arms, requests)
-        title = f"Decoding {count} sequences at once ({requests} sessions of {choices} choices)"
+        title = f"Decoding at batch {count}: {requests} full sessions, {choices} choices each"
         return {"title": title, "arms": await stage.rounds(arms, once)}
 
     return scenario

@@ -45,7 +45,7 @@ class Sizes:
     streams: tuple[int, ...] = (16, 64)
     lengths: tuple[int, ...] = (16, 32, 64, 128, 192)
     stream_tokens: int = 24
-    batches: tuple[int, ...] = (16, 64)
+    batches: tuple[int, ...] = (1, 16, 64)
     batch_tokens: int = 24
     sessions: int = 2000
     session_turns: int = 4
@@ -66,7 +66,7 @@ QUICK = Sizes(
     streams=(16,),
     lengths=(8, 16, 32, 64),
     stream_tokens=8,
-    batches=(16,),
+    batches=(1, 16),
     batch_tokens=8,
     sessions=100,
     session_turns=2,
@@ -168,6 +168,7 @@ class Stage:
         answer = await self.imprint.http.put(f"/v1/sessions/{name}/import", content=pack_session(made, ""))
         if not answer.is_success:
             raise PeerError(f"imprint refused a session of {rows} rows: {answer.text[:200]}")
+        self.known.add(name)
         return int(answer.json()["rows"])
 
     async def warm(self, arms: Iterable[Arm], streams: int = 1) -> None:

@@ -30,6 +30,7 @@ async def states(stage: Stage) -> Result:
         embedded = EmbeddedValkey(Path(folder))
         store = RedisStore.from_url(embedded.start(), Keeping(), alone=True)
         try:
+            pool = Pool(stage.config, rows=capacity, sessions=1)
             least, most = stage.sizes.rounds
             begun = time.monotonic()
             for number in range(2 * most):
@@ -37,7 +38,7 @@ async def states(stage: Stage) -> Result:
                     break
                 for share in stage.sizes.states:
                     rows = int(capacity * share)
-                    name, found = await _measure(stage, store, f"{rows}-{number}", rows)
+                    name, found = await _measure(stage, store, pool, f"{rows}-{number}", rows)
                     for what, seconds in found.items():
                         values.setdefault(name, {}).setdefault(what, []).append(seconds)
                 stage.progress(min(1.0, (time.monotonic() - begun) / stage.budget_s))
@@ -48,9 +49,9 @@ async def states(stage: Stage) -> Result:
     return {"title": title, "arms": values}
 
 
-async def _measure(stage: Stage, store: RedisStore, sid: str, rows: int) -> tuple[str, dict[str, float]]:
+async def _measure(stage: Stage, store: RedisStore, pool: Pool, sid: str, rows: int) -> tuple[str, dict[str, float]]:
     made = made_session(stage.config, sid, "sha256:" + "ab" * 32, rows, stage.vocab_size)
-    pool = Pool(stage.config, rows=max(site.slots for site in stage.config.sites), sessions=1)
+    turn = _turn(made.sites, np.random.default_rng(rows))
     marks = [time.perf_counter()]
     await store.commit(TENANT, made.meta, made.sites)
     marks.append(time.perf_counter())
@@ -59,12 +60,12 @@ async def _measure(stage: Stage, store: RedisStore, sid: str, rows: int) -> tupl
     assert loaded is not None
     fit = all(sound(name, batch, stage.config, stage.vocab_size) for name, batch in loaded.sites.items())
     assert fit, "made rows are such as a memory writes"
-    pool.open(as_tensors(loaded.sites))
+    index = pool.open(as_tensors(loaded.sites))
     marks.append(time.perf_counter())
     entered = await store.enter(TENANT, sid, write="always")
-    batches = _turn(made.sites, np.random.default_rng(rows))
-    await store.commit(TENANT, _next(made.meta), batches, lease=entered.lease, note=Note({"kind": "learn"}))
+    await store.commit(TENANT, _next(made.meta), turn, lease=entered.lease, note=Note({"kind": "learn"}))
     marks.append(time.perf_counter())
+    pool.close(index)
     save, load, place, commit = np.diff(marks).tolist()
     size = f"{made.meta.bytes / 2**20:.2f} MB"
     return size, {

@@ -30,7 +30,7 @@ from service.settings import Settings
 from service.transfer import as_tensors, pack_session, read_export, sound, unpack_session
 
 TINY = replace(
-    QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(16,),
+    QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(1, 16),
     batch_tokens=4, sessions=12, session_turns=1, states=(1 / 64, 1 / 16), rate=20.0, rate_s=0.2, long_prompt=128,
     running=48, quiet_s=0.05, learned=64, rounds=(1, 1),
 )  # fmt: skip
@@ -135,7 +135,8 @@ def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_every_scenario_is_measured_for_every_arm_that_is_there(whole: tuple[Path, dict[str, Any]]) -> None:
     found = whole[1]["scenarios"]
     assert list(found) == [
-        "single", "prefill", "streams-3", "batch-16", "sessions", "history", "states", "rate", "interruption",
+        "single", "prefill", "streams-3", "batch-1", "batch-16",
+        "sessions", "history", "states", "rate", "interruption",
     ]  # fmt: skip
     assert list(found["single"]["arms"]) == ["off", "predict", "both", "transformers"]
     assert list(found["prefill"]["arms"]) == ["off", "both", "transformers"]
