@@ -15,9 +15,6 @@ from torch import Tensor
 from model.memory.ops import LIKENESS_STEP, Candidates, Compared, Prediction, Scales, query_steps, weigh_rows
 from model.memory.ops import believe as believe  # torch's operators are the kernels of these
 from model.memory.ops import fill as fill
-from model.memory.ops import mix as mix
-from model.memory.ops import predict as predict
-from model.memory.ops import trail_fingerprints as trail_fingerprints
 
 
 def find(

@@ -221,11 +221,7 @@ class AdaptiveLM:
         site = self.memory.lexical
         if site is None:
             return logits
-        kernels = pool.sites[site.config.name].kernels or ops
-        base = kernels.predict(logits)
-        reading = site.read(pool, session, states, kernels.trail_fingerprints(trails), base, trust)
-        mixed: Tensor = kernels.mix(base, reading.tokens, reading.shares, reading.gamma, inplace=True)
-        return mixed
+        return site.mixture(pool, session, states, trails, logits, trust)
 
     def hooks(
         self, pool: Pool, index: int | Sequence[int] | Tensor, inputs: dict[int, Tensor]

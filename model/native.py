@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -49,13 +49,6 @@ def compiled(function: F) -> F:
     return machine
 
 
-def predict(logits: Tensor) -> Prediction:
-    """Two passes over a row that stays in the cache. Twin: `ops.predict`."""
-    log_z, entropy = torch.empty(2, len(logits)).unbind()
-    _by_rows(_predict, len(logits), logits, log_z, entropy)
-    return Prediction(logits, log_z, entropy)
-
-
 def find(
     tables: Tensor,
     fields: Sequence[Tensor],
@@ -87,18 +80,25 @@ def believe(
     return belief
 
 
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor, *, inplace: bool = False) -> Tensor:
-    """Without the passes over the vocabulary that its twin, `ops.mix`, takes."""
-    mixed = base.logits if inplace else base.logits.clone()
-    _by_rows(_mix, len(mixed), mixed, base.log_z, tokens, shares, gamma)
-    return mixed
-
-
-def trail_fingerprints(trails: Tensor) -> Tensor:
-    """Equal to its twin, `ops.trail_fingerprints`, to the last bit."""
-    prints = torch.empty(len(trails), len(RUNS), dtype=torch.int16)
-    _trail_fingerprints(*_arrays(trails, prints))
-    return prints
+def mixture(
+    tables: Tensor,
+    fields: Sequence[Tensor],
+    own: Tensor,
+    address: tuple[Tensor, Tensor, Tensor],
+    k: int,
+    scales: Scales,
+    gate: Gate,
+    session: Tensor,
+    hidden: Tensor,
+    trails: Tensor,
+    trust: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    """All of a read in one call, in place of the logits; the operators of its twin, what `LexicalSite.mixture` does
+    elsewhere, are small, many and cold. address: weight and bias of the keys, and the cells' centres."""
+    site = (tables, *fields, own, *address, *scales, *gate)
+    _by_rows(partial(_mixture, k), len(logits), *site, session, hidden.float(), trails, trust, logits)
+    return logits
 
 
 def write(
@@ -153,8 +153,8 @@ def _exp(x: Any) -> Any:
 
 
 @compiled
-def _predict(first: int, last: int, logits: Array, log_z: Array, entropy: Array) -> None:
-    for t in range(first, last):
+def _predict(logits: Array, log_z: Array, entropy: Array) -> None:
+    for t in range(len(logits)):
         row = logits[t]
         top, total, weighted = row[0], np.float32(0.0), np.float32(0.0)
         for i in range(len(row)):
@@ -295,10 +295,10 @@ def _believe(
 
 
 @compiled
-def _mix(first: int, last: int, logits: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array) -> None:
+def _mix(logits: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array) -> None:
     K = tokens.shape[1]
     share, distinct = np.zeros(logits.shape[1], shares.dtype), np.empty(K, np.int64)
-    for t in range(first, last):
+    for t in range(len(logits)):
         count, without = 0, math.log1p(-gamma[t]) - log_z[t]
         for i in range(K):
             token = tokens[t, i]
@@ -328,6 +328,86 @@ def _trail_fingerprints(trails: Array, out: Array) -> None:
                 total += (trails[t, at] + 1) * power
             high = np.int16(((total ^ (total >> 29)) * mixer) >> 48)
             out[t, r] = 0 if trails[t, first] < 0 else 1 if high == 0 else high
+
+
+@compiled
+def _keys(hidden: Array, weight: Array, bias: Array, out: Array) -> None:
+    for t in range(len(hidden)):
+        key, square = out[t], np.float32(0.0)
+        key[:] = bias
+        for i in range(len(weight)):
+            for d in range(len(key)):
+                key[d] += hidden[t, i] * weight[i, d]
+        for d in range(len(key)):
+            square += key[d] * key[d]
+        key /= max(np.sqrt(square), np.float32(1e-12))
+
+
+@compiled
+def _nearest(keys: Array, centres: Array, out: Array) -> None:
+    """The k cells [n, k] whose centres are the nearest to each key, the nearest first."""
+    k = out.shape[1]
+    best = np.empty(k, keys.dtype)
+    for t in range(len(keys)):
+        found = 0
+        for cell in range(len(centres)):
+            score = np.float32(0.0)
+            for d in range(keys.shape[1]):
+                score += keys[t, d] * centres[cell, d]
+            if found == k and score <= best[k - 1]:
+                continue
+            at = min(found, k - 1)
+            while at > 0 and best[at - 1] < score:
+                best[at], out[t, at] = best[at - 1], out[t, at - 1]
+                at -= 1
+            best[at], out[t, at] = score, cell
+            found = min(found + 1, k)
+
+
+@compiled
+def _mixture(
+    k: int,
+    first: int,
+    last: int,
+    tables: Array,
+    ages: Array,
+    tokens: Array,
+    prints: Array,
+    keys: Array,
+    own: Array,
+    key_weight: Array,
+    key_bias: Array,
+    centres: Array,
+    sharpness: Array,
+    prior: Array,
+    bonus: Array,
+    weight: Array,
+    bias: Array,
+    out_weight: Array,
+    out_bias: Array,
+    session: Array,
+    hidden: Array,
+    trails: Array,
+    trust: Array,
+    logits: Array,
+) -> None:
+    n, K, H, R = last - first, k * ages.shape[1], len(bonus), bonus.shape[1]
+    session, trust, logits = session[first:last], trust[first:last], logits[first:last]
+    log_z, entropy, gamma, unguarded = np.empty((4, n), logits.dtype)
+    context, query = np.empty((n, R), np.int16), np.empty((n, keys.shape[2]), hidden.dtype)
+    cells, room = np.empty((2, n, k), np.int64)
+    found, shares, mixed = np.empty((n, K), np.int64), np.zeros((n, H, K), logits.dtype), np.empty((n, K), logits.dtype)
+    evidence, repeats = np.zeros((n, H, 4 + R), logits.dtype), np.empty(n, np.int64)
+    _predict(logits, log_z, entropy)
+    _trail_fingerprints(trails[first:last], context)
+    _keys(hidden[first:last], key_weight, key_bias, query)
+    _nearest(query, centres, cells)
+    rows = (tables, ages, tokens, prints, keys)
+    scales = (sharpness, prior, bonus)
+    _find(0, n, *rows, session, cells, query, context, logits, log_z, *scales, found, shares, evidence, repeats, room)
+    judged = (shares, evidence.reshape(n, -1), repeats, entropy, query)
+    _believe(0, n, *judged, weight, bias, out_weight, out_bias, own, session, trust, mixed, gamma, unguarded)
+    _mix(logits, log_z, found, mixed, gamma)
 
 
 @compiled

@@ -278,18 +278,16 @@ def believe(
     return Belief(shares, unguarded * (mine[:, SHUT] == 0), unguarded)
 
 
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor, *, inplace: bool = False) -> Tensor:
+def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
     """log p [n, V] up to a constant a row, p = (1 − γ)·p_LM + γ·p_mem: logits that change at p_mem's tokens alone.
 
-    Rows with γ = 0 keep them all, bit for bit. p_mem: shares [n, K] of tokens [n, K] long, which may repeat. inplace:
-    the base's logits become it.
+    Rows with γ = 0 keep them all, bit for bit. p_mem: shares [n, K] of tokens [n, K] long, which may repeat.
     """
     share = torch.zeros_like(base.logits).scatter_add_(1, tokens, shares).gather(1, tokens)
     at = base.log_prob(tokens) + torch.log1p(-gamma)[:, None]
     gain = torch.logaddexp(at, (gamma[:, None] * share).log()) - at
     # A token that comes more than once gets the same score each time.
-    scatter = base.logits.scatter_ if inplace else base.logits.scatter
-    return scatter(1, tokens, base.logits.gather(1, tokens) + gain)
+    return base.logits.scatter(1, tokens, base.logits.gather(1, tokens) + gain)
 
 
 def memory_prob(targets: Tensor, tokens: Tensor, shares: Tensor) -> Tensor:

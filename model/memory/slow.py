@@ -143,6 +143,21 @@ class LexicalSite(nn.Module):
         belief = believe(candidates, base.entropy, keys, self.network, fast.own, session, trust)
         return Reading(prints, keys, cells, room, candidates.repeats, candidates.tokens, *belief)
 
+    def mixture(
+        self, pool: Pool, session: Tensor, hidden: Tensor, trails: Tensor, logits: Tensor, trust: Tensor
+    ) -> Tensor:
+        """log p [n, V] of next tokens up to a constant a row, with what sessions [n] know; logits [n, V] of the base,
+        which may be overwritten; trails [n, 8]: last tokens; the rest as in `read`."""
+        fast = pool.sites[self.config.name]
+        if whole := getattr(fast.kernels, "mixture", None):
+            address, asked = (self.key_weight, self.key_bias, self.centres), (session, hidden, trails, trust)
+            slow = (address, self.config.k, self.scales, self.network)
+            mixed: Tensor = whole(fast.tables, fast.fields, fast.own, *slow, *asked, logits)
+            return mixed
+        base = ops.predict(logits)
+        reading = self.read(pool, session, hidden, ops.trail_fingerprints(trails), base, trust)
+        return ops.mix(base, reading.tokens, reading.shares, reading.gamma)
+
     def judged(self, reading: Reading, targets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
         """log p [n] of targets [n] as if the guards were open, and how they judge the gate [R + 1]; frozen: their
         log-probabilities [n] without this site."""

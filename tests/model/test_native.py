@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from model import native
-from model.memory import naive, ops
-from model.memory.config import RUNS, SHUT
+from model.memory import LexicalSite, Pool, naive, ops
+from model.memory.config import RUNS, SHUT, TRUST
 from tests.model.cells import SIZES, VOCAB, asked_of, bits_after_lessons, pool_of
+
+HIDDEN = 6
 
 
 @pytest.mark.parametrize(("P", "width"), SIZES)
@@ -66,45 +69,61 @@ def test_rows_are_weighed_as_by_the_twins(P: int, width: int, dtype: torch.dtype
         assert torch.equal(alone.shares[0], ours.shares[n]) and torch.equal(alone.evidence[0], ours.evidence[n])
 
 
+def site_of(width: int) -> LexicalSite:
+    """A site with random slow weights, over the cells of `pool_of`."""
+    g, config = torch.Generator().manual_seed(7), pool_of(3, width, None).config.sites[0]
+    site = LexicalSite(config, HIDDEN).requires_grad_(False)
+    for weight in site.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=g))
+    site.gate_out.mul_(0.2)  # where γ is almost 1, what is left of it has few digits
+    return site
+
+
+def asking(pool: Pool, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """n requests: sessions, hidden states, trails (some of which just began), trust and logits. One session has rows
+    and a shut guard, one has rows, one none."""
+    g, own = torch.Generator().manual_seed(n), pool.sites["words"].own
+    sessions = sorted({*asked_of(pool)[0].tolist()})
+    own[1:, TRUST] = torch.randn(own[1:, TRUST].shape, generator=g)
+    own[sessions[1], SHUT] = 1.0
+    trails = torch.randint(0, 2**17, (n, max(RUNS)), generator=g)
+    for began in range(min(n, max(RUNS))):
+        trails[began, :began] = -1
+    asked = torch.tensor(sessions)[torch.randint(0, len(sessions), (n,), generator=g)]
+    hidden, trust = torch.randn(n, HIDDEN, generator=g), torch.randn(n, len(RUNS) + 1, generator=g)
+    return asked, hidden, trails, trust, 3 * torch.randn(n, VOCAB, generator=g)
+
+
 @pytest.mark.parametrize("n", [1, 2 * native.ROWS_A_THREAD + 1])
-@pytest.mark.parametrize("K", [1, 7, 40])
-def test_what_is_found_is_believed_and_mixed_as_by_the_twins(n: int, K: int) -> None:
-    """In one thread and in several, with an open and a shut guard, with nothing found, and with tokens twice."""
-    g, R = torch.Generator().manual_seed(n + K), len(RUNS)
-    shares = torch.softmax(2 * torch.randn(n, 2, K, generator=g), -1)
-    shares[0] = 0.0
-    found = ops.Candidates(
-        torch.randint(0, VOCAB, (n, K), generator=g),
-        shares,
-        torch.randn(n, 2 * (4 + R), generator=g),
-        torch.randint(0, R + 1, (n,), generator=g),
-    )
-    keys, trust = torch.randn(n, 5, generator=g), torch.randn(n, R + 1, generator=g)
-    sizes = ((2 * (4 + R) + 6, 32), (32,), (32, 3), (3,))
-    gate, base = ops.Gate(*(torch.randn(*size, generator=g) for size in sizes)), said(n, torch.float32)
-    own, session = torch.randn(3, 3, R + 1, generator=g), torch.randint(0, 3, (n,), generator=g)
-    own[:, SHUT] = (own[:, SHUT] > 0).float()
-    judged = [part.believe(found, base.entropy, keys, gate, own, session, trust) for part in (native, ops)]
+def test_what_is_found_is_believed_as_by_the_twin(n: int) -> None:
+    """In one thread and in several, with open and shut guards."""
+    site, pool = site_of(5), pool_of(3, 5, native)
+    asked, hidden, trails, trust, logits = asking(pool, n)
+    base, keys = ops.predict(logits), site.keys(hidden)
+    found = site.find(pool, asked, hidden, ops.trail_fingerprints(trails), base).candidates
+    own = pool.sites["words"].own
+    judged = [part.believe(found, base.entropy, keys, site.network, own, asked, trust) for part in (native, ops)]
     for name, mine, its in zip(ops.Belief._fields, *judged, strict=True):
         torch.testing.assert_close(mine, its, atol=1e-6, rtol=1e-5, msg=name)
-    belief = judged[1]
-    kept = base.logits.clone()
-    for inplace in (False, True):
-        mixed, twin = (
-            part.mix(base._replace(logits=kept.clone()), found.tokens, belief.shares, belief.gamma, inplace=inplace)
-            for part in (native, ops)
-        )
-        torch.testing.assert_close(mixed, twin, atol=2e-6, rtol=1e-5)
-        unread = belief.gamma == 0
-        assert unread[0] and torch.equal(mixed[unread], kept[unread])
-    assert torch.equal(base.logits, kept)
 
 
-def test_trails_have_the_fingerprints_of_the_twin() -> None:
-    trails = torch.randint(0, 2**17, (999, max(RUNS)), generator=torch.Generator().manual_seed(0))
-    for began in range(max(RUNS)):
-        trails[began, :began] = -1
-    assert torch.equal(native.trail_fingerprints(trails), ops.trail_fingerprints(trails))
+@pytest.mark.parametrize("n", [1, 4, 20 * native.ROWS_A_THREAD + 1])
+@pytest.mark.parametrize("width", [1, 5, 64])
+def test_a_whole_read_is_that_of_the_twins(n: int, width: int) -> None:
+    """Where nothing is found or a guard is shut the logits keep their bits, and each row is as if it were alone."""
+    site, pool, twins = site_of(width), pool_of(3, width, native), pool_of(3, width, None)
+    asked, hidden, trails, trust, logits = asking(pool, n)
+    asking(twins, n)
+    mine = site.mixture(pool, asked, hidden, trails, logits.clone(), trust)
+    twin = site.mixture(twins, asked, hidden, trails, logits.clone(), trust)
+    torch.testing.assert_close(mine, twin, atol=2e-5, rtol=1e-4)
+    silent = (twin == logits).all(1)
+    assert torch.equal(mine[silent], logits[silent])
+    assert n < 9 or (silent.any() and not silent.all())
+    for t in range(min(n, 20)):
+        one = slice(t, t + 1)
+        alone = site.mixture(pool, asked[one], hidden[one], trails[one], logits[one].clone(), trust[one])
+        assert torch.equal(alone[0], mine[t])
 
 
 def said(n: int, dtype: torch.dtype) -> ops.Prediction:
