@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -19,12 +19,13 @@ from torch import Tensor
 from model.memory.ops import LIKENESS_STEP, Candidates, Compared, earned_by, query_steps
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """The function as machine code, from its first call on."""
     try:
-        machine: Callable[..., None] = numba.njit(nogil=True, cache=True)(function)
+        machine: Callable[..., T] = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # there is no place to keep it
         machine = numba.njit(nogil=True)(function)
     return machine

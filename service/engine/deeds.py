@@ -11,6 +11,7 @@ from torch import Tensor
 from model.journal import NAME, Journal, JournalError
 from model.memory import Draft
 from model.policy import Policy
+from model.swift import serving
 from service.engine.hold import Hold
 from service.engine.hot import HotSessions
 from service.engine.job import Decided, Deed, Event, Job
@@ -119,6 +120,7 @@ class Desk:
     def __init__(self, policy: Policy, hot: HotSessions) -> None:
         self.policy = policy
         self.hot = hot
+        self._acting = serving(policy, hot.pool.device)
         self.waiting: deque[DeedRun] = deque()
 
     def take(self, limit: int) -> list[DeedRun]:
@@ -148,8 +150,8 @@ class Desk:
             return
         told = zip(*(run.journal.last for run in runs), strict=True)
         last, reward = (torch.tensor(part, device=self.hot.pool.device) for part in told)
-        inputs = self.policy.inputs(observation, last, reward)
-        logits, expected = self.policy.decide(inputs, self.hot.pool, session)
+        inputs = self._acting.inputs(observation, last, reward)
+        logits, expected = self._acting.decide(inputs, self.hot.pool, session)
         for run, *mine in zip(runs, logits, expected, inputs, strict=True):
             guard(run, lambda run=run, mine=mine: run.decide(*mine))  # type: ignore[misc]
 
@@ -159,7 +161,7 @@ class Desk:
         device = self.hot.pool.device
         inputs = torch.stack([run.journal.inputs(run.row or 0) for run in runs]).to(device)
         rewards = torch.tensor([run.reward for run in runs], device=device)
-        slots, rows, loss, frozen = self.policy.reward(inputs, rewards, self.hot.pool, self._sessions(runs))
+        slots, rows, loss, frozen = self._acting.reward(inputs, rewards, self.hot.pool, self._sessions(runs))
         for run, *told in zip(runs, slots, rows, loss.tolist(), frozen.tolist(), strict=True):
             guard(run, lambda run=run, told=told: run.rewarded(*told))  # type: ignore[misc]
 
