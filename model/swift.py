@@ -140,8 +140,9 @@ def _inputs(observation: Array, last: Array, reward: Array, out: Array, sizes: t
 def _affine(x: Array, matrix: Array, bias: Array) -> Array:
     y = bias.copy()
     for i in range(len(x)):
-        for j in range(len(y)):
-            y[j] += x[i] * matrix[i, j]
+        if x[i] != 0:  # as half of all rectified numbers are
+            for j in range(len(y)):
+                y[j] += x[i] * matrix[i, j]
     return y
 
 
