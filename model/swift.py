@@ -1,4 +1,4 @@
-"""A policy's steps on CPUs, compiled by Numba: some dozens of tiny operators become one pass over small arrays.
+"""A policy's steps on CPUs, compiled by Numba: hundreds of tiny operators become a pass over small arrays.
 
 Letters as in `policy`: n sessions, A actions, F numbers of an action's input, D those of its state; k slots, d_v numbers
 of a row.
@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.memory import Pool
-from model.memory.pool import SHUT, SitePool
+from model.lm import EMPTY
+from model.memory import Draft, Pool
+from model.memory.ops import GUARD_NATS, GUARD_TOKENS
+from model.memory.pool import BALANCE, SHUT, SitePool
 from model.native import Array, compiled
-from model.policy import OUTCOME, Policy
+from model.policy import HISTORY, OUTCOME, Policy
 
 HIGHEST_LOSS, TINY, FAINT = np.float32(8.0), np.finfo(np.float32).tiny, np.float32(1e-12)
 ONE, ZERO = np.float32(1.0), np.float32(0.0)
@@ -53,55 +55,77 @@ class SwiftPolicy:
     def __init__(self, policy: Policy) -> None:
         config, site = policy.config, policy.site
 
-        def matrix(layer: nn.Linear) -> tuple[Array, Array]:
-            return _array(layer.weight.T), _array(layer.bias)
-
+        product = site.out[:0] if policy.product is None else policy.product
         size = policy.size if site.config.decay != 1.0 else policy.size[:0]
-        self._weights = Weights(
-            *matrix(policy.trunk),
-            *map(_array, (site.address_weight, site.address_bias, site.temperature[None])),
-            *map(_array, (site.out, site.gate, site.gate_hidden)),
-            np.zeros((0, config.state), np.float32) if policy.product is None else _array(policy.product),
-            _array(size),
-            *matrix(policy.join),
-            *matrix(policy.head),
-            *matrix(policy.event),
-            *map(_array, (site.value_hidden, site.value_error[:OUTCOME], site.write_gate)),
-        )
-        self._policy = policy
+        slow = [policy.trunk.weight.T, policy.trunk.bias]
+        slow += [site.address_weight, site.address_bias, site.temperature[None], site.out, site.gate, site.gate_hidden]
+        slow += [product, size]
+        slow += [part for layer in (policy.join, policy.head, policy.event) for part in (layer.weight.T, layer.bias)]
+        slow += [site.value_hidden, site.value_error[:OUTCOME], site.write_gate]
+        self._weights = Weights(*_arrays(*slow))
+        self.config, self.site = config, site
         start = config.context + config.features
         places = [*range(config.cue)] + config.by_features * [*range(config.context, start)]
         places += config.by_action * [*range(start, start + config.actions)]
         self._places = np.array(places, np.int64)
 
+    def prepare(self, pool: Pool) -> None:
+        """Does everything once: kernels are compiled when they are called."""
+        last, reward, session = torch.tensor([-1]), torch.tensor([self.config.lowest]), torch.tensor([EMPTY])
+        inputs = self.inputs(torch.zeros(1, self.config.observation), last, reward)
+        self.decide(inputs, pool, session)
+        self.reward(inputs[:, 0], reward, pool, session)
+
     def inputs(self, observation: Tensor, last: Tensor, reward: Tensor) -> Tensor:
         """Twin: `Policy.inputs`, of which it is equal to the last bit."""
-        c, n = self._policy.config, len(observation)
-        inputs = torch.zeros(n, c.actions, c.input)
-        sizes = (c.context, c.features, c.identity)
-        _inputs(*_arrays(observation, last, self._policy.scaled(reward).float(), inputs), sizes)
-        return inputs
+        c, n, action = self.config, len(observation), np.arange(self.config.actions)
+        inputs, own = np.zeros((n, c.actions, c.input), np.float32), c.context + c.features
+        seen, taken, told = observation.numpy(), last.numpy(), self._scaled(reward).numpy()
+        inputs[:, :, : c.context] = seen[:, None, : c.context]
+        inputs[:, :, c.context : own] = seen[:, c.context :].reshape(n, c.actions, c.features)
+        if c.identity:
+            inputs[:, action, own + action] = 1.0
+        for i in range(n):
+            if taken[i] >= 0:
+                known = not math.isnan(told[i])
+                inputs[i, taken[i], -HISTORY:] = 1.0, told[i] if known else 0.0, known
+        return torch.from_numpy(inputs)
 
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
         """Twin: `Policy.decide`."""
         logits, expected = (torch.empty(inputs.shape[:2]) for _ in range(2))
         asked = _arrays(inputs, session, logits, expected)
-        _decide(self._weights, self._places, *self._memory(pool), *asked, self._policy.site.config.k)
+        _decide(self._weights, self._places, *self._memory(pool), *asked, self.site.config.k)
         return logits, expected
 
     def reward(
         self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Twin: `Policy.reward`."""
-        n, config = len(inputs), self._policy.site.config
+        n, config = len(inputs), self.site.config
         slots, rows = torch.empty(n, config.k, dtype=torch.long), torch.empty(n, config.k, config.width)
         loss, frozen = torch.empty(n), torch.empty(n)
-        asked = _arrays(inputs, self._policy.scaled(reward), session, slots, rows, loss, frozen)
-        _reward(self._weights, self._places, *self._memory(pool), *asked, np.float32(config.decay), np.float32(config.cap))
+        asked = _arrays(inputs, self._scaled(reward), session, slots, rows, loss, frozen)
+        _reward(
+            self._weights, self._places, *self._memory(pool), *asked, np.float32(config.decay), np.float32(config.cap)
+        )
         return slots, rows, loss, frozen
 
+    def guard(self, draft: Draft, gain: float) -> bool:
+        """Twin: `Policy.guard`, of which it is equal to the last bit."""
+        own = draft.pool.sites[self.site.config.name].own[draft.index].numpy()
+        balance, shut = own[BALANCE, 0], own[SHUT, 0]
+        kept = balance * np.float32(1.0 - 1.0 / GUARD_TOKENS)
+        balance = min(kept + np.float32(min(max(gain, -GUARD_NATS), GUARD_NATS)), np.float32(GUARD_NATS))
+        own[BALANCE, 0] = balance
+        own[SHUT, 0] = 1.0 if balance < -GUARD_NATS else shut * (balance <= 0)
+        return not shut
+
+    def _scaled(self, reward: Tensor) -> Tensor:
+        return (reward - self.config.lowest) / (self.config.highest - self.config.lowest)
+
     def _memory(self, pool: Pool) -> list[Array]:
-        site: SitePool = pool.sites[self._policy.site.config.name]
+        site: SitePool = pool.sites[self.site.config.name]
         return _arrays(site.tables, site.fields[0], site.own)
 
 
@@ -110,30 +134,9 @@ def serving(policy: Policy, device: torch.device) -> Policy | SwiftPolicy:
     return SwiftPolicy(policy) if device.type == "cpu" and policy.config.task == "act" else policy
 
 
-def _array(tensor: Tensor) -> Array:
-    return np.ascontiguousarray(tensor.detach().numpy())
-
-
 def _arrays(*tensors: Tensor) -> list[Array]:
-    return [tensor.numpy() for tensor in tensors]
-
-
-@compiled
-def _inputs(observation: Array, last: Array, reward: Array, out: Array, sizes: tuple[int, int, bool]) -> None:
-    context, features, identity = sizes
-    n, A, F = out.shape
-    for i in range(n):
-        for a in range(A):
-            own = context + a * features
-            out[i, a, :context] = observation[i, :context]
-            out[i, a, context : context + features] = observation[i, own : own + features]
-            if identity:
-                out[i, a, context + features + a] = 1
-        if last[i] >= 0:
-            out[i, last[i], F - 3] = 1
-            if not math.isnan(reward[i]):
-                out[i, last[i], F - 2] = reward[i]
-                out[i, last[i], F - 1] = 1
+    """In the one layout for which the kernels are compiled; nothing is copied that lies so."""
+    return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
 
 
 @compiled
@@ -147,18 +150,38 @@ def _affine(x: Array, matrix: Array, bias: Array) -> Array:
 
 
 @compiled
+def _square(x: Array) -> np.float32:
+    total = ZERO
+    for value in x:
+        total += value * value
+    return total
+
+
+@compiled
 def _sigmoid(x: np.float32) -> np.float32:
     return ONE / (ONE + math.exp(-x))
 
 
 @compiled
-def _rectified(x: Array) -> Array:
-    return np.maximum(x, ZERO)
+def _rectify(x: Array) -> Array:
+    for j in range(len(x)):
+        x[j] = max(x[j], ZERO)
+    return x
+
+
+@compiled
+def _joined(first: Array, second: Array) -> Array:
+    both = np.empty(len(first) + len(second), np.float32)
+    for i in range(len(first)):
+        both[i] = first[i]
+    for i in range(len(second)):
+        both[len(first) + i] = second[i]
+    return both
 
 
 @compiled
 def _state(weights: Weights, places: Array, inputs: Array) -> Array:
-    return np.concatenate((inputs[places], _rectified(_affine(inputs, weights.trunk, weights.trunk_bias))))
+    return _joined(inputs[places], _rectify(_affine(inputs, weights.trunk, weights.trunk_bias)))
 
 
 @compiled
@@ -176,10 +199,7 @@ def _address(weights: Weights, state: Array, slots: Array, w: Array) -> None:
     k = len(slots)
     s = _affine(state, weights.address, weights.address_bias)
     side = len(s) // 2
-    square = ZERO
-    for value in s:
-        square += value * value
-    s *= ONE / np.sqrt(square / np.float32(len(s)) + FAINT)
+    s *= ONE / np.sqrt(_square(s) / np.float32(len(s)) + FAINT)
     first, second = _best(s[:side], min(k, side)), _best(s[side:], min(k, side))
     m = len(first)
     scores = np.empty(m * m, np.float32)
@@ -187,12 +207,17 @@ def _address(weights: Weights, state: Array, slots: Array, w: Array) -> None:
         for j in range(m):
             scores[i * m + j] = s[first[i]] + s[side + second[j]]
     best = _best(scores, k)
-    length = ZERO
     for i in range(k):
         slots[i] = first[best[i] // m] * side + second[best[i] % m]
         w[i] = math.exp(weights.temperature[0] * (scores[best[i]] - scores[best[0]]))
-        length += w[i] * w[i]
-    w /= np.sqrt(length)
+    w /= np.sqrt(_square(w))
+
+
+@compiled
+def _read(table: Array, field: Array, slots: Array, rows: Array) -> None:
+    for i in range(len(slots)):
+        for j in range(rows.shape[1]):
+            rows[i, j] = field[table[slots[i]], j]
 
 
 @compiled
@@ -207,10 +232,7 @@ def _sum(rows: Array, w: Array) -> Array:
 @compiled
 def _recall(weights: Weights, state: Array, said: Array) -> Array:
     """The state with what the rows said."""
-    square = ZERO
-    for value in said:
-        square += value * value
-    square /= np.float32(len(said))
+    square = _square(said) / np.float32(len(said))
     if square == 0:
         return state
     said = said / np.sqrt(max(square, FAINT))
@@ -230,7 +252,7 @@ def _recall(weights: Weights, state: Array, said: Array) -> Array:
 @compiled
 def _judge(weights: Weights, recalled: Array) -> Array:
     """How good it is to act so, and the reward that is expected."""
-    said = _affine(_rectified(_affine(recalled, weights.join, weights.join_bias)), weights.head, weights.head_bias)
+    said = _affine(_rectify(_affine(recalled, weights.join, weights.join_bias)), weights.head, weights.head_bias)
     said[1] = _sigmoid(said[1])
     return said
 
@@ -262,10 +284,10 @@ def _decide(
             state = _state(weights, places, inputs[i, a])
             if not shut:
                 _address(weights, state, slots, w)
-                for j in range(k):
-                    rows[j] = field[tables[session[i], slots[j]]]
+                _read(tables[session[i]], field, slots, rows)
                 state = _recall(weights, state, _sum(rows, w))
-            out_logits[i, a], out_expected[i, a] = _judge(weights, state)
+            said = _judge(weights, state)
+            out_logits[i, a], out_expected[i, a] = said[0], said[1]
 
 
 @compiled
@@ -291,23 +313,17 @@ def _reward(
         slots, rows, told = out_slots[i], out_rows[i], reward[i]
         state = _state(weights, places, inputs[i])
         _address(weights, state, slots, w)
-        for j in range(k):
-            rows[j] = field[tables[session[i], slots[j]]]
+        _read(tables[session[i]], field, slots, rows)
         said = _sum(rows, w)
         recalled = _recall(weights, state, said)
         expected = _judge(weights, recalled)[1]
         out_loss[i], out_frozen[i] = _loss(told, expected), _loss(told, _judge(weights, state)[1])
         outcome[0], outcome[1] = ONE, told
         outcome[2], outcome[3] = max(told - expected, ZERO), max(expected - told, ZERO)
-        following = np.tanh(_affine(np.concatenate((recalled, outcome)), weights.event, weights.event_bias))
+        following = np.tanh(_affine(_joined(recalled, outcome), weights.event, weights.event_bias))
         error = _affine(outcome, weights.outcome, _affine(following, weights.value, np.zeros_like(said))) - decay * said
         beta = _sigmoid(weights.write_gate[0] + weights.write_gate[1] * min(out_loss[i], HIGHEST_LOSS))
-        crowd = ZERO
+        crowd = max(_square(w), ONE)
         for j in range(k):
-            crowd += w[j] * w[j]
-        for j in range(k):
-            rows[j] += beta / max(crowd, ONE) * w[j] * error
-            square = ZERO
-            for value in rows[j]:
-                square += value * value
-            rows[j] *= cap / max(np.sqrt(square), cap)
+            rows[j] += beta / crowd * w[j] * error
+            rows[j] *= cap / max(np.sqrt(_square(rows[j])), cap)

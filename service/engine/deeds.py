@@ -12,7 +12,7 @@ from torch import Tensor
 from model.journal import NAME, Journal, JournalError, Numbers
 from model.memory import Draft
 from model.policy import Policy
-from model.swift import serving
+from model.swift import SwiftPolicy, serving
 from service.engine.hold import Hold
 from service.engine.hot import HotSessions
 from service.engine.job import Decided, Deed, Event, Job
@@ -25,7 +25,7 @@ class DeedRun(Hold):
     """One request of one session. Raises what the model raises, and BadRequest or Conflict for a reward that cannot be
     placed."""
 
-    def __init__(self, job: Job, policy: Policy) -> None:
+    def __init__(self, job: Job, policy: Policy | SwiftPolicy) -> None:
         super().__init__(job)
         assert job.deed is not None
         self.deed: Deed = job.deed
@@ -121,8 +121,13 @@ class Desk:
     def __init__(self, policy: Policy, hot: HotSessions) -> None:
         self.policy = policy
         self.hot = hot
-        self._acting = serving(policy, hot.pool.device)
+        self.acting = serving(policy, hot.pool.device)
         self.waiting: deque[DeedRun] = deque()
+
+    def prepare(self) -> None:
+        """Before sessions are served."""
+        if isinstance(self.acting, SwiftPolicy):
+            self.acting.prepare(self.hot.pool)
 
     def take(self, limit: int) -> list[DeedRun]:
         """The runs of the next step, first come, first served."""
@@ -151,8 +156,8 @@ class Desk:
             return
         told = zip(*(run.journal.last for run in runs), strict=True)
         last, reward = (torch.tensor(part, device=self.hot.pool.device) for part in told)
-        inputs = self._acting.inputs(observation, last, reward)
-        logits, expected = self._acting.decide(inputs, self.hot.pool, session)
+        inputs = self.acting.inputs(observation, last, reward)
+        logits, expected = self.acting.decide(inputs, self.hot.pool, session)
         config = self.policy.config
         brings = (config.lowest + (config.highest - config.lowest) * expected).tolist()
         for run, *mine in zip(runs, logits.cpu(), brings, inputs.cpu().numpy(), strict=True):
@@ -164,7 +169,7 @@ class Desk:
         device = self.hot.pool.device
         inputs = torch.from_numpy(np.stack([run.journal.inputs(run.row or 0) for run in runs])).to(device)
         rewards = torch.tensor([run.reward for run in runs], device=device)
-        slots, rows, loss, frozen = self._acting.reward(inputs, rewards, self.hot.pool, self._sessions(runs))
+        slots, rows, loss, frozen = self.acting.reward(inputs, rewards, self.hot.pool, self._sessions(runs))
         for run, *told in zip(runs, slots, rows, loss.tolist(), frozen.tolist(), strict=True):
             guard(run, lambda run=run, told=told: run.rewarded(*told))  # type: ignore[misc]
 

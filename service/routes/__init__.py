@@ -47,8 +47,8 @@ def get_metrics(request: Request) -> Metrics:
     return cast(Metrics, request.app.state.metrics)
 
 
-# What routes depend on is asynchronous, for FastAPI runs the rest on threads, and depends on nothing else: each hop costs
-# a request some 0.1 ms, each dependency half as much.
+# What routes depend on is asynchronous, for FastAPI runs the rest on threads, and depends on nothing else: a hop costs
+# a request some 0.1 ms, a dependency half as much.
 async def _sessions(request: Request) -> Sessions:
     return get_sessions(request)
 
