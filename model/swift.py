@@ -1,4 +1,4 @@
-"""A policy's steps on CPUs, compiled by Numba: hundreds of tiny operators become a pass over small arrays.
+"""A policy's steps on CPUs, compiled by Numba: hundreds of tiny operators become a single pass.
 
 Letters as in `policy`: n sessions, A actions, F numbers of an action's input, D those of its state; k slots, d_v numbers
 of a row.
