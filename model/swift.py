@@ -1,7 +1,6 @@
-"""A policy's steps on CPUs, compiled by Numba: hundreds of tiny operators become a single pass.
+"""A policy's steps on CPUs, compiled by Numba: one pass instead of hundreds of tiny operators.
 
-Letters as in `policy`: n sessions, A actions, F numbers of an action's input, D those of its state; k slots, d_v numbers
-of a row.
+Letters as in `policy`: n sessions, A actions, F numbers of an action's input, D those of its state; k slots.
 """
 
 from __future__ import annotations
