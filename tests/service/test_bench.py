@@ -135,7 +135,7 @@ def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_every_scenario_is_measured_for_every_arm_that_is_there(whole: tuple[Path, dict[str, Any]]) -> None:
     found = whole[1]["scenarios"]
     assert list(found) == [
-        "single", "prefill", "streams-3", "batch-16", "sessions", "history", "states", "rate", "interruption",
+        "single", "prefill", "streams-3", "batch-16", "sessions", "history", "states", "rate", "interruption", "acts",
     ]  # fmt: skip
     assert list(found["single"]["arms"]) == ["off", "predict", "both", "transformers"]
     assert list(found["prefill"]["arms"]) == ["off", "both", "transformers"]
