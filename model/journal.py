@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from model.memory import SiteConfig
 
+Numbers = NDArray[np.float32]
 NAME = "journal"
 SLOTS = 64
 KEPT = SLOTS - 1  # actions that can still be rewarded
@@ -40,7 +41,7 @@ def journal_site(inputs: int) -> SiteConfig:
 class Journal:
     """A session's journal; rows [SLOTS, HEAD + F], which are changed in place. `touched`: which ones were."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Numbers) -> None:
         self.rows = rows
         self.touched: set[int] = set()
 
@@ -78,7 +79,7 @@ class Journal:
             raise JournalError("the action has been rewarded before", known=True)
         return row
 
-    def inputs(self, row: int) -> Tensor:
+    def inputs(self, row: int) -> Numbers:
         """What an action asked with [F]."""
         return self.rows[row, HEAD:]
 
@@ -90,13 +91,13 @@ class Journal:
             self.rows[0, TOLD], self.rows[0, REWARD] = 1.0, reward
             self.touched.add(0)
 
-    def take(self, action: int, chance: float, inputs: Tensor) -> int:
+    def take(self, action: int, chance: float, inputs: Numbers) -> int:
         """Another action is taken, with inputs [F]; returns its number."""
         number = self.count + 1 if self.count < WRAP else 1
         row = _row(number)
-        self.rows[row, :HEAD] = torch.tensor([number, action, chance, OPEN])
+        self.rows[row, :HEAD] = number, action, chance, OPEN
         self.rows[row, HEAD:] = inputs
-        self.rows[0, :HEAD] = torch.tensor([number, action, 0.0, 0.0])
+        self.rows[0, :HEAD] = number, action, 0.0, 0.0
         self.touched |= {0, row}
         return number
 

@@ -36,14 +36,14 @@ LEAST = np.float32(-87.0)  # below it, exp is 0 in fp32
 ROWS_A_THREAD = 8  # fewer are done before another thread has woken up
 
 Array = NDArray[Any]
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
-def compiled(function: F) -> F:
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """The function as machine code, from its first call on. Sums may be taken in vectors, of one order for a length."""
     options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "nnan"}}
     try:
-        machine: F = numba.njit(**options, cache=True)(function)
+        machine: Callable[..., T] = numba.njit(**options, cache=True)(function)
     except RuntimeError:  # there is no place to keep it
         machine = numba.njit(**options)(function)
     return machine

@@ -22,6 +22,7 @@ import psutil
 import torch
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.loops.auto import auto_loop_factory
 
 from model.backbone import Backbone
 from model.checkpoint import CheckpointError, fingerprint, load_backbone
@@ -70,8 +71,12 @@ def run(settings: Settings) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         keys = Keys(settings)
-        with _listening(settings, keys) as listener, _store_url(settings) as (url, embedded):
-            code = asyncio.run(_serve(settings, keys, listener, url, embedded))
+        with (
+            _listening(settings, keys) as listener,
+            _store_url(settings) as (url, embedded),
+            asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
+        ):
+            code = runner.run(_serve(settings, keys, listener, url, embedded))
         if any(thread.name == LOADER for thread in threading.enumerate()):
             # Stopped while it loads: a thread inside torch aborts a process whose interpreter ends under it.
             sys.stderr.flush()

@@ -120,17 +120,18 @@ class SitePool:
 
     def pack(self, session: int, base: int, cells: Tensor) -> SiteRows:
         """The rows of the cells [m] of a session that differ from those of session `base`."""
-        new, old = self.tables[session, cells], self.tables[base, cells]
-        data, before = self._bytes(new), self._bytes(old)
-        cell, place = (data != before).any(-1).nonzero(as_tuple=True)
-        return SiteRows(fetch((cells[cell] * self.config.cell + place).int()), fetch(data[cell, place]))
+        places = torch.stack([self.tables[session, cells], self.tables[base, cells]])
+        data, before = fetch(self._bytes(places)).numpy()  # the host compares: a GPU would be waited for once more
+        cell, place = (data != before).any(-1).nonzero()
+        slots = fetch(cells).numpy()[cell] * self.config.cell + place
+        return SiteRows(torch.from_numpy(slots.astype(np.int32)), torch.from_numpy(data[cell, place]))
 
     def _rows(self, field: Tensor) -> Tensor:
         """A field by cell and row: [C + 1, P, …] of a lexical site's, [C + 1, 1, d_v] of a hidden site's."""
         return field.view(len(field), self.config.cell, -1)
 
     def _bytes(self, places: Tensor) -> Tensor:
-        """The rows at some places [m] as uint8 [m, P, row_bytes]."""
+        """The rows at some places [...] as uint8 [..., P, row_bytes]."""
         return torch.cat([ops.as_bytes(self._rows(field)[places]) for field in self.fields], dim=-1)
 
 

@@ -53,6 +53,7 @@ SHOWN = {  # what is shown of each scenario: the column's name, its key, how to 
     "states": ([(what, f"{what}_s", 1000.0) for what in ("save", "load", "place", "commit")], None),
     "rate": ([], None),
     "interruption": ([("long prompt's first token, s", "first_s", 1.0)], "off"),
+    "acts": ([("act p50, ms", "p50_s", 1000.0), ("act p99, ms", "p99_s", 1000.0)], None),
 }  # fmt: skip
 
 

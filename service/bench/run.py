@@ -77,6 +77,7 @@ def plan(sizes: Sizes) -> dict[str, tuple[Scenario, float]]:
         "states": (states, 0.5),
         "rate": (scenarios.rate, 2.5),
         "interruption": (scenarios.interruption, 3.0),
+        "acts": (scenarios.acts, 0.5),
     }
 
 

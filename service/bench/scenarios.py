@@ -6,13 +6,17 @@ Every result has `title`, `arms` (by arm and by what was measured, a value a rou
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
+from http.client import HTTPConnection
 from typing import Any
+from urllib.parse import urlsplit
 
-from service.bench.heard import Arm, Heard
+from service.bench.heard import Arm, Heard, PeerError
 from service.bench.peers import Imprint
 from service.bench.stage import Stage
 from service.lab.estimates import percentiles
@@ -22,6 +26,8 @@ USERS = 16  # who send requests at a fixed rate
 RUNNING = 4  # streams that are interrupted
 CHOICES = 8  # of one request: they share a prompt, so a large batch is soon at work
 POLL_S = 0.005
+POLICIES = ("bandit", "choices")  # the shipped ones that see least and most
+WARM_ACTS = 20
 
 Result = dict[str, Any]
 
@@ -197,6 +203,40 @@ async def rate(stage: Stage) -> Result:
     found = {arm: {what: percentiles(times) for what, times in told.items() if times} for arm, told in pooled.items()}
     title = f"{sizes.rate:g} requests a second, Poisson, {sizes.rate_s:g} s a round, {sizes.stream_tokens} tokens each"
     return {"title": title, "arms": values, "percentiles": found, "samples": pooled}
+
+
+async def acts(stage: Stage) -> Result:
+    """One session of a policy that acts, one act after the other."""
+    models = (await stage.imprint.http.get("/v1/models")).json()["data"]
+    widths = {one["id"]: one["policy"]["observation"] for one in models if one["id"] in POLICIES}
+    arms: list[Arm] = [Imprint(name, stage.imprint, None) for name in widths]
+
+    async def once(arm: Arm, number: int) -> dict[str, float]:
+        walk = partial(_walk, str(stage.imprint.http.base_url), arm.name, widths[arm.name], f"{arm.name}-{number}")
+        took = percentiles((await asyncio.to_thread(walk, stage.sizes.acts))[WARM_ACTS:])
+        return {"p50_s": took["p50"], "p99_s": took["p99"]}
+
+    title = f"One session of a policy: {stage.sizes.acts} acts one after the other, each with a reward and its commit"
+    return {"title": title, "arms": await stage.rounds(arms, once)}
+
+
+def _walk(url: str, policy: str, width: int, session: str, count: int) -> list[float]:
+    """Seconds of each act, from the request to the whole answer; on one connection of the standard library, for a
+    richer client takes as long as the server."""
+    chance, took = random.Random(session), list[float]()
+    with closing(HTTPConnection(urlsplit(url).netloc)) as connection:
+        for number in range(WARM_ACTS + count):
+            body: dict[str, Any] = {"model": policy, "observation": [chance.gauss() for _ in range(width)]}
+            if number:
+                body["reward"] = float(number % 3 == 0)
+            content, begun = json.dumps(body), time.perf_counter()
+            connection.request("POST", f"/v1/sessions/{session}/act", content, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            said = answer.read()
+            took.append(time.perf_counter() - begun)
+            if answer.status != 200:
+                raise PeerError(f"imprint refused an act of {policy}: {said.decode()[:200]}")
+    return took
 
 
 async def interruption(stage: Stage) -> Result:

@@ -36,7 +36,7 @@ class Sizes:
     lengths: of their prompts, in turn. batches: sequences in one decoding step. sessions: in all, against 5, each
     client's session_turns a round. history: rows of sessions. states: parts of a full session. rate: requests a second,
     for rate_s seconds. long_prompt: that comes in when streams, of `running` at most, have run for quiet_s seconds.
-    learned: by each session that is read. rounds: at least and at most.
+    acts: of one session in a row. learned: by each session that is read. rounds: at least and at most.
     """
 
     prompt: int = 128
@@ -56,6 +56,7 @@ class Sizes:
     long_prompt: int = 4096
     running: int = 1024
     quiet_s: float = 1.0
+    acts: int = 400
     learned: int = 2048
     rounds: tuple[int, int] = (3, 12)
 
@@ -76,6 +77,7 @@ QUICK = Sizes(
     rate_s=2.0,
     long_prompt=256,
     quiet_s=0.3,
+    acts=50,
     learned=256,
     rounds=(3, 6),
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model.journal import NAME, Journal, JournalError
+from model.journal import NAME, Journal, JournalError, Numbers
 from model.memory import Draft
 from model.policy import Policy
+from model.swift import SwiftPolicy, serving
 from service.engine.hold import Hold
 from service.engine.hot import HotSessions
 from service.engine.job import Decided, Deed, Event, Job
@@ -23,7 +25,7 @@ class DeedRun(Hold):
     """One request of one session. Raises what the model raises, and BadRequest or Conflict for a reward that cannot be
     placed."""
 
-    def __init__(self, job: Job, policy: Policy) -> None:
+    def __init__(self, job: Job, policy: Policy | SwiftPolicy) -> None:
         super().__init__(job)
         assert job.deed is not None
         self.deed: Deed = job.deed
@@ -44,7 +46,7 @@ class DeedRun(Hold):
         if self._policy.config.task != "act":
             return
         site = hot.pool.sites[NAME]
-        self._journal = Journal(site.fields[0][site.tables[self._index].long()].cpu())
+        self._journal = Journal(site.fields[0][site.tables[self._index]].cpu().numpy())
         if not self._journal.sound or self._journal.last[0] >= self._policy.config.actions:
             raise EngineError("The session's journal is damaged in the store; erase the session.", code="damaged")
         if self.deed.reward is not None:
@@ -78,36 +80,36 @@ class DeedRun(Hold):
         stats.tokens_learned, stats.segments_learned, stats.proof_tokens = 1, 1, 1
         stats.rewards, stats.loss_sum, stats.proof_loss_sum, stats.proof_frozen_loss_sum = reward, loss, loss, frozen
 
-    def decide(self, logits: Tensor, expected: Tensor | None, inputs: Tensor | None) -> None:
+    def decide(self, logits: Tensor, expected: list[float] | None, inputs: Numbers | None) -> None:
         """Chooses by logits [A] at the temperature; of an action, what is expected of each [A] is told, and what it
         asked with (inputs [A, F]) is remembered."""
         config, deed = self._policy.config, self.deed
         temperature = (0.0 if config.greedy else 1.0) if deed.temperature is None else deed.temperature
         if temperature == 0.0:
             choice = int(logits.argmax())
-            chances = torch.zeros_like(logits)
+            chances = [0.0] * len(logits)
             chances[choice] = 1.0
         else:
-            chances = torch.softmax(logits.double() / temperature, dim=0)
+            drawn_from = torch.softmax(logits.double() / temperature, dim=0)
             generator = torch.Generator()
             if deed.seed is None:
                 generator.seed()
             else:
                 generator.manual_seed(deed.seed)
-            choice = int(torch.multinomial(chances.cpu(), 1, generator=generator))
+            choice = int(torch.multinomial(drawn_from, 1, generator=generator))
+            chances = drawn_from.tolist()
         number = None
         if inputs is not None and self._draft is not None:
-            number = self.journal.take(choice, float(chances[choice]), inputs[choice].cpu())
-        span = config.highest - config.lowest
-        brings = None if expected is None else (config.lowest + span * expected).tolist()
-        self._decided = Decided(choice, chances.tolist(), brings, number)
+            number = self.journal.take(choice, chances[choice], inputs[choice])
+        self._decided = Decided(choice, chances, expected, number)
 
     def events(self) -> Iterator[Event]:
         """What came of it. Raises PoolFullError."""
         if self._draft is not None and self._journal is not None and self._journal.touched:
             device = self._draft.pool.device
-            touched = torch.tensor(sorted(self._journal.touched))
-            self._draft.put(NAME, touched.to(device), [self._journal.rows[touched].to(device)])
+            touched = sorted(self._journal.touched)
+            rows = torch.from_numpy(self._journal.rows[touched])
+            self._draft.put(NAME, torch.tensor(touched, device=device), [rows.to(device)])
         if self._decided is not None:
             yield self._decided
         yield self._finished({})
@@ -119,7 +121,13 @@ class Desk:
     def __init__(self, policy: Policy, hot: HotSessions) -> None:
         self.policy = policy
         self.hot = hot
+        self.acting = serving(policy, hot.pool.device)
         self.waiting: deque[DeedRun] = deque()
+
+    def prepare(self) -> None:
+        """Before sessions are served."""
+        if isinstance(self.acting, SwiftPolicy):
+            self.acting.prepare(self.hot.pool)
 
     def take(self, limit: int) -> list[DeedRun]:
         """The runs of the next step, first come, first served."""
@@ -143,23 +151,25 @@ class Desk:
             return
         observation, session = self._observations(runs), self._sessions(runs)
         if self.policy.config.task == "label":
-            for run, logits in zip(runs, self.policy.label(observation, self.hot.pool, session), strict=True):
+            for run, logits in zip(runs, self.policy.label(observation, self.hot.pool, session).cpu(), strict=True):
                 guard(run, lambda run=run, logits=logits: run.decide(logits, None, None))  # type: ignore[misc]
             return
         told = zip(*(run.journal.last for run in runs), strict=True)
         last, reward = (torch.tensor(part, device=self.hot.pool.device) for part in told)
-        inputs = self.policy.inputs(observation, last, reward)
-        logits, expected = self.policy.decide(inputs, self.hot.pool, session)
-        for run, *mine in zip(runs, logits, expected, inputs, strict=True):
+        inputs = self.acting.inputs(observation, last, reward)
+        logits, expected = self.acting.decide(inputs, self.hot.pool, session)
+        config = self.policy.config
+        brings = (config.lowest + (config.highest - config.lowest) * expected).tolist()
+        for run, *mine in zip(runs, logits.cpu(), brings, inputs.cpu().numpy(), strict=True):
             guard(run, lambda run=run, mine=mine: run.decide(*mine))  # type: ignore[misc]
 
     def _reward(self, runs: Sequence[DeedRun], guard: Guard) -> None:
         if not runs:
             return
         device = self.hot.pool.device
-        inputs = torch.stack([run.journal.inputs(run.row or 0) for run in runs]).to(device)
+        inputs = torch.from_numpy(np.stack([run.journal.inputs(run.row or 0) for run in runs])).to(device)
         rewards = torch.tensor([run.reward for run in runs], device=device)
-        slots, rows, loss, frozen = self.policy.reward(inputs, rewards, self.hot.pool, self._sessions(runs))
+        slots, rows, loss, frozen = self.acting.reward(inputs, rewards, self.hot.pool, self._sessions(runs))
         for run, *told in zip(runs, slots, rows, loss.tolist(), frozen.tolist(), strict=True):
             guard(run, lambda run=run, told=told: run.rewarded(*told))  # type: ignore[misc]
 

@@ -149,6 +149,8 @@ class Engine:
         try:
             with torch.inference_mode():
                 self._lm.prepare(self._hot.pool)
+                for desk in self._policies.values():
+                    desk.prepare()
                 self._prepared.set()
                 while not self._stopping:
                     self._take_messages()
@@ -178,7 +180,7 @@ class Engine:
     def _add(self, job: Job) -> None:
         if job.deed is not None:
             desk = self._policies[job.deed.policy]
-            self._runs[job] = deed = DeedRun(job, desk.policy)
+            self._runs[job] = deed = DeedRun(job, desk.acting)
             desk.waiting.append(deed)
             return
         self._runs[job] = run = Run(job, self._lm, self._tokenizer)

@@ -3,20 +3,20 @@
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 
 from service.policies import Policies, Told, Wish
 from service.replies import Acted, Labelled, Observed
-from service.routes import ERRORS, RequestCall, RequestLesson, ServerSessions, ServerVersions, V1Route
+from service.routes import ERRORS, RequestCall, RequestLesson, ServerVersions, V1Route, get_sessions
 from service.routes.sessions import TAGGED, PathId
 from service.schemas import ActRequest, FeedbackRequest, PredictRequest
 
 router = APIRouter(prefix="/v1/sessions", route_class=V1Route, responses=ERRORS, tags=["Policies"])
 
 
-async def get_policies(sessions: ServerSessions) -> Policies:
+async def get_policies(request: Request) -> Policies:
     """What can be asked of the policies."""
-    return Policies(sessions)
+    return Policies(get_sessions(request))
 
 
 ServerPolicies = Annotated[Policies, Depends(get_policies)]

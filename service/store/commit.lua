@@ -109,13 +109,16 @@ local function write_site(key, row_bytes, records, gone)
   return table.concat(old), table.concat(empty)
 end
 
-local values = {'format', FORMAT, 'nonce', nonce}
+local fields, values = {}, {'format', FORMAT, 'nonce', nonce}
 for i = FIRST_VALUE, first_site - 1, 2 do
-  local old = redis.call('HGET', KEYS[1], ARGV[i])
-  if old ~= ARGV[i + 1] then
-    values[#values + 1], values[#values + 2] = ARGV[i], ARGV[i + 1]
+  fields[#fields + 1] = ARGV[i]
+end
+for i, old in ipairs(redis.call('HMGET', KEYS[1], unpack(fields))) do
+  local value = ARGV[FIRST_VALUE + 2 * i - 1]
+  if old ~= value then
+    values[#values + 1], values[#values + 2] = fields[i], value
     if old then
-      undo_meta[#undo_meta + 1], undo_meta[#undo_meta + 2] = ARGV[i], old
+      undo_meta[#undo_meta + 1], undo_meta[#undo_meta + 2] = fields[i], old
     end
   end
 end

@@ -26,15 +26,17 @@ end
 local function age(default)
   local options = redis.call('HGET', KEYS[1], 'options')
   local ttl = tonumber(options and cjson.decode(options).ttl_s or default)
-  local keys = rows_keys()
-  for _, key in ipairs({KEYS[1], LOG, UNDO, ONCES}) do
-    keys[#keys + 1] = key
-  end
-  for _, key in ipairs(keys) do
-    if ttl > 0 then
-      redis.call('EXPIRE', key, ttl)
-    else
-      redis.call('PERSIST', key)
+  if ttl > 0 or redis.call('TTL', KEYS[1]) >= 0 then -- else none of them expires
+    local keys = rows_keys()
+    for _, key in ipairs({KEYS[1], LOG, UNDO, ONCES}) do
+      keys[#keys + 1] = key
+    end
+    for _, key in ipairs(keys) do
+      if ttl > 0 then
+        redis.call('EXPIRE', key, ttl)
+      else
+        redis.call('PERSIST', key)
+      end
     end
   end
   if ttl > 0 then

@@ -317,7 +317,9 @@ class RedisStore:
                         if message is not None:
                             tenant, _, sid = message["data"].decode().partition("/")
                             yield tenant, sid
-            except (RedisError, OSError) as error:
+            except (RedisError, OSError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not _is_lost(error):
+                    raise
                 log.debug("waiting for the session store: %s", error)
                 await asyncio.sleep(1.0)
 
@@ -416,6 +418,11 @@ class RedisStore:
             await _patiently(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
 
 
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether it tells of a write to a connection that is lost: uvloop's way, which redis-py does not know."""
+    return "handler is closed" in str(error)
+
+
 async def _patiently(call: Callable[[], Awaitable[T]], patience: float = READ_PATIENCE_S) -> T:
     """Repeats a call while the server is away, for `patience` seconds from the first failure."""
     deadline, pause = None, 0.01
@@ -433,6 +440,10 @@ async def _patiently(call: Callable[[], Awaitable[T]], patience: float = READ_PA
             if "OOM " in str(error)[:80]:
                 raise _full() from error
             if not str(error).startswith(_AWAY_REPLIES):
+                raise
+            cause = error
+        except RuntimeError as error:
+            if not _is_lost(error):
                 raise
             cause = error
         if task and task.cancelling() > cancellations:

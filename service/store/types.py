@@ -81,7 +81,7 @@ class RowBatch:
             raise ValueError(f"data must be uint8 [n, row_bytes >= 1], not {self.data.dtype} {list(self.data.shape)}")
         if len(self.slots) != len(self.data):
             raise ValueError(f"{len(self.slots)} slots do not match {len(self.data)} rows of data")
-        if len(self.slots) and (self.slots[0] < 0 or not (np.diff(self.slots) > 0).all()):
+        if len(self.slots) and (self.slots[0] < 0 or not (self.slots[1:] > self.slots[:-1]).all()):
             raise ValueError("slots must be strictly increasing, none negative")
 
     @property

@@ -213,11 +213,11 @@ def test_a_policy_is_loaded_as_it_was_saved(chooser: Policy, tmp_path: Path) -> 
 
 
 def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
-    journal = Journal(torch.zeros(SLOTS, 4 + 2))
+    journal = Journal(np.zeros((SLOTS, 4 + 2), np.float32))
     assert journal.last[0] == -1 and math.isnan(journal.last[1])
     with pytest.raises(JournalError, match="no action yet"):
         journal.open(None)
-    numbers = [journal.take(n % 3, 0.5, torch.tensor([n, -1.0])) for n in range(KEPT + 5)]
+    numbers = [journal.take(n % 3, 0.5, np.array([n, -1.0], np.float32)) for n in range(KEPT + 5)]
     assert numbers == list(range(1, KEPT + 6)) and journal.sound
     journal = Journal(journal.rows)
     journal.reward(journal.open(40), 1.0)
@@ -232,7 +232,7 @@ def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
     last = journal.open(None)
     assert journal.inputs(last).tolist() == [KEPT + 4, -1.0]
     journal.reward(last, 0.25)
-    journal.take(0, 1.0, torch.zeros(2))
+    journal.take(0, 1.0, np.zeros(2, np.float32))
     assert len(journal.touched) <= TOUCHED
 
 

@@ -136,7 +136,7 @@ def test_every_scenario_is_measured_for_every_arm_that_is_there(whole: tuple[Pat
     found = whole[1]["scenarios"]
     assert list(found) == [
         "single", "prefill", "streams-3", "batch-1", "batch-16",
-        "sessions", "history", "states", "rate", "interruption",
+        "sessions", "history", "states", "rate", "interruption", "acts",
     ]  # fmt: skip
     assert list(found["single"]["arms"]) == ["off", "predict", "both", "transformers"]
     assert list(found["prefill"]["arms"]) == ["off", "both", "transformers"]

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+import uvloop
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -337,6 +339,26 @@ async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Re
 
 
 # --- failures ---
+
+
+def test_a_write_to_a_lost_connection_is_repeated_on_uvloop_too(url: str) -> None:
+    """redis-py lets the loop's own error through."""
+
+    async def run() -> bytes:
+        path = unquote(urlsplit(url).path)
+        lines = [await asyncio.open_unix_connection(path) for _ in range(2)]
+        lines[0][1].transport.abort()
+        await asyncio.sleep(0)  # until it is closed
+
+        async def ping() -> bytes:
+            reader, writer = lines.pop(0)
+            writer.write(b"PING\r\n")
+            return await reader.readline()
+
+        return await redis_store._patiently(ping)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(run()) == b"+PONG\r\n"
 
 
 @pytest.mark.parametrize("fault", ["request", "reply", "late"])
