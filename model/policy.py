@@ -82,6 +82,8 @@ class PolicyConfig:
             raise PolicyError(f"context must be at least 1, got {self.context}")
         if not self.lowest < self.highest:
             raise PolicyError(f"lowest must be below highest ({self.highest}), got {self.lowest}")
+        if self.guesses and any(site.kind == "lexical" and site.cells > 1 for site in self.memory.sites):
+            raise PolicyError(f"cells must be 1 beside the site {SINCE!r}: ages say there which label came first")
         if self.memory.hidden_size != self.state:
             raise PolicyError(f"memory.hidden_size must be {self.state}, got {self.memory.hidden_size}")
 
@@ -106,6 +108,11 @@ class PolicyConfig:
     def state(self) -> int:
         """D: what the memory sees of an action, its place and a layer of the network."""
         return self.place + self.width
+
+    @property
+    def guesses(self) -> bool:
+        """Whether its sessions guess since when what they have seen holds."""
+        return self.task == "label" and any(site.name == SINCE for site in self.memory.sites)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,8 +145,7 @@ class Policy(nn.Module):
         self.join = nn.Linear(D, W)
         self.head = nn.Linear(W, 2 if config.task == "act" else config.actions)
         self.event = nn.Linear(D + OUTCOME, D)
-        guesses = config.task == "label" and any(site.name == SINCE for site in config.memory.sites)
-        self.doubt = nn.Parameter(torch.zeros(())) if guesses else None
+        self.doubt = nn.Parameter(torch.zeros(())) if config.guesses else None
         self.requires_grad_(False)
 
     # --- acting ----------------------------------------------------------------------------------------------------
@@ -325,8 +331,9 @@ class Policy(nn.Module):
         many = guesses.starts.shape[1]
         in_memory = ops.memory_prob(labels.repeat_interleave(many), by_guess.tokens, by_guess.shares)
         foretold = ops.target_log_prob(frozen.repeat_interleave(many), in_memory, by_guess.unguarded).exp()
-        (ages, *_) = pool.sites[self.labels.config.name].read(session, torch.zeros_like(session)[:, None])
-        return guesses.judged(foretold.view(-1, many), torch.sigmoid(self.doubt), ages.flatten(1).amax(1) + 1)
+        held = pool.sites[self.labels.config.name]
+        seen = held.fields[0][held.tables[session, 0]].amax(1) + 1  # in a lone cell, ages count all labels
+        return guesses.judged(foretold.view(-1, many), torch.sigmoid(self.doubt), seen)
 
     # --- identity --------------------------------------------------------------------------------------------------
 
@@ -399,6 +406,8 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
             labels.prior.fill_(0.2)
             labels.gate_out_bias[0] = 2.0
             labels.trust_rate.fill_(0.02)
+            if policy.doubt is not None:
+                policy.doubt.fill_(-5.0)
     return policy
 
 

@@ -32,10 +32,11 @@ class Guesses(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor) -> Guesses:
-        """From rows [n, 2·J]; in a session that has none, everything counts."""
+        """From rows [n, 2·J], be they forged; in a session that has none, everything counts."""
         starts, chances = rows.chunk(2, dim=1)
-        all_counts = F.one_hot(torch.zeros_like(starts[:, 0], dtype=torch.long), starts.shape[1]).to(rows.dtype)
-        return cls(starts, torch.where(chances.any(1, keepdim=True), chances, all_counts))
+        whole = F.one_hot(torch.zeros_like(starts[:, 0], dtype=torch.long), starts.shape[1]).to(rows.dtype)
+        chances = torch.where((chances > 0).any(1, keepdim=True), chances.clamp(0, 1), whole)
+        return cls(starts, chances / chances.sum(1, keepdim=True))
 
     def judged(self, foretold: Tensor, doubt: Tensor, seen: Tensor) -> Tensor:
         """The rows [n, 2·J] after a label each: foretold [n, J], how likely each guess took it for; doubt: the chance

@@ -135,7 +135,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "functions": Recipe(
         FunctionStream,
-        Lessons(rounds=2000, batch=8, steps=300, span=300, lr=5e-3),
+        Lessons(rounds=1500, batch=8, steps=400, span=400, lr=5e-3),
         steps=400,
         options={"bins": 8},
         slots=1024,

@@ -95,6 +95,7 @@ def train_again(name: str, recipe: Recipe, seed: int) -> Policy:
             policy, lambda batch, rng: recipe.make(batch, rng, training=True), recipe.lessons, Path(folder)
         )
         trainer.run(lambda done, loss: None)
+    console.print(f"{name}, seed {seed}: trained for {trainer.seconds:.0f} s of one core")
     return policy
 
 
