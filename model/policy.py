@@ -25,6 +25,8 @@ from model import weights
 from model.memory import Draft, HiddenSite, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool, ops
 from model.memory.config import BALANCE, RUNS, SHUT
 from model.memory.slow import Found, Reading
+from model.since import NAME as SINCE
+from model.since import Guesses
 
 FORMAT = "1"
 HISTORY = (
@@ -79,6 +81,8 @@ class PolicyConfig:
             raise PolicyError(f"context must be at least 1, got {self.context}")
         if not self.lowest < self.highest:
             raise PolicyError(f"lowest must be below highest ({self.highest}), got {self.lowest}")
+        if self.guesses and any(site.kind == "lexical" and site.cells > 1 for site in self.memory.sites):
+            raise PolicyError(f"cells must be 1 beside the site {SINCE!r}: ages say there which label came first")
         if self.memory.hidden_size != self.state:
             raise PolicyError(f"memory.hidden_size must be {self.state}, got {self.memory.hidden_size}")
 
@@ -103,6 +107,11 @@ class PolicyConfig:
     def state(self) -> int:
         """D: what the memory sees of an action, its place and a layer of the network."""
         return self.place + self.width
+
+    @property
+    def guesses(self) -> bool:
+        """Whether its sessions guess since when what they have seen holds."""
+        return self.task == "label" and any(site.name == SINCE for site in self.memory.sites)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,6 +144,7 @@ class Policy(nn.Module):
         self.join = nn.Linear(D, W)
         self.head = nn.Linear(W, 2 if config.task == "act" else config.actions)
         self.event = nn.Linear(D + OUTCOME, D)
+        self.doubt = nn.Parameter(torch.zeros(())) if config.guesses else None
         self.requires_grad_(False)
 
     # --- acting ----------------------------------------------------------------------------------------------------
@@ -256,7 +266,7 @@ class Policy(nn.Module):
 
     def label(self, features: Tensor, pool: Pool, session: Tensor) -> Tensor:
         """log p [n, L] of the labels of examples [n, F] in sessions [n] long."""
-        base, reading = self._consult(features, pool, session)
+        base, reading, _ = self._consult(features, pool, session)
         return ops.mix(base, reading.tokens, reading.shares, reading.gamma).log_softmax(-1)
 
     def label_lessons(
@@ -264,45 +274,85 @@ class Policy(nn.Module):
     ) -> list[tuple[int, float, float, Callable[[Draft], None]]]:
         """What the labels [n] long of examples [n, F] teach sessions [n] long: for each, the label that would have been
         said, the loss (nats) of the right one, that without memory, and how to write it (raises PoolFullError)."""
-        base, reading = self._consult(features, pool, session)
+        base, reading, by_guess = self._consult(features, pool, session)
         frozen = base.log_prob(labels)
         said = ops.mix(base, reading.tokens, reading.shares, reading.gamma)
         in_memory = ops.memory_prob(labels, reading.tokens, reading.shares)
         loss = -ops.target_log_prob(frozen, in_memory, reading.gamma)
+        guesses = None if by_guess is None else self._judged(by_guess, labels, frozen, pool, session)
 
         def write(i: int) -> Callable[[Draft], None]:
             one = torch.tensor([i], device=labels.device)
-            return lambda draft: self.labels.learn(draft, reading.pick(one), labels[one], frozen[one])
+
+            def learn(draft: Draft) -> None:
+                self.labels.learn(draft, reading.pick(one), labels[one], frozen[one])
+                if guesses is not None:
+                    draft.put(SINCE, torch.zeros_like(one), [guesses[one]])
+
+            return learn
 
         told = zip(said.argmax(-1).tolist(), loss.tolist(), (-frozen).tolist(), strict=True)
         return [(*one, write(i)) for i, one in enumerate(told)]
 
-    def _consult(self, features: Tensor, pool: Pool, session: Tensor) -> tuple[ops.Prediction, Reading]:
+    def _consult(self, features: Tensor, pool: Pool, session: Tensor) -> tuple[ops.Prediction, Reading, Reading | None]:
+        """What the network says, what the memory does, and what it would if each of the guesses [n · J] were true."""
         states, site = self.embed(features), self.labels
-        n, base, keys = len(states), self.base(states), site.keys(states)
+        base, keys = self.base(states), site.keys(states)
         cells = site.address(keys)
         rows = ops.Rows(*pool.sites[site.config.name].read(session, cells))
-        prints = torch.zeros(n, len(RUNS), dtype=torch.int16, device=states.device)
-        cosines = ops.likeness(rows, keys)
-        candidates = ops.weigh(
-            rows.tokens.flatten(1).long(),
-            cosines,
-            torch.zeros_like(cosines, dtype=torch.long),
-            freshness(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1),
-            rows.ages.flatten(1) == 0,
-            site.sharpness,
-            site.prior,
-            torch.zeros_like(site.bonus),
-        )
-        trust = site.first_trust().expand(n, -1)
-        found = Found(keys, cells, (rows.ages == 0).sum(-1), candidates)
-        return base, site.believe(pool, session, prints, base, trust, found)
+        cosines, fresh = ops.likeness(rows, keys), freshness(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1)
+
+        def believed(missing: Tensor, each: Tensor) -> Reading:
+            """missing [m, K]: which rows do not count, of contexts each [m]."""
+            same, bonus = torch.zeros_like(missing, dtype=torch.long), torch.zeros_like(site.bonus)
+            tokens = rows.tokens.flatten(1).long()[each]
+            candidates = ops.weigh(tokens, cosines[each], same, fresh[each], missing, site.sharpness, site.prior, bonus)
+            prints = torch.zeros(len(each), len(RUNS), dtype=torch.int16, device=each.device)
+            found = Found(keys[each], cells[each], (rows.ages == 0).sum(-1)[each], candidates)
+            trust = site.first_trust().expand(len(each), -1)
+            return site.believe(pool, session[each], prints, base.pick(each), trust, found)
+
+        ages, each = rows.ages.flatten(1), torch.arange(len(session), device=session.device)
+        if self.doubt is None:
+            return base, believed(ages == 0, each), None
+        starts, chances = self._guesses(pool, session)
+        past = (ages[:, None] <= starts[:, :, None]).flatten(0, 1)
+        by_guess = believed(past, each.repeat_interleave(starts.shape[1]))
+        return base, _averaged(by_guess, chances), by_guess
+
+    def _guesses(self, pool: Pool, session: Tensor) -> Guesses:
+        return Guesses.of(pool.sites[SINCE].read(session, torch.zeros_like(session)[:, None])[0][:, 0])
+
+    def _judged(self, by_guess: Reading, labels: Tensor, frozen: Tensor, pool: Pool, session: Tensor) -> Tensor:
+        """The rows [n, 2·J] of the sessions' guesses after their labels [n]."""
+        assert self.doubt is not None
+        guesses = self._guesses(pool, session)
+        many = guesses.starts.shape[1]
+        in_memory = ops.memory_prob(labels.repeat_interleave(many), by_guess.tokens, by_guess.shares)
+        foretold = ops.target_log_prob(frozen.repeat_interleave(many), in_memory, by_guess.unguarded).exp()
+        held = pool.sites[self.labels.config.name]
+        seen = held.fields[0][held.tables[session, 0]].amax(1) + 1  # in a lone cell, ages count all labels
+        return guesses.judged(foretold.view(-1, many), torch.sigmoid(self.doubt), seen)
 
     # --- identity --------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         """sha256 over the configuration and every tensor: the identity that a stored state is bound to."""
         return weights.fingerprint(self.config.to_dict(), self)
+
+
+def _averaged(by_guess: Reading, chances: Tensor) -> Reading:
+    """What is believed where guess j of J is true with chances [n, J]; by_guess: of n · J contexts."""
+    n, many = chances.shape
+
+    def mean(gamma: Tensor) -> Tensor:
+        return (chances * gamma.view(n, many)).sum(1)
+
+    first = by_guess.pick(torch.arange(n, device=chances.device) * many)
+    counted = mean(by_guess.unguarded)
+    weights = (chances * by_guess.unguarded.view(n, many) / counted.clamp_min(ops.TINY)[:, None])[:, :, None]
+    shares = (weights * by_guess.shares.view(n, many, -1)).sum(1)
+    return first._replace(shares=shares, gamma=mean(by_guess.gamma), unguarded=counted)
 
 
 def tally(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,6 +405,8 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
             labels.prior.fill_(0.2)
             labels.gate_out_bias[0] = 2.0
             labels.trust_rate.fill_(0.02)
+            if policy.doubt is not None:
+                policy.doubt.fill_(-5.0)
     return policy
 
 

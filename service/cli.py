@@ -233,6 +233,13 @@ def scenario(
     seeds: Annotated[int, typer.Option(min=1, help="Each of new tasks.")] = 5,
     rivals: Annotated[str, typer.Option(help="Which to train as well; or none.")] = "gru,lstm,transformer,dense",
     seconds: Annotated[float | None, typer.Option(min=1, help="For each of them; default: as the policy was.")] = None,
+    rates: Annotated[str, typer.Option(help="Learning rates of rivals; the best one on practice tasks is shown.")] = (
+        "6e-4,2e-3,6e-3"
+    ),
+    trainings: Annotated[
+        int, typer.Option(min=1, help="Of the policy, and of each rival at its best rate, from a seed each.")
+    ] = 1,
+    practice: Annotated[bool, typer.Option(help="On other tasks than the tables', to choose settings by.")] = False,
     policy: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Instead of the shipped one.")
     ] = None,
@@ -240,10 +247,19 @@ def scenario(
 ) -> None:
     """What a policy is worth on its scenario, beside its rivals; needs no server. Writes JSON and learning curves."""
     with _scenarios():
+        from service.lab.learners import Effort
         from service.lab.scenarios import measure_scenario
+    try:
+        effort = Effort([float(rate) for rate in _names(rates)], trainings, seconds)
+    except ValueError:
+        raise typer.BadParameter(f"--rates must be numbers, commas between, got {rates!r}") from None
+    if not effort.rates or min(effort.rates) <= 0:
+        raise typer.BadParameter(f"--rates must be above 0, and one at least, got {rates!r}")
     options = dict(one.partition("=")[::2] for one in change or [])
     others = [] if rivals == "none" else rivals.split(",")
-    measure_scenario(name, out, seeds=seeds, rivals=others, seconds=seconds, checkpoint=policy, options=options)
+    measure_scenario(
+        name, out, seeds=seeds, rivals=others, effort=effort, checkpoint=policy, practice=practice, options=options
+    )
 
 
 @app.command()

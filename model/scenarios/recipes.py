@@ -15,6 +15,7 @@ from model.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
 from model.scenarios.card_sorting import CardSorting
 from model.scenarios.core import Tasks
 from model.scenarios.streams import FunctionStream, LabelStream
+from model.since import since_site
 from model.training.policies import Lessons
 
 MEMORY = "memory"
@@ -41,6 +42,7 @@ class Recipe:
     by_action: bool = False
     product: bool = False
     cued: bool = False
+    changing: bool = False
     greedy: bool = True
 
     def make(self, batch: int, rng: np.random.Generator, *, training: bool = False, **options: Any) -> Tasks:
@@ -53,7 +55,8 @@ class Recipe:
         shape: dict[str, Any] = {"context": tasks.context, "actions": tasks.actions, "width": self.layer}
         if self.cell > 1:
             site = SiteConfig(MEMORY, "lexical", slots=self.slots, cell=self.cell, k=self.k, width=self.width)
-            return PolicyConfig(name, "label", memory=MemoryConfig(self.layer, (site,)), **shape)
+            sites = (site, since_site()) if self.changing else (site,)
+            return PolicyConfig(name, "label", memory=MemoryConfig(self.layer, sites), **shape)
         shape |= {
             "features": tasks.features,
             "identity": self.identity,
@@ -132,12 +135,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "functions": Recipe(
         FunctionStream,
-        Lessons(rounds=2000, batch=16, steps=200, span=200, lr=5e-3),
+        Lessons(rounds=1500, batch=8, steps=400, span=400, lr=5e-3),
         steps=400,
         options={"bins": 8},
         slots=1024,
-        cell=256,
-        k=4,
+        cell=1024,
         width=32,
+        changing=True,
     ),
 }

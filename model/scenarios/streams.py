@@ -15,20 +15,29 @@ HELD_OUT = 3  # one image in so many is never trained on
 
 
 class Streams(Tasks):
-    """Tasks in which an action is an answer, and the right one is told after each."""
+    """Tasks in which an action is an answer, and the right one is told after each.
+
+    began [B]: the step since which all answers follow the same law.
+    """
+
+    def __init__(self, batch: int, rng: np.random.Generator) -> None:
+        super().__init__(batch, rng)
+        self.began = np.zeros(batch, np.int64)
 
     @abstractmethod
     def answers(self) -> Indices:
         """The right answers [B] to what can be seen now."""
 
-    def read(self, steps: int) -> tuple[Numbers, Indices]:
-        """The next steps, whatever is answered: what could be seen [B, steps, F] and the right answers [B, steps]."""
-        seen, answers = [], []
+    def read(self, steps: int) -> tuple[Numbers, Indices, Indices]:
+        """The next steps, whatever is answered: what could be seen [B, steps, F], the right answers [B, steps] and
+        when what they follow began [B, steps]."""
+        seen, answers, began = [], [], []
         for _ in range(steps):
             seen.append(self.observe())
             answers.append(self.answers())
+            began.append(self.began.copy())
             self.step(answers[-1])
-        return np.stack(seen, 1), np.stack(answers, 1)
+        return np.stack(seen, 1), np.stack(answers, 1), np.stack(began, 1)
 
     def means(self) -> Numbers:
         return np.eye(self.actions, dtype=np.float32)[self.answers()]
@@ -110,6 +119,7 @@ class FunctionStream(Streams):
         self.edges = np.linspace(-1, 1, bins + 1)[1:-1]
         self.centres = (np.linspace(-1, 1, bins + 1)[1:] + np.linspace(-1, 1, bins + 1)[:-1]) / 2
         self.speeds, self.phases, self.heights = self._functions(batch)
+        self.done = 0
         self._draw()
 
     def observe(self) -> Numbers:
@@ -128,6 +138,8 @@ class FunctionStream(Streams):
         new = self.rng.random(self.batch) < self.moves
         for old, fresh in zip((self.speeds, self.phases, self.heights), self._functions(int(new.sum())), strict=True):
             old[new] = fresh
+        self.done += 1
+        self.began[new] = self.done
         self._draw()
         return reward
 

@@ -113,13 +113,17 @@ class LabellingRound:
     def __init__(self, policy: Policy, tasks: Tasks, steps: int) -> None:
         assert isinstance(tasks, Streams)
         self.policy = policy
-        self._features, self._labels = map(torch.from_numpy, tasks.read(steps))
+        self._features, self._labels, self._began = map(torch.from_numpy, tasks.read(steps))
 
     def loss(self) -> Tensor:
-        streams = zip(self._features, self._labels, strict=True)
-        return torch.stack([self._stream(features, labels) for features, labels in streams]).mean()
+        streams = zip(self._features, self._labels, self._began, strict=True)
+        loss = torch.stack([self._stream(*stream) for stream in streams]).mean()
+        if self.policy.doubt is None:
+            return loss
+        changed = (self._began.diff(dim=1) != 0).float()
+        return loss + F.binary_cross_entropy_with_logits(self.policy.doubt.expand_as(changed), changed)
 
-    def _stream(self, features: Tensor, labels: Tensor) -> Tensor:
+    def _stream(self, features: Tensor, labels: Tensor, began: Tensor) -> Tensor:
         policy, site, T = self.policy, self.policy.labels, len(labels)
         states = policy.embed(features)
         keys = site.keys(states)
@@ -127,12 +131,15 @@ class LabellingRound:
         stored = keys + (ops.quantise(keys.detach()) / ops.KEY_STEPS - keys.detach())
         asked, earlier = slice(1, T), slice(0, T - 1)
         base, keys = policy.base(states[asked]), keys[asked]
+        hidden = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
+        if policy.doubt is not None:  # a teacher says what guesses will have to: since when examples count
+            hidden |= torch.arange(T - 1) < began[asked, None]
         found = ops.weigh(
             labels[None, earlier],
             keys @ stored[earlier].T,
             torch.zeros(T - 1, T - 1, dtype=torch.long),
             freshness((torch.arange(T - 1)[:, None] - torch.arange(T - 1)).clamp_min(0)),
-            torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1),
+            hidden,
             site.sharpness,
             site.prior,
             torch.zeros(len(site.sharpness), len(RUNS)),

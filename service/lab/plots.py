@@ -46,14 +46,14 @@ def draw_losses(losses: Sequence[float], path: Path) -> None:
 def draw_curves(curves: Mapping[str, Any], window: int, path: Path, what: str = "missed reward") -> None:
     """What each arm misses by step: the mean of `window` steps. Raises PlotsMissingError."""
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
     for name, curve in curves.items():
         smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
         axes.plot(np.arange(len(smooth)) + window, smooth, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel(f"{what}, mean")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

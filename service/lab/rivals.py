@@ -201,7 +201,7 @@ def offline(tasks: Streams, features: Numbers, labels: Indices) -> dict[str, Cur
 
 def function_stream(tasks: FunctionStream, features: Numbers, values: Curve) -> dict[str, Curve]:
     """What online learners foresee of each value [B, T] of streams of features [B, T, F]: the mean of the nearest of
-    the last 100, and linear models of 100 random Fourier features, which are the same for all."""
+    the last 100, linear models of 100 random Fourier features, which are the same for all, and a forest."""
     rng = np.random.default_rng(7)
     speeds, phases = rng.normal(size=(tasks.context, WAVES)) * 2.0, rng.uniform(0, 2 * np.pi, WAVES)
     seen = np.cos(features @ speeds + phases) * np.sqrt(2 / WAVES)
@@ -209,6 +209,7 @@ def function_stream(tasks: FunctionStream, features: Numbers, values: Curve) -> 
         "5-nearest neighbours": np.stack([_nearest(x, y) for x, y in zip(features, values, strict=True)]),
         "online SGD": np.stack([_descent(x, y) for x, y in zip(seen, values, strict=True)]),
         "recursive least squares": np.stack([_least_squares(x, y) for x, y in zip(seen, values, strict=True)]),
+        "River, adaptive random forest": np.stack([_forest(x, y) for x, y in zip(features, values, strict=True)]),
     }
 
 
@@ -230,6 +231,18 @@ def _descent(x: Curve, y: Curve) -> Curve:
         if t:
             said[t] = model.predict(x[t : t + 1])[0]
         model.partial_fit(x[t : t + 1], y[t : t + 1])
+    return said
+
+
+def _forest(x: Numbers, y: Curve) -> Curve:
+    """As it comes: each tree watches its own error for drift, and is then replaced."""
+    from river.forest import ARFRegressor
+
+    model, said = ARFRegressor(seed=0), np.zeros(len(x))
+    for t, one in enumerate(x):
+        named = dict(enumerate(one.tolist()))
+        said[t] = model.predict_one(named)
+        model.learn_one(named, float(y[t]))
     return said
 
 

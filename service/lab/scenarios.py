@@ -7,9 +7,8 @@ so many as are asked for.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -26,27 +25,24 @@ from model.scenarios.card_sorting import CardSorting
 from model.scenarios.core import Indices, Numbers, Tasks
 from model.scenarios.recipes import Recipe
 from model.scenarios.streams import FunctionStream, Streams
-from model.training.agents import Agent, ContextAgent, DenseAgent, MemoryAgent, RecurrentAgent
-from model.training.policies import chosen, train_agent
+from model.training.agents import Agent, MemoryAgent
+from model.training.policies import chosen
 from service.errors import CommandError
 from service.lab.corpus import console
 from service.lab.estimates import half_width
+from service.lab.learners import RIVALS, Effort, train_again, train_rival
 from service.lab.machine import hardware
 from service.lab.plots import PlotsMissingError, draw_curves
 from service.lab.policies import find_recipe
 from service.lab.rivals import follow, function_stream, label_stream, offline
 
-RIVALS_LR = 2e-3  # with the policies' own 6e-3, and poorer inputs, no rival learned anything; no other was tried
-RIVALS = {
-    "gru": "RL², GRU",
-    "lstm": "RL², LSTM",
-    "transformer": "transformer, task in context",
-    "dense": "dense delta memory",
-}
 TASKS, STREAMS = 100, 10  # of each seed: tasks to act in, streams to label
+TABLE, PRACTICE = 1_000_000, 2_000_000  # where seeds of the tables begin, and of tasks that settings are chosen by
+PRACTICES = 2  # seeds of practice that tell which learning rate is the best
 Measured = dict[str, float]
 Curve = NDArray[np.float64]
 Choose = Callable[[Tasks], Indices]
+Seeds = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ class Arm:
     figures: Mapping[str, list[float]]
     curve: Curve
     note: str = ""
+    trainings: list[float] | None = None  # the main figure of each training
 
 
 def measure_scenario(
@@ -65,11 +62,12 @@ def measure_scenario(
     *,
     seeds: int,
     rivals: Sequence[str],
-    seconds: float | None,
+    effort: Effort,
     checkpoint: Path | None,
+    practice: bool,
     options: Mapping[str, str],
 ) -> None:
-    """Runs `imprint scenario`; rivals: of RIVALS; seconds: for which each is trained. Raises CommandError."""
+    """Runs `imprint scenario`; rivals: of RIVALS; practice: on other seeds than the tables'. Raises CommandError."""
     recipe = find_recipe(name)
     if unknown := set(rivals) - set(RIVALS):
         raise CommandError(f"--rivals must be among {', '.join(RIVALS)}, or none, got {', '.join(sorted(unknown))}")
@@ -80,16 +78,17 @@ def measure_scenario(
     except (ValueError, TypeError) as error:
         raise CommandError(f"--change {dict(options)}: {error}") from error
     torch.set_num_threads(1)
+    drawn = _seeds(PRACTICE if practice else TABLE, seeds)
     policy, trained = _trained(name, checkpoint)
     if policy.config.task == "label":
-        arms = _labelling(policy, recipe, seeds)
+        arms = _labelling(policy, recipe, drawn)
     else:
-        arms = _acting(policy, recipe, seeds, rivals, seconds or trained)
+        arms = _acting(name, policy, recipe, drawn, rivals, effort, trained)
     print_arms(name, arms)
     out.mkdir(parents=True, exist_ok=True)
     about = {"scenario": name, "options": dict(recipe.options), "seeds": seeds, "tasks": TASKS, "steps": recipe.steps}
     about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "seconds": trained}
-    told = {arm.name: {"figures": arm.figures, "curve": arm.curve.tolist(), "note": arm.note} for arm in arms}
+    told = {arm.name: {**asdict(arm), "curve": arm.curve.tolist()} for arm in arms}
     name = "-".join([name, *(f"{option}-{value}" for option, value in options.items())])
     (out / f"{name}.json").write_text(json.dumps({"about": about, "arms": told}) + "\n")
     try:
@@ -135,47 +134,46 @@ def _seconds(path: Path) -> float:
 # --- acting --------------------------------------------------------------------------------------------------------
 
 
-def _acting(policy: Policy, recipe: Recipe, seeds: int, rivals: Sequence[str], seconds: float) -> list[Arm]:
+def _acting(
+    name: str, policy: Policy, recipe: Recipe, seeds: Seeds, rivals: Sequence[str], effort: Effort, seconds: float
+) -> list[Arm]:
     greedy = policy.config.greedy
     size = sum(parameter.numel() for parameter in policy.parameters())
+
+    def played(title: str, agents: Sequence[Agent], note: str = "") -> Arm:
+        """What the first agent does, and the main figure of all."""
+        arms = [_played(title, recipe, seeds, lambda agent=agent: _by(agent, greedy), note) for agent in agents]  # type: ignore[misc]
+        if len(agents) == 1:
+            return arms[0]
+        trainings = [float(np.mean(_main(arm))) for arm in arms]
+        told = f"{len(agents)} trainings: {', '.join(f'{figure:.3f}' for figure in trainings)}"
+        return replace(arms[0], trainings=trainings, note=f"{note}; {told}")
+
+    def judge(agent: Agent) -> float:
+        practice = _seeds(PRACTICE, PRACTICES)
+        return float(np.mean(_main(_played("", recipe, practice, lambda: _by(agent, greedy)))))
+
+    again = [train_again(name, recipe, seed) for seed in range(1, effort.trainings)]
+    remembering: list[Agent] = [MemoryAgent(one, guarded=True) for one in (policy, *again)]
     arms = [
-        _played(
-            "memory", recipe, seeds, lambda: _by(MemoryAgent(policy, guarded=True), greedy), f"{size:,} parameters"
-        ),
-        _played("memory off", recipe, seeds, lambda: _by(MemoryAgent(policy, forgetful=True), greedy)),
+        played("memory", remembering, f"{size:,} parameters"),
+        played("memory off", [MemoryAgent(policy, forgetful=True)]),
     ]
-    tasks = recipe.make(1, np.random.default_rng(0))
-    arms += [_played(name, recipe, seeds, way) for name, way in follow(tasks).items()]
+    ways = follow(recipe.make(1, np.random.default_rng(0)))
+    arms += [_played(way, recipe, seeds, player) for way, player in ways.items()]
     for rival in rivals:
-        agent, name = _rival(rival, tasks, size), RIVALS[rival]
-        losses = train_agent(
-            agent,
-            lambda batch, rng: recipe.make(batch, rng, training=True),
-            recipe.but(lr=RIVALS_LR).lessons,
-            greedy=greedy,
-            seconds=seconds,
-        )
-        count = sum(parameter.numel() for parameter in agent.network.parameters())
-        quarter = max(1, len(losses) // 4)
-        late = 1 - np.mean(losses[-quarter:]) / np.mean(losses[-2 * quarter : -quarter] or losses)
-        note = f"{count:,} parameters, {len(losses)} rounds in {seconds:.0f} s, loss −{late:.1%} in the last quarter"
-        arms.append(_played(name, recipe, seeds, lambda agent=agent: _by(agent, greedy), note))  # type: ignore[misc]
+        trained = train_rival(rival, recipe, size, judge, effort, effort.seconds or seconds)
+        arms.append(played(RIVALS[rival], trained.agents, trained.note()))
     return arms
 
 
-def _rival(name: str, tasks: Tasks, size: int) -> Agent:
-    """An agent of about as many parameters."""
+def _main(arm: Arm) -> list[float]:
+    """Of each seed the figure that an arm is judged by; the lower the better."""
+    return list(arm.figures["errors per switch" if "errors per switch" in arm.figures else "regret"])
 
-    def width(cost: float) -> int:
-        """Units whose squares cost so many parameters each, beside the layers in and out; a multiple of 4."""
-        edge = tasks.context + (tasks.actions + 1) * tasks.features + 3 * tasks.actions + 2
-        return min(128, 4 * int((math.sqrt(edge**2 + 4 * cost * size) - edge) / (2 * cost) / 4))
 
-    if name == "transformer":
-        return ContextAgent(tasks, width(16.5), seed=0)
-    if name == "dense":
-        return DenseAgent(tasks, width(5), seed=0)
-    return RecurrentAgent(tasks, width(8 if name == "lstm" else 6), cell=name, seed=0)
+def _seeds(first: int, count: int) -> Seeds:
+    return [(first, seed) for seed in range(count)]
 
 
 def _by(agent: Agent, greedy: bool) -> Choose:
@@ -194,11 +192,11 @@ def _by(agent: Agent, greedy: bool) -> Choose:
 
 
 @torch.no_grad()
-def _played(name: str, recipe: Recipe, seeds: int, player: Callable[[], Choose], note: str = "") -> Arm:
+def _played(name: str, recipe: Recipe, seeds: Seeds, player: Callable[[], Choose], note: str = "") -> Arm:
     figures: dict[str, list[float]] = {}
     curves = []
-    for seed in range(seeds):
-        tasks = recipe.make(TASKS, np.random.default_rng([1_000_000, seed]))
+    for seed in seeds:
+        tasks = recipe.make(TASKS, np.random.default_rng(seed))
         choose, missed, rewards, habit = player(), [], [], _Habit()
         for _ in range(recipe.steps):
             means, action = tasks.means(), choose(tasks)
@@ -253,13 +251,13 @@ class _Habit:
 
 
 @torch.no_grad()
-def _labelling(policy: Policy, recipe: Recipe, seeds: int) -> list[Arm]:
+def _labelling(policy: Policy, recipe: Recipe, seeds: Seeds) -> list[Arm]:
     """Accuracy after 5 labels a class, and over the last quarter; of functions the error in their second 50 and over
     the last quarter."""
     T = recipe.steps
     found: dict[str, list[Curve]] = {}
-    for seed in range(seeds):
-        tasks = recipe.make(STREAMS, np.random.default_rng([1_000_000, seed]))
+    for seed in seeds:
+        tasks = recipe.make(STREAMS, np.random.default_rng(seed))
         assert isinstance(tasks, Streams)
         wrong = _misread(policy, tasks, T) if isinstance(tasks, FunctionStream) else _mislabelled(policy, tasks, T)
         for name, curve in wrong.items():
@@ -280,7 +278,7 @@ def _labelling(policy: Policy, recipe: Recipe, seeds: int) -> list[Arm]:
 
 def _mislabelled(policy: Policy, tasks: Streams, steps: int) -> dict[str, Curve]:
     """Whether each label [B, T] was not foreseen."""
-    features, told = tasks.read(steps)
+    features, told, _ = tasks.read(steps)
     streams = zip(features, told, strict=True)
     rights = {"memory": np.stack([_foreseen(policy, x, y).argmax(1) == y for x, y in streams])}
     rights |= label_stream(features, told, tasks.actions) | offline(tasks, features, told)

@@ -265,7 +265,7 @@ def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
 
 def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
     rng = np.random.default_rng(0)
-    for name in ("card-sorting", "digits"):
+    for name in ("card-sorting", "digits", "functions"):
         recipe = RECIPES[name].but(batch=2, steps=8, span=8)
         policy = new_policy(recipe.config(name), seed=0)
         policy.requires_grad_(True)
