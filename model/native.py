@@ -32,7 +32,7 @@ from model.memory.ops import (
     Scales,
 )
 
-LEAST = np.float32(-87.0)  # below it, exp is 0 in fp32
+LEAST = np.float32(-87.0)  # below it, exp is as good as 0 in fp32
 ROWS_A_THREAD = 8  # fewer are done before another thread has woken up
 
 Array = NDArray[Any]
@@ -96,7 +96,7 @@ def mixture(
 ) -> Tensor:
     """All of a read in one call, in place of the logits; the operators of its twin, what `LexicalSite.mixture` does
     elsewhere, are small, many and cold. address: weight and bias of the keys, and the cells' centres."""
-    site = (tables, *fields, own, *address, *scales, *gate)
+    site, logits = (tables, *fields, own, *address, *scales, *gate), logits.contiguous()
     _by_rows(partial(_mixture, k), len(logits), *site, session, hidden.float(), trails, trust, logits)
     return logits
 
@@ -139,7 +139,8 @@ def _threads() -> ThreadPoolExecutor:
 
 @compiled
 def _exp(x: Any) -> Any:
-    """exp(x) for |x| ≤ 88 in fp32, also as a vector: 2ⁿ·exp(r), |r| ≤ ½ log 2, by the polynomial of Cephes' expf."""
+    """exp(x) for x ≤ 88 in fp32, also as a vector: 2ⁿ·exp(r), |r| ≤ ½ log 2, by the polynomial of Cephes' expf."""
+    x = max(x, LEAST)
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
@@ -160,7 +161,7 @@ def _predict(logits: Array, log_z: Array, entropy: Array) -> None:
         for i in range(len(row)):
             top = max(top, row[i])
         for i in range(len(row)):
-            below = max(row[i] - top, LEAST)
+            below = row[i] - top
             p = _exp(below)
             total += p
             weighted += p * below

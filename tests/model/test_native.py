@@ -47,15 +47,18 @@ SCALES = ops.Scales(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("P", "width"), SIZES)
-def test_rows_are_weighed_as_by_the_twins(P: int, width: int, dtype: torch.dtype) -> None:
-    """Also where there is none; and each context as if it were alone, to the last bit."""
+@pytest.mark.parametrize("steep", [1.0, 50.0])
+def test_rows_are_weighed_as_by_the_twins(P: int, width: int, dtype: torch.dtype, steep: float) -> None:
+    """Also where there is none, and where one is beyond compare; and each context as if it were alone, to the last
+    bit."""
     pool = pool_of(P, width, native)
     asked, cells, query, context = asked_of(pool)
     site, base = pool.sites["words"], said(len(asked), dtype)
-    ours, _ = site.find(asked, cells, query, context, base, SCALES)
+    scales = ops.Scales(*(steep * scale for scale in SCALES))
+    ours, _ = site.find(asked, cells, query, context, base, scales)
     rows = ops.Rows(*site.read(asked, cells))
-    twin = ops.weigh_rows(ops.compare(rows, query, context), base, SCALES)
-    exact = (scale.double() for scale in SCALES)
+    twin = ops.weigh_rows(ops.compare(rows, query, context), base, scales)
+    exact = (scale.double() for scale in scales)
     loops = naive.read_lexical(rows, query.double(), context, ops.predict(base.logits.double()), *exact)
     assert torch.equal(ours.repeats, twin.repeats) and torch.equal(ours.tokens, twin.tokens)
     for name in ("shares", "evidence"):
@@ -65,7 +68,7 @@ def test_rows_are_weighed_as_by_the_twins(P: int, width: int, dtype: torch.dtype
         torch.testing.assert_close(mine.double(), slow, atol=2e-4, rtol=1e-4, msg=name)
     for n in range(len(asked)):
         one = torch.arange(len(asked)) == n
-        alone, _ = site.find(asked[one], cells[one], query[one], context[one], base.pick(one), SCALES)
+        alone, _ = site.find(asked[one], cells[one], query[one], context[one], base.pick(one), scales)
         assert torch.equal(alone.shares[0], ours.shares[n]) and torch.equal(alone.evidence[0], ours.evidence[n])
 
 
