@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -47,6 +48,9 @@ MARKS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "fail": "[red
 
 def main() -> None:
     """The console script: `app`, with every expected fault as one line on stderr and exit code 1."""
+    # Torch's threads wait for their next piece of work in a loop, by default for milliseconds, in which the core is
+    # another's: the event loop's, the store's, our own kernels'. It counts only before torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app(prog_name="imprint")
     except (CommandError, ImprintError, SettingsError, tenants.KeysError, UnicodeError) as error:
