@@ -105,7 +105,7 @@ def write(
     fields: Sequence[Tensor], old: Tensor, new: Tensor, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor
 ) -> None:
     """Token by token, in place. Twin: `ops.write_lexical` between `Draft.get` and `Draft.put`."""
-    _write(*_arrays(*fields, old, new, at, keys, prints, targets))
+    _write(*arrays(*fields, old, new, at, keys, prints, targets))
 
 
 def fill(fields: Sequence[Tensor], places: Tensor, cell: Tensor, row: Tensor, data: Tensor) -> None:
@@ -113,21 +113,22 @@ def fill(fields: Sequence[Tensor], places: Tensor, cell: Tensor, row: Tensor, da
     first = 0
     for field in fields:
         part = field.view(torch.uint8)
-        _fill(first, *_arrays(part, places, cell, row, data))
+        _fill(first, *arrays(part, places, cell, row, data))
         first += part.shape[2]
 
 
-def _arrays(*tensors: Tensor) -> list[Array]:
-    # Of one layout: for each other one, a kernel would be compiled again.
+def arrays(*tensors: Tensor) -> list[Array]:
+    """In the one layout for which kernels are compiled, each other one being compiled for again; nothing that lies so
+    is copied."""
     return [(each.detach() if each.requires_grad else each).contiguous().numpy() for each in tensors]
 
 
 def _by_rows(kernel: Callable[..., None], n: int, *tensors: Tensor) -> None:
     """kernel(first, last, …) for all of n rows, on as many threads as torch's operators would take."""
-    arrays, threads = _arrays(*tensors), max(1, min(torch.get_num_threads(), n // ROWS_A_THREAD))
+    given, threads = arrays(*tensors), max(1, min(torch.get_num_threads(), n // ROWS_A_THREAD))
     bounds = [n * i // threads for i in range(threads + 1)]
-    others = [_threads().submit(kernel, *part, *arrays) for part in pairwise(bounds[1:])]
-    kernel(0, bounds[1], *arrays)
+    others = [_threads().submit(kernel, *part, *given) for part in pairwise(bounds[1:])]
+    kernel(0, bounds[1], *given)
     for other in others:
         other.result()
 

@@ -17,7 +17,7 @@ from model.memory import Draft, Pool
 from model.memory.config import BALANCE, SHUT
 from model.memory.ops import GUARD_NATS, GUARD_TOKENS
 from model.memory.pool import SitePool
-from model.native import Array, compiled
+from model.native import Array, arrays, compiled
 from model.policy import HISTORY, OUTCOME, Policy
 
 HIGHEST_LOSS, TINY, FAINT = np.float32(8.0), np.finfo(np.float32).tiny, np.float32(1e-12)
@@ -62,7 +62,7 @@ class SwiftPolicy:
         slow += [product, size]
         slow += [part for layer in (policy.join, policy.head, policy.event) for part in (layer.weight.T, layer.bias)]
         slow += [site.value_hidden, site.value_error[:OUTCOME], site.write_gate]
-        self._weights = Weights(*_arrays(*slow))
+        self._weights = Weights(*arrays(*slow))
         self.config, self.site = config, site
         start = config.context + config.features
         places = [*range(config.cue)] + config.by_features * [*range(config.context, start)]
@@ -94,7 +94,7 @@ class SwiftPolicy:
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
         """Twin: `Policy.decide`."""
         logits, expected = (torch.empty(inputs.shape[:2]) for _ in range(2))
-        asked = _arrays(inputs, session, logits, expected)
+        asked = arrays(inputs, session, logits, expected)
         _decide(self._weights, self._places, *self._memory(pool), *asked, self.site.config.k)
         return logits, expected
 
@@ -105,7 +105,7 @@ class SwiftPolicy:
         n, config = len(inputs), self.site.config
         slots, rows = torch.empty(n, config.k, dtype=torch.long), torch.empty(n, config.k, config.width)
         loss, frozen = torch.empty(n), torch.empty(n)
-        asked = _arrays(inputs, self._scaled(reward), session, slots, rows, loss, frozen)
+        asked = arrays(inputs, self._scaled(reward), session, slots, rows, loss, frozen)
         _reward(
             self._weights, self._places, *self._memory(pool), *asked, np.float32(config.decay), np.float32(config.cap)
         )
@@ -126,17 +126,12 @@ class SwiftPolicy:
 
     def _memory(self, pool: Pool) -> list[Array]:
         site: SitePool = pool.sites[self.site.config.name]
-        return _arrays(site.tables, site.fields[0], site.own)
+        return arrays(site.tables, site.fields[0], site.own)
 
 
 def serving(policy: Policy, device: torch.device) -> Policy | SwiftPolicy:
     """What computes a policy's actions and their rewards on a device."""
     return SwiftPolicy(policy) if device.type == "cpu" and policy.config.task == "act" else policy
-
-
-def _arrays(*tensors: Tensor) -> list[Array]:
-    """In the one layout for which the kernels are compiled; nothing is copied that lies so."""
-    return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
 
 
 @compiled
