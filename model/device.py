@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -41,8 +45,14 @@ def row_kernels_for(device: torch.device) -> ModuleType | None:
     return native
 
 
-def upload(data: Tensor, device: torch.device) -> Tensor:
+def has_streams(device: torch.device) -> bool:
+    """Whether the device goes on by itself while the host waits for a part of what it does."""
+    return device.type == "cuda"
+
+
+def upload(data: Tensor | NDArray[Any], device: torch.device) -> Tensor:
     """A little of the host's data on the device. The host does not wait for it."""
+    data = torch.as_tensor(data)
     if device.type != "cuda":
         return data.to(device)
     # From pinned memory, which torch keeps until the copy is done.
@@ -54,7 +64,7 @@ def load(data: Tensor, device: torch.device) -> Tensor:
     on, and what is launched from now on waits on the device alone."""
     if device.type != "cuda":
         return data.to(device)
-    steps, aside = torch.cuda.current_stream(device), _aside(device)
+    steps, aside = torch.cuda.current_stream(device), _stream(device, "load")
     with torch.cuda.stream(aside):
         there = upload(data, device)
     steps.wait_stream(aside)
@@ -72,6 +82,23 @@ def fetch(data: Tensor) -> Tensor:
     return there
 
 
+def beside(device: torch.device) -> AbstractContextManager[None]:
+    """For another thread: what it launches within comes after all that was launched up to this call, on a stream of its
+    own, beside what is launched from now on."""
+    if device.type != "cuda":
+        return nullcontext()
+    so_far = torch.cuda.current_stream(device).record_event()
+    return _beside(device, so_far)
+
+
+@contextmanager
+def _beside(device: torch.device, so_far: torch.cuda.Event) -> Iterator[None]:
+    stream = _stream(device, "beside")
+    stream.wait_event(so_far)
+    with torch.cuda.stream(stream):
+        yield
+
+
 @cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device, name: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from model.backbone import Attend, Device, KVCache, causal_mask
 from model.config import ModelConfig
 from model.device import kernels_for, upload
-from model.memory.pool import Free
+from model.memory.pool import Cells, Free
 
 PAGE = 32  # tokens of a page
 
@@ -49,24 +50,24 @@ class Pages:
         """The share of the pages that sequences have reserved."""
         return self._pages.taken
 
-    def take(self, tokens: int) -> tuple[int, Tensor]:
+    def take(self, tokens: int) -> tuple[int, Cells]:
         """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, and `ValueError` for more
         than the context, changing nothing."""
         if tokens > self.longest:
             raise ValueError(f"capacity must be at most the {self.longest} tokens of the context, got {tokens}")
         pages = self._pages.take(-(-tokens // PAGE))
         try:
-            sequence = int(self._sequences.take(1))
+            sequence = int(self._sequences.take(1)[0])
         except RuntimeError:
             self._pages.give(pages)
             raise
-        self.tables[sequence, : len(pages)] = upload(pages.int(), self.device)
+        self.tables[sequence, : len(pages)] = upload(pages, self.device)
         return sequence, pages
 
-    def give(self, sequence: int, pages: Tensor) -> None:
+    def give(self, sequence: int, pages: Cells) -> None:
         """Frees what was taken."""
         self._pages.give(pages)
-        self._sequences.give(torch.tensor([sequence]))
+        self._sequences.give(np.array([sequence]))
 
 
 class PagedCache(KVCache):
@@ -156,7 +157,7 @@ class _Prefill:
 
     def __init__(self, cache: PagedCache, T: int) -> None:
         end, pages = cache.length + T, cache.pages
-        every = (cache.places[: -(-end // PAGE), None] * PAGE + torch.arange(PAGE)).flatten()[:end]
+        every = (cache.places[: -(-end // PAGE), None] * PAGE + np.arange(PAGE)).flatten()[:end]
         self._pages, self._all = pages, upload(every, pages.device)
         self._new = self._all[-T:]
         self._mask = causal_mask(pages.keys.new_empty(1, 1, end, 0), T)

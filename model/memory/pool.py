@@ -13,14 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.device import fetch, row_kernels_for, upload
 from model.memory import ops
 from model.memory.config import OWN, RUNS, SHUT, MemoryConfig, SiteConfig
+
+Cells = NDArray[np.integer[Any]]  # cells or places, on the host
+Mask = NDArray[np.bool_]  # by cell
 
 
 class PoolFullError(RuntimeError):
@@ -39,7 +44,7 @@ class Free:
     """A stack of free indices. When it runs short, `make_room` is asked to give some back, until it returns False."""
 
     def __init__(self, capacity: int, make_room: Callable[[], bool] = lambda: False) -> None:
-        self._stack = torch.arange(capacity, 0, -1)
+        self._stack = np.arange(capacity, 0, -1)
         self._top = capacity
         self._make_room = make_room
 
@@ -48,16 +53,16 @@ class Free:
         """The share that is not free."""
         return 1.0 - self._top / len(self._stack)
 
-    def take(self, n: int) -> Tensor:
+    def take(self, n: int) -> Cells:
         while n > self._top and self._make_room():
             pass
         if n > self._top:
             raise PoolFullError(f"{n} needed, {self._top} of {len(self._stack)} free")
         self._top -= n
-        return self._stack[self._top : self._top + n].clone()
+        return self._stack[self._top : self._top + n].copy()
 
-    def give(self, indices: Tensor) -> None:
-        self._stack[self._top : self._top + len(indices)] = indices.cpu()
+    def give(self, indices: Cells) -> None:
+        self._stack[self._top : self._top + len(indices)] = indices
         self._top += len(indices)
 
 
@@ -65,13 +70,14 @@ class SitePool:
     """The cells and tables of one site; a cell holds the rows of `config.cell` neighbouring slots.
 
     fields: each [C + 1, …] cells; a lexical site has ages, tokens [C + 1, P], prints [C + 1, P, R] and keys
-    [C + 1, P, d_k], a hidden site values [C + 1, d_v]. tables [S + 1, cells]. own [S + 1, 3, R + 1].
+    [C + 1, P, d_k], a hidden site values [C + 1, d_v]. places [S + 1, cells] are the tables as the host knows them, who
+    then need not ask the device; tables are the device's. own [S + 1, 3, R + 1].
     """
 
     def __init__(
         self, config: SiteConfig, *, rows: int, sessions: int, device: torch.device, make_room: Callable[[], bool]
     ) -> None:
-        self.config = config
+        self.config, self.device = config, device
         cells = -(-rows // config.cell)
         self.free = Free(cells, make_room)
         if config.kind == "lexical":
@@ -81,7 +87,8 @@ class SitePool:
         else:
             shapes = [((cells + 1, config.width), torch.float32)]
         self.fields = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
-        self.tables = torch.zeros(sessions + 1, config.cells, dtype=torch.int32, device=device)
+        self.places = np.zeros((sessions + 1, config.cells), np.int32)
+        self.tables = torch.from_numpy(self.places).to(device)  # on a CPU, the same memory
         self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
         self.kernels = row_kernels_for(device)
 
@@ -108,23 +115,30 @@ class SitePool:
         # By numpy, which keeps to one thread: a session is loaded while the other cores have work.
         cell, row = np.divmod(batch.slots.numpy().astype(np.int64), self.config.cell)
         begins = np.diff(cell, prepend=-1) != 0
-        cells, *where = map(torch.from_numpy, (cell[begins], begins.cumsum() - 1, row))
-        places, device = self.free.take(len(cells)), self.tables.device
-        (self.kernels or ops).fill([self._rows(field) for field in self.fields], places, *where, batch.data)
-        self.tables[session, upload(cells, device)] = upload(places.int(), device)
+        places = self.free.take(int(begins.sum()))
+        where = map(torch.from_numpy, (places, begins.cumsum() - 1, row))
+        (self.kernels or ops).fill([self._rows(field) for field in self.fields], *where, batch.data)
+        self.places[session, cell[begins]] = places
+        self.tell(session)
+
+    def tell(self, session: int) -> None:
+        """The device's table of a session becomes the host's."""
+        if self.tables.data_ptr() != self.places.ctypes.data:
+            self.tables[session] = upload(self.places[session], self.device)
 
     def count(self, session: int) -> int:
         """How many rows a session holds."""
-        places = self.tables[session]
-        return int((self._rows(self.fields[0])[places[places > 0]] != 0).any(-1).sum())
+        places = self.places[session]
+        return int((self._rows(self.fields[0])[upload(places[places > 0], self.device)] != 0).any(-1).sum())
 
-    def pack(self, session: int, base: int, cells: Tensor) -> SiteRows:
-        """The rows of the cells [m] of a session that differ from those of session `base`."""
-        places = torch.stack([self.tables[session, cells], self.tables[base, cells]])
-        data, before = fetch(self._bytes(places)).numpy()  # the host compares: a GPU would be waited for once more
-        cell, place = (data != before).any(-1).nonzero()
-        slots = fetch(cells).numpy()[cell] * self.config.cell + place
-        return SiteRows(torch.from_numpy(slots.astype(np.int32)), torch.from_numpy(data[cell, place]))
+    def pack(self, session: int, base: int, cells: Mask) -> SiteRows:
+        """The rows of a session that differ from those of session `base`, of the cells that the mask chooses."""
+        places = np.stack([self.places[session, cells], self.places[base, cells]])
+        # The host compares: a GPU would be waited for once more.
+        data, before = fetch(self._bytes(upload(places, self.device))).numpy()
+        cell, row = (data != before).any(-1).nonzero()
+        slots = cells.nonzero()[0][cell] * self.config.cell + row
+        return SiteRows(torch.from_numpy(slots.astype(np.int32)), torch.from_numpy(data[cell, row]))
 
     def _rows(self, field: Tensor) -> Tensor:
         """A field by cell and row: [C + 1, P, …] of a lexical site's, [C + 1, 1, d_v] of a hidden site's."""
@@ -161,7 +175,7 @@ class Pool:
 
     def open(self, stored: Mapping[str, SiteRows] | None = None) -> int:
         """A session with the given rows (none: an empty one); returns its index. Raises PoolFullError."""
-        index = int(self._sessions.take(1))
+        index = int(self._sessions.take(1)[0])
         try:
             for name, batch in (stored or {}).items():
                 if name.endswith(OWN):
@@ -178,8 +192,8 @@ class Pool:
     def close(self, index: int) -> None:
         """Forgets a session and frees its rows."""
         for site in self.sites.values():
-            table = site.tables[index]
-            site.free.give(table[table > 0])
+            places = site.places[index]
+            site.free.give(places[places > 0])
         self._drop(index)
 
     @property
@@ -193,22 +207,23 @@ class Pool:
 
     def dump(self, index: int) -> dict[str, SiteRows]:
         """A session's whole state, as it is stored."""
-        return self._pack(index, 0, {name: site.tables[index] > 0 for name, site in self.sites.items()})
+        return self._pack(index, 0, {name: site.places[index] > 0 for name, site in self.sites.items()})
 
     def draft(self, base: int) -> Draft:
         """A turn's own copy-on-write view of session `base`. Raises PoolFullError."""
-        index = int(self._sessions.take(1))
+        index = int(self._sessions.take(1)[0])
         for site in self.sites.values():
-            site.tables[index] = site.tables[base]
+            site.places[index] = site.places[base]
+            site.tell(index)
             site.own[index] = site.own[base]
         return Draft(self, base, index)
 
-    def _pack(self, index: int, base: int, masks: Mapping[str, Tensor]) -> dict[str, SiteRows]:
+    def _pack(self, index: int, base: int, masks: Mapping[str, Mask]) -> dict[str, SiteRows]:
         """What differs from session `base` in the cells that the masks choose, and the session's own numbers."""
         packed = {}
         for name, mask in masks.items():
             site = self.sites[name]
-            rows = site.pack(index, base, mask.nonzero()[:, 0])
+            rows = site.pack(index, base, mask)
             if len(rows.slots):
                 packed[name] = rows
             own = site.own[index].cpu().clone()
@@ -218,9 +233,10 @@ class Pool:
 
     def _drop(self, index: int) -> None:
         for site in self.sites.values():
-            site.tables[index].zero_()
+            site.places[index] = 0
+            site.tell(index)
             site.own[index] = 0.0
-        self._sessions.give(torch.tensor([index]))
+        self._sessions.give(np.array([index]))
 
 
 class Draft:
@@ -230,10 +246,7 @@ class Draft:
         self.pool = pool
         self.base = base
         self.index = index
-        self._own = {
-            name: torch.zeros(site.config.cells, dtype=torch.bool, device=pool.device)
-            for name, site in pool.sites.items()
-        }
+        self._own = {name: np.zeros(site.config.cells, np.bool_) for name, site in pool.sites.items()}
 
     def get(self, name: str, cells: Tensor) -> list[Tensor]:
         """The contents of `cells` [U]: each field [U, …]."""
@@ -260,10 +273,11 @@ class Draft:
 
     def _take(self, name: str, cells: Tensor) -> Tensor:
         """The draft's own places [U] of `cells` [U], new ones for those that it had not touched yet."""
-        site, own = self.pool.sites[name], self._own[name]
-        fresh = cells[~own[cells]]
-        site.tables[self.index, fresh] = upload(site.free.take(len(fresh)).int(), self.pool.device)
+        site, own, asked = self.pool.sites[name], self._own[name], fetch(cells).numpy()
+        fresh = asked[~own[asked]]
+        site.places[self.index, fresh] = site.free.take(len(fresh))
         own[fresh] = True
+        site.tell(self.index)
         return site.tables[self.index, cells]
 
     def touched(self) -> dict[str, SiteRows]:
@@ -278,14 +292,15 @@ class Draft:
     def commit(self) -> None:
         """The base session becomes what the draft is."""
         for name, site in self.pool.sites.items():
-            base, own = site.tables[self.base], self._own[name]
-            site.free.give(base[own & (base > 0)])
-            base.copy_(site.tables[self.index])
+            base = site.places[self.base]
+            site.free.give(base[self._own[name] & (base > 0)])
+            base[:] = site.places[self.index]
+            site.tell(self.base)
             site.own[self.base] = site.own[self.index]
         self.pool._drop(self.index)
 
     def rollback(self) -> None:
         """The base session stays what it was."""
         for name, site in self.pool.sites.items():
-            site.free.give(site.tables[self.index, self._own[name]])
+            site.free.give(site.places[self.index, self._own[name]])
         self.pool._drop(self.index)

@@ -104,7 +104,7 @@ class DeedRun(Hold):
         self._decided = Decided(choice, chances, expected, number)
 
     def events(self) -> Iterator[Event]:
-        """What came of it. Raises PoolFullError."""
+        """What was decided, once all of it is written. Raises PoolFullError."""
         if self._draft is not None and self._journal is not None and self._journal.touched:
             device = self._draft.pool.device
             touched = sorted(self._journal.touched)
@@ -112,7 +112,6 @@ class DeedRun(Hold):
             self._draft.put(NAME, torch.tensor(touched, device=device), [rows.to(device)])
         if self._decided is not None:
             yield self._decided
-        yield self._finished({})
 
 
 class Desk:

@@ -24,9 +24,10 @@ from model.memory import MemoryConfig, Pool, PoolFullError
 from model.policy import Policy
 from model.sampling import draw_ahead
 from model.tokenizer import Tokenizer
+from service.engine.aside import Aside
 from service.engine.deeds import DeedRun, Desk
 from service.engine.hot import HotSessions
-from service.engine.job import Event, Failed, Job, SessionKey, Stamp
+from service.engine.job import Event, Failed, Finished, Job, SessionKey, Stamp
 from service.engine.run import Choice, Run
 from service.engine.scheduler import Scheduler
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
@@ -79,6 +80,7 @@ class Engine:
         self._arrived: dict[Job, float] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[tuple[Job, Event]] = []
+        self._aside = Aside(lm.device, self._inbox.put)
         self._stopping = False
         self._prepared = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -161,6 +163,7 @@ class Engine:
             os.kill(os.getpid(), signal.SIGTERM)
             raise
         finally:
+            self._aside.stop()
             self._prepared.set()
 
     def _stop(self) -> None:
@@ -208,6 +211,7 @@ class Engine:
         self._decide()
         for done in [run for run in self._scheduler.running if run.done]:
             self._scheduler.remove(done)
+            self._end(done)
         self._metrics.queue_depth.set(len(self._scheduler.waiting))
         self._metrics.kv_tokens_reserved.set(self._scheduler.tokens_reserved)
         self._metrics.sessions_hot.set(len(self._hot))
@@ -268,6 +272,20 @@ class Engine:
                     self._guard(held, lambda step=step, held=held: step(held, self._guard_one))  # type: ignore[misc]
                 for run in [run for run in runs if run.job in self._runs]:
                     self._guard([run], lambda run=run: self._emit(run, run.events()))  # type: ignore[misc]
+                for run in [run for run in runs if run.job in self._runs]:
+                    self._end(run)
+
+    def _end(self, run: Run | DeedRun) -> None:
+        """Tells what a job leaves behind, once the device has it; meanwhile others go on."""
+
+        def tell(gathered: Callable[[], Finished]) -> None:
+            if run.job in self._runs:
+                self._guard([run], lambda: self._events.append((run.job, gathered())))
+
+        if run.writes:
+            self._aside.do(run.finished, tell)
+        else:
+            tell(run.finished)
 
     def _guard_one(self, run: DeedRun, work: Callable[[], None]) -> None:
         self._guard([run], work)

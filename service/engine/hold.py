@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from model.lm import EMPTY
 from model.memory import Draft
 from service.engine.hot import HotSessions
@@ -24,6 +22,11 @@ class Hold:
     def index(self) -> int:
         """The pool's index of the fast weights that this job reads."""
         return self._index
+
+    @property
+    def writes(self) -> bool:
+        """Whether there may be something to gather from the device at the end."""
+        return self._draft is not None
 
     def start(self, hot: HotSessions) -> None:
         """Takes its session's memory. Raises PoolFullError."""
@@ -47,18 +50,20 @@ class Hold:
         if memory is not None and (self._entered or memory.stored is None):
             hot.leave(memory.key)
 
-    def _finished(self, said: Mapping[int, list[int]]) -> Finished:
-        if self._draft is None:
+    def finished(self) -> Finished:
+        """What is told of the job, once it is done. On the device it only reads, and waits for it, so that another
+        thread can do it meanwhile."""
+        draft = self._draft
+        if draft is None:
             return Finished(self.stats, {})
-        sites = self._draft.pool.sites
-        held = self._draft.pool.rows(self._draft.index)
-        touched = self._draft.touched()
+        sites = draft.pool.sites
+        held = draft.pool.rows(draft.index)
+        touched = draft.touched()
         return Finished(
             self.stats,
             touched,
             rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
             rows_held=sum(held.values()),
             bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in held.items()),
-            guards=self._draft.guards(),
-            said=dict(said),
+            guards=draft.guards(),
         )

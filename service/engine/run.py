@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from service.engine.hot import HotSessions
 from service.engine.job import (
     Alternatives,
     Event,
+    Finished,
     FinishReason,
     Generate,
     Job,
@@ -137,21 +139,22 @@ class Run(Hold):
         self._cache = self._frozen_cache = None
         self.sequences = []
 
+    def finished(self) -> Finished:
+        return replace(super().finished(), said=self._said)
+
     def block(self, hot: HotSessions) -> Iterator[Event]:
         """Runs one block: of the prompt, or of what was generated and is to be learned."""
         if self._prefilling:
             yield from self._prefill(hot)
         else:
             self._learn(next(s for s in self.sequences if self._learnable(s)), hot)
-        yield from self.advance()
+        self.advance()
 
-    def advance(self) -> Iterator[Event]:
+    def advance(self) -> None:
         """Goes on to the next segment, or to the end, if this one is complete."""
         complete = not self._prefilling and all(s.finish and not self._learnable(s) for s in self.sequences)
         if complete and not self.done:
             self._next_segment()
-            if self.done:
-                yield self._finished(self._said)
 
     def decodable(self) -> list[Choice]:
         """The sequences whose next token is due."""
@@ -170,7 +173,7 @@ class Run(Hold):
             shown = sequence.show(self._segment)
             if shown is not None:
                 yield shown
-            yield from self.advance()
+            self.advance()
             if sequence.finish or self.wants_block or sequence.pending not in guess[place : place + 1]:
                 break
 

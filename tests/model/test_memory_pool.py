@@ -128,6 +128,8 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = new_pool()
+        words = self.pool.sites["words"]
+        words.tables = words.tables.clone()  # as on a GPU: a copy of what the host knows
         self.model: dict[int, Image] = {}
         self.held: dict[int, dict[str, set[int]]] = {}  # by session or draft: the cells that it has places for
         self.open: dict[int, tuple[Draft, Image]] = {}  # by the index of the draft: it, and what it is now
@@ -240,6 +242,10 @@ class PoolMachine(RuleBasedStateMachine):
     def nothing_leaks(self) -> None:
         sessions = SESSIONS - len(self.model) - len(self.open)
         assert free_counts(self.pool) == [sessions, *(self.free(name) for name in NAMES)]
+
+    @invariant()
+    def the_device_is_told_what_the_host_knows(self) -> None:
+        assert all((site.tables.numpy() == site.places).all() for site in self.pool.sites.values())
 
     @invariant()
     def the_empty_session_stays_empty(self) -> None:

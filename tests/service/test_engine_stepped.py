@@ -4,6 +4,8 @@ the model as it is."""
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,14 @@ import pytest
 from model.checkpoint import load_backbone
 from model.graphs import SteppedLM
 from model.lm import AdaptiveLM
-from model.memory import MemoryConfig, SiteConfig
+from model.memory import Draft, MemoryConfig, SiteConfig, SiteRows
 from model.paged import PAGE
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 from model.training.initial import random_memory
-from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Token
+from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Token, aside
 from service.metrics import Metrics
+from tests.live import PATIENCE_S
 from tests.model.tiny_lm import DEVICE
 from tests.tiny import TEXT
 
@@ -39,12 +42,29 @@ def jobs(ids: list[int]) -> list[tuple[Segment, MemoryUse | None]]:
     ]
 
 
-def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[object, ...]]:
-    """What each job said, counted and wrote."""
-    engine = Engine(
+@pytest.fixture
+def plain(tiny_base: Path) -> AdaptiveLM:
+    backbone = load_backbone(tiny_base, device=DEVICE)
+    site = SiteConfig("words", "lexical", slots=64, k=4, width=16, cell=8)
+    memory = random_memory(MemoryConfig(backbone.config.hidden_size, (site,), block=16), seed=0).to(DEVICE)
+    return AdaptiveLM(backbone, memory)
+
+
+@pytest.fixture
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_base)
+
+
+def new_engine(lm: AdaptiveLM, tokenizer: Tokenizer) -> Engine:
+    return Engine(
         lm, tokenizer, max_turns=8, max_batch=4, kv_tokens=KV_TOKENS, hot_rows=2000, hot_sessions=4, threads=1,
         metrics=Metrics(),
     )  # fmt: skip
+
+
+def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[object, ...]]:
+    """What each job said, counted and wrote."""
+    engine = new_engine(lm, tokenizer)
 
     async def one(segment: Segment, memory: MemoryUse | None) -> tuple[object, ...]:
         events: list[Event] = []
@@ -80,12 +100,64 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
     return asyncio.run(all_of_them())
 
 
-def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(tiny_base: Path) -> None:
-    tokenizer, backbone = Tokenizer.load(tiny_base), load_backbone(tiny_base, device=DEVICE)
-    site = SiteConfig("words", "lexical", slots=64, k=4, width=16, cell=8)
-    memory = random_memory(MemoryConfig(backbone.config.hidden_size, (site,), block=16), seed=0).to(DEVICE)
-    plain = AdaptiveLM(backbone, memory)
+def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(
+    plain: AdaptiveLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stepped = SteppedLM(plain, kv_tokens=max(KV_TOKENS, 8 * 128), max_batch=8)
     ids = tokenizer.encode(TEXT * 2)[:90]
-    assert run(stepped, tokenizer, ids) == run(plain, tokenizer, ids)
+    at_once = run(plain, tokenizer, ids)
+    monkeypatch.setattr(aside, "has_streams", lambda device: True)
+    assert run(stepped, tokenizer, ids) == at_once
     assert stepped.pages.taken == 0.0, "what a request reserved is free again"
+
+
+async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
+    plain: AdaptiveLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_gather, touched = threading.Event(), Draft.touched
+
+    def held_up(draft: Draft) -> dict[str, SiteRows]:
+        assert may_gather.wait(PATIENCE_S)
+        return touched(draft)
+
+    monkeypatch.setattr(aside, "has_streams", lambda device: True)
+    monkeypatch.setattr(Draft, "touched", held_up)
+    ids = tokenizer.encode(TEXT)[:40]
+    engine, events = new_engine(plain, tokenizer), defaultdict[str, list[Event]](list)
+
+    def job(name: str, *, learns: bool, version: int = 1) -> Job:
+        segment = Segment(ids, learn=[learns] * len(ids), generate=Generate(3, GREEDY))
+        memory = MemoryUse(("t", name), (1.0, 1.0, version), write=learns, stored={} if version == 1 else None)
+        return Job([segment], lambda _, event: events[name].append(event), memory)
+
+    async def ended(name: str) -> Event:
+        while not any(isinstance(event, Finished | Failed) for event in events[name]):
+            await asyncio.sleep(0.001)
+        return events[name][-1]
+
+    async with asyncio.timeout(PATIENCE_S):
+        monkeypatch.setattr(plain, "prepare", lambda pool: None)
+        await engine.start()
+        learning, cancelled = job("learns", learns=True), job("leaves", learns=True)
+        for each in (learning, cancelled):
+            engine.submit(each)
+        for name in ("reads", "too"):
+            engine.submit(reader := job(name, learns=False))
+            assert isinstance(await ended(name), Finished)
+            engine.settle(reader, None)
+        told = [type(event) for name in ("learns", "leaves") for event in events[name]]
+        assert set(told) == {Token}, "all is said, and nobody waited for what was learned"
+        engine.cancel(cancelled)
+        may_gather.set()
+        done = await ended("learns")
+        assert isinstance(done, Finished)
+        assert done.rows["words"].slots.numel() > 0
+        engine.settle(learning, (1.0, 1.0, 2))
+        assert engine.pin(("t", "learns"), (1.0, 1.0, 2))
+        engine.submit(again := job("learns", learns=True, version=2))
+        events["learns"].clear()
+        assert isinstance(await ended("learns"), Finished)
+        engine.settle(again, None)
+        await engine.stop()
+    assert Finished not in map(type, events["leaves"]), "a job that was cancelled tells nothing more"
+    assert not any(isinstance(event, Failed) for each in events.values() for event in each)
