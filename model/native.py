@@ -155,12 +155,39 @@ def _exp(x: Any) -> Any:
 
 
 @compiled
+def _log(x: Any) -> Any:
+    """log(x) for x ≥ 1 in fp32, also as a vector: n·log 2 + log(1 + r), √½ ≤ 1 + r < √2, by that of Cephes' logf."""
+    bits = np.float32(x).view(np.int32) - np.int32(0x3F3504F3)  # less √½
+    n = np.float32(bits >> np.int32(23))
+    r = np.int32((bits & np.int32(0x7FFFFF)) + np.int32(0x3F3504F3)).view(np.float32) - np.float32(1.0)
+    p = np.float32(7.0376836292e-2)
+    p = p * r - np.float32(1.1514610310e-1)
+    p = p * r + np.float32(1.1676998740e-1)
+    p = p * r - np.float32(1.2420140846e-1)
+    p = p * r + np.float32(1.4249322787e-1)
+    p = p * r - np.float32(1.6668057665e-1)
+    p = p * r + np.float32(2.0000714765e-1)
+    p = p * r - np.float32(2.4999993993e-1)
+    p = p * r + np.float32(3.3333331174e-1)
+    return n * np.float32(0.69314718) + (p * r * r * r - np.float32(0.5) * r * r + r)
+
+
+@compiled
+def _top(row: Array) -> Any:
+    """The largest of a row, within fp32. Whole numbers are compared in vectors, where LLVM compares floats one by one;
+    with the bits of the negative ones turned round, floats are ordered as they are."""
+    bits = row.view(np.int32) if row.itemsize == 4 else row.astype(np.float32).view(np.int32)
+    top = np.int32(-(2**31))
+    for i in range(len(bits)):
+        top = max(top, np.int32(bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@compiled
 def _predict(logits: Array, log_z: Array, entropy: Array) -> None:
     for t in range(len(logits)):
         row = logits[t]
-        top, total, weighted = row[0], np.float32(0.0), np.float32(0.0)
-        for i in range(len(row)):
-            top = max(top, row[i])
+        top, total, weighted = _top(row), np.float32(0.0), np.float32(0.0)
         for i in range(len(row)):
             below = row[i] - top
             p = _exp(below)
@@ -284,12 +311,11 @@ def _believe(
             out += np.tanh(inner[g]) * out_weight[g]
         heads = np.exp(out[1:] - out[1:].max())
         heads /= heads.sum()
-        known = False
-        for i in range(K):
-            mixed[t, i] = heads[0] * shares[t, 0, i]
-            for h in range(1, H):
+        mixed[t] = 0.0
+        for h in range(H):
+            for i in range(K):
                 mixed[t, i] += heads[h] * shares[t, h, i]
-            known |= mixed[t, i] > 0
+        known = mixed[t].sum() > 0
         same, mine = repeats[t], own[session[t]]
         logit = out[0] + mine[TRUST, same] + trust[t, same]
         unguarded[t] = min(1 / (1 + math.exp(-logit)), MOST) if known else 0.0
@@ -300,6 +326,7 @@ def _believe(
 def _mix(logits: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array) -> None:
     K = tokens.shape[1]
     share, distinct = np.zeros(logits.shape[1], shares.dtype), np.empty(K, np.int64)
+    base, added, more = np.empty((3, K), logits.dtype)
     for t in range(len(logits)):
         count, without = 0, math.log1p(-gamma[t]) - log_z[t]
         for i in range(K):
@@ -311,12 +338,13 @@ def _mix(logits: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array
                 share[token] += shares[t, i]
         for i in range(count):
             token = distinct[i]
-            base, added = logits[t, token] + without, gamma[t] * share[token]
-            if base > LEAST:
-                logits[t, token] += math.log1p(added * _exp(-base))
-            else:
-                logits[t, token] += math.log(added) - base
+            base[i], added[i] = logits[t, token] + without, gamma[t] * share[token]
             share[token] = 0
+        for i in range(count):
+            least = max(base[i], LEAST)
+            more[i] = _log(np.float32(1.0) + added[i] * _exp(-least)) + (least - base[i])
+        for i in range(count):
+            logits[t, distinct[i]] += more[i]
 
 
 @compiled
