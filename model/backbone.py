@@ -9,6 +9,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Self
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LinearScaling, Llama3Scaling, ModelConfig
+from model.device import step_kernels
 from model.linear import HalfLinear, Linear
 
 Device = torch.device | str
@@ -150,6 +152,7 @@ class Backbone(nn.Module):
         self.register_buffer("cos", cos.to(device, dtype), persistent=False)
         self.register_buffer("sin", sin.to(device, dtype), persistent=False)
         self.requires_grad_(False).eval()
+        self._fused: ModuleType | None = None
 
     def pack(self) -> None:
         """Make the linear maps as fast as they get; on a CPU, no gradient passes them afterwards."""
@@ -158,7 +161,8 @@ class Backbone(nn.Module):
                 module.pack()
 
     def halved(self) -> Backbone:
-        """This model with its linear maps in fp16, sharing all other weights; itself where that has no fast kernels."""
+        """This model as it decodes on CPUs: its linear maps in fp16, all other weights shared, and what a step does
+        between them compiled; itself where there are no fast kernels for that."""
         if not HalfLinear.supports(self.embedding):
             return self
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
@@ -167,6 +171,7 @@ class Backbone(nn.Module):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Linear):
                     setattr(parent, name, HalfLinear(child))
+        twin._fused = step_kernels()
         return twin
 
     @property
@@ -197,9 +202,15 @@ class Backbone(nn.Module):
         B, T = token_ids.shape
         starts = [0] if caches is None else [cache.length for cache in caches]
         self._check_shape(B, T, None if caches is None else len(caches), longest=max(starts, default=0) + T)
-        positions = (torch.tensor(starts)[:, None] + torch.arange(T)).to(self.cos.device)
-        attend = _attend_causally if caches is None else caches[0].attention(caches, T)
-        final = self.run(token_ids, positions, attend, sites)
+        dense = [cache for cache in caches or () if isinstance(cache, DenseCache)]
+        if self._fused is not None and T == 1 and len(dense) == B:
+            for each in dense:
+                each.check_room(T)
+            final: Tensor = self._fused.decode(self, token_ids[:, 0], dense, sites)[:, None]
+        else:
+            positions = (torch.tensor(starts)[:, None] + torch.arange(T)).to(self.cos.device)
+            attend = _attend_causally if caches is None else caches[0].attention(caches, T)
+            final = self.run(token_ids, positions, attend, sites)
         for cache in caches or ():
             cache.length += T
         return final

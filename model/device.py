@@ -45,6 +45,13 @@ def row_kernels_for(device: torch.device) -> ModuleType | None:
     return native
 
 
+def step_kernels() -> ModuleType:
+    """What a decoding step does on CPUs between the base's linear maps, compiled."""
+    from model import fused
+
+    return fused
+
+
 def has_streams(device: torch.device) -> bool:
     """Whether the device goes on by itself while the host waits for a part of what it does."""
     return device.type == "cuda"

@@ -7,18 +7,14 @@ the user's cache. Each row is computed alone, in one order, so neither its neigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import pairwise
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import partial
 
-import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from model.compiled import LEAST, Array, arrays, by_rows, compiled, exp, largest, log
 from model.memory.config import RUNS, SHUT, TRUST
 from model.memory.ops import (
     LIKENESS_STEP,
@@ -31,22 +27,6 @@ from model.memory.ops import (
     Prediction,
     Scales,
 )
-
-LEAST = np.float32(-87.0)  # below it, exp is as good as 0 in fp32
-ROWS_A_THREAD = 8  # fewer are done before another thread has woken up
-
-Array = NDArray[Any]
-T = TypeVar("T")
-
-
-def compiled(function: Callable[..., T]) -> Callable[..., T]:
-    """The function as machine code, from its first call on. Sums may be taken in vectors, of one order for a length."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "nnan"}}
-    try:
-        machine: Callable[..., T] = numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # there is no place to keep it
-        machine = numba.njit(**options)(function)
-    return machine
 
 
 def find(
@@ -66,7 +46,7 @@ def find(
     room = torch.empty(cells.shape, dtype=torch.long)
     shares, evidence = (torch.zeros(n, H, wide, dtype=base.logits.dtype) for wide in (K, 4 + R))
     asked = (tables, *fields, session, cells, query, context, base.logits, base.log_z, *scales)
-    _by_rows(_find, n, *asked, tokens, shares, evidence, same, room)
+    by_rows(_find, n, *arrays(*asked, tokens, shares, evidence, same, room))
     return Candidates(tokens, shares, evidence.flatten(1), same), room
 
 
@@ -76,7 +56,7 @@ def believe(
     """Without the dozen operators of its twin, `ops.believe`."""
     n, _, K = found.shares.shape
     belief = Belief(*(entropy.new_empty(size) for size in ((n, K), (n,), (n,))))
-    _by_rows(_believe, n, *found[1:], entropy, keys, *gate, own, session, trust, *belief)
+    by_rows(_believe, n, *arrays(*found[1:], entropy, keys, *gate, own, session, trust, *belief))
     return belief
 
 
@@ -97,7 +77,8 @@ def mixture(
     """All of a read in one call, in place of the logits; the operators of its twin, what `LexicalSite.mixture` does
     elsewhere, are small, many and cold. address: weight and bias of the keys, and the cells' centres."""
     site, logits = (tables, *fields, own, *address, *scales, *gate), logits.contiguous()
-    _by_rows(partial(_mixture, k), len(logits), *site, session, hidden.float(), trails, trust, logits)
+    asked = (session, hidden.float(), trails, trust)
+    by_rows(partial(_mixture, k), len(logits), *arrays(*site, *asked, logits))
     return logits
 
 
@@ -117,80 +98,14 @@ def fill(fields: Sequence[Tensor], places: Tensor, cell: Tensor, row: Tensor, da
         first += part.shape[2]
 
 
-def arrays(*tensors: Tensor) -> list[Array]:
-    """In the one layout for which kernels are compiled, each other one being compiled for again; nothing that lies so
-    is copied."""
-    return [(each.detach() if each.requires_grad else each).contiguous().numpy() for each in tensors]
-
-
-def _by_rows(kernel: Callable[..., None], n: int, *tensors: Tensor) -> None:
-    """kernel(first, last, …) for all of n rows, on as many threads as torch's operators would take."""
-    given, threads = arrays(*tensors), max(1, min(torch.get_num_threads(), n // ROWS_A_THREAD))
-    bounds = [n * i // threads for i in range(threads + 1)]
-    others = [_threads().submit(kernel, *part, *given) for part in pairwise(bounds[1:])]
-    kernel(0, bounds[1], *given)
-    for other in others:
-        other.result()
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="rows")
-
-
-@compiled
-def _exp(x: Any) -> Any:
-    """exp(x) for x ≤ 88 in fp32, also as a vector: 2ⁿ·exp(r), |r| ≤ ½ log 2, by the polynomial of Cephes' expf."""
-    x = max(x, LEAST)
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (p * r * r + r + np.float32(1.0)) * power
-
-
-@compiled
-def _log(x: Any) -> Any:
-    """log(x) for x ≥ 1 in fp32, also as a vector: n·log 2 + log(1 + r), √½ ≤ 1 + r < √2, by that of Cephes' logf."""
-    bits = np.float32(x).view(np.int32) - np.int32(0x3F3504F3)  # less √½
-    n = np.float32(bits >> np.int32(23))
-    r = np.int32((bits & np.int32(0x7FFFFF)) + np.int32(0x3F3504F3)).view(np.float32) - np.float32(1.0)
-    p = np.float32(7.0376836292e-2)
-    p = p * r - np.float32(1.1514610310e-1)
-    p = p * r + np.float32(1.1676998740e-1)
-    p = p * r - np.float32(1.2420140846e-1)
-    p = p * r + np.float32(1.4249322787e-1)
-    p = p * r - np.float32(1.6668057665e-1)
-    p = p * r + np.float32(2.0000714765e-1)
-    p = p * r - np.float32(2.4999993993e-1)
-    p = p * r + np.float32(3.3333331174e-1)
-    return n * np.float32(0.69314718) + (p * r * r * r - np.float32(0.5) * r * r + r)
-
-
-@compiled
-def _top(row: Array) -> Any:
-    """The largest of a row, within fp32. Whole numbers are compared in vectors, where LLVM compares floats one by one;
-    with the bits of the negative ones turned round, floats are ordered as they are."""
-    bits = row.view(np.int32) if row.itemsize == 4 else row.astype(np.float32).view(np.int32)
-    top = np.int32(-(2**31))
-    for i in range(len(bits)):
-        top = max(top, np.int32(bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))))
-    return np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
-
-
 @compiled
 def _predict(logits: Array, log_z: Array, entropy: Array) -> None:
     for t in range(len(logits)):
         row = logits[t]
-        top, total, weighted = _top(row), np.float32(0.0), np.float32(0.0)
+        top, total, weighted = largest(row), np.float32(0.0), np.float32(0.0)
         for i in range(len(row)):
             below = row[i] - top
-            p = _exp(below)
+            p = exp(below)
             total += p
             weighted += p * below
         log_z[t], entropy[t] = top + math.log(total), math.log(total) - weighted / total
@@ -264,7 +179,7 @@ def _find(
             top, total_share = shares[best], np.float32(0.0)
             for i in range(K):
                 if repeats[i] >= 0:
-                    shares[i] = _exp(shares[i] - top)
+                    shares[i] = exp(shares[i] - top)
                     total_share += shares[i]
             agreement = np.float32(0.0)
             for i in range(K):
@@ -342,7 +257,7 @@ def _mix(logits: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array
             share[token] = 0
         for i in range(count):
             least = max(base[i], LEAST)
-            more[i] = _log(np.float32(1.0) + added[i] * _exp(-least)) + (least - base[i])
+            more[i] = log(np.float32(1.0) + added[i] * exp(-least)) + (least - base[i])
         for i in range(count):
             logits[t, distinct[i]] += more[i]
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.compiled import Array, arrays, compiled
 from model.lm import EMPTY
 from model.memory import Draft, Pool
 from model.memory.config import BALANCE, SHUT
 from model.memory.ops import GUARD_NATS, GUARD_TOKENS
 from model.memory.pool import SitePool
-from model.native import Array, arrays, compiled
 from model.policy import HISTORY, OUTCOME, Policy
 
 HIGHEST_LOSS, TINY, FAINT = np.float32(8.0), np.finfo(np.float32).tiny, np.float32(1e-12)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model import native
+from model.compiled import ROWS_A_THREAD
 from model.memory import LexicalSite, Pool, naive, ops
 from model.memory.config import RUNS, SHUT, TRUST
 from tests.model.cells import SIZES, VOCAB, asked_of, bits_after_lessons, pool_of
@@ -97,7 +98,7 @@ def asking(pool: Pool, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return asked, hidden, trails, trust, 3 * torch.randn(n, VOCAB, generator=g)
 
 
-@pytest.mark.parametrize("n", [1, 2 * native.ROWS_A_THREAD + 1])
+@pytest.mark.parametrize("n", [1, 2 * ROWS_A_THREAD + 1])
 def test_what_is_found_is_believed_as_by_the_twin(n: int) -> None:
     """In one thread and in several, with open and shut guards."""
     site, pool = site_of(5), pool_of(3, 5, native)
@@ -110,7 +111,7 @@ def test_what_is_found_is_believed_as_by_the_twin(n: int) -> None:
         torch.testing.assert_close(mine, its, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("n", [1, 4, 20 * native.ROWS_A_THREAD + 1])
+@pytest.mark.parametrize("n", [1, 4, 20 * ROWS_A_THREAD + 1])
 @pytest.mark.parametrize("width", [1, 5, 64])
 def test_a_whole_read_is_that_of_the_twins(n: int, width: int) -> None:
     """Where nothing is found or a guard is shut the logits keep their bits, and each row is as if it were alone."""
