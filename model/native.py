@@ -238,28 +238,24 @@ def _believe(
 
 
 @compiled
-def _mix(logits: Array, log_z: Array, tokens: Array, shares: Array, gamma: Array) -> None:
-    K = tokens.shape[1]
-    share, distinct = np.zeros(logits.shape[1], shares.dtype), np.empty(K, np.int64)
-    base, added, more = np.empty((3, K), logits.dtype)
-    for t in range(len(logits)):
-        count, without = 0, math.log1p(-gamma[t]) - log_z[t]
-        for i in range(K):
-            token = tokens[t, i]
-            if gamma[t] * shares[t, i] > 0:
-                if share[token] == 0:
-                    distinct[count] = token
-                    count += 1
-                share[token] += shares[t, i]
-        for i in range(count):
-            token = distinct[i]
-            base[i], added[i] = logits[t, token] + without, gamma[t] * share[token]
-            share[token] = 0
-        for i in range(count):
-            least = max(base[i], LEAST)
-            more[i] = log(np.float32(1.0) + added[i] * exp(-least)) + (least - base[i])
-        for i in range(count):
-            logits[t, distinct[i]] += more[i]
+def _mix(logits: Array, log_z: float, tokens: Array, shares: Array, gamma: float, by_token: Array) -> None:
+    """by_token [V]: zeros, before and after."""
+    distinct, count, without = np.empty(len(tokens), np.int64), 0, math.log1p(-gamma) - log_z
+    base, added, more = np.empty((3, len(tokens)), logits.dtype)
+    for i in range(len(tokens)):
+        if gamma * shares[i] > 0:
+            if by_token[tokens[i]] == 0:
+                distinct[count] = tokens[i]
+                count += 1
+            by_token[tokens[i]] += shares[i]
+    for i in range(count):
+        base[i], added[i] = logits[distinct[i]] + without, gamma * by_token[distinct[i]]
+        by_token[distinct[i]] = 0
+    for i in range(count):
+        least = max(base[i], LEAST)
+        more[i] = log(np.float32(1.0) + added[i] * exp(-least)) + (least - base[i])
+    for i in range(count):
+        logits[distinct[i]] += more[i]
 
 
 @compiled
@@ -336,23 +332,25 @@ def _mixture(
     trust: Array,
     logits: Array,
 ) -> None:
-    n, K, H, R = last - first, k * ages.shape[1], len(bonus), bonus.shape[1]
-    session, trust, logits = session[first:last], trust[first:last], logits[first:last]
-    log_z, entropy, gamma, unguarded = np.empty((4, n), logits.dtype)
-    context, query = np.empty((n, R), np.int16), np.empty((n, keys.shape[2]), hidden.dtype)
-    cells, room = np.empty((2, n, k), np.int64)
-    found, shares, mixed = np.empty((n, K), np.int64), np.zeros((n, H, K), logits.dtype), np.empty((n, K), logits.dtype)
-    evidence, repeats = np.zeros((n, H, 4 + R), logits.dtype), np.empty(n, np.int64)
-    _predict(logits, log_z, entropy)
-    _trail_fingerprints(trails[first:last], context)
-    _keys(hidden[first:last], key_weight, key_bias, query)
-    _nearest(query, centres, cells)
-    rows = (tables, ages, tokens, prints, keys)
-    scales = (sharpness, prior, bonus)
-    _find(0, n, *rows, session, cells, query, context, logits, log_z, *scales, found, shares, evidence, repeats, room)
-    judged = (shares, evidence.reshape(n, -1), repeats, entropy, query)
-    _believe(0, n, *judged, weight, bias, out_weight, out_bias, own, session, trust, mixed, gamma, unguarded)
-    _mix(logits, log_z, found, mixed, gamma)
+    K, H, R, one = k * ages.shape[1], len(bonus), bonus.shape[1], (1, k * ages.shape[1])
+    log_z, entropy, gamma, unguarded = np.empty((4, 1), logits.dtype)
+    context, query = np.empty((1, R), np.int16), np.empty((1, keys.shape[2]), hidden.dtype)
+    cells, room = np.empty((2, 1, k), np.int64)
+    found, shares, mixed = np.empty(one, np.int64), np.empty((1, H, K), logits.dtype), np.empty(one, logits.dtype)
+    evidence, repeats = np.empty((1, H, 4 + R), logits.dtype), np.empty(1, np.int64)
+    rows, scales, judged = (tables, ages, tokens, prints, keys), (sharpness, prior, bonus), evidence.reshape(1, -1)
+    by_token = np.zeros(logits.shape[1], logits.dtype)
+    for t in range(first, last):  # one after the other: a row of logits is still near when it is needed again
+        mine, asked, shares[:], evidence[:] = slice(t, t + 1), session[t : t + 1], 0.0, 0.0
+        _predict(logits[mine], log_z, entropy)
+        _trail_fingerprints(trails[mine], context)
+        _keys(hidden[mine], key_weight, key_bias, query)
+        _nearest(query, centres, cells)
+        wanted = (asked, cells, query, context, logits[mine], log_z)
+        _find(0, 1, *rows, *wanted, *scales, found, shares, evidence, repeats, room)
+        gate = (weight, bias, out_weight, out_bias, own, asked, trust[mine])
+        _believe(0, 1, shares, judged, repeats, entropy, query, *gate, mixed, gamma, unguarded)
+        _mix(logits[t], log_z[0], found[0], mixed[0], gamma[0], by_token)
 
 
 @compiled
