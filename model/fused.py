@@ -15,12 +15,15 @@ import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba.core import types
+from llvmlite import ir
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
 from model.compiled import Array, arrays, compiled, exp, in_parts, largest
 
+AHEAD = 16  # keys that are asked for before they are needed
+LINE = 64  # bytes that come from memory at once
 TOKENS_A_THREAD = 3000  # of one head's keys and values: fewer are attended to before another thread has woken up
 
 if TYPE_CHECKING:
@@ -71,6 +74,20 @@ def _pointer(_: Any, address: Any) -> Any:
         return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(address), build  # type: ignore[no-untyped-call]
+
+
+@intrinsic
+def _ask_for(_: Any, address: Any) -> Any:
+    """Has the memory's line at an address fetched while other things are done; there need be nothing."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+        builder.call(fetch, [builder.inttoptr(given[0], line), number(0), number(3), number(1)])  # data, to be kept
+        return context.get_dummy_value()
+
+    return types.void(address), build
 
 
 @compiled
@@ -133,19 +150,25 @@ def _attend(layer: int, first: int, last: int, qkv: Array, caches: Array, at: Ar
     for unit in range(first, last):
         b, g = unit // shared, unit % shared
         S, there, mine = at[b] + 1, 4 * hd * (layer * shared + g) * caches[b, 2], slice(g * group, (g + 1) * group)
-        _score(qkv[b, mine], _heads(caches[b, 0] + there, S, hd), shares)
+        keys, values = caches[b, 0] + there, caches[b, 1] + there
+        _score(qkv[b, mine], S, keys, values, shares)
         for h in range(group):
             _softmax(shares[h, :S])
-        _mix(shares, _heads(caches[b, 1] + there, S, hd), out[b, mine])
+        _mix(shares, _heads(values, S, hd), out[b, mine])
 
 
 @compiled
-def _score(q: Array, keys: Array, scores: Array) -> None:
-    scale = np.float32(1.0 / math.sqrt(q.shape[1]))
-    for s in range(len(keys)):
+def _score(q: Array, S: int, keys_at: int, values_at: int, scores: Array) -> None:
+    """The first S keys; asks for those to come and for the values, since a page of memory ends every few of them."""
+    hd, size = q.shape[1], 4 * q.shape[1]
+    keys, scale = _heads(keys_at, S, hd), np.float32(1.0 / math.sqrt(hd))
+    for s in range(S):
+        for line in range(s * size, (s + 1) * size, LINE):
+            _ask_for(keys_at + AHEAD * size + line)  # type: ignore[call-arg]
+            _ask_for(values_at + line)
         for h in range(len(q)):
             score = np.float32(0.0)
-            for d in range(q.shape[1]):
+            for d in range(hd):
                 score += q[h, d] * keys[s, d]
             scores[h, s] = score * scale
 
