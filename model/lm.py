@@ -120,8 +120,9 @@ class AdaptiveLM:
     def prepare(self, pool: Pool) -> None:
         """Does everything once, before sessions of this pool are served: kernels are compiled when they are called."""
         draft = pool.draft(EMPTY)
-        carry, _ = self.block([0, 0], self.new_cache(2), pool, draft.index, learn=[False, True], draft=draft)
-        self.predict([carry], pool, [draft.index])
+        cache = self.new_cache(3)
+        carry, _ = self.block([0, 0], cache, pool, draft.index, learn=[False, True], draft=draft)
+        self.predict(self.decode([0], [cache], [carry], pool, [draft.index]), pool, [draft.index])
         pool.close(pool.open(draft.touched()))
         draft.rollback()
 

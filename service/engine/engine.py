@@ -272,7 +272,6 @@ class Engine:
                     self._guard(held, lambda step=step, held=held: step(held, self._guard_one))  # type: ignore[misc]
                 for run in [run for run in runs if run.job in self._runs]:
                     self._guard([run], lambda run=run: self._emit(run, run.events()))  # type: ignore[misc]
-                for run in [run for run in runs if run.job in self._runs]:
                     self._end(run)
 
     def _end(self, run: Run | DeedRun) -> None:
