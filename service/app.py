@@ -206,7 +206,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
     kv_tokens = settings.kv_tokens or _kv_tokens(backbone, context)
-    lm = AdaptiveLM(backbone, memory, decoder=backbone.halved() if settings.decode_dtype == "fp16" else None)
+    lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone))
     engine = Engine(
         # A request that is larger than the budget runs alone: there must be room for the largest.
         for_serving(
@@ -228,6 +228,11 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - began)
     whose = {name: policy.fingerprint() for name, policy in policies.items()}
     return Served(engine, tokenizer, prints, context, backbone.config.vocab_size, policies, whose)
+
+
+def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
+    """The base as it is to generate."""
+    return backbone.halved() if settings.decode_dtype == "fp16" else backbone
 
 
 def choose_memory(settings: Settings, hidden_size: int) -> Memory:

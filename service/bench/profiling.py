@@ -21,7 +21,7 @@ GROUPS = {
     "finding rows": ("index", "gather", "scatter", "embedding", "sort", "topk", "take", "unique", "searchsorted"),
     "copies": ("copy", "cat", "clone", "contiguous", "_to_", "stack", "empty", "zeros", "fill"),
 }
-REST, PYTHON = "other operators", "Python and dispatch"
+REST, PYTHON = "other operators", "compiled loops and Python"
 
 Step = Callable[[], Any]
 

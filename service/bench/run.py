@@ -21,6 +21,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.lm import AdaptiveLM
+from service.app import choose_decoder
 from service.base import BaseError, resolve_gguf
 from service.bench import peers, profiling, report, scenarios
 from service.bench.heard import Arm, PeerError
@@ -150,7 +151,8 @@ async def _measure(
             bar.update(task, completed=done)
     if PROFILE in names and device_of(settings) == "cpu":  # that is where the model is here
         steps = 4 if sizes.rounds[0] < 3 else 16
-        results["profile"] = profiling.profiles(lm, texts, sizes.batches, threads, steps)
+        served = AdaptiveLM(lm.backbone, lm.memory, decoder=choose_decoder(settings, lm.backbone))
+        results["profile"] = profiling.profiles(served, texts, sizes.batches, threads, steps)
 
 
 async def _stage(
