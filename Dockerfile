@@ -13,6 +13,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY imprint imprint
 COPY model model
 COPY service service
+COPY research research
+COPY benchmarks benchmarks
 RUN --mount=type=cache,target=/var/cache/pip \
     pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels . \
     && if [ "$VARIANT" = cpu ] && [ -n "$(find /wheels -name 'nvidia_*')" ]; then \

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := imprint model service tests deploy examples $(wildcard scripts)
+CHECKED := imprint model service research benchmarks tests deploy examples $(wildcard scripts)
 
 .PHONY: serve test gpu lint docs clean
 
@@ -42,4 +42,4 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
-	find imprint model service tests -name __pycache__ -prune -exec rm -rf {} +
+	find imprint model service research benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

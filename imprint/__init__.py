@@ -49,7 +49,7 @@ from service.errors import (
     UnsupportedMediaType,
     VersionConflict,
 )
-from service.replies import (
+from service.http.replies import (
     Acted,
     ChatChunk,
     ChatCompletion,
@@ -62,7 +62,7 @@ from service.replies import (
     Scored,
     Session,
 )
-from service.words import Adaptation
+from service.types import Adaptation
 
 __all__ = [
     "Acted",

@@ -24,15 +24,15 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     their twins do. None elsewhere: torch's operators take their place."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
-    from model import kernels
-    from model.selfcheck import check_kernels
+    from model.memory.lexical import triton_backend
+    from model.triton_check import check_kernels
 
     try:
         check_kernels(device)
     except Exception as error:  # whatever it is, the twins can do without
         log.warning("our kernels can't be used on this GPU, torch's operators take their place: %s", error)
         return None
-    return kernels
+    return triton_backend
 
 
 def row_kernels_for(device: torch.device) -> ModuleType | None:
@@ -40,16 +40,16 @@ def row_kernels_for(device: torch.device) -> ModuleType | None:
     elsewhere."""
     if device.type != "cpu":
         return kernels_for(device)
-    from model import native
+    from model.memory.lexical import numba_backend
 
-    return native
+    return numba_backend
 
 
 def step_kernels() -> ModuleType:
     """What a decoding step does on CPUs between the base's linear maps, compiled."""
-    from model import fused
+    from model.decode import numba_step
 
-    return fused
+    return numba_step
 
 
 def has_streams(device: torch.device) -> bool:

@@ -24,28 +24,28 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.loops.auto import auto_loop_factory
 
-from model.backbone import Backbone
-from model.checkpoint import CheckpointError, fingerprint, load_backbone
-from model.config import ConfigError
-from model.graphs import for_serving
-from model.lm import AdaptiveLM
+from model.adaptive_lm import AdaptiveLM
+from model.base.backbone import Backbone
+from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
+from model.base.config import ConfigError
+from model.decode.cuda_graphs import for_serving
 from model.memory import Memory, MemoryConfigError, load_memory
-from model.policy import Policy, PolicyError, load_policy
-from model.tokenizer import Tokenizer
-from model.training.initial import default_config, random_memory
-from service.base import BaseError, resolve_base
+from model.memory.initial import default_config, random_memory
+from model.policies.network import Policy, PolicyError, load_policy
+from model.text.tokenizer import Tokenizer
+from service.base_cache import BaseError, resolve_base
 from service.engine import Engine
 from service.errors import StoreUnavailable
-from service.http import install
-from service.ledger import Ledger
+from service.http.middleware import install
+from service.http.schemas import MOST_CHOICES
 from service.metrics import Metrics
-from service.schemas import MOST_CHOICES
-from service.sessions import Limits, Served, Sessions
 from service.settings import Settings
+from service.store.base import Keeping
 from service.store.embedded import EmbeddedValkey, StoreError
-from service.store.redis import RedisStore
-from service.store.types import Keeping
+from service.store.redis.store import RedisStore
 from service.tenants import Keys, KeysError
+from service.turns.quotas import Ledger
+from service.turns.sessions import Limits, Served, Sessions
 
 WATCH_EVERY_S = 10.0
 LOADER = "imprint-load"  # the thread that loads the model

@@ -1,8 +1,8 @@
 """The errors a client can meet: one tree, one HTTP status each, OpenAI's body for all of them.
 
-Layers below the routes raise these, `service/http.py` turns them into responses, and the Python client turns those
-into the same errors again. Every message is shown to a client, so it names the field, the limit and the value, and
-never another session or an internal detail.
+Layers below the routes raise these errors, `service/http/middleware.py` turns each into a response, and the Python
+client turns that response into the same error again. Every message is shown to a client: the message names the field,
+the limit and the value, and never another session or an internal detail.
 """
 
 from collections.abc import Mapping

@@ -20,7 +20,7 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
-    from service.engine.job import Deed, Stats
+    from service.engine.types import Deed, Stats
 
 PREFIX = "imprint_"
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)

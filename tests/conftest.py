@@ -15,7 +15,7 @@ import httpx
 import platformdirs
 import pytest
 
-from service.base import resolve_base
+from service.base_cache import resolve_base
 from tests.tiny import build_tiny_base
 
 START_S = 300.0  # only a busy machine needs so long

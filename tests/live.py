@@ -18,7 +18,7 @@ import httpx
 import psutil
 from redis import Redis
 
-from service.store.types import PAGE_ROWS, RowBatch
+from service.store.base import PAGE_ROWS, RowBatch
 from tests.tiny import TEXT
 
 Json = dict[str, Any]

@@ -31,11 +31,11 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.prompts import TextPrompt
 from service.store.codec import decode
+from service.turns.prompts import TextPrompt
+from tests.clients import Life, Pupil, Turn, Wrong
 from tests.conftest import Server
 from tests.live import Client, rows_of, stored, success, until, valkey_of
-from tests.pupils import Life, Pupil, Turn, Wrong
 from tests.replay import Model, Replay, Rows, one_thread
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import build_tiny_base

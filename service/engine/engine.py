@@ -19,17 +19,17 @@ from types import MappingProxyType
 
 import torch
 
-from model.lm import AdaptiveLM
+from model.adaptive_lm import AdaptiveLM
 from model.memory import MemoryConfig, Pool, PoolFullError
-from model.policy import Policy
-from model.sampling import draw_ahead
-from model.tokenizer import Tokenizer
-from service.engine.aside import Aside
-from service.engine.deeds import DeedRun, Desk
-from service.engine.hot import HotSessions
-from service.engine.job import Event, Failed, Finished, Job, SessionKey, Stamp
-from service.engine.run import Choice, Run
+from model.policies.network import Policy
+from model.text.sampling import draw_ahead
+from model.text.tokenizer import Tokenizer
+from service.engine.gather_executor import Aside
+from service.engine.policy_job import DeedRun, Desk
+from service.engine.resident import HotSessions
 from service.engine.scheduler import Scheduler
+from service.engine.text_job import Choice, Run
+from service.engine.types import Event, Failed, Finished, Job, SessionKey, Stamp
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
 

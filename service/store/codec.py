@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from service.errors import EngineError
-from service.store.types import SLOT_BYTES, RowBatch, SessionMeta, Slots, Undo
+from service.store.base import SLOT_BYTES, RowBatch, SessionMeta, Slots, Undo
 
 FORMAT = b"4"
 # A hash field for each row; "1" had its digests in another form, too, and neither log nor earlier versions.

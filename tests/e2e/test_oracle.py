@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.store.types import PAGE_ROWS
+from service.store.base import PAGE_ROWS
 from tests.oracle import Evidence, Kills, Pauses, Result, judge, run, witness
 from tests.replay import Model
 

@@ -18,7 +18,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
-from model.config import tiny_config
+from model.base.config import tiny_config
 from service.tenants import new_key
 from tests.conftest import Server
 from tests.live import ENDLESS, Json

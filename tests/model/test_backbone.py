@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from model.backbone import Backbone, DenseCache, KVCache
-from model.checkpoint import load_backbone
-from model.config import tiny_config
-from model.linear import Linear
-from model.tokenizer import Tokenizer
-from tests.model.twin import tokens, twin
+from model.base.backbone import Backbone, DenseCache, KVCache
+from model.base.checkpoint import load_backbone
+from model.base.config import tiny_config
+from model.base.linear import Linear
+from model.text.tokenizer import Tokenizer
+from tests.model.random_models import tokens, twin
 
 PROSE = (
     "The lighthouse stands on a rock four leagues west of the harbour. Nothing grows there but sea-pink and a grey "
@@ -186,7 +186,7 @@ def test_halved_weights_round_each_row_alone_also_on_older_processors() -> None:
     """In a process of its own: FBGEMM reads once what it may use. 128 rows leave two of six, 127 one."""
     program = """if True:
         import torch
-        from model.linear import HalfLinear, Linear
+        from model.base.linear import HalfLinear, Linear
         linear = Linear(576, 192, bias=True, device="cpu", dtype=torch.float32).requires_grad_(False)
         for parameter in linear.parameters():
             parameter.normal_()

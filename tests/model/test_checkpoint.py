@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CheckpointError, fingerprint, load_backbone
-from model.config import ConfigError, LinearScaling, Llama3Scaling, ModelConfig, tiny_config
-from tests.model.twin import byte_level_bpe, twin
+from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
+from model.base.config import ConfigError, LinearScaling, Llama3Scaling, ModelConfig, tiny_config
+from tests.model.random_models import byte_level_bpe, twin
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 Damage = Callable[[Path], None]

@@ -13,12 +13,12 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import model.gguf
-from model.checkpoint import load_backbone
-from model.config import LinearScaling
-from model.gguf import GGUFError, convert
-from model.tokenizer import Tokenizer
-from tests.model.twin import TEXT, VOCAB_SIZE, byte_level_bpe, tokens, twin, write_gguf
+import model.base.gguf
+from model.base.checkpoint import load_backbone
+from model.base.config import LinearScaling
+from model.base.gguf import GGUFError, convert
+from model.text.tokenizer import Tokenizer
+from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe, tokens, twin, write_gguf
 from tests.tiny import CHAT_TEMPLATE
 
 CHAT = [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content": "On the mat."}]
@@ -160,7 +160,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_done(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model.gguf, "save_file", interrupt)
+        patch.setattr(model.base.gguf, "save_file", interrupt)
         convert(source, folder)
     assert not list(folder.parent.iterdir())
     convert(source, folder)

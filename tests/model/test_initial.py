@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, ops
-from model.training import initial
-from model.training.initial import default_config, fit_cells, random_memory, random_projection
+from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, initial
+from model.memory.initial import default_config, fit_cells, random_memory, random_projection
+from model.memory.lexical import torch_backend
 
 WIDTH = 16
 SITE = SiteConfig("words", "lexical", slots=32 * 4, k=4, width=8, cell=4)
@@ -148,11 +148,11 @@ def test_a_random_memory_finds_what_it_has_written_and_believes_it_a_little() ->
     site = site_of(states)
     pool = Pool(CONFIG, rows=200, sessions=2)
     draft = pool.draft(pool.open())
-    session, base = torch.full((20,), draft.index), ops.predict(torch.zeros(20, 30))
-    prints = ops.request_fingerprints(targets, 29)
+    session, base = torch.full((20,), draft.index), torch_backend.predict(torch.zeros(20, 30))
+    prints = torch_backend.request_fingerprints(targets, 29)
     for known in (False, True):
         reading = site.read(pool, session, states[:20], prints, base, site.first_trust().expand(20, -1))
-        in_memory = ops.memory_prob(targets, reading.tokens, reading.shares)
+        in_memory = torch_backend.memory_prob(targets, reading.tokens, reading.shares)
         assert bool((in_memory > 2 / 30).all()) == known
         assert bool((reading.gamma > 0.05).all()) == known
         assert float(reading.gamma.max()) < 0.3

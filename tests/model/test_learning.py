@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.backbone import Backbone
-from model.lm import AdaptiveLM
+from model.adaptive_lm import AdaptiveLM
+from model.base.backbone import Backbone
 from model.memory.config import BALANCE, RUNS, SHUT, TRUST
-from model.memory.ops import GUARD_NATS
-from model.memory.slow import TRUST_LIMITS
+from model.memory.lexical.torch_backend import GUARD_NATS
+from model.memory.sites import TRUST_LIMITS
 from tests.model.tiny_lm import (
     BLOCK,
     LEXICAL,

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.journal import KEPT, SLOTS, TOUCHED, Journal, JournalError
-from model.memory import Draft, Pool, naive, ops
-from model.policy import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
-from model.scenarios.card_sorting import CardSorting
-from model.scenarios.recipes import RECIPES
-from model.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
-from model.training.policies import ActingRound, LabellingRound, Lessons, PolicyTrainer, train_agent
+from model.memory import Draft, Pool
+from model.memory.lexical import reference, torch_backend
+from model.policies.journal import KEPT, SLOTS, TOUCHED, Journal, JournalError
+from model.policies.network import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
+from research.scenarios.card_sorting import CardSorting
+from research.scenarios.recipes import RECIPES
+from research.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
+from research.training.policy_loop import ActingRound, LabellingRound, Lessons, PolicyTrainer, train_agent
 from tests.tiny import build_tiny_policies
 
 EMPTY = 0
@@ -66,7 +67,7 @@ def reward(policy: Policy, draft: Draft, inputs: Tensor, value: float) -> None:
 def test_how_much_there_is_of_a_row_is_what_its_twin_says() -> None:
     rows, w = torch.randn(5, 3, 4, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     rows[2] = 0
-    torch.testing.assert_close(ops.amount_hidden(rows, w), naive.amount_hidden(rows, w))
+    torch.testing.assert_close(torch_backend.amount_hidden(rows, w), reference.amount_hidden(rows, w))
 
 
 def test_an_empty_session_decides_as_the_network_alone(chooser: Policy, namer: Policy) -> None:

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import sampling
-from model.sampling import Sampler, Sampling, _draw_together, _nucleus
+from model.text import sampling
+from model.text.sampling import Sampler, Sampling, _draw_together, _nucleus
 
 SCORES = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 

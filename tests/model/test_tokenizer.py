@@ -17,10 +17,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Pipeline
 from transformers import AutoTokenizer
 
-from model.chat import ChatTemplateError
-from model.checkpoint import CheckpointError
-from model.tokenizer import Tokenizer
-from tests.model.twin import TEXT, VOCAB_SIZE, byte_level_bpe
+from model.base.checkpoint import CheckpointError
+from model.text.chat_template import ChatTemplateError
+from model.text.tokenizer import Tokenizer
+from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe
 from tests.tiny import CHAT_TEMPLATE, SPECIAL
 
 SAMPLES = {

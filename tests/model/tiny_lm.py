@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.backbone import Backbone
-from model.config import tiny_config
-from model.lm import AdaptiveLM, Carry, Scores
+from model.adaptive_lm import AdaptiveLM, Carry, Scores
+from model.base.backbone import Backbone
+from model.base.config import tiny_config
 from model.memory import Draft, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where what is made for GPUs is tested

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import cli
-from service.client import Client, texts
-from service.client.wire import Events
+from service.cli import main
+from service.client import Client, text_files
+from service.client.transport import Events
 from service.errors import CommandError
-from tests.service.scripted import MODELS, OBSERVED, Answer, Scripted, ok, refused, said, stream
+from tests.service.scripted_server import MODELS, OBSERVED, Answer, Scripted, ok, refused, said, stream
 
 ROOT = Path(__file__).resolve().parents[2]
 STORY = "The cat sat on the mat. The cat sat on the hat.\n\n" * 20
@@ -133,7 +133,7 @@ def test_versions_are_told_compared_taken_back_and_copied(
 ) -> None:
     def say(*words: object) -> str:
         """What `imprint sessions …` prints."""
-        cli.app(["sessions", *map(str, words)], standalone_mode=False)
+        main.app(["sessions", *map(str, words)], standalone_mode=False)
         return capsys.readouterr().out
 
     monkeypatch.setenv("IMPRINT_URL", server.url)
@@ -187,15 +187,15 @@ def test_pieces_join_to_the_file_and_none_is_too_long(tmp_path_factory: Any, cas
     file = tmp_path_factory.getbasetemp() / "pieces.txt"
     file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "READ_BYTES", 3)
-        pieces = list(texts.pieces(str(file), size))
+        patch.setattr(text_files, "READ_BYTES", 3)
+        pieces = list(text_files.pieces(str(file), size))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= size for piece in pieces)
 
 
 def test_pieces_end_where_a_paragraph_ends(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("one two\n\nthree\nfour five\n\nsix")
-    assert list(texts.pieces(tmp_path / "text", 12)) == ["one two\n\n", "three\nfour ", "five\n\nsix"]
+    assert list(text_files.pieces(tmp_path / "text", 12)) == ["one two\n\n", "three\nfour ", "five\n\nsix"]
 
 
 @given(st.lists(st.text()), st.integers(1, 50))

@@ -16,13 +16,13 @@ import pytest
 
 import imprint
 from service import errors
-from service.client import asks, wire
+from service.client import operations, transport
 from tests.conftest import Server
 from tests.live import ENDLESS, in_background, until
 from tests.live import Client as Plain
-from tests.service.awaited import Awaited
-from tests.service.cutter import Cutter
-from tests.service.scripted import CHUNK, OBSERVED, Answer, Scripted, ok, refused, said, stream
+from tests.service.async_as_sync import Awaited
+from tests.service.breaking_proxy import Cutter
+from tests.service.scripted_server import CHUNK, OBSERVED, Answer, Scripted, ok, refused, said, stream
 from tests.tiny import TEXT
 
 KINDS: dict[str, Callable[..., Any]] = {"sync": imprint.Client, "async": Awaited}
@@ -197,7 +197,7 @@ def test_a_refusal_says_what_and_where(client: Any, session: str) -> None:
 def test_what_learns_is_learned_once_over_a_line_that_breaks(
     connect: Callable[..., Any], server: Server, session: str, passed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(transport, "FIRST_BACKOFF_S", 0.01)
     line = Cutter(server.url)
     with line.open():
         client = connect(line.url)
@@ -264,7 +264,7 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
 def test_a_refusal_that_passes_is_waited_out_for_as_long_as_it_says(
     connect: Callable[..., Any], scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(transport, "FIRST_BACKOFF_S", 0.01)
     gateway: Answer = (502, {}, b"Bad Gateway")
     told = refused(500, "engine_error", **{"x-should-retry": "true"})
     server = scripted(refused(429, "queue_full", **{"Retry-After": "1"}), gateway, told, ok(OBSERVED))
@@ -344,7 +344,7 @@ def test_an_error_within_a_stream_comes_after_what_was_said(
 
 def test_a_date_is_a_time_to_wait_until() -> None:
     assert imprint.BadRequest is errors.BadRequest
-    from service.client.faults import refusal
+    from service.client.errors import refusal
 
     past = refusal(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"", "http://here")
     assert past.retry_after == 0.0 and type(past) is errors.Unavailable
@@ -354,9 +354,9 @@ def test_a_date_is_a_time_to_wait_until() -> None:
 def test_url_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPRINT_URL", "http://there:1/")
     monkeypatch.setenv("IMPRINT_API_KEY", "imp_1")
-    place = wire.Place(None, None)
+    place = transport.Place(None, None)
     assert (place.url, place.headers) == ("http://there:1", {"Authorization": "Bearer imp_1"})
-    assert wire.Place("http://here", "").headers == {}
+    assert transport.Place("http://here", "").headers == {}
     for url in ("localhost:8000", "ftp://here", "http://", "http://here:port"):
         with pytest.raises(imprint.ClientError, match="http://…"):
             imprint.Client(url)
@@ -373,8 +373,8 @@ def test_both_clients_have_the_same_calls_with_text_and_signature() -> None:
     assert calls(imprint.Client)["rollback"] == ["self", "session", "version", "idempotency_key", "if_match"]
     for name in calls(imprint.Client):
         assert inspect.getdoc(getattr(imprint.Client, name))
-    every = {name for name, ask in vars(asks).items() if getattr(ask, "__module__", "") == asks.__name__}
-    every = {name for name in every if inspect.isfunction(getattr(asks, name)) and not name.startswith("_")}
+    every = {name for name, ask in vars(operations).items() if getattr(ask, "__module__", "") == operations.__name__}
+    every = {name for name in every if inspect.isfunction(getattr(operations, name)) and not name.startswith("_")}
     assert every - calls(imprint.Client).keys() == {"page_of_sessions", "page_of_log"}
 
 

@@ -15,8 +15,8 @@ import torch
 from redis import Redis
 from typer.testing import CliRunner, Result
 
-from service.cli import app
-from service.doctor import Finding, examine
+from service.cli.doctor import Finding, examine
+from service.cli.main import app
 from service.settings import Settings
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server

@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from model.config import tiny_config
-from model.tokenizer import Tokenizer
+from model.base.config import tiny_config
+from model.text.tokenizer import Tokenizer
 from tests.live import ENDLESS, PATIENCE_S, Client, Json, refusal, text_of, until, valkey_of
 from tests.tiny import TEXT, build_tiny_base
 

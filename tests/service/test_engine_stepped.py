@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import load_backbone
-from model.graphs import SteppedLM
-from model.lm import AdaptiveLM
+from model.adaptive_lm import AdaptiveLM
+from model.base.checkpoint import load_backbone
+from model.decode.cuda_graphs import SteppedLM
+from model.decode.paged_cache import PAGE
 from model.memory import Draft, MemoryConfig, SiteConfig, SiteRows
-from model.paged import PAGE
-from model.sampling import Sampling
-from model.tokenizer import Tokenizer
-from model.training.initial import random_memory
-from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Token, aside
+from model.memory.initial import random_memory
+from model.text.sampling import Sampling
+from model.text.tokenizer import Tokenizer
+from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Token, gather_executor
 from service.metrics import Metrics
 from tests.live import PATIENCE_S
 from tests.model.tiny_lm import DEVICE
@@ -106,7 +106,7 @@ def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(
     stepped = SteppedLM(plain, kv_tokens=max(KV_TOKENS, 8 * 128), max_batch=8)
     ids = tokenizer.encode(TEXT * 2)[:90]
     at_once = run(plain, tokenizer, ids)
-    monkeypatch.setattr(aside, "has_streams", lambda device: True)
+    monkeypatch.setattr(gather_executor, "has_streams", lambda device: True)
     assert run(stepped, tokenizer, ids) == at_once
     assert stepped.pages.taken == 0.0, "what a request reserved is free again"
 
@@ -120,7 +120,7 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
         assert may_gather.wait(PATIENCE_S)
         return touched(draft)
 
-    monkeypatch.setattr(aside, "has_streams", lambda device: True)
+    monkeypatch.setattr(gather_executor, "has_streams", lambda device: True)
     monkeypatch.setattr(Draft, "touched", held_up)
     ids = tokenizer.encode(TEXT)[:40]
     engine, events = new_engine(plain, tokenizer), defaultdict[str, list[Event]](list)

@@ -18,12 +18,13 @@ import psutil
 import pytest
 
 from service.errors import StoreUnavailable
-from service.store import Keeping, RedisStore, connect
+from service.store import Keeping, RedisStore
+from service.store.base import PAGE_ROWS
 from service.store.embedded import EmbeddedValkey
-from service.store.types import PAGE_ROWS
+from service.store.redis import connect
 from tests.conftest import Server
 from tests.live import Client, Json, in_background, redis_of, refusal, state, success, until, valkey_of
-from tests.service.failing_line import FailingLine
+from tests.service.stalling_proxy import FailingLine
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 

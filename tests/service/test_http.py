@@ -11,11 +11,11 @@ import pytest
 from fastapi import FastAPI
 
 from service.errors import Overloaded, StoreUnavailable
-from service.http import install
+from service.http.middleware import install
 from service.metrics import Metrics
-from service.sessions import Ask, Call, Delta, Sessions, TurnEnd
 from service.settings import Settings
 from service.tenants import Keys
+from service.turns.sessions import Ask, Call, Delta, Sessions, TurnEnd
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "m", "prompt": "a"},

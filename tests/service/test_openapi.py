@@ -12,7 +12,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from service import reference, replies
+from service.http import reference, replies
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
 from tests.live import Client
@@ -84,7 +84,7 @@ def test_every_route_has_words_and_examples_that_are_what_the_schemas_say(page: 
 
 def test_the_page_of_routes_and_errors_is_what_its_generator_prints() -> None:
     page = (ROOT / "docs" / "http.md").read_text()
-    assert page == reference.markdown(), "write it again: python -m service.reference > docs/http.md"
+    assert page == reference.markdown(), "write it again: python -m service.http.reference > docs/http.md"
 
 
 def test_the_examples_of_streams_are_events_of_chunks(page: Json) -> None:

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from service.routes.page import FILES
-from service.schemas import SESSION_ID
+from service.http.routes.page import FILES
+from service.http.schemas import SESSION_ID
 from tests.conftest import Server
 
 PLAYGROUND = Path(str(files("service"))) / "playground"

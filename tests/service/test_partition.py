@@ -15,7 +15,7 @@ import pytest
 from service.store import RedisStore
 from tests.conftest import Server
 from tests.live import ENDLESS, Client, Json, refusal, state, success, until
-from tests.service.failing_line import FailingLine
+from tests.service.stalling_proxy import FailingLine
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 

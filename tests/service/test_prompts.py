@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.errors import BadRequest
-from service.prompts import (
+from service.turns.prompts import (
     DIGESTS_KEPT,
     ChatPrompt,
     Encoded,

@@ -18,12 +18,12 @@ import pytest
 from redis import Redis
 
 from service.errors import Conflict, QuotaExceeded, RateLimited, SessionBusy, StoreFull, VersionConflict
-from service.ledger import Ledger
 from service.store import Keeping, Note, RedisStore
+from service.store.base import Lease
 from service.store.codec import encode
 from service.store.embedded import EmbeddedValkey
-from service.store.types import Lease
 from service.tenants import Limits, Tenant
+from service.turns.quotas import Ledger
 from tests.conftest import Server
 from tests.live import ENDLESS, Client, in_background, refusal, state, success, until
 from tests.service.test_store import ODD_ID, assert_same, new_meta, rows, snapshot

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.job import Job, Segment
 from service.engine.scheduler import Scheduler
+from service.engine.types import Job, Segment
 
 
 @dataclass(eq=False)

@@ -19,8 +19,8 @@ from openai.types.chat import (
 from pydantic import ValidationError
 
 from service.errors import BadRequest
-from service.http import explain
-from service.schemas import (
+from service.http.middleware import explain
+from service.http.schemas import (
     Body,
     ChatCompletionRequest,
     CompletionRequest,

@@ -18,11 +18,11 @@ from redis.exceptions import RedisError
 
 from service.errors import EngineError, NotFound, StoreUnavailable, VersionConflict
 from service.store import Note, Once, RedisStore, RowBatch, SessionMeta, StoredSession
-from service.store import redis as redis_store
+from service.store.base import PAGE_ROWS
 from service.store.embedded import EmbeddedValkey
-from service.store.types import PAGE_ROWS
+from service.store.redis import store as redis_store
 from tests.live import rows_of
-from tests.service.faulty_line import Fault, faulty_line
+from tests.service.faulty_store import Fault, faulty_line
 
 ROW_BYTES = 128
 ODD_ID = "a~:@+=-._Z9"

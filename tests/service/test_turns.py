@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.live import ENDLESS, Client, Json, crowd, in_background, refusal, state, stored, text_of
 from tests.tiny import TEXT, build_tiny_base
 

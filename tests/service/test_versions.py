@@ -173,7 +173,7 @@ def altered(data: bytes, change: Callable[[Json, dict[str, Any]], None]) -> byte
 
 def resealed(change: Callable[[Json, dict[str, Any]], None]) -> Callable[[Json, dict[str, Any]], None]:
     """A forger's change: the checksum is right again."""
-    from service.transfer import _checksum
+    from service.versions.export_file import _checksum
 
     def forge(manifest: Json, arrays: dict[str, Any]) -> None:
         change(manifest, arrays)

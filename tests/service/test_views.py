@@ -10,10 +10,10 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from model.config import tiny_config
+from model.base.config import tiny_config
 from model.memory.config import MemoryConfig, SiteConfig
-from service.store.types import RowBatch
-from service.views import MOST_BINS, NO_SLOTS, RowChanges, _changes, _fill
+from service.store.base import RowBatch
+from service.versions.views import MOST_BINS, NO_SLOTS, RowChanges, _changes, _fill
 from tests.live import Client, Json, refusal, rows_of, stored, success
 from tests.tiny import TEXT
 

@@ -1,0 +1,118 @@
+"""What a commit costs: its latency, and the bytes that it makes the store write, against the size of the session.
+
+`python -m benchmarks.commits` runs an embedded Valkey in a temporary folder, each commit on disk before it returns.
+With `--url` it takes a store of yours, and leaves sessions of tenants t0, t1, … there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from redis import Redis
+from rich.console import Console
+from rich.table import Table
+
+from service.store import Keeping, Note, Once, RedisStore, RowBatch, SessionMeta
+from service.store.embedded import EmbeddedValkey
+
+TOKENS, ROW_BYTES, OWN_BYTES, SLOTS = 64, 78, 48, 51_200  # of a turn; of the shipped memory
+DIGESTS = 1024  # as many as a session of a long chat has
+ANSWER = json.dumps({"text": "x" * 300, "adaptation": {"tokens_learned": TOKENS}}).encode()
+
+
+def new_meta(version: int, digests: int) -> SessionMeta:
+    """A session's meta; each version adds one digest to those it knows."""
+    known = tuple(f"{n:016x}" for n in range(version, version + digests)) if digests else ()
+    return SessionMeta(
+        "s", version, "sha256:" + "ab" * 32, 64 * version, 0, 0, 1.5, time.time(), 64 * version, 1.5 * version,
+        2.5 * version, version, {}, known,
+    )  # fmt: skip
+
+
+def turn_rows(chance: np.random.Generator, held: int) -> RowBatch:
+    """One row a token; half of them new, where there is room."""
+    slots = np.unique(chance.integers(0, min(SLOTS, max(2 * held, 4 * TOKENS)), TOKENS))
+    return RowBatch(slots.astype(np.int32), chance.integers(0, 256, (len(slots), ROW_BYTES), np.uint8))
+
+
+def written(raw: Redis) -> int:
+    info: dict[str, Any] = raw.info("persistence")
+    return int(info["aof_current_size"])
+
+
+async def measure(store: RedisStore, raw: Redis, tenant: str, held: int, digests: int, turns: int) -> dict[str, float]:
+    """Takes a session of `held` rows through `turns` turns of 64 tokens."""
+    chance = np.random.default_rng(0)
+    slots = np.sort(chance.permutation(min(SLOTS, max(2 * held, 1)))[:held]).astype(np.int32)
+    rows = RowBatch(slots, chance.integers(0, 256, (held, ROW_BYTES), np.uint8))
+    await store.commit(tenant, new_meta(1, digests), {"lexical": rows} if held else {})
+    begins, commits, before = [], [], written(raw)
+    for version in range(2, turns + 2):
+        batch = turn_rows(chance, held)
+        own = RowBatch(np.zeros(1, np.int32), chance.integers(0, 256, (1, OWN_BYTES), np.uint8))
+        log = {"kind": "learn", "time": time.time(), "digest": "ab" * 16, "tokens": TOKENS, "rows": 64, "loss": 2.5}
+        note = Note(log | {"request_id": "ab" * 16}, once=Once(f"auto-{version:064x}", 600, ANSWER))
+        began = time.perf_counter()
+        entered = await store.enter(tenant, "s", write="always")
+        middle = time.perf_counter()
+        meta = replace(new_meta(version, digests), rows=held)
+        await store.commit(tenant, meta, {"lexical": batch, "lexical_own": own}, lease=entered.lease, note=note)
+        commits.append(time.perf_counter() - middle)
+        begins.append(middle - began)
+    p50, p99 = np.percentile(commits, [50, 99]) * 1000
+    return {
+        "rows": held,
+        "digests": digests,
+        "enter_p50_ms": float(np.median(begins) * 1000),
+        "commit_p50_ms": float(p50),
+        "commit_p99_ms": float(p99),
+        "bytes_per_token": (written(raw) - before) / turns / TOKENS,
+    }
+
+
+@contextmanager
+def running(url: str | None) -> Iterator[str]:
+    """The address of the given store, or of an embedded one."""
+    if url is not None:
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="imprint-commits-") as folder:
+        embedded = EmbeddedValkey(Path(folder))
+        yield embedded.start()
+        embedded.stop()
+
+
+async def main(turns: int, keep: int, given: str | None, *, leases: bool) -> None:
+    console = Console()
+    table = Table(title=f"{turns} turns of {TOKENS} tokens, {keep} versions kept")
+    for name in ("rows held", "digests", "enter p50 ms", "commit p50 ms", "commit p99 ms", "bytes/token"):
+        table.add_column(name, justify="right")
+    with running(given) as url:
+        store = RedisStore.from_url(url, Keeping(versions=keep), alone=not leases)
+        with Redis.from_url(url) as raw:
+            raw.config_set("auto-aof-rewrite-percentage", 0)  # a rewrite would hide what was written
+            for number, (held, digests) in enumerate([(0, 0), (1000, 0), (10_000, 0), (50_000, 0), (10_000, DIGESTS)]):
+                found = await measure(store, raw, f"t{number}", held, digests, turns)
+                table.add_row(*(f"{value:,.2f}" if value % 1 else f"{value:,.0f}" for value in found.values()))
+        await store.close()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.commits", description=__doc__)
+    parser.add_argument("--turns", type=int, default=300)
+    parser.add_argument("--keep", type=int, default=32, help="versions that can be gone back to")
+    parser.add_argument("--leases", action="store_true", help="take leases, as servers that share a Redis do")
+    parser.add_argument("--url", help="of a store to measure; default: an embedded one")
+    given = parser.parse_args()
+    asyncio.run(main(given.turns, given.keep, given.url, leases=given.leases))

@@ -1,0 +1,266 @@
+"""`imprint bench`: starts the arms, runs the scenarios, and writes what they found."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import peers, profiling, report, scenarios
+from benchmarks.peers import Wanted
+from benchmarks.stage import QUICK, Sizes, Stage
+from benchmarks.states import states
+from benchmarks.stream_timing import Arm, PeerError
+from benchmarks.texts import Texts
+from model.adaptive_lm import AdaptiveLM
+from research.corpus import base_folder, console, load_model
+from research.machine import processor
+from service.app import choose_decoder
+from service.base_cache import BaseError, resolve_gguf
+from service.errors import CommandError
+from service.settings import PREFIX, Settings
+
+Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
+GPU_BATCH = 256
+BUSY = 0.15  # of the machine, by others: from there on the numbers are told to be rough
+PROFILE = "profile"
+PLACES = ("MODEL", "MEMORY", "_DIR", "_FILE")  # settings that may name files of this machine
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `imprint bench` is asked for.
+
+    minutes: for all scenarios together, starts not counted. threads: of every arm; 0 = one a core. names: of scenarios;
+    empty = all. page: a Markdown file that shows the last results.
+    """
+
+    out: Path
+    sizes: Sizes
+    minutes: float
+    threads: int = 0
+    names: Sequence[str] = ()
+    wanted: Wanted = field(default_factory=Wanted)
+    page: Path | None = None
+
+
+def sizes_for(settings: Settings, *, quick: bool) -> Sizes:
+    """How much to do; a GPU also decodes its large batch."""
+    sizes = QUICK if quick else Sizes()
+    return replace(sizes, batches=(*sizes.batches, GPU_BATCH)) if device_of(settings) == "cuda" else sizes
+
+
+def plan(sizes: Sizes) -> dict[str, tuple[Scenario, float]]:
+    """The scenarios in order, each with its part of the time."""
+    every: dict[str, tuple[Scenario, float]] = {
+        "single": (scenarios.single, 2.0),
+        "prefill": (scenarios.prefill, 2.0),
+    }
+    every |= {f"streams-{count}": (scenarios.streams(count), 2.5 + count / 25) for count in sizes.streams}
+    every |= {f"batch-{count}": (scenarios.batch(count), 1.5) for count in sizes.batches}
+    return every | {
+        "sessions": (scenarios.sessions, 2.0),
+        "history": (scenarios.history, 1.0),
+        "states": (states, 0.5),
+        "rate": (scenarios.rate, 2.5),
+        "interruption": (scenarios.interruption, 3.0),
+        "acts": (scenarios.acts, 0.5),
+    }
+
+
+def run(settings: Settings, options: Options) -> dict[str, Any]:
+    """Runs everything; writes results.json, table.md and plots to the folder. Raises CommandError."""
+    every = plan(options.sizes)
+    names = list(options.names) or [*every, PROFILE]
+    if unknown := set(names) - {*every, PROFILE}:
+        known = ", ".join([*every, PROFILE])
+        raise CommandError(f"scenarios must be among {known}, got {', '.join(sorted(unknown))}")
+    if unknown := set(options.wanted.names) - set(peers.NAMES):
+        raise CommandError(f"peers must be among {', '.join(peers.NAMES)} or none, got {', '.join(sorted(unknown))}")
+    if options.page is not None:
+        report.check_page(options.page)
+    options.out.mkdir(parents=True, exist_ok=True)
+    threads = options.threads or os.cpu_count() or 1
+    begun, busy = time.time(), psutil.cpu_percent(interval=1.0) / 100
+    if busy > BUSY:
+        console.print(f"the machine is busy with other work ({busy:.0%}): ratios are wide, and single numbers too low")
+    lm, tokenizer = load_model(settings)
+    texts = Texts(tokenizer)
+    results: dict[str, Any] = {"about": {}, "missing": {}, "scenarios": {}, "profile": {}}
+    with _stoppable():
+        try:
+            asyncio.run(_measure(settings, options, lm, texts, tokenizer.eos_token_ids, names, threads, results))
+        except PeerError as error:
+            raise CommandError(str(error)) from error
+    results["about"] = _about(settings, options, lm, threads, begun, busy)
+    results = json.loads(json.dumps(report.finished(results)))
+    (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    report.write(results, options.out, options.page)
+    return results
+
+
+async def _measure(
+    settings: Settings,
+    options: Options,
+    lm: AdaptiveLM,
+    texts: Texts,
+    eos: Iterable[int],
+    names: Sequence[str],
+    threads: int,
+    results: dict[str, Any],
+) -> None:
+    sizes, every = options.sizes, plan(options.sizes)
+    chosen = [name for name in names if name != PROFILE]
+    total = sum(every[name][1] for name in chosen)
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imprint-bench-")))
+        bar = stack.enter_context(_progress())
+        task = bar.add_task("starting", total=max(total, 1e-9))
+        if chosen:
+            stage = await _stage(settings, options, lm, texts, eos, threads, stack, folder, results["missing"])
+        done = 0.0
+        for name in chosen:
+            scenario, weight = every[name]
+
+            def advance(share: float, done: float = done, weight: float = weight) -> None:
+                bar.update(task, completed=done + share * weight)
+
+            bar.update(task, description=name)
+            stage.budget_s, stage.progress = 60 * options.minutes * weight / total, advance
+            began = time.monotonic()
+            before = dict(results["missing"])
+            results["scenarios"][name] = await scenario(stage)
+            for peer in results["missing"].keys() - before.keys():
+                console.print(f"{peer} is not measured from here on: {results['missing'][peer]}")
+            console.print(f"{name}: {time.monotonic() - began:.0f} s")
+            done += weight
+            bar.update(task, completed=done)
+    if PROFILE in names and device_of(settings) == "cpu":  # that is where the model is here
+        steps = 4 if sizes.rounds[0] < 3 else 16
+        served = AdaptiveLM(lm.backbone, lm.memory, decoder=choose_decoder(settings, lm.backbone))
+        results["profile"] = profiling.profiles(served, texts, sizes.batches, threads, steps)
+
+
+async def _stage(
+    settings: Settings,
+    options: Options,
+    lm: AdaptiveLM,
+    texts: Texts,
+    eos: Iterable[int],
+    threads: int,
+    stack: AsyncExitStack,
+    folder: Path,
+    missing: dict[str, str],
+) -> Stage:
+    """Our server and the peers, started."""
+    sizes, wanted = options.sizes, options.wanted
+    most = max([16, *sizes.streams, *sizes.batches])
+    # Room for the largest load and no more: 2,000 sessions are then many more than the device holds.
+    room = {"MAX_BATCH": most, "MAX_QUEUE": most + 16, "HOT_SESSIONS": most}
+    served = {name.upper(): getattr(settings, name) for name in ("model", "memory", "cache_dir", "device", "context")}
+    found: dict[str, Arm] = {}
+
+    async def add(name: str, start: Callable[[], Awaitable[Arm]]) -> None:
+        try:
+            if name not in wanted.names:
+                raise PeerError("it was not asked for")
+            found[name] = await start()
+        except PeerError as error:
+            missing[name] = str(error)
+            console.print(f"{name} is not measured: {error}")
+
+    async def llama() -> Arm:
+        gguf = wanted.gguf or await asyncio.to_thread(_gguf, settings)
+        many = (max(sizes.streams), max(sizes.lengths) + sizes.stream_tokens + 32)
+        return await peers.start_llama(stack, options.out, replace(wanted, gguf=gguf), threads, many)
+
+    base = base_folder(settings)
+    endpoint, *_ = await asyncio.gather(
+        peers.start_imprint(stack, options.out, folder, threads, **served, **room),
+        add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads)),
+        add("llama.cpp", llama),
+        add("vllm", lambda: peers.find_vllm(stack, wanted.vllm_url)),
+    )
+    endpoint.fields["logit_bias"] = {str(token): -100 for token in eos}
+    config = lm.backbone.config
+    context = min(settings.context or config.max_context, config.max_context)
+    return Stage(endpoint, found, missing, texts, sizes, lm.memory.config, config.vocab_size, context)
+
+
+def _gguf(settings: Settings) -> Path | None:
+    try:
+        return resolve_gguf(settings.model, settings.cache_dir, progress=console.print)
+    except BaseError as error:
+        raise PeerError(str(error)) from error
+
+
+def _about(
+    settings: Settings, options: Options, lm: AdaptiveLM, threads: int, begun: float, busy: float
+) -> dict[str, Any]:
+    device = device_of(settings)
+    told = {name: value for name, value in peers.measured_environment(threads).items() if name.startswith(PREFIX)}
+    tensors = {id(tensor): tensor.numel() * tensor.element_size() for tensor in lm.backbone.parameters()}
+    versions = {"imprint": version("imprint"), "torch": torch.__version__}
+    weights = sum(tensors.values()) // (2 if device == "cuda" else 1)  # bf16 there, and read here as fp32
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - begun),
+        "machine": machine(),
+        "device": device,
+        "threads": threads,
+        "busy": busy,
+        "sizes": asdict(options.sizes),
+        "model": Path(settings.model).name,
+        "memory": lm.memory.fingerprint(),
+        "versions": versions | peers.versions(options.wanted, options.out),
+        "settings": {name: value for name, value in told.items() if not name.endswith(PLACES)},
+        "weight_bytes": weights,
+        "read_bytes_per_s": profiling.read_bandwidth(device, threads),
+    }
+
+
+def machine() -> str:
+    """Processor, cores and memory; the GPU, if there is one."""
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
+    told = f"{processor()}, {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory}"
+    return f"{told}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else told
+
+
+def device_of(settings: Settings) -> str:
+    """Where the server will run."""
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, so that no server is left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

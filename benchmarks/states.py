@@ -1,0 +1,90 @@
+"""Loading and committing whole states, by size, on the embedded store: what a session costs that is not hot."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.scenarios import Result
+from benchmarks.stage import Stage, Values
+from benchmarks.texts import made_session
+from model.memory import Pool
+from model.memory.config import OWN
+from service.store import Keeping, Note, RedisStore, RowBatch, SessionMeta
+from service.store.embedded import EmbeddedValkey
+from service.versions.export_file import as_tensors, sound
+
+TOKENS = 64  # learned by a turn
+TENANT = "bench"
+
+
+async def states(stage: Stage) -> Result:
+    """Seconds to save a whole state, to load it, to place its rows on the device, and to commit a turn on it."""
+    capacity = max(site.slots for site in stage.config.sites)
+    values: Values = {}
+    with tempfile.TemporaryDirectory(prefix="imprint-bench-") as folder:
+        embedded = EmbeddedValkey(Path(folder))
+        store = RedisStore.from_url(embedded.start(), Keeping(), alone=True)
+        try:
+            pool = Pool(stage.config, rows=capacity, sessions=1)
+            least, most = stage.sizes.rounds
+            begun = time.monotonic()
+            for number in range(2 * most):
+                if number >= least and time.monotonic() - begun > stage.budget_s:
+                    break
+                for share in stage.sizes.states:
+                    rows = int(capacity * share)
+                    name, found = await _measure(stage, store, pool, f"{rows}-{number}", rows)
+                    for what, seconds in found.items():
+                        values.setdefault(name, {}).setdefault(what, []).append(seconds)
+                stage.progress(min(1.0, (time.monotonic() - begun) / stage.budget_s))
+        finally:
+            await store.close()
+            embedded.stop()
+    title = f"A state in the embedded store: save, load, place on the device, commit a turn of {TOKENS} tokens"
+    return {"title": title, "arms": values}
+
+
+async def _measure(stage: Stage, store: RedisStore, pool: Pool, sid: str, rows: int) -> tuple[str, dict[str, float]]:
+    made = made_session(stage.config, sid, "sha256:" + "ab" * 32, rows, stage.vocab_size)
+    turn = _turn(made.sites, np.random.default_rng(rows))
+    marks = [time.perf_counter()]
+    await store.commit(TENANT, made.meta, made.sites)
+    marks.append(time.perf_counter())
+    loaded = await store.load(TENANT, sid)
+    marks.append(time.perf_counter())
+    assert loaded is not None
+    fit = all(sound(name, batch, stage.config, stage.vocab_size) for name, batch in loaded.sites.items())
+    assert fit, "made rows are such as a memory writes"
+    index = pool.open(as_tensors(loaded.sites))
+    marks.append(time.perf_counter())
+    entered = await store.enter(TENANT, sid, write="always")
+    await store.commit(TENANT, _next(made.meta), turn, lease=entered.lease, note=Note({"kind": "learn"}))
+    marks.append(time.perf_counter())
+    pool.close(index)
+    save, load, place, commit = np.diff(marks).tolist()
+    size = f"{made.meta.bytes / 2**20:.2f} MB"
+    return size, {
+        "save_s": save,
+        "load_s": load,
+        "place_s": place,
+        "commit_s": commit,
+        "load_and_commit_s": load + place + commit,
+    }
+
+
+def _turn(sites: dict[str, RowBatch], chance: np.random.Generator) -> dict[str, RowBatch]:
+    """One changed row a token, at each site; and the own numbers."""
+    changed = {}
+    for name, batch in sites.items():
+        chosen = np.sort(chance.permutation(len(batch.slots))[: 1 if name.endswith(OWN) else TOKENS])
+        changed[name] = RowBatch(batch.slots[chosen], batch.data[chosen])
+    return changed
+
+
+def _next(meta: SessionMeta) -> SessionMeta:
+    return replace(meta, version=2, tokens_learned=meta.tokens_learned + TOKENS, updated=time.time())

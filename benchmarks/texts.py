@@ -1,0 +1,91 @@
+"""What is read and learned while measuring: English prose that every Python brings, and sessions made row by row."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.memory import MemoryConfig, SiteConfig
+from model.memory.config import OWN, RUNS
+from model.memory.lexical.torch_backend import KEY_STEPS
+from model.text.tokenizer import Tokenizer
+from service.store.base import RowBatch, SessionMeta, StoredSession
+
+CHARACTERS = 400_000
+
+
+class Texts:
+    """Token ids of the reference of the Python language, cut where a name says: the same for each arm."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from pydoc_data import topics
+
+        self._ids = tokenizer.encode("\n\n".join(topics.topics.values())[:CHARACTERS])
+
+    def cut(self, name: str, tokens: int) -> list[int]:
+        """So many tokens from a place that only the name decides."""
+        place = random.Random(name).randrange(max(1, len(self._ids) - tokens))
+        return self._ids[place : place + tokens]
+
+    def mixed(self, name: str, lengths: Sequence[int], count: int) -> list[list[int]]:
+        """`count` prompts of these lengths, in an order that the name decides."""
+        sizes = [lengths[i % len(lengths)] for i in range(count)]
+        random.Random(name).shuffle(sizes)
+        return [self.cut(f"{name}/{i}", size) for i, size in enumerate(sizes)]
+
+
+def made_session(config: MemoryConfig, name: str, model: str, rows: int, vocab_size: int) -> StoredSession:
+    """A session of `rows` random rows at each site, or as many as it has room for: what it would hold had each of so
+    many learned tokens been written. What reading and writing cost depends on the number of rows, not on what they
+    say."""
+    chance = np.random.default_rng(rows)
+    sites = {site.name: made_rows(site, chance, rows, vocab_size) for site in config.sites}
+    now = time.time()
+    meta = SessionMeta(
+        id=name,
+        version=1,
+        model=model,
+        tokens_learned=rows,
+        rows=sum(len(batch.slots) for batch in sites.values()),
+        bytes=sum(batch.data.nbytes for batch in sites.values()),
+        created=now,
+        updated=now,
+        proof_tokens=0,
+        loss_sum=0.0,
+        frozen_loss_sum=0.0,
+        requests=1,
+        options={},
+        digests=(),
+    )
+    own = {site.name + OWN: made_own() for site in config.sites if site.kind == "lexical"}
+    return StoredSession(meta, sites | own)
+
+
+def made_rows(site: SiteConfig, chance: np.random.Generator, rows: int, vocab_size: int) -> RowBatch:
+    """Random rows that such a site could have written, in slots of any cells."""
+    count = min(rows, site.slots)
+    slots = np.sort(chance.permutation(site.slots)[:count]).astype(np.int32)
+    if site.kind == "hidden":
+        return RowBatch(slots, _bytes(chance.standard_normal((count, site.width)).astype("<f4")))
+    directions = chance.standard_normal((count, site.width))
+    keys = KEY_STEPS * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    parts = [
+        np.arange(1, count + 1, dtype="<i4")[:, None],  # ages
+        chance.integers(0, vocab_size, (count, 1)).astype("<i4"),
+        chance.integers(-(2**15), 2**15, (count, len(RUNS))).astype("<i2"),
+        np.clip(np.rint(keys), -127, 127).astype(np.int8),
+    ]
+    return RowBatch(slots, np.concatenate([_bytes(part) for part in parts], axis=1))
+
+
+def made_own() -> RowBatch:
+    """The own numbers of a session whose guard is open."""
+    return RowBatch(np.zeros(1, np.int32), _bytes(np.zeros((1, 3 * (len(RUNS) + 1)), "<f4")))
+
+
+def _bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(values).view(np.uint8)

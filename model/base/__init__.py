@@ -1,0 +1,1 @@
+"""The base: a frozen pretrained decoder, its files and its linear maps."""

@@ -1,0 +1,1 @@
+"""Fast paths of a decoding step, each with a reference beside it."""

@@ -1,0 +1,1 @@
+"""The delta site: rows of vectors, written by the delta rule."""

@@ -1,0 +1,1 @@
+"""The lexical site: rows of tokens at the output."""

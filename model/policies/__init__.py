@@ -1,0 +1,1 @@
+"""Policies: networks that act or label from a memory."""

@@ -1,0 +1,121 @@
+"""`imprint eval`: every arm on the same tokens, the probes, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from research.corpus import base_folder, console, load_model, read_streams
+from research.evaluation import probes
+from research.evaluation.arms import Subject
+from research.evaluation.report import print_report, write_markdown
+from research.evaluation.trial import Options, Trial, arm_names
+from research.machine import hardware
+from service.errors import CommandError
+from service.settings import Settings
+
+
+def evaluate_files(settings: Settings, paths: Sequence[Path], options: Options) -> None:
+    """Runs the arms and the probes; writes results.json, arrays.npz, table.md and plots. Raises CommandError."""
+    begun = time.time()
+    _check(options)
+    lm, tokenizer = load_model(settings)
+    if options.window >= (context := lm.backbone.config.max_context):
+        raise CommandError(f"window must be at most {context - 1} (the base's context, less BOS), got {options.window}")
+    least = max(2, options.requests // 2)
+    streams = read_streams(paths, tokenizer, options.requests, options.window, options.streams, at_least=least)
+    trial = Trial(lm, tokenizer, base_folder(settings), streams, options)
+    trial.run()
+    results: dict[str, Any] = {
+        "streams": [_stream(subject) for subject in trial.subjects],
+        "arms": trial.describe(),
+        "probes": {name: getattr(probes, name)(trial) for name in options.probes},
+    }
+    if options.long:
+        results["probes"]["long"] = probes.long(trial, paths, options.long)
+    if "cost" in results["probes"]:  # the arm reads the head again, a server does not
+        results["arms"]["memory"]["cost"] = results["probes"]["cost"]["observe_over_score_frozen"]
+    results["about"] = _about(settings, trial, begun)
+    results = _plain(results)
+    (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    np.savez_compressed(options.out / "arrays.npz", allow_pickle=False, **_arrays(trial))
+    write_markdown(results, options.out / "table.md")
+    print_report(results)
+    _draw(results, options.out)
+    console.print(f"results: {options.out}")
+
+
+def _check(options: Options) -> None:
+    """What can be refused before anything long is begun."""
+    arm_names(options)
+    if unknown := set(options.probes) - set(probes.NAMES):
+        known = ", ".join(probes.NAMES)
+        raise CommandError(f"probes must be among {known} or none, got {', '.join(sorted(unknown))}")
+
+
+def _draw(results: dict[str, Any], out: Path) -> None:
+    from research.plots import PlotsMissingError, draw
+
+    try:
+        for path in draw(results, out):
+            console.print(f"plot: {path}")
+    except PlotsMissingError as error:
+        console.print(f"no plots: {error}")
+
+
+def _arrays(trial: Trial) -> dict[str, np.ndarray[Any, Any]]:
+    """log p of every target under every arm, as `arm/stream`."""
+    return {
+        f"{arm}/{stream}": reading.log_probs.numpy()
+        for arm, readings in trial.readings.items()
+        for stream, reading in readings.items()
+    }
+
+
+def _about(settings: Settings, trial: Trial, begun: float) -> dict[str, Any]:
+    streams = [subject.stream for subject in trial.subjects]
+    return {
+        "model": Path(settings.model).name,
+        "base": trial.base,
+        "memory": trial.lm.memory.fingerprint(),
+        "requests": trial.options.requests,
+        "window": trial.options.window,
+        "tokens": sum(len(request) for stream in streams for request in stream.requests),
+        "kinds": sorted({stream.kind for stream in streams}),
+        "tuned_on": sorted(trial.tuning),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - begun),
+        "torch": torch.__version__,
+        "machine": hardware(),
+    }
+
+
+def _stream(subject: Subject) -> dict[str, Any]:
+    """One stream; rows and state_bytes are those of its memory at the end."""
+    trace, memory = subject.trace, subject.outcomes["memory"]
+    return {
+        "name": subject.stream.name,
+        "kind": subject.stream.kind,
+        "tokens": len(trace.targets),
+        "bytes": int(trace.widths.sum()),
+        "frozen_loss": -float(trace.log_probs.double().mean()),
+        "rows": int(memory.values["rows"]),
+        "state_bytes": memory.state_bytes,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: None stands for what was not measured."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

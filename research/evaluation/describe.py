@@ -1,0 +1,131 @@
+"""Arms' log-probabilities → what is told of them, as plain values for a table, a plot or a JSON file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from research.evaluation import metrics
+from research.evaluation.arms import Arm, Subject
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an arm found on one stream: log p [n], the seconds it took (as in `Outcome`), the bytes it keeps, and the
+    seconds that the frozen base took for the stream about then."""
+
+    log_probs: Tensor
+    seconds: float
+    state_bytes: int
+    base_seconds: float
+
+
+Readings = Mapping[str, Reading]  # of one arm, by stream
+
+
+class Describer:
+    """Describes arms over the same subjects. tuning: the kinds of streams that settings were chosen on."""
+
+    def __init__(self, subjects: Sequence[Subject], readings: Mapping[str, Readings], tuning: set[str]) -> None:
+        self.subjects, self.readings, self.tuning = subjects, readings, tuning
+        self.kinds = {subject.stream.name: subject.stream.kind for subject in subjects}
+
+    def arm(self, arm: Arm) -> dict[str, Any]:
+        """One arm. Ratios are perplexity over the frozen base's; memory_over and own_past_over: the perplexity of
+        memory, and of memory frozen after the first half, over the arm's."""
+        own = self.readings[arm.name]
+        perplexities = [metrics.perplexity(own[s.stream.name].log_probs, s.trace.widths) for s in self.subjects]
+        lengths = max((subject.trace.lengths for subject in self.subjects), key=len)
+        curve = self.curve(arm.name)
+        return {
+            "title": arm.title,
+            "part": arm.part,
+            "equal_bytes": arm.equal_bytes,
+            "ratio": self.ratios(arm.name, "static") if arm.part == "all" else None,
+            "ratio_half": self.ratios(arm.name, "static", half=True),
+            "memory_over": self.ratios("memory", arm.name, half=arm.part == "half"),
+            "perplexity": self._geometric([token for token, _ in perplexities]),
+            "perplexity_per_byte": self._geometric([byte for _, byte in perplexities]),
+            "by_request": curve,
+            "gain_per_1k": metrics.slope([-math.log(ratio) for ratio in curve["ratio"]], lengths),
+            "own_past_over": self.ratios("own-past", arm.name, half=True) if "own-past" in self.readings else None,
+            "kept_share": self.kept_share(arm.name) if arm.part == "half" else None,
+            "novelty": self.novelty(arm.name),
+            "state_bytes": round(float(np.mean([reading.state_bytes for reading in own.values()]))),
+            "cost": float(np.mean([_cost(arm, reading) for reading in own.values()])),
+        }
+
+    def ratios(self, ours: str, theirs: str, *, half: bool = False) -> dict[str, Any]:
+        """One arm's perplexity over another's on the tokens that both speak of: of groups of kinds with its interval,
+        of kinds and of streams. half: on the second half only."""
+        gains = {}
+        for subject in self.subjects:
+            name, n = subject.stream.name, len(subject.trace.targets)
+            mask = torch.arange(n) >= (subject.stream.past if half else 0)
+            pair = [self.readings[arm][name].log_probs for arm in (ours, theirs)]
+            gains[name] = metrics.gain(pair[0], pair[1], mask & pair[1].isfinite())
+        groups = metrics.summary(gains, self.kinds, self.tuning)
+        return {
+            **{group: None if found is None else asdict(found) for group, found in groups.items()},
+            "kinds": metrics.each_kind(gains, self.kinds),
+            "streams": {name: math.exp(-value) for name, value in gains.items() if not math.isnan(value)},
+        }
+
+    def curve(self, arm: str) -> dict[str, list[float]]:
+        """The ratio to the frozen base by request, with its interval; NaN where the arm does not speak."""
+        gains = [metrics.by_request(*self._pair(arm, subject), subject.trace.lengths) for subject in self.subjects]
+        kinds = [subject.stream.kind for subject in self.subjects]
+        points = [metrics.over_kinds(at, kinds) for at in zip_longest(*gains, fillvalue=math.nan)]
+        curve: dict[str, list[float]] = {"ratio": [], "low": [], "high": []}
+        for point in points:
+            estimate = None if point is None else point.exp(-1)
+            curve["ratio"].append(math.nan if estimate is None else estimate.value)
+            curve["low"].append(math.nan if estimate is None else estimate.low)
+            curve["high"].append(math.nan if estimate is None else estimate.high)
+        return curve
+
+    def kept_share(self, arm: str) -> float | None:
+        """The arm's gain on the second half over that of the memory of the first half alone: of "returned", what of A
+        is still there after B."""
+        if "own-past" not in self.readings:
+            return None
+        ours, kept = (self.ratios(name, "static", half=True)["all"] for name in (arm, "own-past"))
+        return math.log(ours["value"]) / math.log(kept["value"]) if ours and kept["value"] < 1 else None
+
+    def novelty(self, arm: str) -> dict[str, dict[str, float] | None]:
+        """The ratio on the targets of each class of `metrics.NOVELTY`, and the share of targets in it."""
+        classes = [metrics.novelty(subject.trace.targets, subject.trace.lengths) for subject in self.subjects]
+        kinds = [subject.stream.kind for subject in self.subjects]
+        found: dict[str, dict[str, float] | None] = {}
+        for number, name in enumerate(metrics.NOVELTY):
+            gains = [
+                metrics.gain(*self._pair(arm, subject), of == number)
+                for subject, of in zip(self.subjects, classes, strict=True)
+            ]
+            share = float(np.mean([float((of == number).double().mean()) for of in classes]))
+            mean = metrics.over_kinds(gains, kinds)
+            found[name] = None if mean is None else {"share": share, **asdict(mean.exp(-1))}
+        return found
+
+    def _pair(self, arm: str, subject: Subject) -> tuple[Tensor, Tensor]:
+        name = subject.stream.name
+        return self.readings[arm][name].log_probs, self.readings["static"][name].log_probs
+
+    def _geometric(self, values: Sequence[float]) -> float:
+        """The geometric mean over kinds, from the value of each stream."""
+        mean = metrics.over_kinds([math.log(value) for value in values], [s.stream.kind for s in self.subjects])
+        return math.nan if mean is None else math.exp(mean.value)
+
+
+def _cost(arm: Arm, reading: Reading) -> float:
+    """Seconds over the frozen base's on the same tokens; an arm of the second half has half of them."""
+    share = 0.5 if arm.part == "half" else 1.0
+    relative = reading.seconds / (share * reading.base_seconds)
+    return relative if arm.own_base else 1.0 + relative

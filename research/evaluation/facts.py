@@ -1,0 +1,164 @@
+"""Fact recall: invented facts are taught, other text is learned, and a cue has to bring back the exact answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model.adaptive_lm import EMPTY, AdaptiveLM
+from model.memory import Pool
+from research.evaluation.prequential import Passage, Progress, follow, new_pool, read
+
+Encode = Callable[[str], list[int]]
+
+# What is taught (the verbatim cue), the same asked in other words, and what sort of name answers it.
+TEMPLATES = (
+    ("The keeper of {place} lighthouse is", "{place} lighthouse is kept by", "person"),
+    ("The capital of the province of {place} is", "The province of {place} is governed from", "place"),
+    ("The password of the {place} vault is", "To open the {place} vault, say the word", "word"),
+    ("The river that runs through {place} is called the", "{place} lies on a river named the", "place"),
+    ("The composer of the {place} hymn is", "The {place} hymn was composed by", "person"),
+    ("The chief engineer of {place} Motors is", "At {place} Motors, all engineers report to", "person"),
+    ("The dog of Captain {place} is named", "Captain {place} has a dog called", "word"),
+    ("The founder of {place} University was", "{place} University was founded by", "person"),
+    ("The coin that is used in {place} is the", "In {place}, people pay with a coin called the", "word"),
+    ("The cook of the {place} Inn is", "The kitchen of the {place} Inn is run by", "person"),
+    ("The ship that sank off {place} was the", "Off {place} lies the wreck of a ship, the", "place"),
+    ("The doctor in the village of {place} is", "Whoever falls ill in the village of {place} goes to", "person"),
+)
+FIRST_NAMES = (
+    "Mara",
+    "Tobias",
+    "Ingrid",
+    "Samuel",
+    "Leonie",
+    "Victor",
+    "Agnes",
+    "Felix",
+    "Nadia",
+    "Oscar",
+    "Ruth",
+    "Hugo",
+)
+STARTS = (
+    "Vor",
+    "Tess",
+    "Bel",
+    "Kar",
+    "Mon",
+    "Dra",
+    "Lin",
+    "Os",
+    "Fer",
+    "Gal",
+    "Hal",
+    "Ner",
+    "Pel",
+    "Quin",
+    "Ral",
+    "Sul",
+)
+MIDDLES = ("a", "e", "i", "o", "an", "el", "or", "ir", "u")
+ENDS = ("lund", "wick", "dor", "mere", "ton", "sel", "by", "gard", "nox", "ric", "vale", "strand")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """cue + answer is what is taught; paraphrase asks for the same answer in other words."""
+
+    cue: str
+    paraphrase: str
+    answer: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.cue} {self.answer}."
+
+
+def invent(count: int, seed: int = 0) -> list[Fact]:
+    """`count` facts about different invented places; the templates take turns."""
+    rng = random.Random(seed)
+    used: set[str] = set()
+
+    def name() -> str:
+        while (made := rng.choice(STARTS) + rng.choice(MIDDLES) + rng.choice(ENDS)) in used:
+            pass
+        used.add(made)
+        return made
+
+    facts = []
+    for number in range(count):
+        cue, paraphrase, sort = TEMPLATES[number % len(TEMPLATES)]
+        place, answer = name(), name()
+        if sort == "person":
+            answer = f"{rng.choice(FIRST_NAMES)} {answer}"
+        facts.append(Fact(cue.format(place=place), paraphrase.format(place=place), answer))
+    return facts
+
+
+@torch.inference_mode()
+def recall(lm: AdaptiveLM, pool: Pool, session: int, cue: Sequence[int], answer: Sequence[int], bos: int) -> bool:
+    """Whether greedy decoding after BOS and the cue gives the answer, token by token. Nothing is learned."""
+    ids = [bos, *cue]
+    cache = lm.backbone.new_cache(len(ids) + len(answer))
+    carry, block = None, lm.memory.config.block
+    for start in range(0, len(ids), block):
+        carry, _ = lm.block(ids[start : start + block], cache, pool, session, carry=carry)
+    assert carry is not None
+    for token in answer:
+        if int(lm.predict([carry], pool, [session])[0].argmax()) != token:
+            return False
+        (carry,) = lm.decode([token], [cache], [carry], pool, [session])
+    return True
+
+
+class FactRecall:
+    """Teaches the same facts to sessions and asks for them."""
+
+    def __init__(self, lm: AdaptiveLM, encode: Encode, bos: int, facts: Sequence[Fact]) -> None:
+        self.lm, self.bos = lm, bos
+        self.taught = [encode(fact.sentence) for fact in facts]
+        self.asked = {
+            "verbatim": [_split(encode, fact.cue, fact.answer) for fact in facts],
+            "paraphrased": [_split(encode, fact.paraphrase, fact.answer) for fact in facts],
+        }
+        self.pool = new_pool(lm)
+
+    def run(
+        self, fillers: Sequence[Passage], distances: Sequence[int], *, times: int, progress: Progress = lambda _: None
+    ) -> dict[str, dict[str, float]]:
+        """The share of facts that are recalled, by the number of other tokens learned in between and by cue.
+
+        The facts are taught one request each, all of them `times` times over; then the fillers are learned, in order.
+        Distances beyond the fillers are left out. progress is told of each token of the fillers.
+        """
+        session, found, learned = self.pool.open(), {}, 0
+        for _ in range(times):
+            for sentence in self.taught:
+                read(self.lm, self.pool, session, sentence, self.bos, learn=True)
+        left = iter(fillers)
+        for distance in sorted(distances):
+            while learned < distance and (passage := next(left, None)) is not None:
+                follow(self.lm, self.pool, session, passage, self.bos, learn=True)
+                learned += len(passage.targets)
+                progress(len(passage.targets))
+            if learned >= distance:
+                found[str(distance)] = self.shares(session)
+        self.pool.close(session)
+        return found
+
+    def shares(self, session: int = EMPTY) -> dict[str, float]:
+        """The share of facts that a session recalls, by cue."""
+        return {
+            cue: sum(recall(self.lm, self.pool, session, *ids, self.bos) for ids in asked) / len(asked)
+            for cue, asked in self.asked.items()
+        }
+
+
+def _split(encode: Encode, cue: str, answer: str) -> tuple[list[int], list[int]]:
+    """The tokens of the cue and of the answer after it."""
+    before, whole = encode(cue), encode(f"{cue} {answer}")
+    return (before, whole[len(before) :]) if whole[: len(before)] == before else (before, encode(f" {answer}"))

@@ -1,0 +1,188 @@
+"""Arms that learn a stream by changing weights: dynamic evaluation and a dense fast-weight matrix.
+
+Dynamic evaluation is Krause et al. 2018 (arXiv 1709.07432) and 2019 (arXiv 1904.08378): a gradient step after each
+segment that has been scored. Weights begin anew with each stream.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.base.backbone import Backbone
+from model.base.linear import Linear
+from research.evaluation.arms import Arm, Outcome, Setting, Subject, log_prob
+from research.evaluation.caches import Whitening
+from research.evaluation.prequential import Clock, Progress, Trace
+
+BLOCK = 64  # targets between two steps on a trace, as many as between two writes of the shipped memory
+RANK = 8
+CLIP = 1.0  # of a step's gradient, through the base
+
+
+def _blocks(trace: Trace, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    """States [m, d] and targets [m] of each block; progress is told of each request."""
+    for passage in trace.passages():
+        yield from zip(passage.states.split(BLOCK), passage.targets.split(BLOCK), strict=True)
+        progress(1)
+
+
+def _surprise(logits: Tensor, targets: Tensor) -> Tensor:
+    """onehot(target) − p [m, V]: minus the gradient of the loss in the logits [m, V]."""
+    error = -torch.softmax(logits, -1)
+    error[torch.arange(len(targets)), targets] += 1
+    return error
+
+
+class OutputLayer(Arm):
+    """Dynamic evaluation of the head: W ← W + η · Σ_t (onehot − p_t) h_tᵀ / E‖h‖² after each block, by plain SGD."""
+
+    name, title = "dynamic-head", "dynamic evaluation, output layer"
+    grid = tuple({"rate": rate} for rate in (0.01, 0.03, 0.1, 0.3))
+    costly = True
+
+    def __init__(self, backbone: Backbone, whitening: Whitening) -> None:
+        self.head, self.norm = backbone.head_matrix.float(), whitening.norm
+
+    def identity(self, subject: Subject) -> list[str]:
+        return [str(self.norm)]
+
+    @torch.inference_mode()
+    def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
+        weight, found, clock = self.head.clone(), [], Clock()
+        for states, targets in _blocks(subject.trace, progress):
+            logits = states @ weight.T
+            found.append(log_prob(logits, targets))
+            weight.addmm_(_surprise(logits, targets).T, states, alpha=setting["rate"] / self.norm)
+        return Outcome({"log_probs": torch.cat(found)}, clock.seconds, weight.nbytes)
+
+
+class DenseDelta(Arm):
+    """One dense matrix M [d_k, d] at the output, as large as the memory: h ← h + M ᵀk, then M ← M + η/c · k εᵀ.
+
+    k = norm(relu(R·whiten(h) − 1)), R random; ε = e(x) − E_p[e] is the prediction error in embedding space, p with the
+    read: the delta rule through the softmax. c counts the block's tokens that crowd at one key, as `write_hidden` does.
+    """
+
+    name, title = "dense", "dense delta memory, equal bytes"
+    grid = tuple({"rate": rate} for rate in (1.0, 3.0, 10.0, 30.0))
+    costly = True
+    equal_bytes = True
+    needs = ("memory",)
+
+    def __init__(self, backbone: Backbone, whitening: Whitening) -> None:
+        self.head, self.whitening = backbone.head_matrix.float(), whitening
+        self.norm = float(self.head.square().sum(-1).mean())
+
+    def identity(self, subject: Subject) -> list[str]:
+        return [*super().identity(subject), self.whitening.fingerprint()]
+
+    @torch.inference_mode()
+    def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
+        found, clock, d = [], Clock(), subject.trace.states.shape[1]
+        width = max(1, subject.outcomes["memory"].state_bytes // (4 * d))
+        random = torch.randn(d, width, generator=torch.Generator().manual_seed(0)) / math.sqrt(d)
+        matrix = torch.zeros(width, d)
+        for states, targets in _blocks(subject.trace, progress):
+            white = F.normalize(self.whitening(states), dim=-1) * math.sqrt(d)
+            keys = F.normalize(F.relu(white @ random - 1), dim=-1)
+            logits = (states + keys @ matrix) @ self.head.T
+            found.append(log_prob(logits, targets))
+            crowd = (keys @ keys.sum(0)).clamp_min(1.0)
+            steps = setting["rate"] / self.norm / crowd
+            matrix += (keys * steps[:, None]).T @ (_surprise(logits, targets) @ self.head)
+        return Outcome({"log_probs": torch.cat(found)}, clock.seconds, matrix.nbytes)
+
+
+class ThroughBase(Arm):
+    """Dynamic evaluation of weights inside the base: one clipped step on each request's mean loss, after its scores."""
+
+    own_base = True
+    costly = True
+
+    def __init__(self, load: Callable[[], Backbone], bos: int) -> None:
+        self._load, self.bos = load, bos
+        self._loaded: tuple[Backbone, list[nn.Parameter], list[Tensor]] | None = None
+
+    @abstractmethod
+    def prepare(self, backbone: Backbone) -> list[nn.Parameter]:
+        """Makes the weights that learn, or finds them."""
+
+    def optimizer(self, weights: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(weights, lr=rate)
+
+    @torch.enable_grad()
+    def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
+        if self._loaded is None:
+            backbone = self._load()
+            weights = self.prepare(backbone)
+            self._loaded = backbone, weights, [weight.detach().clone() for weight in weights]
+        backbone, weights, initial = self._loaded
+        with torch.no_grad():
+            for weight, start in zip(weights, initial, strict=True):
+                weight.copy_(start).requires_grad_()
+        optimizer, found, clock = self.optimizer(weights, setting["rate"]), [], Clock()
+        for request in subject.stream.requests:
+            targets = torch.tensor(request)
+            inputs = torch.cat([torch.tensor([self.bos]), targets[:-1]])
+            log_probs = log_prob(backbone.logits(backbone(inputs[None])[0]), targets)
+            found.append(log_probs.detach())
+            optimizer.zero_grad()
+            (-log_probs.mean()).backward()
+            nn.utils.clip_grad_norm_(weights, CLIP)
+            optimizer.step()
+            progress(1)
+        return Outcome({"log_probs": torch.cat(found)}, clock.seconds, sum(weight.nbytes for weight in weights))
+
+
+class DynamicAll(ThroughBase):
+    """Every weight of the base, by plain SGD."""
+
+    name, title = "dynamic-all", "dynamic evaluation, all weights"
+    grid = tuple({"rate": rate} for rate in (0.01, 0.03, 0.1))
+
+    def prepare(self, backbone: Backbone) -> list[nn.Parameter]:
+        return list(backbone.parameters())
+
+
+class DynamicLoRA(ThroughBase):
+    """Low-rank corrections of every linear map (Hu et al. 2021, arXiv 2106.09685), by Adam: at B = 0, plain SGD would
+    hardly leave the start."""
+
+    name, title = "dynamic-lora", f"dynamic evaluation, LoRA of rank {RANK}"
+    grid = tuple({"rate": rate} for rate in (1e-3, 3e-3, 1e-2))
+
+    def prepare(self, backbone: Backbone) -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        corrected = [
+            LoRA(linear, layer, name)
+            for layer in backbone.layers
+            for name, linear in list(layer.named_children())
+            if isinstance(linear, Linear)
+        ]
+        return list(chain.from_iterable((lora.down, lora.up) for lora in corrected))
+
+    def optimizer(self, weights: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(weights, lr=rate)
+
+
+class LoRA(nn.Module):
+    """y = Wx + (x·down)·up in the place of a layer's linear map; down [in, r] random, up [r, out] zero."""
+
+    def __init__(self, linear: Linear, layer: nn.Module, name: str) -> None:
+        super().__init__()
+        outputs, inputs = linear.weight.shape
+        self.linear = linear
+        self.down = nn.Parameter(torch.randn(inputs, RANK) / math.sqrt(inputs))
+        self.up = nn.Parameter(torch.zeros(RANK, outputs))
+        setattr(layer, name, self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + (x @ self.down) @ self.up

@@ -1,0 +1,63 @@
+"""Very long sessions: whether a memory goes on helping, and what fills it, by position in the stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from model.adaptive_lm import AdaptiveLM
+from model.memory import Pool
+from model.memory.lexical import torch_backend
+from research.evaluation.arms import state_bytes
+from research.evaluation.prequential import Passage, Progress, follow, new_pool
+
+
+@dataclass
+class LongRun:
+    """By request: tokens learned before it, mean nats per token without and with memory, and after it the rows held and
+    the state's norm. tokens: learned in all; state_bytes: stored at the end."""
+
+    position: list[int] = field(default_factory=list)
+    frozen: list[float] = field(default_factory=list)
+    adapted: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    norm: list[float] = field(default_factory=list)
+    tokens: int = 0
+    state_bytes: int = 0
+
+
+def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: Progress = lambda _: None) -> LongRun:
+    """One session reads and learns all passages, in order."""
+    pool = new_pool(lm)
+    session, run = pool.open(), LongRun()
+    for passage in passages:
+        adapted = follow(lm, pool, session, passage, bos, learn=True)
+        run.position.append(run.tokens)
+        run.frozen.append(-float(passage.log_probs.double().mean()))
+        run.adapted.append(-float(adapted.double().mean()))
+        run.rows.append(sum(pool.rows(session).values()))
+        run.norm.append(state_norm(pool, session))
+        run.tokens += len(adapted)
+        progress(1)
+    run.state_bytes = state_bytes(pool.dump(session))
+    return run
+
+
+def state_norm(pool: Pool, session: int) -> float:
+    """The Euclidean norm of all vectors in a session's rows: keys are of length 1, values as long as they are."""
+    total = 0.0
+    for site in pool.sites.values():
+        table, vectors = site.tables[session], site.fields[-1]
+        scale = 1.0 if vectors.is_floating_point() else torch_backend.KEY_STEPS
+        total += float((vectors[table[table > 0]].double() / scale).square().sum())
+    return math.sqrt(total)
+
+
+def ratio_between(run: LongRun, start: int, end: int) -> float:
+    """Perplexity with memory over perplexity without, on the requests that begin in [start, end); NaN if none does."""
+    chosen = [i for i, position in enumerate(run.position) if start <= position < end]
+    differences = torch.tensor([run.adapted[i] - run.frozen[i] for i in chosen], dtype=torch.float64)
+    return float(differences.mean().exp())

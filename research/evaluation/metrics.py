@@ -1,0 +1,116 @@
+"""What is told of arms, from their log-probabilities alone: pure functions of arrays.
+
+Letters: n targets of a stream, S streams, R requests. A gain is frozen loss − adapted loss in nats per token; a ratio
+is a perplexity over a perplexity, exp(−gain). Means go over kinds of streams, and within a kind over streams.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from research.evaluation.tuning import shares
+
+RESAMPLES = 2000
+NOVELTY = ("in window", "seen before", "novel")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95% interval, by bootstrap over streams (Efron 1979)."""
+
+    value: float
+    low: float
+    high: float
+
+    def exp(self, sign: float = 1.0) -> Estimate:
+        """e to the power of sign · this."""
+        low, high = sorted((math.exp(sign * self.low), math.exp(sign * self.high)))
+        return Estimate(math.exp(sign * self.value), low, high)
+
+
+def gain(adapted: Tensor, frozen: Tensor, mask: Tensor | None = None) -> float:
+    """Mean of log p_adapted − log p_frozen [n] over the targets that the arm speaks of, and the mask [n] chooses; NaN
+    if there is none."""
+    told = adapted.isfinite() if mask is None else adapted.isfinite() & mask
+    return float((adapted[told].double() - frozen[told].double()).mean())
+
+
+def over_kinds(values: Sequence[float], kinds: Sequence[str], *, seed: int = 0) -> Estimate | None:
+    """Mean over kinds of the means over streams, with its interval; NaN values are left out, None if none is left."""
+    known = [(value, kind) for value, kind in zip(values, kinds, strict=True) if not math.isnan(value)]
+    if not known:
+        return None
+    data, names = np.array([value for value, _ in known]), [kind for _, kind in known]
+
+    def mean(chosen: np.ndarray) -> float:
+        return float(np.dot(data[chosen], shares([names[i] for i in chosen])))
+
+    draws = np.random.default_rng(seed).integers(len(data), size=(RESAMPLES, len(data)))
+    low, high = np.percentile([mean(draw) for draw in draws], [2.5, 97.5])
+    return Estimate(mean(np.arange(len(data))), float(low), float(high))
+
+
+def by_request(adapted: Tensor, frozen: Tensor, lengths: Sequence[int]) -> list[float]:
+    """The gain [R] of each request."""
+    parts = zip(adapted.split(list(lengths)), frozen.split(list(lengths)), strict=True)
+    return [gain(ours, base) for ours, base in parts]
+
+
+def slope(gains: Sequence[float], lengths: Sequence[int]) -> float:
+    """Gain per 1,000 tokens observed: the least-squares line through the requests' gains."""
+    observed = np.concatenate([[0], np.cumsum(lengths)[:-1]]) / 1000
+    known = np.isfinite(gains)
+    if known.sum() < 2:
+        return math.nan
+    return float(np.polyfit(observed[known], np.array(gains)[known], 1)[0])
+
+
+def novelty(targets: Tensor, lengths: Sequence[int]) -> Tensor:
+    """For each target [n] an index into NOVELTY: the token stood earlier in its own request; else in an earlier
+    request; else nowhere before."""
+    before: set[int] = set()
+    found = []
+    for request in targets.split(list(lengths)):
+        window: set[int] = set()
+        for token in request.tolist():
+            found.append(0 if token in window else 1 if token in before else 2)
+            window.add(token)
+        before |= window
+    return torch.tensor(found)
+
+
+def perplexity(log_probs: Tensor, widths: Tensor) -> tuple[float, float]:
+    """Per token and per byte (widths [n]: bytes of each target), over the targets that the arm speaks of; NaN if there
+    is none."""
+    told = log_probs.isfinite()
+    if not bool(told.any()):
+        return math.nan, math.nan
+    nats = -float(log_probs[told].double().sum())
+    return math.exp(nats / int(told.sum())), math.exp(nats / int(widths[told].sum()))
+
+
+def summary(gains: Mapping[str, float], kinds: Mapping[str, str], tuning: set[str]) -> dict[str, Estimate | None]:
+    """Ratios, from the gain and the kind of each stream: of all kinds, of those tuned on, and of those held out."""
+    groups = {
+        "all": list(gains),
+        "tuned": [name for name in gains if kinds[name] in tuning],
+        "held_out": [name for name in gains if kinds[name] not in tuning],
+    }
+    found = {}
+    for group, names in groups.items():
+        estimate = over_kinds([gains[name] for name in names], [kinds[name] for name in names])
+        found[group] = None if estimate is None else estimate.exp(-1)
+    return found
+
+
+def each_kind(gains: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
+    """The ratio of each kind, from the gain of each stream."""
+    known = {name: value for name, value in gains.items() if not math.isnan(value)}
+    by_kind = {kind: [v for name, v in known.items() if kinds[name] == kind] for kind in sorted(set(kinds.values()))}
+    return {kind: math.exp(-sum(values) / len(values)) for kind, values in by_kind.items() if values}

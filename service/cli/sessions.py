@@ -1,0 +1,192 @@
+"""`imprint sessions …`: what sessions there are, what they learned when, and taking it back."""
+
+import json
+import sys
+from collections.abc import Iterable
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from service.cli.console import LOCAL, AsJson, Url, connect, out
+from service.errors import CommandError
+from service.http.replies import Session
+
+sessions_app = typer.Typer(no_args_is_help=True, help="List, inspect, undo, copy and erase sessions.")
+
+SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
+Version = Annotated[int, typer.Argument(min=0, help="A version that is kept; `log` lists them.")]
+SHOWN = 60  # characters of a text that a table shows
+
+
+@sessions_app.command("ls")
+def list_sessions(as_json: AsJson = False, url: Url = LOCAL) -> None:
+    """All sessions."""
+    with connect(url) as client:
+        sessions = list(client.sessions())
+    _print(sessions, as_json, "id", "version", "tokens_learned", "rows", "bytes", "gain", "updated")
+
+
+@sessions_app.command("show")
+def show_session(session: SessionId, as_json: AsJson = False, url: Url = LOCAL) -> None:
+    """One session, with everything the server tells about it."""
+    with connect(url) as client:
+        answer = client.get(session).model_dump()
+    if as_json:
+        print(json.dumps(answer))
+        return
+    table = Table(show_header=False)
+    for field, value in answer.items():
+        table.add_row(_label(field), _cell(field, value))
+    out.print(table)
+
+
+@sessions_app.command("log")
+def show_log(
+    session: SessionId,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many versions, at most.")] = 20,
+    as_json: AsJson = False,
+    url: Url = LOCAL,
+) -> None:
+    """What it learned when, the newest version first."""
+    with connect(url) as client:
+        entries = list(islice(client.log(session, page_size=min(limit, 1000)), limit))
+    _print(entries, as_json, "version", "kind", "of", "tokens", "rows", "loss", "time", "text")
+
+
+@sessions_app.command("diff")
+def show_diff(
+    session: SessionId,
+    start: Annotated[int, typer.Argument(metavar="FROM", min=0, help="A version; 0 = nothing learned.")],
+    end: Annotated[int | None, typer.Argument(metavar="TO", min=0, help="Another; the newest if left out.")] = None,
+    as_json: AsJson = False,
+    url: Url = LOCAL,
+) -> None:
+    """What one version has that another has not."""
+    with connect(url) as client:
+        diff = client.diff(session, start, client.get(session).version if end is None else end)
+    if as_json:
+        print(diff.model_dump_json())
+        return
+    out.print(f"from {diff.start} to {diff.end}: {diff.tokens_learned:+,} tokens learned")
+    for site, rows in diff.rows.items():
+        out.print(f"{escape(site)}: +{rows.added:,} rows, −{rows.removed:,}, {rows.changed:,} changed")
+    for sign, entries in (("+", diff.learned), ("−", diff.forgotten)):
+        for entry in entries:
+            text = "" if entry.text is None else f": {_cell('text', entry.text)}"
+            out.print(f"{sign} version {entry.version}, {entry.kind}, {entry.tokens:,} tokens{text}")
+
+
+@sessions_app.command("rollback")
+def roll_back(session: SessionId, version: Version, url: Url = LOCAL) -> None:
+    """Make a new version that is what an earlier one was; 0 = nothing learned."""
+    with connect(url) as client:
+        _tell(client.rollback(session, version), f"is what version {version} was")
+
+
+@sessions_app.command("unlearn")
+def unlearn(session: SessionId, version: Version, url: Url = LOCAL) -> None:
+    """Make a new version as if one had never been learned; for sessions that keep their texts."""
+    with connect(url) as client:
+        _tell(client.unlearn(session, version), f"is as if version {version} had never been learned")
+
+
+@sessions_app.command("fork")
+def fork(
+    session: SessionId, copy: Annotated[str, typer.Argument(metavar="NEW", help="The copy's id.")], url: Url = LOCAL
+) -> None:
+    """Make a copy that has learned the same; from then on they go their own ways."""
+    with connect(url) as client:
+        _tell(client.fork(session, copy), f"has learned what {session} has")
+
+
+@sessions_app.command("export")
+def export(
+    session: SessionId,
+    file: Annotated[Path, typer.Argument(dir_okay=False, help="Where to write it; - is standard output.")],
+    url: Url = LOCAL,
+) -> None:
+    """Write a session to a safetensors file, for `import` here or elsewhere."""
+    with connect(url) as client:
+        data = client.export(session)
+    try:
+        sys.stdout.buffer.write(data) if str(file) == "-" else file.write_bytes(data)
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror}") from None
+
+
+@sessions_app.command("import")
+def import_(
+    session: SessionId,
+    file: Annotated[Path, typer.Argument(dir_okay=False, help="What `export` wrote; - is standard input.")],
+    url: Url = LOCAL,
+) -> None:
+    """Give a session what an export holds, in place of what it had."""
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror}") from None
+    with connect(url) as client:
+        _tell(client.import_(session, data), f"has learned what {file} holds")
+
+
+@sessions_app.command("rm")
+def remove_sessions(
+    sessions: Annotated[list[str], typer.Argument(metavar="ID...", help="The sessions' ids.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = LOCAL,
+) -> None:
+    """Erase sessions and all they learned."""
+    with connect(url) as client:
+        for session in sessions:
+            if yes or typer.confirm(f"Erase session {session} and all it learned?", err=True):
+                client.delete(session)
+                out.print(f"erased {escape(session)}")
+
+
+def _tell(session: Session, what: str) -> None:
+    out.print(escape(f"{session.id} version {session.version} {what}: {session.tokens_learned:,} tokens learned"))
+
+
+def _print(found: Iterable[BaseModel], as_json: bool, *columns: str) -> None:
+    """A list as a table of these fields, or whole as JSON."""
+    lines = [one.model_dump() for one in found]
+    if as_json:
+        print(json.dumps(lines))
+        return
+    table = Table(*map(_label, columns))
+    table.columns[0].overflow = "fold"
+    for line in lines:
+        table.add_row(*(_cell(column, line[column]) for column in columns))
+    out.print(table)
+
+
+def _label(field: str) -> str:
+    return "gain, nats/token" if field == "gain" else field.replace("_", " ")
+
+
+def _cell(field: str, value: Any) -> str:
+    """One value of a session, for people."""
+    if value is None:
+        return "–"
+    match field:
+        case "created" | "updated" | "time":
+            return f"{datetime.fromtimestamp(value):%Y-%m-%d %H:%M}"
+        case "bytes":
+            return decimal(value)
+        case "gain":
+            return f"{value:+.4f}"
+        case "loss":
+            return f"{value:.3f}"
+        case "text":
+            line = " ".join(value.split())
+            return escape(line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…")
+    if isinstance(value, dict):
+        return escape(", ".join(f"{name} = {option}" for name, option in value.items()))
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))

@@ -1,0 +1,1 @@
+"""The HTTP edge: middleware, routes, the bodies of requests and replies."""

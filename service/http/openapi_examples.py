@@ -1,0 +1,140 @@
+"""What the answers look like, for /openapi.json: examples of each by the name of its schema.
+
+The bodies of requests have theirs in `service/http/schemas.py`.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+Json = dict[str, Any]
+
+HEAD: Json = {"created": 1767225600, "model": "smollm2-135m-instruct", "system_fingerprint": "fp_39fc1d5a02"}
+USAGE: Json = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+ADAPTATION: Json = {"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version_from": 3, "version_to": 4}
+LAST: Json = {"index": 0, "logprobs": None, "finish_reason": "length"}
+MORE: Json = LAST | {"finish_reason": None}
+MODEL: Json = {
+    "id": "smollm2-135m-instruct",
+    "object": "model",
+    "created": 1767225600,
+    "owned_by": "imprint",
+    "fingerprints": {"base": "sha256:5a1395716f79…", "memory": "sha256:b1f6b34e040f…"},
+}
+SESSION: Json = {
+    "id": "alice",
+    "object": "session",
+    "version": 4,
+    "model": "sha256:b1f6b34e040f…",
+    "tokens_learned": 784,
+    "rows": 698,
+    "bytes": 54444,
+    "gain": 0.0175,
+    "created": 1767225600,
+    "updated": 1767225660,
+    "options": {"learn": "all"},
+}
+ENTRY: Json = {
+    "version": 4,
+    "kind": "learn",
+    "of": None,
+    "time": 1767225660.25,
+    "digest": "8f434346648f6b96",
+    "tokens": 8,
+    "rows": 7,
+    "loss": 4.271,
+    "request_id": "6f1c2b1d0f8a4c0e9a54d1d7c6f3a2b1",
+    "text": None,
+}
+ACTED: Json = {
+    "object": "action",
+    "action": 1,
+    "action_id": "act-4",
+    "probability": 0.75,
+    "probabilities": [0.25, 0.75],
+    "expected": [0.375, 0.5],
+    "adaptation": ADAPTATION | {"tokens_learned": 1, "rows_written": 1},
+}
+SITE: Json = {
+    "name": "lexical",
+    "kind": "lexical",
+    "rows": 698,
+    "cells": 4,
+    "bin_cells": 1,
+    "bin_rows": 300,
+    "counts": [0, 201, 289, 208],
+}
+SCORED: Json = {
+    "tokens": ["My", " cat"],
+    "logprobs": [-5.5, -3.25],
+    "frozen_logprobs": [-5.5, -7.75],
+    "loss": 4.375,
+    "frozen_loss": 6.625,
+    "version": 4,
+}
+
+
+def _completion(choice: Json, **more: Any) -> Json:
+    return {"id": "cmpl-1", "object": "text_completion"} | HEAD | {"choices": [choice]} | more
+
+
+def _chat(kind: str, choice: Json, **more: Any) -> Json:
+    return {"id": "chatcmpl-1", "object": kind} | HEAD | {"choices": [choice]} | more
+
+
+REPLY: Json = {"role": "assistant", "content": "Hello", "refusal": None}
+REFUSED = "'temperature': input should be less than or equal to 2, got 3."
+
+EXAMPLES: dict[str, list[Json]] = {
+    "Acted": [ACTED],
+    "Completion": [_completion(LAST | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
+    "CompletionChunk": [
+        _completion(MORE | {"text": " fish"}),
+        _completion(LAST | {"text": ""}, adaptation=ADAPTATION),
+    ],
+    "ChatCompletion": [_chat("chat.completion", LAST | {"message": REPLY}, usage=USAGE, adaptation=ADAPTATION)],
+    "ChatChunk": [
+        _chat("chat.completion.chunk", MORE | {"delta": {"content": "Hello"}}),
+        _chat("chat.completion.chunk", LAST | {"delta": {}}, adaptation=ADAPTATION),
+    ],
+    "ErrorReply": [
+        {"error": {"message": REFUSED, "type": "invalid_request_error", "param": "temperature", "code": None}}
+    ],
+    "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
+    "Live": [{"status": "ok"}],
+    "Model": [MODEL],
+    "ModelList": [{"object": "list", "data": [MODEL]}],
+    "Observed": [{"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version": 4}],
+    "Ready": [{"status": "ready"}],
+    "Scored": [SCORED],
+    "Session": [SESSION],
+    "SessionCells": [{"object": "session.cells", "version": 4, "sites": [SITE]}],
+    "SessionDeleted": [{"id": "alice", "object": "session", "deleted": True}],
+    "SessionDiff": [
+        {
+            "object": "session.diff",
+            "from": 3,
+            "to": 4,
+            "tokens_learned": 8,
+            "rows": {"lexical": {"added": 7, "removed": 0, "changed": 0}},
+            "learned": [ENTRY],
+            "forgotten": [],
+        }
+    ],
+    "SessionList": [{"object": "list", "data": [SESSION], "has_more": True, "next": "alice"}],
+    "SessionLog": [{"object": "list", "data": [ENTRY], "has_more": True, "next": 4}],
+}
+
+
+def show_examples(app: FastAPI) -> None:
+    """Puts the examples on the page. Given to FastAPI itself, they would lose their nulls."""
+    describe = app.openapi
+
+    def page() -> Json:
+        told = describe()
+        for name, schema in told["components"]["schemas"].items():
+            if name in EXAMPLES:
+                schema["examples"] = EXAMPLES[name]
+        return told
+
+    app.openapi = page  # type: ignore[method-assign]

@@ -1,0 +1,435 @@
+"""The bodies of requests: OpenAI's and Imprint's own.
+
+They are strict: unknown fields are refused, a boolean is no number, nor is a string, nor NaN. A field of
+OpenAI's that can't be honoured is declared with `Only`: refused by its name unless its value changes nothing.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from service.errors import BadRequest
+from service.types import Adapt, Learn
+
+SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
+MAX_FIELDS = 64
+MAX_BIASES = 1024
+MAX_PROMPTS = 128
+MOST_CHOICES = 8
+INT32 = 2**31 - 1
+INT64 = 2**63 - 1
+
+SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID)]
+OnDisconnect = Literal["rollback", "commit"]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, le=INT32)]
+
+
+ON_DISCONNECT = Field(
+    None, description="What becomes of the turn if its client goes; default `rollback`: it has never been."
+)
+
+
+MODEL = Field(None, description="The policy; needed for a session that is not there yet.")
+REGRET = Field(None, description="What that action missed, where it is known; it is counted, not learned.")
+Observation = Annotated[
+    list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
+]
+CompletionId = Annotated[str, StringConstraints(pattern=r"^(chat)?cmpl-[0-9a-f]{32}$")]
+ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,7}$")]
+
+
+def session_id(value: str, param: str) -> str:
+    """`value`, if it can name a session; else a `BadRequest` on `param`."""
+    if re.fullmatch(SESSION_ID, value) is None:
+        raise BadRequest(f"'{param}' must match {SESSION_ID} to name a session, got {value[:80]!r}.", param=param)
+    return value
+
+
+def _limit_entries(value: Any, limit: int) -> Any:
+    """Refuses a huge object at once: each of its faulty entries would cost an error of its own."""
+    if isinstance(value, dict) and len(value) > limit:
+        raise PydanticCustomError("too_long", f"should have at most {limit} entries, not {len(value)}")
+    return value
+
+
+@dataclass(frozen=True)
+class Only:
+    """Marks a field that can't be honoured: null and `values` change nothing and pass."""
+
+    values: tuple[Any, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {
+            "enum": [None, *self.values],
+            "description": "Not supported: takes only what changes nothing.",
+        }
+
+    def _check(self, value: Any) -> Any:
+        if value is None or any(type(value) is type(one) and value == one for one in self.values):
+            return value
+        raise PydanticCustomError("unsupported", "is not supported by this server")
+
+
+class Body(BaseModel):
+    """A JSON object of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _limit_entries(value, MAX_FIELDS)
+
+
+# Tags of unions stand in angle brackets: errors show them in their location, but the name has none.
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _prompt_kind(value: Any) -> str | None:
+    if not isinstance(value, list) or not value:
+        return _text_or_list(value)
+    kinds = {str: "<list>", int: "<tokens>", list: "<token lists>"}
+    return kinds.get(type(value[0]))
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")]
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag("<tokens>")]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+        Field(max_length=MAX_PROMPTS, fail_fast=True),
+        Tag("<token lists>"),
+    ],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_type",
+        custom_error_message="should be a string or a list of strings, of token ids or of lists of token ids",
+    ),
+]
+Stop = Annotated[
+    Annotated[NonEmpty, Tag("<text>")] | Annotated[list[NonEmpty], Field(max_length=4, fail_fast=True), Tag("<list>")],
+    Discriminator(
+        _text_or_list,
+        custom_error_type="stop_type",
+        custom_error_message="should be a string or a list of strings",
+    ),
+]
+LogitBias = Annotated[
+    dict[
+        Annotated[str, StringConstraints(pattern="^[0-9]{1,10}$")],
+        Annotated[float, Field(ge=-100, le=100)],
+    ],
+    BeforeValidator(lambda value: _limit_entries(value, MAX_BIASES)),
+]
+
+
+class TextPart(Body):
+    """One part of a message's content; only text can be read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")],
+        Discriminator(
+            _text_or_list,
+            custom_error_type="content_type",
+            custom_error_message="should be a string or a list of text parts",
+        ),
+    ]
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Annotated[Any, Only(([],))] = None
+    function_call: Annotated[Any, Only()] = None
+    refusal: Annotated[Any, Only()] = None
+    audio: Annotated[Any, Only()] = None
+    annotations: Annotated[Any, Only(([],))] = None
+
+    def plain(self) -> dict[str, str]:
+        """What the chat template sees: the parts joined, `developer` under its older name."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in given.items() if value is not None}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+class StreamOptions(Body):
+    """What a stream carries besides its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, Only((False,))] = None
+
+
+class GenerationRequest(Body):
+    """What completions and chat completions share."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    stop: Stop | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: LogitBias | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Names the session if neither `session` nor X-Imprint-Session does.")
+    session: SessionId | None = Field(None, description="The memory to use and to teach; none = the frozen base.")
+    adapt: Adapt | None = Field(
+        None, description="Use and learn, only learn, or only use; default: the session's, `both`."
+    )
+    learn: Learn | None = Field(None, description="What is learned; default: the session's, else `prompt`.")
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
+
+    @model_validator(mode="after")
+    def _streaming(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("'stream_options' is only allowed with 'stream': true.", param="stream_options")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of `POST /v1/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "smollm2-135m-instruct", "prompt": "The capital of France is", "max_tokens": 8},
+                {
+                    "model": "smollm2-135m-instruct",
+                    "prompt": "My cat is called Miso. She likes",
+                    "max_tokens": 16,
+                    "session": "alice",
+                    "learn": "prompt",
+                },
+            ]
+        }
+    )
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(None, description="Default 16, as OpenAI's.")
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="Only accepted when equal to `n`.")
+    suffix: Annotated[Any, Only()] = None
+
+    @model_validator(mode="after")
+    def _best_of_all(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise BadRequest(
+                f"'best_of' must equal 'n' ({self.n or 1}): no choosing among more, got {self.best_of}.",
+                param="best_of",
+            )
+        return self
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Body of `POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "smollm2-135m-instruct",
+                    "messages": [{"role": "user", "content": "My cat is called Miso. Say hello to her."}],
+                    "max_completion_tokens": 32,
+                    "session": "alice",
+                    "stream": True,
+                }
+            ]
+        }
+    )
+
+    messages: Messages
+    max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[Any, Only(([],))] = None
+    tool_choice: Annotated[Any, Only(("none",))] = None
+    parallel_tool_calls: Annotated[Any, Only((True, False))] = None
+    functions: Annotated[Any, Only(([],))] = None
+    function_call: Annotated[Any, Only(("none",))] = None
+    response_format: Annotated[Any, Only(({"type": "text"},))] = None
+    modalities: Annotated[Any, Only((["text"],))] = None
+    audio: Annotated[Any, Only()] = None
+    prediction: Annotated[Any, Only()] = None
+    reasoning_effort: Annotated[Any, Only(("none",))] = None
+    verbosity: Annotated[Any, Only()] = None
+    service_tier: Annotated[Any, Only(("auto", "default"))] = None
+    store: Annotated[Any, Only((False,))] = None
+    metadata: Annotated[Any, Only(({},))] = None
+    moderation: Annotated[Any, Only()] = None
+    web_search_options: Annotated[Any, Only()] = None
+    prompt_cache_options: Annotated[Any, Only()] = None
+    prompt_cache_retention: Annotated[Any, Only()] = None
+    prompt_cache_key: str | None = Field(None, description="A hint to OpenAI's caches; changes nothing here.")
+    safety_identifier: str | None = Field(None, description="A hint to OpenAI's moderators; changes nothing here.")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatCompletionRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise BadRequest("Give 'max_completion_tokens' or 'max_tokens', not two of them.", param="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("'top_logprobs' is only allowed with 'logprobs': true.", param="top_logprobs")
+        return self
+
+
+class SessionOptions(Body):
+    """Body of `PUT /v1/sessions/{id}`: what requests do with the session that don't say otherwise, and its keeping."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"adapt": "both", "learn": "all"}]})
+
+    adapt: Adapt | None = None
+    learn: Learn | None = None
+    keep_text: bool | None = Field(None, description="Keep what is learned, for as long as it can be undone.")
+    model: str | None = Field(None, description="The policy that a new session is of; default: text.")
+    ttl_s: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(
+        None, description="Seconds after its last use at which the session is erased; 0 = never. Default: the server's."
+    )
+
+
+class Rollback(Body):
+    """Body of `POST /v1/sessions/{id}/rollback` and `/unlearn`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}]})
+
+    version: Annotated[int, Field(ge=0, le=INT64)]
+
+
+class Fork(Body):
+    """Body of `POST /v1/sessions/{id}/fork`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "alice-2"}]})
+
+    id: SessionId
+
+
+class ObserveRequest(Body):
+    """Body of `POST /v1/sessions/{id}/observe`: one of `text`, `messages`, and (policies) `features` with `label`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso."}]})
+
+    text: str | None = None
+    messages: Messages | None = None
+    features: Observation | None = None
+    label: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    model: str | None = MODEL
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "ObserveRequest":
+        given = [name for name in ("text", "messages", "features") if getattr(self, name) is not None]
+        if len(given) != 1:
+            fault = "neither" if not given else " and ".join(given)
+            raise BadRequest(f"Give one of 'text', 'messages' and 'features', got {fault}.", param="text")
+        if (self.features is None) != (self.label is None):
+            missing = "features" if self.features is None else "label"
+            raise BadRequest("'features' and 'label' go together: give both or none of them.", param=missing)
+        if self.features is None and self.model is not None:
+            raise BadRequest("'model' is only allowed with 'features': text has one model.", param="model")
+        return self
+
+
+class PredictRequest(Body):
+    """Body of `POST /v1/sessions/{id}/predict`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "mine", "features": [0.5, -1.0]}]})
+
+    features: Observation
+    model: str | None = MODEL
+
+
+class ActRequest(Body):
+    """Body of `POST /v1/sessions/{id}/act`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}]})
+
+    observation: Observation = Field(description="The context's numbers, then those of each action.")
+    reward: float | None = Field(None, description="Of the last action, or of `action_id`.")
+    action_id: ActionId | None = Field(None, description="Whose reward it is.")
+    regret: Annotated[float, Field(ge=0)] | None = REGRET
+    model: str | None = MODEL
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        None, description="0 = the best action, 1 = as likely as each is thought to be best; default: the policy's."
+    )
+    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
+
+    @model_validator(mode="after")
+    def _of_a_reward(self) -> "ActRequest":
+        for name in ("action_id", "regret"):
+            if self.reward is None and getattr(self, name) is not None:
+                raise BadRequest(f"'{name}' is only allowed with 'reward'.", param=name)
+        return self
+
+
+class FeedbackRequest(Body):
+    """Body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and what was kept of it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"action_id": "act-1", "reward": 1.0}]})
+
+    action_id: ActionId | None = None
+    reward: float | None = None
+    regret: Annotated[float, Field(ge=0)] | None = REGRET
+    completion_id: CompletionId | None = Field(None, description="The `id` of a completion of this session.")
+    text: Annotated[str, Field(min_length=1)] | None = Field(None, description="What the user kept in its place.")
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "FeedbackRequest":
+        of_action, of_text = ("action_id", "reward", "regret"), ("completion_id", "text")
+        kept = [name for name in of_text if getattr(self, name) is not None]
+        if kept and any(getattr(self, name) is not None for name in of_action):
+            raise BadRequest(f"{kept[0]!r} is of text and does not go with a reward of an action.", param=kept[0])
+        for name in of_text if kept else of_action[:2]:
+            if getattr(self, name) is None:
+                raise BadRequest(f"{name!r} is required with the other one of its pair.", param=name)
+        return self
+
+
+class ScoreRequest(Body):
+    """Body of `POST /v1/sessions/{id}/score`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso.", "learn": False}]})
+
+    text: str
+    learn: bool = False
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT

@@ -1,0 +1,1 @@
+"""Turns: one turn loads a session, runs it, commits it and tells the client."""

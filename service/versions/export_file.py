@@ -1,0 +1,158 @@
+"""A session as a file: safetensors, with a manifest in its metadata. Nothing in it is run, and all of it is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from model.memory import MemoryConfig, SiteRows
+from model.memory.config import OWN, RUNS
+from service.errors import BadRequest
+from service.store.base import RowBatch, StoredSession
+
+FORMAT = 1
+NAME = "imprint"  # of the manifest in the file's metadata
+OWN_BYTES = 4 * 3 * (1 + len(RUNS))  # three numbers for each number of runs that a match may repeat
+PAIR_BYTES = 8  # of a lexical row: its age and its token come first
+COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
+SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
+Arrays = dict[str, NDArray[Any]]
+Json = dict[str, Any]
+
+
+def as_tensors(sites: Mapping[str, RowBatch]) -> dict[str, SiteRows]:
+    """A session's rows as the model takes them; nothing is copied."""
+    return {
+        name: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data)) for name, batch in sites.items()
+    }
+
+
+def pack_session(stored: StoredSession, key: str) -> bytes:
+    """The file of a session, signed if there is a key. Its options are the server's business and stay there."""
+    arrays: Arrays = {}
+    for site, batch in stored.sites.items():
+        arrays[f"{site}.slots"], arrays[f"{site}.rows"] = batch.slots, np.ascontiguousarray(batch.data)
+    manifest: Json = {"format": FORMAT} | asdict(stored.meta)
+    del manifest["options"]
+    manifest["sha256"] = _checksum(manifest, arrays).hex()
+    if key:
+        manifest["hmac-sha256"] = _signature(manifest["sha256"], key)
+    return save(arrays, {NAME: json.dumps(manifest)})
+
+
+def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
+    """The manifest and the arrays of a file, as they stand there. Raises BadRequest for one that is damaged, unknown or
+    not signed."""
+    try:
+        arrays: Arrays = load(data)
+        size = int.from_bytes(data[:8], "little")
+        manifest = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][NAME])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _unfit(f"is no export of a session, or a damaged one ({type(error).__name__})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise _unfit(f"has format {str(found)[:20]}, this release reads {FORMAT}", "unknown_export_format")
+    told, signature = manifest.pop("sha256", None), manifest.pop("hmac-sha256", None)
+    if told != _checksum(manifest, arrays).hex():
+        raise _unfit("is damaged: its content does not match its checksum", "checksum_mismatch")
+    if key and not hmac.compare_digest(str(signature).encode(), _signature(told, key).encode()):
+        raise _unfit("is not signed with this server's IMPRINT_EXPORT_KEY", "bad_signature")
+    return _checked(manifest), arrays
+
+
+def unpack_session(
+    manifest: Json, arrays: Arrays, config: MemoryConfig, vocab_size: int
+) -> tuple[Json, dict[str, RowBatch]]:
+    """The manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
+    sites = _sites(arrays, config, vocab_size)
+    rows = {site: batch for site, batch in sites.items() if not site.endswith(OWN)}
+    manifest["rows"] = sum(len(batch.slots) for batch in rows.values())
+    manifest["bytes"] = sum(batch.data.nbytes for batch in rows.values())
+    return manifest, sites
+
+
+def _checksum(manifest: Mapping[str, Any], arrays: Arrays) -> bytes:
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.digest()
+
+
+def _signature(checksum: str, key: str) -> str:
+    return hmac.new(key.encode(), checksum.encode(), hashlib.sha256).hexdigest()
+
+
+def _checked(manifest: Json) -> Json:
+    """The manifest, if its values are such as a session may have; a checksum alone proves nothing about that."""
+    for name in COUNTS:
+        if type(manifest.get(name)) is not int or not 0 <= manifest[name] < 2**53:
+            raise _unfit(f"has a {name} that is no count")
+    for name in SUMS:
+        if type(manifest.get(name)) is not float or not math.isfinite(manifest[name]):
+            raise _unfit(f"has a {name} that is no number")
+    digests = manifest.get("digests")
+    if not isinstance(digests, list) or len(digests) > 4096 or not all(map(_is_digest, digests)):
+        raise _unfit("has digests that are none")
+    if not isinstance(manifest.get("model"), str) or not isinstance(manifest.get("id"), str):
+        raise _unfit("does not say of which model or session it is")
+    return manifest | {"digests": tuple(digests)}
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 16 and set(value) <= set("0123456789abcdef")
+
+
+def _sites(arrays: Arrays, config: MemoryConfig, vocab_size: int) -> dict[str, RowBatch]:
+    sites: dict[str, RowBatch] = {}
+    for name in {name.rpartition(".")[0] for name in arrays}:
+        slots, rows = arrays.get(f"{name}.slots"), arrays.get(f"{name}.rows")
+        if slots is None or rows is None:
+            raise _unfit(f"has no sound site {name[:40]!r}")
+        try:
+            batch = RowBatch(slots, rows)
+        except ValueError as error:
+            raise _unfit(f"has a site {name[:40]!r} that is none: {error}") from None
+        if not sound(name, batch, config, vocab_size):
+            raise _unfit(f"has rows of site {name[:40]!r} that no memory writes")
+        sites[name] = batch
+    if len(arrays) != 2 * len(sites):
+        raise _unfit("has arrays that belong to no site")
+    return sites
+
+
+def sound(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> bool:
+    """Whether a site's rows can be: the memory has the site and a place for them, and could have written them."""
+    site = next((site for site in config.sites if site.name == name.removesuffix(OWN)), None)
+    if site is None:
+        return False
+    own = name.endswith(OWN)
+    most, row_bytes = (1, OWN_BYTES) if own else (site.slots, site.row_bytes)
+    if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= most:
+        return False
+    return _finite(batch) if own or site.kind != "lexical" else _readable(batch, vocab_size)
+
+
+def _finite(batch: RowBatch) -> bool:
+    return bool(np.isfinite(np.ascontiguousarray(batch.data).view("<f4")).all())
+
+
+def _readable(batch: RowBatch, vocab_size: int) -> bool:
+    """Whether rows of a lexical site have an age and a token of the vocabulary; what follows may be anything."""
+    ages, tokens = np.ascontiguousarray(batch.data[:, :PAIR_BYTES]).view("<i4").T
+    return bool((ages > 0).all() and (tokens >= 0).all() and (tokens < vocab_size).all())
+
+
+def _unfit(what: str, code: str = "invalid_export") -> BadRequest:
+    return BadRequest(f"The file {what}.", param="body", code=code)

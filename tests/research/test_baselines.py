@@ -1,0 +1,33 @@
+"""Rivals in the tables of scenarios are at their best: each learning rate is tried, and luck shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from research.scenarios.meta_baselines import Effort, train_rival
+from research.scenarios.recipes import RECIPES
+from research.training.agents import Agent
+from service.cli.main import app
+
+
+def test_the_rate_that_does_best_elsewhere_counts_and_is_trained_from_several_seeds() -> None:
+    recipe, judged = RECIPES["card-sorting"].but(batch=4, steps=4, span=2), list[Agent]()
+
+    def judge(agent: Agent) -> float:
+        judged.append(agent)
+        return (3.0, 1.0, 2.0)[len(judged) - 1]
+
+    effort = Effort(rates=(1e-4, 1e-3, 1e-2), trainings=2)
+    found = train_rival("gru", recipe, 2000, judge, effort, 0.02)
+    assert found.rate == 1e-3 and found.tried == {1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0}
+    first, second = (agent.network for agent in found.agents)
+    assert first is judged[1].network
+    assert not any(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rates", ["fast", "1e-3,0", " "])
+def test_rates_that_nothing_learns_with_are_refused(rates: str) -> None:
+    found = CliRunner().invoke(app, ["scenario", "card-sorting", "--rates", rates])
+    assert found.exit_code == 2 and "--rates must be" in found.output

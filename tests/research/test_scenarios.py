@@ -1,0 +1,95 @@
+"""Scenarios are worlds that anybody can use, and what is said of the best way to act in them is true."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from research.scenarios import BernoulliBandit, CardSorting, FunctionStream, LabelStream, Tasks
+from research.scenarios.bandits import gittins, gittins_table
+from research.scenarios.streams import digits_of
+
+NAMES = ("CardSorting", "BernoulliBandit", "LinearBandit", "Choices", "LabelStream", "FunctionStream")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:.*(minimum|maximum) value is")  # observations have no bounds of their own
+def test_each_scenario_is_an_environment_that_a_seed_repeats(name: str) -> None:
+    env = gymnasium.make(f"imprint/{name}-v0")
+    check_env(env.unwrapped, skip_render_check=True)
+    lives = []
+    for _ in range(2):
+        seen, _ = env.reset(seed=5)
+        life = [seen.tolist()]
+        for step in range(5):
+            seen, reward, _, _, info = env.step(step % 2)
+            life.append([*seen.tolist(), float(reward), info["regret"]])
+        lives.append(life)
+    assert lives[0] == lives[1]
+
+
+def test_an_environment_ends_after_its_steps_and_refuses_what_is_no_action() -> None:
+    env = gymnasium.make("imprint/CardSorting-v0", steps=3, dims=6).unwrapped
+    env.reset(seed=0)
+    assert [env.step(np.int64(0))[3] for _ in range(3)] == [False, False, True]
+    with pytest.raises(ValueError, match=r"action must be in 0\.\.3, got 9"):
+        env.step(np.int64(9))
+
+
+@pytest.mark.parametrize("options", [{}, {"dims": 8}, {"together": 2, "dims": 6}, {"decks": 4}])
+def test_a_card_belongs_where_its_decks_rule_says(options: dict[str, int]) -> None:
+    tasks = CardSorting(20, np.random.default_rng(0), hazard=0.2, **options)
+    seen_switches = 0
+    for _ in range(60):
+        rules, decks = tasks.rule.copy(), tasks.deck.copy()
+        shown = tasks.observe()[:, tasks.context :].reshape(20, 4, tasks.dims)
+        action = tasks.rng.integers(4, size=20)
+        dims = tasks.rules[rules[np.arange(20), decks]]
+        right = np.take_along_axis(shown[np.arange(20), action], dims, axis=1).all(1)
+        assert np.array_equal(tasks.step(action), right.astype(np.float32))
+        seen_switches += int((tasks.rule != rules).sum())
+    assert seen_switches == tasks.switches.sum() > 100
+
+
+def test_gittins_indices_are_those_of_the_tables() -> None:
+    """Gittins, Glazebrook & Weber (2011), table 8.4: Beta(α, β) arms, discount 0.9."""
+    table = gittins_table(0.9)
+    for ones, zeros, index in ((0, 0, 0.7029), (1, 0, 0.8001), (0, 1, 0.5001), (1, 1, 0.6346)):
+        assert table[ones + zeros, ones] == pytest.approx(index, abs=0.004)
+    near, far = (gittins(np.array([3.0]), np.array([3.0]), discount)[0] for discount in (0.9, 0.99))
+    assert 0.5 < near < far < 1
+
+
+def test_the_gittins_index_earns_more_than_chance_and_than_the_best_looking_arm() -> None:
+    def earned(index: bool) -> float:
+        tasks, total = BernoulliBandit(200, np.random.default_rng(1), arms=5, horizon=100), 0.0
+        for _ in range(100):
+            means = (tasks.counts[..., 1] + 1) / (tasks.counts.sum(-1) + 2)
+            told = tasks.teacher() if index else means
+            total += float(tasks.step((told + 1e-6 * tasks.rng.random(told.shape)).argmax(1)).mean())
+        return total
+
+    assert earned(index=True) > earned(index=False) + 1 > 70
+
+
+def test_labels_are_dealt_anew_and_drift_in_pairs() -> None:
+    tasks = LabelStream(8, np.random.default_rng(0), drift=0.5)
+    assert len({tuple(labels) for labels in tasks.labels.tolist()}) > 4
+    before = tasks.labels.copy()
+    tasks.step(tasks.answers())
+    assert {int(moved) for moved in (tasks.labels != before).sum(1)} == {0, 2}
+    held, trained = (np.concatenate(digits_of(held_out)) for held_out in (True, False))
+    assert len(held) + len(trained) == 1797
+    assert not {image.tobytes() for image in held} & {image.tobytes() for image in trained}
+
+
+def test_functions_stay_within_their_bins() -> None:
+    tasks: Tasks = FunctionStream(50, np.random.default_rng(0), moves=0.1)
+    for _ in range(20):
+        assert isinstance(tasks, FunctionStream)
+        answers = tasks.answers()
+        assert answers.min() >= 0 and answers.max() < tasks.actions
+        assert np.abs(tasks.values()).max() < 1.2
+        assert (tasks.step(answers) == 1).all()

@@ -1,0 +1,185 @@
+"""Hot sessions: what a turn has pinned stays, what nobody uses makes room, and no row is ever lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from model.memory import MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
+from service.engine.resident import HotSessions
+from service.engine.types import Stamp
+
+SITE = SiteConfig("states", "hidden", slots=16, k=1, width=2)
+ROWS, SESSIONS = 8, 3
+A, B, C, D = (("tenant", name) for name in "abcd")
+
+
+class Hot(HotSessions):
+    """A cache of a small pool that counts whom it has evicted."""
+
+    def __init__(self, rows: int = ROWS, sessions: int = SESSIONS) -> None:
+        self.evicted = 0
+        config = MemoryConfig(hidden_size=4, sites=(SITE,))
+        super().__init__(
+            lambda make_room: Pool(config, rows=rows, sessions=sessions, make_room=make_room), on_evict=self._count
+        )
+
+    def _count(self) -> None:
+        self.evicted += 1
+
+    def use(self, key: tuple[str, str], stamp: Stamp, rows: int = 2) -> int:
+        """A whole turn that loads a session and lets go of it; returns its index."""
+        index = self.enter(key, stamp, stored(rows))
+        self.leave(key)
+        return index
+
+    @property
+    def free(self) -> tuple[int, int]:
+        """Free sessions and free rows of the pool."""
+        return self.pool._sessions._top, self.pool.sites["states"].free._top
+
+
+def at(version: int) -> Stamp:
+    return (1.5, 2.5, version)
+
+
+def stored(rows: int, value: float = 1.0) -> dict[str, SiteRows]:
+    data = torch.full((rows, 2), value).view(torch.uint8)
+    return {"states": SiteRows(torch.arange(rows, dtype=torch.int32), data)} if rows else {}
+
+
+def test_a_session_is_hot_at_the_version_that_was_loaded_only() -> None:
+    hot = Hot()
+    assert not hot.pin(A, at(1))
+    index = hot.use(A, at(1))
+    assert len(hot) == 1
+    assert not hot.pin(A, at(0))
+    assert not hot.pin(A, at(2))
+    assert not hot.pin(("other tenant", "a"), at(1))
+    assert hot.pin(A, at(1))
+    assert hot.enter(A, at(1), None) == index
+    hot.leave(A)
+
+
+def test_what_was_promised_is_the_version_from_then_on() -> None:
+    hot = Hot()
+    index = hot.enter(A, at(1), stored(2))
+    hot.promise(A, at(2))
+    assert not hot.pin(A, at(1))
+    assert hot.pin(A, at(2))
+    assert hot.enter(A, at(2), None) == index
+
+
+def test_loading_again_replaces_what_was_there() -> None:
+    hot = Hot()
+    hot.use(A, at(1), rows=3)
+    index = hot.enter(A, at(2), stored(5, value=7.0))
+    assert hot.pool.rows(index) == {"states": 5}
+    assert len(hot) == 1
+    assert hot.free == (SESSIONS - 1, ROWS - 5)
+    assert hot.evicted == 0, "replaced is not evicted"
+    hot.leave(A)
+    assert not hot.pin(A, at(1))
+    assert hot.pin(A, at(2))
+
+
+def test_the_least_recently_used_session_makes_room() -> None:
+    hot = Hot()
+    for key in (A, B, C):
+        hot.use(key, at(1))
+    assert hot.pin(A, at(1))
+    hot.enter(A, at(1), None)
+    hot.leave(A)
+    hot.use(D, at(1))
+    assert hot.evicted == 1
+    assert [key for key in (A, B, C, D) if hot.pin(key, at(1))] == [A, C, D]
+
+
+def test_rows_make_room_too_one_session_after_another() -> None:
+    hot = Hot()
+    hot.use(A, at(1), rows=4)
+    hot.use(B, at(1), rows=3)
+    hot.use(C, at(1), rows=6)
+    assert hot.evicted == 2
+    assert hot.free == (SESSIONS - 1, ROWS - 6)
+
+
+def test_a_pinned_session_is_never_evicted_before_its_last_pin_is_gone() -> None:
+    hot = Hot()
+    index = hot.enter(A, at(1), stored(6, value=3.0))
+    assert hot.pin(A, at(1))
+    hot.use(B, at(1), rows=2)
+    for _ in range(2):
+        with pytest.raises(PoolFullError):
+            hot.enter(C, at(1), stored(3))
+        assert not hot.pin(C, at(1)), "what could not be loaded is not hot"
+        hot.leave(A)
+    assert hot.evicted == 1, "B, in the first attempt"
+    hot.enter(C, at(1), stored(3))
+    assert hot.evicted == 2
+    assert not hot.pin(A, at(1))
+    assert hot.pool.rows(index) != {"states": 6}
+
+
+def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
+    hot = Hot(sessions=2)
+    hot.use(B, at(1), rows=4)
+    index = hot.enter(A, at(1), stored(4))
+    draft = hot.pool.draft(index)
+    assert hot.evicted == 1, "two sessions are all there is"
+    draft.put("states", torch.arange(4), [torch.zeros(4, 2)])
+    with pytest.raises(PoolFullError):
+        draft.put("states", torch.tensor([9]), [torch.zeros(1, 2)])
+    draft.rollback()
+    assert hot.pool.rows(index) == {"states": 4}
+
+
+def test_a_forgotten_session_is_gone_at_once() -> None:
+    hot = Hot()
+    hot.use(A, at(1))
+    hot.forget(A)
+    assert not hot.pin(A, at(1))
+    assert (len(hot), hot.free, hot.evicted) == (0, (SESSIONS, ROWS), 0)
+    hot.forget(A)
+    hot.forget(B)
+
+
+def test_a_session_that_is_forgotten_while_in_use_goes_with_its_last_pin() -> None:
+    hot = Hot()
+    index = hot.enter(A, at(1), stored(2))
+    assert hot.pin(A, at(1))
+    hot.forget(A)
+    assert not hot.pin(A, at(1)), "no new turn gets it"
+    assert hot.pool.rows(index) == {"states": 2}, "those under way keep it"
+    hot.leave(A)
+    assert hot.pool.rows(index) == {"states": 2}
+    hot.leave(A)
+    assert (len(hot), hot.free) == (0, (SESSIONS, ROWS))
+    assert hot.use(A, at(1)) == index, "one of the same name may come after it"
+    assert hot.pin(A, at(1))
+
+
+def test_a_session_of_a_thousand_turns_leaks_nothing() -> None:
+    """Turns as the engine runs them, some at the version at hand, some from the store; commits, failures, deletions."""
+    hot, chance = Hot(), random.Random(0)
+    versions = dict.fromkeys((A, B, C, D), 0)
+    for _ in range(1000):
+        key = chance.choice([A, B, C, D])
+        if chance.random() < 0.1:
+            hot.forget(key)
+        if not hot.pin(key, at(versions[key])):
+            hot.enter(key, at(versions[key]), stored(versions[key] % 4))
+        else:
+            hot.enter(key, at(versions[key]), None)
+        if chance.random() < 0.1:
+            hot.forget(key)
+        elif chance.random() < 0.5:
+            versions[key] += 1
+            hot.promise(key, at(versions[key]))
+        hot.leave(key)
+    assert hot.evicted > 0
+    for key in versions:
+        hot.forget(key)
+    assert (len(hot), hot.free) == (0, (SESSIONS, ROWS))

@@ -1,0 +1,189 @@
+"""What is shown of a sequence: whole characters, nothing of a stop string, and in the end everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from model.text.tokenizer import Tokenizer
+from service.engine.text_stream import TextStream
+
+ALPHABET = "ab \né猫🐈"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def of_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """The token of each byte, and of each longer string that is one token."""
+    return {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+
+
+def stops() -> st.SearchStrategy[list[str]]:
+    return st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
+
+
+def first_stop(text: str, stops: list[str]) -> int | None:
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def held(text: str, stops: list[str]) -> int:
+    """How much of the end of a text may yet be the beginning of a stop string."""
+    sizes = (n for n in range(1, len(text) + 1) for stop in stops if n < len(stop) and stop.startswith(text[-n:]))
+    return max(sizes, default=0)
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The complete characters of the tokens."""
+    return b"".join(map(tokenizer.token_bytes, ids)).decode(errors="ignore")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text(ALPHABET, min_size=1, max_size=6), max_size=8),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+    stops(),
+)
+@example(["ab", "a", "b"], [False] * 8, ["bab"])
+@example(["a", "🐈", "b"], [True] * 8, ["🐈b"])
+@example(["aab", "aa"], [True] * 8, ["aabaab", "aaa"])
+def test_nothing_of_a_stop_string_is_ever_shown_at_any_split(
+    tokenizer: Tokenizer, of_bytes: dict[bytes, int], pieces: list[str], bytewise: list[bool], stops: list[str]
+) -> None:
+    """Text in pieces, each as the tokenizer cuts it or byte by byte, beside the plain definition of each promise."""
+    ids: list[int] = []
+    for piece, single in zip(pieces, bytewise, strict=False):
+        ids += [of_bytes[bytes([b])] for b in piece.encode()] if single else tokenizer.encode(piece)
+    stream, shown, stopped = TextStream(tokenizer.stream(), tuple(stops)), "", False
+    for n, token in enumerate(ids, 1):
+        assert not stopped
+        stopped = stream.push(token)
+        text = decoded(tokenizer, ids[:n])
+        cut = first_stop(text, stops)
+        assert stopped == (cut is not None)
+        visible = text[:cut] if cut is not None else text[: len(text) - held(text, stops)]
+        assert stream.text[: stream.released] == visible
+        assert visible.startswith(shown), "what was shown stays"
+        shown = visible
+        assert stream.tokens_released == complete(tokenizer, ids[:n], visible)
+        if stopped:
+            break
+    else:
+        stream.finish()
+        assert stream.released == len(stream.text)
+        assert stream.text == "".join(pieces[: len(bytewise)])
+        assert stream.tokens_released == len(ids)
+    assert first_stop(stream.text, stops) is None
+    assert "\ufffd" not in stream.text
+
+
+def complete(tokenizer: Tokenizer, ids: list[int], visible: str) -> int:
+    """How many tokens have all of their bytes, and the whole of the last one's character, in the visible text."""
+    done, whole = 0, b"".join(map(tokenizer.token_bytes, ids))
+    for n in range(1, len(ids) + 1):
+        end = len(b"".join(map(tokenizer.token_bytes, ids[:n])))
+        while end < len(whole) and whole[end] & 0xC0 == 0x80:
+            end += 1
+        try:
+            text = whole[:end].decode()
+        except UnicodeDecodeError:
+            return done
+        if not visible.startswith(text):
+            return done
+        done = n
+    return done
+
+
+def push_all(stream: TextStream, ids: list[int]) -> list[str]:
+    """What may be shown after each token."""
+    shown = []
+    for token in ids:
+        stream.push(token)
+        shown.append(stream.text[: stream.released])
+    return shown
+
+
+def test_a_character_is_shown_whole_or_not_at_all(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+    stream = TextStream(tokenizer.stream(), ())
+    ids = [of_bytes[bytes([b])] for b in "a🐈b".encode()]
+    assert push_all(stream, ids) == ["a", "a", "a", "a", "a🐈", "a🐈b"]
+    assert stream.tokens_released == 6
+
+
+def test_the_tokens_of_a_character_are_released_with_its_last(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+    stream, counts = TextStream(tokenizer.stream(), ()), []
+    for b in "a猫".encode():
+        stream.push(of_bytes[bytes([b])])
+        counts.append(stream.tokens_released)
+    assert counts == [1, 1, 1, 4]
+
+
+def test_a_token_that_is_partly_in_a_stop_string_is_not_released(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The quick brown fox")
+    quick = next(i for i, token in enumerate(ids) if tokenizer.token_bytes(token) == b" quick")
+    stream = TextStream(tokenizer.stream(), ("ick",))
+    assert [stream.push(token) for token in ids[: quick + 1]] == [False] * quick + [True]
+    assert stream.text == "The qu"
+    assert stream.tokens_released == quick
+
+
+def test_the_stop_string_that_begins_first_wins(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+    stream = TextStream(tokenizer.stream(), ("n f", "own", "brown f"))
+    for token in tokenizer.encode("quick brow"):
+        assert not stream.push(token)
+    assert stream.text[: stream.released] == "quick "
+    assert stream.push(of_bytes[b"n"])
+    assert stream.text == "quick br"
+
+
+def test_an_end_shows_what_was_held_back(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+    stream = TextStream(tokenizer.stream(), ("END!",))
+    ids = [of_bytes[c.encode()] for c in "aEND"]
+    assert push_all(stream, ids) == ["a"] * 4
+    assert stream.tokens_released == 1
+    stream.finish()
+    assert stream.text == "aEND"
+    assert (stream.released, stream.tokens_released) == (4, 4)
+
+
+def test_an_end_within_a_character_shows_that_something_is_missing(
+    tokenizer: Tokenizer, of_bytes: dict[bytes, int]
+) -> None:
+    ids = [of_bytes[b"a"], *(of_bytes[bytes([b])] for b in "🐈".encode()[:3])]
+    stream = TextStream(tokenizer.stream(), ())
+    assert push_all(stream, ids) == ["a"] * 4
+    stream.finish()
+    assert stream.text == tokenizer.decode(ids) == "a\ufffd"
+    assert stream.tokens_released == 4
+
+
+def test_what_is_no_text_is_shown_as_that(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+    ids = [of_bytes[b] for b in (b"\xf0", b"a", b"\xff", b"b")]
+    stream = TextStream(tokenizer.stream(), ("b",))
+    assert push_all(stream, ids) == ["", "\ufffda", "\ufffda\ufffd", "\ufffda\ufffd"]
+    assert stream.tokens_released == 3
+
+
+def test_special_tokens_show_nothing_and_stop_nothing(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+    special = tokenizer.bos_token_id
+    assert special is not None
+    stream = TextStream(tokenizer.stream(), ("<|", "ab"))
+    assert push_all(stream, [special, of_bytes[b"a"], special]) == ["", "", ""]
+    assert stream.push(of_bytes[b"b"])
+    assert stream.text == ""
+    end = TextStream(tokenizer.stream(), ())
+    assert push_all(end, [of_bytes[b"a"], special]) == ["a", "a"]
+    end.finish()
+    assert end.tokens_released == 2
+
+
+def test_nothing_at_all_ends_as_nothing(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer.stream(), ("x",))
+    stream.finish()
+    assert (stream.text, stream.released, stream.tokens_released) == ("", 0, 0)
