@@ -22,10 +22,10 @@ from redis import Redis
 from rich.console import Console
 from rich.table import Table
 
-from service.store import Keeping, Note, Once, RedisStore, RowBatch, SessionMeta
+from service.store import CommitMetadata, IdempotencyRecord, RedisStore, RetentionConfig, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
 
-TOKENS, ROW_BYTES, OWN_BYTES, SLOTS = 64, 78, 48, 51_200  # of a turn; of the shipped memory
+TOKENS, ROW_BYTES, SESSION_SCALARS_BYTES, SLOTS = 64, 78, 48, 51_200  # of a turn; of the shipped memory
 DIGESTS = 1024  # as many as a session of a long chat has
 ANSWER = json.dumps({"text": "x" * 300, "adaptation": {"tokens_learned": TOKENS}}).encode()
 
@@ -39,49 +39,59 @@ def new_meta(version: int, digests: int) -> SessionMeta:
     )  # fmt: skip
 
 
-def turn_rows(chance: np.random.Generator, held: int) -> RowBatch:
+def turn_rows(rng: np.random.Generator, num_rows: int) -> RowBatch:
     """One row a token; half of them new, where there is room."""
-    slots = np.unique(chance.integers(0, min(SLOTS, max(2 * held, 4 * TOKENS)), TOKENS))
-    return RowBatch(slots.astype(np.int32), chance.integers(0, 256, (len(slots), ROW_BYTES), np.uint8))
+    slots = np.unique(rng.integers(0, min(SLOTS, max(2 * num_rows, 4 * TOKENS)), TOKENS))
+    return RowBatch(slots.astype(np.int32), rng.integers(0, 256, (len(slots), ROW_BYTES), np.uint8))
 
 
-def written(raw: Redis) -> int:
+def bytes_written(raw: Redis) -> int:
     info: dict[str, Any] = raw.info("persistence")
     return int(info["aof_current_size"])
 
 
-async def measure(store: RedisStore, raw: Redis, tenant: str, held: int, digests: int, turns: int) -> dict[str, float]:
-    """Takes a session of `held` rows through `turns` turns of 64 tokens."""
-    chance = np.random.default_rng(0)
-    slots = np.sort(chance.permutation(min(SLOTS, max(2 * held, 1)))[:held]).astype(np.int32)
-    rows = RowBatch(slots, chance.integers(0, 256, (held, ROW_BYTES), np.uint8))
-    await store.commit(tenant, new_meta(1, digests), {"lexical": rows} if held else {})
-    begins, commits, before = [], [], written(raw)
+async def measure(
+    store: RedisStore, raw: Redis, tenant: str, num_rows: int, digests: int, turns: int
+) -> dict[str, float]:
+    """Takes a session of `num_rows` rows through `turns` turns of 64 tokens."""
+    rng = np.random.default_rng(0)
+    slots = np.sort(rng.permutation(min(SLOTS, max(2 * num_rows, 1)))[:num_rows]).astype(np.int32)
+    rows = RowBatch(slots, rng.integers(0, 256, (num_rows, ROW_BYTES), np.uint8))
+    await store.commit(tenant, new_meta(1, digests), {"lexical": rows} if num_rows else {})
+    begins, commits, before = [], [], bytes_written(raw)
     for version in range(2, turns + 2):
-        batch = turn_rows(chance, held)
-        own = RowBatch(np.zeros(1, np.int32), chance.integers(0, 256, (1, OWN_BYTES), np.uint8))
+        batch = turn_rows(rng, num_rows)
+        own = RowBatch(np.zeros(1, np.int32), rng.integers(0, 256, (1, SESSION_SCALARS_BYTES), np.uint8))
         log = {"kind": "learn", "time": time.time(), "digest": "ab" * 16, "tokens": TOKENS, "rows": 64, "loss": 2.5}
-        note = Note(log | {"request_id": "ab" * 16}, once=Once(f"auto-{version:064x}", 600, ANSWER))
+        commit_metadata = CommitMetadata(
+            log | {"request_id": "ab" * 16}, idempotency_record=IdempotencyRecord(f"auto-{version:064x}", 600, ANSWER)
+        )
         began = time.perf_counter()
-        entered = await store.enter(tenant, "s", write="always")
+        turn_start = await store.begin_turn(tenant, "s", write="always")
         middle = time.perf_counter()
-        meta = replace(new_meta(version, digests), rows=held)
-        await store.commit(tenant, meta, {"lexical": batch, "lexical_own": own}, lease=entered.lease, note=note)
+        meta = replace(new_meta(version, digests), rows=num_rows)
+        await store.commit(
+            tenant,
+            meta,
+            {"lexical": batch, "lexical_own": own},
+            lease=turn_start.lease,
+            commit_metadata=commit_metadata,
+        )
         commits.append(time.perf_counter() - middle)
         begins.append(middle - began)
     p50, p99 = np.percentile(commits, [50, 99]) * 1000
     return {
-        "rows": held,
+        "rows": num_rows,
         "digests": digests,
         "enter_p50_ms": float(np.median(begins) * 1000),
         "commit_p50_ms": float(p50),
         "commit_p99_ms": float(p99),
-        "bytes_per_token": (written(raw) - before) / turns / TOKENS,
+        "bytes_per_token": (bytes_written(raw) - before) / turns / TOKENS,
     }
 
 
 @contextmanager
-def running(url: str | None) -> Iterator[str]:
+def store_url(url: str | None) -> Iterator[str]:
     """The address of the given store, or of an embedded one."""
     if url is not None:
         yield url
@@ -97,12 +107,14 @@ async def main(turns: int, keep: int, given: str | None, *, leases: bool) -> Non
     table = Table(title=f"{turns} turns of {TOKENS} tokens, {keep} versions kept")
     for name in ("rows held", "digests", "enter p50 ms", "commit p50 ms", "commit p99 ms", "bytes/token"):
         table.add_column(name, justify="right")
-    with running(given) as url:
-        store = RedisStore.from_url(url, Keeping(versions=keep), alone=not leases)
+    with store_url(given) as url:
+        store = RedisStore.from_url(url, RetentionConfig(versions=keep), exclusive=not leases)
         with Redis.from_url(url) as raw:
             raw.config_set("auto-aof-rewrite-percentage", 0)  # a rewrite would hide what was written
-            for number, (held, digests) in enumerate([(0, 0), (1000, 0), (10_000, 0), (50_000, 0), (10_000, DIGESTS)]):
-                found = await measure(store, raw, f"t{number}", held, digests, turns)
+            for number, (num_rows, digests) in enumerate(
+                [(0, 0), (1000, 0), (10_000, 0), (50_000, 0), (10_000, DIGESTS)]
+            ):
+                found = await measure(store, raw, f"t{number}", num_rows, digests, turns)
                 table.add_row(*(f"{value:,.2f}" if value % 1 else f"{value:,.0f}" for value in found.values()))
         await store.close()
     console.print(table)

@@ -20,15 +20,15 @@ from pathlib import Path
 import httpx
 
 from benchmarks import transformers_worker
-from benchmarks.stream_timing import Endpoint, Heard, Json, PeerError, model_of
+from benchmarks.stream_timing import CompletionsEndpoint, Json, PeerError, StreamTiming, first_model_id
 from service.settings import PREFIX
 
 NAMES = ("transformers", "llama.cpp", "vllm")
 START_S = 300.0
 STOP_S = 40.0
-FEW = 8  # streams of llama.cpp's first server, whose slots have room for long prompts
+SMALL_SERVER_STREAMS = 8  # streams of llama.cpp's first server, whose slots have room for long prompts
 # The beginnings of settings that a user has and a benchmark must not: addresses, stores, keys and limits.
-PRIVATE = (
+EXCLUDED_SETTINGS = (
     "HOST", "PORT", "DATA_DIR", "REDIS_URL", "URL", "EXPORT_KEY", "STORE_BYTES", "LOG_LEVEL", "API_KEY",
     "TENANT_", "SESSION_", "KEEP_", "LEASE_",
 )  # fmt: skip
@@ -57,9 +57,9 @@ class Process:
                         return
                 await asyncio.sleep(0.1)
         self.stop()
-        raise PeerError(f"{name} did not start; the end of its log: {self.last_words()}")
+        raise PeerError(f"{name} did not start; the end of its log: {self.last_log_line()}")
 
-    def last_words(self) -> str:
+    def last_log_line(self) -> str:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1][:300] if lines else "nothing"
 
@@ -74,57 +74,62 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Imprint:
+class ImprintArm:
     """Our server as one arm. adapt: of its sessions, which are named `<group>-<stream>`; None: no session."""
 
     name: str
-    endpoint: Endpoint
+    endpoint: CompletionsEndpoint
     adapt: str | None = None
     group: str = ""
 
     async def generate(
-        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, heard: Heard | None = None
-    ) -> Heard:
+        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, timing: StreamTiming | None = None
+    ) -> StreamTiming:
         session = {} if self.adapt is None else {"session": f"{self.group or self.name}-{stream}", "adapt": self.adapt}
-        return await self.endpoint.generate(prompt, tokens, n=n, heard=heard, **session)
+        return await self.endpoint.generate(prompt, tokens, n=n, timing=timing, **session)
 
 
 @dataclass(frozen=True)
-class Peer:
-    """Another server as an arm. many: the one for more than `FEW` streams, where it has one of its own for them."""
+class PeerArm:
+    """Another server as an arm. many: the one for more than `SMALL_SERVER_STREAMS` streams, where it has one of its
+    own for them."""
 
     name: str
-    endpoint: Endpoint
-    many: Endpoint | None = None
+    endpoint: CompletionsEndpoint
+    large_server: CompletionsEndpoint | None = None
 
     async def generate(
-        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, heard: Heard | None = None
-    ) -> Heard:
-        return await self.endpoint.generate(prompt, tokens, n=n, heard=heard)
+        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, timing: StreamTiming | None = None
+    ) -> StreamTiming:
+        return await self.endpoint.generate(prompt, tokens, n=n, timing=timing)
 
-    def sized(self, streams: int) -> Peer:
+    def for_streams(self, streams: int) -> PeerArm:
         """The arm for so many streams at once."""
-        return Peer(self.name, self.many) if self.many is not None and streams > FEW else self
+        return (
+            PeerArm(self.name, self.large_server)
+            if self.large_server is not None and streams > SMALL_SERVER_STREAMS
+            else self
+        )
 
 
 @dataclass
-class Transformers:
+class TransformersArm:
     """`transformers` generate, in a process of its own that is asked by lines of JSON; one stream at a time."""
 
     process: subprocess.Popen[bytes]
     log: Path
     name: str = "transformers"
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def generate(
-        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, heard: Heard | None = None
-    ) -> Heard:
-        async with self._turn:
-            return await asyncio.to_thread(self._generate, prompt, tokens, heard or Heard())
+        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, timing: StreamTiming | None = None
+    ) -> StreamTiming:
+        async with self._lock:
+            return await asyncio.to_thread(self._generate, prompt, tokens, timing or StreamTiming())
 
-    def _generate(self, prompt: Sequence[int], tokens: int, heard: Heard) -> Heard:
+    def _generate(self, prompt: Sequence[int], tokens: int, timing: StreamTiming) -> StreamTiming:
         assert self.process.stdin is not None and self.process.stdout is not None
-        heard.sent = time.perf_counter()
+        timing.sent_at = time.perf_counter()
         try:
             self.process.stdin.write(json.dumps({"prompt": list(prompt), "tokens": tokens}).encode() + b"\n")
             self.process.stdin.flush()
@@ -132,15 +137,15 @@ class Transformers:
         except (OSError, ValueError) as error:
             raise PeerError(f"transformers ended; its log is {self.log}") from error
         # The worker's clock starts when it has read the request.
-        heard.times = [heard.sent + at for at in answer["times"]]
-        heard.done, heard.tokens = heard.times[-1], len(heard.times)
-        if heard.tokens != tokens:
-            raise PeerError(f"transformers generated {heard.tokens} tokens instead of {tokens}")
-        return heard
+        timing.times = [timing.sent_at + at for at in answer["times"]]
+        timing.done, timing.tokens = timing.times[-1], len(timing.times)
+        if timing.tokens != tokens:
+            raise PeerError(f"transformers generated {timing.tokens} tokens instead of {tokens}")
+        return timing
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PeerSelection:
     """Which peers to measure, and where they are. gguf: of the base, for llama.cpp."""
 
     names: Sequence[str] = NAMES
@@ -149,7 +154,9 @@ class Wanted:
     vllm_url: str | None = None
 
 
-async def start_imprint(stack: AsyncExitStack, out: Path, data: Path, threads: int, **settings: object) -> Endpoint:
+async def start_imprint(
+    stack: AsyncExitStack, out: Path, data: Path, threads: int, **settings: object
+) -> CompletionsEndpoint:
     """Our server, in its own process and on a store of its own. Raises PeerError."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -158,12 +165,12 @@ async def start_imprint(stack: AsyncExitStack, out: Path, data: Path, threads: i
     process = Process([sys.executable, "-m", "service", "serve"], out / "imprint.log", environment)
     stack.callback(process.stop)
     await process.ready("imprint", f"{url}/readyz")
-    endpoint = Endpoint("imprint", url, await model_of("imprint", url), {})
+    endpoint = CompletionsEndpoint("imprint", url, await first_model_id("imprint", url), {})
     stack.push_async_callback(endpoint.close)
     return endpoint
 
 
-async def start_transformers(stack: AsyncExitStack, out: Path, base: Path, threads: int) -> Transformers:
+async def start_transformers(stack: AsyncExitStack, out: Path, base: Path, threads: int) -> TransformersArm:
     """Raises PeerError."""
     if importlib.util.find_spec("transformers") is None:
         raise PeerError("it is not installed: pip install 'imprint[peers]'")
@@ -173,42 +180,44 @@ async def start_transformers(stack: AsyncExitStack, out: Path, base: Path, threa
     stack.callback(process.stop)
     assert process.process.stdout is not None
     if not await asyncio.to_thread(process.process.stdout.readline):
-        raise PeerError(f"it did not start; the end of its log: {process.last_words()}")
-    return Transformers(process.process, log)
+        raise PeerError(f"it did not start; the end of its log: {process.last_log_line()}")
+    return TransformersArm(process.process, log)
 
 
-async def start_llama(stack: AsyncExitStack, out: Path, wanted: Wanted, threads: int, many: tuple[int, int]) -> Peer:
+async def start_llama(
+    stack: AsyncExitStack, out: Path, peer_selection: PeerSelection, threads: int, large_server: tuple[int, int]
+) -> PeerArm:
     """llama.cpp's server twice: with few slots of 5K tokens, and with many. many: their number and tokens. Raises
     PeerError."""
-    binary = llama_binary(wanted.llama_server)
-    if wanted.gguf is None:
+    binary = llama_binary(peer_selection.llama_server)
+    if peer_selection.gguf is None:
         raise PeerError("this base did not come from a GGUF file; give one with --gguf")
     environment = measured_environment(threads) | _libraries(binary, out)
     environment["LLAMA_ARG_LOAD_MODE"] = "none"  # in memory, as our weights are: a mapped file may be paged out
     endpoints = []
-    for slots, context in ((FEW, 5120), many):
+    for slots, context in ((SMALL_SERVER_STREAMS, 5120), large_server):
         port = free_port()
         url = f"http://127.0.0.1:{port}"
-        command = [str(binary), "--model", str(wanted.gguf), "--host", "127.0.0.1", "--port", str(port)]
+        command = [str(binary), "--model", str(peer_selection.gguf), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--parallel", str(slots), "--ctx-size", str(slots * context)]
         command += ["--threads", str(threads), "--threads-batch", str(threads), "--cache-ram", "0", "--no-webui"]
         process = Process(command, out / f"llama-{slots}.log", environment)
         stack.callback(process.stop)
         await process.ready("it", f"{url}/health")
         fields: Json = {"ignore_eos": True, "cache_prompt": False}
-        endpoints.append(Endpoint("llama.cpp", url, await model_of("llama.cpp", url), fields))
+        endpoints.append(CompletionsEndpoint("llama.cpp", url, await first_model_id("llama.cpp", url), fields))
         stack.push_async_callback(endpoints[-1].close)
-    return Peer("llama.cpp", *endpoints)
+    return PeerArm("llama.cpp", *endpoints)
 
 
-async def find_vllm(stack: AsyncExitStack, url: str | None) -> Peer:
+async def find_vllm(stack: AsyncExitStack, url: str | None) -> PeerArm:
     """A vLLM server that somebody runs. Raises PeerError."""
     if url is None:
         raise PeerError("its wheels need another torch than ours: run it elsewhere, and give --vllm URL")
     fields: Json = {"ignore_eos": True}
-    endpoint = Endpoint("vllm", url.rstrip("/"), await model_of("vllm", url.rstrip("/")), fields)
+    endpoint = CompletionsEndpoint("vllm", url.rstrip("/"), await first_model_id("vllm", url.rstrip("/")), fields)
     stack.push_async_callback(endpoint.close)
-    return Peer("vllm", endpoint)
+    return PeerArm("vllm", endpoint)
 
 
 def llama_binary(given: Path | None) -> Path:
@@ -241,16 +250,16 @@ def _libraries(binary: Path, out: Path) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))}
 
 
-def versions(wanted: Wanted, out: Path) -> dict[str, str]:
+def versions(peer_selection: PeerSelection, out: Path) -> dict[str, str]:
     """Of the peers that say which they are."""
     found = {}
     with suppress(importlib.metadata.PackageNotFoundError):
         found["transformers"] = importlib.metadata.version("transformers")
     with suppress(PeerError, OSError):
-        binary = llama_binary(wanted.llama_server)
+        binary = llama_binary(peer_selection.llama_server)
         environment = os.environ | _libraries(binary, out)
-        told = subprocess.run([binary, "--version"], env=environment, capture_output=True, text=True)
-        lines = [line for line in (told.stdout + told.stderr).splitlines() if line.startswith("version")]
+        completed = subprocess.run([binary, "--version"], env=environment, capture_output=True, text=True)
+        lines = [line for line in (completed.stdout + completed.stderr).splitlines() if line.startswith("version")]
         found["llama.cpp"] = lines[0].removeprefix("version:").strip() if lines else "unknown"
     return found
 
@@ -262,7 +271,7 @@ def measured_environment(threads: int) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(PREFIX) and not name.removeprefix(PREFIX).startswith(PRIVATE)
+        if name.startswith(PREFIX) and not name.removeprefix(PREFIX).startswith(EXCLUDED_SETTINGS)
     }
     return others | kept | {"OMP_NUM_THREADS": str(threads)}
 

@@ -34,9 +34,9 @@ def draw(results: Results, out: Path) -> list[Path]:
 
 def _speed(results: Results, figure: Any) -> bool:
     """Tokens a second by arm; each round a dot."""
-    there = [each for each in SPEED if each[0] in results["scenarios"]]
-    for place, (name, what, title) in enumerate(there):
-        axes = figure.add_subplot(1, len(there), place + 1)
+    available = [each for each in SPEED if each[0] in results["scenarios"]]
+    for position, (name, what, title) in enumerate(available):
+        axes = figure.add_subplot(1, len(available), position + 1)
         arms = {arm: found[what] for arm, found in results["scenarios"][name]["arms"].items() if found}
         rates = {arm: [1 / v if what.startswith("s_") else v for v in values] for arm, values in arms.items()}
         for x, (arm, values) in enumerate(rates.items()):
@@ -44,17 +44,17 @@ def _speed(results: Results, figure: Any) -> bool:
             axes.plot([x] * len(values), values, ".", color="black", markersize=3)
         axes.set_xticks(range(len(rates)), list(rates), rotation=40, ha="right")
         axes.set_title(title, fontsize=10)
-    if there:
+    if available:
         figure.supylabel("tokens per second", fontsize=10)
-    return bool(there)
+    return bool(available)
 
 
 def _state(results: Results, figure: Any) -> bool:
     """A request's cost by tokens learned before; loading and committing by size."""
     scenarios = results["scenarios"]
-    there = [name for name in ("history", "states") if name in scenarios]
-    for place, name in enumerate(there):
-        axes = figure.add_subplot(1, len(there), place + 1)
+    available = [name for name in ("history", "states") if name in scenarios]
+    for position, name in enumerate(available):
+        axes = figure.add_subplot(1, len(available), position + 1)
         arms = scenarios[name]["arms"]
         if name == "history":
             tokens = [int(arm.replace(",", "")) for arm in arms]
@@ -71,16 +71,16 @@ def _state(results: Results, figure: Any) -> bool:
             axes.set_xticks([], minor=True)
             _plain(axes.yaxis)
             axes.legend(fontsize=8)
-    return bool(there)
+    return bool(available)
 
 
 def _latency(results: Results, figure: Any) -> bool:
     """The share of tokens that came within so many milliseconds."""
     kinds = (("rate", "first_s", "to the first token, fixed rate"), ("rate", "gap_s", "between tokens, fixed rate"),
              ("interruption", "busy", "between tokens, long prompt coming in"))  # fmt: skip
-    there = [each for each in kinds if each[0] in results["scenarios"]]
-    for place, (name, what, title) in enumerate(there):
-        axes = figure.add_subplot(1, len(there), place + 1)
+    available = [each for each in kinds if each[0] in results["scenarios"]]
+    for position, (name, what, title) in enumerate(available):
+        axes = figure.add_subplot(1, len(available), position + 1)
         for arm, curves in results["scenarios"][name]["curves"].items():
             values = [1000 * value for value in curves[what]]
             axes.plot(values, [i / (len(values) - 1) for i in range(len(values))], color=COLOURS[arm], label=arm)
@@ -89,9 +89,9 @@ def _latency(results: Results, figure: Any) -> bool:
         axes.set_title(title, fontsize=10)
         axes.axhline(0.99, color="0.8", linewidth=0.8)
         axes.legend(fontsize=8)
-    if there:
+    if available:
         figure.supylabel("share that came within", fontsize=10)
-    return bool(there)
+    return bool(available)
 
 
 def _line(axes: Any, x: Sequence[float], rounds: Sequence[Sequence[float]], label: str) -> None:
@@ -105,5 +105,5 @@ def _plain(axis: Any) -> None:
     """A logarithmic axis with numbers as people write them, not as powers."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile
 
-from benchmarks.texts import Texts, made_session
-from model.adaptive_lm import EMPTY, AdaptiveLM
+from benchmarks.texts import PromptSource, random_session
+from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.memory import Pool
 from service.versions.export_file import as_tensors
 
@@ -28,7 +28,7 @@ Step = Callable[[], Any]
 
 @torch.inference_mode()
 def profiles(
-    lm: AdaptiveLM, texts: Texts, batches: tuple[int, ...], threads: int, steps: int
+    lm: AdaptiveLM, texts: PromptSource, batches: tuple[int, ...], threads: int, steps: int
 ) -> dict[str, dict[str, Any]]:
     """By step: its seconds (not profiled) and the shares of its time (profiled) by groups of operators.
 
@@ -37,25 +37,25 @@ def profiles(
     torch.set_num_threads(threads)
     block = lm.memory.config.block
     pool = lm.new_pool(rows=ROWS + 4096, sessions=2)
-    made = made_session(lm.memory.config, "full", "", ROWS, lm.backbone.config.vocab_size)
+    made = random_session(lm.memory.config, "full", "", ROWS, lm.backbone.config.vocab_size)
     session = pool.open(as_tensors(made.sites))
     ids = texts.cut("profile", block)
     every: dict[str, Step] = {}
     for count in batches:
-        every[f"decode {count}, off"] = decoding(lm, pool, EMPTY, ids[:PROMPT], count, steps)
-        every[f"decode {count}, predict"] = decoding(lm, pool, session, ids[:PROMPT], count, steps)
-    every["block, off"] = lambda: lm.block(ids, lm.backbone.new_cache(block), pool, EMPTY)
-    every["block, learned"] = lambda: learning(lm, pool, session, ids)
+        every[f"decode {count}, off"] = decode_step(lm, pool, EMPTY_SESSION, ids[:PROMPT], count, steps)
+        every[f"decode {count}, predict"] = decode_step(lm, pool, session, ids[:PROMPT], count, steps)
+    every["block, off"] = lambda: lm.block(ids, lm.backbone.new_cache(block), pool, EMPTY_SESSION)
+    every["block, learned"] = lambda: learn_block(lm, pool, session, ids)
     return {name: {"seconds": seconds(step, steps), "shares": shares(step, steps)} for name, step in every.items()}
 
 
-def decoding(lm: AdaptiveLM, pool: Pool, session: int, prompt: list[int], count: int, steps: int) -> Step:
+def decode_step(lm: AdaptiveLM, pool: Pool, session: int, prompt: list[int], count: int, steps: int) -> Step:
     """A step of so many sequences, each `PROMPT` tokens long or a little more."""
     room = len(prompt) + 4 * steps + 8
     first = lm.backbone.new_cache(room)
-    carry, _ = lm.block(prompt, first, pool, session)
+    decode_state, _ = lm.block(prompt, first, pool, session)
     caches = [first, *(first.fork(room) for _ in range(count - 1))]
-    state = {"carries": [carry] * count}
+    state = {"carries": [decode_state] * count}
 
     def step() -> None:
         drawn = lm.predict(state["carries"], pool, [session] * count).argmax(-1).tolist()
@@ -64,7 +64,7 @@ def decoding(lm: AdaptiveLM, pool: Pool, session: int, prompt: list[int], count:
     return step
 
 
-def learning(lm: AdaptiveLM, pool: Pool, session: int, ids: list[int]) -> None:
+def learn_block(lm: AdaptiveLM, pool: Pool, session: int, ids: list[int]) -> None:
     """One block, scored and learned; then forgotten."""
     draft = pool.draft(session)
     lm.block(ids, lm.backbone.new_cache(len(ids)), pool, draft.index, learn=[True] * len(ids), draft=draft, frozen=True)
@@ -91,13 +91,13 @@ def shares(step: Step, steps: int) -> dict[str, float]:
         total = time.perf_counter() - begun
     spent: dict[str, float] = {}
     for event in found.key_averages():
-        group = group_of(event.key)
+        group = operator_group(event.key)
         spent[group] = spent.get(group, 0.0) + event.self_cpu_time_total * 1e-6 / total
     spent[PYTHON] = max(0.0, 1.0 - sum(spent.values()))
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
 
-def group_of(operator: str) -> str:
+def operator_group(operator: str) -> str:
     """The group of an operator such as `aten::addmm`."""
     name = operator.rpartition("::")[2]
     return next((group for group, words in GROUPS.items() if any(word in name for word in words)), REST)

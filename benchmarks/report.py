@@ -15,31 +15,32 @@ from rich.table import Table
 
 from benchmarks.profiling import told
 from benchmarks.stage import Sizes
-from benchmarks.targets import ROWS, Results
+from benchmarks.targets import TARGETS, Results
 from research.corpus import console
 from research.estimates import mean, ratio
 from service.errors import CommandError
 
 BEGIN, END = "<!-- imprint bench: begin -->", "<!-- imprint bench: end -->"
-REACH = "What is to be reached"
+TARGETS_HEADING = "What is to be reached"
 QUANTILES = 101
-FULL = Sizes().sessions
+FULL_NUM_SESSIONS = Sizes().sessions
 
 Block = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # a heading, the columns, the rows
 
 
-def finished(results: dict[str, Any]) -> dict[str, Any]:
+def finalize_results(results: dict[str, Any]) -> dict[str, Any]:
     """The results with the rows to reach, and with percentiles in place of samples."""
     for one in results["scenarios"].values():
         if "samples" in one:
             samples = one.pop("samples")
             one["curves"] = {arm: {what: _quantiles(v) for what, v in kept.items()} for arm, kept in samples.items()}
-    return results | {"reach": [row.told(results) for row in ROWS]}
+    return results | {"reach": [row.told(results) for row in TARGETS]}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-SHOWN = {  # what is shown of each scenario: the column's name, its key, how to turn it round, and its ratio's base
+# What the tables show of each scenario: each column's name, key and scale, and the arm that ratios are taken to.
+TABLE_COLUMNS = {
     "single": ([("tokens/s", "s_per_token", -1.0), ("first token, ms", "first_s", 1000.0)], "off"),
     "prefill": ([("tokens/s", "tokens_per_s", 1.0)], "off"),
     "streams": (
@@ -59,16 +60,16 @@ SHOWN = {  # what is shown of each scenario: the column's name, its key, how to 
 
 def blocks(results: Results) -> list[Block]:
     """Every table."""
-    made = [_reach(results)]
+    made = [_targets_table(results)]
     for name, one in results["scenarios"].items():
-        if SHOWN[name.partition("-")[0]][0]:
+        if TABLE_COLUMNS[name.partition("-")[0]][0]:
             made.append(_scenario(name, one))
         if "percentiles" in one:
             made.append(_percentiles(one))
     return made + ([_profile(results)] if results["profile"] else [])
 
 
-def _reach(results: Results) -> Block:
+def _targets_table(results: Results) -> Block:
     rows = []
     for row in results["reach"]:
         sign = "≥" if row["up"] else "≤"
@@ -81,16 +82,16 @@ def _reach(results: Results) -> Block:
              "–" if measured is None else reached, limit]
         )  # fmt: skip
     columns = ["what", "at least", "aim", "measured", "95%", "reached", "what limits it next, or why not measured"]
-    return REACH, columns, rows
+    return TARGETS_HEADING, columns, rows
 
 
 def _scenario(name: str, one: Mapping[str, Any]) -> Block:
-    shown, base = SHOWN[name.partition("-")[0]]
+    shown, base = TABLE_COLUMNS[name.partition("-")[0]]
     rows = []
     for arm, measured in one["arms"].items():
         if not measured:
             continue
-        cells = [_number(mean([_turned(value, scale) for value in measured[key]]).value) for _, key, scale in shown]
+        cells = [_number(mean([_rescaled(value, scale) for value in measured[key]]).value) for _, key, scale in shown]
         if base is not None and shown:
             cells.append(_against(one["arms"], arm, base, shown[0][1]))
         rounds = len(next(iter(measured.values())))
@@ -129,7 +130,7 @@ def _profile(results: Results) -> Block:
 
 def print_report(results: Results) -> None:
     for heading, columns, rows in blocks(results):
-        shown = len(columns) - (heading == REACH)  # what limits is for wider pages
+        shown = len(columns) - (heading == TARGETS_HEADING)  # what limits is for wider pages
         table = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
         for number, name in enumerate(columns[:shown]):
             table.add_column(name, justify="left" if number == 0 else "right")
@@ -142,7 +143,11 @@ def markdown(results: Results, plots: Sequence[str]) -> str:
     """plots: paths of the images, as the page sees them."""
     about = results["about"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    small = " A quick run: fewer sessions and tokens than the rows name." if about["sizes"]["sessions"] < FULL else ""
+    small = (
+        " A quick run: fewer sessions and tokens than the rows name."
+        if about["sizes"]["sessions"] < FULL_NUM_SESSIONS
+        else ""
+    )
     absent = "".join(f" {name}: not measured ({why})." for name, why in results["missing"].items())
     text = (
         f"{about['date']}; {about['machine']}; threads of each: {about['threads']}; base {about['model']}; {versions}."
@@ -203,7 +208,7 @@ def _draw(results: Results, out: Path) -> list[Path]:
         return []
 
 
-def _turned(value: float, scale: float) -> float:
+def _rescaled(value: float, scale: float) -> float:
     return 1 / value if scale < 0 else scale * value
 
 

@@ -21,11 +21,11 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import peers, profiling, report, scenarios
-from benchmarks.peers import Wanted
+from benchmarks.peers import PeerSelection
 from benchmarks.stage import QUICK, Sizes, Stage
 from benchmarks.states import states
 from benchmarks.stream_timing import Arm, PeerError
-from benchmarks.texts import Texts
+from benchmarks.texts import PromptSource
 from model.adaptive_lm import AdaptiveLM
 from research.corpus import base_folder, console, load_model
 from research.machine import processor
@@ -36,9 +36,9 @@ from service.settings import PREFIX, Settings
 
 Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
 GPU_BATCH = 256
-BUSY = 0.15  # of the machine, by others: from there on the numbers are told to be rough
+BUSY_THRESHOLD = 0.15  # of the machine, by others: from there on the numbers are told to be rough
 PROFILE = "profile"
-PLACES = ("MODEL", "MEMORY", "_DIR", "_FILE")  # settings that may name files of this machine
+PATH_SETTINGS = ("MODEL", "MEMORY", "_DIR", "_FILE")  # settings that may name files of this machine
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
     minutes: float
     threads: int = 0
     names: Sequence[str] = ()
-    wanted: Wanted = field(default_factory=Wanted)
+    peer_selection: PeerSelection = field(default_factory=PeerSelection)
     page: Path | None = None
 
 
@@ -89,25 +89,25 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     if unknown := set(names) - {*every, PROFILE}:
         known = ", ".join([*every, PROFILE])
         raise CommandError(f"scenarios must be among {known}, got {', '.join(sorted(unknown))}")
-    if unknown := set(options.wanted.names) - set(peers.NAMES):
+    if unknown := set(options.peer_selection.names) - set(peers.NAMES):
         raise CommandError(f"peers must be among {', '.join(peers.NAMES)} or none, got {', '.join(sorted(unknown))}")
     if options.page is not None:
         report.check_page(options.page)
     options.out.mkdir(parents=True, exist_ok=True)
     threads = options.threads or os.cpu_count() or 1
     begun, busy = time.time(), psutil.cpu_percent(interval=1.0) / 100
-    if busy > BUSY:
+    if busy > BUSY_THRESHOLD:
         console.print(f"the machine is busy with other work ({busy:.0%}): ratios are wide, and single numbers too low")
     lm, tokenizer = load_model(settings)
-    texts = Texts(tokenizer)
+    texts = PromptSource(tokenizer)
     results: dict[str, Any] = {"about": {}, "missing": {}, "scenarios": {}, "profile": {}}
-    with _stoppable():
+    with _sigterm_as_interrupt():
         try:
             asyncio.run(_measure(settings, options, lm, texts, tokenizer.eos_token_ids, names, threads, results))
         except PeerError as error:
             raise CommandError(str(error)) from error
     results["about"] = _about(settings, options, lm, threads, begun, busy)
-    results = json.loads(json.dumps(report.finished(results)))
+    results = json.loads(json.dumps(report.finalize_results(results)))
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     report.write(results, options.out, options.page)
     return results
@@ -117,7 +117,7 @@ async def _measure(
     settings: Settings,
     options: Options,
     lm: AdaptiveLM,
-    texts: Texts,
+    texts: PromptSource,
     eos: Iterable[int],
     names: Sequence[str],
     threads: int,
@@ -159,7 +159,7 @@ async def _stage(
     settings: Settings,
     options: Options,
     lm: AdaptiveLM,
-    texts: Texts,
+    texts: PromptSource,
     eos: Iterable[int],
     threads: int,
     stack: AsyncExitStack,
@@ -167,7 +167,7 @@ async def _stage(
     missing: dict[str, str],
 ) -> Stage:
     """Our server and the peers, started."""
-    sizes, wanted = options.sizes, options.wanted
+    sizes, peer_selection = options.sizes, options.peer_selection
     most = max([16, *sizes.streams, *sizes.batches])
     # Room for the largest load and no more: 2,000 sessions are then many more than the device holds.
     room = {"MAX_BATCH": most, "MAX_QUEUE": most + 16, "HOT_SESSIONS": most}
@@ -176,7 +176,7 @@ async def _stage(
 
     async def add(name: str, start: Callable[[], Awaitable[Arm]]) -> None:
         try:
-            if name not in wanted.names:
+            if name not in peer_selection.names:
                 raise PeerError("it was not asked for")
             found[name] = await start()
         except PeerError as error:
@@ -184,16 +184,16 @@ async def _stage(
             console.print(f"{name} is not measured: {error}")
 
     async def llama() -> Arm:
-        gguf = wanted.gguf or await asyncio.to_thread(_gguf, settings)
-        many = (max(sizes.streams), max(sizes.lengths) + sizes.stream_tokens + 32)
-        return await peers.start_llama(stack, options.out, replace(wanted, gguf=gguf), threads, many)
+        gguf = peer_selection.gguf or await asyncio.to_thread(_gguf, settings)
+        large_server = (max(sizes.streams), max(sizes.lengths) + sizes.stream_tokens + 32)
+        return await peers.start_llama(stack, options.out, replace(peer_selection, gguf=gguf), threads, large_server)
 
     base = base_folder(settings)
     endpoint, *_ = await asyncio.gather(
         peers.start_imprint(stack, options.out, folder, threads, **served, **room),
         add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads)),
         add("llama.cpp", llama),
-        add("vllm", lambda: peers.find_vllm(stack, wanted.vllm_url)),
+        add("vllm", lambda: peers.find_vllm(stack, peer_selection.vllm_url)),
     )
     endpoint.fields["logit_bias"] = {str(token): -100 for token in eos}
     config = lm.backbone.config
@@ -226,8 +226,8 @@ def _about(
         "sizes": asdict(options.sizes),
         "model": Path(settings.model).name,
         "memory": lm.memory.fingerprint(),
-        "versions": versions | peers.versions(options.wanted, options.out),
-        "settings": {name: value for name, value in told.items() if not name.endswith(PLACES)},
+        "versions": versions | peers.versions(options.peer_selection, options.out),
+        "settings": {name: value for name, value in told.items() if not name.endswith(PATH_SETTINGS)},
         "weight_bytes": weights,
         "read_bytes_per_s": profiling.read_bandwidth(device, threads),
     }
@@ -253,7 +253,7 @@ def _progress() -> Progress:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does, so that no server is left behind."""
 
     def stop(number: int, frame: object) -> None:

@@ -8,18 +8,18 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from benchmarks.peers import Imprint, Peer
-from benchmarks.stream_timing import Arm, Endpoint, PeerError
-from benchmarks.texts import Texts, made_session
+from benchmarks.peers import ImprintArm, PeerArm
+from benchmarks.stream_timing import Arm, CompletionsEndpoint, PeerError
+from benchmarks.texts import PromptSource, random_session
 from model.memory import MemoryConfig
 from service.versions.export_file import pack_session
 
-TEACHER = "teacher"
-OVERRUN = 2.0  # times its budget that a scenario may take for the sake of its rounds
-AT_ONCE = 8  # sessions that are made at the same time
+TEMPLATE_SESSION = "teacher"
+MAX_BUDGET_OVERRUN = 2.0  # times its budget that a scenario may take for the sake of its rounds
+FORK_CONCURRENCY = 8  # sessions that are made at the same time
 
 Values = dict[str, dict[str, list[float]]]  # by arm and by what was measured, one value a round
-Once = Callable[[Any, int], Awaitable[dict[str, float]]]
+MeasureOnce = Callable[[Any, int], Awaitable[dict[str, float]]]
 
 
 class Progress(Protocol):
@@ -88,25 +88,25 @@ class Stage:
     """imprint: our server. peers: those that are there, by name; missing: why the others are not. threads: of every
     arm. model, vocab_size, config: of the base and its memory."""
 
-    imprint: Endpoint
+    imprint: CompletionsEndpoint
     peers: dict[str, Arm]
     missing: dict[str, str]
-    texts: Texts
+    texts: PromptSource
     sizes: Sizes
     config: MemoryConfig
     vocab_size: int
     context: int
     progress: Progress = lambda share: None
     budget_s: float = 60.0
-    known: set[str] = field(default_factory=set)
+    known_sessions: set[str] = field(default_factory=set)
 
     def arms(self, *adapt: str, peers: Iterable[str] = (), streams: int = 1) -> list[Arm]:
         """Ours, memory "off", "predict" or "both", then the peers that are there, each fit for so many streams."""
-        ours: list[Arm] = [Imprint(name, self.imprint, None if name == "off" else name) for name in adapt]
+        ours: list[Arm] = [ImprintArm(name, self.imprint, None if name == "off" else name) for name in adapt]
         others = [self.peers[name] for name in peers if name in self.peers]
-        return ours + [arm.sized(streams) if isinstance(arm, Peer) else arm for arm in others]
+        return ours + [arm.for_streams(streams) if isinstance(arm, PeerArm) else arm for arm in others]
 
-    async def rounds(self, arms: Sequence[Arm], once: Once, *, budget_s: float | None = None) -> Values:
+    async def rounds(self, arms: Sequence[Arm], measure_once: MeasureOnce, *, budget_s: float | None = None) -> Values:
         """Measures the arms in turns, each round in the other direction, for as long as there is time.
 
         On a machine that is far too slow for it there are fewer rounds than the sizes ask for. A peer that fails is
@@ -119,13 +119,13 @@ class Stage:
         for number in range(most):
             spent = time.monotonic() - begun
             late = number >= least and spent * (number + 1) / number > budget
-            if late or (number and spent > OVERRUN * budget):
+            if late or (number and spent > MAX_BUDGET_OVERRUN * budget):
                 break
             for arm in left if number % 2 == 0 else left[::-1]:
                 try:
-                    found = await once(arm, number)
+                    found = await measure_once(arm, number)
                 except PeerError as error:
-                    if isinstance(arm, Imprint):
+                    if isinstance(arm, ImprintArm):
                         raise
                     self.missing[arm.name] = str(error)
                     self.peers.pop(arm.name, None)
@@ -139,50 +139,50 @@ class Stage:
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
-    async def teach(self) -> None:
+    async def create_template_session(self) -> None:
         """The session that all others are forks of: it has really learned."""
         text = self.texts.cut("teacher", self.sizes.learned)
         step = self.context // 2
         for start in range(0, len(text), step):
-            body = {"prompt": text[start : start + step], "session": TEACHER, "adapt": "observe"}
+            body = {"prompt": text[start : start + step], "session": TEMPLATE_SESSION, "adapt": "observe"}
             await self._post("/v1/completions", {"model": self.imprint.model, **body})
-        self.known.add(TEACHER)
+        self.known_sessions.add(TEMPLATE_SESSION)
 
-    async def people(self, group: str, count: int) -> None:
+    async def fork_sessions(self, group: str, count: int) -> None:
         """Sessions `<group>-0`, `<group>-1`, … that have learned what the teacher has, as far as they are not there."""
-        if TEACHER not in self.known:
-            await self.teach()
-        new = [name for name in (f"{group}-{i}" for i in range(count)) if name not in self.known]
+        if TEMPLATE_SESSION not in self.known_sessions:
+            await self.create_template_session()
+        new = [name for name in (f"{group}-{i}" for i in range(count)) if name not in self.known_sessions]
 
         async def fork(names: Sequence[str]) -> None:
             for name in names:
-                await self._post(f"/v1/sessions/{TEACHER}/fork", {"id": name})
+                await self._post(f"/v1/sessions/{TEMPLATE_SESSION}/fork", {"id": name})
 
-        await asyncio.gather(*(fork(new[start::AT_ONCE]) for start in range(AT_ONCE)))
-        self.known.update(new)
+        await asyncio.gather(*(fork(new[start::FORK_CONCURRENCY]) for start in range(FORK_CONCURRENCY)))
+        self.known_sessions.update(new)
 
-    async def make(self, name: str, rows: int) -> int:
+    async def create_session(self, name: str, rows: int) -> int:
         """A session with so many rows at each site, or as many as there is room for; returns how many those are."""
-        if TEACHER not in self.known:
-            await self.teach()
-        model = (await self.imprint.http.get(f"/v1/sessions/{TEACHER}")).json()["model"]
-        made = made_session(self.config, name, model, rows, self.vocab_size)
+        if TEMPLATE_SESSION not in self.known_sessions:
+            await self.create_template_session()
+        model = (await self.imprint.http.get(f"/v1/sessions/{TEMPLATE_SESSION}")).json()["model"]
+        made = random_session(self.config, name, model, rows, self.vocab_size)
         answer = await self.imprint.http.put(f"/v1/sessions/{name}/import", content=pack_session(made, ""))
         if not answer.is_success:
             raise PeerError(f"imprint refused a session of {rows} rows: {answer.text[:200]}")
-        self.known.add(name)
+        self.known_sessions.add(name)
         return int(answer.json()["rows"])
 
-    async def warm(self, arms: Iterable[Arm], streams: int = 1) -> None:
+    async def warm_up(self, arms: Iterable[Arm], streams: int = 1) -> None:
         """Each arm once, unmeasured, with as many users as it will have; their sessions are made before."""
         for arm in arms:
-            if isinstance(arm, Imprint) and arm.adapt is not None:
-                await self.people(arm.group or arm.name, streams)
+            if isinstance(arm, ImprintArm) and arm.adapt is not None:
+                await self.fork_sessions(arm.group or arm.name, streams)
             prompt = self.texts.cut("warm", 16)
             try:
                 await asyncio.gather(*(arm.generate(prompt, 2, stream=stream) for stream in range(streams)))
             except PeerError:
-                if isinstance(arm, Imprint):
+                if isinstance(arm, ImprintArm):
                     raise  # a peer's fault is told by its first round
 
     async def _post(self, path: str, body: dict[str, Any]) -> None:

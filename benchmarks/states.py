@@ -11,12 +11,12 @@ import numpy as np
 
 from benchmarks.scenarios import Result
 from benchmarks.stage import Stage, Values
-from benchmarks.texts import made_session
+from benchmarks.texts import random_session
 from model.memory import Pool
-from model.memory.config import OWN
-from service.store import Keeping, Note, RedisStore, RowBatch, SessionMeta
+from model.memory.config import SESSION_SCALARS_SUFFIX
+from service.store import CommitMetadata, RedisStore, RetentionConfig, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
-from service.versions.export_file import as_tensors, sound
+from service.versions.export_file import as_tensors, is_valid_site
 
 TOKENS = 64  # learned by a turn
 TENANT = "bench"
@@ -28,7 +28,7 @@ async def states(stage: Stage) -> Result:
     values: Values = {}
     with tempfile.TemporaryDirectory(prefix="imprint-bench-") as folder:
         embedded = EmbeddedValkey(Path(folder))
-        store = RedisStore.from_url(embedded.start(), Keeping(), alone=True)
+        store = RedisStore.from_url(embedded.start(), RetentionConfig(), exclusive=True)
         try:
             pool = Pool(stage.config, rows=capacity, sessions=1)
             least, most = stage.sizes.rounds
@@ -50,23 +50,25 @@ async def states(stage: Stage) -> Result:
 
 
 async def _measure(stage: Stage, store: RedisStore, pool: Pool, sid: str, rows: int) -> tuple[str, dict[str, float]]:
-    made = made_session(stage.config, sid, "sha256:" + "ab" * 32, rows, stage.vocab_size)
+    made = random_session(stage.config, sid, "sha256:" + "ab" * 32, rows, stage.vocab_size)
     turn = _turn(made.sites, np.random.default_rng(rows))
-    marks = [time.perf_counter()]
+    timestamps = [time.perf_counter()]
     await store.commit(TENANT, made.meta, made.sites)
-    marks.append(time.perf_counter())
+    timestamps.append(time.perf_counter())
     loaded = await store.load(TENANT, sid)
-    marks.append(time.perf_counter())
+    timestamps.append(time.perf_counter())
     assert loaded is not None
-    fit = all(sound(name, batch, stage.config, stage.vocab_size) for name, batch in loaded.sites.items())
+    fit = all(is_valid_site(name, batch, stage.config, stage.vocab_size) for name, batch in loaded.sites.items())
     assert fit, "made rows are such as a memory writes"
     index = pool.open(as_tensors(loaded.sites))
-    marks.append(time.perf_counter())
-    entered = await store.enter(TENANT, sid, write="always")
-    await store.commit(TENANT, _next(made.meta), turn, lease=entered.lease, note=Note({"kind": "learn"}))
-    marks.append(time.perf_counter())
+    timestamps.append(time.perf_counter())
+    turn_start = await store.begin_turn(TENANT, sid, write="always")
+    await store.commit(
+        TENANT, _next(made.meta), turn, lease=turn_start.lease, commit_metadata=CommitMetadata({"kind": "learn"})
+    )
+    timestamps.append(time.perf_counter())
     pool.close(index)
-    save, load, place, commit = np.diff(marks).tolist()
+    save, load, place, commit = np.diff(timestamps).tolist()
     size = f"{made.meta.bytes / 2**20:.2f} MB"
     return size, {
         "save_s": save,
@@ -77,11 +79,11 @@ async def _measure(stage: Stage, store: RedisStore, pool: Pool, sid: str, rows: 
     }
 
 
-def _turn(sites: dict[str, RowBatch], chance: np.random.Generator) -> dict[str, RowBatch]:
+def _turn(sites: dict[str, RowBatch], rng: np.random.Generator) -> dict[str, RowBatch]:
     """One changed row a token, at each site; and the own numbers."""
     changed = {}
     for name, batch in sites.items():
-        chosen = np.sort(chance.permutation(len(batch.slots))[: 1 if name.endswith(OWN) else TOKENS])
+        chosen = np.sort(rng.permutation(len(batch.slots))[: 1 if name.endswith(SESSION_SCALARS_SUFFIX) else TOKENS])
         changed[name] = RowBatch(batch.slots[chosen], batch.data[chosen])
     return changed
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from service.client.transport import Events
+from service.client.transport import SSEDecoder
 
 Json = dict[str, Any]
 TIMEOUT = httpx.Timeout(600, connect=10)
@@ -21,11 +21,11 @@ class PeerError(Exception):
 
 
 @dataclass
-class Heard:
+class StreamTiming:
     """sent: when the request went out; times: when each piece of text came; done: when the stream ended; tokens: how
     many were generated, as the server counts them. All times in seconds of `time.perf_counter`."""
 
-    sent: float = 0.0
+    sent_at: float = 0.0
     times: list[float] = field(default_factory=list)
     done: float = 0.0
     tokens: int = 0
@@ -33,17 +33,17 @@ class Heard:
     @property
     def first(self) -> float:
         """Seconds to the first token; to the end, if no token had a text."""
-        return (self.times[0] if self.times else self.done) - self.sent
+        return (self.times[0] if self.times else self.done) - self.sent_at
 
     @property
-    def pace(self) -> float:
+    def tpot_s(self) -> float:
         """Seconds a token after the first one; of all, if fewer than two tokens had a text."""
         if len(self.times) < 2:
-            return (self.done - self.sent) / self.tokens
+            return (self.done - self.sent_at) / self.tokens
         return (self.times[-1] - self.times[0]) / (self.tokens - 1)
 
     @property
-    def gaps(self) -> list[float]:
+    def inter_token_latencies(self) -> list[float]:
         """Seconds between one piece and the next."""
         return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
@@ -56,15 +56,15 @@ class Arm(Protocol):
         """What it is called in the results."""
 
     async def generate(
-        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, heard: Heard | None = None
-    ) -> Heard:
+        self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, timing: StreamTiming | None = None
+    ) -> StreamTiming:
         """Exactly so many greedy tokens after a prompt of token ids, n times over.
 
         stream: which of the arm's users asks. heard: is filled as the answer comes, and returned. Raises PeerError.
         """
 
 
-class Endpoint:
+class CompletionsEndpoint:
     """A server with OpenAI's `/v1/completions`; `fields` are added to each request."""
 
     def __init__(self, name: str, url: str, model: str, fields: Json) -> None:
@@ -74,28 +74,30 @@ class Endpoint:
         self.http = httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits)
 
     async def generate(
-        self, prompt: Sequence[int], tokens: int, *, n: int = 1, heard: Heard | None = None, **fields: Any
-    ) -> Heard:
+        self, prompt: Sequence[int], tokens: int, *, n: int = 1, timing: StreamTiming | None = None, **fields: Any
+    ) -> StreamTiming:
         """`Arm.generate`, with more fields in the request."""
-        heard = heard or Heard()
+        timing = timing or StreamTiming()
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, **self.fields, **fields}
         content = json.dumps(body | ({"n": n} if n > 1 else {})).encode()
-        heard.sent = time.perf_counter()
+        timing.sent_at = time.perf_counter()
         try:
             request = self.http.stream(
                 "POST", "/v1/completions", content=content, headers={"Content-Type": "application/json"}
             )
             async with request as response:
                 if response.status_code != 200:
-                    raise PeerError(f"{self.name} answered {response.status_code}: {_said(await response.aread())}")
+                    raise PeerError(
+                        f"{self.name} answered {response.status_code}: {_error_text(await response.aread())}"
+                    )
                 async for event in events(response.aiter_raw()):
-                    _note(heard, event, self.name)
+                    _record_event(timing, event, self.name)
         except httpx.HTTPError as error:
             raise PeerError(f"{self.name} does not answer at {self.url}: {error or type(error).__name__}") from error
-        heard.done = time.perf_counter()
-        if heard.tokens != n * tokens:
-            raise PeerError(f"{self.name} generated {heard.tokens} tokens instead of {n * tokens}")
-        return heard
+        timing.done = time.perf_counter()
+        if timing.tokens != n * tokens:
+            raise PeerError(f"{self.name} generated {timing.tokens} tokens instead of {n * tokens}")
+        return timing
 
     async def close(self) -> None:
         await self.http.aclose()
@@ -103,14 +105,14 @@ class Endpoint:
 
 async def events(parts: AsyncIterator[bytes]) -> AsyncIterator[Json]:
     """The JSON of each server-sent event, as soon as it is complete."""
-    stream = Events()
+    stream = SSEDecoder()
     async for part in parts:
         for data in stream.feed(part):
             if data != "[DONE]":
                 yield json.loads(data)
 
 
-async def model_of(name: str, url: str) -> str:
+async def first_model_id(name: str, url: str) -> str:
     """The first model that a server names. Raises PeerError."""
     try:
         async with httpx.AsyncClient(timeout=TIMEOUT) as http:
@@ -119,15 +121,15 @@ async def model_of(name: str, url: str) -> str:
         raise PeerError(f"{name}: {url}/v1/models does not answer as an OpenAI server does: {error}") from error
 
 
-def _note(heard: Heard, event: Json, name: str) -> None:
+def _record_event(timing: StreamTiming, event: Json, name: str) -> None:
     if "error" in event:
         raise PeerError(f"{name} broke off: {event['error']}")
     choices: Iterable[Json] = event.get("choices") or ()
     now = time.perf_counter()
-    heard.times += [now for choice in choices if choice.get("text")]
+    timing.times += [now for choice in choices if choice.get("text")]
     if usage := event.get("usage"):
-        heard.tokens = int(usage["completion_tokens"])
+        timing.tokens = int(usage["completion_tokens"])
 
 
-def _said(body: bytes) -> str:
+def _error_text(body: bytes) -> str:
     return " ".join(body.decode(errors="replace").split())[:200]

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.memory import MemoryConfig, SiteConfig
-from model.memory.config import OWN, RUNS
-from model.memory.lexical.torch_backend import KEY_STEPS
+from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
+from model.memory.lexical.torch_backend import KEY_SCALE
 from model.text.tokenizer import Tokenizer
 from service.store.base import RowBatch, SessionMeta, StoredSession
 
 CHARACTERS = 400_000
 
 
-class Texts:
+class PromptSource:
     """Token ids of the reference of the Python language, cut where a name says: the same for each arm."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -28,22 +28,22 @@ class Texts:
 
     def cut(self, name: str, tokens: int) -> list[int]:
         """So many tokens from a place that only the name decides."""
-        place = random.Random(name).randrange(max(1, len(self._ids) - tokens))
-        return self._ids[place : place + tokens]
+        start = random.Random(name).randrange(max(1, len(self._ids) - tokens))
+        return self._ids[start : start + tokens]
 
-    def mixed(self, name: str, lengths: Sequence[int], count: int) -> list[list[int]]:
+    def mixed_lengths(self, name: str, lengths: Sequence[int], count: int) -> list[list[int]]:
         """`count` prompts of these lengths, in an order that the name decides."""
         sizes = [lengths[i % len(lengths)] for i in range(count)]
         random.Random(name).shuffle(sizes)
         return [self.cut(f"{name}/{i}", size) for i, size in enumerate(sizes)]
 
 
-def made_session(config: MemoryConfig, name: str, model: str, rows: int, vocab_size: int) -> StoredSession:
+def random_session(config: MemoryConfig, name: str, model: str, rows: int, vocab_size: int) -> StoredSession:
     """A session of `rows` random rows at each site, or as many as it has room for: what it would hold had each of so
     many learned tokens been written. What reading and writing cost depends on the number of rows, not on what they
     say."""
-    chance = np.random.default_rng(rows)
-    sites = {site.name: made_rows(site, chance, rows, vocab_size) for site in config.sites}
+    rng = np.random.default_rng(rows)
+    sites = {site.name: random_rows(site, rng, rows, vocab_size) for site in config.sites}
     now = time.time()
     meta = SessionMeta(
         id=name,
@@ -61,30 +61,32 @@ def made_session(config: MemoryConfig, name: str, model: str, rows: int, vocab_s
         options={},
         digests=(),
     )
-    own = {site.name + OWN: made_own() for site in config.sites if site.kind == "lexical"}
+    own = {
+        site.name + SESSION_SCALARS_SUFFIX: initial_session_scalars() for site in config.sites if site.kind == "lexical"
+    }
     return StoredSession(meta, sites | own)
 
 
-def made_rows(site: SiteConfig, chance: np.random.Generator, rows: int, vocab_size: int) -> RowBatch:
+def random_rows(site: SiteConfig, rng: np.random.Generator, rows: int, vocab_size: int) -> RowBatch:
     """Random rows that such a site could have written, in slots of any cells."""
     count = min(rows, site.slots)
-    slots = np.sort(chance.permutation(site.slots)[:count]).astype(np.int32)
+    slots = np.sort(rng.permutation(site.slots)[:count]).astype(np.int32)
     if site.kind == "hidden":
-        return RowBatch(slots, _bytes(chance.standard_normal((count, site.width)).astype("<f4")))
-    directions = chance.standard_normal((count, site.width))
-    keys = KEY_STEPS * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+        return RowBatch(slots, _bytes(rng.standard_normal((count, site.width)).astype("<f4")))
+    directions = rng.standard_normal((count, site.width))
+    keys = KEY_SCALE * directions / np.linalg.norm(directions, axis=1, keepdims=True)
     parts = [
         np.arange(1, count + 1, dtype="<i4")[:, None],  # ages
-        chance.integers(0, vocab_size, (count, 1)).astype("<i4"),
-        chance.integers(-(2**15), 2**15, (count, len(RUNS))).astype("<i2"),
+        rng.integers(0, vocab_size, (count, 1)).astype("<i4"),
+        rng.integers(-(2**15), 2**15, (count, len(NGRAM_SIZES))).astype("<i2"),
         np.clip(np.rint(keys), -127, 127).astype(np.int8),
     ]
     return RowBatch(slots, np.concatenate([_bytes(part) for part in parts], axis=1))
 
 
-def made_own() -> RowBatch:
+def initial_session_scalars() -> RowBatch:
     """The own numbers of a session whose guard is open."""
-    return RowBatch(np.zeros(1, np.int32), _bytes(np.zeros((1, 3 * (len(RUNS) + 1)), "<f4")))
+    return RowBatch(np.zeros(1, np.int32), _bytes(np.zeros((1, 3 * (len(NGRAM_SIZES) + 1)), "<f4")))
 
 
 def _bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 
-class Clock:
+class TokenTimer:
     """A stopping criterion that never stops: it is asked once after each token."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ def main(model: str, threads: int) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may print there
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        request, clock = json.loads(line), Clock()
+        request, timer = json.loads(line), TokenTimer()
         ids = torch.tensor([request["prompt"]], device=device)
         lm.generate(
             ids,
@@ -45,9 +45,9 @@ def main(model: str, threads: int) -> None:
             max_new_tokens=request["tokens"],
             do_sample=False,
             pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([clock]),
+            stopping_criteria=StoppingCriteriaList([timer]),
         )
-        print(json.dumps({"times": clock.times}), file=answers, flush=True)
+        print(json.dumps({"times": timer.times}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

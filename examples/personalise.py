@@ -23,10 +23,10 @@ async def serve(url: str, users: Choices, steps: int, run: str) -> np.ndarray:
     limits = httpx.Limits(max_connections=32)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
 
-        async def show(user: int, seen: list[float], took: float | None) -> int:
-            body: dict[str, Any] = {"model": "choices", "observation": seen}
-            if took is not None:
-                body["reward"] = took
+        async def show(user: int, observation: list[float], reward: float | None) -> int:
+            body: dict[str, Any] = {"model": "choices", "observation": observation}
+            if reward is not None:
+                body["reward"] = reward
             response = await client.post(f"/v1/sessions/{run}-{user}/act", json=body)
             response.raise_for_status()
             return int(response.json()["action"])
@@ -35,24 +35,24 @@ async def serve(url: str, users: Choices, steps: int, run: str) -> np.ndarray:
 
 
 async def play(users: Choices, steps: int, show: Any) -> np.ndarray:
-    took: list[float | None] = [None] * users.batch
+    reward: list[float | None] = [None] * users.batch
     chances = []
     for _ in range(steps):
-        seen, means = users.observe(), users.means()
-        shown = await asyncio.gather(*(show(u, seen[u].tolist(), took[u]) for u in range(users.batch)))
+        observation, means = users.observe(), users.means()
+        shown = await asyncio.gather(*(show(u, observation[u].tolist(), reward[u]) for u in range(users.batch)))
         chances.append(means[np.arange(users.batch), shown])
-        took = users.step(np.array(shown)).tolist()
+        reward = users.step(np.array(shown)).tolist()
     return np.stack(chances)
 
 
 def without_learning(users: Choices, steps: int) -> dict[str, np.ndarray]:
     """The same users with items drawn at random, with the item that most people like, and with the best of each."""
     rng, means = np.random.default_rng(0), users.means()
-    everybody = Choices(2000, np.random.default_rng(1)).means().mean(0).argmax()
+    most_popular = Choices(2000, np.random.default_rng(1)).means().mean(0).argmax()
     drawn = rng.integers(users.actions, size=(steps, users.batch))
     random = np.take_along_axis(means, drawn.T, axis=1).T
     flat = np.ones((steps, 1))
-    return {"random": random, "most popular": flat * means[:, everybody], "best for each": flat * means.max(1)}
+    return {"random": random, "most popular": flat * means[:, most_popular], "best for each": flat * means.max(1)}
 
 
 def main() -> None:
@@ -62,15 +62,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--run", default="shopper", help="Begins the names of the sessions.")
     parser.add_argument("--out", default="personalise.png")
-    asked = parser.parse_args()
-    curves = without_learning(Choices(asked.users, np.random.default_rng(7)), asked.steps)
-    users = Choices(asked.users, np.random.default_rng(7))
-    curves["served, learning"] = asyncio.run(serve(asked.url, users, asked.steps, asked.run))
-    first, last = slice(0, 10), slice(asked.steps - 10, None)
+    args = parser.parse_args()
+    curves = without_learning(Choices(args.users, np.random.default_rng(7)), args.steps)
+    users = Choices(args.users, np.random.default_rng(7))
+    curves["served, learning"] = asyncio.run(serve(args.url, users, args.steps, args.run))
+    first, last = slice(0, 10), slice(args.steps - 10, None)
     print(f"{'share of items taken':<22} first 10  last 10")
     for name, curve in curves.items():
         print(f"{name:<22} {curve[first].mean():8.3f} {curve[last].mean():8.3f}")
-    draw(curves, asked.out)
+    draw(curves, args.out)
 
 
 def draw(curves: dict[str, np.ndarray], out: str) -> None:

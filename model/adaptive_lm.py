@@ -16,30 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.base.backbone import Backbone, KVCache
-from model.memory import Draft, HiddenSite, Memory, Pool, Reading
-from model.memory.config import RUNS
+from model.memory import DeltaSite, Draft, LexicalReadout, Memory, Pool
+from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
 
-EMPTY = 0  # in every pool, the index of the session without rows
-OUTPUT = -1  # the "layer" of a site between the final norm and the head
+EMPTY_SESSION = 0  # in every pool, the index of the session without rows
+OUTPUT_LAYER = -1  # the "layer" of a site between the final norm and the head
 
 
 @dataclass(frozen=True)
-class Carry:
+class DecodeState:
     """What the next block needs of a request: the final hidden state [d] of its last token, its last tokens [8] (−1
     before its start), its trust in the lexical site [R + 1], the last token's input to each hidden site [d], and its
     final hidden state without memory, where that differs and is kept."""
 
     hidden: Tensor
-    trail: Tensor
+    last_tokens: Tensor
     trust: Tensor
     inputs: dict[int, Tensor] = field(default_factory=dict)
     frozen: Tensor | None = None
 
-    def ahead(self, tokens: Sequence[int]) -> Carry:
+    def advanced(self, tokens: Sequence[int]) -> DecodeState:
         """What `decode` needs of the carry that will stand after these tokens."""
-        trail = torch.cat([self.trail, self.trail.new_tensor(tokens)])
-        return replace(self, trail=trail[-len(self.trail) :])
+        last_tokens = torch.cat([self.last_tokens, self.last_tokens.new_tensor(tokens)])
+        return replace(self, last_tokens=last_tokens[-len(self.last_tokens) :])
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class _Targets:
     """
 
     ids: Tensor
-    prints: Tensor
+    ngram_hashes: Tensor
     states: Tensor
     following: Tensor
     before: dict[int, Tensor]
     after: dict[int, Tensor]
 
-    def pick(self, mask: Tensor) -> _Targets:
+    def select(self, mask: Tensor) -> _Targets:
         return _Targets(
             self.ids[mask],
-            self.prints[mask],
+            self.ngram_hashes[mask],
             self.states[mask],
             self.following[mask],
             {layer: h[mask] for layer, h in self.before.items()},
@@ -81,7 +81,7 @@ class _Targets:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _ScoredTargets:
     """n scored targets. adapted, frozen and top: as in `Scores`; before the lexical site: the prediction, and its
     log-probabilities [n] of the targets; reading: the lexical site's; trust: the request's, after them."""
 
@@ -89,8 +89,8 @@ class _Scored:
     frozen: Tensor | None
     top: tuple[Tensor, Tensor] | None
     base: torch_backend.Prediction
-    unmixed: Tensor
-    reading: Reading | None
+    unmixed_log_probs: Tensor
+    readout: LexicalReadout | None
     trust: Tensor
 
 
@@ -104,7 +104,7 @@ class AdaptiveLM:
         self.backbone = backbone
         self.decoder = backbone if decoder is None else decoder
         self.memory = memory
-        self.needs_frozen_cache = any(layer != OUTPUT for layer in memory.hidden)
+        self.needs_frozen_cache = any(layer != OUTPUT_LAYER for layer in memory.delta)
 
     @property
     def device(self) -> torch.device:
@@ -120,10 +120,10 @@ class AdaptiveLM:
 
     def prepare(self, pool: Pool) -> None:
         """Does everything once, before sessions of this pool are served: kernels are compiled when they are called."""
-        draft = pool.draft(EMPTY)
+        draft = pool.draft(EMPTY_SESSION)
         cache = self.new_cache(3)
-        carry, _ = self.block([0, 0], cache, pool, draft.index, learn=[False, True], draft=draft)
-        self.predict(self.decode([0], [cache], [carry], pool, [draft.index]), pool, [draft.index])
+        decode_state, _ = self.block([0, 0], cache, pool, draft.index, learn=[False, True], draft=draft)
+        self.predict(self.decode([0], [cache], [decode_state], pool, [draft.index]), pool, [draft.index])
         pool.close(pool.open(draft.touched()))
         draft.rollback()
 
@@ -132,16 +132,16 @@ class AdaptiveLM:
         token_ids: Sequence[int],
         cache: KVCache,
         pool: Pool,
-        index: int = EMPTY,
+        index: int = EMPTY_SESSION,
         *,
-        carry: Carry | None = None,
+        decode_state: DecodeState | None = None,
         score: Sequence[bool] | None = None,
         learn: Sequence[bool] | None = None,
         draft: Draft | None = None,
         frozen: bool = False,
         frozen_cache: KVCache | None = None,
         top: int = 0,
-    ) -> tuple[Carry, Scores | None]:
+    ) -> tuple[DecodeState, Scores | None]:
         """Runs one block of T tokens of a request and, given a `draft` of session `index`, learns from it.
 
         The target of position t is token t, predicted from position t − 1 (the carry, for t = 0; a request's first
@@ -152,85 +152,103 @@ class AdaptiveLM:
         ids = torch.tensor(token_ids, device=self.device)
         inputs: dict[int, Tensor] = {}
         final = self.backbone(ids[None], [cache], self.hooks(pool, index, inputs))[0]
-        unread: Tensor | None = None
+        frozen_hidden: Tensor | None = None
         if frozen and self.needs_frozen_cache:
             if frozen_cache is None:
                 raise ValueError("frozen_cache is needed: this memory reads below the output")
-            unread = self.backbone(ids[None], [frozen_cache])[0]
-        first = 1 if carry is None else 0
+            frozen_hidden = self.backbone(ids[None], [frozen_cache])[0]
+        first = 1 if decode_state is None else 0
         learned, wanted = (self._mask(mask, len(ids))[first:] for mask in (learn, score))
         wanted = wanted | learned
         scores: Scores | None = None
-        trail = torch.cat([ids.new_full((max(RUNS),), -1) if carry is None else carry.trail, ids])
-        trust = self._first_trust() if carry is None else carry.trust
+        last_tokens = torch.cat(
+            [ids.new_full((max(NGRAM_SIZES),), -1) if decode_state is None else decode_state.last_tokens, ids]
+        )
+        trust = self._initial_trust() if decode_state is None else decode_state.trust
         if bool(wanted.any()):
             targets = _Targets(
                 ids[first:],
-                torch_backend.fingerprints(trail[:-1])[first:],
-                _shift(final, None if carry is None else carry.hidden),
+                torch_backend.hash_ngrams(last_tokens[:-1])[first:],
+                _shift(final, None if decode_state is None else decode_state.hidden),
                 final[first:],
-                {n: _shift(h, None if carry is None else carry.inputs[n]) for n, h in inputs.items()},
+                {n: _shift(h, None if decode_state is None else decode_state.inputs[n]) for n, h in inputs.items()},
                 {n: h[first:] for n, h in inputs.items()},
             )
-            unread_states = None if unread is None else _shift(unread, None if carry is None else carry.frozen)[wanted]
-            chosen = targets.pick(wanted)
+            frozen_predictors = (
+                None
+                if frozen_hidden is None
+                else _shift(frozen_hidden, None if decode_state is None else decode_state.frozen)[wanted]
+            )
+            chosen = targets.select(wanted)
             of_chosen = learned[wanted]
-            scored = self._score(chosen, pool, index, trust, frozen=frozen, unread=unread_states, top=top)
+            scored = self._score(chosen, pool, index, trust, frozen=frozen, frozen_hidden=frozen_predictors, top=top)
             trust = scored.trust
             scores = Scores(scored.adapted, scored.frozen, of_chosen, scored.top)
             if draft is not None and bool(of_chosen.any()):
-                self._write(draft, chosen.pick(of_chosen), scored, of_chosen)
+                self._write(draft, chosen.select(of_chosen), scored, of_chosen)
         last_inputs = {n: h[-1] for n, h in inputs.items()}
-        last = Carry(final[-1], trail[-max(RUNS) :], trust, last_inputs, None if unread is None else unread[-1])
+        last = DecodeState(
+            final[-1],
+            last_tokens[-max(NGRAM_SIZES) :],
+            trust,
+            last_inputs,
+            None if frozen_hidden is None else frozen_hidden[-1],
+        )
         return last, scores
 
     def decode(
         self,
         token_ids: Sequence[int],
         caches: Sequence[KVCache],
-        carries: Sequence[Carry],
+        decode_states: Sequence[DecodeState],
         pool: Pool,
         index: Sequence[int],
-    ) -> list[Carry]:
+    ) -> list[DecodeState]:
         """One step of B sequences, each with its own cache, carry and session; returns the new carry of each.
 
-        Rows that follow one another in one sequence (caches and carries `ahead`) are, bit for bit, what they would be
-        in steps of their own."""
+        Rows that follow one another in one sequence (caches and carries `advanced`) are, bit for bit, what they would
+        be in steps of their own."""
         ids = torch.tensor(token_ids, device=self.device)[:, None]
         inputs: dict[int, Tensor] = {}
         final = self.decoder(ids, caches, self.hooks(pool, index, inputs))[:, 0]
-        trails = torch.cat([torch.stack([carry.trail for carry in carries])[:, 1:], ids], dim=1)
+        last_tokens_batch = torch.cat(
+            [torch.stack([decode_state.last_tokens for decode_state in decode_states])[:, 1:], ids], dim=1
+        )
         return [
-            Carry(final[b], trails[b], carry.trust, {layer: x[b] for layer, x in inputs.items()})
-            for b, carry in enumerate(carries)
+            DecodeState(
+                final[b], last_tokens_batch[b], decode_state.trust, {layer: x[b] for layer, x in inputs.items()}
+            )
+            for b, decode_state in enumerate(decode_states)
         ]
 
-    def predict(self, carries: Sequence[Carry], pool: Pool, index: Sequence[int]) -> Tensor:
+    def predict(self, decode_states: Sequence[DecodeState], pool: Pool, index: Sequence[int]) -> Tensor:
         """Next-token scores [B, V] in fp32: the base's logits, bit for bit, where a session's memory is empty or
         silent, and log-probabilities of the mixture, up to a constant a row, elsewhere."""
-        states = torch.stack([carry.hidden for carry in carries])
-        if all(i == EMPTY for i in index):
+        states = torch.stack([decode_state.hidden for decode_state in decode_states])
+        if all(i == EMPTY_SESSION for i in index):
             return self.decoder.logits(states)
-        trails, trust = (torch.stack(part) for part in ([c.trail for c in carries], [c.trust for c in carries]))
-        return self.mixture(states, trails, trust, pool, torch.tensor(index, device=self.device))
+        last_tokens_batch, trust = (
+            torch.stack(part) for part in ([c.last_tokens for c in decode_states], [c.trust for c in decode_states])
+        )
+        return self.mixture(states, last_tokens_batch, trust, pool, torch.tensor(index, device=self.device))
 
     # --- read ------------------------------------------------------------------------------------------------------
 
-    def mixture(self, states: Tensor, trails: Tensor, trust: Tensor, pool: Pool, session: Tensor) -> Tensor:
+    def mixture(self, states: Tensor, last_tokens_batch: Tensor, trust: Tensor, pool: Pool, session: Tensor) -> Tensor:
         """`predict` [B, V] with the memory of sessions [B], from what carries hold: states [B, d], trails [B, 8] and
         trust [B, R + 1]. No shape depends on what is found, and nothing waits for the device."""
         logits = self.decoder.logits(self._read_output(states, pool, session))
         site = self.memory.lexical
         if site is None:
             return logits
-        return site.mixture(pool, session, states, trails, logits, trust)
+        return site.mixture(pool, session, states, last_tokens_batch, logits, trust)
 
     def hooks(
         self, pool: Pool, index: int | Sequence[int] | Tensor, inputs: dict[int, Tensor]
     ) -> dict[int, Callable[[Tensor], Tensor]]:
         """The reads of sessions [1 or B] below the output, by layer; each notes its input [T or B, d] in `inputs`."""
 
-        def hook(layer: int, site: HiddenSite) -> Callable[[Tensor], Tensor]:
+        def hook(layer: int, site: DeltaSite) -> Callable[[Tensor], Tensor]:
             def read(hidden: Tensor) -> Tensor:
                 flat = hidden.flatten(0, 1)
                 inputs[layer] = flat
@@ -239,10 +257,10 @@ class AdaptiveLM:
 
             return read
 
-        return {layer: hook(layer, site) for layer, site in self.memory.hidden.items() if layer != OUTPUT}
+        return {layer: hook(layer, site) for layer, site in self.memory.delta.items() if layer != OUTPUT_LAYER}
 
     def _read_output(self, states: Tensor, pool: Pool, session: Tensor) -> Tensor:
-        site = self.memory.hidden.get(OUTPUT)
+        site = self.memory.delta.get(OUTPUT_LAYER)
         return states if site is None else site.read(pool, session, states)
 
     def _score(
@@ -253,46 +271,52 @@ class AdaptiveLM:
         trust: Tensor,
         *,
         frozen: bool,
-        unread: Tensor | None,
+        frozen_hidden: Tensor | None,
         top: int,
-    ) -> _Scored:
+    ) -> _ScoredTargets:
         session = torch.full((len(targets.ids),), index, device=self.device)
         base = torch_backend.predict(self.backbone.logits(self._read_output(targets.states, pool, session)))
-        adapted = unmixed = base.log_prob(targets.ids)
-        mixed, reading, site = base.logits, None, self.memory.lexical
-        if site is not None and index != EMPTY:
-            reading = site.read(pool, session, targets.states, targets.prints, base, trust.expand(len(session), -1))
-            trust = site.next_trust(trust, reading, targets.ids, unmixed)
-            in_memory = torch_backend.memory_prob(targets.ids, reading.tokens, reading.shares)
-            adapted = torch_backend.target_log_prob(unmixed, in_memory, reading.gamma)
-            mixed = torch_backend.mix(base, reading.tokens, reading.shares, reading.gamma) if top else mixed
-        without: Tensor | None = None
+        adapted = unmixed_log_probs = base.log_prob(targets.ids)
+        mixed, readout, site = base.logits, None, self.memory.lexical
+        if site is not None and index != EMPTY_SESSION:
+            readout = site.read(
+                pool, session, targets.states, targets.ngram_hashes, base, trust.expand(len(session), -1)
+            )
+            trust = site.updated_trust(trust, readout, targets.ids, unmixed_log_probs)
+            memory_probs = torch_backend.memory_prob(targets.ids, readout.tokens, readout.shares)
+            adapted = torch_backend.target_log_prob(unmixed_log_probs, memory_probs, readout.gamma)
+            mixed = torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma) if top else mixed
+        frozen_log_probs: Tensor | None = None
         if frozen:
-            differs = unread is not None or OUTPUT in self.memory.hidden
-            states = targets.states if unread is None else unread
-            without = torch_backend.predict(self.backbone.logits(states)).log_prob(targets.ids) if differs else unmixed
+            differs = frozen_hidden is not None or OUTPUT_LAYER in self.memory.delta
+            states = targets.states if frozen_hidden is None else frozen_hidden
+            frozen_log_probs = (
+                torch_backend.predict(self.backbone.logits(states)).log_prob(targets.ids)
+                if differs
+                else unmixed_log_probs
+            )
         best = mixed.log_softmax(-1).topk(top) if top else None
         alternatives = None if best is None else (best.values, best.indices)
-        return _Scored(adapted, without, alternatives, base, unmixed, reading, trust)
+        return _ScoredTargets(adapted, frozen_log_probs, alternatives, base, unmixed_log_probs, readout, trust)
 
     # --- write -----------------------------------------------------------------------------------------------------
 
-    def _write(self, draft: Draft, targets: _Targets, scored: _Scored, mask: Tensor) -> None:
+    def _write(self, draft: Draft, targets: _Targets, scored: _ScoredTargets, mask: Tensor) -> None:
         """Learns the targets, those of `scored` that the mask [n] chooses."""
-        if (lexical := self.memory.lexical) is not None and scored.reading is not None:
-            lexical.learn(draft, scored.reading.pick(mask), targets.ids, scored.unmixed[mask])
-        if self.memory.hidden:
+        if (lexical := self.memory.lexical) is not None and scored.readout is not None:
+            lexical.learn(draft, scored.readout.select(mask), targets.ids, scored.unmixed_log_probs[mask])
+        if self.memory.delta:
             error = F.embedding(targets.ids, self.backbone.embedding).float()
             error = error - torch.softmax(scored.base.logits[mask], -1) @ self.backbone.embedding.float()
             adapted = scored.adapted[mask]
-            for layer, site in self.memory.hidden.items():
-                here = targets.states if layer == OUTPUT else targets.before[layer]
-                following = targets.following if layer == OUTPUT else targets.after[layer]
+            for layer, site in self.memory.delta.items():
+                here = targets.states if layer == OUTPUT_LAYER else targets.before[layer]
+                following = targets.following if layer == OUTPUT_LAYER else targets.after[layer]
                 site.learn(draft, here, following, error, adapted)
 
-    def _first_trust(self) -> Tensor:
+    def _initial_trust(self) -> Tensor:
         site = self.memory.lexical
-        return torch.zeros(len(RUNS) + 1, device=self.device) if site is None else site.first_trust()
+        return torch.zeros(len(NGRAM_SIZES) + 1, device=self.device) if site is None else site.initial_trust()
 
     def _mask(self, mask: Sequence[bool] | None, length: int) -> Tensor:
         if mask is None:

@@ -19,33 +19,33 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def kernels_for(device: torch.device) -> ModuleType | None:
+def triton_backend_for(device: torch.device) -> ModuleType | None:
     """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what
     their twins do. None elsewhere: torch's operators take their place."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from model.memory.lexical import triton_backend
-    from model.triton_check import check_kernels
+    from model.triton_check import check_triton_kernels
 
     try:
-        check_kernels(device)
+        check_triton_kernels(device)
     except Exception as error:  # whatever it is, the twins can do without
         log.warning("our kernels can't be used on this GPU, torch's operators take their place: %s", error)
         return None
     return triton_backend
 
 
-def row_kernels_for(device: torch.device) -> ModuleType | None:
+def memory_backend_for(device: torch.device) -> ModuleType | None:
     """What compares, weighs and writes the memory's rows: Numba's kernels on a CPU, ours of above on a GPU. None
     elsewhere."""
     if device.type != "cpu":
-        return kernels_for(device)
+        return triton_backend_for(device)
     from model.memory.lexical import numba_backend
 
     return numba_backend
 
 
-def step_kernels() -> ModuleType:
+def decode_step_backend() -> ModuleType:
     """What a decoding step does on CPUs between the base's linear maps, compiled."""
     from model.decode import numba_step
 
@@ -71,37 +71,37 @@ def load(data: Tensor, device: torch.device) -> Tensor:
     on, and what is launched from now on waits on the device alone."""
     if device.type != "cuda":
         return data.to(device)
-    steps, aside = torch.cuda.current_stream(device), _stream(device, "load")
-    with torch.cuda.stream(aside):
-        there = upload(data, device)
-    steps.wait_stream(aside)
-    there.record_stream(steps)  # its memory is not given to others before the steps are done with it
-    return there
+    steps, side_stream = torch.cuda.current_stream(device), _stream(device, "load")
+    with torch.cuda.stream(side_stream):
+        copied = upload(data, device)
+    steps.wait_stream(side_stream)
+    copied.record_stream(steps)  # its memory is not given to others before the steps are done with it
+    return copied
 
 
-def fetch(data: Tensor) -> Tensor:
+def copy_to_host(data: Tensor) -> Tensor:
     """The device's data in the host's memory, by way of pinned memory; waits for it."""
     if data.device.type != "cuda":
         return data.cpu()
-    there = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-    there.copy_(data, non_blocking=True)
+    copied = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+    copied.copy_(data, non_blocking=True)
     torch.cuda.current_stream(data.device).synchronize()
-    return there
+    return copied
 
 
-def beside(device: torch.device) -> AbstractContextManager[None]:
+def on_side_stream(device: torch.device) -> AbstractContextManager[None]:
     """For another thread: what it launches within comes after all that was launched up to this call, on a stream of its
     own, beside what is launched from now on."""
     if device.type != "cuda":
         return nullcontext()
-    so_far = torch.cuda.current_stream(device).record_event()
-    return _beside(device, so_far)
+    launched = torch.cuda.current_stream(device).record_event()
+    return _on_side_stream(device, launched)
 
 
 @contextmanager
-def _beside(device: torch.device, so_far: torch.cuda.Event) -> Iterator[None]:
+def _on_side_stream(device: torch.device, launched: torch.cuda.Event) -> Iterator[None]:
     stream = _stream(device, "beside")
-    stream.wait_event(so_far)
+    stream.wait_event(launched)
     with torch.cuda.stream(stream):
         yield
 

@@ -15,53 +15,53 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-LEAST = np.float32(-87.0)  # below it, exp is as good as 0 in fp32
-ROWS_A_THREAD = 8  # fewer are done before another thread has woken up
+MIN_EXP_INPUT = np.float32(-87.0)  # below it, exp is as good as 0 in fp32
+MIN_ROWS_PER_THREAD = 8  # fewer are done before another thread has woken up
 
 Array = NDArray[Any]
 T = TypeVar("T")
 
 
-def compiled(function: Callable[..., T]) -> Callable[..., T]:
+def cached_njit(function: Callable[..., T]) -> Callable[..., T]:
     """The function as machine code, from its first call on. Sums may be taken in vectors, of one order for a length."""
-    fast = {"reassoc", "contract", "nsz", "nnan"}
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fast}
+    fastmath_flags = {"reassoc", "contract", "nsz", "nnan"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath_flags}
     try:
-        machine: Callable[..., T] = numba.njit(**options, cache=True)(function)
+        jitted: Callable[..., T] = numba.njit(**options, cache=True)(function)
     except RuntimeError:  # there is no place to keep it
-        machine = numba.njit(**options)(function)
-    return machine
+        jitted = numba.njit(**options)(function)
+    return jitted
 
 
-def arrays(*tensors: Tensor) -> list[Array]:
+def as_arrays(*tensors: Tensor) -> list[Array]:
     """In the one layout for which kernels are compiled, each other one being compiled for again; nothing that lies so
     is copied."""
     return [(each.detach() if each.requires_grad else each).contiguous().numpy() for each in tensors]
 
 
-def by_rows(kernel: Callable[..., None], n: int, *given: Any) -> None:
+def parallel_rows(kernel: Callable[..., None], n: int, *args: Any) -> None:
     """kernel(first, last, …) for all of n rows, on as many threads as torch's operators would take."""
-    threads = max(1, min(torch.get_num_threads(), n // ROWS_A_THREAD))
-    in_parts(kernel, [n * i // threads for i in range(threads + 1)], *given)
+    threads = max(1, min(torch.get_num_threads(), n // MIN_ROWS_PER_THREAD))
+    parallel_ranges(kernel, [n * i // threads for i in range(threads + 1)], *args)
 
 
-def in_parts(kernel: Callable[..., None], bounds: Sequence[int], *given: Any) -> None:
+def parallel_ranges(kernel: Callable[..., None], bounds: Sequence[int], *args: Any) -> None:
     """kernel(first, last, …) between each two bounds, each on a thread of its own."""
-    others = [_threads().submit(kernel, *part, *given) for part in pairwise(bounds[1:])]
-    kernel(bounds[0], bounds[1], *given)
+    others = [_thread_pool().submit(kernel, *part, *args) for part in pairwise(bounds[1:])]
+    kernel(bounds[0], bounds[1], *args)
     for other in others:
         other.result()
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def _thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="rows")
 
 
-@compiled
+@cached_njit
 def exp(x: Any) -> Any:
     """exp(x) for x ≤ 88 in fp32, also as a vector: 2ⁿ·exp(r), |r| ≤ ½ log 2, by the polynomial of Cephes' expf."""
-    x = max(x, LEAST)
+    x = max(x, MIN_EXP_INPUT)
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
@@ -74,7 +74,7 @@ def exp(x: Any) -> Any:
     return (p * r * r + r + np.float32(1.0)) * power
 
 
-@compiled
+@cached_njit
 def log(x: Any) -> Any:
     """log(x) for x ≥ 1 in fp32, also as a vector: n·log 2 + log(1 + r), √½ ≤ 1 + r < √2, by that of Cephes' logf."""
     bits = np.float32(x).view(np.int32) - np.int32(0x3F3504F3)  # less √½
@@ -92,8 +92,8 @@ def log(x: Any) -> Any:
     return n * np.float32(0.69314718) + (p * r * r * r - np.float32(0.5) * r * r + r)
 
 
-@compiled
-def largest(row: Array) -> Any:
+@cached_njit
+def row_max(row: Array) -> Any:
     """The largest of a row, within fp32. Whole numbers are compared in vectors, where LLVM compares floats one by one;
     with the bits of the negative ones turned round, floats are ordered as they are."""
     bits = row.view(np.int32) if row.itemsize == 4 else row.astype(np.float32).view(np.int32)

@@ -16,7 +16,7 @@ import model
 from model import weights
 
 
-class Runs:
+class ResultCache:
     """A folder of results, each under the hash of all that it depends on."""
 
     def __init__(self, folder: Path) -> None:

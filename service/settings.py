@@ -213,31 +213,31 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: an unknown `IMPRINT_*` variable, or a value out of bounds.
         """
-        _refuse_unknown_variables()
-        given = {name: value for name, value in overrides.items() if value is not None}
+        _reject_unknown_variables()
+        explicit = {name: value for name, value in overrides.items() if value is not None}
         try:
-            return cls(**given)
+            return cls(**explicit)
         except ValidationError as error:
-            raise SettingsError("; ".join(_explain(error, given))) from None
+            raise SettingsError("; ".join(_format_errors(error, explicit))) from None
 
 
-def _refuse_unknown_variables() -> None:
+def _reject_unknown_variables() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES.keys()
     for variable in sorted(os.environ):
         if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-            close = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.8)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            matches = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.8)
+            hint = f"; did you mean {matches[0]}?" if matches else ""
             raise SettingsError(f"unknown environment variable {variable}{hint}")
 
 
-def _explain(error: ValidationError, overrides: dict[str, Any]) -> Iterator[str]:
-    for fault in error.errors():
-        field = str(fault["loc"][0])
+def _format_errors(error: ValidationError, overrides: dict[str, Any]) -> Iterator[str]:
+    for detail in error.errors():
+        field = str(detail["loc"][0])
         name = field if field in overrides else PREFIX + field.upper()
-        if fault["type"] == "value_error":
-            yield f"{name}: {fault['ctx']['error']}"
+        if detail["type"] == "value_error":
+            yield f"{name}: {detail['ctx']['error']}"
         else:
-            yield f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {str(fault['input'])!r}"
+            yield f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {str(detail['input'])!r}"
 
 
 def markdown() -> str:

@@ -30,12 +30,12 @@ _ENTRY = re.compile(r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-
 log = logging.getLogger(__name__)
 
 
-class KeysError(Exception):
+class ApiKeysError(Exception):
     """The API keys cannot be used as they are given. The message is one line that holds no part of a key."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class TenantLimits:
     """What a tenant may use; 0 is no limit.
 
     Attributes:
@@ -56,7 +56,7 @@ class Tenant:
     """Whose sessions a request is about: the namespace of all that it reads and writes."""
 
     name: str
-    limits: Limits = Limits()
+    limits: TenantLimits = TenantLimits()
 
 
 def new_key(tenant: str) -> tuple[str, str]:
@@ -64,13 +64,13 @@ def new_key(tenant: str) -> tuple[str, str]:
     key = f"imp_{secrets.token_urlsafe(32)}"
     line = f"{tenant}:{_digest(key.encode())}"
     if not _ENTRY.fullmatch(line):
-        raise KeysError(
+        raise ApiKeysError(
             f"a tenant's name has 1 to 64 letters, digits or . _ - and starts with a letter or a digit, got {tenant!r}"
         )
     return key, line
 
 
-class Keys:
+class ApiKeys:
     """The keys of this server. The file is read again whenever it changes; a faulty one changes nothing.
 
     Raises:
@@ -78,7 +78,7 @@ class Keys:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._limits = Limits(
+        self._limits = TenantLimits(
             settings.tenant_sessions,
             settings.tenant_bytes,
             settings.tenant_tokens_per_minute,
@@ -86,11 +86,11 @@ class Keys:
         )
         self._file = settings.api_keys_file
         self._lines = [("IMPRINT_API_KEYS", line) for line in re.split(r"[,\n]", settings.api_keys or "")]
-        self._stamp = _stamp(self._file)
+        self._file_signature = _file_signature(self._file)
         self._tenants = self._read()
         self.required = settings.api_keys is not None or self._file is not None
         if self.required and not self._tenants:
-            raise KeysError("IMPRINT_API_KEYS and its file hold no key; `imprint keys new TENANT` makes one")
+            raise ApiKeysError("IMPRINT_API_KEYS and its file hold no key; `imprint keys new TENANT` makes one")
 
     @property
     def tenants(self) -> set[str]:
@@ -119,12 +119,12 @@ class Keys:
         return found
 
     def _refresh(self) -> None:
-        if (stamp := _stamp(self._file)) == self._stamp:
+        if (signature := _file_signature(self._file)) == self._file_signature:
             return
-        self._stamp = stamp
+        self._file_signature = signature
         try:
             self._tenants = self._read()
-        except KeysError as error:
+        except ApiKeysError as error:
             log.error("the API keys stay as they were: %s", error)
         else:
             log.info("%d API keys of %d tenants read", len(self._tenants), len(self.tenants))
@@ -138,13 +138,17 @@ class Keys:
                 continue
             parsed = _ENTRY.fullmatch(entry)
             if parsed is None:
-                raise KeysError(f"{where}: a key is given as TENANT:SHA256 [LIMIT=NUMBER ...], see `imprint keys new`")
+                raise ApiKeysError(
+                    f"{where}: a key is given as TENANT:SHA256 [LIMIT=NUMBER ...], see `imprint keys new`"
+                )
             name = parsed["tenant"]
             if owners.setdefault(parsed["digest"], name) != name:
-                raise KeysError(f"{where}: this key belongs to another tenant already")
+                raise ApiKeysError(f"{where}: this key belongs to another tenant already")
             for limit, value in _limits(where, parsed["limits"]):
                 if limits.setdefault(name, {}).setdefault(limit, value) != value:
-                    raise KeysError(f"{where}: {limit} of {name} was {limits[name][limit]} before, and is {value} here")
+                    raise ApiKeysError(
+                        f"{where}: {limit} of {name} was {limits[name][limit]} before, and is {value} here"
+                    )
         return {digest: Tenant(name, replace(self._limits, **limits.get(name, {}))) for digest, name in owners.items()}
 
     def _file_lines(self) -> Iterator[tuple[str, str]]:
@@ -154,16 +158,16 @@ class Keys:
             lines = self._file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise KeysError(f"IMPRINT_API_KEYS_FILE: cannot read {self._file}: {reason}") from None
+            raise ApiKeysError(f"IMPRINT_API_KEYS_FILE: cannot read {self._file}: {reason}") from None
         yield from ((f"{self._file}, line {number}", line) for number, line in enumerate(lines, 1))
 
 
 def _limits(where: str, given: str) -> Iterator[tuple[str, int]]:
-    known = [field.name for field in fields(Limits)]
+    known = [field.name for field in fields(TenantLimits)]
     for pair in given.split():
         name, _, value = pair.partition("=")
         if name not in known:
-            raise KeysError(f"{where}: a limit is one of {', '.join(known)}, got {name}")
+            raise ApiKeysError(f"{where}: a limit is one of {', '.join(known)}, got {name}")
         yield name, int(value)
 
 
@@ -171,7 +175,7 @@ def _digest(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()
 
 
-def _stamp(file: Path | None) -> tuple[int, int, int] | None:
+def _file_signature(file: Path | None) -> tuple[int, int, int] | None:
     """What changes when a file does."""
     try:
         found = None if file is None else file.stat()

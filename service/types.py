@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Adapt = Literal["both", "observe", "predict"]
-Learn = Literal["prompt", "completion", "all"]
+AdaptMode = Literal["both", "observe", "predict"]
+LearnMode = Literal["prompt", "completion", "all"]
 
 
 @dataclass(frozen=True)

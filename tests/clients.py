@@ -15,18 +15,18 @@ import httpx
 from tests.tiny import TEXT
 
 Json = dict[str, Any]
-Leaves = Literal["rollback", "commit"]
+OnDisconnect = Literal["rollback", "commit"]
 
 WORDS = TEXT.split()
-CHAT_KEPT = 3  # messages of a chat that a client sends again
-TURNS_A_LIFE = 300  # the log of a session must hold them all
-BACK = 6  # versions that a client goes back at most
-AGAIN = (429, 503)  # statuses after which a turn is sent again
-HANGING = 0.12  # the share of turns whose client goes before their end, and does not come back
-IMPATIENT = 0.15  # the share of attempts that their client gives up soon, to try again
+CHAT_WINDOW = 3  # messages of a chat that a client sends again
+TURNS_PER_SESSION = 300  # the log of a session must hold them all
+MAX_ROLLBACK = 6  # versions that a client goes back at most
+RETRYABLE_STATUSES = (429, 503)  # statuses after which a turn is sent again
+HANG_UP_PROBABILITY = 0.12  # the share of turns whose client goes before their end, and does not come back
+EARLY_RETRY_PROBABILITY = 0.15  # the share of attempts that their client gives up soon, to try again
 
 
-class Wrong(AssertionError):
+class ContractViolation(AssertionError):
     """A server said what it must not say."""
 
 
@@ -42,128 +42,128 @@ class Turn:
     number: int
     path: str
     body: Json
-    keyed: bool
-    leaves: Leaves | None = None
+    has_key: bool
+    on_disconnect: OnDisconnect | None = None
     acknowledged: bool = False
     version: int | None = None
-    said: str | None = None
+    output: str | None = None
 
     def told(self) -> str:
         """The turn, for a report."""
         kept = {name: value for name, value in self.body.items() if name not in ("prompt", "messages", "text")}
-        how = "keyed" if self.keyed else "without a key"
+        how = "keyed" if self.has_key else "without a key"
         return f"turn {self.number} {self.path} {kept} {how}, version {self.version}"
 
 
 @dataclass
-class Life:
+class SessionHistory:
     """One session, and all that its client did with it."""
 
     name: str
     random: random.Random
     turns: list[Turn] = field(default_factory=list)
-    known: list[int] = field(default_factory=list)  # versions, as they were told
+    known_versions: list[int] = field(default_factory=list)  # versions, as they were told
     chat: list[Json] = field(default_factory=list)
 
     def next_turn(self, model: str) -> Turn:
         """No two turns of a session have the same body: without a key, the second would pass for a retry."""
-        chance, number = self.random, len(self.turns)
-        kind = chance.choices(["observe", "completion", "chat", "rollback"], [4, 5, 4, 1 if self.known else 0])[0]
-        turn = Turn(number, f"sessions/{self.name}/{kind}", {}, keyed=chance.random() < 0.5)
+        rng, number = self.random, len(self.turns)
+        kind = rng.choices(["observe", "completion", "chat", "rollback"], [4, 5, 4, 1 if self.known_versions else 0])[0]
+        turn = Turn(number, f"sessions/{self.name}/{kind}", {}, has_key=rng.random() < 0.5)
         if kind == "rollback":
-            turn.body, turn.keyed = {"version": chance.choice(self.known[-BACK:])}, True
+            turn.body, turn.has_key = {"version": rng.choice(self.known_versions[-MAX_ROLLBACK:])}, True
         elif kind == "observe":
             turn.body["text"] = f"{number} {self._words(1, 120)}"
         else:
             self._completion(turn, model, kind)
-        if kind != "rollback" and chance.random() < HANGING:
-            turn.leaves = turn.body["on_disconnect"] = chance.choice(("rollback", "commit"))
-        elif turn.keyed and kind != "rollback" and chance.random() < 0.2:
+        if kind != "rollback" and rng.random() < HANG_UP_PROBABILITY:
+            turn.on_disconnect = turn.body["on_disconnect"] = rng.choice(("rollback", "commit"))
+        elif turn.has_key and kind != "rollback" and rng.random() < 0.2:
             turn.body["on_disconnect"] = "commit"
         self.turns.append(turn)
         return turn
 
     def _completion(self, turn: Turn, model: str, kind: str) -> None:
-        chance = self.random
+        rng = self.random
         turn.path = "chat/completions" if kind == "chat" else "completions"
         turn.body |= {
             "model": model,
             "session": self.name,
-            "max_tokens": chance.choice((1, 8, 24, 90)),
-            "stream": chance.random() < 0.6,
-            "adapt": chance.choices(("both", "predict", "observe"), (8, 2, 1))[0],
-            "learn": chance.choice(("prompt", "completion", "all")),
-            "temperature": chance.choice((0, 1)),
-            "seed": chance.randrange(2**31),
+            "max_tokens": rng.choice((1, 8, 24, 90)),
+            "stream": rng.random() < 0.6,
+            "adapt": rng.choices(("both", "predict", "observe"), (8, 2, 1))[0],
+            "learn": rng.choice(("prompt", "completion", "all")),
+            "temperature": rng.choice((0, 1)),
+            "seed": rng.randrange(2**31),
         }
-        if chance.random() < 0.3:
-            turn.body["stop"] = [chance.choice(WORDS)]
+        if rng.random() < 0.3:
+            turn.body["stop"] = [rng.choice(WORDS)]
         if kind == "completion":
             turn.body["prompt"] = f"{turn.number} {self._words(1, 45)}"
             return
-        if chance.random() < 0.1:
+        if rng.random() < 0.1:
             self.chat.clear()
-        self.chat = [*self.chat[1 - CHAT_KEPT :], {"role": "user", "content": self._words(1, 10)}]
+        self.chat = [*self.chat[1 - CHAT_WINDOW :], {"role": "user", "content": self._words(1, 10)}]
         turn.body["messages"] = list(self.chat)
 
-    def hears(self, turn: Turn, answer: Json) -> None:
+    def record_answer(self, turn: Turn, answer: Json) -> None:
         """The turn is acknowledged. Raises Wrong where the answer contradicts what was told before."""
-        turn.acknowledged, turn.said = True, answer.get("said")
+        turn.acknowledged, turn.output = True, answer.get("said")
         before, after = answer["from"], answer["to"]
         if after != before:
-            if self.known and after <= self.known[-1]:
-                raise Wrong(f"version {after} after {self.known[-1]}")
+            if self.known_versions and after <= self.known_versions[-1]:
+                raise ContractViolation(f"version {after} after {self.known_versions[-1]}")
             turn.version = after
-            self.known.append(after)
-        if "messages" in turn.body and turn.body["adapt"] != "observe" and turn.said:
-            self.chat.append({"role": "assistant", "content": turn.said})
+            self.known_versions.append(after)
+        if "messages" in turn.body and turn.body["adapt"] != "observe" and turn.output:
+            self.chat.append({"role": "assistant", "content": turn.output})
 
     def _words(self, least: int, most: int) -> str:
         return " ".join(self.random.choices(WORDS, k=self.random.randint(least, most)))
 
 
-class Pupil:
+class SessionClient:
     """A client: takes turn after turn of a session, each until it is acknowledged, until it is told to end; and goes on
     with another session when one has had all its turns.
 
     urls: of the replicas, which it asks at random. patience_s: how long it waits for one of them.
     """
 
-    def __init__(self, name: str, urls: list[str], model: str, counts: Counter[str], *, patience_s: float) -> None:
-        self.lives = [Life(f"{name}.0", random.Random(f"{name}.0"))]
+    def __init__(self, name: str, urls: list[str], model: str, counts: Counter[str], *, timeout_s: float) -> None:
+        self.histories = [SessionHistory(f"{name}.0", random.Random(f"{name}.0"))]
         self._name = name
         self._urls = urls
         self._model = model
         self._counts = counts
-        self._patience_s = patience_s
+        self._patience_s = timeout_s
         self._http = httpx.AsyncClient(timeout=None)
 
     @property
-    def life(self) -> Life:
-        return self.lives[-1]
+    def history(self) -> SessionHistory:
+        return self.histories[-1]
 
     async def live(self, over: Callable[[], bool], pause_s: float) -> None:
         """Raises Wrong."""
         async with self._http:
             while not over():
-                if len(self.life.turns) == TURNS_A_LIFE:
-                    name = f"{self._name}.{len(self.lives)}"
-                    self.lives.append(Life(name, random.Random(name)))
-                turn = self.life.next_turn(self._model)
+                if len(self.history.turns) == TURNS_PER_SESSION:
+                    name = f"{self._name}.{len(self.histories)}"
+                    self.histories.append(SessionHistory(name, random.Random(name)))
+                turn = self.history.next_turn(self._model)
                 self._counts["turns"] += 1
-                if turn.leaves is None:
-                    await self._insist(turn)
+                if turn.on_disconnect is None:
+                    await self._send_until_acknowledged(turn)
                 else:
-                    await self._leave(turn)
-                await asyncio.sleep(self.life.random.expovariate(1 / pause_s))
+                    await self._send_and_hang_up(turn)
+                await asyncio.sleep(self.history.random.expovariate(1 / pause_s))
 
-    async def _insist(self, turn: Turn) -> None:
+    async def _send_until_acknowledged(self, turn: Turn) -> None:
         """Sends a turn until it is acknowledged."""
-        attempt, chance = 0, self.life.random
+        attempt, rng = 0, self.history.random
         while True:
-            patience_s = chance.uniform(0, 0.3) if chance.random() < IMPATIENT else self._patience_s
+            timeout_s = rng.uniform(0, 0.3) if rng.random() < EARLY_RETRY_PROBABILITY else self._patience_s
             try:
-                async with asyncio.timeout(patience_s), self._sent(turn, attempt) as response:
+                async with asyncio.timeout(timeout_s), self._post(turn, attempt) as response:
                     answer = await self._answer(turn, response)
                 if answer is not None:
                     break
@@ -173,39 +173,41 @@ class Pupil:
                 self._counts["broken"] += 1
             attempt += 1
             self._counts["retries"] += 1
-            await asyncio.sleep(chance.uniform(0.05, 0.5))
+            await asyncio.sleep(rng.uniform(0.05, 0.5))
         self._counts["acknowledged"] += 1
         self._counts["replays"] += response.headers.get("Idempotent-Replayed") == "true"
-        self.life.hears(turn, answer)
+        self.history.record_answer(turn, answer)
 
-    async def _leave(self, turn: Turn) -> None:
+    async def _send_and_hang_up(self, turn: Turn) -> None:
         """Sends a turn and goes at some moment, mostly before its end."""
         self._counts["hang-ups"] += 1
-        patience = self.life.random.choice((0.0, 0.01, 0.03, 0.1, 0.3))
+        patience = self.history.random.choice((0.0, 0.01, 0.03, 0.1, 0.3))
         try:
-            async with asyncio.timeout(patience), self._sent(turn, 0) as response:
+            async with asyncio.timeout(patience), self._post(turn, 0) as response:
                 async for _ in response.aiter_raw():
                     pass
         except (TimeoutError, httpx.TransportError):
             pass
 
-    def _sent(self, turn: Turn, attempt: int) -> Any:
-        headers = {"X-Request-Id": f"{self.life.name}/{turn.number}/{attempt}"}
-        if turn.keyed:
-            headers["Idempotency-Key"] = f"{self.life.name}/{turn.number}"
+    def _post(self, turn: Turn, attempt: int) -> Any:
+        headers = {"X-Request-Id": f"{self.history.name}/{turn.number}/{attempt}"}
+        if turn.has_key:
+            headers["Idempotency-Key"] = f"{self.history.name}/{turn.number}"
         else:
             headers["x-stainless-retry-count"] = str(attempt)
-        url = f"{self.life.random.choice(self._urls)}/v1/{turn.path}"
+        url = f"{self.history.random.choice(self._urls)}/v1/{turn.path}"
         return self._http.stream("POST", url, json=turn.body, headers=headers)
 
     async def _answer(self, turn: Turn, response: httpx.Response) -> Json | None:
         """What was acknowledged; None if the turn has to be sent again."""
-        if response.status_code in AGAIN:
+        if response.status_code in RETRYABLE_STATUSES:
             self._counts[f"refused {response.status_code}"] += 1
             return None
         if response.status_code != 200:
             await response.aread()
-            raise Wrong(f"{turn.path} {json.dumps(turn.body)[:200]}: {response.status_code} {response.text[:300]}")
+            raise ContractViolation(
+                f"{turn.path} {json.dumps(turn.body)[:200]}: {response.status_code} {response.text[:300]}"
+            )
         if turn.body.get("stream"):
             return await self._streamed(response)
         await response.aread()
@@ -213,24 +215,24 @@ class Pupil:
         if "choices" not in body:
             return {"from": None, "to": body["version"]}  # there is always something to learn
         (choice,) = body["choices"]
-        said = choice["text"] if "text" in choice else choice["message"]["content"]
-        return told(body["adaptation"]) | {"said": said}
+        output = choice["text"] if "text" in choice else choice["message"]["content"]
+        return told(body["adaptation"]) | {"said": output}
 
     async def _streamed(self, response: httpx.Response) -> Json | None:
         """The final chunk is the acknowledgement, with [DONE] or without."""
-        said, last = "", None
+        output, last = "", None
         async for chunk in events(response):
             if "error" in chunk:
                 if chunk["error"]["type"] != "server_error" or chunk["error"]["code"] == "internal_error":
-                    raise Wrong(f"in a stream: {chunk}")
+                    raise ContractViolation(f"in a stream: {chunk}")
                 self._counts["broken streams"] += 1
                 return None
             (choice,) = chunk["choices"]
-            said += choice["text"] if "text" in choice else choice["delta"].get("content", "")
+            output += choice["text"] if "text" in choice else choice["delta"].get("content", "")
             if choice["finish_reason"] is not None:
                 last = chunk["adaptation"]
                 break
-        return None if last is None else told(last) | {"said": said}
+        return None if last is None else told(last) | {"said": output}
 
 
 def told(adaptation: Json) -> Json:

@@ -18,7 +18,7 @@ import pytest
 from service.base_cache import resolve_base
 from tests.tiny import build_tiny_base
 
-START_S = 300.0  # only a busy machine needs so long
+START_TIMEOUT_S = 300.0  # only a busy machine needs so long
 
 
 class Server:
@@ -48,7 +48,7 @@ class Server:
         return self
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             assert self.process is not None
             if self.process.poll() is not None:
@@ -62,7 +62,7 @@ class Server:
         self.kill()
         raise AssertionError(f"the server did not become ready:\n{self.log.read_text()}")
 
-    def stop(self, *, timeout: float = START_S) -> int:
+    def stop(self, *, timeout: float = START_TIMEOUT_S) -> int:
         """SIGTERM; returns the exit code."""
         assert self.process is not None
         if self.process.poll() is None:
@@ -109,13 +109,13 @@ def real_server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def make_server(tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Servers of a test's own, to be killed, restarted or overloaded; settings as keywords."""
-    made: list[Server] = []
+    servers: list[Server] = []
 
     def make(name: str = "data", *, model: str | None = None, **settings: object) -> Server:
-        made.append(Server(model or str(tiny_base), tmp_path / name, **settings))
-        return made[-1]
+        servers.append(Server(model or str(tiny_base), tmp_path / name, **settings))
+        return servers[-1]
 
     yield make
-    for server in made:
+    for server in servers:
         if server.process is not None:
             server.stop()

@@ -25,8 +25,8 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 EOS = "2"  # of the tiny base, as a key of `logit_bias`
-ENDLESS = {EOS: -100}
-VOLATILE = {
+NO_EOS = {EOS: -100}
+VOLATILE_FIELDS = {
     b"id",
     b"nonce",
     b"created",
@@ -34,7 +34,7 @@ VOLATILE = {
     b"undo_from",
     b"undo_bytes",
 }  # of a stored session: they differ between equal ones
-PATIENCE_S = 300.0
+WAIT_TIMEOUT_S = 300.0
 
 
 class Client:
@@ -62,11 +62,11 @@ class Client:
         return {"model": self.model, "prompt": prompt, "max_tokens": 8, "temperature": 0} | fields
 
     def complete(self, prompt: Any = TEXT[:60], **fields: Any) -> Json:
-        return success(self.post("completions", self.completion(prompt, **fields)))
+        return assert_success(self.post("completions", self.completion(prompt, **fields)))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> Json:
         body = {"model": self.model, "messages": messages, "max_completion_tokens": 8, "temperature": 0} | fields
-        return success(self.post("chat/completions", body))
+        return assert_success(self.post("chat/completions", body))
 
     @contextmanager
     def stream(self, path: str = "completions", **body: Any) -> Iterator[Iterator[Json]]:
@@ -77,18 +77,18 @@ class Client:
             yield chunks(response)
 
     def observe(self, session: str, text: str, if_match: str | None = None) -> Json:
-        return success(self.post(f"sessions/{session}/observe", {"text": text}, if_match))
+        return assert_success(self.post(f"sessions/{session}/observe", {"text": text}, if_match))
 
     def score(self, session: str, text: str, learn: bool = False) -> Json:
-        return success(self.post(f"sessions/{session}/score", {"text": text, "learn": learn}))
+        return assert_success(self.post(f"sessions/{session}/score", {"text": text, "learn": learn}))
 
     def session(self, session: str) -> Json:
-        return success(self.http.get(f"/v1/sessions/{session}"))
+        return assert_success(self.http.get(f"/v1/sessions/{session}"))
 
     def version(self, session: str) -> int:
         """0 if there is no such session."""
         response = self.http.get(f"/v1/sessions/{session}")
-        return 0 if response.status_code == 404 else int(success(response)["version"])
+        return 0 if response.status_code == 404 else int(assert_success(response)["version"])
 
     def readiness(self) -> str:
         """What /readyz says; "gone" if nobody answers."""
@@ -119,21 +119,21 @@ class Client:
             yield
 
     @contextmanager
-    def unfinished(self, path: str, body: Json) -> Iterator[None]:
+    def request_in_flight(self, path: str, body: Json) -> Iterator[None]:
         """The same, where nobody else is sending: the block begins when the server has the request in hand."""
         before = self.metric("requests_in_flight")
         with self.sent(path, body):
-            until(lambda: self.metric("requests_in_flight") > before)
+            wait_until(lambda: self.metric("requests_in_flight") > before)
             yield
 
 
-def success(response: httpx.Response) -> Json:
+def assert_success(response: httpx.Response) -> Json:
     assert response.is_success, response.text
     body: Json = response.json()
     return body
 
 
-def refusal(response: httpx.Response, status: int, code: str) -> Json:
+def assert_error(response: httpx.Response, status: int, code: str) -> Json:
     """The error of a response, which is of that status and code, in OpenAI's shape."""
     assert response.status_code == status, response.text
     error: Json = response.json()["error"]
@@ -164,37 +164,37 @@ def text_of(streamed: Sequence[Json], choice: int = 0) -> str:
     return "".join(one["text"] for one in said)
 
 
-def until(happened: Callable[[], bool], patience: float = PATIENCE_S) -> None:
+def wait_until(condition: Callable[[], bool], patience: float = WAIT_TIMEOUT_S) -> None:
     """Waits for something that is sure to happen."""
     deadline = time.monotonic() + patience
-    while not happened():
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
 
 
-def insist(ask: Callable[[], T]) -> T:
+def retry_until_success(call: Callable[[], T]) -> T:
     """The answer, once the server gives one."""
     answers: list[T] = []
 
     def answered() -> bool:
         with suppress(httpx.TransportError, AssertionError):
-            answers.append(ask())
+            answers.append(call())
         return bool(answers)
 
-    until(answered)
+    wait_until(answered)
     return answers[0]
 
 
 @contextmanager
-def crowd(url: str, size: int = 8) -> Iterator[None]:
+def background_load(url: str, size: int = 8) -> Iterator[None]:
     """So many other users, each with a session of its own or none, who send one request after the other."""
     over = Event()
 
-    def hammer(number: int) -> int:
+    def send_requests(number: int) -> int:
         sent = 0
         with Client(url) as client:
             while not over.is_set():
-                fields: Json = {"max_tokens": 20 + 10 * number, "temperature": 1, "logit_bias": ENDLESS}
+                fields: Json = {"max_tokens": 20 + 10 * number, "temperature": 1, "logit_bias": NO_EOS}
                 if number % 4:
                     fields |= {"session": f"crowd-{number}", "learn": ("prompt", "completion", "all")[number % 3]}
                 client.complete(TEXT[number : 90 + number], **fields)
@@ -202,10 +202,10 @@ def crowd(url: str, size: int = 8) -> Iterator[None]:
         return sent
 
     with ThreadPoolExecutor(size) as pool:
-        users = [pool.submit(hammer, number) for number in range(size)]
+        users = [pool.submit(send_requests, number) for number in range(size)]
         try:
             with Client(url) as client:
-                until(lambda: client.metric("requests_in_flight") >= size / 2)
+                wait_until(lambda: client.metric("requests_in_flight") >= size / 2)
             yield
         finally:
             over.set()
@@ -216,14 +216,14 @@ def in_background(pool: ThreadPoolExecutor, client: Client, work: Callable[[], A
     """Starts a request and returns when the server has it in hand."""
     before = client.metric("requests_in_flight")
     future = pool.submit(work)
-    until(lambda: future.done() or client.metric("requests_in_flight") > before)
+    wait_until(lambda: future.done() or client.metric("requests_in_flight") > before)
     return future
 
 
 # --- the store, from behind -------------------------------------------------------------------------------------------
 
 
-def valkey_of(data_dir: Path) -> psutil.Process | None:
+def find_valkey(data_dir: Path) -> psutil.Process | None:
     """The Valkey process that runs on a server's data folder."""
     home = data_dir / "valkey"
     with suppress(OSError, ValueError, psutil.NoSuchProcess):
@@ -239,7 +239,7 @@ def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str
     store: the data folder of a running server, or the URL of its Redis.
     """
     prefix = f"imprint:{{{tenant}/{session}}}:"
-    with redis_of(store) as redis:
+    with connect_redis(store) as redis:
         keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
         return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
 
@@ -262,23 +262,23 @@ def _content(redis: Redis, key: bytes) -> dict[bytes, bytes]:
 def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
     """What a session is: its rows, and its meta but for what tells it from an equal one."""
     return {
-        key: {name: value for name, value in content.items() if key != "meta" or name not in VOLATILE}
+        key: {name: value for name, value in content.items() if key != "meta" or name not in VOLATILE_FIELDS}
         for key, content in stored(store, session).items()
         if key == "meta" or key.startswith("rows:")
     }
 
 
-def account(store: Path | str, tenant: str) -> dict[str, int]:
+def tenant_usage(store: Path | str, tenant: str) -> dict[str, int]:
     """The bytes of rows that a tenant's account names, by session; `*` is their sum."""
-    with redis_of(store) as redis:
+    with connect_redis(store) as redis:
         noted = cast(dict[bytes, bytes], redis.hgetall(f"imprint:{{{tenant}}}:sessions"))
-        return {name.decode(): int(held) for name, held in noted.items()}
+        return {name.decode(): int(num_bytes) for name, num_bytes in noted.items()}
 
 
-def redis_of(store: Path | str) -> Redis:
+def connect_redis(store: Path | str) -> Redis:
     if isinstance(store, str):
         return Redis.from_url(store)
-    valkey = valkey_of(store)
+    valkey = find_valkey(store)
     assert valkey is not None
     connections = valkey.net_connections("unix")
     return Redis(unix_socket_path=next(str(each.laddr) for each in connections if each.laddr))

@@ -33,18 +33,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.store.codec import decode
 from service.turns.prompts import TextPrompt
-from tests.clients import Life, Pupil, Turn, Wrong
+from tests.clients import ContractViolation, SessionClient, SessionHistory, Turn
 from tests.conftest import Server
-from tests.live import Client, rows_of, stored, success, until, valkey_of
-from tests.replay import Model, Replay, Rows, one_thread
+from tests.live import Client, assert_success, find_valkey, rows_of, stored, wait_until
+from tests.replay import ReferenceModel, Replay, Rows, one_thread
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import build_tiny_base
 
 SESSIONS = 20
 PAUSE_S = 0.5  # of a client between two turns
 LEASE_S = 1.0
-LONGEST_START_S = 60.0
-LAST_TURN_S = 120.0
+START_TIMEOUT_S = 60.0
+LAST_TURN_TIMEOUT_S = 120.0
 MAX_FAULTS = 20
 
 console = Console(stderr=True)
@@ -56,7 +56,7 @@ class Result:
     """What a run found. lost: acknowledged turns that a session has not; doubled: turns that it has more than once."""
 
     lost: int = 0
-    doubled: int = 0
+    duplicated: int = 0
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     sessions: int = 0
@@ -65,11 +65,11 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        return not (self.lost or self.doubled or self.faults)
+        return not (self.lost or self.duplicated or self.faults)
 
     def line(self) -> str:
         told = {name.replace(" ", "_"): count for name, count in sorted(self.counts.items())}
-        found = {"passed": self.passed, "lost": self.lost, "doubled": self.doubled, "sessions": self.sessions}
+        found = {"passed": self.passed, "lost": self.lost, "doubled": self.duplicated, "sessions": self.sessions}
         rest = {"versions": self.versions, "seconds": round(self.seconds), "faults": self.faults[:5]}
         return json.dumps(found | told | rest)
 
@@ -77,12 +77,12 @@ class Result:
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-class Kills:
+class KillInjector:
     """One server on its embedded store. The server, its store and both are killed in turns, at random instants, some of
     them before the server has come up again."""
 
-    does = "killed"
-    patience_s = 20.0  # of a client with a server that says nothing
+    progress_label = "killed"
+    timeout_s = 20.0  # of a client with a server that says nothing
 
     def __init__(self, folder: Path, model: str, *, kills: int, seed: int) -> None:
         self.server = Server(model, folder / "data", max_queue=4 * SESSIONS, hot_sessions=SESSIONS // 2)
@@ -91,16 +91,16 @@ class Kills:
         self._random = random.Random(f"{seed}/kills")
 
     @contextmanager
-    def up(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         self.server.start()
         yield
         self.server.stop()
-        if (orphan := valkey_of(self.server.data_dir)) is not None:
+        if (orphan := find_valkey(self.server.data_dir)) is not None:
             orphan.terminate()
 
-    async def trouble(self, result: Result, step: Callable[[], None]) -> None:
+    async def inject_faults(self, result: Result, step: Callable[[], None]) -> None:
         for number in range(self.steps):
-            await self._moment()
+            await self._wait_random()
             victim = ("server", "store", "both")[number % 3]
             while not await self._kill(victim):
                 await asyncio.sleep(0.01)
@@ -109,7 +109,7 @@ class Kills:
             step()
         await self._ready()
 
-    async def _moment(self) -> None:
+    async def _wait_random(self) -> None:
         """A random instant; mostly of a server that is ready, at times of one that comes up."""
         if self._random.random() > 0.15:
             await self._ready()
@@ -119,8 +119,8 @@ class Kills:
 
     async def _kill(self, victim: str) -> bool:
         """Whether there was one to kill, -9; a server comes up again at once."""
-        self._revive()
-        server, store = self.server.process, valkey_of(self.server.data_dir)
+        self._restart_if_ended()
+        server, store = self.server.process, find_valkey(self.server.data_dir)
         assert server is not None
         if victim != "server" and store is None:
             return False
@@ -134,36 +134,36 @@ class Kills:
             self.server.start(wait=False)
         return True
 
-    def _revive(self) -> None:
+    def _restart_if_ended(self) -> None:
         """A server whose store is killed while it starts says so and ends; whoever keeps it up starts it again."""
         assert self.server.process is not None
         if self.server.process.poll() is None:
             return
-        said = self.server.log.read_text()[-2000:]
-        if "valkey did not start (status -9)" not in said.splitlines()[-1]:
-            raise Wrong(f"the server ended by itself: {said}")
+        output = self.server.log.read_text()[-2000:]
+        if "valkey did not start (status -9)" not in output.splitlines()[-1]:
+            raise ContractViolation(f"the server ended by itself: {output}")
         self.server.start(wait=False)
 
     async def _ready(self) -> None:
-        deadline = time.monotonic() + LONGEST_START_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         async with httpx.AsyncClient(timeout=5) as http:
             while time.monotonic() < deadline:
-                self._revive()
+                self._restart_if_ended()
                 try:
                     if (await http.get(f"{self.url}/readyz")).status_code == 200:
                         return
                 except httpx.TransportError:
                     pass
                 await asyncio.sleep(0.1)
-        raise Wrong(f"the server does not come up: {self.server.log.read_text()[-2000:]}")
+        raise ContractViolation(f"the server does not come up: {self.server.log.read_text()[-2000:]}")
 
 
-class Pauses:
+class PauseInjector:
     """Replicas on one Valkey. One after the other is stopped for longer than a lease lasts, in the midst of whatever it
     does, and goes on where it was when others have gone on with its sessions."""
 
-    does = "paused, s"
-    patience_s = 2 * LEASE_S
+    progress_label = "paused, s"
+    timeout_s = 2 * LEASE_S
 
     def __init__(self, folder: Path, model: str, *, replicas: int, seconds: float, seed: int) -> None:
         self._port, self._folder = free_ports(1)[0], folder
@@ -175,7 +175,7 @@ class Pauses:
         self._random = random.Random(f"{seed}/pauses")
 
     @contextmanager
-    def up(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         with ExitStack() as stack:
             options = ("--appendonly", "yes", "--appendfsync", "always")
             stack.enter_context(valkey(self._folder / "valkey", self._port, *options))
@@ -186,7 +186,7 @@ class Pauses:
                 server.wait_until_ready()
             yield
 
-    async def trouble(self, result: Result, step: Callable[[], None]) -> None:
+    async def inject_faults(self, result: Result, step: Callable[[], None]) -> None:
         ends, passed = time.monotonic() + self.steps, 0
         began = time.monotonic()
         while time.monotonic() < ends:
@@ -209,51 +209,53 @@ class Pauses:
 class Evidence:
     """What is left of a run when it is over: by session, its log (oldest first) and every stored byte."""
 
-    lives: list[Life]
+    histories: list[SessionHistory]
     logs: dict[str, list[Json]]
     found: dict[str, dict[str, dict[bytes, bytes]]]
 
 
-def run(world: Kills | Pauses, base: Path, *, seed: int) -> Result:
+def run(injector: KillInjector | PauseInjector, base: Path, *, seed: int) -> Result:
     """One whole run."""
     result, began = Result(), time.monotonic()
-    judge(witness(world, base.name, result, seed=seed), Model(base), result)
+    verify(collect_evidence(injector, base.name, result, seed=seed), ReferenceModel(base), result)
     result.seconds = time.monotonic() - began
     return result
 
 
-def witness(world: Kills | Pauses, model: str, result: Result, *, seed: int) -> Evidence:
+def collect_evidence(injector: KillInjector | PauseInjector, model: str, result: Result, *, seed: int) -> Evidence:
     """The clients, and what befalls the servers."""
-    with world.up():
-        lives = asyncio.run(_live(world, model, result, seed))
-        for url in world.urls:
+    with injector.running():
+        histories = asyncio.run(_run_clients(injector, model, result, seed))
+        for url in injector.urls:
             with Client(url) as client:
-                until(client.idle)
-        with Client(world.url) as client:
-            logs = {life.name: _log(client, life.name) for life in lives}
-        return Evidence(lives, logs, {life.name: stored(world.store, life.name) for life in lives})
+                wait_until(client.idle)
+        with Client(injector.url) as client:
+            logs = {history.name: _log(client, history.name) for history in histories}
+        return Evidence(histories, logs, {history.name: stored(injector.store, history.name) for history in histories})
 
 
-async def _live(world: Kills | Pauses, model: str, result: Result, seed: int) -> list[Life]:
+async def _run_clients(
+    injector: KillInjector | PauseInjector, model: str, result: Result, seed: int
+) -> list[SessionHistory]:
     """The clients and what befalls the servers, until that is over and every turn is acknowledged."""
     over = asyncio.Event()
-    pupils = [
-        Pupil(f"s{seed}-{number}", world.urls, model, result.counts, patience_s=world.patience_s)
+    session_clients = [
+        SessionClient(f"s{seed}-{number}", injector.urls, model, result.counts, timeout_s=injector.timeout_s)
         for number in range(SESSIONS)
     ]
-    tasks = [asyncio.create_task(pupil.live(over.is_set, PAUSE_S)) for pupil in pupils]
-    with _progress(world.does, world.steps) as step:
+    tasks = [asyncio.create_task(session_client.live(over.is_set, PAUSE_S)) for session_client in session_clients]
+    with _progress(injector.progress_label, injector.steps) as step:
         try:
-            await world.trouble(result, step)
-        except Wrong as error:
+            await injector.inject_faults(result, step)
+        except ContractViolation as error:
             result.faults.append(str(error))
     over.set()
-    for pupil, task in zip(pupils, tasks, strict=True):
+    for session_client, task in zip(session_clients, tasks, strict=True):
         try:
-            await asyncio.wait_for(task, LAST_TURN_S)
-        except (Wrong, TimeoutError) as error:
-            result.faults.append(f"{pupil.life.name}: {error!r}")
-    return [life for pupil in pupils for life in pupil.lives]
+            await asyncio.wait_for(task, LAST_TURN_TIMEOUT_S)
+        except (ContractViolation, TimeoutError) as error:
+            result.faults.append(f"{session_client.history.name}: {error!r}")
+    return [history for session_client in session_clients for history in session_client.histories]
 
 
 @contextmanager
@@ -282,65 +284,67 @@ def _log(client: Client, session: str) -> list[Json]:
         response = client.http.get(f"/v1/sessions/{session}/log", params=page)
         if response.status_code == 404:
             return []
-        found = success(response)
+        found = assert_success(response)
         entries += found["data"]
         before = found["next"]
         if before is None:
             return entries[::-1]
 
 
-def judge(evidence: Evidence, model: Model, result: Result) -> None:
-    with one_thread(), _progress("judged", len(evidence.lives)) as step:
-        for life in evidence.lives:
-            turns = _turns(life, evidence.logs[life.name], result)
+def verify(evidence: Evidence, model: ReferenceModel, result: Result) -> None:
+    with one_thread(), _progress("judged", len(evidence.histories)) as step:
+        for history in evidence.histories:
+            turns = _turns(history, evidence.logs[history.name], result)
             result.sessions += 1
             result.versions += len(turns)
-            differences = _differences(life, turns, evidence.found[life.name], model)
-            result.faults += [f"{life.name}: {wrong}" for wrong in differences]
+            differences = _differences(history, turns, evidence.found[history.name], model)
+            result.faults += [f"{history.name}: {wrong}" for wrong in differences]
             step()
 
 
-def _turns(life: Life, log: list[Json], result: Result) -> list[Turn]:
+def _turns(history: SessionHistory, log: list[Json], result: Result) -> list[Turn]:
     """The turns that the session has taken, by its log; counts those that are lost or doubled."""
-    taken = [life.turns[int(entry["request_id"].split("/")[1])] for entry in log]
+    taken = [history.turns[int(entry["request_id"].split("/")[1])] for entry in log]
     times = Counter(turn.number for turn in taken)
     for number in (number for number, count in times.items() if count > 1):
-        result.doubled += 1
+        result.duplicated += 1
         named = [(entry["version"], entry["request_id"]) for entry in log if f"/{number}/" in entry["request_id"]]
-        result.faults.append(f"doubled: {life.turns[number].told()}, in the log as {named}")
+        result.faults.append(f"doubled: {history.turns[number].told()}, in the log as {named}")
     if [entry["version"] for entry in log] != list(range(1, len(log) + 1)):
-        result.faults.append(f"{life.name}: the log has other versions than 1..{len(log)}")
-    for turn in life.turns:
+        result.faults.append(f"{history.name}: the log has other versions than 1..{len(log)}")
+    for turn in history.turns:
         if turn.version is not None:
             if turn.version > len(taken) or taken[turn.version - 1] is not turn:
                 result.lost += 1
                 result.faults.append(f"lost: {turn.told()}, not in the log at its version")
         elif turn.acknowledged and times[turn.number]:
-            result.faults.append(f"{life.name}: turn {turn.number} was told to change nothing, and did")
+            result.faults.append(f"{history.name}: turn {turn.number} was told to change nothing, and did")
         elif not turn.acknowledged:
             result.counts["hang-ups that landed"] += bool(times[turn.number])
     return taken
 
 
-def _differences(life: Life, turns: list[Turn], found: dict[str, dict[bytes, bytes]], model: Model) -> Iterator[str]:
+def _differences(
+    history: SessionHistory, turns: list[Turn], found: dict[str, dict[bytes, bytes]], model: ReferenceModel
+) -> Iterator[str]:
     """What of a session is not as the model alone makes it of these turns."""
     replay = Replay(model)
     for turn in turns:
-        said = _tell(replay, turn)
-        if said is not None and turn.acknowledged and said != turn.said:
-            yield f"turn {turn.number} was answered {turn.said!r}, alone {said!r}"
+        output = _replay_turn(replay, turn)
+        if output is not None and turn.acknowledged and output != turn.output:
+            yield f"turn {turn.number} was answered {turn.output!r}, alone {output!r}"
     version = len(replay.versions) - 1
     if found:
-        meta = decode(life.name, found["meta"])
+        meta = decode(history.name, found["meta"])
         if meta.version != version:
             yield f"version {meta.version}, alone {version}"
-        yield from replay.versions[-1].differs(_rows(found), meta)[:3]
+        yield from replay.versions[-1].diff(_rows(found), meta)[:3]
     elif version:
         yield f"not there, alone at version {version}"
     replay.end()
 
 
-def _tell(replay: Replay, turn: Turn) -> str | None:
+def _replay_turn(replay: Replay, turn: Turn) -> str | None:
     if turn.path.endswith("/rollback"):
         replay.rollback(turn.body["version"])
     elif turn.path.endswith("/observe"):
@@ -368,11 +372,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="imprint-oracle-") as name:
         folder = Path(name)
         base = build_tiny_base(folder / "tiny")
-        world: Kills | Pauses = Kills(folder, str(base), kills=given.kills, seed=given.seed)
+        injector: KillInjector | PauseInjector = KillInjector(folder, str(base), kills=given.kills, seed=given.seed)
         if given.replicas > 1:
             seconds = 60 * given.minutes
-            world = Pauses(folder, str(base), replicas=given.replicas, seconds=seconds, seed=given.seed)
-        result = run(world, base, seed=given.seed)
+            injector = PauseInjector(folder, str(base), replicas=given.replicas, seconds=seconds, seed=given.seed)
+        result = run(injector, base, seed=given.seed)
     print(result.line())
     return 0 if result.passed else 1
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from model.adaptive_lm import AdaptiveLM, Carry, Scores
+from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.checkpoint import load_backbone
 from model.memory import Draft, SiteRows
 from model.memory.initial import default_config, random_memory
-from model.text.sampling import Sampler, Sampling
+from model.text.sampling import Sampler, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service.engine.text_stream import TextStream
 from service.turns import prompts
-from service.turns.prompts import ChatPrompt, Encoded, Prompt, TextPrompt
+from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt, TextPrompt
 
 Json = dict[str, Any]
 Rows = dict[str, dict[int, bytes]]
@@ -49,7 +49,7 @@ class Version:
     rows: Rows = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 
-    def differs(self, rows: Rows, meta: Any) -> list[str]:
+    def diff(self, rows: Rows, meta: Any) -> list[str]:
         """What of a stored session is not as it is here."""
         here, there = ({site: held for site, held in each.items() if held} for each in (self.rows, rows))
         wrong = [
@@ -66,7 +66,7 @@ class Version:
 
 
 @dataclass
-class _Learned:
+class _LearnedCounts:
     """What a turn adds to the counters."""
 
     tokens: int = 0
@@ -86,14 +86,14 @@ class _Learned:
             self.frozen_loss -= float(scores.frozen[learned].double().sum())
 
 
-class Model:
+class ReferenceModel:
     """The model that a server serves from a folder that no memory is shipped for."""
 
     def __init__(self, folder: Path) -> None:
         backbone = load_backbone(folder)
         hidden_size = backbone.config.hidden_size
         memory = random_memory(default_config(hidden_size), seed=0)
-        self.lm = AdaptiveLM(backbone, memory, decoder=backbone.halved())
+        self.lm = AdaptiveLM(backbone, memory, decoder=backbone.fp16_decoder())
         self.tokenizer = Tokenizer.load(folder)
         self.context = backbone.config.max_context
         self.block = self.lm.memory.config.block
@@ -113,7 +113,7 @@ def one_thread() -> Iterator[None]:
 class Replay:
     """One session. `versions[v]` is what it was at version v; use it under `one_thread`, and `end` it."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ReferenceModel) -> None:
         self.versions = [Version()]
         self._model = model
         self._index = model.pool.open()
@@ -124,7 +124,7 @@ class Replay:
     def rollback(self, version: int) -> None:
         self._model.pool.close(self._index)
         self.versions.append(self.versions[version])
-        stored = {site: _packed(held) for site, held in self.versions[-1].rows.items() if held}
+        stored = {site: _pack_rows(held) for site, held in self.versions[-1].rows.items() if held}
         self._index = self._model.pool.open(stored)
 
     def observe(self, prompt: Prompt) -> None:
@@ -133,9 +133,9 @@ class Replay:
         start = model.tokenizer.start_token_id
         encoded = prompts.encode(prompt, model.tokenizer, counters.digests, reply=False)
         encoded = prompts.without_bos(encoded, start)
-        learned, draft = _Learned(), model.pool.draft(self._index)
+        learned, draft = _LearnedCounts(), model.pool.draft(self._index)
         for segment in prompts.segments(encoded, model.context, start, learn=True, score=False):
-            self._read(segment.token_ids, segment.learn, 0, draft, learned)
+            self._prefill(segment.token_ids, segment.learn, 0, draft, learned)
         self._commit(draft, learned, encoded.digests)
 
     def complete(self, body: Json) -> str | None:
@@ -144,88 +144,117 @@ class Replay:
         known = self.versions[-1].counters.digests
         encoded = prompts.encode(prompt, self._model.tokenizer, known, reply=True)
         adapt, learn = body["adapt"], body["learn"]
-        reads, says = learn in ("prompt", "all"), adapt == "both" and learn in ("completion", "all")
-        chats = adapt == "both" and isinstance(prompt, ChatPrompt)
-        learned, draft = _Learned(), self._model.pool.draft(self._index)
-        room = body["max_tokens"] if adapt == "both" else 0
-        cache, carry = self._read(encoded.token_ids, encoded.learn if reads else None, room, draft, learned)
-        said = None
-        if says or chats:
-            said = self._say(body, encoded, cache, carry, draft, learned if says else None, proves=reads)
-        digests = list(encoded.digests) if reads else []
-        if chats and said is not None:
-            digests += prompts.reply_digests(body["messages"], [said])
+        learns_prompt, learns_reply = learn in ("prompt", "all"), adapt == "both" and learn in ("completion", "all")
+        is_chat = adapt == "both" and isinstance(prompt, ChatPrompt)
+        learned, draft = _LearnedCounts(), self._model.pool.draft(self._index)
+        extra_tokens = body["max_tokens"] if adapt == "both" else 0
+        cache, decode_state = self._prefill(
+            encoded.token_ids, encoded.learn if learns_prompt else None, extra_tokens, draft, learned
+        )
+        output = None
+        if learns_reply or is_chat:
+            output = self._generate(
+                body,
+                encoded,
+                cache,
+                decode_state,
+                draft,
+                learned if learns_reply else None,
+                scores_frozen=learns_prompt,
+            )
+        digests = list(encoded.digests) if learns_prompt else []
+        if is_chat and output is not None:
+            digests += prompts.reply_digests(body["messages"], [output])
         self._commit(draft, learned, digests)
-        return said
+        return output
 
-    def _read(
-        self, tokens: Sequence[int], learn: Sequence[bool] | None, room: int, draft: Draft, learned: _Learned
-    ) -> tuple[Any, Carry]:
-        """A request's tokens, block by block; `room`: for how many more there must be in the cache."""
-        model, carry = self._model, None
-        cache = model.lm.backbone.new_cache(len(tokens) + room)
+    def _prefill(
+        self,
+        tokens: Sequence[int],
+        learn: Sequence[bool] | None,
+        extra_tokens: int,
+        draft: Draft,
+        learned: _LearnedCounts,
+    ) -> tuple[Any, DecodeState]:
+        """A request's tokens, block by block; `extra_tokens`: for how many more there must be in the cache."""
+        model, decode_state = self._model, None
+        cache = model.lm.backbone.new_cache(len(tokens) + extra_tokens)
         for start in range(0, len(tokens), model.block):
             part = slice(start, start + model.block)
             wanted = None if learn is None else learn[part]
-            carry, scores = model.lm.block(
-                tokens[part], cache, model.pool, draft.index, carry=carry, learn=wanted, draft=draft, frozen=True
+            decode_state, scores = model.lm.block(
+                tokens[part],
+                cache,
+                model.pool,
+                draft.index,
+                decode_state=decode_state,
+                learn=wanted,
+                draft=draft,
+                frozen=True,
             )
             learned.add(scores)
         learned.segments += int(learn is not None and any(learn))
-        assert carry is not None
-        return cache, carry
+        assert decode_state is not None
+        return cache, decode_state
 
-    def _say(
+    def _generate(
         self,
         body: Json,
-        encoded: Encoded,
+        encoded: EncodedPrompt,
         cache: Any,
-        carry: Carry,
+        decode_state: DecodeState,
         draft: Draft,
-        learned: _Learned | None,
+        learned: _LearnedCounts | None,
         *,
-        proves: bool,
+        scores_frozen: bool,
     ) -> str:
         """A reply, token by token; each block that can no longer become a stop string is learned at once, if any is."""
         model, text = self._model, TextStream(self._model.tokenizer.stream(), tuple(body.get("stop", ())))
-        sampler = Sampler(Sampling(temperature=body["temperature"], seed=body["seed"]))
-        said, taught, over, behind = list[int](), 0, False, carry
-        while not over:
-            token = sampler.draw(model.lm.predict([carry], model.pool, [draft.index])[0])
+        sampler = Sampler(SamplingParams(temperature=body["temperature"], seed=body["seed"]))
+        output, num_learned, finished, learned_state = list[int](), 0, False, decode_state
+        while not finished:
+            token = sampler.draw(model.lm.predict([decode_state], model.pool, [draft.index])[0])
             if token in model.tokenizer.eos_token_ids:
                 text.finish()
-                over = True
+                finished = True
             else:
-                said.append(token)
-                over = text.push(token)
-                if not over and len(said) == body["max_tokens"]:
+                output.append(token)
+                finished = text.push(token)
+                if not finished and len(output) == body["max_tokens"]:
                     text.finish()
-                    over = True
-            pending = not over
-            while learned is not None and (count := min(model.block, text.tokens_released - taught)) > 0:
-                if count < model.block and not over:
+                    finished = True
+            pending = not finished
+            while learned is not None and (count := min(model.block, text.tokens_released - num_learned)) > 0:
+                if count < model.block and not finished:
                     break
                 length = cache.length
-                cache.truncate(len(encoded.token_ids) + taught)
-                part = said[taught : taught + count]
+                cache.truncate(len(encoded.token_ids) + num_learned)
+                part = output[num_learned : num_learned + count]
                 mask = [True] * count
-                behind, scores = model.lm.block(
-                    part, cache, model.pool, draft.index, carry=behind, learn=mask, draft=draft, frozen=proves
+                learned_state, scores = model.lm.block(
+                    part,
+                    cache,
+                    model.pool,
+                    draft.index,
+                    decode_state=learned_state,
+                    learn=mask,
+                    draft=draft,
+                    frozen=scores_frozen,
                 )
                 learned.add(scores)
-                taught += count
+                num_learned += count
                 cache.length = max(cache.length, length)
-                if taught == len(said):
-                    carry, pending = behind, False
+                if num_learned == len(output):
+                    decode_state, pending = learned_state, False
             if pending:
-                carry = model.lm.decode([said[-1]], [cache], [carry], model.pool, [draft.index])[0]
+                decode_state = model.lm.decode([output[-1]], [cache], [decode_state], model.pool, [draft.index])[0]
         return text.text
 
-    def _commit(self, draft: Draft, learned: _Learned, seen: Sequence[str]) -> None:
+    def _commit(self, draft: Draft, learned: _LearnedCounts, seen: Sequence[str]) -> None:
         pool, before = self._model.pool, self.versions[-1]
         touched, held = draft.touched(), pool.rows(draft.index)
         counters = before.counters
-        digests = prompts.remember(counters.digests, seen)
+        digests = prompts.merge_digests(counters.digests, seen)
         new = bool(touched or learned.tokens or not set(digests) <= set(counters.digests))
         if not new:
             draft.rollback()
@@ -234,7 +263,7 @@ class Replay:
         size = sum(count * pool.sites[site].config.row_bytes for site, count in held.items())
         self.versions.append(
             Version(
-                _overlaid(before.rows, touched),
+                _overlay(before.rows, touched),
                 Counters(
                     counters.tokens_learned + learned.tokens,
                     sum(held.values()) if touched else counters.rows,
@@ -249,15 +278,15 @@ class Replay:
         )
 
 
-def _overlaid(rows: Rows, touched: Mapping[str, SiteRows]) -> Rows:
-    whole = dict(rows)
+def _overlay(rows: Rows, touched: Mapping[str, SiteRows]) -> Rows:
+    merged = dict(rows)
     for site, batch in touched.items():
         written = zip(batch.slots.tolist(), batch.data.numpy(), strict=True)
-        whole[site] = whole.get(site, {}) | {slot: row.tobytes() for slot, row in written}
-    return whole
+        merged[site] = merged.get(site, {}) | {slot: row.tobytes() for slot, row in written}
+    return merged
 
 
-def _packed(held: Mapping[int, bytes]) -> SiteRows:
+def _pack_rows(held: Mapping[int, bytes]) -> SiteRows:
     slots = sorted(held)
     data = torch.frombuffer(bytearray(b"".join(held[slot] for slot in slots)), dtype=torch.uint8)
     return SiteRows(torch.tensor(slots, dtype=torch.int32), data.view(len(slots), -1))

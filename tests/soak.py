@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.conftest import Server
-from tests.live import Client, Json, chunks, insist, state, success, until, valkey_of
+from tests.live import Client, Json, assert_success, chunks, find_valkey, retry_until_success, state, wait_until
 from tests.tiny import TEXT, build_tiny_base
 
 WORDS = TEXT.split()
 TURNS_PER_S = 12  # of all users together: little enough for a replay, one turn after the other, to end in time
 SESSIONS = 6  # a user: with them all, more than are kept on the device
-LEAVING = 0.15  # the share of turns whose client goes before their end
+HANG_UP_PROBABILITY = 0.15  # the share of turns whose client goes before their end
 MAX_FAULTS = 20
 GROWTH = {"rss": 64 * 2**20, "fds": 24, "threads": 8}  # what a server may gain from its first half to its end
 
@@ -51,22 +51,22 @@ class Turn:
 
 
 @dataclass
-class Taken:
+class CompletedTurn:
     """A turn that the session took, and what its client heard: all of the answer, or the beginning of its text."""
 
     turn: Turn
-    heard: Json
-    whole: bool
+    received: Json
+    is_complete: bool
 
 
 @dataclass
-class Life:
+class SessionHistory:
     """One session and what it went through; `version` is what the server must say."""
 
     name: str
     random: random.Random
     version: int = 0
-    taken: list[Taken] = field(default_factory=list)
+    completed: list[CompletedTurn] = field(default_factory=list)
     chat: list[Json] = field(default_factory=list)
 
     def next_turn(self) -> Turn:
@@ -94,11 +94,11 @@ class Life:
         self.chat = [*self.chat[-4:], {"role": "user", "content": self._words(2, 20)}]
         return Turn("chat/completions", body | {"messages": list(self.chat)})
 
-    def hears(self, turn: Turn, heard: Json, *, whole: bool) -> None:
+    def record_answer(self, turn: Turn, received: Json, *, is_complete: bool) -> None:
         """The turn is part of the session's life."""
-        self.taken.append(Taken(turn, heard, whole))
-        if "messages" in turn.body and whole and heard["text"]:
-            self.chat.append({"role": "assistant", "content": heard["text"]})
+        self.completed.append(CompletedTurn(turn, received, is_complete))
+        if "messages" in turn.body and is_complete and received["text"]:
+            self.chat.append({"role": "assistant", "content": received["text"]})
 
     def _words(self, least: int, most: int) -> str:
         start, count = self.random.randrange(len(WORDS)), self.random.randint(least, most)
@@ -107,7 +107,7 @@ class Life:
         )
 
 
-def answer_of(body: Json) -> Json:
+def comparable_answer(body: Json) -> Json:
     """What an answer says, without what differs from one time to the next."""
     if "choices" not in body:
         return body
@@ -116,9 +116,9 @@ def answer_of(body: Json) -> Json:
     return {"text": text, "finish_reason": choice["finish_reason"], "adaptation": body["adaptation"]}
 
 
-def versions(heard: Json, before: int) -> tuple[int, int]:
+def versions(received: Json, before: int) -> tuple[int, int]:
     """From which to which version an answer says that its turn went."""
-    told = heard.get("adaptation") or {"version_from": before, "version_to": heard["version"]}
+    told = received.get("adaptation") or {"version_from": before, "version_to": received["version"]}
     return told["version_from"], told["version_to"]
 
 
@@ -129,7 +129,7 @@ class Soak:
         # A user may have two turns in hand: one that it left, and the next.
         self.server = Server(model, folder / "data", hot_sessions=1, max_queue=2 * streams)
         self.replica = Server(model, folder / "replay")
-        self.lives = [Life(f"s{n}", random.Random(f"{seed}/{n}")) for n in range(streams * SESSIONS)]
+        self.histories = [SessionHistory(f"s{n}", random.Random(f"{seed}/{n}")) for n in range(streams * SESSIONS)]
         self._streams = streams
         self.faults: list[str] = []
         self.counts: Counter[str] = Counter()
@@ -140,67 +140,73 @@ class Soak:
 
     # --- the users ------------------------------------------------------------------------------------------------
 
-    def _use(self, lives: list[Life], chance: random.Random) -> None:
+    def _run_user(self, histories: list[SessionHistory], rng: random.Random) -> None:
         """One user, on a thread of its own."""
         with Client(self.server.url, self.server.model) as client:
-            while not self._over.wait(chance.expovariate(TURNS_PER_S / self._streams)):
-                life = chance.choice(lives)
-                turn, began = life.next_turn(), time.monotonic()
+            while not self._over.wait(rng.expovariate(TURNS_PER_S / self._streams)):
+                history = rng.choice(histories)
+                turn, began = history.next_turn(), time.monotonic()
                 self.counts["turns"] += 1
                 try:
-                    if chance.random() < LEAVING:
-                        self._leave(client, life, turn, chance, began)
+                    if rng.random() < HANG_UP_PROBABILITY:
+                        self._send_and_hang_up(client, history, turn, rng, began)
                     else:
-                        self._stay(client, life, turn, began)
+                        self._send_and_read(client, history, turn, began)
                 except (httpx.TransportError, OSError) as error:
-                    self._excuse(f"{life.name}: {turn.path}: {error!r}", began)
-                    self._resolve(client, life, turn, {"text": ""})
+                    self._record_failure(f"{history.name}: {turn.path}: {error!r}", began)
+                    self._sync_version(client, history, turn, {"text": ""})
                 except AssertionError as error:
-                    self.faults.append(f"{life.name}: {turn.path}: {str(error)[:300]}")
+                    self.faults.append(f"{history.name}: {turn.path}: {str(error)[:300]}")
 
-    def _stay(self, client: Client, life: Life, turn: Turn, began: float) -> None:
+    def _send_and_read(self, client: Client, history: SessionHistory, turn: Turn, began: float) -> None:
         body = turn.body if turn.path.startswith("sessions/") else {"model": client.model} | turn.body
         with client.http.stream("POST", f"/v1/{turn.path}", json=body) as response:
             if response.status_code == 503:
-                self._excuse(f"{life.name}: {turn.path}: {response.read().decode()}", began)
-                self._resolve(client, life, turn, {"text": ""})
+                self._record_failure(f"{history.name}: {turn.path}: {response.read().decode()}", began)
+                self._sync_version(client, history, turn, {"text": ""})
                 return
             assert response.status_code == 200, response.read().decode()
-            heard = heard_of(chunks(response)) if body.get("stream") else answer_of(decoded(response))
-        before, after = versions(heard, life.version)
-        assert before == life.version and after - before in (0, 1), f"from {before} to {after}, not {life.version}"
-        life.version = after
-        life.hears(turn, heard, whole=True)
+            received = (
+                answer_from_chunks(chunks(response)) if body.get("stream") else comparable_answer(decoded(response))
+            )
+        before, after = versions(received, history.version)
+        assert before == history.version and after - before in (0, 1), (
+            f"from {before} to {after}, not {history.version}"
+        )
+        history.version = after
+        history.record_answer(turn, received, is_complete=True)
         self.counts["heard"] += 1
 
-    def _leave(self, client: Client, life: Life, turn: Turn, chance: random.Random, began: float) -> None:
+    def _send_and_hang_up(
+        self, client: Client, history: SessionHistory, turn: Turn, rng: random.Random, began: float
+    ) -> None:
         """Sends a turn and goes before its end; whether the session took it shows afterwards."""
         self.counts["left"] += 1
         text = ""
         if turn.body.get("stream"):
-            patience = chance.randint(0, 8)
+            patience = rng.randint(0, 8)
             try:
-                with client.stream(turn.path, **{"model": client.model} | turn.body) as coming:
-                    for _, chunk in zip(range(patience), coming, strict=False):
-                        text += text_in(chunk)
+                with client.stream(turn.path, **{"model": client.model} | turn.body) as incoming:
+                    for _, chunk in zip(range(patience), incoming, strict=False):
+                        text += chunk_text(chunk)
             except AssertionError as error:  # another status than 200
-                self._excuse(f"{life.name}: {turn.path}: {error}", began)
+                self._record_failure(f"{history.name}: {turn.path}: {error}", began)
         else:
             with client.sent(turn.path, turn.body):
-                time.sleep(chance.random() * 0.2)
-        self._resolve(client, life, turn, {"text": text})
+                time.sleep(rng.random() * 0.2)
+        self._sync_version(client, history, turn, {"text": text})
 
-    def _resolve(self, client: Client, life: Life, turn: Turn, heard: Json) -> None:
+    def _sync_version(self, client: Client, history: SessionHistory, turn: Turn, received: Json) -> None:
         """An empty turn waits for the session's last one, and says at which version that left it."""
 
-        version = insist(lambda: client.score(life.name, "")["version"])
-        assert version - life.version in (0, 1), f"version {version} after {life.version}"
-        if version > life.version:
+        version = retry_until_success(lambda: client.score(history.name, "")["version"])
+        assert version - history.version in (0, 1), f"version {version} after {history.version}"
+        if version > history.version:
             self.counts["not heard, yet taken"] += 1
-            life.hears(turn, heard, whole=False)
-        life.version = version
+            history.record_answer(turn, received, is_complete=False)
+        history.version = version
 
-    def _excuse(self, what: str, began: float) -> None:
+    def _record_failure(self, what: str, began: float) -> None:
         """A failure is none if the server was away at some time since the request began."""
         if any(end >= began for end in self._outages):
             self.counts["refused in a restart"] += 1
@@ -214,10 +220,10 @@ class Soak:
         self._outages.append(float("inf"))
         yield
         self.server.start()
-        self._watch()
+        self._track_process()
         self._outages[-1] = time.monotonic()
 
-    def _watch(self) -> None:
+    def _track_process(self) -> None:
         """A new process: its samples are its own."""
         assert self.server.process is not None
         self._process = psutil.Process(self.server.process.pid)
@@ -232,9 +238,11 @@ class Soak:
     def run(self, seconds: float, *, kill: bool) -> None:
         """The load, with a restart in its middle and, if asked for, a kill -9 after three quarters."""
         self.server.start()
-        self._watch()
+        self._track_process()
         threads = [
-            threading.Thread(target=self._use, args=(self.lives[n :: self._streams], random.Random(n)), daemon=True)
+            threading.Thread(
+                target=self._run_user, args=(self.histories[n :: self._streams], random.Random(n)), daemon=True
+            )
             for n in range(self._streams)
         ]
         for thread in threads:
@@ -247,26 +255,26 @@ class Soak:
             self._sample()
             if time.monotonic() - told > 10:
                 told = time.monotonic()
-                self._tell(f"{passed:5.0f} s")
+                self._print_progress(f"{passed:5.0f} s")
             time.sleep(0.5)
         self._over.set()
         for thread in threads:
             thread.join(120)
         with Client(self.server.url) as client:
-            until(client.idle)
+            wait_until(client.idle)
             self.counts["evictions at last"] = int(client.metric("session_evictions_total"))
         self._sample()
         self.faults += [f"{what} grew from {first} to {last}" for what, first, last in self._leaks()]
 
     def _restart(self) -> None:
-        self._tell("restarting")
+        self._print_progress("restarting")
         with self._outage():
             code = self.server.stop()
         if code != 0:
             self.faults.append(f"the server ended with exit code {code}")
 
     def _kill(self) -> None:
-        self._tell("killing")
+        self._print_progress("killing")
         with self._outage():
             self.server.kill()
 
@@ -282,43 +290,45 @@ class Soak:
 
     def verify(self, seconds: float) -> None:
         """Replays every session alone, for at most so long."""
-        stored = {life.name: state(self.server.data_dir, life.name) for life in self.lives}
+        stored = {history.name: state(self.server.data_dir, history.name) for history in self.histories}
         if (code := self.server.stop()) != 0:
             self.faults.append(f"the server ended with exit code {code}")
         self.replica.start()
         said = time.monotonic()
         deadline = said + seconds
         with Client(self.replica.url, self.replica.model) as client:
-            for life in self.lives:
+            for history in self.histories:
                 if time.monotonic() > deadline:
                     break
-                wrong = self._replay(client, life) or self._compare(client, life, stored[life.name])
+                wrong = self._replay(client, history) or self._compare(client, history, stored[history.name])
                 self.replayed += 1
                 if wrong is not None:
-                    self.faults.append(f"{life.name}: {wrong}")
+                    self.faults.append(f"{history.name}: {wrong}")
                 if time.monotonic() - said > 10:
                     said = time.monotonic()
-                    self._tell(f"replayed {self.replayed} of {len(self.lives)}")
+                    self._print_progress(f"replayed {self.replayed} of {len(self.histories)}")
         self.replica.stop()
 
-    def _replay(self, client: Client, life: Life) -> str | None:
+    def _replay(self, client: Client, history: SessionHistory) -> str | None:
         """The first wrong answer."""
-        for number, taken in enumerate(life.taken):
-            body = {name: value for name, value in taken.turn.body.items() if name != "stream"}
-            named = body if taken.turn.path.startswith("sessions/") else {"model": client.model} | body
-            answer = answer_of(success(client.post(taken.turn.path, named)))
-            if taken.whole and answer != taken.heard:
-                return f"turn {number}, {taken.turn.path}: heard {str(taken.heard)[:200]}, alone {str(answer)[:200]}"
-            if not taken.whole and not answer.get("text", "").startswith(taken.heard["text"]):
-                return f"turn {number}, {taken.turn.path}: began {taken.heard['text'][:200]}, alone {str(answer)[:200]}"
+        for number, completed in enumerate(history.completed):
+            body = {name: value for name, value in completed.turn.body.items() if name != "stream"}
+            named = body if completed.turn.path.startswith("sessions/") else {"model": client.model} | body
+            answer = comparable_answer(assert_success(client.post(completed.turn.path, named)))
+            if completed.is_complete and answer != completed.received:
+                heard = str(completed.received)[:200]
+                return f"turn {number}, {completed.turn.path}: heard {heard}, alone {str(answer)[:200]}"
+            if not completed.is_complete and not answer.get("text", "").startswith(completed.received["text"]):
+                began = completed.received["text"][:200]
+                return f"turn {number}, {completed.turn.path}: began {began}, alone {str(answer)[:200]}"
         return None
 
-    def _compare(self, client: Client, life: Life, stored: dict[str, dict[bytes, bytes]]) -> str | None:
-        if life.version == 0:  # asking for a session's version stores it
+    def _compare(self, client: Client, history: SessionHistory, stored: dict[str, dict[bytes, bytes]]) -> str | None:
+        if history.version == 0:  # asking for a session's version stores it
             return None
-        alone = state(self.replica.data_dir, life.name)
-        if (version := client.version(life.name)) != life.version:
-            return f"version {life.version}, alone {version}"
+        alone = state(self.replica.data_dir, history.name)
+        if (version := client.version(history.name)) != history.version:
+            return f"version {history.version}, alone {version}"
         differing = [
             f"{key} {name!r}"
             for key in stored.keys() | alone.keys()
@@ -332,12 +342,12 @@ class Soak:
         for server in (self.server, self.replica):
             if server.process is not None:
                 server.stop()
-            if (valkey := valkey_of(server.data_dir)) is not None:
+            if (valkey := find_valkey(server.data_dir)) is not None:
                 valkey.terminate()
 
     # --- the report -----------------------------------------------------------------------------------------------
 
-    def _tell(self, what: str) -> None:
+    def _print_progress(self, what: str) -> None:
         numbers = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         sample = self.samples[-1][-1] if self.samples and self.samples[-1] else {"rss": 0, "fds": 0, "threads": 0}
         held = f"{sample['rss'] >> 20} MiB, {sample['fds']} descriptors, {sample['threads']} threads"
@@ -348,7 +358,7 @@ class Soak:
         table = Table("what", "value", title="Soak")
         for name, count in self.counts.items():
             table.add_row(name, str(count))
-        table.add_row("versions", str(sum(life.version for life in self.lives)))
+        table.add_row("versions", str(sum(history.version for history in self.histories)))
         for number, samples in enumerate(self.samples):
             for what in GROWTH:
                 first, last = samples[0][what], samples[-1][what]
@@ -356,7 +366,7 @@ class Soak:
                 most = max(sample[what] for sample in samples)
                 shown.append(f"{most >> 20} MiB" if what == "rss" else str(most))
                 table.add_row(f"process {number}: {what}", "{} at first, {} at last, {} at most".format(*shown))
-        table.add_row("sessions replayed", f"{self.replayed} of {len(self.lives)}")
+        table.add_row("sessions replayed", f"{self.replayed} of {len(self.histories)}")
         table.add_row("faults", str(len(self.faults)))
         console.print(table)
         for fault in self.faults:
@@ -365,16 +375,16 @@ class Soak:
         return not self.faults
 
 
-def text_in(chunk: Json) -> str:
+def chunk_text(chunk: Json) -> str:
     choice = chunk["choices"][0]
     text: str = choice["text"] if "text" in choice else choice["delta"].get("content", "")
     return text
 
 
-def heard_of(coming: Iterator[Json]) -> Json:
+def answer_from_chunks(incoming: Iterator[Json]) -> Json:
     """The answer that a stream's chunks are together."""
-    told = list(coming)
-    text = "".join(map(text_in, told))
+    told = list(incoming)
+    text = "".join(map(chunk_text, told))
     return {
         "text": text,
         "finish_reason": told[-1]["choices"][0]["finish_reason"],
@@ -384,7 +394,7 @@ def heard_of(coming: Iterator[Json]) -> Json:
 
 def decoded(response: httpx.Response) -> Json:
     response.read()
-    return success(response)
+    return assert_success(response)
 
 
 def soak(folder: Path, model: str, *, minutes: float, streams: int, seed: int = 0, kill: bool = True) -> Soak:

@@ -16,7 +16,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.build import files
-from service.http.middleware import PUBLIC
+from service.http.middleware import PUBLIC_PATHS
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tenants import new_key
@@ -201,7 +201,7 @@ def test_the_pods_end_gracefully_and_hold_to_what_the_server_says(
     assert container["image"] == f"imprint:{settings.device}"
     assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"]["path"] in PUBLIC
+        assert container[probe]["httpGet"]["path"] in PUBLIC_PATHS
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert str(settings.api_keys_file.parent if settings.api_keys_file else None) in mounts
     scaler = one(rendered, "HorizontalPodAutoscaler")["spec"]

@@ -22,7 +22,7 @@ from redis.retry import Retry
 
 from service.settings import Settings
 from service.store.embedded import valkey_binary
-from service.tenants import OPERATOR, Keys, new_key
+from service.tenants import OPERATOR, ApiKeys, new_key
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".lua", ".md", ".toml", ".yml", ".yaml", ".html", ".css", ".js", ".sh", ".conf"}
@@ -199,7 +199,7 @@ def test_the_container_makes_itself_a_key_unless_it_is_given_one(tmp_path: Path)
     assert "the key" not in start(IMPRINT_API_KEYS=line)
     assert not (data / "keys").exists() and not (tmp_path / "metrics.key").exists()
     (shown,) = re.findall(r"the key, shown this once: (\S+)", start())
-    keys = Keys(Settings(api_keys_file=data / "keys"))
+    keys = ApiKeys(Settings(api_keys_file=data / "keys"))
     assert keys.tenant(f"Bearer {shown}").name == "default"
     assert keys.tenant(f"Bearer {(tmp_path / 'metrics.key').read_text()}").name == OPERATOR
     assert (data / "keys").stat().st_mode & 0o077 == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.live import until
+from tests.live import wait_until
 from tests.service.valkeys import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def test_it_serves(imprint: Imprint, tiny_base: Path, tmp_path: Path) -> None:
             return False
 
     try:
-        until(ready)
+        wait_until(ready)
         learned = httpx.post(f"{url}/v1/sessions/ada/observe", json={"text": "A fox."}, timeout=60)
         assert learned.json()["version"] == 1, learned.text  # the store's scripts are there
         page = httpx.get(url)

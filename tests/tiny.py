@@ -62,11 +62,11 @@ def build_tiny_policies(folder: Path) -> list[Path]:
     of each), "namer" gives one of 5 labels to 6 numbers."""
     folder.mkdir(parents=True)
     memory = MemoryConfig(16 + 2, (SiteConfig("memory", "hidden", slots=64, k=2, width=8, decay=0.5), journal_site(7)))
-    chooser = PolicyConfig("chooser", "act", 2, 3, memory, features=2, identity=False, cue=2, width=16)
+    act_policy = PolicyConfig("chooser", "act", 2, 3, memory, features=2, identity=False, cue=2, width=16)
     labels = MemoryConfig(16, (SiteConfig("memory", "lexical", slots=32, cell=8, k=2, width=8),))
-    namer = PolicyConfig("namer", "label", 6, 5, labels, width=16)
+    label_policy = PolicyConfig("namer", "label", 6, 5, labels, width=16)
     paths = []
-    for config in (chooser, namer):
+    for config in (act_policy, label_policy):
         policy = new_policy(config, seed=1)
         policy.head.weight.mul_(10)  # decisive, so that what was learned shows
         paths.append(folder / f"{config.name}.safetensors")

@@ -25,7 +25,7 @@ import psutil
 from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE_S = 1800
+WAIT_TIMEOUT_S = 1800
 
 
 def paragraph() -> str:
@@ -42,7 +42,7 @@ def first_row() -> tuple[str, str]:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
+def run_server(folder: Path) -> Iterator[str]:
     """`make serve` in a clone, until the block ends; the URL, as soon as it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,7 +52,7 @@ def served(folder: Path) -> Iterator[str]:
     environment = kept | {f"IMPRINT_{name}": value for name, value in fresh.items()}
     process = subprocess.Popen(["make", "serve"], cwd=folder / "clone", env=environment, start_new_session=True)
     try:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
         while not _ready(url):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
@@ -69,7 +69,7 @@ def _ready(url: str) -> bool:
         return False
 
 
-def _cpu() -> float:
+def _cpu_seconds() -> float:
     """Seconds of CPU of all that was started here."""
     spent = os.times()
     total = spent.children_user + spent.children_system
@@ -83,17 +83,17 @@ def main() -> None:
     """The tour, told step by step."""
     began = time.monotonic()
 
-    def tell(what: str) -> None:
-        print(f"{time.monotonic() - began:6.0f} s, {_cpu():4.0f} s of CPU: {what}", flush=True)
+    def print_step(what: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s, {_cpu_seconds():4.0f} s of CPU: {what}", flush=True)
 
-    expect.set_options(timeout=1000 * PATIENCE_S)
+    expect.set_options(timeout=1000 * WAIT_TIMEOUT_S)
     with tempfile.TemporaryDirectory(prefix="imprint-tour-") as name, sync_playwright() as playwright:
         folder = Path(name)
         subprocess.run(["git", "clone", "--quiet", ROOT, folder / "clone"], check=True)
         subprocess.run(["make", "--quiet", ".venv/.serve"], cwd=folder / "clone", check=True, stdout=subprocess.DEVNULL)
-        tell("cloned, and installed what it needs (downloads included)")
-        with served(folder) as url:
-            tell("base fetched (93 MB) and converted, server ready")
+        print_step("cloned, and installed what it needs (downloads included)")
+        with run_server(folder) as url:
+            print_step("base fetched (93 MB) and converted, server ready")
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page()
             page.goto(url)
@@ -103,11 +103,11 @@ def main() -> None:
             learn.click()
             expect(page.locator("#version")).to_have_text("1")
             expect(draft).to_have_value("")
-            tell("page opened and paragraph taught")
+            print_step("page opened and paragraph taught")
             prompt, continued = first_row()
             draft.fill(prompt)
             expect(page.locator("#suggestion")).to_contain_text(re.compile(re.escape(continued)))
-            tell(f"it continues {prompt!r} with {continued!r}")
+            print_step(f"it continues {prompt!r} with {continued!r}")
             browser.close()
 
 

@@ -25,8 +25,8 @@ from deploy.grafana.panels import ADAPTATION, DEVICE, SERVICE, STATE, Panel
 FOLDER = Path(__file__).with_name("dashboards")
 SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 HEIGHT, WIDTH = 8, 24  # of a panel and of a dashboard, in Grafana's units
-WIDE = 4  # panels beside one another, at most
-CHOSEN = 'job=~"$job", instance=~"$instance"'
+MAX_PANELS_PER_ROW = 4  # panels beside one another, at most
+INSTANCE_FILTER = 'job=~"$job", instance=~"$instance"'
 
 DASHBOARDS = {
     "service": ("Imprint: service", "Latencies, tokens, queue, batch and errors.", SERVICE),
@@ -38,17 +38,17 @@ DASHBOARDS = {
 
 def promql(query: str) -> str:
     """The query as Grafana sends it, but for its variables."""
-    return query.replace("@", CHOSEN).replace("[]", "[$__rate_interval]")
+    return query.replace("@", INSTANCE_FILTER).replace("[]", "[$__rate_interval]")
 
 
-def built(title: str, tells: str, rows: Mapping[str, list[Panel]]) -> dashboard.Dashboard:
+def build_dashboard(title: str, description: str, rows: Mapping[str, list[Panel]]) -> dashboard.Dashboard:
     """A dashboard with the choice of source, job and instances on top."""
     name = title.lower().replace(": ", "-")
     links = dashboard.DashboardLink("Imprint").type(DashboardLinkType.DASHBOARDS).tags(["imprint"]).keep_time(True)
     made = (
         dashboard.Dashboard(title)
         .uid(name)
-        .description(tells)
+        .description(description)
         .tags(["imprint"])
         .link(links.include_vars(True))
         .refresh("30s")
@@ -61,10 +61,10 @@ def built(title: str, tells: str, rows: Mapping[str, list[Panel]]) -> dashboard.
     y, numbers = 0, count(1)
     for row, panels in rows.items():
         made = made.with_row(dashboard.Row(row).id(next(numbers)).grid_pos(GridPos(h=1, w=WIDTH, x=0, y=y)))
-        width = WIDTH // min(len(panels), WIDE)
+        width = WIDTH // min(len(panels), MAX_PANELS_PER_ROW)
         for number, panel in enumerate(panels):
-            line, place = divmod(number, WIDTH // width)
-            at = GridPos(h=HEIGHT, w=width, x=place * width, y=y + 1 + line * HEIGHT)
+            line, column = divmod(number, WIDTH // width)
+            at = GridPos(h=HEIGHT, w=width, x=column * width, y=y + 1 + line * HEIGHT)
             made = made.with_panel(_panel(panel, next(numbers)).grid_pos(at))
         y += 1 + HEIGHT * -(-len(panels) // (WIDTH // width))
     return made
@@ -95,7 +95,7 @@ def _panel(panel: Panel, number: int) -> timeseries.Panel | stat.Panel | heatmap
             made = timeseries.Panel()
         case "stack":
             made = timeseries.Panel().stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(20)
-    made = made.title(panel.title).description(panel.tells).unit(panel.unit).datasource(SOURCE).id(number)
+    made = made.title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE).id(number)
     for letter, (legend, query) in zip(ascii_uppercase, panel.queries.items(), strict=False):
         target = prometheus.Dataquery().ref_id(letter).expr(promql(query)).legend_format(legend)
         if panel.kind == "number":
@@ -109,7 +109,7 @@ def _panel(panel: Panel, number: int) -> timeseries.Panel | stat.Panel | heatmap
 def files() -> dict[Path, str]:
     """What each file is to hold."""
     return {
-        FOLDER / f"{name}.json": JSONEncoder(sort_keys=True, indent=2).encode(built(*parts).build()) + "\n"
+        FOLDER / f"{name}.json": JSONEncoder(sort_keys=True, indent=2).encode(build_dashboard(*parts).build()) + "\n"
         for name, parts in DASHBOARDS.items()
     }
 

@@ -15,7 +15,7 @@ class Panel:
     the graph. unit: Grafana's name for it."""
 
     title: str
-    tells: str
+    description: str
     unit: str
     queries: Mapping[str, str]
     kind: Literal["graph", "stack", "number", "distribution"] = "graph"

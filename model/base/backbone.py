@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base.config import LinearScaling, Llama3Scaling, ModelConfig
-from model.base.linear import HalfLinear, Linear
-from model.device import step_kernels
+from model.base.linear import Fp16Linear, Linear
+from model.device import decode_step_backend
 
 Device = torch.device | str
-Site = Callable[[Tensor], Tensor]
+LayerHook = Callable[[Tensor], Tensor]
 # Layer index, q [B, H, T, hd], k and v [B, H_kv, T, hd] -> attended values, shaped like q.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class KVCache(ABC):
@@ -42,11 +42,11 @@ class KVCache(ABC):
         """An independent copy of the used prefix; raises `ValueError` if it does not fit into `capacity`."""
 
     @abstractmethod
-    def attention(self, caches: Sequence[Any], T: int) -> Attend:
+    def attention(self, caches: Sequence[Any], T: int) -> AttentionFn:
         """Attention of one forward pass over each row's own cache, all of them of this kind, which it extends by `T`
         tokens. Raises `ValueError` where one has no room."""
 
-    def ahead(self, tokens: int) -> Self:
+    def advanced(self, tokens: int) -> Self:
         """This very cache as it will be so many tokens on: a row of a decoding step that follows other rows of it."""
         later = copy.copy(self)
         later.length += tokens
@@ -62,7 +62,7 @@ class KVCache(ABC):
         if capacity < self.length:
             raise ValueError(f"capacity must be at least the {self.length} cached tokens, got {capacity}")
 
-    def check_room(self, T: int) -> None:
+    def check_capacity(self, T: int) -> None:
         """Raises `ValueError` where `T` more tokens do not fit."""
         if self.length + T > self.capacity:
             raise ValueError(f"cache must have room for {self.length + T} tokens, its capacity is {self.capacity}")
@@ -96,7 +96,7 @@ class DenseCache(KVCache):
         twin.length = self.length
         return twin
 
-    def attention(self, caches: Sequence[DenseCache], T: int) -> Attend:
+    def attention(self, caches: Sequence[DenseCache], T: int) -> AttentionFn:
         return _CachedAttention(caches, T)
 
 
@@ -118,12 +118,12 @@ class Layer(nn.Module):
         self.gate_up = linear(d, 2 * config.intermediate_size, config.mlp_bias)
         self.down = linear(config.intermediate_size, d, config.mlp_bias)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: AttentionFn) -> Tensor:
         """`[B, T, d] -> [B, T, d]`, given the rotation `[B, T, 1, hd]` of each token's position."""
         B, T, _ = hidden.shape
         qkv: Tensor = self.qkv(self.attention_norm(hidden)).view(B, T, -1, self.head_dim)
         qk, v = qkv.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        q, k = _rotate(qk, cos, sin).split_with_sizes([self.heads, self.kv_heads], dim=2)
+        q, k = _apply_rotary(qk, cos, sin).split_with_sizes([self.heads, self.kv_heads], dim=2)
         attended = attend(self.index, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         hidden = hidden + self.out(attended.transpose(1, 2).reshape(B, T, -1))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         self.register_buffer("cos", cos.to(device, dtype), persistent=False)
         self.register_buffer("sin", sin.to(device, dtype), persistent=False)
         self.requires_grad_(False).eval()
-        self._fused: ModuleType | None = None
+        self._decode_step: ModuleType | None = None
 
     def pack(self) -> None:
         """Make the linear maps as fast as they get; on a CPU, no gradient passes them afterwards."""
@@ -160,18 +160,18 @@ class Backbone(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
 
-    def halved(self) -> Backbone:
+    def fp16_decoder(self) -> Backbone:
         """This model as it decodes on CPUs: its linear maps in fp16, all other weights shared, and what a step does
         between them compiled; itself where there are no fast kernels for that."""
-        if not HalfLinear.supports(self.embedding):
+        if not Fp16Linear.supports(self.embedding):
             return self
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         twin = copy.deepcopy(self, shared)
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Linear):
-                    setattr(parent, name, HalfLinear(child))
-        twin._fused = step_kernels()
+                    setattr(parent, name, Fp16Linear(child))
+        twin._decode_step = decode_step_backend()
         return twin
 
     @property
@@ -189,42 +189,46 @@ class Backbone(nn.Module):
         self,
         token_ids: Tensor,
         caches: Sequence[KVCache] | None = None,
-        sites: Mapping[int, Site] | None = None,
+        layer_hooks: Mapping[int, LayerHook] | None = None,
     ) -> Tensor:
         """Hidden states `[B, T, d]` after the final norm, for token ids `[B, T]`.
 
         Without caches, rows are independent sequences under a causal mask. With caches (one per row,
         extended in place), either one row prefills a chunk of any `T`, or each of `B` rows decodes one token
-        at its own length. `sites[l]` replaces the residual stream `[B, T, d]` after layer `l`. Raises
+        at its own length. `layer_hooks[l]` replaces the residual stream `[B, T, d]` after layer `l`. Raises
         `ValueError` for other shapes and for sequences longer than the context or the cache; the caches then
-        stay as they were. Several rows that decode may be one sequence, each on the cache `ahead` of the one before.
+        stay as they were. Several rows that decode may be one sequence, each on the cache `advanced` of the one before.
         """
         B, T = token_ids.shape
         starts = [0] if caches is None else [cache.length for cache in caches]
         self._check_shape(B, T, None if caches is None else len(caches), longest=max(starts, default=0) + T)
         dense = [cache for cache in caches or () if isinstance(cache, DenseCache)]
-        if self._fused is not None and T == 1 and len(dense) == B:
+        if self._decode_step is not None and T == 1 and len(dense) == B:
             for each in dense:
-                each.check_room(T)
-            final: Tensor = self._fused.decode(self, token_ids[:, 0], dense, sites)[:, None]
+                each.check_capacity(T)
+            final: Tensor = self._decode_step.decode(self, token_ids[:, 0], dense, layer_hooks)[:, None]
         else:
             positions = (torch.tensor(starts)[:, None] + torch.arange(T)).to(self.cos.device)
-            attend = _attend_causally if caches is None else caches[0].attention(caches, T)
-            final = self.run(token_ids, positions, attend, sites)
+            attend = _causal_attention if caches is None else caches[0].attention(caches, T)
+            final = self.forward_at(token_ids, positions, attend, layer_hooks)
         for cache in caches or ():
             cache.length += T
         return final
 
-    def run(
-        self, token_ids: Tensor, positions: Tensor, attend: Attend, sites: Mapping[int, Site] | None = None
+    def forward_at(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: AttentionFn,
+        layer_hooks: Mapping[int, LayerHook] | None = None,
     ) -> Tensor:
         """`forward` of token ids `[B, T]` at given positions `[B, T]`, with an attention of the caller's."""
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         hidden = F.embedding(token_ids, self.embedding)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, attend)
-            if sites is not None and index in sites:
-                hidden = sites[index](hidden)
+            if layer_hooks is not None and index in layer_hooks:
+                hidden = layer_hooks[index](hidden)
         final: Tensor = self.norm(hidden)
         return final
 
@@ -251,37 +255,37 @@ class _CachedAttention:
     """
 
     def __init__(self, caches: Sequence[DenseCache], T: int) -> None:
-        self._windows, self._ends = [], []
+        self._prefixes, self._tails = [], []
         for cache in caches:
-            cache.check_room(T)
+            cache.check_capacity(T)
             end = cache.length + T
             keys, values = cache.keys[:, None, :, :end], cache.values[:, None, :, :end]
-            self._windows.append((keys.unbind(), values.unbind()))
-            self._ends.append((keys[:, 0, :, -T:].unbind(), values[:, 0, :, -T:].unbind()))
-        self._mask = causal_mask(self._windows[0][0][0], T) if T > 1 else None
+            self._prefixes.append((keys.unbind(), values.unbind()))
+            self._tails.append((keys[:, 0, :, -T:].unbind(), values[:, 0, :, -T:].unbind()))
+        self._mask = causal_mask(self._prefixes[0][0][0], T) if T > 1 else None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        new = [end[layer] for ends in self._ends for end in ends]
+        new = [end[layer] for ends in self._tails for end in ends]
         torch._foreach_copy_(new, [part for row in zip(k.unbind(), v.unbind(), strict=True) for part in row])
         attended = [
             F.scaled_dot_product_attention(row, keys[layer], values[layer], attn_mask=self._mask, enable_gqa=True)
-            for row, (keys, values) in zip(q[:, None].unbind(), self._windows, strict=True)
+            for row, (keys, values) in zip(q[:, None].unbind(), self._prefixes, strict=True)
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 def causal_mask(keys: Tensor, T: int) -> Tensor:
-    """`[T, S]` to add to the scores of the last `T` of the `S` positions in `keys`: -inf for those ahead."""
+    """`[T, S]` to add to the scores of the last `T` of the `S` positions in `keys`: -inf for those future."""
     S = keys.shape[2]
-    ahead = torch.ones(T, S, dtype=torch.bool, device=keys.device).triu(S - T + 1)
-    return keys.new_zeros(T, S).masked_fill(ahead, -math.inf)
+    future = torch.ones(T, S, dtype=torch.bool, device=keys.device).triu(S - T + 1)
+    return keys.new_zeros(T, S).masked_fill(future, -math.inf)
 
 
-def _attend_causally(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of `[B, T, H, hd]` (Su et al. 2021, arXiv 2104.09864), given signed sines."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 

@@ -40,13 +40,13 @@ def load_backbone(
     config = load_config(folder)
     files = _weight_files(folder)
     backbone = Backbone(config, device=device, dtype=dtype)
-    missing = dict(_destinations(backbone))
+    missing = dict(_weight_destinations(backbone))
     with torch.no_grad():
         for file in files:
             for name, tensor in _read(file):
                 if name in missing:
                     _copy(name, tensor, missing.pop(name))
-                elif not _redundant(name, config):
+                elif not _is_redundant(name, config):
                     raise CheckpointError(f"{file}: unexpected tensor {name}")
     if missing:
         raise CheckpointError(f"{folder}: missing tensor {', '.join(missing)}")
@@ -119,7 +119,7 @@ def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{file}: damaged or not safetensors: {error}") from error
 
 
-def _destinations(backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
+def _weight_destinations(backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensor names, with the part of our (fused) weights that each fills."""
     yield "model.embed_tokens.weight", backbone.embedding
     yield "model.norm.weight", backbone.norm.weight
@@ -149,6 +149,6 @@ def _copy(name: str, source: Tensor, destination: Tensor) -> None:
     destination.copy_(source)
 
 
-def _redundant(name: str, config: ModelConfig) -> bool:
+def _is_redundant(name: str, config: ModelConfig) -> bool:
     """Tensors that some exporters write although they follow from the rest."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)

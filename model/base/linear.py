@@ -55,7 +55,7 @@ class Linear(nn.Module):
         return y
 
 
-class HalfLinear(nn.Module):
+class Fp16Linear(nn.Module):
     """The same map with weights in fp16, twice as many a second out of main memory; inputs, sums and results are fp32.
 
     FBGEMM's kernels need AVX2, no more. Each row's result is, bit for bit, independent of how many others take part.
@@ -76,19 +76,19 @@ class HalfLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`, both fp32."""
         rows = x.numel() // x.shape[-1]
-        if (left := rows % 6) in (1, 2) and not _few_rows_round_alike():
+        if (left := rows % 6) in (1, 2) and not _small_batches_round_alike():
             padded = F.pad(x.reshape(rows, -1), (0, 0, 0, 3 - left))
-            return _half_linear(padded, self._packed)[:rows].view(*x.shape[:-1], -1)
-        return _half_linear(x, self._packed)
+            return _fp16_linear(padded, self._packed)[:rows].view(*x.shape[:-1], -1)
+        return _fp16_linear(x, self._packed)
 
 
-def _half_linear(x: Tensor, packed: Any) -> Tensor:
+def _fp16_linear(x: Tensor, packed: Any) -> Tensor:
     y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
     return y
 
 
 @cache
-def _few_rows_round_alike() -> bool:
+def _small_batches_round_alike() -> bool:
     """Whether FBGEMM's kernels for one and two rows, which it takes for what six leave over, round as the others do.
 
     Those for AVX-512 do, those for AVX2 do not.
@@ -96,5 +96,5 @@ def _few_rows_round_alike() -> bool:
     g = torch.Generator().manual_seed(0)
     packed = torch.ops.quantized.linear_prepack_fp16(torch.randn(256, 256, generator=g), None)
     x = torch.randn(3, 256, generator=g)
-    few = torch.cat([_half_linear(x[:1], packed), _half_linear(x[1:], packed)])
-    return torch.equal(few, _half_linear(x, packed))
+    few = torch.cat([_fp16_linear(x[:1], packed), _fp16_linear(x[1:], packed)])
+    return torch.equal(few, _fp16_linear(x, packed))

@@ -20,51 +20,51 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from model.numba_support import Array, arrays, compiled, exp, in_parts, largest
+from model.numba_support import Array, as_arrays, cached_njit, exp, parallel_ranges, row_max
 
-AHEAD = 16  # keys that are asked for before they are needed
-LINE = 64  # bytes that come from memory at once
-TOKENS_A_THREAD = 3000  # of one head's keys and values: fewer are attended to before another thread has woken up
+PREFETCH_KEYS = 16  # keys that are asked for before they are needed
+CACHE_LINE_BYTES = 64  # bytes that come from memory at once
+MIN_TOKENS_PER_THREAD = 3000  # of one head's keys and values: fewer are attended to before another thread has woken up
 
 if TYPE_CHECKING:
-    from model.base.backbone import Backbone, DenseCache, Layer, Site
+    from model.base.backbone import Backbone, DenseCache, Layer, LayerHook
 
 
 def decode(
-    base: Backbone, token_ids: Tensor, caches: Sequence[DenseCache], sites: Mapping[int, Site] | None = None
+    base: Backbone, token_ids: Tensor, caches: Sequence[DenseCache], layer_hooks: Mapping[int, LayerHook] | None = None
 ) -> Tensor:
     """Hidden states `[B, d]` after the final norm, for the next token `[B]` of each of B sequences. Their caches get
     its keys and values, and stay as long as they were. sites: as in `Backbone.forward`."""
     config, B = base.config, len(token_ids)
     addresses = [(cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[2]) for cache in caches]
-    where = (np.array(addresses), at := np.array([cache.length for cache in caches]))
-    turned = [table[at] for table in arrays(base.cos, base.sin)]
-    parts = _parts(np.repeat(at + 1, config.num_kv_heads))
+    cache_positions = (np.array(addresses), at := np.array([cache.length for cache in caches]))
+    rotation = [table[at] for table in as_arrays(base.cos, base.sin)]
+    parts = _balanced_bounds(np.repeat(at + 1, config.num_kv_heads))
     hidden = F.embedding(token_ids, base.embedding)
     normed, added = torch.empty_like(hidden), torch.zeros_like(hidden)
     attended = hidden.new_empty(B, config.num_heads, config.head_dim)
     inner = hidden.new_empty(B, config.intermediate_size)
 
     def add_and_norm(more: Tensor, weight: Tensor) -> Tensor:
-        _add_and_norm(*arrays(hidden, more, weight, normed), config.rms_norm_eps)
+        _add_and_norm(*as_arrays(hidden, more, weight, normed), config.rms_norm_eps)
         return normed
 
     for index, layer in enumerate(cast("Iterable[Layer]", base.layers)):
         qkv = layer.qkv(add_and_norm(added, layer.attention_norm.weight)).numpy().reshape(B, -1, config.head_dim)
-        _rotate_and_keep(index, config.num_heads, qkv, *turned, *where)
-        in_parts(partial(_attend, index), parts, qkv, *where, attended.numpy())
-        _gate(*arrays(layer.gate_up(add_and_norm(layer.out(attended.flatten(1)), layer.mlp_norm.weight)), inner))
+        _rotate_and_append(index, config.num_heads, qkv, *rotation, *cache_positions)
+        parallel_ranges(partial(_attend, index), parts, qkv, *cache_positions, attended.numpy())
+        _swiglu(*as_arrays(layer.gate_up(add_and_norm(layer.out(attended.flatten(1)), layer.mlp_norm.weight)), inner))
         added = layer.down(inner)
-        if sites is not None and index in sites:
-            hidden = sites[index]((hidden + added)[:, None])[:, 0].contiguous()
+        if layer_hooks is not None and index in layer_hooks:
+            hidden = layer_hooks[index]((hidden + added)[:, None])[:, 0].contiguous()
             added = torch.zeros_like(hidden)
     return add_and_norm(added, base.norm.weight)
 
 
-def _parts(tokens: Array) -> list[int]:
+def _balanced_bounds(tokens: Array) -> list[int]:
     """Where to cut units of so many tokens each [n], so that all threads have as many tokens."""
     done = tokens.cumsum()
-    threads = max(1, min(torch.get_num_threads(), int(done[-1]) // TOKENS_A_THREAD))
+    threads = max(1, min(torch.get_num_threads(), int(done[-1]) // MIN_TOKENS_PER_THREAD))
     return [0, *np.searchsorted(done, done[-1] * np.arange(1, threads) / threads), len(tokens)]
 
 
@@ -77,7 +77,7 @@ def _pointer(_: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _ask_for(_: Any, address: Any) -> Any:
+def _prefetch(_: Any, address: Any) -> Any:
     """Has the memory's line at an address fetched while other things are done; there need be nothing."""
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
@@ -90,14 +90,14 @@ def _ask_for(_: Any, address: Any) -> Any:
     return types.void(address), build
 
 
-@compiled
-def _heads(address: int, n: int, hd: int) -> Array:
+@cached_njit
+def _array_at(address: int, n: int, hd: int) -> Array:
     """What lies at an address, as [n, hd]: each sequence's cache is a tensor of its own."""
     found: Array = numba.carray(_pointer(address), (n, hd))  # type: ignore[attr-defined, call-arg]
     return found
 
 
-@compiled
+@cached_njit
 def _add_and_norm(hidden: Array, added: Array, weight: Array, normed: Array, eps: float) -> None:
     """The residual stream grows; its root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     d = hidden.shape[1]
@@ -111,8 +111,8 @@ def _add_and_norm(hidden: Array, added: Array, weight: Array, normed: Array, eps
             normed[b, i] = hidden[b, i] * scale * weight[i]
 
 
-@compiled
-def _gate(gate_up: Array, inner: Array) -> None:
+@cached_njit
+def _swiglu(gate_up: Array, inner: Array) -> None:
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
     wide = inner.shape[1]
     for b in range(len(inner)):
@@ -121,8 +121,8 @@ def _gate(gate_up: Array, inner: Array) -> None:
             inner[b, i] = gate / (np.float32(1.0) + exp(min(-gate, np.float32(80.0)))) * gate_up[b, wide + i]
 
 
-@compiled
-def _rotate_and_keep(layer: int, heads: int, qkv: Array, cos: Array, sin: Array, caches: Array, at: Array) -> None:
+@cached_njit
+def _rotate_and_append(layer: int, heads: int, qkv: Array, cos: Array, sin: Array, caches: Array, at: Array) -> None:
     """Rotates queries and keys in place, and puts keys and values behind what their sequences' caches hold."""
     shared, hd = (qkv.shape[1] - heads) // 2, qkv.shape[2]
     half = hd // 2
@@ -136,36 +136,36 @@ def _rotate_and_keep(layer: int, heads: int, qkv: Array, cos: Array, sin: Array,
         for field in range(2):
             for g in range(shared):
                 there = (layer * shared + g) * caches[b, 2] + at[b]
-                _heads(caches[b, field] + 4 * hd * there, 1, hd)[0] = qkv[b, heads + field * shared + g]
+                _array_at(caches[b, field] + 4 * hd * there, 1, hd)[0] = qkv[b, heads + field * shared + g]
 
 
-@compiled
+@cached_njit
 def _attend(layer: int, first: int, last: int, qkv: Array, caches: Array, at: Array, out: Array) -> None:
     """Attention of heads in groups that share keys and values (Ainslie et al. 2023, arXiv 2305.13245): of some of the
     groups of all sequences."""
     heads, hd = out.shape[1:]
     shared = (qkv.shape[1] - heads) // 2
     group = heads // shared
-    shares = np.empty((group, at.max() + 1), np.float32)
+    attention_weights = np.empty((group, at.max() + 1), np.float32)
     for unit in range(first, last):
         b, g = unit // shared, unit % shared
         S, there, mine = at[b] + 1, 4 * hd * (layer * shared + g) * caches[b, 2], slice(g * group, (g + 1) * group)
         keys, values = caches[b, 0] + there, caches[b, 1] + there
-        _score(qkv[b, mine], S, keys, values, shares)
+        _attention_scores(qkv[b, mine], S, keys, values, attention_weights)
         for h in range(group):
-            _softmax(shares[h, :S])
-        _mix(shares, _heads(values, S, hd), out[b, mine])
+            _softmax(attention_weights[h, :S])
+        _weighted_values(attention_weights, _array_at(values, S, hd), out[b, mine])
 
 
-@compiled
-def _score(q: Array, S: int, keys_at: int, values_at: int, scores: Array) -> None:
+@cached_njit
+def _attention_scores(q: Array, S: int, keys_at: int, values_at: int, scores: Array) -> None:
     """The first S keys; asks for those to come and for the values, since a page of memory ends every few of them."""
     hd, size = q.shape[1], 4 * q.shape[1]
-    keys, scale = _heads(keys_at, S, hd), np.float32(1.0 / math.sqrt(hd))
+    keys, scale = _array_at(keys_at, S, hd), np.float32(1.0 / math.sqrt(hd))
     for s in range(S):
-        for line in range(s * size, (s + 1) * size, LINE):
-            _ask_for(keys_at + AHEAD * size + line)  # type: ignore[call-arg]
-            _ask_for(values_at + line)
+        for line in range(s * size, (s + 1) * size, CACHE_LINE_BYTES):
+            _prefetch(keys_at + PREFETCH_KEYS * size + line)  # type: ignore[call-arg]
+            _prefetch(values_at + line)
         for h in range(len(q)):
             score = np.float32(0.0)
             for d in range(hd):
@@ -173,9 +173,9 @@ def _score(q: Array, S: int, keys_at: int, values_at: int, scores: Array) -> Non
             scores[h, s] = score * scale
 
 
-@compiled
+@cached_njit
 def _softmax(row: Array) -> None:
-    top, total = largest(row), np.float32(0.0)
+    top, total = row_max(row), np.float32(0.0)
     for s in range(len(row)):
         row[s] = exp(row[s] - top)
         total += row[s]
@@ -183,18 +183,23 @@ def _softmax(row: Array) -> None:
         row[s] /= total
 
 
-@compiled
-def _mix(shares: Array, values: Array, out: Array) -> None:
+@cached_njit
+def _weighted_values(attention_weights: Array, values: Array, out: Array) -> None:
     S, (group, hd) = len(values), out.shape
     out[:] = 0.0
     fours = S - S % 4  # at once: the sums are fetched and put back once for them
     for s in range(0, fours, 4):
         for h in range(group):
-            w, x, y, z = shares[h, s], shares[h, s + 1], shares[h, s + 2], shares[h, s + 3]
+            w, x, y, z = (
+                attention_weights[h, s],
+                attention_weights[h, s + 1],
+                attention_weights[h, s + 2],
+                attention_weights[h, s + 3],
+            )
             for d in range(hd):
                 two = w * values[s, d] + x * values[s + 1, d]
                 out[h, d] += two + (y * values[s + 2, d] + z * values[s + 3, d])
     for s in range(fours, S):
         for h in range(group):
             for d in range(hd):
-                out[h, d] += shares[h, s] * values[s, d]
+                out[h, d] += attention_weights[h, s] * values[s, d]

@@ -3,18 +3,18 @@ weights."""
 
 from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.pool import Draft, Pool, PoolFullError, SiteRows
-from model.memory.sites import HiddenSite, LexicalSite, Memory, Reading, load_memory, save_memory
+from model.memory.sites import DeltaSite, LexicalReadout, LexicalSite, Memory, load_memory, save_memory
 
 __all__ = [
+    "DeltaSite",
     "Draft",
-    "HiddenSite",
+    "LexicalReadout",
     "LexicalSite",
     "Memory",
     "MemoryConfig",
     "MemoryConfigError",
     "Pool",
     "PoolFullError",
-    "Reading",
     "SiteConfig",
     "SiteRows",
     "load_memory",

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-RUNS = (2, 4, 8)  # how many last tokens of its context a lexical row has a fingerprint of
-OWN = "_own"  # what a session's own numbers are stored under, after the site's name
-TRUST, BALANCE, SHUT = range(3)  # places in them
+NGRAM_SIZES = (2, 4, 8)  # how many last tokens of its context a lexical row has a fingerprint of
+SESSION_SCALARS_SUFFIX = "_own"  # what a session's own numbers are stored under, after the site's name
+TRUST, BALANCE, GATE_CLOSED = range(3)  # places in them
 SiteKind = Literal["lexical", "hidden", "journal"]
 
 
@@ -50,8 +50,8 @@ class SiteConfig:
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise MemoryConfigError(f"site name must be an identifier, got {self.name!r}")
-        if self.name.endswith(OWN):
-            raise MemoryConfigError(f"site name must not end in {OWN!r}, got {self.name!r}")
+        if self.name.endswith(SESSION_SCALARS_SUFFIX):
+            raise MemoryConfigError(f"site name must not end in {SESSION_SCALARS_SUFFIX!r}, got {self.name!r}")
         if self.kind not in ("lexical", "hidden", "journal"):
             raise MemoryConfigError(f"{self.name}.kind must be 'lexical', 'hidden' or 'journal', got {self.kind!r}")
         if self.slots < 1:
@@ -82,7 +82,7 @@ class SiteConfig:
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        return 8 + 2 * len(RUNS) + self.width if self.kind == "lexical" else 4 * self.width
+        return 8 + 2 * len(NGRAM_SIZES) + self.width if self.kind == "lexical" else 4 * self.width
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ WHITENING_POWER = 0.75
 WHITENING_FLOOR = 1e-3  # of the largest variance
 SHARPNESS = (20.0, 7.0)
 PRIOR = 0.2
-BONUS = (1.0, 1.0, 3.0)  # of each run that is repeated: the longest must outvote many rows that repeat less
-CAUTION = -2.0  # the gate's logit before training
+NGRAM_BONUS = (1.0, 1.0, 3.0)  # of each run that is repeated: the longest must outvote many rows that repeat less
+INITIAL_GATE_LOGIT = -2.0  # the gate's logit before training
 TRUST_RATE = 0.02
 REQUEST_TRUST, REQUEST_TRUST_RATE = -0.5, 0.3
-ROUNDS = 10  # of k-means
-CELL_STATES = 65_536  # that the cells are fitted to, at most
+KMEANS_STEPS = 10  # of k-means
+MAX_KMEANS_STATES = 65_536  # that the cells are fitted to, at most
 
 
 def default_config(hidden_size: int) -> MemoryConfig:
@@ -50,15 +50,15 @@ def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = No
         site.key_bias.copy_(bias)
         site.sharpness.copy_(torch.tensor(SHARPNESS))
         site.prior.fill_(PRIOR)
-        site.bonus.copy_(torch.tensor(BONUS).expand_as(site.bonus))
+        site.bonus.copy_(torch.tensor(NGRAM_BONUS).expand_as(site.bonus))
         site.gate_in.copy_(torch.randn(site.gate_in.shape, generator=generator) / math.sqrt(len(site.gate_in)))
-        site.gate_out_bias.copy_(torch.tensor([CAUTION, 0.0, 0.0]))
+        site.gate_out_bias.copy_(torch.tensor([INITIAL_GATE_LOGIT, 0.0, 0.0]))
         site.trust_rate.fill_(TRUST_RATE)
         site.request_trust.fill_(REQUEST_TRUST)
         site.request_trust_rate.fill_(REQUEST_TRUST_RATE)
         if states is None:
             states = torch.randn(4096, config.hidden_size, generator=generator)
-        fit_cells(site, states, generator)
+        fit_centres(site, states, generator)
     return memory
 
 
@@ -78,14 +78,14 @@ def random_projection(
 
 
 @torch.no_grad()
-def fit_cells(site: LexicalSite, states: Tensor, generator: torch.Generator) -> None:
+def fit_centres(site: LexicalSite, states: Tensor, generator: torch.Generator) -> None:
     """Places the centres of a site's cells by spherical k-means over the keys of the states [n, d]."""
-    chosen = torch.randperm(len(states), generator=generator)[:CELL_STATES]
+    chosen = torch.randperm(len(states), generator=generator)[:MAX_KMEANS_STATES]
     keys = F.normalize(states[chosen].float().to(site.key_weight.device) @ site.key_weight + site.key_bias, dim=-1)
     centres = keys[torch.arange(len(site.centres)) % len(keys)]
-    for _ in range(ROUNDS):
-        nearest = torch.cat([(part @ centres.T).argmax(1) for part in keys.split(8192)])
-        sums = torch.zeros_like(centres).index_add_(0, nearest, keys)
+    for _ in range(KMEANS_STEPS):
+        assignments = torch.cat([(part @ centres.T).argmax(1) for part in keys.split(8192)])
+        sums = torch.zeros_like(centres).index_add_(0, assignments, keys)
         # A centre that nothing is near stays where it is.
         centres = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=-1), centres)
     site.centres.copy_(centres)

@@ -6,7 +6,7 @@ them; what is stored are the rows in them that changed.
 
 A lexical site also has numbers of the session's own, three for each number of runs that a match may repeat: the trust
 that experience adds to the read gate, and the balance and the state of its guard. They are stored like a site of one
-slot, named `<site>_own`.
+slot, named `<site>_copied`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.device import fetch, row_kernels_for, upload
-from model.memory.config import OWN, RUNS, SHUT, MemoryConfig, SiteConfig
+from model.device import copy_to_host, memory_backend_for, upload
+from model.memory.config import GATE_CLOSED, NGRAM_SIZES, SESSION_SCALARS_SUFFIX, MemoryConfig, SiteConfig
 from model.memory.lexical import torch_backend
 
-Cells = NDArray[np.integer[Any]]  # cells or places, on the host
-Mask = NDArray[np.bool_]  # by cell
+CellIndices = NDArray[np.integer[Any]]  # cells or places, on the host
+CellMask = NDArray[np.bool_]  # by cell
 
 
 class PoolFullError(RuntimeError):
@@ -40,7 +40,7 @@ class SiteRows:
     data: Tensor
 
 
-class Free:
+class FreeList:
     """A stack of free indices. When it runs short, `make_room` is asked to give some back, until it returns False."""
 
     def __init__(self, capacity: int, make_room: Callable[[], bool] = lambda: False) -> None:
@@ -49,11 +49,11 @@ class Free:
         self._make_room = make_room
 
     @property
-    def taken(self) -> float:
+    def utilization(self) -> float:
         """The share that is not free."""
         return 1.0 - self._top / len(self._stack)
 
-    def take(self, n: int) -> Cells:
+    def allocate(self, n: int) -> CellIndices:
         while n > self._top and self._make_room():
             pass
         if n > self._top:
@@ -61,7 +61,7 @@ class Free:
         self._top -= n
         return self._stack[self._top : self._top + n].copy()
 
-    def give(self, indices: Cells) -> None:
+    def release(self, indices: CellIndices) -> None:
         self._stack[self._top : self._top + len(indices)] = indices
         self._top += len(indices)
 
@@ -79,69 +79,71 @@ class SitePool:
     ) -> None:
         self.config, self.device = config, device
         cells = -(-rows // config.cell)
-        self.free = Free(cells, make_room)
+        self.free = FreeList(cells, make_room)
         if config.kind == "lexical":
             pairs = (cells + 1, config.cell)
-            prints, keys = (*pairs, len(RUNS)), (*pairs, config.width)
-            shapes = [(pairs, torch.int32), (pairs, torch.int32), (prints, torch.int16), (keys, torch.int8)]
+            ngram_hashes, keys = (*pairs, len(NGRAM_SIZES)), (*pairs, config.width)
+            shapes = [(pairs, torch.int32), (pairs, torch.int32), (ngram_hashes, torch.int16), (keys, torch.int8)]
         else:
             shapes = [((cells + 1, config.width), torch.float32)]
         self.fields = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
-        self.places = np.zeros((sessions + 1, config.cells), np.int32)
-        self.tables = torch.from_numpy(self.places).to(device)  # on a CPU, the same memory
-        self.own = torch.zeros(sessions + 1, 3, len(RUNS) + 1, device=device)
-        self.kernels = row_kernels_for(device)
+        self.physical_cells = np.zeros((sessions + 1, config.cells), np.int32)
+        self.tables = torch.from_numpy(self.physical_cells).to(device)  # on a CPU, the same memory
+        self.session_scalars = torch.zeros(sessions + 1, 3, len(NGRAM_SIZES) + 1, device=device)
+        self.kernels = memory_backend_for(device)
 
     def read(self, session: Tensor, cells: Tensor) -> list[Tensor]:
         """session [n] long, cells [n, k] long → each field [n, k, …]."""
-        places = self.tables[session[:, None], cells]
-        return [field[places] for field in self.fields]
+        physical_cells = self.tables[session[:, None], cells]
+        return [field[physical_cells] for field in self.fields]
 
-    def find(
+    def find_candidates(
         self,
         session: Tensor,
         cells: Tensor,
         query: Tensor,
         context: Tensor,
         base: torch_backend.Prediction,
-        scales: torch_backend.Scales,
+        head_params: torch_backend.HeadParams,
     ) -> tuple[torch_backend.Candidates, Tensor]:
         """What a lexical read makes of the rows in cells [n, k] long of sessions [n] long, for a query [n, d_k], the
         fingerprints of a context [n, R] and what the base predicts; and how many empty rows the cells have [n, k]."""
         if self.kernels is None:
-            rows = torch_backend.compare(torch_backend.Rows(*self.read(session, cells)), query, context)
-            return torch_backend.weigh_rows(rows, base, scales), rows.missing.view(*cells.shape, -1).sum(-1)
-        found: tuple[torch_backend.Candidates, Tensor] = self.kernels.find(
-            self.tables, self.fields, session, cells, query, context, base, scales
+            rows = torch_backend.match_rows(torch_backend.LexicalRows(*self.read(session, cells)), query, context)
+            return torch_backend.score_row_matches(rows, base, head_params), rows.missing.view(*cells.shape, -1).sum(-1)
+        found: tuple[torch_backend.Candidates, Tensor] = self.kernels.find_candidates(
+            self.tables, self.fields, session, cells, query, context, base, head_params
         )
         return found
 
-    def fill(self, session: int, batch: SiteRows) -> None:
+    def load_rows(self, session: int, batch: SiteRows) -> None:
         """Gives a session the rows of `batch`. Raises PoolFullError, changing nothing."""
         # By numpy, which keeps to one thread: a session is loaded while the other cores have work.
         cell, row = np.divmod(batch.slots.numpy().astype(np.int64), self.config.cell)
         begins = np.diff(cell, prepend=-1) != 0
-        places = self.free.take(int(begins.sum()))
-        where = map(torch.from_numpy, (places, begins.cumsum() - 1, row))
-        (self.kernels or torch_backend).fill([self._rows(field) for field in self.fields], *where, batch.data)
-        self.places[session, cell[begins]] = places
-        self.tell(session)
+        physical_cells = self.free.allocate(int(begins.sum()))
+        where = map(torch.from_numpy, (physical_cells, begins.cumsum() - 1, row))
+        (self.kernels or torch_backend).load_rows([self._rows(field) for field in self.fields], *where, batch.data)
+        self.physical_cells[session, cell[begins]] = physical_cells
+        self.sync_table(session)
 
-    def tell(self, session: int) -> None:
+    def sync_table(self, session: int) -> None:
         """The device's table of a session becomes the host's."""
-        if self.tables.data_ptr() != self.places.ctypes.data:
-            self.tables[session] = upload(self.places[session], self.device)
+        if self.tables.data_ptr() != self.physical_cells.ctypes.data:
+            self.tables[session] = upload(self.physical_cells[session], self.device)
 
-    def count(self, session: int) -> int:
+    def num_rows(self, session: int) -> int:
         """How many rows a session holds."""
-        places = self.places[session]
-        return int((self._rows(self.fields[0])[upload(places[places > 0], self.device)] != 0).any(-1).sum())
+        physical_cells = self.physical_cells[session]
+        return int(
+            (self._rows(self.fields[0])[upload(physical_cells[physical_cells > 0], self.device)] != 0).any(-1).sum()
+        )
 
-    def pack(self, session: int, base: int, cells: Mask) -> SiteRows:
+    def changed_rows(self, session: int, base: int, cells: CellMask) -> SiteRows:
         """The rows of a session that differ from those of session `base`, of the cells that the mask chooses."""
-        places = np.stack([self.places[session, cells], self.places[base, cells]])
+        physical_cells = np.stack([self.physical_cells[session, cells], self.physical_cells[base, cells]])
         # The host compares: a GPU would be waited for once more.
-        data, before = fetch(self._bytes(upload(places, self.device))).numpy()
+        data, before = copy_to_host(self._bytes(upload(physical_cells, self.device))).numpy()
         cell, row = (data != before).any(-1).nonzero()
         slots = cells.nonzero()[0][cell] * self.config.cell + row
         return SiteRows(torch.from_numpy(slots.astype(np.int32)), torch.from_numpy(data[cell, row]))
@@ -150,9 +152,9 @@ class SitePool:
         """A field by cell and row: [C + 1, P, …] of a lexical site's, [C + 1, 1, d_v] of a hidden site's."""
         return field.view(len(field), self.config.cell, -1)
 
-    def _bytes(self, places: Tensor) -> Tensor:
+    def _bytes(self, physical_cells: Tensor) -> Tensor:
         """The rows at some places [...] as uint8 [..., P, row_bytes]."""
-        return torch.cat([torch_backend.as_bytes(self._rows(field)[places]) for field in self.fields], dim=-1)
+        return torch.cat([torch_backend.as_bytes(self._rows(field)[physical_cells]) for field in self.fields], dim=-1)
 
 
 class Pool:
@@ -177,19 +179,19 @@ class Pool:
             site.name: SitePool(site, rows=rows, sessions=sessions, device=self.device, make_room=make_room)
             for site in config.sites
         }
-        self._sessions = Free(sessions, make_room)
+        self._sessions = FreeList(sessions, make_room)
 
     def open(self, stored: Mapping[str, SiteRows] | None = None) -> int:
         """A session with the given rows (none: an empty one); returns its index. Raises PoolFullError."""
-        index = int(self._sessions.take(1)[0])
+        index = int(self._sessions.allocate(1)[0])
         try:
             for name, batch in (stored or {}).items():
-                if name.endswith(OWN):
-                    site = self.sites[name.removesuffix(OWN)]
-                    own = batch.data[0].view(torch.float32).view_as(site.own[index])
-                    site.own[index] = upload(own, self.device)
+                if name.endswith(SESSION_SCALARS_SUFFIX):
+                    site = self.sites[name.removesuffix(SESSION_SCALARS_SUFFIX)]
+                    session_scalars = batch.data[0].view(torch.float32).view_as(site.session_scalars[index])
+                    site.session_scalars[index] = upload(session_scalars, self.device)
                 else:
-                    self.sites[name].fill(index, batch)
+                    self.sites[name].load_rows(index, batch)
         except PoolFullError:
             self.close(index)
             raise
@@ -198,51 +200,53 @@ class Pool:
     def close(self, index: int) -> None:
         """Forgets a session and frees its rows."""
         for site in self.sites.values():
-            places = site.places[index]
-            site.free.give(places[places > 0])
-        self._drop(index)
+            physical_cells = site.physical_cells[index]
+            site.free.release(physical_cells[physical_cells > 0])
+        self._clear_session(index)
 
     @property
-    def taken(self) -> float:
+    def utilization(self) -> float:
         """The share of the room for rows that sessions and drafts have taken, of the fullest site."""
-        return max(site.free.taken for site in self.sites.values())
+        return max(site.free.utilization for site in self.sites.values())
 
     def rows(self, index: int) -> dict[str, int]:
         """How many rows a session holds, by site."""
-        return {name: site.count(index) for name, site in self.sites.items()}
+        return {name: site.num_rows(index) for name, site in self.sites.items()}
 
     def dump(self, index: int) -> dict[str, SiteRows]:
         """A session's whole state, as it is stored."""
-        return self._pack(index, 0, {name: site.places[index] > 0 for name, site in self.sites.items()})
+        return self._changed_rows(index, 0, {name: site.physical_cells[index] > 0 for name, site in self.sites.items()})
 
     def draft(self, base: int) -> Draft:
         """A turn's own copy-on-write view of session `base`. Raises PoolFullError."""
-        index = int(self._sessions.take(1)[0])
+        index = int(self._sessions.allocate(1)[0])
         for site in self.sites.values():
-            site.places[index] = site.places[base]
-            site.tell(index)
-            site.own[index] = site.own[base]
+            site.physical_cells[index] = site.physical_cells[base]
+            site.sync_table(index)
+            site.session_scalars[index] = site.session_scalars[base]
         return Draft(self, base, index)
 
-    def _pack(self, index: int, base: int, masks: Mapping[str, Mask]) -> dict[str, SiteRows]:
+    def _changed_rows(self, index: int, base: int, masks: Mapping[str, CellMask]) -> dict[str, SiteRows]:
         """What differs from session `base` in the cells that the masks choose, and the session's own numbers."""
         packed = {}
         for name, mask in masks.items():
             site = self.sites[name]
-            rows = site.pack(index, base, mask)
+            rows = site.changed_rows(index, base, mask)
             if len(rows.slots):
                 packed[name] = rows
-            own = site.own[index].cpu().clone()
-            if not torch.equal(own, site.own[base].cpu()):
-                packed[name + OWN] = SiteRows(torch.zeros(1, dtype=torch.int32), own.flatten().view(torch.uint8)[None])
+            session_scalars = site.session_scalars[index].cpu().clone()
+            if not torch.equal(session_scalars, site.session_scalars[base].cpu()):
+                packed[name + SESSION_SCALARS_SUFFIX] = SiteRows(
+                    torch.zeros(1, dtype=torch.int32), session_scalars.flatten().view(torch.uint8)[None]
+                )
         return packed
 
-    def _drop(self, index: int) -> None:
+    def _clear_session(self, index: int) -> None:
         for site in self.sites.values():
-            site.places[index] = 0
-            site.tell(index)
-            site.own[index] = 0.0
-        self._sessions.give(np.array([index]))
+            site.physical_cells[index] = 0
+            site.sync_table(index)
+            site.session_scalars[index] = 0.0
+        self._sessions.release(np.array([index]))
 
 
 class Draft:
@@ -252,22 +256,22 @@ class Draft:
         self.pool = pool
         self.base = base
         self.index = index
-        self._own = {name: np.zeros(site.config.cells, np.bool_) for name, site in pool.sites.items()}
+        self._copied = {name: np.zeros(site.config.cells, np.bool_) for name, site in pool.sites.items()}
 
     def get(self, name: str, cells: Tensor) -> list[Tensor]:
         """The contents of `cells` [U]: each field [U, …]."""
         site = self.pool.sites[name]
-        places = site.tables[self.index, cells]
-        return [field[places] for field in site.fields]
+        physical_cells = site.tables[self.index, cells]
+        return [field[physical_cells] for field in site.fields]
 
     def put(self, name: str, cells: Tensor, fields: Iterable[Tensor]) -> None:
         """Replaces the contents of `cells` [U] (distinct) by `fields`, each [U, …]. Raises PoolFullError, changing
         nothing."""
-        places = self._take(name, cells)
+        physical_cells = self._copy_on_write(name, cells)
         for field, values in zip(self.pool.sites[name].fields, fields, strict=True):
-            field[places] = values
+            field[physical_cells] = values
 
-    def write(self, name: str, cells: Tensor, at: Tensor, keys: Tensor, prints: Tensor, targets: Tensor) -> None:
+    def write(self, name: str, cells: Tensor, at: Tensor, keys: Tensor, ngram_hashes: Tensor, targets: Tensor) -> None:
         """Writes one block into `cells` [U] (distinct) of a lexical site; the rest as in `ops.write_lexical`. Raises
         PoolFullError, changing nothing."""
         site = self.pool.sites[name]
@@ -275,42 +279,47 @@ class Draft:
             self.put(
                 name,
                 cells,
-                torch_backend.write_lexical(torch_backend.Rows(*self.get(name, cells)), at, keys, prints, targets),
+                torch_backend.write_lexical(
+                    torch_backend.LexicalRows(*self.get(name, cells)), at, keys, ngram_hashes, targets
+                ),
             )
             return
         before = site.tables[self.index, cells]
-        site.kernels.write(site.fields, before, self._take(name, cells), at, keys, prints, targets)
+        site.kernels.write(site.fields, before, self._copy_on_write(name, cells), at, keys, ngram_hashes, targets)
 
-    def _take(self, name: str, cells: Tensor) -> Tensor:
-        """The draft's own places [U] of `cells` [U], new ones for those that it had not touched yet."""
-        site, own, asked = self.pool.sites[name], self._own[name], fetch(cells).numpy()
-        fresh = asked[~own[asked]]
-        site.places[self.index, fresh] = site.free.take(len(fresh))
-        own[fresh] = True
-        site.tell(self.index)
+    def _copy_on_write(self, name: str, cells: Tensor) -> Tensor:
+        """The draft's copied places [U] of `cells` [U], new ones for those that it had not touched yet."""
+        site, copied, requested = self.pool.sites[name], self._copied[name], copy_to_host(cells).numpy()
+        fresh = requested[~copied[requested]]
+        site.physical_cells[self.index, fresh] = site.free.allocate(len(fresh))
+        copied[fresh] = True
+        site.sync_table(self.index)
         return site.tables[self.index, cells]
 
     def touched(self) -> dict[str, SiteRows]:
         """The rows that this turn changed: what a commit stores."""
-        return self.pool._pack(self.index, self.base, self._own)
+        return self.pool._changed_rows(self.index, self.base, self._copied)
 
-    def guards(self) -> int:
+    def num_guards_shut(self) -> int:
         """How many read gates this turn shut, less those that it opened."""
         sites = self.pool.sites.values()
-        return sum(int((site.own[self.index, SHUT] - site.own[self.base, SHUT]).sum()) for site in sites)
+        return sum(
+            int((site.session_scalars[self.index, GATE_CLOSED] - site.session_scalars[self.base, GATE_CLOSED]).sum())
+            for site in sites
+        )
 
     def commit(self) -> None:
         """The base session becomes what the draft is."""
         for name, site in self.pool.sites.items():
-            base = site.places[self.base]
-            site.free.give(base[self._own[name] & (base > 0)])
-            base[:] = site.places[self.index]
-            site.tell(self.base)
-            site.own[self.base] = site.own[self.index]
-        self.pool._drop(self.index)
+            base = site.physical_cells[self.base]
+            site.free.release(base[self._copied[name] & (base > 0)])
+            base[:] = site.physical_cells[self.index]
+            site.sync_table(self.base)
+            site.session_scalars[self.base] = site.session_scalars[self.index]
+        self.pool._clear_session(self.index)
 
     def rollback(self) -> None:
         """The base session stays what it was."""
         for name, site in self.pool.sites.items():
-            site.free.give(site.places[self.index, self._own[name]])
-        self.pool._drop(self.index)
+            site.free.release(site.physical_cells[self.index, self._copied[name]])
+        self.pool._clear_session(self.index)

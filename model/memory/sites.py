@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model import weights
-from model.memory.config import BALANCE, RUNS, SHUT, TRUST, MemoryConfig, MemoryConfigError, SiteConfig
+from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST, MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.lexical import torch_backend
 from model.memory.pool import Draft, Pool
 
@@ -23,38 +23,38 @@ HEADS = 2  # a sharp and a broad one
 TRUST_LIMITS = (-4.0, 1.0)  # the upper one keeps what was read over and over from drowning the base
 
 
-class Found(NamedTuple):
+class FoundCandidates(NamedTuple):
     """What a lexical site holds for n contexts: their keys [n, d_k], their cells [n, k], the nearest first, how many
     empty rows these have [n, k], and the rows in them."""
 
     keys: Tensor
     cells: Tensor
-    room: Tensor
+    num_empty_rows: Tensor
     candidates: torch_backend.Candidates
 
 
-class Reading(NamedTuple):
+class LexicalReadout(NamedTuple):
     """What a lexical site makes of n tokens: their contexts (fingerprints [n, R] and keys [n, d_k]) and cells [n, k];
     how many empty rows these have [n, k]; how many runs [n] of the context the best match repeats; p_mem as shares
     [n, K] of tokens [n, K]; the weight γ [n] that counts, and the one that would if the session's guards were open."""
 
-    prints: Tensor
+    ngram_hashes: Tensor
     keys: Tensor
     cells: Tensor
-    room: Tensor
-    repeats: Tensor
+    num_empty_rows: Tensor
+    ngram_matches: Tensor
     tokens: Tensor
     shares: Tensor
     gamma: Tensor
-    unguarded: Tensor
+    unguarded_gamma: Tensor
 
-    def pick(self, mask: Tensor) -> Reading:
+    def select(self, mask: Tensor) -> LexicalReadout:
         """The reading of some of the tokens; mask [n]."""
-        return Reading(*(part[mask] for part in self))
+        return LexicalReadout(*(part[mask] for part in self))
 
-    def by_repeats(self, values: Tensor) -> Tensor:
+    def sum_by_ngram_matches(self, values: Tensor) -> Tensor:
         """The sums [R + 1] of values [n] over the tokens of each number of repeated runs."""
-        return (F.one_hot(self.repeats, len(RUNS) + 1).T * values).sum(1)
+        return (F.one_hot(self.ngram_matches, len(NGRAM_SIZES) + 1).T * values).sum(1)
 
 
 class LexicalSite(nn.Module):
@@ -77,8 +77,8 @@ class LexicalSite(nn.Module):
         self.centres = nn.Parameter(torch.zeros(config.cells, config.width))
         self.sharpness = nn.Parameter(torch.ones(HEADS))
         self.prior = nn.Parameter(torch.zeros(HEADS))
-        self.bonus = nn.Parameter(torch.zeros(HEADS, len(RUNS)))
-        self.gate_in = nn.Parameter(torch.zeros((4 + len(RUNS)) * HEADS + 1 + config.width, GATE_WIDTH))
+        self.bonus = nn.Parameter(torch.zeros(HEADS, len(NGRAM_SIZES)))
+        self.gate_in = nn.Parameter(torch.zeros((4 + len(NGRAM_SIZES)) * HEADS + 1 + config.width, GATE_WIDTH))
         self.gate_in_bias = nn.Parameter(torch.zeros(GATE_WIDTH))
         self.gate_out = nn.Parameter(torch.zeros(GATE_WIDTH, 1 + HEADS))
         self.gate_out_bias = nn.Parameter(torch.zeros(1 + HEADS))
@@ -88,108 +88,134 @@ class LexicalSite(nn.Module):
 
     def keys(self, hidden: Tensor) -> Tensor:
         """Final hidden states [n, d] → keys [n, d_k] of unit length."""
-        return F.normalize(torch_backend.rowwise(hidden.float(), self.key_weight) + self.key_bias, dim=-1)
+        return F.normalize(torch_backend.rowwise_matmul(hidden.float(), self.key_weight) + self.key_bias, dim=-1)
 
     def address(self, keys: Tensor) -> Tensor:
         """keys [n, d_k] → cells [n, k] long, the nearest first."""
-        return torch_backend.rowwise(keys, self.centres.T).topk(self.config.k, dim=-1).indices
+        return torch_backend.rowwise_matmul(keys, self.centres.T).topk(self.config.k, dim=-1).indices
 
     def gate(self, found: torch_backend.Candidates, entropy: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The logit of γ [n] before trust, and p_mem as shares [n, K]; entropy [n] of the base, keys [n, d_k]."""
-        logit, heads = torch_backend.judge(torch_backend.gate_inputs(found, entropy, keys), self.network)
+        logit, heads = torch_backend.gate_logits(torch_backend.gate_inputs(found, entropy, keys), self.gate_weights)
         return logit, (heads[:, :, None] * found.shares).sum(1)
 
     @property
-    def network(self) -> torch_backend.Gate:
+    def gate_weights(self) -> torch_backend.GateWeights:
         """What judges what was found."""
-        return torch_backend.Gate(self.gate_in, self.gate_in_bias, self.gate_out, self.gate_out_bias)
+        return torch_backend.GateWeights(self.gate_in, self.gate_in_bias, self.gate_out, self.gate_out_bias)
 
     @property
-    def scales(self) -> torch_backend.Scales:
+    def head_params(self) -> torch_backend.HeadParams:
         """What the heads think of rows."""
-        return torch_backend.Scales(self.sharpness, self.prior, self.bonus)
+        return torch_backend.HeadParams(self.sharpness, self.prior, self.bonus)
 
-    def find(
-        self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: torch_backend.Prediction
-    ) -> Found:
+    def find_candidates(
+        self, pool: Pool, session: Tensor, hidden: Tensor, ngram_hashes: Tensor, base: torch_backend.Prediction
+    ) -> FoundCandidates:
         """What sessions [n] hold for final hidden states [n, d]; prints [n, R]: fingerprints of the contexts."""
         keys = self.keys(hidden)
         cells = self.address(keys)
-        found, room = pool.sites[self.config.name].find(session, cells, keys, prints, base, self.scales)
-        return Found(keys, cells, room, found)
+        found, num_empty_rows = pool.sites[self.config.name].find_candidates(
+            session, cells, keys, ngram_hashes, base, self.head_params
+        )
+        return FoundCandidates(keys, cells, num_empty_rows, found)
 
-    def first_trust(self) -> Tensor:
+    def initial_trust(self) -> Tensor:
         """The trust [R + 1] of a request that begins."""
-        return self.request_trust.detach().expand(len(RUNS) + 1)
+        return self.request_trust.detach().expand(len(NGRAM_SIZES) + 1)
 
     def read(
-        self, pool: Pool, session: Tensor, hidden: Tensor, prints: Tensor, base: torch_backend.Prediction, trust: Tensor
-    ) -> Reading:
-        """What sessions [n] know about what follows final hidden states [n, d] and contexts with fingerprints [n, R],
-        for which the base predicts `base`; trust [n, R + 1] of their requests."""
-        return self.believe(pool, session, prints, base, trust, self.find(pool, session, hidden, prints, base))
-
-    def believe(
         self,
         pool: Pool,
         session: Tensor,
-        prints: Tensor,
+        hidden: Tensor,
+        ngram_hashes: Tensor,
         base: torch_backend.Prediction,
         trust: Tensor,
-        found: Found,
-    ) -> Reading:
+    ) -> LexicalReadout:
+        """What sessions [n] know about what follows final hidden states [n, d] and contexts with fingerprints [n, R],
+        for which the base predicts `base`; trust [n, R + 1] of their requests."""
+        return self.gate_mixture(
+            pool, session, ngram_hashes, base, trust, self.find_candidates(pool, session, hidden, ngram_hashes, base)
+        )
+
+    def gate_mixture(
+        self,
+        pool: Pool,
+        session: Tensor,
+        ngram_hashes: Tensor,
+        base: torch_backend.Prediction,
+        trust: Tensor,
+        found: FoundCandidates,
+    ) -> LexicalReadout:
         """How far to believe what was found; the rest is `read`'s."""
-        keys, cells, room, candidates = found
-        fast = pool.sites[self.config.name]
-        believe = (fast.kernels or torch_backend).believe
-        belief = believe(candidates, base.entropy, keys, self.network, fast.own, session, trust)
-        return Reading(prints, keys, cells, room, candidates.repeats, candidates.tokens, *belief)
+        keys, cells, num_empty_rows, candidates = found
+        site_pool = pool.sites[self.config.name]
+        gate_mixture = (site_pool.kernels or torch_backend).gate_mixture
+        gated = gate_mixture(
+            candidates, base.entropy, keys, self.gate_weights, site_pool.session_scalars, session, trust
+        )
+        return LexicalReadout(
+            ngram_hashes, keys, cells, num_empty_rows, candidates.ngram_matches, candidates.tokens, *gated
+        )
 
     def mixture(
-        self, pool: Pool, session: Tensor, hidden: Tensor, trails: Tensor, logits: Tensor, trust: Tensor
+        self, pool: Pool, session: Tensor, hidden: Tensor, last_tokens_batch: Tensor, logits: Tensor, trust: Tensor
     ) -> Tensor:
         """log p [n, V] of next tokens up to a constant a row, with what sessions [n] know; logits [n, V] of the base,
         which may be overwritten; trails [n, 8]: last tokens; the rest as in `read`."""
-        fast = pool.sites[self.config.name]
-        if whole := getattr(fast.kernels, "mixture", None):
-            address, asked = (self.key_weight, self.key_bias, self.centres), (session, hidden, trails, trust)
-            slow = (address, self.config.k, self.scales, self.network)
-            mixed: Tensor = whole(fast.tables, fast.fields, fast.own, *slow, *asked, logits)
+        site_pool = pool.sites[self.config.name]
+        if fused_mixture := getattr(site_pool.kernels, "mixture", None):
+            address, request_inputs = (
+                (self.key_weight, self.key_bias, self.centres),
+                (session, hidden, last_tokens_batch, trust),
+            )
+            slow_weights = (address, self.config.k, self.head_params, self.gate_weights)
+            mixed: Tensor = fused_mixture(
+                site_pool.tables, site_pool.fields, site_pool.session_scalars, *slow_weights, *request_inputs, logits
+            )
             return mixed
         base = torch_backend.predict(logits)
-        reading = self.read(pool, session, hidden, torch_backend.trail_fingerprints(trails), base, trust)
-        return torch_backend.mix(base, reading.tokens, reading.shares, reading.gamma)
+        readout = self.read(pool, session, hidden, torch_backend.hash_last_ngrams(last_tokens_batch), base, trust)
+        return torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma)
 
-    def judged(self, reading: Reading, targets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probs_and_trust_gradient(
+        self, readout: LexicalReadout, targets: Tensor, frozen: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """log p [n] of targets [n] as if the guards were open, and how they judge the gate [R + 1]; frozen: their
         log-probabilities [n] without this site."""
-        in_memory = torch_backend.memory_prob(targets, reading.tokens, reading.shares)
-        adapted = torch_backend.target_log_prob(frozen, in_memory, reading.unguarded)
-        return adapted, reading.by_repeats(torch_backend.trust_step(frozen, adapted, in_memory, reading.unguarded))
+        memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
+        adapted = torch_backend.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
+        return adapted, readout.sum_by_ngram_matches(
+            torch_backend.trust_gradient(frozen, adapted, memory_probs, readout.unguarded_gamma)
+        )
 
-    def next_trust(self, trust: Tensor, reading: Reading, targets: Tensor, frozen: Tensor) -> Tensor:
+    def updated_trust(self, trust: Tensor, readout: LexicalReadout, targets: Tensor, frozen: Tensor) -> Tensor:
         """A request's trust [R + 1] after a block; the other arguments are those of `learn`."""
-        _, step = self.judged(reading, targets, frozen)
+        _, step = self.log_probs_and_trust_gradient(readout, targets, frozen)
         return (trust + self.request_trust_rate * step).clamp(*TRUST_LIMITS)
 
-    def learn(self, draft: Draft, reading: Reading, targets: Tensor, frozen: Tensor) -> None:
+    def learn(self, draft: Draft, readout: LexicalReadout, targets: Tensor, frozen: Tensor) -> None:
         """Writes one block: the reading of n tokens, their targets [n] and the log-probabilities [n] of these without
         this site. Trust takes one gradient step on the same tokens, and the guard counts what they gained."""
-        fast = draft.pool.sites[self.config.name]
-        adapted, step = self.judged(reading, targets, frozen)
-        own = fast.own[draft.index]
-        trust = (own[TRUST] + self.trust_rate * step).clamp(*TRUST_LIMITS)
-        gain, tokens = reading.by_repeats(adapted - frozen), reading.by_repeats(torch.ones_like(adapted))
-        balance, shut = torch_backend.guard(own[BALANCE], own[SHUT], gain, tokens)
-        fast.own[draft.index] = torch.stack([trust, balance, shut])
-        news = adapted < -self.config.surprise
-        chosen = torch_backend.place(reading.cells[news], reading.room[news])
+        site_pool = draft.pool.sites[self.config.name]
+        adapted, step = self.log_probs_and_trust_gradient(readout, targets, frozen)
+        session_scalars = site_pool.session_scalars[draft.index]
+        trust = (session_scalars[TRUST] + self.trust_rate * step).clamp(*TRUST_LIMITS)
+        gain, tokens = (
+            readout.sum_by_ngram_matches(adapted - frozen),
+            readout.sum_by_ngram_matches(torch.ones_like(adapted)),
+        )
+        balance, closed = torch_backend.guard_step(session_scalars[BALANCE], session_scalars[GATE_CLOSED], gain, tokens)
+        site_pool.session_scalars[draft.index] = torch.stack([trust, balance, closed])
+        surprising = adapted < -self.config.surprise
+        chosen = torch_backend.assign_cells(readout.cells[surprising], readout.num_empty_rows[surprising])
         touched, at = torch.unique(chosen, return_inverse=True)
-        keys = torch_backend.quantise(reading.keys[news])
-        draft.write(self.config.name, touched, at, keys, reading.prints[news], targets[news])
+        keys = torch_backend.quantise_keys(readout.keys[surprising])
+        draft.write(self.config.name, touched, at, keys, readout.ngram_hashes[surprising], targets[surprising])
 
 
-class HiddenSite(nn.Module):
+class DeltaSite(nn.Module):
     """Rows of d_v numbers, read into the residual stream: h ← h + g·W_o·norm(o), g = σ(g_0 + u·h).
 
     The address is s = Norm(W_a h + b_a), the write gate β = σ(b_0 + b_1·surprise).
@@ -211,7 +237,7 @@ class HiddenSite(nn.Module):
 
     def address(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, d] → slots [n, k] long, w [n, k]."""
-        s = torch_backend.rowwise(hidden.float(), self.address_weight) + self.address_bias
+        s = torch_backend.rowwise_matmul(hidden.float(), self.address_weight) + self.address_bias
         s = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-12)
         return torch_backend.address(s.unflatten(1, (2, -1)), self.config.k, self.temperature)
 
@@ -231,9 +257,9 @@ class HiddenSite(nn.Module):
 
     def join(self, hidden: Tensor, rows: Tensor, w: Tensor) -> Tensor:
         """The stream [n, d] with the rows [n, k, d_v] of its slots read into it."""
-        o = torch_backend.read_hidden(rows, w)
+        o = torch_backend.read_delta(rows, w)
         g = torch.sigmoid((hidden.float() * self.gate_hidden).sum(-1) + self.gate)
-        changed = hidden + (g[:, None] * torch_backend.rowwise(o, self.out)).to(hidden.dtype)
+        changed = hidden + (g[:, None] * torch_backend.rowwise_matmul(o, self.out)).to(hidden.dtype)
         return torch.where(o.any(-1, keepdim=True), changed, hidden)
 
     def learn(self, draft: Draft, hidden: Tensor, following: Tensor, error: Tensor, adapted: Tensor) -> None:
@@ -242,7 +268,7 @@ class HiddenSite(nn.Module):
         touched, at = torch.unique(slots, return_inverse=True)
         (old,) = draft.get(self.config.name, touched)
         values, beta = self.value(following, error), self.beta(-adapted)
-        new = torch_backend.write_hidden(old, at, w, beta, values, decay=self.config.decay, cap=self.config.cap)
+        new = torch_backend.write_delta(old, at, w, beta, values, decay=self.config.decay, cap=self.config.cap)
         draft.put(self.config.name, touched, [new])
 
 
@@ -252,7 +278,7 @@ class Memory(nn.Module):
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         self.config = config
-        kinds = {"lexical": LexicalSite, "hidden": HiddenSite}
+        kinds = {"lexical": LexicalSite, "hidden": DeltaSite}
         self.sites = nn.ModuleDict(
             {site.name: kinds[site.kind](site, config.hidden_size) for site in config.sites if site.kind in kinds}
         )
@@ -264,9 +290,9 @@ class Memory(nn.Module):
         return next((site for site in self.sites.values() if isinstance(site, LexicalSite)), None)
 
     @property
-    def hidden(self) -> dict[int, HiddenSite]:
+    def delta(self) -> dict[int, DeltaSite]:
         """The hidden sites by layer; -1 is the output."""
-        return {site.config.layer: site for site in self.sites.values() if isinstance(site, HiddenSite)}
+        return {site.config.layer: site for site in self.sites.values() if isinstance(site, DeltaSite)}
 
     def fingerprint(self) -> str:
         """sha256 over the configuration and every tensor: the identity that a stored state is bound to."""

@@ -17,34 +17,34 @@ from model.memory import SiteConfig
 from model.memory.lexical import torch_backend
 
 NAME = "since"
-GUESSES = 8
+NUM_HYPOTHESES = 8
 
 
-def since_site() -> SiteConfig:
+def change_point_site() -> SiteConfig:
     """The site of the guesses of a policy that labels what may change."""
-    return SiteConfig(NAME, "journal", slots=1, k=1, width=2 * GUESSES)
+    return SiteConfig(NAME, "journal", slots=1, k=1, width=2 * NUM_HYPOTHESES)
 
 
-class Guesses(NamedTuple):
+class ChangePointHypotheses(NamedTuple):
     """What n sessions guess: starts [n, J], how many labels came before, and chances [n, J]."""
 
     starts: Tensor
-    chances: Tensor
+    probs: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor) -> Guesses:
+    def of(cls, rows: Tensor) -> ChangePointHypotheses:
         """From rows [n, 2·J], be they forged; in a session that has none, everything counts."""
-        starts, chances = rows.chunk(2, dim=1)
+        starts, probs = rows.chunk(2, dim=1)
         whole = F.one_hot(torch.zeros_like(starts[:, 0], dtype=torch.long), starts.shape[1]).to(rows.dtype)
-        chances = torch.where((chances > 0).any(1, keepdim=True), chances.clamp(0, 1), whole)
-        return cls(starts, chances / chances.sum(1, keepdim=True))
+        probs = torch.where((probs > 0).any(1, keepdim=True), probs.clamp(0, 1), whole)
+        return cls(starts, probs / probs.sum(1, keepdim=True))
 
-    def judged(self, foretold: Tensor, doubt: Tensor, seen: Tensor) -> Tensor:
+    def update(self, likelihoods: Tensor, hazard: Tensor, num_labels: Tensor) -> Tensor:
         """The rows [n, 2·J] after a label each: foretold [n, J], how likely each guess took it for; doubt: the chance
         of a change; seen [n]: the number of labels so far, this one among them."""
-        chances = self.chances * foretold.clamp_min(torch_backend.TINY)
-        chances = chances / chances.sum(1, keepdim=True).clamp_min(torch_backend.TINY)
-        least = chances.argmin(1, keepdim=True)
-        chances = (chances * (1 - doubt)).scatter(1, least, doubt.expand(len(chances), 1))
-        starts = self.starts.scatter(1, least, seen[:, None].to(self.starts.dtype))
-        return torch.cat([starts, chances / chances.sum(1, keepdim=True)], dim=1)
+        probs = self.probs * likelihoods.clamp_min(torch_backend.TINY)
+        probs = probs / probs.sum(1, keepdim=True).clamp_min(torch_backend.TINY)
+        least = probs.argmin(1, keepdim=True)
+        probs = (probs * (1 - hazard)).scatter(1, least, hazard.expand(len(probs), 1))
+        starts = self.starts.scatter(1, least, num_labels[:, None].to(self.starts.dtype))
+        return torch.cat([starts, probs / probs.sum(1, keepdim=True)], dim=1)

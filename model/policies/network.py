@@ -22,18 +22,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model import weights
-from model.memory import Draft, HiddenSite, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool
-from model.memory.config import BALANCE, RUNS, SHUT
+from model.memory import DeltaSite, Draft, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool
+from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES
 from model.memory.lexical import torch_backend
-from model.memory.sites import Found, Reading
-from model.policies.change_point import NAME as SINCE
-from model.policies.change_point import Guesses
+from model.memory.sites import FoundCandidates, LexicalReadout
+from model.policies.change_point import NAME as CHANGE_POINT_SITE
+from model.policies.change_point import ChangePointHypotheses
 
 FORMAT = "1"
-HISTORY = (
+NUM_HISTORY_INPUTS = (
     3  # numbers of an action's input about the last action: whether it was this one, its reward, whether it has one
 )
-OUTCOME = 4  # numbers of what a reward says: 1, the reward, how far above and how far below what was expected
+NUM_OUTCOME_INPUTS = (
+    4  # numbers of what a reward says: 1, the reward, how far above and how far below what was expected
+)
 
 
 class PolicyError(ValueError):
@@ -82,8 +84,10 @@ class PolicyConfig:
             raise PolicyError(f"context must be at least 1, got {self.context}")
         if not self.lowest < self.highest:
             raise PolicyError(f"lowest must be below highest ({self.highest}), got {self.lowest}")
-        if self.guesses and any(site.kind == "lexical" and site.cells > 1 for site in self.memory.sites):
-            raise PolicyError(f"cells must be 1 beside the site {SINCE!r}: ages say there which label came first")
+        if self.hypotheses and any(site.kind == "lexical" and site.cells > 1 for site in self.memory.sites):
+            raise PolicyError(
+                f"cells must be 1 beside the site {CHANGE_POINT_SITE!r}: ages say there which label came first"
+            )
         if self.memory.hidden_size != self.state:
             raise PolicyError(f"memory.hidden_size must be {self.state}, got {self.memory.hidden_size}")
 
@@ -93,26 +97,26 @@ class PolicyConfig:
         return self.context + self.actions * self.features
 
     @property
-    def input(self) -> int:
+    def input_size(self) -> int:
         """F."""
         if self.task == "label":
             return self.context
-        return self.context + self.features + self.identity * self.actions + HISTORY
+        return self.context + self.features + self.identity * self.actions + NUM_HISTORY_INPUTS
 
     @property
-    def place(self) -> int:
+    def num_address_inputs(self) -> int:
         """Numbers that say which place of the memory is asked."""
         return self.cue + self.by_features * self.features + self.by_action * self.actions
 
     @property
     def state(self) -> int:
         """D: what the memory sees of an action, its place and a layer of the network."""
-        return self.place + self.width
+        return self.num_address_inputs + self.width
 
     @property
-    def guesses(self) -> bool:
+    def hypotheses(self) -> bool:
         """Whether its sessions guess since when what they have seen holds."""
-        return self.task == "label" and any(site.name == SINCE for site in self.memory.sites)
+        return self.task == "label" and any(site.name == CHANGE_POINT_SITE for site in self.memory.sites)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,22 +142,22 @@ class Policy(nn.Module):
         self.config = config
         self.memory = Memory(config.memory)
         D, W = config.state, config.width
-        self.trunk = nn.Linear(config.input, W)
+        self.trunk = nn.Linear(config.input_size, W)
         self.inner = nn.Linear(W, W) if config.task == "label" else None
         self.size = nn.Parameter(torch.zeros(D))
         self.product = nn.Parameter(torch.zeros(self.site.config.width, D)) if config.product else None
         self.join = nn.Linear(D, W)
         self.head = nn.Linear(W, 2 if config.task == "act" else config.actions)
-        self.event = nn.Linear(D + OUTCOME, D)
-        self.doubt = nn.Parameter(torch.zeros(())) if config.guesses else None
+        self.event = nn.Linear(D + NUM_OUTCOME_INPUTS, D)
+        self.doubt = nn.Parameter(torch.zeros(())) if config.hypotheses else None
         self.requires_grad_(False)
 
     # --- acting ----------------------------------------------------------------------------------------------------
 
     @property
-    def site(self) -> HiddenSite:
+    def site(self) -> DeltaSite:
         """What an acting policy remembers in."""
-        return self.memory.hidden[-1]
+        return self.memory.delta[-1]
 
     def inputs(self, observation: Tensor, last: Tensor, reward: Tensor) -> Tensor:
         """What each action asks with [n, A, F]: observation [n, …], the last action [n] long (−1: none) and its
@@ -171,28 +175,28 @@ class Policy(nn.Module):
     def state(self, inputs: Tensor) -> Tensor:
         """What the memory sees [n, D] of inputs [n, F]."""
         c = self.config
-        places, start = [inputs[:, : c.cue]], c.context + c.features
+        address_inputs, start = [inputs[:, : c.cue]], c.context + c.features
         if c.by_features:
-            places.append(inputs[:, c.context : start])
+            address_inputs.append(inputs[:, c.context : start])
         if c.by_action:
-            places.append(inputs[:, start : start + c.actions])
-        return torch.cat([*places, torch.relu(_apply(self.trunk, inputs))], dim=1)
+            address_inputs.append(inputs[:, start : start + c.actions])
+        return torch.cat([*address_inputs, torch.relu(_apply(self.trunk, inputs))], dim=1)
 
     def recall(self, state: Tensor, rows: Tensor, w: Tensor) -> Tensor:
         """The states [n, D] with what the rows [n, k, d_v] of their slots say, and how much there is of it."""
         recalled = self.site.join(state, rows, w)
         if self.product is not None:
-            recalled = recalled + state * torch_backend.rowwise(torch_backend.read_hidden(rows, w), self.product)
+            recalled = recalled + state * torch_backend.rowwise_matmul(torch_backend.read_delta(rows, w), self.product)
         if self.site.config.decay == 1.0:  # what replaces what was there is as large as that
             return recalled
-        return recalled + torch_backend.amount_hidden(rows, w)[:, None] * self.size
+        return recalled + torch_backend.delta_read_magnitude(rows, w)[:, None] * self.size
 
-    def judge(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
+    def logit_and_value(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
         """Recalled states [n, D] → how good it is to act so [n], and the reward [n] that is expected, scaled to 0…1."""
         out = _apply(self.head, torch.relu(_apply(self.join, recalled)))
         return out[:, 0], torch.sigmoid(out[:, 1])
 
-    def lesson(self, recalled: Tensor, reward: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def reward_update(self, recalled: Tensor, reward: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a reward [n], scaled to 0…1 as is what was expected [n], writes: the row's new part [n, d_v], β [n] and
         the loss [n] (nats) of what was expected."""
         above, below = (reward - expected).clamp_min(0), (expected - reward).clamp_min(0)
@@ -202,7 +206,7 @@ class Policy(nn.Module):
             reward * expected.clamp_min(torch_backend.TINY).log()
             + (1 - reward) * (1 - expected).clamp_min(torch_backend.TINY).log()
         )
-        error = F.pad(outcome, (0, self.config.state - OUTCOME))
+        error = F.pad(outcome, (0, self.config.state - NUM_OUTCOME_INPUTS))
         return self.site.value(following, error), self.site.beta(loss.clamp_max(8.0)), loss
 
     def scaled(self, reward: Tensor) -> Tensor:
@@ -213,9 +217,9 @@ class Policy(nn.Module):
         """How good each action is [n, A] and what it is expected to bring [n, A], scaled; inputs [n, A, F] of sessions
         [n] long. A session whose guard is shut decides as the network alone."""
         state, session = self.state(inputs.flatten(0, 1)), session.repeat_interleave(self.config.actions)
-        shut = pool.sites[self.site.config.name].own[session, SHUT, 0] != 0
+        shut = pool.sites[self.site.config.name].session_scalars[session, GATE_CLOSED, 0] != 0
         recalled = self._read(state, pool, session)[0]
-        logits, expected = self.judge(torch.where(shut[:, None], state, recalled))
+        logits, expected = self.logit_and_value(torch.where(shut[:, None], state, recalled))
         return logits.view(len(inputs), -1), expected.view(len(inputs), -1)
 
     def reward(
@@ -225,15 +229,17 @@ class Policy(nn.Module):
         and their new rows [n, k, d_v]; and the loss [n] (nats) of what memory expected, and of what is without it."""
         state, reward = self.state(inputs), self.scaled(reward)
         recalled, slots, w, rows = self._read(state, pool, session)
-        value, beta, loss = self.lesson(recalled, reward, self.judge(recalled)[1])
-        frozen = self.lesson(state, reward, self.judge(state)[1])[2]
+        value, beta, loss = self.reward_update(recalled, reward, self.logit_and_value(recalled)[1])
+        frozen = self.reward_update(state, reward, self.logit_and_value(state)[1])[2]
         return slots, self.write(rows, w, beta, value), loss, frozen
 
-    def guard(self, draft: Draft, gain: float) -> bool:
+    def guard_step(self, draft: Draft, gain: float) -> bool:
         """Counts what memory gained (nats) on a reward, as if the guard were open; returns whether it was."""
-        own = draft.pool.sites[self.site.config.name].own[draft.index]
-        balance, shut = own[BALANCE, 0].clone(), own[SHUT, 0].clone()
-        own[BALANCE, 0], own[SHUT, 0] = tally(balance, shut, own.new_tensor(gain))
+        session_scalars = draft.pool.sites[self.site.config.name].session_scalars[draft.index]
+        balance, shut = session_scalars[BALANCE, 0].clone(), session_scalars[GATE_CLOSED, 0].clone()
+        session_scalars[BALANCE, 0], session_scalars[GATE_CLOSED, 0] = update_guard(
+            balance, shut, session_scalars.new_tensor(gain)
+        )
         return not shut
 
     def write(self, rows: Tensor, w: Tensor, beta: Tensor, value: Tensor) -> Tensor:
@@ -241,7 +247,7 @@ class Policy(nn.Module):
         n, k, _ = rows.shape
         at = torch.arange(n * k, device=rows.device).view(n, k)
         config = self.site.config
-        new = torch_backend.write_hidden(rows.flatten(0, 1), at, w, beta, value, decay=config.decay, cap=config.cap)
+        new = torch_backend.write_delta(rows.flatten(0, 1), at, w, beta, value, decay=config.decay, cap=config.cap)
         return new.view_as(rows)
 
     def _read(self, state: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -270,80 +276,92 @@ class Policy(nn.Module):
 
     def label(self, features: Tensor, pool: Pool, session: Tensor) -> Tensor:
         """log p [n, L] of the labels of examples [n, F] in sessions [n] long."""
-        base, reading, _ = self._consult(features, pool, session)
-        return torch_backend.mix(base, reading.tokens, reading.shares, reading.gamma).log_softmax(-1)
+        base, readout, _ = self._read_labels(features, pool, session)
+        return torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma).log_softmax(-1)
 
-    def label_lessons(
+    def label_updates(
         self, features: Tensor, labels: Tensor, pool: Pool, session: Tensor
     ) -> list[tuple[int, float, float, Callable[[Draft], None]]]:
         """What the labels [n] long of examples [n, F] teach sessions [n] long: for each, the label that would have been
         said, the loss (nats) of the right one, that without memory, and how to write it (raises PoolFullError)."""
-        base, reading, by_guess = self._consult(features, pool, session)
+        base, readout, by_hypothesis = self._read_labels(features, pool, session)
         frozen = base.log_prob(labels)
-        said = torch_backend.mix(base, reading.tokens, reading.shares, reading.gamma)
-        in_memory = torch_backend.memory_prob(labels, reading.tokens, reading.shares)
-        loss = -torch_backend.target_log_prob(frozen, in_memory, reading.gamma)
-        guesses = None if by_guess is None else self._judged(by_guess, labels, frozen, pool, session)
+        mixture = torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma)
+        memory_probs = torch_backend.memory_prob(labels, readout.tokens, readout.shares)
+        loss = -torch_backend.target_log_prob(frozen, memory_probs, readout.gamma)
+        hypotheses = (
+            None if by_hypothesis is None else self._update_hypotheses(by_hypothesis, labels, frozen, pool, session)
+        )
 
         def write(i: int) -> Callable[[Draft], None]:
             one = torch.tensor([i], device=labels.device)
 
             def learn(draft: Draft) -> None:
-                self.labels.learn(draft, reading.pick(one), labels[one], frozen[one])
-                if guesses is not None:
-                    draft.put(SINCE, torch.zeros_like(one), [guesses[one]])
+                self.labels.learn(draft, readout.select(one), labels[one], frozen[one])
+                if hypotheses is not None:
+                    draft.put(CHANGE_POINT_SITE, torch.zeros_like(one), [hypotheses[one]])
 
             return learn
 
-        told = zip(said.argmax(-1).tolist(), loss.tolist(), (-frozen).tolist(), strict=True)
+        told = zip(mixture.argmax(-1).tolist(), loss.tolist(), (-frozen).tolist(), strict=True)
         return [(*one, write(i)) for i, one in enumerate(told)]
 
-    def _consult(
+    def _read_labels(
         self, features: Tensor, pool: Pool, session: Tensor
-    ) -> tuple[torch_backend.Prediction, Reading, Reading | None]:
+    ) -> tuple[torch_backend.Prediction, LexicalReadout, LexicalReadout | None]:
         """What the network says, what the memory does, and what it would if each of the guesses [n · J] were true."""
         states, site = self.embed(features), self.labels
         base, keys = self.base(states), site.keys(states)
         cells = site.address(keys)
-        rows = torch_backend.Rows(*pool.sites[site.config.name].read(session, cells))
-        cosines, fresh = (
-            torch_backend.likeness(rows, keys),
-            freshness(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1),
+        rows = torch_backend.LexicalRows(*pool.sites[site.config.name].read(session, cells))
+        cosines, recency = (
+            torch_backend.similarity(rows, keys),
+            recency_log_prior(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1),
         )
 
-        def believed(missing: Tensor, each: Tensor) -> Reading:
+        def read_masked(missing: Tensor, each: Tensor) -> LexicalReadout:
             """missing [m, K]: which rows do not count, of contexts each [m]."""
             same, bonus = torch.zeros_like(missing, dtype=torch.long), torch.zeros_like(site.bonus)
             tokens = rows.tokens.flatten(1).long()[each]
-            candidates = torch_backend.weigh(
-                tokens, cosines[each], same, fresh[each], missing, site.sharpness, site.prior, bonus
+            candidates = torch_backend.score_candidates(
+                tokens, cosines[each], same, recency[each], missing, site.sharpness, site.prior, bonus
             )
-            prints = torch.zeros(len(each), len(RUNS), dtype=torch.int16, device=each.device)
-            found = Found(keys[each], cells[each], (rows.ages == 0).sum(-1)[each], candidates)
-            trust = site.first_trust().expand(len(each), -1)
-            return site.believe(pool, session[each], prints, base.pick(each), trust, found)
+            ngram_hashes = torch.zeros(len(each), len(NGRAM_SIZES), dtype=torch.int16, device=each.device)
+            found = FoundCandidates(keys[each], cells[each], (rows.ages == 0).sum(-1)[each], candidates)
+            trust = site.initial_trust().expand(len(each), -1)
+            return site.gate_mixture(pool, session[each], ngram_hashes, base.select(each), trust, found)
 
         ages, each = rows.ages.flatten(1), torch.arange(len(session), device=session.device)
         if self.doubt is None:
-            return base, believed(ages == 0, each), None
-        starts, chances = self._guesses(pool, session)
-        past = (ages[:, None] <= starts[:, :, None]).flatten(0, 1)
-        by_guess = believed(past, each.repeat_interleave(starts.shape[1]))
-        return base, _averaged(by_guess, chances), by_guess
+            return base, read_masked(ages == 0, each), None
+        starts, probs = self._hypotheses(pool, session)
+        outdated = (ages[:, None] <= starts[:, :, None]).flatten(0, 1)
+        by_hypothesis = read_masked(outdated, each.repeat_interleave(starts.shape[1]))
+        return base, _average_over_hypotheses(by_hypothesis, probs), by_hypothesis
 
-    def _guesses(self, pool: Pool, session: Tensor) -> Guesses:
-        return Guesses.of(pool.sites[SINCE].read(session, torch.zeros_like(session)[:, None])[0][:, 0])
+    def _hypotheses(self, pool: Pool, session: Tensor) -> ChangePointHypotheses:
+        return ChangePointHypotheses.of(
+            pool.sites[CHANGE_POINT_SITE].read(session, torch.zeros_like(session)[:, None])[0][:, 0]
+        )
 
-    def _judged(self, by_guess: Reading, labels: Tensor, frozen: Tensor, pool: Pool, session: Tensor) -> Tensor:
+    def _update_hypotheses(
+        self, by_hypothesis: LexicalReadout, labels: Tensor, frozen: Tensor, pool: Pool, session: Tensor
+    ) -> Tensor:
         """The rows [n, 2·J] of the sessions' guesses after their labels [n]."""
         assert self.doubt is not None
-        guesses = self._guesses(pool, session)
-        many = guesses.starts.shape[1]
-        in_memory = torch_backend.memory_prob(labels.repeat_interleave(many), by_guess.tokens, by_guess.shares)
-        foretold = torch_backend.target_log_prob(frozen.repeat_interleave(many), in_memory, by_guess.unguarded).exp()
-        held = pool.sites[self.labels.config.name]
-        seen = held.fields[0][held.tables[session, 0]].amax(1) + 1  # in a lone cell, ages count all labels
-        return guesses.judged(foretold.view(-1, many), torch.sigmoid(self.doubt), seen)
+        hypotheses = self._hypotheses(pool, session)
+        num_hypotheses = hypotheses.starts.shape[1]
+        memory_probs = torch_backend.memory_prob(
+            labels.repeat_interleave(num_hypotheses), by_hypothesis.tokens, by_hypothesis.shares
+        )
+        likelihoods = torch_backend.target_log_prob(
+            frozen.repeat_interleave(num_hypotheses), memory_probs, by_hypothesis.unguarded_gamma
+        ).exp()
+        label_pool = pool.sites[self.labels.config.name]
+        num_labels = (
+            label_pool.fields[0][label_pool.tables[session, 0]].amax(1) + 1
+        )  # in a lone cell, ages count all labels
+        return hypotheses.update(likelihoods.view(-1, num_hypotheses), torch.sigmoid(self.doubt), num_labels)
 
     # --- identity --------------------------------------------------------------------------------------------------
 
@@ -352,66 +370,71 @@ class Policy(nn.Module):
         return weights.fingerprint(self.config.to_dict(), self)
 
 
-def _averaged(by_guess: Reading, chances: Tensor) -> Reading:
+def _average_over_hypotheses(by_hypothesis: LexicalReadout, probs: Tensor) -> LexicalReadout:
     """What is believed where guess j of J is true with chances [n, J]; by_guess: of n · J contexts."""
-    n, many = chances.shape
+    n, num_hypotheses = probs.shape
 
     def mean(gamma: Tensor) -> Tensor:
-        return (chances * gamma.view(n, many)).sum(1)
+        return (probs * gamma.view(n, num_hypotheses)).sum(1)
 
-    first = by_guess.pick(torch.arange(n, device=chances.device) * many)
-    counted = mean(by_guess.unguarded)
-    weights = (chances * by_guess.unguarded.view(n, many) / counted.clamp_min(torch_backend.TINY)[:, None])[:, :, None]
-    shares = (weights * by_guess.shares.view(n, many, -1)).sum(1)
-    return first._replace(shares=shares, gamma=mean(by_guess.gamma), unguarded=counted)
+    first = by_hypothesis.select(torch.arange(n, device=probs.device) * num_hypotheses)
+    counted = mean(by_hypothesis.unguarded_gamma)
+    weights = (
+        probs * by_hypothesis.unguarded_gamma.view(n, num_hypotheses) / counted.clamp_min(torch_backend.TINY)[:, None]
+    )[:, :, None]
+    shares = (weights * by_hypothesis.shares.view(n, num_hypotheses, -1)).sum(1)
+    return first._replace(shares=shares, gamma=mean(by_hypothesis.gamma), unguarded_gamma=counted)
 
 
-def tally(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """`ops.guard` after one reward of each of some sessions. No reward counts more than GUARD_NATS, so that none alone
-    shuts a guard in good standing."""
-    return torch_backend.guard(
-        balance, shut, gain.clamp(-torch_backend.GUARD_NATS, torch_backend.GUARD_NATS), torch.ones_like(gain)
+def update_guard(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.guard_step` after one reward of each of some sessions. No reward counts more than GUARD_NATS, so that none
+    alone shuts a guard in good standing."""
+    return torch_backend.guard_step(
+        balance,
+        shut,
+        gain.clamp(-torch_backend.GUARD_LIMIT_NATS, torch_backend.GUARD_LIMIT_NATS),
+        torch.ones_like(gain),
     )
 
 
-def freshness(writes: Tensor) -> Tensor:
+def recency_log_prior(writes: Tensor) -> Tensor:
     """What takes the place of the base's prediction in a label's vote, and counts as much as the site's `prior`:
     −log(1 + writes), of how many writes to its cell, or examples, came after it."""
     return -writes.float().log1p()
 
 
 def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return torch_backend.rowwise(x, layer.weight.T) + layer.bias
+    return torch_backend.rowwise_matmul(x, layer.weight.T) + layer.bias
 
 
 def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
     """A policy before it is trained: each place of the memory has a random address of its own."""
     generator = torch.Generator().manual_seed(seed)
 
-    def spread(weight: Tensor, inputs: int, gain: float = 1.0) -> None:
+    def init_normal(weight: Tensor, inputs: int, gain: float = 1.0) -> None:
         weight.copy_(torch.randn(weight.shape, generator=generator) * gain / math.sqrt(inputs))
 
     policy = Policy(config)
     layers = [policy.trunk, policy.join, policy.event] + ([] if policy.inner is None else [policy.inner])
     with torch.no_grad():
         for layer in [*layers, policy.head]:
-            spread(layer.weight, layer.in_features, 0.1 if layer is policy.head else math.sqrt(2))
+            init_normal(layer.weight, layer.in_features, 0.1 if layer is policy.head else math.sqrt(2))
             layer.bias.zero_()
         if config.task == "act":
             site = policy.site
-            site.address_weight[: config.place].copy_(
-                torch.randn(config.place, site.address_weight.shape[1], generator=generator)
+            site.address_weight[: config.num_address_inputs].copy_(
+                torch.randn(config.num_address_inputs, site.address_weight.shape[1], generator=generator)
             )
             site.address_bias.copy_(torch.randn(site.address_bias.shape, generator=generator) * 0.1)
             site.temperature.fill_(4.0)
             site.write_gate.copy_(torch.tensor([-1.0, 0.0]))  # a row that changes slowly lets gradients pass
             products = [] if policy.product is None else [policy.product]
             for weight in (site.value_hidden, site.value_error, site.out, *products):
-                spread(weight, len(weight))
+                init_normal(weight, len(weight))
         else:
             labels = policy.labels
             for weight in (labels.key_weight, labels.gate_in, labels.centres):
-                spread(weight, len(weight))
+                init_normal(weight, len(weight))
             # Without biases all examples of one direction would have one key.
             policy.trunk.bias.copy_(torch.randn(policy.trunk.bias.shape, generator=generator))
             labels.sharpness.copy_(torch.tensor([20.0, 7.0]))

@@ -17,7 +17,7 @@ GREEDY_BELOW = 1e-5  # scores divided by less could leave the range of fp32
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """OpenAI's parameters. temperature 0 is greedy; seed None draws one; logit_bias maps token ids to −100..100."""
 
     temperature: float = 1.0
@@ -31,17 +31,17 @@ class Sampling:
 class Sampler:
     """Draws the tokens of one sequence. What it draws depends on its own scores and seed only, never on a batch."""
 
-    def __init__(self, sampling: Sampling, *, choice: int = 0) -> None:
+    def __init__(self, sampling: SamplingParams, *, choice: int = 0) -> None:
         self._sampling = sampling
         seed = sampling.seed if sampling.seed is not None else random.SystemRandom().getrandbits(63)
         self._random = random.Random(f"{seed}/{choice}")
         self._counts: Counter[int] = Counter()
-        self._ahead: int | None = None
+        self._predrawn: int | None = None
 
     def draw(self, scores: Tensor) -> int:
         """scores [V]: logits, or log-probabilities up to a constant → a token id."""
-        token = self._draw(scores) if self._ahead is None else self._ahead
-        self._ahead = None
+        token = self._draw(scores) if self._predrawn is None else self._predrawn
+        self._predrawn = None
         self._counts[token] += 1
         return token
 
@@ -67,33 +67,38 @@ class Sampler:
         return scores.index_add(0, tokens, amounts)
 
 
-def draw_ahead(samplers: Sequence[Sampler], scores: Tensor) -> None:
+def predraw(samplers: Sequence[Sampler], scores: Tensor) -> None:
     """Draws now what the next `draw` of each sampler gives, from its row of scores [B, V]: on a GPU all rows at once,
     and the host waits for it once. Elsewhere nothing: a row at a time is faster there."""
     if scores.device.type == "cuda":
-        for sampler, token in zip(samplers, _draw_together(samplers, scores), strict=True):
-            sampler._ahead = token
+        for sampler, token in zip(samplers, _draw_batch(samplers, scores), strict=True):
+            sampler._predrawn = token
 
 
-def _draw_together(samplers: Sequence[Sampler], scores: Tensor) -> list[int]:
+def _draw_batch(samplers: Sequence[Sampler], scores: Tensor) -> list[int]:
     """What `draw` gives for each row of scores [B, V]."""
     options = [sampler._sampling for sampler in samplers]
     greedy = [one.temperature < GREEDY_BELOW for one in options]
     scores = torch.stack([sampler._adjust(row) for sampler, row in zip(samplers, scores, strict=True)])
-    told = [
+    draw_params = [
         [1.0 if first else one.temperature for one, first in zip(options, greedy, strict=True)],
         [one.top_p for one in options],
         [0.0 if first else sampler._random.random() for sampler, first in zip(samplers, greedy, strict=True)],
     ]
-    temperature, top_p, u = upload(torch.tensor(told, dtype=torch.double), scores.device)[:, :, None]
+    temperature, top_p, u = upload(torch.tensor(draw_params, dtype=torch.double), scores.device)[:, :, None]
     probs = torch.softmax(scores / temperature.float(), dim=-1)
     window = min(TOP_P_WINDOW, probs.shape[1])
     values, indices = probs.topk(window)
     some, every = values.double().cumsum(-1), probs.double().cumsum(-1)
     last = torch.searchsorted(some, top_p).clamp_max(window - 1)
-    place = torch.searchsorted(some, u * some.gather(1, last), right=True).minimum(last)
-    anywhere = torch.searchsorted(every, u * every[:, -1:], right=True).clamp_max(probs.shape[1] - 1)
-    found = [scores.argmax(-1), indices.gather(1, place)[:, 0], anywhere[:, 0], (values.sum(-1) < top_p[:, 0]).long()]
+    position = torch.searchsorted(some, u * some.gather(1, last), right=True).minimum(last)
+    unrestricted = torch.searchsorted(every, u * every[:, -1:], right=True).clamp_max(probs.shape[1] - 1)
+    found = [
+        scores.argmax(-1),
+        indices.gather(1, position)[:, 0],
+        unrestricted[:, 0],
+        (values.sum(-1) < top_p[:, 0]).long(),
+    ]
     tokens = []
     for b, (likeliest, likely, other, short) in enumerate(torch.stack(found, dim=1).tolist()):
         if greedy[b]:
@@ -101,7 +106,7 @@ def _draw_together(samplers: Sequence[Sampler], scores: Tensor) -> list[int]:
         elif options[b].top_p >= 1.0:
             tokens.append(other)
         elif short and window < probs.shape[1]:
-            tokens.append(_nucleus(probs[b], options[b].top_p, told[2][b]))
+            tokens.append(_nucleus(probs[b], options[b].top_p, draw_params[2][b]))
         else:
             tokens.append(likely)
     return tokens
@@ -120,5 +125,5 @@ def _nucleus(probs: Tensor, top_p: float, u: float) -> int:
         values, indices = probs.topk(window)
     cumulative = values.double().cumsum(-1)
     size = min(int(torch.searchsorted(cumulative, top_p)) + 1, len(cumulative))
-    place = int(torch.searchsorted(cumulative[:size], u * cumulative[size - 1], right=True))
-    return int(indices[min(place, size - 1)])
+    position = int(torch.searchsorted(cumulative[:size], u * cumulative[size - 1], right=True))
+    return int(indices[min(position, size - 1)])

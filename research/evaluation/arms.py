@@ -17,7 +17,7 @@ from torch import Tensor
 from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.memory import SiteRows
-from research.evaluation.prequential import Clock, Progress, Stream, Trace, follow, new_pool
+from research.evaluation.prequential import Clock, Progress, Stream, Trace, new_pool, score_request
 
 Setting = Mapping[str, float]
 PAST = "past."  # what the rows of a session's first half are called among an outcome's values
@@ -68,9 +68,9 @@ class Arm(ABC):
     own_base: bool = False
     costly: bool = False
     equal_bytes: bool = False
-    needs: tuple[str, ...] = ()
-    fits: bool = False
-    kept: bool = True
+    requires: tuple[str, ...] = ()
+    needs_fit: bool = False
+    cached: bool = True
 
     @property
     def shared(self) -> str:
@@ -98,11 +98,11 @@ class Arm(ABC):
         return len(stream.requests) - (stream.half if self.part == "half" else 0)
 
 
-class Static(Arm):
+class FrozenBase(Arm):
     """The frozen base, alone."""
 
     name, title = "static", "frozen base"
-    kept = False
+    cached = False
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
         progress(self.requests(subject))
@@ -145,7 +145,7 @@ class _MemoryArm(Arm):
     ) -> Iterator[Tensor]:
         """log p of each request from `first` to before `last`."""
         for passage in list(subject.trace.passages())[first:last]:
-            yield follow(self.lm, self.pool, session, passage, self.bos, learn=learn)
+            yield score_request(self.lm, self.pool, session, passage, self.bos, learn=learn)
 
 
 class MemoryArm(_MemoryArm):
@@ -169,7 +169,7 @@ class MemoryArm(_MemoryArm):
         return Outcome({"log_probs": torch.cat(found), **values}, seconds, size)
 
 
-class Cleared(_MemoryArm):
+class ClearedMemory(_MemoryArm):
     """The memory, forgotten after each request: what it is worth inside one."""
 
     name, title = "cleared", "memory cleared each request"
@@ -186,14 +186,14 @@ class Cleared(_MemoryArm):
         return Outcome({"log_probs": torch.cat(found)}, clock.seconds, size)
 
 
-class Past(_MemoryArm):
+class PastMemory(_MemoryArm):
     """The second half, read with the memory of some first half and learning nothing.
 
     of: whose first halves. Several are read one after the other, and the mean of their log-probabilities is told.
     """
 
     part = "half"
-    needs = ("memory",)
+    requires = ("memory",)
 
     def __init__(self, lm: AdaptiveLM, bos: int, name: str, title: str, of: Callable[[Subject], list[Subject]]) -> None:
         super().__init__(lm, bos)
@@ -206,7 +206,7 @@ class Past(_MemoryArm):
         return super().requests(subject) * len(self.of(subject))
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
-        readings, size, clock = [], 0, Clock()
+        log_probs_by_past, size, clock = [], 0, Clock()
         for other in self.of(subject):
             rows = unpack_rows(other.outcomes["memory"].values)
             session, found = self.pool.open(rows), []
@@ -214,39 +214,47 @@ class Past(_MemoryArm):
                 found.append(log_probs)
                 progress(1)
             self.pool.close(session)
-            readings.append(torch.cat(found))
+            log_probs_by_past.append(torch.cat(found))
             size = max(size, state_bytes(rows))
-        told = torch.stack(readings).mean(0) if readings else torch.full((self._told(subject),), math.nan)
+        mean_log_probs = (
+            torch.stack(log_probs_by_past).mean(0)
+            if log_probs_by_past
+            else torch.full((self._num_scored(subject),), math.nan)
+        )
         past = torch.full((subject.stream.past,), math.nan)
-        return Outcome({"log_probs": torch.cat([past, told])}, clock.seconds / max(1, len(readings)), size)
+        return Outcome(
+            {"log_probs": torch.cat([past, mean_log_probs])}, clock.seconds / max(1, len(log_probs_by_past)), size
+        )
 
-    def _told(self, subject: Subject) -> int:
+    def _num_scored(self, subject: Subject) -> int:
         return len(subject.trace.targets) - subject.stream.past
 
 
-class Returned(_MemoryArm):
+class RevisitedMemory(_MemoryArm):
     """A → B → A: the second half, read with the memory of the first half after it has learned other streams too."""
 
     name, title = "returned", "memory back from other kinds (A→B→A)"
     part = "half"
-    needs = ("memory", "own-past")
+    requires = ("memory", "own-past")
 
-    def __init__(self, lm: AdaptiveLM, bos: int, between: Callable[[Subject], list[Subject]], requests: int) -> None:
+    def __init__(
+        self, lm: AdaptiveLM, bos: int, distractors: Callable[[Subject], list[Subject]], requests: int
+    ) -> None:
         """between: the streams of B, of which the first `requests` requests each are learned, in turns."""
         super().__init__(lm, bos)
-        self.between, self.per_stream = between, requests
+        self.distractors, self.per_stream = distractors, requests
 
     def identity(self, subject: Subject) -> list[str]:
-        return [self.fingerprint, str(self.per_stream), *(other.key for other in self.between(subject))]
+        return [self.fingerprint, str(self.per_stream), *(other.key for other in self.distractors(subject))]
 
     def requests(self, subject: Subject) -> int:
-        learned = sum(min(self.per_stream, len(other.stream.requests)) for other in self.between(subject))
+        learned = sum(min(self.per_stream, len(other.stream.requests)) for other in self.distractors(subject))
         return super().requests(subject) + learned
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
         session, found = self.pool.open(unpack_rows(subject.outcomes["memory"].values)), []
         for number in range(self.per_stream):
-            for other in self.between(subject):
+            for other in self.distractors(subject):
                 for _ in self._read(session, other, number, number + 1, learn=True):
                     progress(1)
         size, clock = state_bytes(self.pool.dump(session)), Clock()
@@ -258,7 +266,7 @@ class Returned(_MemoryArm):
         return Outcome({"log_probs": torch.cat([past, *found])}, clock.seconds, size)
 
 
-def neighbours(subjects: Sequence[Subject], *, same_kind: bool, limit: int) -> Callable[[Subject], list[Subject]]:
+def other_subjects(subjects: Sequence[Subject], *, same_kind: bool, limit: int) -> Callable[[Subject], list[Subject]]:
     """For each subject, at most `limit` others of its kind, or of as many other kinds as possible: those that follow
     it in the list, round and round."""
 

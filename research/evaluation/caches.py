@@ -20,7 +20,7 @@ from research.evaluation.prequential import Clock, Progress
 
 FEATURES = ("log_total", "agreement", "entropy")  # what a gate may look at beside its bias
 ORDERS = 3  # unigrams, bigrams, trigrams
-FAINT = 1e-30  # a sum of matches below this is none
+MIN_MASS = 1e-30  # a sum of matches below this is none
 NGRAM_BYTES = (8, 12, 16)  # its token ids and its count
 
 
@@ -59,12 +59,12 @@ class NeuralCache(Arm):
     token, and the base's entropy; otherwise γ is one number. θ and γ are tuned.
     """
 
-    fits = True
+    needs_fit = True
 
     def __init__(self, *, whitening: Whitening | None, limited: bool, gated: bool) -> None:
         self.whitening, self.limited, self.gated = whitening, limited, gated
         self.equal_bytes = limited
-        self.needs = ("memory",) if limited else ()
+        self.requires = ("memory",) if limited else ()
         self.name = self.shared + ("" if gated else "-fixed")
         self.title = "neural cache" + (", equal bytes" if limited else ", unbounded")
         self.title += (", raw states" if whitening is None else "") + (", gated" if gated else ", fixed λ")
@@ -104,13 +104,13 @@ class Combined(Arm):
     """The memory's distribution, mixed with the unbounded cache's: what is left to add to the memory."""
 
     name, title = "memory+cache", "memory + neural cache"
-    needs = ("memory", "cache")
-    fits = True
-    kept = False
+    requires = ("memory", "cache")
+    needs_fit = True
+    cached = False
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
         progress(self.requests(subject))
-        memory, cache = (subject.outcomes[name] for name in self.needs)
+        memory, cache = (subject.outcomes[name] for name in self.requires)
         return Outcome(cache.values, memory.seconds + cache.seconds, memory.state_bytes + cache.state_bytes)
 
     def fit(self, examples: Sequence[tuple[Subject, Outcome]], weights: Sequence[float]) -> dict[str, float]:
@@ -129,7 +129,7 @@ class NGrams(Arm):
     """
 
     name, title = "ngrams", "n-gram cache"
-    fits = True
+    needs_fit = True
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
         clock = Clock()
@@ -208,8 +208,8 @@ def _look_up(keys: Tensor, targets: Tensor, part: slice, limit: int, theta: floa
     mass = torch.zeros(len(tokens), scores.shape[1]).index_add_(0, of, scores)
     total = mass.sum(0)
     hit = mass.gather(0, of[part.start - start :][None])[0]
-    total = total.where(total > FAINT, 0.0)
-    safe = total.clamp_min(FAINT)
+    total = total.where(total > MIN_MASS, 0.0)
+    safe = total.clamp_min(MIN_MASS)
     return hit / safe, total.log(), mass.amax(0) / safe
 
 

@@ -74,9 +74,9 @@ def _draw(results: dict[str, Any], out: Path) -> None:
 def _arrays(trial: Trial) -> dict[str, np.ndarray[Any, Any]]:
     """log p of every target under every arm, as `arm/stream`."""
     return {
-        f"{arm}/{stream}": reading.log_probs.numpy()
-        for arm, readings in trial.readings.items()
-        for stream, reading in readings.items()
+        f"{arm}/{stream}": scores.log_probs.numpy()
+        for arm, stream_scores in trial.stream_scores.items()
+        for stream, scores in stream_scores.items()
     }
 
 

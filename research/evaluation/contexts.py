@@ -38,7 +38,7 @@ class LastTokens(_Context):
 
     name, title = "last-tokens", "last tokens in context, equal bytes"
     equal_bytes = True
-    needs = ("memory",)
+    requires = ("memory",)
 
     @torch.inference_mode()
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:

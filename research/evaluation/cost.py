@@ -9,9 +9,9 @@ from statistics import median
 
 import torch
 
-from model.adaptive_lm import EMPTY, AdaptiveLM
+from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.memory import Pool
-from research.evaluation.prequential import new_pool, through_blocks
+from research.evaluation.prequential import new_pool, score_blocks
 
 
 @torch.inference_mode()
@@ -24,7 +24,7 @@ def prefill(lm: AdaptiveLM, token_ids: Sequence[int]) -> None:
 
 def serve(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], *, learn: bool) -> None:
     """Scores, and learns or not, as a server does."""
-    for _ in through_blocks(lm, pool, session, token_ids, learn=learn, frozen=True):
+    for _ in score_blocks(lm, pool, session, token_ids, learn=learn, frozen=True):
         pass
 
 
@@ -33,10 +33,10 @@ def decode(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], s
     """Greedy tokens after a prompt of one block at most."""
     prompt = list(token_ids[: lm.memory.config.block])
     cache = lm.backbone.new_cache(len(prompt) + steps)
-    carry, _ = lm.block(prompt, cache, pool, session)
+    decode_state, _ = lm.block(prompt, cache, pool, session)
     for _ in range(steps):
-        token = int(lm.predict([carry], pool, [session])[0].argmax())
-        (carry,) = lm.decode([token], [cache], [carry], pool, [session])
+        token = int(lm.predict([decode_state], pool, [session])[0].argmax())
+        (decode_state,) = lm.decode([token], [cache], [decode_state], pool, [session])
 
 
 def learning_cost(
@@ -57,10 +57,10 @@ def learning_cost(
         ids = [bos, *request]
         ways: dict[str, Callable[[], None]] = {
             "prefill": partial(prefill, lm, ids),
-            "score_frozen": partial(serve, lm, pool, EMPTY, ids, learn=False),
+            "score_frozen": partial(serve, lm, pool, EMPTY_SESSION, ids, learn=False),
             "score": partial(serve, lm, pool, session, ids, learn=False),
             "observe": partial(serve, lm, pool, session, ids, learn=True),
-            "decode_frozen": partial(decode, lm, pool, EMPTY, ids, steps),
+            "decode_frozen": partial(decode, lm, pool, EMPTY_SESSION, ids, steps),
             "decode": partial(decode, lm, pool, session, ids, steps),
         }
         for name, way in ways.items():

@@ -17,7 +17,7 @@ from research.evaluation.arms import Arm, Subject
 
 
 @dataclass(frozen=True)
-class Reading:
+class StreamScores:
     """What an arm found on one stream: log p [n], the seconds it took (as in `Outcome`), the bytes it keeps, and the
     seconds that the frozen base took for the stream about then."""
 
@@ -27,20 +27,22 @@ class Reading:
     base_seconds: float
 
 
-Readings = Mapping[str, Reading]  # of one arm, by stream
+ScoresByStream = Mapping[str, StreamScores]  # of one arm, by stream
 
 
 class Describer:
     """Describes arms over the same subjects. tuning: the kinds of streams that settings were chosen on."""
 
-    def __init__(self, subjects: Sequence[Subject], readings: Mapping[str, Readings], tuning: set[str]) -> None:
-        self.subjects, self.readings, self.tuning = subjects, readings, tuning
+    def __init__(
+        self, subjects: Sequence[Subject], stream_scores: Mapping[str, ScoresByStream], tuning: set[str]
+    ) -> None:
+        self.subjects, self.stream_scores, self.tuning = subjects, stream_scores, tuning
         self.kinds = {subject.stream.name: subject.stream.kind for subject in subjects}
 
     def arm(self, arm: Arm) -> dict[str, Any]:
         """One arm. Ratios are perplexity over the frozen base's; memory_over and own_past_over: the perplexity of
         memory, and of memory frozen after the first half, over the arm's."""
-        own = self.readings[arm.name]
+        own = self.stream_scores[arm.name]
         perplexities = [metrics.perplexity(own[s.stream.name].log_probs, s.trace.widths) for s in self.subjects]
         lengths = max((subject.trace.lengths for subject in self.subjects), key=len)
         curve = self.curve(arm.name)
@@ -55,11 +57,11 @@ class Describer:
             "perplexity_per_byte": self._geometric([byte for _, byte in perplexities]),
             "by_request": curve,
             "gain_per_1k": metrics.slope([-math.log(ratio) for ratio in curve["ratio"]], lengths),
-            "own_past_over": self.ratios("own-past", arm.name, half=True) if "own-past" in self.readings else None,
+            "own_past_over": self.ratios("own-past", arm.name, half=True) if "own-past" in self.stream_scores else None,
             "kept_share": self.kept_share(arm.name) if arm.part == "half" else None,
             "novelty": self.novelty(arm.name),
-            "state_bytes": round(float(np.mean([reading.state_bytes for reading in own.values()]))),
-            "cost": float(np.mean([_cost(arm, reading) for reading in own.values()])),
+            "state_bytes": round(float(np.mean([scores.state_bytes for scores in own.values()]))),
+            "cost": float(np.mean([_cost(arm, scores) for scores in own.values()])),
         }
 
     def ratios(self, ours: str, theirs: str, *, half: bool = False) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Describer:
         for subject in self.subjects:
             name, n = subject.stream.name, len(subject.trace.targets)
             mask = torch.arange(n) >= (subject.stream.past if half else 0)
-            pair = [self.readings[arm][name].log_probs for arm in (ours, theirs)]
+            pair = [self.stream_scores[arm][name].log_probs for arm in (ours, theirs)]
             gains[name] = metrics.gain(pair[0], pair[1], mask & pair[1].isfinite())
         groups = metrics.summary(gains, self.kinds, self.tuning)
         return {
@@ -94,7 +96,7 @@ class Describer:
     def kept_share(self, arm: str) -> float | None:
         """The arm's gain on the second half over that of the memory of the first half alone: of "returned", what of A
         is still there after B."""
-        if "own-past" not in self.readings:
+        if "own-past" not in self.stream_scores:
             return None
         ours, kept = (self.ratios(name, "static", half=True)["all"] for name in (arm, "own-past"))
         return math.log(ours["value"]) / math.log(kept["value"]) if ours and kept["value"] < 1 else None
@@ -116,7 +118,7 @@ class Describer:
 
     def _pair(self, arm: str, subject: Subject) -> tuple[Tensor, Tensor]:
         name = subject.stream.name
-        return self.readings[arm][name].log_probs, self.readings["static"][name].log_probs
+        return self.stream_scores[arm][name].log_probs, self.stream_scores["static"][name].log_probs
 
     def _geometric(self, values: Sequence[float]) -> float:
         """The geometric mean over kinds, from the value of each stream."""
@@ -124,8 +126,8 @@ class Describer:
         return math.nan if mean is None else math.exp(mean.value)
 
 
-def _cost(arm: Arm, reading: Reading) -> float:
+def _cost(arm: Arm, scores: StreamScores) -> float:
     """Seconds over the frozen base's on the same tokens; an arm of the second half has half of them."""
     share = 0.5 if arm.part == "half" else 1.0
-    relative = reading.seconds / (share * reading.base_seconds)
+    relative = scores.seconds / (share * scores.base_seconds)
     return relative if arm.own_base else 1.0 + relative

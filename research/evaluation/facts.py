@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model.adaptive_lm import EMPTY, AdaptiveLM
+from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.memory import Pool
-from research.evaluation.prequential import Passage, Progress, follow, new_pool, read
+from research.evaluation.prequential import Passage, Progress, new_pool, read, score_request
 
 Encode = Callable[[str], list[int]]
 
@@ -78,7 +78,7 @@ class Fact:
         return f"{self.cue} {self.answer}."
 
 
-def invent(count: int, seed: int = 0) -> list[Fact]:
+def invent_facts(count: int, seed: int = 0) -> list[Fact]:
     """`count` facts about different invented places; the templates take turns."""
     rng = random.Random(seed)
     used: set[str] = set()
@@ -104,14 +104,14 @@ def recall(lm: AdaptiveLM, pool: Pool, session: int, cue: Sequence[int], answer:
     """Whether greedy decoding after BOS and the cue gives the answer, token by token. Nothing is learned."""
     ids = [bos, *cue]
     cache = lm.backbone.new_cache(len(ids) + len(answer))
-    carry, block = None, lm.memory.config.block
+    decode_state, block = None, lm.memory.config.block
     for start in range(0, len(ids), block):
-        carry, _ = lm.block(ids[start : start + block], cache, pool, session, carry=carry)
-    assert carry is not None
+        decode_state, _ = lm.block(ids[start : start + block], cache, pool, session, decode_state=decode_state)
+    assert decode_state is not None
     for token in answer:
-        if int(lm.predict([carry], pool, [session])[0].argmax()) != token:
+        if int(lm.predict([decode_state], pool, [session])[0].argmax()) != token:
             return False
-        (carry,) = lm.decode([token], [cache], [carry], pool, [session])
+        (decode_state,) = lm.decode([token], [cache], [decode_state], pool, [session])
     return True
 
 
@@ -142,7 +142,7 @@ class FactRecall:
         left = iter(fillers)
         for distance in sorted(distances):
             while learned < distance and (passage := next(left, None)) is not None:
-                follow(self.lm, self.pool, session, passage, self.bos, learn=True)
+                score_request(self.lm, self.pool, session, passage, self.bos, learn=True)
                 learned += len(passage.targets)
                 progress(len(passage.targets))
             if learned >= distance:
@@ -150,7 +150,7 @@ class FactRecall:
         self.pool.close(session)
         return found
 
-    def shares(self, session: int = EMPTY) -> dict[str, float]:
+    def shares(self, session: int = EMPTY_SESSION) -> dict[str, float]:
         """The share of facts that a session recalls, by cue."""
         return {
             cue: sum(recall(self.lm, self.pool, session, *ids, self.bos) for ids in asked) / len(asked)

@@ -33,14 +33,14 @@ def _blocks(trace: Trace, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]
         progress(1)
 
 
-def _surprise(logits: Tensor, targets: Tensor) -> Tensor:
+def _prediction_error(logits: Tensor, targets: Tensor) -> Tensor:
     """onehot(target) − p [m, V]: minus the gradient of the loss in the logits [m, V]."""
     error = -torch.softmax(logits, -1)
     error[torch.arange(len(targets)), targets] += 1
     return error
 
 
-class OutputLayer(Arm):
+class DynamicHead(Arm):
     """Dynamic evaluation of the head: W ← W + η · Σ_t (onehot − p_t) h_tᵀ / E‖h‖² after each block, by plain SGD."""
 
     name, title = "dynamic-head", "dynamic evaluation, output layer"
@@ -59,7 +59,7 @@ class OutputLayer(Arm):
         for states, targets in _blocks(subject.trace, progress):
             logits = states @ weight.T
             found.append(log_prob(logits, targets))
-            weight.addmm_(_surprise(logits, targets).T, states, alpha=setting["rate"] / self.norm)
+            weight.addmm_(_prediction_error(logits, targets).T, states, alpha=setting["rate"] / self.norm)
         return Outcome({"log_probs": torch.cat(found)}, clock.seconds, weight.nbytes)
 
 
@@ -67,14 +67,14 @@ class DenseDelta(Arm):
     """One dense matrix M [d_k, d] at the output, as large as the memory: h ← h + M ᵀk, then M ← M + η/c · k εᵀ.
 
     k = norm(relu(R·whiten(h) − 1)), R random; ε = e(x) − E_p[e] is the prediction error in embedding space, p with the
-    read: the delta rule through the softmax. c counts the block's tokens that crowd at one key, as `write_hidden` does.
+    read: the delta rule through the softmax. c counts the block's tokens that crowd at one key, as `write_delta` does.
     """
 
     name, title = "dense", "dense delta memory, equal bytes"
     grid = tuple({"rate": rate} for rate in (1.0, 3.0, 10.0, 30.0))
     costly = True
     equal_bytes = True
-    needs = ("memory",)
+    requires = ("memory",)
 
     def __init__(self, backbone: Backbone, whitening: Whitening) -> None:
         self.head, self.whitening = backbone.head_matrix.float(), whitening
@@ -96,11 +96,11 @@ class DenseDelta(Arm):
             found.append(log_prob(logits, targets))
             crowd = (keys @ keys.sum(0)).clamp_min(1.0)
             steps = setting["rate"] / self.norm / crowd
-            matrix += (keys * steps[:, None]).T @ (_surprise(logits, targets) @ self.head)
+            matrix += (keys * steps[:, None]).T @ (_prediction_error(logits, targets) @ self.head)
         return Outcome({"log_probs": torch.cat(found)}, clock.seconds, matrix.nbytes)
 
 
-class ThroughBase(Arm):
+class DynamicEvaluation(Arm):
     """Dynamic evaluation of weights inside the base: one clipped step on each request's mean loss, after its scores."""
 
     own_base = True
@@ -141,7 +141,7 @@ class ThroughBase(Arm):
         return Outcome({"log_probs": torch.cat(found)}, clock.seconds, sum(weight.nbytes for weight in weights))
 
 
-class DynamicAll(ThroughBase):
+class DynamicAll(DynamicEvaluation):
     """Every weight of the base, by plain SGD."""
 
     name, title = "dynamic-all", "dynamic evaluation, all weights"
@@ -151,7 +151,7 @@ class DynamicAll(ThroughBase):
         return list(backbone.parameters())
 
 
-class DynamicLoRA(ThroughBase):
+class DynamicLoRA(DynamicEvaluation):
     """Low-rank corrections of every linear map (Hu et al. 2021, arXiv 2106.09685), by Adam: at B = 0, plain SGD would
     hardly leave the start."""
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from model.adaptive_lm import AdaptiveLM
 from model.memory import Pool
-from research.evaluation.prequential import through_blocks
+from research.evaluation.prequential import score_blocks
 
 
 def keystrokes(typed: Sequence[bytes], shown: Sequence[bytes]) -> tuple[int, int]:
@@ -30,9 +30,9 @@ def keystrokes(typed: Sequence[bytes], shown: Sequence[bytes]) -> tuple[int, int
     return saved, total
 
 
-def likeliest(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int) -> list[int]:
+def greedy_predictions(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int) -> list[int]:
     """The likeliest token at each of the n tokens of a request, in a session that learns nothing."""
-    scored = through_blocks(lm, pool, session, [bos, *token_ids], learn=False, top=1)
+    scored = score_blocks(lm, pool, session, [bos, *token_ids], learn=False, top=1)
     return [token for scores in scored if scores.top is not None for token in scores.top[1][:, 0].tolist()]
 
 

@@ -12,7 +12,7 @@ from model.adaptive_lm import AdaptiveLM
 from model.memory import Pool
 from model.memory.lexical import torch_backend
 from research.evaluation.arms import state_bytes
-from research.evaluation.prequential import Passage, Progress, follow, new_pool
+from research.evaluation.prequential import Passage, Progress, new_pool, score_request
 
 
 @dataclass
@@ -34,7 +34,7 @@ def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: P
     pool = new_pool(lm)
     session, run = pool.open(), LongRun()
     for passage in passages:
-        adapted = follow(lm, pool, session, passage, bos, learn=True)
+        adapted = score_request(lm, pool, session, passage, bos, learn=True)
         run.position.append(run.tokens)
         run.frozen.append(-float(passage.log_probs.double().mean()))
         run.adapted.append(-float(adapted.double().mean()))
@@ -51,7 +51,7 @@ def state_norm(pool: Pool, session: int) -> float:
     total = 0.0
     for site in pool.sites.values():
         table, vectors = site.tables[session], site.fields[-1]
-        scale = 1.0 if vectors.is_floating_point() else torch_backend.KEY_STEPS
+        scale = 1.0 if vectors.is_floating_point() else torch_backend.KEY_SCALE
         total += float((vectors[table[table > 0]].double() / scale).square().sum())
     return math.sqrt(total)
 

@@ -37,8 +37,8 @@ class Estimate:
 def gain(adapted: Tensor, frozen: Tensor, mask: Tensor | None = None) -> float:
     """Mean of log p_adapted − log p_frozen [n] over the targets that the arm speaks of, and the mask [n] chooses; NaN
     if there is none."""
-    told = adapted.isfinite() if mask is None else adapted.isfinite() & mask
-    return float((adapted[told].double() - frozen[told].double()).mean())
+    scored = adapted.isfinite() if mask is None else adapted.isfinite() & mask
+    return float((adapted[scored].double() - frozen[scored].double()).mean())
 
 
 def over_kinds(values: Sequence[float], kinds: Sequence[str], *, seed: int = 0) -> Estimate | None:
@@ -88,11 +88,11 @@ def novelty(targets: Tensor, lengths: Sequence[int]) -> Tensor:
 def perplexity(log_probs: Tensor, widths: Tensor) -> tuple[float, float]:
     """Per token and per byte (widths [n]: bytes of each target), over the targets that the arm speaks of; NaN if there
     is none."""
-    told = log_probs.isfinite()
-    if not bool(told.any()):
+    scored = log_probs.isfinite()
+    if not bool(scored.any()):
         return math.nan, math.nan
-    nats = -float(log_probs[told].double().sum())
-    return math.exp(nats / int(told.sum())), math.exp(nats / int(widths[told].sum()))
+    nats = -float(log_probs[scored].double().sum())
+    return math.exp(nats / int(scored.sum())), math.exp(nats / int(widths[scored].sum()))
 
 
 def summary(gains: Mapping[str, float], kinds: Mapping[str, str], tuning: set[str]) -> dict[str, Estimate | None]:

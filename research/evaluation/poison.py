@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 
 from model.adaptive_lm import AdaptiveLM
 from model.memory import Pool
-from research.evaluation.prequential import Passage, Progress, follow, new_pool, read_passage
+from research.evaluation.prequential import Passage, Progress, new_pool, read_passage, score_request
 
 CONTEXT = 7  # tokens of the context whose continuation alternates
 
 
-def poisons(vocabulary: int, tokens: int, seed: int = 0) -> dict[str, list[int]]:
+def poison_streams(vocabulary: int, tokens: int, seed: int = 0) -> dict[str, list[int]]:
     """Streams of so many tokens that teach nothing: drawn at random; one token over and over; and one context with
     another continuation every other time, so that what was learned last is always wrong."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
 
     def some(n: int) -> list[int]:
-        return [draw.randrange(vocabulary) for _ in range(n)]
+        return [rng.randrange(vocabulary) for _ in range(n)]
 
     noise, (again,), context, (one, other) = some(tokens), some(1), some(CONTEXT), some(2)
     alternating = itertools.cycle([*context, one, *context, other])
@@ -43,13 +43,13 @@ def harm(
     a session that has learned the poison before, in requests of `window` tokens. progress is told of each passage."""
     pool = new_pool(lm, sessions=2)
     found: dict[str, dict[str, float]] = {}
-    for name, ids in poisons(lm.backbone.config.vocab_size, tokens).items():
-        poisoned = _learned(lm, pool, ids, bos, window)
+    for name, ids in poison_streams(lm.backbone.config.vocab_size, tokens).items():
+        poisoned = _learn_stream(lm, pool, ids, bos, window)
         found[name] = {}
         for stream, passages in streams.items():
             session, lost, read = pool.open(pool.dump(poisoned)), 0.0, 0
             for passage in passages:
-                adapted = follow(lm, pool, session, passage, bos, learn=True)
+                adapted = score_request(lm, pool, session, passage, bos, learn=True)
                 lost += float((passage.log_probs - adapted).double().sum())
                 read += len(adapted)
                 progress(1)
@@ -59,8 +59,8 @@ def harm(
     return found
 
 
-def _learned(lm: AdaptiveLM, pool: Pool, ids: Sequence[int], bos: int, window: int) -> int:
+def _learn_stream(lm: AdaptiveLM, pool: Pool, ids: Sequence[int], bos: int, window: int) -> int:
     session = pool.open()
     for start in range(0, len(ids), window):
-        follow(lm, pool, session, read_passage(lm.backbone, ids[start : start + window], bos), bos, learn=True)
+        score_request(lm, pool, session, read_passage(lm.backbone, ids[start : start + window], bos), bos, learn=True)
     return session

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.adaptive_lm import AdaptiveLM, Scores
 from model.base.backbone import Backbone
-from model.memory import HiddenSite, Memory, Pool
+from model.memory import DeltaSite, Memory, Pool
 from model.memory.lexical import torch_backend
 
 Progress = Callable[[int], None]
@@ -123,7 +123,7 @@ def new_pool(lm: AdaptiveLM, sessions: int = 1) -> Pool:
 
 
 @torch.inference_mode()
-def through_blocks(
+def score_blocks(
     lm: AdaptiveLM,
     pool: Pool,
     session: int,
@@ -140,16 +140,16 @@ def through_blocks(
     cache = lm.backbone.new_cache(len(token_ids))
     frozen_cache = lm.backbone.new_cache(len(token_ids)) if frozen and lm.needs_frozen_cache else None
     draft = pool.draft(session) if learn else None
-    index, carry, block = session if draft is None else draft.index, None, lm.memory.config.block
+    index, decode_state, block = session if draft is None else draft.index, None, lm.memory.config.block
     for start in range(0, len(token_ids), block):
         part = token_ids[start : start + block]
         mask = [True] * len(part)
-        carry, scores = lm.block(
+        decode_state, scores = lm.block(
             part,
             cache,
             pool,
             index,
-            carry=carry,
+            decode_state=decode_state,
             score=mask,
             learn=mask if learn else None,
             draft=draft,
@@ -165,13 +165,13 @@ def through_blocks(
 
 def read(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int, *, learn: bool) -> Tensor:
     """Scores one request of n tokens in a session, learning each block after it is scored; returns log p [n]."""
-    scored = through_blocks(lm, pool, session, [bos, *token_ids], learn=learn)
+    scored = score_blocks(lm, pool, session, [bos, *token_ids], learn=learn)
     return torch.cat([scores.adapted for scores in scored])
 
 
-def reads_states_only(memory: Memory) -> bool:
+def needs_final_states_only(memory: Memory) -> bool:
     """Whether final hidden states are all that the memory needs of the base: `replay` then equals `read`."""
-    return not any(isinstance(site, HiddenSite) for site in memory.sites.values())
+    return not any(isinstance(site, DeltaSite) for site in memory.sites.values())
 
 
 @torch.inference_mode()
@@ -185,7 +185,7 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int,
         return passage.log_probs
     draft = pool.draft(session) if learn else None
     index, found = session if draft is None else draft.index, []
-    prints, trust = torch_backend.request_fingerprints(passage.targets, bos), site.first_trust()
+    ngram_hashes, trust = torch_backend.hash_request_ngrams(passage.targets, bos), site.initial_trust()
     for start in range(0, n + 1, block):
         part = slice(max(0, start - 1), min(n, start + block - 1))
         if part.start == part.stop:
@@ -193,21 +193,21 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int,
         states, targets = passage.states[part], passage.targets[part]
         base = torch_backend.predict(lm.backbone.logits(states))
         session_of, trust_of = torch.full((len(targets),), index), trust.expand(len(targets), -1)
-        reading = site.read(pool, session_of, states, prints[part], base, trust_of)
+        readout = site.read(pool, session_of, states, ngram_hashes[part], base, trust_of)
         frozen = base.log_prob(targets)
-        trust = site.next_trust(trust, reading, targets, frozen)
-        in_memory = torch_backend.memory_prob(targets, reading.tokens, reading.shares)
-        found.append(torch_backend.target_log_prob(frozen, in_memory, reading.gamma))
+        trust = site.updated_trust(trust, readout, targets, frozen)
+        memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
+        found.append(torch_backend.target_log_prob(frozen, memory_probs, readout.gamma))
         if draft is not None:
-            site.learn(draft, reading, targets, frozen)
+            site.learn(draft, readout, targets, frozen)
     if draft is not None:
         draft.commit()
     return torch.cat(found)
 
 
-def follow(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int, *, learn: bool) -> Tensor:
+def score_request(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int, *, learn: bool) -> Tensor:
     """`replay` where that is the same, else `read`: log p [n] of one request in a session."""
-    if reads_states_only(lm.memory):
+    if needs_final_states_only(lm.memory):
         return replay(lm, pool, session, passage, bos, learn=learn)
     return read(lm, pool, session, passage.targets.tolist(), bos, learn=learn)
 

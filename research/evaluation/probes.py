@@ -14,8 +14,8 @@ from research.corpus import mixed_requests, progress_bar
 from research.evaluation import metrics
 from research.evaluation.arms import unpack_rows
 from research.evaluation.cost import learning_cost
-from research.evaluation.facts import FactRecall, invent
-from research.evaluation.keystrokes import likeliest, saved_share
+from research.evaluation.facts import FactRecall, invent_facts
+from research.evaluation.keystrokes import greedy_predictions, saved_share
 from research.evaluation.long import LongRun, ratio_between, read_long
 from research.evaluation.poison import harm
 from research.evaluation.prequential import Passage, Stream, new_pool
@@ -41,7 +41,7 @@ def facts(trial: Trial) -> dict[str, Any]:
     """Recall of invented facts after other text: all streams' requests in turns."""
 
     def make(advance: Advance) -> dict[str, Any]:
-        recall = FactRecall(trial.lm, trial.encode, trial.bos, invent(FACTS))
+        recall = FactRecall(trial.lm, trial.encode, trial.bos, invent_facts(FACTS))
         streams = [list(subject.trace.passages()) for subject in trial.subjects]
         fillers: list[Passage] = [s[n] for n in range(max(map(len, streams))) for s in streams if n < len(s)]
         found: dict[str, Any] = {"facts": FACTS, "frozen": recall.shares()}
@@ -51,7 +51,7 @@ def facts(trial: Trial) -> dict[str, Any]:
 
     available = sum(len(subject.trace.targets) for subject in trial.subjects)
     farthest = max(distance for distance in DISTANCES if distance <= available)
-    return trial.kept("facts", make, total=len(TIMES) * farthest, uses=("evaluation/facts.py",))
+    return trial.cached("facts", make, total=len(TIMES) * farthest, uses=("evaluation/facts.py",))
 
 
 def keystrokes(trial: Trial) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def keystrokes(trial: Trial) -> dict[str, Any]:
             for passage in list(subject.trace.passages())[half : half + TYPED_REQUESTS]:
                 request = passage.targets.tolist()
                 ids += request
-                best["memory"] += likeliest(trial.lm, pool, session, request, trial.bos)
+                best["memory"] += greedy_predictions(trial.lm, pool, session, request, trial.bos)
                 best["frozen"] += trial.lm.backbone.logits(passage.states).argmax(-1).tolist()
                 advance(1)
             pool.close(session)
@@ -82,7 +82,7 @@ def keystrokes(trial: Trial) -> dict[str, Any]:
             "streams": {name: dict(zip(names, values, strict=True)) for name, values in shares.items()},
         }
 
-    return trial.kept(
+    return trial.cached(
         "keystrokes",
         make,
         total=sum(min(TYPED_REQUESTS, len(s.stream.requests) - s.stream.half) for s in trial.subjects),
@@ -117,7 +117,7 @@ def poison(trial: Trial) -> dict[str, Any]:
         }
 
     total = 3 * sum(map(len, streams.values()))
-    return trial.kept("poison", make, total=total, uses=("evaluation/poison.py",))
+    return trial.cached("poison", make, total=total, uses=("evaluation/poison.py",))
 
 
 def long(trial: Trial, paths: Sequence[Path], tokens: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def long(trial: Trial, paths: Sequence[Path], tokens: int) -> dict[str, Any]:
         return asdict(read_long(trial.lm, passages(), trial.bos, advance))
 
     name = "long " + key([part.requests for part in parts])
-    run = LongRun(**trial.kept(name, make, total=len(order), uses=("evaluation/long.py",)))
+    run = LongRun(**trial.cached(name, make, total=len(order), uses=("evaluation/long.py",)))
     return {
         **asdict(run),
         "ratio": ratio_between(run, 0, run.tokens),

@@ -19,23 +19,23 @@ from research.corpus import progress_bar
 from research.evaluation.arms import (
     Adapter,
     Arm,
-    Cleared,
+    ClearedMemory,
+    FrozenBase,
     MemoryArm,
     Outcome,
-    Past,
-    Returned,
+    PastMemory,
+    RevisitedMemory,
     Setting,
-    Static,
     Subject,
-    neighbours,
+    other_subjects,
 )
 from research.evaluation.caches import Combined, NeuralCache, NGrams, Whitening
 from research.evaluation.contexts import FullHistory, LastTokens
-from research.evaluation.describe import Describer, Reading
-from research.evaluation.gradients import DenseDelta, DynamicAll, DynamicLoRA, OutputLayer
+from research.evaluation.describe import Describer, StreamScores
+from research.evaluation.gradients import DenseDelta, DynamicAll, DynamicHead, DynamicLoRA
 from research.evaluation.prequential import Stream, Trace, read_passage, read_trace
-from research.evaluation.tuning import Tuned, tried_on, tune
-from research.runs import Runs, code_hash, key
+from research.evaluation.tuning import Tuned, tune, tuning_subjects
+from research.runs import ResultCache, code_hash, key
 from research.training.adapter import load_adapter
 from service.errors import CommandError
 
@@ -46,8 +46,8 @@ CHEAP = (
 COSTLY = ("last-tokens", "full-history", "dynamic-lora", "dynamic-all")
 ALWAYS = ("static", "memory")
 OTHER_KINDS = 3  # pasts of other kinds that are read against a stream
-PACE_S = 60.0
-DETOUR = 4  # requests of each other kind that are learned before a stream is returned to
+BASE_TIMING_INTERVAL_S = 60.0
+DISTRACTOR_REQUESTS = 4  # requests of each other kind that are learned before a stream is returned to
 READING_CODE = ("evaluation/prequential.py", "evaluation/arms.py")
 
 Advance = Callable[[int], None]
@@ -79,10 +79,13 @@ class Trial:
         self.tuning = _tuning_kinds(streams, options.tuning)
         self.base = fingerprint(folder)
         self.bos = tokenizer.start_token_id
-        self.runs = Runs(options.out / "runs")
+        self.runs = ResultCache(options.out / "runs")
         self.tuned: dict[str, Tuned] = {}
-        self.readings: dict[str, dict[str, Reading]] = {}
-        self._pace, self._paced = 0.0, -math.inf  # seconds of a token in the base, and when that was measured
+        self.stream_scores: dict[str, dict[str, StreamScores]] = {}
+        self._base_s_per_token, self._base_timed_at = (
+            0.0,
+            -math.inf,
+        )  # seconds of a token in the base, and when that was measured
         with progress_bar() as bar:
             task = bar.add_task("reading with the base", total=sum(len(stream.requests) for stream in streams))
             self.subjects = [self.subject(stream, lambda n: bar.advance(task, n)) for stream in streams]
@@ -93,7 +96,7 @@ class Trial:
         tuning = [subject for subject in self.subjects if subject.stream.kind in self.tuning]
         with progress_bar() as bar:
             for arm in self.arms:
-                trials = sum(map(arm.requests, tried_on(arm, tuning))) * len(arm.grid)
+                trials = sum(map(arm.requests, tuning_subjects(arm, tuning))) * len(arm.grid)
                 total = trials + sum(map(arm.requests, self.subjects))
                 task = bar.add_task(arm.title, total=total)
 
@@ -101,28 +104,28 @@ class Trial:
                     return self._outcome(arm, subject, setting, lambda n: bar.advance(task, n))
 
                 tuned = tune(arm, tuning, run)
-                readings = {}
+                stream_scores = {}
                 for subject in self.subjects:
                     outcome = run(subject, tuned.setting)
                     log_probs = arm.finish(subject, outcome, tuned.fitted)
                     subject.outcomes[arm.name] = outcome
-                    readings[subject.stream.name] = Reading(
+                    stream_scores[subject.stream.name] = StreamScores(
                         log_probs, outcome.seconds, outcome.state_bytes, outcome.base_seconds
                     )
                 bar.update(task, completed=total)
-                self.tuned[arm.name], self.readings[arm.name] = tuned, readings
+                self.tuned[arm.name], self.stream_scores[arm.name] = tuned, stream_scores
 
     def describe(self) -> dict[str, Any]:
         """What is told of each arm, by name."""
-        describer = Describer(self.subjects, self.readings, self.tuning)
+        describer = Describer(self.subjects, self.stream_scores, self.tuning)
         return {arm.name: {**describer.arm(arm), "tuned": self.tuned[arm.name].to_dict()} for arm in self.arms}
 
     def subject(self, stream: Stream, advance: Advance, *, compact: bool = False) -> Subject:
         """A stream with its trace, from disk if it is there. compact: states in half precision, half the disk."""
         name = key("trace", code_hash(self.lm.device, *READING_CODE), self.base, self.bos, compact, stream.requests)
         note: dict[str, Any]
-        if (kept := self.runs.load(name)) is not None:
-            tensors, note = kept
+        if (cached := self.runs.load(name)) is not None:
+            tensors, note = cached
             advance(len(stream.requests))
         else:
             trace = read_trace(self.lm.backbone, stream, self.bos, self._width, advance)
@@ -133,19 +136,19 @@ class Trial:
         found: dict[str, Any] = {**tensors, "states": tensors["states"].float(), **note}
         return Subject(stream, Trace(**found), name)
 
-    def kept(
+    def cached(
         self, name: str, make: Callable[[Advance], Mapping[str, Any]], *, total: int, uses: Sequence[str]
     ) -> dict[str, Any]:
         """What `make` measures of the memory on these streams, made once. uses: files of `research` that compute it."""
         sources = code_hash(self.lm.device, *READING_CODE, *uses)
-        under = key(name, sources, self.base, self.lm.memory.fingerprint(), [s.key for s in self.subjects])
+        cache_key = key(name, sources, self.base, self.lm.memory.fingerprint(), [s.key for s in self.subjects])
         with progress_bar() as bar:
             task = bar.add_task(name.split()[0], total=total)
-            if (kept := self.runs.load(under)) is None:
-                kept = {"none": torch.zeros(0)}, make(lambda n: bar.advance(task, n))
-                self.runs.save(under, *kept)
+            if (cached := self.runs.load(cache_key)) is None:
+                cached = {"none": torch.zeros(0)}, make(lambda n: bar.advance(task, n))
+                self.runs.save(cache_key, *cached)
             bar.update(task, completed=total)
-        return dict(kept[1])
+        return dict(cached[1])
 
     def encode(self, text: str) -> list[int]:
         """Token ids without BOS."""
@@ -156,14 +159,14 @@ class Trial:
         return len(self.tokenizer.token_bytes(token))
 
     def _outcome(self, arm: Arm, subject: Subject, setting: Setting, advance: Advance) -> Outcome:
-        if not arm.kept:
+        if not arm.cached:
             return replace(arm.run(subject, setting, advance), base_seconds=self._base_seconds(subject))
         module = type(arm).__module__.removeprefix("research.").replace(".", "/") + ".py"
         sources = code_hash(self.lm.device, *READING_CODE, module)
         name = key(arm.shared, sources, subject.key, dict(setting), arm.identity(subject))
-        if (kept := self.runs.load(name)) is not None:
+        if (cached := self.runs.load(name)) is not None:
             advance(arm.requests(subject))
-            return Outcome(kept[0], **kept[1])
+            return Outcome(cached[0], **cached[1])
         outcome = replace(arm.run(subject, setting, advance), base_seconds=self._base_seconds(subject))
         note = {n: getattr(outcome, n) for n in ("seconds", "state_bytes", "base_seconds")}
         self.runs.save(name, outcome.values, note)
@@ -171,33 +174,33 @@ class Trial:
 
     def _base_seconds(self, subject: Subject) -> float:
         """What the frozen base takes for a stream nowadays: one request is timed, at most once a minute."""
-        if time.monotonic() - self._paced > PACE_S:
+        if time.monotonic() - self._base_timed_at > BASE_TIMING_INTERVAL_S:
             request = subject.stream.requests[0]
-            if not self._pace:
+            if not self._base_s_per_token:
                 read_passage(self.lm.backbone, request, self.bos)  # the first one is slower
-            self._paced = time.monotonic()
+            self._base_timed_at = time.monotonic()
             read_passage(self.lm.backbone, request, self.bos)
-            self._pace = (time.monotonic() - self._paced) / len(request)
-        return self._pace * len(subject.trace.targets)
+            self._base_s_per_token = (time.monotonic() - self._base_timed_at) / len(request)
+        return self._base_s_per_token * len(subject.trace.targets)
 
     def _every_arm(self) -> list[Arm]:
         lm, bos, backbone = self.lm, self.bos, self.lm.backbone
         whitening = Whitening.of([s.trace.states for s in self.subjects if s.stream.kind in self.tuning])
-        same = neighbours(self.subjects, same_kind=True, limit=1)
-        other = neighbours(self.subjects, same_kind=False, limit=OTHER_KINDS)
-        all_others = neighbours(self.subjects, same_kind=False, limit=len(self.subjects))
+        same = other_subjects(self.subjects, same_kind=True, limit=1)
+        other = other_subjects(self.subjects, same_kind=False, limit=OTHER_KINDS)
+        all_others = other_subjects(self.subjects, same_kind=False, limit=len(self.subjects))
 
         def trainable() -> Backbone:
             return load_backbone(self.folder, trainable=True)
 
         every: list[Arm] = [
-            Static(),
+            FrozenBase(),
             MemoryArm(lm, bos),
-            Cleared(lm, bos),
-            Past(lm, bos, "own-past", "memory, frozen after the first half", lambda subject: [subject]),
-            Past(lm, bos, "same-kind", "another session's memory, same kind", same),
-            Past(lm, bos, "other-kind", "another session's memory, other kinds (harm)", other),
-            Returned(lm, bos, all_others, DETOUR),
+            ClearedMemory(lm, bos),
+            PastMemory(lm, bos, "own-past", "memory, frozen after the first half", lambda subject: [subject]),
+            PastMemory(lm, bos, "same-kind", "another session's memory, same kind", same),
+            PastMemory(lm, bos, "other-kind", "another session's memory, other kinds (harm)", other),
+            RevisitedMemory(lm, bos, all_others, DISTRACTOR_REQUESTS),
             NeuralCache(whitening=None, limited=False, gated=False),
             NeuralCache(whitening=None, limited=False, gated=True),
             NeuralCache(whitening=whitening, limited=False, gated=False),
@@ -207,7 +210,7 @@ class Trial:
             Combined(),
             NGrams(),
             DenseDelta(backbone, whitening),
-            OutputLayer(backbone, whitening),
+            DynamicHead(backbone, whitening),
             LastTokens(backbone, bos),
             FullHistory(backbone, bos),
             DynamicLoRA(trainable, bos),

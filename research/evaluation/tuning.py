@@ -25,8 +25,8 @@ class Tuned:
 
 
 def tune(arm: Arm, subjects: Sequence[Subject], run: Run) -> Tuned:
-    """Tries the arm's grid on the subjects, as far as `tried_on` takes them, and keeps what loses least."""
-    chosen = tried_on(arm, subjects)
+    """Tries the arm's grid on the subjects, as far as `tuning_subjects` takes them, and keeps what loses least."""
+    chosen = tuning_subjects(arm, subjects)
     if not chosen:
         return Tuned(arm.grid[0], {}, [])
     weights = shares([subject.stream.kind for subject in chosen])
@@ -42,9 +42,9 @@ def tune(arm: Arm, subjects: Sequence[Subject], run: Run) -> Tuned:
     return Tuned(setting, fitted, [loss for loss, _, _ in tried])
 
 
-def tried_on(arm: Arm, subjects: Sequence[Subject]) -> list[Subject]:
+def tuning_subjects(arm: Arm, subjects: Sequence[Subject]) -> list[Subject]:
     """Those that an arm is tuned on: none if there is nothing to choose, the first of each kind if it is costly."""
-    if len(arm.grid) == 1 and not arm.fits:
+    if len(arm.grid) == 1 and not arm.needs_fit:
         return []
     return list({s.stream.kind: s for s in reversed(subjects)}.values()) if arm.costly else list(subjects)
 

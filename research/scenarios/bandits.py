@@ -7,13 +7,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from research.scenarios.core import Indices, Numbers, Tasks, Taught
+from research.scenarios.core import FloatArray, IntArray, Tasks, TeacherTasks
 
 DISCOUNTS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 DEPTH = 500  # pulls of one arm that an index is worked out for
 
 
-class BernoulliBandit(Taught):
+class BernoulliBandit(TeacherTasks):
     """Arms that pay 1 with a chance of their own, uniform in 0…1, or else 0.
 
     horizon: steps of the task; the context says which share of them is over. restless: the chance of each arm, at each
@@ -37,10 +37,10 @@ class BernoulliBandit(Taught):
         self.counts = np.zeros((batch, arms, 2))  # zeros and ones seen
         self.done = 0
 
-    def observe(self) -> Numbers:
+    def observe(self) -> FloatArray:
         return np.full((self.batch, 1), min(1.0, self.done / self.horizon), np.float32)
 
-    def step(self, actions: Indices) -> Numbers:
+    def step(self, actions: IntArray) -> FloatArray:
         here = np.arange(self.batch)
         reward = self.rng.random(self.batch) < self.chances[here, actions]
         self.counts[here, actions, reward.astype(int)] += 1
@@ -51,17 +51,17 @@ class BernoulliBandit(Taught):
             self.chances = np.where(new, self.rng.random(self.chances.shape), self.chances)
         return reward.astype(np.float32)
 
-    def means(self) -> Numbers:
+    def means(self) -> FloatArray:
         return self.chances.astype(np.float32)
 
-    def teacher(self) -> Numbers:
+    def teacher_scores(self) -> FloatArray:
         """Each arm's Gittins index, at the discount whose horizon is what is left of the steps, or until it changes."""
         left = max(2.0, self.horizon - self.done) if not self.restless else 1 / self.restless
         return gittins(self.counts[..., 1], self.counts[..., 0], 1 - 1 / left).astype(np.float32)
 
-    def expects(self) -> Numbers:
+    def expected_rewards(self) -> FloatArray:
         """Each arm's posterior mean."""
-        means: Numbers = ((self.counts[..., 1] + 1) / (self.counts.sum(-1) + 2)).astype(np.float32)
+        means: FloatArray = ((self.counts[..., 1] + 1) / (self.counts.sum(-1) + 2)).astype(np.float32)
         return means
 
 
@@ -84,22 +84,22 @@ class LinearBandit(Tasks):
         super().__init__(batch, rng)
         self.actions, self.context, self.sharp, self.restless = arms, dims, sharp, restless
         self.weights = self._draw(batch)
-        self.now = rng.normal(size=(batch, dims))
+        self.current = rng.normal(size=(batch, dims))
 
-    def observe(self) -> Numbers:
-        return self.now.astype(np.float32)
+    def observe(self) -> FloatArray:
+        return self.current.astype(np.float32)
 
-    def step(self, actions: Indices) -> Numbers:
+    def step(self, actions: IntArray) -> FloatArray:
         chance = self.means()[np.arange(self.batch), actions]
         reward = self.rng.random(self.batch) < chance
-        self.now = self.rng.normal(size=self.now.shape)
+        self.current = self.rng.normal(size=self.current.shape)
         if self.restless:
             new = self.rng.random(self.batch) < self.restless
             self.weights[new] = self._draw(int(new.sum()))
         return reward.astype(np.float32)
 
-    def means(self) -> Numbers:
-        return _sigmoid(self.sharp * np.einsum("bad,bd->ba", self.weights, self.now)).astype(np.float32)
+    def means(self) -> FloatArray:
+        return _sigmoid(self.sharp * np.einsum("bad,bd->ba", self.weights, self.current)).astype(np.float32)
 
     def _draw(self, batch: int) -> NDArray[np.float64]:
         weights = self.rng.normal(size=(batch, self.actions, self.context))
@@ -127,37 +127,37 @@ class Choices(Tasks):
     ) -> None:
         super().__init__(batch, rng)
         self.actions, self.features, self.sharp, self.own, self.moves = items, dims, sharp, own, moves
-        self.traits = np.random.default_rng(1).normal(size=(items, dims)) / np.sqrt(dims)
-        self.tastes = rng.normal(size=(batch, dims))
-        self.liking = rng.normal(size=(batch, items))
+        self.item_features = np.random.default_rng(1).normal(size=(items, dims)) / np.sqrt(dims)
+        self.user_weights = rng.normal(size=(batch, dims))
+        self.user_item_bias = rng.normal(size=(batch, items))
 
-    def observe(self) -> Numbers:
-        return np.tile(self.traits.flatten(), (self.batch, 1)).astype(np.float32)
+    def observe(self) -> FloatArray:
+        return np.tile(self.item_features.flatten(), (self.batch, 1)).astype(np.float32)
 
-    def step(self, actions: Indices) -> Numbers:
+    def step(self, actions: IntArray) -> FloatArray:
         chance = self.means()[np.arange(self.batch), actions]
         reward = self.rng.random(self.batch) < chance
         if self.moves:
             new = self.rng.random(self.batch) < self.moves
-            self.tastes[new] = self.rng.normal(size=(int(new.sum()), self.features))
-            self.liking[new] = self.rng.normal(size=(int(new.sum()), self.actions))
+            self.user_weights[new] = self.rng.normal(size=(int(new.sum()), self.features))
+            self.user_item_bias[new] = self.rng.normal(size=(int(new.sum()), self.actions))
         return reward.astype(np.float32)
 
-    def means(self) -> Numbers:
-        wish = self.sharp * self.tastes @ self.traits.T + self.own * self.liking
-        return _sigmoid(wish - 1.5).astype(np.float32)
+    def means(self) -> FloatArray:
+        logits = self.sharp * self.user_weights @ self.item_features.T + self.own * self.user_item_bias
+        return _sigmoid(logits - 1.5).astype(np.float32)
 
 
 def gittins(ones: NDArray[np.float64], zeros: NDArray[np.float64], discount: float) -> NDArray[np.float64]:
     """The Gittins index of arms with a uniform prior that have paid and not paid so often; between the discounts of the
     table by their horizons' logarithms, between counts by the nearest."""
     pulls = np.minimum(np.rint(ones + zeros), DEPTH).astype(int)
-    paid = np.clip(np.rint(ones * pulls / np.maximum(ones + zeros, 1e-9)), 0, pulls).astype(int)
-    places = np.log(1 / (1 - np.array(DISCOUNTS)))
-    place = np.interp(np.log(1 / (1 - discount)), places, np.arange(len(DISCOUNTS)))
-    low = min(int(place), len(DISCOUNTS) - 2)
-    share = place - low
-    below, above = (gittins_table(DISCOUNTS[i])[pulls, paid] for i in (low, low + 1))
+    wins = np.clip(np.rint(ones * pulls / np.maximum(ones + zeros, 1e-9)), 0, pulls).astype(int)
+    horizon_positions = np.log(1 / (1 - np.array(DISCOUNTS)))
+    position = np.interp(np.log(1 / (1 - discount)), horizon_positions, np.arange(len(DISCOUNTS)))
+    low = min(int(position), len(DISCOUNTS) - 2)
+    share = position - low
+    below, above = (gittins_table(DISCOUNTS[i])[pulls, wins] for i in (low, low + 1))
     index: NDArray[np.float64] = (1 - share) * below + share * above
     return index
 
@@ -169,17 +169,17 @@ def gittins_table(discount: float, steps: int = 400) -> NDArray[np.float32]:
     Calibration (Gittins 1989): the index is the sure payment for which stopping is as good as going on.
     """
     sure = (np.arange(steps) + 0.5) / steps
-    forever = sure / (1 - discount)
+    stop_value = sure / (1 - discount)
     index = np.zeros((DEPTH + 1, DEPTH + 1), np.float32)
     depth = min(DEPTH, int(20 / (1 - discount))) if discount < 0.99 else DEPTH
     mean = (np.arange(depth + 1) + 1) / (depth + 2)
-    value = np.maximum(forever, mean[:, None] / (1 - discount))  # at the end, the mean is all there is to know
+    value = np.maximum(stop_value, mean[:, None] / (1 - discount))  # at the end, the mean is all there is to know
     for pulls in range(depth, -1, -1):
         mean = ((np.arange(pulls + 1) + 1) / (pulls + 2))[:, None]
         if pulls < depth:
-            on = mean * (1 + discount * value[1 : pulls + 2]) + (1 - mean) * discount * value[: pulls + 1]
-            index[pulls, : pulls + 1] = (on > forever).sum(1) / steps
-            value = np.maximum(forever, on)
+            continue_value = mean * (1 + discount * value[1 : pulls + 2]) + (1 - mean) * discount * value[: pulls + 1]
+            index[pulls, : pulls + 1] = (continue_value > stop_value).sum(1) / steps
+            value = np.maximum(stop_value, continue_value)
     for pulls in range(depth, DEPTH + 1):
         index[pulls, : pulls + 1] = (np.arange(pulls + 1) + 1) / (pulls + 2)
     return index

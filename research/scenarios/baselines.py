@@ -11,43 +11,47 @@ from numpy.typing import NDArray
 
 from research.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
 from research.scenarios.card_sorting import CardSorting
-from research.scenarios.core import Indices, Numbers, Tasks, Taught
-from research.scenarios.streams import FunctionStream, LabelStream, Streams, digits_of
+from research.scenarios.core import FloatArray, IntArray, Tasks, TeacherTasks
+from research.scenarios.streams import FunctionStream, LabellingTasks, LabelStream, load_digit_images
 
 NEIGHBOURS = (1, 3, 5)
 WAVES = 100
 Curve = NDArray[np.float64]
-Choose = Callable[[Tasks], Indices]
+Choose = Callable[[Tasks], IntArray]
 
 
-def follow(tasks: Tasks) -> dict[str, Callable[[], Choose]]:
+def acting_baselines(tasks: Tasks) -> dict[str, Callable[[], Choose]]:
     """Ways to act that fit the scenario: what makes a player of new tasks."""
     if isinstance(tasks, CardSorting):
         return {"ideal observer": lambda: _teacher, "random": lambda: _random}
-    others: dict[str, Callable[[], Choose]] = {"Vowpal Wabbit, SquareCB": _Wabbit, "random": lambda: _random}
+    others: dict[str, Callable[[], Choose]] = {"Vowpal Wabbit, SquareCB": _VowpalWabbit, "random": lambda: _random}
     if isinstance(tasks, BernoulliBandit):
         return {"Gittins index": lambda: _teacher, "Thompson sampling": lambda: _thompson, **others}
     if isinstance(tasks, Choices):
-        return {"LinUCB on traits": _Linear, "Thompson sampling, items apart": _Thompson, **others}
+        return {"LinUCB on traits": _LinearContextualBandit, "Thompson sampling, items apart": _Thompson, **others}
     if isinstance(tasks, LinearBandit):
-        return {"LinUCB": _Linear, "linear Thompson sampling": lambda: _Linear(drawn=True), **others}
+        return {
+            "LinUCB": _LinearContextualBandit,
+            "linear Thompson sampling": lambda: _LinearContextualBandit(drawn=True),
+            **others,
+        }
     return {"random": lambda: _random}
 
 
-def _random(tasks: Tasks) -> Indices:
+def _random(tasks: Tasks) -> IntArray:
     return tasks.rng.integers(tasks.actions, size=tasks.batch)
 
 
-def _teacher(tasks: Tasks) -> Indices:
-    assert isinstance(tasks, Taught)
-    told = tasks.teacher()
-    best: Indices = (told + 1e-6 * tasks.rng.random(told.shape)).argmax(1)
+def _teacher(tasks: Tasks) -> IntArray:
+    assert isinstance(tasks, TeacherTasks)
+    told = tasks.teacher_scores()
+    best: IntArray = (told + 1e-6 * tasks.rng.random(told.shape)).argmax(1)
     return best
 
 
-def _thompson(tasks: Tasks) -> Indices:
+def _thompson(tasks: Tasks) -> IntArray:
     assert isinstance(tasks, BernoulliBandit)
-    best: Indices = tasks.rng.beta(1 + tasks.counts[..., 1], 1 + tasks.counts[..., 0]).argmax(1)
+    best: IntArray = tasks.rng.beta(1 + tasks.counts[..., 1], 1 + tasks.counts[..., 0]).argmax(1)
     return best
 
 
@@ -57,11 +61,11 @@ class _Thompson:
     def __init__(self) -> None:
         self._counts: NDArray[np.float64] | None = None
 
-    def __call__(self, tasks: Tasks) -> Indices:
+    def __call__(self, tasks: Tasks) -> IntArray:
         if self._counts is None or len(self._counts) != tasks.batch:
             self._counts = np.zeros((tasks.batch, tasks.actions, 2))
         ones, zeros = self._counts[..., 1], self._counts[..., 0]
-        best: Indices = tasks.rng.beta(0.6 + ones, 1.4 + zeros).argmax(1)
+        best: IntArray = tasks.rng.beta(0.6 + ones, 1.4 + zeros).argmax(1)
         return best
 
     def tell(self, action: object, reward: object) -> None:
@@ -70,7 +74,7 @@ class _Thompson:
         self._counts[np.arange(len(taken)), taken, told] += 1
 
 
-class _Linear:
+class _LinearContextualBandit:
     """Ridge regression of the rewards, one a task: on the items' traits, or on the context for each arm. It takes the
     action whose upper bound is highest (Li et al. 2010), or that is best by weights drawn from the posterior."""
 
@@ -78,7 +82,7 @@ class _Linear:
         self._width, self._drawn = width, drawn
         self._sums: NDArray[np.float64] | None = None
 
-    def __call__(self, tasks: Tasks) -> Indices:
+    def __call__(self, tasks: Tasks) -> IntArray:
         x = self._x = _design(tasks)
         if self._sums is None:
             self._inverse = np.tile(np.eye(x.shape[-1]), (tasks.batch, 1, 1))
@@ -90,7 +94,7 @@ class _Linear:
         value = np.einsum("bai,bi->ba", x, theta)
         if not self._drawn:
             value += self._width * np.sqrt((np.einsum("bai,bij->baj", x, self._inverse) * x).sum(-1))
-        best: Indices = value.argmax(1)
+        best: IntArray = value.argmax(1)
         return best
 
     def tell(self, action: object, reward: object) -> None:
@@ -115,7 +119,7 @@ def _design(tasks: Tasks) -> NDArray[np.float64]:
     return x
 
 
-class _Wabbit:
+class _VowpalWabbit:
     """Vowpal Wabbit's contextual bandit, one a task; an action's features are its number and its traits, and those of
     the context are crossed with them."""
 
@@ -124,19 +128,19 @@ class _Wabbit:
     def __init__(self) -> None:
         self._learners: list[Any] = []
 
-    def __call__(self, tasks: Tasks) -> Indices:
+    def __call__(self, tasks: Tasks) -> IntArray:
         import vowpalwabbit
 
         if not self._learners:
             self._learners = [vowpalwabbit.Workspace(self.SETTINGS) for _ in range(tasks.batch)]
         seen = tasks.observe()
-        self._context = ["shared |s " + _named(one) for one in seen[:, : tasks.context]]
+        self._context = ["shared |s " + _vw_features(one) for one in seen[:, : tasks.context]]
         features = seen[:, tasks.context :].reshape(tasks.batch, tasks.actions, tasks.features)
-        self._actions = [[f"|a n{n} {_named(one)}" for n, one in enumerate(mine)] for mine in features]
-        asked = zip(self._learners, self._context, self._actions, strict=True)
-        self._chances = np.array([learner.predict("\n".join([shared, *mine])) for learner, shared, mine in asked])
+        self._actions = [[f"|a n{n} {_vw_features(one)}" for n, one in enumerate(mine)] for mine in features]
+        examples = zip(self._learners, self._context, self._actions, strict=True)
+        self._chances = np.array([learner.predict("\n".join([shared, *mine])) for learner, shared, mine in examples])
         cumulated = self._chances.cumsum(1)
-        drawn: Indices = (cumulated < tasks.rng.random((tasks.batch, 1)) * cumulated[:, -1:]).sum(1)
+        drawn: IntArray = (cumulated < tasks.rng.random((tasks.batch, 1)) * cumulated[:, -1:]).sum(1)
         return drawn
 
     def tell(self, action: object, reward: object) -> None:
@@ -146,12 +150,12 @@ class _Wabbit:
             self._learners[task].learn("\n".join([self._context[task], *lines]))
 
 
-def _named(numbers: Numbers) -> str:
+def _vw_features(numbers: FloatArray) -> str:
     """Numbers as the text that Vowpal Wabbit reads."""
     return " ".join(f"x{place}:{number:.5f}" for place, number in enumerate(numbers))
 
 
-def label_stream(features: Numbers, labels: Indices, classes: int) -> dict[str, Curve]:
+def label_stream(features: FloatArray, labels: IntArray, classes: int) -> dict[str, Curve]:
     """Whether online learners foresee each label [B, T] of streams of features [B, T, F]."""
     found = {f"{k}-nearest neighbours": np.zeros(labels.shape) for k in NEIGHBOURS}
     found["online SGD"] = np.zeros(labels.shape)
@@ -167,90 +171,90 @@ def label_stream(features: Numbers, labels: Indices, classes: int) -> dict[str, 
     return found
 
 
-def _sgd(x: Numbers, y: Indices, classes: int) -> Curve:
+def _sgd(x: FloatArray, y: IntArray, classes: int) -> Curve:
     from sklearn.linear_model import SGDClassifier
 
     model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=0.1, random_state=0)
-    right = np.zeros(len(x))
+    correct = np.zeros(len(x))
     for t in range(len(x)):
         if t:
-            right[t] = model.predict(x[t : t + 1])[0] == y[t]
+            correct[t] = model.predict(x[t : t + 1])[0] == y[t]
         model.partial_fit(x[t : t + 1], y[t : t + 1], classes=np.arange(classes))
-    return right
+    return correct
 
 
-def offline(tasks: Streams, features: Numbers, labels: Indices) -> dict[str, Curve]:
+def offline_classifier(tasks: LabellingTasks, features: FloatArray, labels: IntArray) -> dict[str, Curve]:
     """A classifier that was trained on all images that are not held out, and is told each task's labels: digits
     alone, and only where labels do not drift."""
     if not isinstance(tasks, LabelStream) or tasks.drift or tasks.source != "digits":
         return {}
     from sklearn.svm import SVC
 
-    images = digits_of(held_out=False)
+    images = load_digit_images(held_out=False)
     classes = np.repeat(np.arange(10), [len(one) for one in images])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = SVC(C=10).fit(np.concatenate(images).reshape(len(classes), -1), classes)
-    right = np.zeros(labels.shape)
+    correct = np.zeros(labels.shape)
     for task, (x, y) in enumerate(zip(features, labels, strict=True)):
         place = {int(one): number for number, one in enumerate(tasks.classes[task])}
-        said = np.array([tasks.labels[task, place[int(one)]] for one in model.predict(x)])
-        right[task] = said == y
-    return {"offline classifier": right}
+        predicted = np.array([tasks.labels[task, place[int(one)]] for one in model.predict(x)])
+        correct[task] = predicted == y
+    return {"offline classifier": correct}
 
 
-def function_stream(tasks: FunctionStream, features: Numbers, values: Curve) -> dict[str, Curve]:
+def function_stream(tasks: FunctionStream, features: FloatArray, values: Curve) -> dict[str, Curve]:
     """What online learners foresee of each value [B, T] of streams of features [B, T, F]: the mean of the nearest of
     the last 100, linear models of 100 random Fourier features, which are the same for all, and a forest."""
     rng = np.random.default_rng(7)
-    speeds, phases = rng.normal(size=(tasks.context, WAVES)) * 2.0, rng.uniform(0, 2 * np.pi, WAVES)
-    seen = np.cos(features @ speeds + phases) * np.sqrt(2 / WAVES)
+    frequencies, phases = rng.normal(size=(tasks.context, WAVES)) * 2.0, rng.uniform(0, 2 * np.pi, WAVES)
+    seen = np.cos(features @ frequencies + phases) * np.sqrt(2 / WAVES)
     return {
         "5-nearest neighbours": np.stack([_nearest(x, y) for x, y in zip(features, values, strict=True)]),
-        "online SGD": np.stack([_descent(x, y) for x, y in zip(seen, values, strict=True)]),
+        "online SGD": np.stack([_sgd_regression(x, y) for x, y in zip(seen, values, strict=True)]),
         "recursive least squares": np.stack([_least_squares(x, y) for x, y in zip(seen, values, strict=True)]),
         "River, adaptive random forest": np.stack([_forest(x, y) for x, y in zip(features, values, strict=True)]),
     }
 
 
-def _nearest(x: Numbers, y: Curve) -> Curve:
-    said = np.zeros(len(x))
+def _nearest(x: FloatArray, y: Curve) -> Curve:
+    predicted = np.zeros(len(x))
     for t in range(1, len(x)):
         window = slice(max(0, t - 100), t)
         near = ((x[window] - x[t]) ** 2).sum(1).argsort()[:5]
-        said[t] = y[window][near].mean()
-    return said
+        predicted[t] = y[window][near].mean()
+    return predicted
 
 
-def _descent(x: Curve, y: Curve) -> Curve:
+def _sgd_regression(x: Curve, y: Curve) -> Curve:
     from sklearn.linear_model import SGDRegressor
 
     model = SGDRegressor(learning_rate="constant", eta0=0.5, alpha=1e-4, random_state=0)
-    said = np.zeros(len(x))
+    predicted = np.zeros(len(x))
     for t in range(len(x)):
         if t:
-            said[t] = model.predict(x[t : t + 1])[0]
+            predicted[t] = model.predict(x[t : t + 1])[0]
         model.partial_fit(x[t : t + 1], y[t : t + 1])
-    return said
+    return predicted
 
 
-def _forest(x: Numbers, y: Curve) -> Curve:
+def _forest(x: FloatArray, y: Curve) -> Curve:
     """As it comes: each tree watches its own error for drift, and is then replaced."""
     from river.forest import ARFRegressor
 
-    model, said = ARFRegressor(seed=0), np.zeros(len(x))
+    model, predicted = ARFRegressor(seed=0), np.zeros(len(x))
     for t, one in enumerate(x):
         named = dict(enumerate(one.tolist()))
-        said[t] = model.predict_one(named)
+        predicted[t] = model.predict_one(named)
         model.learn_one(named, float(y[t]))
-    return said
+    return predicted
 
 
 def _least_squares(x: Curve, y: Curve, ridge: float = 0.05, forgets: float = 0.99) -> Curve:
-    weights, inverse, said = np.zeros(x.shape[1]), np.eye(x.shape[1]) / ridge, np.zeros(len(x))
+    weights, inverse, predicted = np.zeros(x.shape[1]), np.eye(x.shape[1]) / ridge, np.zeros(len(x))
     for t, one in enumerate(x):
-        said[t] = weights @ one
+        predicted[t] = weights @ one
         gain = inverse @ one / (forgets + one @ inverse @ one)
-        weights += gain * (y[t] - said[t])
+        weights += gain * (y[t] - predicted[t])
         inverse = (inverse - np.outer(gain, one @ inverse)) / forgets
-    return said
+    return predicted

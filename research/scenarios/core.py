@@ -9,8 +9,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.float32]
-Indices = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 
 class Tasks(ABC):
@@ -29,31 +29,31 @@ class Tasks(ABC):
         self.rng = rng
 
     @abstractmethod
-    def observe(self) -> Numbers:
+    def observe(self) -> FloatArray:
         """What can be seen now [B, context + actions · features]."""
 
     @abstractmethod
-    def step(self, actions: Indices) -> Numbers:
+    def step(self, actions: IntArray) -> FloatArray:
         """Takes an action [B] in each task, and returns the rewards [B]; the next observation is another."""
 
     @abstractmethod
-    def means(self) -> Numbers:
+    def means(self) -> FloatArray:
         """The expected reward of each action [B, A], as only the world knows it: what regret is counted from."""
 
 
-class Taught(Tasks):
+class TeacherTasks(Tasks):
     """Tasks of a kind that somebody knows."""
 
     @abstractmethod
-    def teacher(self) -> Numbers:
+    def teacher_scores(self) -> FloatArray:
         """How good each action is [B, A] in the eyes of somebody who knows the kind of task, but not the task."""
 
-    def expects(self) -> Numbers:
+    def expected_rewards(self) -> FloatArray:
         """The reward of each action [B, A] that the same one expects."""
-        return self.teacher()
+        return self.teacher_scores()
 
 
-class TaskEnv(gymnasium.Env[Numbers, np.int64]):
+class TaskEnv(gymnasium.Env[FloatArray, np.int64]):
     """One task as an environment of `steps` steps; `info` bears the regret of each."""
 
     metadata = {"render_modes": []}  # noqa: RUF012 (gymnasium's own name)
@@ -69,12 +69,12 @@ class TaskEnv(gymnasium.Env[Numbers, np.int64]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Numbers, dict[str, Any]]:
+    ) -> tuple[FloatArray, dict[str, Any]]:
         super().reset(seed=seed)
         self._task, self._done = self._make(self.np_random), 0
         return self._task.observe()[0], {}
 
-    def step(self, action: np.int64) -> tuple[Numbers, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
         if not self.action_space.contains(action):
             raise ValueError(f"action must be in 0..{self._task.actions - 1}, got {action}")
         means = self._task.means()[0]

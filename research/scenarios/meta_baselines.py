@@ -18,17 +18,17 @@ from research.training.agents import Agent, ContextAgent, DenseAgent, RecurrentA
 from research.training.policy_loop import PolicyTrainer, train_agent
 
 RATES = (6e-4, 2e-3, 6e-3)
-RIVALS = {
+BASELINES = {
     "gru": "RL², GRU",
     "lstm": "RL², LSTM",
     "transformer": "transformer, task in context",
     "dense": "dense delta memory",
 }
-Judge = Callable[[Agent], float]  # how badly an agent does on tasks that no table shows
+EvaluateAgent = Callable[[Agent], float]  # how badly an agent does on tasks that no table shows
 
 
 @dataclass(frozen=True)
-class Effort:
+class BaselineTrainConfig:
     """rates: learning rates that a rival is trained with; trainings: seeds from which the policy, and a rival at its
     best rate, are trained; seconds of one core for each training of a rival."""
 
@@ -38,68 +38,70 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedBaseline:
     """agents: one a training seed, at the best rate; tried: how badly each rate did."""
 
     agents: list[Agent]
     rate: float
-    tried: Mapping[float, float]
+    rate_scores: Mapping[float, float]
     rounds: int
-    late: float  # by what share the loss fell from the third quarter of the first training to the last
+    late_improvement: float  # by what share the loss fell from the third quarter of the first training to the last
     seconds: float
 
     def note(self) -> str:
         """What a table says of it."""
         size = sum(parameter.numel() for parameter in self.agents[0].network.parameters())
-        tried = ", ".join(f"{rate:g}: {figure:.2f}" for rate, figure in self.tried.items())
-        at = f"lr {self.rate:g}" + (f" (other tasks: {tried})" if len(self.tried) > 1 else "")
-        fell = f"loss −{self.late:.1%} in the last quarter"
+        rate_scores = ", ".join(f"{rate:g}: {figure:.2f}" for rate, figure in self.rate_scores.items())
+        at = f"lr {self.rate:g}" + (f" (other tasks: {rate_scores})" if len(self.rate_scores) > 1 else "")
+        fell = f"loss −{self.late_improvement:.1%} in the last quarter"
         return f"{size:,} parameters, {self.rounds} rounds in {self.seconds:.0f} s, {fell}, {at}"
 
 
-def train_rival(name: str, recipe: Recipe, size: int, judge: Judge, effort: Effort, seconds: float) -> Trained:
+def train_baseline(
+    name: str, recipe: Recipe, size: int, evaluate: EvaluateAgent, baseline_config: BaselineTrainConfig, seconds: float
+) -> TrainedBaseline:
     """A rival of RIVALS of about `size` parameters, trained for so many seconds of one core with each rate, and with
     the best one from as many seeds as asked for."""
 
     def train(rate: float, seed: int) -> tuple[Agent, list[float]]:
-        agent = _rival(name, recipe.make(1, np.random.default_rng(0)), size, seed)
-        lessons = recipe.but(lr=rate, seed=seed).lessons
+        agent = _build_baseline(name, recipe.make(1, np.random.default_rng(0)), size, seed)
+        train_config = recipe.with_train_config(lr=rate, seed=seed).train_config
         losses = train_agent(
             agent,
             lambda batch, rng: recipe.make(batch, rng, training=True),
-            lessons,
+            train_config,
             greedy=recipe.greedy,
             seconds=seconds,
         )
         return agent, losses
 
-    found, tried = {}, {}
-    for rate in effort.rates:
+    found, rate_scores = {}, {}
+    for rate in baseline_config.rates:
         found[rate] = train(rate, 0)
-        tried[rate] = judge(found[rate][0])
-        console.print(f"{name}, lr {rate:g}: {tried[rate]:.3f} after {len(found[rate][1])} rounds")
-    best = min(effort.rates, key=lambda rate: tried[rate])
+        rate_scores[rate] = evaluate(found[rate][0])
+        console.print(f"{name}, lr {rate:g}: {rate_scores[rate]:.3f} after {len(found[rate][1])} rounds")
+    best = min(baseline_config.rates, key=lambda rate: rate_scores[rate])
     first, losses = found[best]
-    others = [train(best, seed)[0] for seed in range(1, effort.trainings)]
+    others = [train(best, seed)[0] for seed in range(1, baseline_config.trainings)]
     quarter = max(1, len(losses) // 4)
-    late = 1 - float(np.mean(losses[-quarter:]) / np.mean(losses[-2 * quarter : -quarter] or losses))
-    return Trained([first, *others], best, tried, len(losses), late, seconds)
+    late_improvement = 1 - float(np.mean(losses[-quarter:]) / np.mean(losses[-2 * quarter : -quarter] or losses))
+    return TrainedBaseline([first, *others], best, rate_scores, len(losses), late_improvement, seconds)
 
 
-def train_again(name: str, recipe: Recipe, seed: int) -> Policy:
+def train_from_seed(name: str, recipe: Recipe, seed: int) -> Policy:
     """The policy as it ships, but from another seed."""
-    recipe = recipe.but(seed=seed)
+    recipe = recipe.with_train_config(seed=seed)
     policy = new_policy(recipe.config(name), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = PolicyTrainer(
-            policy, lambda batch, rng: recipe.make(batch, rng, training=True), recipe.lessons, Path(folder)
+            policy, lambda batch, rng: recipe.make(batch, rng, training=True), recipe.train_config, Path(folder)
         )
         trainer.run(lambda done, loss: None)
     console.print(f"{name}, seed {seed}: trained for {trainer.seconds:.0f} s of one core")
     return policy
 
 
-def _rival(name: str, tasks: Tasks, size: int, seed: int) -> Agent:
+def _build_baseline(name: str, tasks: Tasks, size: int, seed: int) -> Agent:
     """An agent of about as many parameters."""
 
     def width(cost: float) -> int:

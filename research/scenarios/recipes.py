@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from model.memory import MemoryConfig, SiteConfig
-from model.policies.change_point import since_site
+from model.policies.change_point import change_point_site
 from model.policies.journal import journal_site
-from model.policies.network import HISTORY, PolicyConfig
+from model.policies.network import NUM_HISTORY_INPUTS, PolicyConfig
 from research.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
 from research.scenarios.card_sorting import CardSorting
 from research.scenarios.core import Tasks
 from research.scenarios.streams import FunctionStream, LabelStream
-from research.training.policy_loop import Lessons
+from research.training.policy_loop import PolicyTrainConfig
 
 MEMORY = "memory"
 
@@ -24,10 +24,11 @@ MEMORY = "memory"
 @dataclass(frozen=True)
 class Recipe:
     """tasks, options: the scenario; training: options that differ while training. width: of a row (acting) or of a key
-    (labelling). steps: of a task, where it is measured. The rest is as in `PolicyConfig`, `SiteConfig`, `Lessons`."""
+    (labelling). steps: of a task, where it is measured. The rest is as in `PolicyConfig`, `SiteConfig`,
+    `PolicyTrainConfig`."""
 
     tasks: type[Tasks]
-    lessons: Lessons
+    train_config: PolicyTrainConfig
     steps: int
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -41,8 +42,8 @@ class Recipe:
     by_features: bool = False
     by_action: bool = False
     product: bool = False
-    cued: bool = False
-    changing: bool = False
+    address_by_context: bool = False
+    detects_changes: bool = False
     greedy: bool = True
 
     def make(self, batch: int, rng: np.random.Generator, *, training: bool = False, **options: Any) -> Tasks:
@@ -55,7 +56,7 @@ class Recipe:
         shape: dict[str, Any] = {"context": tasks.context, "actions": tasks.actions, "width": self.layer}
         if self.cell > 1:
             site = SiteConfig(MEMORY, "lexical", slots=self.slots, cell=self.cell, k=self.k, width=self.width)
-            sites = (site, since_site()) if self.changing else (site,)
+            sites = (site, change_point_site()) if self.detects_changes else (site,)
             return PolicyConfig(name, "label", memory=MemoryConfig(self.layer, sites), **shape)
         shape |= {
             "features": tasks.features,
@@ -64,22 +65,22 @@ class Recipe:
             "by_features": self.by_features,
             "product": self.product,
         }
-        shape |= {"cue": tasks.context if self.cued else 0, "greedy": self.greedy}
-        inputs = tasks.context + tasks.features + self.identity * tasks.actions + HISTORY
+        shape |= {"cue": tasks.context if self.address_by_context else 0, "greedy": self.greedy}
+        inputs = tasks.context + tasks.features + self.identity * tasks.actions + NUM_HISTORY_INPUTS
         site = SiteConfig(MEMORY, "hidden", slots=self.slots, k=self.k, width=self.width, decay=self.decay)
-        place = shape["cue"] + self.by_features * tasks.features + self.by_action * tasks.actions
-        state = place + self.layer
+        num_address_inputs = shape["cue"] + self.by_features * tasks.features + self.by_action * tasks.actions
+        state = num_address_inputs + self.layer
         return PolicyConfig(name, "act", memory=MemoryConfig(state, (site, journal_site(inputs))), **shape)
 
-    def but(self, **changes: Any) -> Recipe:
+    def with_train_config(self, **changes: Any) -> Recipe:
         """The same with other lessons."""
-        return replace(self, lessons=replace(self.lessons, **changes))
+        return replace(self, train_config=replace(self.train_config, **changes))
 
 
-CARDS = Recipe(CardSorting, Lessons(rounds=150, batch=128, steps=60, span=20, lr=6e-3, led=0.5), steps=300)
+CARDS = Recipe(CardSorting, PolicyTrainConfig(rounds=150, batch=128, steps=60, span=20, lr=6e-3, led=0.5), steps=300)
 BANDIT = Recipe(
     BernoulliBandit,
-    Lessons(rounds=40, batch=64, steps=500, span=25, lr=5e-3, keen=100.0, led=0.5),
+    PolicyTrainConfig(rounds=40, batch=64, steps=500, span=25, lr=5e-3, keen=100.0, led=0.5),
     steps=500,
     width=16,
     decay=0.0,
@@ -88,19 +89,19 @@ BANDIT = Recipe(
 )
 RECIPES: dict[str, Recipe] = {
     "card-sorting": CARDS,
-    "card-sorting-6": replace(CARDS, options={"dims": 6}).but(rounds=200),
-    "card-sorting-8": replace(CARDS, options={"dims": 8}).but(rounds=300),
+    "card-sorting-6": replace(CARDS, options={"dims": 6}).with_train_config(rounds=200),
+    "card-sorting-8": replace(CARDS, options={"dims": 8}).with_train_config(rounds=300),
     "card-sorting-pairs": replace(
         CARDS, options={"dims": 8, "together": 2}, slots=16, width=64, layer=96, product=True
-    ).but(rounds=1000, lr=3e-3),
+    ).with_train_config(rounds=1000, lr=3e-3),
     "card-sorting-decks": replace(
-        CARDS, options={"dims": 8, "decks": 16}, training={"bout": 20.0}, cued=True, product=True
-    ).but(rounds=500, lr=5e-3),
+        CARDS, options={"dims": 8, "decks": 16}, training={"bout": 20.0}, address_by_context=True, product=True
+    ).with_train_config(rounds=500, lr=5e-3),
     "bandit": BANDIT,
     "bandit-5": replace(BANDIT, options={"arms": 5}),
     "bandit-linear": Recipe(
         LinearBandit,
-        Lessons(rounds=200, batch=64, steps=100, span=25, lr=5e-3, imitate=False),
+        PolicyTrainConfig(rounds=200, batch=64, steps=100, span=25, lr=5e-3, imitate=False),
         steps=500,
         slots=256,
         decay=0.0,
@@ -110,7 +111,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "choices": Recipe(
         Choices,
-        Lessons(rounds=250, batch=32, steps=80, span=20, lr=5e-3, imitate=False),
+        PolicyTrainConfig(rounds=250, batch=32, steps=80, span=20, lr=5e-3, imitate=False),
         steps=100,
         slots=256,
         k=8,
@@ -123,7 +124,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits": Recipe(
         LabelStream,
-        Lessons(rounds=1500, batch=16, steps=120, span=120, lr=2e-3),
+        PolicyTrainConfig(rounds=1500, batch=16, steps=120, span=120, lr=2e-3),
         steps=200,
         options={"drift": 0.01},
         training={"held_out": False, "turned": 0.5},
@@ -135,12 +136,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "functions": Recipe(
         FunctionStream,
-        Lessons(rounds=1500, batch=8, steps=400, span=400, lr=5e-3),
+        PolicyTrainConfig(rounds=1500, batch=8, steps=400, span=400, lr=5e-3),
         steps=400,
         options={"bins": 8},
         slots=1024,
         cell=1024,
         width=32,
-        changing=True,
+        detects_changes=True,
     ),
 }

@@ -73,10 +73,10 @@ class AdapterObjective:
 
     def step(self, state: Any, chunk: Chunk) -> tuple[Tensor, int, Any]:
         """The summed cross entropy of the targets, in nats; with gradients, an estimate of it from a sample of them."""
-        picked, n = chunk.picked(), len(chunk.targets)
-        states, targets = self.module(chunk.states[picked]), chunk.targets[picked]
+        sampled, n = chunk.sampled(), len(chunk.targets)
+        states, targets = self.module(chunk.states[sampled]), chunk.targets[sampled]
         loss: Tensor = _HeadLoss.apply(states, self._head, targets)  # type: ignore[no-untyped-call]
-        return loss / len(picked) * n, n, state
+        return loss / len(sampled) * n, n, state
 
     def detach(self, state: Any) -> Any:
         return state

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.policies.network import Policy, tally
+from model.policies.network import Policy, update_guard
 from research.scenarios.core import Tasks
 
 
@@ -23,7 +23,7 @@ class Agent(ABC):
     network: nn.Module
 
     @abstractmethod
-    def begin(self, batch: int) -> None:
+    def reset(self, batch: int) -> None:
         """Forgets everything; B new tasks begin."""
 
     @abstractmethod
@@ -40,42 +40,42 @@ class Agent(ABC):
         """Gradients pass no further back than to here."""
 
 
-class Sheet:
+class RowStore:
     """The rows of a batch of tasks while training, where gradients reach them: [B, P, d_v]; each slot that is asked for
     gets one of the P places, for all tasks alike."""
 
     def __init__(self, batch: int, slots: int, width: int) -> None:
         self.rows = torch.zeros(batch, 0, width)
-        self._places = torch.full((slots,), -1)
+        self._row_ids = torch.full((slots,), -1)
 
-    def places(self, slots: Tensor) -> Tensor:
+    def row_ids(self, slots: Tensor) -> Tensor:
         """slots, any shape → places."""
-        new = torch.unique(slots[self._places[slots] < 0])
+        new = torch.unique(slots[self._row_ids[slots] < 0])
         if len(new):
             batch, held, width = self.rows.shape
-            self._places[new] = held + torch.arange(len(new))
+            self._row_ids[new] = held + torch.arange(len(new))
             self.rows = torch.cat([self.rows, self.rows.new_zeros(batch, len(new), width)], dim=1)
-        return self._places[slots]
+        return self._row_ids[slots]
 
-    def read(self, places: Tensor) -> Tensor:
+    def read(self, row_ids: Tensor) -> Tensor:
         """places [B, m] → rows [B, m, d_v]."""
-        return self.rows.gather(1, places[:, :, None].expand(-1, -1, self.rows.shape[2]))
+        return self.rows.gather(1, row_ids[:, :, None].expand(-1, -1, self.rows.shape[2]))
 
-    def write(self, places: Tensor, rows: Tensor) -> None:
+    def write(self, row_ids: Tensor, rows: Tensor) -> None:
         """rows [B, k, d_v] at places [B, k]."""
-        self.rows = self.rows.scatter(1, places[:, :, None].expand_as(rows), rows)
+        self.rows = self.rows.scatter(1, row_ids[:, :, None].expand_as(rows), rows)
 
 
 class MemoryAgent(Agent):
     """A policy; forgetful: it writes nothing; guarded: as it is served, and not trained."""
 
-    def __init__(self, policy: Policy, *, forgetful: bool = False, guarded: bool = False) -> None:
+    def __init__(self, policy: Policy, *, read_only: bool = False, guarded: bool = False) -> None:
         self.network = self.policy = policy
-        self._forgetful, self._guarded = forgetful, guarded
+        self._read_only, self._guarded = read_only, guarded
 
-    def begin(self, batch: int) -> None:
+    def reset(self, batch: int) -> None:
         site = self.policy.site.config
-        self.sheet = Sheet(batch, site.slots, site.width)
+        self.row_store = RowStore(batch, site.slots, site.width)
         self.balance, self.shut = torch.zeros(batch), torch.zeros(batch)
         self._last = torch.full((batch,), -1)
         self._reward = torch.full((batch,), math.nan)
@@ -87,97 +87,99 @@ class MemoryAgent(Agent):
         # The weight of a lone slot is 1, whatever its address.
         with torch.set_grad_enabled(torch.is_grad_enabled() and policy.site.config.k > 1):
             self._slots, self._w = policy.site.address(state)
-        places = self.sheet.places(self._slots).view(B, -1)
-        self._rows = self.sheet.read(places).view(B * A, *self._slots.shape[1:], -1)
+        row_ids = self.row_store.row_ids(self._slots).view(B, -1)
+        self._rows = self.row_store.read(row_ids).view(B * A, *self._slots.shape[1:], -1)
         self._state, self._recalled = state, policy.recall(state, self._rows, self._w)
-        logits, self._expected = policy.judge(self._recalled)
+        logits, self._expected = policy.logit_and_value(self._recalled)
         if not self._guarded:
             return logits.view(B, A), self._expected.view(B, A)
         shut = self.shut.repeat_interleave(A)[:, None] != 0
-        logits, expected = policy.judge(torch.where(shut, state, self._recalled))
+        logits, expected = policy.logit_and_value(torch.where(shut, state, self._recalled))
         return logits.view(B, A), expected.view(B, A)
 
     def tell(self, action: Tensor, reward: Tensor) -> None:
         policy = self.policy
         taken = torch.arange(len(action)) * policy.config.actions + action
-        if not self._forgetful:
-            value, beta, loss = policy.lesson(self._recalled[taken], policy.scaled(reward), self._expected[taken])
+        if not self._read_only:
+            value, beta, loss = policy.reward_update(
+                self._recalled[taken], policy.scaled(reward), self._expected[taken]
+            )
             new = policy.write(self._rows[taken], self._w[taken], beta, value)
-            self.sheet.write(self.sheet.places(self._slots[taken]), new)
+            self.row_store.write(self.row_store.row_ids(self._slots[taken]), new)
             if self._guarded:
                 alone = self._state[taken]
-                frozen = policy.lesson(alone, policy.scaled(reward), policy.judge(alone)[1])[2]
-                self.balance, self.shut = tally(self.balance, self.shut, frozen - loss)
+                frozen = policy.reward_update(alone, policy.scaled(reward), policy.logit_and_value(alone)[1])[2]
+                self.balance, self.shut = update_guard(self.balance, self.shut, frozen - loss)
         self._last, self._reward = action, reward
 
     def detach(self) -> None:
-        self.sheet.rows = self.sheet.rows.detach()
+        self.row_store.rows = self.row_store.rows.detach()
 
 
-class _Told(nn.Module):
+class _BaselineNetwork(nn.Module):
     """What rivals see: the observation, the last action with its features and its reward, and whether there was one."""
 
     def __init__(self, tasks: Tasks, width: int) -> None:
         super().__init__()
         self.context, self.features, self.actions = tasks.context, tasks.features, tasks.actions
-        self.enter = nn.Linear(tasks.context + tasks.actions * tasks.features + self.did, width)
+        self.enter = nn.Linear(tasks.context + tasks.actions * tasks.features + self.history_size, width)
         self.leave = nn.Linear(width, 2 * tasks.actions)
 
     @property
-    def did(self) -> int:
+    def history_size(self) -> int:
         """Numbers that tell of the last action."""
         return self.actions + self.features + 2
 
-    def said(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def action_outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits, expected = self.leave(hidden).chunk(2, dim=-1)
         return logits, torch.sigmoid(expected)
 
 
-class Rival(Agent):
+class MetaBaseline(Agent):
     """The common part of rivals: it tells the network what was done last."""
 
-    network: _Told
+    network: _BaselineNetwork
 
-    def begin(self, batch: int) -> None:
-        self._did = torch.zeros(batch, self.network.did)
+    def reset(self, batch: int) -> None:
+        self._history = torch.zeros(batch, self.network.history_size)
 
     def tell(self, action: Tensor, reward: Tensor) -> None:
         net, here = self.network, torch.arange(len(action))
         features = self._observed[:, net.context :].view(len(action), net.actions, net.features)[here, action]
-        told = torch.stack([reward, torch.ones_like(reward)], dim=1)
-        self._did = torch.cat([F.one_hot(action, net.actions).float(), features, told], dim=1)
+        reward_inputs = torch.stack([reward, torch.ones_like(reward)], dim=1)
+        self._history = torch.cat([F.one_hot(action, net.actions).float(), features, reward_inputs], dim=1)
 
-    def _seen(self, observation: Tensor) -> Tensor:
+    def _encode(self, observation: Tensor) -> Tensor:
         self._observed = observation
-        return torch.relu(self.network.enter(torch.cat([observation, self._did], dim=1)))
+        return torch.relu(self.network.enter(torch.cat([observation, self._history], dim=1)))
 
 
-class RecurrentAgent(Rival):
+class RecurrentAgent(MetaBaseline):
     """RL²: a GRU or an LSTM, whose state is all it knows of its task."""
 
     def __init__(self, tasks: Tasks, width: int, *, cell: str, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = _Told(tasks, width)
+        self.network = _BaselineNetwork(tasks, width)
         self.network.cell = nn.LSTMCell(width, width) if cell == "lstm" else nn.GRUCell(width, width)
 
-    def begin(self, batch: int) -> None:
-        super().begin(batch)
+    def reset(self, batch: int) -> None:
+        super().reset(batch)
         width = self.network.enter.out_features
         self._state = [torch.zeros(batch, width) for _ in range(1 + isinstance(self.network.cell, nn.LSTMCell))]
 
     def ask(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        seen = self._seen(observation)
+        encoded = self._encode(observation)
         if isinstance(self.network.cell, nn.LSTMCell):
-            self._state = list(self.network.get_submodule("cell")(seen, tuple(self._state)))
+            self._state = list(self.network.get_submodule("cell")(encoded, tuple(self._state)))
         else:
-            self._state = [self.network.get_submodule("cell")(seen, self._state[0])]
-        return self.network.said(self._state[0])
+            self._state = [self.network.get_submodule("cell")(encoded, self._state[0])]
+        return self.network.action_outputs(self._state[0])
 
     def detach(self) -> None:
         self._state = [part.detach() for part in self._state]
 
 
-class _Layer(nn.Module):
+class _TransformerLayer(nn.Module):
     """A layer of a transformer that reads one step at a time: each attends to all steps so far, farther ones less, by a
     slope of each head's own (as in arXiv 2108.12409, but learned)."""
 
@@ -188,69 +190,73 @@ class _Layer(nn.Module):
         self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.slope = nn.Parameter(torch.logspace(-1, -8, heads, base=2).log())
 
-    def forward(self, x: Tensor, kept: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, kv_cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """A step x [B, W] and what is kept of earlier ones, keys and values [B, H, T, W / H]; the same afterwards."""
         heads = len(self.slope)
         query, key, value = self.ask(self.before(x)).view(len(x), 3, heads, 1, -1).unbind(1)
-        key, value = torch.cat([kept[0], key], dim=2), torch.cat([kept[1], value], dim=2)
-        ago = torch.arange(key.shape[2] - 1, -1, -1)
-        fading = (-self.slope.exp()[:, None, None] * ago).expand(len(x), -1, -1, -1)
-        heard = F.scaled_dot_product_attention(query, key, value, attn_mask=fading)
-        x = x + self.answer(heard.flatten(1))
+        key, value = torch.cat([kv_cache[0], key], dim=2), torch.cat([kv_cache[1], value], dim=2)
+        distance = torch.arange(key.shape[2] - 1, -1, -1)
+        attention_bias = (-self.slope.exp()[:, None, None] * distance).expand(len(x), -1, -1, -1)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_bias)
+        x = x + self.answer(attended.flatten(1))
         return x + self.narrow(torch.relu(self.widen(self.between(x)))), (key, value)
 
 
-class ContextAgent(Rival):
+class ContextAgent(MetaBaseline):
     """A transformer of two layers with its whole task in context."""
 
     def __init__(self, tasks: Tasks, width: int, *, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = _Told(tasks, width)
-        self.network.layers = nn.ModuleList([_Layer(width), _Layer(width)])
+        self.network = _BaselineNetwork(tasks, width)
+        self.network.layers = nn.ModuleList([_TransformerLayer(width), _TransformerLayer(width)])
 
     @property
-    def _layers(self) -> list[_Layer]:
-        return [layer for layer in self.network.get_submodule("layers").children() if isinstance(layer, _Layer)]
+    def _layers(self) -> list[_TransformerLayer]:
+        return [
+            layer for layer in self.network.get_submodule("layers").children() if isinstance(layer, _TransformerLayer)
+        ]
 
-    def begin(self, batch: int) -> None:
-        super().begin(batch)
+    def reset(self, batch: int) -> None:
+        super().reset(batch)
         heads = len(self._layers[0].slope)
         nothing = torch.zeros(batch, heads, 0, self.network.enter.out_features // heads)
-        self._kept = [(nothing, nothing) for _ in self._layers]
+        self._kv_cache = [(nothing, nothing) for _ in self._layers]
 
     def ask(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self._seen(observation)
+        hidden = self._encode(observation)
         for number, layer in enumerate(self._layers):
-            hidden, self._kept[number] = layer(hidden, self._kept[number])
-        return self.network.said(hidden)
+            hidden, self._kv_cache[number] = layer(hidden, self._kv_cache[number])
+        return self.network.action_outputs(hidden)
 
     def detach(self) -> None:
-        self._kept = [(keys.detach(), values.detach()) for keys, values in self._kept]
+        self._kv_cache = [(keys.detach(), values.detach()) for keys, values in self._kv_cache]
 
 
-class DenseAgent(Rival):
+class DenseAgent(MetaBaseline):
     """A dense delta memory: a matrix that each step writes as a whole, M ← M + β k (v − M k)ᵀ, and reads by query."""
 
     def __init__(self, tasks: Tasks, width: int, *, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = _Told(tasks, width)
+        self.network = _BaselineNetwork(tasks, width)
         self.network.project = nn.Linear(width, 3 * width + 1)
         self.network.mix = nn.Linear(2 * width, width)
 
-    def begin(self, batch: int) -> None:
-        super().begin(batch)
+    def reset(self, batch: int) -> None:
+        super().reset(batch)
         width = self.network.enter.out_features
         self._matrix = torch.zeros(batch, width, width)
 
     def ask(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        seen, width = self._seen(observation), self.network.enter.out_features
-        query, key, value, beta = self.network.get_submodule("project")(seen).split([width, width, width, 1], dim=1)
+        encoded, width = self._encode(observation), self.network.enter.out_features
+        query, key, value, beta = self.network.get_submodule("project")(encoded).split([width, width, width, 1], dim=1)
         query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
         held = torch.einsum("bvk,bk->bv", self._matrix, key)
         change = torch.sigmoid(beta) * (torch.tanh(value) - held)
         self._matrix = self._matrix + change[:, :, None] * key[:, None, :]
         read = torch.einsum("bvk,bk->bv", self._matrix, query)
-        return self.network.said(torch.relu(self.network.get_submodule("mix")(torch.cat([seen, read], dim=1))))
+        return self.network.action_outputs(
+            torch.relu(self.network.get_submodule("mix")(torch.cat([encoded, read], dim=1)))
+        )
 
     def detach(self) -> None:
         self._matrix = self._matrix.detach()

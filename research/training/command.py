@@ -32,7 +32,7 @@ from model.base.backbone import Backbone
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError
 from model.memory import Memory, save_memory
-from model.memory.initial import default_config, fit_cells, random_memory
+from model.memory.initial import default_config, fit_centres, random_memory
 from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder, console, progress_bar
 from research.machine import hardware
@@ -53,14 +53,14 @@ from research.training.loop import (
     read_losses,
 )
 from research.training.settle import settle
-from research.training.texts import Budget, Planned, draw_streams, find_kinds
+from research.training.texts import Budget, PlannedStream, draw_streams, find_kinds
 from service.errors import CommandError
 from service.settings import Settings
 
 STATES = 65_536  # that a memory's first keys and its cells are fitted to
 VALID_TOKENS = 8_192  # of a held-out stream, at most
 VALIDATIONS = 4
-GIVE_BACK_EVERY = 20  # steps
+MALLOC_TRIM_EVERY = 20  # steps
 STREAMS = "streams.json"
 
 
@@ -83,7 +83,7 @@ class Options:
 def train_files(settings: Settings, options: Options) -> None:
     """Runs `imprint train`, in each of its processes. Raises CommandError."""
     began = time.monotonic()
-    _keep_freed_memory()
+    _configure_malloc()
     if dist.is_torchelastic_launched():
         device = _device(settings)
         if device.type == "cuda":
@@ -120,7 +120,7 @@ def _train(settings: Settings, options: Options, began: float) -> None:
     identity = _identity(options, schedule, streams, objective)
     run = options.work / "runs" / identity
     result = _loop(Trainer(objective, train, valid, schedule, run), schedule, run)
-    _settle(objective, backbone, train, options.budget.seed)
+    _calibrate_gate(objective, backbone, train, options.budget.seed)
     if _rank() == 0:
         facts = {"base": base, "model": Path(settings.model).name, "run": identity, "schedule": asdict(schedule)}
         _write(options, objective, streams, result, run, facts, time.monotonic() - began)
@@ -129,7 +129,7 @@ def _train(settings: Settings, options: Options, began: float) -> None:
 # --- streams and features ------------------------------------------------------------------------------------------
 
 
-def _draw(options: Options, tokenizer: Tokenizer, base: str) -> list[Planned]:
+def _draw(options: Options, tokenizer: Tokenizer, base: str) -> list[PlannedStream]:
     """The first process chooses the streams, the others read its list."""
     path = options.work / STREAMS
     if _rank() == 0:
@@ -142,7 +142,7 @@ def _draw(options: Options, tokenizer: Tokenizer, base: str) -> list[Planned]:
         scratch.write_text(json.dumps([stream.to_dict() for stream in streams], indent=1))
         os.replace(scratch, path)
     _barrier()
-    streams = [Planned(**stream) for stream in json.loads(path.read_text())]
+    streams = [PlannedStream(**stream) for stream in json.loads(path.read_text())]
     kinds = sorted({stream.kind for stream in streams})
     console.print(f"{len(kinds)} kinds: {', '.join(kinds)}")
     for valid, what in ((False, f"to train on (asked for {options.budget.tokens:,} tokens)"), (True, "held out")):
@@ -151,7 +151,7 @@ def _draw(options: Options, tokenizer: Tokenizer, base: str) -> list[Planned]:
     return streams
 
 
-def _compute(backbone: Backbone, streams: Sequence[Planned], bos: int, work: Path) -> None:
+def _compute(backbone: Backbone, streams: Sequence[PlannedStream], bos: int, work: Path) -> None:
     """This process's share of the features that are not there yet."""
     mine = [s for s in streams[_rank() :: _world()] if not _features(work, s).exists()]
     total = sum(stream.tokens for stream in mine)
@@ -171,7 +171,7 @@ def _compute(backbone: Backbone, streams: Sequence[Planned], bos: int, work: Pat
     _barrier()
 
 
-def _seconds_per_token(backbone: Backbone, stream: Planned, work: Path, bos: int) -> float:
+def _seconds_per_token(backbone: Backbone, stream: PlannedStream, work: Path, bos: int) -> float:
     """Of the first two requests of a stream; those that warm up are not counted."""
     ids, lengths = _tokens(work, stream)
     scratch = work / "features" / f"estimate-{_rank()}"
@@ -183,16 +183,16 @@ def _seconds_per_token(backbone: Backbone, stream: Planned, work: Path, bos: int
     return (time.monotonic() - began) / sum(lengths[:2])
 
 
-def _tokens(work: Path, stream: Planned) -> tuple[list[int], list[int]]:
+def _tokens(work: Path, stream: PlannedStream) -> tuple[list[int], list[int]]:
     with np.load(work / "tokens" / f"{stream.id}.npz") as file:
         return file["ids"].tolist(), file["lengths"].tolist()
 
 
-def _features(work: Path, stream: Planned) -> Path:
+def _features(work: Path, stream: PlannedStream) -> Path:
     return work / "features" / stream.id
 
 
-def _stream(stream: Planned, work: Path) -> Stream:
+def _stream(stream: PlannedStream, work: Path) -> Stream:
     return Stream(stream.name, stream.kind, _features(work, stream))
 
 
@@ -204,7 +204,7 @@ def _objective(options: Options, backbone: Backbone, train: Sequence[Stream]) ->
     head = backbone.head_matrix
     if not options.adapter:
         try:
-            memory = random_memory(default_config(hidden_size), seed=seed, states=_some_states(train))
+            memory = random_memory(default_config(hidden_size), seed=seed, states=_sample_states(train))
         except ValueError as error:  # too few states
             raise CommandError(str(error)) from error
         return LexicalObjective(memory.to(device), head)
@@ -214,12 +214,12 @@ def _objective(options: Options, backbone: Backbone, train: Sequence[Stream]) ->
     return AdapterObjective(OutputAdapter(hidden_size, rank, seed=seed).to(device), head)
 
 
-def _settle(objective: Objective, backbone: Backbone, train: Sequence[Stream], seed: int) -> None:
+def _calibrate_gate(objective: Objective, backbone: Backbone, train: Sequence[Stream], seed: int) -> None:
     """Places a memory's cells where training has moved its keys, and fits its gate to what is then served."""
     memory = objective.module
     if not isinstance(memory, Memory) or memory.lexical is None:
         return
-    fit_cells(memory.lexical, _some_states(train), torch.Generator().manual_seed(seed))
+    fit_centres(memory.lexical, _sample_states(train), torch.Generator().manual_seed(seed))
     dtype = backbone.embedding.dtype
     with progress_bar() as bar:
         task = bar.add_task("settling the gate", total=2 * len(train))
@@ -233,13 +233,13 @@ def _settle(objective: Objective, backbone: Backbone, train: Sequence[Stream], s
     console.print(f"as served, on the streams trained on: perplexity × {np.exp(gain):.4f}")
 
 
-def _some_states(train: Sequence[Stream]) -> Tensor:
+def _sample_states(train: Sequence[Stream]) -> Tensor:
     """States [n, d] from the beginnings of all streams."""
     share = -(-STATES // len(train))
     return torch.cat([StreamFeatures(stream.folder).chunk(0, 8).states[:share] for stream in train])
 
 
-def _schedule(options: Options, streams: Sequence[Planned]) -> Schedule:
+def _schedule(options: Options, streams: Sequence[PlannedStream]) -> Schedule:
     train = [stream for stream in streams if not stream.valid]
     one_pass = sum(-(-stream.requests // options.span) for stream in train) / (options.batch * _world())
     steps = options.steps or max(1, round(one_pass))
@@ -250,7 +250,7 @@ def _schedule(options: Options, streams: Sequence[Planned]) -> Schedule:
     return Schedule(steps, options.lr, options.batch, options.span, -(-steps // VALIDATIONS), options.budget.seed)
 
 
-def _identity(options: Options, schedule: Schedule, streams: Sequence[Planned], objective: Objective) -> str:
+def _identity(options: Options, schedule: Schedule, streams: Sequence[PlannedStream], objective: Objective) -> str:
     """Names the run: equal if, and only if, it would come to the same end."""
     digest = hashlib.sha256()
     facts = [asdict(schedule), _world(), options.adapter, [[stream.id, stream.valid] for stream in streams]]
@@ -268,15 +268,15 @@ def _loop(trainer: Trainer, schedule: Schedule, run: Path) -> Progress:
     with progress_bar() as bar:
         tasks = {"training": bar.add_task("training", total=schedule.steps, completed=before)}
 
-        def tell(record: Record) -> None:
+        def on_record(record: Record) -> None:
             if "valid" in record:
                 found = record["valid"]
                 console.print(f"step {found['step']:,}: perplexity on held-out streams × {found['ratio']:.4f}")
             else:
                 began.append(time.monotonic())
                 bar.update(tasks["training"], description=f"training × {_recent(record):.4f}")
-                if record["step"] % GIVE_BACK_EVERY == 0:
-                    _give_memory_back()
+                if record["step"] % MALLOC_TRIM_EVERY == 0:
+                    _trim_malloc()
                 if len(began) == 4:
                     left = (began[3] - began[0]) / 3 * (schedule.steps - record["step"])
                     console.print(f"about {_duration(left)} left, validations not counted")
@@ -286,7 +286,7 @@ def _loop(trainer: Trainer, schedule: Schedule, run: Path) -> Progress:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
 
-        return trainer.run(tell=tell, progress=progress)
+        return trainer.run(on_record=on_record, progress=progress)
 
 
 def _recent(record: Record) -> float:
@@ -300,7 +300,7 @@ def _recent(record: Record) -> float:
 def _write(
     options: Options,
     objective: Objective,
-    streams: Sequence[Planned],
+    streams: Sequence[PlannedStream],
     result: Progress,
     run: Path,
     facts: dict[str, Any],
@@ -366,7 +366,7 @@ def _duration(seconds: float) -> str:
 # --- processes -----------------------------------------------------------------------------------------------------
 
 
-def _keep_freed_memory() -> None:
+def _configure_malloc() -> None:
     """Has glibc keep what is freed: each step needs hundreds of megabytes again, and taking them from the system page
     by page took two thirds of a step's time."""
     if platform.libc_ver()[0] == "glibc":
@@ -375,7 +375,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
 
 
-def _give_memory_back() -> None:
+def _trim_malloc() -> None:
     """What was kept grows holes that nothing fits into: to 12 GB within 200 steps, of which a step needs 3 or 4."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

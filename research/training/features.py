@@ -24,7 +24,7 @@ from model.memory.lexical.torch_backend import predict
 ROWS = 256  # of logits at a time: a vocabulary of them is large
 BYTES_PER_STATE = 2
 QUERIES = 512  # targets of a chunk that a gradient is taken of
-START = 0  # stands for BOS where requests are only compared with each other
+BOS_PLACEHOLDER = 0  # stands for BOS where requests are only compared with each other
 
 
 class FeaturesError(Exception):
@@ -45,7 +45,7 @@ class Chunk:
     entropy: Tensor
     lengths: list[int]
 
-    def picked(self) -> Tensor:
+    def sampled(self) -> Tensor:
         """Which targets a loss is taken of: all of them, or a random sample where gradients are wanted."""
         n, device = len(self.targets), self.targets.device
         if torch.is_grad_enabled() and n > QUERIES:
@@ -58,9 +58,9 @@ def cut_lengths(tokens: int, shortest: int, longest: int, seed: str) -> list[int
 
     The last one is what is left, dropped if it is too short. The same seed cuts a longer stream alike, further on.
     """
-    draw, lengths = random.Random(seed), []
+    rng, lengths = random.Random(seed), []
     while tokens >= shortest:
-        lengths.append(min(draw.randint(shortest, longest), tokens))
+        lengths.append(min(rng.randint(shortest, longest), tokens))
         tokens -= lengths[-1]
     return lengths
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from model.memory import LexicalSite, Memory
-from model.memory.config import RUNS
+from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
-from research.training.features import QUERIES, START, Chunk
+from research.training.features import BOS_PLACEHOLDER, QUERIES, Chunk
 
 
-class Past(NamedTuple):
+class WrittenPairs(NamedTuple):
     """What a stream has written: keys fp16 [m, d_k], fingerprints int16 [m, R] and tokens int32 [m]."""
 
     keys: Tensor
-    prints: Tensor
+    ngram_hashes: Tensor
     tokens: Tensor
 
 
@@ -42,12 +42,12 @@ class LexicalObjective:
         for name, parameter in site.named_parameters():
             parameter.requires_grad_(name != "centres" and "trust" not in name)
 
-    def start(self) -> Past:
+    def start(self) -> WrittenPairs:
         device = self._site.key_weight.device
         width = self._site.config.width
-        return Past(
+        return WrittenPairs(
             torch.empty(0, width, dtype=torch.float16, device=device),
-            torch.empty(0, len(RUNS), dtype=torch.int16, device=device),
+            torch.empty(0, len(NGRAM_SIZES), dtype=torch.int16, device=device),
             torch.empty(0, dtype=torch.int32, device=device),
         )
 
@@ -57,21 +57,27 @@ class LexicalObjective:
         site, before, n = self._site, len(state.keys), len(chunk.targets)
         new = site.keys(chunk.states)
         context = torch.cat(
-            [torch_backend.request_fingerprints(part, START) for part in chunk.targets.split(chunk.lengths)]
+            [torch_backend.hash_request_ngrams(part, BOS_PLACEHOLDER) for part in chunk.targets.split(chunk.lengths)]
         )
-        keys, prints = torch.cat([state.keys.float(), new]), torch.cat([state.prints, context])
+        keys, ngram_hashes = torch.cat([state.keys.float(), new]), torch.cat([state.ngram_hashes, context])
         tokens = torch.cat([state.tokens.long(), chunk.targets])
-        seen = before + torch.tensor(self._written(chunk.lengths), device=new.device)
+        num_visible = before + torch.tensor(self._num_written(chunk.lengths), device=new.device)
         losses = [
             self._losses(
-                chunk, part, new[part], keys, torch_backend.repeated(prints, context[part, None]), tokens, seen[part]
+                chunk,
+                part,
+                new[part],
+                keys,
+                torch_backend.count_ngram_matches(ngram_hashes, context[part, None]),
+                tokens,
+                num_visible[part],
             )
-            for part in chunk.picked().split(QUERIES)
+            for part in chunk.sampled().split(QUERIES)
         ]
-        return torch.cat(losses).mean() * n, n, Past(keys.half(), prints, tokens.int())
+        return torch.cat(losses).mean() * n, n, WrittenPairs(keys.half(), ngram_hashes, tokens.int())
 
     def detach(self, state: Any) -> Any:
-        return Past(state.keys.detach(), state.prints, state.tokens)
+        return WrittenPairs(state.keys.detach(), state.ngram_hashes, state.tokens)
 
     def groups(self) -> list[dict[str, Any]]:
         """Gates and scales learn faster than the keys; nothing decays."""
@@ -83,7 +89,7 @@ class LexicalObjective:
             {"params": rest, "factor": 4.0, "weight_decay": 0.0},
         ]
 
-    def _written(self, lengths: list[int]) -> list[int]:
+    def _num_written(self, lengths: list[int]) -> list[int]:
         """For each token of the requests, how many of them are written when it is predicted: all before its block."""
         starts = itertools.accumulate(lengths, initial=0)
         return [
@@ -91,20 +97,27 @@ class LexicalObjective:
         ]
 
     def _losses(
-        self, chunk: Chunk, picked: Tensor, queries: Tensor, keys: Tensor, repeats: Tensor, tokens: Tensor, seen: Tensor
+        self,
+        chunk: Chunk,
+        sampled: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        ngram_matches: Tensor,
+        tokens: Tensor,
+        num_visible: Tensor,
     ) -> Tensor:
         """−log p [q] of the picked targets; queries [q, d_k], keys [m, d_k], repeats [q, m], tokens [m], seen [q]."""
-        site, targets, frozen = self._site, chunk.targets[picked], chunk.log_probs[picked]
+        site, targets, frozen = self._site, chunk.targets[sampled], chunk.log_probs[sampled]
         with torch.no_grad():
-            states = chunk.states[picked].to(self._head.dtype)
+            states = chunk.states[sampled].to(self._head.dtype)
             log_z = (states * self._head[targets]).sum(-1).float() - frozen
             prior = (states @ self._head[tokens].T).float() - log_z[:, None]
-        unwritten = torch.arange(len(tokens), device=seen.device) >= seen[:, None]
+        unwritten = torch.arange(len(tokens), device=num_visible.device) >= num_visible[:, None]
         cosines = queries @ keys.T
-        found = torch_backend.weigh(
-            tokens[None], cosines, repeats, prior, unwritten, site.sharpness, site.prior, site.bonus
+        found = torch_backend.score_candidates(
+            tokens[None], cosines, ngram_matches, prior, unwritten, site.sharpness, site.prior, site.bonus
         )
-        logit, shares = site.gate(found, chunk.entropy[picked], queries)
-        gamma = torch.sigmoid(logit) * (seen > 0)
+        logit, shares = site.gate(found, chunk.entropy[sampled], queries)
+        gamma = torch.sigmoid(logit) * (num_visible > 0)
         p = (1 - gamma) * frozen.exp() + gamma * torch_backend.memory_prob(targets, tokens[None], shares)
         return -(p + torch_backend.TINY).log()

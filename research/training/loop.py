@@ -152,7 +152,7 @@ class Trainer:
     def run(
         self,
         *,
-        tell: Callable[[Record], None] = lambda _: None,
+        on_record: Callable[[Record], None] = lambda _: None,
         progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> Progress:
         """Trains to the end; the best weights are then in the module, and in `best.safetensors`.
@@ -164,14 +164,14 @@ class Trainer:
         self._resume()
         began = time.monotonic() - self.progress.seconds
         if not self.progress.best:
-            self._validate(tell, progress)
+            self._validate(on_record, progress)
         while self.progress.step < self._schedule.steps:
             record, due = self._step()
             self.progress.seconds = time.monotonic() - began
-            self._note(record | {"seconds": round(self.progress.seconds, 3)}, tell)
+            self._log_record(record | {"seconds": round(self.progress.seconds, 3)}, on_record)
             progress("training", self.progress.step, self._schedule.steps)
             if self.progress.step % self._schedule.validate_every == 0 or self.progress.step == self._schedule.steps:
-                self._validate(tell, progress)
+                self._validate(on_record, progress)
             elif due:
                 self._save()
         self._barrier()
@@ -221,10 +221,10 @@ class Trainer:
     def _stream(self, lane: _Lane) -> Stream:
         """Every pass over the streams takes each of them once, in an order of its own."""
         number = lane.number + lane.turn * self._world * self._schedule.batch
-        turn, place = divmod(number, len(self._train))
+        turn, index = divmod(number, len(self._train))
         order = list(range(len(self._train)))
         random.Random(f"{self._schedule.seed}/{turn}").shuffle(order)
-        return self._train[order[place]]
+        return self._train[order[index]]
 
     def _seed(self, *what: object) -> None:
         """An objective's random numbers depend on what they are for, not on what was computed before or elsewhere."""
@@ -257,7 +257,7 @@ class Trainer:
     # --- validation ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _validate(self, tell: Callable[[Record], None], progress: Callable[[str, int, int], None]) -> None:
+    def _validate(self, on_record: Callable[[Record], None], progress: Callable[[str, int, int], None]) -> None:
         """Perplexity over the frozen base's, by kind; the weights with the best geometric mean are kept. Saves.
 
         Request by request and with the same random numbers each time, so that an objective that samples its targets has
@@ -279,7 +279,7 @@ class Trainer:
             self.progress.best = record
             if self._rank == 0:
                 _replace(self._folder / BEST, lambda path: save_file(_tensors(self._objective.module), path))
-        self._note({"valid": record}, tell)
+        self._log_record({"valid": record}, on_record)
         self._save()
 
     def _gain(self, stream: Stream) -> tuple[float, int]:
@@ -302,7 +302,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "lanes": [vars(lane) for lane in self._lanes],
         }
-        mine = self._part(self.progress.step)
+        mine = self._part_path(self.progress.step)
         _replace(mine, lambda path: torch.save(data, path))
         self._barrier()
         if self._rank == 0:
@@ -316,7 +316,7 @@ class Trainer:
     def _resume(self) -> None:
         latest = self._folder / LATEST
         if latest.exists():
-            part = self._part(int(latest.read_text()))
+            part = self._part_path(int(latest.read_text()))
             with torch.serialization.safe_globals([type(self._objective.start())]):
                 data = torch.load(part, map_location=self._device, weights_only=True)
             self._objective.module.load_state_dict(data["module"])
@@ -327,19 +327,19 @@ class Trainer:
             for parameter in self._parameters:
                 dist.broadcast(parameter.data, 0)
         if self._rank == 0:
-            self._forget_after(self.progress.step if latest.exists() else -1)
+            self._drop_records_after(self.progress.step if latest.exists() else -1)
         self._barrier()
 
-    def _part(self, step: int) -> Path:
+    def _part_path(self, step: int) -> Path:
         return self._folder / f"step-{step:08}.{self._rank}.pt"
 
-    def _note(self, record: Record, tell: Callable[[Record], None]) -> None:
+    def _log_record(self, record: Record, on_record: Callable[[Record], None]) -> None:
         if self._rank == 0:
             with (self._folder / LOSSES).open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            tell(record)
+            on_record(record)
 
-    def _forget_after(self, step: int) -> None:
+    def _drop_records_after(self, step: int) -> None:
         """Steps that were done after the last save are done again."""
         path = self._folder / LOSSES
         kept = [record for record in read_losses(path) if record.get("valid", record)["step"] <= step]

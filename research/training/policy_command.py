@@ -33,20 +33,20 @@ def train_policy(name: str, out: Path, work: Path, *, rounds: int | None, seed: 
     """Trains a policy on one thread, which such small matrices need; goes on from where a stopped run was. Raises
     CommandError."""
     recipe = find_recipe(name)
-    recipe = recipe.but(seed=seed, rounds=rounds or recipe.lessons.rounds)
+    recipe = recipe.with_train_config(seed=seed, rounds=rounds or recipe.train_config.rounds)
     torch.set_num_threads(1)
     policy = new_policy(recipe.config(name), seed=seed)
-    facts = {"policy": policy.config.to_dict(), "lessons": asdict(recipe.lessons)}
+    facts = {"policy": policy.config.to_dict(), "lessons": asdict(recipe.train_config)}
     facts |= {"scenario": {**recipe.options, **recipe.training}}
     run = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     trainer = PolicyTrainer(
-        policy, lambda batch, rng: recipe.make(batch, rng, training=True), recipe.lessons, work / "runs" / run
+        policy, lambda batch, rng: recipe.make(batch, rng, training=True), recipe.train_config, work / "runs" / run
     )
     parameters = sum(parameter.numel() for parameter in policy.parameters())
-    console.print(f"{name}: {parameters:,} parameters; round {len(trainer.losses):,} of {recipe.lessons.rounds:,}")
+    console.print(f"{name}: {parameters:,} parameters; round {len(trainer.losses):,} of {recipe.train_config.rounds:,}")
     try:
         with progress_bar() as bar:
-            task = bar.add_task("training", total=recipe.lessons.rounds, completed=len(trainer.losses))
+            task = bar.add_task("training", total=recipe.train_config.rounds, completed=len(trainer.losses))
             trainer.run(lambda done, loss: bar.update(task, completed=done, description=f"training, loss {loss:.4f}"))
     except KeyboardInterrupt:
         console.print(f"\nStopped. The same command goes on from what is in {work}.")

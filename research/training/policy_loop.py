@@ -19,21 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.memory.config import RUNS
+from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
-from model.policies.network import Policy, freshness
-from research.scenarios.core import Indices, Numbers, Tasks, Taught
-from research.scenarios.streams import Streams
+from model.policies.network import Policy, recency_log_prior
+from research.scenarios.core import FloatArray, IntArray, Tasks, TeacherTasks
+from research.scenarios.streams import LabellingTasks
 from research.training.agents import Agent, MemoryAgent
 
 CLIP = 1.0
-SAVED = 10  # rounds between two saves
-STATE = "state.pt"
-EXPLORE = 0.05  # share of actions that are taken at random while training
+SAVE_EVERY = 10  # rounds between two saves
+STATE_FILE = "state.pt"
+EXPLORATION_RATE = 0.05  # share of actions that are taken at random while training
 
 
 @dataclass(frozen=True)
-class Lessons:
+class PolicyTrainConfig:
     """How a policy is trained: `rounds` of `batch` new tasks of `steps` steps; gradients pass `span` steps.
 
     keen: how sharply the best actions are told apart; imitate: whether there is a teacher; led: share
@@ -54,56 +54,58 @@ class Lessons:
 class ActingRound:
     """One round of an agent: `loss` of each span of steps, with what it keeps carried from one to the next."""
 
-    def __init__(self, agent: Agent, tasks: Tasks, lessons: Lessons, rng: np.random.Generator, greedy: bool) -> None:
-        self.agent, self.tasks, self.lessons, self.rng, self.greedy = agent, tasks, lessons, rng, greedy
-        agent.begin(tasks.batch)
+    def __init__(
+        self, agent: Agent, tasks: Tasks, train_config: PolicyTrainConfig, rng: np.random.Generator, greedy: bool
+    ) -> None:
+        self.agent, self.tasks, self.train_config, self.rng, self.greedy = agent, tasks, train_config, rng, greedy
+        agent.reset(tasks.batch)
 
     def loss(self) -> Tensor:
         self.agent.detach()
-        said, told = zip(*(self._step() for _ in range(self.lessons.span)), strict=True)
-        logits, expected = (torch.cat(parts) for parts in zip(*said, strict=True))
-        wanted, means = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*told, strict=True))
-        return F.cross_entropy(logits, wanted) + F.binary_cross_entropy(expected, means)
+        outputs, targets = zip(*(self._step() for _ in range(self.train_config.span)), strict=True)
+        logits, expected = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        action_targets, means = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*targets, strict=True))
+        return F.cross_entropy(logits, action_targets) + F.binary_cross_entropy(expected, means)
 
-    def _step(self) -> tuple[tuple[Tensor, Tensor], tuple[Numbers, Numbers]]:
+    def _step(self) -> tuple[tuple[Tensor, Tensor], tuple[FloatArray, FloatArray]]:
         """What the agent said of each action [B, A], and what it should have said."""
-        said = self.agent.ask(torch.from_numpy(self.tasks.observe()))
-        action, told = self._choose(said[0].detach()), self._told()
+        outputs = self.agent.ask(torch.from_numpy(self.tasks.observe()))
+        action, targets = self._choose(outputs[0].detach()), self._targets()
         reward = self.tasks.step(action)
         self.agent.tell(torch.from_numpy(action), torch.from_numpy(reward))
-        return said, told
+        return outputs, targets
 
-    def _choose(self, logits: Tensor) -> Indices:
-        best = chosen(logits, self.rng, greedy=self.greedy)
-        if self.lessons.imitate and self.lessons.led:
-            leads = np.arange(len(best)) < self.lessons.led * len(best)
-            best = np.where(leads, self._taught().teacher().argmax(1), best)
+    def _choose(self, logits: Tensor) -> IntArray:
+        best = sample_actions(logits, self.rng, greedy=self.greedy)
+        if self.train_config.imitate and self.train_config.led:
+            teacher_leads = np.arange(len(best)) < self.train_config.led * len(best)
+            best = np.where(teacher_leads, self._teacher_tasks().teacher_scores().argmax(1), best)
         other = self.rng.integers(logits.shape[1], size=len(best))
-        action: Indices = np.where(self.rng.random(len(best)) < EXPLORE, other, best)
+        action: IntArray = np.where(self.rng.random(len(best)) < EXPLORATION_RATE, other, best)
         return action
 
-    def _taught(self) -> Taught:
-        assert isinstance(self.tasks, Taught), "only tasks with a teacher can be imitated"
+    def _teacher_tasks(self) -> TeacherTasks:
+        assert isinstance(self.tasks, TeacherTasks), "only tasks with a teacher can be imitated"
         return self.tasks
 
-    def _told(self) -> tuple[Numbers, Numbers]:
+    def _targets(self) -> tuple[FloatArray, FloatArray]:
         """How each action should be preferred and what it brings [B, A]: by the teacher, or in truth."""
-        if self.lessons.imitate:
-            told = self._taught().teacher()
-            preferred = np.exp(self.lessons.keen * (told - told.max(1, keepdims=True)))
-            return preferred / preferred.sum(1, keepdims=True), self._taught().expects().clip(0, 1)
+        if self.train_config.imitate:
+            targets = self._teacher_tasks().teacher_scores()
+            preferred = np.exp(self.train_config.keen * (targets - targets.max(1, keepdims=True)))
+            return preferred / preferred.sum(1, keepdims=True), self._teacher_tasks().expected_rewards().clip(0, 1)
         means = self.tasks.means()
         best = (means == means.max(1, keepdims=True)).astype(np.float32)
         return best / best.sum(1, keepdims=True), means
 
 
-def chosen(logits: Tensor, rng: np.random.Generator, *, greedy: bool) -> Indices:
+def sample_actions(logits: Tensor, rng: np.random.Generator, *, greedy: bool) -> IntArray:
     """An action [B] for logits [B, A]: the best one, or one as likely as the logits say."""
     if greedy:
-        best: Indices = logits.argmax(-1).numpy()
+        best: IntArray = logits.argmax(-1).numpy()
         return best
     chances = torch.softmax(logits.double(), -1).numpy()
-    drawn: Indices = (chances.cumsum(1) < rng.random((len(chances), 1))).sum(1)
+    drawn: IntArray = (chances.cumsum(1) < rng.random((len(chances), 1))).sum(1)
     return drawn.clip(0, chances.shape[1] - 1)
 
 
@@ -111,7 +113,7 @@ class LabellingRound:
     """One round of a labelling policy: each example of each stream asks all earlier ones of it."""
 
     def __init__(self, policy: Policy, tasks: Tasks, steps: int) -> None:
-        assert isinstance(tasks, Streams)
+        assert isinstance(tasks, LabellingTasks)
         self.policy = policy
         self._features, self._labels, self._began = map(torch.from_numpy, tasks.read(steps))
 
@@ -128,27 +130,27 @@ class LabellingRound:
         states = policy.embed(features)
         keys = site.keys(states)
         # Rows are stored in int8: training sees the same roundings.
-        stored = keys + (torch_backend.quantise(keys.detach()) / torch_backend.KEY_STEPS - keys.detach())
-        asked, earlier = slice(1, T), slice(0, T - 1)
-        base, keys = policy.base(states[asked]), keys[asked]
+        stored = keys + (torch_backend.quantise_keys(keys.detach()) / torch_backend.KEY_SCALE - keys.detach())
+        queries, earlier = slice(1, T), slice(0, T - 1)
+        base, keys = policy.base(states[queries]), keys[queries]
         hidden = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
         if policy.doubt is not None:  # a teacher says what guesses will have to: since when examples count
-            hidden |= torch.arange(T - 1) < began[asked, None]
-        found = torch_backend.weigh(
+            hidden |= torch.arange(T - 1) < began[queries, None]
+        found = torch_backend.score_candidates(
             labels[None, earlier],
             keys @ stored[earlier].T,
             torch.zeros(T - 1, T - 1, dtype=torch.long),
-            freshness((torch.arange(T - 1)[:, None] - torch.arange(T - 1)).clamp_min(0)),
+            recency_log_prior((torch.arange(T - 1)[:, None] - torch.arange(T - 1)).clamp_min(0)),
             hidden,
             site.sharpness,
             site.prior,
-            torch.zeros(len(site.sharpness), len(RUNS)),
+            torch.zeros(len(site.sharpness), len(NGRAM_SIZES)),
         )
         logit, shares = site.gate(found, base.entropy, keys)
-        gamma = torch.sigmoid(logit).clamp_max(torch_backend.MOST)
-        in_memory = torch_backend.memory_prob(labels[asked], found.tokens, shares)
-        said = (1 - gamma) * base.log_prob(labels[asked]).exp() + gamma * in_memory
-        return -said.clamp_min(torch_backend.TINY).log().mean()
+        gamma = torch.sigmoid(logit).clamp_max(torch_backend.MAX_GAMMA)
+        memory_probs = torch_backend.memory_prob(labels[queries], found.tokens, shares)
+        outputs = (1 - gamma) * base.log_prob(labels[queries]).exp() + gamma * memory_probs
+        return -outputs.clamp_min(torch_backend.TINY).log().mean()
 
 
 class PolicyTrainer:
@@ -159,78 +161,88 @@ class PolicyTrainer:
         self,
         policy: Policy,
         make: Callable[[int, np.random.Generator], Tasks],
-        lessons: Lessons,
+        train_config: PolicyTrainConfig,
         folder: Path,
     ) -> None:
         acting = policy.config.task == "act"
         fixed = ("centres", "trust") if not acting else ("address", "temperature") if policy.site.config.k == 1 else ()
-        self.policy, self.lessons, self.folder = policy, lessons, folder
+        self.policy, self.train_config, self.folder = policy, train_config, folder
         self._make = make
         self._trained = [
             parameter.requires_grad_(True)
             for name, parameter in policy.named_parameters()
             if not any(word in name for word in fixed)
         ]
-        self._optimiser = torch.optim.Adam(self._trained, lr=lessons.lr)
+        self._optimiser = torch.optim.Adam(self._trained, lr=train_config.lr)
         self.seconds = 0.0
         self.losses: list[float] = []
-        if (folder / STATE).exists():
-            kept = torch.load(folder / STATE, weights_only=True)
-            policy.load_state_dict(kept["policy"])
-            self._optimiser.load_state_dict(kept["optimiser"])
-            self.losses, self.seconds = kept["losses"], kept["seconds"]
+        if (folder / STATE_FILE).exists():
+            checkpoint = torch.load(folder / STATE_FILE, weights_only=True)
+            policy.load_state_dict(checkpoint["policy"])
+            self._optimiser.load_state_dict(checkpoint["optimiser"])
+            self.losses, self.seconds = checkpoint["losses"], checkpoint["seconds"]
 
     def run(self, tell: Callable[[int, float], None]) -> None:
         """Trains to the last round; tells after each how many are done and the round's loss (nats)."""
         began, before = time.process_time(), self.seconds
-        while len(self.losses) < self.lessons.rounds:
+        while len(self.losses) < self.train_config.rounds:
             self.losses.append(self._round(len(self.losses)))
             self.seconds = before + time.process_time() - began
             done = len(self.losses)
-            if done % SAVED == 0 or done == self.lessons.rounds:
+            if done % SAVE_EVERY == 0 or done == self.train_config.rounds:
                 self._save()
             tell(done, self.losses[-1])
         self.policy.requires_grad_(False)
 
     def _round(self, number: int) -> float:
-        lessons = self.lessons
-        rng = np.random.default_rng([lessons.seed, number])
-        tasks = self._make(lessons.batch, rng)
-        one: ActingRound | LabellingRound
+        train_config = self.train_config
+        rng = np.random.default_rng([train_config.seed, number])
+        tasks = self._make(train_config.batch, rng)
+        training_round: ActingRound | LabellingRound
         if self.policy.config.task == "act":
-            one = ActingRound(MemoryAgent(self.policy), tasks, lessons, rng, self.policy.config.greedy)
+            training_round = ActingRound(MemoryAgent(self.policy), tasks, train_config, rng, self.policy.config.greedy)
         else:
-            one = LabellingRound(self.policy, tasks, lessons.steps)
-        return _learn(one, lessons, self._optimiser, number / lessons.rounds)
+            training_round = LabellingRound(self.policy, tasks, train_config.steps)
+        return _train_round(training_round, train_config, self._optimiser, number / train_config.rounds)
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {"policy": self.policy.state_dict(), "optimiser": self._optimiser.state_dict()}
-        scratch = self.folder / f"{STATE}.part"
-        torch.save(kept | {"losses": self.losses, "seconds": self.seconds}, scratch)
-        os.replace(scratch, self.folder / STATE)
+        checkpoint = {"policy": self.policy.state_dict(), "optimiser": self._optimiser.state_dict()}
+        scratch = self.folder / f"{STATE_FILE}.part"
+        torch.save(checkpoint | {"losses": self.losses, "seconds": self.seconds}, scratch)
+        os.replace(scratch, self.folder / STATE_FILE)
 
 
 def train_agent(
-    agent: Agent, make: Callable[[int, np.random.Generator], Tasks], lessons: Lessons, *, greedy: bool, seconds: float
+    agent: Agent,
+    make: Callable[[int, np.random.Generator], Tasks],
+    train_config: PolicyTrainConfig,
+    *,
+    greedy: bool,
+    seconds: float,
 ) -> list[float]:
     """Trains a rival on the same lessons for so many seconds of one core; returns the loss (nats) of each round."""
     began, losses = time.process_time(), list[float]()
-    optimiser = torch.optim.Adam(agent.network.parameters(), lr=lessons.lr)
+    optimiser = torch.optim.Adam(agent.network.parameters(), lr=train_config.lr)
     while (spent := (time.process_time() - began) / seconds) < 1.0:
-        rng = np.random.default_rng([lessons.seed, len(losses)])
-        one = ActingRound(agent, make(lessons.batch, rng), lessons, rng, greedy)
-        losses.append(_learn(one, lessons, optimiser, spent))
+        rng = np.random.default_rng([train_config.seed, len(losses)])
+        training_round = ActingRound(agent, make(train_config.batch, rng), train_config, rng, greedy)
+        losses.append(_train_round(training_round, train_config, optimiser, spent))
     return losses
 
 
-def _learn(one: ActingRound | LabellingRound, lessons: Lessons, optimiser: torch.optim.Optimizer, done: float) -> float:
+def _train_round(
+    training_round: ActingRound | LabellingRound,
+    train_config: PolicyTrainConfig,
+    optimiser: torch.optim.Optimizer,
+    done: float,
+) -> float:
     """The steps of one round, a span each, at the learning rate of this share of the training; their mean loss."""
-    spans, total = lessons.steps // lessons.span, 0.0
+    spans, total = train_config.steps // train_config.span, 0.0
     for group in optimiser.param_groups:
-        group["lr"] = lessons.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        group["lr"] = train_config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
     for _ in range(spans):
-        loss = one.loss()
+        loss = training_round.loss()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], CLIP)

@@ -44,16 +44,16 @@ class Text:
 
 
 @dataclass
-class Kind:
-    """Texts of one sort: files, each a list of its parts. `held` of the files are to be validated on."""
+class TextKind:
+    """Texts of one sort: files, each a list of its parts. `num_held_out` of the files are to be validated on."""
 
     name: str
     files: Iterator[list[Text]]
-    held: int
+    num_held_out: int
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStream:
     """A stream that was chosen. id: names its features; sha256: of its text; valid: whether it is held out."""
 
     id: str
@@ -81,7 +81,7 @@ class Budget:
     seed: int
 
 
-def find_kinds(paths: Sequence[str], budget: Budget) -> list[Kind]:
+def find_kinds(paths: Sequence[str], budget: Budget) -> list[TextKind]:
     """The kinds under local paths and in `hf:` data sets. Raises CommandError for what is not there."""
     size = budget.stream_tokens * CHARS_PER_TOKEN
     local = [Path(path) for path in paths if not path.startswith(HUB)]
@@ -100,15 +100,15 @@ def find_kinds(paths: Sequence[str], budget: Budget) -> list[Kind]:
     return kinds
 
 
-def _local_kind(name: str, files: list[list[Text]], budget: Budget) -> Kind:
+def _local_kind(name: str, files: list[list[Text]], budget: Budget) -> TextKind:
     """Files in random order; where they are too few to hold any out, their parts count as files."""
     if len(files) <= budget.valid:
         files = [[text] for texts in files for text in texts]
     random.Random(f"{budget.seed}/{name}").shuffle(files)
-    return Kind(name, iter(files), min(budget.valid, len(files) - 1))
+    return TextKind(name, iter(files), min(budget.valid, len(files) - 1))
 
 
-def _hub_kind(spec: str, size: int, held: int) -> Kind:
+def _hub_kind(spec: str, size: int, num_held_out: int) -> TextKind:
     """`owner/name[:config][:split][:column]` of the hub, or a folder in a data set's form; documents in their order."""
     source, config, split, column = [*spec.split(":"), "", "", ""][:4]
     split, column = split or "train", column or "text"
@@ -121,7 +121,7 @@ def _hub_kind(spec: str, size: int, held: int) -> Kind:
     def files() -> Iterator[list[Text]]:
         try:
             rows = datasets.load_dataset(source, config or None, split=split, streaming=True)
-            for number, text in enumerate(_joined((row[column] for row in rows), size)):
+            for number, text in enumerate(_join_documents((row[column] for row in rows), size)):
                 yield [Text(f"{name}/{number}", text=text)]
         except KeyError as error:
             raise CommandError(f"data set {source}: split {split} has no column {error}: name one last") from error
@@ -129,10 +129,10 @@ def _hub_kind(spec: str, size: int, held: int) -> Kind:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CommandError(f"data set {source}: {reason[0]}") from error
 
-    return Kind(name, files(), held)
+    return TextKind(name, files(), num_held_out)
 
 
-def _joined(documents: Iterable[str], size: int) -> Iterator[str]:
+def _join_documents(documents: Iterable[str], size: int) -> Iterator[str]:
     """Consecutive documents as texts of about `size` characters; the last one is what is left."""
     together: list[str] = []
     for document in documents:
@@ -144,7 +144,9 @@ def _joined(documents: Iterable[str], size: int) -> Iterator[str]:
         yield "\n\n".join(together)
 
 
-def draw_streams(kinds: Sequence[Kind], budget: Budget, tokenizer: Tokenizer, base: str, folder: Path) -> list[Planned]:
+def draw_streams(
+    kinds: Sequence[TextKind], budget: Budget, tokenizer: Tokenizer, base: str, folder: Path
+) -> list[PlannedStream]:
     """Chooses the streams and writes their tokens to `folder`, a file a stream: `ids` int32 [n], `lengths` [requests].
 
     The next stream is always one of the kind with the fewest tokens so far, so that kinds stay in balance as long as
@@ -155,9 +157,9 @@ def draw_streams(kinds: Sequence[Kind], budget: Budget, tokenizer: Tokenizer, ba
     if limit < MIN_REQUESTS * budget.requests[1]:
         need = len(kinds) * MIN_REQUESTS * budget.requests[1]
         raise CommandError(f"tokens must be at least {need:,} for {len(kinds)} kinds of text, got {budget.tokens:,}")
-    streams: list[Planned] = []
+    streams: list[PlannedStream] = []
 
-    def take(kind: Kind, text: Text, valid: bool) -> int:
+    def take(kind: TextKind, text: Text, valid: bool) -> int:
         """The tokens taken: 0 if the text is too short."""
         content = text.read()
         ids = np.array(tokenizer.encode(content), dtype=np.int32)
@@ -169,15 +171,15 @@ def draw_streams(kinds: Sequence[Kind], budget: Budget, tokenizer: Tokenizer, ba
         id = hashlib.sha256(base.encode() + ids.tobytes() + lengths.tobytes()).hexdigest()[:16]
         np.savez(folder / f"{id}.npz", ids=ids, lengths=lengths)
         digest = hashlib.sha256(content.encode()).hexdigest()
-        streams.append(Planned(id, text.name, kind.name, valid, digest, len(lengths), len(ids)))
+        streams.append(PlannedStream(id, text.name, kind.name, valid, digest, len(lengths), len(ids)))
         return len(ids)
 
     for kind in kinds:
-        held = 0
-        while held < kind.held and (file := next(kind.files, None)) is not None:
-            held += bool(take(kind, file[0], valid=True))
+        num_held_out = 0
+        while num_held_out < kind.num_held_out and (file := next(kind.files, None)) is not None:
+            num_held_out += bool(take(kind, file[0], valid=True))
     taken = dict.fromkeys((kind.name for kind in kinds), 0)
-    texts = {kind.name: _in_turn(kind.files) for kind in kinds}
+    texts = {kind.name: _round_robin(kind.files) for kind in kinds}
     while texts and sum(taken.values()) < budget.tokens:
         kind = min((kind for kind in kinds if kind.name in texts), key=lambda kind: taken[kind.name])
         text = next(texts[kind.name], None)
@@ -194,7 +196,7 @@ def draw_streams(kinds: Sequence[Kind], budget: Budget, tokenizer: Tokenizer, ba
     return streams
 
 
-def _in_turn(files: Iterator[list[Text]]) -> Iterator[Text]:
+def _round_robin(files: Iterator[list[Text]]) -> Iterator[Text]:
     """The first part of every file, then the second of every file, …"""
     later = []
     for first, *rest in files:

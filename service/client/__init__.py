@@ -4,7 +4,7 @@ from service.client.async_client import AsyncClient, AsyncStream
 from service.client.errors import ClientError, ConnectionBroken, FileError, NoServer, TimedOut, UnexpectedAnswer
 from service.client.operations import ChatOptions, CompletionOptions, Message
 from service.client.sync_client import Client, Stream
-from service.client.text_files import Reading
+from service.client.text_files import ObserveProgress
 
 __all__ = [
     "AsyncClient",
@@ -17,7 +17,7 @@ __all__ = [
     "FileError",
     "Message",
     "NoServer",
-    "Reading",
+    "ObserveProgress",
     "Stream",
     "TimedOut",
     "UnexpectedAnswer",

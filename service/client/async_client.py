@@ -7,19 +7,19 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 import httpx
 
 from service.client import operations
-from service.client.operations import Ask
-from service.client.text_files import PIECE_CHARS, File, Reading
+from service.client.operations import Operation
+from service.client.text_files import PIECE_CHARS, File, ObserveProgress
 from service.client.transport import (
     RETRIES,
     TIMEOUT,
-    Attempts,
+    BaseStream,
     Chunk,
-    Chunks,
-    Place,
-    documented_as,
+    Endpoint,
+    RetryState,
+    copy_signature,
     log_wait,
-    named,
     needs_model,
+    with_model,
 )
 from service.errors import ImprintError
 from service.http.replies import LogEntry, Model, Session
@@ -29,19 +29,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def _answered(ask: Callable[P, Ask[T]]) -> Callable[Concatenate["AsyncClient", P], Awaitable[T]]:
+def _request_method(operation: Callable[P, Operation[T]]) -> Callable[Concatenate["AsyncClient", P], Awaitable[T]]:
     async def call(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._answer(ask(*args, **kwargs))
+        return await self._request(operation(*args, **kwargs))
 
-    documented_as(ask, call)
+    copy_signature(operation, call)
     return call
 
 
-def _streamed(ask: Callable[P, Ask[Chunk]]) -> Callable[Concatenate["AsyncClient", P], "AsyncStream[Chunk]"]:
+def _stream_method(
+    operation: Callable[P, Operation[Chunk]],
+) -> Callable[Concatenate["AsyncClient", P], "AsyncStream[Chunk]"]:
     def call(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncStream[Chunk]":
-        return AsyncStream(self, ask(*args, **kwargs))
+        return AsyncStream(self, operation(*args, **kwargs))
 
-    documented_as(ask, call, "AsyncStream")
+    copy_signature(operation, call, "AsyncStream")
     return call
 
 
@@ -57,7 +59,7 @@ class AsyncClient:
         timeout: float | httpx.Timeout = TIMEOUT,
         on_wait: Callable[[ImprintError, float], None] = log_wait,
     ) -> None:
-        self._place = Place(url, api_key)
+        self._endpoint = Endpoint(url, api_key)
         self._retries = retries
         self._on_wait = on_wait
         self._http = httpx.AsyncClient(timeout=timeout)
@@ -66,7 +68,7 @@ class AsyncClient:
     @property
     def url(self) -> str:
         """Where the server is."""
-        return self._place.url
+        return self._endpoint.url
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,37 +80,37 @@ class AsyncClient:
         """Closes the connections."""
         await self._http.aclose()
 
-    create = _answered(operations.create)
-    get = _answered(operations.get)
-    delete = _answered(operations.delete)
-    observe = _answered(operations.observe)
-    score = _answered(operations.score)
-    complete = _answered(operations.complete)
-    chat = _answered(operations.chat)
-    stream = _streamed(operations.stream)
-    stream_chat = _streamed(operations.stream_chat)
-    act = _answered(operations.act)
-    feedback = _answered(operations.feedback)
-    keep = _answered(operations.keep)
-    predict = _answered(operations.predict)
-    diff = _answered(operations.diff)
-    rollback = _answered(operations.rollback)
-    unlearn = _answered(operations.unlearn)
-    fork = _answered(operations.fork)
-    export = _answered(operations.export)
-    import_ = _answered(operations.import_)
+    create = _request_method(operations.create)
+    get = _request_method(operations.get)
+    delete = _request_method(operations.delete)
+    observe = _request_method(operations.observe)
+    score = _request_method(operations.score)
+    complete = _request_method(operations.complete)
+    chat = _request_method(operations.chat)
+    stream = _stream_method(operations.stream)
+    stream_chat = _stream_method(operations.stream_chat)
+    act = _request_method(operations.act)
+    feedback = _request_method(operations.feedback)
+    keep = _request_method(operations.keep)
+    predict = _request_method(operations.predict)
+    diff = _request_method(operations.diff)
+    rollback = _request_method(operations.rollback)
+    unlearn = _request_method(operations.unlearn)
+    fork = _request_method(operations.fork)
+    export = _request_method(operations.export)
+    import_ = _request_method(operations.import_)
 
     async def model(self) -> Model:
         """The served model; asked for once."""
         if self._model is None:
-            self._model = await self._answer(operations.model())
+            self._model = await self._request(operations.model())
         return self._model
 
     async def sessions(self, *, after: str | None = None, page_size: int = 100) -> AsyncIterator[Session]:
         """All sessions in the order of their ids, those after `after`; fetched page by page."""
         more = True
         while more:
-            page = await self._answer(operations.page_of_sessions(after, page_size))
+            page = await self._request(operations.sessions_page(after, page_size))
             for session in page.data:
                 yield session
             more, after = page.has_more, page.next
@@ -117,7 +119,7 @@ class AsyncClient:
         """What the session learned when, newest first, versions before `before`; fetched page by page."""
         more = True
         while more:
-            page = await self._answer(operations.page_of_log(session, before, page_size))
+            page = await self._request(operations.log_page(session, before, page_size))
             for entry in page.data:
                 yield entry
             more, before = page.has_more, page.next
@@ -127,51 +129,51 @@ class AsyncClient:
         session: str,
         files: Iterable[File],
         *,
-        progress: Callable[[Reading], None] = lambda reading: None,
+        progress: Callable[[ObserveProgress], None] = lambda observe_progress: None,
         piece_chars: int = PIECE_CHARS,
         idempotency_key: str | None = None,
-    ) -> Reading:
+    ) -> ObserveProgress:
         """See `Client.observe_files`. Files are read on a thread."""
-        reading = Reading(session, files, piece_chars, idempotency_key)
-        pending = reading.asks()
-        while (ask := await asyncio.to_thread(next, pending, None)) is not None:
-            reading.learned(await self._answer(ask))
-            progress(reading)
-        return reading
+        observe_progress = ObserveProgress(session, files, piece_chars, idempotency_key)
+        pending = observe_progress.iter_operations()
+        while (operation := await asyncio.to_thread(next, pending, None)) is not None:
+            observe_progress.record_answer(await self._request(operation))
+            progress(observe_progress)
+        return observe_progress
 
-    async def _answer(self, ask: Ask[T]) -> T:
-        ask = await self._whole(ask)
-        attempts = Attempts(self._place, ask, self._retries)
-        return attempts.result(ask, await self._exchange(attempts, httpx.Response.aread))
+    async def _request(self, operation: Operation[T]) -> T:
+        operation = await self._with_model_id(operation)
+        retry_state = RetryState(self._endpoint, operation, self._retries)
+        return retry_state.result(operation, await self._send_with_retries(retry_state, httpx.Response.aread))
 
-    async def _whole(self, ask: Ask[T]) -> Ask[T]:
-        return named(ask, (await self.model()).id) if needs_model(ask) else ask
+    async def _with_model_id(self, operation: Operation[T]) -> Operation[T]:
+        return with_model(operation, (await self.model()).id) if needs_model(operation) else operation
 
-    async def _exchange(self, attempts: Attempts, receive: Callable[[httpx.Response], Awaitable[R]]) -> R:
+    async def _send_with_retries(self, retry_state: RetryState, receive: Callable[[httpx.Response], Awaitable[R]]) -> R:
         """What `receive` makes of the answer, as soon as there is one."""
         while True:
             try:
-                response = await self._http.send(attempts.request, stream=True)
-                if attempts.accepts(response):
+                response = await self._http.send(retry_state.request, stream=True)
+                if retry_state.is_accepted(response):
                     return await receive(response)
                 await response.aread()
-            except httpx.HTTPError as fault:
-                error, wait = attempts.failed(fault)
+            except httpx.HTTPError as exc:
+                error, wait = retry_state.on_transport_error(exc)
             else:
-                error, wait = attempts.refused(response)
+                error, wait = retry_state.on_error_response(response)
             self._on_wait(error, wait)
             await asyncio.sleep(wait)
 
 
-class AsyncStream(Chunks[Chunk], Generic[Chunk]):
+class AsyncStream(BaseStream[Chunk], Generic[Chunk]):
     """`imprint.Stream` for `async for` and `async with`."""
 
-    def __init__(self, client: AsyncClient, ask: Ask[Chunk]) -> None:
-        super().__init__(ask)
+    def __init__(self, client: AsyncClient, operation: Operation[Chunk]) -> None:
+        super().__init__(operation)
         self._client = client
-        self._attempts: Attempts | None = None
+        self._retry_state: RetryState | None = None
         self._response: httpx.Response | None = None
-        self._parts: AsyncIterator[bytes]
+        self._byte_chunks: AsyncIterator[bytes]
 
     def __aiter__(self) -> Self:
         return self
@@ -200,19 +202,19 @@ class AsyncStream(Chunks[Chunk], Generic[Chunk]):
             await self._response.aclose()
 
     async def _advance(self) -> None:
-        if self._attempts is None:
-            self._ask = await self._client._whole(self._ask)
-            self._attempts = Attempts(self._client._place, self._ask, self._client._retries)
-            data = await self._client._exchange(self._attempts, self._begin)
+        if self._retry_state is None:
+            self._ask = await self._client._with_model_id(self._ask)
+            self._retry_state = RetryState(self._client._endpoint, self._ask, self._client._retries)
+            data = await self._client._send_with_retries(self._retry_state, self._read_first_bytes)
         else:
             try:
-                data = await anext(self._parts, b"")
+                data = await anext(self._byte_chunks, b"")
             except httpx.HTTPError:
                 data = b""
-        self._take(data, self._attempts)
+        self._feed(data, self._retry_state)
 
-    async def _begin(self, response: httpx.Response) -> bytes:
+    async def _read_first_bytes(self, response: httpx.Response) -> bytes:
         """The first bytes: until they are there the request can be sent again."""
         self._response = response
-        self._parts = response.aiter_bytes()
-        return await anext(self._parts, b"")
+        self._byte_chunks = response.aiter_bytes()
+        return await anext(self._byte_chunks, b"")

@@ -40,48 +40,50 @@ class FileError(ClientError):
     """A file cannot be read as UTF-8 text. The message names the file, and the byte."""
 
 
-def _tree(root: type[ImprintError]) -> Iterator[type[ImprintError]]:
+def _all_subclasses(root: type[ImprintError]) -> Iterator[type[ImprintError]]:
     """The server's errors, general ones before special ones."""
-    for kind in root.__subclasses__():
-        if kind.__module__ == errors.__name__:
-            yield kind
-            yield from _tree(kind)
+    for error_class in root.__subclasses__():
+        if error_class.__module__ == errors.__name__:
+            yield error_class
+            yield from _all_subclasses(error_class)
 
 
-KINDS = list(_tree(ImprintError))
+ERROR_CLASSES = list(_all_subclasses(ImprintError))
 
 
-def refusal(status: int, headers: Mapping[str, str], content: bytes, url: str) -> ImprintError:
+def error_from_response(status: int, headers: Mapping[str, str], content: bytes, url: str) -> ImprintError:
     """What a refused request says, in OpenAI's error shape or, from a proxy in between, any other."""
     try:
-        fault = from_body(json.loads(content), status)
+        error = error_from_body(json.loads(content), status)
     except (ValueError, KeyError, TypeError, AttributeError):
-        fault = _kind(status, None)(f"{url} answered with status {status}")
-    fault.status = status
-    fault.retry_after = _seconds(headers.get("retry-after", ""))
-    fault.request_id = headers.get("x-request-id")
-    return fault
+        error = _error_class(status, None)(f"{url} answered with status {status}")
+    error.status = status
+    error.retry_after = _parse_retry_after(headers.get("retry-after", ""))
+    error.request_id = headers.get("x-request-id")
+    return error
 
 
-def from_body(body: Any, status: int | None = None) -> ImprintError:
+def error_from_body(body: Any, status: int | None = None) -> ImprintError:
     """The error that `{"error": {"message", "type", "param", "code"}}` tells of.
 
     Raises ValueError, KeyError, TypeError or AttributeError if it is none.
     """
-    told = body["error"]
-    fault = _kind(status, told.get("code"))(str(told["message"]), param=told.get("param"), code=told.get("code"))
-    fault.type = str(told.get("type"))
-    return fault
+    detail = body["error"]
+    error = _error_class(status, detail.get("code"))(
+        str(detail["message"]), param=detail.get("param"), code=detail.get("code")
+    )
+    error.type = str(detail.get("type"))
+    return error
 
 
-def _kind(status: int | None, code: str | None) -> type[ImprintError]:
-    possible = [kind for kind in KINDS if status is None or kind.status == status]
-    exact = [kind for kind in possible if code is not None and kind.code == code]
+def _error_class(status: int | None, code: str | None) -> type[ImprintError]:
+    possible = [error_class for error_class in ERROR_CLASSES if status is None or error_class.status == status]
+    exact = [error_class for error_class in possible if code is not None and error_class.code == code]
     general = possible if status is not None else []
     return next(iter(exact + general), ImprintError)
 
 
-def _seconds(retry_after: str) -> float | None:
+def _parse_retry_after(retry_after: str) -> float | None:
     """`Retry-After`: seconds, or a date; None if it is neither."""
     try:
         return max(float(retry_after), 0.0)

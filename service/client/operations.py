@@ -23,17 +23,17 @@ from service.http.replies import (
     SessionList,
     SessionLog,
 )
-from service.types import Adapt, Learn
+from service.types import AdaptMode, LearnMode
 
 T = TypeVar("T")
 Json = dict[str, Any]
 Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
 OnDisconnect = Literal["rollback", "commit"]
-KEY = "Idempotency-Key"
+IDEMPOTENCY_HEADER = "Idempotency-Key"
 
 
 @dataclass(frozen=True)
-class Ask(Generic[T]):
+class Operation(Generic[T]):
     """One request. read: makes the result of the answer's body, or of each of a stream's chunks.
 
     It is made once a call, and so is its `Idempotency-Key`: however often it is sent, it is learned once.
@@ -50,8 +50,8 @@ class Options(TypedDict, total=False):
     """What a completion can be told. None is as good as left out."""
 
     session: str | None  # whose memory to use and to teach; none = the frozen base
-    adapt: Adapt | None
-    learn: Learn | None
+    adapt: AdaptMode | None
+    learn: LearnMode | None
     model: str | None  # the served one, if left out
     max_tokens: int | None
     temperature: float | None
@@ -81,9 +81,9 @@ class ChatOptions(Options, total=False):
     top_logprobs: int | None
 
 
-def model() -> Ask[Model]:
+def model() -> Operation[Model]:
     """The served model."""
-    return Ask("GET", "/v1/models", lambda content: ModelList.model_validate_json(content).data[0])
+    return Operation("GET", "/v1/models", lambda content: ModelList.model_validate_json(content).data[0])
 
 
 # Sessions.
@@ -92,35 +92,35 @@ def model() -> Ask[Model]:
 def create(
     session: str,
     *,
-    adapt: Adapt | None = None,
-    learn: Learn | None = None,
+    adapt: AdaptMode | None = None,
+    learn: LearnMode | None = None,
     keep_text: bool | None = None,
     ttl_s: int | None = None,
     model: str | None = None,
     if_match: int | None = None,
-) -> Ask[Session]:
+) -> Operation[Session]:
     """Creates the session, or replaces the options of the one there is.
 
     adapt, learn: what requests do that don't say otherwise. keep_text: keep the texts, so that they can be unlearned.
     ttl_s: seconds after its last use at which it is erased, 0 = never. model: the policy that it is of; none = text.
     """
-    body = _given(adapt=adapt, learn=learn, keep_text=keep_text, ttl_s=ttl_s, model=model)
-    return Ask("PUT", _path(session), Session.model_validate_json, body, _match(if_match))
+    body = _drop_none(adapt=adapt, learn=learn, keep_text=keep_text, ttl_s=ttl_s, model=model)
+    return Operation("PUT", _path(session), Session.model_validate_json, body, _if_match_header(if_match))
 
 
-def get(session: str) -> Ask[Session]:
+def get(session: str) -> Operation[Session]:
     """What the session holds and what it is worth. Raises NotFound."""
-    return Ask("GET", _path(session), Session.model_validate_json)
+    return Operation("GET", _path(session), Session.model_validate_json)
 
 
-def delete(session: str, *, if_match: int | None = None) -> Ask[None]:
+def delete(session: str, *, if_match: int | None = None) -> Operation[None]:
     """Erases the session and all it has learned. Raises NotFound."""
-    return Ask("DELETE", _path(session), _nothing, headers=_match(if_match))
+    return Operation("DELETE", _path(session), _parse_nothing, headers=_if_match_header(if_match))
 
 
-def page_of_sessions(after: str | None, size: int) -> Ask[SessionList]:
+def sessions_page(after: str | None, size: int) -> Operation[SessionList]:
     """The sessions after that id, in the order of ids."""
-    return Ask("GET", f"/v1/sessions?{_query(after=after, limit=size)}", SessionList.model_validate_json)
+    return Operation("GET", f"/v1/sessions?{_query(after=after, limit=size)}", SessionList.model_validate_json)
 
 
 # Learning and scoring.
@@ -137,12 +137,12 @@ def observe(
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
-) -> Ask[Observed]:
+) -> Operation[Observed]:
     """Learns a text or a chat of any length as one version, without answering; with a policy, an example's label."""
-    body = _given(text=text, messages=messages, features=features, label=label, model=model)
-    body |= _given(on_disconnect=on_disconnect)
-    headers = _learns(idempotency_key, if_match)
-    return Ask("POST", f"{_path(session)}/observe", Observed.model_validate_json, body, headers)
+    body = _drop_none(text=text, messages=messages, features=features, label=label, model=model)
+    body |= _drop_none(on_disconnect=on_disconnect)
+    headers = _learning_headers(idempotency_key, if_match)
+    return Operation("POST", f"{_path(session)}/observe", Observed.model_validate_json, body, headers)
 
 
 def score(
@@ -153,36 +153,38 @@ def score(
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
-) -> Ask[Scored]:
+) -> Operation[Scored]:
     """Nats of each token with the session's memory and without; learns the text only if asked, after that."""
-    body = _given(text=text, learn=learn, on_disconnect=on_disconnect)
-    headers = _learns(idempotency_key, if_match)
-    return Ask("POST", f"{_path(session)}/score", Scored.model_validate_json, body, headers)
+    body = _drop_none(text=text, learn=learn, on_disconnect=on_disconnect)
+    headers = _learning_headers(idempotency_key, if_match)
+    return Operation("POST", f"{_path(session)}/score", Scored.model_validate_json, body, headers)
 
 
 # Generating.
 
 
-def complete(prompt: str | Sequence[str], **options: Unpack[CompletionOptions]) -> Ask[Completion]:
+def complete(prompt: str | Sequence[str], **options: Unpack[CompletionOptions]) -> Operation[Completion]:
     """Continues the prompt; with a `session`, from its memory and teaching it."""
-    return _generation("completions", Completion.model_validate_json, {"prompt": prompt}, options)
+    return _completion_operation("completions", Completion.model_validate_json, {"prompt": prompt}, options)
 
 
-def chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Ask[ChatCompletion]:
+def chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Operation[ChatCompletion]:
     """Replies to a chat; with a `session`, from its memory and teaching it what the chat adds."""
-    return _generation("chat/completions", ChatCompletion.model_validate_json, {"messages": messages}, options)
+    return _completion_operation(
+        "chat/completions", ChatCompletion.model_validate_json, {"messages": messages}, options
+    )
 
 
-def stream(prompt: str | Sequence[str], **options: Unpack[CompletionOptions]) -> Ask[CompletionChunk]:
+def stream(prompt: str | Sequence[str], **options: Unpack[CompletionOptions]) -> Operation[CompletionChunk]:
     """The same as `complete`, piece by piece."""
     body = {"prompt": prompt, "stream": True}
-    return _generation("completions", CompletionChunk.model_validate_json, body, options)
+    return _completion_operation("completions", CompletionChunk.model_validate_json, body, options)
 
 
-def stream_chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Ask[ChatChunk]:
+def stream_chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Operation[ChatChunk]:
     """The same as `chat`, piece by piece."""
     body = {"messages": messages, "stream": True}
-    return _generation("chat/completions", ChatChunk.model_validate_json, body, options)
+    return _completion_operation("chat/completions", ChatChunk.model_validate_json, body, options)
 
 
 # Policies.
@@ -201,15 +203,17 @@ def act(
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
-) -> Ask[Acted]:
+) -> Operation[Acted]:
     """Learns the reward of the last action, or of `action_id`, and takes the next one.
 
     model: the policy of a session that is new.
     """
-    body = _given(reward=reward, action_id=action_id, regret=regret, model=model, temperature=temperature, seed=seed)
-    body |= {"observation": observation} | _given(on_disconnect=on_disconnect)
-    headers = _learns(idempotency_key, if_match)
-    return Ask("POST", f"{_path(session)}/act", Acted.model_validate_json, body, headers)
+    body = _drop_none(
+        reward=reward, action_id=action_id, regret=regret, model=model, temperature=temperature, seed=seed
+    )
+    body |= {"observation": observation} | _drop_none(on_disconnect=on_disconnect)
+    headers = _learning_headers(idempotency_key, if_match)
+    return Operation("POST", f"{_path(session)}/act", Acted.model_validate_json, body, headers)
 
 
 def feedback(
@@ -221,11 +225,11 @@ def feedback(
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
-) -> Ask[Observed]:
+) -> Operation[Observed]:
     """Learns the reward of an earlier action, without taking another."""
-    body = _given(action_id=action_id, reward=reward, regret=regret, on_disconnect=on_disconnect)
-    headers = _learns(idempotency_key, if_match)
-    return Ask("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
+    body = _drop_none(action_id=action_id, reward=reward, regret=regret, on_disconnect=on_disconnect)
+    headers = _learning_headers(idempotency_key, if_match)
+    return Operation("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
 
 
 def keep(
@@ -236,74 +240,82 @@ def keep(
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
-) -> Ask[Observed]:
+) -> Operation[Observed]:
     """Learns the text that a user kept of an earlier completion, behind its prompt if the session keeps texts."""
-    body = _given(completion_id=completion_id, text=text, on_disconnect=on_disconnect)
-    headers = _learns(idempotency_key, if_match)
-    return Ask("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
+    body = _drop_none(completion_id=completion_id, text=text, on_disconnect=on_disconnect)
+    headers = _learning_headers(idempotency_key, if_match)
+    return Operation("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
 
 
-def predict(session: str, features: Sequence[float], *, model: str | None = None) -> Ask[Labelled]:
+def predict(session: str, features: Sequence[float], *, model: str | None = None) -> Operation[Labelled]:
     """Labels an example with what the session has learned; learns nothing."""
-    body = _given(features=features, model=model)
-    return Ask("POST", f"{_path(session)}/predict", Labelled.model_validate_json, body)
+    body = _drop_none(features=features, model=model)
+    return Operation("POST", f"{_path(session)}/predict", Labelled.model_validate_json, body)
 
 
 # Versions.
 
 
-def page_of_log(session: str, before: int | None, size: int) -> Ask[SessionLog]:
+def log_page(session: str, before: int | None, size: int) -> Operation[SessionLog]:
     """The commits before that version, newest first."""
-    return Ask("GET", f"{_path(session)}/log?{_query(before=before, limit=size)}", SessionLog.model_validate_json)
+    return Operation("GET", f"{_path(session)}/log?{_query(before=before, limit=size)}", SessionLog.model_validate_json)
 
 
-def diff(session: str, start: int, end: int) -> Ask[SessionDiff]:
+def diff(session: str, start: int, end: int) -> Operation[SessionDiff]:
     """What lies between two versions that are kept: what was learned, what was forgotten, which rows changed."""
     path = f"{_path(session)}/diff?{urlencode({'from': start, 'to': end})}"
-    return Ask("GET", path, SessionDiff.model_validate_json)
+    return Operation("GET", path, SessionDiff.model_validate_json)
 
 
 def rollback(
     session: str, version: int, *, idempotency_key: str | None = None, if_match: int | None = None
-) -> Ask[Session]:
+) -> Operation[Session]:
     """Makes a new version that is what `version` was, bit for bit."""
-    return _version(session, "rollback", {"version": version}, idempotency_key, if_match)
+    return _version_operation(session, "rollback", {"version": version}, idempotency_key, if_match)
 
 
 def unlearn(
     session: str, version: int, *, idempotency_key: str | None = None, if_match: int | None = None
-) -> Ask[Session]:
+) -> Operation[Session]:
     """Makes a new version as if `version` had never been learned; needs the option `keep_text`."""
-    return _version(session, "unlearn", {"version": version}, idempotency_key, if_match)
+    return _version_operation(session, "unlearn", {"version": version}, idempotency_key, if_match)
 
 
-def fork(session: str, id: str, *, idempotency_key: str | None = None, if_match: int | None = None) -> Ask[Session]:
+def fork(
+    session: str, id: str, *, idempotency_key: str | None = None, if_match: int | None = None
+) -> Operation[Session]:
     """Makes a new session `id` that has learned the same; from then on they go their own ways."""
-    return _version(session, "fork", {"id": id}, idempotency_key, if_match)
+    return _version_operation(session, "fork", {"id": id}, idempotency_key, if_match)
 
 
-def export(session: str) -> Ask[bytes]:
+def export(session: str) -> Operation[bytes]:
     """The session as a safetensors file, for `import_` here or elsewhere."""
-    return Ask("GET", f"{_path(session)}/export", bytes)
+    return Operation("GET", f"{_path(session)}/export", bytes)
 
 
 def import_(
     session: str, data: bytes, *, idempotency_key: str | None = None, if_match: int | None = None
-) -> Ask[Session]:
+) -> Operation[Session]:
     """Gives the session what an export holds, in place of what it had."""
-    headers = {"Content-Type": "application/octet-stream"} | _learns(idempotency_key, if_match)
-    return Ask("PUT", f"{_path(session)}/import", Session.model_validate_json, data, headers)
+    headers = {"Content-Type": "application/octet-stream"} | _learning_headers(idempotency_key, if_match)
+    return Operation("PUT", f"{_path(session)}/import", Session.model_validate_json, data, headers)
 
 
-def _generation(route: str, read: Callable[[bytes], T], body: Json, options: Mapping[str, Any]) -> Ask[T]:
+def _completion_operation(
+    route: str, read: Callable[[bytes], T], body: Json, options: Mapping[str, Any]
+) -> Operation[T]:
     """`model` is filled in before it is sent."""
-    given = dict(options)
-    headers = _learns(given.pop("idempotency_key", None), given.pop("if_match", None))
-    return Ask("POST", f"/v1/{route}", read, {"model": None} | body | _given(**given), headers)
+    remaining = dict(options)
+    headers = _learning_headers(remaining.pop("idempotency_key", None), remaining.pop("if_match", None))
+    return Operation("POST", f"/v1/{route}", read, {"model": None} | body | _drop_none(**remaining), headers)
 
 
-def _version(session: str, action: str, body: Json, key: str | None, if_match: int | None) -> Ask[Session]:
-    return Ask("POST", f"{_path(session)}/{action}", Session.model_validate_json, body, _learns(key, if_match))
+def _version_operation(
+    session: str, action: str, body: Json, key: str | None, if_match: int | None
+) -> Operation[Session]:
+    return Operation(
+        "POST", f"{_path(session)}/{action}", Session.model_validate_json, body, _learning_headers(key, if_match)
+    )
 
 
 def _path(session: str) -> str:
@@ -313,20 +325,20 @@ def _path(session: str) -> str:
 
 
 def _query(**fields: Any) -> str:
-    return urlencode(_given(**fields))
+    return urlencode(_drop_none(**fields))
 
 
-def _given(**fields: Any) -> Json:
+def _drop_none(**fields: Any) -> Json:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _match(version: int | None) -> dict[str, str]:
+def _if_match_header(version: int | None) -> dict[str, str]:
     return {} if version is None else {"If-Match": f'"v{version}"'}
 
 
-def _learns(key: str | None, if_match: int | None) -> dict[str, str]:
-    return {KEY: key or uuid.uuid4().hex} | _match(if_match)
+def _learning_headers(key: str | None, if_match: int | None) -> dict[str, str]:
+    return {IDEMPOTENCY_HEADER: key or uuid.uuid4().hex} | _if_match_header(if_match)
 
 
-def _nothing(content: bytes) -> None:
+def _parse_nothing(content: bytes) -> None:
     pass

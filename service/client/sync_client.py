@@ -7,19 +7,19 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 import httpx
 
 from service.client import operations
-from service.client.operations import Ask
-from service.client.text_files import PIECE_CHARS, File, Reading
+from service.client.operations import Operation
+from service.client.text_files import PIECE_CHARS, File, ObserveProgress
 from service.client.transport import (
     RETRIES,
     TIMEOUT,
-    Attempts,
+    BaseStream,
     Chunk,
-    Chunks,
-    Place,
-    documented_as,
+    Endpoint,
+    RetryState,
+    copy_signature,
     log_wait,
-    named,
     needs_model,
+    with_model,
 )
 from service.errors import ImprintError
 from service.http.replies import LogEntry, Model, Session
@@ -29,19 +29,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def _answered(ask: Callable[P, Ask[T]]) -> Callable[Concatenate["Client", P], T]:
+def _request_method(operation: Callable[P, Operation[T]]) -> Callable[Concatenate["Client", P], T]:
     def call(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._answer(ask(*args, **kwargs))
+        return self._request(operation(*args, **kwargs))
 
-    documented_as(ask, call)
+    copy_signature(operation, call)
     return call
 
 
-def _streamed(ask: Callable[P, Ask[Chunk]]) -> Callable[Concatenate["Client", P], "Stream[Chunk]"]:
+def _stream_method(operation: Callable[P, Operation[Chunk]]) -> Callable[Concatenate["Client", P], "Stream[Chunk]"]:
     def call(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "Stream[Chunk]":
-        return Stream(self, ask(*args, **kwargs))
+        return Stream(self, operation(*args, **kwargs))
 
-    documented_as(ask, call, "Stream")
+    copy_signature(operation, call, "Stream")
     return call
 
 
@@ -65,7 +65,7 @@ class Client:
         timeout: float | httpx.Timeout = TIMEOUT,
         on_wait: Callable[[ImprintError, float], None] = log_wait,
     ) -> None:
-        self._place = Place(url, api_key)
+        self._endpoint = Endpoint(url, api_key)
         self._retries = retries
         self._on_wait = on_wait
         self._http = httpx.Client(timeout=timeout)
@@ -74,7 +74,7 @@ class Client:
     @property
     def url(self) -> str:
         """Where the server is."""
-        return self._place.url
+        return self._endpoint.url
 
     def __enter__(self) -> Self:
         return self
@@ -86,37 +86,37 @@ class Client:
         """Closes the connections."""
         self._http.close()
 
-    create = _answered(operations.create)
-    get = _answered(operations.get)
-    delete = _answered(operations.delete)
-    observe = _answered(operations.observe)
-    score = _answered(operations.score)
-    complete = _answered(operations.complete)
-    chat = _answered(operations.chat)
-    stream = _streamed(operations.stream)
-    stream_chat = _streamed(operations.stream_chat)
-    act = _answered(operations.act)
-    feedback = _answered(operations.feedback)
-    keep = _answered(operations.keep)
-    predict = _answered(operations.predict)
-    diff = _answered(operations.diff)
-    rollback = _answered(operations.rollback)
-    unlearn = _answered(operations.unlearn)
-    fork = _answered(operations.fork)
-    export = _answered(operations.export)
-    import_ = _answered(operations.import_)
+    create = _request_method(operations.create)
+    get = _request_method(operations.get)
+    delete = _request_method(operations.delete)
+    observe = _request_method(operations.observe)
+    score = _request_method(operations.score)
+    complete = _request_method(operations.complete)
+    chat = _request_method(operations.chat)
+    stream = _stream_method(operations.stream)
+    stream_chat = _stream_method(operations.stream_chat)
+    act = _request_method(operations.act)
+    feedback = _request_method(operations.feedback)
+    keep = _request_method(operations.keep)
+    predict = _request_method(operations.predict)
+    diff = _request_method(operations.diff)
+    rollback = _request_method(operations.rollback)
+    unlearn = _request_method(operations.unlearn)
+    fork = _request_method(operations.fork)
+    export = _request_method(operations.export)
+    import_ = _request_method(operations.import_)
 
     def model(self) -> Model:
         """The served model; asked for once."""
         if self._model is None:
-            self._model = self._answer(operations.model())
+            self._model = self._request(operations.model())
         return self._model
 
     def sessions(self, *, after: str | None = None, page_size: int = 100) -> Iterator[Session]:
         """All sessions in the order of their ids, those after `after`; fetched page by page."""
         more = True
         while more:
-            page = self._answer(operations.page_of_sessions(after, page_size))
+            page = self._request(operations.sessions_page(after, page_size))
             yield from page.data
             more, after = page.has_more, page.next
 
@@ -124,7 +124,7 @@ class Client:
         """What the session learned when, newest first, versions before `before`; fetched page by page."""
         more = True
         while more:
-            page = self._answer(operations.page_of_log(session, before, page_size))
+            page = self._request(operations.log_page(session, before, page_size))
             yield from page.data
             more, before = page.has_more, page.next
 
@@ -133,10 +133,10 @@ class Client:
         session: str,
         files: Iterable[File],
         *,
-        progress: Callable[[Reading], None] = lambda reading: None,
+        progress: Callable[[ObserveProgress], None] = lambda observe_progress: None,
         piece_chars: int = PIECE_CHARS,
         idempotency_key: str | None = None,
-    ) -> Reading:
+    ) -> ObserveProgress:
         """Learns UTF-8 files (paths, or open binary files) in order, in pieces of at most `piece_chars` characters.
 
         Each piece is one version; `progress` is told after each. What was learned stays if a later piece fails, or if
@@ -145,37 +145,37 @@ class Client:
         Raises:
             FileError: one cannot be read; nothing was learned.
         """
-        reading = Reading(session, files, piece_chars, idempotency_key)
-        for ask in reading.asks():
-            reading.learned(self._answer(ask))
-            progress(reading)
-        return reading
+        observe_progress = ObserveProgress(session, files, piece_chars, idempotency_key)
+        for operation in observe_progress.iter_operations():
+            observe_progress.record_answer(self._request(operation))
+            progress(observe_progress)
+        return observe_progress
 
-    def _answer(self, ask: Ask[T]) -> T:
-        ask = self._whole(ask)
-        attempts = Attempts(self._place, ask, self._retries)
-        return attempts.result(ask, self._exchange(attempts, httpx.Response.read))
+    def _request(self, operation: Operation[T]) -> T:
+        operation = self._with_model_id(operation)
+        retry_state = RetryState(self._endpoint, operation, self._retries)
+        return retry_state.result(operation, self._send_with_retries(retry_state, httpx.Response.read))
 
-    def _whole(self, ask: Ask[T]) -> Ask[T]:
-        return named(ask, self.model().id) if needs_model(ask) else ask
+    def _with_model_id(self, operation: Operation[T]) -> Operation[T]:
+        return with_model(operation, self.model().id) if needs_model(operation) else operation
 
-    def _exchange(self, attempts: Attempts, receive: Callable[[httpx.Response], R]) -> R:
+    def _send_with_retries(self, retry_state: RetryState, receive: Callable[[httpx.Response], R]) -> R:
         """What `receive` makes of the answer, as soon as there is one."""
         while True:
             try:
-                response = self._http.send(attempts.request, stream=True)
-                if attempts.accepts(response):
+                response = self._http.send(retry_state.request, stream=True)
+                if retry_state.is_accepted(response):
                     return receive(response)
                 response.read()
-            except httpx.HTTPError as fault:
-                error, wait = attempts.failed(fault)
+            except httpx.HTTPError as exc:
+                error, wait = retry_state.on_transport_error(exc)
             else:
-                error, wait = attempts.refused(response)
+                error, wait = retry_state.on_error_response(response)
             self._on_wait(error, wait)
             time.sleep(wait)
 
 
-class Stream(Chunks[Chunk], Generic[Chunk]):
+class Stream(BaseStream[Chunk], Generic[Chunk]):
     """An answer as it comes: an iterator of chunks, each with its `text`.
 
     The request is sent when the first chunk is asked for. Leaving early (`close`, or the end of a `with`) ends the
@@ -183,12 +183,12 @@ class Stream(Chunks[Chunk], Generic[Chunk]):
     ConnectionBroken; the same call with its `idempotency_key` is answered again, and learned once.
     """
 
-    def __init__(self, client: Client, ask: Ask[Chunk]) -> None:
-        super().__init__(ask)
+    def __init__(self, client: Client, operation: Operation[Chunk]) -> None:
+        super().__init__(operation)
         self._client = client
-        self._attempts: Attempts | None = None
+        self._retry_state: RetryState | None = None
         self._response: httpx.Response | None = None
-        self._parts: Iterator[bytes] = iter(())
+        self._byte_chunks: Iterator[bytes] = iter(())
 
     def __iter__(self) -> Self:
         return self
@@ -217,19 +217,19 @@ class Stream(Chunks[Chunk], Generic[Chunk]):
             self._response.close()
 
     def _advance(self) -> None:
-        if self._attempts is None:
-            self._ask = self._client._whole(self._ask)
-            self._attempts = Attempts(self._client._place, self._ask, self._client._retries)
-            data = self._client._exchange(self._attempts, self._begin)
+        if self._retry_state is None:
+            self._ask = self._client._with_model_id(self._ask)
+            self._retry_state = RetryState(self._client._endpoint, self._ask, self._client._retries)
+            data = self._client._send_with_retries(self._retry_state, self._read_first_bytes)
         else:
             try:
-                data = next(self._parts, b"")
+                data = next(self._byte_chunks, b"")
             except httpx.HTTPError:
                 data = b""
-        self._take(data, self._attempts)
+        self._feed(data, self._retry_state)
 
-    def _begin(self, response: httpx.Response) -> bytes:
+    def _read_first_bytes(self, response: httpx.Response) -> bytes:
         """The first bytes: until they are there the request can be sent again."""
         self._response = response
-        self._parts = response.iter_bytes()
-        return next(self._parts, b"")
+        self._byte_chunks = response.iter_bytes()
+        return next(self._byte_chunks, b"")

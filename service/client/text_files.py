@@ -9,18 +9,18 @@ from typing import IO
 
 from service.client import operations
 from service.client.errors import FileError
-from service.client.operations import Ask
+from service.client.operations import Operation
 from service.http.replies import Observed
 
 # About 12,000 tokens: one version each, so a book can be taken back with the versions that a session keeps.
 PIECE_CHARS = 50_000
 READ_BYTES = 2**16
-BORDERS = ("\n\n", "\n", " ")
+SEPARATORS = ("\n\n", "\n", " ")
 
 File = str | os.PathLike[str] | IO[bytes]
 
 
-class Reading:
+class ObserveProgress:
     """How far a session has come in learning files, and what it has learned; each piece is one version.
 
     file: the name of the one in hand. characters: read and learned; total: of all files, None if one is a stream.
@@ -38,15 +38,15 @@ class Reading:
         self._files = list(files)
         self._piece_chars = piece_chars
         self._key = key or uuid.uuid4().hex
-        self._scored = 0
-        self._nats = 0.0
+        self._num_scored = 0
+        self._loss_sum = 0.0
 
     @property
     def loss(self) -> float | None:
-        return self._nats / self._scored if self._scored else None
+        return self._loss_sum / self._num_scored if self._num_scored else None
 
-    def asks(self) -> Iterator[Ask[Observed]]:
-        """What is to be sent, piece by piece; each has to be answered with `learned`. Raises FileError.
+    def iter_operations(self) -> Iterator[Operation[Observed]]:
+        """What is to be sent, piece by piece; each has to be answered with `record_answer`. Raises FileError.
 
         Every file is read once before the first piece: a bad one should not leave the work half done.
         """
@@ -55,21 +55,21 @@ class Reading:
         self.total = sum(sizes) if len(paths) == len(self._files) else None
         number = 0
         for file in self._files:
-            self.file = name_of(file)
+            self.file = display_name(file)
             for piece in pieces(file, self._piece_chars):
                 self._piece = piece
                 yield operations.observe(self.session, piece, idempotency_key=f"{self._key}-{number}")
                 number += 1
 
-    def learned(self, answer: Observed) -> None:
+    def record_answer(self, answer: Observed) -> None:
         """Counts the piece that was last asked for."""
         self.characters += len(self._piece)
         self.tokens_learned += answer.tokens_learned
         self.rows_written += answer.rows_written
         self.version = answer.version
         if answer.loss is not None:
-            self._scored += answer.tokens_learned
-            self._nats += answer.loss * answer.tokens_learned
+            self._num_scored += answer.tokens_learned
+            self._loss_sum += answer.loss * answer.tokens_learned
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f" · loss {self.loss:.3f}"
@@ -77,7 +77,7 @@ class Reading:
         return f"learned {self.tokens_learned:,} tokens · {self.rows_written:,} rows{loss}{version}"
 
 
-def name_of(file: File) -> str:
+def display_name(file: File) -> str:
     """What to call the file in a message."""
     if isinstance(file, str | os.PathLike):
         return os.fspath(file)
@@ -88,25 +88,25 @@ def name_of(file: File) -> str:
 def pieces(file: File, size: int = PIECE_CHARS) -> Iterator[str]:
     """The text of a UTF-8 file, in pieces of at most `size` characters that joined give the whole. Raises FileError."""
     text = ""
-    for part in _decoded(file):
+    for part in _decode_utf8(file):
         text += part
         while len(text) > size:
-            cut = _border(text, size)
+            cut = _cut_position(text, size)
             yield text[:cut]
             text = text[cut:]
     if text:
         yield text
 
 
-def _border(text: str, size: int) -> int:
+def _cut_position(text: str, size: int) -> int:
     """Where to cut: behind the last blank line of the piece's second half, else newline, else space."""
-    for border in BORDERS:
-        if (found := text.rfind(border, size // 2, size)) >= 0:
-            return found + len(border)
+    for separator in SEPARATORS:
+        if (found := text.rfind(separator, size // 2, size)) >= 0:
+            return found + len(separator)
     return size
 
 
-def _decoded(file: File) -> Iterator[str]:
+def _decode_utf8(file: File) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
@@ -118,6 +118,6 @@ def _decoded(file: File) -> Iterator[str]:
     except UnicodeDecodeError as error:
         # The decoder counts from what it was given, a character that the last read cut in two included.
         at = offset - len(error.object) + error.start
-        raise FileError(f"{name_of(file)} is not UTF-8 text: {error.reason} at byte {at}") from None
+        raise FileError(f"{display_name(file)} is not UTF-8 text: {error.reason} at byte {at}") from None
     except OSError as error:
-        raise FileError(f"cannot read {name_of(file)}: {error.strerror}") from None
+        raise FileError(f"cannot read {display_name(file)}: {error.strerror}") from None

@@ -9,27 +9,28 @@ from typing import TypeVar
 
 import torch
 
-from model.device import beside, has_streams
+from model.device import has_streams, on_side_stream
 
 T = TypeVar("T")
 
 
-class Aside:
+class GatherExecutor:
     """Does work that waits for the device: on a GPU in a thread and a stream of its own, elsewhere, where there is
     nothing to wait for, at once. Only one thread uses it."""
 
     def __init__(self, device: torch.device, post: Callable[[Callable[[], None]], None]) -> None:
         """post: how that thread is asked to do something, from another one."""
-        self._device, self._post = device, post
+        self._device, self._post_message = device, post
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="imprint-aside") if has_streams(device) else None
 
-    def do(self, work: Callable[[], T], then: Callable[[Callable[[], T]], None]) -> None:
-        """Works on all that was launched up to now; `then` gets a function that returns the outcome, or raises it."""
+    def execute(self, work: Callable[[], T], on_done: Callable[[Callable[[], T]], None]) -> None:
+        """Works on all that was launched up to now; `on_done` gets a function that returns the outcome, or raises
+        it."""
         if self._thread is None:
-            then(work)
+            on_done(work)
             return
-        done = self._thread.submit(_work, beside(self._device), work)
-        done.add_done_callback(lambda done: self._post(lambda: then(done.result)))
+        done = self._thread.submit(_run_on_stream, on_side_stream(self._device), work)
+        done.add_done_callback(lambda done: self._post_message(lambda: on_done(done.result)))
 
     def stop(self) -> None:
         """Waits for what is being done; what is not begun is dropped."""
@@ -38,6 +39,6 @@ class Aside:
 
 
 @torch.inference_mode()
-def _work(stream: AbstractContextManager[None], work: Callable[[], T]) -> T:
+def _run_on_stream(stream: AbstractContextManager[None], work: Callable[[], T]) -> T:
     with stream:
         return work()

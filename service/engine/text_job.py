@@ -8,54 +8,65 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from model.adaptive_lm import AdaptiveLM, Carry, Scores
+from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.backbone import KVCache
-from model.decode.prompt_lookup import Lookup
+from model.decode.prompt_lookup import PromptLookup
 from model.text.sampling import Sampler
 from model.text.tokenizer import Tokenizer
-from service.engine.memory_job import Hold
-from service.engine.resident import HotSessions
+from service.engine.memory_job import MemoryJob
+from service.engine.resident import ResidentSessions
 from service.engine.text_stream import TextStream
-from service.engine.types import Alternatives, Event, Finished, FinishReason, Generate, Job, Segment, Token, TokenScores
+from service.engine.types import (
+    Alternatives,
+    Event,
+    FinishReason,
+    GenerationParams,
+    Job,
+    JobFinished,
+    Segment,
+    TokenOutput,
+    TokenScores,
+)
 
 
-class Choice:
-    """One choice being generated. Its next scores come from `carry`; a drawn token in `pending` is decoded first."""
+class TextSequence:
+    """One choice being generated. Its next scores come from `decode_state`; a drawn token in `pending` is decoded
+    first."""
 
     def __init__(
         self,
         choice: int,
         cache: KVCache,
-        carry: Carry,
+        decode_state: DecodeState,
         prompt: Sequence[int],
-        options: Generate,
+        options: GenerationParams,
         tokenizer: Tokenizer,
     ) -> None:
         self.choice = choice
         self.cache = cache
-        self.carry = carry
+        self.decode_state = decode_state
         self.pending: int | None = None
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.text = TextStream(tokenizer.stream(), options.stop)
         self.learned = 0
-        self.learn_carry = carry
+        self.learn_decode_state = decode_state
         self._options = options
         self._eos = tokenizer.eos_token_ids
         self.sampler = Sampler(options.sampling, choice=choice)
-        self._lookup = Lookup(prompt)
+        self._lookup = PromptLookup(prompt)
         self._alternatives: list[Alternatives] = []
         self._shown_text = 0
         self._shown_tokens = 0
 
-    def intake(self, rows: int) -> list[int]:
+    def input_tokens(self, rows: int) -> list[int]:
         """What the next step is to take in: the token that was drawn last, if any, and up to `rows` tokens in all,
         where the others are a guess."""
         if self.pending is None:
             return []
         # The last token of all is not taken in any more.
-        most = min(rows, self._options.max_tokens - len(self.tokens)) - 1
-        return [self.pending, *self._lookup.guess(most)] if most > 0 else [self.pending]
+        max_draft_tokens = min(rows, self._options.max_tokens - len(self.tokens)) - 1
+        return [self.pending, *self._lookup.draft_tokens(max_draft_tokens)] if max_draft_tokens > 0 else [self.pending]
 
     def accept(self, scores: Tensor) -> int:
         """Draws the next token from scores [V] and notes what follows from it; returns the number of tokens added."""
@@ -76,22 +87,22 @@ class Choice:
         self.pending = token
         return 1
 
-    def show(self, segment: int) -> Token | None:
+    def show(self, segment: int) -> TokenOutput | None:
         """What may be shown since the last call."""
         text = self.text.text[self._shown_text : self.text.released]
         tokens = self._alternatives[self._shown_tokens : self.text.tokens_released]
         if not text and not tokens and self.finish is None:
             return None
         self._shown_text, self._shown_tokens = self.text.released, self.text.tokens_released
-        return Token(segment, self.choice, text, tokens, self.finish)
+        return TokenOutput(segment, self.choice, text, tokens, self.finish)
 
 
-class Run(Hold):
+class TextJob(MemoryJob):
     """A text job's way through the engine. Raises what the model raises; `close` then, to leave nothing behind."""
 
     def __init__(self, job: Job, lm: AdaptiveLM, tokenizer: Tokenizer) -> None:
         super().__init__(job)
-        self.sequences: list[Choice] = []
+        self.sequences: list[TextSequence] = []
         self._lm = lm
         self._tokenizer = tokenizer
         self._block = lm.memory.config.block
@@ -99,8 +110,8 @@ class Run(Hold):
         self._position = 0
         self._cache: KVCache | None = None
         self._frozen_cache: KVCache | None = None
-        self._carry: Carry | None = None
-        self._said: dict[int, list[int]] = {}
+        self._decode_state: DecodeState | None = None
+        self._learned_completions: dict[int, list[int]] = {}
 
     @property
     def num_sequences(self) -> int:
@@ -118,26 +129,26 @@ class Run(Hold):
     def done(self) -> bool:
         return self._segment == len(self.job.segments)
 
-    def start(self, hot: HotSessions) -> None:
+    def start(self, resident: ResidentSessions) -> None:
         """Takes its session's memory and begins its first segment. Raises PoolFullError."""
-        super().start(hot)
+        super().start(resident)
         self._next_segment()
 
-    def close(self, hot: HotSessions, *, commit: bool) -> None:
+    def close(self, resident: ResidentSessions, *, commit: bool) -> None:
         """Ends the turn: its draft becomes the session, or is forgotten."""
-        super().close(hot, commit=commit)
+        super().close(resident, commit=commit)
         self._cache = self._frozen_cache = None
         self.sequences = []
 
-    def finished(self) -> Finished:
-        return replace(super().finished(), said=self._said)
+    def finished(self) -> JobFinished:
+        return replace(super().finished(), learned_completions=self._learned_completions)
 
-    def block(self, hot: HotSessions) -> Iterator[Event]:
+    def block(self, resident: ResidentSessions) -> Iterator[Event]:
         """Runs one block: of the prompt, or of what was generated and is to be learned."""
         if self._prefilling:
-            yield from self._prefill(hot)
+            yield from self._prefill(resident)
         else:
-            self._learn(next(s for s in self.sequences if self._learnable(s)), hot)
+            self._learn(next(s for s in self.sequences if self._learnable(s)), resident)
         self.advance()
 
     def advance(self) -> None:
@@ -146,33 +157,37 @@ class Run(Hold):
         if complete and not self.done:
             self._next_segment()
 
-    def decodable(self) -> list[Choice]:
+    def decodable(self) -> list[TextSequence]:
         """The sequences whose next token is due."""
         return [] if self.wants_block else [s for s in self.sequences if s.finish is None]
 
     def accept(
-        self, sequence: Choice, guess: Sequence[int], carries: Sequence[Carry], scores: Sequence[Tensor]
+        self,
+        sequence: TextSequence,
+        draft_tokens: Sequence[int],
+        decode_states: Sequence[DecodeState],
+        scores: Sequence[Tensor],
     ) -> Iterator[Event]:
         """The next tokens of a sequence, from the carries and the scores [V] where it stands and after each token of
         the guess: as long as that is right, and one more."""
-        for place, (carry, row) in enumerate(zip(carries, scores, strict=True)):
-            sequence.carry, sequence.pending = carry, None
-            if place:  # the step itself counted the first row
+        for offset, (decode_state, row) in enumerate(zip(decode_states, scores, strict=True)):
+            sequence.decode_state, sequence.pending = decode_state, None
+            if offset:  # the step itself counted the first row
                 sequence.cache.length += 1
             self.stats.completion_tokens += sequence.accept(row)
             shown = sequence.show(self._segment)
             if shown is not None:
                 yield shown
             self.advance()
-            if sequence.finish or self.wants_block or sequence.pending not in guess[place : place + 1]:
+            if sequence.finish or self.wants_block or sequence.pending not in draft_tokens[offset : offset + 1]:
                 break
 
     @property
     def _prefilling(self) -> bool:
-        return 0 <= self._segment < len(self.job.segments) and self._position < len(self._here.token_ids)
+        return 0 <= self._segment < len(self.job.segments) and self._position < len(self._current_segment.token_ids)
 
     @property
-    def _here(self) -> Segment:
+    def _current_segment(self) -> Segment:
         return self.job.segments[self._segment]
 
     def _capacity(self, segment: Segment) -> int:
@@ -181,30 +196,30 @@ class Run(Hold):
     def _next_segment(self) -> None:
         for sequence in self.sequences:
             if sequence.learned:
-                self._said[self._segment] = sequence.tokens[: sequence.learned]
+                self._learned_completions[self._segment] = sequence.tokens[: sequence.learned]
         self._segment += 1
         self._position = 0
-        self._carry, self.sequences = None, []
+        self._decode_state, self.sequences = None, []
         self._cache = self._frozen_cache = None
         if not self.done:
-            self._cache = self._lm.new_cache(self._capacity(self._here))
+            self._cache = self._lm.new_cache(self._capacity(self._current_segment))
             if self._wants_frozen and self._lm.needs_frozen_cache:
-                self._frozen_cache = self._lm.new_cache(self._capacity(self._here))
+                self._frozen_cache = self._lm.new_cache(self._capacity(self._current_segment))
 
     @property
     def _wants_frozen(self) -> bool:
-        return self.job.frozen or (self._here.learn is not None and self.job.proves(self._segment))
+        return self.job.frozen or (self._current_segment.learn is not None and self.job.in_proof_sample(self._segment))
 
-    def _prefill(self, hot: HotSessions) -> Iterator[Event]:
+    def _prefill(self, resident: ResidentSessions) -> Iterator[Event]:
         assert self._cache is not None
-        segment, start = self._here, self._position
+        segment, start = self._current_segment, self._position
         part = slice(start, min(start + self._block, len(segment.token_ids)))
-        self._carry, scores = self._lm.block(
+        self._decode_state, scores = self._lm.block(
             segment.token_ids[part],
             self._cache,
-            hot.pool,
+            resident.pool,
             self._index,
-            carry=self._carry,
+            decode_state=self._decode_state,
             score=None if segment.score is None else segment.score[part],
             learn=None if segment.learn is None else segment.learn[part],
             draft=self._draft,
@@ -221,11 +236,11 @@ class Run(Hold):
         if not self._prefilling:
             self.stats.segments_learned += int(segment.learn is not None and any(segment.learn))
             if segment.generate is not None and segment.generate.max_tokens:
-                self.sequences = self._begin(segment.generate)
+                self.sequences = self._start_sequences(segment.generate)
 
     def _token_scores(self, part: slice, score: Sequence[bool], scores: Scores) -> TokenScores:
-        places = [i for i in range(part.start, part.stop) if score[i] and i > 0]
-        tokens = [self._here.token_ids[i] for i in places]
+        positions = [i for i in range(part.start, part.stop) if score[i] and i > 0]
+        tokens = [self._current_segment.token_ids[i] for i in positions]
         adapted = scores.adapted.tolist()
         frozen = scores.frozen.tolist() if self.job.frozen and scores.frozen is not None else None
         alternatives = []
@@ -237,35 +252,38 @@ class Run(Hold):
             ]
         return TokenScores(self._segment, tokens, adapted, frozen, alternatives)
 
-    def _begin(self, options: Generate) -> list[Choice]:
-        assert self._cache is not None and self._carry is not None
-        capacity = self._capacity(self._here)
+    def _start_sequences(self, options: GenerationParams) -> list[TextSequence]:
+        assert self._cache is not None and self._decode_state is not None
+        capacity = self._capacity(self._current_segment)
         caches = [self._cache, *(self._cache.fork(capacity) for _ in range(options.n - 1))]
-        prompt = self._here.token_ids
-        return [Choice(i, cache, self._carry, prompt, options, self._tokenizer) for i, cache in enumerate(caches)]
+        prompt = self._current_segment.token_ids
+        return [
+            TextSequence(i, cache, self._decode_state, prompt, options, self._tokenizer)
+            for i, cache in enumerate(caches)
+        ]
 
-    def _learnable(self, sequence: Choice) -> bool:
+    def _learnable(self, sequence: TextSequence) -> bool:
         """Whether a block of released tokens waits to be learned; at the end, any released token."""
-        generate = self._here.generate if not self.done else None
+        generate = self._current_segment.generate if not self.done else None
         if generate is None or not generate.learn or self._draft is None:
             return False
         waiting = sequence.text.tokens_released - sequence.learned
         return waiting >= self._block or (sequence.finish is not None and waiting > 0)
 
-    def _learn(self, sequence: Choice, hot: HotSessions) -> None:
+    def _learn(self, sequence: TextSequence, resident: ResidentSessions) -> None:
         """Learns a block of a completion as if it were a prompt's: in one forward of its own, over the same positions.
 
         That forward replaces the keys and values of decoding, whose bits depend on the batch they were made in.
         """
         count = min(self._block, sequence.text.tokens_released - sequence.learned)
         cache, length = sequence.cache, sequence.cache.length
-        cache.truncate(len(self._here.token_ids) + sequence.learned)
-        carry, scores = self._lm.block(
+        cache.truncate(len(self._current_segment.token_ids) + sequence.learned)
+        decode_state, scores = self._lm.block(
             sequence.tokens[sequence.learned : sequence.learned + count],
             cache,
-            hot.pool,
+            resident.pool,
             self._index,
-            carry=sequence.learn_carry,
+            decode_state=sequence.learn_decode_state,
             learn=[True] * count,
             draft=self._draft,
             frozen=self._wants_frozen,
@@ -274,10 +292,10 @@ class Run(Hold):
         if scores is not None:
             self._count(scores)
         sequence.learned += count
-        sequence.learn_carry = carry
+        sequence.learn_decode_state = decode_state
         cache.length = max(cache.length, length)
         if sequence.learned == len(sequence.tokens):
-            sequence.carry, sequence.pending = carry, None
+            sequence.decode_state, sequence.pending = decode_state, None
 
     def _count(self, scores: Scores) -> None:
         if self._draft is None:

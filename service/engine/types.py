@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.memory import SiteRows
-from model.text.sampling import Sampling
+from model.text.sampling import SamplingParams
 
 SessionKey = tuple[str, str]  # tenant, session id
-Stamp = tuple[float, float, int]  # a session's creation, last commit and version: what tells its contents apart
+StateId = tuple[float, float, int]  # a session's creation, last commit and version: what tells its contents apart
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Generate:
+class GenerationParams:
     """What to generate after a segment. logprobs: None, or the number of alternatives to each token.
 
     learn: also learn what was generated, block by block (only with n = 1).
     """
 
     max_tokens: int
-    sampling: Sampling
+    sampling: SamplingParams
     stop: tuple[str, ...] = ()
     n: int = 1
     logprobs: int | None = None
@@ -41,11 +41,11 @@ class Segment:
     learn: Sequence[bool] | None = None
     score: Sequence[bool] | None = None
     top: int = 0
-    generate: Generate | None = None
+    generate: GenerationParams | None = None
 
 
 @dataclass(frozen=True)
-class Deed:
+class PolicyRequest:
     """One request of a policy: first it learns, if there is something to learn, then it decides, if it is asked.
 
     policy: its name. reward: of the action of number `action_id` (None: of the last one); label: of the observation.
@@ -65,14 +65,14 @@ class Deed:
 
 
 @dataclass(frozen=True)
-class MemoryUse:
+class MemoryAccess:
     """Which session's memory a job uses, as of when; write: whether it may learn.
 
     stored: its rows, unless the engine has pinned them hot (`Engine.pin`). policy: whose memory it is; "" = text's.
     """
 
     key: SessionKey
-    stamp: Stamp
+    state_id: StateId
     write: bool
     stored: dict[str, SiteRows] | None = None
     policy: str = ""
@@ -88,20 +88,20 @@ class Job:
 
     segments: Sequence[Segment]
     emit: Callable[[Job, Event], None]
-    memory: MemoryUse | None = None
+    memory: MemoryAccess | None = None
     frozen: bool = False
     proof_from: int = 0
     proof_rate: float = 0.0
-    deed: Deed | None = None
+    policy_request: PolicyRequest | None = None
 
-    def proves(self, segment: int) -> bool:
+    def in_proof_sample(self, segment: int) -> bool:
         """Whether a segment is in the sampled share; the first of a session always is, unless the rate is 0."""
         n = self.proof_from + segment
         return -(-(n + 1) * self.proof_rate // 1) > -(-n * self.proof_rate // 1)
 
 
 @dataclass
-class Stats:
+class JobStats:
     """What a job did. Losses are nats, summed: over the learned tokens, and over those of them that were proved. Of a
     policy, a reward or label is a token; rewards: their sum, a label's being 1 if it would have been said."""
 
@@ -138,7 +138,7 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
-class Token:
+class TokenOutput:
     """Text of a choice that may be shown, and the tokens that are complete with it.
 
     finish: the reason, on the last one of a choice.
@@ -152,39 +152,39 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Decided:
+class PolicyDecision:
     """What a policy chose: an action or a label, the chances of all of them, and what each action is expected to bring,
     in the reward's own units. number: of the action in its session; None where it is not remembered."""
 
     choice: int
-    chances: list[float]
+    probs: list[float]
     expected: list[float] | None
     number: int | None
     segment: int = 0
 
 
 @dataclass(frozen=True)
-class Finished:
+class JobFinished:
     """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`.
 
     rows_written counts them; rows_held, bytes_held: of the session with them; guards: read gates that the turn shut,
     less those it opened. said: the generated tokens that were learned, by segment.
     """
 
-    stats: Stats
+    stats: JobStats
     rows: dict[str, SiteRows]
     rows_written: int = 0
     rows_held: int = 0
     bytes_held: int = 0
     guards: int = 0
-    said: dict[int, list[int]] = field(default_factory=dict)
+    learned_completions: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Failed:
+class JobFailed:
     """The job ended early and holds nothing any more."""
 
     error: Exception
 
 
-Event = TokenScores | Token | Decided | Finished | Failed
+Event = TokenScores | TokenOutput | PolicyDecision | JobFinished | JobFailed

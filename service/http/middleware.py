@@ -33,13 +33,13 @@ from service.errors import (
     Unauthorized,
     Unavailable,
 )
-from service.http.openapi_examples import show_examples
+from service.http.openapi_examples import document_examples
 from service.http.routes import openai, ops, page, policies
 from service.http.routes import sessions as session_routes
-from service.http.routes.common import call_headers, report
+from service.http.routes.common import idempotency_headers, report_error
 from service.metrics import Metrics
 from service.settings import Settings
-from service.tenants import OPERATOR, Keys, Tenant
+from service.tenants import OPERATOR, ApiKeys, Tenant
 from service.turns.sessions import Sessions
 
 ROUTERS = (
@@ -52,13 +52,13 @@ ROUTERS = (
 )
 CLIENT_GONE = 499  # nginx's status for it; the client itself never sees it
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-PUBLIC = {"/livez", "/readyz", "/openapi.json", *page.FILES}  # what is the same for everybody
+PUBLIC_PATHS = {"/livez", "/readyz", "/openapi.json", *page.FILES}  # what is the same for everybody
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")
-HOPELESS = (409, 507)  # statuses that OpenAI's client would retry, to no avail
-SHOWN = 80  # characters of a client's own words that an error repeats
+NON_RETRYABLE = (409, 507)  # statuses that OpenAI's client would retry, to no avail
+MAX_SHOWN_CHARS = 80  # characters of a client's own words that an error repeats
 
 
-def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Settings, keys: Keys) -> None:
+def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Settings, keys: ApiKeys) -> None:
     """Makes `app` serve `sessions`: the routes, what turns errors into answers, and the middleware."""
     app.state.sessions = sessions
     app.state.metrics = metrics
@@ -66,19 +66,19 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     app.router.redirect_slashes = False
     for router in ROUTERS:
         app.include_router(router)
-    show_examples(app)
+    document_examples(app)
     if keys.required:
-        show_keys(app)
+        document_api_keys(app)
     app.add_exception_handler(ImprintError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(404, _answer_no_route)
     app.add_exception_handler(405, _answer_wrong_method)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(Access, keys=keys, sessions=sessions)
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes)
+    app.add_middleware(AuthMiddleware, keys=keys, sessions=sessions)
+    app.add_middleware(RequestMiddleware, metrics=metrics)
 
 
-class Edge:
+class RequestMiddleware:
     """The outermost layer: gives the request its id, measures it, and answers what nobody else has caught."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -125,21 +125,21 @@ def _request_id(given: str) -> str:
     return given if SAFE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-class Access:
+class AuthMiddleware:
     """Tells whose request it is by its API key, and holds tenants to the requests they may have in flight.
 
-    It stands before the routes, so that what needs no key is what `PUBLIC` names, and nothing else. `/metrics` tells of
-    all tenants together, so none of them may read it: it has a key of its own.
+    It stands before the routes, so that what needs no key is what `PUBLIC_PATHS` names, and nothing else. `/metrics`
+    tells of all tenants together, so none of them may read it: it has a key of its own.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, sessions: Sessions) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, sessions: Sessions) -> None:
         self._app = app
         self._keys = keys
         self._sessions = sessions
         self._in_flight: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PUBLIC:
+        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
             await self._app(scope, receive, send)
             return
         tenant = self._tenant(scope)
@@ -184,8 +184,8 @@ class Access:
         return [(f"x-ratelimit-{name}".encode(), str(value).encode()) for name, value in told.items()]
 
 
-def show_keys(app: FastAPI) -> None:
-    """Says in /openapi.json which routes take which key, as `Access` has it."""
+def document_api_keys(app: FastAPI) -> None:
+    """Says in /openapi.json which routes take which key, as `AuthMiddleware` has it."""
     describe = app.openapi
 
     def page() -> dict[str, Any]:
@@ -197,13 +197,13 @@ def show_keys(app: FastAPI) -> None:
         for path, methods in told["paths"].items():
             takes = "operator" if path == "/metrics" else "tenant"
             for operation in methods.values():
-                operation["security"] = [] if path in PUBLIC else [{takes: []}]
+                operation["security"] = [] if path in PUBLIC_PATHS else [{takes: []}]
         return told
 
     app.openapi = page  # type: ignore[method-assign]
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Refuses a body of more than `limit` bytes, whether its length is declared or it comes in chunks."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -236,10 +236,10 @@ class BodyLimit:
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    told = report(request, error)
+    told = report_error(request, error)
     headers = {} if told.retry_after is None else {"Retry-After": str(math.ceil(told.retry_after))}
-    headers |= dict(told.headers) | call_headers(request)
-    if told.status in HOPELESS:
+    headers |= dict(told.headers) | idempotency_headers(request)
+    if told.status in NON_RETRYABLE:
         headers["x-should-retry"] = "false"
     return JSONResponse(told.body(), told.status, headers)
 
@@ -250,7 +250,7 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_no_route(request: Request, error: Exception) -> JSONResponse:
-    where = f"{request.method} {request.url.path[:SHOWN]}"
+    where = f"{request.method} {request.url.path[:MAX_SHOWN_CHARS]}"
     return await _answer_error(request, NotFound(f"There is no route {where}.", code="unknown_url"))
 
 
@@ -261,7 +261,7 @@ async def _answer_wrong_method(request: Request, error: Exception) -> JSONRespon
         for method in METHODS
         if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
     ]
-    where = f"{request.url.path[:SHOWN]} takes {', '.join(allowed)}, not {request.method}."
+    where = f"{request.url.path[:MAX_SHOWN_CHARS]} takes {', '.join(allowed)}, not {request.method}."
     response = await _answer_error(request, MethodNotAllowed(where))
     response.headers["Allow"] = ", ".join(allowed)
     return response
@@ -271,7 +271,7 @@ def explain(faults: Sequence[Any]) -> BadRequest:
     """The first of pydantic's `faults` in one sentence that names the field, the limit and the value."""
     fault = faults[0]
     where, *path = (str(part) for part in fault["loc"] if not _is_union_tag(part))
-    param = ".".join(path)[: 2 * SHOWN] or None
+    param = ".".join(path)[: 2 * MAX_SHOWN_CHARS] or None
     name = f"'{param}'" if param else f"The {where}"
     match fault["type"]:
         case "missing":
@@ -294,7 +294,9 @@ def _show(value: Any) -> str:
     """A client's value, short and in JSON's words."""
     match value:
         case str():
-            return json.dumps(value[:SHOWN], ensure_ascii=False) + ("…" if len(value) > SHOWN else "")
+            return json.dumps(value[:MAX_SHOWN_CHARS], ensure_ascii=False) + (
+                "…" if len(value) > MAX_SHOWN_CHARS else ""
+            )
         case list():
             return f"a list of {len(value)}"
         case dict():

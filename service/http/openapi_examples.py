@@ -126,15 +126,15 @@ EXAMPLES: dict[str, list[Json]] = {
 }
 
 
-def show_examples(app: FastAPI) -> None:
+def document_examples(app: FastAPI) -> None:
     """Puts the examples on the page. Given to FastAPI itself, they would lose their nulls."""
     describe = app.openapi
 
     def page() -> Json:
-        told = describe()
-        for name, schema in told["components"]["schemas"].items():
+        spec = describe()
+        for name, schema in spec["components"]["schemas"].items():
             if name in EXAMPLES:
                 schema["examples"] = EXAMPLES[name]
-        return told
+        return spec
 
     app.openapi = page  # type: ignore[method-assign]

@@ -10,14 +10,14 @@ from typing import Any
 
 from service.http.schemas import GenerationRequest
 from service.metrics import Metrics
-from service.turns.sessions import Ask, Call, Delta, Sessions, TokenLogprob, TurnEnd
+from service.turns.sessions import CompletionJob, Delta, RequestContext, Sessions, TokenLogprob, TurnEnd
 
 Json = dict[str, Any]
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
 
 
-class Pace:
+class LatencyRecorder:
     """Measures when the pieces of one request's choices come; `arrived` is its `time.perf_counter()`."""
 
     def __init__(self, metrics: Metrics, arrived: float) -> None:
@@ -34,19 +34,26 @@ class Pace:
         self._last[choice] = now
 
 
-class Shape(ABC):
+class ResponseFormatter(ABC):
     """How one request is answered: in a whole by `reply`, or as the `EventWriter` of a stream."""
 
     id_prefix: str
     object: str
     chunk_object: str
 
-    def __init__(self, sessions: Sessions, body: GenerationRequest, ask: Ask, call: Call, pace: Pace) -> None:
-        self.pace = pace
-        self._choices = len(ask.prompts) * ask.generation.n
-        self._with_logprobs = ask.generation.logprobs is not None
+    def __init__(
+        self,
+        sessions: Sessions,
+        body: GenerationRequest,
+        completion_job: CompletionJob,
+        ctx: RequestContext,
+        record_latency: LatencyRecorder,
+    ) -> None:
+        self.record_latency = record_latency
+        self._choices = len(completion_job.prompts) * completion_job.generation.n
+        self._with_logprobs = completion_job.generation.logprobs is not None
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        self._call = call
+        self._ctx = ctx
         self._model = {
             "model": sessions.model_id,
             "system_fingerprint": _system_fingerprint(sessions.fingerprints),
@@ -55,14 +62,14 @@ class Shape(ABC):
     @property
     def _head(self) -> Json:
         """What every piece of the answer begins with; only known once the answer has begun."""
-        return {"id": f"{self.id_prefix}-{self._call.id}", "created": self._call.created} | self._model
+        return {"id": f"{self.id_prefix}-{self._ctx.id}", "created": self._ctx.created} | self._model
 
     @abstractmethod
-    def whole(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
+    def choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
         """A finished choice."""
 
     @abstractmethod
-    def piece(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+    def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
         """A choice in a chunk; the last one has a `finish_reason` and no text."""
 
     @abstractmethod
@@ -77,7 +84,7 @@ class Shape(ABC):
             texts[delta.choice].append(delta.text)
             tokens[delta.choice] += delta.logprobs
         choices = [
-            self.whole(i, "".join(texts[i]), self.logprobs(tokens[i]) if self._with_logprobs else None, reason)
+            self.choice_json(i, "".join(texts[i]), self.logprobs(tokens[i]) if self._with_logprobs else None, reason)
             for i, reason in enumerate(end.finish_reasons)
         ]
         body = {"object": self.object, "choices": choices, "usage": _usage(end)}
@@ -88,14 +95,14 @@ class Shape(ABC):
 
     def chunks(self, event: Delta | TurnEnd) -> Iterator[str]:
         if isinstance(event, Delta):
-            self.pace(event.choice)
+            self.record_latency(event.choice)
             if event.text or event.logprobs:
                 logprobs = self.logprobs(event.logprobs) if event.logprobs else None
-                yield self._chunk([self.piece(event.choice, event.text, logprobs, None)])
+                yield self._chunk([self.chunk_choice_json(event.choice, event.text, logprobs, None)])
             return
         adaptation = event.adaptation and asdict(event.adaptation)
         for i, reason in enumerate(event.finish_reasons):
-            yield self._chunk([self.piece(i, "", None, reason)], adaptation=adaptation)
+            yield self._chunk([self.chunk_choice_json(i, "", None, reason)], adaptation=adaptation)
         if self._with_usage:
             yield self._chunk([], usage=_usage(event))
 
@@ -105,16 +112,16 @@ class Shape(ABC):
         return json.dumps(chunk, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-class CompletionShape(Shape):
+class CompletionFormatter(ResponseFormatter):
     """`/v1/completions`."""
 
     id_prefix = "cmpl"
     object = chunk_object = "text_completion"
 
-    def whole(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
-        return self.piece(index, text, logprobs, finish_reason)
+    def choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
+        return self.chunk_choice_json(index, text, logprobs, finish_reason)
 
-    def piece(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+    def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def logprobs(self, tokens: list[TokenLogprob]) -> Json:
@@ -126,7 +133,7 @@ class CompletionShape(Shape):
         }
 
 
-class ChatShape(Shape):
+class ChatFormatter(ResponseFormatter):
     """`/v1/chat/completions`."""
 
     id_prefix = "chatcmpl"
@@ -138,11 +145,11 @@ class ChatShape(Shape):
             delta = {"role": "assistant", "content": ""}
             yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
-    def whole(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
+    def choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def piece(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+    def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
         delta = {"content": text} if finish_reason is None else {}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 

@@ -1,7 +1,7 @@
 """The bodies of requests: OpenAI's and Imprint's own.
 
 They are strict: unknown fields are refused, a boolean is no number, nor is a string, nor NaN. A field of
-OpenAI's that can't be honoured is declared with `Only`: refused by its name unless its value changes nothing.
+OpenAI's that can't be honoured is declared with `Unsupported`: refused by its name unless its value changes nothing.
 """
 
 import re
@@ -24,13 +24,13 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from service.errors import BadRequest
-from service.types import Adapt, Learn
+from service.types import AdaptMode, LearnMode
 
 SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
 MAX_FIELDS = 64
 MAX_BIASES = 1024
 MAX_PROMPTS = 128
-MOST_CHOICES = 8
+MAX_CHOICES = 8
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
@@ -69,7 +69,7 @@ def _limit_entries(value: Any, limit: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Only:
+class Unsupported:
     """Marks a field that can't be honoured: null and `values` change nothing and pass."""
 
     values: tuple[Any, ...] = ()
@@ -167,11 +167,11 @@ class Message(Body):
     ]
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: Annotated[Any, Only(([],))] = None
-    function_call: Annotated[Any, Only()] = None
-    refusal: Annotated[Any, Only()] = None
-    audio: Annotated[Any, Only()] = None
-    annotations: Annotated[Any, Only(([],))] = None
+    tool_calls: Annotated[Any, Unsupported(([],))] = None
+    function_call: Annotated[Any, Unsupported()] = None
+    refusal: Annotated[Any, Unsupported()] = None
+    audio: Annotated[Any, Unsupported()] = None
+    annotations: Annotated[Any, Unsupported(([],))] = None
 
     def plain(self) -> dict[str, str]:
         """What the chat template sees: the parts joined, `developer` under its older name."""
@@ -188,7 +188,7 @@ class StreamOptions(Body):
     """What a stream carries besides its text."""
 
     include_usage: bool | None = None
-    include_obfuscation: Annotated[Any, Only((False,))] = None
+    include_obfuscation: Annotated[Any, Unsupported((False,))] = None
 
 
 class GenerationRequest(Body):
@@ -199,7 +199,7 @@ class GenerationRequest(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Stop | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
@@ -207,10 +207,10 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Names the session if neither `session` nor X-Imprint-Session does.")
     session: SessionId | None = Field(None, description="The memory to use and to teach; none = the frozen base.")
-    adapt: Adapt | None = Field(
+    adapt: AdaptMode | None = Field(
         None, description="Use and learn, only learn, or only use; default: the session's, `both`."
     )
-    learn: Learn | None = Field(None, description="What is learned; default: the session's, else `prompt`.")
+    learn: LearnMode | None = Field(None, description="What is learned; default: the session's, else `prompt`.")
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
@@ -248,7 +248,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="Only accepted when equal to `n`.")
-    suffix: Annotated[Any, Only()] = None
+    suffix: Annotated[Any, Unsupported()] = None
 
     @model_validator(mode="after")
     def _best_of_all(self) -> "CompletionRequest":
@@ -282,24 +282,24 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[Any, Only(([],))] = None
-    tool_choice: Annotated[Any, Only(("none",))] = None
-    parallel_tool_calls: Annotated[Any, Only((True, False))] = None
-    functions: Annotated[Any, Only(([],))] = None
-    function_call: Annotated[Any, Only(("none",))] = None
-    response_format: Annotated[Any, Only(({"type": "text"},))] = None
-    modalities: Annotated[Any, Only((["text"],))] = None
-    audio: Annotated[Any, Only()] = None
-    prediction: Annotated[Any, Only()] = None
-    reasoning_effort: Annotated[Any, Only(("none",))] = None
-    verbosity: Annotated[Any, Only()] = None
-    service_tier: Annotated[Any, Only(("auto", "default"))] = None
-    store: Annotated[Any, Only((False,))] = None
-    metadata: Annotated[Any, Only(({},))] = None
-    moderation: Annotated[Any, Only()] = None
-    web_search_options: Annotated[Any, Only()] = None
-    prompt_cache_options: Annotated[Any, Only()] = None
-    prompt_cache_retention: Annotated[Any, Only()] = None
+    tools: Annotated[Any, Unsupported(([],))] = None
+    tool_choice: Annotated[Any, Unsupported(("none",))] = None
+    parallel_tool_calls: Annotated[Any, Unsupported((True, False))] = None
+    functions: Annotated[Any, Unsupported(([],))] = None
+    function_call: Annotated[Any, Unsupported(("none",))] = None
+    response_format: Annotated[Any, Unsupported(({"type": "text"},))] = None
+    modalities: Annotated[Any, Unsupported((["text"],))] = None
+    audio: Annotated[Any, Unsupported()] = None
+    prediction: Annotated[Any, Unsupported()] = None
+    reasoning_effort: Annotated[Any, Unsupported(("none",))] = None
+    verbosity: Annotated[Any, Unsupported()] = None
+    service_tier: Annotated[Any, Unsupported(("auto", "default"))] = None
+    store: Annotated[Any, Unsupported((False,))] = None
+    metadata: Annotated[Any, Unsupported(({},))] = None
+    moderation: Annotated[Any, Unsupported()] = None
+    web_search_options: Annotated[Any, Unsupported()] = None
+    prompt_cache_options: Annotated[Any, Unsupported()] = None
+    prompt_cache_retention: Annotated[Any, Unsupported()] = None
     prompt_cache_key: str | None = Field(None, description="A hint to OpenAI's caches; changes nothing here.")
     safety_identifier: str | None = Field(None, description="A hint to OpenAI's moderators; changes nothing here.")
 
@@ -317,8 +317,8 @@ class SessionOptions(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"adapt": "both", "learn": "all"}]})
 
-    adapt: Adapt | None = None
-    learn: Learn | None = None
+    adapt: AdaptMode | None = None
+    learn: LearnMode | None = None
     keep_text: bool | None = Field(None, description="Keep what is learned, for as long as it can be undone.")
     model: str | None = Field(None, description="The policy that a new session is of; default: text.")
     ttl_s: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(

@@ -52,7 +52,7 @@ class SessionMeta:
     digests: tuple[str, ...]
 
     @property
-    def stamp(self) -> tuple[float, float, int]:
+    def state_id(self) -> tuple[float, float, int]:
         """What tells its content from every other that a session of this id had, has or will have.
 
         The version alone does not: a session may be erased and made anew, and a failover may lose commits."""
@@ -114,15 +114,15 @@ class RowBatch:
             raise ValueError(f"a page must be {PAGE_ROWS} bytes and some rows of {row_bytes}")
         data = np.frombuffer(b"".join(packed), np.uint8)
         begins = np.arange(len(packed)) * PAGE_ROWS + (counts.cumsum() - counts) * row_bytes
-        held = data[begins[:, None] + np.arange(PAGE_ROWS)]
-        if held.max(initial=0) > 1 or (held.sum(1) != counts).any():
+        occupied = data[begins[:, None] + np.arange(PAGE_ROWS)]
+        if occupied.max(initial=0) > 1 or (occupied.sum(1) != counts).any():
             raise ValueError("the flags of a page must be 0 or 1, and 1 for each of its rows")
-        page, place = held.nonzero()
+        page, offset = occupied.nonzero()
         rows = np.empty((0, row_bytes), np.uint8)
         if len(page):
             starts = (page + 1) * PAGE_ROWS + np.arange(len(page)) * row_bytes
             rows = np.lib.stride_tricks.sliding_window_view(data, row_bytes)[starts]
-        return cls((number[order][page] * PAGE_ROWS + place).astype(np.int32), rows)
+        return cls((number[order][page] * PAGE_ROWS + offset).astype(np.int32), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class StoredSession:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class RetentionConfig:
     """What a store keeps beside the sessions' latest versions, and for how long.
 
     Attributes:
@@ -162,7 +162,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Entered:
+class TurnStart:
     """What a turn begins with; of a request that was answered before, `record` alone."""
 
     meta: SessionMeta | None
@@ -171,7 +171,7 @@ class Entered:
 
 
 @dataclass(frozen=True)
-class Once:
+class IdempotencyRecord:
     """An answer to remember with a commit: under which name, for how many seconds, and the answer."""
 
     name: str
@@ -180,7 +180,7 @@ class Once:
 
 
 @dataclass(frozen=True)
-class Note:
+class CommitMetadata:
     """What is kept along with a commit.
 
     Attributes:
@@ -190,22 +190,22 @@ class Note:
 
     log: Mapping[str, Any] = field(default_factory=dict)
     text: bytes = b""
-    once: Once | None = None
+    idempotency_record: IdempotencyRecord | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Undo:
+class UndoStep:
     """What leads from `version` back to the one before.
 
     Attributes:
         sites: the rows that it replaced. gone: `[n]`, the slots that were empty.
         meta: the values that it replaced, by `SessionMeta`'s names.
-        text: of `Note`.
+        text: of `CommitMetadata`.
     """
 
     version: int
     sites: dict[str, RowBatch]
-    gone: dict[str, Slots]
+    cleared_slots: dict[str, Slots]
     meta: dict[str, Any]
     text: bytes
 
@@ -216,4 +216,4 @@ class History:
 
     meta: SessionMeta
     log: list[dict[str, Any]]
-    undo: list[Undo]
+    undo: list[UndoStep]

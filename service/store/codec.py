@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from service.errors import EngineError
-from service.store.base import SLOT_BYTES, RowBatch, SessionMeta, Slots, Undo
+from service.store.base import SLOT_BYTES, RowBatch, SessionMeta, Slots, UndoStep
 
 FORMAT = b"4"
 # A hash field for each row; "1" had its digests in another form, too, and neither log nor earlier versions.
@@ -80,17 +80,17 @@ def damaged(sid: str) -> EngineError:
     )
 
 
-def decode_undo(version: int, rows: bytes, meta: bytes, text: bytes) -> Undo:
+def decode_undo(version: int, rows: bytes, meta: bytes, text: bytes) -> UndoStep:
     sites: dict[str, RowBatch] = {}
-    gone: dict[str, Slots] = {}
+    cleared_slots: dict[str, Slots] = {}
     parts = list(_unpacked(rows))
     for at in range(0, len(parts), 4):
         name = parts[at].decode()
         sites[name] = RowBatch.unpack(parts[at + 2], int(parts[at + 1]))
-        gone[name] = unpack_slots(parts[at + 3])
+        cleared_slots[name] = unpack_slots(parts[at + 3])
     values = {name.decode(): raw for name, raw in pairs(_unpacked(meta)).items()}
     old = {name: decode_value(name, raw) for name, raw in values.items() if name in _FIELDS}
-    return Undo(version, sites, gone, old, text)
+    return UndoStep(version, sites, cleared_slots, old, text)
 
 
 def _unpacked(packed: bytes) -> Iterator[bytes]:

@@ -32,8 +32,8 @@ from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
 SOCKET_PATH_BYTES = 103  # what every Unix takes; Linux alone would take 107
-START_PATIENCE_S = 30.0
-STOP_PATIENCE_S = 15.0
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 15.0
 WATCH_S = 0.1
 MAX_BACKOFF_S = 5.0
 STEADY_S = 60.0  # a Valkey that ran this long restarts without backoff
@@ -150,8 +150,8 @@ class EmbeddedValkey:
                 )
             if not self._answers(self._process):
                 status = _end(self._process)
-                said = log_path.read_bytes()[began_at:].decode(errors="replace").strip()
-                last_line = said.splitlines()[-1] if said else ""
+                output = log_path.read_bytes()[began_at:].decode(errors="replace").strip()
+                last_line = output.splitlines()[-1] if output else ""
                 raise StoreError(f"valkey did not start (status {status}): {last_line} See {log_path}")
             log.info("valkey (process %d) serves %s", self._process.pid, self._home)
 
@@ -174,14 +174,14 @@ class EmbeddedValkey:
 
     def _answers(self, process: subprocess.Popen[bytes]) -> bool:
         """Waits until Valkey serves; False if it ends before, or never listens."""
-        deadline = time.monotonic() + START_PATIENCE_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         with self._client() as client:
             while process.poll() is None and time.monotonic() < deadline:
                 try:
                     client.ping()
                     return True
                 except BusyLoadingError:  # reading its data takes as long as it takes
-                    deadline = time.monotonic() + START_PATIENCE_S
+                    deadline = time.monotonic() + START_TIMEOUT_S
                 except RedisError:
                     pass
                 time.sleep(0.01)
@@ -196,12 +196,12 @@ class EmbeddedValkey:
         """
         path = self._home / "lock"
         lock = _lock(path)
-        deadline = time.monotonic() + STOP_PATIENCE_S
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         while lock is None and time.monotonic() < deadline:
             log.warning("shutting down the valkey that an earlier server left on %s", self._home)
             with self._client() as client, contextlib.suppress(RedisError):
                 client.shutdown(nosave=True, now=True, force=True)
-            lock = _lock(path, patience=1.0)
+            lock = _lock(path, timeout_s=1.0)
         if lock is None:
             raise StoreInUse(
                 f"a valkey process left by an earlier server still uses {self._home} and does not react on "
@@ -251,13 +251,13 @@ def in_use(data_dir: Path) -> bool:
     return lock is None
 
 
-def _lock(path: Path, patience: float = 0.0) -> int | None:
-    """A descriptor that holds the lock on a file; None if somebody else holds it for `patience` seconds.
+def _lock(path: Path, timeout_s: float = 0.0) -> int | None:
+    """A descriptor that holds the lock on a file; None if somebody else holds it for `timeout_s` seconds.
 
     The lock ends with the last process that has the descriptor, however that process ends.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +273,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     """Ends Valkey, cleanly if it still can; returns its exit status."""
     process.terminate()  # to Valkey the same as SHUTDOWN, and needs no connection
     try:
-        return process.wait(STOP_PATIENCE_S)
+        return process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()

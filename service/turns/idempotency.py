@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import KeyReused
-from service.store.base import Once
+from service.store.base import IdempotencyRecord
 from service.tenants import Tenant
 
 Json = dict[str, Any]
 
 
 @dataclass
-class Call:
+class RequestContext:
     """One HTTP request.
 
     tenant: whose it is, as its API key says.
@@ -46,15 +46,17 @@ class Call:
         asks = self.key is not None or self.attempt is not None or self.began is not None
         return [self._name] if self.digest and asks else []
 
-    def once(self, result: Json, version: int, *, key_ttl_s: int, retry_ttl_s: int) -> Once | None:
+    def idempotency_record(
+        self, result: Json, version: int, *, key_ttl_s: int, retry_ttl_s: int
+    ) -> IdempotencyRecord | None:
         """What to remember of it with the commit of a version, if anything."""
         ttl_s = retry_ttl_s if self.key is None else key_ttl_s
         if not self.digest or not ttl_s:
             return None
-        told = {"request": self.digest, "version": version, "attempt": self.attempt or 0, "result": result}
-        told |= {"id": self.id, "created": self.created}
-        record = json.dumps(told, separators=(",", ":"))
-        return Once(self._name, ttl_s, zlib.compress(record.encode(), 1))
+        payload = {"request": self.digest, "version": version, "attempt": self.attempt or 0, "result": result}
+        payload |= {"id": self.id, "created": self.created}
+        record = json.dumps(payload, separators=(",", ":"))
+        return IdempotencyRecord(self._name, ttl_s, zlib.compress(record.encode(), 1))
 
     def replay(self, record: bytes) -> Json | None:
         """The result that was remembered of it; None of an equal request that was another one. Raises KeyReused."""
@@ -71,7 +73,7 @@ class Call:
         result: Json = found["result"]
         return result
 
-    def late(self, record: bytes) -> bool:
+    def has_later_attempt(self, record: bytes) -> bool:
         """Whether an equal request was answered at a later attempt: this may be its first, which has been given up."""
         return bool(json.loads(zlib.decompress(record))["attempt"])
 

@@ -12,32 +12,32 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Queue:
+class _LockEntry:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
 
 
-class Locks:
+class KeyedLocks:
     """A lock for each name, first come, first served; a name is forgotten with its last user."""
 
     def __init__(self) -> None:
-        self._queues: dict[Hashable, _Queue] = {}
+        self._entries: dict[Hashable, _LockEntry] = {}
 
     @asynccontextmanager
-    async def hold(self, name: Hashable) -> AsyncIterator[None]:
+    async def acquire(self, name: Hashable) -> AsyncIterator[None]:
         """Waits for the name's lock and holds it."""
-        queue = self._queues.setdefault(name, _Queue())
-        queue.users += 1
+        entry = self._entries.setdefault(name, _LockEntry())
+        entry.users += 1
         try:
-            async with queue.lock:
+            async with entry.lock:
                 yield
         finally:
-            queue.users -= 1
-            if not queue.users:
-                del self._queues[name]
+            entry.users -= 1
+            if not entry.users:
+                del self._entries[name]
 
 
-async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+async def shielded(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which goes on to its end even if the caller is cancelled meanwhile.
 
     A caller that was cancelled still gets the result if there is one, so that it can be acted on: the cancellation is

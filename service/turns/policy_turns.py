@@ -8,21 +8,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from model.policies.network import Policy
-from service.engine import Decided, Deed
+from service.engine import PolicyDecision, PolicyRequest
 from service.errors import BadRequest, Conflict, NotFound
 from service.store.base import SessionMeta
-from service.turns.session_gate import Held, Write, known
-from service.turns.sessions import Call, ObserveResult, Sessions
+from service.turns.session_gate import SessionHandle, WriteMode, known
+from service.turns.sessions import ObserveResult, RequestContext, Sessions
 from service.turns.types import Turn
 from service.types import Adaptation
 
-ACTION = "act-"
+ACTION_ID_PREFIX = "act-"
 Task = Literal["act", "label"]
-TASKS: dict[Task, str] = {"act": "acts", "label": "labels"}
+TASK_VERBS: dict[Task, str] = {"act": "acts", "label": "labels"}
 
 
 @dataclass(frozen=True)
-class Told:
+class RewardInput:
     """What a client knows of an action's outcome. action_id: None = the last action's; regret: what it missed."""
 
     reward: float
@@ -31,7 +31,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ActionSampling:
     """How to choose. temperature: None = as the policy does by itself; seed: of what is drawn."""
 
     temperature: float | None = None
@@ -50,7 +50,7 @@ class ActResult:
     expected: list[float]
     adaptation: Adaptation
 
-    def told(self) -> dict[str, Any]:
+    def reward_input(self) -> dict[str, Any]:
         """As JSON; `asdict` would copy each number by itself."""
         return vars(self) | {"adaptation": vars(self.adaptation)}
 
@@ -64,7 +64,7 @@ class LabelResult:
     version: int
 
 
-class Policies:
+class PolicyTurns:
     """What can be asked of the policies that are served. Every method raises NotFound for a policy that is not, and
     Conflict for a session that is of something else; `model` may be None where the session is there."""
 
@@ -73,51 +73,60 @@ class Policies:
 
     async def act(
         self,
-        call: Call,
+        ctx: RequestContext,
         session: str,
         model: str | None,
         observation: list[float],
-        told: Told | None,
-        wish: Wish,
+        reward_input: RewardInput | None,
+        action_sampling: ActionSampling,
         *,
         if_match: str | None = None,
     ) -> ActResult:
         """Learns the reward that came along, if one did, then takes an action, which is remembered until its reward."""
 
-        async def turn_once() -> ActResult:
-            async with self._held(call, session, model, "act", "unless predict", if_match) as (held, name):
-                if held.replay is not None:
-                    return ActResult(**held.replay | {"adaptation": Adaptation(**held.replay["adaptation"])})
+        async def run_once() -> ActResult:
+            async with self._acquire_session(ctx, session, model, "act", "unless predict", if_match) as (handle, name):
+                if handle.replay is not None:
+                    return ActResult(**handle.replay | {"adaptation": Adaptation(**handle.replay["adaptation"])})
                 policy = self._policy(name)
                 _require_numbers(policy, observation, "observation")
-                deed = self._told(name, told, Deed(name, tuple(observation), **asdict(wish)))
-                decided: list[Decided] = []
+                policy_request = self._with_reward(
+                    name, reward_input, PolicyRequest(name, tuple(observation), **asdict(action_sampling))
+                )
+                decided: list[PolicyDecision] = []
 
-                def acted(adaptation: Adaptation) -> ActResult:
+                def act_result(adaptation: Adaptation) -> ActResult:
                     (one,) = decided
-                    number = None if one.number is None else f"{ACTION}{one.number}"
-                    chance = one.chances[one.choice]
-                    return ActResult(one.choice, number, chance, one.chances, one.expected or [], adaptation)
+                    number = None if one.number is None else f"{ACTION_ID_PREFIX}{one.number}"
+                    prob = one.probs[one.choice]
+                    return ActResult(one.choice, number, prob, one.probs, one.expected or [], adaptation)
 
-                write = known(held).options.get("adapt") != "predict"
-                if told is not None and not write:
+                write = known(handle).options.get("adapt") != "predict"
+                if reward_input is not None and not write:
                     raise Conflict("The session's option 'adapt' is 'predict': it learns no reward.", param="reward")
-                turn = Turn(held, deed=deed)
-                turn.result = lambda new: acted(turn.adaptation(new.version)).told()
+                turn = Turn(handle, policy_request=policy_request)
+                turn.result = lambda new: act_result(turn.adaptation(new.version)).reward_input()
                 await self._run(turn, decided, write=write)
-                return acted(turn.adaptation())
+                return act_result(turn.adaptation())
 
-        return await self._sessions.gate.turn(turn_once)
+        return await self._sessions.gate.turn(run_once)
 
-    async def feedback(self, call: Call, session: str, told: Told, *, if_match: str | None = None) -> ObserveResult:
+    async def feedback(
+        self, ctx: RequestContext, session: str, reward_input: RewardInput, *, if_match: str | None = None
+    ) -> ObserveResult:
         """Learns the reward of an earlier action."""
         return await self._learn(
-            call, session, None, "act", lambda name: self._told(name, told, Deed(name, decide=False)), if_match
+            ctx,
+            session,
+            None,
+            "act",
+            lambda name: self._with_reward(name, reward_input, PolicyRequest(name, decide=False)),
+            if_match,
         )
 
     async def observe(
         self,
-        call: Call,
+        ctx: RequestContext,
         session: str,
         model: str | None,
         features: list[float],
@@ -127,110 +136,111 @@ class Policies:
     ) -> ObserveResult:
         """Learns the label of an example."""
 
-        def deed(name: str) -> Deed:
+        def policy_request(name: str) -> PolicyRequest:
             policy = self._policy(name)
             _require_numbers(policy, features, "features")
             if not 0 <= label < policy.config.actions:
                 raise BadRequest(f"'label' must be in 0..{policy.config.actions - 1}, got {label}.", param="label")
-            return Deed(name, tuple(features), decide=False, label=label)
+            return PolicyRequest(name, tuple(features), decide=False, label=label)
 
-        return await self._learn(call, session, model, "label", deed, if_match)
+        return await self._learn(ctx, session, model, "label", policy_request, if_match)
 
-    async def predict(self, call: Call, session: str, model: str | None, features: list[float]) -> LabelResult:
+    async def predict(self, ctx: RequestContext, session: str, model: str | None, features: list[float]) -> LabelResult:
         """Labels an example, and learns nothing."""
 
-        async def turn_once() -> LabelResult:
-            async with self._held(call, session, model, "label", "never", None) as (held, name):
+        async def run_once() -> LabelResult:
+            async with self._acquire_session(ctx, session, model, "label", "never", None) as (handle, name):
                 policy = self._policy(name)
                 _require_numbers(policy, features, "features")
-                decided: list[Decided] = []
-                turn = Turn(held, deed=Deed(name, tuple(features)))
+                decided: list[PolicyDecision] = []
+                turn = Turn(handle, policy_request=PolicyRequest(name, tuple(features)))
                 await self._run(turn, decided, write=False)
                 (one,) = decided
-                return LabelResult(one.choice, one.chances, turn.adaptation().version_to)
+                return LabelResult(one.choice, one.probs, turn.adaptation().version_to)
 
-        return await self._sessions.gate.turn(turn_once)
+        return await self._sessions.gate.turn(run_once)
 
     async def _learn(
         self,
-        call: Call,
+        ctx: RequestContext,
         session: str,
         model: str | None,
         task: Task,
-        deed: Callable[[str], Deed],
+        policy_request: Callable[[str], PolicyRequest],
         if_match: str | None,
     ) -> ObserveResult:
         """A turn that learns and decides nothing."""
 
-        async def turn_once() -> ObserveResult:
-            async with self._held(call, session, model, task, "always", if_match) as (held, name):
-                if held.replay is not None:
-                    return ObserveResult(**held.replay)
-                turn = Turn(held, deed=deed(name))
+        async def run_once() -> ObserveResult:
+            async with self._acquire_session(ctx, session, model, task, "always", if_match) as (handle, name):
+                if handle.replay is not None:
+                    return ObserveResult(**handle.replay)
+                turn = Turn(handle, policy_request=policy_request(name))
                 turn.result = lambda new: asdict(ObserveResult.of(turn.adaptation(new.version)))
                 await self._run(turn, [], write=True)
                 return ObserveResult.of(turn.adaptation())
 
-        return await self._sessions.gate.turn(turn_once)
+        return await self._sessions.gate.turn(run_once)
 
-    async def _run(self, turn: Turn, decided: list[Decided], *, write: bool) -> None:
+    async def _run(self, turn: Turn, decided: list[PolicyDecision], *, write: bool) -> None:
         async for _, event in self._sessions.run([], turn, write=write):
-            if isinstance(event, Decided):
+            if isinstance(event, PolicyDecision):
                 decided.append(event)
 
     @asynccontextmanager
-    async def _held(
-        self, call: Call, session: str, model: str | None, task: Task, write: Write, if_match: str | None
-    ) -> AsyncIterator[tuple[Held, str]]:
+    async def _acquire_session(
+        self, ctx: RequestContext, session: str, model: str | None, task: Task, write: WriteMode, if_match: str | None
+    ) -> AsyncIterator[tuple[SessionHandle, str]]:
         """A session for one turn, and the policy that it is of; a new one is at version 0 and not yet stored."""
-        served = self._sessions.served
+        loaded_model = self._sessions.loaded_model
         if model is not None:
             self._require_task(model, task)
-        async with self._sessions.gate.hold(call, session, write=write, if_match=if_match) as held:
-            if held.replay is not None:
-                yield held, ""
+        async with self._sessions.gate.acquire(ctx, session, write=write, if_match=if_match) as handle:
+            if handle.replay is not None:
+                yield handle, ""
                 return
-            if held.meta is None:
+            if handle.meta is None:
                 if model is None:
-                    names = ", ".join(sorted(served.policies)) or "none is served"
+                    names = ", ".join(sorted(loaded_model.policies)) or "none is served"
                     raise BadRequest(f"'model' is required to begin a session with: a policy ({names}).", param="model")
-                held.meta = served.new_meta(session, {}, model)
-            name = self._name(held.meta, model)
+                handle.meta = loaded_model.new_meta(session, {}, model)
+            name = self._name(handle.meta, model)
             self._require_task(name, task)
-            yield held, name
+            yield handle, name
 
     def _name(self, meta: SessionMeta, model: str | None) -> str:
-        served = self._sessions.served
+        loaded_model = self._sessions.loaded_model
         if model is not None:
-            served.require_own(meta, model)
+            loaded_model.require_model(meta, model)
             return model
-        name = served.require_any(meta)
+        name = loaded_model.require_loaded_model(meta)
         if not name:
             raise Conflict(f"Session {meta.id!r} is one of text, not of a policy.", code="model_mismatch")
         return name
 
     def _policy(self, name: str) -> Policy:
-        return self._sessions.served.policies[name]
+        return self._sessions.loaded_model.policies[name]
 
     def _require_task(self, name: str, task: Task) -> None:
-        policies = self._sessions.served.policies
+        policies = self._sessions.loaded_model.policies
         if name not in policies:
             raise NotFound(f"There is no policy {name[:80]!r}.", param="model", code="model_not_found")
         if policies[name].config.task != task:
             fit = ", ".join(sorted(one for one, policy in policies.items() if policy.config.task == task)) or "none"
-            raise BadRequest(f"'model' must be a policy that {TASKS[task]} ({fit}), got {name!r}.", param="model")
+            raise BadRequest(f"'model' must be a policy that {TASK_VERBS[task]} ({fit}), got {name!r}.", param="model")
 
-    def _told(self, name: str, told: Told | None, deed: Deed) -> Deed:
+    def _with_reward(self, name: str, reward_input: RewardInput | None, policy_request: PolicyRequest) -> PolicyRequest:
         """The deed with what is told of an action's outcome. Raises BadRequest for a reward out of range."""
-        if told is None:
-            return deed
+        if reward_input is None:
+            return policy_request
         config = self._policy(name).config
-        if not config.lowest <= told.reward <= config.highest:
+        if not config.lowest <= reward_input.reward <= config.highest:
             raise BadRequest(
-                f"'reward' must be in {config.lowest:g}..{config.highest:g}, got {told.reward:g}.", param="reward"
+                f"'reward' must be in {config.lowest:g}..{config.highest:g}, got {reward_input.reward:g}.",
+                param="reward",
             )
-        number = None if told.action_id is None else int(told.action_id.removeprefix(ACTION))
-        return replace(deed, reward=told.reward, action_id=number, regret=told.regret)
+        number = None if reward_input.action_id is None else int(reward_input.action_id.removeprefix(ACTION_ID_PREFIX))
+        return replace(policy_request, reward=reward_input.reward, action_id=number, regret=reward_input.regret)
 
 
 def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:

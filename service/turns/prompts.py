@@ -12,7 +12,7 @@ from model.text.tokenizer import Tokenizer
 from service.engine import Segment
 from service.errors import BadRequest
 
-DIGESTS_KEPT = 1024
+MAX_DIGESTS = 1024
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """A prompt's tokens; learn: which of them are new to the session; digests: of the messages they came from."""
 
     token_ids: list[int]
@@ -48,7 +48,7 @@ class Encoded:
     digests: list[str] = field(default_factory=list)
 
 
-def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> Encoded:
+def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
     """known: digests of messages that the session has seen; reply: end a chat where the assistant's turn begins.
 
     Raises BadRequest for a prompt without tokens and for messages that the chat template refuses.
@@ -58,12 +58,12 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
     token_ids = prompt.token_ids if isinstance(prompt, TokenPrompt) else tokenizer.encode(prompt.text)
     if not token_ids:
         raise BadRequest("'prompt' must have at least one token, got none.", param="prompt")
-    return Encoded(token_ids, [True] * len(token_ids))
+    return EncodedPrompt(token_ids, [True] * len(token_ids))
 
 
 def _encode_chat(
     messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, known: frozenset[str], *, reply: bool
-) -> Encoded:
+) -> EncodedPrompt:
     """Only the contents of new messages are learned: the template around them says nothing about the session."""
     try:
         chat = tokenizer.encode_chat(messages, add_generation_prompt=reply)
@@ -74,7 +74,7 @@ def _encode_chat(
     for digest, (start, end) in zip(digests, chat.spans, strict=True):
         if digest not in known:
             learn[start:end] = [True] * (end - start)
-    return Encoded(chat.token_ids, learn, digests)
+    return EncodedPrompt(chat.token_ids, learn, digests)
 
 
 def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -97,16 +97,16 @@ def reply_digests(messages: Sequence[Mapping[str, str]], replies: Sequence[str])
     return [list(message_digests(chat))[-1] for chat in chats]
 
 
-def remember(known: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
+def merge_digests(known: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
     """The digests to keep: the latest ones, those just seen last."""
-    return tuple(dict.fromkeys(reversed([*known, *new])))[:DIGESTS_KEPT][::-1]
+    return tuple(dict.fromkeys(reversed([*known, *new])))[:MAX_DIGESTS][::-1]
 
 
-def without_bos(encoded: Encoded, bos: int) -> Encoded:
+def without_bos(encoded: EncodedPrompt, bos: int) -> EncodedPrompt:
     """The same without the BOS that a tokenizer or a chat template may have put first; `windows` puts it back."""
     if encoded.token_ids[:1] != [bos]:
         return encoded
-    return Encoded(encoded.token_ids[1:], encoded.learn[1:], encoded.digests)
+    return EncodedPrompt(encoded.token_ids[1:], encoded.learn[1:], encoded.digests)
 
 
 def windows(token_ids: Sequence[int], size: int, bos: int) -> Iterator[tuple[list[int], int]]:
@@ -116,7 +116,7 @@ def windows(token_ids: Sequence[int], size: int, bos: int) -> Iterator[tuple[lis
         yield [bos, *token_ids[start : start + size - 1]], start
 
 
-def segments(encoded: Encoded, size: int, bos: int, *, learn: bool, score: bool) -> list[Segment]:
+def segments(encoded: EncodedPrompt, size: int, bos: int, *, learn: bool, score: bool) -> list[Segment]:
     """The requests of a text of any length, none of which generates."""
     return [
         Segment(

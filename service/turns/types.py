@@ -11,27 +11,37 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from model.policies.network import Policy
-from model.text.sampling import Sampling
+from model.text.sampling import SamplingParams
 from model.text.tokenizer import Tokenizer
-from service.engine import Deed, Engine, Event, Finished, Generate, Segment, Stats, Token, TokenScores
+from service.engine import (
+    Engine,
+    Event,
+    GenerationParams,
+    JobFinished,
+    JobStats,
+    PolicyRequest,
+    Segment,
+    TokenOutput,
+    TokenScores,
+)
 from service.engine.types import Alternatives
 from service.errors import BadRequest, Conflict
 from service.store.base import Option, SessionMeta
-from service.turns.learned_tokens import Content
-from service.turns.prompts import ChatPrompt, Encoded, Prompt
-from service.turns.session_gate import Held
-from service.types import Adapt, Adaptation, Learn
+from service.turns.learned_tokens import StateDelta
+from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt
+from service.turns.session_gate import SessionHandle
+from service.types import Adaptation, AdaptMode, LearnMode
 
 FinishReason = Literal["stop", "length"]
 Kind = Literal["learn", "rollback", "unlearn", "fork", "import"]
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationOptions:
     """What to generate. max_tokens None fills the context; logprobs None is off, else alternatives to each token."""
 
     max_tokens: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     n: int = 1
     echo: bool = False
@@ -39,15 +49,15 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Ask:
+class CompletionJob:
     """One completion request. Without a session it is answered by the frozen base; adapt and learn default to the
     session's options."""
 
     session: str | None
-    adapt: Adapt | None
-    learn: Learn | None
+    adapt: AdaptMode | None
+    learn: LearnMode | None
     prompts: list[Prompt]
-    generation: Generation
+    generation: GenerationOptions
     if_match: str | None = None
     stream: bool = False
 
@@ -83,7 +93,7 @@ class TurnEnd:
 
 
 @dataclass(frozen=True)
-class Again:
+class TurnRestarted:
     """The turn begins anew; what it said before is void. Never told to a stream."""
 
 
@@ -124,23 +134,23 @@ class Turn:
 
     def __init__(
         self,
-        held: Held | None,
-        seen: Sequence[str] = (),
+        handle: SessionHandle | None,
+        seen_digests: Sequence[str] = (),
         *,
         kind: Kind = "learn",
         of: int | str | None = None,
-        content: Content | None = None,
-        deed: Deed | None = None,
+        state_delta: StateDelta | None = None,
+        policy_request: PolicyRequest | None = None,
     ) -> None:
-        self.held = held
-        self.meta = meta = None if held is None else held.meta
+        self.handle = handle
+        self.meta = meta = None if handle is None else handle.meta
         self.kind, self.of = kind, of
-        self.content = content
-        self.deed = deed
-        self.seen = list(seen)
+        self.state_delta = state_delta
+        self.policy_request = policy_request
+        self.seen_digests = list(seen_digests)
         self.said: Callable[[], list[str]] = list
         self.result: Callable[[SessionMeta], dict[str, Any]] = lambda new: {}
-        self.stats = Stats()
+        self.stats = JobStats()
         self.rows_written = 0
         self.completion_tokens = 0
         self._version = 0 if meta is None else meta.version
@@ -155,22 +165,22 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Grant:
+class AdaptPolicy:
     """What a completion request may do with its session's memory."""
 
-    adapt: Adapt
+    adapt: AdaptMode
     learn_prompt: bool
     learn_completion: bool
 
     @classmethod
-    def of(cls, ask: Ask, meta: SessionMeta | None) -> Grant:
+    def of(cls, completion_job: CompletionJob, meta: SessionMeta | None) -> AdaptPolicy:
         """The request's own words, else the session's options. Raises BadRequest where they contradict the request."""
         options = {} if meta is None else meta.options
-        adapt = ask.adapt or str(options.get("adapt", "both"))
-        learn = ask.learn or str(options.get("learn", "prompt"))
+        adapt = completion_job.adapt or str(options.get("adapt", "both"))
+        learn = completion_job.learn or str(options.get("learn", "prompt"))
         writes = meta is not None and adapt != "predict"
         completion = writes and adapt == "both" and learn in ("completion", "all")
-        choices = len(ask.prompts) * ask.generation.n
+        choices = len(completion_job.prompts) * completion_job.generation.n
         if completion and choices > 1:
             raise BadRequest(
                 f"'learn': {learn!r} (the session's option) needs a single completion, got {choices} asked for.",
@@ -179,10 +189,10 @@ class Grant:
         return cls(adapt, writes and learn in ("prompt", "all"), completion)  # type: ignore[arg-type]
 
 
-class Answer:
+class OutputProcessor:
     """Turns the engine's events into the text and the log-probabilities of each choice."""
 
-    def __init__(self, options: Generation, prompts: Sequence[Encoded], tokenizer: Tokenizer) -> None:
+    def __init__(self, options: GenerationOptions, prompts: Sequence[EncodedPrompt], tokenizer: Tokenizer) -> None:
         self._options = options
         self._prompts = prompts
         self._tokenizer = tokenizer
@@ -196,7 +206,7 @@ class Answer:
         """What an event of the prompt of this number adds."""
         if isinstance(event, TokenScores):
             self._scores[prompt] += event.alternatives
-        elif isinstance(event, Token):
+        elif isinstance(event, TokenOutput):
             yield from self._echo(prompt)
             choice = prompt * self._options.n + event.choice
             if event.finish is not None:
@@ -231,9 +241,11 @@ class Answer:
         return Delta(choice, text, logprobs)
 
 
-def segment(ask: Ask, prompt: Prompt, encoded: Encoded, policy: Grant, context: int) -> Segment:
+def segment(
+    completion_job: CompletionJob, prompt: Prompt, encoded: EncodedPrompt, policy: AdaptPolicy, context: int
+) -> Segment:
     """The request of the engine that answers a prompt. Raises BadRequest for one that the context has no room for."""
-    options, count = ask.generation, len(encoded.token_ids)
+    options, count = completion_job.generation, len(encoded.token_ids)
     param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
     wanted = 0 if policy.adapt == "observe" else options.max_tokens
     if count + (wanted or 0) > context or (wanted is None and count == context):
@@ -246,7 +258,7 @@ def segment(ask: Ask, prompt: Prompt, encoded: Encoded, policy: Grant, context: 
         )
     generate = None
     if policy.adapt != "observe":
-        generate = Generate(
+        generate = GenerationParams(
             max_tokens=context - count if wanted is None else wanted,
             sampling=options.sampling,
             stop=options.stop,
@@ -264,7 +276,7 @@ def segment(ask: Ask, prompt: Prompt, encoded: Encoded, policy: Grant, context: 
     )
 
 
-def next_meta(meta: SessionMeta, done: Finished, digests: tuple[str, ...]) -> SessionMeta:
+def next_meta(meta: SessionMeta, done: JobFinished, digests: tuple[str, ...]) -> SessionMeta:
     """The meta of the version that `done` makes of a session."""
     stats = done.stats
     return replace(
@@ -327,7 +339,7 @@ def _unpack_token(packed: list[Any]) -> TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Served:
+class LoadedModel:
     """What is served, once it is loaded. fingerprints: of the base and of the memory's slow weights. policies: by name,
     and of which slow weights each is."""
 
@@ -337,38 +349,38 @@ class Served:
     context: int
     vocab_size: int
     policies: dict[str, Policy] = field(default_factory=dict)
-    prints: dict[str, str] = field(default_factory=dict)
+    policy_fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def slow_weights(self) -> str:
         """One fingerprint for all that a session's rows depend on."""
         return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
 
-    def owner(self, model: str) -> str | None:
+    def policy_of(self, model: str) -> str | None:
         """The policy of such slow weights, or "" if they are those of text; None: they are not served."""
         if model == self.slow_weights:
             return ""
-        return next((name for name, mine in self.prints.items() if mine == model), None)
+        return next((name for name, mine in self.policy_fingerprints.items() if mine == model), None)
 
-    def require_own(self, meta: SessionMeta, policy: str = "") -> None:
+    def require_model(self, meta: SessionMeta, policy: str = "") -> None:
         """Raises Conflict for a session of other slow weights than text's or a policy's."""
-        mine = self.prints[policy] if policy else self.slow_weights
+        mine = self.policy_fingerprints[policy] if policy else self.slow_weights
         if meta.model != mine:
-            other = self.owner(meta.model)
-            whose = f"policy {other!r}" if other else "the model of text" if other == "" else "other slow weights"
+            other = self.policy_of(meta.model)
+            trained_by = f"policy {other!r}" if other else "the model of text" if other == "" else "other slow weights"
             asked = f"policy {policy!r}" if policy else "the model of text"
             raise Conflict(
-                f"Session {meta.id!r} was learned by {whose} ({meta.model[:23]}…), not by {asked} ({mine[:23]}…), and "
-                "cannot be read with the latter.",
+                f"Session {meta.id!r} was learned by {trained_by} ({meta.model[:23]}…), not by {asked} ({mine[:23]}…), "
+                "and cannot be read with the latter.",
                 code="model_mismatch",
             )
 
-    def require_any(self, meta: SessionMeta) -> str:
+    def require_loaded_model(self, meta: SessionMeta) -> str:
         """The policy that a session is of, or "" if of text. Raises Conflict if its slow weights are not served."""
-        owner = self.owner(meta.model)
-        if owner is None:
-            self.require_own(meta)
-        return owner or ""
+        policy_of = self.policy_of(meta.model)
+        if policy_of is None:
+            self.require_model(meta)
+        return policy_of or ""
 
     def new_meta(self, name: str, options: dict[str, Option], policy: str = "") -> SessionMeta:
         """A session that has learned nothing."""
@@ -376,7 +388,7 @@ class Served:
         return SessionMeta(
             id=name,
             version=0,
-            model=self.prints[policy] if policy else self.slow_weights,
+            model=self.policy_fingerprints[policy] if policy else self.slow_weights,
             tokens_learned=0,
             rows=0,
             bytes=0,

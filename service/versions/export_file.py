@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from model.memory import MemoryConfig, SiteRows
-from model.memory.config import OWN, RUNS
+from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
 from service.errors import BadRequest
 from service.store.base import RowBatch, StoredSession
 
 FORMAT = 1
 NAME = "imprint"  # of the manifest in the file's metadata
-OWN_BYTES = 4 * 3 * (1 + len(RUNS))  # three numbers for each number of runs that a match may repeat
+SESSION_SCALARS_BYTES = 4 * 3 * (1 + len(NGRAM_SIZES))  # three numbers for each number of runs that a match may repeat
 PAIR_BYTES = 8  # of a lexical row: its age and its token come first
 COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
@@ -59,15 +59,15 @@ def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
         size = int.from_bytes(data[:8], "little")
         manifest = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][NAME])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _unfit(f"is no export of a session, or a damaged one ({type(error).__name__})") from None
+        raise _invalid_export(f"is no export of a session, or a damaged one ({type(error).__name__})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise _unfit(f"has format {str(found)[:20]}, this release reads {FORMAT}", "unknown_export_format")
-    told, signature = manifest.pop("sha256", None), manifest.pop("hmac-sha256", None)
-    if told != _checksum(manifest, arrays).hex():
-        raise _unfit("is damaged: its content does not match its checksum", "checksum_mismatch")
-    if key and not hmac.compare_digest(str(signature).encode(), _signature(told, key).encode()):
-        raise _unfit("is not signed with this server's IMPRINT_EXPORT_KEY", "bad_signature")
+        raise _invalid_export(f"has format {str(found)[:20]}, this release reads {FORMAT}", "unknown_export_format")
+    claimed_checksum, signature = manifest.pop("sha256", None), manifest.pop("hmac-sha256", None)
+    if claimed_checksum != _checksum(manifest, arrays).hex():
+        raise _invalid_export("is damaged: its content does not match its checksum", "checksum_mismatch")
+    if key and not hmac.compare_digest(str(signature).encode(), _signature(claimed_checksum, key).encode()):
+        raise _invalid_export("is not signed with this server's IMPRINT_EXPORT_KEY", "bad_signature")
     return _checked(manifest), arrays
 
 
@@ -76,7 +76,7 @@ def unpack_session(
 ) -> tuple[Json, dict[str, RowBatch]]:
     """The manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
     sites = _sites(arrays, config, vocab_size)
-    rows = {site: batch for site, batch in sites.items() if not site.endswith(OWN)}
+    rows = {site: batch for site, batch in sites.items() if not site.endswith(SESSION_SCALARS_SUFFIX)}
     manifest["rows"] = sum(len(batch.slots) for batch in rows.values())
     manifest["bytes"] = sum(batch.data.nbytes for batch in rows.values())
     return manifest, sites
@@ -98,15 +98,15 @@ def _checked(manifest: Json) -> Json:
     """The manifest, if its values are such as a session may have; a checksum alone proves nothing about that."""
     for name in COUNTS:
         if type(manifest.get(name)) is not int or not 0 <= manifest[name] < 2**53:
-            raise _unfit(f"has a {name} that is no count")
+            raise _invalid_export(f"has a {name} that is no count")
     for name in SUMS:
         if type(manifest.get(name)) is not float or not math.isfinite(manifest[name]):
-            raise _unfit(f"has a {name} that is no number")
+            raise _invalid_export(f"has a {name} that is no number")
     digests = manifest.get("digests")
     if not isinstance(digests, list) or len(digests) > 4096 or not all(map(_is_digest, digests)):
-        raise _unfit("has digests that are none")
+        raise _invalid_export("has digests that are none")
     if not isinstance(manifest.get("model"), str) or not isinstance(manifest.get("id"), str):
-        raise _unfit("does not say of which model or session it is")
+        raise _invalid_export("does not say of which model or session it is")
     return manifest | {"digests": tuple(digests)}
 
 
@@ -119,40 +119,40 @@ def _sites(arrays: Arrays, config: MemoryConfig, vocab_size: int) -> dict[str, R
     for name in {name.rpartition(".")[0] for name in arrays}:
         slots, rows = arrays.get(f"{name}.slots"), arrays.get(f"{name}.rows")
         if slots is None or rows is None:
-            raise _unfit(f"has no sound site {name[:40]!r}")
+            raise _invalid_export(f"has no sound site {name[:40]!r}")
         try:
             batch = RowBatch(slots, rows)
         except ValueError as error:
-            raise _unfit(f"has a site {name[:40]!r} that is none: {error}") from None
-        if not sound(name, batch, config, vocab_size):
-            raise _unfit(f"has rows of site {name[:40]!r} that no memory writes")
+            raise _invalid_export(f"has a site {name[:40]!r} that is none: {error}") from None
+        if not is_valid_site(name, batch, config, vocab_size):
+            raise _invalid_export(f"has rows of site {name[:40]!r} that no memory writes")
         sites[name] = batch
     if len(arrays) != 2 * len(sites):
-        raise _unfit("has arrays that belong to no site")
+        raise _invalid_export("has arrays that belong to no site")
     return sites
 
 
-def sound(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> bool:
+def is_valid_site(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> bool:
     """Whether a site's rows can be: the memory has the site and a place for them, and could have written them."""
-    site = next((site for site in config.sites if site.name == name.removesuffix(OWN)), None)
+    site = next((site for site in config.sites if site.name == name.removesuffix(SESSION_SCALARS_SUFFIX)), None)
     if site is None:
         return False
-    own = name.endswith(OWN)
-    most, row_bytes = (1, OWN_BYTES) if own else (site.slots, site.row_bytes)
-    if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= most:
+    own = name.endswith(SESSION_SCALARS_SUFFIX)
+    max_slots, row_bytes = (1, SESSION_SCALARS_BYTES) if own else (site.slots, site.row_bytes)
+    if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= max_slots:
         return False
-    return _finite(batch) if own or site.kind != "lexical" else _readable(batch, vocab_size)
+    return _finite(batch) if own or site.kind != "lexical" else _valid_lexical_rows(batch, vocab_size)
 
 
 def _finite(batch: RowBatch) -> bool:
     return bool(np.isfinite(np.ascontiguousarray(batch.data).view("<f4")).all())
 
 
-def _readable(batch: RowBatch, vocab_size: int) -> bool:
+def _valid_lexical_rows(batch: RowBatch, vocab_size: int) -> bool:
     """Whether rows of a lexical site have an age and a token of the vocabulary; what follows may be anything."""
     ages, tokens = np.ascontiguousarray(batch.data[:, :PAIR_BYTES]).view("<i4").T
     return bool((ages > 0).all() and (tokens >= 0).all() and (tokens < vocab_size).all())
 
 
-def _unfit(what: str, code: str = "invalid_export") -> BadRequest:
+def _invalid_export(what: str, code: str = "invalid_export") -> BadRequest:
     return BadRequest(f"The file {what}.", param="body", code=code)

@@ -13,12 +13,12 @@ from model.memory.config import MemoryConfig, SiteConfig, SiteKind
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
 from service.store.codec import damaged
 from service.tenants import Tenant
-from service.turns.learned_tokens import content_at, lessons_of, lineages, told
-from service.turns.session_gate import overtaken, unknown
+from service.turns.learned_tokens import kept_tokens_of, lineages, state_delta_at, with_text
+from service.turns.session_gate import session_changed, session_not_found
 from service.turns.sessions import Sessions
 
-MOST_BINS = 1024
-READS = 3  # of a session that somebody teaches meanwhile
+MAX_BINS = 1024
+MAX_READS = 3  # of a session that somebody teaches meanwhile
 NO_SLOTS = np.zeros(0, np.int32)
 
 
@@ -46,7 +46,7 @@ class RowChanges:
 
 
 @dataclass(frozen=True)
-class Diff:
+class VersionDiff:
     """What lies between two versions. learned, forgotten: entries of the log for what the one consists of and the other
     does not. tokens_learned: how many more the second one has learned. rows: what changed, by site."""
 
@@ -67,44 +67,44 @@ class Views:
         """How full each site is."""
         stored = await self._sessions.store.load(tenant.name, session)
         if stored is None:
-            raise unknown(session)
+            raise session_not_found(session)
         meta, slots = stored.meta, {site: batch.slots for site, batch in stored.sites.items()}
-        served = self._sessions.served
-        sites = served.engine.memory_config(served.require_any(meta)).sites
-        if any(held[-1] >= site.slots for site in sites if len(held := slots.get(site.name, NO_SLOTS))):
+        loaded_model = self._sessions.loaded_model
+        sites = loaded_model.engine.memory_config(loaded_model.require_loaded_model(meta)).sites
+        if any(site_slots[-1] >= site.slots for site in sites if len(site_slots := slots.get(site.name, NO_SLOTS))):
             raise damaged(session)
         return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in sites]
 
-    async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, Diff]:
+    async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, VersionDiff]:
         """What lies between two versions that are kept. Raises Conflict for one that is not."""
-        history, stored = await self._whole(tenant, session)
-        served = self._sessions.served
-        config = served.engine.memory_config(served.require_any(stored.meta))
+        history, stored = await self._load_consistent(tenant, session)
+        loaded_model = self._sessions.loaded_model
+        config = loaded_model.engine.memory_config(loaded_model.require_loaded_model(stored.meta))
         # A full memory has 50,000 rows: that much is not for the event loop's thread.
         rows, tokens = await asyncio.to_thread(_row_changes, history, stored, start, end, config)
         lines, entries = lineages(history), {entry["version"]: entry for entry in history.log}
-        lessons, decode = lessons_of(history), served.tokenizer.decode
+        kept_tokens, decode = kept_tokens_of(history), loaded_model.tokenizer.decode
 
         def only(one: int, other: int) -> list[dict[str, Any]]:
             versions = [v if v > 0 else ~v for v in lines[one] if v not in lines[other]]
-            return [told(entries[v], lessons, decode) for v in versions if v in entries]
+            return [with_text(entries[v], kept_tokens, decode) for v in versions if v in entries]
 
-        return stored.meta, Diff(only(end, start), only(start, end), tokens, rows)
+        return stored.meta, VersionDiff(only(end, start), only(start, end), tokens, rows)
 
-    async def _whole(self, tenant: Tenant, session: str) -> tuple[History, StoredSession]:
+    async def _load_consistent(self, tenant: Tenant, session: str) -> tuple[History, StoredSession]:
         """A session's history and its rows, both of the same version."""
-        for _ in range(READS):
+        for _ in range(MAX_READS):
             history = await self._sessions.store.history(tenant.name, session, undo=True)
             stored = await self._sessions.store.load(tenant.name, session)
             if history is None or stored is None:
-                raise unknown(session)
-            if history.meta.stamp == stored.meta.stamp:
+                raise session_not_found(session)
+            if history.meta.state_id == stored.meta.state_id:
                 return history, stored
-        raise overtaken()
+        raise session_changed()
 
 
 def _fill(site: SiteConfig, slots: Slots) -> SiteFill:
-    bin_cells = -(-site.cells // MOST_BINS)
+    bin_cells = -(-site.cells // MAX_BINS)
     bin_rows, bins = bin_cells * site.cell, -(-site.cells // bin_cells)
     counts = np.bincount(slots // bin_rows, minlength=bins).tolist()
     return SiteFill(site.name, site.kind, len(slots), site.cells, bin_cells, bin_rows, counts)
@@ -114,8 +114,8 @@ def _row_changes(
     history: History, stored: StoredSession, start: int, end: int, config: MemoryConfig
 ) -> tuple[dict[str, RowChanges], int]:
     """What changed in the rows from one version to the other, by site, and in the number of learned tokens."""
-    old, new = content_at(history, start, "from"), content_at(history, end, "to")
-    before, after = old.rows_from(stored.sites), new.rows_from(stored.sites)
+    old, new = state_delta_at(history, start, "from"), state_delta_at(history, end, "to")
+    before, after = old.apply_to_rows(stored.sites), new.apply_to_rows(stored.sites)
     names = [site.name for site in config.sites]
     tokens: int = new.meta["tokens_learned"] - old.meta["tokens_learned"]
     return {name: _changes(name, before, after) for name in names}, tokens

@@ -19,15 +19,15 @@ from benchmarks import peers, report
 from benchmarks.run import Options, plan, run, sizes_for
 from benchmarks.scenarios import gaps_between, step_time
 from benchmarks.stage import QUICK
-from benchmarks.stream_timing import Heard, PeerError, events
-from benchmarks.targets import ROWS, Row
-from benchmarks.texts import made_session
+from benchmarks.stream_timing import PeerError, StreamTiming, events
+from benchmarks.targets import TARGETS, PerformanceTarget
+from benchmarks.texts import random_session
 from model.memory import MemoryConfig, Pool, SiteConfig
 from research.estimates import mean, percentiles, ratio
 from service.base_cache import resolve_gguf
 from service.errors import CommandError
 from service.settings import Settings
-from service.versions.export_file import as_tensors, pack_session, read_export, sound, unpack_session
+from service.versions.export_file import as_tensors, is_valid_site, pack_session, read_export, unpack_session
 
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(1, 16),
@@ -53,10 +53,10 @@ def test_an_interval_is_students_over_the_logarithms_of_the_rounds() -> None:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    chance, truth = np.random.default_rng(0), 1.3
+    rng, truth = np.random.default_rng(0), 1.3
     held = 0
     for _ in range(1000):
-        found = mean(list(truth * np.exp(0.2 * chance.standard_normal(5))))
+        found = mean(list(truth * np.exp(0.2 * rng.standard_normal(5))))
         assert found.low is not None and found.high is not None
         held += found.low <= truth <= found.high
     assert 0.93 <= held / 1000 <= 0.97
@@ -76,13 +76,13 @@ def test_percentiles_are_those_of_the_whole_sample() -> None:
 
 def test_a_step_is_timed_while_all_streams_are_at_work() -> None:
     """Two streams of a token a second each; outside of their common time one is alone, and much faster."""
-    first = Heard(0, [0, 0.1, 0.2, 1, 2, 3, 4, 4.1, 4.2], 5, 9)
-    second = Heard(0, [1, 2, 3, 4], 5, 4)
+    first = StreamTiming(0, [0, 0.1, 0.2, 1, 2, 3, 4, 4.1, 4.2], 5, 9)
+    second = StreamTiming(0, [1, 2, 3, 4], 5, 4)
     assert step_time([first, second], 1) == pytest.approx(1.0)
 
 
 def test_a_gap_counts_where_it_overlaps_the_time_and_silence_counts_whole() -> None:
-    talking, silent = Heard(0, [0.0, 1.0, 3.0, 3.5, 9.0], 9, 5), Heard(0, [0.5], 9, 1)
+    talking, silent = StreamTiming(0, [0.0, 1.0, 3.0, 3.5, 9.0], 9, 5), StreamTiming(0, [0.5], 9, 1)
     assert gaps_between([talking], 2.0, 3.2) == [2.0, 0.5]
     assert gaps_between([silent], 2.0, 6.0) == [4.0]
 
@@ -107,10 +107,10 @@ def test_a_made_session_is_one_that_a_memory_could_have_written(kind: Any) -> No
     slots, cell = (400, 4) if kind == "lexical" else (400, 1)
     site = SiteConfig("site", kind, slots=slots, cell=cell, k=2, width=8, layer=-1)
     config = MemoryConfig(64, (site,))
-    made = made_session(config, "made", "sha256:00", 1000, vocab_size=50)
+    made = random_session(config, "made", "sha256:00", 1000, vocab_size=50)
     assert made.meta.rows == slots  # all that there is room for
     _, sites = unpack_session(*read_export(pack_session(made, ""), ""), config, vocab_size=50)
-    assert all(sound(name, batch, config, 50) for name, batch in sites.items())
+    assert all(is_valid_site(name, batch, config, 50) for name, batch in sites.items())
     pool = Pool(config, rows=slots, sessions=1)
     index = pool.open(as_tensors(sites))
     assert pool.rows(index) == {"site": slots}
@@ -127,8 +127,8 @@ def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     out = tmp_path_factory.mktemp("bench")
     page = out / "page.md"
     page.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\nbehind\n")
-    wanted = peers.Wanted(["transformers", "llama.cpp"], llama_server=Path("no-server"))
-    options = Options(out, TINY, minutes=0.1, threads=1, wanted=wanted, page=page)
+    peer_selection = peers.PeerSelection(["transformers", "llama.cpp"], llama_server=Path("no-server"))
+    options = Options(out, TINY, minutes=0.1, threads=1, peer_selection=peer_selection, page=page)
     return out, run(Settings(model=str(tiny_base)), options)
 
 
@@ -187,7 +187,10 @@ def test_the_results_are_written_and_the_page_is_changed_between_its_marks_alone
     ("changes", "said"),
     [
         ({"names": ["single", "nothing"]}, "scenarios must be among single, prefill, .*got nothing"),
-        ({"wanted": peers.Wanted(["ollama"])}, "peers must be among transformers, llama.cpp, vllm or none, got ollama"),
+        (
+            {"wanted": peers.PeerSelection(["ollama"])},
+            "peers must be among transformers, llama.cpp, vllm or none, got ollama",
+        ),
         ({"page": Path("no-page.md")}, "cannot read no-page.md"),
     ],
 )
@@ -241,7 +244,7 @@ def test_a_base_that_is_no_gguf_file_has_none(tmp_path: Path) -> None:
      ([0.6, 1.2, 2.4], "no?"), ([1.0], "aim?")],
 )  # fmt: skip
 def test_a_goal_is_reached_for_sure_only_where_the_whole_interval_says_so(rounds: list[float], reached: str) -> None:
-    row = Row("cost", 1.1, 1.02, False, lambda results: mean(rounds), lambda results: "")
+    row = PerformanceTarget("cost", 1.1, 1.02, False, lambda results: mean(rounds), lambda results: "")
     assert row.told({})["reached"] == reached
 
 
@@ -255,7 +258,7 @@ def test_a_gpu_fills_the_rows_that_only_a_gpu_can() -> None:
     }
     scenarios = {name: {"arms": arms} for name, arms in measured.items()}
     results = {"about": about, "missing": {}, "scenarios": scenarios, "profile": {}}
-    gpu = [row for row in ROWS if row.what.startswith("GPU")]
+    gpu = [row for row in TARGETS if row.what.startswith("GPU")]
     assert [row.value(results).value for row in gpu] == pytest.approx([4.0, 0.8, 1.5])
     told = [row.told(results | {"about": about | {"device": "cpu"}})["reached"] for row in gpu]
     assert told == ["not measured: there was no GPU"] * 3

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from service.store.base import PAGE_ROWS
-from tests.oracle import Evidence, Kills, Pauses, Result, judge, run, witness
-from tests.replay import Model
+from tests.oracle import Evidence, KillInjector, PauseInjector, Result, collect_evidence, run, verify
+from tests.replay import ReferenceModel
 
 pytestmark = pytest.mark.e2e
 ROWS = "rows:lexical"
@@ -18,7 +18,7 @@ ROWS = "rows:lexical"
 
 def first(evidence: Evidence) -> str:
     """A session with at least three versions."""
-    return next(life.name for life in evidence.lives if len(evidence.logs[life.name]) > 2)
+    return next(history.name for history in evidence.histories if len(evidence.logs[history.name]) > 2)
 
 
 def turn_is_not_there(evidence: Evidence) -> None:
@@ -59,25 +59,31 @@ FORGERIES: list[Callable[[Evidence], None]] = [
 
 
 def test_kills_of_the_server_and_its_store_lose_and_double_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    world, result, model = Kills(tmp_path, str(tiny_base), kills=6, seed=0), Result(), Model(tiny_base)
-    evidence = witness(world, tiny_base.name, result, seed=0)
-    judge(evidence, model, result)
+    injector, result, model = (
+        KillInjector(tmp_path, str(tiny_base), kills=6, seed=0),
+        Result(),
+        ReferenceModel(tiny_base),
+    )
+    evidence = collect_evidence(injector, tiny_base.name, result, seed=0)
+    verify(evidence, model, result)
     assert result.passed, result.line()
     assert (result.counts["kills"], result.sessions) == (6, 20)
     assert result.counts["acknowledged"] and result.counts["retries"]
 
-    few = Evidence([life for life in evidence.lives if life.name == first(evidence)], evidence.logs, evidence.found)
+    few = Evidence(
+        [history for history in evidence.histories if history.name == first(evidence)], evidence.logs, evidence.found
+    )
     for forge in FORGERIES:
         forged, found = copy.deepcopy(few), Result()
         forge(forged)
-        judge(forged, model, found)
+        verify(forged, model, found)
         assert not found.passed, forge.__name__
         assert (found.lost > 0) == (forge is turn_is_not_there)
-        assert (found.doubled > 0) == (forge is turn_is_there_twice)
+        assert (found.duplicated > 0) == (forge is turn_is_there_twice)
 
 
 def test_paused_replicas_lose_and_double_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    world = Pauses(tmp_path, str(tiny_base), replicas=2, seconds=10, seed=0)
-    result = run(world, tiny_base, seed=0)
+    injector = PauseInjector(tmp_path, str(tiny_base), replicas=2, seconds=10, seed=0)
+    result = run(injector, tiny_base, seed=0)
     assert result.passed, result.line()
     assert result.counts["pauses"] and result.counts["given up"]

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 from model.base.config import tiny_config
 from service.tenants import new_key
 from tests.conftest import Server
-from tests.live import ENDLESS, Json
+from tests.live import NO_EOS, Json
 from tests.tiny import TEXT, build_tiny_base
 from tests.tour import first_row, paragraph
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.e2e
 GUIDE = Path(__file__).parents[2] / "docs" / "playground.md"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTEXT = 8192
-PATIENCE_MS = 300_000
+WAIT_TIMEOUT_MS = 300_000
 LOOK_MS = 600  # longer than the page waits before it asks about what was written
 REFUSED = "Failed to load resource"  # how the browser itself reports a 4xx
 PASTE = """(field, text) => {
@@ -55,7 +55,7 @@ def browser() -> Iterator[Browser]:
     executable = shutil.which("chromium")
     if executable is None:
         pytest.skip("chromium is not installed")
-    expect.set_options(timeout=PATIENCE_MS)
+    expect.set_options(timeout=WAIT_TIMEOUT_MS)
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
 
@@ -393,7 +393,7 @@ def test_a_piece_whose_answer_is_lost_is_learned_once(page: Page, server: Server
 def test_a_completion_can_be_stopped(page: Page, server: Server) -> None:
     def unending(route: Route) -> None:
         asked = json.loads(route.request.post_data or "")
-        route.continue_(post_data=json.dumps(asked | {"logit_bias": ENDLESS}))
+        route.continue_(post_data=json.dumps(asked | {"logit_bias": NO_EOS}))
 
     page.route("**/v1/completions", unending)
     page.get_by_label("The same prompt").fill("The fox")
@@ -422,7 +422,7 @@ def test_a_bad_session_name_is_explained_and_never_sent(page: Page) -> None:
 def test_a_refusal_is_told_in_the_servers_words(page: Page, faults: list[str]) -> None:
     page.get_by_label("The same prompt").fill("The fox")
     page.get_by_label("Tokens", exact=True).fill(str(CONTEXT + 1))
-    with page.expect_console_message(lambda said: said.text.startswith(REFUSED), timeout=PATIENCE_MS):
+    with page.expect_console_message(lambda said: said.text.startswith(REFUSED), timeout=WAIT_TIMEOUT_MS):
         button(page, "Complete both").click()
     expect(note(page, "compare")).to_have_text(
         f"'max_tokens' exceeds the context of {CONTEXT} tokens, got {CONTEXT + 1}."

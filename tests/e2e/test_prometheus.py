@@ -22,7 +22,7 @@ import yaml
 
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
-from tests.live import Client, success, until
+from tests.live import Client, assert_success, wait_until
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 
@@ -104,11 +104,11 @@ def load(url: str, key: str, poor: str) -> Iterator[None]:
                 client.observe(session, TEXT)
                 with client.stream(prompt=TEXT[:60], max_tokens=8, session=session) as chunks:
                     list(chunks)
-                shown = success(
+                shown = assert_success(
                     client.post(f"sessions/shopper-{number}-{turn}/act", {"model": "bandit", "observation": [0.0]})
                 )
                 bought = {"action_id": shown["action_id"], "reward": 1, "regret": 0.5}
-                success(client.post(f"sessions/shopper-{number}-{turn}/feedback", bought))
+                assert_success(client.post(f"sessions/shopper-{number}-{turn}/feedback", bought))
                 assert client.post("completions", {"model": "tiny"}).status_code == 400
                 assert limited.post("sessions/poor/observe", {"text": TEXT}).status_code in (200, 429)
                 over.wait(0.05)
@@ -155,7 +155,7 @@ def test_the_server_is_scraped_with_the_key_of_the_metrics(prometheus: httpx.Cli
         except (httpx.TransportError, ValueError):  # it begins
             return False
 
-    until(up)
+    wait_until(up)
 
 
 def test_every_query_of_every_panel_returns_data(prometheus: httpx.Client) -> None:
@@ -173,7 +173,7 @@ def test_every_alert_is_evaluated_and_both_sides_of_it_have_data(prometheus: htt
         groups = prometheus.get("/rules").json()["data"]["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
-    until(lambda: all(rule["health"] != "unknown" for rule in rules()))
+    wait_until(lambda: all(rule["health"] != "unknown" for rule in rules()))
     assert len(rules()) >= 15
     for rule in rules():
         assert rule["health"] == "ok", rule

@@ -13,5 +13,5 @@ from tests.soak import soak
 def test_a_quarter_of_a_minute_of_many_users(tiny_base: Path, tmp_path: Path) -> None:
     run = soak(tmp_path, str(tiny_base), minutes=0.25, streams=16, kill=True)
     assert run.report()
-    assert run.replayed == len(run.lives)
+    assert run.replayed == len(run.histories)
     assert {"heard", "left", "refused in a restart"} <= run.counts.keys()

@@ -28,7 +28,7 @@ def tokens(*shape: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
-def twin(**changes: Any) -> LlamaForCausalLM:
+def random_llama(**changes: Any) -> LlamaForCausalLM:
     """A model of `transformers` whose random weights are all far from values that would hide their use."""
     torch.manual_seed(0)
     sizes = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.adaptive_lm import EMPTY, AdaptiveLM
+from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.base.backbone import Backbone
 from model.memory import LexicalSite
 from tests.model.tiny_lm import (
@@ -17,14 +17,14 @@ from tests.model.tiny_lm import (
     LEXICAL,
     MIDDLE,
     WIDTH,
-    Read,
+    RequestReader,
     build,
-    carried,
-    image,
+    decode_state_of,
     learn,
     learned,
     new_pool,
     read,
+    rows_by_slot,
     text,
     tiny_backbone,
 )
@@ -58,27 +58,27 @@ def base_log_probs(backbone: Backbone, ids: Sequence[int]) -> Tensor:
 @pytest.mark.parametrize("opened", [False, True])
 def test_an_empty_session_predicts_as_the_base_bit_for_bit(lm: AdaptiveLM, opened: bool) -> None:
     pool, ids = new_pool(lm), text(0, BLOCK)
-    index = pool.open() if opened else EMPTY
+    index = pool.open() if opened else EMPTY_SESSION
     alone = lm.backbone(torch.tensor([ids]), [lm.backbone.new_cache(99)])[0]
-    carry, _ = lm.block(ids, lm.backbone.new_cache(99), pool, index)
-    assert torch.equal(carry.hidden, alone[-1])
-    assert torch.equal(lm.predict([carry], pool, [index]), lm.backbone.logits(alone[-1:]))
+    decode_state, _ = lm.block(ids, lm.backbone.new_cache(99), pool, index)
+    assert torch.equal(decode_state.hidden, alone[-1])
+    assert torch.equal(lm.predict([decode_state], pool, [index]), lm.backbone.logits(alone[-1:]))
     scored = read(lm, pool, index, text(0))
     assert torch.equal(scored.adapted, scored.frozen)
 
 
 def test_an_empty_session_stays_the_base_in_a_batch_with_full_ones(lm: AdaptiveLM) -> None:
     pool = new_pool(lm)
-    index = [pool.open(), learned(lm, pool, seed=1), EMPTY, learned(lm, pool, seed=2)]
-    requests = [Read(lm, text(seed, BLOCK)) for seed in range(4)]
+    index = [pool.open(), learned(lm, pool, seed=1), EMPTY_SESSION, learned(lm, pool, seed=2)]
+    requests = [RequestReader(lm, text(seed, BLOCK)) for seed in range(4)]
     for request, session in zip(requests, index, strict=True):
         request.step(pool, session)
     last, plain = [7, 8, 9, 10], [lm.backbone.new_cache(99) for _ in requests]
     for request, cache in zip(requests, plain, strict=True):
         lm.backbone(torch.tensor([request.ids]), [cache])
     alone = lm.backbone.logits(lm.backbone(torch.tensor(last)[:, None], plain)[:, 0])
-    carries = lm.decode(last, [r.cache for r in requests], [carried(r) for r in requests], pool, index)
-    predicted = lm.predict(carries, pool, index)
+    decode_states = lm.decode(last, [r.cache for r in requests], [decode_state_of(r) for r in requests], pool, index)
+    predicted = lm.predict(decode_states, pool, index)
     same = [torch.equal(predicted[b], alone[b]) for b in range(4)]
     assert same == [True, False, True, False]
 
@@ -94,8 +94,10 @@ def test_without_a_session_the_lexical_memory_is_not_even_asked(
     lm = build(backbone, LEXICAL)
     pool = new_pool(lm)
     monkeypatch.setattr(LexicalSite, "address", asked)
-    request = read(lm, pool, EMPTY, text(0))
-    lm.predict(lm.decode([1], [request.cache], [carried(request)], pool, [EMPTY]), pool, [EMPTY])
+    request = read(lm, pool, EMPTY_SESSION, text(0))
+    lm.predict(
+        lm.decode([1], [request.cache], [decode_state_of(request)], pool, [EMPTY_SESSION]), pool, [EMPTY_SESSION]
+    )
 
 
 def test_the_frozen_scores_are_those_of_the_base_whatever_the_memory_holds(lm: AdaptiveLM) -> None:
@@ -108,7 +110,7 @@ def test_the_frozen_scores_are_those_of_the_base_whatever_the_memory_holds(lm: A
 
 def test_blocks_chained_by_their_carry_are_one_text(lm: AdaptiveLM) -> None:
     ids = text(3)
-    request = read(lm, new_pool(lm), EMPTY, ids)
+    request = read(lm, new_pool(lm), EMPTY_SESSION, ids)
     assert len(request.adapted) == len(ids) - 1, "only the first token has no predictor"
     torch.testing.assert_close(request.adapted, base_log_probs(lm.backbone, ids), atol=1e-4, rtol=0)
 
@@ -125,28 +127,28 @@ def test_a_memory_below_the_output_needs_a_second_cache_for_the_frozen_scores(ba
 
 
 def run_stream(
-    lm: AdaptiveLM, *, reopen: bool = False, company: bool = False, frozen: bool = True
+    lm: AdaptiveLM, *, reopen: bool = False, with_neighbours: bool = False, frozen: bool = True
 ) -> dict[tuple[str, int], bytes]:
     """Two requests of one session in order; returns the state that they leave.
 
     reopen: through a dump into another pool in between. company: while others read, learn and decode after each block.
     """
     pool = new_pool(lm)
-    others = [learned(lm, pool, seed=10 + i) for i in range(2)] if company else []
+    others = [learned(lm, pool, seed=10 + i) for i in range(2)] if with_neighbours else []
     session = pool.open()
     for seed in (1, 2):
-        draft, request = pool.draft(session), Read(lm, text(seed))
-        busy = pool.draft(others[0]) if company else None
-        guest, third = Read(lm, text(20 + seed, 99)), Read(lm, text(30, 5))
-        if company:
+        draft, request = pool.draft(session), RequestReader(lm, text(seed))
+        busy = pool.draft(others[0]) if with_neighbours else None
+        guest, third = RequestReader(lm, text(20 + seed, 99)), RequestReader(lm, text(30, 5))
+        if with_neighbours:
             third.step(pool, others[1])
         more = True
         while more:
             more = request.step(pool, draft.index, draft, frozen=frozen)
             if busy is not None:
                 guest.step(pool, busy.index, busy)
-                carries = [carried(guest), carried(third)]
-                lm.decode([3, 4], [guest.cache.fork(200), third.cache], carries, pool, [busy.index, others[1]])
+                decode_states = [decode_state_of(guest), decode_state_of(third)]
+                lm.decode([3, 4], [guest.cache.fork(200), third.cache], decode_states, pool, [busy.index, others[1]])
         draft.commit()
         if busy is not None:
             busy.rollback()
@@ -154,14 +156,14 @@ def run_stream(
             state, pool = pool.dump(session), new_pool(lm)
             learned(lm, pool, seed=40 + seed)
             session = pool.open(state)
-    return image(pool.dump(session))
+    return rows_by_slot(pool.dump(session))
 
 
 def test_the_same_requests_leave_the_same_bits(lm: AdaptiveLM) -> None:
     state = run_stream(lm)
     assert state
     assert run_stream(lm, reopen=True, frozen=False) == state, "before or after a restart, proved or not"
-    assert run_stream(lm, company=True) == state, "whoever shares the device"
+    assert run_stream(lm, with_neighbours=True) == state, "whoever shares the device"
 
 
 def test_turns_differ_by_what_the_turn_before_has_taught(lm: AdaptiveLM) -> None:
@@ -171,7 +173,7 @@ def test_turns_differ_by_what_the_turn_before_has_taught(lm: AdaptiveLM) -> None
         session = pool.open()
         for seed in order:
             learn(lm, pool, session, text(seed))
-        states.append(image(pool.dump(session)))
+        states.append(rows_by_slot(pool.dump(session)))
     assert states[0] != states[1]
 
 
@@ -192,68 +194,87 @@ def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
     pool = new_pool(lm)
     mine, others = learned(lm, pool, seed=1), [learned(lm, pool, seed=seed) for seed in (2, 3)]
     seen = []
-    for index, seed in [([mine, mine, mine], 4), ([others[0], mine, others[1]], 5), ([EMPTY, mine, EMPTY], 6)]:
-        requests = [Read(lm, text(seed)), Read(lm, text(1)), Read(lm, text(seed + 10, 5))]
+    for index, seed in [
+        ([mine, mine, mine], 4),
+        ([others[0], mine, others[1]], 5),
+        ([EMPTY_SESSION, mine, EMPTY_SESSION], 6),
+    ]:
+        requests = [RequestReader(lm, text(seed)), RequestReader(lm, text(1)), RequestReader(lm, text(seed + 10, 5))]
         for request, session in zip(requests, index, strict=True):
             request.step(pool, session)
         caches = [request.cache for request in requests]
-        rows, carries = [], [carried(request) for request in requests]
+        rows, decode_states = [], [decode_state_of(request) for request in requests]
         for _ in range(3):
-            carries = lm.decode([seed, 4, 2 * seed], caches, carries, pool, index)
-            rows += [lm.predict(carries, pool, index)[1], carries[1].hidden, *carries[1].inputs.values()]
+            decode_states = lm.decode([seed, 4, 2 * seed], caches, decode_states, pool, index)
+            rows += [
+                lm.predict(decode_states, pool, index)[1],
+                decode_states[1].hidden,
+                *decode_states[1].inputs.values(),
+            ]
         seen.append(torch.cat(rows))
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
 
 
-@pytest.mark.parametrize("halved", [False, True])
-def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: AdaptiveLM, halved: bool) -> None:
-    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.halved() if halved else None)
+@pytest.mark.parametrize("fp16_decoder", [False, True])
+def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: AdaptiveLM, fp16_decoder: bool) -> None:
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder() if fp16_decoder else None)
     pool = new_pool(lm)
     sessions = [learned(lm, pool, seed=seed) for seed in (1, 2, 3)]
-    index, seen = [*sessions, EMPTY, sessions[0]], []
+    index, seen = [*sessions, EMPTY_SESSION, sessions[0]], []
     for size in (1, 2, 3, 5):
-        requests = [Read(lm, text(seed, BLOCK - 1)) for seed in (1, 4, 5, 6, 7)[:size]]
+        requests = [RequestReader(lm, text(seed, BLOCK - 1)) for seed in (1, 4, 5, 6, 7)[:size]]
         for request, session in zip(requests, index, strict=False):
             request.step(pool, session)
-        caches, carries = [r.cache for r in requests], [carried(r) for r in requests]
-        carries = lm.decode([4, 5, 6, 7, 8][:size], caches, carries, pool, index[:size])
-        seen.append((carries[0].hidden, *carries[0].inputs.values(), lm.predict(carries, pool, index[:size])[0]))
+        caches, decode_states = [r.cache for r in requests], [decode_state_of(r) for r in requests]
+        decode_states = lm.decode([4, 5, 6, 7, 8][:size], caches, decode_states, pool, index[:size])
+        seen.append(
+            (
+                decode_states[0].hidden,
+                *decode_states[0].inputs.values(),
+                lm.predict(decode_states, pool, index[:size])[0],
+            )
+        )
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
-@pytest.mark.parametrize("halved", [False, True])
-def test_rows_that_follow_one_another_are_steps_of_their_own(lm: AdaptiveLM, halved: bool) -> None:
-    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.halved() if halved else None)
+@pytest.mark.parametrize("fp16_decoder", [False, True])
+def test_rows_that_follow_one_another_are_steps_of_their_own(lm: AdaptiveLM, fp16_decoder: bool) -> None:
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder() if fp16_decoder else None)
     pool = new_pool(lm)
     session, neighbour = learned(lm, pool, seed=1), learned(lm, pool, seed=2)
     tokens, alone = [4, 5, 6, 7], list[Tensor]()
-    request = Read(lm, text(1, BLOCK - 1))
+    request = RequestReader(lm, text(1, BLOCK - 1))
     request.step(pool, session)
-    cache, carry = request.cache.fork(BLOCK + 9), carried(request)
+    cache, decode_state = request.cache.fork(BLOCK + 9), decode_state_of(request)
     for token in tokens:
-        (carry,) = lm.decode([token], [cache], [carry], pool, [session])
-        alone += [carry.trail, carry.hidden, *carry.inputs.values(), lm.predict([carry], pool, [session])[0]]
-    other = Read(lm, text(3, 9))
+        (decode_state,) = lm.decode([token], [cache], [decode_state], pool, [session])
+        alone += [
+            decode_state.last_tokens,
+            decode_state.hidden,
+            *decode_state.inputs.values(),
+            lm.predict([decode_state], pool, [session])[0],
+        ]
+    other = RequestReader(lm, text(3, 9))
     other.step(pool, neighbour)
-    caches = [request.cache.ahead(at) for at in range(4)]
-    carries = [carried(request).ahead(tokens[:at]) for at in range(4)]
+    caches = [request.cache.advanced(at) for at in range(4)]
+    decode_states = [decode_state_of(request).advanced(tokens[:at]) for at in range(4)]
     index = [session] * 4 + [neighbour]
-    rows = lm.decode([*tokens, 9], [*caches, other.cache], [*carries, carried(other)], pool, index)
+    rows = lm.decode([*tokens, 9], [*caches, other.cache], [*decode_states, decode_state_of(other)], pool, index)
     together, scores = list[Tensor](), lm.predict(rows, pool, index)
     for row, score in zip(rows[:4], scores, strict=False):
-        together += [row.trail, row.hidden, *row.inputs.values(), score]
+        together += [row.last_tokens, row.hidden, *row.inputs.values(), score]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_how_the_base_generates_changes_no_bit_of_what_is_scored_and_learned(lm: AdaptiveLM) -> None:
-    halved = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.halved())
+    fp16_decoder = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder())
     pool, images, scores = new_pool(lm), [], []
-    for one in (lm, halved):
+    for one in (lm, fp16_decoder):
         session = pool.open()
         scores.append(learn(one, pool, session, text(1)).adapted)
-        images.append(image(pool.dump(session)))
+        images.append(rows_by_slot(pool.dump(session)))
     assert images[0] == images[1] and torch.equal(*scores)
 
 
@@ -285,13 +306,13 @@ def test_probabilities_sum_to_one_and_are_those_that_are_scored(lm: AdaptiveLM) 
     """What `block` scores and lists, after each token, is what `predict` says."""
     pool = new_pool(lm)
     session, ids = learned(lm, pool, seed=1), text(1, BLOCK)
-    request = Read(lm, ids)
+    request = RequestReader(lm, ids)
     request.step(pool, session, top=3)
     scores = request.scores[0]
     assert scores.top is not None
     for t in range(1, BLOCK):
-        carry, _ = lm.block(ids[:t], lm.backbone.new_cache(99), pool, session)
-        predicted = lm.predict([carry], pool, [session])[0]
+        decode_state, _ = lm.block(ids[:t], lm.backbone.new_cache(99), pool, session)
+        predicted = lm.predict([decode_state], pool, [session])[0]
         log_p = predicted.log_softmax(-1)
         torch.testing.assert_close(scores.adapted[t - 1], log_p[ids[t]], atol=1e-4, rtol=0)
         values, tokens = log_p.topk(3)
@@ -305,16 +326,16 @@ def test_probabilities_sum_to_one_and_are_those_that_are_scored(lm: AdaptiveLM) 
 def test_a_block_touches_at_most_a_lexical_row_or_k_hidden_ones_a_token_and_no_other_bit(lm: AdaptiveLM) -> None:
     pool = new_pool(lm)
     session, ids = learned(lm, pool, seed=1), text(2, 5)
-    before = image(pool.dump(session))
+    before = rows_by_slot(pool.dump(session))
     draft = pool.draft(session)
     read(lm, pool, draft.index, ids, draft)
     touched = draft.touched()
     draft.commit()
-    after = image(pool.dump(session))
+    after = rows_by_slot(pool.dump(session))
     for site in lm.memory.config.sites:
         assert 0 < len(touched[site.name].slots) <= (len(ids) - 1) * (1 if site.kind == "lexical" else site.k)
     changed = {place for place in after if after[place] != before.get(place)}
-    assert changed <= image(touched).keys()
+    assert changed <= rows_by_slot(touched).keys()
     assert before.keys() <= after.keys()
 
 
@@ -328,7 +349,7 @@ def test_only_what_is_learned_is_written(lm: AdaptiveLM) -> None:
         draft = pool.draft(pool.open())
         _, scores = lm.block(ids, lm.backbone.new_cache(99), pool, draft.index, learn=mask, draft=draft)
         assert (0 if scores is None else int(scores.learned.sum())) == sum(mask[1:])
-        touched = image(draft.touched())
+        touched = rows_by_slot(draft.touched())
         # A lexical row's place and age say when it was written; what it says comes after its age.
         written[name] = {(site, row[4:] if site == "words" else slot) for (site, slot), row in touched.items()}
         draft.rollback()
@@ -348,7 +369,7 @@ def test_a_lexical_row_holds_learned_tokens_only(backbone: Backbone) -> None:
 
 def test_scores_are_of_what_is_scored_or_learned_in_order(lm: AdaptiveLM) -> None:
     pool, ids = new_pool(lm), text(2, 6)
-    full = read(lm, pool, EMPTY, ids).adapted
+    full = read(lm, pool, EMPTY_SESSION, ids).adapted
     score, mask = [True, True, False, False, True, False], [True, False, False, True, True, False]
     draft = pool.draft(pool.open())
     _, scores = lm.block(ids, lm.backbone.new_cache(99), pool, draft.index, score=score, learn=mask, draft=draft)
@@ -362,14 +383,14 @@ def test_scores_are_of_what_is_scored_or_learned_in_order(lm: AdaptiveLM) -> Non
 def test_what_only_reads_leaves_every_bit_as_it_was(lm: AdaptiveLM) -> None:
     pool = new_pool(lm)
     session = learned(lm, pool, seed=1)
-    before, fields = image(pool.dump(session)), [f.clone() for site in pool.sites.values() for f in site.fields]
+    before, fields = rows_by_slot(pool.dump(session)), [f.clone() for site in pool.sites.values() for f in site.fields]
     request = read(lm, pool, session, text(2))
-    carries = [carried(request)]
+    decode_states = [decode_state_of(request)]
     for token in (1, 2, 3):
-        carries = lm.decode([token], [request.cache], carries, pool, [session])
-        lm.predict(carries, pool, [session])
-    lm.block([4, 5], request.cache, pool, session, carry=carries[0], learn=[True, True])
-    assert image(pool.dump(session)) == before
+        decode_states = lm.decode([token], [request.cache], decode_states, pool, [session])
+        lm.predict(decode_states, pool, [session])
+    lm.block([4, 5], request.cache, pool, session, decode_state=decode_states[0], learn=[True, True])
+    assert rows_by_slot(pool.dump(session)) == before
     after = [f for site in pool.sites.values() for f in site.fields]
     assert all(torch.equal(a, b) for a, b in zip(fields, after, strict=True))
 
@@ -381,23 +402,23 @@ def test_decoding_after_a_block_is_the_block_of_the_same_tokens(lm: AdaptiveLM) 
     pool = new_pool(lm)
     session, ids = learned(lm, pool, seed=1), text(1, BLOCK)
     cache = lm.backbone.new_cache(99)
-    carry, _ = lm.block(ids[:3], cache, pool, session)
+    decode_state, _ = lm.block(ids[:3], cache, pool, session)
     for t in range(3, BLOCK):
         whole, _ = lm.block(ids[: t + 1], lm.backbone.new_cache(99), pool, session)
-        (carry,) = lm.decode([ids[t]], [cache], [carry], pool, [session])
-        torch.testing.assert_close(carry.hidden, whole.hidden, atol=1e-4, rtol=0)
-        assert carry.inputs.keys() == whole.inputs.keys()
-        for layer, state in carry.inputs.items():
+        (decode_state,) = lm.decode([ids[t]], [cache], [decode_state], pool, [session])
+        torch.testing.assert_close(decode_state.hidden, whole.hidden, atol=1e-4, rtol=0)
+        assert decode_state.inputs.keys() == whole.inputs.keys()
+        for layer, state in decode_state.inputs.items():
             torch.testing.assert_close(state, whole.inputs[layer], atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            lm.predict([carry], pool, [session]), lm.predict([whole], pool, [session]), atol=1e-3, rtol=0
+            lm.predict([decode_state], pool, [session]), lm.predict([whole], pool, [session]), atol=1e-3, rtol=0
         )
 
 
 def test_a_hidden_site_learns_from_the_states_and_errors_of_its_own_tokens(backbone: Backbone) -> None:
     """The value is W_v [h_{t+1} ; ε_t] with ε = e(x) − Σ p·e: written once with full strength, it is read back."""
     lm = build(backbone, MIDDLE)
-    site = lm.memory.hidden[1]
+    site = lm.memory.delta[1]
     site.write_gate.copy_(torch.tensor([100.0, 0.0]))
     ids, pool, states = [5, 6], new_pool(lm), torch.zeros(2, WIDTH)
     final = backbone(torch.tensor([ids]), sites={1: lambda h: states.copy_(h[0])[None]})[0]

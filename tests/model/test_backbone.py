@@ -20,7 +20,7 @@ from model.base.checkpoint import load_backbone
 from model.base.config import tiny_config
 from model.base.linear import Linear
 from model.text.tokenizer import Tokenizer
-from tests.model.random_models import tokens, twin
+from tests.model.random_models import random_llama, tokens
 
 PROSE = (
     "The lighthouse stands on a rock four leagues west of the harbour. Nothing grows there but sea-pink and a grey "
@@ -49,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
-    twin().save_pretrained(path)
+    random_llama().save_pretrained(path)
     return path
 
 
@@ -68,7 +68,7 @@ def cut(backbone: Backbone, ids: Tensor, cuts: list[int], cache: KVCache) -> Ten
 @pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_logits_equal_those_of_transformers(config: str, max_shard_size: str, tmp_path: Path) -> None:
-    original = twin(**CONFIGS[config])
+    original = random_llama(**CONFIGS[config])
     original.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or max_shard_size == "1GB"
     backbone = load_backbone(tmp_path)
@@ -141,22 +141,22 @@ def test_logits_take_hidden_states_of_any_shape(backbone: Backbone) -> None:
 def test_a_prefill_repeats_bit_for_bit_whatever_else_is_served(backbone: Backbone) -> None:
     ids, other = tokens(1, 48), tokens(3, 48).flip(0)
     alone = cut(backbone, ids, [16, 32], backbone.new_cache(48))
-    cache, company = backbone.new_cache(97), [backbone.new_cache(64) for _ in other]
+    cache, neighbours = backbone.new_cache(97), [backbone.new_cache(64) for _ in other]
     again = []
     for start in (0, 16, 32):
-        for row, neighbour in zip(other, company, strict=True):
+        for row, neighbour in zip(other, neighbours, strict=True):
             backbone(row[None, start : start + 5], [neighbour])
         again.append(backbone(ids[:, start : start + 16], [cache]))
-        backbone(other[:, :1], company)
+        backbone(other[:, :1], neighbours)
     assert torch.equal(torch.cat(again, dim=1), alone)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("B", [2, 3, 5, 16, 37])
-@pytest.mark.parametrize("halved", [False, True])
-def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone, B: int, halved: bool) -> None:
+@pytest.mark.parametrize("fp16_decoder", [False, True])
+def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone, B: int, fp16_decoder: bool) -> None:
     ids = tokens(B, 64)
-    backbone = backbone.halved() if halved else backbone
+    backbone = backbone.fp16_decoder() if fp16_decoder else backbone
     caches = [backbone.new_cache(64) for _ in range(B)]
     for i, cache in enumerate(caches):
         backbone(ids[i : i + 1, : 7 + i], [cache])
@@ -170,16 +170,16 @@ def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone
 @torch.inference_mode()
 def test_halved_weights_are_those_of_fp16_and_share_the_rest(folder: Path) -> None:
     plain, packed = load_backbone(folder, trainable=True), load_backbone(folder)
-    halved, ids = packed.halved(), tokens(2, 30)
+    fp16_decoder, ids = packed.fp16_decoder(), tokens(2, 30)
     rounded = load_backbone(folder, trainable=True)
     for module in rounded.modules():
         if isinstance(module, Linear):
             module.weight = torch.nn.Parameter(module.weight.half().float(), requires_grad=False)
-    torch.testing.assert_close(halved(ids), rounded(ids), atol=2e-5, rtol=0)
-    torch.testing.assert_close(halved.logits(halved(ids)), rounded.logits(rounded(ids)), atol=2e-5, rtol=0)
+    torch.testing.assert_close(fp16_decoder(ids), rounded(ids), atol=2e-5, rtol=0)
+    torch.testing.assert_close(fp16_decoder.logits(fp16_decoder(ids)), rounded.logits(rounded(ids)), atol=2e-5, rtol=0)
     assert not torch.equal(rounded(ids), plain(ids))
-    assert halved.embedding is packed.embedding and halved.cos is packed.cos
-    assert {name for name, _ in halved.named_parameters()} < {name for name, _ in packed.named_parameters()}
+    assert fp16_decoder.embedding is packed.embedding and fp16_decoder.cos is packed.cos
+    assert {name for name, _ in fp16_decoder.named_parameters()} < {name for name, _ in packed.named_parameters()}
 
 
 def test_halved_weights_round_each_row_alone_also_on_older_processors() -> None:
@@ -246,10 +246,10 @@ def test_sites_see_and_replace_the_residual_stream(backbone: Backbone) -> None:
 
     last = backbone.config.num_layers - 1
     plain = backbone(ids)
-    assert torch.equal(backbone(ids, sites={0: watch(0), last: watch(last)}), plain)
+    assert torch.equal(backbone(ids, layer_hooks={0: watch(0), last: watch(last)}), plain)
     assert seen[0].shape == (2, 6, backbone.config.hidden_size)
     assert torch.equal(backbone.norm(seen[last]), plain)
-    assert torch.equal(backbone(ids, sites={last: lambda hidden: seen[last] * 2}), backbone.norm(seen[last] * 2))
+    assert torch.equal(backbone(ids, layer_hooks={last: lambda hidden: seen[last] * 2}), backbone.norm(seen[last] * 2))
 
 
 def test_gradients_pass_the_frozen_layers_to_what_is_trained(folder: Path) -> None:
@@ -257,7 +257,7 @@ def test_gradients_pass_the_frozen_layers_to_what_is_trained(folder: Path) -> No
     shift = torch.zeros(backbone.config.hidden_size, requires_grad=True)
 
     def loss(amount: Tensor) -> Tensor:
-        return backbone.logits(backbone(ids, sites={0: lambda hidden: hidden + amount}))[..., 0].sum()
+        return backbone.logits(backbone(ids, layer_hooks={0: lambda hidden: hidden + amount}))[..., 0].sum()
 
     loss(shift).backward()
     assert shift.grad is not None
@@ -271,7 +271,7 @@ def test_gradients_pass_the_frozen_layers_to_what_is_trained(folder: Path) -> No
 def test_packed_weights_refuse_gradients(backbone: Backbone) -> None:
     shift = torch.zeros(backbone.config.hidden_size, requires_grad=True)
     with pytest.raises(RuntimeError, match="load the base as trainable"):
-        backbone(tokens(1, 3), sites={0: lambda hidden: hidden + shift})
+        backbone(tokens(1, 3), layer_hooks={0: lambda hidden: hidden + shift})
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_failing_site_leaves_the_caches_as_they_were(backbone: Backbone) -> No
 
     cache = backbone.new_cache(8)
     with pytest.raises(ZeroDivisionError):
-        backbone(tokens(1, 4), [cache], sites={1: fail})
+        backbone(tokens(1, 4), [cache], layer_hooks={1: fail})
     assert cache.length == 0
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError, LinearScaling, Llama3Scaling, ModelConfig, tiny_config
-from tests.model.random_models import byte_level_bpe, twin
+from tests.model.random_models import byte_level_bpe, random_llama
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 Damage = Callable[[Path], None]
@@ -24,7 +24,7 @@ Damage = Callable[[Path], None]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete folder with its weights in several shards."""
     folder = tmp_path_factory.mktemp("saved")
-    twin().save_pretrained(folder, max_shard_size="40KB")
+    random_llama().save_pretrained(folder, max_shard_size="40KB")
     byte_level_bpe().save(str(folder / "tokenizer.json"))
     return folder
 
@@ -88,7 +88,7 @@ def test_a_damaged_folder_is_refused_with_what_is_wrong(folder: Path, damage: Da
 
 
 def test_tensors_that_follow_from_others_are_tolerated(tmp_path: Path) -> None:
-    original = twin(tie_word_embeddings=True)
+    original = random_llama(tie_word_embeddings=True)
     original.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()

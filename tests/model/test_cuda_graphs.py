@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.adaptive_lm import EMPTY, AdaptiveLM, Carry
+from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM, DecodeState
 from model.base.backbone import Backbone, KVCache
-from model.decode.cuda_graphs import SteppedLM, for_serving
-from model.decode.paged_cache import PAGE, PagedCache, Pages
+from model.decode.cuda_graphs import CudaGraphLM, wrap_for_serving
+from model.decode.paged_cache import PAGE_SIZE, PagedCache, PagePool
 from model.memory import Pool, PoolFullError
-from tests.model.tiny_lm import BLOCK, DEVICE, KINDS, build, image, learned, new_pool, text, tiny_backbone
+from tests.model.tiny_lm import BLOCK, DEVICE, KINDS, build, learned, new_pool, rows_by_slot, text, tiny_backbone
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [1, 7, 31, 32, 33, 60, 2, 40, 64, 5, 90, 3, 12]  # tokens before the first step: pages end among them
@@ -38,33 +38,39 @@ def inference() -> Iterator[None]:
         yield
 
 
-def stepped(lm: AdaptiveLM, max_batch: int = 13) -> SteppedLM:
-    return SteppedLM(lm, kv_tokens=13 * 128, max_batch=max_batch)
+def stepped(lm: AdaptiveLM, max_batch: int = 13) -> CudaGraphLM:
+    return CudaGraphLM(lm, kv_tokens=13 * 128, max_batch=max_batch)
 
 
-def begun(lm: AdaptiveLM, pool: Pool, index: Sequence[int]) -> tuple[list[KVCache], list[Carry]]:
+def prefilled(lm: AdaptiveLM, pool: Pool, index: Sequence[int]) -> tuple[list[KVCache], list[DecodeState]]:
     """Requests of each of some sessions, read up to lengths of their own."""
-    caches, carries = [], []
+    caches, decode_states = [], []
     for seed, (session, length) in enumerate(zip(index, LENGTHS, strict=False)):
-        cache, carry, ids = lm.new_cache(length + 8), None, text(seed, length)
+        cache, decode_state, ids = lm.new_cache(length + 8), None, text(seed, length)
         for start in range(0, length, BLOCK):
-            carry, _ = lm.block(ids[start : start + BLOCK], cache, pool, session, carry=carry)
-        assert carry is not None
+            decode_state, _ = lm.block(ids[start : start + BLOCK], cache, pool, session, decode_state=decode_state)
+        assert decode_state is not None
         caches.append(cache)
-        carries.append(carry)
-    return caches, carries
+        decode_states.append(decode_state)
+    return caches, decode_states
 
 
 def generate(lm: AdaptiveLM, pool: Pool, index: Sequence[int], steps: int = 4) -> list[Tensor]:
     """Some greedy steps of the requests of some sessions; what each predicts and carries."""
-    caches, carries = begun(lm, pool, index)
+    caches, decode_states = prefilled(lm, pool, index)
     seen = []
     for _ in range(steps):
-        scores = lm.predict(carries, pool, index)
-        carries = lm.decode([int(token) for token in scores.argmax(-1)], caches, carries, pool, index)
-        states = [torch.stack([carry.hidden for carry in carries]), torch.stack([carry.trail for carry in carries])]
-        inputs = [torch.stack([carry.inputs[layer] for carry in carries]) for layer in carries[0].inputs]
-        seen += [lm.predict(carries, pool, index).log_softmax(-1), *states, *inputs]
+        scores = lm.predict(decode_states, pool, index)
+        decode_states = lm.decode([int(token) for token in scores.argmax(-1)], caches, decode_states, pool, index)
+        states = [
+            torch.stack([decode_state.hidden for decode_state in decode_states]),
+            torch.stack([decode_state.last_tokens for decode_state in decode_states]),
+        ]
+        inputs = [
+            torch.stack([decode_state.inputs[layer] for decode_state in decode_states])
+            for layer in decode_states[0].inputs
+        ]
+        seen += [lm.predict(decode_states, pool, index).log_softmax(-1), *states, *inputs]
     return seen
 
 
@@ -78,33 +84,35 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def test_a_step_of_a_fixed_shape_computes_what_one_of_any_shape_does(lm: AdaptiveLM, size: int) -> None:
     """Full batches and such as are filled up, of sessions with memory, without and none, over pages as they grow."""
     pool = new_pool(lm)
-    sessions = [learned(lm, pool, seed=1), EMPTY, learned(lm, pool, seed=2), pool.open()]
+    sessions = [learned(lm, pool, seed=1), EMPTY_SESSION, learned(lm, pool, seed=2), pool.open()]
     index = [sessions[i % 4] for i in range(size)]
-    for ours, twin in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
-        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+    for ours, reference in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
 
 
 def test_rows_of_one_sequence_may_follow_one_another(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm)
     session = learned(lm, pool, seed=1)
-    (cache,), (carry,) = begun(model, pool, [session])
+    (cache,), (decode_state,) = prefilled(model, pool, [session])
     told, rows = [5, 6, 7], []
-    ahead = [cache.ahead(at) for at in range(3)]
-    together = model.decode(told, ahead, [carry.ahead(told[:at]) for at in range(3)], pool, [session] * 3)
+    advanced = [cache.advanced(at) for at in range(3)]
+    together = model.decode(told, advanced, [decode_state.advanced(told[:at]) for at in range(3)], pool, [session] * 3)
     for token in told:
-        (carry,) = model.decode([token], [cache], [carry], pool, [session])
-        rows.append(carry)
+        (decode_state,) = model.decode([token], [cache], [decode_state], pool, [session])
+        rows.append(decode_state)
     for one, other in zip(together, rows, strict=True):
         torch.testing.assert_close(one.hidden, other.hidden, atol=1e-4, rtol=0)
-        assert torch.equal(one.trail, other.trail)
-    ours, twin = (model.predict(carries, pool, [session] * 3).log_softmax(-1) for carries in (together, rows))
-    torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+        assert torch.equal(one.last_tokens, other.last_tokens)
+    ours, reference = (
+        model.predict(decode_states, pool, [session] * 3).log_softmax(-1) for decode_states in (together, rows)
+    )
+    torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
 
 
 def test_with_no_session_there_is_a_step_that_does_not_ask_the_memory(lm: AdaptiveLM) -> None:
-    pool, index = new_pool(lm), [EMPTY] * 3
-    for ours, twin in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
-        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=0)
+    pool, index = new_pool(lm), [EMPTY_SESSION] * 3
+    for ours, reference in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
 
 
 def test_what_fills_up_a_batch_changes_nothing(lm: AdaptiveLM) -> None:
@@ -112,14 +120,14 @@ def test_what_fills_up_a_batch_changes_nothing(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm)
     index = [learned(lm, pool, seed=seed) for seed in (1, 2, 3)]
     alone = [generate(model, pool, [session]) for session in index[:1]]
-    caches, carries = begun(model, pool, index)
-    model.decode([1, 2, 3], caches, carries, pool, index)
-    del caches, carries
+    caches, decode_states = prefilled(model, pool, index)
+    model.decode([1, 2, 3], caches, decode_states, pool, index)
+    del caches, decode_states
     again = generate(model, pool, index[:1])
     assert_same(again, alone[0])
 
 
-class Watched(TorchDispatchMode):
+class SyncDetector(TorchDispatchMode):
     """Notes the operators that a CUDA graph can't hold: they ask what a tensor holds, or bring data of the host's."""
 
     def __init__(self) -> None:
@@ -149,12 +157,12 @@ WAITING |= {"lift_fresh", "lift_fresh_copy", "equal", "is_nonzero"}
 def test_nothing_of_a_step_waits_for_the_device_or_the_host(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm)
     pool.sites["words"].kernels = None  # a GPU weighs with torch's operators: those are to be watched
-    for reads in (True, False):
-        step = model._step(pool, 4, reads)
-        with Watched() as watched:
+    for reads_memory in (True, False):
+        step = model._step(pool, 4, reads_memory)
+        with SyncDetector() as watched:
             step._compute()
         assert watched.seen == []
-    with Watched() as watched:
+    with SyncDetector() as watched:
         x = torch.zeros(3, 4)
         bool(x[:, [1, 2]][x[:, :2] == 0].any())
     assert set(watched.seen) == {"lift_fresh", "index", "is_nonzero"}, "what it watches for"
@@ -165,8 +173,8 @@ def test_all_steps_can_be_made_before_they_are_needed(lm: AdaptiveLM) -> None:
     assert model.sizes == [1, 2, 4, 8]
     model.prepare(pool)
     index = [learned(lm, pool, seed=1)] * 5
-    for ours, twin in zip(generate(model, pool, index), generate(lm, pool, index), strict=True):
-        torch.testing.assert_close(ours, twin, atol=5e-4, rtol=0)
+    for ours, reference in zip(generate(model, pool, index), generate(lm, pool, index), strict=True):
+        torch.testing.assert_close(ours, reference, atol=5e-4, rtol=0)
 
 
 def test_a_state_that_is_loaded_while_others_are_decoded_is_whole(lm: AdaptiveLM) -> None:
@@ -177,16 +185,16 @@ def test_a_state_that_is_loaded_while_others_are_decoded_is_whole(lm: AdaptiveLM
     other = new_pool(lm)
     sessions = [other.open(states[0])]
     found = generate(model, other, sessions)
-    caches, carries = begun(model, other, sessions)
-    model.decode([1], caches, carries, other, sessions)
+    caches, decode_states = prefilled(model, other, sessions)
+    model.decode([1], caches, decode_states, other, sessions)
     sessions.append(other.open(states[1]))
     found += generate(model, other, sessions[1:])
     assert_same(found, expected)
-    assert [image(other.dump(session)) for session in sessions] == [image(state) for state in states]
+    assert [rows_by_slot(other.dump(session)) for session in sessions] == [rows_by_slot(state) for state in states]
 
 
 def test_without_a_gpu_the_model_serves_as_it_is(lm: AdaptiveLM) -> None:
-    served = for_serving(lm, kv_tokens=512, max_batch=4)
+    served = wrap_for_serving(lm, kv_tokens=512, max_batch=4)
     assert (served is lm) == (not torch.cuda.is_available())
 
 
@@ -198,14 +206,14 @@ def test_a_base_in_bf16_has_fast_weights_in_fp32_and_says_much_the_same(lm: Adap
     said = []
     for model in (served, lm):
         pool = new_pool(model)
-        index = [learned(model, pool, seed=1), EMPTY]
+        index = [learned(model, pool, seed=1), EMPTY_SESSION]
         site = pool.sites["words"]
-        assert site.own.dtype == torch.float32 and site.own[index[0]].any()
+        assert site.session_scalars.dtype == torch.float32 and site.session_scalars[index[0]].any()
         assert pool.rows(index[0])["words"] > 0
-        caches, carries = begun(model, pool, index)
-        carries = model.decode([3, 4], caches, carries, pool, index)
-        assert {carry.hidden.dtype for carry in carries} == {model.backbone.embedding.dtype}
-        scores = model.predict(carries, pool, index)
+        caches, decode_states = prefilled(model, pool, index)
+        decode_states = model.decode([3, 4], caches, decode_states, pool, index)
+        assert {decode_state.hidden.dtype for decode_state in decode_states} == {model.backbone.embedding.dtype}
+        scores = model.predict(decode_states, pool, index)
         assert scores.dtype == torch.float32
         said.append(scores.log_softmax(-1).exp())
     assert float((said[0] - said[1]).abs().sum(-1).max()) < 0.2, "of 2, in total variation"
@@ -216,21 +224,21 @@ def test_what_does_not_fit_is_refused_before_the_device_is_asked(lm: AdaptiveLM)
     with pytest.raises(ValueError, match=f"at most the {most} tokens"):
         model.new_cache(most + 1)
     cache = model.new_cache(most)
-    carry, _ = model.block(text(1, most), cache, pool)
+    decode_state, _ = model.block(text(1, most), cache, pool)
     with pytest.raises(ValueError, match=f"room for {most + 1} tokens"):
-        model.decode([1], [cache], [carry], pool, [EMPTY])
+        model.decode([1], [cache], [decode_state], pool, [EMPTY_SESSION])
     short = model.new_cache(5)
-    carry, _ = model.block(text(1, 5), short, pool)
+    decode_state, _ = model.block(text(1, 5), short, pool)
     with pytest.raises(ValueError, match="room for 6 tokens, its capacity is 5"):
-        model.decode([1], [short], [carry], pool, [EMPTY])
+        model.decode([1], [short], [decode_state], pool, [EMPTY_SESSION])
     assert short.length == 5
 
 
 # Pages.
 
 
-def pages_of(backbone: Backbone, tokens: int = 5 * PAGE, sequences: int = 3) -> Pages:
-    return Pages(backbone.config, tokens=tokens, sequences=sequences, device=DEVICE, dtype=torch.float32)
+def pages_of(backbone: Backbone, tokens: int = 5 * PAGE_SIZE, sequences: int = 3) -> PagePool:
+    return PagePool(backbone.config, tokens=tokens, sequences=sequences, device=DEVICE, dtype=torch.float32)
 
 
 def test_a_fork_is_a_copy_and_a_cut_is_forgotten(backbone: Backbone) -> None:
@@ -251,14 +259,14 @@ def test_a_fork_is_a_copy_and_a_cut_is_forgotten(backbone: Backbone) -> None:
 
 def test_pages_are_reserved_by_capacity_and_free_when_nobody_refers_to_them(backbone: Backbone) -> None:
     pages = pages_of(backbone)
-    caches = [PagedCache(pages, capacity) for capacity in (1, PAGE + 1, 3 * PAGE)]
-    assert [cache.nbytes for cache in caches] == [n * PAGE * pages.token_bytes for n in (1, 2, 3)]
+    caches = [PagedCache(pages, capacity) for capacity in (1, PAGE_SIZE + 1, 3 * PAGE_SIZE)]
+    assert [cache.nbytes for cache in caches] == [n * PAGE_SIZE * pages.token_bytes for n in (1, 2, 3)]
     assert len({cache.sequence for cache in caches}) == 3
     with pytest.raises(PoolFullError):
         PagedCache(pages, 1)
     del caches[1]
-    again = PagedCache(pages, 2 * PAGE)
-    assert pages.taken == 6 / 8
+    again = PagedCache(pages, 2 * PAGE_SIZE)
+    assert pages.utilization == 6 / 8
     with pytest.raises(PoolFullError):
-        PagedCache(pages, 3 * PAGE)
-    assert pages.taken == 6 / 8 and again.length == 0
+        PagedCache(pages, 3 * PAGE_SIZE)
+    assert pages.utilization == 6 / 8 and again.length == 0

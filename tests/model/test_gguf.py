@@ -18,7 +18,7 @@ from model.base.checkpoint import load_backbone
 from model.base.config import LinearScaling
 from model.base.gguf import GGUFError, convert
 from model.text.tokenizer import Tokenizer
-from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe, tokens, twin, write_gguf
+from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe, random_llama, tokens, write_gguf
 from tests.tiny import CHAT_TEMPLATE
 
 CHAT = [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content": "On the mat."}]
@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_converted_model_is_the_original(files: tuple[Path, Path], tied: bool) -> None:
     source, folder = files
-    original = twin(tie_word_embeddings=tied)
+    original = random_llama(tie_word_embeddings=tied)
     write_gguf(source, original)
     convert(source, folder)
     backbone, reread = load_backbone(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -51,7 +51,7 @@ def test_quantised_weights_become_exactly_what_they_stand_for(
     files: tuple[Path, Path], kind: GGMLQuantizationType
 ) -> None:
     source, folder = files
-    original = twin(hidden_size=64, head_dim=16, num_attention_heads=4, intermediate_size=96)
+    original = random_llama(hidden_size=64, head_dim=16, num_attention_heads=4, intermediate_size=96)
     write_gguf(source, original, kind=kind)
     convert(source, folder)
     weights = load_file(folder / "model.safetensors")
@@ -66,7 +66,7 @@ def test_quantised_weights_become_exactly_what_they_stand_for(
 
 def test_the_converted_tokenizer_splits_digits_and_knows_its_special_tokens(files: tuple[Path, Path]) -> None:
     source, folder = files
-    write_gguf(source, twin())
+    write_gguf(source, random_llama())
     convert(source, folder)
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     plain = byte_level_bpe()  # knows no digits rule, which makes no difference to text without digits
@@ -83,7 +83,7 @@ def test_the_converted_tokenizer_splits_digits_and_knows_its_special_tokens(file
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_the_file_says_whether_text_starts_with_bos(files: tuple[Path, Path], add_bos: bool) -> None:
     source, folder = files
-    write_gguf(source, twin(), metadata={"tokenizer.ggml.add_bos_token": add_bos})
+    write_gguf(source, random_llama(), metadata={"tokenizer.ggml.add_bos_token": add_bos})
     convert(source, folder)
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.encode("cat") == theirs("cat").input_ids
@@ -93,7 +93,7 @@ def test_the_file_says_whether_text_starts_with_bos(files: tuple[Path, Path], ad
 def test_linear_rope_scaling_is_kept(files: tuple[Path, Path]) -> None:
     source, folder = files
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    write_gguf(source, twin(), metadata=scaling)
+    write_gguf(source, random_llama(), metadata=scaling)
     convert(source, folder)
     assert load_backbone(folder).config.rope_scaling == LinearScaling(4.0)
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_run_is_refused_by_name(
     files: tuple[Path, Path], metadata: dict[str, Any], message: str
 ) -> None:
     source, folder = files
-    write_gguf(source, twin(), metadata=metadata)
+    write_gguf(source, random_llama(), metadata=metadata)
     with pytest.raises(GGUFError, match=message):
         convert(source, folder)
     assert not list(folder.parent.iterdir())
@@ -123,7 +123,7 @@ def test_what_cannot_be_run_is_refused_by_name(
 
 def test_a_tensor_without_a_place_is_refused_by_name(files: tuple[Path, Path]) -> None:
     source, folder = files
-    write_gguf(source, twin(attention_bias=True))
+    write_gguf(source, random_llama(attention_bias=True))
     with pytest.raises(GGUFError, match=r"tensor blk\.0\.attn_q\.bias has no place in a plain Llama model"):
         convert(source, folder)
     assert not list(folder.parent.iterdir())
@@ -132,7 +132,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(files: tuple[Path, Path]) -
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.02, 0.1, 0.5, 0.999])
 def test_a_truncated_file_is_refused(files: tuple[Path, Path], kept: float) -> None:
     source, folder = files
-    write_gguf(source, twin())
+    write_gguf(source, random_llama())
     content = source.read_bytes()
     source.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(GGUFError, match=r"tiny\.gguf: damaged or not GGUF"):
@@ -153,7 +153,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_done(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = files
-    write_gguf(source, twin())
+    write_gguf(source, random_llama())
 
     def interrupt(weights: dict[str, Any], path: Path, **_: Any) -> None:
         path.write_bytes(b"half")

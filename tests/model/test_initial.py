@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, initial
-from model.memory.initial import default_config, fit_cells, random_memory, random_projection
+from model.memory.initial import default_config, fit_centres, random_memory, random_projection
 from model.memory.lexical import torch_backend
 
 WIDTH = 16
@@ -20,7 +20,7 @@ def noise(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def alike_states(n: int, seed: int = 1) -> Tensor:
+def similar_states(n: int, seed: int = 1) -> Tensor:
     """Hidden states as a language model has them: far from zero, and varying in a few directions only."""
     scales = torch.logspace(0, -2, WIDTH)
     return 10.0 + torch.randn(n, WIDTH, generator=noise(seed)) * scales
@@ -50,7 +50,7 @@ def test_the_default_memory_is_one_lexical_site_for_any_base() -> None:
 
 
 def test_a_projection_comes_from_its_seed_alone() -> None:
-    states = alike_states(200)
+    states = similar_states(200)
     for given in (None, states):
         weight, bias = random_projection(given, WIDTH, 8, noise(3))
         again = random_projection(given, WIDTH, 8, noise(3))
@@ -67,7 +67,7 @@ def test_without_a_text_a_projection_keeps_lengths() -> None:
 
 
 def test_whitened_keys_tell_states_apart_that_look_alike() -> None:
-    states = alike_states(400)
+    states = similar_states(400)
     weight, bias = random_projection(states, WIDTH, 8, noise(0))
     assert float((states.mean(0) @ weight + bias).abs().max()) < 1e-3, "the mean state has no direction"
     cosines = {}
@@ -80,7 +80,7 @@ def test_whitened_keys_tell_states_apart_that_look_alike() -> None:
 
 
 def test_directions_without_any_variance_are_not_blown_up() -> None:
-    states = alike_states(100)
+    states = similar_states(100)
     states[:, 3] = 7.0
     weight, bias = random_projection(states, WIDTH, 8, noise(0))
     assert weight.isfinite().all()
@@ -94,7 +94,7 @@ def test_directions_without_any_variance_are_not_blown_up() -> None:
 
 def test_centres_lie_on_the_unit_sphere_and_share_the_work() -> None:
     """Of states that they were not fitted to, and better than centres drawn at random."""
-    states = torch.cat([alike_states(600), alike_states(600) + torch.randn(WIDTH, generator=noise(2))])
+    states = torch.cat([similar_states(600), similar_states(600) + torch.randn(WIDTH, generator=noise(2))])
     site, held_out = site_of(states[::2]), states[1::2]
     torch.testing.assert_close(site.centres.norm(dim=-1), torch.ones(SITE.cells))
     fitted = spread(site, held_out)
@@ -107,7 +107,7 @@ def test_centres_lie_on_the_unit_sphere_and_share_the_work() -> None:
 
 
 def test_each_round_brings_centres_nearer_to_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    states, near = alike_states(600), []
+    states, near = similar_states(600), []
     for rounds in (0, 1, 2, 10):
         monkeypatch.setattr(initial, "ROUNDS", rounds)
         site = site_of(states)
@@ -120,7 +120,7 @@ def test_each_round_brings_centres_nearer_to_the_keys(monkeypatch: pytest.Monkey
 def test_fewer_states_than_cells_still_leave_centres(states: int) -> None:
     site = site_of(None)
     few = torch.randn(states, WIDTH, generator=noise(1))
-    fit_cells(site, few, noise(0))
+    fit_centres(site, few, noise(0))
     torch.testing.assert_close(site.centres.norm(dim=-1), torch.ones(SITE.cells))
     keys = site.keys(few)
     torch.testing.assert_close((keys @ site.centres.T).amax(1), torch.ones(states))
@@ -133,30 +133,30 @@ def test_a_random_memory_is_frozen_and_a_function_of_its_seed_and_states() -> No
     memory = random_memory(CONFIG, seed=0)
     assert not any(parameter.requires_grad for parameter in memory.parameters())
     assert memory.fingerprint() == random_memory(CONFIG, seed=0).fingerprint()
-    prints = {memory.fingerprint(), random_memory(CONFIG, seed=1).fingerprint()}
+    fingerprints = {memory.fingerprint(), random_memory(CONFIG, seed=1).fingerprint()}
     for seed in (1, 2):
-        states = alike_states(99, seed)
-        prints.add(random_memory(CONFIG, seed=0, states=states).fingerprint())
+        states = similar_states(99, seed)
+        fingerprints.add(random_memory(CONFIG, seed=0, states=states).fingerprint())
         again = random_memory(CONFIG, seed=0, states=states.clone())
-        assert again.fingerprint() in prints
-    assert len(prints) == 4
+        assert again.fingerprint() in fingerprints
+    assert len(fingerprints) == 4
 
 
 @torch.no_grad()
 def test_a_random_memory_finds_what_it_has_written_and_believes_it_a_little() -> None:
-    states, targets = alike_states(99), torch.arange(20)
+    states, targets = similar_states(99), torch.arange(20)
     site = site_of(states)
     pool = Pool(CONFIG, rows=200, sessions=2)
     draft = pool.draft(pool.open())
     session, base = torch.full((20,), draft.index), torch_backend.predict(torch.zeros(20, 30))
-    prints = torch_backend.request_fingerprints(targets, 29)
+    ngram_hashes = torch_backend.hash_request_ngrams(targets, 29)
     for known in (False, True):
-        reading = site.read(pool, session, states[:20], prints, base, site.first_trust().expand(20, -1))
-        in_memory = torch_backend.memory_prob(targets, reading.tokens, reading.shares)
-        assert bool((in_memory > 2 / 30).all()) == known
-        assert bool((reading.gamma > 0.05).all()) == known
-        assert float(reading.gamma.max()) < 0.3
-        site.learn(draft, reading, targets, base.log_prob(targets))
+        readout = site.read(pool, session, states[:20], ngram_hashes, base, site.initial_trust().expand(20, -1))
+        memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
+        assert bool((memory_probs > 2 / 30).all()) == known
+        assert bool((readout.gamma > 0.05).all()) == known
+        assert float(readout.gamma.max()) < 0.3
+        site.learn(draft, readout, targets, base.log_prob(targets))
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:

@@ -10,16 +10,16 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
-from model.memory.config import BALANCE, RUNS, SHUT, TRUST
-from model.memory.lexical.torch_backend import GUARD_NATS
+from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.lexical.torch_backend import GUARD_LIMIT_NATS
 from model.memory.sites import TRUST_LIMITS
 from tests.model.tiny_lm import (
     BLOCK,
     LEXICAL,
     VOCAB,
-    Read,
+    RequestReader,
     build,
-    carried,
+    decode_state_of,
     learn,
     learned,
     new_pool,
@@ -48,7 +48,7 @@ def inference() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ordinary(backbone: Backbone) -> list[list[int]]:
+def base_samples(backbone: Backbone) -> list[list[int]]:
     """Texts that the base itself has drawn: no memory can predict them better than it does."""
     texts, g = [], torch.Generator().manual_seed(0)
     with torch.inference_mode():
@@ -61,7 +61,7 @@ def ordinary(backbone: Backbone) -> list[list[int]]:
     return texts
 
 
-def rash(backbone: Backbone) -> AdaptiveLM:
+def overtrusting_lm(backbone: Backbone) -> AdaptiveLM:
     """A memory that believes whatever it finds, always: γ = σ(3), whatever the evidence and the experience."""
     lm = build(backbone, LEXICAL)
     assert lm.memory.lexical is not None
@@ -71,7 +71,7 @@ def rash(backbone: Backbone) -> AdaptiveLM:
     return lm
 
 
-def gain(request: Read) -> torch.Tensor:
+def gain(request: RequestReader) -> torch.Tensor:
     """Nats over the base, of each token."""
     return request.adapted - request.frozen
 
@@ -110,14 +110,14 @@ def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbo
     session, trust = pool.open(), [0.0]
     for ids in ([5, 6], [5, 6], [5, 6], [5, 7]):
         learn(lm, pool, session, ids)
-        trust.append(float(pool.sites["words"].own[session, TRUST].sum()))
+        trust.append(float(pool.sites["words"].session_scalars[session, TRUST].sum()))
     assert trust[1] == 0.0, "nothing was known, nothing was said"
     assert 0.0 < trust[2] < trust[3]
     assert trust[4] < trust[3]
     lexical.trust_rate.fill_(1e6)
     for ids, bound in (([5, 8], min(TRUST_LIMITS)), ([5, 6], max(TRUST_LIMITS))):
         learn(lm, pool, session, ids)
-        assert pool.sites["words"].own[session, TRUST].tolist() == [bound, 0.0, 0.0, 0.0]
+        assert pool.sites["words"].session_scalars[session, TRUST].tolist() == [bound, 0.0, 0.0, 0.0]
 
 
 # Law 12: never worse for long.
@@ -130,67 +130,69 @@ def test_the_balance_is_what_was_gained_over_the_base(backbone: Backbone) -> Non
     for ids in ([5, 6], [5, 6], [5, 7], [5, 6]):
         gained = float(gain(learn(lm, pool, session, ids)).sum())
         balance = balance * (1 - 1 / 1024) + gained
-        assert float(pool.sites["words"].own[session, BALANCE, 0]) == pytest.approx(balance, abs=1e-4)
-    assert 0.1 < abs(balance) < GUARD_NATS
+        assert float(pool.sites["words"].session_scalars[session, BALANCE, 0]) == pytest.approx(balance, abs=1e-4)
+    assert 0.1 < abs(balance) < GUARD_LIMIT_NATS
 
 
-def test_a_memory_that_harms_is_shut_within_a_bounded_loss(backbone: Backbone, ordinary: list[list[int]]) -> None:
-    lm = rash(backbone)
+def test_a_memory_that_harms_is_shut_within_a_bounded_loss(backbone: Backbone, base_samples: list[list[int]]) -> None:
+    lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = pool.open()
-    gains = torch.cat([gain(learn(lm, pool, session, ids)) for ids in ordinary])
-    kinds = len(RUNS) + 1  # of evidence, each with its own guard
-    assert float(-gains.cumsum(0).min()) <= kinds * (GUARD_NATS + BLOCK * -torch.sigmoid(torch.tensor(-3.0)).log())
-    assert bool(pool.sites["words"].own[session, SHUT].any())
+    gains = torch.cat([gain(learn(lm, pool, session, ids)) for ids in base_samples])
+    kinds = len(NGRAM_SIZES) + 1  # of evidence, each with its own guard
+    assert float(-gains.cumsum(0).min()) <= kinds * (
+        GUARD_LIMIT_NATS + BLOCK * -torch.sigmoid(torch.tensor(-3.0)).log()
+    )
+    assert bool(pool.sites["words"].session_scalars[session, GATE_CLOSED].any())
     assert pool.rows(session)["words"] == LEXICAL.slots, "it goes on learning"
 
 
-def test_a_shut_session_is_the_base_bit_for_bit(backbone: Backbone, ordinary: list[list[int]]) -> None:
-    lm = rash(backbone)
+def test_a_shut_session_is_the_base_bit_for_bit(backbone: Backbone, base_samples: list[list[int]]) -> None:
+    lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = learned(lm, pool, seed=1)
     for shut in (0.0, 1.0):
-        pool.sites["words"].own[session, SHUT] = shut
-        request = read(lm, pool, session, ordinary[0][:-1])
-        carries = lm.decode(ordinary[0][-1:], [request.cache], [carried(request)], pool, [session])
-        predicted, base = lm.predict(carries, pool, [session]), backbone.logits(carries[0].hidden[None])
+        pool.sites["words"].session_scalars[session, GATE_CLOSED] = shut
+        request = read(lm, pool, session, base_samples[0][:-1])
+        decode_states = lm.decode(base_samples[0][-1:], [request.cache], [decode_state_of(request)], pool, [session])
+        predicted, base = lm.predict(decode_states, pool, [session]), backbone.logits(decode_states[0].hidden[None])
         assert torch.equal(request.adapted, request.frozen) == bool(shut)
         assert torch.equal(predicted, base) == bool(shut)
 
 
 def test_a_shut_session_opens_again_when_its_memory_would_help(backbone: Backbone) -> None:
-    lm = rash(backbone)
+    lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = learned(lm, pool, seed=1)
-    own = pool.sites["words"].own
-    own[session, SHUT], own[session, BALANCE] = 1.0, -GUARD_NATS
+    session_scalars = pool.sites["words"].session_scalars
+    session_scalars[session, GATE_CLOSED], session_scalars[session, BALANCE] = 1.0, -GUARD_LIMIT_NATS
     first, *_, last = [gain(learn(lm, pool, session, text(1))) for _ in range(4)]
     assert not first[: BLOCK - 1].any()
     assert float(last.mean()) > 1.0
-    assert not own[session, SHUT, -1], "what is said again is believed"
+    assert not session_scalars[session, GATE_CLOSED, -1], "what is said again is believed"
 
 
 def test_what_is_said_again_is_known_although_chance_likeness_is_not_believed(
-    backbone: Backbone, ordinary: list[list[int]]
+    backbone: Backbone, base_samples: list[list[int]]
 ) -> None:
-    lm = rash(backbone)
+    lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = learned(lm, pool, seed=1)
-    learn(lm, pool, session, ordinary[0][: 4 * BLOCK])
-    assert bool(pool.sites["words"].own[session, SHUT, 0])
+    learn(lm, pool, session, base_samples[0][: 4 * BLOCK])
+    assert bool(pool.sites["words"].session_scalars[session, GATE_CLOSED, 0])
     assert float(gain(learn(lm, pool, session, text(1))).mean()) > 0.5
 
 
 @pytest.mark.parametrize("poison", POISONS)
 def test_a_poisoned_session_is_not_worse_than_the_base_afterwards(
-    backbone: Backbone, ordinary: list[list[int]], poison: str
+    backbone: Backbone, base_samples: list[list[int]], poison: str
 ) -> None:
     """Whether the poison did harm, or was so easy that the memory seemed to be worth a lot."""
-    lm = rash(backbone)
+    lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = pool.open()
     for start in range(0, len(POISONS[poison]), LENGTH):
         learn(lm, pool, session, POISONS[poison][start : start + LENGTH])
-    requests = [learn(lm, pool, session, ids) for ids in ordinary]
+    requests = [learn(lm, pool, session, ids) for ids in base_samples]
     lost = -float(sum(gain(request).sum() for request in requests))
     assert lost <= 0.01 * -float(sum(request.frozen.sum() for request in requests))

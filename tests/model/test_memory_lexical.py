@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.memory.config import RUNS
+from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import reference, torch_backend
-from model.memory.lexical.torch_backend import GUARD_NATS, GUARD_TOKENS, Prediction, Rows
+from model.memory.lexical.torch_backend import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS, LexicalRows, Prediction
 
 VOCAB = 13
 SIZES = [(1, 1, 1, 1), (7, 3, 4, 5), (7, 5, 1, 8), (65, 2, 3, 6)]  # n tokens, k cells a token, P rows a cell, d_k
-R = len(RUNS)
+R = len(NGRAM_SIZES)
 SHARPNESS, PRIOR = torch.tensor([9.0, 2.0]), torch.tensor([0.2, 1.1])
 BONUS = torch.tensor([[1.1, 0.4, 2.0], [0.1, 0.9, 0.3]])
 DTYPES = [torch.float32, torch.float64]
@@ -33,7 +33,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=bound, rtol=bound)
 
 
-def random_rows(*shape: int, width: int, seed: int) -> Rows:
+def random_rows(*shape: int, width: int, seed: int) -> LexicalRows:
     """Cells of every fill, from empty to full, their rows in no order of age; few tokens, so that they repeat."""
     g, P = noise(seed), shape[-1]
     filled = torch.arange(P) < torch.randint(0, P + 1, (*shape[:-1], 1), generator=g)
@@ -41,9 +41,9 @@ def random_rows(*shape: int, width: int, seed: int) -> Rows:
         torch.rand(*shape, generator=g).argsort(-1) + 1 + torch.randint(0, 9, (*shape[:-1], 1), generator=g)
     ) * filled
     tokens = torch.randint(0, 5, shape, generator=g) * filled
-    prints = torch.randint(0, 3, (*shape, R), generator=g) * filled[..., None]
+    ngram_hashes = torch.randint(0, 3, (*shape, R), generator=g) * filled[..., None]
     keys = torch.randint(-127, 128, (*shape, width), generator=g) * filled[..., None]
-    return Rows(ages.int(), tokens.int(), prints.to(torch.int16), keys.to(torch.int8))
+    return LexicalRows(ages.int(), tokens.int(), ngram_hashes.to(torch.int16), keys.to(torch.int8))
 
 
 def random_keys(n: int, width: int, seed: int) -> Tensor:
@@ -69,14 +69,14 @@ def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Prediction, Tenso
 
 
 def read_lexical(
-    rows: Rows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
+    rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
 ) -> torch_backend.Candidates:
     """All of a read but finding the rows."""
-    seen = torch_backend.compare(rows, query, context)
-    return torch_backend.weigh(*seen[:3], base.log_prob(seen.tokens), seen.missing, sharpness, prior, bonus)
+    seen = torch_backend.match_rows(rows, query, context)
+    return torch_backend.score_candidates(*seen[:3], base.log_prob(seen.tokens), seen.missing, sharpness, prior, bonus)
 
 
-def rows_equal(a: Rows, b: Rows) -> bool:
+def rows_equal(a: LexicalRows, b: LexicalRows) -> bool:
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -88,10 +88,10 @@ def rows_equal(a: Rows, b: Rows) -> bool:
 def test_an_address_is_the_top_of_all_slots(n: int, side: int, k: int, temperature: float) -> None:
     keys = torch.randn(n, 2, side, generator=noise(n + k))
     slots, w = torch_backend.address(keys, k, temperature)
-    twin, scores = reference.nearest(keys, k)
-    assert torch.equal(slots, twin)
+    expected, scores = reference.product_key_topk(keys, k)
+    assert torch.equal(slots, expected)
     assert all(len(set(row)) == k for row in slots.tolist())
-    torch.testing.assert_close(torch_backend.nearest(keys, k)[1], scores)
+    torch.testing.assert_close(torch_backend.product_key_topk(keys, k)[1], scores)
     torch.testing.assert_close(w, F.normalize(torch.softmax(temperature * scores, -1), dim=-1))
     torch.testing.assert_close(
         torch_backend.address(keys.double(), k, temperature)[1], w.double(), atol=1e-6, rtol=1e-5
@@ -102,10 +102,10 @@ def test_an_address_is_the_top_of_all_slots(n: int, side: int, k: int, temperatu
 @given(st.integers(1, 3), st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1, max_size=5))
 def test_among_ties_an_address_has_the_scores_of_the_top(k: int, scores: list[list[int]]) -> None:
     keys = torch.tensor(scores, dtype=torch.float32).view(-1, 2, 3)
-    slots, found = torch_backend.nearest(keys, k)
+    slots, found = torch_backend.product_key_topk(keys, k)
     every = (keys[:, 0, :, None] + keys[:, 1, None, :]).flatten(1)
     assert torch.equal(every.gather(1, slots), found)
-    assert torch.equal(found, reference.nearest(keys, k)[1])
+    assert torch.equal(found, reference.product_key_topk(keys, k)[1])
     assert all(len(set(row)) == k for row in slots.tolist())
 
 
@@ -120,7 +120,7 @@ def test_a_prediction_is_the_softmax_of_its_logits(dtype: torch.dtype, shift: fl
     torch.testing.assert_close(moved.log_prob(tokens), log_p.gather(1, tokens), atol=bound, rtol=bound)
     assert torch.equal(moved.log_prob(tokens[:, 0]), moved.log_prob(tokens)[:, 0])
     mask = torch.arange(7) % 2 == 0
-    assert all(torch.equal(part, whole[mask]) for part, whole in zip(moved.pick(mask), moved, strict=True))
+    assert all(torch.equal(part, whole[mask]) for part, whole in zip(moved.select(mask), moved, strict=True))
 
 
 # What is done for a token does not depend on the others of its batch: law 4 rests on it.
@@ -129,15 +129,16 @@ def test_a_prediction_is_the_softmax_of_its_logits(dtype: torch.dtype, shift: fl
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 64])
 def test_a_row_of_a_product_is_rounded_as_if_it_were_alone(n: int) -> None:
     x, weight = torch.randn(n, 96), torch.randn(96, 48)
-    together = torch_backend.rowwise(x, weight)
-    assert torch.equal(together, torch.cat([torch_backend.rowwise(row[None], weight) for row in x]))
+    together = torch_backend.rowwise_matmul(x, weight)
+    assert torch.equal(together, torch.cat([torch_backend.rowwise_matmul(row[None], weight) for row in x]))
     torch.testing.assert_close(together, x @ weight)
     transposed = weight.T.contiguous().T
     assert torch.equal(
-        torch_backend.rowwise(x, transposed), torch.cat([torch_backend.rowwise(row[None], transposed) for row in x])
+        torch_backend.rowwise_matmul(x, transposed),
+        torch.cat([torch_backend.rowwise_matmul(row[None], transposed) for row in x]),
     )
     weight.requires_grad_()
-    torch_backend.rowwise(x, weight).sum().backward()
+    torch_backend.rowwise_matmul(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0)[:, None].expand_as(weight))
 
 
@@ -150,10 +151,10 @@ def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: in
 
     def run(part: slice) -> list[Tensor]:
         base = torch_backend.predict(logits[part].clone())
-        own = Rows(*(field[part].clone() for field in rows))
+        own = LexicalRows(*(field[part].clone() for field in rows))
         found = read_lexical(own, query[part].clone(), context[part].clone(), base, SHARPNESS, PRIOR, BONUS)
         shares = found.shares.mean(1)
-        gamma = torch.sigmoid(found.evidence[:, 0]) * shares.any(-1)
+        gamma = torch.sigmoid(found.gate_features[:, 0]) * shares.any(-1)
         return [base.log_z, base.entropy, *found, torch_backend.mix(base, found.tokens, shares, gamma)]
 
     alone = [torch.cat(parts) for parts in zip(*(run(slice(t, t + 1)) for t in range(n)), strict=True)]
@@ -169,12 +170,15 @@ def test_lexical_read_equals_its_twin(n: int, k: int, P: int, width: int) -> Non
     rows, query, base = random_rows(n, k, P, width=width, seed=n), random_keys(n, width, seed=n), random_base(n, seed=n)
     context = random_context(n, seed=n)
     found = read_lexical(rows, query, context, base, SHARPNESS, PRIOR, BONUS)
-    exact, scales = Prediction(*(part.double() for part in base)), (SHARPNESS.double(), PRIOR.double(), BONUS.double())
-    twin = reference.read_lexical(rows, query.double(), context, exact, *scales)
-    assert torch.equal(found.tokens, twin.tokens)
-    assert torch.equal(found.repeats, twin.repeats)
-    assert_close(found.shares, twin.shares.float())
-    assert_close(found.evidence, twin.evidence.float())
+    exact, head_params = (
+        Prediction(*(part.double() for part in base)),
+        (SHARPNESS.double(), PRIOR.double(), BONUS.double()),
+    )
+    expected = reference.read_lexical(rows, query.double(), context, exact, *head_params)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.ngram_matches, expected.ngram_matches)
+    assert_close(found.shares, expected.shares.float())
+    assert_close(found.gate_features, expected.gate_features.float())
 
 
 @pytest.mark.parametrize(("n", "k", "P", "width"), SIZES)
@@ -185,32 +189,32 @@ def test_shares_sum_to_one_where_anything_is_known(n: int, k: int, P: int, width
     known = (rows.ages > 0).any(-1).any(-1)
     torch.testing.assert_close(found.shares.sum(-1), known.float()[:, None].expand(n, 2))
     assert not found.shares.masked_select((rows.ages == 0).flatten(1)[:, None]).any(), "an empty row has no share"
-    assert found.evidence.isfinite().all()
+    assert found.gate_features.isfinite().all()
 
 
 def test_what_lies_in_an_empty_row_is_not_read() -> None:
     rows, query, base = random_rows(7, 3, 4, width=5, seed=0), random_keys(7, 5, seed=0), random_base(7, seed=0)
     empty = rows.ages == 0
     full, context = empty[..., None], random_context(7, seed=0)
-    junk = Rows(
+    junk = LexicalRows(
         rows.ages,
         rows.tokens.masked_fill(empty, 7),
-        rows.prints.masked_fill(full, 1),
+        rows.ngram_hashes.masked_fill(full, 1),
         rows.keys.masked_fill(full, 127),
     )
     plain, other = (read_lexical(r, query, context, base, SHARPNESS, PRIOR, BONUS) for r in (rows, junk))
     assert empty.any()
     assert torch.equal(plain.shares, other.shares)
-    assert torch.equal(plain.evidence, other.evidence)
+    assert torch.equal(plain.gate_features, other.gate_features)
 
 
 def test_what_several_rows_say_of_a_token_counts_together() -> None:
     """Agreement is the share of the best match's token, in however many rows it stands."""
     tokens, log_probs = torch.tensor([[3, 8, 3, 3]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
     cosines, missing = torch.tensor([[0.9, 0.8, 0.1, 0.5]]), torch.tensor([[False, False, False, True]])
-    repeats, scales = torch.tensor([[1, 0, 3, 3]]), (torch.tensor([2.0]), torch.tensor([0.5]))
+    ngram_matches, head_params = torch.tensor([[1, 0, 3, 3]]), (torch.tensor([2.0]), torch.tensor([0.5]))
     bonus = torch.tensor([[0.3, 0.2, 0.1]])
-    found = torch_backend.weigh(tokens, cosines, repeats, log_probs, missing, *scales, bonus)
+    found = torch_backend.score_candidates(tokens, cosines, ngram_matches, log_probs, missing, *head_params, bonus)
     weights = [math.exp(2 * c + 0.5 * p + b) for c, p, b in ((0.9, -1, 0.3), (0.8, -2, 0.0), (0.1, -1, 0.6))]
     agreement, total = (weights[0] + weights[2]) / sum(weights), sum(weights)
     torch.testing.assert_close(found.shares[0, 0], torch.tensor([*(w / total for w in weights), 0.0]))
@@ -218,8 +222,8 @@ def test_what_several_rows_say_of_a_token_counts_together() -> None:
         torch_backend.memory_prob(torch.tensor([3]), tokens, found.shares[:, 0]), torch.tensor([agreement])
     )
     expected = [math.log(total) / 10, 0.9, agreement, math.log(agreement + 1e-4) / 3, 1.0, 0.0, 0.0]
-    torch.testing.assert_close(found.evidence, torch.tensor([expected]))
-    assert found.repeats.tolist() == [1]
+    torch.testing.assert_close(found.gate_features, torch.tensor([expected]))
+    assert found.ngram_matches.tolist() == [1]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["tokens of each", "tokens of all"])
@@ -235,11 +239,11 @@ def test_the_gradients_of_a_read_are_right_even_where_nothing_is_known(shared: b
         PRIOR.double(),
         BONUS.double(),
     )
-    repeats = torch.randint(0, R + 1, (n, K), generator=g)
+    ngram_matches = torch.randint(0, R + 1, (n, K), generator=g)
 
-    def read(cosines: Tensor, log_probs: Tensor, *scales: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch_backend.weigh(tokens, cosines, repeats, log_probs, missing, *scales)
-        return found.shares, found.evidence
+    def read(cosines: Tensor, log_probs: Tensor, *head_params: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch_backend.score_candidates(tokens, cosines, ngram_matches, log_probs, missing, *head_params)
+        return found.shares, found.gate_features
 
     assert torch.autograd.gradcheck(read, [x.clone().requires_grad_() for x in inputs])
 
@@ -249,10 +253,10 @@ def test_the_gradients_of_a_read_are_right_even_where_nothing_is_known(shared: b
 
 def test_a_key_is_stored_to_half_a_step() -> None:
     keys = random_keys(99, 64, seed=0)
-    stored = torch_backend.quantise(keys)
+    stored = torch_backend.quantise_keys(keys)
     assert stored.dtype == torch.int8
-    assert float((stored.float() / torch_backend.KEY_STEPS - keys).abs().max()) <= 0.5 / torch_backend.KEY_STEPS + 1e-6
-    assert torch_backend.quantise(torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])).tolist() == [127, -127, 127, -127, 0]
+    assert float((stored.float() / torch_backend.KEY_SCALE - keys).abs().max()) <= 0.5 / torch_backend.KEY_SCALE + 1e-6
+    assert torch_backend.quantise_keys(torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])).tolist() == [127, -127, 127, -127, 0]
 
 
 @pytest.mark.parametrize(
@@ -260,14 +264,14 @@ def test_a_key_is_stored_to_half_a_step() -> None:
 )
 def test_places_are_those_of_the_twin(n: int, k: int, cells: int, most: int) -> None:
     near = torch.rand(n, cells, generator=noise(n)).argsort(-1)[:, :k]
-    room = torch.randint(0, most + 1, (cells,), generator=noise(1))[near]
-    assert torch.equal(torch_backend.place(near, room), reference.place(near, room))
+    num_empty_rows = torch.randint(0, most + 1, (cells,), generator=noise(1))[near]
+    assert torch.equal(torch_backend.assign_cells(near, num_empty_rows), reference.assign_cells(near, num_empty_rows))
 
 
 def test_a_full_cell_passes_on_to_the_next_nearest_and_forgets_only_when_all_are_full() -> None:
     near = torch.tensor([[4, 2], [4, 2], [2, 4], [4, 2], [4, 2]])
-    room = torch.tensor([[1, 2], [1, 2], [2, 1], [1, 2], [1, 2]])
-    assert torch_backend.place(near, room).tolist() == [4, 2, 2, 4, 4]
+    num_empty_rows = torch.tensor([[1, 2], [1, 2], [2, 1], [1, 2], [1, 2]])
+    assert torch_backend.assign_cells(near, num_empty_rows).tolist() == [4, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -277,14 +281,14 @@ def test_lexical_write_equals_its_twin(n: int, U: int, P: int) -> None:
     old, at = random_rows(U, P, width=3, seed=n), torch.randint(0, U, (n,), generator=noise(n))
     keys = torch.randint(-127, 128, (n, 3), generator=noise(1)).to(torch.int8)
     targets = torch.randint(0, VOCAB, (n,), generator=noise(2))
-    before, prints = Rows(*(field.clone() for field in old)), random_context(n, seed=4)
-    new = torch_backend.write_lexical(old, at, keys, prints, targets)
-    assert rows_equal(new, reference.write_lexical(old, at, keys, prints, targets))
+    before, ngram_hashes = LexicalRows(*(field.clone() for field in old)), random_context(n, seed=4)
+    new = torch_backend.write_lexical(old, at, keys, ngram_hashes, targets)
+    assert rows_equal(new, reference.write_lexical(old, at, keys, ngram_hashes, targets))
     assert rows_equal(old, before), "what was read stays as it was"
 
 
 @st.composite
-def writes(draw: st.DrawFn) -> tuple[Rows, Tensor, Tensor, Tensor, list[int]]:
+def writes(draw: st.DrawFn) -> tuple[LexicalRows, Tensor, Tensor, Tensor, list[int]]:
     """Cells, writes to them that crowd and repeat, and the sizes of the blocks to write them in."""
     U, P, n = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 12))
     at, targets = (torch.tensor(draw(st.lists(st.integers(0, most), min_size=n, max_size=n))) for most in (U - 1, 3))
@@ -295,31 +299,31 @@ def writes(draw: st.DrawFn) -> tuple[Rows, Tensor, Tensor, Tensor, list[int]]:
 @settings(max_examples=150, deadline=None)
 @given(writes())
 def test_blocks_of_any_size_leave_the_rows_that_token_by_token_leaves(
-    write: tuple[Rows, Tensor, Tensor, Tensor, list[int]],
+    write: tuple[LexicalRows, Tensor, Tensor, Tensor, list[int]],
 ) -> None:
     old, at, keys, targets, sizes = write
-    keys, prints, blocks, start = keys.to(torch.int8), random_context(len(at), seed=0), old, 0
+    keys, ngram_hashes, blocks, start = keys.to(torch.int8), random_context(len(at), seed=0), old, 0
     for size in sizes:
         part = slice(start, start + size)
-        blocks = torch_backend.write_lexical(blocks, at[part], keys[part], prints[part], targets[part])
+        blocks = torch_backend.write_lexical(blocks, at[part], keys[part], ngram_hashes[part], targets[part])
         start += size
-    assert rows_equal(blocks, reference.write_lexical(old, at, keys, prints, targets))
+    assert rows_equal(blocks, reference.write_lexical(old, at, keys, ngram_hashes, targets))
 
 
 def test_a_write_takes_an_empty_row_or_the_oldest_and_no_other_bit() -> None:
     ages = torch.tensor([[4, 2, 3], [5, 0, 6], [1, 2, 3]], dtype=torch.int32)
-    old = Rows(
+    old = LexicalRows(
         ages,
         torch.full((3, 3), 9, dtype=torch.int32),
         torch.full((3, 3, R), 8, dtype=torch.int16),
         torch.full((3, 3, 2), 7, dtype=torch.int8),
     )
     keys = torch.tensor([[1, 1], [2, 2], [3, 3]], dtype=torch.int8)
-    prints = torch.tensor([[4] * R, [5] * R, [6] * R], dtype=torch.int16)
-    new = torch_backend.write_lexical(old, torch.tensor([0, 1, 0]), keys, prints, torch.tensor([10, 11, 12]))
+    ngram_hashes = torch.tensor([[4] * R, [5] * R, [6] * R], dtype=torch.int16)
+    new = torch_backend.write_lexical(old, torch.tensor([0, 1, 0]), keys, ngram_hashes, torch.tensor([10, 11, 12]))
     assert new.ages.tolist() == [[4, 5, 6], [5, 7, 6], [1, 2, 3]]
     assert new.tokens.tolist() == [[9, 10, 12], [9, 11, 9], [9, 9, 9]]
-    assert new.prints[..., 0].tolist() == [[8, 4, 6], [8, 5, 8], [8, 8, 8]]
+    assert new.ngram_hashes[..., 0].tolist() == [[8, 4, 6], [8, 5, 8], [8, 8, 8]]
     assert new.keys[..., 0].tolist() == [[7, 1, 3], [7, 2, 7], [7, 7, 7]]
 
 
@@ -339,7 +343,7 @@ def test_a_token_takes_at_most_one_row(n: int) -> None:
         assert len(set(held)) == len(held), "no two rows of a cell are of one age"
 
 
-def _deep(rows: Rows) -> list[Tensor]:
+def _deep(rows: LexicalRows) -> list[Tensor]:
     return [field.view(4, 6, -1) for field in rows]
 
 
@@ -353,9 +357,9 @@ def test_mix_is_the_naive_mixture_and_sums_to_one(dtype: torch.dtype, spread: fl
     known = gamma > 0
     assert 0 < known.sum() < len(known)
     mixed = torch_backend.mix(base, tokens, shares, gamma)
-    twin = reference.mix(torch_backend.predict(base.logits.double()), tokens, shares.double(), gamma.double())
-    torch.testing.assert_close(twin[known].exp().sum(-1), torch.ones(int(known.sum()), dtype=torch.float64))
-    assert_close(mixed[known].log_softmax(-1), twin[known].to(dtype))
+    expected = reference.mix(torch_backend.predict(base.logits.double()), tokens, shares.double(), gamma.double())
+    torch.testing.assert_close(expected[known].exp().sum(-1), torch.ones(int(known.sum()), dtype=torch.float64))
+    assert_close(mixed[known].log_softmax(-1), expected[known].to(dtype))
     assert torch.equal(mixed[~known], base.logits[~known]), "γ = 0 keeps the logits, bit for bit"
 
 
@@ -366,9 +370,9 @@ def test_the_probability_of_a_target_is_that_of_the_mixture(dtype: torch.dtype) 
     p_mem.scatter_add_(1, tokens, shares)
     for token in range(VOCAB):
         targets = torch.full((65,), token)
-        frozen, in_memory = base.log_prob(targets), torch_backend.memory_prob(targets, tokens, shares)
-        adapted = torch_backend.target_log_prob(frozen, in_memory, gamma)
-        assert_close(in_memory, p_mem[:, token])
+        frozen, memory_probs = base.log_prob(targets), torch_backend.memory_prob(targets, tokens, shares)
+        adapted = torch_backend.target_log_prob(frozen, memory_probs, gamma)
+        assert_close(memory_probs, p_mem[:, token])
         assert_close(adapted, mixed[:, token])
         assert torch.equal(adapted[gamma == 0], frozen[gamma == 0])
 
@@ -387,38 +391,40 @@ def test_even_the_weakest_and_the_surest_memory_leaves_probabilities(gamma: floa
 def test_a_step_of_trust_is_the_gradient_of_the_log_probability() -> None:
     base, tokens, shares, _ = random_mixture(torch.float64, 2.0)
     targets = torch.randint(0, VOCAB, (65,), generator=noise(4))
-    frozen, in_memory = base.log_prob(targets), torch_backend.memory_prob(targets, tokens, shares)
+    frozen, memory_probs = base.log_prob(targets), torch_backend.memory_prob(targets, tokens, shares)
     bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     gamma = torch.sigmoid(torch.linspace(-4, 4, 65).double() + bias)
-    log_p = ((1 - gamma) * frozen.exp() + gamma * in_memory).log()
+    log_p = ((1 - gamma) * frozen.exp() + gamma * memory_probs).log()
     log_p.sum().backward()
     assert bias.grad is not None
-    step = torch_backend.trust_step(frozen, log_p.detach(), in_memory, gamma.detach())
+    step = torch_backend.trust_gradient(frozen, log_p.detach(), memory_probs, gamma.detach())
     torch.testing.assert_close(step.sum(), bias.grad)
 
 
 # The guard (law 12).
 
 
-def guarded(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
+def run_guard(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
     """The balance and whether the gate is shut after each block of (gain, tokens)."""
     balance, shut = torch.zeros(()), torch.zeros(())
     balances, states = [], []
     for gain, tokens in gains:
-        balance, shut = torch_backend.guard(balance, shut, torch.tensor(gain), torch.tensor(tokens))
+        balance, shut = torch_backend.guard_step(balance, shut, torch.tensor(gain), torch.tensor(tokens))
         balances.append(float(balance))
         states.append(bool(shut))
     return balances, states
 
 
 def test_the_gate_shuts_below_the_limit_and_opens_above_zero() -> None:
-    _, shut = guarded([(0.1 - GUARD_NATS, 1), (-0.2, 1), (GUARD_NATS - 0.1, 1), (0.5, 1), (-GUARD_NATS - 0.3, 1)])
+    _, shut = run_guard(
+        [(0.1 - GUARD_LIMIT_NATS, 1), (-0.2, 1), (GUARD_LIMIT_NATS - 0.1, 1), (0.5, 1), (-GUARD_LIMIT_NATS - 0.3, 1)]
+    )
     assert shut == [False, True, True, False, False]
 
 
 def test_losses_and_gains_fade() -> None:
-    balances, shut = guarded([(-0.9 * GUARD_NATS, 1), (0.0, GUARD_TOKENS), (-0.9 * GUARD_NATS, 1)])
-    assert balances[1] == pytest.approx(-0.9 * GUARD_NATS / math.e, rel=1e-2)
+    balances, shut = run_guard([(-0.9 * GUARD_LIMIT_NATS, 1), (0.0, GUARD_DECAY_TOKENS), (-0.9 * GUARD_LIMIT_NATS, 1)])
+    assert balances[1] == pytest.approx(-0.9 * GUARD_LIMIT_NATS / math.e, rel=1e-2)
     assert not any(shut[:2])
     assert shut[2]
 
@@ -428,7 +434,7 @@ def test_losses_and_gains_fade() -> None:
 def test_what_an_open_gate_loses_is_bounded_whatever_it_gained_before(gains: list[float]) -> None:
     """Between two shuttings it loses its credit, the limit and what shuts it; in 50 tokens little fades."""
     was_open, lost = True, 0.0
-    for gain, shut in zip(gains, guarded([(gain, 1) for gain in gains])[1], strict=True):
+    for gain, shut in zip(gains, run_guard([(gain, 1) for gain in gains])[1], strict=True):
         lost = max(0.0, lost - gain) if was_open else 0.0
-        assert lost <= 2 * GUARD_NATS + 30.0 + 1.0
+        assert lost <= 2 * GUARD_LIMIT_NATS + 30.0 + 1.0
         was_open = not shut

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
-from model.memory.config import OWN, RUNS, SHUT
+from model.memory.config import GATE_CLOSED, NGRAM_SIZES, SESSION_SCALARS_SUFFIX
 
-SLOTS, P, SESSIONS, R = 16, 4, 4, len(RUNS)
+SLOTS, P, SESSIONS, R = 16, 4, 4, len(NGRAM_SIZES)
 ROWS = 22  # not a multiple of P: room for 6 cells of words, and for 22 states
 NAMES = ("words", "states")
 CELLS, CAPACITY, CELL = {"words": 4, "states": 16}, {"words": 6, "states": 22}, {"words": P, "states": 1}
@@ -61,7 +61,7 @@ def _like(mask: Tensor, field: Tensor) -> Tensor:
     return mask.unsqueeze(-1) if field.dim() > mask.dim() else mask.expand_as(field)
 
 
-def image(state: Mapping[str, SiteRows]) -> Image:
+def rows_by_slot(state: Mapping[str, SiteRows]) -> Image:
     for rows in state.values():
         assert rows.slots.dtype == torch.int32
         assert rows.data.dtype == torch.uint8
@@ -118,7 +118,7 @@ def learned(pool: Pool, index: int, seed: int = 0) -> None:
     draft = pool.draft(index)
     put(draft, "words", [3, 1], seed)
     put(draft, "states", [0, 15], seed + 1)
-    pool.sites["words"].own[draft.index] = numbers(0.1 + seed, -3.0, 1.0)
+    pool.sites["words"].session_scalars[draft.index] = numbers(0.1 + seed, -3.0, 1.0)
     draft.commit()
 
 
@@ -202,9 +202,12 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), drawn=st.tuples(st.floats(-4, -1, width=32), st.floats(-9, 9, width=32), st.booleans()))
     def experience(self, data: st.DataObject, drawn: tuple[float, float, bool]) -> None:
         one, state = self.open[data.draw(st.sampled_from(sorted(self.open)))]
-        own = numbers(*drawn)
-        self.pool.sites["words"].own[one.index] = own
-        self.open[one.index] = (one, merged(state, {"words" + OWN: {0: own.numpy().tobytes()}}))
+        session_scalars = numbers(*drawn)
+        self.pool.sites["words"].session_scalars[one.index] = session_scalars
+        self.open[one.index] = (
+            one,
+            merged(state, {"words" + SESSION_SCALARS_SUFFIX: {0: session_scalars.numpy().tobytes()}}),
+        )
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -232,11 +235,11 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def pool_equals_model(self) -> None:
         for index, state in self.model.items():
-            assert image(self.pool.dump(index)) == state
+            assert rows_by_slot(self.pool.dump(index)) == state
             assert self.pool.rows(index) == {name: len(state.get(name, {})) for name in NAMES}
         for index, (one, state) in self.open.items():
-            assert image(self.pool.dump(index)) == state
-            assert image(one.touched()) == changed(state, self.model[one.base])
+            assert rows_by_slot(self.pool.dump(index)) == state
+            assert rows_by_slot(one.touched()) == changed(state, self.model[one.base])
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -245,11 +248,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_device_is_told_what_the_host_knows(self) -> None:
-        assert all((site.tables.numpy() == site.places).all() for site in self.pool.sites.values())
+        assert all((site.tables.numpy() == site.physical_cells).all() for site in self.pool.sites.values())
 
     @invariant()
     def the_empty_session_stays_empty(self) -> None:
-        assert not any(site.tables[0].any() or site.own[0].any() for site in self.pool.sites.values())
+        assert not any(site.tables[0].any() or site.session_scalars[0].any() for site in self.pool.sites.values())
         assert not any(field[0].any() for site in self.pool.sites.values() for field in site.fields)
 
 
@@ -265,10 +268,10 @@ def test_a_read_sees_each_sessions_own_rows_and_nothing_of_cells_never_written()
     put(draft, "words", [1], seed=7)
     index, cells = torch.tensor([0, first, second, draft.index]), torch.tensor([[1, 3]]).expand(4, 2)
     mine, drafted = pool.draft(first).get("words", cells[0]), draft.get("words", cells[0, :1])
-    for field, own, new in zip(pool.sites["words"].read(index, cells), mine, drafted, strict=True):
-        assert torch.equal(field[1], own)
+    for field, base_field, new in zip(pool.sites["words"].read(index, cells), mine, drafted, strict=True):
+        assert torch.equal(field[1], base_field)
         assert torch.equal(field[3, :1], new)
-        assert own.any()
+        assert base_field.any()
         assert new.any()
         assert not field[0].any()
         assert not field[2].any()
@@ -279,15 +282,15 @@ def test_a_draft_changes_its_base_only_when_it_is_committed() -> None:
     pool = new_pool()
     index = pool.open()
     learned(pool, index)
-    before, free = image(pool.dump(index)), free_counts(pool)
+    before, free = rows_by_slot(pool.dump(index)), free_counts(pool)
     for end in ("rollback", "commit"):
         draft = pool.draft(index)
         put(draft, "words", [1, 2], seed=5)
-        pool.sites["words"].own[draft.index] = 3.0
-        after = image(pool.dump(draft.index))
-        assert image(pool.dump(index)) == before != after
+        pool.sites["words"].session_scalars[draft.index] = 3.0
+        after = rows_by_slot(pool.dump(draft.index))
+        assert rows_by_slot(pool.dump(index)) == before != after
         getattr(draft, end)()
-        assert image(pool.dump(index)) == (before if end == "rollback" else after)
+        assert rows_by_slot(pool.dump(index)) == (before if end == "rollback" else after)
     free[1] -= 1  # cell 2 is new, cell 1 replaces one whose place is free again
     assert free_counts(pool) == free
 
@@ -313,11 +316,11 @@ def test_a_sessions_own_numbers_are_stored_even_where_no_row_changed() -> None:
     index = pool.open()
     draft = pool.draft(index)
     assert draft.touched() == {}
-    pool.sites["words"].own[draft.index] = numbers(0.0, -2.5, 0.0)
+    pool.sites["words"].session_scalars[draft.index] = numbers(0.0, -2.5, 0.0)
     touched = draft.touched()
-    assert set(touched) == {"words" + OWN}
+    assert set(touched) == {"words" + SESSION_SCALARS_SUFFIX}
     draft.commit()
-    assert pool.sites["words"].own[pool.open(touched)].tolist() == numbers(0.0, -2.5, 0.0).tolist()
+    assert pool.sites["words"].session_scalars[pool.open(touched)].tolist() == numbers(0.0, -2.5, 0.0).tolist()
     assert pool.rows(index) == {"words": 0, "states": 0}
 
 
@@ -325,10 +328,10 @@ def test_a_sessions_own_numbers_are_stored_even_where_no_row_changed() -> None:
 def test_a_turn_tells_which_guards_it_moved(was: float, is_now: float, counted: int) -> None:
     pool = new_pool()
     index = pool.open()
-    pool.sites["words"].own[index, SHUT, 2] = was
+    pool.sites["words"].session_scalars[index, GATE_CLOSED, 2] = was
     draft = pool.draft(index)
-    pool.sites["words"].own[draft.index, SHUT, 2] = is_now
-    assert draft.guards() == counted
+    pool.sites["words"].session_scalars[draft.index, GATE_CLOSED, 2] = is_now
+    assert draft.num_guards_shut() == counted
 
 
 def test_a_dump_opens_as_the_same_bits_own_numbers_included() -> None:
@@ -338,10 +341,10 @@ def test_a_dump_opens_as_the_same_bits_own_numbers_included() -> None:
     learned(other, other.open(), seed=4)
     state = pool.dump(index)
     again = other.open(state)
-    assert image(other.dump(again)) == image(state)
-    assert set(state) == {"words", "states", "words" + OWN}
+    assert rows_by_slot(other.dump(again)) == rows_by_slot(state)
+    assert set(state) == {"words", "states", "words" + SESSION_SCALARS_SUFFIX}
     for name, site in pool.sites.items():
-        assert torch.equal(site.own[index], other.sites[name].own[again])
+        assert torch.equal(site.session_scalars[index], other.sites[name].session_scalars[again])
         cells = torch.arange(CELLS[name])[None]
         fields = site.read(torch.tensor([index]), cells)
         for mine, theirs in zip(fields, other.sites[name].read(torch.tensor([again]), cells), strict=True):
@@ -354,31 +357,31 @@ def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> Non
     pool = new_pool(rows=2 * ROWS)
     index = pool.open()
     learned(pool, index)
-    pool.sites["words"].own[index] = numbers(0.5, 0.0, 0.0)
-    old = image(pool.dump(index))
+    pool.sites["words"].session_scalars[index] = numbers(0.5, 0.0, 0.0)
+    old = rows_by_slot(pool.dump(index))
     draft = pool.draft(index)
     put(draft, "words", [1, 2], seed=6)
     put(draft, "words", [2, 0], seed=8)
     put(draft, "states", [15, 4, 7], seed=7)
-    pool.sites["words"].own[draft.index] = numbers(trust, 0.0, 0.0)
-    touched = image(draft.touched())
+    pool.sites["words"].session_scalars[draft.index] = numbers(trust, 0.0, 0.0)
+    touched = rows_by_slot(draft.touched())
     draft.commit()
     assert cells_of(touched, "words") == {0, 1, 2}
     assert cells_of(touched, "states") == {4, 7, 15}
-    assert ("words" + OWN in touched) == (trust != 0.5)
+    assert ("words" + SESSION_SCALARS_SUFFIX in touched) == (trust != 0.5)
     again = pool.open(stored(merged(old, touched)))
-    assert image(pool.dump(again)) == image(pool.dump(index))
-    assert pool.sites["words"].own[again].tolist() == numbers(trust, 0.0, 0.0).tolist()
+    assert rows_by_slot(pool.dump(again)) == rows_by_slot(pool.dump(index))
+    assert pool.sites["words"].session_scalars[again].tolist() == numbers(trust, 0.0, 0.0).tolist()
 
 
 def test_an_index_that_is_used_again_remembers_nothing() -> None:
     pool = new_pool(sessions=1)
     index = pool.open()
-    pool.sites["words"].own[index] = 2.0
+    pool.sites["words"].session_scalars[index] = 2.0
     pool.close(index)
     assert pool.open() == index
     assert pool.dump(index) == {}
-    assert not pool.sites["words"].own.any()
+    assert not pool.sites["words"].session_scalars.any()
 
 
 def test_a_place_that_is_used_again_holds_none_of_its_old_rows() -> None:
@@ -392,7 +395,7 @@ def test_a_place_that_is_used_again_holds_none_of_its_old_rows() -> None:
     pool.close(first)
     row = SiteRows(torch.tensor([P + 2], dtype=torch.int32), torch.full((1, CONFIG.sites[0].row_bytes), 9).byte())
     again = pool.open({"words": row})
-    assert image(pool.dump(again)) == image({"words": row})
+    assert rows_by_slot(pool.dump(again)) == rows_by_slot({"words": row})
     assert pool.rows(again) == {"words": 1, "states": 0}
 
 
@@ -440,7 +443,7 @@ def test_room_is_made_only_when_needed_and_as_often_as_it_takes() -> None:
     assert evictable.cold == cold[1:], "six rows were free"
     put(draft, "states", [6, 7], seed=9)
     assert evictable.cold == []
-    before = image(pool.dump(draft.index))
+    before = rows_by_slot(pool.dump(draft.index))
     with pytest.raises(PoolFullError, match="3 needed, 2 of 10 free"):
         put(draft, "states", [0, 9, 10, 11], seed=9)
-    assert image(pool.dump(draft.index)) == before
+    assert rows_by_slot(pool.dump(draft.index)) == before

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from model.memory import (
     Draft,
+    LexicalReadout,
     LexicalSite,
     Memory,
     MemoryConfig,
     MemoryConfigError,
     Pool,
-    Reading,
     SiteConfig,
     load_memory,
     save_memory,
 )
-from model.memory.config import BALANCE, RUNS, SHUT, TRUST
+from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
 from model.memory.lexical import torch_backend
 
 LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)
@@ -70,7 +70,7 @@ def test_a_memory_loads_as_the_same_bits_and_the_same_fingerprint(saved: Path) -
 def test_sites_are_found_by_what_they_are() -> None:
     memory = random_memory(replace(CONFIG, sites=(HIDDEN, LEXICAL, replace(HIDDEN, name="output", layer=-1))))
     assert memory.lexical is memory.sites["words"]
-    assert memory.hidden == {1: memory.sites["states"], -1: memory.sites["output"]}
+    assert memory.delta == {1: memory.sites["states"], -1: memory.sites["output"]}
     assert Memory(replace(CONFIG, sites=(HIDDEN,))).lexical is None
 
 
@@ -240,7 +240,7 @@ def test_a_memory_that_cannot_be_built_is_refused(changes: dict[str, Any], messa
 
 def test_a_rows_bytes_are_those_that_are_stored() -> None:
     """An age, a token and a key of bytes; or numbers. The pool packs them so."""
-    assert (LEXICAL.row_bytes, HIDDEN.row_bytes) == (4 + 4 + 2 * len(RUNS) + 4, 5 * 4)
+    assert (LEXICAL.row_bytes, HIDDEN.row_bytes) == (4 + 4 + 2 * len(NGRAM_SIZES) + 4, 5 * 4)
     assert (LEXICAL.cells, HIDDEN.cells) == (5, 9)
     pool = Pool(CONFIG, rows=15, sessions=2)
     draft = pool.draft(pool.open())
@@ -275,17 +275,17 @@ def read_and_learn(
     draft: Draft,
     seed: int,
     targets: Tensor,
-    prints: Tensor | None = None,
+    ngram_hashes: Tensor | None = None,
     trust: Tensor | None = None,
-) -> tuple[Reading, Tensor]:
+) -> tuple[LexicalReadout, Tensor]:
     """One block, the hidden states before its targets and what the base predicts being random; also that, [n]."""
     g, n = torch.Generator().manual_seed(seed), len(targets)
     hidden, base = torch.randn(n, 6, generator=g), torch_backend.predict(torch.randn(n, 20, generator=g))
-    prints = torch.zeros(n, len(RUNS), dtype=torch.int16) if prints is None else prints
-    trust = site.first_trust() if trust is None else trust
-    reading = site.read(draft.pool, torch.full((n,), draft.index), hidden, prints, base, trust.expand(n, -1))
-    site.learn(draft, reading, targets, base.log_prob(targets))
-    return reading, base.log_prob(targets)
+    ngram_hashes = torch.zeros(n, len(NGRAM_SIZES), dtype=torch.int16) if ngram_hashes is None else ngram_hashes
+    trust = site.initial_trust() if trust is None else trust
+    readout = site.read(draft.pool, torch.full((n,), draft.index), hidden, ngram_hashes, base, trust.expand(n, -1))
+    site.learn(draft, readout, targets, base.log_prob(targets))
+    return readout, base.log_prob(targets)
 
 
 def new_draft(site: LexicalSite) -> Draft:
@@ -323,16 +323,16 @@ def test_a_token_is_written_once_where_there_is_room() -> None:
     """In the nearest of its cells that has an empty row."""
     site = lexical_site()
     draft, targets = new_draft(site), torch.arange(8, 20)
-    reading, _ = read_and_learn(site, draft, 4, targets)
+    readout, _ = read_and_learn(site, draft, 4, targets)
     ages, tokens, _, keys = draft.get("words", torch.arange(5))
-    where = torch_backend.place(reading.cells, torch.full_like(reading.cells, 3))
-    assert reading.room.tolist() == [[3, 3]] * 12
-    assert not torch.equal(where, reading.cells[:, 0]), "the test can tell"
+    where = torch_backend.assign_cells(readout.cells, torch.full_like(readout.cells, 3))
+    assert readout.num_empty_rows.tolist() == [[3, 3]] * 12
+    assert not torch.equal(where, readout.cells[:, 0]), "the test can tell"
     for cell in range(5):
         held = tokens[cell][ages[cell] > 0]
         assert sorted(held.tolist()) == targets[where == cell][-3:].tolist(), "its youngest three, and nothing else"
         for token, key in zip(held, keys[cell][ages[cell] > 0], strict=True):
-            assert torch.equal(key, torch_backend.quantise(reading.keys)[targets == token][0])
+            assert torch.equal(key, torch_backend.quantise_keys(readout.keys)[targets == token][0])
 
 
 @torch.no_grad()
@@ -343,22 +343,24 @@ def test_what_was_expected_better_than_the_threshold_is_not_written(surprise: fl
     draft = new_draft(site)
     draft.put("words", torch.arange(5), [torch.ones_like(field) for field in draft.get("words", torch.arange(5))])
     for shut in (0.0, 1.0):
-        draft.pool.sites["words"].own[draft.index, SHUT] = shut
+        draft.pool.sites["words"].session_scalars[draft.index, GATE_CLOSED] = shut
         before = draft.get("words", torch.arange(5))
-        reading, frozen = read_and_learn(site, draft, 5 + int(shut), targets)
-        in_memory = torch_backend.memory_prob(targets, reading.tokens, reading.shares)
-        adapted = torch_backend.target_log_prob(frozen, in_memory, reading.unguarded)
+        readout, frozen = read_and_learn(site, draft, 5 + int(shut), targets)
+        memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
+        adapted = torch_backend.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
         news = targets[adapted < -surprise]
         written = len(news) / len(targets)
         assert {0.0: written == 1.0, 2.5: 0.0 < written < 1.0, 99.0: written == 0.0}[surprise], "the test can tell"
         after = draft.get("words", torch.arange(5))
-        where = torch_backend.place(reading.cells[adapted < -surprise], reading.room[adapted < -surprise])
+        where = torch_backend.assign_cells(
+            readout.cells[adapted < -surprise], readout.num_empty_rows[adapted < -surprise]
+        )
         per_cell = torch.bincount(where, minlength=5).clamp_max(3)
         changed = after[0] != before[0]
         assert torch.equal(changed.sum(-1), per_cell)
         for token, key in zip(after[1][changed], after[3][changed], strict=True):
             assert token in news
-            assert torch.equal(key, torch_backend.quantise(reading.keys[int(token)])), (
+            assert torch.equal(key, torch_backend.quantise_keys(readout.keys[int(token)])), (
                 "each with the key of its own context"
             )
 
@@ -368,10 +370,10 @@ def test_a_shut_guard_leaves_nothing_of_the_memory_but_the_knowledge_of_what_it_
     site, targets = lexical_site(), torch.arange(4)
     draft = new_draft(site)
     read_and_learn(site, draft, 3, targets)
-    draft.pool.sites["words"].own[draft.index, SHUT] = 1.0
-    reading, _ = read_and_learn(site, draft, 3, targets)
-    assert not reading.gamma.any()
-    assert reading.unguarded.all()
+    draft.pool.sites["words"].session_scalars[draft.index, GATE_CLOSED] = 1.0
+    readout, _ = read_and_learn(site, draft, 3, targets)
+    assert not readout.gamma.any()
+    assert readout.unguarded_gamma.all()
 
 
 @torch.no_grad()
@@ -379,37 +381,37 @@ def test_a_sessions_own_numbers_follow_what_its_memory_was_worth() -> None:
     site, targets = lexical_site(trust_rate=0.5), torch.arange(2)
     draft = new_draft(site)
     read_and_learn(site, draft, 3, targets)
-    own = draft.pool.sites["words"].own[draft.index]
-    assert not own.any(), "nothing was said, nothing was gained"
-    reading, frozen = read_and_learn(site, draft, 3, targets)
-    in_memory = torch_backend.memory_prob(targets, reading.tokens, reading.shares)
-    adapted = torch_backend.target_log_prob(frozen, in_memory, reading.unguarded)
-    step = torch_backend.trust_step(frozen, adapted, in_memory, reading.unguarded).sum()
+    session_scalars = draft.pool.sites["words"].session_scalars[draft.index]
+    assert not session_scalars.any(), "nothing was said, nothing was gained"
+    readout, frozen = read_and_learn(site, draft, 3, targets)
+    memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
+    adapted = torch_backend.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
+    step = torch_backend.trust_gradient(frozen, adapted, memory_probs, readout.unguarded_gamma).sum()
     expected = torch.stack([0.5 * step, (adapted - frozen).sum(), torch.zeros(())])
     assert float(expected[TRUST]) > 0.1
-    torch.testing.assert_close(own[:, 0], expected)
-    assert not own[:, 1:].any(), "no run was repeated"
-    reading, _ = read_and_learn(site, draft, 3, targets)
-    torch.testing.assert_close(reading.gamma, torch.sigmoid(0.5 * step).expand(2))
+    torch.testing.assert_close(session_scalars[:, 0], expected)
+    assert not session_scalars[:, 1:].any(), "no run was repeated"
+    readout, _ = read_and_learn(site, draft, 3, targets)
+    torch.testing.assert_close(readout.gamma, torch.sigmoid(0.5 * step).expand(2))
 
 
 @torch.no_grad()
 def test_what_is_said_again_earns_trust_of_its_own() -> None:
     """Trust, balance and guard go by the number of runs that the best match repeats, in the session and the request."""
     site, targets = lexical_site(trust_rate=0.5, request_trust_rate=0.25), torch.arange(2)
-    draft, prints = new_draft(site), torch.tensor([[3, 4, 0], [0, 0, 0]], dtype=torch.int16)
-    read_and_learn(site, draft, 3, targets, prints)
-    own = draft.pool.sites["words"].own[draft.index]
-    reading, frozen = read_and_learn(site, draft, 3, targets, prints)
-    assert reading.repeats.tolist() == [2, 0]
-    _, step = site.judged(reading, targets, frozen)
+    draft, ngram_hashes = new_draft(site), torch.tensor([[3, 4, 0], [0, 0, 0]], dtype=torch.int16)
+    read_and_learn(site, draft, 3, targets, ngram_hashes)
+    session_scalars = draft.pool.sites["words"].session_scalars[draft.index]
+    readout, frozen = read_and_learn(site, draft, 3, targets, ngram_hashes)
+    assert readout.ngram_matches.tolist() == [2, 0]
+    _, step = site.log_probs_and_trust_gradient(readout, targets, frozen)
     assert (step != 0).tolist() == [True, False, True, False]
-    torch.testing.assert_close(own[TRUST], 0.5 * step)
-    assert (own[BALANCE] != 0).tolist() == [True, False, True, False]
-    request = site.next_trust(torch.full((4,), -0.5), reading, targets, frozen)
+    torch.testing.assert_close(session_scalars[TRUST], 0.5 * step)
+    assert (session_scalars[BALANCE] != 0).tolist() == [True, False, True, False]
+    request = site.updated_trust(torch.full((4,), -0.5), readout, targets, frozen)
     torch.testing.assert_close(request, -0.5 + 0.25 * step)
-    again, _ = read_and_learn(site, draft, 3, targets, prints, trust=request)
+    again, _ = read_and_learn(site, draft, 3, targets, ngram_hashes, trust=request)
     torch.testing.assert_close(again.gamma, torch.sigmoid(0.5 * step + request)[[2, 0]])
-    draft.pool.sites["words"].own[draft.index, SHUT, 2] = 1.0
-    shut, _ = read_and_learn(site, draft, 3, targets, prints)
+    draft.pool.sites["words"].session_scalars[draft.index, GATE_CLOSED, 2] = 1.0
+    shut, _ = read_and_learn(site, draft, 3, targets, ngram_hashes)
     assert (shut.gamma > 0).tolist() == [False, True]

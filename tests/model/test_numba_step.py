@@ -13,8 +13,8 @@ from torch import Tensor
 from model.base.backbone import Backbone, DenseCache
 from model.base.checkpoint import load_backbone
 from model.decode import numba_step
-from model.numba_support import LEAST, Array, compiled, exp, largest, log
-from tests.model.random_models import tokens, twin
+from model.numba_support import MIN_EXP_INPUT, Array, cached_njit, exp, log, row_max
+from tests.model.random_models import random_llama, tokens
 from tests.model.test_backbone import CONFIGS
 
 LENGTHS = [90, 3, 0, 5, 6, 17, 18, 19, 20]
@@ -28,11 +28,11 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(params=["default", *CONFIGS])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Backbone:
-    twin(**CONFIGS.get(request.param, {})).save_pretrained(tmp_path)
+    random_llama(**CONFIGS.get(request.param, {})).save_pretrained(tmp_path)
     return load_backbone(tmp_path)
 
 
-def begun(base: Backbone, lengths: list[int]) -> list[DenseCache]:
+def prefilled(base: Backbone, lengths: list[int]) -> list[DenseCache]:
     """The caches of sequences of some lengths, with room for one token more, and some for more than that."""
     caches = [DenseCache(base.config, n + 1 + n % 3, device="cpu", dtype=torch.float32) for n in lengths]
     for row, cache, length in zip(tokens(len(lengths), 128), caches, lengths, strict=True):
@@ -48,7 +48,7 @@ def kept(caches: list[DenseCache], more: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("lengths", [[0], [40], [7, 8, 1], LENGTHS], ids=str)
 def test_a_step_is_that_of_its_twin(base: Backbone, lengths: list[int]) -> None:
-    mine, its, ids = begun(base, lengths), begun(base, lengths), tokens(len(lengths), 1)
+    mine, its, ids = prefilled(base, lengths), prefilled(base, lengths), tokens(len(lengths), 1)
     torch.testing.assert_close(numba_step.decode(base, ids[:, 0], mine), base(ids, its)[:, 0], atol=1e-4, rtol=1e-5)
     assert [cache.length for cache in mine] == lengths
     for told, twin_told in zip(kept(mine, 1), kept(its, 0), strict=True):
@@ -57,7 +57,7 @@ def test_a_step_is_that_of_its_twin(base: Backbone, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("base", ["default"], indirect=True)
 def test_it_is_as_close_to_double_precision_as_its_twin(base: Backbone, tmp_path: Path) -> None:
-    caches, ids = begun(base, LENGTHS), tokens(len(LENGTHS), 1)
+    caches, ids = prefilled(base, LENGTHS), tokens(len(LENGTHS), 1)
     double = load_backbone(tmp_path, dtype=torch.float64)
     exact = [DenseCache(base.config, cache.capacity, device="cpu", dtype=torch.float64) for cache in caches]
     for cache, its in zip(caches, exact, strict=True):
@@ -78,7 +78,7 @@ def test_sites_see_and_replace_the_residual_stream_as_in_the_twin(base: Backbone
         notes.append(hidden)
         return hidden.roll(1, dims=-1)
 
-    mine, its, ids = begun(base, LENGTHS), begun(base, LENGTHS), tokens(len(LENGTHS), 1)
+    mine, its, ids = prefilled(base, LENGTHS), prefilled(base, LENGTHS), tokens(len(LENGTHS), 1)
     hooks = [{layer: lambda hidden, notes=notes: site(notes, hidden) for layer in (0, 2)} for notes in seen]
     step, twin_step = numba_step.decode(base, ids[:, 0], mine, hooks[0]), base(ids, its, hooks[1])[:, 0]
     torch.testing.assert_close(step, twin_step, atol=1e-4, rtol=1e-5)
@@ -91,13 +91,13 @@ def test_threads_share_the_work_and_change_no_bit(base: Backbone, monkeypatch: p
     ids, steps = tokens(len(LENGTHS)), list[Tensor]()
     for threads in (1, 2, 3, 50):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        monkeypatch.setattr(numba_step, "TOKENS_A_THREAD", 10**6 if threads == 1 else 2)
-        caches = begun(base, LENGTHS)
+        monkeypatch.setattr(numba_step, "MIN_TOKENS_PER_THREAD", 10**6 if threads == 1 else 2)
+        caches = prefilled(base, LENGTHS)
         steps.append(torch.cat([numba_step.decode(base, ids, caches).flatten(), *map(Tensor.flatten, kept(caches, 1))]))
     assert all(torch.equal(steps[0], step) for step in steps)
 
 
-@compiled
+@cached_njit
 def each(x: Array, exps: Array, logs: Array) -> None:
     for i in range(len(x)):
         exps[i], logs[i] = exp(x[i]), log(np.float32(1.0) + abs(x[i]))
@@ -105,7 +105,9 @@ def each(x: Array, exps: Array, logs: Array) -> None:
 
 def test_compiled_functions_are_those_of_numpy() -> None:
     g = np.random.default_rng(0)
-    x = np.concatenate([g.uniform(-87, 88, 9999), g.normal(0, 1e-3, 999), [0.0, -0.0, LEAST, 88.0]]).astype(np.float32)
+    x = np.concatenate([g.uniform(-87, 88, 9999), g.normal(0, 1e-3, 999), [0.0, -0.0, MIN_EXP_INPUT, 88.0]]).astype(
+        np.float32
+    )
     exps, logs = np.empty((2, len(x)), np.float32)
     each(x, exps, logs)
     np.testing.assert_allclose(exps, np.exp(x.astype(float)), rtol=3e-7)
@@ -113,4 +115,4 @@ def test_compiled_functions_are_those_of_numpy() -> None:
     for size in (1, 2, 15, 64, 1001):
         for row in (g.normal(size=size), -np.exp(g.normal(size=size)), np.full(size, -1e30)):
             for dtype in (np.float32, np.float64):
-                assert largest(row.astype(dtype)) == row.astype(np.float32).max()
+                assert row_max(row.astype(dtype)) == row.astype(np.float32).max()

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from model.memory import Draft, Pool
 from model.memory.lexical import reference, torch_backend
-from model.policies.journal import KEPT, SLOTS, TOUCHED, Journal, JournalError
+from model.policies.journal import MAX_PENDING, MAX_TOUCHED_ROWS, SLOTS, Journal, JournalError
 from model.policies.network import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
 from research.scenarios.card_sorting import CardSorting
 from research.scenarios.recipes import RECIPES
 from research.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
-from research.training.policy_loop import ActingRound, LabellingRound, Lessons, PolicyTrainer, train_agent
+from research.training.policy_loop import ActingRound, LabellingRound, PolicyTrainConfig, PolicyTrainer, train_agent
 from tests.tiny import build_tiny_policies
 
-EMPTY = 0
+EMPTY_SESSION = 0
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +29,20 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def chooser(paths: list[Path]) -> Policy:
+def act_policy(paths: list[Path]) -> Policy:
     return load_policy(paths[0])
 
 
 @pytest.fixture(scope="module")
-def namer(paths: list[Path]) -> Policy:
+def label_policy(paths: list[Path]) -> Policy:
     return load_policy(paths[1])
 
 
-def pool_of(policy: Policy) -> Pool:
+def build_pool(policy: Policy) -> Pool:
     return Pool(policy.config.memory, rows=1024, sessions=16)
 
 
-def asked(policy: Policy, n: int, seed: int = 0) -> Tensor:
+def random_inputs(policy: Policy, n: int, seed: int = 0) -> Tensor:
     """What the actions of n sessions ask with [n, A, F]."""
     generator = torch.Generator().manual_seed(seed)
     observation = torch.randn(n, policy.config.observation, generator=generator)
@@ -51,7 +51,7 @@ def asked(policy: Policy, n: int, seed: int = 0) -> Tensor:
 
 def rewarded(policy: Policy, pool: Pool, index: int, times: int, seed: int = 0) -> None:
     """Learns some rewards in a session."""
-    inputs = asked(policy, times, seed)
+    inputs = random_inputs(policy, times, seed)
     for time in range(times):
         draft = pool.draft(index)
         reward(policy, draft, inputs[time, time % 3], float(time % 2))
@@ -67,62 +67,62 @@ def reward(policy: Policy, draft: Draft, inputs: Tensor, value: float) -> None:
 def test_how_much_there_is_of_a_row_is_what_its_twin_says() -> None:
     rows, w = torch.randn(5, 3, 4, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     rows[2] = 0
-    torch.testing.assert_close(torch_backend.amount_hidden(rows, w), reference.amount_hidden(rows, w))
+    torch.testing.assert_close(torch_backend.delta_read_magnitude(rows, w), reference.delta_read_magnitude(rows, w))
 
 
-def test_an_empty_session_decides_as_the_network_alone(chooser: Policy, namer: Policy) -> None:
-    inputs, pool = asked(chooser, 4), pool_of(chooser)
+def test_an_empty_session_decides_as_the_network_alone(act_policy: Policy, label_policy: Policy) -> None:
+    inputs, pool = random_inputs(act_policy, 4), build_pool(act_policy)
     index = pool.open()
-    alone = chooser.judge(chooser.state(inputs.flatten(0, 1)))
-    for session in (EMPTY, index):
-        logits, expected = chooser.decide(inputs, pool, torch.full((4,), session))
+    alone = act_policy.logit_and_value(act_policy.state(inputs.flatten(0, 1)))
+    for session in (EMPTY_SESSION, index):
+        logits, expected = act_policy.decide(inputs, pool, torch.full((4,), session))
         assert torch.equal(logits.flatten(), alone[0]) and torch.equal(expected.flatten(), alone[1])
-    features, labels = torch.randn(4, 6), pool_of(namer)
-    alone_labels = namer.base(namer.embed(features)).logits.log_softmax(-1)
-    assert torch.equal(namer.label(features, labels, torch.full((4,), labels.open())), alone_labels)
+    features, labels = torch.randn(4, 6), build_pool(label_policy)
+    alone_labels = label_policy.base(label_policy.embed(features)).logits.log_softmax(-1)
+    assert torch.equal(label_policy.label(features, labels, torch.full((4,), labels.open())), alone_labels)
 
 
-def test_neighbours_change_no_bit(chooser: Policy, namer: Policy) -> None:
-    pool = pool_of(chooser)
+def test_neighbours_change_no_bit(act_policy: Policy, label_policy: Policy) -> None:
+    pool = build_pool(act_policy)
     sessions = [pool.open() for _ in range(5)]
     for number, index in enumerate(sessions):
-        rewarded(chooser, pool, index, 6, seed=number)
-    inputs, told = asked(chooser, 5, seed=9), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
-    together = chooser.decide(inputs, pool, torch.tensor(sessions))
-    written = chooser.reward(inputs[:, 1], told, pool, torch.tensor(sessions))
+        rewarded(act_policy, pool, index, 6, seed=number)
+    inputs, told = random_inputs(act_policy, 5, seed=9), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    together = act_policy.decide(inputs, pool, torch.tensor(sessions))
+    written = act_policy.reward(inputs[:, 1], told, pool, torch.tensor(sessions))
     for i, index in enumerate(sessions):
-        alone = chooser.decide(inputs[i : i + 1], pool, torch.tensor([index]))
+        alone = act_policy.decide(inputs[i : i + 1], pool, torch.tensor([index]))
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
-        mine = chooser.reward(inputs[i : i + 1, 1], told[i : i + 1], pool, torch.tensor([index]))
+        mine = act_policy.reward(inputs[i : i + 1, 1], told[i : i + 1], pool, torch.tensor([index]))
         assert all(torch.equal(a[0], b[i]) for a, b in zip(mine, written, strict=True))
-    labels = pool_of(namer)
+    labels = build_pool(label_policy)
     opened = [labels.open() for _ in range(4)]
     features = torch.randn(4, 6)
     for index in opened[1:]:
-        observed(namer, labels, index, features[index % 4], index % 5)
-    all_said = namer.label(features, labels, torch.tensor(opened))
+        observed(label_policy, labels, index, features[index % 4], index % 5)
+    all_said = label_policy.label(features, labels, torch.tensor(opened))
     for i, index in enumerate(opened):
-        assert torch.equal(namer.label(features[i : i + 1], labels, torch.tensor([index]))[0], all_said[i])
+        assert torch.equal(label_policy.label(features[i : i + 1], labels, torch.tensor([index]))[0], all_said[i])
 
 
 def observed(policy: Policy, pool: Pool, index: int, features: Tensor, label: int) -> None:
     draft = pool.draft(index)
     session = torch.tensor([draft.index])
-    ((_, _, _, learn),) = policy.label_lessons(features[None], torch.tensor([label]), pool, session)
+    ((_, _, _, learn),) = policy.label_updates(features[None], torch.tensor([label]), pool, session)
     learn(draft)
     assert len(draft.touched()["memory"].slots) == 1
     draft.commit()
 
 
-def test_a_reward_touches_k_rows_and_no_other(chooser: Policy) -> None:
-    pool = pool_of(chooser)
+def test_a_reward_touches_k_rows_and_no_other(act_policy: Policy) -> None:
+    pool = build_pool(act_policy)
     index = pool.open()
-    rewarded(chooser, pool, index, 8)
+    rewarded(act_policy, pool, index, 8)
     before = pool.dump(index)["memory"]
     draft = pool.draft(index)
-    reward(chooser, draft, asked(chooser, 1, seed=5)[0, 0], 1.0)
+    reward(act_policy, draft, random_inputs(act_policy, 1, seed=5)[0, 0], 1.0)
     touched = draft.touched()["memory"]
-    assert 1 <= len(touched.slots) <= chooser.site.config.k
+    assert 1 <= len(touched.slots) <= act_policy.site.config.k
     draft.commit()
     after = pool.dump(index)["memory"]
     kept = {int(slot): row for slot, row in zip(after.slots, after.data, strict=True)}
@@ -130,46 +130,46 @@ def test_a_reward_touches_k_rows_and_no_other(chooser: Policy) -> None:
         assert int(slot) in touched.slots or torch.equal(kept[int(slot)], row)
 
 
-def test_training_reads_and_writes_what_serving_does(chooser: Policy) -> None:
+def test_training_reads_and_writes_what_serving_does(act_policy: Policy) -> None:
     """The rows that gradients pass are those of the pool: the same rewards lead to the same decisions."""
-    pool, agent = pool_of(chooser), MemoryAgent(chooser)
+    pool, agent = build_pool(act_policy), MemoryAgent(act_policy)
     index, last, told = pool.open(), torch.tensor([-1]), torch.tensor([math.nan])
-    agent.begin(1)
-    for step, observation in enumerate(torch.randn(12, 1, chooser.config.observation)):
-        inputs = chooser.inputs(observation, last, told)
-        served = chooser.decide(inputs, pool, torch.tensor([index]))
+    agent.reset(1)
+    for step, observation in enumerate(torch.randn(12, 1, act_policy.config.observation)):
+        inputs = act_policy.inputs(observation, last, told)
+        served = act_policy.decide(inputs, pool, torch.tensor([index]))
         for trained, said in zip(agent.ask(observation), served, strict=True):
             torch.testing.assert_close(trained, said)
         last, told = torch.tensor([step % 3]), torch.tensor([float(step % 2)])
         agent.tell(last, told)
         draft = pool.draft(index)
-        reward(chooser, draft, inputs[0, step % 3], float(told))
+        reward(act_policy, draft, inputs[0, step % 3], float(told))
         draft.commit()
 
 
 def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: list[Path]) -> None:
     """Law 12: where rewards contradict what memory makes of them, decisions are soon those of the network alone."""
-    chooser = load_policy(paths[0])
-    inputs = asked(chooser, 1)
-    chooser.head.weight.mul_(5)  # firm expectations, and none without memory
-    chooser.head.bias[1] -= torch.logit(chooser.judge(chooser.state(inputs[0, :1]))[1][0])
-    pool = pool_of(chooser)
+    act_policy = load_policy(paths[0])
+    inputs = random_inputs(act_policy, 1)
+    act_policy.head.weight.mul_(5)  # firm expectations, and none without memory
+    act_policy.head.bias[1] -= torch.logit(act_policy.logit_and_value(act_policy.state(inputs[0, :1]))[1][0])
+    pool = build_pool(act_policy)
     index = pool.open()
-    alone = chooser.decide(inputs, pool, torch.tensor([EMPTY]))
+    alone = act_policy.decide(inputs, pool, torch.tensor([EMPTY_SESSION]))
 
-    def judged(kind: bool) -> int:
+    def steps_until_shut_changes(kind: bool) -> int:
         """How many rewards it takes until what is decided changes sides."""
         for count in range(1, 200):
             told = reward_that(kind)
             draft = pool.draft(index)
             session = torch.tensor([draft.index])
-            slots, rows, loss, frozen = chooser.reward(inputs[0, :1], told, pool, session)
+            slots, rows, loss, frozen = act_policy.reward(inputs[0, :1], told, pool, session)
             assert bool(frozen < loss) != kind
             draft.put("memory", slots[0], [rows[0]])
-            was_open = chooser.guard(draft, float(frozen - loss))
-            shuts = draft.guards()
+            was_open = act_policy.guard_step(draft, float(frozen - loss))
+            shuts = draft.num_guards_shut()
             draft.commit()
-            decided = chooser.decide(inputs, pool, torch.tensor([index]))
+            decided = act_policy.decide(inputs, pool, torch.tensor([index]))
             same = all(torch.equal(a, b) for a, b in zip(decided, alone, strict=True))
             assert same == (shuts > 0 or (not was_open and shuts == 0))
             if shuts:
@@ -178,39 +178,39 @@ def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: li
 
     def reward_that(kind: bool) -> Tensor:
         open_one = pool.open(pool.dump(index))
-        pool.sites["memory"].own[open_one] = 0.0
-        expected = chooser.decide(inputs, pool, torch.tensor([open_one]))[1][0, 0]
+        pool.sites["memory"].session_scalars[open_one] = 0.0
+        expected = act_policy.decide(inputs, pool, torch.tensor([open_one]))[1][0, 0]
         pool.close(open_one)
         return ((expected > alone[1][0, 0]) == kind).float()[None]
 
-    rewarded(chooser, pool, index, 4)
-    assert judged(kind=False) > 1
-    judged(kind=True)
+    rewarded(act_policy, pool, index, 4)
+    assert steps_until_shut_changes(kind=False) > 1
+    steps_until_shut_changes(kind=True)
 
 
-def test_a_label_is_remembered_and_the_latest_counts_most(namer: Policy) -> None:
-    pool = pool_of(namer)
+def test_a_label_is_remembered_and_the_latest_counts_most(label_policy: Policy) -> None:
+    pool = build_pool(label_policy)
     index, features = pool.open(), torch.randn(6)
 
     def said() -> int:
-        return int(namer.label(features[None], pool, torch.tensor([index])).argmax())
+        return int(label_policy.label(features[None], pool, torch.tensor([index])).argmax())
 
-    observed(namer, pool, index, features, 3)
+    observed(label_policy, pool, index, features, 3)
     assert said() == 3
     for _ in range(3):
-        observed(namer, pool, index, features, 1)
+        observed(label_policy, pool, index, features, 1)
     assert said() == 1
 
 
-def test_a_policy_is_loaded_as_it_was_saved(chooser: Policy, tmp_path: Path) -> None:
-    save_policy(chooser, tmp_path / "again")
+def test_a_policy_is_loaded_as_it_was_saved(act_policy: Policy, tmp_path: Path) -> None:
+    save_policy(act_policy, tmp_path / "again")
     again = load_policy(tmp_path / "again")
-    assert again.config == chooser.config and again.fingerprint() == chooser.fingerprint()
+    assert again.config == act_policy.config and again.fingerprint() == act_policy.fingerprint()
     (tmp_path / "broken").write_bytes(b"no policy")
     with pytest.raises(PolicyError, match="cannot read the policy broken"):
         load_policy(tmp_path / "broken")
     with pytest.raises(PolicyError, match="cue must be in"):
-        PolicyConfig("x", "act", 1, 2, chooser.config.memory, cue=2)
+        PolicyConfig("x", "act", 1, 2, act_policy.config.memory, cue=2)
 
 
 def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
@@ -218,8 +218,8 @@ def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
     assert journal.last[0] == -1 and math.isnan(journal.last[1])
     with pytest.raises(JournalError, match="no action yet"):
         journal.open(None)
-    numbers = [journal.take(n % 3, 0.5, np.array([n, -1.0], np.float32)) for n in range(KEPT + 5)]
-    assert numbers == list(range(1, KEPT + 6)) and journal.sound
+    numbers = [journal.take(n % 3, 0.5, np.array([n, -1.0], np.float32)) for n in range(MAX_PENDING + 5)]
+    assert numbers == list(range(1, MAX_PENDING + 6)) and journal.is_valid
     journal = Journal(journal.rows)
     journal.reward(journal.open(40), 1.0)
     assert math.isnan(journal.last[1])  # another action's
@@ -231,22 +231,22 @@ def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
         journal.open(69)
     journal = Journal(journal.rows)
     last = journal.open(None)
-    assert journal.inputs(last).tolist() == [KEPT + 4, -1.0]
+    assert journal.inputs(last).tolist() == [MAX_PENDING + 4, -1.0]
     journal.reward(last, 0.25)
     journal.take(0, 1.0, np.zeros(2, np.float32))
-    assert len(journal.touched) <= TOUCHED
+    assert len(journal.touched) <= MAX_TOUCHED_ROWS
 
 
 def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
-    lessons = Lessons(rounds=4, batch=4, steps=4, span=2)
+    train_config = PolicyTrainConfig(rounds=4, batch=4, steps=4, span=2)
     recipe = RECIPES["card-sorting"]
 
     def trainer(folder: str, rounds: int) -> PolicyTrainer:
         policy = new_policy(recipe.config("cards"), seed=0)
-        kept = Lessons(rounds=rounds, batch=4, steps=4, span=2)
+        kept = PolicyTrainConfig(rounds=rounds, batch=4, steps=4, span=2)
         return PolicyTrainer(policy, lambda batch, rng: recipe.make(batch, rng), kept, tmp_path / folder)
 
-    whole = trainer("whole", lessons.rounds)
+    whole = trainer("whole", train_config.rounds)
     whole.run(lambda done, loss: None)
 
     def stop(done: int, loss: float) -> None:
@@ -254,10 +254,10 @@ def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
-    first = trainer("parts", lessons.rounds)
+    first = trainer("parts", train_config.rounds)
     with pytest.raises(KeyboardInterrupt):
         first.run(stop)
-    second = trainer("parts", lessons.rounds)
+    second = trainer("parts", train_config.rounds)
     assert len(second.losses) == 2
     second.run(lambda done, loss: None)
     assert second.losses == whole.losses
@@ -267,13 +267,13 @@ def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
 def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
     rng = np.random.default_rng(0)
     for name in ("card-sorting", "digits", "functions"):
-        recipe = RECIPES[name].but(batch=2, steps=8, span=8)
+        recipe = RECIPES[name].with_train_config(batch=2, steps=8, span=8)
         policy = new_policy(recipe.config(name), seed=0)
         policy.requires_grad_(True)
         tasks = recipe.make(2, rng, training=True)
         one: ActingRound | LabellingRound
         if policy.config.task == "act":
-            one = ActingRound(MemoryAgent(policy), tasks, recipe.lessons, rng, greedy=True)
+            one = ActingRound(MemoryAgent(policy), tasks, recipe.train_config, rng, greedy=True)
         else:
             one = LabellingRound(policy, tasks, 8)
         one.loss().backward()
@@ -284,12 +284,12 @@ def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
 def test_rivals_learn_from_the_same_lessons(kind: str) -> None:
-    recipe = RECIPES["card-sorting"].but(batch=4, steps=4, span=2)
+    recipe = RECIPES["card-sorting"].with_train_config(batch=4, steps=4, span=2)
     tasks = recipe.make(1, np.random.default_rng(0))
     transformer = kind == "transformer"
     agent: Agent = ContextAgent(tasks, 8, seed=0) if transformer else RecurrentAgent(tasks, 8, cell=kind, seed=0)
     before = [parameter.clone() for parameter in agent.network.parameters()]
-    losses = train_agent(agent, recipe.make, recipe.lessons, greedy=True, seconds=0.05)
+    losses = train_agent(agent, recipe.make, recipe.train_config, greedy=True, seconds=0.05)
     assert losses
     assert any(not torch.equal(a, b) for a, b in zip(before, agent.network.parameters(), strict=True))
 
@@ -297,6 +297,6 @@ def test_rivals_learn_from_the_same_lessons(kind: str) -> None:
 def test_the_ideal_observer_of_card_sorting_makes_one_and_a_half_errors_a_switch() -> None:
     tasks, errors = CardSorting(200, np.random.default_rng(0)), 0.0
     for _ in range(200):
-        action = (tasks.teacher() + 1e-6 * tasks.rng.random((200, 4))).argmax(1)
+        action = (tasks.teacher_scores() + 1e-6 * tasks.rng.random((200, 4))).argmax(1)
         errors += float((1 - tasks.step(action)).sum())
     assert errors / tasks.switches.sum() == pytest.approx(1.5, abs=0.1)

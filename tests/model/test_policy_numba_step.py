@@ -10,33 +10,33 @@ import torch
 
 import model
 from model.memory import Pool
-from model.memory.config import BALANCE, SHUT
+from model.memory.config import BALANCE, GATE_CLOSED
 from model.policies.network import Policy, load_policy
-from model.policies.numba_step import SwiftPolicy
+from model.policies.numba_step import NumbaPolicy
 
 FOLDER = Path(model.__file__).parent / "checkpoints" / "policies"
 NAMES = ("bandit", "bandit-linear", "card-sorting", "card-sorting-pairs", "choices")  # every kind of place and of row
 USERS = 4
 
 
-class Lives:
+class PolicySessions:
     """Some sessions of a policy that act, and what was expected of it all."""
 
     def __init__(self, name: str) -> None:
         self.policy = load_policy(FOLDER / f"{name}.safetensors")
-        self.swift = SwiftPolicy(self.policy)
+        self.numba_policy = NumbaPolicy(self.policy)
         self.pool = Pool(self.policy.config.memory, rows=1024, sessions=16)
         self.sessions = torch.tensor([self.pool.open() for _ in range(USERS)])
         self.last, self.reward = torch.full((USERS,), -1), torch.full((USERS,), math.nan)
         self.generator = torch.Generator().manual_seed(0)
 
-    def seen(self) -> torch.Tensor:
+    def observations(self) -> torch.Tensor:
         return torch.randn(USERS, self.policy.config.observation, generator=self.generator)
 
-    def step(self, *, served: Policy | SwiftPolicy | None = None) -> torch.Tensor:
+    def step(self, *, served: Policy | NumbaPolicy | None = None) -> torch.Tensor:
         """One action of each session and its reward; returns what the actions asked with."""
-        actor, config = served or self.swift, self.policy.config
-        inputs = actor.inputs(self.seen(), self.last, self.reward)
+        actor, config = served or self.numba_policy, self.policy.config
+        inputs = actor.inputs(self.observations(), self.last, self.reward)
         self.last = actor.decide(inputs, self.pool, self.sessions)[0].argmax(1)
         share = torch.rand(USERS, generator=self.generator)
         self.reward = config.lowest + (config.highest - config.lowest) * share
@@ -46,67 +46,88 @@ class Lives:
         for i, index in enumerate(self.sessions[1:].tolist()):
             draft = self.pool.draft(index)
             draft.put("memory", slots[i], [rows[i]])
-            actor.guard(draft, float(frozen[i] - loss[i]))
+            actor.guard_step(draft, float(frozen[i] - loss[i]))
             draft.commit()
         return inputs
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_served_policy_does_what_its_twin_does(name: str) -> None:
-    lives = Lives(name)
+    policy_sessions = PolicySessions(name)
     for _ in range(30):
-        seen = lives.seen()
-        inputs = lives.swift.inputs(seen, lives.last, lives.reward)
-        assert torch.equal(inputs, lives.policy.inputs(seen, lives.last, lives.reward))
-        ours, twins = (one.decide(inputs, lives.pool, lives.sessions) for one in (lives.swift, lives.policy))
+        observations = policy_sessions.observations()
+        inputs = policy_sessions.numba_policy.inputs(observations, policy_sessions.last, policy_sessions.reward)
+        assert torch.equal(
+            inputs, policy_sessions.policy.inputs(observations, policy_sessions.last, policy_sessions.reward)
+        )
+        ours, twins = (
+            one.decide(inputs, policy_sessions.pool, policy_sessions.sessions)
+            for one in (policy_sessions.numba_policy, policy_sessions.policy)
+        )
         for mine, its in zip(ours, twins, strict=True):
             torch.testing.assert_close(mine, its, atol=2e-5, rtol=1e-5)
         assert torch.equal(ours[0].argmax(1), twins[0].argmax(1))
-        asked = (inputs[:, 1], torch.full((USERS,), lives.policy.config.highest), lives.pool, lives.sessions)
-        learned, told = lives.swift.reward(*asked), lives.policy.reward(*asked)
+        asked = (
+            inputs[:, 1],
+            torch.full((USERS,), policy_sessions.policy.config.highest),
+            policy_sessions.pool,
+            policy_sessions.sessions,
+        )
+        learned, told = policy_sessions.numba_policy.reward(*asked), policy_sessions.policy.reward(*asked)
         assert torch.equal(learned[0], told[0])
         for mine, its in zip(learned[1:], told[1:], strict=True):
             torch.testing.assert_close(mine, its, atol=2e-5, rtol=1e-5)
-        lives.step()
+        policy_sessions.step()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_session_and_one_whose_guard_is_shut_decide_as_the_network_alone(name: str) -> None:
-    lives = Lives(name)
+    policy_sessions = PolicySessions(name)
     for _ in range(5):
-        inputs = lives.step()
-    learned = lives.swift.decide(inputs[1:], lives.pool, lives.sessions[1:])
-    lives.pool.sites["memory"].own[lives.sessions[1:], SHUT, 0] = 1.0
-    for first, told in zip(learned, lives.swift.decide(inputs[1:], lives.pool, lives.sessions[1:]), strict=True):
+        inputs = policy_sessions.step()
+    learned = policy_sessions.numba_policy.decide(inputs[1:], policy_sessions.pool, policy_sessions.sessions[1:])
+    policy_sessions.pool.sites["memory"].session_scalars[policy_sessions.sessions[1:], GATE_CLOSED, 0] = 1.0
+    for first, told in zip(
+        learned,
+        policy_sessions.numba_policy.decide(inputs[1:], policy_sessions.pool, policy_sessions.sessions[1:]),
+        strict=True,
+    ):
         assert not torch.equal(first, told)
-    alone = lives.swift.decide(inputs, lives.pool, torch.zeros(USERS, dtype=torch.long))
-    for mine, its in zip(lives.swift.decide(inputs, lives.pool, lives.sessions), alone, strict=True):
+    alone = policy_sessions.numba_policy.decide(inputs, policy_sessions.pool, torch.zeros(USERS, dtype=torch.long))
+    for mine, its in zip(
+        policy_sessions.numba_policy.decide(inputs, policy_sessions.pool, policy_sessions.sessions), alone, strict=True
+    ):
         assert torch.equal(mine, its)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_neighbours_change_no_bit_of_a_served_policy(name: str) -> None:
-    lives = Lives(name)
+    policy_sessions = PolicySessions(name)
     for _ in range(5):
-        inputs = lives.step()
-    told = torch.full((USERS,), lives.policy.config.highest)
-    together = lives.swift.decide(inputs, lives.pool, lives.sessions)
-    learned = lives.swift.reward(inputs[:, 1], told, lives.pool, lives.sessions)
+        inputs = policy_sessions.step()
+    told = torch.full((USERS,), policy_sessions.policy.config.highest)
+    together = policy_sessions.numba_policy.decide(inputs, policy_sessions.pool, policy_sessions.sessions)
+    learned = policy_sessions.numba_policy.reward(inputs[:, 1], told, policy_sessions.pool, policy_sessions.sessions)
     for i in range(USERS):
         one = slice(i, i + 1)
-        alone = lives.swift.decide(inputs[one], lives.pool, lives.sessions[one])
+        alone = policy_sessions.numba_policy.decide(inputs[one], policy_sessions.pool, policy_sessions.sessions[one])
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
-        mine = lives.swift.reward(inputs[one, 1], told[one], lives.pool, lives.sessions[one])
+        mine = policy_sessions.numba_policy.reward(
+            inputs[one, 1], told[one], policy_sessions.pool, policy_sessions.sessions[one]
+        )
         assert all(torch.equal(a[0], b[i]) for a, b in zip(mine, learned, strict=True))
 
 
 def test_a_guard_is_moved_as_by_its_twin_to_the_last_bit() -> None:
-    lives = Lives("bandit")
-    ours, twins = (lives.pool.draft(int(lives.sessions[i])) for i in range(2))
+    policy_sessions = PolicySessions("bandit")
+    ours, twins = (policy_sessions.pool.draft(int(policy_sessions.sessions[i])) for i in range(2))
     was_shut = set()
     for gain in [0.3, -20.0, -1.7, 5.1, 9.0, *[-1.3] * 20, 0.1, *[4.7] * 5]:
-        opens = [one.guard(draft, gain) for one, draft in ((lives.swift, ours), (lives.policy, twins))]
-        own = lives.pool.sites["memory"].own
-        assert opens[0] == opens[1] and torch.equal(own[ours.index], own[twins.index])
-        was_shut.add(bool(own[ours.index, SHUT, 0]))
-    assert was_shut == {True, False} and own[ours.index, BALANCE, 0] != 0
+        opens = [
+            one.guard_step(draft, gain)
+            for one, draft in ((policy_sessions.numba_policy, ours), (policy_sessions.policy, twins))
+        ]
+        session_scalars = policy_sessions.pool.sites["memory"].session_scalars
+        assert opens[0] == opens[1] and torch.equal(session_scalars[ours.index], session_scalars[twins.index])
+        was_shut.add(bool(session_scalars[ours.index, GATE_CLOSED, 0]))
+    assert was_shut == {True, False} and session_scalars[ours.index, BALANCE, 0] != 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from model.decode.prompt_lookup import Lookup
+from model.decode.prompt_lookup import PromptLookup
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,11 @@ from model.decode.prompt_lookup import Lookup
         ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]),
     ],
 )
-def test_what_followed_the_last_two_tokens_is_guessed_again(said: list[int], most: int, guessed: list[int]) -> None:
-    at_once, one_by_one = Lookup(said), Lookup(said[:2])
+def test_what_followed_the_last_two_tokens_is_guessed_again(
+    said: list[int], max_drafts: int, drafted: list[int]
+) -> None:
+    at_once, one_by_one = PromptLookup(said), PromptLookup(said[:2])
     for token in said[2:]:
-        one_by_one.guess(2)
+        one_by_one.draft_tokens(2)
         one_by_one.add(token)
-    assert at_once.guess(most) == one_by_one.guess(most) == guessed
+    assert at_once.draft_tokens(max_drafts) == one_by_one.draft_tokens(max_drafts) == drafted

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.text import sampling
-from model.text.sampling import Sampler, Sampling, _draw_together, _nucleus
+from model.text.sampling import Sampler, SamplingParams, _draw_batch, _nucleus
 
 SCORES = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 
 
-def drawn(options: Sampling, n: int, scores: Tensor = SCORES, choice: int = 0) -> list[int]:
+def drawn(options: SamplingParams, n: int, scores: Tensor = SCORES, choice: int = 0) -> list[int]:
     sampler = Sampler(options, choice=choice)
     return [sampler.draw(scores) for _ in range(n)]
 
@@ -34,20 +34,22 @@ def assert_frequencies(tokens: list[int], probabilities: Tensor) -> None:
 
 
 def test_temperature_zero_is_greedy_whatever_the_seed() -> None:
-    assert set(drawn(Sampling(temperature=0.0), 20)) == {1}
-    assert drawn(Sampling(temperature=0.0, seed=1, top_p=0.1), 3) == drawn(Sampling(temperature=0.0, seed=2), 3)
+    assert set(drawn(SamplingParams(temperature=0.0), 20)) == {1}
+    assert drawn(SamplingParams(temperature=0.0, seed=1, top_p=0.1), 3) == drawn(
+        SamplingParams(temperature=0.0, seed=2), 3
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_those_of_the_tempered_softmax(temperature: float) -> None:
-    tokens = drawn(Sampling(temperature=temperature, seed=1), 3000)
+    tokens = drawn(SamplingParams(temperature=temperature, seed=1), 3000)
     assert_frequencies(tokens, (SCORES / temperature).softmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-40, 5e-324])
 def test_the_lowest_temperatures_are_greedy_too(temperature: float) -> None:
     for scores in (SCORES, SCORES - 7.0, torch.tensor([-1e-3, -9.0])):
-        assert set(drawn(Sampling(temperature=temperature, seed=1), 20, scores)) == {int(scores.argmax())}
+        assert set(drawn(SamplingParams(temperature=temperature, seed=1), 20, scores)) == {int(scores.argmax())}
 
 
 @pytest.mark.parametrize("window", [2, sampling.TOP_P_WINDOW])
@@ -64,7 +66,7 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_whose_mass_reaches_top_p(
         mass += float(probabilities[token])
         if mass >= top_p:
             break
-    assert_frequencies(drawn(Sampling(top_p=top_p, seed=3), 2000), nucleus)
+    assert_frequencies(drawn(SamplingParams(top_p=top_p, seed=3), 2000), nucleus)
 
 
 @settings(max_examples=100, deadline=None)
@@ -85,10 +87,10 @@ def test_a_distribution_of_one_token_draws_it() -> None:
     certain = torch.full((7,), -torch.inf)
     certain[4] = 0.0
     for options in (
-        Sampling(temperature=0.0),
-        Sampling(seed=1),
-        Sampling(seed=1, top_p=0.5),
-        Sampling(temperature=2.0),
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=1),
+        SamplingParams(seed=1, top_p=0.5),
+        SamplingParams(temperature=2.0),
     ):
         assert set(drawn(options, 20, certain)) == {4}
         assert set(drawn(options, 5, torch.zeros(1))) == {0}
@@ -96,7 +98,7 @@ def test_a_distribution_of_one_token_draws_it() -> None:
 
 def test_logits_and_log_probabilities_draw_the_same() -> None:
     """A base's logits and a mixture's log-probabilities differ by a constant only."""
-    for options in (Sampling(seed=1), Sampling(seed=2, top_p=0.8, temperature=0.7)):
+    for options in (SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.8, temperature=0.7)):
         assert drawn(options, 200, SCORES.double()) == drawn(options, 200, SCORES.double().log_softmax(-1))
 
 
@@ -104,20 +106,22 @@ def test_logits_and_log_probabilities_draw_the_same() -> None:
 
 
 def test_a_bias_of_100_forces_and_of_minus_100_bans() -> None:
-    assert set(drawn(Sampling(seed=1, logit_bias={4: 100.0}), 50)) == {4}
-    banned = drawn(Sampling(seed=1, temperature=2.0, logit_bias={1: -100.0, 2: -100.0}), 300)
+    assert set(drawn(SamplingParams(seed=1, logit_bias={4: 100.0}), 50)) == {4}
+    banned = drawn(SamplingParams(seed=1, temperature=2.0, logit_bias={1: -100.0, 2: -100.0}), 300)
     assert set(banned) == {0, 3, 4}
-    assert drawn(Sampling(temperature=0.0, logit_bias={1: -100.0}), 1) == [2]
+    assert drawn(SamplingParams(temperature=0.0, logit_bias={1: -100.0}), 1) == [2]
 
 
 def test_a_bias_is_added_to_the_score() -> None:
     changed = SCORES + torch.tensor([2.0, 0.0, -0.5, 0.0, 0.0])
-    assert_frequencies(drawn(Sampling(seed=5, logit_bias={0: 2.0, 2: -0.5}), 3000), changed.softmax(-1))
+    assert_frequencies(drawn(SamplingParams(seed=5, logit_bias={0: 2.0, 2: -0.5}), 3000), changed.softmax(-1))
 
 
 @pytest.mark.parametrize(("presence", "frequency"), [(0.9, 0.0), (0.0, 0.4), (0.3, 0.2), (-0.5, 0.0), (0.0, -0.5)])
 def test_penalties_count_what_was_drawn_before(presence: float, frequency: float) -> None:
-    options = Sampling(temperature=0.0, presence_penalty=presence, frequency_penalty=frequency, logit_bias={3: 0.7})
+    options = SamplingParams(
+        temperature=0.0, presence_penalty=presence, frequency_penalty=frequency, logit_bias={3: 0.7}
+    )
     counts, expected = Counter[int](), []
     for _ in range(20):
         changed = SCORES.clone()
@@ -131,7 +135,7 @@ def test_penalties_count_what_was_drawn_before(presence: float, frequency: float
 
 def test_the_scores_that_are_given_stay_as_they_were() -> None:
     scores = SCORES.clone()
-    drawn(Sampling(seed=1, frequency_penalty=1.0, presence_penalty=1.0, logit_bias={0: 5.0}), 10, scores)
+    drawn(SamplingParams(seed=1, frequency_penalty=1.0, presence_penalty=1.0, logit_bias={0: 5.0}), 10, scores)
     assert torch.equal(scores, SCORES)
 
 
@@ -146,20 +150,20 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(
     """Whatever each row asks for, also where a nucleus does not fit the window."""
     monkeypatch.setattr(sampling, "TOP_P_WINDOW", window)
     options = [
-        Sampling(temperature=0.0),
-        Sampling(seed=1),
-        Sampling(seed=2, temperature=1.7, top_p=0.9),
-        Sampling(seed=3, top_p=0.0),
-        Sampling(seed=4, top_p=0.99, logit_bias={3: 5.0}),
-        Sampling(seed=5, temperature=0.3, frequency_penalty=1.5),
-        Sampling(temperature=0.0, presence_penalty=2.0),
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, temperature=1.7, top_p=0.9),
+        SamplingParams(seed=3, top_p=0.0),
+        SamplingParams(seed=4, top_p=0.99, logit_bias={3: 5.0}),
+        SamplingParams(seed=5, temperature=0.3, frequency_penalty=1.5),
+        SamplingParams(temperature=0.0, presence_penalty=2.0),
     ]
     together, alone = ([Sampler(one) for one in options] for _ in range(2))
     for step in range(30):
         scores = spread * torch.randn(len(options), 300, generator=torch.Generator().manual_seed(step))
-        tokens = _draw_together(together, scores)
+        tokens = _draw_batch(together, scores)
         for sampler, token in zip(together, tokens, strict=True):
-            sampler._ahead = token  # as `draw_ahead` does on a GPU
+            sampler._predrawn = token  # as `predraw` does on a GPU
         given = [sampler.draw(row) for sampler, row in zip(together, torch.zeros(len(options), 300), strict=True)]
         assert given == tokens == [sampler.draw(row) for sampler, row in zip(alone, scores, strict=True)]
 
@@ -168,18 +172,18 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(
 
 
 def test_a_seed_reproduces_its_sequence_and_choices_differ() -> None:
-    options, flat = Sampling(seed=7), torch.zeros(1000)
+    options, flat = SamplingParams(seed=7), torch.zeros(1000)
     assert drawn(options, 20, flat) == drawn(options, 20, flat)
     sequences = [tuple(drawn(options, 20, flat, choice)) for choice in range(4)]
-    sequences += [tuple(drawn(Sampling(seed=seed), 20, flat)) for seed in (8, -7, 70)]
-    sequences += [tuple(drawn(Sampling(), 20, flat)) for _ in range(2)]
+    sequences += [tuple(drawn(SamplingParams(seed=seed), 20, flat)) for seed in (8, -7, 70)]
+    sequences += [tuple(drawn(SamplingParams(), 20, flat)) for _ in range(2)]
     assert len(set(sequences)) == len(sequences)
 
 
 def test_what_is_drawn_does_not_depend_on_who_draws_beside() -> None:
     flat = torch.zeros(1000)
-    alone = drawn(Sampling(seed=1), 20, flat)
-    mine, other, unseeded = Sampler(Sampling(seed=1)), Sampler(Sampling(seed=2)), Sampler(Sampling())
+    alone = drawn(SamplingParams(seed=1), 20, flat)
+    mine, other, unseeded = Sampler(SamplingParams(seed=1)), Sampler(SamplingParams(seed=2)), Sampler(SamplingParams())
     beside = []
     for _ in range(20):
         other.draw(flat)

@@ -11,46 +11,46 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.decode.cuda_graphs import SteppedLM
-from model.decode.paged_cache import attend_in_pages
-from model.memory.config import RUNS
+from model.decode.cuda_graphs import CudaGraphLM
+from model.decode.paged_cache import paged_attention
+from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
-from tests.model.memory_cases import SIZES, asked_of, bits_after_lessons, pool_of
+from tests.model.memory_cases import SIZES, build_pool, build_queries, pool_bits_after_writes
 from tests.model.tiny_lm import (
     BLOCK,
     DEVICE,
     LEXICAL,
     build,
-    carried,
-    image,
+    decode_state_of,
     learn,
     new_pool,
     read,
+    rows_by_slot,
     text,
     tiny_backbone,
 )
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels' twins are all that runs here")
 from model.memory.lexical import triton_backend
-from model.triton_check import check_kernels
+from model.triton_check import check_triton_kernels
 
 pytestmark = pytest.mark.gpu
-R = len(RUNS)
+R = len(NGRAM_SIZES)
 
 
 @pytest.mark.parametrize(("P", "width"), SIZES)
 def test_a_block_written_by_the_kernel_leaves_the_bits_of_its_twin(P: int, width: int) -> None:
-    ours, twins = (bits_after_lessons(pool_of(P, width, which, DEVICE)) for which in (triton_backend, None))
+    ours, twins = (pool_bits_after_writes(build_pool(P, width, which, DEVICE)) for which in (triton_backend, None))
     assert all(torch.equal(a, b) for a, b in zip(ours, twins, strict=True))
 
 
 @pytest.mark.parametrize(("P", "width"), SIZES)
 def test_rows_compared_by_the_kernel_are_compared_as_by_its_twin(P: int, width: int) -> None:
-    pool = pool_of(P, width, triton_backend, DEVICE)
-    site, (asked, cells, query, context) = pool.sites["words"], asked_of(pool)
-    ours = triton_backend.compare(site.tables, site.fields, asked, cells, query, context)
-    twin = torch_backend.compare(torch_backend.Rows(*site.read(asked, cells)), query, context)
-    for name, one, other in zip(torch_backend.Compared._fields, ours, twin, strict=True):
+    pool = build_pool(P, width, triton_backend, DEVICE)
+    site, (asked, cells, query, context) = pool.sites["words"], build_queries(pool)
+    ours = triton_backend.match_rows(site.tables, site.fields, asked, cells, query, context)
+    reference = torch_backend.match_rows(torch_backend.LexicalRows(*site.read(asked, cells)), query, context)
+    for name, one, other in zip(torch_backend.RowMatches._fields, ours, reference, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape), name
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=name)
     assert not ours.missing.all() and ours.missing[1].all()
@@ -73,11 +73,11 @@ def test_attention_in_pages_is_that_of_its_twin(
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     held = [torch.randn(13 * page, kv_heads, width, generator=g).to(DEVICE, dtype) for _ in range(2)]
     ours, twins = [x.clone() for x in held], [x.clone() for x in held]
-    place = (tables.to(DEVICE), sequences.to(DEVICE), positions.to(DEVICE))
-    found = triton_backend.attend_in_pages(q, k, v, ours[0], ours[1], *place, page)
-    twin = attend_in_pages(q, k, v, twins[0], twins[1], *place, page)
+    kv_args = (tables.to(DEVICE), sequences.to(DEVICE), positions.to(DEVICE))
+    found = triton_backend.paged_attention(q, k, v, ours[0], ours[1], *kv_args, page)
+    reference = paged_attention(q, k, v, twins[0], twins[1], *kv_args, page)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found[:5], twin[:5], atol=bound, rtol=bound)
+    torch.testing.assert_close(found[:5], reference[:5], atol=bound, rtol=bound)
     assert found.isfinite().all()
     for one, other, before in zip(ours, twins, held, strict=True):
         assert torch.equal(one[page:], other[page:])
@@ -86,23 +86,23 @@ def test_attention_in_pages_is_that_of_its_twin(
 
 @torch.inference_mode()
 def test_a_model_on_all_kernels_learns_and_says_what_it_does_on_none() -> None:
-    twin = build(tiny_backbone().to(DEVICE), LEXICAL)
-    ours = SteppedLM(twin, kv_tokens=256, max_batch=2)
+    reference = build(tiny_backbone().to(DEVICE), LEXICAL)
+    ours = CudaGraphLM(reference, kv_tokens=256, max_batch=2)
     ours.pages.kernels = triton_backend
     seen = []
-    for lm in (ours, twin):
+    for lm in (ours, reference):
         pool, ids = new_pool(lm), text(1, 2 * BLOCK)
         pool.sites[LEXICAL.name].kernels = triton_backend if lm is ours else None
         session = pool.open()
         learn(lm, pool, session, ids)
         request = read(lm, pool, session, ids[:-3])
-        cache, carry = lm.new_cache(99), carried(request)
+        cache, decode_state = lm.new_cache(99), decode_state_of(request)
         lm.block(ids[:-3], cache, pool, session)
         rows = []
         for token in ids[-3:]:
-            (carry,) = lm.decode([token], [cache], [carry], pool, [session])
-            rows.append(lm.predict([carry], pool, [session]).log_softmax(-1))
-        seen.append((image(pool.dump(session)), request.adapted, torch.cat(rows)))
+            (decode_state,) = lm.decode([token], [cache], [decode_state], pool, [session])
+            rows.append(lm.predict([decode_state], pool, [session]).log_softmax(-1))
+        seen.append((rows_by_slot(pool.dump(session)), request.adapted, torch.cat(rows)))
     (state, adapted, said), (twin_state, twin_adapted, twin_said) = seen
     assert {at: row for at, row in state.items() if "_own" not in at[0]}, "something was learned"
     if DEVICE.type == "cpu":  # elsewhere other attention rounds otherwise, and so may keys
@@ -113,10 +113,10 @@ def test_a_model_on_all_kernels_learns_and_says_what_it_does_on_none() -> None:
 
 
 def test_kernels_are_checked_before_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_kernels(DEVICE)
-    monkeypatch.setattr(triton_backend, "LIKENESS_STEP", 1.1 * torch_backend.LIKENESS_STEP)
+    check_triton_kernels(DEVICE)
+    monkeypatch.setattr(triton_backend, "SIMILARITY_STEP", 1.1 * torch_backend.SIMILARITY_STEP)
     with pytest.raises(RuntimeError, match="the kernel compare does not compute what its twin does"):
-        check_kernels(DEVICE)
+        check_triton_kernels(DEVICE)
 
 
 def test_every_kernel_compiles_for_an_h100() -> None:
@@ -126,4 +126,4 @@ def test_every_kernel_compiles_for_an_h100() -> None:
     clean["PYTHONPATH"] = str(script.parent.parent.parent)
     done = subprocess.run([sys.executable, script], env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["_compare", "_write", "_store_in_pages", "_attend_in_pages"]
+    assert done.stdout.split() == ["_match_rows", "_write", "_store_paged_kv", "_paged_attention"]

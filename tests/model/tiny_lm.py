@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.adaptive_lm import AdaptiveLM, Carry, Scores
+from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.backbone import Backbone
 from model.base.config import tiny_config
 from model.memory import Draft, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
@@ -58,13 +58,13 @@ def new_pool(lm: AdaptiveLM) -> Pool:
     return lm.new_pool(rows=600, sessions=8)
 
 
-class Read:
+class RequestReader:
     """A request on its way, and the scores that it has got."""
 
     def __init__(self, lm: AdaptiveLM, ids: Sequence[int]) -> None:
         self.lm, self.ids, self.position = lm, ids, 0
         self.cache, self.frozen_cache = lm.backbone.new_cache(200), lm.backbone.new_cache(200)
-        self.carry: Carry | None = None
+        self.decode_state: DecodeState | None = None
         self.scores: list[Scores] = []
 
     def step(self, pool: Pool, index: int, draft: Draft | None = None, *, frozen: bool = True, top: int = 0) -> bool:
@@ -72,12 +72,12 @@ class Read:
         part = self.ids[self.position : self.position + BLOCK]
         mask = [True] * len(part)
         learn = mask if draft is not None else None
-        self.carry, scores = self.lm.block(
+        self.decode_state, scores = self.lm.block(
             part,
             self.cache,
             pool,
             index,
-            carry=self.carry,
+            decode_state=self.decode_state,
             score=mask,
             learn=learn,
             draft=draft,
@@ -99,20 +99,20 @@ class Read:
         return torch.cat([scores.frozen for scores in self.scores if scores.frozen is not None])
 
 
-def read(lm: AdaptiveLM, pool: Pool, index: int, ids: Sequence[int], draft: Draft | None = None) -> Read:
-    request = Read(lm, ids)
+def read(lm: AdaptiveLM, pool: Pool, index: int, ids: Sequence[int], draft: Draft | None = None) -> RequestReader:
+    request = RequestReader(lm, ids)
     while request.step(pool, index, draft):
         pass
     return request
 
 
-def carried(request: Read) -> Carry:
+def decode_state_of(request: RequestReader) -> DecodeState:
     """The carry of a request that has begun."""
-    assert request.carry is not None
-    return request.carry
+    assert request.decode_state is not None
+    return request.decode_state
 
 
-def learn(lm: AdaptiveLM, pool: Pool, session: int, ids: Sequence[int]) -> Read:
+def learn(lm: AdaptiveLM, pool: Pool, session: int, ids: Sequence[int]) -> RequestReader:
     """One turn: the session learns a text."""
     draft = pool.draft(session)
     request = read(lm, pool, draft.index, ids, draft)
@@ -127,7 +127,7 @@ def learned(lm: AdaptiveLM, pool: Pool, seed: int) -> int:
     return session
 
 
-def image(state: dict[str, SiteRows]) -> dict[tuple[str, int], bytes]:
+def rows_by_slot(state: dict[str, SiteRows]) -> dict[tuple[str, int], bytes]:
     return {
         (name, int(slot)): row.numpy().tobytes()
         for name, rows in state.items()

@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 from model.memory.lexical import triton_backend
 
 H100 = GPUTarget("cuda", 90, 32)
-ROWS = {"ages": "*i32", "tokens": "*i32", "prints": "*i16", "keys": "*i8"}
+ROWS = {"ages": "*i32", "tokens": "*i32", "ngram_hashes": "*i16", "keys": "*i8"}
 CELLS = {"P": 50, "R": 3, "D": 64, "P2": 64, "D2": 64}
 HEADS = {"H_KV": 3, "G": 3, "D": 64, "G2": 4, "D2": 64, "PAGE": 32}
 PAGES = (
@@ -19,21 +19,21 @@ PAGES = (
     | {"tables": "*i32", "sequences": "*i64", "positions": "*i64", "scale": "fp32"}
 )
 KERNELS = {
-    triton_backend._compare: (
+    triton_backend._match_rows: (
         ROWS
         | {"tables": "*i32", "session": "*i64", "cells": "*i64", "query": "*fp32", "context": "*i16"}
-        | {"out_tokens": "*i64", "out_cosines": "*fp32", "out_repeats": "*i64", "out_missing": "*u8"}
+        | {"out_tokens": "*i64", "out_cosines": "*fp32", "out_ngram_matches": "*i64", "out_missing": "*u8"}
         | {"table_size": "i32", "step": "fp32"},
         CELLS,
     ),
     triton_backend._write: (
         ROWS
-        | {"old": "*i32", "new": "*i32", "at": "*i64", "new_keys": "*i8", "new_prints": "*i16", "targets": "*i64"}
+        | {"old": "*i32", "new": "*i32", "at": "*i64", "new_keys": "*i8", "new_ngram_hashes": "*i16", "targets": "*i64"}
         | {"n": "i32"},
         CELLS,
     ),
-    triton_backend._store_in_pages: (PAGES, HEADS),
-    triton_backend._attend_in_pages: (PAGES, HEADS),
+    triton_backend._store_paged_kv: (PAGES, HEADS),
+    triton_backend._paged_attention: (PAGES, HEADS),
 }
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ from model.memory.initial import default_config, random_memory
 from research.evaluation.arms import (
     Adapter,
     Arm,
-    Cleared,
+    ClearedMemory,
+    FrozenBase,
     MemoryArm,
     Outcome,
-    Past,
-    Returned,
-    Static,
+    PastMemory,
+    RevisitedMemory,
     Subject,
-    neighbours,
+    other_subjects,
 )
 from research.evaluation.caches import Combined, NeuralCache, NGrams, Whitening, mixture_weights
 from research.evaluation.contexts import FullHistory, LastTokens
-from research.evaluation.gradients import DenseDelta, DynamicAll, DynamicLoRA, OutputLayer
+from research.evaluation.gradients import DenseDelta, DynamicAll, DynamicHead, DynamicLoRA
 from research.evaluation.prequential import Stream, read_trace
 from research.evaluation.tuning import shares, tune
 from tests.tiny import build_tiny_base
@@ -60,11 +60,11 @@ def arms(lm: AdaptiveLM, folder: Path) -> dict[str, Arm]:
         return load_backbone(folder, trainable=True)
 
     every: list[Arm] = [
-        Static(),
+        FrozenBase(),
         MemoryArm(lm, BOS),
-        Cleared(lm, BOS),
-        Past(lm, BOS, "own-past", "", lambda s: [s]),
-        Returned(lm, BOS, lambda s: [subject(lm, 8, "other")], 2),
+        ClearedMemory(lm, BOS),
+        PastMemory(lm, BOS, "own-past", "", lambda s: [s]),
+        RevisitedMemory(lm, BOS, lambda s: [subject(lm, 8, "other")], 2),
         Adapter(lm.backbone, lambda h: 1.1 * h, "x"),
         NeuralCache(whitening=None, limited=False, gated=True),
         NeuralCache(whitening=whitening, limited=False, gated=True),
@@ -72,7 +72,7 @@ def arms(lm: AdaptiveLM, folder: Path) -> dict[str, Arm]:
         Combined(),
         NGrams(),
         DenseDelta(lm.backbone, whitening),
-        OutputLayer(lm.backbone, whitening),
+        DynamicHead(lm.backbone, whitening),
         LastTokens(lm.backbone, BOS),
         FullHistory(lm.backbone, BOS),
         DynamicLoRA(trainable, BOS),
@@ -100,14 +100,14 @@ def subject(lm: AdaptiveLM, seed: int, kind: str, requests: list[list[int]] | No
 def fitted(arm: Arm) -> dict[str, float]:
     if isinstance(arm, NGrams):
         return {f"w{case}{order}": 1 / (case + 1) for case in range(1, 4) for order in range(case + 1)}
-    return GATE if arm.fits else {}
+    return GATE if arm.needs_fit else {}
 
 
 def outcome(arms: dict[str, Arm], name: str, lm: AdaptiveLM, requests: list[list[int]]) -> tuple[Outcome, Tensor]:
     """An arm's outcome and log p, after the arms that it needs; its strongest setting, so that what it learns shows."""
     it = subject(lm, 0, "a", requests)
     arm = arms[name]
-    for need in arm.needs:
+    for need in arm.requires:
         it.outcomes[need] = arms[need].run(it, arms[need].grid[0], lambda _: None)
     if arm.equal_bytes:  # what the memory holds at the end depends on the whole stream
         it.outcomes["memory"] = replace(it.outcomes["memory"], state_bytes=20_000)
@@ -126,7 +126,7 @@ def test_an_arm_says_one_number_for_each_target_and_tells_its_progress(
     assert told.isfinite().all()
     assert log_probs[: 120 - len(told)].isnan().all()
     it, steps = subject(lm, 0, "a"), list[int]()
-    for need in arms[name].needs:
+    for need in arms[name].requires:
         it.outcomes[need] = arms[need].run(it, arms[need].grid[0], lambda _: None)
     arms[name].run(it, arms[name].grid[0], steps.append)
     assert sum(steps) == arms[name].requests(it)
@@ -243,7 +243,7 @@ def test_another_sessions_memory_is_the_one_that_was_chosen(lm: AdaptiveLM) -> N
         subject(lm, 3, "b", [unlike] * 2),
         subject(lm, 4, "c", [request] * 2),
     ]
-    same, other = neighbours(subjects, same_kind=True, limit=1), neighbours(subjects, same_kind=False, limit=2)
+    same, other = other_subjects(subjects, same_kind=True, limit=1), other_subjects(subjects, same_kind=False, limit=2)
     assert [s.key for s in same(subjects[0])] == ["a/2"]
     assert [s.key for s in same(subjects[1])] == ["a/1"]
     assert same(subjects[2]) == []
@@ -254,7 +254,7 @@ def test_another_sessions_memory_is_the_one_that_was_chosen(lm: AdaptiveLM) -> N
         it.outcomes["memory"] = memory.run(it, {}, lambda _: None)
 
     def past(of: Callable[[Subject], list[Subject]], i: int) -> Tensor:
-        return Past(lm, BOS, "x", "", of).run(subjects[i], {}, lambda _: None).values["log_probs"][60:]
+        return PastMemory(lm, BOS, "x", "", of).run(subjects[i], {}, lambda _: None).values["log_probs"][60:]
 
     own = past(lambda s: [s], 0)
     torch.testing.assert_close(past(same, 0), own)
@@ -268,7 +268,7 @@ def test_another_sessions_memory_is_the_one_that_was_chosen(lm: AdaptiveLM) -> N
 def test_tuning_takes_the_best_setting_and_counts_kinds_alike(lm: AdaptiveLM) -> None:
     assert shares(["a", "a", "b"]) == [0.25, 0.25, 0.5]
 
-    class Told(Static):
+    class Told(FrozenBase):
         grid = ({"loss": 3.0}, {"loss": 1.0}, {"loss": math.inf}, {"loss": 2.0})
 
     arm, it = Told(), subject(lm, 0, "a")

@@ -6,24 +6,24 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from research.scenarios.meta_baselines import Effort, train_rival
+from research.scenarios.meta_baselines import BaselineTrainConfig, train_baseline
 from research.scenarios.recipes import RECIPES
 from research.training.agents import Agent
 from service.cli.main import app
 
 
 def test_the_rate_that_does_best_elsewhere_counts_and_is_trained_from_several_seeds() -> None:
-    recipe, judged = RECIPES["card-sorting"].but(batch=4, steps=4, span=2), list[Agent]()
+    recipe, evaluated = RECIPES["card-sorting"].with_train_config(batch=4, steps=4, span=2), list[Agent]()
 
-    def judge(agent: Agent) -> float:
-        judged.append(agent)
-        return (3.0, 1.0, 2.0)[len(judged) - 1]
+    def evaluate(agent: Agent) -> float:
+        evaluated.append(agent)
+        return (3.0, 1.0, 2.0)[len(evaluated) - 1]
 
-    effort = Effort(rates=(1e-4, 1e-3, 1e-2), trainings=2)
-    found = train_rival("gru", recipe, 2000, judge, effort, 0.02)
-    assert found.rate == 1e-3 and found.tried == {1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0}
+    baseline_config = BaselineTrainConfig(rates=(1e-4, 1e-3, 1e-2), trainings=2)
+    found = train_baseline("gru", recipe, 2000, evaluate, baseline_config, 0.02)
+    assert found.rate == 1e-3 and found.rate_scores == {1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0}
     first, second = (agent.network for agent in found.agents)
-    assert first is judged[1].network
+    assert first is evaluated[1].network
     assert not any(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
 
 

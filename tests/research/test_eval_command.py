@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from research.corpus import text_files
 from research.evaluation.trial import CHEAP, COSTLY
-from research.runs import Runs, key
-from tests.service.cli_in_process import refused
+from research.runs import ResultCache, key
+from tests.service.cli_in_process import run_rejected
 from tests.tiny import TEXT
 
 SIZES = ("--requests", 4, "--window", 64)
@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_base: Path, texts: Path, tm
 
 
 def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
-    runs = Runs(tmp_path / "runs")
+    runs = ResultCache(tmp_path / "runs")
     assert runs.load("a") is None
     runs.save("a", {"x": torch.arange(3)}, {"seconds": 1.5})
     kept = runs.load("a")
@@ -183,7 +183,7 @@ def test_a_file_beside_kinds_is_no_stream(texts: Path) -> None:
 def test_a_fault_is_one_line(
     tiny_base: Path, texts: Path, tmp_path: Path, arguments: list[object], settings: dict[str, object], fault: str
 ) -> None:
-    assert fault in refused(
+    assert fault in run_rejected(
         "eval", texts, "--out", tmp_path / "out", *arguments, settings={"MODEL": tiny_base} | settings
     )
 
@@ -191,7 +191,7 @@ def test_a_fault_is_one_line(
 def test_an_adapter_for_another_base_is_refused(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter.safetensors"
     save_file({"down": torch.randn(32, 2), "up": torch.randn(2, 32)}, adapter)
-    told = refused(
+    told = run_rejected(
         "eval", texts, "--out", tmp_path / "out", *SIZES, "--adapter", adapter, settings={"MODEL": tiny_base}
     )
     assert "adapter.safetensors" in told

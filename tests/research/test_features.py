@@ -32,9 +32,9 @@ def ids() -> list[int]:
 
 
 def test_features_are_what_the_base_makes_of_each_request(backbone: Backbone, ids: list[int], tmp_path: Path) -> None:
-    heard: list[int] = []
-    compute_features(backbone, ids, [7, 4, 6], BOS, tmp_path / "one", progress=heard.append)
-    assert heard == [7, 4, 6]
+    reported: list[int] = []
+    compute_features(backbone, ids, [7, 4, 6], BOS, tmp_path / "one", progress=reported.append)
+    assert reported == [7, 4, 6]
     features = StreamFeatures(tmp_path / "one")
     assert (features.requests, features.tokens) == (3, 17)
     chunk = features.chunk(1, 2)

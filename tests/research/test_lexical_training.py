@@ -16,7 +16,7 @@ from model.memory.initial import random_memory
 from model.memory.lexical import torch_backend
 from research.training import features
 from research.training import settle as settling
-from research.training.features import START, Chunk, StreamFeatures
+from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
 from research.training.lexical import LexicalObjective
 
 VOCAB, WIDTH, BLOCK = 40, 96, 8
@@ -77,15 +77,15 @@ def served(memory: Memory, chunk: Chunk) -> Tensor:
     pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2)
     draft = pool.draft(pool.open())
     for request in requests(chunk):
-        prints = torch_backend.request_fingerprints(request.targets, START)
-        parts = (part.split(BLOCK) for part in (request.states, request.targets, prints))
+        ngram_hashes = torch_backend.hash_request_ngrams(request.targets, BOS_PLACEHOLDER)
+        parts = (part.split(BLOCK) for part in (request.states, request.targets, ngram_hashes))
         for states, targets, context in zip(*parts, strict=True):
             base = torch_backend.predict(states @ head().T)
-            trust = site.first_trust().expand(len(targets), -1)
-            reading = site.read(pool, torch.full((len(targets),), draft.index), states, context, base, trust)
-            in_memory = torch_backend.memory_prob(targets, reading.tokens, reading.shares)
-            found.append(-torch_backend.target_log_prob(base.log_prob(targets), in_memory, reading.unguarded))
-            site.learn(draft, reading, targets, base.log_prob(targets))
+            trust = site.initial_trust().expand(len(targets), -1)
+            readout = site.read(pool, torch.full((len(targets),), draft.index), states, context, base, trust)
+            memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
+            found.append(-torch_backend.target_log_prob(base.log_prob(targets), memory_probs, readout.unguarded_gamma))
+            site.learn(draft, readout, targets, base.log_prob(targets))
     return torch.cat(found)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from research.evaluation import metrics
-from research.evaluation.arms import Past, Static, Subject
-from research.evaluation.describe import Describer, Reading
+from research.evaluation.arms import FrozenBase, PastMemory, Subject
+from research.evaluation.describe import Describer, StreamScores
 from research.evaluation.prequential import Stream, Trace
 
 NAN = math.nan
@@ -94,18 +94,18 @@ def subject(name: str, kind: str, targets: list[int], lengths: list[int]) -> Sub
 
 def test_an_arm_is_described_on_the_tokens_that_it_speaks_of() -> None:
     one, two = subject("a/1", "a", [5, 6, 5, 7], [2, 2]), subject("b/1", "b", [5, 5, 6, 6, 5, 7], [2, 2, 2])
-    static = {s.stream.name: Reading(s.trace.log_probs, 0.0, 0, 2.0) for s in (one, two)}
+    static = {s.stream.name: StreamScores(s.trace.log_probs, 0.0, 0, 2.0) for s in (one, two)}
     memory = {
-        "a/1": Reading(torch.tensor([-2.0, -2.0, -1.0, -2.0]), 1.0, 100, 2.0),
-        "b/1": Reading(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0, -1.0]), 3.0, 300, 2.0),
+        "a/1": StreamScores(torch.tensor([-2.0, -2.0, -1.0, -2.0]), 1.0, 100, 2.0),
+        "b/1": StreamScores(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0, -1.0]), 3.0, 300, 2.0),
     }
     own = {
-        "a/1": Reading(torch.tensor([NAN, NAN, -1.5, -2.0]), 0.5, 100, 2.0),
-        "b/1": Reading(torch.tensor([NAN, NAN, -2.0, -2.0, -2.0, -2.0]), 0.5, 100, 2.0),
+        "a/1": StreamScores(torch.tensor([NAN, NAN, -1.5, -2.0]), 0.5, 100, 2.0),
+        "b/1": StreamScores(torch.tensor([NAN, NAN, -2.0, -2.0, -2.0, -2.0]), 0.5, 100, 2.0),
     }
     describer = Describer([one, two], {"static": static, "memory": memory, "own-past": own}, {"a"})
 
-    class Told(Static):
+    class Told(FrozenBase):
         name = "memory"
 
     told = describer.arm(Told())
@@ -119,7 +119,7 @@ def test_an_arm_is_described_on_the_tokens_that_it_speaks_of() -> None:
     assert told["novelty"]["seen before"]["value"] == pytest.approx(math.exp(-(1 + 1) / 2))
     assert told["perplexity_per_byte"] == pytest.approx(math.exp((7 / 8 + 10 / 12) / 2))
 
-    class Half(Past):
+    class Half(PastMemory):
         def __init__(self) -> None:
             self.name, self.title = "own-past", ""
 

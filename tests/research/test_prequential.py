@@ -14,12 +14,12 @@ from model.memory.initial import default_config, random_memory
 from research.evaluation.prequential import (
     Stream,
     cut,
-    follow,
+    needs_final_states_only,
     read,
     read_passage,
     read_trace,
-    reads_states_only,
     replay,
+    score_request,
 )
 
 BOS = 1
@@ -94,11 +94,11 @@ def test_a_memory_below_the_output_is_read_through_the_base(tiny_base: Path) -> 
         for parameter in memory.parameters():
             parameter.normal_(std=0.3)
     lm = AdaptiveLM(backbone, memory)
-    assert not reads_states_only(memory)
+    assert not needs_final_states_only(memory)
     pool = lm.new_pool(rows=1000, sessions=4)
     ids = request(0)
     passage = read_passage(backbone, ids, BOS)
     one, other = pool.open(), pool.open()
-    followed = follow(lm, pool, one, passage, BOS, learn=True)
+    followed = score_request(lm, pool, one, passage, BOS, learn=True)
     assert torch.equal(followed, read(lm, pool, other, ids, BOS, learn=True))
     assert not torch.allclose(followed, passage.log_probs, atol=1e-3)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.adaptive_lm import EMPTY, AdaptiveLM
+from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.base.checkpoint import load_backbone
 from model.memory.initial import default_config, random_memory
 from model.text.tokenizer import Tokenizer
 from research.evaluation.cost import learning_cost
-from research.evaluation.facts import Fact, FactRecall, invent, recall
-from research.evaluation.keystrokes import keystrokes, likeliest, saved_share
+from research.evaluation.facts import Fact, FactRecall, invent_facts, recall
+from research.evaluation.keystrokes import greedy_predictions, keystrokes, saved_share
 from research.evaluation.long import LongRun, ratio_between, read_long
-from research.evaluation.poison import harm, poisons
+from research.evaluation.poison import harm, poison_streams
 from research.evaluation.prequential import read, read_passage
 
 BOS = 1
@@ -41,9 +41,9 @@ def request(seed: int, size: int = 60) -> list[int]:
 
 
 def test_invented_facts_differ_and_do_not_change() -> None:
-    facts = invent(48)
-    assert facts == invent(48)
-    assert facts != invent(48, seed=1)
+    facts = invent_facts(48)
+    assert facts == invent_facts(48)
+    assert facts != invent_facts(48, seed=1)
     for asked in ("cue", "paraphrase", "answer"):
         assert len({getattr(fact, asked) for fact in facts}) == 48
     assert len({fact.cue.split()[1] for fact in facts}) >= 10
@@ -60,7 +60,7 @@ def test_a_fact_is_recalled_token_by_token_or_not_at_all(lm: AdaptiveLM) -> None
     state = pool.dump(session)
     assert recall(lm, pool, session, ids[:12], ids[12:], BOS)
     assert not recall(lm, pool, session, ids[:12], [*ids[12:-1], (ids[-1] + 1) % 300], BOS)
-    assert not recall(lm, pool, EMPTY, ids[:12], ids[12:], BOS)
+    assert not recall(lm, pool, EMPTY_SESSION, ids[:12], ids[12:], BOS)
     assert all(torch.equal(rows.data, state[name].data) for name, rows in pool.dump(session).items())
 
 
@@ -102,10 +102,15 @@ def test_a_memory_saves_keys_on_what_it_has_read(lm: AdaptiveLM, tokenizer: Toke
     session = pool.open()
     ids = tokenizer.encode("The quick brown fox jumps over the lazy dog and learns the way home. " * 3)
     frozen = read_passage(lm.backbone, ids, BOS)
-    assert likeliest(lm, pool, EMPTY, ids, BOS) == lm.backbone.logits(frozen.states).argmax(-1).tolist()
+    assert (
+        greedy_predictions(lm, pool, EMPTY_SESSION, ids, BOS) == lm.backbone.logits(frozen.states).argmax(-1).tolist()
+    )
     for _ in range(OFTEN):
         read(lm, pool, session, ids, BOS, learn=True)
-    shares = [saved_share(ids, likeliest(lm, pool, s, ids, BOS), tokenizer.token_bytes) for s in (EMPTY, session)]
+    shares = [
+        saved_share(ids, greedy_predictions(lm, pool, s, ids, BOS), tokenizer.token_bytes)
+        for s in (EMPTY_SESSION, session)
+    ]
     assert shares[0] < 0.1
     assert shares[1] > 0.3
 
@@ -139,8 +144,8 @@ def test_ratios_between_positions() -> None:
 
 
 def test_poisons_are_what_they_are_called() -> None:
-    made = poisons(300, 64)
-    assert made == poisons(300, 64)
+    made = poison_streams(300, 64)
+    assert made == poison_streams(300, 64)
     assert all(len(ids) == 64 and all(0 <= i < 300 for i in ids) for ids in made.values())
     assert len(set(made["one token repeated"])) == 1
     context = made["alternating continuations"][:7]
@@ -152,7 +157,7 @@ def test_harm_is_what_a_poisoned_session_loses(lm: AdaptiveLM) -> None:
     passages = [read_passage(lm.backbone, request(seed), BOS) for seed in (1, 2)]
     told: list[int] = []
     found = harm(lm, {"text": passages}, BOS, tokens=128, window=64, progress=told.append)
-    assert list(found) == list(poisons(300, 1))
+    assert list(found) == list(poison_streams(300, 1))
     assert sum(told) == 3 * 2
     pool = lm.new_pool(rows=200_000, sessions=3)
     session = pool.open()
@@ -161,7 +166,7 @@ def test_harm_is_what_a_poisoned_session_loses(lm: AdaptiveLM) -> None:
             lm,
             pool,
             session,
-            poisons(lm.backbone.config.vocab_size, 128)["random tokens"][start : start + 64],
+            poison_streams(lm.backbone.config.vocab_size, 128)["random tokens"][start : start + 64],
             BOS,
             learn=True,
         )

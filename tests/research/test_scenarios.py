@@ -9,7 +9,7 @@ from gymnasium.utils.env_checker import check_env
 
 from research.scenarios import BernoulliBandit, CardSorting, FunctionStream, LabelStream, Tasks
 from research.scenarios.bandits import gittins, gittins_table
-from research.scenarios.streams import digits_of
+from research.scenarios.streams import load_digit_images
 
 NAMES = ("CardSorting", "BernoulliBandit", "LinearBandit", "Choices", "LabelStream", "FunctionStream")
 
@@ -47,8 +47,8 @@ def test_a_card_belongs_where_its_decks_rule_says(options: dict[str, int]) -> No
         shown = tasks.observe()[:, tasks.context :].reshape(20, 4, tasks.dims)
         action = tasks.rng.integers(4, size=20)
         dims = tasks.rules[rules[np.arange(20), decks]]
-        right = np.take_along_axis(shown[np.arange(20), action], dims, axis=1).all(1)
-        assert np.array_equal(tasks.step(action), right.astype(np.float32))
+        correct = np.take_along_axis(shown[np.arange(20), action], dims, axis=1).all(1)
+        assert np.array_equal(tasks.step(action), correct.astype(np.float32))
         seen_switches += int((tasks.rule != rules).sum())
     assert seen_switches == tasks.switches.sum() > 100
 
@@ -67,7 +67,7 @@ def test_the_gittins_index_earns_more_than_chance_and_than_the_best_looking_arm(
         tasks, total = BernoulliBandit(200, np.random.default_rng(1), arms=5, horizon=100), 0.0
         for _ in range(100):
             means = (tasks.counts[..., 1] + 1) / (tasks.counts.sum(-1) + 2)
-            told = tasks.teacher() if index else means
+            told = tasks.teacher_scores() if index else means
             total += float(tasks.step((told + 1e-6 * tasks.rng.random(told.shape)).argmax(1)).mean())
         return total
 
@@ -78,9 +78,9 @@ def test_labels_are_dealt_anew_and_drift_in_pairs() -> None:
     tasks = LabelStream(8, np.random.default_rng(0), drift=0.5)
     assert len({tuple(labels) for labels in tasks.labels.tolist()}) > 4
     before = tasks.labels.copy()
-    tasks.step(tasks.answers())
+    tasks.step(tasks.targets())
     assert {int(moved) for moved in (tasks.labels != before).sum(1)} == {0, 2}
-    held, trained = (np.concatenate(digits_of(held_out)) for held_out in (True, False))
+    held, trained = (np.concatenate(load_digit_images(held_out)) for held_out in (True, False))
     assert len(held) + len(trained) == 1797
     assert not {image.tobytes() for image in held} & {image.tobytes() for image in trained}
 
@@ -89,7 +89,7 @@ def test_functions_stay_within_their_bins() -> None:
     tasks: Tasks = FunctionStream(50, np.random.default_rng(0), moves=0.1)
     for _ in range(20):
         assert isinstance(tasks, FunctionStream)
-        answers = tasks.answers()
-        assert answers.min() >= 0 and answers.max() < tasks.actions
+        targets = tasks.targets()
+        assert targets.min() >= 0 and targets.max() < tasks.actions
         assert np.abs(tasks.values()).max() < 1.2
-        assert (tasks.step(answers) == 1).all()
+        assert (tasks.step(targets) == 1).all()

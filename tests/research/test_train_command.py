@@ -21,9 +21,9 @@ from model.memory import load_memory
 from model.text.tokenizer import Tokenizer
 from research.training.adapter import load_adapter
 from research.training.features import StreamFeatures
-from research.training.texts import Budget, Planned, draw_streams, find_kinds
+from research.training.texts import Budget, PlannedStream, draw_streams, find_kinds
 from service.errors import CommandError
-from tests.service.cli_in_process import refused
+from tests.service.cli_in_process import run_rejected
 from tests.tiny import TEXT
 
 SIZES = ["--tokens", 9000, "--stream-tokens", 1500, "--request-tokens", 32, 100, "--valid", 1, "--batch", 2]
@@ -67,7 +67,7 @@ def train(base: Path, *arguments: object, processes: int = 1, **settings: object
     return process.returncode, output, errors
 
 
-def draw(texts: Path, base: Path, folder: Path, budget: Budget = BUDGET) -> list[Planned]:
+def draw(texts: Path, base: Path, folder: Path, budget: Budget = BUDGET) -> list[PlannedStream]:
     kinds = find_kinds([str(texts)], budget)
     return draw_streams(kinds, budget, Tokenizer.load(base), "base", folder)
 
@@ -203,7 +203,7 @@ def test_a_fault_is_one_line(tiny_base: Path, texts: Path, tmp_path: Path, argum
     sizes = SHORT if "--request-tokens" not in given else SHORT[:4]
     outputs = ["--out", tmp_path / "a.safetensors", "--work", tmp_path, "--adapter"]
     settings = {"MODEL": tiny_base, "THREADS": 1}
-    assert fault in refused("train", *outputs, *sizes, *given, settings=settings)
+    assert fault in run_rejected("train", *outputs, *sizes, *given, settings=settings)
 
 
 def test_a_data_set_that_is_not_there_is_one_line(

@@ -155,18 +155,18 @@ def program(*arguments: object, processes: int = 1) -> subprocess.Popen[bytes]:
 
 def test_it_learns_and_keeps_the_best_of_what_it_validated(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, dataclasses.replace(SCHEDULE, steps=60, validate_every=20))
-    heard: list[Record] = []
+    reported: list[Record] = []
     progress: list[tuple[str, int, int]] = []
-    result = trainer.run(tell=heard.append, progress=lambda *p: progress.append(p))
-    validations = [record["valid"] for record in heard if "valid" in record]
+    result = trainer.run(on_record=reported.append, progress=lambda *p: progress.append(p))
+    validations = [record["valid"] for record in reported if "valid" in record]
     assert [v["step"] for v in validations] == [0, 20, 40, 60]
     assert result.best == min(validations, key=lambda v: v["ratio"])
     assert result.best["ratio"] < 0.9 < validations[0]["ratio"]
     assert set(result.best["kinds"]) == {"bb"}
-    steps = [record for record in heard if "loss" in record]
+    steps = [record for record in reported if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 61))
     assert all(record["frozen"] == pytest.approx(math.log(VOCAB), rel=1e-5) for record in steps)
-    assert read_losses(tmp_path / "run" / "losses.jsonl") == heard
+    assert read_losses(tmp_path / "run" / "losses.jsonl") == reported
     assert progress[-1] == ("validating", 2, 2)
     assert ("training", 60, 60) in progress
 

@@ -10,14 +10,14 @@ from typing import Any
 from imprint import AsyncClient
 
 
-class Awaited:
+class BlockingAsyncClient:
     """`AsyncClient` on a loop of its own: what is to be awaited or iterated there is here at once."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._client = AsyncClient(*args, **options)
 
-    def __enter__(self) -> Awaited:
+    def __enter__(self) -> BlockingAsyncClient:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -30,12 +30,12 @@ class Awaited:
             result = getattr(self._client, name)(*args, **kwargs)
             if inspect.isawaitable(result):
                 return self._loop.run_until_complete(_result(result))
-            return Iterated(self._loop, result)
+            return BlockingIterator(self._loop, result)
 
         return call
 
 
-class Iterated:
+class BlockingIterator:
     """An asynchronous stream or iterator, iterated in place."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any) -> None:
@@ -51,7 +51,7 @@ class Iterated:
         except StopAsyncIteration:
             raise StopIteration from None
 
-    def __enter__(self) -> Iterated:
+    def __enter__(self) -> BlockingIterator:
         return self
 
     def __exit__(self, *exception: object) -> None:

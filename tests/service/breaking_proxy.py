@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 
-class Cutter:
-    """Cuts the next `cuts` answers when they are complete, having passed on `passed` bytes of each.
+class BreakingProxy:
+    """Cuts the next `num_breaks` answers when they are complete, having passed on `bytes_forwarded` bytes of each.
 
     heads: the headers of the requests, names in lower case.
     """
@@ -20,9 +20,9 @@ class Cutter:
         self._upstream = (split.hostname or "", split.port or 80)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.cuts = 0
-        self.passed = 0
-        self.heads: list[dict[str, str]] = []
+        self.num_breaks = 0
+        self.bytes_forwarded = 0
+        self.request_headers: list[dict[str, str]] = []
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -37,23 +37,23 @@ class Cutter:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._carry, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._forward, args=(connection,), daemon=True).start()
 
-    def _carry(self, near: socket.socket) -> None:
+    def _forward(self, client_socket: socket.socket) -> None:
         """One request and its answer."""
-        with near, socket.create_connection(self._upstream) as far:
-            head, _, body = near.recv(1 << 16).partition(b"\r\n\r\n")
+        with client_socket, socket.create_connection(self._upstream) as server_socket:
+            head, _, body = client_socket.recv(1 << 16).partition(b"\r\n\r\n")
             if not head:
                 return
             first, *lines = head.decode().split("\r\n")
             fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
             while len(body) < int(fields.get("content-length", 0)):
-                body += near.recv(1 << 16)
-            self.heads.append(dict(fields))
+                body += client_socket.recv(1 << 16)
+            self.request_headers.append(dict(fields))
             fields["connection"] = "close"
-            far.sendall("\r\n".join([first, *map(": ".join, fields.items()), "", ""]).encode() + body)
-            answer = b"".join(iter(lambda: far.recv(1 << 16), b""))
-            if self.cuts:
-                self.cuts -= 1
-                answer = answer[: self.passed]
-            near.sendall(answer)
+            server_socket.sendall("\r\n".join([first, *map(": ".join, fields.items()), "", ""]).encode() + body)
+            answer = b"".join(iter(lambda: server_socket.recv(1 << 16), b""))
+            if self.num_breaks:
+                self.num_breaks -= 1
+                answer = answer[: self.bytes_forwarded]
+            client_socket.sendall(answer)

@@ -13,15 +13,15 @@ import pytest
 from service.cli.main import main
 
 
-def refused(*arguments: object, settings: Mapping[str, object]) -> str:
+def run_rejected(*arguments: object, settings: Mapping[str, object]) -> str:
     """The one line of a command that fails as it should. settings: without their prefix."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
-    told = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(told):
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(os, "environ", clean | {f"IMPRINT_{name}": str(value) for name, value in settings.items()})
         patch.setattr(sys, "argv", ["imprint", *map(str, arguments)])
         with pytest.raises(SystemExit, match="1"):
             main()
-    (line,) = told.getvalue().splitlines()
+    (line,) = stderr.getvalue().splitlines()
     assert line.startswith("imprint: ")
     return line

@@ -13,20 +13,20 @@ from service.store import RedisStore
 Fault = Literal["request", "reply", "late"]
 
 
-class FaultyLine:
+class FaultyStoreProxy:
     """A TCP proxy in front of the store that breaks the connection once, around the next commit.
 
     fault: "request" loses the commit before the server sees it, "reply" after the server has executed it;
-    "late" breaks the connection at once, and the server sees the commit when `deliver` is called.
+    "late" breaks the connection at once, and the server sees the commit when `deliver_delayed` is called.
     """
 
     def __init__(self, upstream: str, commit_sha: str) -> None:
-        self._upstream, self._mark = upstream, commit_sha.encode()
+        self._upstream, self._commit_sha = upstream, commit_sha.encode()
         self.fault: Fault | None = None
-        self.struck = False
+        self.triggered = False
         self.down_after_fault = False
         self._down = False
-        self._held: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]] = []
+        self._delayed: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_unix_connection(self._upstream)
@@ -37,11 +37,11 @@ class FaultyLine:
             while data := await reader.read(1 << 16):
                 if self._down:
                     return
-                if self.fault and self._mark in data:
+                if self.fault and self._commit_sha in data:
                     fault, self.fault = self.fault, None
-                    self.struck, self._down = True, self.down_after_fault
+                    self.triggered, self._down = True, self.down_after_fault
                 if fault == "late":
-                    self._held.append((far_reader, far_writer, data))
+                    self._delayed.append((far_reader, far_writer, data))
                 if fault in ("late", "request"):
                     return
                 far_writer.write(data)
@@ -61,18 +61,18 @@ class FaultyLine:
     def repair(self) -> None:
         self._down = False
 
-    async def deliver(self) -> None:
+    async def deliver_delayed(self) -> None:
         """Lets the server have the commit that was held back, and waits until it has answered it."""
-        for far_reader, far_writer, data in self._held:
+        for far_reader, far_writer, data in self._delayed:
             far_writer.write(data)
             assert await far_reader.read(1 << 16)
             far_writer.close()
 
 
 @asynccontextmanager
-async def faulty_line(url: str) -> AsyncIterator[tuple[FaultyLine, RedisStore]]:
+async def faulty_store_proxy(url: str) -> AsyncIterator[tuple[FaultyStoreProxy, RedisStore]]:
     direct = RedisStore.from_url(url)
-    line = FaultyLine(unquote(url.removeprefix("unix://")), direct._commit.sha)
+    line = FaultyStoreProxy(unquote(url.removeprefix("unix://")), direct._commit.sha)
     server = await asyncio.start_server(line.serve, "127.0.0.1", 0)
     store = RedisStore.from_url(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     yield line, store

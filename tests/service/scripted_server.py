@@ -10,24 +10,24 @@ from typing import Any
 Answer = tuple[int, dict[str, str], bytes]
 
 
-class Scripted:
+class ScriptedServer:
     """Gives `answers` in order, one a request, and keeps the requests; without an answer left it hangs."""
 
     def __init__(self, *answers: Answer, port: int = 0) -> None:
         self.answers = list(answers)
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.hanging, self.closing = threading.Event(), threading.Event()
-        scripted = self
+        scripted_server = self
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                scripted.requests.append((self.path, dict(self.headers), json.loads(body or "null")))
-                if not scripted.answers:
-                    scripted.hanging.set()
-                    scripted.closing.wait()
+                scripted_server.requests.append((self.path, dict(self.headers), json.loads(body or "null")))
+                if not scripted_server.answers:
+                    scripted_server.hanging.set()
+                    scripted_server.closing.wait()
                     return
-                status, headers, content = scripted.answers.pop(0)
+                status, headers, content = scripted_server.answers.pop(0)
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -57,7 +57,7 @@ def ok(body: object) -> Answer:
     return 200, {}, json.dumps(body).encode()
 
 
-def refused(status: int, code: str, **headers: str) -> Answer:
+def error_answer(status: int, code: str, **headers: str) -> Answer:
     error = {"message": f"It is {code}.", "type": "server_error", "param": None, "code": code}
     return status, headers, json.dumps({"error": error}).encode()
 
@@ -67,7 +67,7 @@ def stream(*chunks: object) -> Answer:
     return 200, {"Content-Type": "text/event-stream"}, "".join(f"data: {one}\n\n" for one in frames).encode()
 
 
-def said(text: str) -> dict[str, Any]:
+def text_chunk(text: str) -> dict[str, Any]:
     piece = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
     return {**CHUNK, "choices": [piece]}
 

@@ -8,39 +8,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-State = Literal["whole", "stalled", "cut"]
+ProxyState = Literal["whole", "stalled", "cut"]
 
 
-class FailingLine:
+class StallingProxy:
     """A TCP proxy on a thread of its own. Stalled, it keeps what it is given, and delivers it when it is whole again;
     cut, it closes every connection."""
 
     def __init__(self, port: int) -> None:
         self.port = 0
-        self.state: State = "whole"
-        self.kept = b""  # what was sent to the store since the line was stalled
+        self.state: ProxyState = "whole"
+        self.buffered = b""  # what was sent to the store since the line was stalled
         self._upstream = port
         self._loop = asyncio.new_event_loop()
-        self._moved = asyncio.Event()
+        self._state_changed = asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
 
     def stall(self) -> None:
-        self._to("stalled")
+        self._set_state("stalled")
 
     def cut(self) -> None:
-        self._to("cut")
+        self._set_state("cut")
 
-    def mend(self) -> None:
-        self._to("whole")
+    def restore(self) -> None:
+        self._set_state("whole")
 
-    def _to(self, state: State) -> None:
+    def _set_state(self, state: ProxyState) -> None:
         async def move() -> None:
-            self.state, self.kept = state, b""
+            self.state, self.buffered = state, b""
             if state == "cut":
                 for writer in self._writers:
                     writer.close()
-            self._moved.set()
-            self._moved = asyncio.Event()
+            self._state_changed.set()
+            self._state_changed = asyncio.Event()
 
         asyncio.run_coroutine_threadsafe(move(), self._loop).result()
 
@@ -51,19 +51,19 @@ class FailingLine:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._upstream)
         ends = {writer, far_writer}
         self._writers |= ends
-        ways = [self._carry(reader, far_writer, keeps=True), self._carry(far_reader, writer, keeps=False)]
-        await asyncio.wait([asyncio.create_task(way) for way in ways], return_when=asyncio.FIRST_COMPLETED)
+        directions = [self._forward(reader, far_writer, records=True), self._forward(far_reader, writer, records=False)]
+        await asyncio.wait([asyncio.create_task(way) for way in directions], return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.close()
         self._writers -= ends
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, keeps: bool) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, records: bool) -> None:
         with suppress(OSError):
             while data := await reader.read(1 << 16):
-                if self.state == "stalled" and keeps:
-                    self.kept += data
+                if self.state == "stalled" and records:
+                    self.buffered += data
                 while self.state == "stalled":
-                    await self._moved.wait()
+                    await self._state_changed.wait()
                 writer.write(data)
 
     def _run(self, started: threading.Event) -> None:
@@ -77,12 +77,12 @@ class FailingLine:
         self._loop.run_until_complete(serve())
 
     @contextmanager
-    def open(self) -> Iterator[FailingLine]:
+    def open(self) -> Iterator[StallingProxy]:
         started = threading.Event()
         thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         thread.start()
         started.wait()
         yield self
-        self._to("cut")
+        self._set_state("cut")
         self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
         thread.join()

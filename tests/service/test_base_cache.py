@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType
 import service.base_cache
 from model.base.checkpoint import load_backbone
 from model.text.tokenizer import Tokenizer
-from service.base_cache import BaseError, Packaged, resolve_base
-from tests.model.random_models import byte_level_bpe, tokens, twin, write_gguf
+from service.base_cache import BaseError, PackagedModel, resolve_base
+from tests.model.random_models import byte_level_bpe, random_llama, tokens, write_gguf
 
 MEMBER = "tiny_base/tiny.gguf"
 
@@ -26,7 +26,7 @@ MEMBER = "tiny_base/tiny.gguf"
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    write_gguf(path, twin(), kind=GGMLQuantizationType.F16)
+    write_gguf(path, random_llama(), kind=GGMLQuantizationType.F16)
     return path
 
 
@@ -50,8 +50,8 @@ def index(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, sha256: str) -> None:
-    package = Packaged("tiny-base==1.0", sha256, MEMBER, megabytes=1)
-    monkeypatch.setitem(service.base_cache.PACKAGED, "tiny", package)
+    package = PackagedModel("tiny-base==1.0", sha256, MEMBER, megabytes=1)
+    monkeypatch.setitem(service.base_cache.PACKAGED_MODELS, "tiny", package)
 
 
 def silent(_: str) -> None:
@@ -145,7 +145,7 @@ def hub_snapshot(cache: Path, *files: str) -> Path:
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(snapshot.name)
-    twin().save_pretrained(snapshot)
+    random_llama().save_pretrained(snapshot)
     byte_level_bpe().save(str(snapshot / "tokenizer.json"))
     for name in files:
         (snapshot / name).unlink()

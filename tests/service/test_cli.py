@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from service.cli import main
 from service.client import Client, text_files
-from service.client.transport import Events
+from service.client.transport import SSEDecoder
 from service.errors import CommandError
-from tests.service.scripted_server import MODELS, OBSERVED, Answer, Scripted, ok, refused, said, stream
+from tests.service.scripted_server import MODELS, OBSERVED, Answer, ScriptedServer, error_answer, ok, stream, text_chunk
 
 ROOT = Path(__file__).resolve().parents[2]
 STORY = "The cat sat on the mat. The cat sat on the hat.\n\n" * 20
@@ -203,7 +203,7 @@ def test_a_stream_is_read_the_same_however_it_is_cut(texts: list[str], size: int
     data = [json.dumps(text, ensure_ascii=False) for text in texts]
     stream = "".join(f": ping\n\ndata: {one}\n\n" for one in data).encode()
     cuts = [stream[start : start + size] for start in range(0, len(stream), size)]
-    events = Events()
+    events = SSEDecoder()
     assert [one for cut in cuts for one in events.feed(cut)] == data
 
 
@@ -211,11 +211,11 @@ def test_a_stream_is_read_the_same_however_it_is_cut(texts: list[str], size: int
 
 
 @pytest.fixture
-def scripted() -> Iterator[Callable[..., Scripted]]:
-    started: list[Scripted] = []
+def scripted_server() -> Iterator[Callable[..., ScriptedServer]]:
+    started: list[ScriptedServer] = []
 
-    def start(*answers: Answer) -> Scripted:
-        started.append(Scripted(*answers))
+    def start(*answers: Answer) -> ScriptedServer:
+        started.append(ScriptedServer(*answers))
         return started[-1]
 
     yield start
@@ -223,36 +223,40 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
         server.close()
 
 
-def test_a_busy_server_is_asked_again(scripted: Callable[..., Scripted]) -> None:
-    busy = refused(429, "queue_full", **{"Retry-After": "0"})
-    server = scripted(busy, busy, ok(OBSERVED))
+def test_a_busy_server_is_asked_again(scripted_server: Callable[..., ScriptedServer]) -> None:
+    busy = error_answer(429, "queue_full", **{"Retry-After": "0"})
+    server = scripted_server(busy, busy, ok(OBSERVED))
     result = imprint("observe", "-", "--session", "me", url=server.url, stdin="text")
     assert result.returncode == 0
     assert result.stderr.count("It is queue_full.") == 2
     assert [body for _, _, body in server.requests] == [{"text": "text"}] * 3
 
 
-def test_a_server_that_stays_busy_is_given_up(scripted: Callable[..., Scripted]) -> None:
-    server = scripted(*[refused(503, "loading", **{"Retry-After": "0"})] * 50)
+def test_a_server_that_stays_busy_is_given_up(scripted_server: Callable[..., ScriptedServer]) -> None:
+    server = scripted_server(*[error_answer(503, "loading", **{"Retry-After": "0"})] * 50)
     result = imprint("sessions", "ls", url=server.url)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "imprint: It is loading."
     assert len(server.requests) < 10
 
 
-def test_a_request_that_learns_has_one_key_however_often_it_is_sent(scripted: Callable[..., Scripted]) -> None:
-    unknown = refused(503, "store_unavailable", **{"Retry-After": "0"})
-    server = scripted(unknown, unknown, ok(OBSERVED), ok(OBSERVED))
+def test_a_request_that_learns_has_one_key_however_often_it_is_sent(
+    scripted_server: Callable[..., ScriptedServer],
+) -> None:
+    unknown = error_answer(503, "store_unavailable", **{"Retry-After": "0"})
+    server = scripted_server(unknown, unknown, ok(OBSERVED), ok(OBSERVED))
     for _ in range(2):
         assert imprint("observe", "-", "--session", "me", url=server.url, stdin="text").returncode == 0
     first, *again, other = (headers["Idempotency-Key"] for _, headers, _ in server.requests)
     assert again == [first, first] and other != first
 
 
-def test_what_was_learned_before_a_failure_is_told(scripted: Callable[..., Scripted], tmp_path: Path) -> None:
+def test_what_was_learned_before_a_failure_is_told(
+    scripted_server: Callable[..., ScriptedServer], tmp_path: Path
+) -> None:
     for name in "ab":
         (tmp_path / name).write_text(STORY)
-    server = scripted(ok(OBSERVED), refused(500, "engine_error"))
+    server = scripted_server(ok(OBSERVED), error_answer(500, "engine_error"))
     files = [str(tmp_path / name) for name in "ab"]
     line = told(imprint("observe", *files, "--session", "me", url=server.url))
     assert "It is engine_error." in line
@@ -262,30 +266,32 @@ def test_what_was_learned_before_a_failure_is_told(scripted: Callable[..., Scrip
 @pytest.mark.parametrize(
     ("chunks", "line"),
     [
-        ([said("Hel"), {"error": {"message": "It broke.", "code": "engine_error"}}], "It broke."),
-        ([said("Hel")], "before the answer was complete"),
+        ([text_chunk("Hel"), {"error": {"message": "It broke.", "code": "engine_error"}}], "It broke."),
+        ([text_chunk("Hel")], "before the answer was complete"),
         ([{"other": 1}], "not as an Imprint server does"),
     ],
 )
-def test_a_broken_stream_is_an_error(scripted: Callable[..., Scripted], chunks: list[object], line: str) -> None:
-    server = scripted(MODELS, stream(*chunks))
+def test_a_broken_stream_is_an_error(
+    scripted_server: Callable[..., ScriptedServer], chunks: list[object], line: str
+) -> None:
+    server = scripted_server(MODELS, stream(*chunks))
     assert line in told(imprint("chat", "--once", "hi", url=server.url))
 
 
-def test_an_answer_that_is_not_imprints_is_an_error(scripted: Callable[..., Scripted]) -> None:
+def test_an_answer_that_is_not_imprints_is_an_error(scripted_server: Callable[..., ScriptedServer]) -> None:
     for answer in ((200, {}, b"<html>"), ok([]), ok({}), (404, {}, b"Not Found")):
-        server = scripted(answer)
+        server = scripted_server(answer)
         assert server.url in told(imprint("sessions", "ls", url=server.url))
 
 
-def test_the_reply_reaches_a_pipe_as_it_is(scripted: Callable[..., Scripted]) -> None:
+def test_the_reply_reaches_a_pipe_as_it_is(scripted_server: Callable[..., ScriptedServer]) -> None:
     reply = "a\u2028b\x85 [bold]c[/] :smile: \x1b[31m é"
-    server = scripted(MODELS, stream(said(reply), "[DONE]"))
+    server = scripted_server(MODELS, stream(text_chunk(reply), "[DONE]"))
     assert imprint("chat", "--once", "hi", url=server.url).stdout == reply + "\n"
 
 
-def test_ctrl_c_leaves_quietly(scripted: Callable[..., Scripted]) -> None:
-    server = scripted(MODELS)
+def test_ctrl_c_leaves_quietly(scripted_server: Callable[..., ScriptedServer]) -> None:
+    server = scripted_server(MODELS)
     run = command("chat", "--once", "hi", url=server.url)
     # A parent that ignores SIGINT, as a shell's background jobs do, would hand that on.
     heed: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -297,14 +303,14 @@ def test_ctrl_c_leaves_quietly(scripted: Callable[..., Scripted]) -> None:
     assert errors == ""
 
 
-def test_a_conversation_is_kept_and_sent_again(scripted: Callable[..., Scripted]) -> None:
+def test_a_conversation_is_kept_and_sent_again(scripted_server: Callable[..., ScriptedServer]) -> None:
     """On a terminal: each turn carries the ones before it, a failed turn is forgotten, Ctrl-D leaves."""
     reply = "Hello.\x1b]0;owned\x07"
-    server = scripted(
+    server = scripted_server(
         MODELS,
-        stream(said(reply), "[DONE]"),
-        refused(400, "too_long"),
-        stream(said("Bye."), "[DONE]"),
+        stream(text_chunk(reply), "[DONE]"),
+        error_answer(400, "too_long"),
+        stream(text_chunk("Bye."), "[DONE]"),
     )
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

@@ -18,16 +18,16 @@ import imprint
 from service import errors
 from service.client import operations, transport
 from tests.conftest import Server
-from tests.live import ENDLESS, in_background, until
+from tests.live import NO_EOS, in_background, wait_until
 from tests.live import Client as Plain
-from tests.service.async_as_sync import Awaited
-from tests.service.breaking_proxy import Cutter
-from tests.service.scripted_server import CHUNK, OBSERVED, Answer, Scripted, ok, refused, said, stream
+from tests.service.async_as_sync import BlockingAsyncClient
+from tests.service.breaking_proxy import BreakingProxy
+from tests.service.scripted_server import CHUNK, OBSERVED, Answer, ScriptedServer, error_answer, ok, stream, text_chunk
 from tests.tiny import TEXT
 
-KINDS: dict[str, Callable[..., Any]] = {"sync": imprint.Client, "async": Awaited}
+KINDS: dict[str, Callable[..., Any]] = {"sync": imprint.Client, "async": BlockingAsyncClient}
 CHAT = [{"role": "user", "content": TEXT[:80]}]
-GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "logit_bias": ENDLESS}
+GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "logit_bias": NO_EOS}
 
 
 @pytest.fixture(params=KINDS)
@@ -132,10 +132,10 @@ def test_what_is_streamed_is_what_is_answered(client: Any, session: str) -> None
 
 
 def test_a_stream_that_is_left_has_never_been(client: Any, server: Server, session: str) -> None:
-    with client.stream(TEXT[:60], session=session, max_tokens=400, logit_bias=ENDLESS) as streamed:
+    with client.stream(TEXT[:60], session=session, max_tokens=400, logit_bias=NO_EOS) as streamed:
         next(streamed)
     with Plain(server.url) as plain:
-        until(plain.idle)
+        wait_until(plain.idle)
         assert plain.version(session) == 0
 
 
@@ -193,16 +193,16 @@ def test_a_refusal_says_what_and_where(client: Any, session: str) -> None:
 # Over a line that breaks.
 
 
-@pytest.mark.parametrize("passed", [0, 200], ids=["before the answer", "within it"])
+@pytest.mark.parametrize("bytes_forwarded", [0, 200], ids=["before the answer", "within it"])
 def test_what_learns_is_learned_once_over_a_line_that_breaks(
-    connect: Callable[..., Any], server: Server, session: str, passed: int, monkeypatch: pytest.MonkeyPatch
+    connect: Callable[..., Any], server: Server, session: str, bytes_forwarded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "FIRST_BACKOFF_S", 0.01)
-    line = Cutter(server.url)
+    monkeypatch.setattr(transport, "INITIAL_BACKOFF_S", 0.01)
+    line = BreakingProxy(server.url)
     with line.open():
         client = connect(line.url)
         client.model()
-        line.passed = passed
+        line.bytes_forwarded = bytes_forwarded
         calls: list[Callable[[], Any]] = [
             lambda: client.observe(session, TEXT),
             lambda: client.score(session, TEXT, learn=True),
@@ -211,16 +211,18 @@ def test_what_learns_is_learned_once_over_a_line_that_breaks(
             lambda: client.fork(session, f"{session}-fork"),
             lambda: client.import_(session, client.export(f"{session}-fork")),
             lambda: (
-                list(client.stream(TEXT, session=session, **GREEDY)) if not passed else client.observe(session, "a")
+                list(client.stream(TEXT, session=session, **GREEDY))
+                if not bytes_forwarded
+                else client.observe(session, "a")
             ),
         ]
         for call in calls:
-            line.heads.clear()
-            line.cuts = 2
+            line.request_headers.clear()
+            line.num_breaks = 2
             call()
-        assert len({head["idempotency-key"] for head in line.heads}) == 1 and len(line.heads) == 3
+        assert len({head["idempotency-key"] for head in line.request_headers}) == 1 and len(line.request_headers) == 3
         assert client.get(session).version == 6
-        line.cuts = 2
+        line.num_breaks = 2
         client.delete(f"{session}-fork")
         with pytest.raises(imprint.NotFound):
             client.delete(f"{session}-fork")
@@ -229,17 +231,17 @@ def test_what_learns_is_learned_once_over_a_line_that_breaks(
 def test_a_stream_that_broke_is_asked_again_with_its_key(
     connect: Callable[..., Any], server: Server, session: str
 ) -> None:
-    line = Cutter(server.url)
+    line = BreakingProxy(server.url)
     with line.open():
         client = connect(line.url)
         client.model()
-        line.cuts, line.passed = 1, 700
-        broken = client.stream(TEXT, session=session, max_tokens=30, logit_bias=ENDLESS)
+        line.num_breaks, line.bytes_forwarded = 1, 700
+        broken = client.stream(TEXT, session=session, max_tokens=30, logit_bias=NO_EOS)
         with pytest.raises(imprint.ConnectionBroken) as error:
             list(broken)
         assert error.value.idempotency_key == broken.idempotency_key
         key = error.value.idempotency_key
-        again = client.stream(TEXT, session=session, max_tokens=30, logit_bias=ENDLESS, idempotency_key=key)
+        again = client.stream(TEXT, session=session, max_tokens=30, logit_bias=NO_EOS, idempotency_key=key)
         list(again)
         assert broken.text and again.text.startswith(broken.text)
         assert again.adaptation.version_to == client.get(session).version == 1
@@ -249,11 +251,11 @@ def test_a_stream_that_broke_is_asked_again_with_its_key(
 
 
 @pytest.fixture
-def scripted() -> Iterator[Callable[..., Scripted]]:
-    started: list[Scripted] = []
+def scripted_server() -> Iterator[Callable[..., ScriptedServer]]:
+    started: list[ScriptedServer] = []
 
-    def start(*answers: Answer, port: int = 0) -> Scripted:
-        started.append(Scripted(*answers, port=port))
+    def start(*answers: Answer, port: int = 0) -> ScriptedServer:
+        started.append(ScriptedServer(*answers, port=port))
         return started[-1]
 
     yield start
@@ -262,12 +264,12 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
 
 
 def test_a_refusal_that_passes_is_waited_out_for_as_long_as_it_says(
-    connect: Callable[..., Any], scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(transport, "INITIAL_BACKOFF_S", 0.01)
     gateway: Answer = (502, {}, b"Bad Gateway")
-    told = refused(500, "engine_error", **{"x-should-retry": "true"})
-    server = scripted(refused(429, "queue_full", **{"Retry-After": "1"}), gateway, told, ok(OBSERVED))
+    told = error_answer(500, "engine_error", **{"x-should-retry": "true"})
+    server = scripted_server(error_answer(429, "queue_full", **{"Retry-After": "1"}), gateway, told, ok(OBSERVED))
     waits: list[tuple[type, float]] = []
     client = connect(server.url, on_wait=lambda error, wait: waits.append((type(error), wait)))
     began = time.monotonic()
@@ -281,21 +283,21 @@ def test_a_refusal_that_passes_is_waited_out_for_as_long_as_it_says(
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        (refused(429, "insufficient_quota", **{"x-should-retry": "false"}), imprint.QuotaExceeded),
-        (refused(429, "rate_limit_exceeded", **{"Retry-After": "3600"}), imprint.RateLimited),
-        (refused(409, "session_erased"), imprint.Conflict),
-        (refused(401, "invalid_api_key"), imprint.Unauthorized),
-        (refused(500, "damaged_session"), imprint.EngineError),
-        (refused(507, "session_too_large"), imprint.TooLarge),
+        (error_answer(429, "insufficient_quota", **{"x-should-retry": "false"}), imprint.QuotaExceeded),
+        (error_answer(429, "rate_limit_exceeded", **{"Retry-After": "3600"}), imprint.RateLimited),
+        (error_answer(409, "session_erased"), imprint.Conflict),
+        (error_answer(401, "invalid_api_key"), imprint.Unauthorized),
+        (error_answer(500, "damaged_session"), imprint.EngineError),
+        (error_answer(507, "session_too_large"), imprint.TooLarge),
         ((418, {}, b"short and stout"), imprint.ImprintError),
         ((200, {}, b"<html>"), imprint.UnexpectedAnswer),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_refusal_that_stays_is_told_at_once(
-    connect: Callable[..., Any], scripted: Callable[..., Scripted], answer: Any, kind: type
+    connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer], answer: Any, kind: type
 ) -> None:
-    server = scripted(answer)
+    server = scripted_server(answer)
     with pytest.raises(imprint.ImprintError) as told:
         connect(server.url).observe("me", "text", idempotency_key="mine")
     assert type(told.value) is kind
@@ -304,11 +306,11 @@ def test_a_refusal_that_stays_is_told_at_once(
 
 
 def test_a_server_that_went_away_is_waited_for_and_one_that_never_was_is_not(
-    connect: Callable[..., Any], scripted: Callable[..., Scripted]
+    connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer]
 ) -> None:
-    server = scripted(ok(OBSERVED))
+    server = scripted_server(ok(OBSERVED))
     port: int = server.server.server_port
-    client = connect(server.url, on_wait=lambda error, wait: scripted(ok(OBSERVED), port=port))
+    client = connect(server.url, on_wait=lambda error, wait: scripted_server(ok(OBSERVED), port=port))
     client.observe("me", "text")
     server.close()
     assert client.observe("me", "text").version == 1
@@ -318,18 +320,22 @@ def test_a_server_that_went_away_is_waited_for_and_one_that_never_was_is_not(
     assert not waited
 
 
-def test_there_are_so_many_attempts_and_no_more(connect: Callable[..., Any], scripted: Callable[..., Scripted]) -> None:
-    server = scripted(*[refused(503, "loading", **{"Retry-After": "0"})] * 9)
+def test_there_are_so_many_attempts_and_no_more(
+    connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer]
+) -> None:
+    server = scripted_server(*[error_answer(503, "loading", **{"Retry-After": "0"})] * 9)
     with pytest.raises(imprint.NotReady):
         connect(server.url, retries=2).get("me")
     assert len(server.requests) == 3
 
 
 def test_an_error_within_a_stream_comes_after_what_was_said(
-    connect: Callable[..., Any], scripted: Callable[..., Scripted]
+    connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer]
 ) -> None:
     busy = {"error": {"message": "It moved on.", "type": "server_error", "param": None, "code": "session_busy"}}
-    server = scripted(stream(said("Hel"), said("lo"), busy, "[DONE]"), stream(said("Hel"), CHUNK, "[DONE]"))
+    server = scripted_server(
+        stream(text_chunk("Hel"), text_chunk("lo"), busy, "[DONE]"), stream(text_chunk("Hel"), CHUNK, "[DONE]")
+    )
     client = connect(server.url)
     streamed = client.stream_chat(CHAT, model="tiny")
     with pytest.raises(imprint.SessionBusy, match="It moved on"):
@@ -344,19 +350,19 @@ def test_an_error_within_a_stream_comes_after_what_was_said(
 
 def test_a_date_is_a_time_to_wait_until() -> None:
     assert imprint.BadRequest is errors.BadRequest
-    from service.client.errors import refusal
+    from service.client.errors import error_from_response
 
-    past = refusal(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"", "http://here")
+    past = error_from_response(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"", "http://here")
     assert past.retry_after == 0.0 and type(past) is errors.Unavailable
-    assert refusal(503, {"retry-after": "soon"}, b"", "http://here").retry_after is None
+    assert error_from_response(503, {"retry-after": "soon"}, b"", "http://here").retry_after is None
 
 
 def test_url_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPRINT_URL", "http://there:1/")
     monkeypatch.setenv("IMPRINT_API_KEY", "imp_1")
-    place = transport.Place(None, None)
-    assert (place.url, place.headers) == ("http://there:1", {"Authorization": "Bearer imp_1"})
-    assert transport.Place("http://here", "").headers == {}
+    endpoint = transport.Endpoint(None, None)
+    assert (endpoint.url, endpoint.headers) == ("http://there:1", {"Authorization": "Bearer imp_1"})
+    assert transport.Endpoint("http://here", "").headers == {}
     for url in ("localhost:8000", "ftp://here", "http://", "http://here:port"):
         with pytest.raises(imprint.ClientError, match="http://…"):
             imprint.Client(url)
@@ -373,7 +379,11 @@ def test_both_clients_have_the_same_calls_with_text_and_signature() -> None:
     assert calls(imprint.Client)["rollback"] == ["self", "session", "version", "idempotency_key", "if_match"]
     for name in calls(imprint.Client):
         assert inspect.getdoc(getattr(imprint.Client, name))
-    every = {name for name, ask in vars(operations).items() if getattr(ask, "__module__", "") == operations.__name__}
+    every = {
+        name
+        for name, operation in vars(operations).items()
+        if getattr(operation, "__module__", "") == operations.__name__
+    }
     every = {name for name in every if inspect.isfunction(getattr(operations, name)) and not name.startswith("_")}
     assert every - calls(imprint.Client).keys() == {"page_of_sessions", "page_of_log"}
 
@@ -393,6 +403,6 @@ def test_threads_may_share_a_client(server: Server, session: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with imprint.Client(server.url) as client, ThreadPoolExecutor(4) as pool, Plain(server.url) as plain:
-        long = in_background(pool, plain, lambda: client.complete(TEXT, max_tokens=60, logit_bias=ENDLESS))
+        long = in_background(pool, plain, lambda: client.complete(TEXT, max_tokens=60, logit_bias=NO_EOS))
         versions = sorted(pool.map(lambda _: client.observe(session, TEXT[:60]).version, range(6)))
         assert long.result() and versions == [1, 2, 3, 4, 5, 6]

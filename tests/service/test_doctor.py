@@ -15,7 +15,7 @@ import torch
 from redis import Redis
 from typer.testing import CliRunner, Result
 
-from service.cli.doctor import Finding, examine
+from service.cli.doctor import Finding, run_checks
 from service.cli.main import app
 from service.settings import Settings
 from service.tenants import OPERATOR, new_key
@@ -39,7 +39,7 @@ def settings(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def findings(settings: dict[str, Any], **others: object) -> dict[str, Finding]:
-    found = {one.name: one for one in examine(Settings(**settings | others))}
+    found = {one.name: one for one in run_checks(Settings(**settings | others))}
     assert list(found) == NAMES
     assert all(one.found and bool(one.do) == (one.status != "ok") for one in found.values())
     return found

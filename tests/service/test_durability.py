@@ -17,7 +17,18 @@ import psutil
 import pytest
 
 from service.store.embedded import valkey_binary
-from tests.live import ENDLESS, Client, Json, in_background, insist, refusal, state, success, until, valkey_of
+from tests.live import (
+    NO_EOS,
+    Client,
+    Json,
+    assert_error,
+    assert_success,
+    find_valkey,
+    in_background,
+    retry_until_success,
+    state,
+    wait_until,
+)
 from tests.tiny import TEXT
 
 State = dict[str, dict[bytes, bytes]]
@@ -28,7 +39,7 @@ def no_orphans(tmp_path: Path) -> Iterator[None]:
     """A killed server leaves its Valkey behind, and so would a test that fails after that."""
     yield
     for folder in tmp_path.iterdir():
-        if (valkey := valkey_of(folder)) is not None:
+        if (valkey := find_valkey(folder)) is not None:
             valkey.terminate()
 
 
@@ -36,7 +47,7 @@ def teach(client: Client, session: str, turn: int) -> httpx.Response:
     """The turn of that number in the life of every session here."""
     if turn % 3 < 2:
         return client.post(f"sessions/{session}/observe", {"text": TEXT[turn % 50 :] * (1 + turn % 4)})
-    said: Json = {"session": session, "learn": "all", "max_tokens": 40, "logit_bias": ENDLESS}
+    said: Json = {"session": session, "learn": "all", "max_tokens": 40, "logit_bias": NO_EOS}
     return client.post("completions", client.completion(TEXT[turn % 50 :], **said))
 
 
@@ -48,7 +59,7 @@ def replay(server: Any) -> Iterator[Callable[[int], State]]:
 
         def after(turns: int) -> State:
             while len(states) <= turns:
-                success(teach(client, "replay", len(states) - 1))
+                assert_success(teach(client, "replay", len(states) - 1))
                 states.append(state(server.data_dir, "replay"))
             return states[turns]
 
@@ -56,9 +67,9 @@ def replay(server: Any) -> Iterator[Callable[[int], State]]:
 
 
 @contextmanager
-def away(data_dir: Path) -> Iterator[None]:
+def store_down(data_dir: Path) -> Iterator[None]:
     """Kills Valkey, and keeps it from being started again until the block ends."""
-    valkey = valkey_of(data_dir)
+    valkey = find_valkey(data_dir)
     assert valkey is not None
     with (data_dir / "valkey" / "lock").open("r+b") as lock, ThreadPoolExecutor(1) as pool:
         locked = pool.submit(fcntl.flock, lock, fcntl.LOCK_EX)  # granted the moment that Valkey dies
@@ -76,9 +87,9 @@ def refuses_sessions_only(client: Client) -> None:
         ("sessions/alice/observe", text),
         ("sessions/alice/score", text),
     ):
-        assert refusal(client.post(path, body), 503, "store_unavailable")["type"] == "server_error"
+        assert assert_error(client.post(path, body), 503, "store_unavailable")["type"] == "server_error"
     for method, path in (("GET", "/alice"), ("PUT", "/alice"), ("DELETE", "/alice"), ("GET", "")):
-        refusal(client.http.request(method, f"/v1/sessions{path}"), 503, "store_unavailable")
+        assert_error(client.http.request(method, f"/v1/sessions{path}"), 503, "store_unavailable")
     assert client.complete()["usage"]["completion_tokens"] > 0
     assert client.readiness() == "ready"
 
@@ -96,15 +107,15 @@ def test_a_killed_server_comes_back_with_all_that_it_committed(
     server = make_server().start()
     with Client(server.url, server.model) as client:
         for turn in range(3):
-            success(teach(client, "alice", turn))
+            assert_success(teach(client, "alice", turn))
         server.kill()
-        orphan = valkey_of(server.data_dir)
+        orphan = find_valkey(server.data_dir)
         assert orphan is not None
         server.start()
         assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
         assert client.version("alice") == 3
         assert state(server.data_dir, "alice") == replay(3)
-        success(teach(client, "alice", 3))
+        assert_success(teach(client, "alice", 3))
         assert state(server.data_dir, "alice") == replay(4)
 
 
@@ -117,13 +128,13 @@ def test_a_server_killed_in_the_midst_of_turns_has_each_of_them_wholly_or_not_at
     def live(session: str) -> None:
         with Client(server.url, server.model) as client, suppress(httpx.TransportError):
             while True:
-                success(teach(client, session, turns[session]))
+                assert_success(teach(client, session, turns[session]))
                 turns[session] += 1
 
     def kill_after(least: int) -> None:
         with ThreadPoolExecutor(len(turns)) as pool:
             users = [pool.submit(live, session) for session in turns]
-            until(lambda: sum(turns.values()) >= least or any(user.done() for user in users))
+            wait_until(lambda: sum(turns.values()) >= least or any(user.done() for user in users))
             server.kill()
             assert all(user.result() is None for user in users)
 
@@ -147,19 +158,19 @@ def test_without_its_store_a_server_refuses_sessions_until_it_has_restarted_it(
     server = make_server().start()
     with Client(server.url, server.model) as client, ThreadPoolExecutor(2) as pool:
         for turn in range(2):
-            success(teach(client, "alice", turn))
+            assert_success(teach(client, "alice", turn))
         running = in_background(pool, client, lambda: client.post("sessions/bob/observe", {"text": TEXT * 100}))
-        with client.stream(prompt=TEXT, max_tokens=400, session="carol", logit_bias=ENDLESS) as chunks:
+        with client.stream(prompt=TEXT, max_tokens=400, session="carol", logit_bias=NO_EOS) as chunks:
             next(chunks)
-            with away(server.data_dir):
+            with store_down(server.data_dir):
                 refuses_sessions_only(client)
-                refusal(running.result(), 503, "store_unavailable")
+                assert_error(running.result(), 503, "store_unavailable")
                 with pytest.raises(AssertionError, match="store_unavailable"):
                     list(chunks)
-        until(lambda: answers(client))
+        wait_until(lambda: answers(client))
         assert (client.version("alice"), client.version("bob"), client.version("carol")) == (2, 0, 0)
         assert state(server.data_dir, "alice") == replay(2)
-        success(teach(client, "alice", 2))
+        assert_success(teach(client, "alice", 2))
         assert state(server.data_dir, "alice") == replay(3)
         assert client.observe("bob", TEXT)["version"] == 1
 
@@ -178,14 +189,14 @@ def test_a_store_that_keeps_dying_loses_and_doubles_nothing(
                 if response.status_code == 200:
                     turn += 1
                 else:
-                    refusal(response, 503, "store_unavailable")
-                    version = insist(lambda: client.version(session))
+                    assert_error(response, 503, "store_unavailable")
+                    version = retry_until_success(lambda: client.version(session))
                     assert version - turn in (0, 1)
                     turn = version
 
     def kill_valkey_after(learned: int, client: Client) -> None:
-        until(lambda: client.metric("tokens_learned_total") > learned and answers(client))
-        valkey = valkey_of(server.data_dir)
+        wait_until(lambda: client.metric("tokens_learned_total") > learned and answers(client))
+        valkey = find_valkey(server.data_dir)
         assert valkey is not None
         valkey.kill()
 
@@ -230,16 +241,16 @@ def test_an_external_redis_keeps_the_sessions_and_may_go_away_for_a_while(
     process = start()
     server = make_server(redis_url=url).start()
     with Client(server.url, server.model) as client:
-        until(lambda: answers(client))
+        wait_until(lambda: answers(client))
         client.observe("alice", TEXT)
         scored = client.score("alice", TEXT)
-        assert valkey_of(server.data_dir) is None
+        assert find_valkey(server.data_dir) is None
         for end in (signal.SIGTERM, signal.SIGKILL):
             process.send_signal(end)
             process.wait()
             refuses_sessions_only(client)
             process = start()
-            until(lambda: answers(client))
+            wait_until(lambda: answers(client))
             assert client.score("alice", TEXT) == scored
         assert server.stop() == 0
         server.start()
@@ -256,18 +267,18 @@ def test_two_servers_of_one_redis_take_turns_with_a_session(
     start()
     servers = [make_server(name, redis_url=url).start() for name in ("one", "two")]
     with Client(servers[0].url) as one, Client(servers[1].url) as two:
-        until(lambda: answers(one) and answers(two))
+        wait_until(lambda: answers(one) and answers(two))
         for turn, client in enumerate((one, two, two, one, two, one)):
-            success(teach(client, "alice", turn))
+            assert_success(teach(client, "alice", turn))
         assert state(url, "alice") == replay(6)
 
         def learn(client: Client) -> int:
             answers = [client.post("sessions/bob/observe", {"text": TEXT}) for _ in range(10)]
             for refused in (answer for answer in answers if answer.status_code != 200):
-                refusal(refused, 409, "version_conflict")
+                assert_error(refused, 409, "version_conflict")
             return sum(answer.status_code == 200 for answer in answers)
 
         with ThreadPoolExecutor(2) as pool:
             learned = sum(pool.map(learn, (one, two)))
         assert one.version("bob") == learned >= 10
-        assert success(teach(two, "bob", 0))["version"] == learned + 1
+        assert assert_success(teach(two, "bob", 0))["version"] == learned + 1

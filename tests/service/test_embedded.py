@@ -311,7 +311,7 @@ async def test_an_orphan_is_shut_down_and_its_data_kept(valkey: EmbeddedValkey, 
 async def test_an_orphan_that_does_not_react_keeps_the_folder(
     valkey: EmbeddedValkey, orphan: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_module, "STOP_PATIENCE_S", 0.1)
+    monkeypatch.setattr(embedded_module, "STOP_TIMEOUT_S", 0.1)
     os.kill(orphan, signal.SIGSTOP)
     with pytest.raises(StoreInUse, match="left by an earlier server still uses"):
         valkey.start()

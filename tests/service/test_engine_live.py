@@ -18,7 +18,7 @@ import pytest
 
 from model.base.config import tiny_config
 from model.text.tokenizer import Tokenizer
-from tests.live import ENDLESS, PATIENCE_S, Client, Json, refusal, text_of, until, valkey_of
+from tests.live import NO_EOS, WAIT_TIMEOUT_S, Client, Json, assert_error, find_valkey, text_of, wait_until
 from tests.tiny import TEXT, build_tiny_base
 
 PROMPT = TEXT[:60]
@@ -36,7 +36,7 @@ def long_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def client(server: Any) -> Iterator[Client]:
     with Client(server.url, server.model) as client:
         yield client
-        until(client.idle)
+        wait_until(client.idle)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def slow(make_server: Callable[..., Any], long_base: str) -> Iterator[Callable[.
 
 def endless(**fields: Any) -> Json:
     """A completion that takes as long as the context lasts."""
-    return {"prompt": PROMPT, "max_tokens": CONTEXT - 100, "logit_bias": ENDLESS, "temperature": 0} | fields
+    return {"prompt": PROMPT, "max_tokens": CONTEXT - 100, "logit_bias": NO_EOS, "temperature": 0} | fields
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_more_streams_than_the_batch_holds_all_end_as_they_would_alone(make_serv
         with ThreadPoolExecutor(len(prompts)) as pool:
             together = list(pool.map(streamed, prompts))
         assert together == [(choice["text"], choice["finish_reason"]) for choice in alone]
-        four = client.complete(n=4, max_tokens=20, temperature=1, seed=1, logit_bias=ENDLESS)
+        four = client.complete(n=4, max_tokens=20, temperature=1, seed=1, logit_bias=NO_EOS)
         assert len({choice["text"] for choice in four["choices"]}) == 4
 
 
@@ -116,7 +116,7 @@ def test_more_sessions_than_are_kept_hot_may_learn_at_once(make_server: Callable
 
 
 def test_choices_are_independent_and_come_interleaved(client: Client) -> None:
-    body: Json = {"prompt": PROMPT, "n": 4, "max_tokens": 40, "temperature": 1, "seed": 3, "logit_bias": ENDLESS}
+    body: Json = {"prompt": PROMPT, "n": 4, "max_tokens": 40, "temperature": 1, "seed": 3, "logit_bias": NO_EOS}
     whole = client.complete(**body)
     texts = [choice["text"] for choice in whole["choices"]]
     assert len(set(texts)) == 4 and whole["usage"]["completion_tokens"] == 160
@@ -141,7 +141,7 @@ def test_several_prompts_of_a_session_are_read_in_order(client: Client, session:
 
 @pytest.mark.parametrize("learn", ["prompt", "all"])
 def test_nothing_of_a_stop_string_leaks(client: Client, session: str, learn: str) -> None:
-    fields: Json = {"max_tokens": 120, "logit_bias": ENDLESS}
+    fields: Json = {"max_tokens": 120, "logit_bias": NO_EOS}
     client.observe(session, TEXT * 3)
     text = client.complete(session=session, adapt="predict", **fields)["choices"][0]["text"]
     for start in range(0, len(text) - 12, max(1, len(text) // 10)):
@@ -177,7 +177,7 @@ LASTING: list[tuple[str, Json]] = [
     ("completions", endless(learn="all")),
     ("completions", endless(learn="all", stream=True)),
     ("completions", endless(prompt=[5] * 300, n=2, max_tokens=3000)),
-    ("chat/completions", {"messages": [{"role": "user", "content": TEXT}], "logit_bias": ENDLESS}),
+    ("chat/completions", {"messages": [{"role": "user", "content": TEXT}], "logit_bias": NO_EOS}),
     ("sessions/alice/observe", {"text": HUGE}),
     ("sessions/alice/score", {"text": HUGE, "learn": True}),
 ]
@@ -191,14 +191,14 @@ def test_a_client_that_leaves_costs_and_changes_nothing(slow: Callable[..., tupl
     """Had a request gone on, it would have been committed."""
     _, client = slow(max_batch=1)
     for path, body in LASTING:
-        with client.unfinished(path, named(path, body)):
-            until(lambda: client.metric("kv_tokens_reserved") > 0)
-        until(client.idle)
+        with client.request_in_flight(path, named(path, body)):
+            wait_until(lambda: client.metric("kv_tokens_reserved") > 0)
+        wait_until(client.idle)
         assert client.version("alice") == 0
     with client.stream(**named("", endless(learn="all"))) as chunks:
         for _ in range(100):
             next(chunks)
-    until(client.idle)
+    wait_until(client.idle)
     assert client.metric("tokens_learned_total") == 0
     assert client.observe("alice", TEXT) == client.observe("bob", TEXT)
 
@@ -206,15 +206,15 @@ def test_a_client_that_leaves_costs_and_changes_nothing(slow: Callable[..., tupl
 def test_a_client_that_leaves_while_it_waits_changes_nothing(slow: Callable[..., tuple[Any, Client]]) -> None:
     _, client = slow(max_batch=1)
     for path, body in LASTING:
-        with client.unfinished("sessions/alice/observe", {"text": HUGE}):
-            until(lambda: client.metric("kv_tokens_reserved") > 0)
-            with client.unfinished(path, named(path, body)):  # for its session
+        with client.request_in_flight("sessions/alice/observe", {"text": HUGE}):
+            wait_until(lambda: client.metric("kv_tokens_reserved") > 0)
+            with client.request_in_flight(path, named(path, body)):  # for its session
                 pass
-            until(lambda: client.metric("requests_in_flight") == 1)
-            with client.unfinished("completions", endless()):  # for the device
-                until(lambda: client.metric("queue_depth") == 1)
-            until(lambda: client.metric("queue_depth") == 0)
-        until(client.idle)
+            wait_until(lambda: client.metric("requests_in_flight") == 1)
+            with client.request_in_flight("completions", endless()):  # for the device
+                wait_until(lambda: client.metric("queue_depth") == 1)
+            wait_until(lambda: client.metric("queue_depth") == 0)
+        wait_until(client.idle)
     assert client.observe("alice", TEXT) == client.observe("bob", TEXT)
 
 
@@ -229,10 +229,10 @@ def test_a_full_queue_refuses_politely_and_recovers(slow: Callable[..., tuple[An
             ("sessions/alice/observe", {"text": TEXT}),
             ("sessions/alice/score", {"text": TEXT}),
         ):
-            assert refusal(client.post(path, body), 429, "queue_full")["type"] == "rate_limit_error"
+            assert assert_error(client.post(path, body), 429, "queue_full")["type"] == "rate_limit_error"
         assert client.readiness() == "ready"
         assert client.version("alice") == 0
-    until(client.idle)
+    wait_until(client.idle)
     assert client.observe("alice", TEXT)["version"] == 1
 
 
@@ -243,7 +243,7 @@ def test_a_burst_leaves_nothing_behind(make_server: Callable[..., Any]) -> None:
     with Client(server.url, server.model) as client:
 
         def visit(number: int) -> None:
-            fields = client.completion(TEXT[number : 80 + number], max_tokens=60, logit_bias=ENDLESS)
+            fields = client.completion(TEXT[number : 80 + number], max_tokens=60, logit_bias=NO_EOS)
             match number % 5:
                 case 0:
                     with Client(server.url) as visitor, visitor.stream(**fields, session="s0", learn="all") as chunks:
@@ -263,13 +263,13 @@ def test_a_burst_leaves_nothing_behind(make_server: Callable[..., Any]) -> None:
         def held() -> tuple[int, int, int]:
             with ThreadPoolExecutor(10) as pool:
                 list(pool.map(visit, range(40)))
-            until(client.idle)
+            wait_until(client.idle)
             return process.num_fds(), process.num_threads(), process.memory_info().rss
 
         held()
         fds, threads, rss = held()
         _, threads_after, rss_after = held()
-        until(lambda: process.num_fds() <= fds + 4)
+        wait_until(lambda: process.num_fds() <= fds + 4)
         assert threads_after <= threads + 4
         assert rss_after <= rss + 32 * 2**20
 
@@ -286,12 +286,12 @@ def test_a_server_says_that_it_loads_until_it_is_ready(make_server: Callable[...
             seen.append(client.readiness())
             return seen[-1] == word
 
-        until(lambda: says("loading"))
+        wait_until(lambda: says("loading"))
         assert client.http.get("/livez").status_code == 200
         early = client.post("completions", client.completion())
         if early.status_code != 200:
-            refusal(early, 503, "loading")
-        until(lambda: says("ready"))
+            assert_error(early, 503, "loading")
+        wait_until(lambda: says("ready"))
         assert set(seen) <= {"gone", "loading", "ready"}
         assert client.complete()["usage"]["completion_tokens"] > 0
 
@@ -299,9 +299,9 @@ def test_a_server_says_that_it_loads_until_it_is_ready(make_server: Callable[...
 def test_a_server_may_be_stopped_while_it_loads(make_server: Callable[..., Any]) -> None:
     server = make_server().start(wait=False)
     with Client(server.url) as client:
-        until(lambda: client.readiness() == "loading")
+        wait_until(lambda: client.readiness() == "loading")
     assert server.stop() == 0
-    assert valkey_of(server.data_dir) is None
+    assert find_valkey(server.data_dir) is None
 
 
 def test_a_server_that_is_told_to_stop_ends_what_it_began_and_takes_no_more(
@@ -309,18 +309,18 @@ def test_a_server_that_is_told_to_stop_ends_what_it_began_and_takes_no_more(
 ) -> None:
     server, client = slow()
     fields = endless(session="alice", learn="all", max_tokens=1000)
-    with client.stream(**fields) as chunks, client.unfinished("sessions/bob/observe", {"text": TEXT * 100}):
+    with client.stream(**fields) as chunks, client.request_in_flight("sessions/bob/observe", {"text": TEXT * 100}):
         next(chunks)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: client.readiness() == "draining")
+        wait_until(lambda: client.readiness() == "draining")
         assert httpx.get(f"{server.url}/livez").status_code == 200
         for path, body in (("completions", client.completion()), ("sessions/bob/observe", {"text": TEXT})):
-            refusal(httpx.post(f"{server.url}/v1/{path}", json=body), 503, "draining")
+            assert_error(httpx.post(f"{server.url}/v1/{path}", json=body), 503, "draining")
         told = list(chunks)
     assert told[-1]["choices"][0]["finish_reason"] == "length"
     assert told[-1]["adaptation"]["version_to"] == 1
-    assert server.process.wait(PATIENCE_S) == 0
-    assert valkey_of(server.data_dir) is None
+    assert server.process.wait(WAIT_TIMEOUT_S) == 0
+    assert find_valkey(server.data_dir) is None
     server.start()
     assert client.version("alice") == 1
 
@@ -330,15 +330,15 @@ def ends_early(client: Client, server: Any, stop: Callable[[], None]) -> None:
     with ThreadPoolExecutor(1) as pool, client.stream(**named("", endless())) as chunks:
         next(chunks)
         observed = pool.submit(client.post, "sessions/bob/observe", {"text": HUGE})
-        until(lambda: client.metric("kv_tokens_reserved") > CONTEXT)  # both are on the device
+        wait_until(lambda: client.metric("kv_tokens_reserved") > CONTEXT)  # both are on the device
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: client.readiness() != "ready")
+        wait_until(lambda: client.readiness() != "ready")
         stop()
         with pytest.raises(httpx.TransportError):
             list(chunks)
-        refusal(observed.result(), 503, "interrupted")
-    assert server.process.wait(PATIENCE_S) == 0
-    assert valkey_of(server.data_dir) is None
+        assert_error(observed.result(), 503, "interrupted")
+    assert server.process.wait(WAIT_TIMEOUT_S) == 0
+    assert find_valkey(server.data_dir) is None
     server.start()
     assert client.version("alice") == client.version("bob") == 0
 
@@ -359,5 +359,5 @@ def test_a_request_that_never_comes_does_not_keep_the_server(make_server: Callab
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: imprint\r\nContent-Length: 10\r\n\r\n{")
         with Client(server.url) as client:
-            until(lambda: client.metric("requests_in_flight") == 1)
+            wait_until(lambda: client.metric("requests_in_flight") == 1)
         assert server.stop() == 0

@@ -12,33 +12,44 @@ import pytest
 
 from model.adaptive_lm import AdaptiveLM
 from model.base.checkpoint import load_backbone
-from model.decode.cuda_graphs import SteppedLM
-from model.decode.paged_cache import PAGE
+from model.decode.cuda_graphs import CudaGraphLM
+from model.decode.paged_cache import PAGE_SIZE
 from model.memory import Draft, MemoryConfig, SiteConfig, SiteRows
 from model.memory.initial import random_memory
-from model.text.sampling import Sampling
+from model.text.sampling import SamplingParams
 from model.text.tokenizer import Tokenizer
-from service.engine import Engine, Event, Failed, Finished, Generate, Job, MemoryUse, Segment, Token, gather_executor
+from service.engine import (
+    Engine,
+    Event,
+    GenerationParams,
+    Job,
+    JobFailed,
+    JobFinished,
+    MemoryAccess,
+    Segment,
+    TokenOutput,
+    gather_executor,
+)
 from service.metrics import Metrics
-from tests.live import PATIENCE_S
+from tests.live import WAIT_TIMEOUT_S
 from tests.model.tiny_lm import DEVICE
 from tests.tiny import TEXT
 
 pytestmark = pytest.mark.gpu
-GREEDY = Sampling(temperature=0.0)
-KV_TOKENS = 6 * PAGE
+GREEDY = SamplingParams(temperature=0.0)
+KV_TOKENS = 6 * PAGE_SIZE
 
 
-def jobs(ids: list[int]) -> list[tuple[Segment, MemoryUse | None]]:
+def jobs(ids: list[int]) -> list[tuple[Segment, MemoryAccess | None]]:
     """More than fit at once: several choices, a session that learns what it says, ones that read only, and none."""
     mask = [True] * len(ids)
-    users = [MemoryUse(("t", name), (1.0, 1.0, 1), write=name == "a", stored={}) for name in "ab"]
+    users = [MemoryAccess(("t", name), (1.0, 1.0, 1), write=name == "a", stored={}) for name in "ab"]
     return [
-        (Segment(ids[:20], generate=Generate(9, GREEDY, n=3)), None),
-        (Segment(ids, learn=mask, generate=Generate(40, GREEDY, learn=True)), users[0]),
-        (Segment(ids[5:60], generate=Generate(12, GREEDY, logprobs=2)), users[1]),
-        (Segment(ids[:70], generate=Generate(30, GREEDY)), None),
-        (Segment(ids[3:9], generate=Generate(2, GREEDY, n=8)), None),
+        (Segment(ids[:20], generate=GenerationParams(9, GREEDY, n=3)), None),
+        (Segment(ids, learn=mask, generate=GenerationParams(40, GREEDY, learn=True)), users[0]),
+        (Segment(ids[5:60], generate=GenerationParams(12, GREEDY, logprobs=2)), users[1]),
+        (Segment(ids[:70], generate=GenerationParams(30, GREEDY)), None),
+        (Segment(ids[3:9], generate=GenerationParams(2, GREEDY, n=8)), None),
     ]
 
 
@@ -66,21 +77,21 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
     """What each job said, counted and wrote."""
     engine = new_engine(lm, tokenizer)
 
-    async def one(segment: Segment, memory: MemoryUse | None) -> tuple[object, ...]:
+    async def one(segment: Segment, memory: MemoryAccess | None) -> tuple[object, ...]:
         events: list[Event] = []
         ended = asyncio.Event()
 
         def emit(job: Job, event: Event) -> None:
             events.append(event)
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, JobFinished | JobFailed):
                 ended.set()
 
         job = Job([segment], emit, memory)
         engine.submit(job)
         await ended.wait()
         engine.settle(job, None)
-        assert isinstance(events[-1], Finished), events[-1]
-        said = [(event.choice, event.text, event.finish) for event in events if isinstance(event, Token)]
+        assert isinstance(events[-1], JobFinished), events[-1]
+        said = [(event.choice, event.text, event.finish) for event in events if isinstance(event, TokenOutput)]
         text = {choice: "".join(t for c, t, _ in said if c == choice) for choice, _, _ in said}
         stats = events[-1].stats
         return (
@@ -103,12 +114,12 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
 def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(
     plain: AdaptiveLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stepped = SteppedLM(plain, kv_tokens=max(KV_TOKENS, 8 * 128), max_batch=8)
+    stepped = CudaGraphLM(plain, kv_tokens=max(KV_TOKENS, 8 * 128), max_batch=8)
     ids = tokenizer.encode(TEXT * 2)[:90]
     at_once = run(plain, tokenizer, ids)
     monkeypatch.setattr(gather_executor, "has_streams", lambda device: True)
     assert run(stepped, tokenizer, ids) == at_once
-    assert stepped.pages.taken == 0.0, "what a request reserved is free again"
+    assert stepped.pages.utilization == 0.0, "what a request reserved is free again"
 
 
 async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
@@ -117,7 +128,7 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
     may_gather, touched = threading.Event(), Draft.touched
 
     def held_up(draft: Draft) -> dict[str, SiteRows]:
-        assert may_gather.wait(PATIENCE_S)
+        assert may_gather.wait(WAIT_TIMEOUT_S)
         return touched(draft)
 
     monkeypatch.setattr(gather_executor, "has_streams", lambda device: True)
@@ -126,16 +137,16 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
     engine, events = new_engine(plain, tokenizer), defaultdict[str, list[Event]](list)
 
     def job(name: str, *, learns: bool, version: int = 1) -> Job:
-        segment = Segment(ids, learn=[learns] * len(ids), generate=Generate(3, GREEDY))
-        memory = MemoryUse(("t", name), (1.0, 1.0, version), write=learns, stored={} if version == 1 else None)
+        segment = Segment(ids, learn=[learns] * len(ids), generate=GenerationParams(3, GREEDY))
+        memory = MemoryAccess(("t", name), (1.0, 1.0, version), write=learns, stored={} if version == 1 else None)
         return Job([segment], lambda _, event: events[name].append(event), memory)
 
     async def ended(name: str) -> Event:
-        while not any(isinstance(event, Finished | Failed) for event in events[name]):
+        while not any(isinstance(event, JobFinished | JobFailed) for event in events[name]):
             await asyncio.sleep(0.001)
         return events[name][-1]
 
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(WAIT_TIMEOUT_S):
         monkeypatch.setattr(plain, "prepare", lambda pool: None)
         await engine.start()
         learning, cancelled = job("learns", learns=True), job("leaves", learns=True)
@@ -143,21 +154,21 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
             engine.submit(each)
         for name in ("reads", "too"):
             engine.submit(reader := job(name, learns=False))
-            assert isinstance(await ended(name), Finished)
+            assert isinstance(await ended(name), JobFinished)
             engine.settle(reader, None)
         told = [type(event) for name in ("learns", "leaves") for event in events[name]]
-        assert set(told) == {Token}, "all is said, and nobody waited for what was learned"
+        assert set(told) == {TokenOutput}, "all is said, and nobody waited for what was learned"
         engine.cancel(cancelled)
         may_gather.set()
         done = await ended("learns")
-        assert isinstance(done, Finished)
+        assert isinstance(done, JobFinished)
         assert done.rows["words"].slots.numel() > 0
         engine.settle(learning, (1.0, 1.0, 2))
         assert engine.pin(("t", "learns"), (1.0, 1.0, 2))
         engine.submit(again := job("learns", learns=True, version=2))
         events["learns"].clear()
-        assert isinstance(await ended("learns"), Finished)
+        assert isinstance(await ended("learns"), JobFinished)
         engine.settle(again, None)
         await engine.stop()
-    assert Finished not in map(type, events["leaves"]), "a job that was cancelled tells nothing more"
-    assert not any(isinstance(event, Failed) for each in events.values() for event in each)
+    assert JobFinished not in map(type, events["leaves"]), "a job that was cancelled tells nothing more"
+    assert not any(isinstance(event, JobFailed) for each in events.values() for event in each)

@@ -18,13 +18,23 @@ import psutil
 import pytest
 
 from service.errors import StoreUnavailable
-from service.store import Keeping, RedisStore
+from service.store import RedisStore, RetentionConfig
 from service.store.base import PAGE_ROWS
 from service.store.embedded import EmbeddedValkey
 from service.store.redis import connect
 from tests.conftest import Server
-from tests.live import Client, Json, in_background, redis_of, refusal, state, success, until, valkey_of
-from tests.service.stalling_proxy import FailingLine
+from tests.live import (
+    Client,
+    Json,
+    assert_error,
+    assert_success,
+    connect_redis,
+    find_valkey,
+    in_background,
+    state,
+    wait_until,
+)
+from tests.service.stalling_proxy import StallingProxy
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 
@@ -45,21 +55,21 @@ async def test_a_line_to_the_store_that_died_silently_is_given_up(
     monkeypatch.setattr(connect, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(connect, "CONNECT_TIMEOUT_S", 0.2)
     (port,) = free_ports(1)
-    with valkey(tmp_path, port), FailingLine(port).open() as line:
+    with valkey(tmp_path, port), StallingProxy(port).open() as line:
         store = RedisStore.from_url(f"redis://127.0.0.1:{line.port}")
         await store.ping()
         line.stall()
-        for call in (store.ping(), store.load("t", "s"), store.enter("t", "s", write="always")):
+        for call in (store.ping(), store.load("t", "s"), store.begin_turn("t", "s", write="always")):
             with pytest.raises(StoreUnavailable):
                 await call
-        line.mend()
+        line.restore()
         assert await store.load("t", "s") is None
         await store.close()
 
 
 def test_a_slow_store_delays_and_nothing_else(make_server: Callable[..., Any]) -> None:
     server = make_server().start()
-    with Client(server.url) as client, redis_of(server.data_dir) as raw:
+    with Client(server.url) as client, connect_redis(server.data_dir) as raw:
         for version in (1, 2, 3):
             raw.execute_command("CLIENT PAUSE", 700, "WRITE")
             assert client.observe("alice", TEXT)["version"] == version
@@ -77,19 +87,19 @@ def test_a_full_disk_stops_learning_until_there_is_room(make_server: Callable[..
         (log,) = (server.data_dir / "valkey" / "appendonlydir").glob("*.incr.aof")
         limit_files(server, log.stat().st_size + 500)
         for _ in range(3):
-            refusal(client.post("sessions/alice/observe", {"text": TEXT * 5}), 503, "store_unavailable")
-            until(lambda: client.http.get("/v1/sessions/alice").status_code == 200)
+            assert_error(client.post("sessions/alice/observe", {"text": TEXT * 5}), 503, "store_unavailable")
+            wait_until(lambda: client.http.get("/v1/sessions/alice").status_code == 200)
             assert state(server.data_dir, "alice") == before
         assert client.complete()["usage"]["completion_tokens"]
         limit_files(server, resource.RLIM_INFINITY)
-        until(lambda: client.post("sessions/alice/observe", {"text": TEXT * 5}).status_code == 200)
+        wait_until(lambda: client.post("sessions/alice/observe", {"text": TEXT * 5}).status_code == 200)
         client.observe("naive", TEXT * 20)
         client.observe("naive", TEXT * 5)
         assert state(server.data_dir, "alice") == state(server.data_dir, "naive")
 
 
 def limit_files(server: Any, size: int) -> None:
-    store = valkey_of(server.data_dir)
+    store = find_valkey(server.data_dir)
     for process in (psutil.Process(server.process.pid), *([store] if store else [])):
         hard = process.rlimit(resource.RLIMIT_FSIZE)[1]
         process.rlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -102,7 +112,7 @@ def test_a_damaged_row_is_an_error_of_its_session_alone(make_server: Callable[..
             client.observe(session, TEXT)
         server.stop()
         server.start()  # nothing is hot
-        with redis_of(server.data_dir) as raw:
+        with connect_redis(server.data_dir) as raw:
             for session, sound, length in (("short", PAGE_ROWS, -1), ("odd", 0, None), ("torn", PAGE_ROWS, None)):
                 key = f"imprint:{{default/{session}}}:rows:lexical"
                 number, page = min(raw.hgetall(key).items())
@@ -114,7 +124,7 @@ def test_a_damaged_row_is_an_error_of_its_session_alone(make_server: Callable[..
                 (f"sessions/{session}/score", {"text": TEXT}),
                 ("completions", client.completion(session=session)),
             ):
-                refusal(client.post(path, body), 500, "damaged_session")
+                assert_error(client.post(path, body), 500, "damaged_session")
             assert state(server.data_dir, session) == before
             assert client.http.delete(f"/v1/sessions/{session}").status_code == 200
             assert client.observe(session, TEXT)["version"] == 1
@@ -137,13 +147,13 @@ def test_a_clock_that_jumps_changes_no_version_and_no_row(
         for turn, jump in enumerate((0, -86_400, 10 * 86_400, -1e9), 1):
             offset.write_text(str(jump))
             answers = [observe(client, "alice", TEXT[turn:], **{"Idempotency-Key": f"k{turn}"}) for _ in range(2)]
-            assert [success(answer)["version"] for answer in answers] == [turn, turn]
+            assert [assert_success(answer)["version"] for answer in answers] == [turn, turn]
             client.observe("naive", TEXT[turn:])
             if turn == 3:
                 server.kill()
                 server.start()
         assert state(server.data_dir, "alice") == state(server.data_dir, "naive")
-        assert success(client.post("sessions/alice/rollback", {"version": 1}))["version"] == 5
+        assert assert_success(client.post("sessions/alice/rollback", {"version": 1}))["version"] == 5
 
 
 def observe(client: Client, session: str, text: str, **headers: str) -> httpx.Response:
@@ -179,13 +189,13 @@ def test_a_turn_that_was_answered_elsewhere_is_not_learned_when_its_replica_wake
     body: Json = {"text": TEXT * 100, "on_disconnect": "commit"}
     with Client(servers[0].url) as one, Client(servers[1].url) as two, ThreadPoolExecutor(1) as pool:
         first = in_background(pool, one, lambda: one.post("sessions/alice/observe", body, **attempt(0)))
-        until(lambda: one.metric("kv_tokens_reserved") > 0)
+        wait_until(lambda: one.metric("kv_tokens_reserved") > 0)
         servers[0].process.send_signal(signal.SIGSTOP)
         try:
-            answer = success(two.post("sessions/alice/observe", body, **attempt(1)))
+            answer = assert_success(two.post("sessions/alice/observe", body, **attempt(1)))
         finally:
             servers[0].process.send_signal(signal.SIGCONT)
-        assert success(first.result()) == answer
+        assert assert_success(first.result()) == answer
         assert two.version("alice") == 1
 
 
@@ -200,20 +210,20 @@ def test_a_first_attempt_that_comes_after_its_retry_is_not_learned_and_a_repetit
                 with pytest.raises(httpx.ReadTimeout):
                     url = f"{one.url}/v1/sessions/s{n}/observe"
                     httpx.post(url, json=body, headers=attempt(0), timeout=httpx.Timeout(5, read=0.02))
-                assert success(two.post(f"sessions/s{n}/observe", body, **attempt(1)))["version"] == 1
+                assert assert_success(two.post(f"sessions/s{n}/observe", body, **attempt(1)))["version"] == 1
         finally:
             servers[0].process.send_signal(signal.SIGCONT)
-        assert success(one.post("sessions/s0/observe", body, **attempt(0)))["version"] == 2
-        until(one.idle)
+        assert assert_success(one.post("sessions/s0/observe", body, **attempt(0)))["version"] == 2
+        wait_until(one.idle)
         assert [two.version(f"s{n}") for n in range(5)] == [2, 1, 1, 1, 1]
 
 
 async def test_no_cancellation_is_lost_in_the_store(tmp_path: Path) -> None:
     """A turn that was given up must end, wherever in its call of the store it is."""
     embedded = EmbeddedValkey(tmp_path)
-    store = RedisStore.from_url(embedded.start(), Keeping())
+    store = RedisStore.from_url(embedded.start(), RetentionConfig())
     for steps in range(40):
-        calls = [asyncio.create_task(store.enter("t", f"{steps}-{n}", write="always")) for n in range(24)]
+        calls = [asyncio.create_task(store.begin_turn("t", f"{steps}-{n}", write="always")) for n in range(24)]
         for _ in range(steps):
             await asyncio.sleep(0)
         given_up = [call for call in calls if call.cancel()]

@@ -14,8 +14,8 @@ from service.errors import Overloaded, StoreUnavailable
 from service.http.middleware import install
 from service.metrics import Metrics
 from service.settings import Settings
-from service.tenants import Keys
-from service.turns.sessions import Ask, Call, Delta, Sessions, TurnEnd
+from service.tenants import ApiKeys
+from service.turns.sessions import CompletionJob, Delta, RequestContext, Sessions, TurnEnd
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "m", "prompt": "a"},
@@ -26,7 +26,7 @@ BODIES: dict[str, dict[str, Any]] = {
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 
 
-class Scripted:
+class FakeSessions:
     """Stands for `Sessions` where a test has to choose the moment of a failure or of a pause."""
 
     state = "ready"
@@ -43,7 +43,9 @@ class Scripted:
         self.paused = asyncio.Event()
         self.running = 0
 
-    async def generate(self, call: Call, ask: Ask) -> AsyncGenerator[Delta | TurnEnd, None]:
+    async def generate(
+        self, ctx: RequestContext, completion_job: CompletionJob
+    ) -> AsyncGenerator[Delta | TurnEnd, None]:
         await self._work(self.early, self.pause_early)
         return self._events()
 
@@ -76,8 +78,8 @@ class Scripted:
 
 
 @pytest.fixture
-def sessions() -> Scripted:
-    return Scripted()
+def sessions() -> FakeSessions:
+    return FakeSessions()
 
 
 @pytest.fixture
@@ -86,9 +88,9 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def app(sessions: Scripted, metrics: Metrics) -> FastAPI:
+def app(sessions: FakeSessions, metrics: Metrics) -> FastAPI:
     app = FastAPI()
-    install(app, sessions=cast(Sessions, sessions), metrics=metrics, settings=Settings(), keys=Keys(Settings()))
+    install(app, sessions=cast(Sessions, sessions), metrics=metrics, settings=Settings(), keys=ApiKeys(Settings()))
     return app
 
 
@@ -98,7 +100,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def leave_while_paused(app: FastAPI, sessions: Scripted, path: str, body: dict[str, Any]) -> bytes:
+async def leave_while_paused(app: FastAPI, sessions: FakeSessions, path: str, body: dict[str, Any]) -> bytes:
     """Sends a request and goes as soon as its turn pauses. Returns what was answered until then."""
     answered = b""
     requests = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
@@ -122,7 +124,7 @@ async def leave_while_paused(app: FastAPI, sessions: Scripted, path: str, body: 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_goes_before_the_first_event_ends_its_turn(
-    app: FastAPI, sessions: Scripted, metrics: Metrics, path: str, stream: bool
+    app: FastAPI, sessions: FakeSessions, metrics: Metrics, path: str, stream: bool
 ) -> None:
     sessions.pause_early = True
     body = BODIES[path] | ({"stream": stream} if path in GENERATING else {})
@@ -136,7 +138,7 @@ async def test_a_client_that_goes_before_the_first_event_ends_its_turn(
 @pytest.mark.parametrize("path", GENERATING)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_goes_halfway_ends_its_turn(
-    app: FastAPI, sessions: Scripted, metrics: Metrics, path: str, stream: bool
+    app: FastAPI, sessions: FakeSessions, metrics: Metrics, path: str, stream: bool
 ) -> None:
     sessions.pause_late = True
     answered = await leave_while_paused(app, sessions, path, BODIES[path] | {"stream": stream})
@@ -149,7 +151,7 @@ async def test_a_client_that_goes_halfway_ends_its_turn(
 @pytest.mark.parametrize("path", GENERATING)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_error_before_the_first_event_has_its_own_status(
-    client: httpx.AsyncClient, sessions: Scripted, path: str, stream: bool
+    client: httpx.AsyncClient, sessions: FakeSessions, path: str, stream: bool
 ) -> None:
     sessions.early = Overloaded("The queue of 1 is full.", retry_after=1.2)
     response = await client.post(path, json=BODIES[path] | {"stream": stream})
@@ -160,7 +162,7 @@ async def test_an_error_before_the_first_event_has_its_own_status(
 
 @pytest.mark.parametrize("path", GENERATING)
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
-    client: httpx.AsyncClient, sessions: Scripted, metrics: Metrics, path: str
+    client: httpx.AsyncClient, sessions: FakeSessions, metrics: Metrics, path: str
 ) -> None:
     sessions.late = StoreUnavailable("The store is away.")
     response = await client.post(path, json=BODIES[path] | {"stream": True})
@@ -176,7 +178,7 @@ async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_unexpected_is_logged_under_the_request_id_and_told_without_details(
     client: httpx.AsyncClient,
-    sessions: Scripted,
+    sessions: FakeSessions,
     caplog: pytest.LogCaptureFixture,
     moment: str,
     stream: bool,
@@ -203,7 +205,7 @@ async def test_the_unexpected_is_logged_under_the_request_id_and_told_without_de
 
 @pytest.mark.parametrize("state", ["loading", "draining"])
 async def test_until_it_is_ready_the_server_says_so(
-    client: httpx.AsyncClient, sessions: Scripted, metrics: Metrics, state: str
+    client: httpx.AsyncClient, sessions: FakeSessions, metrics: Metrics, state: str
 ) -> None:
     assert (await client.get("/readyz")).status_code == 200
     sessions.state = state

@@ -12,8 +12,19 @@ import httpx
 import openai
 import pytest
 
-from tests.live import ENDLESS, Client, Json, in_background, refusal, state, stored, success, text_of, until
-from tests.service.breaking_proxy import Cutter
+from tests.live import (
+    NO_EOS,
+    Client,
+    Json,
+    assert_error,
+    assert_success,
+    in_background,
+    state,
+    stored,
+    text_of,
+    wait_until,
+)
+from tests.service.breaking_proxy import BreakingProxy
 from tests.tiny import TEXT
 
 CHAT = [{"role": "user", "content": TEXT[:80]}]
@@ -55,7 +66,7 @@ def learning(model: str, session: str) -> dict[str, tuple[str, Json]]:
 def test_a_key_is_learned_once_and_answered_the_same(client: Client, server: Any, session: str, kind: str) -> None:
     path, body = learning(client.model, session)[kind]
     first = client.post(path, body, **{"Idempotency-Key": "k-1"})
-    assert success(first) and REPLAYED not in first.headers
+    assert assert_success(first) and REPLAYED not in first.headers
     assert first.headers["x-should-retry"] == "false"
     before = stored(server.data_dir, session)
     for _ in range(2):
@@ -63,11 +74,13 @@ def test_a_key_is_learned_once_and_answered_the_same(client: Client, server: Any
         assert again.json() == first.json()
         assert (again.headers[REPLAYED], again.headers["x-should-retry"]) == ("true", "false")
     assert stored(server.data_dir, session) == before
-    error = refusal(client.post(path, body | {"on_disconnect": "commit"}, **{"Idempotency-Key": "k-1"}), 422, REUSED)
+    error = assert_error(
+        client.post(path, body | {"on_disconnect": "commit"}, **{"Idempotency-Key": "k-1"}), 422, REUSED
+    )
     assert error["param"] == "Idempotency-Key"
     assert stored(server.data_dir, session) == before
     other = client.post(path, body, **{"Idempotency-Key": "k-2"})
-    assert success(other) and REPLAYED not in other.headers
+    assert assert_success(other) and REPLAYED not in other.headers
     assert client.version(session) == (1 if kind == "chat" and not other.json()["adaptation"]["tokens_learned"] else 2)
 
 
@@ -123,7 +136,7 @@ def test_two_requests_of_one_key_at_the_same_time_are_one(client: Client, sessio
             for _ in range(3)
         ]
         answers = [post.result() for post in posts]
-    assert [success(answer) for answer in answers] == [success(answers[0])] * 3
+    assert [assert_success(answer) for answer in answers] == [assert_success(answers[0])] * 3
     assert sorted(REPLAYED in answer.headers for answer in answers) == [False, True, True]
     assert client.version(session) == 1
 
@@ -131,24 +144,24 @@ def test_two_requests_of_one_key_at_the_same_time_are_one(client: Client, sessio
 def test_a_replay_comes_before_if_match(client: Client, session: str) -> None:
     path, body = f"sessions/{session}/observe", {"text": TEXT}
     for _ in range(2):
-        assert success(client.post(path, body, '"v0"', **{"Idempotency-Key": "k"}))["version"] == 1
+        assert assert_success(client.post(path, body, '"v0"', **{"Idempotency-Key": "k"}))["version"] == 1
 
 
 def test_what_taught_nothing_is_not_remembered_and_a_key_goes_with_its_session(client: Client, session: str) -> None:
     def observe(text: str) -> httpx.Response:
         return client.post(f"sessions/{session}/observe", {"text": text}, **{"Idempotency-Key": "k"})
 
-    assert success(observe(""))["version"] == 0
+    assert assert_success(observe(""))["version"] == 0
     assert REPLAYED not in observe("").headers
-    assert success(observe(TEXT))["version"] == 1
-    refusal(observe(""), 422, REUSED)
+    assert assert_success(observe(TEXT))["version"] == 1
+    assert_error(observe(""), 422, REUSED)
     assert client.http.delete(f"/v1/sessions/{session}").status_code == 200
     answer = observe(TEXT[5:])
-    assert success(answer)["version"] == 1 and REPLAYED not in answer.headers
+    assert assert_success(answer)["version"] == 1 and REPLAYED not in answer.headers
 
 
 def test_every_new_version_has_a_key(client: Client, server: Any, session: str) -> None:
-    success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
+    assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
     for text in (TEXT, TEXT[9:], TEXT[30:]):
         client.observe(session, text)
     data = client.http.get(f"/v1/sessions/{session}/export").content
@@ -175,10 +188,10 @@ def test_an_answer_is_remembered_for_its_time(make_server: Callable[..., Any]) -
 
         def version() -> int:
             answer = client.post("sessions/alice/observe", {"text": TEXT}, **{"Idempotency-Key": "k"})
-            return int(success(answer)["version"])
+            return int(assert_success(answer)["version"])
 
         assert version() == 1
-        until(lambda: version() == 2)
+        wait_until(lambda: version() == 2)
 
 
 # --- without a key ----------------------------------------------------------------------------------------------------
@@ -191,7 +204,7 @@ def test_only_a_retry_that_says_so_is_taken_for_one(client: Client, session: str
     assert [REPLAYED in answer.headers for answer in answers] == [False, True, True, False]
     assert answers[0].json() == answers[1].json() == answers[2].json()
     assert client.version(session) == 2
-    success(client.post(path, body))
+    assert_success(client.post(path, body))
     assert client.version(session) == 3, "sent twice on purpose, learned twice"
     other = client.post(path, body | {"on_disconnect": "commit"}, **{"x-stainless-retry-count": "1"})
     assert REPLAYED not in other.headers and client.version(session) == 4
@@ -201,18 +214,18 @@ def test_only_a_retry_that_says_so_is_taken_for_one(client: Client, session: str
 def test_the_openai_client_retries_after_a_cut_and_has_taught_once(
     client: Client, server: Any, session: str, kind: str
 ) -> None:
-    line = Cutter(server.url)
-    line.cuts = 2
+    line = BreakingProxy(server.url)
+    line.num_breaks = 2
     path, body = learning(client.model, session)[kind]
     extra = {name: body.pop(name) for name in ("session", "learn") if name in body}
     with line.open(), openai.OpenAI(base_url=f"{line.url}/v1", api_key="none", max_retries=3) as theirs:
         create: Any = theirs.completions.create if kind == "completion" else theirs.chat.completions.create
         answer = create(**body, extra_body=extra)
-    assert [head["x-stainless-retry-count"] for head in line.heads] == ["0", "1", "2"]
+    assert [head["x-stainless-retry-count"] for head in line.request_headers] == ["0", "1", "2"]
     assert answer.model_extra["adaptation"]["version_to"] == 1 == client.version(session)
     alone, own = f"{session}-alone", client.session(session)["tokens_learned"]
     create_alone = client.post(path, body | extra | {"session": alone})
-    assert success(create_alone)["adaptation"]["tokens_learned"] >= 1
+    assert assert_success(create_alone)["adaptation"]["tokens_learned"] >= 1
     assert kind == "chat" or own == client.session(alone)["tokens_learned"]
 
 
@@ -221,24 +234,24 @@ def test_the_openai_client_retries_after_a_cut_and_has_taught_once(
 
 @pytest.mark.parametrize("on_disconnect", ["rollback", "commit"])
 def test_what_becomes_of_a_turn_whose_client_goes(client: Client, session: str, on_disconnect: str) -> None:
-    body: Json = {"prompt": TEXT, "session": session, "max_tokens": 300, "logit_bias": ENDLESS, "learn": "all"}
+    body: Json = {"prompt": TEXT, "session": session, "max_tokens": 300, "logit_bias": NO_EOS, "learn": "all"}
     with client.stream(**body, on_disconnect=on_disconnect) as chunks:
         next(chunks)
-    until(client.idle)
+    wait_until(client.idle)
     assert client.version(session) == (1 if on_disconnect == "commit" else 0)
 
     learner, text = f"{session}-2", {"text": TEXT * 60, "on_disconnect": on_disconnect}
-    with client.unfinished(f"sessions/{learner}/observe", text):
+    with client.request_in_flight(f"sessions/{learner}/observe", text):
         pass
-    until(client.idle)
+    wait_until(client.idle)
     assert client.version(learner) == (1 if on_disconnect == "commit" else 0)
 
 
 def test_what_a_client_left_behind_is_what_it_would_have_been(client: Client, server: Any, session: str) -> None:
-    body: Json = {"prompt": TEXT, "max_tokens": 200, "logit_bias": ENDLESS, "learn": "all", "on_disconnect": "commit"}
+    body: Json = {"prompt": TEXT, "max_tokens": 200, "logit_bias": NO_EOS, "learn": "all", "on_disconnect": "commit"}
     with client.stream(**body, session=session) as chunks:
         next(chunks)
     with client.stream(**body, session=f"{session}-whole") as chunks:
         assert text_of(list(chunks))
-    until(client.idle)
+    wait_until(client.idle)
     assert state(server.data_dir, session) == state(server.data_dir, f"{session}-whole")

@@ -14,7 +14,7 @@ import pytest
 from service.app import run
 from service.errors import Unauthorized
 from service.settings import Settings
-from service.tenants import DEFAULT, Keys, KeysError, Limits, Tenant, new_key
+from service.tenants import DEFAULT, ApiKeys, ApiKeysError, Tenant, TenantLimits, new_key
 
 
 def bearer(key: str) -> str:
@@ -23,7 +23,7 @@ def bearer(key: str) -> str:
 
 def test_a_key_is_compared_with_every_hash_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [new_key(owner) for owner in ("a", "b", "c")]
-    keys = Keys(Settings(api_keys=",".join(line for _, line in made)))
+    keys = ApiKeys(Settings(api_keys=",".join(line for _, line in made)))
     compared: list[str] = []
     compare = hmac.compare_digest
 
@@ -44,7 +44,7 @@ def test_keys_rotate_while_the_server_runs(tmp_path: Path, caplog: pytest.LogCap
     file = tmp_path / "keys"
     (old, old_line), (new, new_line) = new_key("acme"), new_key("acme")
     file.write_text(old_line)
-    keys = Keys(Settings(api_keys_file=file))
+    keys = ApiKeys(Settings(api_keys_file=file))
 
     def enters(key: str) -> bool:
         try:
@@ -86,21 +86,21 @@ HASH, OTHER = "ab" * 32, "cd" * 32
 def test_faulty_keys_stop_the_start_with_one_line(tmp_path: Path, lines: str, reason: str) -> None:
     file = tmp_path / "keys"
     file.write_text(lines)
-    with pytest.raises(KeysError) as fault:
-        Keys(Settings(api_keys_file=file))
+    with pytest.raises(ApiKeysError) as fault:
+        ApiKeys(Settings(api_keys_file=file))
     assert reason in str(fault.value)
     assert "\n" not in str(fault.value) and HASH[:-1] not in str(fault.value)
 
 
 def test_a_tenants_own_limits_go_before_the_settings() -> None:
     (key, line), (plain, other) = new_key("acme"), new_key("bo")
-    keys = Keys(Settings(api_keys=f"{line} bytes=5 sessions=0,{other}", tenant_sessions=3, tenant_requests=4))
-    assert keys.tenant(bearer(key)) == Tenant("acme", Limits(sessions=0, bytes=5, requests=4))
-    assert keys.tenant(bearer(plain)) == Tenant("bo", Limits(sessions=3, requests=4))
+    keys = ApiKeys(Settings(api_keys=f"{line} bytes=5 sessions=0,{other}", tenant_sessions=3, tenant_requests=4))
+    assert keys.tenant(bearer(key)) == Tenant("acme", TenantLimits(sessions=0, bytes=5, requests=4))
+    assert keys.tenant(bearer(plain)) == Tenant("bo", TenantLimits(sessions=3, requests=4))
 
 
 def test_without_keys_everybody_is_the_default_tenant() -> None:
-    assert Keys(Settings()).tenant(None) == Keys(Settings()).tenant("Bearer none") == Tenant(DEFAULT)
+    assert ApiKeys(Settings()).tenant(None) == ApiKeys(Settings()).tenant("Bearer none") == Tenant(DEFAULT)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -125,6 +125,6 @@ def test_a_new_key_goes_to_the_terminal_and_its_hash_to_the_file() -> None:
     made = imprint("keys", "new", "acme")
     (key,) = re.findall(r"imp_\S+", made.stderr)
     assert "imp_" not in made.stdout
-    assert Keys(Settings(api_keys=made.stdout)).tenant(f"Bearer {key}").name == "acme"
+    assert ApiKeys(Settings(api_keys=made.stdout)).tenant(f"Bearer {key}").name == "acme"
     refused = imprint("keys", "new", "a/b")
     assert refused.returncode == 1 and "'a/b'" in refused.stderr and "Traceback" not in refused.stderr

@@ -12,17 +12,17 @@ import pytest
 
 from service.engine import Segment
 from service.errors import Conflict
-from service.store import Keeping, Note, RedisStore, RowBatch
-from service.store.base import History, Undo
+from service.store import CommitMetadata, RedisStore, RetentionConfig, RowBatch
+from service.store.base import History, UndoStep
 from service.store.embedded import EmbeddedValkey
 from service.turns.learned_tokens import (
-    VERSIONED,
-    Content,
-    content_at,
-    pack_lesson,
-    unpack_lesson,
-    whole_content,
-    without,
+    VERSIONED_FIELDS,
+    StateDelta,
+    full_state_delta,
+    pack_learned_tokens,
+    plan_unlearn,
+    state_delta_at,
+    unpack_learned_tokens,
 )
 from tests.service.test_store import new_meta
 
@@ -53,68 +53,76 @@ def as_model(sites: dict[str, RowBatch]) -> Model:
 
 async def test_every_kept_version_comes_back_through_any_life(url: str) -> None:
     """Writes, rollbacks and replacements at random; the model keeps a copy of every version."""
-    chance, keep = random.Random(0), 8
-    store = RedisStore.from_url(url, Keeping(versions=keep))
-    contents: list[tuple[Model, dict[str, Any]]] = [({}, {name: getattr(new_meta("s"), name) for name in VERSIONED})]
-    contents[0][1].update(dict.fromkeys(VERSIONED, 0) | {"digests": (), "loss_sum": 0.0, "frozen_loss_sum": 0.0})
+    rng, keep = random.Random(0), 8
+    store = RedisStore.from_url(url, RetentionConfig(versions=keep))
+    contents: list[tuple[Model, dict[str, Any]]] = [
+        ({}, {name: getattr(new_meta("s"), name) for name in VERSIONED_FIELDS})
+    ]
+    contents[0][1].update(dict.fromkeys(VERSIONED_FIELDS, 0) | {"digests": (), "loss_sum": 0.0, "frozen_loss_sum": 0.0})
 
     def some_rows() -> dict[str, RowBatch]:
-        sites = chance.sample(sorted(WIDTHS), chance.randint(0, 3))
+        sites = rng.sample(sorted(WIDTHS), rng.randint(0, 3))
         return {
-            site: batch({slot: chance.randbytes(WIDTHS[site]) for slot in chance.sample(range(12), 4)}, WIDTHS[site])
+            site: batch({slot: rng.randbytes(WIDTHS[site]) for slot in rng.sample(range(12), 4)}, WIDTHS[site])
             for site in sites
         }
 
     for version in range(1, 80):
         now = contents[-1][0]
-        values: dict[str, Any] = {name: chance.randint(0, 9) for name in VERSIONED}
-        values["digests"] = (chance.randbytes(8).hex(),) * 2
-        match chance.random():
+        values: dict[str, Any] = {name: rng.randint(0, 9) for name in VERSIONED_FIELDS}
+        values["digests"] = (rng.randbytes(8).hex(),) * 2
+        match rng.random():
             case x if x < 0.6:
-                content = Content(values, some_rows(), {})
+                state_delta = StateDelta(values, some_rows(), {})
                 wanted = {
                     site: {**now.get(site, {}), **as_model({site: b}).get(site, {})}
-                    for site, b in content.sites.items()
+                    for site, b in state_delta.sites.items()
                 }
                 expected = {**now, **wanted}
             case x if x < 0.85:
                 history = await store.history("t", "s", undo=True)
                 oldest = max(0, version - 1 - keep)
-                to = chance.randint(oldest, version - 1)
+                to = rng.randint(oldest, version - 1)
                 if history is None:
-                    content, expected = Content(values, {}, {}), now
+                    state_delta, expected = StateDelta(values, {}, {}), now
                 else:
-                    content = content_at(history, to)
+                    state_delta = state_delta_at(history, to)
                     expected, values = contents[to]
-                    assert content.meta == values
+                    assert state_delta.meta == values
                     with pytest.raises(Conflict):
-                        content_at(history, oldest - 1)
+                        state_delta_at(history, oldest - 1)
             case _:
                 stored = await store.load("t", "s")
                 sites = some_rows()
-                content = whole_content(values, sites, stored.sites if stored else {})
+                state_delta = full_state_delta(values, sites, stored.sites if stored else {})
                 expected = as_model(sites)
         meta = replace(new_meta("s", version), **values)
-        await store.commit("t", meta, content.sites, gone=content.gone, note=Note({"kind": "learn"}))
+        await store.commit(
+            "t",
+            meta,
+            state_delta.sites,
+            cleared_slots=state_delta.cleared_slots,
+            commit_metadata=CommitMetadata({"kind": "learn"}),
+        )
         loaded = await store.load("t", "s")
         assert loaded is not None and loaded.meta == meta
         assert as_model(loaded.sites) == {site: cells for site, cells in expected.items() if cells}
         contents.append((as_model(loaded.sites), values))
-    assert content.overlaid({}) is content
+    assert state_delta.with_rows({}) is state_delta
     await store.close()
 
 
 def test_a_content_is_laid_over_what_is_stored() -> None:
     stored = {"a": batch({1: b"1" * 8, 2: b"2" * 8, 3: b"3" * 8}, 8), "b": batch({1: b"bbbb"}, 4)}
-    content = Content(
+    state_delta = StateDelta(
         {},
         {"a": batch({2: b"x" * 8}, 8), "b": batch({}, 4)},
         {"a": np.array([3], np.int32), "b": np.array([1], np.int32)},
     )
-    assert as_model(content.rows_from(stored)) == {"a": {1: b"1" * 8, 2: b"x" * 8}}
-    over = content.overlaid({"a": batch({3: b"y" * 8}, 8)})
+    assert as_model(state_delta.apply_to_rows(stored)) == {"a": {1: b"1" * 8, 2: b"x" * 8}}
+    over = state_delta.with_rows({"a": batch({3: b"y" * 8}, 8)})
     assert as_model(over.sites) == {"a": {2: b"x" * 8, 3: b"y" * 8}}
-    assert {site: gone.tolist() for site, gone in over.gone.items()} == {"a": [], "b": [1]}
+    assert {site: cleared_slots.tolist() for site, cleared_slots in over.cleared_slots.items()} == {"a": [], "b": [1]}
 
 
 def test_a_lesson_is_unpacked_as_it_was_packed() -> None:
@@ -124,19 +132,19 @@ def test_a_lesson_is_unpacked_as_it_was_packed() -> None:
         Segment([9], learn=[False]),
         Segment([3, 4], learn=None),
     ]
-    unpacked = unpack_lesson(pack_lesson(parts, {3: [8, 0]}))
+    unpacked = unpack_learned_tokens(pack_learned_tokens(parts, {3: [8, 0]}))
     assert unpacked == [
         Segment([5, 0, 7], learn=[False, True, True]),
         Segment([3, 4, 8, 0], learn=[False, False, True, True]),
     ]
-    assert unpack_lesson(pack_lesson([], {})) == []
+    assert unpack_learned_tokens(pack_learned_tokens([], {})) == []
 
 
-def lived(*entries: tuple[str, int | None], kept: int = 99, texts: bool = True) -> History:
+def make_history(*entries: tuple[str, int | None], kept: int = 99, texts: bool = True) -> History:
     """A session whose versions came about like that."""
     log = [{"version": v, "kind": kind, "of": of} for v, (kind, of) in enumerate(entries, 1)]
     text = [f"{v}".encode() if texts and kind == "learn" else b"" for v, (kind, _) in enumerate(entries, 1)]
-    undo = [Undo(v, {}, {}, {}, text[v - 1]) for v in range(len(entries), max(0, len(entries) - kept), -1)]
+    undo = [UndoStep(v, {}, {}, {}, text[v - 1]) for v in range(len(entries), max(0, len(entries) - kept), -1)]
     return History(new_meta("s", len(entries)), log, undo)
 
 
@@ -146,36 +154,36 @@ L = ("learn", None)
 @pytest.mark.parametrize(
     ("history", "version", "expected"),
     [
-        (lived(L, L, L), 3, (2, [])),
-        (lived(L, L, L), 1, (0, [b"2", b"3"])),
-        (lived(L, L, L, ("unlearn", 2)), 3, (1, [])),
-        (lived(L, L, L, L, ("unlearn", 3)), 2, (1, [b"4"])),
-        (lived(L, L, L, L, ("unlearn", 2)), 4, (1, [b"3"])),
-        (lived(L, L, L, ("rollback", 1), L), 5, (4, [])),
-        (lived(L, L, L, ("rollback", 1), L), 1, (0, [b"5"])),
-        (lived(L, ("import", None), L, L), 3, (2, [b"4"])),
-        (lived(L, L, L, L, kept=2), 3, (2, [b"4"])),
+        (make_history(L, L, L), 3, (2, [])),
+        (make_history(L, L, L), 1, (0, [b"2", b"3"])),
+        (make_history(L, L, L, ("unlearn", 2)), 3, (1, [])),
+        (make_history(L, L, L, L, ("unlearn", 3)), 2, (1, [b"4"])),
+        (make_history(L, L, L, L, ("unlearn", 2)), 4, (1, [b"3"])),
+        (make_history(L, L, L, ("rollback", 1), L), 5, (4, [])),
+        (make_history(L, L, L, ("rollback", 1), L), 1, (0, [b"5"])),
+        (make_history(L, ("import", None), L, L), 3, (2, [b"4"])),
+        (make_history(L, L, L, L, kept=2), 3, (2, [b"4"])),
     ],
 )
 def test_unlearning_begins_at_the_longest_beginning_that_is_kept(
     history: History, version: int, expected: tuple[int, list[bytes]]
 ) -> None:
-    assert without(history, version) == expected
+    assert plan_unlearn(history, version) == expected
 
 
 @pytest.mark.parametrize(
     ("history", "version", "code"),
     [
-        (lived(L, L, L, kept=1), 2, "version_not_kept"),
-        (lived(L, L, ("rollback", 1)), 2, "version_not_kept"),
-        (lived(L, ("import", None), L), 1, "version_not_kept"),
-        (lived(L, ("import", None), L), 2, "version_not_kept"),
-        (lived(L, L), 3, "version_not_kept"),
-        (lived(L, L), 0, "version_not_kept"),
-        (lived(L, L, texts=False), 1, "text_not_kept"),
+        (make_history(L, L, L, kept=1), 2, "version_not_kept"),
+        (make_history(L, L, ("rollback", 1)), 2, "version_not_kept"),
+        (make_history(L, ("import", None), L), 1, "version_not_kept"),
+        (make_history(L, ("import", None), L), 2, "version_not_kept"),
+        (make_history(L, L), 3, "version_not_kept"),
+        (make_history(L, L), 0, "version_not_kept"),
+        (make_history(L, L, texts=False), 1, "text_not_kept"),
     ],
 )
 def test_what_cannot_be_unlearned_is_said_to_be_so(history: History, version: int, code: str) -> None:
     with pytest.raises(Conflict) as refused:
-        without(history, version)
+        plan_unlearn(history, version)
     assert refused.value.code == code

@@ -14,25 +14,25 @@ import pytest
 
 from service.store import RedisStore
 from tests.conftest import Server
-from tests.live import ENDLESS, Client, Json, refusal, state, success, until
-from tests.service.stalling_proxy import FailingLine
+from tests.live import NO_EOS, Client, Json, assert_error, assert_success, state, wait_until
+from tests.service.stalling_proxy import StallingProxy
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 
-LONG: Json = {"prompt": TEXT, "max_tokens": 300, "logit_bias": ENDLESS, "temperature": 0, "learn": "all"}
+LONG: Json = {"prompt": TEXT, "max_tokens": 300, "logit_bias": NO_EOS, "temperature": 0, "learn": "all"}
 
 
 @dataclass
-class World:
+class PartitionedReplicas:
     """Two replicas on one store; the line of the first can fail."""
 
     url: str
-    line: FailingLine
-    far: Client
-    near: Client
+    proxy: StallingProxy
+    isolated_client: Client
+    connected_client: Client
 
-    def commits_held(self, mark: bytes) -> bool:
-        return mark in self.line.kept
+    def has_buffered_commit(self, mark: bytes) -> bool:
+        return mark in self.proxy.buffered
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +42,29 @@ def mark() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def replicas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PartitionedReplicas]:
     folder = tmp_path_factory.mktemp("partition")
     (port,) = free_ports(1)
-    with valkey(folder / "valkey", port), FailingLine(port).open() as line, ExitStack() as stack:
-        urls = [f"redis://127.0.0.1:{one}/0" for one in (line.port, port)]
+    with valkey(folder / "valkey", port), StallingProxy(port).open() as proxy, ExitStack() as stack:
+        urls = [f"redis://127.0.0.1:{one}/0" for one in (proxy.port, port)]
         servers = [Server(str(tiny_base), folder / f"{n}", redis_url=url, lease_s=1) for n, url in enumerate(urls)]
         for server in servers:
             server.start(wait=False)
             stack.callback(server.stop)
         for server in servers:
             server.wait_until_ready()
-        far, near = (stack.enter_context(Client(server.url)) for server in servers)
-        yield World(urls[1], line, far, near)
+        isolated_client, connected_client = (stack.enter_context(Client(server.url)) for server in servers)
+        yield PartitionedReplicas(urls[1], proxy, isolated_client, connected_client)
 
 
 @pytest.fixture
-def session(world: World) -> str:
+def session(replicas: PartitionedReplicas) -> str:
     """A session that both have taught, and `<session>-naive`, its like."""
     session = uuid4().hex
     for one in (session, f"{session}-naive"):
-        world.near.observe(one, TEXT[:80])
+        replicas.connected_client.observe(one, TEXT[:80])
     with ThreadPoolExecutor(8) as pool:  # on a stalled line no new connection would get as far as a commit
-        list(pool.map(lambda n: world.far.observe(f"{session}-{n}", TEXT), range(8)))
+        list(pool.map(lambda n: replicas.isolated_client.observe(f"{session}-{n}", TEXT), range(8)))
     return session
 
 
@@ -73,53 +73,55 @@ def completion(client: Client, session: str) -> Any:
 
 
 def test_a_commit_that_comes_late_is_refused_and_its_turn_learned_after_the_others(
-    world: World, session: str, mark: bytes
+    replicas: PartitionedReplicas, session: str, mark: bytes
 ) -> None:
     """The commit reaches the store only after another replica has taken the lease and gone on."""
     with ThreadPoolExecutor(1) as pool:
-        turn = pool.submit(completion, world.far, session)
-        until(lambda: world.far.metric("kv_tokens_reserved") > 0)
-        world.line.stall()
-        assert world.near.observe(session, TEXT[30:])["version"] == 2
-        before = state(world.url, session)
-        until(lambda: world.commits_held(mark))
-        assert state(world.url, session) == before
-        world.line.mend()
-        told = success(turn.result())["adaptation"]
+        turn = pool.submit(completion, replicas.isolated_client, session)
+        wait_until(lambda: replicas.isolated_client.metric("kv_tokens_reserved") > 0)
+        replicas.proxy.stall()
+        assert replicas.connected_client.observe(session, TEXT[30:])["version"] == 2
+        before = state(replicas.url, session)
+        wait_until(lambda: replicas.has_buffered_commit(mark))
+        assert state(replicas.url, session) == before
+        replicas.proxy.restore()
+        told = assert_success(turn.result())["adaptation"]
     assert (told["version_from"], told["version_to"]) == (2, 3)
-    world.near.observe(f"{session}-naive", TEXT[30:])
-    success(completion(world.near, f"{session}-naive"))
-    assert state(world.url, session) == state(world.url, f"{session}-naive")
+    replicas.connected_client.observe(f"{session}-naive", TEXT[30:])
+    assert_success(completion(replicas.connected_client, f"{session}-naive"))
+    assert state(replicas.url, session) == state(replicas.url, f"{session}-naive")
 
 
 def test_a_stream_whose_commit_comes_late_ends_with_an_error_and_teaches_nothing(
-    world: World, session: str, mark: bytes
+    replicas: PartitionedReplicas, session: str, mark: bytes
 ) -> None:
-    with world.far.stream(session=session, **LONG) as chunks:
+    with replicas.isolated_client.stream(session=session, **LONG) as chunks:
         next(chunks)
-        world.line.stall()
-        assert world.near.observe(session, TEXT[30:])["version"] == 2
-        before = state(world.url, session)
-        until(lambda: world.commits_held(mark))
-        world.line.mend()
+        replicas.proxy.stall()
+        assert replicas.connected_client.observe(session, TEXT[30:])["version"] == 2
+        before = state(replicas.url, session)
+        wait_until(lambda: replicas.has_buffered_commit(mark))
+        replicas.proxy.restore()
         with pytest.raises(AssertionError, match="session_busy"):
             list(chunks)
-    until(world.far.idle)
-    assert state(world.url, session) == before
-    assert world.far.observe(session, TEXT)["version"] == 3, "the replica sees what the other did"
+    wait_until(replicas.isolated_client.idle)
+    assert state(replicas.url, session) == before
+    assert replicas.isolated_client.observe(session, TEXT)["version"] == 3, "the replica sees what the other did"
 
 
-def test_a_replica_that_is_cut_off_refuses_and_finds_its_way_back(world: World, session: str) -> None:
+def test_a_replica_that_is_cut_off_refuses_and_finds_its_way_back(replicas: PartitionedReplicas, session: str) -> None:
     with ThreadPoolExecutor(1) as pool:
-        turn = pool.submit(completion, world.far, session)
-        until(lambda: world.far.metric("kv_tokens_reserved") > 0)
-        world.line.cut()
-        assert world.near.observe(session, TEXT[30:])["version"] == 2
-        before = state(world.url, session)
-        refusal(turn.result(), 503, "store_unavailable")
-        refusal(world.far.post(f"sessions/{session}/observe", {"text": TEXT}), 503, "store_unavailable")
-        assert world.far.complete()["choices"][0]["finish_reason"], "the base needs no store"
-        world.line.mend()
-    assert state(world.url, session) == before
-    until(lambda: world.far.http.get(f"/v1/sessions/{session}").status_code == 200)
-    assert world.far.observe(session, TEXT)["version"] == 3
+        turn = pool.submit(completion, replicas.isolated_client, session)
+        wait_until(lambda: replicas.isolated_client.metric("kv_tokens_reserved") > 0)
+        replicas.proxy.cut()
+        assert replicas.connected_client.observe(session, TEXT[30:])["version"] == 2
+        before = state(replicas.url, session)
+        assert_error(turn.result(), 503, "store_unavailable")
+        assert_error(
+            replicas.isolated_client.post(f"sessions/{session}/observe", {"text": TEXT}), 503, "store_unavailable"
+        )
+        assert replicas.isolated_client.complete()["choices"][0]["finish_reason"], "the base needs no store"
+        replicas.proxy.restore()
+    assert state(replicas.url, session) == before
+    wait_until(lambda: replicas.isolated_client.http.get(f"/v1/sessions/{session}").status_code == 200)
+    assert replicas.isolated_client.observe(session, TEXT)["version"] == 3

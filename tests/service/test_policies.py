@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from tests.conftest import Server
-from tests.live import Client, Json, refusal, success
+from tests.live import Client, Json, assert_error, assert_success
 from tests.tiny import build_tiny_policies
 
-SEEN = [0.5, -0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # what a chooser sees
+OBSERVATION = [0.5, -0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # what a chooser sees
 EXAMPLE = [1.0, 0.0, 0.5, 0.0, 0.25, 0.0]
 OTHER = [-1.0, 1.0, -1.0, 0.0, 0.0, 1.0]
 
@@ -26,28 +26,28 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def own(tiny_base: Path, paths: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def policy_server(tiny_base: Path, paths: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(str(tiny_base), tmp_path_factory.mktemp("server") / "data", policies=paths).start()
     yield running
     assert running.stop() == 0, running.log.read_text()
 
 
 @pytest.fixture
-def user(own: Server) -> Iterator[Client]:
-    with Client(own.url) as client:
+def user(policy_server: Server) -> Iterator[Client]:
+    with Client(policy_server.url) as client:
         yield client
 
 
 def act(user: Client, session: str, reward: float | None = None, **fields: Any) -> Json:
-    body = {"model": "chooser", "observation": SEEN} | ({} if reward is None else {"reward": reward}) | fields
-    return success(user.post(f"sessions/{session}/act", body))
+    body = {"model": "chooser", "observation": OBSERVATION} | ({} if reward is None else {"reward": reward}) | fields
+    return assert_success(user.post(f"sessions/{session}/act", body))
 
 
 def live(user: Client, session: str, steps: int) -> list[Json]:
     """A life of some actions, each rewarded, by the same rule in every session."""
     told: list[Json] = []
     for step in range(steps):
-        seen = [*SEEN[:7], step / 8]
+        seen = [*OBSERVATION[:7], step / 8]
         reward = None if not told else float(told[-1]["action"] == 1)
         told.append(act(user, session, reward, observation=seen, seed=step, temperature=1.0))
     return told
@@ -68,7 +68,7 @@ def test_a_session_acts_and_learns_its_rewards(user: Client) -> None:
     assert second["expected"] != first["expected"]
     meta = user.session("ada")
     assert meta["version"] == 2 and meta["tokens_learned"] == 1 and meta["gain"] is not None
-    (newest, _) = success(user.http.get("/v1/sessions/ada/log"))["data"]
+    (newest, _) = assert_success(user.http.get("/v1/sessions/ada/log"))["data"]
     assert newest["tokens"] == 1 and newest["kind"] == "learn"
 
 
@@ -84,13 +84,13 @@ def test_the_same_requests_lead_to_the_same_state_whoever_else_is_served(user: C
 
 def test_a_request_sent_again_is_answered_again_and_learned_once(user: Client) -> None:
     live(user, "once", 2)
-    body = {"observation": SEEN, "reward": 1.0}
+    body = {"observation": OBSERVATION, "reward": 1.0}
     key = {"Idempotency-Key": "the-third"}
     first, again = (user.post("sessions/once/act", body, **key) for _ in range(2))
-    assert success(first) == success(again) and again.headers["idempotent-replayed"] == "true"
+    assert assert_success(first) == assert_success(again) and again.headers["idempotent-replayed"] == "true"
     assert user.version("once") == 3
-    refusal(user.post("sessions/once/act", body | {"reward": 0.0}, **key), 422, "idempotency_key_reused")
-    refusal(user.post("sessions/once/act", body, if_match='"v1"'), 412, "precondition_failed")
+    assert_error(user.post("sessions/once/act", body | {"reward": 0.0}, **key), 422, "idempotency_key_reused")
+    assert_error(user.post("sessions/once/act", body, if_match='"v1"'), 412, "precondition_failed")
 
 
 def test_what_was_told_is_there_after_a_kill(make_server: Callable[..., Server], paths: str) -> None:
@@ -110,9 +110,11 @@ def test_what_was_told_is_there_after_a_kill(make_server: Callable[..., Server],
 def test_an_earlier_action_is_rewarded_later_and_once(user: Client) -> None:
     for _ in range(3):
         act(user, "late")
-    told = success(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0, "regret": 0.25}))
+    told = assert_success(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0, "regret": 0.25}))
     assert told["tokens_learned"] == 1 and told["version"] == 4
-    fault = refusal(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0}), 409, "action_closed")
+    fault = assert_error(
+        user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0}), 409, "action_closed"
+    )
     assert "rewarded before" in fault["message"]
     act(user, "late", 0.0, action_id="act-1")
     act(user, "late", 0.0, action_id="act-3")
@@ -125,24 +127,24 @@ def test_versions_of_a_policys_session_can_be_gone_back_to_forked_and_moved(user
     live(user, "lineage", 4)
     fourth = state(user, "lineage")
     told = act(user, "lineage", 1.0)
-    success(user.post("sessions/lineage/fork", {"id": "branch"}))
-    success(user.post("sessions/lineage/rollback", {"version": 4}))
+    assert_success(user.post("sessions/lineage/fork", {"id": "branch"}))
+    assert_success(user.post("sessions/lineage/rollback", {"version": 4}))
     assert {**state(user, "lineage"), "version": 4} == fourth
     assert act(user, "lineage", 1.0)["expected"] == told["expected"]
     file = user.http.get("/v1/sessions/branch/export").content
     assert user.http.put("/v1/sessions/moved/import", content=file).status_code == 201
     assert act(user, "moved", 0.0)["expected"] == act(user, "branch", 0.0)["expected"]
-    success(user.post("sessions/branch/unlearn", {"version": user.version("branch")}))
+    assert_success(user.post("sessions/branch/unlearn", {"version": user.version("branch")}))
 
 
 def test_labels_are_learned_and_predicting_changes_nothing(user: Client) -> None:
     for step in range(4):
         features = EXAMPLE if step % 2 else OTHER
         body = {"model": "namer", "features": features, "label": 3 * (step % 2)}
-        assert success(user.post("sessions/labels/observe", body))["tokens_learned"] == 1
+        assert assert_success(user.post("sessions/labels/observe", body))["tokens_learned"] == 1
     before = state(user, "labels")
     for label in (0, 3):
-        told = success(user.post("sessions/labels/predict", {"features": EXAMPLE if label else OTHER}))
+        told = assert_success(user.post("sessions/labels/predict", {"features": EXAMPLE if label else OTHER}))
         assert told["label"] == label and told["version"] == 4
         assert sum(told["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert state(user, "labels") == before
@@ -151,38 +153,45 @@ def test_labels_are_learned_and_predicting_changes_nothing(user: Client) -> None
 def test_a_session_is_of_one_model(user: Client) -> None:
     live(user, "mine", 1)
     user.observe("text", "The fox learns the way home.")
-    refusal(user.post("sessions/mine/observe", {"text": "The fox."}), 409, "model_mismatch")
-    refusal(user.post("sessions/text/act", {"observation": SEEN}), 409, "model_mismatch")
-    refusal(user.post("sessions/text/act", {"observation": SEEN, "model": "chooser"}), 409, "model_mismatch")
-    refusal(user.post("sessions/new/act", {"observation": SEEN, "model": "other"}), 404, "model_not_found")
-    assert success(user.http.put("/v1/sessions/planned", json={"model": "namer", "ttl_s": 60}))["version"] == 0
-    success(user.post("sessions/planned/observe", {"features": EXAMPLE, "label": 1}))
-    refusal(user.http.put("/v1/sessions/planned", json={"model": "chooser"}), 409, "model_mismatch")
-    models = {model["id"]: model for model in success(user.http.get("/v1/models"))["data"]}
-    assert models["chooser"]["policy"]["observation"] == len(SEEN) and models["tiny"]["policy"] is None
+    assert_error(user.post("sessions/mine/observe", {"text": "The fox."}), 409, "model_mismatch")
+    assert_error(user.post("sessions/text/act", {"observation": OBSERVATION}), 409, "model_mismatch")
+    assert_error(
+        user.post("sessions/text/act", {"observation": OBSERVATION, "model": "chooser"}), 409, "model_mismatch"
+    )
+    assert_error(user.post("sessions/new/act", {"observation": OBSERVATION, "model": "other"}), 404, "model_not_found")
+    assert assert_success(user.http.put("/v1/sessions/planned", json={"model": "namer", "ttl_s": 60}))["version"] == 0
+    assert_success(user.post("sessions/planned/observe", {"features": EXAMPLE, "label": 1}))
+    assert_error(user.http.put("/v1/sessions/planned", json={"model": "chooser"}), 409, "model_mismatch")
+    models = {model["id"]: model for model in assert_success(user.http.get("/v1/models"))["data"]}
+    assert models["chooser"]["policy"]["observation"] == len(OBSERVATION) and models["tiny"]["policy"] is None
 
 
 def test_a_session_that_only_predicts_acts_and_remembers_nothing(user: Client) -> None:
-    success(user.http.put("/v1/sessions/still", json={"model": "chooser", "adapt": "predict"}))
+    assert_success(user.http.put("/v1/sessions/still", json={"model": "chooser", "adapt": "predict"}))
     assert act(user, "still")["action_id"] is None
     assert user.version("still") == 0
-    refusal(user.post("sessions/still/act", {"observation": SEEN, "reward": 1.0}), 409, "conflict")
+    assert_error(user.post("sessions/still/act", {"observation": OBSERVATION, "reward": 1.0}), 409, "conflict")
 
 
 @pytest.mark.parametrize(
     ("path", "body", "param", "words"),
     [
-        ("act", {"observation": SEEN[:3]}, "observation", "must hold 8 numbers for 'chooser'"),
-        ("act", {"observation": [*SEEN[:7], "1"]}, "observation.7", "valid number"),
-        ("act", {"observation": [*SEEN[:7], 1e7]}, "observation.7", "less than or equal to 1000000"),
+        ("act", {"observation": OBSERVATION[:3]}, "observation", "must hold 8 numbers for 'chooser'"),
+        ("act", {"observation": [*OBSERVATION[:7], "1"]}, "observation.7", "valid number"),
+        ("act", {"observation": [*OBSERVATION[:7], 1e7]}, "observation.7", "less than or equal to 1000000"),
         ("act", {"observation": []}, "observation", "at least 1 item"),
-        ("act", {"observation": SEEN, "reward": 1.5}, "reward", "must be in 0..1, got 1.5"),
-        ("act", {"observation": SEEN, "reward": "good"}, "reward", "valid number"),
-        ("act", {"observation": SEEN, "reward": 1.0, "action_id": "act-77"}, "action_id", "an action never taken"),
-        ("act", {"observation": SEEN, "reward": 1.0, "action_id": "7"}, "action_id", "match pattern"),
-        ("act", {"observation": SEEN, "action_id": "act-1"}, "action_id", "only allowed with 'reward'"),
-        ("act", {"observation": SEEN, "temperature": -1}, "temperature", "greater than or equal to 0"),
-        ("act", {"observation": SEEN, "model": "namer"}, "model", "must be a policy that acts (chooser)"),
+        ("act", {"observation": OBSERVATION, "reward": 1.5}, "reward", "must be in 0..1, got 1.5"),
+        ("act", {"observation": OBSERVATION, "reward": "good"}, "reward", "valid number"),
+        (
+            "act",
+            {"observation": OBSERVATION, "reward": 1.0, "action_id": "act-77"},
+            "action_id",
+            "an action never taken",
+        ),
+        ("act", {"observation": OBSERVATION, "reward": 1.0, "action_id": "7"}, "action_id", "match pattern"),
+        ("act", {"observation": OBSERVATION, "action_id": "act-1"}, "action_id", "only allowed with 'reward'"),
+        ("act", {"observation": OBSERVATION, "temperature": -1}, "temperature", "greater than or equal to 0"),
+        ("act", {"observation": OBSERVATION, "model": "namer"}, "model", "must be a policy that acts (chooser)"),
         ("feedback", {"reward": 1.0}, "action_id", "is required"),
         ("feedback", {"action_id": "act-9999", "reward": 1.0}, "action_id", "the actions 1 to"),
     ],
@@ -202,7 +211,7 @@ def test_a_bad_request_is_refused_by_name_and_changes_nothing(
 
 def test_no_number_is_refused(user: Client) -> None:
     for number in ("NaN", "Infinity", "1e999"):
-        content = f'{{"observation": {json.dumps(SEEN)}, "reward": {number}}}'
+        content = f'{{"observation": {json.dumps(OBSERVATION)}, "reward": {number}}}'
         headers = {"Content-Type": "application/json"}
         response = httpx.post(f"{user.url}/v1/sessions/ada/act", content=content, headers=headers)
         assert response.status_code == 400, response.text

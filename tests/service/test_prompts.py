@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from model.text.tokenizer import Tokenizer
 from service.errors import BadRequest
 from service.turns.prompts import (
-    DIGESTS_KEPT,
+    MAX_DIGESTS,
     ChatPrompt,
-    Encoded,
+    EncodedPrompt,
     TextPrompt,
     TokenPrompt,
     encode,
+    merge_digests,
     message_digests,
-    remember,
     reply_digests,
     segments,
     windows,
@@ -45,7 +45,7 @@ def digests(messages: Messages) -> list[str]:
     return list(message_digests(messages))
 
 
-def taught(encoded: Encoded, tokenizer: Tokenizer) -> str:
+def taught(encoded: EncodedPrompt, tokenizer: Tokenizer) -> str:
     """The text of the tokens to be learned."""
     return tokenizer.decode([token for token, new in zip(encoded.token_ids, encoded.learn, strict=True) if new])
 
@@ -88,10 +88,10 @@ def test_a_chat_teaches_the_contents_of_its_messages_and_nothing_of_the_template
 
 def test_a_history_that_is_resent_teaches_its_new_part_only(tokenizer: Tokenizer) -> None:
     first = [user("The dog sleeps.")]
-    known = remember((), [*digests(first), *reply_digests(first, ["So it does."])])
+    known = merge_digests((), [*digests(first), *reply_digests(first, ["So it does."])])
     chat = [*first, assistant("So it does."), user("And the fox?")]
     assert taught(encode(ChatPrompt(chat), tokenizer, known, reply=True), tokenizer) == "And the fox?"
-    known = remember(known, digests(chat))
+    known = merge_digests(known, digests(chat))
     again = encode(ChatPrompt(chat), tokenizer, known, reply=True)
     assert not any(again.learn), "a retry teaches nothing"
     assert again.token_ids == encode(ChatPrompt(chat), tokenizer, [], reply=True).token_ids, "but it reads it all"
@@ -159,13 +159,13 @@ def test_messages_that_the_template_refuses_are_a_bad_request(tokenizer: Tokeniz
 
 
 def test_the_latest_digests_are_kept_each_once() -> None:
-    assert remember(["a", "b", "c"], ["d", "b"]) == ("a", "c", "d", "b")
-    assert remember((), ()) == ()
+    assert merge_digests(["a", "b", "c"], ["d", "b"]) == ("a", "c", "d", "b")
+    assert merge_digests((), ()) == ()
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes_first() -> None:
-    kept = remember([f"old {i}" for i in range(DIGESTS_KEPT)], ["new", "old 5"])
-    assert len(kept) == DIGESTS_KEPT
+    kept = merge_digests([f"old {i}" for i in range(MAX_DIGESTS)], ["new", "old 5"])
+    assert len(kept) == MAX_DIGESTS
     assert kept[-2:] == ("new", "old 5")
     assert kept[0] == "old 1"
 
@@ -186,7 +186,7 @@ def test_windows_cover_every_token_once_each_with_a_predictor(length: int, size:
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("score", [False, True])
 def test_segments_score_and_learn_each_token_of_the_text_once(learn: bool, score: bool) -> None:
-    encoded = Encoded(list(range(10, 21)), [n % 3 == 0 for n in range(11)])
+    encoded = EncodedPrompt(list(range(10, 21)), [n % 3 == 0 for n in range(11)])
     parts = segments(encoded, 5, 1, learn=learn, score=score)
     assert [part.token_ids[0] for part in parts] == [1, 1, 1]
     scored = [t for p in parts if p.score is not None for t, on in zip(p.token_ids, p.score, strict=True) if on]
@@ -195,11 +195,11 @@ def test_segments_score_and_learn_each_token_of_the_text_once(learn: bool, score
     assert learned == ([10, 13, 16, 19] if learn else [])
     assert all(part.generate is None for part in parts)
     assert all((part.learn is None, part.score is None) == (not learn, not score) for part in parts)
-    assert segments(Encoded([], []), 5, 1, learn=learn, score=score) == []
+    assert segments(EncodedPrompt([], []), 5, 1, learn=learn, score=score) == []
 
 
 def test_bos_stands_once_before_a_text_whoever_put_it_there() -> None:
-    with_bos, plain = Encoded([1, 7, 8], [True] * 3, ["d"]), Encoded([7, 8], [True] * 2, ["d"])
+    with_bos, plain = EncodedPrompt([1, 7, 8], [True] * 3, ["d"]), EncodedPrompt([7, 8], [True] * 2, ["d"])
     assert without_bos(with_bos, 1) == without_bos(plain, 1) == plain
     assert [part for part, _ in windows(without_bos(with_bos, 1).token_ids, 8, 1)] == [[1, 7, 8]]
-    assert without_bos(Encoded([], []), 1) == Encoded([], [])
+    assert without_bos(EncodedPrompt([], []), 1) == EncodedPrompt([], [])

@@ -18,14 +18,14 @@ import pytest
 from redis import Redis
 
 from service.errors import Conflict, QuotaExceeded, RateLimited, SessionBusy, StoreFull, VersionConflict
-from service.store import Keeping, Note, RedisStore
+from service.store import CommitMetadata, RedisStore, RetentionConfig
 from service.store.base import Lease
 from service.store.codec import encode
 from service.store.embedded import EmbeddedValkey
-from service.tenants import Limits, Tenant
-from service.turns.quotas import Ledger
+from service.tenants import Tenant, TenantLimits
+from service.turns.quotas import Quotas
 from tests.conftest import Server
-from tests.live import ENDLESS, Client, in_background, refusal, state, success, until
+from tests.live import NO_EOS, Client, assert_error, assert_success, in_background, state, wait_until
 from tests.service.test_store import ODD_ID, assert_same, new_meta, rows, snapshot
 from tests.service.valkeys import cluster, free_ports, sentinel, valkey, wait
 from tests.tiny import TEXT
@@ -47,7 +47,7 @@ def raw(url: str) -> Iterator[Redis]:
 @pytest.fixture
 async def two(url: str) -> AsyncIterator[tuple[RedisStore, RedisStore]]:
     """The stores of two replicas whose leases last a moment."""
-    stores = [RedisStore.from_url(url, Keeping(lease_s=0.3, wait_s=2.0)) for _ in range(2)]
+    stores = [RedisStore.from_url(url, RetentionConfig(lease_s=0.3, wait_s=2.0)) for _ in range(2)]
     yield stores[0], stores[1]
     for store in stores:
         await store.close()
@@ -59,9 +59,9 @@ def tenant() -> str:
 
 
 async def take(store: RedisStore, tenant: str) -> Lease:
-    entered = await store.enter(tenant, "s", write="always")
-    assert entered.lease is not None
-    return entered.lease
+    turn_start = await store.begin_turn(tenant, "s", write="always")
+    assert turn_start.lease is not None
+    return turn_start.lease
 
 
 # --- leases -----------------------------------------------------------------------------------------------------------
@@ -71,14 +71,14 @@ async def test_a_lease_is_one_replicas_until_it_commits_gives_it_back_or_lets_it
     two: tuple[RedisStore, RedisStore], url: str, tenant: str
 ) -> None:
     one, other = two
-    hasty = RedisStore.from_url(url, Keeping(lease_s=0.3, wait_s=0.0))
+    hasty = RedisStore.from_url(url, RetentionConfig(lease_s=0.3, wait_s=0.0))
     lease = await take(one, tenant)
     with pytest.raises(SessionBusy) as busy:
-        await hasty.enter(tenant, "s", write="always")
+        await hasty.begin_turn(tenant, "s", write="always")
     assert busy.value.retry_after
-    assert (await hasty.enter(tenant, "s", write="never")).lease is None
+    assert (await hasty.begin_turn(tenant, "s", write="never")).lease is None
     await one.create(tenant, replace(new_meta("s"), options={"adapt": "predict"}))
-    assert (await hasty.enter(tenant, "s", write="unless predict")).lease is None
+    assert (await hasty.begin_turn(tenant, "s", write="unless predict")).lease is None
     await one.commit(tenant, new_meta("s", 1), {}, lease=lease)
     lease = await take(other, tenant)
     await other.release(lease)
@@ -87,7 +87,7 @@ async def test_a_lease_is_one_replicas_until_it_commits_gives_it_back_or_lets_it
         await asyncio.sleep(0.15)
         assert await one.renew(lease)
     with pytest.raises(SessionBusy):
-        await hasty.enter(tenant, "s", write="always")
+        await hasty.begin_turn(tenant, "s", write="always")
     await take(other, tenant)  # it ended by itself
     assert not await one.renew(lease)
     await hasty.close()
@@ -179,7 +179,9 @@ async def test_a_session_of_format_1_is_read_and_taken_over(url: str, raw: Redis
     raw.hset(key, mapping=encode(meta) | old)
     raw.hset(f"imprint:{{{tenant}/s}}:rows:a", mapping={b"\1\0\0\0": b"\7" * 128})
     assert_same(await store.load(tenant, "s"), meta, {"a": rows([1], 7)})
-    await store.commit(tenant, new_meta("s", 2), {"a": rows([1, 2], 8)}, note=Note({"kind": "learn"}))
+    await store.commit(
+        tenant, new_meta("s", 2), {"a": rows([1, 2], 8)}, commit_metadata=CommitMetadata({"kind": "learn"})
+    )
     assert_same(await store.load(tenant, "s"), new_meta("s", 2), {"a": rows([1, 2], 8)})
     assert raw.hget(key, "format") == b"4"
     history = await store.history(tenant, "s", undo=True)
@@ -191,7 +193,7 @@ async def test_a_session_of_format_1_is_read_and_taken_over(url: str, raw: Redis
 @pytest.mark.parametrize("format", ["2", "3"])
 async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Redis, tenant: str, format: str) -> None:
     """Format 2 had a field for each row, format 3 for five slots, with zeros where there is no row."""
-    store = RedisStore.from_url(url, Keeping(ttl_s=100))
+    store = RedisStore.from_url(url, RetentionConfig(ttl_s=100))
     held, name = rows([*range(12_000), *range(20_000, 30_000, 7)], 3), f"imprint:{{{tenant}/s}}:"
     meta: dict[Any, Any] = encode(new_meta("s", 1)) | {"format": format, "site:a": "128"}
     raw.hset(f"{name}meta", mapping=meta)
@@ -208,11 +210,11 @@ async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Red
 
 
 async def test_a_session_is_forgotten_when_it_was_not_used_for_its_time(url: str, raw: Redis, tenant: str) -> None:
-    store = RedisStore.from_url(url, Keeping(ttl_s=100))
+    store = RedisStore.from_url(url, RetentionConfig(ttl_s=100))
     sids = ("default", "own", "never")
     for sid, options in zip(sids, ({}, {"ttl_s": 1}, {"ttl_s": 0}), strict=True):
         meta = replace(new_meta(sid, 1), options=dict(options))
-        await store.commit(tenant, meta, {"a": rows([1])}, note=Note({"kind": "learn"}, b"text"))
+        await store.commit(tenant, meta, {"a": rows([1])}, commit_metadata=CommitMetadata({"kind": "learn"}, b"text"))
     await store.commit(tenant, new_meta("default", 2), {"b": rows([1])})
     assert {sid: {raw.ttl(key) for key in snapshot(raw, tenant) if f"/{sid}}}".encode() in key} for sid in sids} == {
         "default": {100},
@@ -221,7 +223,7 @@ async def test_a_session_is_forgotten_when_it_was_not_used_for_its_time(url: str
     }
     for _ in range(4):  # use, even that which only reads, counts
         await asyncio.sleep(0.4)
-        assert (await store.enter(tenant, "own", write="never")).meta is not None
+        assert (await store.begin_turn(tenant, "own", write="never")).meta is not None
     assert [meta.id for meta in await store.list(tenant)] == ["default", "never", "own"]
     await asyncio.sleep(1.2)
     assert [meta.id for meta in await store.list(tenant)] == ["default", "never"]
@@ -240,13 +242,13 @@ async def test_a_full_store_learns_nothing_and_can_be_read_and_emptied(url: str,
         for call in (
             store.commit(tenant, new_meta("s", 2), {"a": rows([2])}),
             store.create(tenant, new_meta("new")),
-            store.enter(tenant, "s", write="always"),
+            store.begin_turn(tenant, "s", write="always"),
         ):
             with pytest.raises(StoreFull) as full:
                 await call
             assert full.value.code == "store_full" and full.value.retry_after
         assert snapshot(raw, tenant) == before
-        assert (await store.enter(tenant, "s", write="never")).meta == new_meta("s", 1)
+        assert (await store.begin_turn(tenant, "s", write="never")).meta == new_meta("s", 1)
         assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": rows([1])})
         assert await store.delete(tenant, "s")
     finally:
@@ -260,9 +262,11 @@ async def test_a_full_store_learns_nothing_and_can_be_read_and_emptied(url: str,
 async def life(store: RedisStore, tenant: str, sid: str) -> None:
     """Some of everything that a store does."""
     for version in (1, 2, 3):
-        lease = (await store.enter(tenant, sid, write="always")).lease
+        lease = (await store.begin_turn(tenant, sid, write="always")).lease
         sites = {"a": rows([0, version], version), "b": rows(range(50), version)}
-        await store.commit(tenant, new_meta(sid, version), sites, lease=lease, note=Note({"kind": "learn"}))
+        await store.commit(
+            tenant, new_meta(sid, version), sites, lease=lease, commit_metadata=CommitMetadata({"kind": "learn"})
+        )
     loaded = await store.load(tenant, sid)
     assert loaded is not None and loaded.meta == new_meta(sid, 3)
     assert loaded.sites["a"].slots.tolist() == [0, 1, 2, 3]
@@ -273,8 +277,8 @@ async def life(store: RedisStore, tenant: str, sid: str) -> None:
 async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
     with cluster(tmp_path) as ports:
         hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-        store = RedisStore.from_url(f"redis+cluster://{hosts}", Keeping(lease_s=0.3, wait_s=2))
-        other = RedisStore.from_url(f"redis+cluster://{hosts}", Keeping(lease_s=0.3, wait_s=2))
+        store = RedisStore.from_url(f"redis+cluster://{hosts}", RetentionConfig(lease_s=0.3, wait_s=2))
+        other = RedisStore.from_url(f"redis+cluster://{hosts}", RetentionConfig(lease_s=0.3, wait_s=2))
         sids = [f"s{n}" for n in range(12)]
         for sid in sids:
             await life(store, "t", sid)
@@ -307,11 +311,14 @@ async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
         assert await store.list("t") == []
         kept = [key for node in nodes for key in node.scan_iter()]
         assert {key.rpartition(b":")[2] for key in kept} <= {b"fence", b"erased", b"lease"}
-        ledger, limited = Ledger(store), Tenant("limited", Limits(sessions=1, tokens_per_minute=9))
-        async with ledger.place(limited, "s"):
+        quotas, limited = Quotas(store), Tenant("limited", TenantLimits(sessions=1, tokens_per_minute=9))
+        async with quotas.reserve_session(limited, "s"):
             await store.create(limited.name, new_meta("s"))
-        await ledger.learned(limited, "s", 0, 10)
-        for refused in (Ledger(other).place(limited, "r").__aenter__(), Ledger(other).check_learning(limited)):
+        await quotas.record_commit(limited, "s", 0, 10)
+        for refused in (
+            Quotas(other).reserve_session(limited, "r").__aenter__(),
+            Quotas(other).check_learning(limited),
+        ):
             with pytest.raises((QuotaExceeded, RateLimited)):
                 await refused
         assert await store.configuration("appendonly") == {"appendonly": "no"}
@@ -400,7 +407,7 @@ def memory(redis: str, session: str) -> Any:
 
 
 def stream(client: Client, session: str) -> str:
-    body = client.completion(TEXT, session=session, max_tokens=450, logit_bias=ENDLESS, stream=True)
+    body = client.completion(TEXT, session=session, max_tokens=450, logit_bias=NO_EOS, stream=True)
     return httpx.post(f"{client.url}/v1/completions", json=body, timeout=60).text
 
 
@@ -414,14 +421,14 @@ def test_a_replica_that_stood_still_learns_at_the_version_it_finds(
         one.observe(alice, TEXT)
         late = in_background(pool, one, lambda: one.post(f"sessions/{alice}/observe", {"text": TEXT * 150}))
         streamed = in_background(pool, one, lambda: stream(one, bob))
-        until(lambda: one.metric("leases_held") == 2)
+        wait_until(lambda: one.metric("leases_held") == 2)
         stuck.send_signal(signal.SIGSTOP)
         try:
             assert other.observe(alice, TEXT)["version"] == 2
             other.observe(bob, TEXT)
         finally:
             stuck.send_signal(signal.SIGCONT)
-        assert success(late.result())["version"] == 3
+        assert assert_success(late.result())["version"] == 3
         # What a stream has said can't be unsaid: it ends in an error, and nothing of it is learned.
         assert "session_busy" in streamed.result() and streamed.result().endswith("data: [DONE]\n\n")
     assert other.version(bob) == 1
@@ -436,7 +443,7 @@ def test_a_session_erased_at_one_replica_is_gone_from_the_other(one: Client, oth
         client.score(tenant, TEXT, learn=True)
     hot = other.metric("sessions_hot")
     assert one.http.delete(f"/v1/sessions/{tenant}").status_code == 200
-    until(lambda: other.metric("sessions_hot") == hot - 1)
+    wait_until(lambda: other.metric("sessions_hot") == hot - 1)
     # Of the same name and version, and yet another one.
     for text in (TEXT[9:], TEXT[5:]):
         assert one.score(tenant, text, learn=True)["version"] <= 2
@@ -449,8 +456,8 @@ def test_a_full_store_stops_learning_and_not_predicting(one: Client, redis: str,
         one.observe(tenant, TEXT)
         raw.config_set("maxmemory", 1)
         try:
-            refusal(one.post(f"sessions/{tenant}/observe", {"text": TEXT}), 503, "store_full")
-            refusal(one.post("completions", one.completion(session=tenant)), 503, "store_full")
+            assert_error(one.post(f"sessions/{tenant}/observe", {"text": TEXT}), 503, "store_full")
+            assert_error(one.post("completions", one.completion(session=tenant)), 503, "store_full")
             assert one.complete(session=tenant, adapt="predict")["adaptation"]["version_to"] == 1
             assert one.score(tenant, TEXT)["version"] == 1
         finally:
@@ -463,7 +470,7 @@ def test_a_killed_replicas_session_goes_on_at_the_other(
     servers: list[Server], one: Client, other: Client, tenant: str
 ) -> None:
     one.observe(tenant, TEXT)
-    with one.unfinished(f"sessions/{tenant}/observe", {"text": TEXT * 200}):
+    with one.request_in_flight(f"sessions/{tenant}/observe", {"text": TEXT * 200}):
         servers[0].kill()
     assert other.observe(tenant, TEXT)["version"] == 2
 
@@ -474,7 +481,7 @@ def test_a_session_has_room_for_so_many_bytes(make_server: Callable[..., Any]) -
         assert client.observe("alice", TEXT[:60])["version"] == 1
         before = state(server.data_dir, "alice")
         answer = client.post("sessions/alice/observe", {"text": TEXT * 3})
-        error = refusal(answer, 507, "session_too_large")
+        error = assert_error(answer, 507, "session_too_large")
         assert "4000" in error["message"] and answer.headers["x-should-retry"] == "false"
         assert state(server.data_dir, "alice") == before
 
@@ -482,5 +489,5 @@ def test_a_session_has_room_for_so_many_bytes(make_server: Callable[..., Any]) -
 def test_a_session_that_the_device_cannot_hold_is_told_so(make_server: Callable[..., Any]) -> None:
     server = make_server(hot_rows=54 * 8).start()
     with Client(server.url) as client:
-        refusal(client.post("sessions/alice/observe", {"text": TEXT}), 507, "session_too_large")
+        assert_error(client.post("sessions/alice/observe", {"text": TEXT}), 507, "session_too_large")
         assert client.complete()["usage"]["completion_tokens"] >= 0

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from model.memory import MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
-from service.engine.resident import HotSessions
-from service.engine.types import Stamp
+from service.engine.resident import ResidentSessions
+from service.engine.types import StateId
 
 SITE = SiteConfig("states", "hidden", slots=16, k=1, width=2)
 ROWS, SESSIONS = 8, 3
 A, B, C, D = (("tenant", name) for name in "abcd")
 
 
-class Hot(HotSessions):
+class CountingResidentSessions(ResidentSessions):
     """A cache of a small pool that counts whom it has evicted."""
 
     def __init__(self, rows: int = ROWS, sessions: int = SESSIONS) -> None:
@@ -29,10 +29,10 @@ class Hot(HotSessions):
     def _count(self) -> None:
         self.evicted += 1
 
-    def use(self, key: tuple[str, str], stamp: Stamp, rows: int = 2) -> int:
+    def use(self, key: tuple[str, str], state_id: StateId, rows: int = 2) -> int:
         """A whole turn that loads a session and lets go of it; returns its index."""
-        index = self.enter(key, stamp, stored(rows))
-        self.leave(key)
+        index = self.acquire(key, state_id, stored(rows))
+        self.release(key)
         return index
 
     @property
@@ -41,7 +41,7 @@ class Hot(HotSessions):
         return self.pool._sessions._top, self.pool.sites["states"].free._top
 
 
-def at(version: int) -> Stamp:
+def at(version: int) -> StateId:
     return (1.5, 2.5, version)
 
 
@@ -51,135 +51,135 @@ def stored(rows: int, value: float = 1.0) -> dict[str, SiteRows]:
 
 
 def test_a_session_is_hot_at_the_version_that_was_loaded_only() -> None:
-    hot = Hot()
-    assert not hot.pin(A, at(1))
-    index = hot.use(A, at(1))
-    assert len(hot) == 1
-    assert not hot.pin(A, at(0))
-    assert not hot.pin(A, at(2))
-    assert not hot.pin(("other tenant", "a"), at(1))
-    assert hot.pin(A, at(1))
-    assert hot.enter(A, at(1), None) == index
-    hot.leave(A)
+    resident = CountingResidentSessions()
+    assert not resident.pin(A, at(1))
+    index = resident.use(A, at(1))
+    assert len(resident) == 1
+    assert not resident.pin(A, at(0))
+    assert not resident.pin(A, at(2))
+    assert not resident.pin(("other tenant", "a"), at(1))
+    assert resident.pin(A, at(1))
+    assert resident.acquire(A, at(1), None) == index
+    resident.release(A)
 
 
 def test_what_was_promised_is_the_version_from_then_on() -> None:
-    hot = Hot()
-    index = hot.enter(A, at(1), stored(2))
-    hot.promise(A, at(2))
-    assert not hot.pin(A, at(1))
-    assert hot.pin(A, at(2))
-    assert hot.enter(A, at(2), None) == index
+    resident = CountingResidentSessions()
+    index = resident.acquire(A, at(1), stored(2))
+    resident.set_state_id(A, at(2))
+    assert not resident.pin(A, at(1))
+    assert resident.pin(A, at(2))
+    assert resident.acquire(A, at(2), None) == index
 
 
 def test_loading_again_replaces_what_was_there() -> None:
-    hot = Hot()
-    hot.use(A, at(1), rows=3)
-    index = hot.enter(A, at(2), stored(5, value=7.0))
-    assert hot.pool.rows(index) == {"states": 5}
-    assert len(hot) == 1
-    assert hot.free == (SESSIONS - 1, ROWS - 5)
-    assert hot.evicted == 0, "replaced is not evicted"
-    hot.leave(A)
-    assert not hot.pin(A, at(1))
-    assert hot.pin(A, at(2))
+    resident = CountingResidentSessions()
+    resident.use(A, at(1), rows=3)
+    index = resident.acquire(A, at(2), stored(5, value=7.0))
+    assert resident.pool.rows(index) == {"states": 5}
+    assert len(resident) == 1
+    assert resident.free == (SESSIONS - 1, ROWS - 5)
+    assert resident.evicted == 0, "replaced is not evicted"
+    resident.release(A)
+    assert not resident.pin(A, at(1))
+    assert resident.pin(A, at(2))
 
 
 def test_the_least_recently_used_session_makes_room() -> None:
-    hot = Hot()
+    resident = CountingResidentSessions()
     for key in (A, B, C):
-        hot.use(key, at(1))
-    assert hot.pin(A, at(1))
-    hot.enter(A, at(1), None)
-    hot.leave(A)
-    hot.use(D, at(1))
-    assert hot.evicted == 1
-    assert [key for key in (A, B, C, D) if hot.pin(key, at(1))] == [A, C, D]
+        resident.use(key, at(1))
+    assert resident.pin(A, at(1))
+    resident.acquire(A, at(1), None)
+    resident.release(A)
+    resident.use(D, at(1))
+    assert resident.evicted == 1
+    assert [key for key in (A, B, C, D) if resident.pin(key, at(1))] == [A, C, D]
 
 
 def test_rows_make_room_too_one_session_after_another() -> None:
-    hot = Hot()
-    hot.use(A, at(1), rows=4)
-    hot.use(B, at(1), rows=3)
-    hot.use(C, at(1), rows=6)
-    assert hot.evicted == 2
-    assert hot.free == (SESSIONS - 1, ROWS - 6)
+    resident = CountingResidentSessions()
+    resident.use(A, at(1), rows=4)
+    resident.use(B, at(1), rows=3)
+    resident.use(C, at(1), rows=6)
+    assert resident.evicted == 2
+    assert resident.free == (SESSIONS - 1, ROWS - 6)
 
 
 def test_a_pinned_session_is_never_evicted_before_its_last_pin_is_gone() -> None:
-    hot = Hot()
-    index = hot.enter(A, at(1), stored(6, value=3.0))
-    assert hot.pin(A, at(1))
-    hot.use(B, at(1), rows=2)
+    resident = CountingResidentSessions()
+    index = resident.acquire(A, at(1), stored(6, value=3.0))
+    assert resident.pin(A, at(1))
+    resident.use(B, at(1), rows=2)
     for _ in range(2):
         with pytest.raises(PoolFullError):
-            hot.enter(C, at(1), stored(3))
-        assert not hot.pin(C, at(1)), "what could not be loaded is not hot"
-        hot.leave(A)
-    assert hot.evicted == 1, "B, in the first attempt"
-    hot.enter(C, at(1), stored(3))
-    assert hot.evicted == 2
-    assert not hot.pin(A, at(1))
-    assert hot.pool.rows(index) != {"states": 6}
+            resident.acquire(C, at(1), stored(3))
+        assert not resident.pin(C, at(1)), "what could not be loaded is not hot"
+        resident.release(A)
+    assert resident.evicted == 1, "B, in the first attempt"
+    resident.acquire(C, at(1), stored(3))
+    assert resident.evicted == 2
+    assert not resident.pin(A, at(1))
+    assert resident.pool.rows(index) != {"states": 6}
 
 
 def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
-    hot = Hot(sessions=2)
-    hot.use(B, at(1), rows=4)
-    index = hot.enter(A, at(1), stored(4))
-    draft = hot.pool.draft(index)
-    assert hot.evicted == 1, "two sessions are all there is"
+    resident = CountingResidentSessions(sessions=2)
+    resident.use(B, at(1), rows=4)
+    index = resident.acquire(A, at(1), stored(4))
+    draft = resident.pool.draft(index)
+    assert resident.evicted == 1, "two sessions are all there is"
     draft.put("states", torch.arange(4), [torch.zeros(4, 2)])
     with pytest.raises(PoolFullError):
         draft.put("states", torch.tensor([9]), [torch.zeros(1, 2)])
     draft.rollback()
-    assert hot.pool.rows(index) == {"states": 4}
+    assert resident.pool.rows(index) == {"states": 4}
 
 
 def test_a_forgotten_session_is_gone_at_once() -> None:
-    hot = Hot()
-    hot.use(A, at(1))
-    hot.forget(A)
-    assert not hot.pin(A, at(1))
-    assert (len(hot), hot.free, hot.evicted) == (0, (SESSIONS, ROWS), 0)
-    hot.forget(A)
-    hot.forget(B)
+    resident = CountingResidentSessions()
+    resident.use(A, at(1))
+    resident.drop(A)
+    assert not resident.pin(A, at(1))
+    assert (len(resident), resident.free, resident.evicted) == (0, (SESSIONS, ROWS), 0)
+    resident.drop(A)
+    resident.drop(B)
 
 
 def test_a_session_that_is_forgotten_while_in_use_goes_with_its_last_pin() -> None:
-    hot = Hot()
-    index = hot.enter(A, at(1), stored(2))
-    assert hot.pin(A, at(1))
-    hot.forget(A)
-    assert not hot.pin(A, at(1)), "no new turn gets it"
-    assert hot.pool.rows(index) == {"states": 2}, "those under way keep it"
-    hot.leave(A)
-    assert hot.pool.rows(index) == {"states": 2}
-    hot.leave(A)
-    assert (len(hot), hot.free) == (0, (SESSIONS, ROWS))
-    assert hot.use(A, at(1)) == index, "one of the same name may come after it"
-    assert hot.pin(A, at(1))
+    resident = CountingResidentSessions()
+    index = resident.acquire(A, at(1), stored(2))
+    assert resident.pin(A, at(1))
+    resident.drop(A)
+    assert not resident.pin(A, at(1)), "no new turn gets it"
+    assert resident.pool.rows(index) == {"states": 2}, "those under way keep it"
+    resident.release(A)
+    assert resident.pool.rows(index) == {"states": 2}
+    resident.release(A)
+    assert (len(resident), resident.free) == (0, (SESSIONS, ROWS))
+    assert resident.use(A, at(1)) == index, "one of the same name may come after it"
+    assert resident.pin(A, at(1))
 
 
 def test_a_session_of_a_thousand_turns_leaks_nothing() -> None:
     """Turns as the engine runs them, some at the version at hand, some from the store; commits, failures, deletions."""
-    hot, chance = Hot(), random.Random(0)
+    resident, rng = CountingResidentSessions(), random.Random(0)
     versions = dict.fromkeys((A, B, C, D), 0)
     for _ in range(1000):
-        key = chance.choice([A, B, C, D])
-        if chance.random() < 0.1:
-            hot.forget(key)
-        if not hot.pin(key, at(versions[key])):
-            hot.enter(key, at(versions[key]), stored(versions[key] % 4))
+        key = rng.choice([A, B, C, D])
+        if rng.random() < 0.1:
+            resident.drop(key)
+        if not resident.pin(key, at(versions[key])):
+            resident.acquire(key, at(versions[key]), stored(versions[key] % 4))
         else:
-            hot.enter(key, at(versions[key]), None)
-        if chance.random() < 0.1:
-            hot.forget(key)
-        elif chance.random() < 0.5:
+            resident.acquire(key, at(versions[key]), None)
+        if rng.random() < 0.1:
+            resident.drop(key)
+        elif rng.random() < 0.5:
             versions[key] += 1
-            hot.promise(key, at(versions[key]))
-        hot.leave(key)
-    assert hot.evicted > 0
+            resident.set_state_id(key, at(versions[key]))
+        resident.release(key)
+    assert resident.evicted > 0
     for key in versions:
-        hot.forget(key)
-    assert (len(hot), hot.free) == (0, (SESSIONS, ROWS))
+        resident.drop(key)
+    assert (len(resident), resident.free) == (0, (SESSIONS, ROWS))

@@ -142,7 +142,7 @@ def test_a_share_of_the_segments_is_proved_the_first_of_a_session_included(rate:
     """Wherever a job begins in its session, its segments continue the same sequence."""
     whole = Job([Segment([1])] * 300, lambda job, event: None, proof_rate=rate)
     later = Job([Segment([1])] * 300, lambda job, event: None, proof_from=start, proof_rate=rate)
-    proved = [whole.proves(n) for n in range(300)]
+    proved = [whole.in_proof_sample(n) for n in range(300)]
     assert proved[0] == (rate > 0)
     assert abs(sum(proved) - 300 * rate) <= 1
-    assert [later.proves(n) for n in range(300 - start)] == proved[start:]
+    assert [later.in_proof_sample(n) for n in range(300 - start)] == proved[start:]

@@ -17,12 +17,12 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from service.errors import EngineError, NotFound, StoreUnavailable, VersionConflict
-from service.store import Note, Once, RedisStore, RowBatch, SessionMeta, StoredSession
+from service.store import CommitMetadata, IdempotencyRecord, RedisStore, RowBatch, SessionMeta, StoredSession
 from service.store.base import PAGE_ROWS
 from service.store.embedded import EmbeddedValkey
 from service.store.redis import store as redis_store
 from tests.live import rows_of
-from tests.service.faulty_store import Fault, faulty_line
+from tests.service.faulty_store import Fault, faulty_store_proxy
 
 ROW_BYTES = 128
 ODD_ID = "a~:@+=-._Z9"
@@ -262,9 +262,11 @@ async def test_configure_replaces_the_options_alone(store: RedisStore, tenant: s
 async def test_delete_leaves_no_key(store: RedisStore, raw: Redis, tenant: str) -> None:
     for sid in ("s", "s2"):
         await store.commit(tenant, new_meta(sid, 1), {"a": rows([1]), "b:rows": rows([2])})
-    await store.enter(tenant, "s", write="always")
-    again = Once("key", 60, b"answer")
-    await store.commit(tenant, new_meta("s", 2), {"a": rows([2])}, note=Note({"kind": "learn"}, b"text", again))
+    await store.begin_turn(tenant, "s", write="always")
+    again = IdempotencyRecord("key", 60, b"answer")
+    await store.commit(
+        tenant, new_meta("s", 2), {"a": rows([2])}, commit_metadata=CommitMetadata({"kind": "learn"}, b"text", again)
+    )
     others = {key: value for key, value in snapshot(raw, tenant).items() if b"/s2}" in key}
     assert len(snapshot(raw, tenant)) - len(others) == 9
 
@@ -355,7 +357,7 @@ def test_a_write_to_a_lost_connection_is_repeated_on_uvloop_too(url: str) -> Non
             writer.write(b"PING\r\n")
             return await reader.readline()
 
-        return await redis_store._patiently(ping)
+        return await redis_store._retry_while_away(ping)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert runner.run(run()) == b"+PONG\r\n"
@@ -365,15 +367,15 @@ def test_a_write_to_a_lost_connection_is_repeated_on_uvloop_too(url: str) -> Non
 async def test_a_broken_connection_commits_once(
     url: str, store: RedisStore, raw: Redis, tenant: str, fault: Fault
 ) -> None:
-    async with faulty_line(url) as (line, remote):
+    async with faulty_store_proxy(url) as (line, remote):
         await remote.commit(tenant, new_meta("s", 1), {"a": rows([1], 1)})
         line.fault = fault
         await remote.commit(tenant, new_meta("s", 2), {"a": rows([1], 2)})
-        assert line.struck
+        assert line.triggered
         assert_same(await store.load(tenant, "s"), new_meta("s", 2), {"a": rows([1], 2)})
 
         before = snapshot(raw, tenant)
-        await line.deliver()
+        await line.deliver_delayed()
         assert snapshot(raw, tenant) == before
         await remote.commit(tenant, new_meta("s", 3), {"a": rows([1], 3)})
 
@@ -386,8 +388,8 @@ async def test_an_outcome_that_stays_unknown_is_reported_as_such(
     fault: Fault,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(redis_store, "COMMIT_PATIENCE_S", 0.1)
-    async with faulty_line(url) as (line, remote):
+    monkeypatch.setattr(redis_store, "COMMIT_RETRY_S", 0.1)
+    async with faulty_store_proxy(url) as (line, remote):
         await remote.commit(tenant, new_meta("s", 1), {})
         line.fault, line.down_after_fault = fault, True
         with pytest.raises(StoreUnavailable) as unavailable:
@@ -405,11 +407,11 @@ async def test_an_outcome_that_stays_unknown_is_reported_as_such(
 async def test_others_commit_while_the_connection_is_broken(
     url: str, store: RedisStore, tenant: str, others: int, outcome: type[Exception]
 ) -> None:
-    async with faulty_line(url) as (line, remote):
+    async with faulty_store_proxy(url) as (line, remote):
         await remote.commit(tenant, new_meta("s", 1), {})
         line.fault, line.down_after_fault = "request", True
         commit = asyncio.create_task(remote.commit(tenant, new_meta("s", 2), {"a": rows([1], 66)}))
-        while not line.struck:
+        while not line.triggered:
             await asyncio.sleep(0.001)
         for v in range(2, 2 + others):
             await store.commit(tenant, new_meta("s", v), {"a": rows([1], v)})

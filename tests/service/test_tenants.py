@@ -12,7 +12,7 @@ import pytest
 
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
-from tests.live import ENDLESS, Client, Json, account, refusal, stored, success, until
+from tests.live import NO_EOS, Client, Json, assert_error, assert_success, stored, tenant_usage, wait_until
 from tests.service.test_keys import imprint
 from tests.tiny import TEXT
 
@@ -33,7 +33,9 @@ def keys() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def guarded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, keys: dict[str, str]) -> Iterator[Server]:
+def server_with_keys(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, keys: dict[str, str]
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
     lines = []
     for owner in OWNERS:
@@ -48,11 +50,11 @@ def guarded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, keys: dic
 
 
 @pytest.fixture
-def user(guarded: Server, keys: dict[str, str]) -> Iterator[Callable[[str], Client]]:
+def user(server_with_keys: Server, keys: dict[str, str]) -> Iterator[Callable[[str], Client]]:
     made: list[Client] = []
 
     def of(owner: str) -> Client:
-        made.append(Client(guarded.url, key=keys[owner]))
+        made.append(Client(server_with_keys.url, key=keys[owner]))
         return made[-1]
 
     yield of
@@ -68,11 +70,11 @@ def said(response: httpx.Response) -> tuple[int, bytes, list[str]]:
 # --- no one else's ----------------------------------------------------------------------------------------------------
 
 
-def test_one_id_is_a_session_of_its_own_for_each_key(guarded: Server, keys: dict[str, str]) -> None:
+def test_one_id_is_a_session_of_its_own_for_each_key(server_with_keys: Server, keys: dict[str, str]) -> None:
     """The real client: two keys, one session id, two memories."""
 
     def chat(owner: str, text: str) -> Any:
-        with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=keys[owner], max_retries=0) as client:
+        with openai.OpenAI(base_url=f"{server_with_keys.url}/v1", api_key=keys[owner], max_retries=0) as client:
             reply = client.chat.completions.create(
                 model="tiny",
                 messages=[{"role": "user", "content": text}],
@@ -85,7 +87,7 @@ def test_one_id_is_a_session_of_its_own_for_each_key(guarded: Server, keys: dict
 
     assert [chat("acme", text)["version_to"] for text in (TEXT, TEXT[:50])] == [1, 2]
     assert chat("bo", TEXT)["version_from"] == 0  # nor is it taken for resent
-    with Client(guarded.url, key=keys["acme"]) as acme, Client(guarded.url, key=keys["bo"]) as bo:
+    with Client(server_with_keys.url, key=keys["acme"]) as acme, Client(server_with_keys.url, key=keys["bo"]) as bo:
         assert (acme.version("shared"), bo.version("shared")) == (2, 1)
         assert bo.http.delete("/v1/sessions/shared").status_code == 200
         assert (acme.version("shared"), bo.version("shared")) == (2, 0)
@@ -104,7 +106,7 @@ def test_what_a_key_teaches_shows_under_no_other_key(user: Callable[[str], Clien
     assert acme.session("secret") == before
 
 
-def bring(client: Client, session: str, file: bytes, **headers: str) -> httpx.Response:
+def import_file(client: Client, session: str, file: bytes, **headers: str) -> httpx.Response:
     return client.http.put(f"/v1/sessions/{session}/import", content=file, headers=headers)
 
 
@@ -123,7 +125,7 @@ REQUESTS: dict[str, Callable[[Client, str], httpx.Response]] = {
     "diff": lambda client, name: client.http.get(f"/v1/sessions/{name}/diff?from=0&to=0"),
     "rollback": lambda client, name: client.post(f"sessions/{name}/rollback", {"version": 0}),
     "unlearn": lambda client, name: client.post(f"sessions/{name}/unlearn", {"version": 1}),
-    "import": lambda client, name: bring(client, name, b"", **{"If-Match": "*"}),
+    "import": lambda client, name: import_file(client, name, b"", **{"If-Match": "*"}),
 }
 GONE = {"get", "delete", "log", "cells", "diff", "export", "fork", "rollback", "unlearn"}
 
@@ -140,17 +142,19 @@ def test_anothers_session_answers_as_one_that_is_nowhere(user: Callable[[str], C
     assert acme.version("theirs") >= 1
 
 
-def test_forks_and_imports_land_in_the_keys_own_namespace(user: Callable[[str], Client], guarded: Server) -> None:
+def test_forks_and_imports_land_in_the_keys_own_namespace(
+    user: Callable[[str], Client], server_with_keys: Server
+) -> None:
     acme, bo = user("acme"), user("bo")
     acme.observe("target", TEXT)
     bo.observe("source", TEXT[9:])
-    before = stored(guarded.data_dir, "target", tenant="acme")
+    before = stored(server_with_keys.data_dir, "target", tenant="acme")
     assert bo.post("sessions/source/fork", {"id": "target"}).status_code == 201
     assert bo.http.delete("/v1/sessions/target").status_code == 200
     file = bo.http.get("/v1/sessions/source/export").content
-    assert bring(bo, "target", file).status_code == 201
+    assert import_file(bo, "target", file).status_code == 201
     assert bo.score("target", TEXT)["logprobs"] == bo.score("source", TEXT)["logprobs"]
-    assert stored(guarded.data_dir, "target", tenant="acme") == before
+    assert stored(server_with_keys.data_dir, "target", tenant="acme") == before
 
 
 @pytest.mark.parametrize("repeated", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}])
@@ -160,7 +164,7 @@ def test_no_answer_is_remembered_for_another_tenant(user: Callable[[str], Client
     bo.observe(name, TEXT[9:])
     first = acme.post(f"sessions/{name}/observe", {"text": TEXT}, **repeated)
     other = bo.post(f"sessions/{name}/observe", {"text": TEXT}, **repeated)
-    assert (success(first)["version"], success(other)["version"]) == (1, 2)
+    assert (assert_success(first)["version"], assert_success(other)["version"]) == (1, 2)
     assert "idempotent-replayed" not in other.headers
     for client, told in ((acme, first), (bo, other)):
         again = client.post(f"sessions/{name}/observe", {"text": TEXT}, **repeated)
@@ -168,14 +172,17 @@ def test_no_answer_is_remembered_for_another_tenant(user: Callable[[str], Client
     # Nor is a key used up by another tenant's request.
     bo.post(f"sessions/{name}/observe", {"text": TEXT}, **{"Idempotency-Key": "bo's"})
     assert (
-        success(acme.post(f"sessions/{name}/observe", {"text": "else"}, **{"Idempotency-Key": "bo's"}))["version"] == 2
+        assert_success(acme.post(f"sessions/{name}/observe", {"text": "else"}, **{"Idempotency-Key": "bo's"}))[
+            "version"
+        ]
+        == 2
     )
 
 
 @pytest.mark.parametrize("name", ["acme/theirs", "default/theirs", "}acme/theirs", "../acme/theirs", "acme:theirs"])
 @pytest.mark.parametrize("where", ["session", "user", "X-Imprint-Session"])
 def test_no_name_leads_into_another_namespace(
-    user: Callable[[str], Client], guarded: Server, name: str, where: str
+    user: Callable[[str], Client], server_with_keys: Server, name: str, where: str
 ) -> None:
     bo = user("bo")
     headers, fields = ({where: name}, {}) if where.startswith("X-") else ({}, {where: name})
@@ -183,29 +190,31 @@ def test_no_name_leads_into_another_namespace(
     response = bo.post("completions", bo.completion(**fields), **headers, **named)
     if ":" in name:  # an ordinary name, of bo's own
         assert response.status_code == 200
-        assert stored(guarded.data_dir, name, tenant="bo") and not stored(guarded.data_dir, name, tenant="acme")
+        assert stored(server_with_keys.data_dir, name, tenant="bo") and not stored(
+            server_with_keys.data_dir, name, tenant="acme"
+        )
     else:
-        refusal(response, 400, response.json()["error"]["code"])
+        assert_error(response, 400, response.json()["error"]["code"])
     assert bo.post("completions", bo.completion(tenant="acme")).status_code == 400
 
 
 def test_metrics_have_a_key_of_their_own_and_name_nobody(
-    user: Callable[[str], Client], guarded: Server, keys: dict[str, str]
+    user: Callable[[str], Client], server_with_keys: Server, keys: dict[str, str]
 ) -> None:
     acme, operator = user("acme"), user(OPERATOR)
     acme.observe("unmistakable", TEXT)
-    refusal(httpx.get(f"{guarded.url}/metrics"), 401, "invalid_api_key")
-    refusal(acme.http.get("/metrics"), 401, "invalid_api_key")
-    refusal(operator.http.get("/v1/sessions"), 401, "invalid_api_key")
+    assert_error(httpx.get(f"{server_with_keys.url}/metrics"), 401, "invalid_api_key")
+    assert_error(acme.http.get("/metrics"), 401, "invalid_api_key")
+    assert_error(operator.http.get("/v1/sessions"), 401, "invalid_api_key")
     exposed = operator.http.get("/metrics").text
     assert "imprint_tokens_learned_total" in exposed
     assert not [name for name in (*OWNERS[:-1], "unmistakable", *keys.values()) if name in exposed]
 
 
-def test_the_log_holds_no_key(guarded: Server, keys: dict[str, str], user: Callable[[str], Client]) -> None:
+def test_the_log_holds_no_key(server_with_keys: Server, keys: dict[str, str], user: Callable[[str], Client]) -> None:
     user("bo").complete()
-    httpx.get(f"{guarded.url}/v1/models", headers={"Authorization": "Bearer imp_wrong"})
-    log = guarded.log.read_text()
+    httpx.get(f"{server_with_keys.url}/v1/models", headers={"Authorization": "Bearer imp_wrong"})
+    log = server_with_keys.log.read_text()
     assert "ready:" in log
     assert not [key for key in (*keys.values(), "imp_wrong") if key in log]
 
@@ -213,8 +222,8 @@ def test_the_log_holds_no_key(guarded: Server, keys: dict[str, str], user: Calla
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_route_but_the_public_ones_wants_a_key(guarded: Server) -> None:
-    with httpx.Client(base_url=guarded.url) as client:
+def test_every_route_but_the_public_ones_wants_a_key(server_with_keys: Server) -> None:
+    with httpx.Client(base_url=server_with_keys.url) as client:
         paths: Json = client.get("/openapi.json").json()["paths"]
         public = {"/livez", "/readyz"}
         assert public < paths.keys()
@@ -223,7 +232,7 @@ def test_every_route_but_the_public_ones_wants_a_key(guarded: Server) -> None:
         for path, methods in {**paths, "/v1/nothing": {"get": None}}.items():
             for method in methods if path not in public else ():
                 response = client.request(method, path.replace("{id}", "alice"))
-                refusal(response, 401, "invalid_api_key")
+                assert_error(response, 401, "invalid_api_key")
                 assert response.headers["WWW-Authenticate"] == "Bearer"
 
 
@@ -231,21 +240,21 @@ def test_every_route_but_the_public_ones_wants_a_key(guarded: Server) -> None:
     "given",
     ["", "Bearer", "Bearer imp_wrong", "Basic {}", "{}", "Bearer {}x", "Bearer {} {}", "Bearer \xe9"],
 )
-def test_a_wrong_key_is_refused_and_never_repeated(guarded: Server, keys: dict[str, str], given: str) -> None:
+def test_a_wrong_key_is_refused_and_never_repeated(server_with_keys: Server, keys: dict[str, str], given: str) -> None:
     header = given.replace("{}", keys["bo"]).encode("latin-1")
-    response = httpx.get(f"{guarded.url}/v1/models", headers={b"Authorization": header})
-    error = refusal(response, 401, "invalid_api_key")
+    response = httpx.get(f"{server_with_keys.url}/v1/models", headers={b"Authorization": header})
+    error = assert_error(response, 401, "invalid_api_key")
     assert error["type"] == "invalid_request_error"
     assert keys["bo"] not in response.text and "imp_" not in response.text
 
 
-def test_two_authorizations_are_none(guarded: Server, keys: dict[str, str]) -> None:
+def test_two_authorizations_are_none(server_with_keys: Server, keys: dict[str, str]) -> None:
     twice = [("Authorization", f"Bearer {keys[owner]}") for owner in ("bo", "acme")]
-    assert httpx.get(f"{guarded.url}/v1/models", headers=twice).status_code == 401
+    assert httpx.get(f"{server_with_keys.url}/v1/models", headers=twice).status_code == 401
 
 
-def test_the_client_gets_its_own_error(guarded: Server) -> None:
-    client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="imp_wrong")
+def test_the_client_gets_its_own_error(server_with_keys: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server_with_keys.url}/v1", api_key="imp_wrong")
     with client, pytest.raises(openai.AuthenticationError) as refused:
         client.models.list()
     assert refused.value.code == "invalid_api_key"
@@ -263,15 +272,17 @@ def test_a_tenant_at_its_sessions_makes_no_more(user: Callable[[str], Client]) -
         few.post("completions", few.completion(session="second")),
         few.http.put("/v1/sessions/second", json={}),
         few.post("sessions/first/fork", {"id": "second"}),
-        bring(few, "second", file),
+        import_file(few, "second", file),
     ):
-        error = refusal(refused, 429, "session_limit")
+        error = assert_error(refused, 429, "session_limit")
         assert "1 sessions and has 1" in error["message"]
         assert refused.headers["x-should-retry"] == "false"
     few.observe("first", TEXT)
-    assert bring(few, "first", file).status_code == 200
+    assert import_file(few, "first", file).status_code == 200
     assert few.http.delete("/v1/sessions/first").status_code == 200
-    refusal(few.post("completions", few.completion(session="second", max_tokens=10**6)), 400, "context_length_exceeded")
+    assert_error(
+        few.post("completions", few.completion(session="second", max_tokens=10**6)), 400, "context_length_exceeded"
+    )
     few.observe("third", TEXT)  # what failed has left no trace
     few.http.delete("/v1/sessions/third")
 
@@ -279,7 +290,7 @@ def test_a_tenant_at_its_sessions_makes_no_more(user: Callable[[str], Client]) -
 def test_a_tenant_at_its_bytes_predicts_and_learns_no_more(user: Callable[[str], Client]) -> None:
     laden = user("laden")
     key = {"Idempotency-Key": "k"}
-    learned = success(laden.post("sessions/first/observe", {"text": TEXT}, **key))
+    learned = assert_success(laden.post("sessions/first/observe", {"text": TEXT}, **key))
     held, file = laden.session("first")["bytes"], laden.http.get("/v1/sessions/first/export").content
     requests: dict[str, Json] = {
         "sessions/first/observe": {"text": TEXT},
@@ -289,28 +300,32 @@ def test_a_tenant_at_its_bytes_predicts_and_learns_no_more(user: Callable[[str],
         "sessions/first/fork": {"id": "second"},
     }
     for path, body in requests.items():
-        error = refusal(laden.post(path, body), 429, "byte_limit")
+        error = assert_error(laden.post(path, body), 429, "byte_limit")
         assert f"1 bytes and hold {held}" in error["message"]
-    refusal(bring(laden, "second", file), 429, "byte_limit")
-    refusal(bring(laden, "first", file), 429, "byte_limit")
-    assert success(laden.post("sessions/first/observe", {"text": TEXT}, **key)) == learned  # as it was told before
+    assert_error(import_file(laden, "second", file), 429, "byte_limit")
+    assert_error(import_file(laden, "first", file), 429, "byte_limit")
+    assert (
+        assert_success(laden.post("sessions/first/observe", {"text": TEXT}, **key)) == learned
+    )  # as it was told before
     assert laden.score("first", TEXT)["version"] == 1
     assert laden.complete(session="first", adapt="predict")["adaptation"]["version_to"] == 1
     assert laden.version("second") == 0
     laden.http.delete("/v1/sessions/first")
     laden.observe("first", TEXT)
-    assert success(laden.post("sessions/first/rollback", {"version": 0}))["bytes"] == 0  # a way to have room again
+    assert (
+        assert_success(laden.post("sessions/first/rollback", {"version": 0}))["bytes"] == 0
+    )  # a way to have room again
     laden.observe("first", TEXT)
 
 
-def test_the_account_holds_what_the_sessions_hold(user: Callable[[str], Client], guarded: Server) -> None:
+def test_the_account_holds_what_the_sessions_hold(user: Callable[[str], Client], server_with_keys: Server) -> None:
     """However their versions came to be, and however they ended."""
     bookish = user("bookish")
 
     def agrees() -> bool:
-        sessions = success(bookish.http.get("/v1/sessions"))["data"]
+        sessions = assert_success(bookish.http.get("/v1/sessions"))["data"]
         held = {session["id"]: session["bytes"] for session in sessions}
-        return account(guarded.data_dir, "bookish") == held | {"*": sum(held.values())}
+        return tenant_usage(server_with_keys.data_dir, "bookish") == held | {"*": sum(held.values())}
 
     bookish.http.put("/v1/sessions/one", json={"keep_text": True})
     for turn in range(3):
@@ -321,13 +336,13 @@ def test_the_account_holds_what_the_sessions_hold(user: Callable[[str], Client],
     for path, body in changes.items():
         assert bookish.post(f"sessions/one/{path}", body).is_success and agrees()
     for name in ("one", "three"):
-        assert bring(bookish, name, file).is_success and agrees()
+        assert import_file(bookish, name, file).is_success and agrees()
     for name in ("one", "two", "three"):
         assert bookish.http.delete(f"/v1/sessions/{name}").is_success and agrees()
 
 
-def test_learned_tokens_are_told_and_bounded(guarded: Server, keys: dict[str, str]) -> None:
-    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=keys["slow"], max_retries=0) as client:
+def test_learned_tokens_are_told_and_bounded(server_with_keys: Server, keys: dict[str, str]) -> None:
+    with openai.OpenAI(base_url=f"{server_with_keys.url}/v1", api_key=keys["slow"], max_retries=0) as client:
 
         def complete(**fields: str) -> Any:
             create = client.completions.with_raw_response.create
@@ -356,36 +371,36 @@ def test_requests_in_flight_are_told_and_bounded(user: Callable[[str], Client]) 
     told = single.http.get("/v1/models").headers
     assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("1", "0")
     assert "x-ratelimit-limit-requests" not in bo.http.get("/v1/models").headers
-    with single.stream(prompt=TEXT[:60], max_tokens=400, logit_bias=ENDLESS) as chunks:
+    with single.stream(prompt=TEXT[:60], max_tokens=400, logit_bias=NO_EOS) as chunks:
         next(chunks)
         refused = single.http.get("/v1/models")
-        assert "1 requests in flight" in refusal(refused, 429, "rate_limit_exceeded")["message"]
+        assert "1 requests in flight" in assert_error(refused, 429, "rate_limit_exceeded")["message"]
         assert refused.headers["x-ratelimit-limit-requests"] == "1"
         bo.complete()
-    until(lambda: single.http.get("/v1/models").status_code == 200)
+    wait_until(lambda: single.http.get("/v1/models").status_code == 200)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_the_commands_send_the_key_of_the_environment(
-    guarded: Server, keys: dict[str, str], user: Callable[[str], Client], tmp_path: Path
+    server_with_keys: Server, keys: dict[str, str], user: Callable[[str], Client], tmp_path: Path
 ) -> None:
     (tmp_path / "text").write_text(TEXT)
     teach = ("observe", str(tmp_path / "text"), "--session", "by-command")
-    refused = imprint(*teach, IMPRINT_URL=guarded.url)
+    refused = imprint(*teach, IMPRINT_URL=server_with_keys.url)
     assert refused.returncode == 1 and "An API key is required" in refused.stderr
-    assert imprint(*teach, IMPRINT_URL=guarded.url, IMPRINT_API_KEY=keys["bo"]).returncode == 0
+    assert imprint(*teach, IMPRINT_URL=server_with_keys.url, IMPRINT_API_KEY=keys["bo"]).returncode == 0
     assert (user("bo").version("by-command"), user("acme").version("by-command")) == (1, 0)
 
 
 def test_the_commands_do_not_wait_for_what_does_not_come(
-    guarded: Server, keys: dict[str, str], user: Callable[[str], Client], tmp_path: Path
+    server_with_keys: Server, keys: dict[str, str], user: Callable[[str], Client], tmp_path: Path
 ) -> None:
     few = user("few")
     few.observe("first", TEXT)
     (tmp_path / "text").write_text(TEXT)
     teach = ("observe", str(tmp_path / "text"), "--session", "second")
-    refused = imprint(*teach, IMPRINT_URL=guarded.url, IMPRINT_API_KEY=keys["few"])
+    refused = imprint(*teach, IMPRINT_URL=server_with_keys.url, IMPRINT_API_KEY=keys["few"])
     assert refused.returncode == 1 and "1 sessions" in refused.stderr and "trying again" not in refused.stderr
     few.http.delete("/v1/sessions/first")

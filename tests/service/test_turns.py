@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from model.text.tokenizer import Tokenizer
-from tests.live import ENDLESS, Client, Json, crowd, in_background, refusal, state, stored, text_of
+from tests.live import NO_EOS, Client, Json, assert_error, background_load, in_background, state, stored, text_of
 from tests.tiny import TEXT, build_tiny_base
 
 PROMPT = TEXT[:60]
@@ -73,7 +73,7 @@ def test_every_learning_request_is_one_version(client: Client, session: str) -> 
     message = [{"role": "user", "content": "My cat is called Miso."}]
     learning: list[Callable[[], Json]] = [
         lambda: client.complete(session=session),
-        lambda: client.complete(session=session, learn="completion", logit_bias=ENDLESS),
+        lambda: client.complete(session=session, learn="completion", logit_bias=NO_EOS),
         lambda: client.complete(session=session, learn="all"),
         lambda: client.complete([PROMPT, SHORT], session=session),
         lambda: client.complete(session=session, n=3),
@@ -116,7 +116,7 @@ def test_observing_generates_nothing_and_learns_what_the_prompt_teaches(
 
 @pytest.mark.parametrize("learn", ["prompt", "completion", "all"])
 def test_learn_says_what_is_learned(client: Client, tokenizer: Tokenizer, session: str, learn: str) -> None:
-    answer = client.complete(SHORT, session=session, learn=learn, max_tokens=150, logit_bias=ENDLESS)
+    answer = client.complete(SHORT, session=session, learn=learn, max_tokens=150, logit_bias=NO_EOS)
     parts = {"prompt": count(tokenizer, SHORT) - 1, "completion": answer["usage"]["completion_tokens"]}
     assert parts["completion"] == 150
     expected = sum(parts.values()) if learn == "all" else parts[learn]
@@ -130,7 +130,7 @@ def test_a_completion_that_was_learned_is_predicted_better(client: Client, bos: 
     """Token by token: the same greedy completion again, from the memory that has seen it once."""
     prompt = [bos, *range(100, 120)]
     first, second = (
-        client.complete(prompt, session=session, learn="completion", max_tokens=100, logit_bias=ENDLESS, logprobs=0)
+        client.complete(prompt, session=session, learn="completion", max_tokens=100, logit_bias=NO_EOS, logprobs=0)
         for _ in range(2)
     )
     probs = [sum(answer["choices"][0]["logprobs"]["token_logprobs"]) for answer in (first, second)]
@@ -143,7 +143,7 @@ def test_options_are_the_defaults_and_the_requests_own_words_go_first(
     prompt = count(tokenizer, PROMPT) - 1
 
     def learned(**fields: Any) -> int:
-        adaptation: Json = client.complete(session=session, logit_bias=ENDLESS, **fields)["adaptation"]
+        adaptation: Json = client.complete(session=session, logit_bias=NO_EOS, **fields)["adaptation"]
         return int(adaptation["tokens_learned"])
 
     def put(options: Json) -> Json:
@@ -234,7 +234,7 @@ def tell(
     message = [{"role": "user", "content": SHORT}]
 
     def complete(prompt: str, **fields: Any) -> None:
-        fields |= {"session": session, "logit_bias": ENDLESS}
+        fields |= {"session": session, "logit_bias": NO_EOS}
         if stream:
             with client.stream(prompt=prompt, **fields) as chunks:
                 said.append(text_of(list(chunks)))
@@ -269,7 +269,7 @@ def test_streaming_changes_no_bit(client: Client, server: Any, session: str, tol
 
 
 def test_company_changes_no_bit_of_a_state(client: Client, server: Any, session: str, told: tuple[Json, Json]) -> None:
-    with crowd(server.url):
+    with background_load(server.url):
         assert (tell(client, session), state(server.data_dir, session)) == told
 
 
@@ -302,7 +302,7 @@ def test_eviction_changes_no_bit(
 
 def test_company_changes_nothing_that_is_said(client: Client, server: Any, session: str) -> None:
     client.observe(session, TEXT * 4)
-    asked: Json = {"prompt": PROMPT, "max_tokens": 200, "logit_bias": ENDLESS, "logprobs": 2}
+    asked: Json = {"prompt": PROMPT, "max_tokens": 200, "logit_bias": NO_EOS, "logprobs": 2}
 
     def answers() -> tuple[Json, Json, Json]:
         base = client.complete(**asked)["choices"][0]
@@ -311,7 +311,7 @@ def test_company_changes_nothing_that_is_said(client: Client, server: Any, sessi
 
     base, own, scored = answers()
     assert own["text"] != base["text"]
-    with crowd(server.url):
+    with background_load(server.url):
         for _ in range(2):
             assert answers() == (base, own, scored)
 
@@ -391,7 +391,7 @@ def test_a_session_of_other_slow_weights_is_refused_and_can_still_be_seen_and_er
             ("sessions/alice/observe", {"text": TEXT}),
             ("sessions/alice/score", {"text": TEXT}),
         ):
-            assert "other slow weights" in refusal(client.post(path, body), 409, "model_mismatch")["message"]
+            assert "other slow weights" in assert_error(client.post(path, body), 409, "model_mismatch")["message"]
         assert state(server.data_dir, "alice") == learned
         assert client.session("alice")["version"] == 1
         assert [one["id"] for one in client.http.get("/v1/sessions").json()["data"]] == ["alice"]
@@ -428,16 +428,18 @@ def test_a_session_is_erased_between_two_turns(client: Client, tokenizer: Tokeni
 def test_if_match_lets_only_the_expected_version_through(client: Client, server: Any, session: str) -> None:
     observe, score, body = f"sessions/{session}/observe", f"sessions/{session}/score", {"text": SHORT}
     completion = client.completion(session=session)
-    refusal(client.post(observe, body, '"v1"'), 412, "precondition_failed")
+    assert_error(client.post(observe, body, '"v1"'), 412, "precondition_failed")
     assert client.version(session) == 0
     assert client.post(observe, body, '"v0"').json()["version"] == 1
     before = state(server.data_dir, session)
     for path, sent in ((observe, body), (score, body | {"learn": True}), ("completions", completion)):
-        refusal(client.post(path, sent, '"v0"'), 412, "precondition_failed")
-    refusal(
+        assert_error(client.post(path, sent, '"v0"'), 412, "precondition_failed")
+    assert_error(
         client.http.put(f"/v1/sessions/{session}", json={}, headers={"If-Match": '"v0"'}), 412, "precondition_failed"
     )
-    refusal(client.http.delete(f"/v1/sessions/{session}", headers={"If-Match": '"v0"'}), 412, "precondition_failed")
+    assert_error(
+        client.http.delete(f"/v1/sessions/{session}", headers={"If-Match": '"v0"'}), 412, "precondition_failed"
+    )
     assert state(server.data_dir, session) == before
     assert client.post("completions", completion, '"v1"').json()["adaptation"]["version_to"] == 2
     assert client.http.delete(f"/v1/sessions/{session}", headers={"If-Match": '"v2"'}).status_code == 200

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from tests.live import ENDLESS, Client, Json, refusal, state, success
+from tests.live import NO_EOS, Client, Json, assert_error, assert_success, state
 from tests.tiny import TEXT, build_tiny_base
 
 State = dict[str, dict[bytes, bytes]]
@@ -37,7 +37,7 @@ def teach(client: Client, session: str, turn: int) -> Json:
         case 0:
             return client.observe(session, TEXT[turn % 40 :] * (1 + turn % 2))
         case 1:
-            return client.complete(TEXT[turn:90], session=session, learn="all", max_tokens=90, logit_bias=ENDLESS)
+            return client.complete(TEXT[turn:90], session=session, learn="all", max_tokens=90, logit_bias=NO_EOS)
         case _:
             return client.chat([{"role": "user", "content": TEXT[turn : turn + 80]}], session=session)
 
@@ -72,7 +72,7 @@ def test_every_kept_version_can_be_gone_back_to_bit_for_bit(client: Client, serv
         probe.append(client.score(session, TEXT)["logprobs"])
     for step, version in enumerate((3, 5, 1, 6, 0), 7):
         answer = rollback(client, session, version)
-        assert success(answer)["version"] == step
+        assert assert_success(answer)["version"] == step
         assert answer.headers["etag"] == f'"v{step}"'
         if version:
             assert content(server, session) == contents[version]
@@ -92,12 +92,12 @@ def test_a_version_that_is_not_kept_is_refused(make_server: Callable[..., Any]) 
             client.observe("alice", TEXT[turn:])
         before = state(server.data_dir, "alice")
         for version in (0, 1, 5):
-            error = refusal(rollback(client, "alice", version), 409, "version_not_kept")
+            error = assert_error(rollback(client, "alice", version), 409, "version_not_kept")
             assert "2..4" in error["message"] and error["param"] == "version"
         assert state(server.data_dir, "alice") == before
-        refusal(rollback(client, "nobody", 0), 404, "session_not_found")
-        refusal(rollback(client, "alice", 3, **{"If-Match": '"v3"'}), 412, "precondition_failed")
-        assert success(rollback(client, "alice", 2, **{"If-Match": '"v4"'}))["version"] == 5
+        assert_error(rollback(client, "nobody", 0), 404, "session_not_found")
+        assert_error(rollback(client, "alice", 3, **{"If-Match": '"v3"'}), 412, "precondition_failed")
+        assert assert_success(rollback(client, "alice", 2, **{"If-Match": '"v4"'}))["version"] == 5
 
 
 def test_versions_are_kept_within_their_bytes(make_server: Callable[..., Any]) -> None:
@@ -105,8 +105,8 @@ def test_versions_are_kept_within_their_bytes(make_server: Callable[..., Any]) -
     with Client(server.url) as client:
         for turn in range(12):
             client.observe("alice", TEXT[turn:] * 4)
-        refusal(rollback(client, "alice", 1), 409, "version_not_kept")
-        assert success(rollback(client, "alice", 11))["version"] == 13
+        assert_error(rollback(client, "alice", 1), 409, "version_not_kept")
+        assert assert_success(rollback(client, "alice", 11))["version"] == 13
 
 
 # --- fork -------------------------------------------------------------------------------------------------------------
@@ -120,9 +120,9 @@ def test_a_fork_is_the_same_and_goes_its_own_way(client: Client, server: Any, se
     answer = client.post(f"sessions/{session}/fork", {"id": new})
     assert answer.status_code == 201 and answer.json()["version"] == 1
     assert content(server, new) == content(server, session)
-    refusal(client.post(f"sessions/{session}/fork", {"id": new}), 409, "session_exists")
-    refusal(client.post(f"sessions/{session}-none/fork", {"id": f"{new}2"}), 404, "session_not_found")
-    refusal(client.post(f"sessions/{session}/fork", {"id": f"{new}2"}, '"v1"'), 412, "precondition_failed")
+    assert_error(client.post(f"sessions/{session}/fork", {"id": new}), 409, "session_exists")
+    assert_error(client.post(f"sessions/{session}-none/fork", {"id": f"{new}2"}), 404, "session_not_found")
+    assert_error(client.post(f"sessions/{session}/fork", {"id": f"{new}2"}, '"v1"'), 412, "precondition_failed")
     for turn in range(3, 5):
         teach(client, new, turn)
     assert state(server.data_dir, session) == origin
@@ -140,7 +140,7 @@ def export(client: Client, session: str) -> bytes:
     return response.content
 
 
-def bring(client: Client, session: str, data: bytes, **headers: str) -> httpx.Response:
+def import_session(client: Client, session: str, data: bytes, **headers: str) -> httpx.Response:
     return client.http.put(f"/v1/sessions/{session}/import", content=data, headers=headers)
 
 
@@ -148,15 +148,15 @@ def test_what_is_imported_is_what_was_exported(client: Client, server: Any, sess
     for turn in range(4):
         teach(client, session, turn)
     data, copy = export(client, session), f"{session}-copy"
-    answer = bring(client, copy, data)
+    answer = import_session(client, copy, data)
     assert answer.status_code == 201 and answer.headers["etag"] == '"v1"'
     assert content(server, copy) == content(server, session)
     teach(client, session, 5)
-    answer = bring(client, session, data)
+    answer = import_session(client, session, data)
     assert answer.status_code == 200 and answer.json()["version"] == 6
     assert content(server, copy) == content(server, session)
     assert client.score(copy, TEXT) | {"version": 0} == client.score(session, TEXT) | {"version": 0}
-    success(rollback(client, session, 5))
+    assert_success(rollback(client, session, 5))
     teach(client, copy, 5)
     assert content(server, copy) == content(server, session)
     assert {name.rpartition(".")[2] for name in load(data)} == {"slots", "rows"}
@@ -217,7 +217,7 @@ def test_a_file_that_was_changed_is_refused(client: Client, server: Any, session
         teach(client, session, turn)
     before = state(server.data_dir, session)
     change, code = FORGERIES[forgery]
-    refusal(bring(client, session, altered(export(client, session), change)), 400, code)
+    assert_error(import_session(client, session, altered(export(client, session), change)), 400, code)
     assert state(server.data_dir, session) == before
 
 
@@ -225,7 +225,7 @@ def test_a_file_that_is_none_is_refused(client: Client, session: str) -> None:
     teach(client, session, 0)
     data = export(client, session)
     for wrong in (data[:-1], data[: len(data) // 2], data[:7], b"", b"\x80\x04K\x01.", data + b"x", save({})):
-        refusal(bring(client, session, wrong), 400, "invalid_export")
+        assert_error(import_session(client, session, wrong), 400, "invalid_export")
     assert client.version(session) == 1
 
 
@@ -234,10 +234,10 @@ def test_a_server_with_a_key_takes_only_what_it_signed(make_server: Callable[...
     with Client(ours.url) as one, Client(theirs.url) as two:
         one.observe("alice", TEXT)
         data = export(one, "alice")
-        assert bring(one, "bob", data).status_code == 201
-        refusal(bring(two, "alice", data), 400, "bad_signature")
+        assert import_session(one, "bob", data).status_code == 201
+        assert_error(import_session(two, "alice", data), 400, "bad_signature")
         unsigned = altered(data, lambda manifest, _: manifest.pop("hmac-sha256"))
-        refusal(bring(one, "carol", unsigned), 400, "bad_signature")
+        assert_error(import_session(one, "carol", unsigned), 400, "bad_signature")
         assert two.version("alice") == one.version("carol") == 0
 
 
@@ -247,7 +247,7 @@ def test_a_file_of_other_slow_weights_is_refused(
     teach(client, session, 0)
     other = make_server(model=str(build_tiny_base(tmp_path / "other", seed=1))).start()
     with Client(other.url, other.model) as elsewhere:
-        refusal(bring(elsewhere, "alice", export(client, session)), 409, "model_mismatch")
+        assert_error(import_session(elsewhere, "alice", export(client, session)), 409, "model_mismatch")
         assert elsewhere.version("alice") == 0
 
 
@@ -255,7 +255,7 @@ def test_a_file_of_other_slow_weights_is_refused(
 
 
 def keep_text(client: Client, session: str) -> None:
-    success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
+    assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
 
 
 def test_what_is_unlearned_was_never_learned(client: Client, server: Any, session: str) -> None:
@@ -265,8 +265,8 @@ def test_what_is_unlearned_was_never_learned(client: Client, server: Any, sessio
     for text in texts:
         client.observe(session, text)
     answer = client.post(f"sessions/{session}/unlearn", {"version": 3})
-    assert success(answer)["version"] == 6
-    assert success(client.post(f"sessions/{session}/unlearn", {"version": 2}))["version"] == 7
+    assert assert_success(answer)["version"] == 6
+    assert assert_success(client.post(f"sessions/{session}/unlearn", {"version": 2}))["version"] == 7
     for text in (texts[0], texts[3], texts[4]):
         client.observe(naive, text)
     assert rows(server, session) == rows(server, naive)
@@ -276,11 +276,11 @@ def test_what_is_unlearned_was_never_learned(client: Client, server: Any, sessio
         name: alone[name] for name in ("tokens_learned", "rows", "bytes")
     }
     assert told["gain"] == pytest.approx(alone["gain"])
-    refusal(client.post(f"sessions/{session}/unlearn", {"version": 3}), 409, "version_not_kept")
+    assert_error(client.post(f"sessions/{session}/unlearn", {"version": 3}), 409, "version_not_kept")
     # The newest lesson needs nothing to be learned again, and going back brings what was unlearned with it.
-    success(rollback(client, session, 5))
-    success(client.post(f"sessions/{session}/unlearn", {"version": 5}))
-    success(rollback(client, session, 4))
+    assert_success(rollback(client, session, 5))
+    assert_success(client.post(f"sessions/{session}/unlearn", {"version": 5}))
+    assert_success(rollback(client, session, 4))
     assert client.session(session)["version"] == 10
 
 
@@ -292,7 +292,7 @@ def test_chats_and_completions_are_unlearned_too_and_stay_known(client: Client, 
     lost = client.http.get(f"/v1/sessions/{session}/log").json()["data"][2]
     assert lost["version"] == 3 and lost["text"] == TEXT[2:82]
     assert (
-        success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["tokens_learned"]
+        assert_success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["tokens_learned"]
         == learned - lost["tokens"]
     )
     again = client.chat([{"role": "user", "content": TEXT[2:82]}], session=session)
@@ -303,10 +303,12 @@ def test_without_its_text_nothing_can_be_unlearned(client: Client, server: Any, 
     for turn in range(3):
         teach(client, session, turn)
     before = state(server.data_dir, session)
-    error = refusal(client.post(f"sessions/{session}/unlearn", {"version": 1}), 409, "text_not_kept")
+    error = assert_error(client.post(f"sessions/{session}/unlearn", {"version": 1}), 409, "text_not_kept")
     assert "keep_text" in error["message"]
     assert state(server.data_dir, session) == before
-    assert success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["version"] == 4, "nothing came later"
+    assert assert_success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["version"] == 4, (
+        "nothing came later"
+    )
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
@@ -317,13 +319,13 @@ def test_the_log_tells_what_was_learned_when(client: Client, session: str) -> No
     for turn in range(1, 4):
         teach(client, session, turn)
     rollback(client, session, 2)
-    page = success(client.http.get(f"/v1/sessions/{session}/log", params={"limit": 3}))
+    page = assert_success(client.http.get(f"/v1/sessions/{session}/log", params={"limit": 3}))
     assert [entry["version"] for entry in page["data"]] == [5, 4, 3]
     assert (page["data"][0]["kind"], page["data"][0]["of"]) == ("rollback", 2)
     assert page["has_more"] and page["next"] == 3
-    rest = success(client.http.get(f"/v1/sessions/{session}/log", params={"before": page["next"]}))
+    rest = assert_success(client.http.get(f"/v1/sessions/{session}/log", params={"before": page["next"]}))
     assert [entry["version"] for entry in rest["data"]] == [2, 1] and not rest["has_more"]
-    entry, told = rest["data"][1], success(first)
+    entry, told = rest["data"][1], assert_success(first)
     assert (entry["kind"], entry["request_id"], entry["text"]) == ("learn", "the-first", None)
     assert (entry["tokens"], entry["rows"], entry["loss"]) == (
         told["tokens_learned"],
@@ -331,10 +333,10 @@ def test_the_log_tells_what_was_learned_when(client: Client, session: str) -> No
         told["loss"],
     )
     same = client.post(f"sessions/{session}-2/observe", {"text": TEXT})
-    assert success(same)["version"] == 1
+    assert assert_success(same)["version"] == 1
     (other,) = client.http.get(f"/v1/sessions/{session}-2/log").json()["data"]
     assert other["digest"] == entry["digest"] != rest["data"][0]["digest"]
-    refusal(client.http.get(f"/v1/sessions/{session}-3/log"), 404, "session_not_found")
+    assert_error(client.http.get(f"/v1/sessions/{session}-3/log"), 404, "session_not_found")
 
 
 def test_the_text_that_a_user_kept_is_learned_behind_its_prompt_once(client: Client, server: Any, session: str) -> None:
@@ -342,13 +344,13 @@ def test_the_text_that_a_user_kept_is_learned_behind_its_prompt_once(client: Cli
     said = client.complete(session=session)
     body, key = {"completion_id": said["id"], "text": " and the lamp stays lit."}, {"Idempotency-Key": "kept"}
     first, again = (client.post(f"sessions/{session}/feedback", body, **key) for _ in range(2))
-    told = success(first)
-    assert success(again) == told and told["version"] == client.version(session) == 2
-    (newest, _) = success(client.http.get(f"/v1/sessions/{session}/log"))["data"]
+    told = assert_success(first)
+    assert assert_success(again) == told and told["version"] == client.version(session) == 2
+    (newest, _) = assert_success(client.http.get(f"/v1/sessions/{session}/log"))["data"]
     assert newest["text"] == body["text"] and newest["tokens"] == told["tokens_learned"]
-    twin = uuid4().hex
-    refusal(client.post(f"sessions/{twin}/feedback", body), 404, "session_not_found")
-    client.observe(twin, "x")
-    refusal(client.post(f"sessions/{twin}/feedback", body), 404, "completion_not_found")
+    other_session = uuid4().hex
+    assert_error(client.post(f"sessions/{other_session}/feedback", body), 404, "session_not_found")
+    client.observe(other_session, "x")
+    assert_error(client.post(f"sessions/{other_session}/feedback", body), 404, "completion_not_found")
     for wrong in (body | {"reward": 1.0}, {"text": "x"}, {"completion_id": "cmpl-1", "text": "x"}):
         assert client.post(f"sessions/{session}/feedback", wrong).status_code == 400

@@ -13,8 +13,8 @@ import pytest
 from model.base.config import tiny_config
 from model.memory.config import MemoryConfig, SiteConfig
 from service.store.base import RowBatch
-from service.versions.views import MOST_BINS, NO_SLOTS, RowChanges, _changes, _fill
-from tests.live import Client, Json, refusal, rows_of, stored, success
+from service.versions.views import MAX_BINS, NO_SLOTS, RowChanges, _changes, _fill
+from tests.live import Client, Json, assert_error, assert_success, rows_of, stored
 from tests.tiny import TEXT
 
 
@@ -35,21 +35,21 @@ def session(client: Client) -> str:
 def diff(client: Client, session: str, start: int, end: int) -> Json:
     answer = client.http.get(f"/v1/sessions/{session}/diff", params={"from": start, "to": end})
     assert (answer.json().get("from"), answer.json().get("to")) == (start, end), answer.text
-    return success(answer)
+    return assert_success(answer)
 
 
 def counts(client: Client, session: str) -> Json:
     """Rows a cell, by site."""
-    seen = success(client.http.get(f"/v1/sessions/{session}/cells"))
+    seen = assert_success(client.http.get(f"/v1/sessions/{session}/cells"))
     return {site["name"]: site["counts"] for site in seen["sites"]}
 
 
 def test_the_cells_hold_the_rows_that_are_stored(client: Client, server: Any, session: str) -> None:
-    empty = success(client.http.get(f"/v1/sessions/{session}/cells"))
+    empty = assert_success(client.http.get(f"/v1/sessions/{session}/cells"))
     assert empty["version"] == 0 and not any(any(site["counts"]) for site in empty["sites"])
     client.observe(session, TEXT)
     answer = client.http.get(f"/v1/sessions/{session}/cells")
-    seen = success(answer)
+    seen = assert_success(answer)
     assert answer.headers["etag"] == '"v1"' and seen["version"] == 1
     assert sum(site["rows"] for site in seen["sites"]) == client.session(session)["rows"] > 0
     found = stored(server.data_dir, session)
@@ -84,14 +84,14 @@ def test_what_was_gone_back_on_is_forgotten_and_nothing_differs_from_where_it_we
     for text in ("The keeper trims the lamp.", "The log is written at night."):
         client.observe(session, text)
     before = counts(client, session)
-    success(client.post(f"sessions/{session}/rollback", {"version": 1}))
+    assert_success(client.post(f"sessions/{session}/rollback", {"version": 1}))
     client.observe(session, TEXT)
     none = {"added": 0, "removed": 0, "changed": 0}
     assert set(map(str, diff(client, session, 1, 3)["rows"].values())) == {str(none)}
     seen = diff(client, session, 2, 4)
     assert [entry["version"] for entry in seen["forgotten"]] == [2]
     assert [entry["version"] for entry in seen["learned"]] == [4]
-    success(client.post(f"sessions/{session}/rollback", {"version": 2}))
+    assert_success(client.post(f"sessions/{session}/rollback", {"version": 2}))
     assert counts(client, session) == before
 
 
@@ -115,20 +115,20 @@ def test_a_span_that_is_none_is_refused(client: Client, session: str, span: Json
     client.observe(session, TEXT[:20])
     answer = client.http.get(f"/v1/sessions/{session}/diff", params=span)
     code = "version_not_kept" if status == 409 else None
-    assert refusal(answer, status, answer.json()["error"]["code"])["param"] == param
+    assert assert_error(answer, status, answer.json()["error"]["code"])["param"] == param
     assert code is None or answer.json()["error"]["code"] == code
 
 
 @pytest.mark.parametrize("view", ["cells", "diff?from=0&to=0"])
 def test_a_session_that_is_not_there_has_nothing_to_see(client: Client, view: str) -> None:
-    refusal(client.http.get(f"/v1/sessions/nobody-here/{view}"), 404, "session_not_found")
+    assert_error(client.http.get(f"/v1/sessions/nobody-here/{view}"), 404, "session_not_found")
 
 
 def test_neighbouring_cells_share_a_bin_where_there_are_many() -> None:
     site = SiteConfig("wide", "hidden", slots=65_536, k=4, width=8)
     assert MemoryConfig(tiny_config().hidden_size, (site,)).sites == (site,)
     fill = _fill(site, np.array([0, 63, 64, 65_535], np.int32))
-    assert (fill.bin_cells, fill.bin_rows, len(fill.counts)) == (64, 64, MOST_BINS)
+    assert (fill.bin_cells, fill.bin_rows, len(fill.counts)) == (64, 64, MAX_BINS)
     assert (fill.counts[0], fill.counts[1], fill.counts[-1], sum(fill.counts)) == (2, 1, 1, 4)
     assert sum(_fill(replace(site, slots=1_089 * 1_089), NO_SLOTS).counts) == 0
 

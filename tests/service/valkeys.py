@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from service.store.embedded import valkey_binary
 
-PATIENCE_S = 20.0
+WAIT_TIMEOUT_S = 20.0
 
 
 def free_ports(count: int) -> list[int]:
@@ -41,11 +41,11 @@ def valkey(folder: Path, port: int, *options: object) -> Iterator[subprocess.Pop
         process.wait()
 
 
-def wait(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
     while True:
         with suppress(RedisError):
-            if happened():
+            if condition():
                 return
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
@@ -67,12 +67,12 @@ def cluster(folder: Path) -> Iterator[list[int]]:
             for port, bus in zip(nodes, buses, strict=True):
                 client.execute_command("CLUSTER MEET", "127.0.0.1", port, bus)
 
-        def whole(client: Any) -> bool:
+        def is_complete(client: Any) -> bool:
             info = client.execute_command("CLUSTER INFO")
             return bool(info["cluster_state"] == "ok" and info["cluster_known_nodes"] == "3")
 
         for client in clients:
-            wait(lambda client=client: whole(client))  # type: ignore[misc]
+            wait(lambda client=client: is_complete(client))  # type: ignore[misc]
         yield nodes
 
 

@@ -1,6 +1,7 @@
 """Triton kernels, for GPUs. Each has a twin in torch's operators, named beside it, which runs everywhere else.
 
-Import it through `device.kernels_for`: Triton may not be installed. The tests run it in Triton's interpreter, on a CPU.
+Import it through `device.triton_backend_for`: Triton may not be installed. The tests run it in Triton's interpreter,
+on a CPU.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from model.memory.lexical.torch_backend import (
-    LIKENESS_STEP,
+    SIMILARITY_STEP,
     Candidates,
-    Compared,
+    HeadParams,
     Prediction,
-    Scales,
-    query_steps,
-    weigh_rows,
+    RowMatches,
+    scale_query,
+    score_row_matches,
 )
-from model.memory.lexical.torch_backend import believe as believe  # torch's operators are the kernels of these
-from model.memory.lexical.torch_backend import fill as fill
+from model.memory.lexical.torch_backend import (
+    gate_mixture as gate_mixture,  # torch's operators are the kernels of these
+)
+from model.memory.lexical.torch_backend import load_rows as load_rows
 
 
-def find(
+def find_candidates(
     tables: Tensor,
     fields: Sequence[Tensor],
     session: Tensor,
@@ -33,23 +36,23 @@ def find(
     query: Tensor,
     context: Tensor,
     base: Prediction,
-    scales: Scales,
+    head_params: HeadParams,
 ) -> tuple[Candidates, Tensor]:
-    """`SitePool.find`, by `compare`; torch's operators weigh."""
-    rows = compare(tables, fields, session, cells, query, context)
-    return weigh_rows(rows, base, scales), rows.missing.view(*cells.shape, -1).sum(-1)
+    """`SitePool.find_candidates`, by `match_rows`; torch's operators weigh."""
+    rows = match_rows(tables, fields, session, cells, query, context)
+    return score_row_matches(rows, base, head_params), rows.missing.view(*cells.shape, -1).sum(-1)
 
 
-def compare(
+def match_rows(
     tables: Tensor, fields: Sequence[Tensor], session: Tensor, cells: Tensor, query: Tensor, context: Tensor
-) -> Compared:
+) -> RowMatches:
     """The rows in `cells` [n, k] of sessions [n], beside a query [n, d_k] and the fingerprints of a context [n, R]:
-    from address to comparison without a copy of the keys. Twin: `SitePool.read` and `ops.compare`."""
+    from address to comparison without a copy of the keys. Twin: `SitePool.read` and `ops.match_rows`."""
     n, k = cells.shape
-    ages, tokens, prints, keys = fields
-    P, R, D = ages.shape[1], prints.shape[2], keys.shape[2]
+    ages, tokens, ngram_hashes, keys = fields
+    P, R, D = ages.shape[1], ngram_hashes.shape[2], keys.shape[2]
     K, device = k * P, cells.device
-    found = Compared(
+    found = RowMatches(
         torch.empty(n, K, dtype=torch.long, device=device),
         torch.empty(n, K, device=device),
         torch.empty(n, K, dtype=torch.long, device=device),
@@ -59,38 +62,38 @@ def compare(
         tables,
         ages,
         tokens,
-        prints,
+        ngram_hashes,
         keys,
-        *(x.contiguous() for x in (session, cells, query_steps(query), context)),
+        *(x.contiguous() for x in (session, cells, scale_query(query), context)),
     )
-    outputs = (found.tokens, found.cosines, found.repeats, found.missing.view(torch.uint8))
+    outputs = (found.tokens, found.cosines, found.ngram_matches, found.missing.view(torch.uint8))
     sizes = (triton.next_power_of_2(P), triton.next_power_of_2(D))
-    _compare[(n, k)](*inputs, *outputs, tables.shape[1], LIKENESS_STEP, P, R, D, *sizes)
+    _match_rows[(n, k)](*inputs, *outputs, tables.shape[1], SIMILARITY_STEP, P, R, D, *sizes)
     return found
 
 
 @triton.jit
-def _compare(
-    tables, ages, tokens, prints, keys, session, cells, query, context, out_tokens, out_cosines, out_repeats,
-    out_missing, table_size, step,
+def _match_rows(
+    tables, ages, tokens, ngram_hashes, keys, session, cells, query, context, out_tokens, out_cosines,
+    out_ngram_matches, out_missing, table_size, step,
     P: tl.constexpr, R: tl.constexpr, D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """One program for each cell of each token."""
     at, n = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.program_id(0)
-    place = tl.load(tables + tl.load(session + n) * table_size + tl.load(cells + at)).to(tl.int64)
+    physical_cell = tl.load(tables + tl.load(session + n) * table_size + tl.load(cells + at)).to(tl.int64)
     p, d = tl.arange(0, P2), tl.arange(0, D2)
     here, wide = p < P, d < D
-    row = place * P + p
+    row = physical_cell * P + p
     key = tl.load(keys + row[:, None] * D + d[None, :], mask=here[:, None] & wide[None, :], other=0)
     cosine = tl.sum(key.to(tl.float32) * tl.load(query + n * D + d, mask=wide, other=0.0)[None, :], axis=1) * step
-    repeats = tl.zeros([P2], dtype=tl.int64)
+    ngram_matches = tl.zeros([P2], dtype=tl.int64)
     for r in tl.static_range(R):
         mine = tl.load(context + n * R + r)
-        repeats += ((tl.load(prints + row * R + r, mask=here, other=0) == mine) & (mine != 0)).to(tl.int64)
+        ngram_matches += ((tl.load(ngram_hashes + row * R + r, mask=here, other=0) == mine) & (mine != 0)).to(tl.int64)
     out = at.to(tl.int64) * P + p
     tl.store(out_tokens + out, tl.load(tokens + row, mask=here, other=0).to(tl.int64), mask=here)
     tl.store(out_cosines + out, cosine, mask=here)
-    tl.store(out_repeats + out, repeats, mask=here)
+    tl.store(out_ngram_matches + out, ngram_matches, mask=here)
     tl.store(out_missing + out, (tl.load(ages + row, mask=here, other=0) == 0).to(tl.uint8), mask=here)
 
 
@@ -100,23 +103,23 @@ def write(
     new: Tensor,
     at: Tensor,
     keys: Tensor,
-    prints: Tensor,
+    ngram_hashes: Tensor,
     targets: Tensor,
 ) -> None:
     """One block's sparse write: the cells at places old [U] go to places new [U] (the same or free ones), with the rows
     of n tokens in them. The other arguments are those of `ops.write_lexical`, which is its twin between `Draft.get` and
     `Draft.put`."""
-    ages, tokens, their_prints, their_keys = fields
-    P, R, D = ages.shape[1], prints.shape[1], keys.shape[1]
-    inputs = (x.contiguous() for x in (old, new, at, keys, prints, targets))
+    ages, tokens, field_ngram_hashes, field_keys = fields
+    P, R, D = ages.shape[1], ngram_hashes.shape[1], keys.shape[1]
+    inputs = (x.contiguous() for x in (old, new, at, keys, ngram_hashes, targets))
     sizes = (triton.next_power_of_2(P), triton.next_power_of_2(D))
-    _write[(len(old),)](ages, tokens, their_prints, their_keys, *inputs, len(at), P, R, D, *sizes)
+    _write[(len(old),)](ages, tokens, field_ngram_hashes, field_keys, *inputs, len(at), P, R, D, *sizes)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _write(
-    ages, tokens, prints, keys, old, new, at, new_keys, new_prints, targets, n, P: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
+    ages, tokens, ngram_hashes, keys, old, new, at, new_keys, new_ngram_hashes, targets, n, P: tl.constexpr, R:
+    tl.constexpr, D: tl.constexpr, P2: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """One program for each touched cell. It first finds out which token each of the rows comes from, so that every row
     is stored once, by the thread that loads it: no order of stores to keep."""
@@ -140,16 +143,16 @@ def _write(
     tl.store(ages + after, age, mask=here)
     tl.store(tokens + after, token, mask=here)
     for r in tl.static_range(R):
-        print_kept = tl.load(prints + before * R + r, mask=kept, other=0)
-        print_new = tl.load(new_prints + source * R + r, mask=fresh, other=0)
-        tl.store(prints + after * R + r, print_kept + print_new, mask=here)
+        ngram_hash_kept = tl.load(ngram_hashes + before * R + r, mask=kept, other=0)
+        ngram_hash_new = tl.load(new_ngram_hashes + source * R + r, mask=fresh, other=0)
+        tl.store(ngram_hashes + after * R + r, ngram_hash_kept + ngram_hash_new, mask=here)
     wide = (d < D)[None, :]
     key_kept = tl.load(keys + before[:, None] * D + d[None, :], mask=kept[:, None] & wide, other=0)
     key_new = tl.load(new_keys + source[:, None] * D + d[None, :], mask=fresh[:, None] & wide, other=0)
     tl.store(keys + after[:, None] * D + d[None, :], key_kept + key_new, mask=here[:, None] & wide)
 
 
-def attend_in_pages(
+def paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -161,35 +164,35 @@ def attend_in_pages(
     page: int,
 ) -> Tensor:
     """One token of each of B sequences attends to the pages of its own, and is added to them. Twin:
-    `paged.attend_in_pages`, which says what the arguments are."""
+    `paged.paged_attention`, which says what the arguments are."""
     B, H, D = q.shape
     H_kv, D2 = k.shape[1], triton.next_power_of_2(D)
     out = torch.empty(B, H, D, device=q.device, dtype=q.dtype)
     pages = (keys, values, tables, sequences, positions)
     strides = (*k.stride()[:2], *v.stride()[:2], tables.shape[1])
     # A launch of its own: rows of a batch may follow one another in one sequence.
-    _store_in_pages[(B, H_kv)](k, v, *pages, *strides, H_kv, D, D2, page)
+    _store_paged_kv[(B, H_kv)](k, v, *pages, *strides, H_kv, D, D2, page)
     sizes = (H_kv, H // H_kv, D, triton.next_power_of_2(H // H_kv), D2, page)
-    _attend_in_pages[(B, H_kv)](q, *pages, out, *q.stride()[:2], tables.shape[1], D**-0.5, *sizes)
+    _paged_attention[(B, H_kv)](q, *pages, out, *q.stride()[:2], tables.shape[1], D**-0.5, *sizes)
     return out
 
 
 @triton.jit
-def _store_in_pages(
+def _store_paged_kv(
     k, v, keys, values, tables, sequences, positions, k_row, k_head, v_row, v_head, table_size,
     H_KV: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One program for each row and each of its heads of keys."""
     b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, D2)
     table, position = tables + tl.load(sequences + b) * table_size, tl.load(positions + b)
-    place = tl.load(table + position // PAGE).to(tl.int64) * PAGE + position % PAGE
-    at, wide = (place * H_KV + h) * D + d, d < D
+    slot = tl.load(table + position // PAGE).to(tl.int64) * PAGE + position % PAGE
+    at, wide = (slot * H_KV + h) * D + d, d < D
     tl.store(keys + at, tl.load(k + b * k_row + h * k_head + d, mask=wide), mask=wide)
     tl.store(values + at, tl.load(v + b * v_row + h * v_head + d, mask=wide), mask=wide)
 
 
 @triton.jit
-def _attend_in_pages(
+def _paged_attention(
     q, keys, values, tables, sequences, positions, out, q_row, q_head, table_size, scale,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, G2: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from service.errors import BadRequest, EngineError, ImprintError, NotReady, UnsupportedMediaType
 from service.http.replies import ErrorReply
 from service.metrics import Metrics
-from service.turns.sessions import Call, Sessions
+from service.turns.sessions import RequestContext, Sessions
 from service.versions.operations import Versions
 from service.versions.views import Views
 
@@ -65,10 +65,10 @@ async def _metrics(request: Request) -> Metrics:
     return get_metrics(request)
 
 
-ServerSessions = Annotated[Sessions, Depends(_sessions)]
-ServerVersions = Annotated[Versions, Depends(_versions)]
-ServerViews = Annotated[Views, Depends(_views)]
-ServerMetrics = Annotated[Metrics, Depends(_metrics)]
+SessionsDep = Annotated[Sessions, Depends(_sessions)]
+VersionsDep = Annotated[Versions, Depends(_versions)]
+ViewsDep = Annotated[Views, Depends(_views)]
+MetricsDep = Annotated[Metrics, Depends(_metrics)]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -82,7 +82,7 @@ IfMatch = Annotated[
 ]
 
 
-async def get_call(request: Request) -> Call:
+async def get_request_context(request: Request) -> RequestContext:
     """The request as the sessions see it; it stays with the request, whatever becomes of that.
 
     Raises BadRequest for a key that is none.
@@ -95,23 +95,23 @@ async def get_call(request: Request) -> Call:
         )
     retries = request.headers.get("x-stainless-retry-count", "")
     where = f"{request.method} {request.url.path}\n".encode()
-    call = Call(
+    ctx = RequestContext(
         request.state.tenant,
         request_id=request.state.request_id,
         digest=hashlib.sha256(where + await request.body()).hexdigest(),
         key=key,
         attempt=int(retries) if re.fullmatch(r"[0-9]{1,9}", retries) else None,
     )
-    request.state.call = call
-    return call
+    request.state.ctx = ctx
+    return ctx
 
 
-def call_headers(request: Request) -> dict[str, str]:
+def idempotency_headers(request: Request) -> dict[str, str]:
     """What the headers of an answer say about whether its request was, or is to be, repeated."""
-    call: Call | None = getattr(request.state, "call", None)
-    if call is None or not call.committed:
+    ctx: RequestContext | None = getattr(request.state, "ctx", None)
+    if ctx is None or not ctx.committed:
         return {}
-    return {"x-should-retry": "false"} | ({"Idempotent-Replayed": "true"} if call.replayed else {})
+    return {"x-should-retry": "false"} | ({"Idempotent-Replayed": "true"} if ctx.replayed else {})
 
 
 class _JsonRequest(Request):
@@ -173,7 +173,7 @@ def _parse(body: bytes) -> Any:
         raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
 
 
-def report(request: Request, error: Exception) -> ImprintError:
+def report_error(request: Request, error: Exception) -> ImprintError:
     """Counts `error` and says what its client may know; the rest goes to the log under the request's id."""
     if not isinstance(error, ImprintError):
         request_id = request.state.request_id
@@ -215,38 +215,38 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-RequestCall = Annotated[Call, Depends(get_call)]
+RequestContextDep = Annotated[RequestContext, Depends(get_request_context)]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LearningRequest:
     """What every learning route is given beside its body: the request, the call that it is, and its `If-Match`."""
 
     request: Request
     response: Response
-    call: Call
+    ctx: RequestContext
     if_match: str | None
 
-    def tag(self, version: int) -> None:
+    def set_etag(self, version: int) -> None:
         """Puts the version that it led to, and whether it was or is to be repeated, on the answer."""
-        self.response.headers.update({"ETag": etag(version)} | call_headers(self.request))
+        self.response.headers.update({"ETag": etag(version)} | idempotency_headers(self.request))
 
-    async def unless_left(self, work: Coroutine[Any, Any, T], on_disconnect: str | None = None) -> T:
+    async def run_until_disconnect(self, work: Coroutine[Any, Any, T], on_disconnect: str | None = None) -> T:
         """`until_disconnect` of its client."""
         return await until_disconnect(self.request.receive, work, on_disconnect)
 
 
-async def get_lesson(
+async def get_learning_request(
     request: Request,
     response: Response,
     if_match: IfMatch = None,
     idempotency_key: IdempotencyKey = None,
-) -> Lesson:
-    """The key is read in `get_call`; it stands here for the documentation."""
-    return Lesson(request, response, await get_call(request), if_match)
+) -> LearningRequest:
+    """The key is read in `get_request_context`; it stands here for the documentation."""
+    return LearningRequest(request, response, await get_request_context(request), if_match)
 
 
-RequestLesson = Annotated[Lesson, Depends(get_lesson)]
+LearningRequestDep = Annotated[LearningRequest, Depends(get_learning_request)]
 
 
 def etag(version: int) -> str:
@@ -275,7 +275,7 @@ class EventStream(Response):
         self, request: Request, events: AsyncGenerator[Any, None], writer: EventWriter, on_disconnect: str | None
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers | call_headers(request))
+        super().__init__(headers=headers | idempotency_headers(request))
         del self.headers["content-length"]
         self._request = request
         self._events = events
@@ -298,5 +298,5 @@ class EventStream(Response):
                     for data in self._writer.chunks(event):
                         await tell(data)
             except Exception as error:
-                await tell(json.dumps(report(self._request, error).body()))
+                await tell(json.dumps(report_error(self._request, error).body()))
         await tell("[DONE]", more=False)

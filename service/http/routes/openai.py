@@ -8,33 +8,33 @@ from typing import Annotated, cast
 
 from fastapi import APIRouter, Header, Path, Request, Response
 
-from model.text.sampling import Sampling
+from model.text.sampling import SamplingParams
 from service.errors import BadRequest, NotFound
 from service.http.openapi_examples import EXAMPLES
 from service.http.replies import ChatCompletion, Completion, Model, ModelList, PolicyShape
-from service.http.response_formats import ChatShape, CompletionShape, Json, Pace, Shape
+from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ResponseFormatter
 from service.http.routes.common import (
     ERRORS,
     EventStream,
-    Lesson,
-    RequestLesson,
-    ServerSessions,
+    LearningRequest,
+    LearningRequestDep,
+    SessionsDep,
     V1Route,
-    call_headers,
     get_metrics,
+    idempotency_headers,
 )
 from service.http.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
 from service.turns.sessions import (
-    Again,
-    Ask,
-    Call,
     ChatPrompt,
+    CompletionJob,
     Delta,
-    Generation,
+    GenerationOptions,
+    RequestContext,
     Sessions,
     TextPrompt,
     TokenPrompt,
     TurnEnd,
+    TurnRestarted,
 )
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions only
@@ -68,17 +68,17 @@ def _streamed(chunk: str) -> dict[int | str, Json]:
 
 
 @router.get("/models", summary="List the served model")
-async def list_models(sessions: ServerSessions) -> ModelList:
+async def list_models(sessions: SessionsDep) -> ModelList:
     """The served model, and the policies."""
     return ModelList(
-        object="list", data=[_model(sessions), *(_policy(name, sessions) for name in sessions.served.policies)]
+        object="list", data=[_model(sessions), *(_policy(name, sessions) for name in sessions.loaded_model.policies)]
     )
 
 
 @router.get("/models/{id:path}", summary="Describe the served model")
-async def get_model(id: ModelId, sessions: ServerSessions) -> Model:
+async def get_model(id: ModelId, sessions: SessionsDep) -> Model:
     """The served model or a policy, by its id."""
-    if id in sessions.served.policies:
+    if id in sessions.loaded_model.policies:
         return _policy(id, sessions)
     _require_model(id, sessions)
     return _model(sessions)
@@ -89,13 +89,13 @@ async def get_model(id: ModelId, sessions: ServerSessions) -> Model:
 )
 async def create_completion(
     body: CompletionRequest,
-    sessions: ServerSessions,
-    lesson: RequestLesson,
+    sessions: SessionsDep,
+    learning: LearningRequestDep,
     session: SessionHeader = None,
 ) -> Json | Response:
     """Continues each prompt; with a session, from its memory and teaching it."""
     _require_model(body.model, sessions)
-    generation = Generation(
+    generation = GenerationOptions(
         max_tokens=_tokens("max_tokens", DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, sessions),
         sampling=_sampling(body, sessions),
         stop=body.stops,
@@ -103,9 +103,9 @@ async def create_completion(
         echo=bool(body.echo),
         logprobs=body.logprobs,
     )
-    ask = _ask(body, _prompts(body, sessions), generation, session, lesson.if_match)
-    shape = CompletionShape(sessions, body, ask, lesson.call, _pace(lesson.request))
-    return await _answer(lesson, sessions, ask, shape, body.on_disconnect)
+    completion_job = _completion_job(body, _prompts(body, sessions), generation, session, learning.if_match)
+    formatter = CompletionFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning.request))
+    return await _answer(learning, sessions, completion_job, formatter, body.on_disconnect)
 
 
 @router.post(
@@ -113,14 +113,14 @@ async def create_completion(
 )
 async def create_chat_completion(
     body: ChatCompletionRequest,
-    sessions: ServerSessions,
-    lesson: RequestLesson,
+    sessions: SessionsDep,
+    learning: LearningRequestDep,
     session: SessionHeader = None,
 ) -> Json | Response:
     """Replies to a chat; with a session, from its memory and teaching it what the chat adds."""
     _require_model(body.model, sessions)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    generation = Generation(
+    generation = GenerationOptions(
         max_tokens=_tokens(limit, getattr(body, limit), sessions),
         sampling=_sampling(body, sessions),
         stop=body.stops,
@@ -128,9 +128,9 @@ async def create_chat_completion(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     prompt = ChatPrompt([message.plain() for message in body.messages])
-    ask = _ask(body, [prompt], generation, session, lesson.if_match)
-    shape = ChatShape(sessions, body, ask, lesson.call, _pace(lesson.request))
-    return await _answer(lesson, sessions, ask, shape, body.on_disconnect)
+    completion_job = _completion_job(body, [prompt], generation, session, learning.if_match)
+    formatter = ChatFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning.request))
+    return await _answer(learning, sessions, completion_job, formatter, body.on_disconnect)
 
 
 def _model(sessions: Sessions) -> Model:
@@ -144,11 +144,16 @@ def _model(sessions: Sessions) -> Model:
 
 
 def _policy(name: str, sessions: Sessions) -> Model:
-    config = sessions.served.policies[name].config
-    shape = {field: getattr(config, field) for field in PolicyShape.model_fields}
-    prints = {"policy": sessions.served.prints[name]}
+    config = sessions.loaded_model.policies[name].config
+    formatter = {field: getattr(config, field) for field in PolicyShape.model_fields}
+    policy_fingerprints = {"policy": sessions.loaded_model.policy_fingerprints[name]}
     return Model(
-        id=name, object="model", created=STARTED, owned_by="imprint", fingerprints=prints, policy=PolicyShape(**shape)
+        id=name,
+        object="model",
+        created=STARTED,
+        owned_by="imprint",
+        fingerprints=policy_fingerprints,
+        policy=PolicyShape(**formatter),
     )
 
 
@@ -178,12 +183,12 @@ def _outside_vocabulary(param: str, token_id: int, sessions: Sessions) -> BadReq
     )
 
 
-def _sampling(body: GenerationRequest, sessions: Sessions) -> Sampling:
+def _sampling(body: GenerationRequest, sessions: Sessions) -> SamplingParams:
     bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
     for token_id in bias:
         if token_id >= sessions.vocab_size:
             raise _outside_vocabulary(f"logit_bias.{token_id}", token_id, sessions)
-    return Sampling(
+    return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
@@ -211,13 +216,13 @@ def _token_prompt(param: str, token_ids: list[int], sessions: Sessions) -> Token
     return TokenPrompt(token_ids)
 
 
-def _ask(
+def _completion_job(
     body: GenerationRequest,
     prompts: Sequence[TextPrompt | TokenPrompt | ChatPrompt],
-    generation: Generation,
+    generation: GenerationOptions,
     header: str | None,
     if_match: str | None,
-) -> Ask:
+) -> CompletionJob:
     """The turn to run. The session is the body's, else the header's, else OpenAI's `user`."""
     session = body.session or header
     if session is None and body.user is not None:
@@ -234,7 +239,7 @@ def _ask(
         )
     if generation.n > 1 and body.adapt == "observe":
         raise BadRequest(f"'adapt': 'observe' generates nothing, so 'n' must be 1, got {generation.n}.", param="adapt")
-    return Ask(
+    return CompletionJob(
         session=session,
         adapt=body.adapt,
         learn=body.learn,
@@ -245,34 +250,42 @@ def _ask(
     )
 
 
-def _pace(request: Request) -> Pace:
-    return Pace(get_metrics(request), request.state.arrived)
+def _latency_recorder(request: Request) -> LatencyRecorder:
+    return LatencyRecorder(get_metrics(request), request.state.arrived)
 
 
 async def _answer(
-    lesson: Lesson, sessions: Sessions, ask: Ask, shape: Shape, on_disconnect: str | None
+    learning: LearningRequest,
+    sessions: Sessions,
+    completion_job: CompletionJob,
+    formatter: ResponseFormatter,
+    on_disconnect: str | None,
 ) -> Json | Response:
     """Runs the turn, by default for as long as its client is there."""
-    if ask.stream:
-        events = await lesson.unless_left(sessions.generate(lesson.call, ask), on_disconnect)
-        return EventStream(lesson.request, events, shape, on_disconnect)
-    reply = await lesson.unless_left(_whole(sessions, lesson.call, ask, shape), on_disconnect)
-    lesson.response.headers.update(call_headers(lesson.request))
+    if completion_job.stream:
+        events = await learning.run_until_disconnect(sessions.generate(learning.ctx, completion_job), on_disconnect)
+        return EventStream(learning.request, events, formatter, on_disconnect)
+    reply = await learning.run_until_disconnect(
+        _collect_reply(sessions, learning.ctx, completion_job, formatter), on_disconnect
+    )
+    learning.response.headers.update(idempotency_headers(learning.request))
     return reply
 
 
-async def _whole(sessions: Sessions, call: Call, ask: Ask, shape: Shape) -> Json:
+async def _collect_reply(
+    sessions: Sessions, ctx: RequestContext, completion_job: CompletionJob, formatter: ResponseFormatter
+) -> Json:
     """The reply in one piece."""
     deltas: list[Delta] = []
     end: TurnEnd | None = None
-    async with aclosing(await sessions.generate(call, ask)) as events:
+    async with aclosing(await sessions.generate(ctx, completion_job)) as events:
         async for event in events:
             if isinstance(event, TurnEnd):
                 end = event
-            elif isinstance(event, Again):
+            elif isinstance(event, TurnRestarted):
                 deltas.clear()
             else:
-                shape.pace(event.choice)
+                formatter.record_latency(event.choice)
                 deltas.append(event)
     assert end is not None, "a turn ends with a TurnEnd"
-    return shape.reply(deltas, end)
+    return formatter.reply(deltas, end)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 
-from service.http.routes.common import ServerMetrics, ServerSessions
+from service.http.routes.common import MetricsDep, SessionsDep
 
 RETRY_AFTER_S = 1
 
@@ -41,7 +41,7 @@ async def livez() -> Live:
 
 
 @router.get("/readyz", summary="Does the server take requests", responses=NOT_READY)
-async def readyz(sessions: ServerSessions, response: Response) -> Ready:
+async def readyz(sessions: SessionsDep, response: Response) -> Ready:
     """The server takes requests."""
     if sessions.state != "ready":
         response.status_code = 503
@@ -50,7 +50,7 @@ async def readyz(sessions: ServerSessions, response: Response) -> Ready:
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=EXPOSITION)
-async def metrics(request: Request, server_metrics: ServerMetrics) -> Response:
+async def metrics(request: Request, server_metrics: MetricsDep) -> Response:
     """Prometheus' text exposition; docs/metrics.md lists the names."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(server_metrics.registry), headers={"Content-Type": content_type})

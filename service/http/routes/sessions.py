@@ -23,23 +23,23 @@ from service.http.routes.common import (
     ERRORS,
     FileRoute,
     IfMatch,
-    Lesson,
-    RequestCall,
-    RequestLesson,
-    ServerSessions,
-    ServerVersions,
-    ServerViews,
+    LearningRequest,
+    LearningRequestDep,
+    RequestContextDep,
+    SessionsDep,
     V1Route,
+    VersionsDep,
+    ViewsDep,
     etag,
 )
 from service.http.schemas import SESSION_ID, Fork, ObserveRequest, Rollback, ScoreRequest, SessionId, SessionOptions
 from service.store.base import SessionMeta
-from service.turns.policy_turns import Policies
+from service.turns.policy_turns import PolicyTurns
 from service.turns.sessions import ChatPrompt, ObserveResult, TextPrompt
 
 ETAG: dict[str, Any] = {"ETag": {"schema": {"type": "string"}, "description": 'The version, as `"v3"`.'}}
 
-TAGGED: dict[int | str, dict[str, Any]] = {200: {"headers": ETAG}}
+ETAG_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"headers": ETAG}}
 FILE = "application/octet-stream"
 BINARY: dict[str, Any] = {"content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
 EXPORTED: dict[int | str, dict[str, Any]] = {200: {**BINARY, "headers": ETAG, "description": "The file."}}
@@ -81,9 +81,9 @@ class Span(BaseModel):
 
 
 @router.get("", summary="List sessions")
-async def list_sessions(page: Annotated[Page, Query()], sessions: ServerSessions, call: RequestCall) -> SessionList:
+async def list_sessions(page: Annotated[Page, Query()], sessions: SessionsDep, ctx: RequestContextDep) -> SessionList:
     """The sessions, ordered by id, page by page."""
-    metas, next_id = await sessions.list(call.tenant, page.after, page.limit)
+    metas, next_id = await sessions.list(ctx.tenant, page.after, page.limit)
     return SessionList(
         object="list", data=[_session(meta) for meta in metas], has_more=next_id is not None, next=next_id
     )
@@ -96,8 +96,8 @@ async def list_sessions(page: Annotated[Page, Query()], sessions: ServerSessions
 )
 async def put_session(
     session: PathId,
-    sessions: ServerSessions,
-    call: RequestCall,
+    sessions: SessionsDep,
+    ctx: RequestContextDep,
     response: Response,
     body: SessionOptions | None = None,
     if_match: IfMatch = None,
@@ -105,26 +105,26 @@ async def put_session(
     """Creates the session, or replaces the options of the one there is."""
     options = {} if body is None else body.model_dump(exclude_none=True)
     model = options.pop("model", "")
-    meta, created = await sessions.put(call.tenant, session, options, model=model, if_match=if_match)
+    meta, created = await sessions.put(ctx.tenant, session, options, model=model, if_match=if_match)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = etag(meta.version)
     return _session(meta)
 
 
 @router.get("/{id}", summary="Describe a session", responses={200: {"headers": ETAG}})
-async def get_session(session: PathId, sessions: ServerSessions, call: RequestCall, response: Response) -> Session:
+async def get_session(session: PathId, sessions: SessionsDep, ctx: RequestContextDep, response: Response) -> Session:
     """What the session holds and what it is worth."""
-    meta = await sessions.get(call.tenant, session)
+    meta = await sessions.get(ctx.tenant, session)
     response.headers["ETag"] = etag(meta.version)
     return _session(meta)
 
 
 @router.delete("/{id}", summary="Erase a session")
 async def delete_session(
-    session: PathId, sessions: ServerSessions, call: RequestCall, if_match: IfMatch = None
+    session: PathId, sessions: SessionsDep, ctx: RequestContextDep, if_match: IfMatch = None
 ) -> SessionDeleted:
     """Erases the session and all it has learned."""
-    await sessions.delete(call.tenant, session, if_match=if_match)
+    await sessions.delete(ctx.tenant, session, if_match=if_match)
     return SessionDeleted(id=session, object="session", deleted=True)
 
 
@@ -132,62 +132,62 @@ async def delete_session(
 async def observe(
     session: PathId,
     body: ObserveRequest,
-    sessions: ServerSessions,
-    lesson: RequestLesson,
+    sessions: SessionsDep,
+    learning: LearningRequestDep,
 ) -> Observed:
     """Learns a text or a chat of any length, without answering; or the label of an example (policies)."""
     if body.features is not None and body.label is not None:
-        label, policies = body.label, Policies(sessions)
-        work = policies.observe(lesson.call, session, body.model, body.features, label, if_match=lesson.if_match)
-        return _observed(await lesson.unless_left(work, body.on_disconnect), lesson)
+        label, policies = body.label, PolicyTurns(sessions)
+        work = policies.observe(learning.ctx, session, body.model, body.features, label, if_match=learning.if_match)
+        return _observed(await learning.run_until_disconnect(work, body.on_disconnect), learning)
     prompt = (
         TextPrompt(body.text)
         if body.text is not None
         else ChatPrompt([message.plain() for message in body.messages or []])
     )
-    work = sessions.observe(lesson.call, session, prompt, if_match=lesson.if_match)
-    return _observed(await lesson.unless_left(work, body.on_disconnect), lesson)
+    work = sessions.observe(learning.ctx, session, prompt, if_match=learning.if_match)
+    return _observed(await learning.run_until_disconnect(work, body.on_disconnect), learning)
 
 
 @router.post("/{id}/score", summary="Score a text")
 async def score(
     session: PathId,
     body: ScoreRequest,
-    sessions: ServerSessions,
-    lesson: RequestLesson,
+    sessions: SessionsDep,
+    learning: LearningRequestDep,
 ) -> Scored:
     """How well the session predicts a text, beside the frozen model; learns it only if asked, after that."""
-    work = sessions.score(lesson.call, session, body.text, learn=body.learn, if_match=lesson.if_match)
-    done = await lesson.unless_left(work, body.on_disconnect)
-    lesson.tag(done.version)
+    work = sessions.score(learning.ctx, session, body.text, learn=body.learn, if_match=learning.if_match)
+    done = await learning.run_until_disconnect(work, body.on_disconnect)
+    learning.set_etag(done.version)
     return Scored(**asdict(done))
 
 
 @router.get("/{id}/log", summary="Tell what was learned when")
 async def read_log(
-    session: PathId, page: Annotated[LogPage, Query()], versions: ServerVersions, call: RequestCall
+    session: PathId, page: Annotated[LogPage, Query()], versions: VersionsDep, ctx: RequestContextDep
 ) -> SessionLog:
     """What was learned when: the newest commits first."""
-    entries, before = await versions.log(call.tenant, session, before=page.before, limit=page.limit)
+    entries, before = await versions.log(ctx.tenant, session, before=page.before, limit=page.limit)
     data = [LogEntry(**entry) for entry in entries]
     return SessionLog(object="list", data=data, has_more=before is not None, next=before)
 
 
-@router.get("/{id}/cells", summary="Show how full the memory is", responses=TAGGED)
-async def read_cells(session: PathId, views: ServerViews, call: RequestCall, response: Response) -> SessionCells:
+@router.get("/{id}/cells", summary="Show how full the memory is", responses=ETAG_RESPONSES)
+async def read_cells(session: PathId, views: ViewsDep, ctx: RequestContextDep, response: Response) -> SessionCells:
     """How full the session's memory is: rows held by each cell of each site."""
-    meta, fills = await views.cells(call.tenant, session)
+    meta, fills = await views.cells(ctx.tenant, session)
     response.headers["ETag"] = etag(meta.version)
     sites = [SiteCells(**asdict(fill)) for fill in fills]
     return SessionCells(object="session.cells", version=meta.version, sites=sites)
 
 
-@router.get("/{id}/diff", summary="Compare two versions", responses=TAGGED)
+@router.get("/{id}/diff", summary="Compare two versions", responses=ETAG_RESPONSES)
 async def read_diff(
-    session: PathId, span: Annotated[Span, Query()], views: ServerViews, call: RequestCall, response: Response
+    session: PathId, span: Annotated[Span, Query()], views: ViewsDep, ctx: RequestContextDep, response: Response
 ) -> SessionDiff:
     """What lies between two versions that are kept: what was learned, what was forgotten, and which rows changed."""
-    meta, diff = await views.diff(call.tenant, session, span.start, span.end)
+    meta, diff = await views.diff(ctx.tenant, session, span.start, span.end)
     response.headers["ETag"] = etag(meta.version)
     return SessionDiff(
         object="session.diff",
@@ -199,44 +199,46 @@ async def read_diff(
     )
 
 
-@router.post("/{id}/rollback", summary="Go back to a version", responses=TAGGED)
+@router.post("/{id}/rollback", summary="Go back to a version", responses=ETAG_RESPONSES)
 async def roll_back(
     session: PathId,
     body: Rollback,
-    versions: ServerVersions,
-    lesson: RequestLesson,
+    versions: VersionsDep,
+    learning: LearningRequestDep,
 ) -> Session:
     """Makes a new version that is what an earlier one was, bit for bit."""
-    return _told(await versions.rollback(lesson.call, session, body.version, if_match=lesson.if_match), lesson)
+    return _session_reply(
+        await versions.rollback(learning.ctx, session, body.version, if_match=learning.if_match), learning
+    )
 
 
-@router.post("/{id}/unlearn", summary="Forget one version", responses=TAGGED)
+@router.post("/{id}/unlearn", summary="Forget one version", responses=ETAG_RESPONSES)
 async def unlearn(
     session: PathId,
     body: Rollback,
-    versions: ServerVersions,
-    lesson: RequestLesson,
+    versions: VersionsDep,
+    learning: LearningRequestDep,
 ) -> Session:
     """Makes a new version as if one had never been learned; needs the later texts to be kept (option `keep_text`)."""
-    work = versions.unlearn(lesson.call, session, body.version, if_match=lesson.if_match)
-    return _told(await lesson.unless_left(work), lesson)
+    work = versions.unlearn(learning.ctx, session, body.version, if_match=learning.if_match)
+    return _session_reply(await learning.run_until_disconnect(work), learning)
 
 
 @router.post("/{id}/fork", summary="Copy a session", status_code=201, responses={201: {"headers": ETAG}})
 async def fork(
     session: PathId,
     body: Fork,
-    versions: ServerVersions,
-    lesson: RequestLesson,
+    versions: VersionsDep,
+    learning: LearningRequestDep,
 ) -> Session:
     """Makes a new session that has learned the same; from then on they go their own ways."""
-    return _told(await versions.fork(lesson.call, session, body.id, if_match=lesson.if_match), lesson)
+    return _session_reply(await versions.fork(learning.ctx, session, body.id, if_match=learning.if_match), learning)
 
 
 @router.get("/{id}/export", summary="Download a session", response_class=Response, responses=EXPORTED)
-async def export(session: PathId, versions: ServerVersions, call: RequestCall) -> Response:
+async def export(session: PathId, versions: VersionsDep, ctx: RequestContextDep) -> Response:
     """The session as a safetensors file with a manifest, for `PUT …/import` here or elsewhere."""
-    data, meta = await versions.export(call.tenant, session)
+    data, meta = await versions.export(ctx.tenant, session)
     headers = {"ETag": etag(meta.version), "Content-Disposition": 'attachment; filename="session.safetensors"'}
     return Response(data, headers=headers, media_type=FILE)
 
@@ -244,28 +246,28 @@ async def export(session: PathId, versions: ServerVersions, call: RequestCall) -
 @files.put(
     "/{id}/import",
     summary="Upload a session",
-    responses={**TAGGED, 201: {"model": Session, "headers": ETAG}},
+    responses={**ETAG_RESPONSES, 201: {"model": Session, "headers": ETAG}},
     openapi_extra=IMPORTED,
 )
 async def bring(
     session: PathId,
-    versions: ServerVersions,
-    lesson: RequestLesson,
+    versions: VersionsDep,
+    learning: LearningRequestDep,
 ) -> Session:
     """Gives the session what an export holds, in place of what it had; all of the file is verified before."""
-    data = await lesson.request.body()
-    meta, created = await versions.bring(lesson.call, session, data, if_match=lesson.if_match)
-    lesson.response.status_code = 201 if created else 200
-    return _told(meta, lesson)
+    data = await learning.request.body()
+    meta, created = await versions.bring(learning.ctx, session, data, if_match=learning.if_match)
+    learning.response.status_code = 201 if created else 200
+    return _session_reply(meta, learning)
 
 
-def _observed(done: ObserveResult, lesson: Lesson) -> Observed:
-    lesson.tag(done.version)
+def _observed(done: ObserveResult, learning: LearningRequest) -> Observed:
+    learning.set_etag(done.version)
     return Observed(**asdict(done))
 
 
-def _told(meta: SessionMeta, lesson: Lesson) -> Session:
-    lesson.tag(meta.version)
+def _session_reply(meta: SessionMeta, learning: LearningRequest) -> Session:
+    learning.set_etag(meta.version)
     return _session(meta)
 
 

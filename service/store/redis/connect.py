@@ -59,10 +59,10 @@ def connect(url: str) -> AnyRedis:
 
 def _hosts(split: SplitResult, default_port: int) -> list[tuple[str, int]]:
     hosts = []
-    for place in split.netloc.rpartition("@")[2].split(","):
-        host, _, port = place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "")
+    for address in split.netloc.rpartition("@")[2].split(","):
+        host, _, port = address.rpartition(":") if ":" in address.rpartition("]")[2] else (address, "", "")
         if not host or not (port.isdecimal() or not port):
-            raise ValueError(f"{split.scheme}:// needs host:port,host:port, got {place!r}")
+            raise ValueError(f"{split.scheme}:// needs host:port,host:port, got {address!r}")
         hosts.append((host.strip("[]"), int(port or default_port)))
     return hosts
 

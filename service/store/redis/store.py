@@ -49,31 +49,31 @@ from redis.exceptions import (
 from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, StoreUnavailable, VersionConflict
 from service.store import codec
 from service.store.base import (
-    Entered,
+    CommitMetadata,
     History,
-    Keeping,
     Lease,
-    Note,
     Option,
+    RetentionConfig,
     RowBatch,
     SessionMeta,
     Slots,
     StoredSession,
+    TurnStart,
 )
 from service.store.codec import damaged, decode, index_key, meta_key, pairs, unknown_format
 from service.store.redis.connect import AnyRedis, connect
 
-READ_PATIENCE_S = 0.5
-COMMIT_PATIENCE_S = 2.0
-LONGEST_POLL_S = 0.25
-LOG_KEPT = 512  # entries of a session's log
-ERASURES = "imprint:erased"  # the channel that tells every replica of erased sessions
+READ_RETRY_S = 0.5
+COMMIT_RETRY_S = 2.0
+MAX_POLL_S = 0.25
+MAX_LOG_ENTRIES = 512  # entries of a session's log
+ERASED_CHANNEL = "imprint:erased"  # the channel that tells every replica of erased sessions
 TICK_S = 5.0
-NO_NOTE = Note()
-FULL_TOO = "#!lua flags=allow-oom\n"  # a script that runs although the server has no memory left
+NO_COMMIT_METADATA = CommitMetadata()
+ALLOW_OOM_FLAGS = "#!lua flags=allow-oom\n"  # a script that runs although the server has no memory left
 _SCRIPTS = ("create", "configure", "enter", "lease", "history")
 
-_AWAY = (
+_UNAVAILABLE_ERRORS = (
     ConnectionError,
     TimeoutError,
     ClusterDownError,
@@ -82,7 +82,7 @@ _AWAY = (
     ReadOnlyError,
     OSError,
 )
-_AWAY_REPLIES = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")
+_UNAVAILABLE_REPLIES = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")
 
 T = TypeVar("T")
 
@@ -102,16 +102,16 @@ class RedisStore:
         alone: nobody else uses the server, so no leases are taken: each would cost a sync to disk.
     """
 
-    def __init__(self, client: AnyRedis, keeping: Keeping | None = None, *, alone: bool = False) -> None:
+    def __init__(self, client: AnyRedis, retention: RetentionConfig | None = None, *, exclusive: bool = False) -> None:
         self._client = client
-        self._keeping = keeping or Keeping()
+        self._retention = retention or RetentionConfig()
         self._owner = secrets.token_hex(8)
-        self._alone = alone
+        self._exclusive = exclusive
         self._sites: tuple[str, ...] = ()  # of which rows were found so far
         scripts = [self._script("common", name) for name in _SCRIPTS]
         self._create, self._configure, self._enter, self._lease, self._history = scripts
         self._commit, self._upgrade = (self._script("common", "pages", name) for name in ("commit", "upgrade"))
-        self._delete = self._script("common", "delete", flags=FULL_TOO)
+        self._delete = self._script("common", "delete", flags=ALLOW_OOM_FLAGS)
 
     def _script(self, *parts: str, flags: str = "") -> AsyncScript:
         here = files(__package__) / "lua"
@@ -119,59 +119,59 @@ class RedisStore:
         return self._client.register_script(text)
 
     @classmethod
-    def from_url(cls, url: str, keeping: Keeping | None = None, *, alone: bool = False) -> RedisStore:
+    def from_url(cls, url: str, retention: RetentionConfig | None = None, *, exclusive: bool = False) -> RedisStore:
         """A store on what `connect` takes. Raises ValueError."""
-        return cls(connect(url), keeping, alone=alone)
+        return cls(connect(url), retention, exclusive=exclusive)
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
-    async def enter(
+    async def begin_turn(
         self, tenant: str, sid: str, *, write: Literal["always", "unless predict", "never"], names: Sequence[str] = ()
-    ) -> Entered:
+    ) -> TurnStart:
         """How a turn begins: with the answer that is remembered under one of `names`, else with the session's meta and,
         if it may write, a lease; waits while somebody else holds that.
 
         Raises:
             SessionBusy: somebody else held it all the time.
         """
-        key, keeping, wanted = meta_key(tenant, sid), self._keeping, "never" if self._alone else write
-        args: list[str | int] = [self._owner, int(1000 * keeping.lease_s), wanted, keeping.ttl_s, *names]
-        deadline, pause = time.monotonic() + keeping.wait_s, 0.01
+        key, retention, wanted = meta_key(tenant, sid), self._retention, "never" if self._exclusive else write
+        args: list[str | int] = [self._owner, int(1000 * retention.lease_s), wanted, retention.ttl_s, *names]
+        deadline, pause = time.monotonic() + retention.wait_s, 0.01
         while True:
-            verdict, *told = await _patiently(lambda: self._enter([key], args))
+            verdict, *reply = await _retry_while_away(lambda: self._enter([key], args))
             if verdict == b"again":
-                return Entered(None, record=told[0])
+                return TurnStart(None, record=reply[0])
             if verdict == b"entered":
                 break
             if time.monotonic() > deadline:
                 raise SessionBusy(
-                    f"Session {sid!r} is being taught by another replica, for more than {keeping.wait_s:g} s now."
+                    f"Session {sid!r} is being taught by another replica, for more than {retention.wait_s:g} s now."
                 )
-            await asyncio.sleep(min(pause, 0.001 * max(1, int(told[0]))))
-            pause = min(1.5 * pause, LONGEST_POLL_S)
-        lease = Lease(tenant, sid, told[0].decode()) if told[0] else None
-        return Entered(decode(sid, pairs(told[1:])) if told[1:] else None, lease)
+            await asyncio.sleep(min(pause, 0.001 * max(1, int(reply[0]))))
+            pause = min(1.5 * pause, MAX_POLL_S)
+        lease = Lease(tenant, sid, reply[0].decode()) if reply[0] else None
+        return TurnStart(decode(sid, pairs(reply[1:])) if reply[1:] else None, lease)
 
     async def renew(self, lease: Lease) -> bool:
         """Prolongs a lease; returns whether it was still held."""
-        key, args = meta_key(lease.tenant, lease.sid), (lease.value, int(1000 * self._keeping.lease_s))
-        return bool(await _patiently(lambda: self._lease([key], args)))
+        key, args = meta_key(lease.tenant, lease.sid), (lease.value, int(1000 * self._retention.lease_s))
+        return bool(await _retry_while_away(lambda: self._lease([key], args)))
 
     async def release(self, lease: Lease) -> None:
         """Gives a lease back, if it is still held."""
         key = meta_key(lease.tenant, lease.sid)
-        await _patiently(lambda: self._lease([key], [lease.value, ""]))
+        await _retry_while_away(lambda: self._lease([key], [lease.value, ""]))
 
     async def load(self, tenant: str, sid: str) -> StoredSession | None:
         """The session with all its rows, both of the same version; None if there is no such session."""
         key = meta_key(tenant, sid)
         while True:
             sites = self._sites
-            raw, *pages = await _patiently(lambda key=key, sites=sites: self._read(key, sites))  # type: ignore[misc]
+            raw, *pages = await _retry_while_away(lambda key=key, sites=sites: self._read(key, sites))  # type: ignore[misc]
             if not raw:
                 return None
             if raw.get(b"format") in codec.OLD_FORMATS:
-                await _patiently(lambda: self._upgrade([key], [self._keeping.ttl_s]))
+                await _retry_while_away(lambda: self._upgrade([key], [self._retention.ttl_s]))
                 continue
             widths = codec.sites_of(raw)
             if widths.keys() <= set(sites):
@@ -203,9 +203,9 @@ class RedisStore:
         meta: SessionMeta,
         sites: Mapping[str, RowBatch],
         *,
-        gone: Mapping[str, Slots] | None = None,
+        cleared_slots: Mapping[str, Slots] | None = None,
         lease: Lease | None = None,
-        note: Note = NO_NOTE,
+        commit_metadata: CommitMetadata = NO_COMMIT_METADATA,
     ) -> None:
         """Takes the session from version `meta.version - 1` to `meta.version`, entirely or not at all, and gives the
         lease back.
@@ -226,16 +226,34 @@ class RedisStore:
             Conflict: the session was erased since the turn began; nothing was written.
             StoreUnavailable: nothing was written, or the outcome is unknown: load again before the next turn.
         """
-        key, keeping, once = meta_key(tenant, meta.id), self._keeping, note.once
+        key, retention, idempotency_record = (
+            meta_key(tenant, meta.id),
+            self._retention,
+            commit_metadata.idempotency_record,
+        )
         values = codec.encode(meta)
         options = values.pop("options")
-        entry = json.dumps({"version": meta.version, **note.log}) if note.log else ""
+        entry = json.dumps({"version": meta.version, **commit_metadata.log}) if commit_metadata.log else ""
         args: list[str | int | bytes] = [meta.version - 1, values["created"], secrets.token_hex(16)]
-        args += ["" if lease is None else lease.value, keeping.ttl_s, keeping.versions, keeping.history_bytes, LOG_KEPT]
-        args += [entry, note.text, *(("", 0, b"") if once is None else (once.name, once.ttl_s, once.record))]
+        args += [
+            "" if lease is None else lease.value,
+            retention.ttl_s,
+            retention.versions,
+            retention.history_bytes,
+            MAX_LOG_ENTRIES,
+        ]
+        args += [
+            entry,
+            commit_metadata.text,
+            *(
+                ("", 0, b"")
+                if idempotency_record is None
+                else (idempotency_record.name, idempotency_record.ttl_s, idempotency_record.record)
+            ),
+        ]
         args += [options, 2 * len(values), *codec.flat(values)]
         for site, batch in sites.items():
-            slots = (gone or {}).get(site)
+            slots = (cleared_slots or {}).get(site)
             args += [site, batch.row_bytes, batch.pack(), b"" if slots is None else codec.pack_slots(slots)]
         attempts = 0
 
@@ -245,7 +263,7 @@ class RedisStore:
             return await self._commit([key], args)
 
         async with self._indexed(tenant, meta.id, new=meta.version == 1):
-            verdict, detail = await _patiently(attempt, COMMIT_PATIENCE_S)
+            verdict, detail = await _retry_while_away(attempt, COMMIT_RETRY_S)
         if attempts > 1 and (
             verdict in (b"fenced", b"erased") or (verdict == b"conflict" and int(detail) > meta.version)
         ):
@@ -258,7 +276,7 @@ class RedisStore:
     async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
         """The session without its rows; None if there is no such session."""
         key = meta_key(tenant, sid)
-        raw = await _patiently(lambda: self._client.hgetall(key))
+        raw = await _retry_while_away(lambda: self._client.hgetall(key))
         return decode(sid, cast(dict[bytes, bytes], raw)) if raw else None
 
     async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
@@ -266,10 +284,10 @@ class RedisStore:
 
         Raises VersionConflict and Conflict as `commit` does."""
         key = meta_key(tenant, meta.id)
-        args: list[str | int] = ["" if lease is None else lease.value, self._keeping.ttl_s]
+        args: list[str | int] = ["" if lease is None else lease.value, self._retention.ttl_s]
         args += codec.flat(codec.encode(meta))
         async with self._indexed(tenant, meta.id, new=True):
-            verdict, detail, *flat = await _patiently(lambda: self._create([key], args))
+            verdict, detail, *flat = await _retry_while_away(lambda: self._create([key], args))
         _check(verdict, detail, meta)
         return decode(meta.id, pairs(flat))
 
@@ -279,8 +297,8 @@ class RedisStore:
         Raises:
             NotFound: there is no such session.
         """
-        key, args = meta_key(tenant, sid), (json.dumps(dict(options)), self._keeping.ttl_s)
-        flat = await _patiently(lambda: self._configure([key], args))
+        key, args = meta_key(tenant, sid), (json.dumps(dict(options)), self._retention.ttl_s)
+        flat = await _retry_while_away(lambda: self._configure([key], args))
         if not flat:
             raise NotFound(f"session {sid!r} does not exist")
         return decode(sid, pairs(flat))
@@ -294,12 +312,12 @@ class RedisStore:
         """
         key, args = meta_key(tenant, sid), ["" if version is None else version]
         # Not repeated: a second attempt could not tell whether the first one found a session.
-        verdict, detail = await _patiently(lambda: self._delete([key], args), patience=0)
+        verdict, detail = await _retry_while_away(lambda: self._delete([key], args), retry_s=0)
         if verdict == b"format":
             raise unknown_format(sid, detail)
         if verdict == b"conflict":
             raise VersionConflict(f"session {sid!r} is at version {detail.decode()}, not {version}")
-        await _patiently(lambda: self._client.execute_command("PUBLISH", ERASURES, f"{tenant}/{sid}"))
+        await _retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, f"{tenant}/{sid}"))
         await self._unindex(tenant, sid)
         return bool(detail == b"1")
 
@@ -310,7 +328,7 @@ class RedisStore:
         while True:
             try:
                 async with self._client.pubsub() as channel:
-                    await channel.subscribe(ERASURES)
+                    await channel.subscribe(ERASED_CHANNEL)
                     yield None
                     while True:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=TICK_S)
@@ -323,15 +341,15 @@ class RedisStore:
                 log.debug("waiting for the session store: %s", error)
                 await asyncio.sleep(1.0)
 
-    async def history(self, tenant: str, sid: str, *, undo: bool, entries: int = LOG_KEPT) -> History | None:
+    async def history(self, tenant: str, sid: str, *, undo: bool, entries: int = MAX_LOG_ENTRIES) -> History | None:
         """How the session came to be what it is; `undo`: with the versions that can be undone."""
         key, args = meta_key(tenant, sid), [entries, int(undo)]
-        flat, entered, steps = await _patiently(lambda: self._history([key], args))
+        flat, log_entries, steps = await _retry_while_away(lambda: self._history([key], args))
         if not flat:
             return None
         return History(
             decode(sid, pairs(flat)),
-            [json.loads(entry) for entry in entered],
+            [json.loads(entry) for entry in log_entries],
             [codec.decode_undo(*step) for step in steps],
         )
 
@@ -340,7 +358,7 @@ class RedisStore:
         found: list[SessionMeta] = []
         while len(found) < limit:
             missing = limit - len(found)
-            page = await _patiently(partial(self._page, tenant, after, missing))
+            page = await _retry_while_away(partial(self._page, tenant, after, missing))
             if not page:
                 break
             found += [decode(sid, raw) for sid, raw in page if raw]
@@ -352,14 +370,14 @@ class RedisStore:
 
     async def count(self, tenant: str) -> int:
         """How many sessions the index names."""
-        count: int = await _patiently(lambda: self._client.zcard(index_key(tenant)))
+        count: int = await _retry_while_away(lambda: self._client.zcard(index_key(tenant)))
         return count
 
     def script(self, name: str) -> Callable[[Sequence[str], Sequence[str | int]], Awaitable[Any]]:
         """A script of this package, to be called with keys of one hash tag and arguments; it writes little, and does
         so on a full server, too."""
-        script = self._script(name, flags=FULL_TOO)
-        return lambda keys, args: _patiently(lambda: script(keys, args))
+        script = self._script(name, flags=ALLOW_OOM_FLAGS)
+        return lambda keys, args: _retry_while_away(lambda: script(keys, args))
 
     async def memory(self) -> tuple[int, int]:
         """Bytes of memory that the server (the masters of a cluster) uses, and that it may use.
@@ -367,23 +385,23 @@ class RedisStore:
         0 of what it does not tell, or does not limit."""
         everywhere = {"target_nodes": RedisCluster.PRIMARIES} if isinstance(self._client, RedisCluster) else {}
         try:
-            told: dict[str, Any] = await _patiently(lambda: self._client.info("memory", **everywhere))
+            reply: dict[str, Any] = await _retry_while_away(lambda: self._client.info("memory", **everywhere))
         except ResponseError:
             return 0, 0
-        nodes = [told] if "used_memory" in told else list(told.values())
+        nodes = [reply] if "used_memory" in reply else list(reply.values())
         limits = [node["maxmemory"] for node in nodes]
         return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
 
     async def configuration(self, *names: str) -> dict[str, str]:
         """The server's own settings of these names; none where it does not tell them."""
         try:
-            return cast(dict[str, str], await _patiently(lambda: self._client.config_get(*names)))
+            return cast(dict[str, str], await _retry_while_away(lambda: self._client.config_get(*names)))
         except ResponseError:
             return {}
 
     async def ping(self) -> None:
         """Returns if the server answers right now."""
-        await _patiently(lambda: self._client.ping(), patience=0)
+        await _retry_while_away(lambda: self._client.ping(), retry_s=0)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -405,7 +423,7 @@ class RedisStore:
 
         async def name() -> None:
             if new:
-                await _patiently(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
+                await _retry_while_away(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
 
         await name()
         yield
@@ -413,9 +431,9 @@ class RedisStore:
 
     async def _unindex(self, tenant: str, sid: str) -> None:
         """Takes a session that is not there out of the index; puts it back if it is there after all."""
-        await _patiently(lambda: self._client.zrem(index_key(tenant), sid))
-        if await _patiently(lambda: self._client.exists(meta_key(tenant, sid))):
-            await _patiently(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
+        await _retry_while_away(lambda: self._client.zrem(index_key(tenant), sid))
+        if await _retry_while_away(lambda: self._client.exists(meta_key(tenant, sid))):
+            await _retry_while_away(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
 
 
 def _is_lost(error: RuntimeError) -> bool:
@@ -423,8 +441,8 @@ def _is_lost(error: RuntimeError) -> bool:
     return "handler is closed" in str(error)
 
 
-async def _patiently(call: Callable[[], Awaitable[T]], patience: float = READ_PATIENCE_S) -> T:
-    """Repeats a call while the server is away, for `patience` seconds from the first failure."""
+async def _retry_while_away(call: Callable[[], Awaitable[T]], retry_s: float = READ_RETRY_S) -> T:
+    """Repeats a call while the server is away, for `retry_s` seconds from the first failure."""
     deadline, pause = None, 0.01
     task = asyncio.current_task()
     cancellations = task.cancelling() if task else 0
@@ -434,12 +452,12 @@ async def _patiently(call: Callable[[], Awaitable[T]], patience: float = READ_PA
             result = await call()
         except OutOfMemoryError as error:
             raise _full() from error
-        except _AWAY as error:
+        except _UNAVAILABLE_ERRORS as error:
             cause = error
         except ResponseError as error:
             if "OOM " in str(error)[:80]:
                 raise _full() from error
-            if not str(error).startswith(_AWAY_REPLIES):
+            if not str(error).startswith(_UNAVAILABLE_REPLIES):
                 raise
             cause = error
         except RuntimeError as error:
@@ -452,7 +470,7 @@ async def _patiently(call: Callable[[], Awaitable[T]], patience: float = READ_PA
             raise asyncio.CancelledError
         if cause is None:
             return result
-        deadline = deadline or time.monotonic() + patience
+        deadline = deadline or time.monotonic() + retry_s
         if time.monotonic() + pause > deadline:
             log.warning("the session store is away: %s: %s", type(cause).__name__, cause)
             raise StoreUnavailable("the session store does not answer, try again", retry_after=1.0) from cause
