@@ -15,7 +15,7 @@ import torch
 from redis import Redis
 from typer.testing import CliRunner, Result
 
-from service.cli.doctor import Finding, run_checks
+from service.cli.checks import Finding, run_checks
 from service.cli.main import app
 from service.settings import Settings
 from service.tenants import OPERATOR, new_key
