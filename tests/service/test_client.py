@@ -385,7 +385,7 @@ def test_both_clients_have_the_same_calls_with_text_and_signature() -> None:
         if getattr(operation, "__module__", "") == operations.__name__
     }
     every = {name for name in every if inspect.isfunction(getattr(operations, name)) and not name.startswith("_")}
-    assert every - calls(imprint.Client).keys() == {"page_of_sessions", "page_of_log"}
+    assert every - calls(imprint.Client).keys() == {"sessions_page", "log_page"}
 
 
 def test_the_clients_errors_are_the_servers() -> None:
