@@ -255,7 +255,7 @@ def test_a_burst_leaves_nothing_behind(make_server: Callable[..., Any]) -> None:
                     with Client(server.url) as visitor, visitor.stream(**fields, session=f"s{number}") as chunks:
                         assert list(chunks)
                 case 3:
-                    with client.sent("completions", fields | {"session": "s3"}):
+                    with client.abandoned_request("completions", fields | {"session": "s3"}):
                         pass
                 case 4:
                     assert client.post("completions", fields | {"max_tokens": -1}).status_code == 400
