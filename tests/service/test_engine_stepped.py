@@ -40,7 +40,7 @@ KV_TOKENS = 6 * PAGE_SIZE
 
 
 def jobs(ids: list[int]) -> list[tuple[Segment, MemoryAccess | None]]:
-    """Return more jobs than fit at once: with several choices, a learning session, a reading session, and no session."""
+    """Return more jobs than fit at once: with several choices, with a learning or a reading session, or with none."""
     mask = [True] * len(ids)
     users = [MemoryAccess(("t", name), (1.0, 1.0, 1), write=name == "a", stored={}) for name in "ab"]
     return [
