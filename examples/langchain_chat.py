@@ -1,4 +1,4 @@
-"""LangChain: one model object a user, and each learns its user. Needs `pip install langchain-openai`."""
+"""LangChain: one model object for each user, with a session that learns. Needs `pip install langchain-openai`."""
 
 import os
 

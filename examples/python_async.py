@@ -1,4 +1,4 @@
-"""The same client for asyncio: many users at a time."""
+"""The asynchronous Python client: several users at the same time."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Two users, one server: each reads the first half of a text, then both halves that nobody has seen are scored.
+"""Two users of one server: each session learns the first half of its own text, then scores both second halves.
 
 python examples/two_users.py [URL]
 """
