@@ -10,7 +10,9 @@ from typing import Any
 
 from service.http.schemas import GenerationRequest
 from service.metrics import Metrics
-from service.turns.sessions import CompletionJob, Delta, RequestContext, Sessions, TokenLogprob, TurnEnd
+from service.turns.completion import CompletionJob, Delta, TokenLogprob, TurnEnd
+from service.turns.idempotency import RequestContext
+from service.turns.sessions import Sessions
 
 Json = dict[str, Any]
 

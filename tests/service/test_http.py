@@ -15,7 +15,9 @@ from service.http.middleware import install
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tenants import ApiKeys
-from service.turns.sessions import CompletionJob, Delta, RequestContext, Sessions, TurnEnd
+from service.turns.completion import CompletionJob, Delta, TurnEnd
+from service.turns.idempotency import RequestContext
+from service.turns.sessions import Sessions
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "m", "prompt": "a"},

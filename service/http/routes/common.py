@@ -21,7 +21,8 @@ from starlette.types import Receive, Scope, Send
 from service.errors import BadRequest, EngineError, ImprintError, NotReady, UnsupportedMediaType
 from service.http.replies import ErrorReply
 from service.metrics import Metrics
-from service.turns.sessions import RequestContext, Sessions
+from service.turns.idempotency import RequestContext
+from service.turns.sessions import Sessions
 from service.versions.operations import Versions
 from service.versions.views import Views
 

@@ -24,18 +24,11 @@ from service.http.routes.common import (
     idempotency_headers,
 )
 from service.http.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
-from service.turns.sessions import (
-    ChatPrompt,
-    CompletionJob,
-    Delta,
-    GenerationOptions,
-    RequestContext,
-    Sessions,
-    TextPrompt,
-    TokenPrompt,
-    TurnEnd,
-    TurnRestarted,
-)
+from service.turns.completion import CompletionJob, Delta, GenerationOptions, TurnEnd
+from service.turns.idempotency import RequestContext
+from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
+from service.turns.run import TurnRestarted
+from service.turns.sessions import Sessions
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions only
 STARTED = int(time.time())

@@ -32,7 +32,7 @@ async def act(session: PathId, body: ActRequest, policies: PoliciesDep, learning
     )
     done = await learning.run_until_disconnect(work, body.on_disconnect)
     learning.set_etag(done.adaptation.version_to)
-    return Acted(object="action", **done.reward_input())
+    return Acted(object="action", **done.as_json())
 
 
 @router.post(

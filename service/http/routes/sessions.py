@@ -35,7 +35,8 @@ from service.http.routes.common import (
 from service.http.schemas import SESSION_ID, Fork, ObserveRequest, Rollback, ScoreRequest, SessionId, SessionOptions
 from service.store.base import SessionMeta
 from service.turns.policy_turns import PolicyTurns
-from service.turns.sessions import ChatPrompt, ObserveResult, TextPrompt
+from service.turns.prompts import ChatPrompt, TextPrompt
+from service.turns.text_turns import ObserveResult
 
 ETAG: dict[str, Any] = {"ETag": {"schema": {"type": "string"}, "description": 'The version, as `"v3"`.'}}
 
@@ -256,7 +257,7 @@ async def bring(
 ) -> Session:
     """Gives the session what an export holds, in place of what it had; all of the file is verified before."""
     data = await learning.request.body()
-    meta, created = await versions.bring(learning.ctx, session, data, if_match=learning.if_match)
+    meta, created = await versions.import_session(learning.ctx, session, data, if_match=learning.if_match)
     learning.response.status_code = 201 if created else 200
     return _session_reply(meta, learning)
 
