@@ -100,7 +100,7 @@ def etag(version: int) -> str:
 
 @dataclass(frozen=True)
 class LearningRequest:
-    """A request that may teach a session: everything that its route needs beside the body.
+    """A request that may update a session: everything that its route needs beside the body.
 
     Attributes:
         request: the request; its body has been read.

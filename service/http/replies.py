@@ -321,7 +321,8 @@ class SessionDeleted(BaseModel):
 
 
 class Observed(BaseModel):
-    """The reply of `POST /v1/sessions/{id}/observe`; `loss` is in nats per token, null if nothing was learned."""
+    """The reply of `POST /v1/sessions/{id}/observe` and `/feedback`; `loss` is in nats per token, null if nothing was
+    learned."""
 
     tokens_learned: int
     rows_written: int

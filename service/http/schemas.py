@@ -203,7 +203,9 @@ class GenerationRequest(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Names the session if neither `session` nor X-Imprint-Session does.")
-    session: SessionId | None = Field(None, description="The session to read and to teach; none = the frozen base.")
+    session: SessionId | None = Field(
+        None, description="The session whose memory is used and updated; none = the frozen base."
+    )
     adapt: AdaptMode | None = Field(
         None,
         description="Read and write the memory, only write, or only read; default: the session's, else `both`.",

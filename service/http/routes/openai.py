@@ -63,7 +63,7 @@ async def get_model(id: ModelId, sessions: SessionsDep) -> Model:
 async def create_completion(
     body: CompletionRequest, learning: LearningRequestDep, session: SessionHeader = None
 ) -> Json | Response:
-    """Continue each prompt; with a session, read the session's memory and teach the session."""
+    """Continue each prompt; with a session, use the session's memory and update the memory."""
     sessions = learning.sessions
     _require_model(body.model, sessions)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -89,7 +89,7 @@ async def create_completion(
 async def create_chat_completion(
     body: ChatCompletionRequest, learning: LearningRequestDep, session: SessionHeader = None
 ) -> Json | Response:
-    """Reply to a chat; with a session, read the session's memory and teach the session what is new in the chat."""
+    """Reply to a chat; with a session, use the session's memory and update the memory with what is new in the chat."""
     sessions = learning.sessions
     _require_model(body.model, sessions)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"

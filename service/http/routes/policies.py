@@ -29,7 +29,7 @@ async def act(session: PathId, body: ActRequest, policies: PoliciesDep, learning
 
 
 @router.post(
-    "/{id}/feedback", summary="Reward an action, or teach the text kept of a completion", responses=ETAG_RESPONSES
+    "/{id}/feedback", summary="Reward an action, or learn the text kept of a completion", responses=ETAG_RESPONSES
 )
 async def feedback(
     session: PathId,
