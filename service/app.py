@@ -36,7 +36,7 @@ from model.text.tokenizer import Tokenizer
 from service.base_cache import BaseError, resolve_base
 from service.engine import Engine
 from service.errors import StoreUnavailable
-from service.http.middleware import install
+from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.errors import Overloaded, StoreUnavailable
-from service.http.middleware import install
+from service.http.install import install
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tenants import ApiKeys
