@@ -14,8 +14,9 @@ from fastapi import Depends, Header, Path, Request, Response
 from service.errors import BadRequest
 from service.http.schemas import SessionId
 from service.metrics import Metrics
+from service.turns.idempotency import RequestContext
 from service.turns.policy_turns import PolicyTurns
-from service.turns.sessions import RequestContext, Sessions
+from service.turns.sessions import Sessions
 from service.versions.operations import Versions
 from service.versions.views import Views
 

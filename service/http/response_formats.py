@@ -11,15 +11,10 @@ from typing import Any
 
 from service.http.schemas import GenerationRequest
 from service.metrics import Metrics
-from service.turns.sessions import (
-    CompletionJob,
-    Delta,
-    RequestContext,
-    Sessions,
-    TokenLogprob,
-    TurnEnd,
-    TurnRestarted,
-)
+from service.turns.completion import CompletionJob, Delta, TokenLogprob, TurnEnd
+from service.turns.idempotency import RequestContext
+from service.turns.run import TurnRestarted
+from service.turns.sessions import Sessions
 
 Json = dict[str, Any]
 

@@ -17,14 +17,9 @@ from service.http.replies import ChatCompletion, Completion, Model, ModelList, P
 from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ResponseFormatter
 from service.http.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
 from service.http.sse import EventStream
-from service.turns.sessions import (
-    ChatPrompt,
-    CompletionJob,
-    GenerationOptions,
-    Sessions,
-    TextPrompt,
-    TokenPrompt,
-)
+from service.turns.completion import CompletionJob, GenerationOptions
+from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
+from service.turns.sessions import Sessions
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat completions have none
 STARTED = int(time.time())
