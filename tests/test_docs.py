@@ -104,6 +104,12 @@ def test_the_readme_says_first_when_to_use_it_and_when_not_without_jargon() -> N
     assert not re.findall(r"\b(nats|rows|cells|slow weights|fast weights)\b", first_screen)
 
 
+def test_no_row_of_a_table_is_cut() -> None:
+    for page in PAGES:
+        rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+        assert not [row for row in rows if not row.rstrip().endswith("|")], page.name
+
+
 @pytest.mark.parametrize("name", ["results", "performance"])
 def test_a_page_of_results_is_an_answer_a_table_and_a_plot(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text()
