@@ -4,11 +4,8 @@ Labels hold routes, statuses, error codes and fingerprints. No label names a ses
 The meanings here are the page docs/metrics.md: `python -m service.metrics` prints it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,9 +16,6 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-
-if TYPE_CHECKING:
-    from service.engine.types import JobStats, PolicyRequest
 
 PREFIX = "imprint_"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
@@ -72,20 +66,23 @@ class Metrics:
         self._server()
         self._process()
 
-    def observe_rewards(self, policy_request: PolicyRequest, learned: int, stats: JobStats) -> None:
+    def observe_rewards(
+        self, policy: str, *, num_before: int, num_learned: int, reward_sum: float, regret: float
+    ) -> None:
         """Count the rewards and labels that a policy turn learned.
 
         Args:
-            policy_request: the request of the turn.
-            learned: number of rewards that the session has learned, including those of this turn.
-            stats: counts and sums of this turn.
+            policy: name of the policy.
+            num_before: number of rewards and labels that the session had learned before the turn.
+            num_learned: number of rewards and labels that the turn learned.
+            reward_sum: sum of these rewards; a label counts 1 if the policy would have predicted it.
+            regret: reward missed by the turn's actions, as far as the client reports it.
         """
-        count = stats.tokens_learned
-        labels = (policy_request.policy, next(name for low, name in EXPERIENCE_BUCKETS if learned - count >= low))
-        self.policy_rewards_total.labels(*labels).inc(count)
-        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, stats.rewards))
-        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -stats.rewards))
-        self.policy_regret_total.labels(*labels).inc(policy_request.regret)
+        labels = (policy, next(name for low, name in EXPERIENCE_BUCKETS if num_before >= low))
+        self.policy_rewards_total.labels(*labels).inc(num_learned)
+        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, reward_sum))
+        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -reward_sum))
+        self.policy_regret_total.labels(*labels).inc(regret)
 
     def _requests(self) -> None:
         self.requests_total = self._counter("requests_total", "HTTP requests answered.", ("route", "code"))

@@ -216,7 +216,7 @@ class PauseInjector:
 
 @dataclass
 class Evidence:
-    """What remains of a run: for each session, its log (oldest first) and every stored byte."""
+    """The records of a run: the clients' histories, and each session's log (oldest first) and stored bytes."""
 
     histories: list[SessionHistory]
     logs: dict[str, list[Json]]

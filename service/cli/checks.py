@@ -207,7 +207,7 @@ async def _check_redis(url: str) -> str:
         )
     if redis_config.get("appendonly", "yes") != "yes":
         raise CheckFailed(
-            f"{found}; appendonly is {redis_config['appendonly']}: what it was told is lost when it ends",
+            f"{found}; appendonly is {redis_config['appendonly']}: its data is lost when it ends",
             "set appendonly to yes and appendfsync to always, as docker/redis.conf does",
             status="warn",
         )
@@ -270,7 +270,7 @@ def _check_keys(settings: Settings) -> str:
         return "none: this machine alone is served"
     if OPERATOR not in keys.tenants:
         raise CheckFailed(
-            f"none for {OPERATOR!r}, so nobody may read /metrics",
+            f"none for {OPERATOR!r}, so no client may read /metrics",
             f"for Prometheus: `imprint keys new {OPERATOR} >> FILE`",
             status="warn",
         )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,6 +18,7 @@ import pytest
 import imprint
 from service import errors
 from service.client import operations, transport
+from service.client.errors import error_from_response
 from tests.conftest import Server
 from tests.live import NO_EOS, in_background, wait_until
 from tests.live import Client as Plain
@@ -352,8 +354,6 @@ def test_an_error_within_a_stream_comes_after_the_text_before_it(
 
 def test_retry_after_may_be_a_date() -> None:
     assert imprint.BadRequest is errors.BadRequest
-    from service.client.errors import error_from_response
-
     past = error_from_response(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"", "http://here")
     assert past.retry_after == 0.0 and type(past) is errors.Unavailable
     assert error_from_response(503, {"retry-after": "soon"}, b"", "http://here").retry_after is None
@@ -402,8 +402,6 @@ def test_the_client_needs_no_torch() -> None:
 
 
 def test_threads_may_share_a_client(server: Server, session: str) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with imprint.Client(server.url) as client, ThreadPoolExecutor(4) as pool, Plain(server.url) as plain:
         long = in_background(pool, plain, lambda: client.complete(TEXT, max_tokens=60, logit_bias=NO_EOS))
         versions = sorted(pool.map(lambda _: client.observe(session, TEXT[:60]).version, range(6)))
