@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.profiling import told
-from research.estimates import Estimate, mean, ratio
+from research.estimates import GeometricMeanEstimate, mean, ratio
 
 Results = Mapping[str, Any]
 
@@ -24,7 +24,7 @@ class PerformanceTarget:
     least: float
     aim: float
     higher_is_better: bool
-    value: Callable[[Results], Estimate]
+    value: Callable[[Results], GeometricMeanEstimate]
     limit: Callable[[Results], str]
     note: Callable[[Results], str] = lambda results: ""
 
@@ -70,10 +70,10 @@ def measured_values(results: Results, scenario: str, arm: str, what: str) -> lis
     return values
 
 
-def ratio_of_arms(scenario: str, what: str, over: str, under: str) -> Callable[[Results], Estimate]:
+def ratio_of_arms(scenario: str, what: str, over: str, under: str) -> Callable[[Results], GeometricMeanEstimate]:
     """The ratio of two arms."""
 
-    def found(results: Results) -> Estimate:
+    def found(results: Results) -> GeometricMeanEstimate:
         above, below = (measured_values(results, scenario, arm, what) for arm in (over, under))
         rounds = min(len(above), len(below))
         return ratio(above[:rounds], below[:rounds])
@@ -81,17 +81,17 @@ def ratio_of_arms(scenario: str, what: str, over: str, under: str) -> Callable[[
     return found
 
 
-def ratio_within_arm(scenario: str, arm: str, over: str, under: str) -> Callable[[Results], Estimate]:
+def ratio_within_arm(scenario: str, arm: str, over: str, under: str) -> Callable[[Results], GeometricMeanEstimate]:
     """The ratio of two things that were measured of one arm."""
     return lambda results: ratio(
         measured_values(results, scenario, arm, over), measured_values(results, scenario, arm, under)
     )
 
 
-def last_arm(scenario: str, what: str, scale: float) -> Callable[[Results], Estimate]:
+def last_arm(scenario: str, what: str, scale: float) -> Callable[[Results], GeometricMeanEstimate]:
     """What was measured of the scenario's last arm."""
 
-    def found(results: Results) -> Estimate:
+    def found(results: Results) -> GeometricMeanEstimate:
         if scenario not in results["scenarios"]:
             raise NotMeasuredError("not part of this run")
         arm = list(results["scenarios"][scenario]["arms"])[-1]
@@ -100,22 +100,22 @@ def last_arm(scenario: str, what: str, scale: float) -> Callable[[Results], Esti
     return found
 
 
-def history_cost(results: Results) -> Estimate:
+def history_cost(results: Results) -> GeometricMeanEstimate:
     if "history" not in results["scenarios"]:
         raise NotMeasuredError("not part of this run")
     first, *_, last = results["scenarios"]["history"]["arms"]
     return ratio_of_arms("history", "request_s", last, first)(results)
 
 
-def roofline(results: Results) -> Estimate:
+def roofline(results: Results) -> GeometricMeanEstimate:
     """A decoding step of one sequence over the time that reading the weights takes."""
     about = results["about"]
     floor = about["weight_bytes"] / about["read_bytes_per_s"]
     return mean([seconds / floor for seconds in measured_values(results, "single", "off", "s_per_token")])
 
 
-def only_on_gpu(value: Callable[[Results], Estimate]) -> Callable[[Results], Estimate]:
-    def found(results: Results) -> Estimate:
+def only_on_gpu(value: Callable[[Results], GeometricMeanEstimate]) -> Callable[[Results], GeometricMeanEstimate]:
+    def found(results: Results) -> GeometricMeanEstimate:
         if results["about"]["device"] != "cuda":
             raise NotMeasuredError("there was no GPU")
         return value(results)
@@ -170,7 +170,7 @@ def load_breakdown(results: Results) -> str:
     return ", ".join(f"{what} {ms:.1f} ms" for what, ms in parts.items())
 
 
-def also_shown(label: str, value: Callable[[Results], Estimate]) -> Callable[[Results], str]:
+def also_shown(label: str, value: Callable[[Results], GeometricMeanEstimate]) -> Callable[[Results], str]:
     """Another number beside the row's."""
     return lambda results: f"{label} {value(results).value:.2f}"
 

@@ -35,7 +35,7 @@ from model.memory import Memory, save_memory
 from model.memory.initial import default_config, fit_centres, random_memory
 from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder, console, progress_bar
-from research.machine import hardware
+from research.machine import code_version, hardware
 from research.plots import PlotsMissingError, draw_training
 from research.training.adapter import AdapterObjective, OutputAdapter, rank_of, save_adapter
 from research.training.features import BYTES_PER_STATE, FeaturesError, StreamFeatures, compute_features
@@ -343,17 +343,6 @@ def _write(
         console.print(f"{kind:<32} × {ratio:.4f}")
     console.print(f"best: perplexity × {result.best['ratio']:.4f} at step {result.best['step']:,}")
     console.print(f"written: {', '.join(map(str, files))}; the run: {run}")
-
-
-def code_version() -> str:
-    """The commit of a checkout, marked if files differ from it; else the package's version."""
-    root = Path(__file__).parents[2]
-    if (root / ".git").exists():
-        with_git = [["git", "-C", str(root), *words] for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
-        done = [subprocess.run(command, capture_output=True, text=True) for command in with_git if shutil.which("git")]
-        if done and not any(one.returncode for one in done):
-            return done[0].stdout.strip() + (" with changes" if done[1].stdout.strip() else "")
-    return metadata.version("imprint")
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from research.corpus import text_files
 from research.evaluation.trial import CHEAP, COSTLY
-from research.runs import ResultCache, key
+from research.runs import ResultCache, content_hash
 from tests.service.cli_in_process import run_rejected
 from tests.tiny import TEXT
 
@@ -160,7 +160,7 @@ def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
     assert kept[1] == {"seconds": 1.5}
     (tmp_path / "runs" / "a.safetensors").write_bytes(b"half of it")
     assert runs.load("a") is None
-    assert key("a", {"x": 1.0}) == key("a", {"x": 1.0}) != key("a", {"x": 2.0})
+    assert content_hash("a", {"x": 1.0}) == content_hash("a", {"x": 1.0}) != content_hash("a", {"x": 2.0})
 
 
 def test_a_file_beside_kinds_is_no_stream(texts: Path) -> None:

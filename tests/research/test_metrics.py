@@ -46,7 +46,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_an_exponent_turns_an_interval_round() -> None:
-    turned = metrics.Estimate(0.5, 0.1, 0.7).exp(-1)
+    turned = metrics.BootstrapEstimate(0.5, 0.1, 0.7).exp(-1)
     assert (turned.value, turned.low, turned.high) == pytest.approx((math.exp(-0.5), math.exp(-0.7), math.exp(-0.1)))
 
 
