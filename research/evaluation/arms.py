@@ -251,7 +251,7 @@ class RevisitedMemory(_MemoryArm):
     def __init__(
         self, lm: AdaptiveLM, bos: int, distractors: Callable[[Subject], list[Subject]], requests: int
     ) -> None:
-        """Take the streams of B (`distractors`), of which the first `requests` requests each are learned, interleaved."""
+        """Take the streams of B, `distractors`. The first `requests` requests of each are learned, interleaved."""
         super().__init__(lm, bos)
         self.distractors, self.per_stream = distractors, requests
 

@@ -177,7 +177,7 @@ class DynamicLoRA(DynamicEvaluation):
 
 
 class LoRA(nn.Module):
-    """A replacement for a linear map of a layer: y = Wx + (x·down)·up, with down [in, r] random and up [r, out] zero."""
+    """A linear map with a low-rank correction: y = Wx + (x·down)·up, with down [in, r] random and up [r, out] zero."""
 
     def __init__(self, linear: Linear, layer: nn.Module, name: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Metrics of arms, computed from log-probabilities alone: pure functions of arrays.
 
-Letters: n targets of a stream, S streams, R requests. A gain is frozen loss − adapted loss in nats per token. A ratio is
-a perplexity ÷ a perplexity, exp(−gain). Means are taken over kinds of streams, and within a kind over streams.
+Letters: n targets of a stream, S streams, R requests. A gain is frozen loss − adapted loss in nats per token. A ratio
+is a perplexity ÷ a perplexity, exp(−gain). Means are taken over kinds of streams, and within a kind over streams.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class BootstrapEstimate:
 
 
 def gain(adapted: Tensor, frozen: Tensor, mask: Tensor | None = None) -> float:
-    """Return the mean of log p_adapted − log p_frozen [n] over the targets that the arm predicts and `mask` [n] selects.
+    """Return the mean of log p_adapted − log p_frozen [n], in nats per token; NaN without targets.
 
-    The mean of no targets is NaN.
+    The mean is over the targets that the arm predicts and that `mask` [n] selects.
     """
     scored = adapted.isfinite() if mask is None else adapted.isfinite() & mask
     return float((adapted[scored].double() - frozen[scored].double()).mean())
@@ -104,7 +104,9 @@ def perplexity(log_probs: Tensor, widths: Tensor) -> tuple[float, float]:
     return math.exp(nats / int(scored.sum())), math.exp(nats / int(widths[scored].sum()))
 
 
-def summary(gains: Mapping[str, float], kinds: Mapping[str, str], tuning: set[str]) -> dict[str, BootstrapEstimate | None]:
+def summary(
+    gains: Mapping[str, float], kinds: Mapping[str, str], tuning: set[str]
+) -> dict[str, BootstrapEstimate | None]:
     """Return the ratio of all kinds, of the kinds tuned on and of the kinds held out, from the gain of each stream."""
     groups = {
         "all": list(gains),

@@ -1,8 +1,8 @@
 """Prequential evaluation: a stream is read request by request, and each token is scored before a memory learns it.
 
-A stream stands for a user: a book, the messages of an author, a repository. Attention ends at the edges of requests, so
-only the state of an arm links them. The outputs of the frozen base on a stream are computed once, as a `Trace`. Arms that
-need only final hidden states work on the trace.
+A stream stands for a user: a book, the messages of an author, a repository. Attention ends at the edges of requests,
+so only the state of an arm links them. The outputs of the frozen base on a stream are computed once, as a `Trace`.
+Arms that need only final hidden states work on the trace.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _kinds(results: Results) -> TableData:
 
 def _novelty(results: Results) -> TableData:
     static = results["arms"]["static"]["novelty"]
-    shares = ", ".join(f"{name} {estimate["share"]:.0%}" for name, estimate in static.items() if estimate)
+    shares = ", ".join(f"{name} {estimate['share']:.0%}" for name, estimate in static.items() if estimate)
     rows = []
     for name, arm in results["arms"].items():
         per_1k = arm["gain_per_1k"]

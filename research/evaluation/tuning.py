@@ -14,7 +14,7 @@ Run = Callable[[Subject, Setting], Outcome]
 
 @dataclass(frozen=True)
 class Tuned:
-    """The chosen setting, the parameters fitted with the setting, and the loss of each setting (mean nats per token)."""
+    """The chosen setting, the parameters fitted with it, and the loss of each setting (mean nats per token)."""
 
     setting: Setting
     fitted: dict[str, float]

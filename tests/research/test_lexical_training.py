@@ -14,8 +14,7 @@ from torch import Tensor
 from model.memory import Memory, MemoryConfig, Pool, SiteConfig
 from model.memory.initial import random_memory
 from model.memory.lexical import torch_backend
-from research.training import features
-from research.training import settle as settling
+from research.training import features, gate_calibration
 from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
 from research.training.lexical import LexicalObjective
 
@@ -192,10 +191,8 @@ def test_only_a_memory_of_one_lexical_site_is_trained() -> None:
             LexicalObjective(Memory(MemoryConfig(WIDTH, sites)), head())
 
 
-def test_settling_fits_the_gate_and_nothing_else_to_what_is_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settling, "STEPS", 100)
+def test_calibration_fits_only_the_gate_to_what_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_calibration, "STEPS", 100)
     chunk, memory = stream([30] * 12), some_memory()
     offsets = np.cumsum([0, *chunk.lengths])
     names = {"states": chunk.states.half(), "log_probs": chunk.log_probs, "entropy": chunk.entropy}
@@ -204,11 +201,11 @@ def test_settling_fits_the_gate_and_nothing_else_to_what_is_served(
         np.save(tmp_path / f"{name}.npy", array)
     before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
     worse = served(memory, chunk).mean()
-    told: list[int] = []
-    settling.settle(
-        memory, [StreamFeatures(tmp_path)] * 3, lambda states: states @ head().T, seed=0, progress=told.append
+    reported: list[int] = []
+    gate_calibration.calibrate_gate(
+        memory, [StreamFeatures(tmp_path)] * 3, lambda states: states @ head().T, seed=0, progress=reported.append
     )
-    assert sum(told) == 2 * 3, "two rounds"
+    assert sum(reported) == 2 * 3, "two rounds"
     assert served(memory, chunk).mean() < worse - 0.01
     changed = {name.split(".")[-1] for name, tensor in memory.state_dict().items() if not tensor.equal(before[name])}
     assert changed == {"gate_in", "gate_in_bias", "gate_out", "gate_out_bias"}
