@@ -100,6 +100,8 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     with _sigterm_as_interrupt():
         try:
             asyncio.run(_measure(settings, options, lm, texts, tokenizer.eos_token_ids, names, threads, results))
+            if PROFILE in names and device_of(settings) == "cpu":  # this process has the model on the CPU
+                results["profile"] = _profile(settings, options, lm, texts, threads)
         except PeerError as error:
             raise CommandError(str(error)) from error
     results["about"] = _about(settings, options, lm, threads, started, busy)
@@ -133,7 +135,7 @@ async def _measure(
     results: dict[str, Any],
 ) -> None:
     """Start the arms and run the scenarios one after the other; fill `results`."""
-    sizes, all_scenarios = options.sizes, plan(options.sizes)
+    all_scenarios = plan(options.sizes)
     chosen = [name for name in names if name != PROFILE]
     total = sum(all_scenarios[name][1] for name in chosen)
     async with AsyncExitStack() as stack:
@@ -159,10 +161,15 @@ async def _measure(
             console.print(f"{name}: {time.monotonic() - started:.0f} s")
             done += weight
             bar.update(task, completed=done)
-    if PROFILE in names and device_of(settings) == "cpu":  # this process has the model on the CPU
-        steps = 4 if sizes.rounds[0] < 3 else 16
-        served = AdaptiveLM(lm.backbone, lm.memory, decoder=choose_decoder(settings, lm.backbone))
-        results["profile"] = profiling.profiles(served, texts, sizes.batches, threads, steps)
+
+
+def _profile(
+    settings: Settings, options: Options, lm: AdaptiveLM, texts: PromptSource, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Return the profile of the served steps."""
+    steps = 4 if options.sizes.rounds[0] < 3 else 16
+    served = AdaptiveLM(lm.backbone, lm.memory, decoder=choose_decoder(settings, lm.backbone))
+    return profiling.profiles(served, texts, options.sizes.batches, threads, steps)
 
 
 async def _testbed(
@@ -177,33 +184,14 @@ async def _testbed(
     missing: dict[str, str],
 ) -> Testbed:
     """Start this server and the chosen peers."""
-    sizes, peer_selection = options.sizes, options.peer_selection
+    sizes = options.sizes
     largest = max([16, *sizes.streams, *sizes.batches])
     # Limits for the largest load and no more, so that the device cannot hold all of the 2,000 sessions.
     limits = {"MAX_BATCH": largest, "MAX_QUEUE": largest + 16, "HOT_SESSIONS": largest}
     served = {name.upper(): getattr(settings, name) for name in ("model", "memory", "cache_dir", "device", "context")}
-    available: dict[str, Arm] = {}
-
-    async def add(name: str, start: Callable[[], Awaitable[Arm]]) -> None:
-        try:
-            if name not in peer_selection.names:
-                raise PeerError("it was not asked for")
-            available[name] = await start()
-        except PeerError as error:
-            missing[name] = str(error)
-            console.print(f"{name} is not measured: {error}")
-
-    async def llama() -> Arm:
-        gguf = peer_selection.gguf or await asyncio.to_thread(_gguf, settings)
-        large_server = (max(sizes.streams), max(sizes.lengths) + sizes.stream_tokens + 32)
-        return await peers.start_llama(stack, options.out, replace(peer_selection, gguf=gguf), threads, large_server)
-
-    base = base_folder(settings)
-    endpoint, *_ = await asyncio.gather(
+    endpoint, available = await asyncio.gather(
         peers.start_imprint(stack, options.out, folder, threads, **served, **limits),
-        add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads)),
-        add("llama.cpp", llama),
-        add("vllm", lambda: peers.find_vllm(stack, peer_selection.vllm_url)),
+        _start_peers(settings, options, threads, stack, missing),
     )
     endpoint.fields["logit_bias"] = {str(token): -100 for token in eos}
     config = lm.backbone.config
@@ -211,7 +199,38 @@ async def _testbed(
     return Testbed(endpoint, available, missing, texts, sizes, lm.memory.config, config.vocab_size, context)
 
 
+async def _start_peers(
+    settings: Settings, options: Options, threads: int, stack: AsyncExitStack, missing: dict[str, str]
+) -> dict[str, Arm]:
+    """Start the chosen peers, and return their arms by name. Fill `missing` with the reasons of the others."""
+    sizes, selection = options.sizes, options.peer_selection
+    base = base_folder(settings)
+    available: dict[str, Arm] = {}
+
+    async def add(name: str, start: Callable[[], Awaitable[Arm]]) -> None:
+        try:
+            if name not in selection.names:
+                raise PeerError("it was not asked for")
+            available[name] = await start()
+        except PeerError as error:
+            missing[name] = str(error)
+            console.print(f"{name} is not measured: {error}")
+
+    async def llama() -> Arm:
+        gguf = selection.gguf or await asyncio.to_thread(_gguf, settings)
+        large_server = (max(sizes.streams), max(sizes.lengths) + sizes.stream_tokens + 32)
+        return await peers.start_llama(stack, options.out, replace(selection, gguf=gguf), threads, large_server)
+
+    await asyncio.gather(
+        add("transformers", lambda: peers.start_transformers(stack, options.out, base, threads)),
+        add("llama.cpp", llama),
+        add("vllm", lambda: peers.find_vllm(stack, selection.vllm_url)),
+    )
+    return available
+
+
 def _gguf(settings: Settings) -> Path | None:
+    """Return the GGUF file that the base was converted from. Raises PeerError."""
     try:
         return resolve_gguf(settings.model, settings.cache_dir, progress=console.print)
     except BaseError as error:
@@ -261,6 +280,7 @@ def device_of(settings: Settings) -> str:
 
 
 def _progress() -> Progress:
+    """Return the progress bar over all scenarios."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 

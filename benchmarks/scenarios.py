@@ -130,7 +130,7 @@ def step_time(timings: list[StreamTiming], choices: int) -> float:
 async def sessions(testbed: Testbed) -> Result:
     """Measure requests to many more sessions than the device holds, against requests to 5 sessions.
 
-    The work is the same except for the place of the rows: in the store, or on the device.
+    The work is the same, but the rows of most sessions come from the store instead of the device.
     """
     num_sessions, next_turn = testbed.sizes.sessions, {"5": 0, "many": 0}
     await testbed.fork_sessions("many", num_sessions)

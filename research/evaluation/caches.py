@@ -48,6 +48,7 @@ class Whitening:
         return cls(mean.float(), weight.float(), norm)
 
     def fingerprint(self) -> str:
+        """Return the hash of the mean and the weight."""
         return hashlib.sha256(self.mean.numpy().tobytes() + self.weight.numpy().tobytes()).hexdigest()
 
     def __call__(self, states: Tensor) -> Tensor:

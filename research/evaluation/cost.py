@@ -64,9 +64,9 @@ def learning_cost(
             "decode": partial(decode, lm, pool, session, ids, steps),
         }
         for name, way in ways.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             way()
-            times.setdefault(name, []).append(time.perf_counter() - begun)
+            times.setdefault(name, []).append(time.perf_counter() - started)
         progress(1)
     seconds = {name: median(each) for name, each in times.items()}
     return {

@@ -75,6 +75,7 @@ class Fact:
 
     @property
     def sentence(self) -> str:
+        """Return the sentence that is learned."""
         return f"{self.cue} {self.answer}."
 
 

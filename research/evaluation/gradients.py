@@ -188,5 +188,6 @@ class LoRA(nn.Module):
         setattr(layer, name, self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map inputs [..., in] to outputs [..., out]."""
         y: Tensor = self.linear(x)
         return y + (x @ self.down) @ self.up

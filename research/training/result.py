@@ -54,7 +54,24 @@ def write_result(
         files.append(out.with_suffix(".png"))
     except PlotsMissingError as error:
         console.print(f"no loss plot: {error}")
-    manifest = {
+    manifest = _manifest(out, module, streams, progress, facts, seconds)
+    out.with_suffix(".json").write_text(json.dumps(manifest, indent=1) + "\n")
+    for kind, ratio in sorted(progress.best["kinds"].items()):
+        console.print(f"{kind:<32} × {ratio:.4f}")
+    console.print(f"best: perplexity × {progress.best['ratio']:.4f} at step {progress.best['step']:,}")
+    console.print(f"written: {', '.join(map(str, files))}; the run: {run}")
+
+
+def _manifest(
+    out: Path,
+    module: nn.Module,
+    streams: Sequence[PlannedStream],
+    progress: Progress,
+    facts: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the facts that identify a result and its run."""
+    return {
         "command": shlex.join(["imprint", *sys.argv[1:]]),
         "arm": "adapter" if isinstance(module, OutputAdapter) else "memory",
         "parameters": {name: list(tensor.shape) for name, tensor in module.state_dict().items()},
@@ -71,8 +88,3 @@ def write_result(
         "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
         "streams": [stream.to_dict() for stream in streams],
     }
-    out.with_suffix(".json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for kind, ratio in sorted(progress.best["kinds"].items()):
-        console.print(f"{kind:<32} × {ratio:.4f}")
-    console.print(f"best: perplexity × {progress.best['ratio']:.4f} at step {progress.best['step']:,}")
-    console.print(f"written: {', '.join(map(str, files))}; the run: {run}")

@@ -75,7 +75,7 @@ def test_percentiles_are_those_of_the_whole_sample() -> None:
 
 
 def test_a_step_is_timed_while_all_streams_are_at_work() -> None:
-    """Each of two streams has a token per second while both run. One stream alone is much faster."""
+    """Time two streams with a token per second each while both run. A stream alone is much faster."""
     first = StreamTiming(0, [0, 0.1, 0.2, 1, 2, 3, 4, 4.1, 4.2], 5, 9)
     second = StreamTiming(0, [1, 2, 3, 4], 5, 4)
     assert step_time([first, second], 1) == pytest.approx(1.0)
@@ -109,7 +109,7 @@ def test_a_random_session_is_one_that_a_memory_could_have_written(kind: Any) -> 
     slots, cell = (400, 4) if kind == "lexical" else (400, 1)
     site = SiteConfig("site", kind, slots=slots, cell=cell, k=2, width=8, layer=-1)
     config = MemoryConfig(64, (site,))
-    session = random_session(config, "made", "sha256:00", 1000, vocab_size=50)
+    session = random_session(config, "random", "sha256:00", 1000, vocab_size=50)
     assert session.meta.rows == slots  # every slot
     _, sites = unpack_session(*read_export(pack_session(session, ""), ""), config, vocab_size=50)
     assert all(is_valid_site(name, batch, config, 50) for name, batch in sites.items())

@@ -1,4 +1,4 @@
-"""Training minimises what is served: its loss is that of the real site, and it reaches every number that it should."""
+"""Training of the lexical site: its loss is the loss of the served site, and every trained number has a gradient."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
 from research.training.lexical import LexicalObjective
 
 VOCAB, WIDTH, BLOCK = 40, 96, 8
-# Every read sees every cell, and no cell ever forgets: then the limit that training assumes is the site itself.
+# Every read sees every cell, and no cell forgets, so the site equals the limit that training assumes.
 SITE = SiteConfig("words", "lexical", slots=4 * 256, k=4, width=64, cell=256)
 CONFIG = MemoryConfig(WIDTH, (SITE,), block=BLOCK)
 LENGTHS = [20, 8, 5, 17]
-ROUNDING = 5e-3  # nats a token, of keys that the site stores in eight bits
+ROUNDING = 5e-3  # nats per token; the site stores keys in eight bits
 
 
 def noise(seed: int) -> torch.Generator:
@@ -31,7 +31,7 @@ def noise(seed: int) -> torch.Generator:
 
 
 def some_memory() -> Memory:
-    """No weight of it zero, and no trust."""
+    """Return a memory without zero weights and without trust."""
     memory = random_memory(CONFIG, seed=0)
     site = memory.lexical
     assert site is not None
@@ -51,7 +51,7 @@ def head() -> Tensor:
 
 
 def stream(lengths: list[int] = LENGTHS) -> Chunk:
-    """Requests whose contexts come again, a little changed, mostly with the same target."""
+    """Return requests whose contexts recur with noise, mostly with the same target."""
     n, g = sum(lengths), noise(5)
     kinds = torch.randint(0, 6, (n,), generator=g)
     states = torch.randn(6, WIDTH, generator=g)[kinds] + 0.3 * torch.randn(n, WIDTH, generator=g)
@@ -70,7 +70,7 @@ def requests(chunk: Chunk) -> list[Chunk]:
 
 @torch.no_grad()
 def served(memory: Memory, chunk: Chunk) -> Tensor:
-    """−log p [n] of the same stream, read and written by the site itself, its guard open."""
+    """Return −log p [n] of a stream that the site itself reads and writes, with an open guard."""
     site, found = memory.lexical, []
     assert site is not None
     pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2)
@@ -106,8 +106,8 @@ def test_the_loss_is_that_of_the_stream_read_and_written_by_the_site_itself() ->
 
 
 @torch.no_grad()
-def test_nothing_is_known_of_a_token_before_its_block_is_written() -> None:
-    """The first block of a stream is the base's; a later request's first block knows all requests before it."""
+def test_a_token_is_visible_only_after_its_block_is_written() -> None:
+    """Check that the first block has the loss of the base, and that a later request sees all requests before it."""
     chunk = stream([BLOCK, BLOCK])
     objective = LexicalObjective(some_memory(), head())
     first, second = requests(chunk)
@@ -146,12 +146,12 @@ def test_gradients_reach_every_number_that_is_trained_and_no_other() -> None:
     loss.backward()
     named = dict(memory.named_parameters())
     trained = [p for group in objective.groups() for p in group["params"]]
-    left = {name for name, p in named.items() if not any(p is q for q in trained)}
+    untrained = {name for name, p in named.items() if not any(p is q for q in trained)}
     trust = {f"sites.words.{name}" for name in ("trust_rate", "request_trust", "request_trust_rate")}
-    assert left == {"sites.words.centres", *trust}
+    assert untrained == {"sites.words.centres", *trust}
     assert len(trained) == len(named) - 4, "each once"
     for name, p in named.items():
-        if name in left:
+        if name in untrained:
             assert p.grad is None
         else:
             assert p.grad is not None
