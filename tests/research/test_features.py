@@ -31,9 +31,7 @@ def ids() -> list[int]:
     return drawn
 
 
-def test_features_are_the_outputs_of_the_base_on_each_request(
-    backbone: Backbone, ids: list[int], tmp_path: Path
-) -> None:
+def test_features_equal_the_outputs_of_the_base_by_request(backbone: Backbone, ids: list[int], tmp_path: Path) -> None:
     reported: list[int] = []
     compute_features(backbone, ids, [7, 4, 6], BOS, tmp_path / "one", progress=reported.append)
     assert reported == [7, 4, 6]

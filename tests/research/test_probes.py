@@ -72,7 +72,7 @@ def test_recall_is_asked_at_each_distance_that_the_fillers_reach(lm: AdaptiveLM,
     it = FactRecall(lm, tokenizer.encode, BOS, facts)
     fillers = [read_passage(lm.backbone, request(seed), BOS) for seed in range(4)]
     steps: list[int] = []
-    found = it.run(fillers, (0, 100, 240, 241), times=OFTEN, progress=steps.append)
+    found = it.run(fillers, (0, 100, 240, 241), times=REPETITIONS, progress=steps.append)
     assert set(found) == {"0", "100", "240"}
     assert sum(steps) == 240
     assert found["0"]["verbatim"] == 1

@@ -55,9 +55,8 @@ class Toy:
         )
         self.dropout = 0.0
         self.poison = False
-        self.chunks: list[
-            tuple[int, bool]
-        ] = []  # of each trained chunk: requests before it, and whether the state has gradients
+        # Of each trained chunk: number of requests before the chunk, and whether the state has gradients.
+        self.chunks: list[tuple[int, bool]] = []
 
     def start(self) -> Trace:
         return Trace(torch.zeros(WIDTH))
