@@ -20,7 +20,8 @@ from rich import box
 from rich.table import Table
 
 from model.memory import Pool
-from model.policies.network import Policy, PolicyError, load_policy
+from model.policies.config import PolicyError
+from model.policies.network import Policy, load_policy
 from research.corpus import console
 from research.estimates import half_width
 from research.machine import hardware

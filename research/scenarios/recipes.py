@@ -10,8 +10,8 @@ import numpy as np
 
 from model.memory import MemoryConfig, SiteConfig
 from model.policies.change_point import change_point_site
+from model.policies.config import NUM_HISTORY_INPUTS, PolicyConfig
 from model.policies.journal import journal_site
-from model.policies.network import NUM_HISTORY_INPUTS, PolicyConfig
 from research.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
 from research.scenarios.card_sorting import CardSorting
 from research.scenarios.core import Tasks

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model.memory import MemoryConfig, Pool, SiteConfig
 from model.policies.change_point import NAME, NUM_HYPOTHESES, ChangePointHypotheses, change_point_site
-from model.policies.network import Policy, PolicyConfig, PolicyError, new_policy
+from model.policies.config import PolicyConfig, PolicyError
+from model.policies.network import Policy, new_policy
 
 FEATURES = torch.cat([torch.eye(6)[:2], -torch.eye(6)[:2]]) * 4
 LEXICAL = SiteConfig("memory", "lexical", slots=64, cell=64, k=1, width=8)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model.memory import Draft, Pool
 from model.memory.lexical import reference, torch_backend
+from model.policies.config import PolicyConfig, PolicyError
 from model.policies.journal import MAX_PENDING, MAX_TOUCHED_ROWS, SLOTS, Journal, JournalError
-from model.policies.network import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
+from model.policies.network import Policy, load_policy, new_policy, save_policy
 from research.scenarios.card_sorting import CardSorting
 from research.scenarios.recipes import RECIPES
 from research.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
@@ -45,7 +46,7 @@ def build_pool(policy: Policy) -> Pool:
 def random_inputs(policy: Policy, n: int, seed: int = 0) -> Tensor:
     """What the actions of n sessions ask with [n, A, F]."""
     generator = torch.Generator().manual_seed(seed)
-    observation = torch.randn(n, policy.config.observation, generator=generator)
+    observation = torch.randn(n, policy.config.observation_size, generator=generator)
     return policy.inputs(observation, torch.full((n,), -1), torch.full((n,), math.nan))
 
 
@@ -135,7 +136,7 @@ def test_training_reads_and_writes_what_serving_does(act_policy: Policy) -> None
     pool, agent = build_pool(act_policy), MemoryAgent(act_policy)
     index, last, told = pool.open(), torch.tensor([-1]), torch.tensor([math.nan])
     agent.reset(1)
-    for step, observation in enumerate(torch.randn(12, 1, act_policy.config.observation)):
+    for step, observation in enumerate(torch.randn(12, 1, act_policy.config.observation_size)):
         inputs = act_policy.inputs(observation, last, told)
         served = act_policy.decide(inputs, pool, torch.tensor([index]))
         for trained, said in zip(agent.ask(observation), served, strict=True):
@@ -217,23 +218,23 @@ def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
     journal = Journal(np.zeros((SLOTS, 4 + 2), np.float32))
     assert journal.last[0] == -1 and math.isnan(journal.last[1])
     with pytest.raises(JournalError, match="no action yet"):
-        journal.open(None)
-    numbers = [journal.take(n % 3, 0.5, np.array([n, -1.0], np.float32)) for n in range(MAX_PENDING + 5)]
+        journal.pending_row(None)
+    numbers = [journal.record_action(n % 3, 0.5, np.array([n, -1.0], np.float32)) for n in range(MAX_PENDING + 5)]
     assert numbers == list(range(1, MAX_PENDING + 6)) and journal.is_valid
     journal = Journal(journal.rows)
-    journal.reward(journal.open(40), 1.0)
+    journal.reward(journal.pending_row(40), 1.0)
     assert math.isnan(journal.last[1])  # another action's
     with pytest.raises(JournalError, match="rewarded before"):
-        journal.open(40)
+        journal.pending_row(40)
     with pytest.raises(JournalError, match="no longer kept"):
-        journal.open(5)
+        journal.pending_row(5)
     with pytest.raises(JournalError, match="1 to 68"):
-        journal.open(69)
+        journal.pending_row(69)
     journal = Journal(journal.rows)
-    last = journal.open(None)
+    last = journal.pending_row(None)
     assert journal.inputs(last).tolist() == [MAX_PENDING + 4, -1.0]
     journal.reward(last, 0.25)
-    journal.take(0, 1.0, np.zeros(2, np.float32))
+    journal.record_action(0, 1.0, np.zeros(2, np.float32))
     assert len(journal.touched) <= MAX_TOUCHED_ROWS
 
 

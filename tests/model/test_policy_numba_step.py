@@ -31,7 +31,7 @@ class PolicySessions:
         self.generator = torch.Generator().manual_seed(0)
 
     def observations(self) -> torch.Tensor:
-        return torch.randn(USERS, self.policy.config.observation, generator=self.generator)
+        return torch.randn(USERS, self.policy.config.observation_size, generator=self.generator)
 
     def step(self, *, served: Policy | NumbaPolicy | None = None) -> torch.Tensor:
         """One action of each session and its reward; returns what the actions asked with."""
