@@ -13,7 +13,7 @@ import httpx
 import matplotlib
 import numpy as np
 
-from research.scenarios.bandits import Choices
+from research.scenarios import Choices
 
 matplotlib.use("Agg")
 

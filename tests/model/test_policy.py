@@ -16,9 +16,10 @@ from model.policies.config import PolicyConfig, PolicyError
 from model.policies.journal import MAX_PENDING, MAX_TOUCHED_ROWS, SLOTS, Journal, JournalError
 from model.policies.network import Policy, load_policy, new_policy, save_policy
 from research.scenarios.card_sorting import CardSorting
-from research.scenarios.recipes import RECIPES
+from research.scenarios.registry import RECIPES
+from research.scenarios.scenario import PolicyTrainConfig
 from research.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
-from research.training.policy_loop import ActingRound, LabellingRound, PolicyTrainConfig, PolicyTrainer, train_agent
+from research.training.policy_loop import ActingRound, LabellingRound, PolicyTrainer, train_agent
 from tests.tiny import build_tiny_policies
 
 EMPTY_SESSION = 0

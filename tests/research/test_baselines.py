@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from research.scenarios.meta_baselines import BaselineTrainConfig, train_baseline
-from research.scenarios.recipes import RECIPES
+from research.scenarios.registry import RECIPES
 from research.training.agents import Agent
 from service.cli.main import app
 

@@ -8,8 +8,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from research.scenarios import BernoulliBandit, CardSorting, FunctionStream, LabelStream, Tasks
-from research.scenarios.bandits import gittins, gittins_table
-from research.scenarios.streams import load_digit_images
+from research.scenarios.bernoulli_bandit import gittins, gittins_table
+from research.scenarios.label_stream import load_digit_images
 
 NAMES = ("CardSorting", "BernoulliBandit", "LinearBandit", "Choices", "LabelStream", "FunctionStream")
 
