@@ -88,7 +88,7 @@ class CardSorting(TeacherTasks):
         return self.correct()[task, self.rule[task, self.deck]].astype(np.float32)
 
     def teacher_scores(self) -> FloatArray:
-        """Return each pile's probability to be correct [B, A] by the ideal observer, a Bayes filter with the true hazard."""
+        """Return each pile's probability to be correct [B, A] for the ideal observer: Bayes with the true hazard."""
         belief = self.belief[np.arange(self.batch), self.deck]
         probs: FloatArray = np.einsum("br,bra->ba", belief, self.correct()).astype(np.float32)
         return probs

@@ -73,7 +73,7 @@ class ActingRound:
         return self.tasks
 
     def _targets(self) -> tuple[FloatArray, FloatArray]:
-        """Return the targets [B, A], the teacher's or the true ones: preferences, which sum to 1, and expected rewards."""
+        """Return the targets [B, A] by the teacher or in truth: preferences, which sum to 1, and expected rewards."""
         if self.train_config.imitate:
             scores = self._teacher_tasks().teacher_scores()
             preferred = np.exp(self.train_config.keen * (scores - scores.max(1, keepdims=True)))
