@@ -145,7 +145,15 @@ def _model(sessions: Sessions) -> Model:
 
 def _policy(name: str, sessions: Sessions) -> Model:
     config = sessions.loaded_model.policies[name].config
-    formatter = {field: getattr(config, field) for field in PolicyShape.model_fields}
+    shape = PolicyShape(
+        task=config.task,
+        observation=config.observation_size,
+        context=config.context,
+        features=config.features,
+        actions=config.actions,
+        lowest=config.lowest,
+        highest=config.highest,
+    )
     policy_fingerprints = {"policy": sessions.loaded_model.policy_fingerprints[name]}
     return Model(
         id=name,
@@ -153,7 +161,7 @@ def _policy(name: str, sessions: Sessions) -> Model:
         created=STARTED,
         owned_by="imprint",
         fingerprints=policy_fingerprints,
-        policy=PolicyShape(**formatter),
+        policy=shape,
     )
 
 
