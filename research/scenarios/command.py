@@ -95,14 +95,18 @@ def measure_scenario(
     out.mkdir(parents=True, exist_ok=True)
     about = {"scenario": name, "options": dict(recipe.options), "seeds": seeds, "tasks": TASKS, "steps": recipe.steps}
     about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "seconds": trained_s}
-    arms_by_name = {arm.name: {**asdict(arm), "curve": arm.curve.tolist()} for arm in arms}
     stem = "-".join([name, *(f"{option}-{value}" for option, value in options.items())])
-    (out / f"{stem}.json").write_text(json.dumps({"about": about, "arms": arms_by_name}) + "\n")
+    _write_results(out / f"{stem}.json", about, arms)
     try:
         curves = {arm.name: arm.curve for arm in arms}
         draw_curves(curves, recipe.steps // 20, out / f"{stem}.png", evaluation.curve_label)
     except PlotsMissingError as error:
         console.print(f"no plot: {error}")
+
+
+def _write_results(path: Path, about: Mapping[str, object], arms: list[ArmResult]) -> None:
+    arms_by_name = {arm.name: {**asdict(arm), "curve": arm.curve.tolist()} for arm in arms}
+    path.write_text(json.dumps({"about": about, "arms": arms_by_name}) + "\n")
 
 
 def interval(figures: list[float]) -> tuple[float, float]:
