@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from model.memory.config import MemoryConfig, SiteConfig, SiteKind
+from model.memory import SiteKind
+from model.memory.config import MemoryConfig, SiteConfig
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
 from service.store.codec import damaged
 from service.tenants import Tenant

@@ -10,6 +10,7 @@ from torch import Tensor
 from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, initial
 from model.memory.initial import default_config, fit_centres, random_memory, random_projection
 from model.memory.lexical import torch_backend
+from model.memory.prediction import base_prediction
 
 WIDTH = 16
 SITE = SiteConfig("words", "lexical", slots=32 * 4, k=4, width=8, cell=4)
@@ -148,7 +149,7 @@ def test_a_random_memory_finds_what_it_has_written_and_believes_it_a_little() ->
     site = site_of(states)
     pool = Pool(CONFIG, rows=200, sessions=2)
     draft = pool.draft(pool.open())
-    session, base = torch.full((20,), draft.index), torch_backend.predict(torch.zeros(20, 30))
+    session, base = torch.full((20,), draft.index), base_prediction(torch.zeros(20, 30))
     ngram_hashes = torch_backend.hash_request_ngrams(targets, 29)
     for known in (False, True):
         readout = site.read(pool, session, states[:20], ngram_hashes, base, site.initial_trust().expand(20, -1))

@@ -11,8 +11,8 @@ import torch
 from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
-from model.memory.lexical.torch_backend import GUARD_LIMIT_NATS
-from model.memory.sites import TRUST_LIMITS
+from model.memory.guard import GUARD_LIMIT_NATS
+from model.memory.lexical.site import TRUST_LIMITS
 from tests.model.tiny_lm import (
     BLOCK,
     LEXICAL,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.memory.lexical import reference, torch_backend
+from model.memory.delta import reference as delta_reference
+from model.memory.delta import torch_ops
 from tests.model.test_memory_lexical import DTYPES, assert_close, noise
 
 
@@ -28,8 +29,8 @@ def test_hidden_read_equals_its_twin_and_has_unit_size(n: int, k: int, width: in
     rows = torch.randn(n, k, width, generator=noise(n), dtype=dtype)
     rows[::3] = 0.0
     w = random_weights(n, k, seed=n, dtype=dtype)
-    o = torch_backend.read_delta(rows, w)
-    assert_close(o, reference.read_delta(rows, w))
+    o = torch_ops.read_delta(rows, w)
+    assert_close(o, delta_reference.read_delta(rows, w))
     assert not o[::3].any(), "norm(0) = 0"
     size = o.square().mean(-1).sqrt()
     torch.testing.assert_close(size, (torch.arange(n) % 3 != 0).to(dtype))
@@ -45,8 +46,8 @@ def test_hidden_write_equals_its_twin(n: int, k: int, width: int, decay: float, 
         torch.rand(n, generator=noise(n), dtype=dtype),
         torch.randn(n, width, generator=noise(1), dtype=dtype),
     )
-    new = torch_backend.write_delta(old, at, w, beta, values, decay=decay, cap=cap)
-    expected = reference.write_delta(old, at, w, beta, values, decay=decay, cap=cap)
+    new = torch_ops.write_delta(old, at, w, beta, values, decay=decay, cap=cap)
+    expected = delta_reference.write_delta(old, at, w, beta, values, decay=decay, cap=cap)
     assert_close(new, expected)
     assert (new.norm(dim=-1) <= cap * (1 + 1e-6)).all()
 
@@ -62,14 +63,14 @@ def test_the_delta_rule_is_a_step_down_the_gradient_where_addresses_do_not_meet(
     beta, values = torch.rand(4, generator=noise(3)).double(), torch.randn(4, 5, generator=noise(4)).double()
     loss(M, at, w, beta, values).backward()
     assert M.grad is not None
-    new = torch_backend.write_delta(M.detach(), at, w, beta, values, decay=1.0, cap=1e4)
+    new = torch_ops.write_delta(M.detach(), at, w, beta, values, decay=1.0, cap=1e4)
     torch.testing.assert_close(new, M.detach() - M.grad)
 
 
 def test_a_write_closes_the_share_beta_of_a_tokens_error() -> None:
     old, at, w = torch.randn(3, 5, generator=noise(0)), torch.tensor([[2, 0]]), random_weights(1, 2, seed=0)
     values = torch.randn(1, 5, generator=noise(1))
-    new = torch_backend.write_delta(old, at, w, torch.tensor([0.7]), values, decay=1.0, cap=1e4)
+    new = torch_ops.write_delta(old, at, w, torch.tensor([0.7]), values, decay=1.0, cap=1e4)
     before, after = (values - torch.einsum("nk,nkv->nv", w, M[at]) for M in (old, new))
     torch.testing.assert_close(after, 0.3 * before)
 
@@ -86,7 +87,7 @@ def test_blocks_of_any_size_are_stable(k: int, addresses: str) -> None:
     M, losses = torch.zeros(20, 4), []
     for _ in range(8):
         losses.append(float(loss(M, at, w, beta, values)))
-        M = torch_backend.write_delta(M, at, w, beta, values, decay=1.0, cap=1e4)
+        M = torch_ops.write_delta(M, at, w, beta, values, decay=1.0, cap=1e4)
     losses.append(float(loss(M, at, w, beta, values)))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
     assert losses[-1] < losses[0]
@@ -95,5 +96,5 @@ def test_blocks_of_any_size_are_stable(k: int, addresses: str) -> None:
 def test_tokens_of_one_address_write_their_mean() -> None:
     values = torch.randn(512, 4, generator=noise(0))
     at, w = torch.tensor([[0, 1, 2]]).expand(512, 3), torch.full((512, 3), 3**-0.5)
-    new = torch_backend.write_delta(torch.zeros(3, 4), at, w, torch.full((512,), 0.5), values, decay=1.0, cap=1e4)
+    new = torch_ops.write_delta(torch.zeros(3, 4), at, w, torch.full((512,), 0.5), values, decay=1.0, cap=1e4)
     torch.testing.assert_close(w[0] @ new, 0.5 * values.mean(0), atol=1e-5, rtol=1e-4)

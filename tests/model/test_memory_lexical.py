@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.memory.config import NGRAM_SIZES
+from model.memory.delta import reference as delta_reference
+from model.memory.delta import torch_ops
+from model.memory.guard import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS, guard_step
 from model.memory.lexical import reference, torch_backend
-from model.memory.lexical.torch_backend import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS, LexicalRows, Prediction
+from model.memory.lexical.types import KEY_SCALE, Candidates, LexicalRows
+from model.memory.numerics import rowwise_matmul
+from model.memory.prediction import Prediction, base_prediction
 
 VOCAB = 13
 SIZES = [(1, 1, 1, 1), (7, 3, 4, 5), (7, 5, 1, 8), (65, 2, 3, 6)]  # n tokens, k cells a token, P rows a cell, d_k
@@ -56,7 +61,7 @@ def random_context(n: int, seed: int) -> Tensor:
 
 
 def random_base(n: int, seed: int, dtype: torch.dtype = torch.float32, spread: float = 2.0) -> Prediction:
-    return torch_backend.predict(spread * torch.randn(n, VOCAB, generator=noise(seed), dtype=dtype))
+    return base_prediction(spread * torch.randn(n, VOCAB, generator=noise(seed), dtype=dtype))
 
 
 def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Prediction, Tensor, Tensor, Tensor]:
@@ -70,7 +75,7 @@ def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Prediction, Tenso
 
 def read_lexical(
     rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
-) -> torch_backend.Candidates:
+) -> Candidates:
     """All of a read but finding the rows."""
     seen = torch_backend.match_rows(rows, query, context)
     return torch_backend.score_candidates(*seen[:3], base.log_prob(seen.tokens), seen.missing, sharpness, prior, bonus)
@@ -87,25 +92,23 @@ def rows_equal(a: LexicalRows, b: LexicalRows) -> bool:
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_an_address_is_the_top_of_all_slots(n: int, side: int, k: int, temperature: float) -> None:
     keys = torch.randn(n, 2, side, generator=noise(n + k))
-    slots, w = torch_backend.address(keys, k, temperature)
-    expected, scores = reference.product_key_topk(keys, k)
+    slots, w = torch_ops.address(keys, k, temperature)
+    expected, scores = delta_reference.product_key_topk(keys, k)
     assert torch.equal(slots, expected)
     assert all(len(set(row)) == k for row in slots.tolist())
-    torch.testing.assert_close(torch_backend.product_key_topk(keys, k)[1], scores)
+    torch.testing.assert_close(torch_ops.product_key_topk(keys, k)[1], scores)
     torch.testing.assert_close(w, F.normalize(torch.softmax(temperature * scores, -1), dim=-1))
-    torch.testing.assert_close(
-        torch_backend.address(keys.double(), k, temperature)[1], w.double(), atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(torch_ops.address(keys.double(), k, temperature)[1], w.double(), atol=1e-6, rtol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1, max_size=5))
 def test_among_ties_an_address_has_the_scores_of_the_top(k: int, scores: list[list[int]]) -> None:
     keys = torch.tensor(scores, dtype=torch.float32).view(-1, 2, 3)
-    slots, found = torch_backend.product_key_topk(keys, k)
+    slots, found = torch_ops.product_key_topk(keys, k)
     every = (keys[:, 0, :, None] + keys[:, 1, None, :]).flatten(1)
     assert torch.equal(every.gather(1, slots), found)
-    assert torch.equal(found, reference.product_key_topk(keys, k)[1])
+    assert torch.equal(found, delta_reference.product_key_topk(keys, k)[1])
     assert all(len(set(row)) == k for row in slots.tolist())
 
 
@@ -114,7 +117,7 @@ def test_among_ties_an_address_has_the_scores_of_the_top(k: int, scores: list[li
 def test_a_prediction_is_the_softmax_of_its_logits(dtype: torch.dtype, shift: float) -> None:
     base = random_base(7, 0, dtype, spread=4.0)
     log_p = base.logits.log_softmax(-1)
-    moved, bound = torch_backend.predict(base.logits + shift), 1e-4 if dtype == torch.float32 else 1e-10
+    moved, bound = base_prediction(base.logits + shift), 1e-4 if dtype == torch.float32 else 1e-10
     tokens = torch.randint(0, VOCAB, (7, 3), generator=noise(1))
     torch.testing.assert_close(moved.entropy, -(log_p.exp() * log_p).sum(-1), atol=bound, rtol=bound)
     torch.testing.assert_close(moved.log_prob(tokens), log_p.gather(1, tokens), atol=bound, rtol=bound)
@@ -129,16 +132,16 @@ def test_a_prediction_is_the_softmax_of_its_logits(dtype: torch.dtype, shift: fl
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 64])
 def test_a_row_of_a_product_is_rounded_as_if_it_were_alone(n: int) -> None:
     x, weight = torch.randn(n, 96), torch.randn(96, 48)
-    together = torch_backend.rowwise_matmul(x, weight)
-    assert torch.equal(together, torch.cat([torch_backend.rowwise_matmul(row[None], weight) for row in x]))
+    together = rowwise_matmul(x, weight)
+    assert torch.equal(together, torch.cat([rowwise_matmul(row[None], weight) for row in x]))
     torch.testing.assert_close(together, x @ weight)
     transposed = weight.T.contiguous().T
     assert torch.equal(
-        torch_backend.rowwise_matmul(x, transposed),
-        torch.cat([torch_backend.rowwise_matmul(row[None], transposed) for row in x]),
+        rowwise_matmul(x, transposed),
+        torch.cat([rowwise_matmul(row[None], transposed) for row in x]),
     )
     weight.requires_grad_()
-    torch_backend.rowwise_matmul(x, weight).sum().backward()
+    rowwise_matmul(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0)[:, None].expand_as(weight))
 
 
@@ -150,7 +153,7 @@ def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: in
     logits, context = 3 * torch.randn(n, vocab, generator=noise(2)), random_context(n, seed=3)
 
     def run(part: slice) -> list[Tensor]:
-        base = torch_backend.predict(logits[part].clone())
+        base = base_prediction(logits[part].clone())
         own = LexicalRows(*(field[part].clone() for field in rows))
         found = read_lexical(own, query[part].clone(), context[part].clone(), base, SHARPNESS, PRIOR, BONUS)
         shares = found.shares.mean(1)
@@ -255,7 +258,7 @@ def test_a_key_is_stored_to_half_a_step() -> None:
     keys = random_keys(99, 64, seed=0)
     stored = torch_backend.quantise_keys(keys)
     assert stored.dtype == torch.int8
-    assert float((stored.float() / torch_backend.KEY_SCALE - keys).abs().max()) <= 0.5 / torch_backend.KEY_SCALE + 1e-6
+    assert float((stored.float() / KEY_SCALE - keys).abs().max()) <= 0.5 / KEY_SCALE + 1e-6
     assert torch_backend.quantise_keys(torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])).tolist() == [127, -127, 127, -127, 0]
 
 
@@ -357,7 +360,7 @@ def test_mix_is_the_naive_mixture_and_sums_to_one(dtype: torch.dtype, spread: fl
     known = gamma > 0
     assert 0 < known.sum() < len(known)
     mixed = torch_backend.mix(base, tokens, shares, gamma)
-    expected = reference.mix(torch_backend.predict(base.logits.double()), tokens, shares.double(), gamma.double())
+    expected = reference.mix(base_prediction(base.logits.double()), tokens, shares.double(), gamma.double())
     torch.testing.assert_close(expected[known].exp().sum(-1), torch.ones(int(known.sum()), dtype=torch.float64))
     assert_close(mixed[known].log_softmax(-1), expected[known].to(dtype))
     assert torch.equal(mixed[~known], base.logits[~known]), "γ = 0 keeps the logits, bit for bit"
@@ -409,7 +412,7 @@ def run_guard(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
     balance, shut = torch.zeros(()), torch.zeros(())
     balances, states = [], []
     for gain, tokens in gains:
-        balance, shut = torch_backend.guard_step(balance, shut, torch.tensor(gain), torch.tensor(tokens))
+        balance, shut = guard_step(balance, shut, torch.tensor(gain), torch.tensor(tokens))
         balances.append(float(balance))
         states.append(bool(shut))
     return balances, states

@@ -27,6 +27,7 @@ from model.memory import (
 )
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
 from model.memory.lexical import torch_backend
+from model.memory.prediction import base_prediction
 
 LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)
 HIDDEN = SiteConfig("states", "hidden", slots=9, k=3, layer=1, width=5, decay=1.0, cap=10.0)
@@ -280,7 +281,7 @@ def read_and_learn(
 ) -> tuple[LexicalReadout, Tensor]:
     """One block, the hidden states before its targets and what the base predicts being random; also that, [n]."""
     g, n = torch.Generator().manual_seed(seed), len(targets)
-    hidden, base = torch.randn(n, 6, generator=g), torch_backend.predict(torch.randn(n, 20, generator=g))
+    hidden, base = torch.randn(n, 6, generator=g), base_prediction(torch.randn(n, 20, generator=g))
     ngram_hashes = torch.zeros(n, len(NGRAM_SIZES), dtype=torch.int16) if ngram_hashes is None else ngram_hashes
     trust = site.initial_trust() if trust is None else trust
     readout = site.read(draft.pool, torch.full((n,), draft.index), hidden, ngram_hashes, base, trust.expand(n, -1))

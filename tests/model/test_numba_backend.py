@@ -9,6 +9,8 @@ from torch import Tensor
 from model.memory import LexicalSite, Pool
 from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
 from model.memory.lexical import numba_backend, reference, torch_backend
+from model.memory.lexical.types import GatedMixture, HeadParams, LexicalRows
+from model.memory.prediction import Prediction, base_prediction
 from model.numba_support import MIN_ROWS_PER_THREAD
 from tests.model.memory_cases import SIZES, VOCAB, build_pool, build_queries, pool_bits_after_writes
 
@@ -26,10 +28,10 @@ def test_likeness_and_repeated_runs_are_those_of_the_twin_to_the_last_bit(P: int
     """Seen through heads of which one counts nothing but likeness, another one's best row the longest run."""
     pool = build_pool(P, width, numba_backend)
     query_sessions, cells, query, context = build_queries(pool)
-    site, base = pool.sites["words"], torch_backend.predict(torch.zeros(len(query_sessions), VOCAB))
-    rows = torch_backend.match_rows(torch_backend.LexicalRows(*site.read(query_sessions, cells)), query, context)
-    similarity = torch_backend.HeadParams(torch.ones(1), torch.zeros(1), torch.zeros(1, len(NGRAM_SIZES)))
-    runs = torch_backend.HeadParams(torch.zeros(1), torch.zeros(1), torch.ones(1, len(NGRAM_SIZES)))
+    site, base = pool.sites["words"], base_prediction(torch.zeros(len(query_sessions), VOCAB))
+    rows = torch_backend.match_rows(LexicalRows(*site.read(query_sessions, cells)), query, context)
+    similarity = HeadParams(torch.ones(1), torch.zeros(1), torch.zeros(1, len(NGRAM_SIZES)))
+    runs = HeadParams(torch.zeros(1), torch.zeros(1), torch.ones(1, len(NGRAM_SIZES)))
     for head_params, best in ((similarity, rows.cosines), (runs, rows.ngram_matches)):
         found, num_empty_rows = site.find_candidates(query_sessions, cells, query, context, base, head_params)
         at = best.masked_fill(rows.missing, -9).argmax(1, keepdim=True)
@@ -41,7 +43,7 @@ def test_likeness_and_repeated_runs_are_those_of_the_twin_to_the_last_bit(P: int
         assert torch.equal(num_empty_rows, rows.missing.view(*cells.shape, P).sum(-1))
 
 
-HEAD_PARAMS = torch_backend.HeadParams(
+HEAD_PARAMS = HeadParams(
     torch.tensor([9.0, 2.0]), torch.tensor([0.5, -0.3]), torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.1, 0.0]])
 )
 
@@ -55,12 +57,12 @@ def test_rows_are_weighed_as_by_the_twins(P: int, width: int, dtype: torch.dtype
     pool = build_pool(P, width, numba_backend)
     query_sessions, cells, query, context = build_queries(pool)
     site, base = pool.sites["words"], random_logits(len(query_sessions), dtype)
-    head_params = torch_backend.HeadParams(*(steep * scale for scale in HEAD_PARAMS))
+    head_params = HeadParams(*(steep * scale for scale in HEAD_PARAMS))
     ours, _ = site.find_candidates(query_sessions, cells, query, context, base, head_params)
-    rows = torch_backend.LexicalRows(*site.read(query_sessions, cells))
+    rows = LexicalRows(*site.read(query_sessions, cells))
     batched = torch_backend.score_row_matches(torch_backend.match_rows(rows, query, context), base, head_params)
     exact = (scale.double() for scale in head_params)
-    loops = reference.read_lexical(rows, query.double(), context, torch_backend.predict(base.logits.double()), *exact)
+    loops = reference.read_lexical(rows, query.double(), context, base_prediction(base.logits.double()), *exact)
     assert torch.equal(ours.ngram_matches, batched.ngram_matches) and torch.equal(ours.tokens, batched.tokens)
     for name in ("shares", "gate_features"):
         mine, its, slow = (getattr(found, name) for found in (ours, batched, loops))
@@ -107,7 +109,7 @@ def test_what_is_found_is_believed_as_by_the_twin(n: int) -> None:
     """In one thread and in several, with open and shut guards."""
     site, pool = random_site(5), build_pool(3, 5, numba_backend)
     query_sessions, hidden, last_tokens_batch, trust, logits = random_queries(pool, n)
-    base, keys = torch_backend.predict(logits), site.keys(hidden)
+    base, keys = base_prediction(logits), site.keys(hidden)
     found = site.find_candidates(
         pool, query_sessions, hidden, torch_backend.hash_last_ngrams(last_tokens_batch), base
     ).candidates
@@ -116,7 +118,7 @@ def test_what_is_found_is_believed_as_by_the_twin(n: int) -> None:
         part.gate_mixture(found, base.entropy, keys, site.gate_weights, session_scalars, query_sessions, trust)
         for part in (numba_backend, torch_backend)
     ]
-    for name, mine, its in zip(torch_backend.GatedMixture._fields, *gated, strict=True):
+    for name, mine, its in zip(GatedMixture._fields, *gated, strict=True):
         torch.testing.assert_close(mine, its, atol=1e-6, rtol=1e-5, msg=name)
 
 
@@ -141,6 +143,6 @@ def test_a_whole_read_is_that_of_the_twins(n: int, width: int) -> None:
         assert torch.equal(alone[0], mine[t])
 
 
-def random_logits(n: int, dtype: torch.dtype) -> torch_backend.Prediction:
+def random_logits(n: int, dtype: torch.dtype) -> Prediction:
     g = torch.Generator().manual_seed(1)
-    return torch_backend.predict(3 * torch.randn(n, VOCAB, generator=g, dtype=dtype))
+    return base_prediction(3 * torch.randn(n, VOCAB, generator=g, dtype=dtype))

@@ -15,6 +15,7 @@ from model.decode.cuda_graphs import CudaGraphLM
 from model.decode.paged_cache import paged_attention
 from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
+from model.memory.lexical.types import SIMILARITY_STEP, LexicalRows, RowMatches
 from tests.model.memory_cases import SIZES, build_pool, build_queries, pool_bits_after_writes
 from tests.model.tiny_lm import (
     BLOCK,
@@ -49,8 +50,8 @@ def test_rows_compared_by_the_kernel_are_compared_as_by_its_twin(P: int, width: 
     pool = build_pool(P, width, triton_backend, DEVICE)
     site, (asked, cells, query, context) = pool.sites["words"], build_queries(pool)
     ours = triton_backend.match_rows(site.tables, site.fields, asked, cells, query, context)
-    reference = torch_backend.match_rows(torch_backend.LexicalRows(*site.read(asked, cells)), query, context)
-    for name, one, other in zip(torch_backend.RowMatches._fields, ours, reference, strict=True):
+    reference = torch_backend.match_rows(LexicalRows(*site.read(asked, cells)), query, context)
+    for name, one, other in zip(RowMatches._fields, ours, reference, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape), name
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=name)
     assert not ours.missing.all() and ours.missing[1].all()
@@ -114,7 +115,7 @@ def test_a_model_on_all_kernels_learns_and_says_what_it_does_on_none() -> None:
 
 def test_kernels_are_checked_before_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     check_triton_kernels(DEVICE)
-    monkeypatch.setattr(triton_backend, "SIMILARITY_STEP", 1.1 * torch_backend.SIMILARITY_STEP)
+    monkeypatch.setattr(triton_backend, "SIMILARITY_STEP", 1.1 * SIMILARITY_STEP)
     with pytest.raises(RuntimeError, match="the kernel compare does not compute what its twin does"):
         check_triton_kernels(DEVICE)
 
