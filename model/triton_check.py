@@ -1,5 +1,7 @@
-"""The rules by which Triton kernels are accepted on a GPU: Triton is installed, and a check on small random inputs finds
-that each kernel computes what its reference in torch operators computes. The checks lie beside the kernels."""
+"""The acceptance of Triton kernels on a GPU: Triton is installed, and a check on small random inputs passes.
+
+A check compares each kernel with its reference in torch operators; the checks lie beside the kernels.
+"""
 
 from __future__ import annotations
 

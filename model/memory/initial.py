@@ -68,7 +68,10 @@ def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = No
 def random_projection(
     states: Tensor | None, hidden_size: int, width: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return W [d, d_k] and b [d_k] with h W + b = whiten(h) R, R random with orthonormal columns; states [n, d] or None."""
+    """Return W [d, d_k] and b [d_k] with h W + b = whiten(h) R, R random with orthonormal columns.
+
+    states: hidden states [n, d] to whiten for, or None: h W + b = h R.
+    """
     random = torch.randn(hidden_size, hidden_size, generator=generator, dtype=torch.float64)
     columns = torch.linalg.qr(random).Q[:, :width]
     if states is None:

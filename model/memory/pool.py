@@ -63,8 +63,8 @@ class FreeList:
 class SitePool:
     """The cells and tables of one site; a cell holds the rows of `config.cell` neighbouring slots.
 
-    fields: each [physical cells, …], as the kind's `RowLayout` says. physical_cells: int32 [S + 1, cells], the tables on
-    the host, which then need not be read from the device. tables: the same on the device. session_scalars:
+    fields: each [physical cells, …], as the kind's `RowLayout` says. physical_cells: int32 [S + 1, cells], the tables
+    on the host, which then need not be read from the device. tables: the same on the device. session_scalars:
     [S + 1, 3, R + 1]. backend: the kernels that read and write the fields.
     """
 
@@ -100,8 +100,13 @@ class SitePool:
         cell, row = np.divmod(batch.slots.numpy().astype(np.int64), self.config.cell)
         begins = np.diff(cell, prepend=-1) != 0
         physical_cells = self.free.allocate(int(begins.sum()))
-        targets = map(torch.from_numpy, (physical_cells, begins.cumsum() - 1, row))
-        self.backend.load_rows([self._by_row(field) for field in self.fields], *targets, batch.data)
+        self.backend.load_rows(
+            [self._by_row(field) for field in self.fields],
+            torch.from_numpy(physical_cells),
+            torch.from_numpy(begins.cumsum() - 1),
+            torch.from_numpy(row),
+            batch.data,
+        )
         self.physical_cells[session, cell[begins]] = physical_cells
         self.sync_table(session)
 
@@ -232,7 +237,7 @@ class Pool:
 
 
 class Draft:
-    """A copy-on-write view of one session that a turn reads and writes. End the draft with `commit` or `rollback`, once.
+    """A copy-on-write view of one session that a turn reads and writes. End it with `commit` or `rollback`, once.
 
     index: the session under which the pool's sites read the draft.
     """

@@ -23,7 +23,7 @@ class ResidualSite(MemorySite, ABC):
 
     @abstractmethod
     def read(self, pool: Pool, session: Tensor, hidden: Tensor) -> Tensor:
-        """Return the residual stream [n, d] of sessions [n] with their memory added; an empty session changes no bit."""
+        """Return the residual stream [n, d] with the memory of sessions [n] added; an empty session changes no bit."""
 
     @abstractmethod
     def learn(self, draft: Draft, hidden: Tensor, following: Tensor, error: Tensor, adapted: Tensor) -> None:

@@ -24,7 +24,6 @@ from service.store.base import RowBatch, StoredSession
 FORMAT = 1
 NAME = "imprint"  # of the manifest in the file's metadata
 SESSION_SCALARS_BYTES = 4 * 3 * (1 + len(NGRAM_SIZES))  # three numbers for each number of runs that a match may repeat
-PAIR_BYTES = 8  # of a lexical row: its age and its token come first
 COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
 Arrays = dict[str, NDArray[Any]]
@@ -141,17 +140,11 @@ def is_valid_site(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: 
     max_slots, row_bytes = (1, SESSION_SCALARS_BYTES) if own else (site.slots, site.row_bytes)
     if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= max_slots:
         return False
-    return _finite(batch) if own or site.kind != "lexical" else _valid_lexical_rows(batch, vocab_size)
+    return _finite(batch) if own else site.layout.are_valid_rows(batch.data, vocab_size=vocab_size)
 
 
 def _finite(batch: RowBatch) -> bool:
     return bool(np.isfinite(np.ascontiguousarray(batch.data).view("<f4")).all())
-
-
-def _valid_lexical_rows(batch: RowBatch, vocab_size: int) -> bool:
-    """Whether rows of a lexical site have an age and a token of the vocabulary; what follows may be anything."""
-    ages, tokens = np.ascontiguousarray(batch.data[:, :PAIR_BYTES]).view("<i4").T
-    return bool((ages > 0).all() and (tokens >= 0).all() and (tokens < vocab_size).all())
 
 
 def _invalid_export(what: str, code: str = "invalid_export") -> BadRequest:

@@ -44,7 +44,7 @@ def _weighted_read(rows: Tensor, w: Tensor) -> Tensor:
 
 
 def read_delta(rows: Tensor, w: Tensor) -> Tensor:
-    """Return o = norm(Σ_i w_i·M_i) [n, d_v] with norm(0) = 0, of rows [n, k, d_v] and weights w [n, k] (equation D2)."""
+    """Return o = norm(Σ_i w_i·M_i) [n, d_v], norm(0) = 0, of rows [n, k, d_v] and weights w [n, k] (equation D2)."""
     o = _weighted_read(rows, w)
     square = o.square().mean(-1, keepdim=True)  # the root of an exact 0 has no gradient
     return torch.where(square > 0, o / square.clamp_min(1e-12).sqrt(), torch.zeros_like(o))

@@ -122,7 +122,7 @@ class LexicalSite(MemorySite):
         return nearest_cells(keys, self.centres, self.config.k)
 
     def gate(self, found: Candidates, entropy: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logit of γ [n] before trust, and p_mem as shares [n, K]; entropy [n] of the base, keys [n, d_k]."""
+        """Return the logit of γ [n] before trust, and p_mem as shares [n, K]; base entropy [n], keys [n, d_k]."""
         logit, heads = gate_logits(gate_inputs(found, entropy, keys), self.gate_weights)
         return logit, (heads[:, :, None] * found.shares).sum(1)
 
