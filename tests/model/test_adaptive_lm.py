@@ -162,7 +162,7 @@ def test_the_same_requests_leave_the_same_bits(lm: AdaptiveLM) -> None:
     state = run_stream(lm)
     assert state
     assert run_stream(lm, reopen=True, frozen=False) == state, (
-        "before or after a restart, with frozen scores or without"
+        "before or after a restart, with or without frozen scores"
     )
     assert run_stream(lm, with_neighbours=True) == state, "with other sessions on the device"
 
@@ -417,12 +417,12 @@ def test_decoding_after_a_block_is_the_block_of_the_same_tokens(lm: AdaptiveLM) 
 
 
 def test_a_delta_site_learns_from_the_states_and_errors_of_its_own_tokens(backbone: Backbone) -> None:
-    """The value is W_v [h_{t+1} ; ε_t] with ε = e(x) − Σ p·e; after one write of full strength, a read returns the value."""
+    """The value is W_v [h_{t+1} ; ε_t] with ε = e(x) − Σ p·e; a read returns it after one write of full strength."""
     lm = build(backbone, MIDDLE)
     site = lm.memory.delta[1]
     site.write_gate.copy_(torch.tensor([100.0, 0.0]))
     ids, pool, states = [5, 6], new_pool(lm), torch.zeros(2, WIDTH)
-    final = backbone(torch.tensor([ids]), sites={1: lambda h: states.copy_(h[0])[None]})[0]
+    final = backbone(torch.tensor([ids]), layer_hooks={1: lambda h: states.copy_(h[0])[None]})[0]
     draft = pool.draft(pool.open())
     lm.block(ids, backbone.new_cache(9), pool, draft.index, learn=[False, True], draft=draft)
     p = backbone.logits(final[0]).softmax(-1)

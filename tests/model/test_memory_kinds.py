@@ -64,7 +64,7 @@ def test_a_kind_of_another_package_is_learned_stored_and_read(mean_site: SiteCon
 
 def test_the_rules_of_a_kind_are_those_of_its_layout(mean_site: SiteConfig) -> None:
     assert MemoryConfig.from_dict(MemoryConfig(WIDTH, (mean_site,)).to_dict()).sites == (mean_site,)
-    with pytest.raises(MemoryConfigError, match="mean.cell must divide slots"):
+    with pytest.raises(MemoryConfigError, match=r"mean\.cell must divide slots"):
         SiteConfig("mean", "mean", slots=2, k=1, width=WIDTH, cell=2)
     with pytest.raises(MemoryConfigError, match="kind must be 'lexical', 'hidden', 'journal' or 'mean', got 'median'"):
         SiteConfig("mean", "median", slots=1, k=1, width=WIDTH)

@@ -123,7 +123,7 @@ def learned(pool: Pool, index: int, seed: int = 0) -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool compared with plain dictionaries. As in serving, a session has one draft at a time and outlives the draft."""
+    """A pool compared with plain dictionaries. As in serving, a session has one draft at a time and outlives it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -332,9 +332,7 @@ def test_a_token_is_written_once_where_there_is_room() -> None:
     assert not torch.equal(assigned, readout.cells[:, 0]), "the test can tell"
     for cell in range(5):
         stored = tokens[cell][ages[cell] > 0]
-        assert sorted(stored.tolist()) == targets[assigned == cell][-3:].tolist(), (
-            "its youngest three, and nothing else"
-        )
+        assert sorted(stored.tolist()) == targets[assigned == cell][-3:].tolist(), "its youngest three alone"
         for token, key in zip(stored, keys[cell][ages[cell] > 0], strict=True):
             assert torch.equal(key, torch_backend.quantise_keys(readout.keys)[targets == token][0])
 

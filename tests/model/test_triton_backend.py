@@ -37,6 +37,8 @@ pytest.importorskip("triton", reason="Triton is not installed: only torch operat
 from model.decode import triton_attention
 from model.memory.lexical import triton_backend
 from model.memory.lexical.triton_backend import TritonBackend
+from model.memory.lexical.triton_check import check_memory_kernels
+from model.triton_check import passes_check
 
 pytestmark = pytest.mark.gpu
 R = len(NGRAM_SIZES)
