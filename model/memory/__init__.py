@@ -6,7 +6,6 @@ README.md has the equations, the symbols and the laws.
 from model.memory.backend import MemoryBackend, choose_backend
 from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
 from model.memory.delta.site import DeltaSite
-from model.memory.kinds import SiteKind
 from model.memory.lexical.site import FoundCandidates, LexicalReadout, LexicalSite
 from model.memory.memory import Memory, load_memory, save_memory
 from model.memory.pool import Draft, Pool, PoolFullError
@@ -25,7 +24,6 @@ __all__ = [
     "Pool",
     "PoolFullError",
     "SiteConfig",
-    "SiteKind",
     "SiteRows",
     "choose_backend",
     "load_memory",

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.site_kind import SiteKind
+
 NGRAM_SIZES = (2, 4, 8)  # a lexical row has one hash for the last 2, one for the last 4, one for the last 8 tokens
 SESSION_SCALARS_SUFFIX = "_own"  # session scalars are stored under the name of their site and this suffix
 TRUST, BALANCE, GATE_CLOSED = range(3)  # indices into the session scalars [3, R + 1]
@@ -46,7 +48,7 @@ class SiteConfig:
     """
 
     name: str
-    kind: str
+    kind: SiteKind
     slots: int
     k: int
     layer: int = -1
@@ -125,10 +127,10 @@ class RowLayout(ABC):
         return
 
 
-_LAYOUTS: dict[str, RowLayout] = {}
+_LAYOUTS: dict[SiteKind, RowLayout] = {}
 
 
-def register_layout(kind: str, layout: RowLayout) -> None:
+def register_layout(kind: SiteKind, layout: RowLayout) -> None:
     """Make a kind of memory known to `SiteConfig`. Only `model/memory/kinds.py` calls this function."""
     _LAYOUTS[kind] = layout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from model.memory.config import RowLayout, SiteConfig, register_layout
 from model.memory.delta.layout import DeltaLayout, VectorLayout
@@ -12,8 +11,7 @@ from model.memory.delta.site import DeltaSite
 from model.memory.lexical.layout import LexicalLayout
 from model.memory.lexical.site import LexicalSite
 from model.memory.site import MemorySite
-
-SiteKind = Literal["lexical", "hidden", "journal"]
+from model.site_kind import SiteKind
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class MemoryKind:
     site: Callable[[SiteConfig, int], MemorySite] | None
 
 
-KINDS: dict[str, MemoryKind] = {
+KINDS: dict[SiteKind, MemoryKind] = {
     "lexical": MemoryKind(LexicalLayout(), LexicalSite),
     "hidden": MemoryKind(DeltaLayout(), DeltaSite),  # delta; checkpoints and the API call the kind "hidden"
     "journal": MemoryKind(VectorLayout(), None),  # rows that a policy itself reads and writes

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from model.memory import Draft, MemoryConfig, MemoryConfigError, Pool, SiteConfig, SiteKind
+from model.memory import Draft, MemoryConfig, MemoryConfigError, Pool, SiteConfig
 from model.memory import config as memory_config
 from model.memory.delta.layout import VectorLayout
 from model.memory.kinds import KINDS, MemoryKind
 from model.memory.site import ResidualSite
+from model.site_kind import SiteKind
 from tests.model.tiny_lm import BLOCK, WIDTH, build, learned, new_pool, read, rows_by_slot, text, tiny_backbone
+
+MEAN: Any = "mean"  # no `SiteKind`
 
 
 class MeanSite(ResidualSite):
@@ -36,10 +40,10 @@ class MeanSite(ResidualSite):
 
 @pytest.fixture
 def mean_site(monkeypatch: pytest.MonkeyPatch) -> Iterator[SiteConfig]:
-    monkeypatch.setitem(KINDS, "mean", MemoryKind(VectorLayout(), MeanSite))
-    monkeypatch.setitem(memory_config._LAYOUTS, "mean", KINDS["mean"].layout)
+    monkeypatch.setitem(KINDS, MEAN, MemoryKind(VectorLayout(), MeanSite))
+    monkeypatch.setitem(memory_config._LAYOUTS, MEAN, KINDS[MEAN].layout)
     with torch.inference_mode():
-        yield SiteConfig("mean", "mean", slots=1, k=1, width=WIDTH, layer=1, decay=0.9)
+        yield SiteConfig("mean", MEAN, slots=1, k=1, width=WIDTH, layer=1, decay=0.9)
 
 
 def test_the_api_knows_every_kind() -> None:
@@ -65,6 +69,6 @@ def test_a_kind_of_another_package_is_learned_stored_and_read(mean_site: SiteCon
 def test_the_rules_of_a_kind_are_those_of_its_layout(mean_site: SiteConfig) -> None:
     assert MemoryConfig.from_dict(MemoryConfig(WIDTH, (mean_site,)).to_dict()).sites == (mean_site,)
     with pytest.raises(MemoryConfigError, match=r"mean\.cell must divide slots"):
-        SiteConfig("mean", "mean", slots=2, k=1, width=WIDTH, cell=2)
+        SiteConfig("mean", MEAN, slots=2, k=1, width=WIDTH, cell=2)
     with pytest.raises(MemoryConfigError, match="kind must be 'lexical', 'hidden', 'journal' or 'mean', got 'median'"):
-        SiteConfig("mean", "median", slots=1, k=1, width=WIDTH)
+        replace(mean_site, kind="median")
