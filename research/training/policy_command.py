@@ -14,10 +14,9 @@ import torch
 
 from model.policies.network import new_policy, save_policy
 from research.corpus import console, progress_bar
-from research.machine import hardware
+from research.machine import code_version, hardware
 from research.plots import PlotsMissingError, draw_losses
 from research.scenarios.recipes import RECIPES, Recipe
-from research.training.command import code_version
 from research.training.policy_loop import PolicyTrainer
 from service.errors import CommandError
 

@@ -37,7 +37,7 @@ class RewardInput:
 
 @dataclass(frozen=True)
 class ActionSampling:
-    """How to choose an action. temperature: None = the policy's own; seed: of the random draw."""
+    """Options of the choice of an action. temperature: None = the policy's own; seed: of the random draw."""
 
     temperature: float | None = None
     seed: int | None = None
@@ -252,7 +252,7 @@ def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
 
 
 class PolicyTurns:
-    """What routes ask of the policies.
+    """The operations of policies that routes call.
 
     Every method raises NotFound for a policy that is not loaded and Conflict for a session of another model; `model`
     may be None where the session exists.
