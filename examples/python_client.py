@@ -1,8 +1,8 @@
-"""The Python client: teach a session, complete with its memory, stream a chat, and roll back."""
+"""The Python client: learn a text, complete, stream, score and roll back."""
 
 from imprint import Client
 
-with Client() as client:  # uses IMPRINT_URL and IMPRINT_API_KEY; or Client("http://…", api_key="…")
+with Client() as client:  # IMPRINT_URL and IMPRINT_API_KEY, or Client("http://…", api_key="…")
     learned = client.observe("python", "My cat is called Miso and she sleeps on the radiator.")
     print(f"learned {learned.tokens_learned} tokens, now at version {learned.version}")
 
@@ -17,7 +17,7 @@ with Client() as client:  # uses IMPRINT_URL and IMPRINT_API_KEY; or Client("htt
     score = client.score("python", "Miso sleeps on the radiator.")
     print(f"{score.frozen_loss:.2f} nats a token without the memory, {score.loss:.2f} with it")
 
-    client.rollback("python", learned.version)  # forgets the chat, but not the cat
+    client.rollback("python", learned.version)  # forget the chat, but not the cat
     for entry in client.log("python"):
         print(entry.version, entry.kind, entry.tokens)
     client.delete("python")

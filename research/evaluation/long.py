@@ -1,4 +1,4 @@
-"""Very long sessions: whether a memory goes on helping, and what fills it, by position in the stream."""
+"""Very long sessions: the gain and the size of a memory by position in the stream."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.memory import Pool
-from model.memory.lexical import torch_backend
+from model.memory.lexical.types import KEY_SCALE
 from research.evaluation.arms import state_bytes
 from research.evaluation.prequential import Passage, Progress, new_pool, score_request
 
 
 @dataclass
 class LongRun:
-    """By request: tokens learned before it, mean nats per token without and with memory, and after it the rows held and
-    the state's norm. tokens: learned in all; state_bytes: stored at the end."""
+    """The course of a long session, request by request.
+
+    position: tokens learned before the request
+    frozen, adapted: mean loss of the request without and with the memory, in nats per token
+    rows: number of rows after the request
+    norm: Euclidean norm of the state after the request
+    tokens: tokens learned in total
+    state_bytes: size of the stored session at the end
+    """
 
     position: list[int] = field(default_factory=list)
     frozen: list[float] = field(default_factory=list)
@@ -30,7 +37,7 @@ class LongRun:
 
 
 def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: Progress = lambda _: None) -> LongRun:
-    """One session reads and learns all passages, in order."""
+    """Score and learn all passages in order, in one session."""
     pool = new_pool(lm)
     session, run = pool.open(), LongRun()
     for passage in passages:
@@ -47,17 +54,17 @@ def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: P
 
 
 def state_norm(pool: Pool, session: int) -> float:
-    """The Euclidean norm of all vectors in a session's rows: keys are of length 1, values as long as they are."""
+    """Return the Euclidean norm of all vectors in the rows of a session. Keys have length 1."""
     total = 0.0
     for site in pool.sites.values():
         table, vectors = site.tables[session], site.fields[-1]
-        scale = 1.0 if vectors.is_floating_point() else torch_backend.KEY_SCALE
+        scale = 1.0 if vectors.is_floating_point() else KEY_SCALE
         total += float((vectors[table[table > 0]].double() / scale).square().sum())
     return math.sqrt(total)
 
 
 def ratio_between(run: LongRun, start: int, end: int) -> float:
-    """Perplexity with memory over perplexity without, on the requests that begin in [start, end); NaN if none does."""
+    """Return perplexity with memory ÷ without, on the requests that begin in [start, end); NaN without requests."""
     chosen = [i for i, position in enumerate(run.position) if start <= position < end]
     differences = torch.tensor([run.adapted[i] - run.frozen[i] for i in chosen], dtype=torch.float64)
     return float(differences.mean().exp())

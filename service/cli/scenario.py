@@ -47,7 +47,7 @@ def scenario(
         name,
         out,
         seeds=seeds,
-        rivals=[] if rivals == "none" else rivals.split(","),
+        baselines=[] if rivals == "none" else rivals.split(","),
         baseline_config=baseline_config,
         checkpoint=policy,
         practice=practice,
