@@ -45,13 +45,6 @@ def memory_backend_for(device: torch.device) -> ModuleType | None:
     return numba_backend
 
 
-def decode_step_backend() -> ModuleType:
-    """What a decoding step does on CPUs between the base's linear maps, compiled."""
-    from model.decode import numba_step
-
-    return numba_step
-
-
 def has_streams(device: torch.device) -> bool:
     """Whether the device goes on by itself while the host waits for a part of what it does."""
     return device.type == "cuda"

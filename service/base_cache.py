@@ -16,7 +16,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from model.base.checkpoint import CheckpointError, model_files
-from model.base.gguf import GGUFError, convert
+from model.base.gguf import convert
+from model.base.gguf_metadata import GGUFError
 
 Progress = Callable[[str], None]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM, DecodeState
-from model.base.backbone import KVCache
+from model.base.kv_cache import KVCache
 from model.decode.paged_cache import PagedAttention, PagedCache, PagePool
 from model.device import triton_backend_for, upload
 from model.memory import Pool

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.base.backbone import AttentionFn, Device, KVCache, causal_mask
+from model.base.attention import AttentionFn, causal_mask
 from model.base.config import ModelConfig
+from model.base.kv_cache import Device, KVCache
 from model.device import triton_backend_for, upload
 from model.memory.pool import CellIndices, FreeList
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from model.base.backbone import Backbone, DenseCache, KVCache
+from model.base.backbone import Backbone
 from model.base.checkpoint import load_backbone
 from model.base.config import tiny_config
+from model.base.kv_cache import DenseCache, KVCache
 from model.base.linear import Linear
+from model.decode.backend import decode_step_for
 from model.text.tokenizer import Tokenizer
 from tests.model.random_models import random_llama, tokens
 
@@ -156,7 +158,7 @@ def test_a_prefill_repeats_bit_for_bit_whatever_else_is_served(backbone: Backbon
 @pytest.mark.parametrize("fp16_decoder", [False, True])
 def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone, B: int, fp16_decoder: bool) -> None:
     ids = tokens(B, 64)
-    backbone = backbone.fp16_decoder() if fp16_decoder else backbone
+    backbone = backbone.fp16_decoder(decode_step_for(backbone)) if fp16_decoder else backbone
     caches = [backbone.new_cache(64) for _ in range(B)]
     for i, cache in enumerate(caches):
         backbone(ids[i : i + 1, : 7 + i], [cache])
@@ -170,7 +172,7 @@ def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone
 @torch.inference_mode()
 def test_halved_weights_are_those_of_fp16_and_share_the_rest(folder: Path) -> None:
     plain, packed = load_backbone(folder, trainable=True), load_backbone(folder)
-    fp16_decoder, ids = packed.fp16_decoder(), tokens(2, 30)
+    fp16_decoder, ids = packed.fp16_decoder(decode_step_for(packed)), tokens(2, 30)
     rounded = load_backbone(folder, trainable=True)
     for module in rounded.modules():
         if isinstance(module, Linear):
@@ -186,11 +188,11 @@ def test_halved_weights_round_each_row_alone_also_on_older_processors() -> None:
     """In a process of its own: FBGEMM reads once what it may use. 128 rows leave two of six, 127 one."""
     program = """if True:
         import torch
-        from model.base.linear import HalfLinear, Linear
+        from model.base.linear import Fp16Linear, Linear
         linear = Linear(576, 192, bias=True, device="cpu", dtype=torch.float32).requires_grad_(False)
         for parameter in linear.parameters():
             parameter.normal_()
-        half, x = HalfLinear(linear), torch.randn(128, 576)
+        half, x = Fp16Linear(linear), torch.randn(128, 576)
         together = half(x)
         for n in (*range(1, 34), 65, 127):
             assert torch.equal(half(x[:n]), together[:n]), n

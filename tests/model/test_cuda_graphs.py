@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM, DecodeState
-from model.base.backbone import Backbone, KVCache
+from model.base.backbone import Backbone
+from model.base.kv_cache import KVCache
 from model.decode.cuda_graphs import CudaGraphLM, wrap_for_serving
 from model.decode.paged_cache import PAGE_SIZE, PagedCache, PagePool
 from model.memory import Pool, PoolFullError

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import model.base.gguf
 from model.base.checkpoint import load_backbone
 from model.base.config import LinearScaling
-from model.base.gguf import GGUFError, convert
+from model.base.gguf import convert
+from model.base.gguf_metadata import GGUFError
 from model.text.tokenizer import Tokenizer
 from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe, random_llama, tokens, write_gguf
 from tests.tiny import CHAT_TEMPLATE

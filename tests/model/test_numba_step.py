@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.base.backbone import Backbone, DenseCache
+from model.base.backbone import Backbone
 from model.base.checkpoint import load_backbone
+from model.base.kv_cache import DenseCache
 from model.decode import numba_step
 from model.numba_support import MIN_EXP_INPUT, Array, cached_njit, exp, log, row_max
 from tests.model.random_models import random_llama, tokens
