@@ -99,9 +99,8 @@ def _prefetch(_: Any, address: Any) -> Any:
         line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
         fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
-        builder.call(
-            fetch, [builder.inttoptr(given[0], line), number(0), number(3), number(1)]
-        )  # a read of data, kept in all caches
+        read, keep_in_all_caches, data = number(0), number(3), number(1)
+        builder.call(fetch, [builder.inttoptr(given[0], line), read, keep_in_all_caches, data])
         return context.get_dummy_value()
 
     return types.void(address), build
