@@ -12,7 +12,7 @@ from torch.autograd.profiler import profile
 from benchmarks.texts import PromptSource, random_session
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.memory import Pool
-from service.versions.export_file import as_tensors
+from service.engine.stored_rows import as_tensors
 
 PROMPT, ROWS = 16, 51_200
 GROUPS = {

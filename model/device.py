@@ -3,46 +3,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-log = logging.getLogger(__name__)
-
-
-@cache
-def triton_backend_for(device: torch.device) -> ModuleType | None:
-    """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what
-    their twins do. None elsewhere: torch's operators take their place."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    from model.memory.lexical import triton_backend
-    from model.triton_check import check_triton_kernels
-
-    try:
-        check_triton_kernels(device)
-    except Exception as error:  # whatever it is, the twins can do without
-        log.warning("our kernels can't be used on this GPU, torch's operators take their place: %s", error)
-        return None
-    return triton_backend
-
-
-def memory_backend_for(device: torch.device) -> ModuleType | None:
-    """What compares, weighs and writes the memory's rows: Numba's kernels on a CPU, ours of above on a GPU. None
-    elsewhere."""
-    if device.type != "cpu":
-        return triton_backend_for(device)
-    from model.memory.lexical import numba_backend
-
-    return numba_backend
 
 
 def has_streams(device: torch.device) -> bool:

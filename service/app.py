@@ -37,7 +37,7 @@ from model.text.tokenizer import Tokenizer
 from service.base_cache import BaseError, resolve_base
 from service.engine import Engine
 from service.errors import StoreUnavailable
-from service.http.middleware import install
+from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
@@ -45,8 +45,10 @@ from service.store.base import RetentionConfig
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
 from service.tenants import ApiKeys, ApiKeysError
+from service.turns.loaded_model import LoadedModel
 from service.turns.quotas import Quotas
-from service.turns.sessions import LoadedModel, ServerLimits, Sessions
+from service.turns.session_gate import ServerLimits
+from service.turns.sessions import Sessions
 
 WATCH_EVERY_S = 10.0
 LOADER_THREAD = "imprint-load"  # the thread that loads the model

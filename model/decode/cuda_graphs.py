@@ -16,9 +16,9 @@ from torch import Tensor
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM, DecodeState
 from model.base.kv_cache import KVCache
-from model.decode.paged_cache import PagedAttention, PagedCache, PagePool
-from model.device import triton_backend_for, upload
-from model.memory import Pool
+from model.decode.paged_cache import PagedAttention, PagedCache, PagePool, choose_paged_attention, paged_attention
+from model.device import upload
+from model.memory import Pool, choose_backend
 from model.memory.config import NGRAM_SIZES
 
 log = logging.getLogger(__name__)
@@ -180,6 +180,7 @@ class CudaGraphLM(AdaptiveLM):
 def wrap_for_serving(lm: AdaptiveLM, *, kv_tokens: int, max_batch: int) -> AdaptiveLM:
     """The model as it serves best: in captured steps on a GPU where our kernels run, as it is elsewhere, where a fixed
     shape would only be more work."""
-    if triton_backend_for(lm.device) is None:
+    has_kernels = choose_paged_attention(lm.device) is not paged_attention
+    if not has_kernels or choose_backend(lm.device).name != "triton":
         return lm
     return CudaGraphLM(lm, kv_tokens=kv_tokens, max_batch=max_batch)

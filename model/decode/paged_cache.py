@@ -5,8 +5,9 @@ Paged attention: Kwon et al. 2023 (arXiv 2309.06180).
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from model.base.attention import AttentionFn, causal_mask
 from model.base.config import ModelConfig
 from model.base.kv_cache import Device, KVCache
-from model.device import triton_backend_for, upload
+from model.device import upload
 from model.memory.pool import CellIndices, FreeList
+from model.triton_check import has_triton, passes_check
 
 PAGE_SIZE = 32  # tokens of a page
 
@@ -33,7 +35,7 @@ class PagePool:
     def __init__(self, config: ModelConfig, *, tokens: int, sequences: int, device: Device, dtype: torch.dtype) -> None:
         self.device = torch.device(device)
         self.max_sequence_tokens = config.max_context  # a captured step checks nothing, and reads what it is told to
-        self.kernels = triton_backend_for(self.device)
+        self.attend = choose_paged_attention(self.device)
         pages = -(-tokens // PAGE_SIZE) + sequences
         shape = (config.num_layers, (pages + 1) * PAGE_SIZE, config.num_kv_heads, config.head_dim)
         # Zeros: what is hidden by a mask must still be a number.
@@ -116,9 +118,8 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pages = self._pages
-        attend = paged_attention if pages.kernels is None else pages.kernels.paged_attention
         kv_args = (pages.keys[layer], pages.values[layer], pages.tables, self._sequences, self._positions)
-        attended: Tensor = attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], *kv_args, PAGE_SIZE)
+        attended = pages.attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], *kv_args, PAGE_SIZE)
         return attended[:, :, None]
 
 
@@ -153,6 +154,20 @@ def paged_attention(
         enable_gqa=True,
     )
     return attended[:, :, 0]
+
+
+@functools.cache
+def choose_paged_attention(device: torch.device) -> Callable[..., Tensor]:
+    """Return the Triton kernel of `paged_attention` where Triton is installed and the kernel passes its check, else
+    `paged_attention` itself."""
+    if has_triton(device):
+        # Triton is installed on GPU machines only: elsewhere this module cannot be imported.
+        from model.decode import triton_attention
+
+        check = functools.partial(triton_attention.check_paged_attention, reference=paged_attention)
+        if passes_check(check, device):
+            return triton_attention.paged_attention
+    return paged_attention
 
 
 class _Prefill:

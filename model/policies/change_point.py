@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.memory import SiteConfig
-from model.memory.lexical import torch_backend
+from model.memory.numerics import TINY
 
 NAME = "since"
 NUM_HYPOTHESES = 8
@@ -42,8 +42,8 @@ class ChangePointHypotheses(NamedTuple):
     def update(self, likelihoods: Tensor, hazard: Tensor, num_labels: Tensor) -> Tensor:
         """The rows [n, 2·J] after a label each: foretold [n, J], how likely each guess took it for; doubt: the chance
         of a change; seen [n]: the number of labels so far, this one among them."""
-        probs = self.probs * likelihoods.clamp_min(torch_backend.TINY)
-        probs = probs / probs.sum(1, keepdim=True).clamp_min(torch_backend.TINY)
+        probs = self.probs * likelihoods.clamp_min(TINY)
+        probs = probs / probs.sum(1, keepdim=True).clamp_min(TINY)
         least = probs.argmin(1, keepdim=True)
         probs = (probs * (1 - hazard)).scatter(1, least, hazard.expand(len(probs), 1))
         starts = self.starts.scatter(1, least, num_labels[:, None].to(self.starts.dtype))

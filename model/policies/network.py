@@ -24,8 +24,13 @@ from torch import Tensor, nn
 from model import weights
 from model.memory import DeltaSite, Draft, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES
+from model.memory.delta import torch_ops
+from model.memory.guard import GUARD_LIMIT_NATS, guard_step
 from model.memory.lexical import torch_backend
-from model.memory.sites import FoundCandidates, LexicalReadout
+from model.memory.lexical.site import FoundCandidates, LexicalReadout
+from model.memory.lexical.types import LexicalRows
+from model.memory.numerics import TINY, rowwise_matmul
+from model.memory.prediction import Prediction, base_prediction
 from model.policies.change_point import NAME as CHANGE_POINT_SITE
 from model.policies.change_point import ChangePointHypotheses
 
@@ -186,10 +191,10 @@ class Policy(nn.Module):
         """The states [n, D] with what the rows [n, k, d_v] of their slots say, and how much there is of it."""
         recalled = self.site.join(state, rows, w)
         if self.product is not None:
-            recalled = recalled + state * torch_backend.rowwise_matmul(torch_backend.read_delta(rows, w), self.product)
+            recalled = recalled + state * rowwise_matmul(torch_ops.read_delta(rows, w), self.product)
         if self.site.config.decay == 1.0:  # what replaces what was there is as large as that
             return recalled
-        return recalled + torch_backend.delta_read_magnitude(rows, w)[:, None] * self.size
+        return recalled + torch_ops.delta_read_magnitude(rows, w)[:, None] * self.size
 
     def logit_and_value(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
         """Recalled states [n, D] → how good it is to act so [n], and the reward [n] that is expected, scaled to 0…1."""
@@ -202,10 +207,7 @@ class Policy(nn.Module):
         above, below = (reward - expected).clamp_min(0), (expected - reward).clamp_min(0)
         outcome = torch.stack([torch.ones_like(reward), reward, above, below], dim=1)
         following = torch.tanh(_apply(self.event, torch.cat([recalled, outcome], dim=1)))
-        loss = -(
-            reward * expected.clamp_min(torch_backend.TINY).log()
-            + (1 - reward) * (1 - expected).clamp_min(torch_backend.TINY).log()
-        )
+        loss = -(reward * expected.clamp_min(TINY).log() + (1 - reward) * (1 - expected).clamp_min(TINY).log())
         error = F.pad(outcome, (0, self.config.state - NUM_OUTCOME_INPUTS))
         return self.site.value(following, error), self.site.beta(loss.clamp_max(8.0)), loss
 
@@ -247,7 +249,7 @@ class Policy(nn.Module):
         n, k, _ = rows.shape
         at = torch.arange(n * k, device=rows.device).view(n, k)
         config = self.site.config
-        new = torch_backend.write_delta(rows.flatten(0, 1), at, w, beta, value, decay=config.decay, cap=config.cap)
+        new = torch_ops.write_delta(rows.flatten(0, 1), at, w, beta, value, decay=config.decay, cap=config.cap)
         return new.view_as(rows)
 
     def _read(self, state: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -270,9 +272,9 @@ class Policy(nn.Module):
         hidden = torch.relu(_apply(self.trunk, features))
         return hidden + torch.relu(_apply(self.inner, hidden))
 
-    def base(self, states: Tensor) -> torch_backend.Prediction:
+    def base(self, states: Tensor) -> Prediction:
         """What the network says of the labels without memory."""
-        return torch_backend.predict(_apply(self.head, torch.relu(_apply(self.join, states))))
+        return base_prediction(_apply(self.head, torch.relu(_apply(self.join, states))))
 
     def label(self, features: Tensor, pool: Pool, session: Tensor) -> Tensor:
         """log p [n, L] of the labels of examples [n, F] in sessions [n] long."""
@@ -308,12 +310,12 @@ class Policy(nn.Module):
 
     def _read_labels(
         self, features: Tensor, pool: Pool, session: Tensor
-    ) -> tuple[torch_backend.Prediction, LexicalReadout, LexicalReadout | None]:
+    ) -> tuple[Prediction, LexicalReadout, LexicalReadout | None]:
         """What the network says, what the memory does, and what it would if each of the guesses [n · J] were true."""
         states, site = self.embed(features), self.labels
         base, keys = self.base(states), site.keys(states)
         cells = site.address(keys)
-        rows = torch_backend.LexicalRows(*pool.sites[site.config.name].read(session, cells))
+        rows = LexicalRows(*pool.sites[site.config.name].read(session, cells))
         cosines, recency = (
             torch_backend.similarity(rows, keys),
             recency_log_prior(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1),
@@ -379,9 +381,9 @@ def _average_over_hypotheses(by_hypothesis: LexicalReadout, probs: Tensor) -> Le
 
     first = by_hypothesis.select(torch.arange(n, device=probs.device) * num_hypotheses)
     counted = mean(by_hypothesis.unguarded_gamma)
-    weights = (
-        probs * by_hypothesis.unguarded_gamma.view(n, num_hypotheses) / counted.clamp_min(torch_backend.TINY)[:, None]
-    )[:, :, None]
+    weights = (probs * by_hypothesis.unguarded_gamma.view(n, num_hypotheses) / counted.clamp_min(TINY)[:, None])[
+        :, :, None
+    ]
     shares = (weights * by_hypothesis.shares.view(n, num_hypotheses, -1)).sum(1)
     return first._replace(shares=shares, gamma=mean(by_hypothesis.gamma), unguarded_gamma=counted)
 
@@ -389,10 +391,10 @@ def _average_over_hypotheses(by_hypothesis: LexicalReadout, probs: Tensor) -> Le
 def update_guard(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.guard_step` after one reward of each of some sessions. No reward counts more than GUARD_NATS, so that none
     alone shuts a guard in good standing."""
-    return torch_backend.guard_step(
+    return guard_step(
         balance,
         shut,
-        gain.clamp(-torch_backend.GUARD_LIMIT_NATS, torch_backend.GUARD_LIMIT_NATS),
+        gain.clamp(-GUARD_LIMIT_NATS, GUARD_LIMIT_NATS),
         torch.ones_like(gain),
     )
 
@@ -404,7 +406,7 @@ def recency_log_prior(writes: Tensor) -> Tensor:
 
 
 def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return torch_backend.rowwise_matmul(x, layer.weight.T) + layer.bias
+    return rowwise_matmul(x, layer.weight.T) + layer.bias
 
 
 def new_policy(config: PolicyConfig, *, seed: int) -> Policy:

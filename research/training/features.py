@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.base.backbone import Backbone
-from model.memory.lexical.torch_backend import predict
+from model.memory.prediction import base_prediction
 
 ROWS = 256  # of logits at a time: a vocabulary of them is large
 BYTES_PER_STATE = 2
@@ -132,7 +132,7 @@ class StreamFeatures:
 
 def _score(backbone: Backbone, states: Tensor, targets: Tensor) -> Tensor:
     """[2, n]: log-probability of each target, and the entropy that it was drawn from."""
-    base = predict(backbone.logits(states))
+    base = base_prediction(backbone.logits(states))
     return torch.stack([base.log_prob(targets), base.entropy]).float()
 
 

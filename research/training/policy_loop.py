@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
+from model.memory.lexical.types import KEY_SCALE, MAX_GAMMA
+from model.memory.numerics import TINY
 from model.policies.network import Policy, recency_log_prior
 from research.scenarios.core import FloatArray, IntArray, Tasks, TeacherTasks
 from research.scenarios.streams import LabellingTasks
@@ -130,7 +132,7 @@ class LabellingRound:
         states = policy.embed(features)
         keys = site.keys(states)
         # Rows are stored in int8: training sees the same roundings.
-        stored = keys + (torch_backend.quantise_keys(keys.detach()) / torch_backend.KEY_SCALE - keys.detach())
+        stored = keys + (torch_backend.quantise_keys(keys.detach()) / KEY_SCALE - keys.detach())
         queries, earlier = slice(1, T), slice(0, T - 1)
         base, keys = policy.base(states[queries]), keys[queries]
         hidden = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
@@ -147,10 +149,10 @@ class LabellingRound:
             torch.zeros(len(site.sharpness), len(NGRAM_SIZES)),
         )
         logit, shares = site.gate(found, base.entropy, keys)
-        gamma = torch.sigmoid(logit).clamp_max(torch_backend.MAX_GAMMA)
+        gamma = torch.sigmoid(logit).clamp_max(MAX_GAMMA)
         memory_probs = torch_backend.memory_prob(labels[queries], found.tokens, shares)
         outputs = (1 - gamma) * base.log_prob(labels[queries]).exp() + gamma * memory_probs
-        return -outputs.clamp_min(torch_backend.TINY).log().mean()
+        return -outputs.clamp_min(TINY).log().mean()
 
 
 class PolicyTrainer:

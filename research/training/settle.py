@@ -17,6 +17,8 @@ from torch import Tensor
 
 from model.memory import LexicalReadout, LexicalSite, Memory, Pool
 from model.memory.lexical import torch_backend
+from model.memory.numerics import TINY
+from model.memory.prediction import base_prediction
 from research.training.features import BOS_PLACEHOLDER, StreamFeatures
 
 REQUESTS = 6  # of a stream that are read in one session
@@ -82,7 +84,7 @@ def _replay_as_served(
             parts = (part.split(memory.config.block) for part in (chunk.states, chunk.targets, ngram_hashes))
             for states, targets, context in zip(*parts, strict=True):
                 base, at = (
-                    torch_backend.predict(logits(states)),
+                    base_prediction(logits(states)),
                     torch.full((len(targets),), draft.index, device=device),
                 )
                 keys, cells, num_empty_rows, found = site.find_candidates(pool, at, states, context, base)
@@ -131,4 +133,4 @@ def _loss(site: LexicalSite, evidence: GateExamples) -> Tensor:
     logit, heads = torch_backend.gate_logits(evidence.inputs, site.gate_weights)
     gamma = torch.sigmoid(logit + evidence.trust)
     p = (1 - gamma) * evidence.frozen.exp() + gamma * (heads * evidence.heads).sum(-1)
-    return -(p + torch_backend.TINY).log().mean()
+    return -(p + TINY).log().mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from service.engine import Segment
 from service.errors import BadRequest
 
 MAX_DIGESTS = 1024
+LONG_TEXT_CHARS = 20_000  # from which on tokenising leaves the event loop's thread
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,21 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
     if not token_ids:
         raise BadRequest("'prompt' must have at least one token, got none.", param="prompt")
     return EncodedPrompt(token_ids, [True] * len(token_ids))
+
+
+async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
+    """Encode a prompt as `encode` does; a long text on another thread, so that the event loop goes on."""
+    if isinstance(prompt, TextPrompt) and len(prompt.text) > LONG_TEXT_CHARS:
+        return await asyncio.to_thread(encode, prompt, tokenizer, known, reply=reply)
+    return encode(prompt, tokenizer, known, reply=reply)
+
+
+async def encode_text(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer, known: Sequence[str]) -> EncodedPrompt:
+    """Return the tokens of a text or a chat, which may be empty, without BOS."""
+    if isinstance(prompt, TextPrompt) and not prompt.text:
+        return EncodedPrompt([], [])
+    encoded = await encode_async(prompt, tokenizer, known, reply=False)
+    return without_bos(encoded, tokenizer.start_token_id)
 
 
 def _encode_chat(

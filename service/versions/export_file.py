@@ -11,31 +11,22 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from model.memory import MemoryConfig, SiteRows
-from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
+from model.memory import MemoryConfig
+from model.memory.config import SESSION_SCALARS_SUFFIX
+from service.engine.stored_rows import is_valid_site
 from service.errors import BadRequest
 from service.store.base import RowBatch, StoredSession
 
 FORMAT = 1
 NAME = "imprint"  # of the manifest in the file's metadata
-SESSION_SCALARS_BYTES = 4 * 3 * (1 + len(NGRAM_SIZES))  # three numbers for each number of runs that a match may repeat
-PAIR_BYTES = 8  # of a lexical row: its age and its token come first
 COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
 Arrays = dict[str, NDArray[Any]]
 Json = dict[str, Any]
-
-
-def as_tensors(sites: Mapping[str, RowBatch]) -> dict[str, SiteRows]:
-    """A session's rows as the model takes them; nothing is copied."""
-    return {
-        name: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data)) for name, batch in sites.items()
-    }
 
 
 def pack_session(stored: StoredSession, key: str) -> bytes:
@@ -130,28 +121,6 @@ def _sites(arrays: Arrays, config: MemoryConfig, vocab_size: int) -> dict[str, R
     if len(arrays) != 2 * len(sites):
         raise _invalid_export("has arrays that belong to no site")
     return sites
-
-
-def is_valid_site(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> bool:
-    """Whether a site's rows can be: the memory has the site and a place for them, and could have written them."""
-    site = next((site for site in config.sites if site.name == name.removesuffix(SESSION_SCALARS_SUFFIX)), None)
-    if site is None:
-        return False
-    own = name.endswith(SESSION_SCALARS_SUFFIX)
-    max_slots, row_bytes = (1, SESSION_SCALARS_BYTES) if own else (site.slots, site.row_bytes)
-    if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= max_slots:
-        return False
-    return _finite(batch) if own or site.kind != "lexical" else _valid_lexical_rows(batch, vocab_size)
-
-
-def _finite(batch: RowBatch) -> bool:
-    return bool(np.isfinite(np.ascontiguousarray(batch.data).view("<f4")).all())
-
-
-def _valid_lexical_rows(batch: RowBatch, vocab_size: int) -> bool:
-    """Whether rows of a lexical site have an age and a token of the vocabulary; what follows may be anything."""
-    ages, tokens = np.ascontiguousarray(batch.data[:, :PAIR_BYTES]).view("<i4").T
-    return bool((ages > 0).all() and (tokens >= 0).all() and (tokens < vocab_size).all())
 
 
 def _invalid_export(what: str, code: str = "invalid_export") -> BadRequest:

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from model.memory.config import MemoryConfig, SiteConfig, SiteKind
+from model.memory.config import MemoryConfig, SiteConfig
+from model.site_kind import SiteKind
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
 from service.store.codec import damaged
 from service.tenants import Tenant
-from service.turns.learned_tokens import kept_tokens_of, lineages, state_delta_at, with_text
 from service.turns.session_gate import session_changed, session_not_found
 from service.turns.sessions import Sessions
+from service.turns.state_delta import state_delta_at
+from service.versions.lineage import kept_tokens_of, lineages, with_text
 
 MAX_BINS = 1024
 MAX_READS = 3  # of a session that somebody teaches meanwhile

@@ -25,9 +25,10 @@ from benchmarks.texts import random_session
 from model.memory import MemoryConfig, Pool, SiteConfig
 from research.estimates import mean, percentiles, ratio
 from service.base_cache import resolve_gguf
+from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import CommandError
 from service.settings import Settings
-from service.versions.export_file import as_tensors, is_valid_site, pack_session, read_export, unpack_session
+from service.versions.export_file import pack_session, read_export, unpack_session
 
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(1, 16),

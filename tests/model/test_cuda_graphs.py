@@ -17,6 +17,7 @@ from model.base.kv_cache import KVCache
 from model.decode.cuda_graphs import CudaGraphLM, wrap_for_serving
 from model.decode.paged_cache import PAGE_SIZE, PagedCache, PagePool
 from model.memory import Pool, PoolFullError
+from model.memory.lexical.torch_backend import TorchBackend
 from tests.model.tiny_lm import BLOCK, DEVICE, KINDS, build, learned, new_pool, rows_by_slot, text, tiny_backbone
 
 pytestmark = pytest.mark.gpu
@@ -157,7 +158,7 @@ WAITING |= {"lift_fresh", "lift_fresh_copy", "equal", "is_nonzero"}
 
 def test_nothing_of_a_step_waits_for_the_device_or_the_host(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm)
-    pool.sites["words"].kernels = None  # a GPU weighs with torch's operators: those are to be watched
+    pool.sites["words"].backend = TorchBackend()  # a GPU reads with torch operators: these are watched
     for reads_memory in (True, False):
         step = model._step(pool, 4, reads_memory)
         with SyncDetector() as watched:
