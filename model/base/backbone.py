@@ -28,7 +28,7 @@ class DecodeStepBackend(Protocol):
     """One decode step: the next token of each of B sequences, each over a dense cache of its own.
 
     `model.decode.torch_step` is the reference and `model.decode.numba_step` the fast path;
-    `model.decode.backend.decode_step_for` chooses. `Backbone.fp16_decoder` takes the chosen backend.
+    `model.decode.backend.choose_decode_step` chooses. `Backbone.fp16_decoder` takes the chosen backend.
     """
 
     def __call__(

@@ -6,6 +6,6 @@ from model.base.backbone import Backbone, DecodeStepBackend
 from model.decode import numba_step, torch_step
 
 
-def decode_step_for(backbone: Backbone) -> DecodeStepBackend:
+def choose_decode_step(backbone: Backbone) -> DecodeStepBackend:
     """Return the fastest decode step that supports the device, dtype and layers of `backbone`."""
     return numba_step.decode if numba_step.supports(backbone) else torch_step.decode

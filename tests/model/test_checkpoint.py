@@ -1,4 +1,4 @@
-"""A model folder is loaded whole, or refused with the file and the thing that is wrong."""
+"""A model folder is loaded completely, or refused with the file and the fault."""
 
 from __future__ import annotations
 

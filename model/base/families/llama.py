@@ -151,24 +151,26 @@ class LlamaFamily(Family):
     # GGUF
 
     def parse_gguf_config(self, metadata: Metadata, *, tied: bool) -> ModelConfig:
-        heads = required(metadata, "llama.attention.head_count")
-        head_dim = metadata.get("llama.attention.key_length", required(metadata, "llama.embedding_length") // heads)
-        if (rotated := metadata.get("llama.rope.dimension_count", head_dim)) != head_dim:
-            raise GGUFError(f"llama.rope.dimension_count must be the head size {head_dim}, got {rotated}")
+        prefix = self.gguf_architecture
+        heads = required(metadata, f"{prefix}.attention.head_count")
+        hidden_size = required(metadata, f"{prefix}.embedding_length")
+        head_dim = metadata.get(f"{prefix}.attention.key_length", hidden_size // heads)
+        if (rotated := metadata.get(f"{prefix}.rope.dimension_count", head_dim)) != head_dim:
+            raise GGUFError(f"{prefix}.rope.dimension_count must be the head size {head_dim}, got {rotated}")
         try:
             return ModelConfig(
                 vocab_size=len(required(metadata, "tokenizer.ggml.tokens")),
-                hidden_size=required(metadata, "llama.embedding_length"),
-                num_layers=required(metadata, "llama.block_count"),
+                hidden_size=hidden_size,
+                num_layers=required(metadata, f"{prefix}.block_count"),
                 num_heads=heads,
-                num_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
+                num_kv_heads=metadata.get(f"{prefix}.attention.head_count_kv", heads),
                 head_dim=head_dim,
-                intermediate_size=required(metadata, "llama.feed_forward_length"),
-                rope_theta=shortest_decimal(metadata.get("llama.rope.freq_base", 10_000.0)),
-                rope_scaling=_gguf_rope_scaling(metadata),
-                rms_norm_eps=shortest_decimal(required(metadata, "llama.attention.layer_norm_rms_epsilon")),
+                intermediate_size=required(metadata, f"{prefix}.feed_forward_length"),
+                rope_theta=shortest_decimal(metadata.get(f"{prefix}.rope.freq_base", 10_000.0)),
+                rope_scaling=_gguf_rope_scaling(metadata, prefix),
+                rms_norm_eps=shortest_decimal(required(metadata, f"{prefix}.attention.layer_norm_rms_epsilon")),
                 tie_embeddings=tied,
-                max_context=required(metadata, "llama.context_length"),
+                max_context=required(metadata, f"{prefix}.context_length"),
                 family=self.name,
             )
         except ConfigError as error:
@@ -200,13 +202,13 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"partial_rotary_factor must be 1, got {factor}")
 
 
-def _gguf_rope_scaling(metadata: Metadata) -> LinearScaling | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
+def _gguf_rope_scaling(metadata: Metadata, prefix: str) -> LinearScaling | None:
+    kind = metadata.get(f"{prefix}.rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind == "linear":
-        return LinearScaling(shortest_decimal(required(metadata, "llama.rope.scaling.factor")))
-    raise GGUFError(f"llama.rope.scaling.type must be none or linear, got {kind}")
+        return LinearScaling(shortest_decimal(required(metadata, f"{prefix}.rope.scaling.factor")))
+    raise GGUFError(f"{prefix}.rope.scaling.type must be none or linear, got {kind}")
 
 
 def _unpermute(weight: Weight, heads: int) -> Weight:
