@@ -1,4 +1,4 @@
-"""What a turn commits, worked out from what the turn ran. `session_gate` writes the commit."""
+"""The commit of a turn, worked out from what the turn ran. `session_gate` writes the commit to the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from service.types import Adaptation
 
 @dataclass(frozen=True)
 class Commit:
-    """What a turn commits.
+    """The content of one commit.
 
     Attributes:
         meta: the session's meta at the new version.
@@ -40,7 +40,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class TurnOutcome:
-    """What a turn did: the session's meta after the turn (None = no session), the adaptation, the tokens generated."""
+    """The outcome of a turn. meta: the session after the turn, None without a session."""
 
     meta: SessionMeta | None
     adaptation: Adaptation

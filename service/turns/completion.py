@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What to generate. max_tokens None fills the context; logprobs None is off, else alternatives to each token."""
+    """Options of a generation. max_tokens: None fills the context; logprobs: alternatives a token, None = off."""
 
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -86,7 +86,7 @@ class TurnEnd:
 
 @dataclass(frozen=True)
 class AdaptPolicy:
-    """What a completion request may do with its session's memory."""
+    """The permissions of a completion request on its session's memory."""
 
     adapt: AdaptMode
     learn_prompt: bool

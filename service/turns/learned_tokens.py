@@ -11,8 +11,11 @@ from service.engine import Segment
 
 
 def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[int, Sequence[int]]) -> bytes:
-    """The tokens of a turn that taught something: int32, how many parts, their lengths, then their tokens, each as
-    itself if it was learned, else as its complement. said: what was generated and learned, by part."""
+    """Pack the segments of a turn that learned something, as little-endian int32.
+
+    The numbers are: the number of packed segments, the length of each, then all tokens; a token that was not learned
+    is stored as its complement. learned_completions: the generated tokens that were learned, by segment.
+    """
     kept = []
     for number, part in enumerate(parts):
         reply, learn = learned_completions.get(number, ()), part.learn or [False] * len(part.token_ids)
@@ -24,6 +27,7 @@ def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[i
 
 
 def unpack_learned_tokens(packed: bytes) -> list[Segment]:
+    """Return the segments that `pack_learned_tokens` packed, ready to be learned again."""
     numbers = np.frombuffer(packed, "<i4")
     ends = 1 + numbers[0] + np.cumsum(numbers[1 : 1 + numbers[0]])
     segments = []
@@ -34,4 +38,5 @@ def unpack_learned_tokens(packed: bytes) -> list[Segment]:
 
 
 def digest(packed: bytes) -> str:
+    """Return the digest of packed tokens: 32 hexadecimal digits of their SHA-256."""
     return hashlib.sha256(packed).hexdigest()[:32]

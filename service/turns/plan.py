@@ -1,4 +1,4 @@
-"""What one turn runs on the engine."""
+"""The plan of one turn: what the engine runs and what the commit consists of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TurnKind = Literal["learn", "rollback", "unlearn", "fork", "import"]
 
 @dataclass(frozen=True)
 class TurnPlan:
-    """What one turn runs on the engine and what its commit consists of.
+    """The plan of one turn.
 
     Attributes:
         meta: the session as the turn finds or creates it; None = no session, the frozen base answers.
@@ -45,11 +45,12 @@ class TurnPlan:
 
     @property
     def runs_jobs(self) -> bool:
+        """True if the engine has something to run."""
         return bool(self.segments) or self.policy_request is not None
 
     @property
     def costs_quota(self) -> bool:
-        """Whether the turn needs the tenant's leave to learn."""
+        """True if the turn needs the tenant's quota to allow learning."""
         return self.meta is not None and ((self.writes and self.runs_jobs) or self.kind in ("fork", "import"))
 
     @property

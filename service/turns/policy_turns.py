@@ -37,7 +37,7 @@ class RewardInput:
 
 @dataclass(frozen=True)
 class ActionSampling:
-    """How to choose an action. temperature: None = the policy's own; seed: of the random draw."""
+    """Options of the choice of an action. temperature: None = the policy's own; seed: of the random draw."""
 
     temperature: float | None = None
     seed: int | None = None
@@ -240,19 +240,19 @@ def _with_reward(request: PolicyRequest, policy: Policy, reward: RewardInput | N
 def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
     """Raise BadRequest unless there are as many numbers as the policy observes."""
     config = policy.config
-    if len(numbers) == config.observation:
+    if len(numbers) == config.observation_size:
         return
     parts = f"{config.context} of the context" + (
         f" and {config.features} of each of {config.actions} actions" if config.features else ""
     )
     raise BadRequest(
-        f"{field!r} must hold {config.observation} numbers for {config.name!r} ({parts}), got {len(numbers)}.",
+        f"{field!r} must hold {config.observation_size} numbers for {config.name!r} ({parts}), got {len(numbers)}.",
         param=field,
     )
 
 
 class PolicyTurns:
-    """What routes ask of the policies.
+    """The operations of policies that routes call.
 
     Every method raises NotFound for a policy that is not loaded and Conflict for a session of another model; `model`
     may be None where the session exists.

@@ -36,7 +36,7 @@ CANCEL_GRACE_S = 1.0
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server allows and remembers.
+    """Limits on what a server allows and remembers.
 
     Attributes:
         max_queue: number of turns that run or wait at once.

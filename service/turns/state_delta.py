@@ -11,7 +11,7 @@ import numpy as np
 from service.errors import Conflict
 from service.store.base import History, RowBatch, SessionMeta, Slots
 
-# What of a session's meta belongs to a version; the rest belongs to the session.
+# The meta values that belong to a version; the other values belong to the session.
 VERSIONED_FIELDS = (
     "tokens_learned", "rows", "bytes", "proof_tokens", "loss_sum", "frozen_loss_sum", "requests", "digests",
 )  # fmt: skip
@@ -20,18 +20,24 @@ EMPTY_FIELDS = dict.fromkeys(VERSIONED_FIELDS, 0) | {"loss_sum": 0.0, "frozen_lo
 
 @dataclass(frozen=True, eq=False)
 class StateDelta:
-    """Another content for a session: its versioned meta values, the rows that differ, and the slots that are empty in
-    it; `cleared_slots` has only sites that `sites` has."""
+    """A change of a session's content.
+
+    Attributes:
+        meta: the versioned meta values of the new content.
+        sites: the rows to write, by site.
+        cleared_slots: the slots to clear, for sites that `sites` has.
+    """
 
     meta: dict[str, Any]
     sites: dict[str, RowBatch]
     cleared_slots: dict[str, Slots]
 
     def apply_to_meta(self, meta: SessionMeta) -> SessionMeta:
+        """Return the meta with the values of the new content."""
         return replace(meta, **self.meta)
 
     def with_rows(self, written: Mapping[str, RowBatch]) -> StateDelta:
-        """The same with rows that were written on top of it."""
+        """Return the delta with rows written on top."""
         if not written:
             return self
         rows_by_slot: RowsBySlot = {}
@@ -43,7 +49,7 @@ class StateDelta:
         return StateDelta(self.meta, *_batches(rows_by_slot, widths))
 
     def apply_to_rows(self, stored: Mapping[str, RowBatch]) -> dict[str, RowBatch]:
-        """All rows of this content, given those of the version that it differs from."""
+        """Return all rows of the new content, from the rows of the version that the delta starts from."""
         whole = StateDelta({}, dict(stored), {}).with_rows(self.sites)
         kept = {}
         for site, batch in whole.sites.items():
@@ -75,7 +81,10 @@ def _batches(rows_by_slot: RowsBySlot, widths: Mapping[str, int]) -> tuple[dict[
 
 
 def state_delta_at(history: History, version: int, param: str = "version") -> StateDelta:
-    """What leads from the latest version back to `version`, given as `param`. Raises Conflict if that is not kept."""
+    """Return the delta from the latest version back to `version`.
+
+    Raises Conflict, naming the request's field `param`, for a version that is not kept.
+    """
     oldest = history.undo[-1].version - 1 if history.undo else history.meta.version
     if not oldest <= version <= history.meta.version:
         raise Conflict(
@@ -83,11 +92,8 @@ def state_delta_at(history: History, version: int, param: str = "version") -> St
             param=param,
             code="version_not_kept",
         )
-    meta, rows_by_slot, widths = (
-        {name: getattr(history.meta, name) for name in VERSIONED_FIELDS},
-        RowsBySlot(),
-        dict[str, int](),
-    )
+    meta = {name: getattr(history.meta, name) for name in VERSIONED_FIELDS}
+    rows_by_slot, widths = RowsBySlot(), dict[str, int]()
     for undo in history.undo:
         if undo.version > version:
             meta |= {name: value for name, value in undo.meta.items() if name in VERSIONED_FIELDS}
@@ -100,7 +106,7 @@ def state_delta_at(history: History, version: int, param: str = "version") -> St
 def full_state_delta(
     meta: Mapping[str, Any], sites: Mapping[str, RowBatch], replaced: Mapping[str, RowBatch]
 ) -> StateDelta:
-    """A content that has these rows and none of `replaced`."""
+    """Return the delta to a content that has the rows `sites` and none of the rows `replaced`."""
     wanted = dict(sites) | {
         site: RowBatch(np.zeros(0, np.int32), np.zeros((0, batch.row_bytes), np.uint8))
         for site, batch in replaced.items()

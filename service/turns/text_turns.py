@@ -18,7 +18,7 @@ from service.types import Adaptation
 
 @dataclass(frozen=True)
 class ObserveResult:
-    """What a turn learned. loss: nats per token, before the tokens were learned."""
+    """The outcome of a learning turn. loss: nats per token, before the tokens were learned."""
 
     tokens_learned: int
     rows_written: int

@@ -1,4 +1,4 @@
-"""A session as a file: safetensors, with a manifest in its metadata. Nothing in it is run, and all of it is checked."""
+"""A session as a file: safetensors with a manifest in the metadata. Every part is checked, no part is executed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from service.errors import BadRequest
 from service.store.base import RowBatch, StoredSession
 
 FORMAT = 1
-NAME = "imprint"  # of the manifest in the file's metadata
+NAME = "imprint"  # the manifest's key in the file's metadata
 COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
 Arrays = dict[str, NDArray[Any]]
@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 
 def pack_session(stored: StoredSession, key: str) -> bytes:
-    """The file of a session, signed if there is a key. Its options are the server's business and stay there."""
+    """Return the file of a session, signed if there is a key. The session's options stay with the server."""
     arrays: Arrays = {}
     for site, batch in stored.sites.items():
         arrays[f"{site}.slots"], arrays[f"{site}.rows"] = batch.slots, np.ascontiguousarray(batch.data)
@@ -43,8 +43,7 @@ def pack_session(stored: StoredSession, key: str) -> bytes:
 
 
 def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
-    """The manifest and the arrays of a file, as they stand there. Raises BadRequest for one that is damaged, unknown or
-    not signed."""
+    """Return the manifest and the arrays of a file. Raises BadRequest for a damaged, unknown or unsigned file."""
     try:
         arrays: Arrays = load(data)
         size = int.from_bytes(data[:8], "little")
@@ -65,7 +64,7 @@ def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
 def unpack_session(
     manifest: Json, arrays: Arrays, config: MemoryConfig, vocab_size: int
 ) -> tuple[Json, dict[str, RowBatch]]:
-    """The manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
+    """Return the manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
     sites = _sites(arrays, config, vocab_size)
     rows = {site: batch for site, batch in sites.items() if not site.endswith(SESSION_SCALARS_SUFFIX)}
     manifest["rows"] = sum(len(batch.slots) for batch in rows.values())
@@ -86,7 +85,7 @@ def _signature(checksum: str, key: str) -> str:
 
 
 def _checked(manifest: Json) -> Json:
-    """The manifest, if its values are such as a session may have; a checksum alone proves nothing about that."""
+    """Return the manifest if a session may have its values: a checksum does not prove that. Raises BadRequest."""
     for name in COUNTS:
         if type(manifest.get(name)) is not int or not 0 <= manifest[name] < 2**53:
             raise _invalid_export(f"has a {name} that is no count")

@@ -1,4 +1,4 @@
-"""Which learning turns a version of a session consists of, read from the session's history."""
+"""The lineage of a version: the learning turns that the version consists of, read from the session's history."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from service.turns.learned_tokens import unpack_learned_tokens
 def with_text(
     entry: Mapping[str, Any], kept_tokens: Mapping[int, bytes], decode: Callable[[list[int]], str]
 ) -> dict[str, Any]:
-    """An entry of the log with the text that its version taught, without what only stood before that; None if it is not
-    kept. lessons: of `kept_tokens_of`."""
+    """Return a log entry with the text that its version learned; the text is None where no tokens are kept.
+
+    kept_tokens: the return value of `kept_tokens_of`.
+    """
     packed = kept_tokens.get(entry["version"])
     if packed is None:
         return {**entry, "text": None}
@@ -23,13 +25,15 @@ def with_text(
 
 
 def kept_tokens_of(history: History) -> dict[int, bytes]:
-    """The lessons that are kept, by version."""
+    """Return the packed learned tokens that are kept, by version."""
     return {undo.version: undo.text for undo in history.undo if undo.text}
 
 
 def prompt_tokens_of(history: History, completion_key: str) -> list[int]:
-    """The prompt's tokens behind which a completion was generated; none if the session did not keep them. Raises
-    NotFound for one that is not in its log."""
+    """Return the prompt tokens of a completion; an empty list if the session did not keep the tokens.
+
+    Raises NotFound for a completion that is not in the session's log.
+    """
     for entry in history.log:
         name, length = entry.get("answer", ("", 0))
         if name == completion_key:
@@ -43,10 +47,9 @@ def prompt_tokens_of(history: History, completion_key: str) -> list[int]:
 
 
 def plan_unlearn(history: History, version: int) -> tuple[int, list[bytes]]:
-    """How to unlearn what a version learned: from which kept version to go on, and which lessons to learn again.
+    """Return how to unlearn a version: the kept version to start from, and the packed tokens to learn again.
 
-    Raises:
-        Conflict: it is not among the lessons that the session consists of, or something that this needs is not kept.
+    Raises Conflict if the session does not consist of the version, or if tokens that are needed are not kept.
     """
     lines = lineages(history)
     now = lines[history.meta.version]
@@ -56,25 +59,27 @@ def plan_unlearn(history: History, version: int) -> tuple[int, list[bytes]]:
             param="version",
             code="version_not_kept",
         )
-    wanted = [one for one in now if one != version]
-    base = max((v for v, line in lines.items() if line == wanted[: len(line)]), key=lambda v: (len(lines[v]), v))
+    remaining = [other for other in now if other != version]
+    base = max((v for v, line in lines.items() if line == remaining[: len(line)]), key=lambda v: (len(lines[v]), v))
     texts = {undo.version: undo.text for undo in history.undo}
     kept_tokens = []
-    for one in wanted[len(lines[base]) :]:
-        if not texts[one]:
+    for later in remaining[len(lines[base]) :]:
+        if not texts[later]:
             raise Conflict(
-                f"'version' {version} can't be unlearned: the text of version {one}, learned later, was not kept "
+                f"'version' {version} can't be unlearned: the text of version {later}, learned later, was not kept "
                 "(session option 'keep_text').",
                 param="version",
                 code="text_not_kept",
             )
-        kept_tokens.append(texts[one])
+        kept_tokens.append(texts[later])
     return base, kept_tokens
 
 
 def lineages(history: History) -> dict[int, list[int]]:
-    """For each kept version, the versions whose lessons it consists of, in order; a negative one stands for all that
-    its session was at that version."""
+    """Return the lineage of each kept version: the versions whose learned tokens it consists of, in order.
+
+    A complement (~v) stands for the whole content that the session had at version v.
+    """
     entries = {entry["version"]: entry for entry in history.log}
     first = history.undo[-1].version - 1 if history.undo else history.meta.version
     lines = {first: [~first]}
@@ -86,7 +91,7 @@ def lineages(history: History) -> dict[int, list[int]]:
             case "rollback", int(of) if of in lines:
                 lines[version] = lines[of]
             case "unlearn", int(of) if of in before:
-                lines[version] = [one for one in before if one != of]
+                lines[version] = [other for other in before if other != of]
             case _:
                 lines[version] = [~version]
     return lines

@@ -1,4 +1,4 @@
-"""What routes ask of the versions of sessions."""
+"""The operations on versions of sessions that routes call."""
 
 from __future__ import annotations
 

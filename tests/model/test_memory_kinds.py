@@ -18,7 +18,8 @@ from model.memory.site import ResidualSite
 from model.site_kind import SiteKind
 from tests.model.tiny_lm import BLOCK, WIDTH, build, learned, new_pool, read, rows_by_slot, text, tiny_backbone
 
-MEAN: Any = "mean"  # no `SiteKind`
+MEAN: Any = "mean"  # not in `SiteKind`
+UNKNOWN: Any = "median"
 
 
 class MeanSite(ResidualSite):
@@ -71,4 +72,4 @@ def test_the_rules_of_a_kind_are_those_of_its_layout(mean_site: SiteConfig) -> N
     with pytest.raises(MemoryConfigError, match=r"mean\.cell must divide slots"):
         SiteConfig("mean", MEAN, slots=2, k=1, width=WIDTH, cell=2)
     with pytest.raises(MemoryConfigError, match="kind must be 'lexical', 'hidden', 'journal' or 'mean', got 'median'"):
-        replace(mean_site, kind="median")
+        replace(mean_site, kind=UNKNOWN)
