@@ -28,6 +28,7 @@ from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError
+from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import wrap_for_serving
 from model.memory import Memory, MemoryConfigError, load_memory
 from model.memory.initial import default_config, random_memory
@@ -246,7 +247,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> LoadedModel:
 
 def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
     """The base as it is to generate."""
-    return backbone.fp16_decoder() if settings.decode_dtype == "fp16" else backbone
+    return backbone.fp16_decoder(choose_decode_step(backbone)) if settings.decode_dtype == "fp16" else backbone
 
 
 def choose_memory(settings: Settings, hidden_size: int) -> Memory:
