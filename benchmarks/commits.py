@@ -22,8 +22,9 @@ from redis import Redis
 from rich.console import Console
 from rich.table import Table
 
-from service.store import CommitMetadata, IdempotencyRecord, RedisStore, RetentionConfig, RowBatch, SessionMeta
+from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
+from service.store.redis.store import RedisStore
 
 TOKENS, ROW_BYTES, SESSION_SCALARS_BYTES, SLOTS = 64, 78, 48, 51_200  # of a turn; of the shipped memory
 DIGESTS = 1024  # as many as a session of a long chat has

@@ -14,8 +14,9 @@ from benchmarks.stage import Stage, Values
 from benchmarks.texts import random_session
 from model.memory import Pool
 from model.memory.config import SESSION_SCALARS_SUFFIX
-from service.store import CommitMetadata, RedisStore, RetentionConfig, RowBatch, SessionMeta
+from service.store import CommitMetadata, RetentionConfig, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
+from service.store.redis.store import RedisStore
 from service.versions.export_file import as_tensors, is_valid_site
 
 TOKENS = 64  # learned by a turn

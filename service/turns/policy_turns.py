@@ -10,8 +10,8 @@ from typing import Any, Literal
 from model.policies.network import Policy
 from service.engine import PolicyDecision, PolicyRequest
 from service.errors import BadRequest, Conflict, NotFound
-from service.store.base import SessionMeta
-from service.turns.session_gate import SessionHandle, WriteMode, known
+from service.store.base import SessionMeta, WriteMode
+from service.turns.session_gate import SessionHandle, known
 from service.turns.sessions import ObserveResult, RequestContext, Sessions
 from service.turns.types import Turn
 from service.types import Adaptation

@@ -21,14 +21,12 @@ from service.errors import (
     VersionConflict,
 )
 from service.metrics import Metrics
-from service.store.base import CommitMetadata, Lease, RowBatch, SessionMeta, Slots, TurnStart
-from service.store.redis.store import RedisStore
+from service.store.base import CommitMetadata, Lease, RowBatch, SessionMeta, SessionStore, Slots, TurnStart, WriteMode
 from service.tenants import Tenant
 from service.turns.idempotency import RequestContext
 from service.turns.locks import KeyedLocks, shielded
 from service.turns.quotas import Quotas
 
-WriteMode = Literal["always", "unless predict", "never"]
 CANCEL_GRACE_S = (
     1.0  # within which it shows that the client of a request is gone: one that gave it up, and sent it again
 )
@@ -66,7 +64,7 @@ class SessionHandle:
 class SessionGate:
     """The way into sessions; "loading" until somebody says otherwise."""
 
-    def __init__(self, store: RedisStore, quotas: Quotas, metrics: Metrics, limits: ServerLimits) -> None:
+    def __init__(self, store: SessionStore, quotas: Quotas, metrics: Metrics, limits: ServerLimits) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.in_flight = 0
         self.limits = limits

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 from service.engine import Event, Job, JobFailed, JobFinished, JobStats, MemoryAccess, Segment, StateId, TokenScores
 from service.errors import NotFound, NotReady, PreconditionFailed, VersionConflict
 from service.metrics import Metrics
-from service.store.base import CommitMetadata, Option, RowBatch, SessionMeta
-from service.store.codec import damaged
-from service.store.redis.store import RedisStore
+from service.store.base import CommitMetadata, Option, RowBatch, SessionMeta, SessionStore, WriteMode
+from service.store.errors import damaged_session
 from service.tenants import Tenant
 from service.turns import prompts
 from service.turns.idempotency import RequestContext
@@ -29,7 +28,6 @@ from service.turns.session_gate import (
     ServerLimits,
     SessionGate,
     SessionHandle,
-    WriteMode,
     known,
     require_match,
     session_changed,
@@ -86,7 +84,7 @@ class Sessions:
 
     def __init__(
         self,
-        store: RedisStore,
+        store: SessionStore,
         quotas: Quotas,
         metrics: Metrics,
         *,
@@ -470,7 +468,7 @@ class Sessions:
         sites, config = stored.sites, self.loaded_model.engine.memory_config(policy)
         vocab_size = self.loaded_model.policies[policy].config.actions if policy else self.vocab_size
         if not all(is_valid_site(name, batch, config, vocab_size) for name, batch in sites.items()):
-            raise damaged(meta.id)
+            raise damaged_session(meta.id)
         if turn.state_delta is not None:
             sites, state_id = turn.state_delta.apply_to_rows(sites), NO_STATE_ID
         return MemoryAccess(key, state_id, write, as_tensors(sites), policy)

@@ -12,9 +12,10 @@ import pytest
 
 from service.engine import Segment
 from service.errors import Conflict
-from service.store import CommitMetadata, RedisStore, RetentionConfig, RowBatch
+from service.store import CommitMetadata, RetentionConfig, RowBatch
 from service.store.base import History, UndoStep
 from service.store.embedded import EmbeddedValkey
+from service.store.redis.store import RedisStore
 from service.turns.learned_tokens import (
     VERSIONED_FIELDS,
     StateDelta,
@@ -24,7 +25,7 @@ from service.turns.learned_tokens import (
     state_delta_at,
     unpack_learned_tokens,
 )
-from tests.service.test_store import new_meta
+from tests.service.store_backends import new_meta
 
 Model = dict[str, dict[int, bytes]]
 WIDTHS = {"a": 8, "a_own": 12, "b": 4}
