@@ -220,7 +220,7 @@ class EmbeddedValkey:
         return Redis(unix_socket_path=str(self._socket()), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
     def _socket(self) -> Path:
-        """Return the path of the socket: in the data folder, or in a private temporary folder if that path is too long."""
+        """Return the path of the socket: in the data folder, or in a private temporary folder if the path is too long."""
         socket = self._home / "valkey.sock"
         if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES:
             return socket
@@ -260,7 +260,7 @@ def in_use(data_dir: Path) -> bool:
 
 
 def _lock(path: Path, timeout_s: float = 0.0) -> int | None:
-    """Return a descriptor that holds the lock on a file; None if another process holds the lock for `timeout_s` seconds.
+    """Return a descriptor that holds the lock on a file; None if another process keeps it for `timeout_s` seconds.
 
     The lock ends with the last process that has the descriptor, in whatever way that process ends.
     """

@@ -2,8 +2,8 @@
 --
 -- KEYS  the meta hash.
 -- ARGV  version v, created, nonce, lease or '', default ttl, undo steps to keep, bytes of undo steps to keep, log
---       entries to keep, log entry or '', text or '', name of the idempotency record or '', its ttl, the record, options,
---       number of meta fields and values, field, value, ...,
+--       entries to keep, log entry or '', text or '', name of the idempotency record or '', its ttl, the record,
+--       options, number of meta fields and values, field, value, ...,
 --       then for each touched site: its name, its row_bytes, its rows as records (slot, row), slots to empty.
 -- Returns {verdict, detail}. Only 'done' has written anything; the other verdicts are 'format', 'fenced', 'erased',
 -- 'conflict', 'renewed' and 'width'.

@@ -1,7 +1,7 @@
 -- Begin a turn: return the recorded answer, or else the session and, for a turn that may write, a lease.
 --
--- KEYS  the meta hash.  ARGV  owner, duration of the lease in ms, when to take a lease ('always', 'unless predict' is the
---       session's option `adapt`, 'never'), default ttl, then the names under which an answer may be recorded.
+-- KEYS  the meta hash.  ARGV  owner, duration of the lease in ms, when to take a lease ('always', 'unless predict' is
+--       the session's option `adapt`, 'never'), default ttl, then the names under which an answer may be recorded.
 -- Returns {'again', the record}, {'busy', ms until another owner's lease ends}, or
 --         {'entered', lease or '', the meta hash as field, value, ...}.
 local owner, lease_ms, wanted, ttl = unpack(ARGV, 1, 4)
