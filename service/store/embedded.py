@@ -220,7 +220,7 @@ class EmbeddedValkey:
         return Redis(unix_socket_path=str(self._socket()), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
     def _socket(self) -> Path:
-        """Return the path of the socket: in the data folder, or in a private temporary folder if the path is too long."""
+        """Return the socket's path: in the data folder or, if that path is too long, in a private temporary folder."""
         socket = self._home / "valkey.sock"
         if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES:
             return socket
