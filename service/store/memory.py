@@ -81,7 +81,7 @@ class _Undo:
 
 @dataclass
 class _Record:
-    """What the store keeps under one session id. The last four values outlive the session."""
+    """What the store keeps under one session id. The lease, the fence and the tombstone do not end with the session."""
 
     meta: SessionMeta | None = None
     expires_at: float = inf

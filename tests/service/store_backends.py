@@ -64,6 +64,8 @@ class StoreBackend(Protocol):
 
 
 class MemoryBackend:
+    """Stores of one in-memory database, on a clock that stands still."""
+
     def __init__(self) -> None:
         self._clock = ManualClock()
         self._store = MemoryStore(clock=self._clock)
@@ -95,6 +97,8 @@ class MemoryBackend:
 
 
 class ValkeyBackend:
+    """Stores on a real Valkey. Time passes there, but far less than the tests let pass."""
+
     def __init__(self, url: str) -> None:
         self._url = url
         self._stores: list[RedisStore] = []
