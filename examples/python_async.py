@@ -1,4 +1,4 @@
-"""The same client for asyncio: many users at a time."""
+"""The asyncio client with several users at the same time."""
 
 import asyncio
 
@@ -8,9 +8,10 @@ CATS = {"ada": "Miso", "bo": "Udon", "cy": "Nori"}
 
 
 async def main() -> None:
+    """Teach each user's session the name of a cat, and complete a sentence about the cat."""
     async with AsyncClient() as client:
 
-        async def meet(user: str, cat: str) -> None:
+        async def teach_and_ask(user: str, cat: str) -> None:
             await client.observe(f"async-{user}", f"My cat is called {cat}. I said {cat}!")
             stream = client.stream("My cat is called", session=f"async-{user}", adapt="predict", max_tokens=4)
             async for chunk in stream:
@@ -18,7 +19,7 @@ async def main() -> None:
             print(f"{user}:{stream.text}")
             await client.delete(f"async-{user}")
 
-        await asyncio.gather(*(meet(user, cat) for user, cat in CATS.items()))
+        await asyncio.gather(*(teach_and_ask(user, cat) for user, cat in CATS.items()))
 
 
 asyncio.run(main())

@@ -1,4 +1,4 @@
-"""The Python client: teach, complete, stream, go back."""
+"""The Python client: learn a text, complete, stream, score and roll back."""
 
 from imprint import Client
 
@@ -17,7 +17,7 @@ with Client() as client:  # IMPRINT_URL and IMPRINT_API_KEY, or Client("http://â
     score = client.score("python", "Miso sleeps on the radiator.")
     print(f"{score.frozen_loss:.2f} nats a token without the memory, {score.loss:.2f} with it")
 
-    client.rollback("python", learned.version)  # the chat is forgotten, the cat is not
+    client.rollback("python", learned.version)  # forget the chat, but not the cat
     for entry in client.log("python"):
         print(entry.version, entry.kind, entry.tokens)
     client.delete("python")

@@ -1,4 +1,4 @@
-"""What the commands that work on the model itself share: the model of the settings, texts as streams, and progress."""
+"""Texts as streams of requests, the model that the settings name, and the progress bar: shared by all commands."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from service.base_cache import BaseError, resolve_base
 from service.errors import CommandError
 from service.settings import Settings
 
-RECORD_SEPARATOR = "\x1e\n"  # divides the documents of a stream in one file
+RECORD_SEPARATOR = "\x1e\n"  # separates the documents of a stream in one file
 SUFFIXES = (".txt", ".md", ".rst")
-CHARS_PER_TOKEN = 8  # more than any text needs; only cuts long files before they are tokenised
+CHARS_PER_TOKEN = 8  # an upper bound, to cut long files before they are tokenised
 
 console = Console()
 
 
 def base_folder(settings: Settings) -> Path:
-    """The Hugging Face folder of the settings' base. Raises CommandError."""
+    """Return the Hugging Face folder of the settings' base. Raises CommandError."""
     try:
         return resolve_base(settings.model, settings.cache_dir, progress=console.print)
     except BaseError as error:
@@ -35,6 +35,7 @@ def base_folder(settings: Settings) -> Path:
 
 
 def load_model(settings: Settings) -> tuple[AdaptiveLM, Tokenizer]:
+    """Load the base, its tokenizer and the memory that the settings name. Raises CommandError."""
     folder = base_folder(settings)
     try:
         backbone, tokenizer = load_backbone(folder), Tokenizer.load(folder)
@@ -52,26 +53,27 @@ def read_streams(
     per_kind: int,
     at_least: int | None = None,
 ) -> list[Stream]:
-    """The first streams of each kind that are long enough.
+    """Return the first `per_kind` streams of each kind that are long enough, sorted by kind.
 
-    A stream has `requests` requests, or where that is given `at_least` so many. Raises CommandError if there is none.
+    A stream has `requests` requests of `window` tokens. With `at_least`, a text of so many requests is long enough.
+    Raises CommandError if no text is long enough.
     """
-    least = requests if at_least is None else at_least
+    min_requests = requests if at_least is None else at_least
     chosen: list[Stream] = []
     for file, kind in text_files(paths):
         if sum(stream.kind == kind for stream in chosen) == per_kind:
             continue
         text = read_text(file)[: requests * window * CHARS_PER_TOKEN]
         parts = cut(tokenizer.encode(text), window, requests)
-        if len(parts) >= least:
+        if len(parts) >= min_requests:
             chosen.append(Stream(f"{kind}/{file.stem}", kind, parts))
     if not chosen:
-        raise CommandError(f"no text is long enough: a stream needs {least} requests of {window} tokens")
+        raise CommandError(f"no text is long enough: a stream needs {min_requests} requests of {window} tokens")
     return sorted(chosen, key=lambda stream: stream.kind)
 
 
 def mixed_requests(paths: Sequence[Path], tokenizer: Tokenizer, window: int, tokens: int) -> list[list[int]]:
-    """At least `tokens` tokens (or all that there are) as requests: the kinds take turns, each with file after file."""
+    """Return requests of all kinds, interleaved by kind, of `tokens` tokens in total or of all tokens that exist."""
     by_kind: dict[str, list[Path]] = {}
     for file, kind in text_files(paths):
         by_kind.setdefault(kind, []).append(file)
@@ -91,7 +93,7 @@ def mixed_requests(paths: Sequence[Path], tokenizer: Tokenizer, window: int, tok
 
 
 def read_text(file: Path) -> str:
-    """A file's documents as one text. Raises CommandError."""
+    """Return the documents of a file as one text. Raises CommandError."""
     try:
         return file.read_text("utf-8").replace(RECORD_SEPARATOR, "\n\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -99,9 +101,10 @@ def read_text(file: Path) -> str:
 
 
 def text_files(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Text files and their kinds: the name of the folder under the one given, or of the file's own folder.
+    """Yield text files with their kinds. A kind is the name of the folder below a given path, or of the file's folder.
 
-    A folder that holds folders of texts is one of kinds: a file beside these (a manifest, say) is none of the texts.
+    Where a given folder has subfolders with texts, each subfolder is a kind, and files beside the subfolders (a
+    manifest, for example) are left out.
     """
     for path in paths:
         if path.is_file():
@@ -117,6 +120,7 @@ def text_files(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def progress_bar() -> Progress:
+    """Return a progress bar with counts and the remaining time, on the commands' console."""
     return Progress(
         TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )

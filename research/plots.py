@@ -1,4 +1,4 @@
-"""The plots of `imprint eval` and `imprint train`."""
+"""The figures of `imprint eval`, `imprint train` and `imprint scenario`. Needs matplotlib, which a server lacks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Results = Mapping[str, Any]
 
 
 class PlotsMissingError(Exception):
-    """matplotlib is not installed."""
+    """An error that says that matplotlib is not installed."""
 
 
 def draw(results: Results, out: Path) -> list[Path]:
-    """Writes the PNG files that there is something to draw for. Raises PlotsMissingError."""
+    """Write each figure of `imprint eval` that has data, and return the paths. Raises PlotsMissingError."""
     pyplot = load_pyplot()
     drawings = {"requests": _requests, "kinds": _kinds, "novelty": _novelty, "return": _return, "long": _long}
     drawn = []
@@ -33,7 +33,7 @@ def draw(results: Results, out: Path) -> list[Path]:
 
 
 def draw_losses(losses: Sequence[float], path: Path) -> None:
-    """A policy's loss by round. Raises PlotsMissingError."""
+    """Draw the loss of a policy by round. Raises PlotsMissingError."""
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses)
@@ -43,15 +43,15 @@ def draw_losses(losses: Sequence[float], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_curves(curves: Mapping[str, Any], window: int, path: Path, what: str = "missed reward") -> None:
-    """What each arm misses by step: the mean of `window` steps. Raises PlotsMissingError."""
+def draw_curves(curves: Mapping[str, Any], window: int, path: Path, quantity: str = "missed reward") -> None:
+    """Draw the curve of each arm by step, as a moving mean of `window` steps. Raises PlotsMissingError."""
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
     for name, curve in curves.items():
         smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
         axes.plot(np.arange(len(smooth)) + window, smooth, label=name)
     axes.set_xlabel("step")
-    axes.set_ylabel(f"{what}, mean")
+    axes.set_ylabel(f"{quantity}, mean")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
@@ -59,8 +59,10 @@ def draw_curves(curves: Mapping[str, Any], window: int, path: Path, what: str = 
 
 
 def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Perplexity over the frozen base's by step: of each step (smoothed), and held out, by kind. Raises
-    PlotsMissingError."""
+    """Draw perplexity ÷ the frozen base's by step: in training (smoothed), and on held-out streams by kind.
+
+    Raises PlotsMissingError.
+    """
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     steps = [record for record in records if "loss" in record]
@@ -69,11 +71,12 @@ def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     smooth = np.exp(np.convolve(gains, np.ones(window) / window, mode="valid"))
     axes.plot([record["step"] for record in steps[window - 1 :]], smooth, color="0.7", label="training")
     validations = [record["valid"] for record in records if "valid" in record]
-    at = [found["step"] for found in validations]
+    validated_steps = [record["step"] for record in validations]
     for number, kind in enumerate(sorted(validations[0]["kinds"])):
-        style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
-        axes.plot(at, [found["kinds"][kind] for found in validations], style, linewidth=0.8, label=kind)
-    axes.plot(at, [found["ratio"] for found in validations], color="black", marker="o", label="held out, mean of kinds")
+        style = ("-", "--", ":")[number // 10 % 3]  # matplotlib cycles through ten colours
+        axes.plot(validated_steps, [record["kinds"][kind] for record in validations], style, linewidth=0.8, label=kind)
+    ratios = [record["ratio"] for record in validations]
+    axes.plot(validated_steps, ratios, color="black", marker="o", label="held out, mean of kinds")
     axes.axhline(1.0, color="black", linestyle=":", linewidth=0.8)
     axes.set(xlabel="step", ylabel="perplexity ÷ frozen base's")
     figure.legend(loc="outside right upper", fontsize="small")
@@ -82,7 +85,7 @@ def draw_training(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def load_pyplot() -> Any:
-    """matplotlib without a screen. Raises PlotsMissingError."""
+    """Return `matplotlib.pyplot` with the backend that needs no screen. Raises PlotsMissingError."""
     try:
         import matplotlib
     except ImportError:
@@ -94,10 +97,10 @@ def load_pyplot() -> Any:
 
 
 def _requests(results: Results, axes: Any) -> bool:
-    """The ratio by request of the main arms; the memory's with its 95% band."""
+    """Draw the ratio of the main arms by request, with the 95% band of the memory."""
     for name in MAIN:
         if (arm := results["arms"].get(name)) is not None:
-            curve = _gaps(arm["by_request"])
+            curve = _none_to_nan(arm["by_request"])
             numbers = range(1, len(curve["ratio"]) + 1)
             axes.plot(numbers, curve["ratio"], label=arm["title"], linewidth=2.5 if name == "memory" else 1.2)
             if name == "memory":
@@ -125,22 +128,22 @@ def _novelty(results: Results, axes: Any) -> bool:
     names = [name for name in ("memory", "cache", "ngrams", "dynamic-head") if name in results["arms"]]
     for number, name in enumerate(names):
         arm = results["arms"][name]
-        heights = [each["value"] if each else float("nan") for each in arm["novelty"].values()]
+        heights = [estimate["value"] if estimate else float("nan") for estimate in arm["novelty"].values()]
         _bars(axes, number, len(names), heights, arm["title"])
-    labels = [f"{name}\n{each['share']:.0%} of targets" if each else name for name, each in classes.items()]
+    labels = [f"{name}\n{found['share']:.0%} of targets" if found else name for name, found in classes.items()]
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(fontsize=8, loc="lower right")
     return True
 
 
 def _return(results: Results, axes: Any) -> bool:
-    """The second half with the memory of the first, straight on and after other kinds."""
+    """Draw the second half with the memory of the first half, with and without other kinds in between."""
     arms = results["arms"]
     if "returned" not in arms:
         return False
     for name in ("memory", "own-past", "returned", "other-kind"):
         if name in arms:
-            ratios = _gaps(arms[name]["by_request"])["ratio"]
+            ratios = _none_to_nan(arms[name]["by_request"])["ratio"]
             axes.plot(range(1, len(ratios) + 1), ratios, label=arms[name]["title"])
     axes.set_xlabel("request")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -154,14 +157,14 @@ def _long(results: Results, axes: Any) -> bool:
     ratios = [float("nan") if ratio is None else ratio for ratio in run["bins"]["ratio"]]
     axes.plot([position / 1000 for position in run["bins"]["position"]], ratios, label="ratio")
     axes.set_xlabel("thousand tokens learned")
-    beside = axes.twinx()
+    right_axes = axes.twinx()
     positions = [position / 1000 for position in run["position"]]
     for label, values, colour in (("rows held", run["rows"], "tab:green"), ("state norm", run["norm"], "tab:orange")):
         shares = [value / max(values) for value in values]
-        beside.plot(positions, shares, "--", color=colour, linewidth=1, label=f"{label} ÷ largest")
-    beside.set_ylim(0, 1.05)
+        right_axes.plot(positions, shares, "--", color=colour, linewidth=1, label=f"{label} ÷ largest")
+    right_axes.set_ylim(0, 1.05)
     axes.legend(fontsize=8, loc="upper left")
-    beside.legend(fontsize=8, loc="upper right")
+    right_axes.legend(fontsize=8, loc="upper right")
     return True
 
 
@@ -170,6 +173,6 @@ def _bars(axes: Any, number: int, count: int, heights: list[float], label: str) 
     axes.bar([x + (number - (count - 1) / 2) * width for x in range(len(heights))], heights, width, label=label)
 
 
-def _gaps(curve: Mapping[str, list[float | None]]) -> dict[str, list[float]]:
-    """Where nothing was measured, nothing is drawn."""
+def _none_to_nan(curve: Mapping[str, list[float | None]]) -> dict[str, list[float]]:
+    """Replace None by NaN, which matplotlib leaves out."""
     return {name: [float("nan") if value is None else value for value in values] for name, values in curve.items()}

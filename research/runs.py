@@ -1,4 +1,4 @@
-"""Results kept on disk as they come, so that a run that was killed goes on where it was."""
+"""The result cache on disk, with which a killed run resumes, and the hashes that key the cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from model import weights
 
 
 class ResultCache:
-    """A folder of results, each under the hash of all that it depends on."""
+    """A folder of results. The name of each file is the hash of everything that the result depends on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, key: str) -> tuple[dict[str, Tensor], Any] | None:
-        """The tensors and the note kept under a key, if there are any."""
+        """Return the tensors and the note of a key; None if the file is missing, damaged or of another version."""
         path = self._folder / f"{key}.safetensors"
         if not path.is_file():
             return None
@@ -32,26 +32,29 @@ class ResultCache:
             metadata, tensors = weights.read(path)
             return tensors, json.loads(metadata["note"])
         except (SafetensorError, KeyError, ValueError):
-            return None  # of another version, or damaged: made again
+            return None
 
     def save(self, key: str, tensors: dict[str, Tensor], note: Any) -> None:
-        """Keeps tensors and a JSON value; all or nothing of them."""
+        """Write tensors and a JSON value atomically."""
         path = self._folder / f"{key}.safetensors"
         part = path.with_suffix(".part")
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"note": json.dumps(note)})
         part.replace(path)
 
 
-def key(*parts: object) -> str:
-    """The hash that stands for these values."""
+def content_hash(*parts: object) -> str:
+    """Return the hash of values that JSON can hold; other values count by their `str()`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def code_hash(device: torch.device, *files: str) -> str:
-    """Return the hash of all that computes a result: the sources of `model`, the named files of this package (such as
-    "evaluation/arms.py"), torch's version and the device."""
+    """Return the hash of the code that computes a result.
+
+    The hash covers every source file of `model/`, torch's version, the device, and the given files of this package
+    (such as "evaluation/arms.py").
+    """
     digest = hashlib.sha256(f"{torch.__version__} {device}".encode())
-    here = Path(__file__).parent
-    for file in [*sorted(Path(model.__file__).parent.rglob("*.py")), *(here / name for name in files)]:
+    package = Path(__file__).parent
+    for file in [*sorted(Path(model.__file__).parent.rglob("*.py")), *(package / name for name in files)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()

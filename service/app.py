@@ -31,12 +31,13 @@ from model.base.config import ConfigError
 from model.decode.cuda_graphs import wrap_for_serving
 from model.memory import Memory, MemoryConfigError, load_memory
 from model.memory.initial import default_config, random_memory
-from model.policies.network import Policy, PolicyError, load_policy
+from model.policies.config import PolicyError
+from model.policies.network import Policy, load_policy
 from model.text.tokenizer import Tokenizer
 from service.base_cache import BaseError, resolve_base
 from service.engine import Engine
 from service.errors import StoreUnavailable
-from service.http.middleware import install
+from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
@@ -44,8 +45,10 @@ from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
 from service.tenants import ApiKeys, ApiKeysError
+from service.turns.loaded_model import LoadedModel
 from service.turns.quotas import Quotas
-from service.turns.sessions import LoadedModel, ServerLimits, Sessions
+from service.turns.session_gate import ServerLimits
+from service.turns.sessions import Sessions
 
 WATCH_EVERY_S = 10.0
 LOADER_THREAD = "imprint-load"  # the thread that loads the model

@@ -21,7 +21,8 @@ from tests.conftest import Server
 from tests.tiny import TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 SERVED = "http://127.0.0.1:8000"
 RECIPES = ["openai_client", "langchain_chat", "python_client", "python_async"]
 
@@ -78,8 +79,9 @@ def test_the_site_builds_without_a_warning_and_takes_nothing_from_elsewhere(tmp_
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
-    pages = {page.name: page.read_text() for page in tmp_path.glob("*.html")}
-    assert {page.with_suffix(".html").name for page in PAGES[1:]} <= pages.keys()
+    pages = {str(page.relative_to(tmp_path)): page.read_text() for page in tmp_path.rglob("*.html")}
+    written = {str(page.relative_to(DOCS).with_suffix(".html")) for page in PAGES[1:]}
+    assert {name.replace("README.html", "index.html") for name in written} <= pages.keys()
     fetched = (
         r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//|<link[^>]* rel=\"(?!canonical)[^>]* href=\"(?:https?:)?//"
     )
@@ -88,7 +90,63 @@ def test_the_site_builds_without_a_warning_and_takes_nothing_from_elsewhere(tmp_
 
 def test_every_page_can_be_found() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
-    assert not [page.name for page in PAGES[1:] if page.name not in navigation]
+    assert not [page.name for page in PAGES[1:] if str(page.relative_to(DOCS)) not in navigation]
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    """`mkdocs build --strict` checks the links of the other pages."""
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[0].read_text())
+    assert len(links) > 20
+    for link in links:
+        name, _, anchor = link.partition("#")
+        headings = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(), flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, link
+
+
+def test_the_readme_says_first_when_to_use_it_and_when_not_without_jargon() -> None:
+    first_screen = PAGES[0].read_text().partition("## Two commands")[0]
+    assert "**Use Imprint when**" in first_screen and "**Do not use it when**" in first_screen
+    assert not re.findall(r"\b(nats|rows|cells|slow weights|fast weights)\b", first_screen)
+
+
+def test_no_row_of_a_table_is_cut() -> None:
+    for page in PAGES:
+        rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+        assert not [row for row in rows if not row.rstrip().endswith("|")], page.name
+
+
+@pytest.mark.parametrize("name", ["results", "performance"])
+def test_a_page_of_results_is_an_answer_a_table_and_a_plot(name: str) -> None:
+    text = (DOCS / f"{name}.md").read_text()
+    assert len(text.splitlines()) <= 60
+    assert len(re.findall(r"^\| ---", text, flags=re.MULTILINE)) == text.count("![") == 1
+
+
+def test_every_law_names_tests_that_exist() -> None:
+    text = (DOCS / "laws.md").read_text()
+    assert re.findall(r"^## (\d+)\. ", text, flags=re.MULTILINE) == [str(number) for number in range(1, 16)]
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", "".join(page.read_text() for page in PAGES))
+    assert len(named) > 100
+    missing = []
+    for file, test in named:
+        path = ROOT / file
+        if not path.exists() or not re.search(rf"^(?:async )?def {test}\(", path.read_text(), flags=re.MULTILINE):
+            missing.append(f"{file}::{test}")
+    assert not missing
+
+
+def test_every_decision_has_a_date_and_a_status() -> None:
+    dated = r".+\n20\d\d-\d\d-\d\d · (accepted|superseded)\b"
+    pages = {page.name: page.read_text().split("\n## ")[1:] for page in (DOCS / "decisions").glob("*.md")}
+    topics = {name: decisions for name, decisions in pages.items() if any(re.match(dated, one) for one in decisions)}
+    assert len(topics) > 10
+    assert not [(name, one[:80]) for name, decisions in topics.items() for one in decisions if not re.match(dated, one)]
+
+
+def test_every_alert_has_a_line_for_those_on_call() -> None:
+    alerts = re.findall(r"- alert: (\w+)", (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+    assert set(alerts) == set(re.findall(r"^\| `(Imprint\w+)`", (DOCS / "operate.md").read_text(), flags=re.MULTILINE))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The Grafana dashboards, in Grafana's own builders. `python -m deploy.grafana.build` writes dashboards/*.json."""
+"""The Grafana dashboards, built with Grafana's SDK. `python -m deploy.grafana.build` writes dashboards/*.json."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from deploy.grafana.panels import ADAPTATION, DEVICE, SERVICE, STATE, Panel
 
 FOLDER = Path(__file__).with_name("dashboards")
 SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
-HEIGHT, WIDTH = 8, 24  # of a panel and of a dashboard, in Grafana's units
-MAX_PANELS_PER_ROW = 4  # panels beside one another, at most
+PANEL_HEIGHT, DASHBOARD_WIDTH = 8, 24  # in Grafana's grid units
+MAX_PANELS_PER_ROW = 4
 INSTANCE_FILTER = 'job=~"$job", instance=~"$instance"'
 
 DASHBOARDS = {
@@ -37,15 +37,15 @@ DASHBOARDS = {
 
 
 def promql(query: str) -> str:
-    """The query as Grafana sends it, but for its variables."""
+    """Return the PromQL that Grafana sends, with Grafana's variables in place of `@` and `[]`."""
     return query.replace("@", INSTANCE_FILTER).replace("[]", "[$__rate_interval]")
 
 
 def build_dashboard(title: str, description: str, rows: Mapping[str, list[Panel]]) -> dashboard.Dashboard:
-    """A dashboard with the choice of source, job and instances on top."""
+    """Return a dashboard with choices of the source, the job and the instances at the top."""
     name = title.lower().replace(": ", "-")
     links = dashboard.DashboardLink("Imprint").type(DashboardLinkType.DASHBOARDS).tags(["imprint"]).keep_time(True)
-    made = (
+    board = (
         dashboard.Dashboard(title)
         .uid(name)
         .description(description)
@@ -55,27 +55,29 @@ def build_dashboard(title: str, description: str, rows: Mapping[str, list[Panel]
         .time("now-1h", "now")
         .tooltip(DashboardCursorSync.CROSSHAIR)
         .with_variable(dashboard.DatasourceVariable("source").label("Source").type("prometheus"))
-        .with_variable(_choice("job", "imprint_ready_state"))
-        .with_variable(_choice("instance", 'imprint_ready_state{job=~"$job"}'))
+        .with_variable(_label_variable("job", "imprint_ready_state"))
+        .with_variable(_label_variable("instance", 'imprint_ready_state{job=~"$job"}'))
     )
     y, numbers = 0, count(1)
     for row, panels in rows.items():
-        made = made.with_row(dashboard.Row(row).id(next(numbers)).grid_pos(GridPos(h=1, w=WIDTH, x=0, y=y)))
-        width = WIDTH // min(len(panels), MAX_PANELS_PER_ROW)
+        row_position = GridPos(h=1, w=DASHBOARD_WIDTH, x=0, y=y)
+        board = board.with_row(dashboard.Row(row).id(next(numbers)).grid_pos(row_position))
+        width = DASHBOARD_WIDTH // min(len(panels), MAX_PANELS_PER_ROW)
         for number, panel in enumerate(panels):
-            line, column = divmod(number, WIDTH // width)
-            at = GridPos(h=HEIGHT, w=width, x=column * width, y=y + 1 + line * HEIGHT)
-            made = made.with_panel(_panel(panel, next(numbers)).grid_pos(at))
-        y += 1 + HEIGHT * -(-len(panels) // (WIDTH // width))
-    return made
+            line, column = divmod(number, DASHBOARD_WIDTH // width)
+            position = GridPos(h=PANEL_HEIGHT, w=width, x=column * width, y=y + 1 + line * PANEL_HEIGHT)
+            board = board.with_panel(_panel(panel, next(numbers)).grid_pos(position))
+        y += 1 + PANEL_HEIGHT * -(-len(panels) // (DASHBOARD_WIDTH // width))
+    return board
 
 
-def _choice(label: str, among: str) -> dashboard.QueryVariable:
+def _label_variable(label: str, metric: str) -> dashboard.QueryVariable:
+    """Return a variable with the values of a label of a metric."""
     return (
         dashboard.QueryVariable(label)
         .label(label.capitalize())
         .datasource(SOURCE)
-        .query(f"label_values({among}, {label})")
+        .query(f"label_values({metric}, {label})")
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .include_all(True)
         .multi(True)
@@ -84,30 +86,31 @@ def _choice(label: str, among: str) -> dashboard.QueryVariable:
 
 
 def _panel(panel: Panel, number: int) -> timeseries.Panel | stat.Panel | heatmap.Panel:
-    made: timeseries.Panel | stat.Panel | heatmap.Panel
+    """Return the Grafana panel of a panel description."""
+    built: timeseries.Panel | stat.Panel | heatmap.Panel
     match panel.kind:
         case "number":
             last = common.ReduceDataOptions().calcs(["lastNotNull"])
-            made = stat.Panel().reduce_options(last).text_mode(BigValueTextMode.VALUE_AND_NAME)
+            built = stat.Panel().reduce_options(last).text_mode(BigValueTextMode.VALUE_AND_NAME)
         case "distribution":
-            made = heatmap.Panel().y_axis(heatmap.YAxisConfig().unit(panel.unit))
+            built = heatmap.Panel().y_axis(heatmap.YAxisConfig().unit(panel.unit))
         case "graph":
-            made = timeseries.Panel()
+            built = timeseries.Panel()
         case "stack":
-            made = timeseries.Panel().stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(20)
-    made = made.title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE).id(number)
+            built = timeseries.Panel().stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(20)
+    built = built.title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE).id(number)
     for letter, (legend, query) in zip(ascii_uppercase, panel.queries.items(), strict=False):
         target = prometheus.Dataquery().ref_id(letter).expr(promql(query)).legend_format(legend)
         if panel.kind == "number":
             target = target.instant()
         if panel.kind == "distribution":
             target = target.format(PromQueryFormat.HEATMAP)
-        made = made.with_target(target)
-    return made
+        built = built.with_target(target)
+    return built
 
 
 def files() -> dict[Path, str]:
-    """What each file is to hold."""
+    """Return the content of each dashboard file."""
     return {
         FOLDER / f"{name}.json": JSONEncoder(sort_keys=True, indent=2).encode(build_dashboard(*parts).build()) + "\n"
         for name, parts in DASHBOARDS.items()

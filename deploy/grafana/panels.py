@@ -1,4 +1,4 @@
-"""What the dashboards show: rows of panels; a panel is a title, what it tells, a unit and its queries by legend."""
+"""The panels of the dashboards by row: title, description, unit, and queries by legend. `build` makes the JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ NATS = "suffix: nats"
 
 @dataclass(frozen=True)
 class Panel:
-    """queries: PromQL by legend; `@` stands for the instances that are chosen at the top, `[]` for the range that suits
-    the graph. unit: Grafana's name for it."""
+    """One panel of a dashboard.
+
+    queries: PromQL by legend; `@` stands for the filter of the chosen instances, `[]` for Grafana's rate interval
+    unit: Grafana's name of the unit
+    """
 
     title: str
     description: str
@@ -22,38 +25,38 @@ class Panel:
 
 
 def rate(metric: str, where: str = "") -> str:
-    """Events per second of a counter, all instances together."""
+    """Return the query of a counter's rate per second, summed over instances."""
     return f"sum(rate({metric}{{@{where}}}[]))"
 
 
-def ratio(upper: str, lower: str) -> str:
-    """One counter's growth by another's."""
-    return f"{rate(upper)} / {rate(lower)}"
+def ratio(numerator: str, denominator: str) -> str:
+    """Return the query of one counter's rate ÷ another's."""
+    return f"{rate(numerator)} / {rate(denominator)}"
 
 
 def share_of_requests(status: str) -> str:
-    """The share of all answers that have a status of this pattern; 0 where none had."""
-    some = rate("imprint_requests_total", f', code=~"{status}"')
-    return f"({some} or vector(0)) / {rate('imprint_requests_total')}"
+    """Return the query of the share of all answers with a status of the pattern; 0 without such answers."""
+    matching = rate("imprint_requests_total", f', code=~"{status}"')
+    return f"({matching} or vector(0)) / {rate('imprint_requests_total')}"
 
 
 def quantiles(metric: str, *shares: float, by: str = "") -> dict[str, str]:
-    """Quantiles of a histogram, each of all instances together."""
-    kept = f"le, {by}" if by else "le"
+    """Return the queries of quantiles of a histogram over all instances, optionally by a label."""
+    labels = f"le, {by}" if by else "le"
     legend = f" {{{{{by}}}}}" if by else ""
     return {
-        f"p{100 * share:g}{legend}": f"histogram_quantile({share}, sum by ({kept}) (rate({metric}_bucket{{@}}[])))"
+        f"p{100 * share:g}{legend}": f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket{{@}}[])))"
         for share in shares
     }
 
 
-def learned_by_policies(what: str) -> str:
-    """What policies got per second, by policy and by how much its session had learned before."""
-    return f"sum by (policy, learned) (rate(imprint_policy_{what}_total{{@}}[]))"
+def policy_rate(counter: str) -> str:
+    """Return the query of a policy counter's rate, by policy and by the number of rewards learned before."""
+    return f"sum by (policy, learned) (rate(imprint_policy_{counter}_total{{@}}[]))"
 
 
 def gain(window: str) -> str:
-    """Nats per token that the memory was worth, over the proof tokens of a range."""
+    """Return the query of the memory's gain in nats per token, over the proof tokens of a range."""
     sums = [
         f"sum(rate(imprint_proof_{name}_total{{@}}{window}))" for name in ("frozen_loss_nats", "loss_nats", "tokens")
     ]
@@ -223,21 +226,21 @@ ADAPTATION = {
             "Mean, by how many the session had learned before: a learning curve. Of labels: the share foreseen.",
             "short",
             {
-                "{{policy}}, after {{learned}}": f"({learned_by_policies('reward_sum')} - "
-                f"{learned_by_policies('penalty_sum')}) / {learned_by_policies('rewards')}"
+                "{{policy}}, after {{learned}}": f"({policy_rate('reward_sum')} - "
+                f"{policy_rate('penalty_sum')}) / {policy_rate('rewards')}"
             },
         ),
         Panel(
             "Regret",
             "Reward missed for each that was had, as far as clients know and tell it.",
             "short",
-            {"{{policy}}, after {{learned}}": f"{learned_by_policies('regret')} / {learned_by_policies('rewards')}"},
+            {"{{policy}}, after {{learned}}": f"{policy_rate('regret')} / {policy_rate('rewards')}"},
         ),
         Panel(
             "Rewards",
             "Rewards and labels learned.",
             "ops",
-            {"{{policy}}, after {{learned}}": learned_by_policies("rewards")},
+            {"{{policy}}, after {{learned}}": policy_rate("rewards")},
         ),
     ],
 }

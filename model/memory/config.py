@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from model.site_kind import SiteKind
 
 NGRAM_SIZES = (2, 4, 8)  # how many last tokens of its context a lexical row has a fingerprint of
 SESSION_SCALARS_SUFFIX = "_own"  # what a session's own numbers are stored under, after the site's name
 TRUST, BALANCE, GATE_CLOSED = range(3)  # places in them
-SiteKind = Literal["lexical", "hidden", "journal"]
 
 
 class MemoryConfigError(ValueError):

@@ -26,7 +26,7 @@ MAX_KMEANS_STATES = 65_536  # that the cells are fitted to, at most
 
 
 def default_config(hidden_size: int) -> MemoryConfig:
-    """One lexical site; the sizes are chosen by measurement (docs/experiments.md)."""
+    """One lexical site; the sizes are chosen by measurement (docs/log.md)."""
     width = min(64, hidden_size // 2 * 2)
     site = SiteConfig("lexical", "lexical", slots=1024 * 50, cell=50, k=32, width=width, surprise=0.1)
     return MemoryConfig(hidden_size, (site,), block=64)

@@ -1,1 +1,1 @@
-"""Measuring what a memory is worth: the same tokens with it and without it, scored before they are learned."""
+"""The worth of a memory: arms that score the same tokens with and without the memory, before the memory learns them."""

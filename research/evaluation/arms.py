@@ -1,7 +1,8 @@
-"""What is compared: an arm reads a stream and says how likely it found each token before it saw it.
+"""Arms: the methods that are compared. An arm scores every token of a stream before the arm learns the token.
 
-Every arm gets the same tokens in the same requests, scores before it learns, and answers with a distribution that sums
-to 1. What can be tuned is tuned by `research.evaluation.tuning` on streams set aside for that.
+All arms get the same tokens in the same requests and return probabilities that sum to 1. The settings of an arm are
+tuned by `research.evaluation.tuning` on streams set aside for tuning. The arms without the memory are in `caches`,
+`contexts` and `gradients`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from model.memory import SiteRows
 from research.evaluation.prequential import Clock, Progress, Stream, Trace, new_pool, score_request
 
 Setting = Mapping[str, float]
-PAST = "past."  # what the rows of a session's first half are called among an outcome's values
+PAST = "past."  # prefix of the rows of a session's first half among the values of an outcome
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an arm made of a stream of n targets.
+    """The result of an arm on a stream of n targets.
 
-    values: "log_probs" [n] (nats; NaN where the arm says nothing), or what `Arm.finish` makes them from. seconds: what
-    the arm took, the base's trace not counted. state_bytes: what a session has to keep at the end. base_seconds: what
-    the base alone took for the stream about then, if anybody measured it.
+    values: "log_probs" [n] (nats; NaN where the arm gives no prediction), or the tensors from which `Arm.finish`
+        computes them
+    seconds: duration of the arm, without the trace of the base
+    state_bytes: size of the state that a session keeps at the end
+    base_seconds: duration of the base alone on the stream at about the same time; NaN if not measured
     """
 
     values: dict[str, Tensor]
@@ -40,9 +43,9 @@ class Outcome:
 
 @dataclass
 class Subject:
-    """One stream, what the base made of it, and the outcomes of the arms that have read it, by the arms' names.
+    """One stream with the trace of the base and the outcomes of the arms that have run, by name of the arm.
 
-    key: names the base, the tokens and the requests, so that outcomes can be kept.
+    key: hash of the base, the tokens and the requests, for the result cache
     """
 
     stream: Stream
@@ -52,13 +55,19 @@ class Subject:
 
 
 class Arm(ABC):
-    """One way to predict a stream.
+    """A method that predicts a stream.
 
-    name: short, for options and files. title: for people. grid: the settings that tuning chooses from. part: "all", or
-    "half" for arms that only speak of the second half. own_base: runs the base itself instead of reading its trace.
-    costly: so slow that it is tuned on one stream a kind. equal_bytes: keeps as much as the memory does. needs: the
-    arms whose outcomes it reads. fits: whether `fit` does something. kept: whether a run is worth keeping on disk.
-    shared: the name that arms with one and the same `run` have in common.
+    name: short name for options and files
+    title: name for tables and figures
+    grid: settings that tuning chooses from
+    part: "all", or "half" for arms that predict only the second half
+    own_base: whether the arm runs the base itself instead of reading the trace
+    costly: whether the arm is so slow that it is tuned on one stream of each kind
+    equal_bytes: whether the arm keeps as many bytes as the memory
+    requires: names of the arms whose outcomes the arm reads
+    needs_fit: whether `fit` has parameters to fit
+    cached: whether a run is kept on disk
+    shared: common name of the arms that have the same `run`
     """
 
     name: str
@@ -77,29 +86,29 @@ class Arm(ABC):
         return self.name
 
     def identity(self, subject: Subject) -> list[str]:
-        """What a run depends on beside its subject and its setting."""
+        """Return what a run depends on besides the subject and the setting."""
         return [str(subject.outcomes["memory"].state_bytes)] if self.equal_bytes else []
 
     @abstractmethod
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
-        """Reads one stream; progress is told of each request."""
+        """Run the arm on one stream, and report each request to `progress`."""
 
     def fit(self, examples: Sequence[tuple[Subject, Outcome]], weights: Sequence[float]) -> dict[str, float]:
-        """What `finish` needs beyond the setting, fitted to tuning streams of which each counts `weights`."""
+        """Return the parameters of `finish`, fitted to tuning streams with the given weights."""
         return {}
 
     def finish(self, subject: Subject, outcome: Outcome, fitted: Mapping[str, float]) -> Tensor:
-        """log p [n] of the targets."""
+        """Return log p [n] of the targets, in nats."""
         return outcome.values["log_probs"]
 
     def requests(self, subject: Subject) -> int:
-        """How many requests `run` tells progress of."""
+        """Return the number of requests that `run` reports to `progress`."""
         stream = subject.stream
         return len(stream.requests) - (stream.half if self.part == "half" else 0)
 
 
 class FrozenBase(Arm):
-    """The frozen base, alone."""
+    """The frozen base alone."""
 
     name, title = "static", "frozen base"
     cached = False
@@ -110,7 +119,7 @@ class FrozenBase(Arm):
 
 
 class Adapter(Arm):
-    """The base with trained parameters before its head and no memory: states [n, d] → [n, d]."""
+    """The base without a memory, but with a trained adapter (states [n, d] → [n, d]) before the head."""
 
     name, title = "adapter", "plain adapter, no memory"
 
@@ -130,7 +139,7 @@ class Adapter(Arm):
 
 
 class _MemoryArm(Arm):
-    """What the arms with a memory share. No session of theirs outlives a run."""
+    """The common part of the arms with a memory. Every session is closed at the end of a run."""
 
     def __init__(self, lm: AdaptiveLM, bos: int) -> None:
         self.lm, self.bos = lm, bos
@@ -143,15 +152,16 @@ class _MemoryArm(Arm):
     def _read(
         self, session: int, subject: Subject, first: int, last: int | None = None, *, learn: bool
     ) -> Iterator[Tensor]:
-        """log p of each request from `first` to before `last`."""
+        """Yield log p of each request in [first, last)."""
         for passage in list(subject.trace.passages())[first:last]:
             yield score_request(self.lm, self.pool, session, passage, self.bos, learn=learn)
 
 
 class MemoryArm(_MemoryArm):
-    """A session's memory: reads, then learns, request after request.
+    """The memory of a session, which scores and then learns request after request.
 
-    Its outcome also has the session's state after the first half (`unpack_rows`) and how many rows it ends with.
+    The outcome also holds the state of the session after the first half (see `unpack_rows`) and the final number of
+    rows.
     """
 
     name, title = "memory", "memory"
@@ -170,7 +180,7 @@ class MemoryArm(_MemoryArm):
 
 
 class ClearedMemory(_MemoryArm):
-    """The memory, forgotten after each request: what it is worth inside one."""
+    """The memory with a new session for each request: the worth of the memory inside a request."""
 
     name, title = "cleared", "memory cleared each request"
 
@@ -187,9 +197,10 @@ class ClearedMemory(_MemoryArm):
 
 
 class PastMemory(_MemoryArm):
-    """The second half, read with the memory of some first half and learning nothing.
+    """The memory of other first halves, read on the second half without learning.
 
-    of: whose first halves. Several are read one after the other, and the mean of their log-probabilities is told.
+    of: returns the subjects whose first halves are read, one after the other; the outcome is the mean of their
+        log-probabilities
     """
 
     part = "half"
@@ -231,7 +242,7 @@ class PastMemory(_MemoryArm):
 
 
 class RevisitedMemory(_MemoryArm):
-    """A → B → A: the second half, read with the memory of the first half after it has learned other streams too."""
+    """The memory of the first half, read on the second half after the memory has learned other streams (A → B → A)."""
 
     name, title = "returned", "memory back from other kinds (A→B→A)"
     part = "half"
@@ -240,7 +251,7 @@ class RevisitedMemory(_MemoryArm):
     def __init__(
         self, lm: AdaptiveLM, bos: int, distractors: Callable[[Subject], list[Subject]], requests: int
     ) -> None:
-        """between: the streams of B, of which the first `requests` requests each are learned, in turns."""
+        """Take the streams of B, `distractors`. The first `requests` requests of each are learned, interleaved."""
         super().__init__(lm, bos)
         self.distractors, self.per_stream = distractors, requests
 
@@ -267,8 +278,10 @@ class RevisitedMemory(_MemoryArm):
 
 
 def other_subjects(subjects: Sequence[Subject], *, same_kind: bool, limit: int) -> Callable[[Subject], list[Subject]]:
-    """For each subject, at most `limit` others of its kind, or of as many other kinds as possible: those that follow
-    it in the list, round and round."""
+    """Return a function that chooses at most `limit` other subjects of the same kind, or of different other kinds.
+
+    The function takes the subjects that follow in the list, and wraps around at the end.
+    """
 
     def choose(subject: Subject) -> list[Subject]:
         at = next(i for i, other in enumerate(subjects) if other is subject)
@@ -283,22 +296,22 @@ def other_subjects(subjects: Sequence[Subject], *, same_kind: bool, limit: int) 
 
 
 def pack_rows(rows: Mapping[str, SiteRows]) -> dict[str, Tensor]:
-    """A session's rows as values of an outcome."""
+    """Return the rows of a session as values of an outcome."""
     slots = {f"{PAST}{name}.slots": batch.slots for name, batch in rows.items()}
     return slots | {f"{PAST}{name}.data": batch.data for name, batch in rows.items()}
 
 
 def unpack_rows(values: Mapping[str, Tensor]) -> dict[str, SiteRows]:
-    """What `pack_rows` packed."""
+    """Return the rows that `pack_rows` packed."""
     names = [key.removeprefix(PAST).removesuffix(".slots") for key in values if key.endswith(".slots")]
     return {name: SiteRows(values[f"{PAST}{name}.slots"], values[f"{PAST}{name}.data"]) for name in names}
 
 
 def state_bytes(rows: Mapping[str, SiteRows]) -> int:
-    """Bytes of a stored session: its packed rows and their slots' numbers."""
+    """Return the size of a stored session: the packed rows and their slot numbers."""
     return sum(batch.slots.nbytes + batch.data.nbytes for batch in rows.values())
 
 
 def log_prob(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p [n] of targets [n] under logits [n, V]."""
+    """Return log p [n] of targets [n] under logits [n, V]."""
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Arms that remember the history as it is and mix it into the base's distribution: the ones to fear.
+"""Arms that store the history as it is and mix its statistics into the base's distribution: strong baselines.
 
 The neural cache is Grave et al. 2016 (arXiv 1612.04426); n-grams of the history are mixed as in Jelinek and Mercer
 1980.
@@ -18,15 +18,18 @@ from model.memory.initial import WHITENING_FLOOR, WHITENING_POWER
 from research.evaluation.arms import Arm, Outcome, Setting, Subject
 from research.evaluation.prequential import Clock, Progress
 
-FEATURES = ("log_total", "agreement", "entropy")  # what a gate may look at beside its bias
+FEATURES = ("log_total", "agreement", "entropy")  # inputs of a gate besides its bias
 ORDERS = 3  # unigrams, bigrams, trigrams
-MIN_MASS = 1e-30  # a sum of matches below this is none
-NGRAM_BYTES = (8, 12, 16)  # its token ids and its count
+MIN_MASS = 1e-30  # a smaller sum of matches counts as no match
+NGRAM_BYTES = (8, 12, 16)  # of an entry of each order: token ids and a count
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """x → (x − mean) @ weight: mean [d], weight [d, d]. norm: the mean of ‖x‖² over the states it was made from."""
+    """The whitening x → (x − mean) @ weight, with mean [d] and weight [d, d].
+
+    norm: mean of ‖x‖² over the states that the whitening was fitted to
+    """
 
     mean: Tensor
     weight: Tensor
@@ -34,7 +37,7 @@ class Whitening:
 
     @classmethod
     def of(cls, states: Sequence[Tensor]) -> Whitening:
-        """Fitted to the states [n, d] of some streams, as the initial memory's addresses are."""
+        """Fit a whitening to the states [n, d] of streams, as for the addresses of an initial memory."""
         n = sum(map(len, states))
         mean = torch.stack([part.double().sum(0) for part in states]).sum(0) / n
         covariance = torch.stack([(part.double() - mean).T @ (part.double() - mean) for part in states]).sum(0) / n
@@ -45,6 +48,7 @@ class Whitening:
         return cls(mean.float(), weight.float(), norm)
 
     def fingerprint(self) -> str:
+        """Return the hash of the mean and the weight."""
         return hashlib.sha256(self.mean.numpy().tobytes() + self.weight.numpy().tobytes()).hexdigest()
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -54,9 +58,10 @@ class Whitening:
 class NeuralCache(Arm):
     """p = (1 − γ)·p_LM + γ·p_cache with p_cache(x) ∝ Σ_{i<t, x_{i+1}=x} exp(θ·cos(h_t, h_i)).
 
-    whitening: applied to states before their cosine. limited: keep the last entries only, as many as the memory has
-    bytes for. gated: γ = σ(b + w·(log S, agreement, entropy)), S the sum above, agreement the share of its likeliest
-    token, and the base's entropy; otherwise γ is one number. θ and γ are tuned.
+    whitening: applied to the states before the cosine
+    limited: whether only the last entries are kept, as many as fit in the bytes of the memory
+    gated: whether γ = σ(b + w·(log S, agreement, entropy)), with S the sum above, agreement the share of the likeliest
+        token in S, and the entropy of the base; otherwise γ is one number. θ and γ are tuned.
     """
 
     needs_fit = True
@@ -79,8 +84,8 @@ class NeuralCache(Arm):
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> Outcome:
         trace, clock = subject.trace, Clock()
-        entry = 2 * trace.states.shape[1] + 4  # an fp16 state and a token id
-        limit = subject.outcomes["memory"].state_bytes // entry if self.limited else len(trace.targets)
+        entry_bytes = 2 * trace.states.shape[1] + 4  # an fp16 state and a token id
+        limit = subject.outcomes["memory"].state_bytes // entry_bytes if self.limited else len(trace.targets)
         keys = trace.states if self.whitening is None else self.whitening(trace.states)
         keys = torch.nn.functional.normalize(keys, dim=-1)
         found = []
@@ -88,9 +93,9 @@ class NeuralCache(Arm):
             found.append(_look_up(keys, trace.targets, part, limit, setting["theta"]))
             progress(1)
         names = ("prob", "log_total", "agreement")
-        values = dict(zip(names, (torch.cat(each) for each in zip(*found, strict=True)), strict=True))
+        values = dict(zip(names, (torch.cat(parts) for parts in zip(*found, strict=True)), strict=True))
         values["entropy"] = trace.entropy
-        return Outcome(values, clock.seconds, entry * min(limit, len(trace.targets)))
+        return Outcome(values, clock.seconds, entry_bytes * min(limit, len(trace.targets)))
 
     def fit(self, examples: Sequence[tuple[Subject, Outcome]], weights: Sequence[float]) -> dict[str, float]:
         base = [subject.trace.log_probs for subject, _ in examples]
@@ -101,7 +106,7 @@ class NeuralCache(Arm):
 
 
 class Combined(Arm):
-    """The memory's distribution, mixed with the unbounded cache's: what is left to add to the memory."""
+    """The mixture of the memory and the unbounded cache: the gain that the memory leaves to a cache."""
 
     name, title = "memory+cache", "memory + neural cache"
     requires = ("memory", "cache")
@@ -122,10 +127,10 @@ class Combined(Arm):
 
 
 class NGrams(Arm):
-    """The history's unigrams, bigrams and trigrams, mixed with the base.
+    """The mixture of the base with the unigrams, bigrams and trigrams of the history.
 
-    The weights of the mixture are fitted, one set for each length of the longest context that the history has seen
-    before, so that they never depend on the target.
+    The mixture weights are fitted, one set for each length of the longest context that the history contains, so the
+    weights never depend on the target.
     """
 
     name, title = "ngrams", "n-gram cache"
@@ -137,8 +142,9 @@ class NGrams(Arm):
         totals: Counter[tuple[int, ...]] = Counter()
         probs, seen = [], []
         for request in subject.stream.requests:
-            for at, token in enumerate(request):
-                contexts = [tuple(request[at - order : at]) for order in range(min(at + 1, ORDERS))]
+            for position, token in enumerate(request):
+                orders = range(min(position + 1, ORDERS))
+                contexts = [tuple(request[position - order : position]) for order in orders]
                 known = [context for context in contexts if totals[context]]
                 found = [counts[len(context)][context][token] / totals[context] for context in known]
                 probs.append(found + [0.0] * (ORDERS - len(found)))
@@ -153,13 +159,12 @@ class NGrams(Arm):
     def fit(self, examples: Sequence[tuple[Subject, Outcome]], weights: Sequence[float]) -> dict[str, float]:
         probs = torch.cat([self._with_base(subject, outcome) for subject, outcome in examples])
         seen = torch.cat([outcome.values["seen"] for _, outcome in examples])
-        counted = torch.cat(
-            [torch.full((len(o.values["seen"]),), w) for (_, o), w in zip(examples, weights, strict=True)]
-        )
+        lengths = [len(outcome.values["seen"]) for _, outcome in examples]
+        counted = torch.cat([torch.full((n,), weight) for n, weight in zip(lengths, weights, strict=True)])
         fitted: dict[str, float] = {}
         for case in range(1, ORDERS + 1):
-            here = seen == case
-            shares = mixture_weights(probs[here, : case + 1], counted[here])
+            in_case = seen == case
+            shares = mixture_weights(probs[in_case, : case + 1], counted[in_case])
             fitted |= {f"w{case}{order}": share for order, share in enumerate(shares)}
         return fitted
 
@@ -171,14 +176,15 @@ class NGrams(Arm):
         return (self._with_base(subject, outcome) * table[outcome.values["seen"]]).sum(-1).log().float()
 
     def _with_base(self, subject: Subject, outcome: Outcome) -> Tensor:
-        """[n, 1 + ORDERS]: the base's probability of each target, then those of each order."""
+        """Return [n, 1 + ORDERS]: the probability of each target under the base, then under each order."""
         return torch.cat([subject.trace.log_probs.double().exp()[:, None], outcome.values["probs"].double()], dim=1)
 
 
 def mixture_weights(probs: Tensor, weights: Tensor, steps: int = 200) -> list[float]:
-    """The shares [m] with Σ = 1 that maximise Σ_t weights_t · log Σ_j share_j · probs_tj (EM, whose optimum is global).
+    """Return the shares [m] with Σ = 1 that maximise Σ_t weights_t · log Σ_j share_j · probs_tj.
 
-    probs [n, m], weights [n]. Without examples the base, which stands first, takes all.
+    probs [n, m], weights [n]. The optimiser is EM, whose optimum is global here. Without examples the first model (the
+    base) gets all the weight.
     """
     m = probs.shape[1]
     if not len(probs):
@@ -193,21 +199,21 @@ def mixture_weights(probs: Tensor, weights: Tensor, steps: int = 200) -> list[fl
 
 
 def _look_up(keys: Tensor, targets: Tensor, part: slice, limit: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For the targets of `part`: p_cache [m], log Σ exp(θ(cos − 1)) [m] (−inf: no entry) and the largest share [m].
+    """Return p_cache [m], log Σ exp(θ(cos − 1)) [m] (−inf without entries) and the largest share [m] for `part`.
 
-    keys [n, d] of length 1; entry i is the token targets[i] under keys[i], and target t sees the `limit` entries
-    before it.
+    keys [n, d] have length 1. Entry i is the token targets[i] under keys[i]. Target t sees the `limit` entries before
+    position t.
     """
     start = max(0, part.start - limit)
-    held = slice(start, part.stop)
-    scores = (theta * (keys[held] @ keys[part].T - 1)).exp_()  # [entries, m]
-    entry = torch.arange(held.start, held.stop)[:, None]
+    visible = slice(start, part.stop)
+    scores = (theta * (keys[visible] @ keys[part].T - 1)).exp_()  # [entries, m]
+    entry = torch.arange(visible.start, visible.stop)[:, None]
     query = torch.arange(part.start, part.stop)[None]
     scores.masked_fill_((entry >= query) | (entry < query - limit), 0.0)
-    tokens, of = torch.unique(targets[held], return_inverse=True)
-    mass = torch.zeros(len(tokens), scores.shape[1]).index_add_(0, of, scores)
+    tokens, token_index = torch.unique(targets[visible], return_inverse=True)
+    mass = torch.zeros(len(tokens), scores.shape[1]).index_add_(0, token_index, scores)
     total = mass.sum(0)
-    hit = mass.gather(0, of[part.start - start :][None])[0]
+    hit = mass.gather(0, token_index[part.start - start :][None])[0]
     total = total.where(total > MIN_MASS, 0.0)
     safe = total.clamp_min(MIN_MASS)
     return hit / safe, total.log(), mass.amax(0) / safe
@@ -216,13 +222,16 @@ def _look_up(keys: Tensor, targets: Tensor, part: slice, limit: int, theta: floa
 def fit_gate(
     base: Sequence[Tensor], outcomes: Sequence[Outcome], weights: Sequence[float], *, gated: bool
 ) -> dict[str, float]:
-    """The gate of least loss: a bias, and if gated a weight for each of FEATURES. base: log p [n] of each stream, which
-    counts `weights`."""
+    """Return the gate of least loss: a bias, and with `gated` a weight for each of FEATURES.
+
+    base: log p [n] of each stream under the base; weights: weight of each stream
+    """
     counted = [torch.full((len(b),), w / len(b), dtype=torch.float64) for b, w in zip(base, weights, strict=True)]
     features = torch.cat([_features(outcome) for outcome in outcomes])
     known = features[:, 1].isfinite()
-    features, each = features[known], torch.cat(counted)[known]
-    under, over = (torch.cat(list(part)).double()[known] for part in (base, [o.values["prob"] for o in outcomes]))
+    features, weight = features[known], torch.cat(counted)[known]
+    base_log_probs = torch.cat(list(base)).double()[known]
+    cache_probs = torch.cat([outcome.values["prob"] for outcome in outcomes]).double()[known]
     gate = torch.tensor([-2.0, *[0.0] * len(FEATURES)], dtype=torch.float64, requires_grad=True)
     free = torch.tensor([1.0, *[float(gated)] * len(FEATURES)], dtype=torch.float64)
     optimizer = torch.optim.LBFGS([gate], max_iter=200, line_search_fn="strong_wolfe")
@@ -230,7 +239,8 @@ def fit_gate(
     def loss() -> Tensor:
         optimizer.zero_grad()
         gamma = torch.sigmoid(features @ (gate * free))
-        value: Tensor = -(each * ((1 - gamma) * under.exp() + gamma * over).clamp_min(1e-300).log()).sum()
+        mixture = (1 - gamma) * base_log_probs.exp() + gamma * cache_probs
+        value: Tensor = -(weight * mixture.clamp_min(1e-300).log()).sum()
         value.backward()
         return value
 
@@ -240,17 +250,17 @@ def fit_gate(
 
 
 def mix_gated(base: Tensor, outcome: Outcome, gate: Mapping[str, float]) -> Tensor:
-    """log((1 − γ)·p + γ·p_cache) [n], base = log p [n]; γ = 0 where the cache holds nothing."""
+    """Return log((1 − γ)·p + γ·p_cache) [n] for base = log p [n]. γ is 0 where the cache has no entry."""
     features = _features(outcome)
     known = features[:, 1].isfinite()
     weights = torch.tensor([gate[name] for name in ("bias", *FEATURES)], dtype=torch.float64)
     gamma = torch.sigmoid(features.where(known[:, None], 0.0) @ weights).clamp_max(1 - 1e-12)
-    stay = base.double() + torch.log1p(-gamma)
-    mixed = torch.logaddexp(stay, (gamma * outcome.values["prob"].double()).log())
+    base_part = base.double() + torch.log1p(-gamma)
+    mixed = torch.logaddexp(base_part, (gamma * outcome.values["prob"].double()).log())
     return torch.where(known, mixed, base.double()).float()
 
 
 def _features(outcome: Outcome) -> Tensor:
-    """[n, 1 + features]: one, and what a gate may look at."""
+    """Return the inputs [n, 1 + len(FEATURES)] of a gate, of which the first is 1."""
     columns = [outcome.values[name].double() for name in FEATURES]
     return torch.stack([torch.ones_like(columns[0]), *columns], dim=1)

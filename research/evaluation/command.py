@@ -1,4 +1,4 @@
-"""`imprint eval`: every arm on the same tokens, the probes, and what is told of them."""
+"""`imprint eval`: all arms and probes on the same tokens, and the files of the results."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from research.evaluation.arms import Subject
 from research.evaluation.report import print_report, write_markdown
 from research.evaluation.trial import Options, Trial, arm_names
 from research.machine import hardware
+from research.plots import PlotsMissingError, draw
 from service.errors import CommandError
 from service.settings import Settings
 
 
 def evaluate_files(settings: Settings, paths: Sequence[Path], options: Options) -> None:
-    """Runs the arms and the probes; writes results.json, arrays.npz, table.md and plots. Raises CommandError."""
-    begun = time.time()
+    """Run the arms and the probes, and write results.json, arrays.npz, table.md and figures. Raises CommandError."""
+    started = time.time()
     _check(options)
     lm, tokenizer = load_model(settings)
     if options.window >= (context := lm.backbone.config.max_context):
         raise CommandError(f"window must be at most {context - 1} (the base's context, less BOS), got {options.window}")
-    least = max(2, options.requests // 2)
-    streams = read_streams(paths, tokenizer, options.requests, options.window, options.streams, at_least=least)
+    at_least = max(2, options.requests // 2)
+    streams = read_streams(paths, tokenizer, options.requests, options.window, options.streams, at_least=at_least)
     trial = Trial(lm, tokenizer, base_folder(settings), streams, options)
     trial.run()
     results: dict[str, Any] = {
-        "streams": [_stream(subject) for subject in trial.subjects],
+        "streams": [_describe_stream(subject) for subject in trial.subjects],
         "arms": trial.describe(),
         "probes": {name: getattr(probes, name)(trial) for name in options.probes},
     }
     if options.long:
         results["probes"]["long"] = probes.long(trial, paths, options.long)
-    if "cost" in results["probes"]:  # the arm reads the head again, a server does not
+    if "cost" in results["probes"]:  # the arm computes the head twice, a server does not
         results["arms"]["memory"]["cost"] = results["probes"]["cost"]["observe_over_score_frozen"]
-    results["about"] = _about(settings, trial, begun)
-    results = _plain(results)
+    results["about"] = _about(settings, trial, started)
+    results = _nan_to_none(results)
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     np.savez_compressed(options.out / "arrays.npz", allow_pickle=False, **_arrays(trial))
     write_markdown(results, options.out / "table.md")
@@ -54,7 +55,7 @@ def evaluate_files(settings: Settings, paths: Sequence[Path], options: Options) 
 
 
 def _check(options: Options) -> None:
-    """What can be refused before anything long is begun."""
+    """Check the names of arms and probes before the model is loaded. Raises CommandError."""
     arm_names(options)
     if unknown := set(options.probes) - set(probes.NAMES):
         known = ", ".join(probes.NAMES)
@@ -62,8 +63,6 @@ def _check(options: Options) -> None:
 
 
 def _draw(results: dict[str, Any], out: Path) -> None:
-    from research.plots import PlotsMissingError, draw
-
     try:
         for path in draw(results, out):
             console.print(f"plot: {path}")
@@ -72,7 +71,7 @@ def _draw(results: dict[str, Any], out: Path) -> None:
 
 
 def _arrays(trial: Trial) -> dict[str, np.ndarray[Any, Any]]:
-    """log p of every target under every arm, as `arm/stream`."""
+    """Return log p of every target under every arm, as `arm/stream`."""
     return {
         f"{arm}/{stream}": scores.log_probs.numpy()
         for arm, stream_scores in trial.stream_scores.items()
@@ -80,7 +79,7 @@ def _arrays(trial: Trial) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def _about(settings: Settings, trial: Trial, begun: float) -> dict[str, Any]:
+def _about(settings: Settings, trial: Trial, started: float) -> dict[str, Any]:
     streams = [subject.stream for subject in trial.subjects]
     return {
         "model": Path(settings.model).name,
@@ -92,14 +91,14 @@ def _about(settings: Settings, trial: Trial, begun: float) -> dict[str, Any]:
         "kinds": sorted({stream.kind for stream in streams}),
         "tuned_on": sorted(trial.tuning),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.time() - begun),
+        "seconds": round(time.time() - started),
         "torch": torch.__version__,
         "machine": hardware(),
     }
 
 
-def _stream(subject: Subject) -> dict[str, Any]:
-    """One stream; rows and state_bytes are those of its memory at the end."""
+def _describe_stream(subject: Subject) -> dict[str, Any]:
+    """Return the description of a stream. `rows` and `state_bytes` are those of the memory at the end."""
     trace, memory = subject.trace, subject.outcomes["memory"]
     return {
         "name": subject.stream.name,
@@ -112,10 +111,10 @@ def _stream(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: None stands for what was not measured."""
+def _nan_to_none(value: Any) -> Any:
+    """Replace NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _nan_to_none(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_nan_to_none(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

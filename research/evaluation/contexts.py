@@ -1,4 +1,4 @@
-"""Arms that remember a stream by reading it again: earlier tokens stand before the request in the base's context."""
+"""Arms that put earlier tokens of the stream before the request, into the context of the base."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from model.base.backbone import Backbone, KVCache
 from research.evaluation.arms import Arm, Outcome, Setting, Subject, log_prob
 from research.evaluation.prequential import Clock, Progress
 
-BYTES = 2  # of a cached number, as in bf16
+BYTES = 2  # of a cached key or value, as in bf16
 
 
 class _Context(Arm):
-    """What both share. Each request has BOS, as many tokens of the requests before it as the arm keeps, and itself."""
+    """The common part of both arms. The context is BOS, kept tokens of earlier requests, and the request."""
 
     own_base = True
 
@@ -25,7 +25,7 @@ class _Context(Arm):
         self.token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * BYTES
 
     def _extend(self, cache: KVCache, ids: Sequence[int]) -> Tensor:
-        """Final hidden states [m, d] of m more tokens."""
+        """Return the final hidden states [m, d] of m more tokens."""
         states: Tensor = self.backbone(torch.tensor([ids]), [cache])[0]
         return states
 
@@ -34,7 +34,7 @@ class _Context(Arm):
 
 
 class LastTokens(_Context):
-    """The last tokens of the history, as many as have keys and values in the memory's bytes."""
+    """The last tokens of the history, as many as have keys and values in the bytes of the memory."""
 
     name, title = "last-tokens", "last tokens in context, equal bytes"
     equal_bytes = True
@@ -57,9 +57,9 @@ class LastTokens(_Context):
 
 
 class FullHistory(_Context):
-    """The whole history, or as much as fits: when the context is full, its second half is read again as the first.
+    """The whole history as far as the context allows. A full context is refilled to half with the latest tokens.
 
-    Keys and values are kept from request to request, as a server with a prefix cache would.
+    Keys and values are kept from request to request, as a server with a prefix cache keeps them.
     """
 
     name, title = "full-history", "full history in context"
@@ -70,7 +70,7 @@ class FullHistory(_Context):
         limit = self.backbone.config.max_context
         history: list[int] = []
         cache = self.backbone.new_cache(limit)
-        unread, longest = [self.bos], 0  # tokens of the history that the cache lacks
+        unread, longest = [self.bos], 0  # unread: tokens of the history that the cache lacks
         found, clock = [], Clock()
         for request in subject.stream.requests:
             if cache.length + len(unread) + len(request) > limit:

@@ -1,4 +1,4 @@
-"""What a memory costs in time, each way measured in turns with the others so that a busy machine slows all alike."""
+"""The cost of a memory in time. The ways are measured in turns, so that other load slows all of them alike."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from research.evaluation.prequential import new_pool, score_blocks
 
 @torch.inference_mode()
 def prefill(lm: AdaptiveLM, token_ids: Sequence[int]) -> None:
-    """The base alone, in the memory's blocks, without the head."""
+    """Run the base alone in the blocks of the memory, without the head."""
     cache, block = lm.backbone.new_cache(len(token_ids)), lm.memory.config.block
     for start in range(0, len(token_ids), block):
         lm.backbone(torch.tensor([token_ids[start : start + block]]), [cache])
 
 
 def serve(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], *, learn: bool) -> None:
-    """Scores, and learns or not, as a server does."""
+    """Score the tokens as a server does, and learn them with `learn`."""
     for _ in score_blocks(lm, pool, session, token_ids, learn=learn, frozen=True):
         pass
 
 
 @torch.inference_mode()
 def decode(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], steps: int) -> None:
-    """Greedy tokens after a prompt of one block at most."""
+    """Decode greedy tokens after a prompt of at most one block."""
     prompt = list(token_ids[: lm.memory.config.block])
     cache = lm.backbone.new_cache(len(prompt) + steps)
     decode_state, _ = lm.block(prompt, cache, pool, session)
@@ -46,10 +46,10 @@ def learning_cost(
     steps: int = 32,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Medians over requests, in seconds for a request (decode: a token) and as multiples of the frozen base's.
+    """Return medians over requests: seconds for a request (decode: for all steps) and multiples of the frozen base.
 
-    observe: score and learn, without and with memory. The session has learned the requests before, so that its rows are
-    there to be read.
+    observe: score with and without the memory, and learn. The session learns each request in the same round, so
+        decoding reads rows of the same text.
     """
     pool = new_pool(lm)
     session, times = pool.open(), dict[str, list[float]]()
@@ -64,9 +64,9 @@ def learning_cost(
             "decode": partial(decode, lm, pool, session, ids, steps),
         }
         for name, way in ways.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             way()
-            times.setdefault(name, []).append(time.perf_counter() - begun)
+            times.setdefault(name, []).append(time.perf_counter() - started)
         progress(1)
     seconds = {name: median(each) for name, each in times.items()}
     return {

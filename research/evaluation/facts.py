@@ -1,4 +1,4 @@
-"""Fact recall: invented facts are taught, other text is learned, and a cue has to bring back the exact answer."""
+"""Fact recall: invented facts are learned, then other text, and a cue has to produce the exact answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from research.evaluation.prequential import Passage, Progress, new_pool, read, s
 
 Encode = Callable[[str], list[int]]
 
-# What is taught (the verbatim cue), the same asked in other words, and what sort of name answers it.
+# The cue that is learned verbatim, a paraphrase of the cue, and the sort of name that answers.
 TEMPLATES = (
     ("The keeper of {place} lighthouse is", "{place} lighthouse is kept by", "person"),
     ("The capital of the province of {place} is", "The province of {place} is governed from", "place"),
@@ -67,7 +67,7 @@ ENDS = ("lund", "wick", "dor", "mere", "ton", "sel", "by", "gard", "nox", "ric",
 
 @dataclass(frozen=True)
 class Fact:
-    """cue + answer is what is taught; paraphrase asks for the same answer in other words."""
+    """A fact: `cue` + `answer` is learned; `paraphrase` asks for the same answer in other words."""
 
     cue: str
     paraphrase: str
@@ -75,19 +75,20 @@ class Fact:
 
     @property
     def sentence(self) -> str:
+        """Return the sentence that is learned."""
         return f"{self.cue} {self.answer}."
 
 
 def invent_facts(count: int, seed: int = 0) -> list[Fact]:
-    """`count` facts about different invented places; the templates take turns."""
+    """Return `count` facts about different invented places, cycling through the templates."""
     rng = random.Random(seed)
     used: set[str] = set()
 
     def name() -> str:
-        while (made := rng.choice(STARTS) + rng.choice(MIDDLES) + rng.choice(ENDS)) in used:
+        while (candidate := rng.choice(STARTS) + rng.choice(MIDDLES) + rng.choice(ENDS)) in used:
             pass
-        used.add(made)
-        return made
+        used.add(candidate)
+        return candidate
 
     facts = []
     for number in range(count):
@@ -101,7 +102,7 @@ def invent_facts(count: int, seed: int = 0) -> list[Fact]:
 
 @torch.inference_mode()
 def recall(lm: AdaptiveLM, pool: Pool, session: int, cue: Sequence[int], answer: Sequence[int], bos: int) -> bool:
-    """Whether greedy decoding after BOS and the cue gives the answer, token by token. Nothing is learned."""
+    """Return whether greedy decoding after BOS and the cue gives the answer, token by token. Nothing is learned."""
     ids = [bos, *cue]
     cache = lm.backbone.new_cache(len(ids) + len(answer))
     decode_state, block = None, lm.memory.config.block
@@ -116,12 +117,12 @@ def recall(lm: AdaptiveLM, pool: Pool, session: int, cue: Sequence[int], answer:
 
 
 class FactRecall:
-    """Teaches the same facts to sessions and asks for them."""
+    """A probe that teaches the same facts to sessions and measures their recall."""
 
     def __init__(self, lm: AdaptiveLM, encode: Encode, bos: int, facts: Sequence[Fact]) -> None:
         self.lm, self.bos = lm, bos
-        self.taught = [encode(fact.sentence) for fact in facts]
-        self.asked = {
+        self.sentences = [encode(fact.sentence) for fact in facts]
+        self.queries = {
             "verbatim": [_split(encode, fact.cue, fact.answer) for fact in facts],
             "paraphrased": [_split(encode, fact.paraphrase, fact.answer) for fact in facts],
         }
@@ -130,18 +131,18 @@ class FactRecall:
     def run(
         self, fillers: Sequence[Passage], distances: Sequence[int], *, times: int, progress: Progress = lambda _: None
     ) -> dict[str, dict[str, float]]:
-        """The share of facts that are recalled, by the number of other tokens learned in between and by cue.
+        """Return the share of facts recalled, by the number of other tokens learned in between and by cue.
 
-        The facts are taught one request each, all of them `times` times over; then the fillers are learned, in order.
-        Distances beyond the fillers are left out. progress is told of each token of the fillers.
+        Each fact is learned as one request, and all facts are learned `times` times. Then the fillers are learned in
+        order. Distances beyond the fillers are left out. `progress` gets the number of tokens of each filler.
         """
         session, found, learned = self.pool.open(), {}, 0
         for _ in range(times):
-            for sentence in self.taught:
+            for sentence in self.sentences:
                 read(self.lm, self.pool, session, sentence, self.bos, learn=True)
-        left = iter(fillers)
+        remaining = iter(fillers)
         for distance in sorted(distances):
-            while learned < distance and (passage := next(left, None)) is not None:
+            while learned < distance and (passage := next(remaining, None)) is not None:
                 score_request(self.lm, self.pool, session, passage, self.bos, learn=True)
                 learned += len(passage.targets)
                 progress(len(passage.targets))
@@ -151,14 +152,14 @@ class FactRecall:
         return found
 
     def shares(self, session: int = EMPTY_SESSION) -> dict[str, float]:
-        """The share of facts that a session recalls, by cue."""
+        """Return the share of facts that a session recalls, by cue."""
         return {
-            cue: sum(recall(self.lm, self.pool, session, *ids, self.bos) for ids in asked) / len(asked)
-            for cue, asked in self.asked.items()
+            cue: sum(recall(self.lm, self.pool, session, *ids, self.bos) for ids in queries) / len(queries)
+            for cue, queries in self.queries.items()
         }
 
 
 def _split(encode: Encode, cue: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of the cue and of the answer after it."""
+    """Return the tokens of the cue, and of the answer after the cue."""
     before, whole = encode(cue), encode(f"{cue} {answer}")
     return (before, whole[len(before) :]) if whole[: len(before)] == before else (before, encode(f" {answer}"))

@@ -1,7 +1,7 @@
 """Arms that learn a stream by changing weights: dynamic evaluation and a dense fast-weight matrix.
 
-Dynamic evaluation is Krause et al. 2018 (arXiv 1709.07432) and 2019 (arXiv 1904.08378): a gradient step after each
-segment that has been scored. Weights begin anew with each stream.
+Dynamic evaluation is from Krause et al. 2018 (arXiv 1709.07432) and 2019 (arXiv 1904.08378): a gradient step after each
+scored segment. The weights are reset for each stream.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from research.evaluation.prequential import Clock, Progress, Trace
 
 BLOCK = 64  # targets between two steps on a trace, as many as between two writes of the shipped memory
 RANK = 8
-CLIP = 1.0  # of a step's gradient, through the base
+CLIP = 1.0  # largest norm of a gradient through the base
 
 
 def _blocks(trace: Trace, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
-    """States [m, d] and targets [m] of each block; progress is told of each request."""
+    """Yield states [m, d] and targets [m] of each block, and report each request to `progress`."""
     for passage in trace.passages():
         yield from zip(passage.states.split(BLOCK), passage.targets.split(BLOCK), strict=True)
         progress(1)
 
 
 def _prediction_error(logits: Tensor, targets: Tensor) -> Tensor:
-    """onehot(target) − p [m, V]: minus the gradient of the loss in the logits [m, V]."""
+    """Return onehot(target) − p [m, V], the negative gradient of the loss with respect to the logits [m, V]."""
     error = -torch.softmax(logits, -1)
     error[torch.arange(len(targets)), targets] += 1
     return error
@@ -66,8 +66,9 @@ class DynamicHead(Arm):
 class DenseDelta(Arm):
     """One dense matrix M [d_k, d] at the output, as large as the memory: h ← h + M ᵀk, then M ← M + η/c · k εᵀ.
 
-    k = norm(relu(R·whiten(h) − 1)), R random; ε = e(x) − E_p[e] is the prediction error in embedding space, p with the
-    read: the delta rule through the softmax. c counts the block's tokens that crowd at one key, as `write_delta` does.
+    k = norm(relu(R·whiten(h) − 1)) with R random. ε = e(x) − E_p[e] is the prediction error in embedding space, with p
+    after the read: the delta rule through the softmax. c is the load of a key by the tokens of a block, as in
+    `write_delta`.
     """
 
     name, title = "dense", "dense delta memory, equal bytes"
@@ -94,14 +95,14 @@ class DenseDelta(Arm):
             keys = F.normalize(F.relu(white @ random - 1), dim=-1)
             logits = (states + keys @ matrix) @ self.head.T
             found.append(log_prob(logits, targets))
-            crowd = (keys @ keys.sum(0)).clamp_min(1.0)
-            steps = setting["rate"] / self.norm / crowd
+            load = (keys @ keys.sum(0)).clamp_min(1.0)
+            steps = setting["rate"] / self.norm / load
             matrix += (keys * steps[:, None]).T @ (_prediction_error(logits, targets) @ self.head)
         return Outcome({"log_probs": torch.cat(found)}, clock.seconds, matrix.nbytes)
 
 
 class DynamicEvaluation(Arm):
-    """Dynamic evaluation of weights inside the base: one clipped step on each request's mean loss, after its scores."""
+    """Dynamic evaluation of weights inside the base: one clipped step on the mean loss of each scored request."""
 
     own_base = True
     costly = True
@@ -112,9 +113,10 @@ class DynamicEvaluation(Arm):
 
     @abstractmethod
     def prepare(self, backbone: Backbone) -> list[nn.Parameter]:
-        """Makes the weights that learn, or finds them."""
+        """Return the weights that learn; create them if necessary."""
 
     def optimizer(self, weights: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        """Return the optimiser of the weights."""
         return torch.optim.SGD(weights, lr=rate)
 
     @torch.enable_grad()
@@ -142,7 +144,7 @@ class DynamicEvaluation(Arm):
 
 
 class DynamicAll(DynamicEvaluation):
-    """Every weight of the base, by plain SGD."""
+    """Dynamic evaluation of every weight of the base, by plain SGD."""
 
     name, title = "dynamic-all", "dynamic evaluation, all weights"
     grid = tuple({"rate": rate} for rate in (0.01, 0.03, 0.1))
@@ -152,8 +154,10 @@ class DynamicAll(DynamicEvaluation):
 
 
 class DynamicLoRA(DynamicEvaluation):
-    """Low-rank corrections of every linear map (Hu et al. 2021, arXiv 2106.09685), by Adam: at B = 0, plain SGD would
-    hardly leave the start."""
+    """Dynamic evaluation of low-rank corrections of every linear map (Hu et al. 2021, arXiv 2106.09685), by Adam.
+
+    Plain SGD would hardly move from B = 0.
+    """
 
     name, title = "dynamic-lora", f"dynamic evaluation, LoRA of rank {RANK}"
     grid = tuple({"rate": rate} for rate in (1e-3, 3e-3, 1e-2))
@@ -173,7 +177,7 @@ class DynamicLoRA(DynamicEvaluation):
 
 
 class LoRA(nn.Module):
-    """y = Wx + (x·down)·up in the place of a layer's linear map; down [in, r] random, up [r, out] zero."""
+    """A linear map with a low-rank correction: y = Wx + (x·down)·up, with down [in, r] random and up [r, out] zero."""
 
     def __init__(self, linear: Linear, layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -184,5 +188,6 @@ class LoRA(nn.Module):
         setattr(layer, name, self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map inputs [..., in] to outputs [..., out]."""
         y: Tensor = self.linear(x)
         return y + (x @ self.down) @ self.up

@@ -1,4 +1,4 @@
-"""Keystrokes saved: a person types a text and takes the shown completion where it is right."""
+"""Keystrokes saved when a person types a text and accepts the shown completion where the completion is right."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from research.evaluation.prequential import score_blocks
 
 
 def keystrokes(typed: Sequence[bytes], shown: Sequence[bytes]) -> tuple[int, int]:
-    """Keys saved, and keys without help (one a character), for the tokens of a text and the likeliest token at each.
+    """Return the keys saved and the keys without completions (one for each character).
 
-    The rule: a word is a token and those after it that go on with a letter or a digit. Before each token of a word the
-    greedy completion up to the next word is shown. The first time that it is the rest of the word exactly, it is taken
-    with one key. Until then each token is typed as it is; the text's last word is typed in full. As long as a greedy
-    completion is right it is what is likeliest after the true text, so no decoding is needed.
+    typed: bytes of each token of a text; shown: bytes of the likeliest token at each position
+
+    A word is a token with the following tokens that begin with a letter or a digit. Before each token of a word the
+    greedy completion up to the next word is shown. The first completion that equals the rest of the word is accepted
+    with one key; the tokens before it, and the last word of the text, are typed in full. A greedy completion that is
+    right so far is conditioned on the true text, so no decoding is needed.
     """
-    starts = [at for at, piece in enumerate(typed) if at == 0 or not _goes_on(piece)]
+    starts = [i for i, piece in enumerate(typed) if i == 0 or not _continues_word(piece)]
     saved, total = 0, _characters(b"".join(typed))
     for start, end in pairwise(starts):
-        if _goes_on(shown[end]):
-            continue  # the completion runs on where the word ends
+        if _continues_word(shown[end]):
+            continue  # the completion continues after the end of the word
         first = end
         while first > start and shown[first - 1] == typed[first - 1]:
             first -= 1
@@ -31,19 +33,22 @@ def keystrokes(typed: Sequence[bytes], shown: Sequence[bytes]) -> tuple[int, int
 
 
 def greedy_predictions(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int) -> list[int]:
-    """The likeliest token at each of the n tokens of a request, in a session that learns nothing."""
+    """Return the likeliest token at each of the n positions of a request. The session learns nothing."""
     scored = score_blocks(lm, pool, session, [bos, *token_ids], learn=False, top=1)
     return [token for scores in scored if scores.top is not None for token in scores.top[1][:, 0].tolist()]
 
 
-def saved_share(token_ids: Sequence[int], predicted: Sequence[int], text: Callable[[int], bytes]) -> float:
-    """The share of keys saved on a text, given the likeliest token at each of its tokens. text: a token's bytes."""
-    saved, total = keystrokes([text(token) for token in token_ids], [text(token) for token in predicted])
+def saved_share(token_ids: Sequence[int], predicted: Sequence[int], token_bytes: Callable[[int], bytes]) -> float:
+    """Return the share of keys saved on a text, given the likeliest token at each position.
+
+    token_bytes: returns the bytes of a token
+    """
+    saved, total = keystrokes([token_bytes(token) for token in token_ids], [token_bytes(token) for token in predicted])
     return saved / max(1, total)
 
 
-def _goes_on(piece: bytes) -> bool:
-    """Whether a token continues the word before it: it begins with a letter or a digit (or inside a character)."""
+def _continues_word(piece: bytes) -> bool:
+    """Return whether a token begins with a letter or a digit, or inside a character."""
     return piece[:1].isalnum() or piece[:1] >= b"\x80"
 
 

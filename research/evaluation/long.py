@@ -1,4 +1,4 @@
-"""Very long sessions: whether a memory goes on helping, and what fills it, by position in the stream."""
+"""Very long sessions: the gain and the size of a memory by position in the stream."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from research.evaluation.prequential import Passage, Progress, new_pool, score_r
 
 @dataclass
 class LongRun:
-    """By request: tokens learned before it, mean nats per token without and with memory, and after it the rows held and
-    the state's norm. tokens: learned in all; state_bytes: stored at the end."""
+    """The course of a long session, request by request.
+
+    position: tokens learned before the request
+    frozen, adapted: mean loss of the request without and with the memory, in nats per token
+    rows: number of rows after the request
+    norm: Euclidean norm of the state after the request
+    tokens: tokens learned in total
+    state_bytes: size of the stored session at the end
+    """
 
     position: list[int] = field(default_factory=list)
     frozen: list[float] = field(default_factory=list)
@@ -30,7 +37,7 @@ class LongRun:
 
 
 def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: Progress = lambda _: None) -> LongRun:
-    """One session reads and learns all passages, in order."""
+    """Score and learn all passages in order, in one session."""
     pool = new_pool(lm)
     session, run = pool.open(), LongRun()
     for passage in passages:
@@ -47,7 +54,7 @@ def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: P
 
 
 def state_norm(pool: Pool, session: int) -> float:
-    """The Euclidean norm of all vectors in a session's rows: keys are of length 1, values as long as they are."""
+    """Return the Euclidean norm of all vectors in the rows of a session. Keys have length 1."""
     total = 0.0
     for site in pool.sites.values():
         table, vectors = site.tables[session], site.fields[-1]
@@ -57,7 +64,7 @@ def state_norm(pool: Pool, session: int) -> float:
 
 
 def ratio_between(run: LongRun, start: int, end: int) -> float:
-    """Perplexity with memory over perplexity without, on the requests that begin in [start, end); NaN if none does."""
+    """Return perplexity with memory ÷ without, on the requests that begin in [start, end); NaN without requests."""
     chosen = [i for i, position in enumerate(run.position) if start <= position < end]
     differences = torch.tensor([run.adapted[i] - run.frozen[i] for i in chosen], dtype=torch.float64)
     return float(differences.mean().exp())

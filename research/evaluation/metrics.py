@@ -1,7 +1,7 @@
-"""What is told of arms, from their log-probabilities alone: pure functions of arrays.
+"""Metrics of arms, computed from log-probabilities alone: pure functions of arrays.
 
-Letters: n targets of a stream, S streams, R requests. A gain is frozen loss − adapted loss in nats per token; a ratio
-is a perplexity over a perplexity, exp(−gain). Means go over kinds of streams, and within a kind over streams.
+Letters: n targets of a stream, S streams, R requests. A gain is frozen loss − adapted loss in nats per token. A ratio
+is a perplexity ÷ a perplexity, exp(−gain). Means are taken over kinds of streams, and within a kind over streams.
 """
 
 from __future__ import annotations
@@ -21,28 +21,33 @@ NOVELTY = ("in window", "seen before", "novel")
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BootstrapEstimate:
     """A mean and its 95% interval, by bootstrap over streams (Efron 1979)."""
 
     value: float
     low: float
     high: float
 
-    def exp(self, sign: float = 1.0) -> Estimate:
-        """e to the power of sign · this."""
+    def exp(self, sign: float = 1.0) -> BootstrapEstimate:
+        """Return exp(sign · estimate), with the ends of the interval in order."""
         low, high = sorted((math.exp(sign * self.low), math.exp(sign * self.high)))
-        return Estimate(math.exp(sign * self.value), low, high)
+        return BootstrapEstimate(math.exp(sign * self.value), low, high)
 
 
 def gain(adapted: Tensor, frozen: Tensor, mask: Tensor | None = None) -> float:
-    """Mean of log p_adapted − log p_frozen [n] over the targets that the arm speaks of, and the mask [n] chooses; NaN
-    if there is none."""
+    """Return the mean of log p_adapted − log p_frozen [n], in nats per token; NaN without targets.
+
+    The mean is over the targets that the arm predicts and that `mask` [n] selects.
+    """
     scored = adapted.isfinite() if mask is None else adapted.isfinite() & mask
     return float((adapted[scored].double() - frozen[scored].double()).mean())
 
 
-def over_kinds(values: Sequence[float], kinds: Sequence[str], *, seed: int = 0) -> Estimate | None:
-    """Mean over kinds of the means over streams, with its interval; NaN values are left out, None if none is left."""
+def over_kinds(values: Sequence[float], kinds: Sequence[str], *, seed: int = 0) -> BootstrapEstimate | None:
+    """Return the mean over kinds of the means over streams, with its interval.
+
+    NaN values are left out. The result is None without other values.
+    """
     known = [(value, kind) for value, kind in zip(values, kinds, strict=True) if not math.isnan(value)]
     if not known:
         return None
@@ -53,17 +58,17 @@ def over_kinds(values: Sequence[float], kinds: Sequence[str], *, seed: int = 0) 
 
     draws = np.random.default_rng(seed).integers(len(data), size=(RESAMPLES, len(data)))
     low, high = np.percentile([mean(draw) for draw in draws], [2.5, 97.5])
-    return Estimate(mean(np.arange(len(data))), float(low), float(high))
+    return BootstrapEstimate(mean(np.arange(len(data))), float(low), float(high))
 
 
 def by_request(adapted: Tensor, frozen: Tensor, lengths: Sequence[int]) -> list[float]:
-    """The gain [R] of each request."""
+    """Return the gain [R] of each request."""
     parts = zip(adapted.split(list(lengths)), frozen.split(list(lengths)), strict=True)
-    return [gain(ours, base) for ours, base in parts]
+    return [gain(adapted_part, frozen_part) for adapted_part, frozen_part in parts]
 
 
 def slope(gains: Sequence[float], lengths: Sequence[int]) -> float:
-    """Gain per 1,000 tokens observed: the least-squares line through the requests' gains."""
+    """Return the gain per 1,000 tokens observed: the slope of the least-squares line through the gains of requests."""
     observed = np.concatenate([[0], np.cumsum(lengths)[:-1]]) / 1000
     known = np.isfinite(gains)
     if known.sum() < 2:
@@ -72,8 +77,10 @@ def slope(gains: Sequence[float], lengths: Sequence[int]) -> float:
 
 
 def novelty(targets: Tensor, lengths: Sequence[int]) -> Tensor:
-    """For each target [n] an index into NOVELTY: the token stood earlier in its own request; else in an earlier
-    request; else nowhere before."""
+    """Return for each target [n] an index into NOVELTY: the first of these that contains the token earlier.
+
+    0: the same request; 1: an earlier request; 2: neither
+    """
     before: set[int] = set()
     found = []
     for request in targets.split(list(lengths)):
@@ -86,8 +93,10 @@ def novelty(targets: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def perplexity(log_probs: Tensor, widths: Tensor) -> tuple[float, float]:
-    """Per token and per byte (widths [n]: bytes of each target), over the targets that the arm speaks of; NaN if there
-    is none."""
+    """Return perplexity per token and per byte over the targets that the arm predicts; NaN without such targets.
+
+    widths [n]: bytes of each target
+    """
     scored = log_probs.isfinite()
     if not bool(scored.any()):
         return math.nan, math.nan
@@ -95,8 +104,10 @@ def perplexity(log_probs: Tensor, widths: Tensor) -> tuple[float, float]:
     return math.exp(nats / int(scored.sum())), math.exp(nats / int(widths[scored].sum()))
 
 
-def summary(gains: Mapping[str, float], kinds: Mapping[str, str], tuning: set[str]) -> dict[str, Estimate | None]:
-    """Ratios, from the gain and the kind of each stream: of all kinds, of those tuned on, and of those held out."""
+def summary(
+    gains: Mapping[str, float], kinds: Mapping[str, str], tuning: set[str]
+) -> dict[str, BootstrapEstimate | None]:
+    """Return the ratio of all kinds, of the kinds tuned on and of the kinds held out, from the gain of each stream."""
     groups = {
         "all": list(gains),
         "tuned": [name for name in gains if kinds[name] in tuning],
@@ -110,7 +121,7 @@ def summary(gains: Mapping[str, float], kinds: Mapping[str, str], tuning: set[st
 
 
 def each_kind(gains: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
-    """The ratio of each kind, from the gain of each stream."""
+    """Return the ratio of each kind, from the gain of each stream."""
     known = {name: value for name, value in gains.items() if not math.isnan(value)}
     by_kind = {kind: [v for name, v in known.items() if kinds[name] == kind] for kind in sorted(set(kinds.values()))}
     return {kind: math.exp(-sum(values) / len(values)) for kind, values in by_kind.items() if values}

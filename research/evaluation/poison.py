@@ -1,4 +1,4 @@
-"""Law 12 from outside: what a session that was fed nonsense is worth to the normal text that follows."""
+"""The harm of nonsense that a session has learned to the normal text that follows (law 12)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ CONTEXT = 7  # tokens of the context whose continuation alternates
 
 
 def poison_streams(vocabulary: int, tokens: int, seed: int = 0) -> dict[str, list[int]]:
-    """Streams of so many tokens that teach nothing: drawn at random; one token over and over; and one context with
-    another continuation every other time, so that what was learned last is always wrong."""
+    """Return streams of `tokens` tokens that teach nothing.
+
+    The streams are random tokens, one repeated token, and one context with two alternating continuations, of which the
+    last learned one is always wrong.
+    """
     rng = random.Random(seed)
 
-    def some(n: int) -> list[int]:
+    def random_tokens(n: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(n)]
 
-    noise, (again,), context, (one, other) = some(tokens), some(1), some(CONTEXT), some(2)
-    alternating = itertools.cycle([*context, one, *context, other])
+    noise, (repeated,) = random_tokens(tokens), random_tokens(1)
+    context, (first, second) = random_tokens(CONTEXT), random_tokens(2)
+    alternating = itertools.cycle([*context, first, *context, second])
     return {
         "random tokens": noise,
-        "one token repeated": [again] * tokens,
+        "one token repeated": [repeated] * tokens,
         "alternating continuations": list(itertools.islice(alternating, tokens)),
     }
 
@@ -39,22 +43,25 @@ def harm(
     window: int,
     progress: Progress = lambda _: None,
 ) -> dict[str, dict[str, float]]:
-    """By poison and stream: adapted minus frozen loss (mean nats a token) over the passages of a stream, learned on in
-    a session that has learned the poison before, in requests of `window` tokens. progress is told of each passage."""
+    """Return adapted − frozen loss by poison and stream, in nats per token.
+
+    The session learns the poison in requests of `window` tokens, and then scores and learns the passages of a stream.
+    Each passage is reported to `progress`.
+    """
     pool = new_pool(lm, sessions=2)
     found: dict[str, dict[str, float]] = {}
     for name, ids in poison_streams(lm.backbone.config.vocab_size, tokens).items():
         poisoned = _learn_stream(lm, pool, ids, bos, window)
         found[name] = {}
         for stream, passages in streams.items():
-            session, lost, read = pool.open(pool.dump(poisoned)), 0.0, 0
+            session, lost, num_tokens = pool.open(pool.dump(poisoned)), 0.0, 0
             for passage in passages:
                 adapted = score_request(lm, pool, session, passage, bos, learn=True)
                 lost += float((passage.log_probs - adapted).double().sum())
-                read += len(adapted)
+                num_tokens += len(adapted)
                 progress(1)
             pool.close(session)
-            found[name][stream] = lost / read
+            found[name][stream] = lost / num_tokens
         pool.close(poisoned)
     return found
 

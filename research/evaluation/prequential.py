@@ -1,8 +1,8 @@
-"""Test, then train: how a stream is read, request by request, each token scored before anything learns from it.
+"""Prequential evaluation: a stream is read request by request, and each token is scored before a memory learns it.
 
-A stream is a user: a book, an author's messages, a repository. It is cut into requests whose attention ends at their
-edges, so that only what an arm carries over links them. What the frozen base makes of a stream is computed once, as its
-`Trace`; whatever only needs final hidden states works on that.
+A stream stands for a user: a book, the messages of an author, a repository. Attention ends at the edges of requests,
+so only the state of an arm links them. The outputs of the frozen base on a stream are computed once, as a `Trace`.
+Arms that need only final hidden states work on the trace.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Stream:
-    """A named text as requests of token ids. kind: what streams of one sort have in common (author, genre,
-    language)."""
+    """A named text as requests of token ids.
+
+    kind: common property of similar streams (author, genre, language)
+    """
 
     name: str
     kind: str
@@ -33,19 +35,24 @@ class Stream:
 
     @property
     def half(self) -> int:
-        """The number of requests that are the past."""
+        """Return the number of requests in the first half."""
         return len(self.requests) // 2
 
     @property
     def past(self) -> int:
-        """The number of tokens in the first half."""
+        """Return the number of tokens in the first half."""
         return sum(map(len, self.requests[: self.half]))
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What the frozen base makes of one request of n targets: the final states before them [n, d], the targets [n],
-    their log p [n] (nats) and the entropy [n] of each whole prediction, all fp32."""
+    """The outputs of the frozen base on one request of n targets, in fp32.
+
+    states [n, d]: final hidden state before each target
+    targets [n]: token ids
+    log_probs [n]: log p of each target, in nats
+    entropy [n]: entropy of each prediction, in nats
+    """
 
     states: Tensor
     targets: Tensor
@@ -55,11 +62,14 @@ class Passage:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the frozen base makes of a stream of n targets.
+    """The outputs of the frozen base on a stream of n targets.
 
-    states [n, d] fp32: the final hidden state before each target; targets [n] long; log_probs [n] fp32 (nats);
-    entropy [n] fp32 of the whole prediction; widths [n] int32: bytes of each target's text; lengths: targets of each
-    request.
+    states [n, d] fp32: final hidden state before each target
+    targets [n] int64: token ids
+    log_probs [n] fp32: log p of each target, in nats
+    entropy [n] fp32: entropy of each prediction, in nats
+    widths [n] int32: bytes of each target
+    lengths: number of targets of each request
     """
 
     states: Tensor
@@ -70,27 +80,27 @@ class Trace:
     lengths: list[int]
 
     def parts(self) -> Iterator[slice]:
-        """Where each request lies."""
+        """Yield the slice of each request."""
         start = 0
         for length in self.lengths:
             yield slice(start, start + length)
             start += length
 
     def passages(self) -> Iterator[Passage]:
-        """The requests in order."""
+        """Yield the requests in order."""
         for part in self.parts():
             yield Passage(self.states[part], self.targets[part], self.log_probs[part], self.entropy[part])
 
 
 def cut(token_ids: Sequence[int], window: int, limit: int) -> list[list[int]]:
-    """At most `limit` requests of `window` tokens, BOS not counted among them; a last partial one is dropped."""
+    """Return at most `limit` requests of `window` tokens without BOS. A partial request at the end is dropped."""
     parts = [list(token_ids[i : i + window]) for i in range(0, min(len(token_ids), limit * window), window)]
     return [part for part in parts if len(part) == window]
 
 
 @torch.inference_mode()
 def read_passage(backbone: Backbone, token_ids: Sequence[int], bos: int) -> Passage:
-    """Runs the base over one request; every token is a target, the first one predicted from BOS."""
+    """Run the base over one request. Every token is a target; the first one is predicted from BOS."""
     targets = torch.tensor(token_ids)
     states = backbone(torch.tensor([[bos, *token_ids[:-1]]]))[0]
     base = torch_backend.predict(backbone.logits(states))
@@ -100,7 +110,10 @@ def read_passage(backbone: Backbone, token_ids: Sequence[int], bos: int) -> Pass
 def read_trace(
     backbone: Backbone, stream: Stream, bos: int, width: Callable[[int], int], progress: Progress = lambda _: None
 ) -> Trace:
-    """Runs the base over a stream. width: the bytes of a token; progress is told of each request."""
+    """Run the base over a stream, and report each request to `progress`.
+
+    width: returns the number of bytes of a token
+    """
     passages = []
     for request in stream.requests:
         passages.append(read_passage(backbone, request, bos))
@@ -117,7 +130,7 @@ def read_trace(
 
 
 def new_pool(lm: AdaptiveLM, sessions: int = 1) -> Pool:
-    """Room for so many full sessions and the draft of one."""
+    """Return a pool with room for `sessions` full sessions and one draft."""
     slots = max((site.slots for site in lm.memory.config.sites), default=1)
     return lm.new_pool(rows=(sessions + 1) * slots, sessions=sessions + 1)
 
@@ -133,9 +146,10 @@ def score_blocks(
     frozen: bool = False,
     top: int = 0,
 ) -> Iterator[Scores]:
-    """Scores one request block by block in a session, learning each block after it is scored; the last one commits.
+    """Score one request block by block in a session, learn each block after its scores, and commit at the end.
 
-    token_ids begin with BOS, which is no target. frozen and top: as in `AdaptiveLM.block`.
+    token_ids: the request after BOS, which is no target
+    frozen, top: as in `AdaptiveLM.block`
     """
     cache = lm.backbone.new_cache(len(token_ids))
     frozen_cache = lm.backbone.new_cache(len(token_ids)) if frozen and lm.needs_frozen_cache else None
@@ -164,21 +178,21 @@ def score_blocks(
 
 
 def read(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int, *, learn: bool) -> Tensor:
-    """Scores one request of n tokens in a session, learning each block after it is scored; returns log p [n]."""
+    """Return log p [n] of one request of n tokens in a session, which learns each block after its scores."""
     scored = score_blocks(lm, pool, session, [bos, *token_ids], learn=learn)
     return torch.cat([scores.adapted for scores in scored])
 
 
 def needs_final_states_only(memory: Memory) -> bool:
-    """Whether final hidden states are all that the memory needs of the base: `replay` then equals `read`."""
+    """Return whether the memory needs only final hidden states of the base. `replay` then equals `read`."""
     return not any(isinstance(site, DeltaSite) for site in memory.sites.values())
 
 
 @torch.inference_mode()
 def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int, *, learn: bool) -> Tensor:
-    """What `read` does, from what the base made of the request before; returns log p [n].
+    """Return log p [n] of one request as `read` does, from the precomputed outputs of the base.
 
-    BOS is the first token of the first block, so that block has one target less.
+    BOS is the first token of the first block, so the first block has one target less.
     """
     site, block, n = lm.memory.lexical, lm.memory.config.block, len(passage.targets)
     if site is None:
@@ -206,18 +220,19 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int,
 
 
 def score_request(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int, *, learn: bool) -> Tensor:
-    """`replay` where that is the same, else `read`: log p [n] of one request in a session."""
+    """Return log p [n] of one request in a session, by `replay` where it equals `read`, else by `read`."""
     if needs_final_states_only(lm.memory):
         return replay(lm, pool, session, passage, bos, learn=learn)
     return read(lm, pool, session, passage.targets.tolist(), bos, learn=learn)
 
 
 class Clock:
-    """Seconds since it was made."""
+    """A stopwatch that starts when it is created."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
+        """Return the seconds since the start."""
         return time.perf_counter() - self._start

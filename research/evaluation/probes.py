@@ -1,10 +1,11 @@
-"""What `imprint eval` measures beside the arms: facts recalled, keystrokes saved, cost, poison and long sessions."""
+"""The probes of `imprint eval`: facts recalled, keystrokes saved, cost, poison and long sessions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from research.evaluation.long import LongRun, ratio_between, read_long
 from research.evaluation.poison import harm
 from research.evaluation.prequential import Passage, Stream, new_pool
 from research.evaluation.trial import Trial
-from research.runs import key
+from research.runs import content_hash
 
 NAMES = ("facts", "keystrokes", "cost", "poison")
 FACTS = 48
@@ -29,21 +30,21 @@ TIMES = {"once": 1, "three times": 3}
 TYPED_REQUESTS = 4  # of a stream's second half
 TIMED_REQUESTS = 5
 POISON_TOKENS = 4_096
-AFTERWARDS = 4  # requests of normal text after the poison
-PIECE = 32  # requests of a long run that are read with the base, and kept, at a time
-BINS = 50
-SPAN = 100_000  # tokens of a long run that are compared
+REQUESTS_AFTER_POISON = 4  # requests of normal text after the poison
+REQUESTS_PER_TRACE = 32  # requests of a long run that are read with the base, and cached, together
+NUM_BINS = 50
+SPAN = 100_000  # tokens of a part of a long run for which a ratio is given
 
 Advance = Callable[[int], None]
 
 
 def facts(trial: Trial) -> dict[str, Any]:
-    """Recall of invented facts after other text: all streams' requests in turns."""
+    """Measure the recall of invented facts after other text: the requests of all streams, interleaved."""
 
     def make(advance: Advance) -> dict[str, Any]:
         recall = FactRecall(trial.lm, trial.encode, trial.bos, invent_facts(FACTS))
         streams = [list(subject.trace.passages()) for subject in trial.subjects]
-        fillers: list[Passage] = [s[n] for n in range(max(map(len, streams))) for s in streams if n < len(s)]
+        fillers = [passage for row in zip_longest(*streams) for passage in row if passage is not None]
         found: dict[str, Any] = {"facts": FACTS, "frozen": recall.shares()}
         for name, times in TIMES.items():
             found[name] = recall.run(fillers, DISTANCES, times=times, progress=advance)
@@ -55,7 +56,7 @@ def facts(trial: Trial) -> dict[str, Any]:
 
 
 def keystrokes(trial: Trial) -> dict[str, Any]:
-    """Keys saved on the start of each stream's second half, with the memory of its first half and without."""
+    """Measure the keys saved at the start of each second half, with the memory of the first half and without."""
 
     def make(advance: Advance) -> dict[str, Any]:
         shares: dict[str, list[float]] = {"memory": [], "frozen": []}
@@ -64,15 +65,15 @@ def keystrokes(trial: Trial) -> dict[str, Any]:
             half = subject.stream.half
             session = pool.open(unpack_rows(subject.outcomes["memory"].values))
             ids: list[int] = []
-            best: dict[str, list[int]] = {"memory": [], "frozen": []}
+            predictions: dict[str, list[int]] = {"memory": [], "frozen": []}
             for passage in list(subject.trace.passages())[half : half + TYPED_REQUESTS]:
                 request = passage.targets.tolist()
                 ids += request
-                best["memory"] += greedy_predictions(trial.lm, pool, session, request, trial.bos)
-                best["frozen"] += trial.lm.backbone.logits(passage.states).argmax(-1).tolist()
+                predictions["memory"] += greedy_predictions(trial.lm, pool, session, request, trial.bos)
+                predictions["frozen"] += trial.lm.backbone.logits(passage.states).argmax(-1).tolist()
                 advance(1)
             pool.close(session)
-            for name, predicted in best.items():
+            for name, predicted in predictions.items():
                 shares[name].append(saved_share(ids, predicted, trial.tokenizer.token_bytes))
         kinds = [subject.stream.kind for subject in trial.subjects]
         names = [subject.stream.name for subject in trial.subjects]
@@ -91,7 +92,7 @@ def keystrokes(trial: Trial) -> dict[str, Any]:
 
 
 def cost(trial: Trial) -> dict[str, Any]:
-    """Seconds of learning and decoding beside the frozen base's. Measured anew each time."""
+    """Measure the time of learning and decoding relative to the frozen base. The result is not cached."""
     requests = [subject.stream.requests[0] for subject in trial.subjects][:TIMED_REQUESTS]
     with progress_bar() as bar:
         task = bar.add_task("cost", total=len(requests))
@@ -99,14 +100,14 @@ def cost(trial: Trial) -> dict[str, Any]:
 
 
 def poison(trial: Trial) -> dict[str, Any]:
-    """The perplexity ratio of the first stream of each kind after three sorts of nonsense: mean of kinds, and worst."""
+    """Measure the perplexity ratio of the first stream of each kind after three sorts of nonsense."""
     first = {subject.stream.kind: subject for subject in reversed(trial.subjects)}
-    streams = {kind: list(subject.trace.passages())[:AFTERWARDS] for kind, subject in sorted(first.items())}
+    streams = {kind: list(subject.trace.passages())[:REQUESTS_AFTER_POISON] for kind, subject in sorted(first.items())}
 
     def make(advance: Advance) -> dict[str, Any]:
         window = trial.options.window
         found = harm(trial.lm, streams, trial.bos, tokens=POISON_TOKENS, window=window, progress=advance)
-        ratios = {name: {kind: math.exp(lost) for kind, lost in kinds.items()} for name, kinds in found.items()}
+        ratios = {name: {kind: math.exp(loss) for kind, loss in kinds.items()} for name, kinds in found.items()}
         return {
             name: {
                 "mean": math.exp(sum(found[name].values()) / len(kinds)),
@@ -121,12 +122,15 @@ def poison(trial: Trial) -> dict[str, Any]:
 
 
 def long(trial: Trial, paths: Sequence[Path], tokens: int) -> dict[str, Any]:
-    """One session over texts of all kinds, request by request in turns, up to `tokens` tokens.
+    """Measure one session over `tokens` tokens of all kinds, interleaved request by request.
 
-    What the base makes of them is kept: about 1.2 kB a token of the default base.
+    The outputs of the base are cached: about 1.2 kB a token with the default base.
     """
     order = mixed_requests(paths, trial.tokenizer, trial.options.window, tokens)
-    parts = [Stream(f"long/{at}", "long", order[at : at + PIECE]) for at in range(0, len(order), PIECE)]
+    parts = [
+        Stream(f"long/{start}", "long", order[start : start + REQUESTS_PER_TRACE])
+        for start in range(0, len(order), REQUESTS_PER_TRACE)
+    ]
 
     def make(advance: Advance) -> dict[str, Any]:
         def passages() -> Iterator[Passage]:
@@ -135,7 +139,7 @@ def long(trial: Trial, paths: Sequence[Path], tokens: int) -> dict[str, Any]:
 
         return asdict(read_long(trial.lm, passages(), trial.bos, advance))
 
-    name = "long " + key([part.requests for part in parts])
+    name = "long " + content_hash([part.requests for part in parts])
     run = LongRun(**trial.cached(name, make, total=len(order), uses=("evaluation/long.py",)))
     return {
         **asdict(run),
@@ -147,8 +151,8 @@ def long(trial: Trial, paths: Sequence[Path], tokens: int) -> dict[str, Any]:
 
 
 def _bins(run: LongRun) -> dict[str, list[float]]:
-    """At most BINS ratios of consecutive requests, each at the tokens learned before the last of them."""
-    parts = np.array_split(np.arange(len(run.position)), min(BINS, len(run.position)))
+    """Return at most NUM_BINS ratios of consecutive requests, each at the position of the last request."""
+    parts = np.array_split(np.arange(len(run.position)), min(NUM_BINS, len(run.position)))
     gains = np.array(run.frozen) - np.array(run.adapted)
     return {
         "position": [float(run.position[part[-1]]) for part in parts],

@@ -1,4 +1,4 @@
-"""The tables of `imprint eval`, on the console and as Markdown."""
+"""The tables of `imprint eval`, for the console and as Markdown."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from research.corpus import console
 
 MAIN = ("memory", "own-past", "same-kind", "other-kind", "cache", "cache-bytes", "ngrams", "dense", "dynamic-head")
 Results = Mapping[str, Any]
-Block = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # a heading, the columns, the rows
+TableData = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # heading, columns, rows
 
 
-def blocks(results: Results) -> list[Block]:
-    """Every table."""
+def tables(results: Results) -> list[TableData]:
+    """Return every table."""
     probes = results["probes"]
-    made = [_arms(results), _kinds(results), _novelty(results)]
-    made += [_facts(probes["facts"])] if "facts" in probes else []
-    made += [_others(results)]
-    return made
+    facts = [_facts(probes["facts"])] if "facts" in probes else []
+    return [_arms(results), _kinds(results), _novelty(results), *facts, _others(results)]
 
 
 def print_report(results: Results) -> None:
-    for heading, columns, rows in blocks(results):
+    """Print every table."""
+    for heading, columns, rows in tables(results):
         table = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
@@ -37,26 +36,27 @@ def print_report(results: Results) -> None:
 
 
 def write_markdown(results: Results, path: Path) -> None:
+    """Write every table to a Markdown file, with the settings of the run above the tables."""
     about = results["about"]
     titles = "\n".join(f"- `{name}`: {arm['title']}{_tuned(arm)}" for name, arm in results["arms"].items())
-    held = "tuned on all kinds, none held out"
+    tuning = "tuned on all kinds, none held out"
     if about["tuned_on"] != about["kinds"]:
-        held = f"tuned on {', '.join(about['tuned_on'])}"
+        tuning = f"tuned on {', '.join(about['tuned_on'])}"
     text = (
-        f"{about['tokens']:,} tokens, {len(about['kinds'])} kinds, requests of {about['window']} tokens; {held}. "
+        f"{about['tokens']:,} tokens, {len(about['kinds'])} kinds, requests of {about['window']} tokens; {tuning}. "
         f"{about['date']}; {about['machine']}; base {about['model']}; memory {about['memory'][:23]}…\n\n"
         "Half: arms that only speak of the second half are compared there. Cost: seconds of this run over those of the"
         " frozen base's scores, rough on a busy machine; the memory's is what a server does, its"
         " variants' count the head twice.\n\n"
         f"{titles}\n"
     )
-    for heading, columns, rows in blocks(results):
+    for heading, columns, rows in tables(results):
         lines = [columns, ["---"] * len(columns), *rows]
         text += f"\n**{heading}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     path.write_text(text)
 
 
-def _arms(results: Results) -> Block:
+def _arms(results: Results) -> TableData:
     about, rows = results["about"], []
     held_out = about["kinds"] != about["tuned_on"]
     for name, arm in results["arms"].items():
@@ -64,12 +64,12 @@ def _arms(results: Results) -> Block:
         rows.append(
             [
                 name,
-                _three(ratio.get("all")),
+                _point(ratio.get("all")),
                 _interval(ratio.get("all") or half["all"]),
-                _three((ratio or half)["tuned"] if held_out else None),
-                _three((ratio or half)["held_out"] if held_out else None),
-                _three(half["all"]),
-                _three(arm["memory_over"]["all"]),
+                _point((ratio or half)["tuned"] if held_out else None),
+                _point((ratio or half)["held_out"] if held_out else None),
+                _point(half["all"]),
+                _point(arm["memory_over"]["all"]),
                 decimal(arm["state_bytes"]).replace(" bytes", " B"),
                 f"{arm['cost']:.2f}×",
             ]
@@ -82,28 +82,28 @@ def _arms(results: Results) -> Block:
     return heading, columns, rows
 
 
-def _kinds(results: Results) -> Block:
+def _kinds(results: Results) -> TableData:
     arms = {name: results["arms"][name] for name in MAIN if name in results["arms"]}
     rows = []
     for kind in results["about"]["kinds"]:
         ratios = [(arm["ratio"] or arm["ratio_half"])["kinds"].get(kind) for arm in arms.values()]
-        rows.append([kind, *(_plain(ratio) for ratio in ratios)])
+        rows.append([kind, *(_number(ratio) for ratio in ratios)])
     return "The same by kind (all arms: results.json)", ["kind", *arms], rows
 
 
-def _novelty(results: Results) -> Block:
+def _novelty(results: Results) -> TableData:
     static = results["arms"]["static"]["novelty"]
-    shares = ", ".join(f"{name} {each['share']:.0%}" for name, each in static.items() if each)
+    shares = ", ".join(f"{name} {estimate['share']:.0%}" for name, estimate in static.items() if estimate)
     rows = []
     for name, arm in results["arms"].items():
         per_1k = arm["gain_per_1k"]
         rows.append(
             [
                 name,
-                _plain(arm["perplexity"]),
-                _plain(arm["perplexity_per_byte"]),
+                _number(arm["perplexity"]),
+                _number(arm["perplexity_per_byte"]),
                 "–" if per_1k is None else f"{per_1k:+.4f}",
-                *(_three(each) for each in arm["novelty"].values()),
+                *(_point(estimate) for estimate in arm["novelty"].values()),
             ]
         )
     heading = (
@@ -113,7 +113,7 @@ def _novelty(results: Results) -> Block:
     return heading, ["arm", "token", "byte", "per 1K", *static], rows
 
 
-def _facts(facts: Results) -> Block:
+def _facts(facts: Results) -> TableData:
     rows = [["frozen base", "–", f"{facts['frozen']['verbatim']:.0%}", f"{facts['frozen']['paraphrased']:.0%}"]]
     for times in ("once", "three times"):
         for distance, share in facts[times].items():
@@ -124,7 +124,7 @@ def _facts(facts: Results) -> Block:
     return f"{facts['facts']} invented facts: answered exactly", columns, rows
 
 
-def _others(results: Results) -> Block:
+def _others(results: Results) -> TableData:
     arms, probes = results["arms"], results["probes"]
     rows = []
     if (returned := arms.get("returned")) and returned["kept_share"] is not None:
@@ -132,7 +132,7 @@ def _others(results: Results) -> Block:
     if harm := arms.get("other-kind", {}).get("ratio_half", {}).get("all"):
         rows.append(["harm: another kind's memory, perplexity", f"{harm['value'] - 1:+.2%}"])
     if (same := arms.get("same-kind")) and same["own_past_over"]:
-        rows.append(["own past ÷ another's past of the same kind", _three(same["own_past_over"]["all"])])
+        rows.append(["own past ÷ another's past of the same kind", _point(same["own_past_over"]["all"])])
     if "keystrokes" in probes:
         saved = probes["keystrokes"]
         rows.append(["keystrokes saved, memory", _percent(saved["memory"])])
@@ -146,9 +146,9 @@ def _others(results: Results) -> Block:
         rows.append([f"normal text after poison ({name}): mean, worst", f"{ratio['mean']:.3f}, {ratio['worst']:.3f}"])
     if "long" in probes:
         run = probes["long"]
-        rows.append([f"long session, {run['tokens']:,} tokens: ratio", _plain(run["ratio"])])
-        rows.append(["  tokens 100K–200K", _plain(run["ratio_second_span"])])
-        rows.append(["  last 100K", _plain(run["ratio_last_span"])])
+        rows.append([f"long session, {run['tokens']:,} tokens: ratio", _number(run["ratio"])])
+        rows.append(["  tokens 100K–200K", _number(run["ratio_second_span"])])
+        rows.append(["  last 100K", _number(run["ratio_last_span"])])
         rows.append(["  rows, bytes at the end", f"{run['rows'][-1]:,}, {decimal(run['state_bytes'])}"])
     return "Beside the arms", ["", ""], rows
 
@@ -158,7 +158,7 @@ def _tuned(arm: Results) -> str:
     return f" ({given})" if given else ""
 
 
-def _three(estimate: Any) -> str:
+def _point(estimate: Any) -> str:
     return f"{estimate['value']:.3f}" if estimate else "–"
 
 
@@ -170,5 +170,5 @@ def _percent(estimate: Any) -> str:
     return f"{estimate['value']:.1%} ({estimate['low']:.1%}–{estimate['high']:.1%})" if estimate else "–"
 
 
-def _plain(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"

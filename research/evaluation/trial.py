@@ -1,4 +1,4 @@
-"""The streams of one evaluation and the arms that run on them; what is finished is kept in the output folder."""
+"""One evaluation: the streams and the arms that run on them, with finished results cached in the output folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from research.evaluation.describe import Describer, StreamScores
 from research.evaluation.gradients import DenseDelta, DynamicAll, DynamicHead, DynamicLoRA
 from research.evaluation.prequential import Stream, Trace, read_passage, read_trace
 from research.evaluation.tuning import Tuned, tune, tuning_subjects
-from research.runs import ResultCache, code_hash, key
+from research.runs import ResultCache, code_hash, content_hash
 from research.training.adapter import load_adapter
 from service.errors import CommandError
 
@@ -45,9 +45,9 @@ CHEAP = (
 )  # fmt: skip
 COSTLY = ("last-tokens", "full-history", "dynamic-lora", "dynamic-all")
 ALWAYS = ("static", "memory")
-OTHER_KINDS = 3  # pasts of other kinds that are read against a stream
+OTHER_KINDS = 3  # memories of other kinds that a stream is read with
 BASE_TIMING_INTERVAL_S = 60.0
-DISTRACTOR_REQUESTS = 4  # requests of each other kind that are learned before a stream is returned to
+DISTRACTOR_REQUESTS = 4  # requests of each other kind that are learned between the two halves of a stream
 READING_CODE = ("evaluation/prequential.py", "evaluation/arms.py")
 
 Advance = Callable[[int], None]
@@ -55,7 +55,15 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What `imprint eval` is asked for. arms, tuning, probes: names. long: tokens of the long session, 0 = none."""
+    """The options of `imprint eval`.
+
+    requests, window: requests of a stream at most, and tokens of a request
+    streams: streams of each kind
+    arms, tuning, probes: names of arms, of kinds to tune on, and of probes
+    long: tokens of the long session; 0 = none
+    adapter: file of an adapter to compare with
+    out: folder of the results
+    """
 
     requests: int
     window: int
@@ -69,7 +77,11 @@ class Options:
 
 
 class Trial:
-    """tuning: the kinds that settings are chosen on. tuned and readings: by arm, once it has run."""
+    """Runs the arms of one evaluation and describes the results.
+
+    tuning: kinds that settings are chosen on
+    tuned, stream_scores: chosen settings and scores, by arm, after the arm has run
+    """
 
     def __init__(
         self, lm: AdaptiveLM, tokenizer: Tokenizer, folder: Path, streams: Sequence[Stream], options: Options
@@ -82,17 +94,15 @@ class Trial:
         self.runs = ResultCache(options.out / "runs")
         self.tuned: dict[str, Tuned] = {}
         self.stream_scores: dict[str, dict[str, StreamScores]] = {}
-        self._base_s_per_token, self._base_timed_at = (
-            0.0,
-            -math.inf,
-        )  # seconds of a token in the base, and when that was measured
+        self._base_s_per_token = 0.0
+        self._base_timed_at = -math.inf
         with progress_bar() as bar:
             task = bar.add_task("reading with the base", total=sum(len(stream.requests) for stream in streams))
             self.subjects = [self.subject(stream, lambda n: bar.advance(task, n)) for stream in streams]
-        self.arms = [arm for arm in self._every_arm() if arm.name in self.names]
+        self.arms = [arm for arm in self._all_arms() if arm.name in self.names]
 
     def run(self) -> None:
-        """Tunes and runs the arms; those that others read come first."""
+        """Tune and run the arms. An arm comes after the arms that it requires."""
         tuning = [subject for subject in self.subjects if subject.stream.kind in self.tuning]
         with progress_bar() as bar:
             for arm in self.arms:
@@ -116,13 +126,17 @@ class Trial:
                 self.tuned[arm.name], self.stream_scores[arm.name] = tuned, stream_scores
 
     def describe(self) -> dict[str, Any]:
-        """What is told of each arm, by name."""
+        """Return the description of each arm, by name."""
         describer = Describer(self.subjects, self.stream_scores, self.tuning)
         return {arm.name: {**describer.arm(arm), "tuned": self.tuned[arm.name].to_dict()} for arm in self.arms}
 
     def subject(self, stream: Stream, advance: Advance, *, compact: bool = False) -> Subject:
-        """A stream with its trace, from disk if it is there. compact: states in half precision, half the disk."""
-        name = key("trace", code_hash(self.lm.device, *READING_CODE), self.base, self.bos, compact, stream.requests)
+        """Return a stream with its trace, from the cache if possible.
+
+        compact: cache the states in half precision, which halves the disk space
+        """
+        code = code_hash(self.lm.device, *READING_CODE)
+        name = content_hash("trace", code, self.base, self.bos, compact, stream.requests)
         note: dict[str, Any]
         if (cached := self.runs.load(name)) is not None:
             tensors, note = cached
@@ -139,9 +153,13 @@ class Trial:
     def cached(
         self, name: str, make: Callable[[Advance], Mapping[str, Any]], *, total: int, uses: Sequence[str]
     ) -> dict[str, Any]:
-        """What `make` measures of the memory on these streams, made once. uses: files of `research` that compute it."""
+        """Return what `make` measures of the memory on these streams, from the cache if possible.
+
+        total: number of steps that `make` reports
+        uses: files of `research` that compute the result
+        """
         sources = code_hash(self.lm.device, *READING_CODE, *uses)
-        cache_key = key(name, sources, self.base, self.lm.memory.fingerprint(), [s.key for s in self.subjects])
+        cache_key = content_hash(name, sources, self.base, self.lm.memory.fingerprint(), [s.key for s in self.subjects])
         with progress_bar() as bar:
             task = bar.add_task(name.split()[0], total=total)
             if (cached := self.runs.load(cache_key)) is None:
@@ -151,7 +169,7 @@ class Trial:
         return dict(cached[1])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without BOS."""
+        """Return the token ids of a text without BOS."""
         ids = self.tokenizer.encode(text)
         return ids[1:] if self.tokenizer.add_bos else ids
 
@@ -163,7 +181,7 @@ class Trial:
             return replace(arm.run(subject, setting, advance), base_seconds=self._base_seconds(subject))
         module = type(arm).__module__.removeprefix("research.").replace(".", "/") + ".py"
         sources = code_hash(self.lm.device, *READING_CODE, module)
-        name = key(arm.shared, sources, subject.key, dict(setting), arm.identity(subject))
+        name = content_hash(arm.shared, sources, subject.key, dict(setting), arm.identity(subject))
         if (cached := self.runs.load(name)) is not None:
             advance(arm.requests(subject))
             return Outcome(cached[0], **cached[1])
@@ -173,17 +191,17 @@ class Trial:
         return outcome
 
     def _base_seconds(self, subject: Subject) -> float:
-        """What the frozen base takes for a stream nowadays: one request is timed, at most once a minute."""
+        """Return the current duration of a stream in the frozen base, from one request timed at most once a minute."""
         if time.monotonic() - self._base_timed_at > BASE_TIMING_INTERVAL_S:
             request = subject.stream.requests[0]
             if not self._base_s_per_token:
-                read_passage(self.lm.backbone, request, self.bos)  # the first one is slower
+                read_passage(self.lm.backbone, request, self.bos)  # warm-up
             self._base_timed_at = time.monotonic()
             read_passage(self.lm.backbone, request, self.bos)
             self._base_s_per_token = (time.monotonic() - self._base_timed_at) / len(request)
         return self._base_s_per_token * len(subject.trace.targets)
 
-    def _every_arm(self) -> list[Arm]:
+    def _all_arms(self) -> list[Arm]:
         lm, bos, backbone = self.lm, self.bos, self.lm.backbone
         whitening = Whitening.of([s.trace.states for s in self.subjects if s.stream.kind in self.tuning])
         same = other_subjects(self.subjects, same_kind=True, limit=1)
@@ -193,7 +211,7 @@ class Trial:
         def trainable() -> Backbone:
             return load_backbone(self.folder, trainable=True)
 
-        every: list[Arm] = [
+        arms: list[Arm] = [
             FrozenBase(),
             MemoryArm(lm, bos),
             ClearedMemory(lm, bos),
@@ -216,35 +234,35 @@ class Trial:
             DynamicLoRA(trainable, bos),
             DynamicAll(trainable, bos),
         ]
-        return every if self.options.adapter is None else [*every, self._adapter(self.options.adapter)]
+        return arms if self.options.adapter is None else [*arms, self._adapter(self.options.adapter)]
 
     def _adapter(self, path: Path) -> Adapter:
         try:
             adapter = load_adapter(path, self.lm.backbone.config.hidden_size)
         except ValueError as error:
             raise CommandError(f"adapter: {error}") from error
-        return Adapter(self.lm.backbone, adapter, key(path.read_bytes().hex()))
+        return Adapter(self.lm.backbone, adapter, content_hash(path.read_bytes().hex()))
 
 
 def arm_names(options: Options) -> set[str]:
-    """The arms asked for, and those that these need. Raises CommandError."""
-    given = () if options.adapter is None else ("adapter",)
-    every = {*CHEAP, *COSTLY, *given}
-    asked = set(options.arms) or {*CHEAP, *given}
-    if unknown := asked - every - {"all"}:
-        raise CommandError(f"arms must be among {', '.join(sorted(every))} or all, got {', '.join(sorted(unknown))}")
-    if "all" in asked:
-        return every
-    asked |= {*ALWAYS}
-    if "returned" in asked:
-        asked.add("own-past")
-    if "memory+cache" in asked:
-        asked.add("cache")
-    return asked
+    """Return the names of the chosen arms and of the arms that these require. Raises CommandError."""
+    adapter = () if options.adapter is None else ("adapter",)
+    known = {*CHEAP, *COSTLY, *adapter}
+    chosen = set(options.arms) or {*CHEAP, *adapter}
+    if unknown := chosen - known - {"all"}:
+        raise CommandError(f"arms must be among {', '.join(sorted(known))} or all, got {', '.join(sorted(unknown))}")
+    if "all" in chosen:
+        return known
+    chosen |= {*ALWAYS}
+    if "returned" in chosen:
+        chosen.add("own-past")
+    if "memory+cache" in chosen:
+        chosen.add("cache")
+    return chosen
 
 
-def _tuning_kinds(streams: Sequence[Stream], asked: Sequence[str]) -> set[str]:
+def _tuning_kinds(streams: Sequence[Stream], chosen: Sequence[str]) -> set[str]:
     kinds = {stream.kind for stream in streams}
-    if unknown := set(asked) - kinds:
+    if unknown := set(chosen) - kinds:
         raise CommandError(f"tune must be among the kinds {', '.join(sorted(kinds))}, got {', '.join(sorted(unknown))}")
-    return set(asked) or kinds
+    return set(chosen) or kinds

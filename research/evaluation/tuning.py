@@ -1,4 +1,4 @@
-"""Choosing an arm's settings on the streams set aside for tuning, every kind of them counting alike."""
+"""The choice of an arm's settings on the streams set aside for tuning, with equal weight for each kind."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ Run = Callable[[Subject, Setting], Outcome]
 
 @dataclass(frozen=True)
 class Tuned:
-    """The chosen setting, what was fitted on top of it, and the loss of each setting tried (mean nats per token)."""
+    """The chosen setting, the parameters fitted with it, and the loss of each setting (mean nats per token)."""
 
     setting: Setting
     fitted: dict[str, float]
     losses: list[float]
 
     def to_dict(self) -> dict[str, float]:
+        """Return the setting and the fitted parameters as one dict."""
         return {**self.setting, **self.fitted}
 
 
 def tune(arm: Arm, subjects: Sequence[Subject], run: Run) -> Tuned:
-    """Tries the arm's grid on the subjects, as far as `tuning_subjects` takes them, and keeps what loses least."""
+    """Run the arm's grid on the tuning subjects, and return the setting with the least loss."""
     chosen = tuning_subjects(arm, subjects)
     if not chosen:
         return Tuned(arm.grid[0], {}, [])
@@ -43,13 +44,16 @@ def tune(arm: Arm, subjects: Sequence[Subject], run: Run) -> Tuned:
 
 
 def tuning_subjects(arm: Arm, subjects: Sequence[Subject]) -> list[Subject]:
-    """Those that an arm is tuned on: none if there is nothing to choose, the first of each kind if it is costly."""
+    """Return the subjects that an arm is tuned on.
+
+    The list is empty for an arm with nothing to choose or fit. A costly arm gets the first subject of each kind.
+    """
     if len(arm.grid) == 1 and not arm.needs_fit:
         return []
     return list({s.stream.kind: s for s in reversed(subjects)}.values()) if arm.costly else list(subjects)
 
 
 def shares(kinds: Sequence[str]) -> list[float]:
-    """The weight of each stream, given their kinds: kinds count alike, and so do the streams of a kind; Σ = 1."""
+    """Return the weight of each stream, with Σ = 1: kinds have equal weight, and so have the streams of a kind."""
     counts = Counter(kinds)
     return [1 / (len(counts) * counts[kind]) for kind in kinds]

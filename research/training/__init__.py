@@ -1,1 +1,1 @@
-"""Making slow weights: a memory to begin with, what the base makes of texts, objectives, and the outer loop."""
+"""The training of slow weights: features of texts, objectives, the outer loop, and the calibration of the gate."""

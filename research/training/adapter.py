@@ -1,7 +1,7 @@
-"""The arm to beat at equal parameters: what is common to all streams, learned by a plain adapter without any memory.
+"""A plain adapter without a memory: the baseline at equal parameters, which learns what all streams have in common.
 
-A bottleneck adapter in the residual form of Houlsby et al. 2019 (arXiv 1902.00751), at the one place where the
-memory's output site is: between the base's last state and its head.
+The adapter is the residual bottleneck of Houlsby et al. 2019 (arXiv 1902.00751), between the base's last hidden state
+and its head, where the memory has its output site.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from research.training.features import Chunk
 
-ROWS = 512  # of logits at a time
+ROWS = 512  # rows of logits that are computed together
 
 
 class OutputAdapter(nn.Module):
-    """h + gelu(rmsnorm(h) @ down) @ up, with down [d, r] and up [r, d]; up is zero at first, so nothing changes."""
+    """The adapter h + gelu(rmsnorm(h) @ down) @ up, with down [d, r] and up [r, d].
+
+    `up` is zero at first, so a new adapter changes nothing.
+    """
 
     def __init__(self, hidden_size: int, rank: int, *, seed: int = 0) -> None:
         super().__init__()
@@ -31,23 +34,23 @@ class OutputAdapter(nn.Module):
         self.up = nn.Parameter(torch.zeros(rank, hidden_size))
 
     def forward(self, states: Tensor) -> Tensor:
-        """Final hidden states [n, d] → [n, d], in fp32."""
+        """Map final hidden states [n, d] to [n, d], in fp32."""
         states = states.float()
         return states + F.gelu(F.rms_norm(states, states.shape[-1:]) @ self.down) @ self.up
 
 
 def rank_of(parameters: int, hidden_size: int) -> int:
-    """The rank with which an adapter has about so many parameters."""
+    """Return the rank with which an adapter has about `parameters` parameters."""
     return max(1, round(parameters / (2 * hidden_size)))
 
 
 def save_adapter(adapter: OutputAdapter, path: Path) -> None:
-    """Writes `down` and `up` as safetensors."""
+    """Write `down` and `up` as safetensors."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}, path)
 
 
 def load_adapter(path: Path, hidden_size: int) -> OutputAdapter:
-    """Reads what `save_adapter` wrote. Raises ValueError if it is none, or made for another hidden size."""
+    """Load an adapter. Raises ValueError for a file that is no adapter, or an adapter of another hidden size."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -62,33 +65,39 @@ def load_adapter(path: Path, hidden_size: int) -> OutputAdapter:
 
 
 class AdapterObjective:
-    """Trains an adapter on cached states, through the base's head [V, d]. Nothing is carried along a stream."""
+    """The objective of an adapter on cached states, through the base's head [V, d]. A stream has no state."""
 
     def __init__(self, adapter: OutputAdapter, head: Tensor) -> None:
         self.module = adapter
         self._head = head.float()
 
     def start(self) -> None:
+        """Return the state of a new session, which is None."""
         return None
 
     def step(self, state: Any, chunk: Chunk) -> tuple[Tensor, int, Any]:
-        """The summed cross entropy of the targets, in nats; with gradients, an estimate of it from a sample of them."""
+        """Return the summed cross entropy of the targets (nats), their number, and the state.
+
+        With gradients enabled, the sum is estimated from a random sample of the targets.
+        """
         sampled, n = chunk.sampled(), len(chunk.targets)
         states, targets = self.module(chunk.states[sampled]), chunk.targets[sampled]
         loss: Tensor = _HeadLoss.apply(states, self._head, targets)  # type: ignore[no-untyped-call]
         return loss / len(sampled) * n, n, state
 
     def detach(self, state: Any) -> Any:
+        """Return the state unchanged."""
         return state
 
     def groups(self) -> list[dict[str, Any]]:
+        """Return one parameter group without weight decay."""
         return [{"params": list(self.module.parameters()), "factor": 1.0, "weight_decay": 0.0}]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Summed softmax cross entropy of (states [n, d], head [V, d], targets [n]) with a gradient for the states alone.
+    """The summed softmax cross entropy of states [n, d], head [V, d] and targets [n]; only the states have a gradient.
 
-    It is computed on the way, a few rows at a time: no more than `ROWS` × V logits are ever held.
+    The forward pass computes the gradient, `ROWS` rows at a time, so at most `ROWS` × V logits exist together.
     """
 
     @staticmethod
@@ -103,5 +112,5 @@ class _HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None]:
-        return above[0] * ctx.gradient, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0] * ctx.gradient, None, None

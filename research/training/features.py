@@ -1,7 +1,7 @@
-"""What the frozen base makes of a stream, computed once: all that training a memory at the output needs of it.
+"""Features: the outputs of the frozen base on a stream, computed once for the training of memories at the output.
 
-A stream is cut into requests whose attention ends at their edges, BOS before each. Its features lie in one folder as
-plain numpy files, memory-mapped when they are read: `states` fp16 [n, d], `targets` int32 [n], `log_probs` and
+A stream is cut into requests. Each request begins with BOS, and attention ends at its edges. The features of a stream
+are numpy files in one folder, memory-mapped for reading: `states` fp16 [n, d], `targets` int32 [n], `log_probs` and
 `entropy` fp32 [n] (nats), `offsets` int64 [requests + 1].
 """
 
@@ -21,22 +21,25 @@ from torch import Tensor
 from model.base.backbone import Backbone
 from model.memory.lexical.torch_backend import predict
 
-ROWS = 256  # of logits at a time: a vocabulary of them is large
+ROWS = 256  # rows of logits that are computed together
 BYTES_PER_STATE = 2
-QUERIES = 512  # targets of a chunk that a gradient is taken of
-BOS_PLACEHOLDER = 0  # stands for BOS where requests are only compared with each other
+QUERIES = 512  # targets of a chunk that have gradients, at most
+BOS_PLACEHOLDER = 0  # replaces BOS where requests are only compared with each other
 
 
 class FeaturesError(Exception):
-    """Features that cannot be stored, or that are not what they should be."""
+    """An error of features that cannot be stored or read."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive requests of one stream, n tokens in all; `lengths` are theirs.
+    """Consecutive requests of one stream, with n targets in total.
 
-    states [n, d] fp32: final hidden states, each that from which the target of its position is predicted. targets [n]
-    long. log_probs, entropy [n]: of the target and of the distribution, under the frozen base, in nats.
+    states [n, d] fp32: final hidden state before each target
+    targets [n] int64: token ids
+    log_probs [n] fp32: log p of each target under the frozen base, in nats
+    entropy [n] fp32: entropy of each prediction of the frozen base, in nats
+    lengths: number of targets of each request
     """
 
     states: Tensor
@@ -46,7 +49,7 @@ class Chunk:
     lengths: list[int]
 
     def sampled(self) -> Tensor:
-        """Which targets a loss is taken of: all of them, or a random sample where gradients are wanted."""
+        """Return the indices of the targets in the loss: all, or at most QUERIES random ones with gradients enabled."""
         n, device = len(self.targets), self.targets.device
         if torch.is_grad_enabled() and n > QUERIES:
             return torch.randperm(n, device=device)[:QUERIES]
@@ -54,9 +57,10 @@ class Chunk:
 
 
 def cut_lengths(tokens: int, shortest: int, longest: int, seed: str) -> list[int]:
-    """Lengths of the requests that a stream of so many tokens is cut into, uniform in shortest..longest.
+    """Return the lengths of the requests of a stream, uniform in shortest..longest.
 
-    The last one is what is left, dropped if it is too short. The same seed cuts a longer stream alike, further on.
+    The last request takes the remaining tokens, unless these are too few. With the same seed, a longer stream begins
+    with the same lengths.
     """
     rng, lengths = random.Random(seed), []
     while tokens >= shortest:
@@ -75,9 +79,10 @@ def compute_features(
     *,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Runs the base over the requests of a stream and writes `folder`, which appears whole or not at all.
+    """Run the base over the requests of a stream, and write the features to `folder` atomically.
 
-    progress is told each request's tokens. Raises FeaturesError for states beyond fp16.
+    progress: called with the number of tokens of each request
+    Raises FeaturesError for states beyond fp16.
     """
     device, offsets = backbone.embedding.device, np.cumsum([0, *lengths])
     targets = np.asarray(token_ids[: offsets[-1]], dtype=np.int32)
@@ -97,7 +102,7 @@ def compute_features(
 
 
 class StreamFeatures:
-    """The features in a folder, memory-mapped. Raises FeaturesError if it holds none."""
+    """The memory-mapped features of a stream. The constructor raises FeaturesError for a folder without features."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -111,16 +116,16 @@ class StreamFeatures:
 
     @property
     def requests(self) -> int:
-        """How many requests the stream has."""
+        """Return the number of requests."""
         return len(self.offsets) - 1
 
     @property
     def tokens(self) -> int:
-        """How many targets they have together."""
+        """Return the number of targets of all requests."""
         return self.offsets[-1]
 
     def chunk(self, first: int, count: int, device: torch.device | str = "cpu") -> Chunk:
-        """At most `count` requests from number `first` on."""
+        """Return at most `count` requests from request `first` on."""
         offsets = self.offsets[first : first + count + 1]
         part = slice(offsets[0], offsets[-1])
         arrays = {name: torch.from_numpy(array[part].copy()).to(device) for name, array in self._arrays.items()}
@@ -131,12 +136,13 @@ class StreamFeatures:
 
 
 def _score(backbone: Backbone, states: Tensor, targets: Tensor) -> Tensor:
-    """[2, n]: log-probability of each target, and the entropy that it was drawn from."""
+    """Return [2, n]: the log-probability of each target, and the entropy of each prediction, in nats."""
     base = predict(backbone.logits(states))
     return torch.stack([base.log_prob(targets), base.entropy]).float()
 
 
 def _write(folder: Path, **arrays: np.ndarray) -> None:
+    """Write arrays to a folder beside `folder`, and rename it at the end."""
     scratch = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

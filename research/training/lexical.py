@@ -1,9 +1,9 @@
-"""Meta-training of the lexical site: across streams, its keys and gates learn to make its writes help most.
+"""The meta-training of the lexical site: keys and gates learn, across streams, to make the writes of the site useful.
 
-The inner loop is the site's own rule, read and write block by block, in the limit of enough slots: every earlier token
-of the stream is a pair, and a read weighs them all. That makes it attention over the stream's past, whose keys are
-learned, and leaves out only what no gradient passes: cells, rounding and forgetting. The outer loop minimises the loss
-of the mixture that is served.
+The inner loop is the rule of the site, read and write block by block, in the limit of enough slots: every earlier token
+of the stream is a written pair, and a read scores all pairs. The inner loop is thus attention over the past of the
+stream with learned keys. Cells, rounding and forgetting, which have no gradient, are left out. The outer loop minimises
+the loss of the served mixture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from research.training.features import BOS_PLACEHOLDER, QUERIES, Chunk
 
 
 class WrittenPairs(NamedTuple):
-    """What a stream has written: keys fp16 [m, d_k], fingerprints int16 [m, R] and tokens int32 [m]."""
+    """The pairs that a stream has written: keys fp16 [m, d_k], n-gram hashes int16 [m, R] and tokens int32 [m]."""
 
     keys: Tensor
     ngram_hashes: Tensor
@@ -29,7 +29,10 @@ class WrittenPairs(NamedTuple):
 
 
 class LexicalObjective:
-    """Trains the one lexical site of a memory on cached states; head [V, d] is the base's."""
+    """The objective of a memory with one lexical site on cached states; head [V, d] is the base's.
+
+    The constructor raises ValueError for another memory.
+    """
 
     def __init__(self, memory: Memory, head: Tensor) -> None:
         site = memory.lexical
@@ -43,6 +46,7 @@ class LexicalObjective:
             parameter.requires_grad_(name != "centres" and "trust" not in name)
 
     def start(self) -> WrittenPairs:
+        """Return the state of a new session: no pairs."""
         device = self._site.key_weight.device
         width = self._site.config.width
         return WrittenPairs(
@@ -52,16 +56,19 @@ class LexicalObjective:
         )
 
     def step(self, state: Any, chunk: Chunk) -> tuple[Tensor, int, Any]:
-        """The summed loss (nats) of the targets, each read before its block is written; with gradients, an estimate of
-        it from a sample of them."""
-        site, before, n = self._site, len(state.keys), len(chunk.targets)
+        """Return the summed loss of the targets (nats), their number, and the state with the pairs of the chunk.
+
+        A target sees the pairs of all blocks before its own. With gradients enabled, the sum is estimated from a random
+        sample of the targets.
+        """
+        site, num_before, n = self._site, len(state.keys), len(chunk.targets)
         new = site.keys(chunk.states)
         context = torch.cat(
             [torch_backend.hash_request_ngrams(part, BOS_PLACEHOLDER) for part in chunk.targets.split(chunk.lengths)]
         )
         keys, ngram_hashes = torch.cat([state.keys.float(), new]), torch.cat([state.ngram_hashes, context])
         tokens = torch.cat([state.tokens.long(), chunk.targets])
-        num_visible = before + torch.tensor(self._num_written(chunk.lengths), device=new.device)
+        num_visible = num_before + torch.tensor(self._num_written(chunk.lengths), device=new.device)
         losses = [
             self._losses(
                 chunk,
@@ -77,10 +84,11 @@ class LexicalObjective:
         return torch.cat(losses).mean() * n, n, WrittenPairs(keys.half(), ngram_hashes, tokens.int())
 
     def detach(self, state: Any) -> Any:
+        """Return the state without gradients."""
         return WrittenPairs(state.keys.detach(), state.ngram_hashes, state.tokens)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Gates and scales learn faster than the keys; nothing decays."""
+        """Return the parameter groups: gates and scales learn faster than keys, without weight decay."""
         named = [(name, p) for name, p in self._site.named_parameters() if p.requires_grad]
         keys = [p for name, p in named if name.startswith("key_")]
         rest = [p for name, p in named if not name.startswith("key_")]
@@ -90,7 +98,7 @@ class LexicalObjective:
         ]
 
     def _num_written(self, lengths: list[int]) -> list[int]:
-        """For each token of the requests, how many of them are written when it is predicted: all before its block."""
+        """Return for each token the number of tokens of the requests that are written before the token's block."""
         starts = itertools.accumulate(lengths, initial=0)
         return [
             start + t // self._block * self._block for start, n in zip(starts, lengths, strict=False) for t in range(n)
@@ -106,7 +114,10 @@ class LexicalObjective:
         tokens: Tensor,
         num_visible: Tensor,
     ) -> Tensor:
-        """−log p [q] of the picked targets; queries [q, d_k], keys [m, d_k], repeats [q, m], tokens [m], seen [q]."""
+        """Return −log p [q] of the sampled targets.
+
+        queries [q, d_k], keys [m, d_k], ngram_matches [q, m], tokens [m], num_visible [q]
+        """
         site, targets, frozen = self._site, chunk.targets[sampled], chunk.log_probs[sampled]
         with torch.no_grad():
             states = chunk.states[sampled].to(self._head.dtype)

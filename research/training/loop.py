@@ -1,11 +1,11 @@
-"""The outer loop: slow weights trained over streams whose state is carried from chunk to chunk, and from save to save.
+"""The outer loop: the training of slow weights over streams whose state is carried from chunk to chunk.
 
-Truncated backpropagation through time over several requests (Williams & Peng 1990), AdamW (Loshchilov & Hutter 2019,
-arXiv 1711.05101) with warm-up and cosine decay (arXiv 1608.03983). A run goes on from its last save as if it had never
-stopped: weights, optimiser, and the state and place of every stream in flight are saved.
+The gradient is truncated backpropagation through time over several requests (Williams & Peng 1990). The optimiser is
+AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with warm-up and cosine decay (arXiv 1608.03983). A save holds the
+weights, the optimiser, and the state and position of every stream in flight, so a resumed run ends in the same bits.
 
-Under `torch.distributed` each process trains `batch` streams and gradients are summed over all of them: W processes do
-what one does with W times the batch.
+Under `torch.distributed` each process trains `batch` streams, and gradients are summed over processes: W processes
+equal one process with W times the batch.
 """
 
 from __future__ import annotations
@@ -30,45 +30,47 @@ from research.training.features import Chunk, StreamFeatures
 Record = dict[str, Any]
 BETAS = (0.9, 0.98)
 CLIP = 1.0  # largest norm of the gradient of the mean loss
-WARMUP = 0.05  # of the steps
-FLOOR = 0.05  # of the learning rate, at the end of the cosine
-SKIPS_IN_A_ROW = 10
+WARMUP = 0.05  # share of the steps
+FLOOR = 0.05  # share of the peak learning rate at the end of the cosine
+MAX_CONSECUTIVE_SKIPS = 10
 SAVE_SECONDS = 60.0
 LOSSES, BEST, LATEST = "losses.jsonl", "best.safetensors", "latest"
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on."""
+    """An error that ends a run."""
 
 
 class Objective(Protocol):
-    """What is trained, and on what loss.
+    """A trained module with its loss.
 
-    A stream's state is made of tensors, numbers and None in lists, tuples and dicts, or is an instance of one class of
-    such fields, the class that `start` returns: it is saved with the run.
+    The state of a stream is saved with the run. It consists of tensors, numbers and None in lists, tuples and dicts, or
+    is an instance of the class that `start` returns, with such fields.
     """
 
     @property
     def module(self) -> nn.Module:
-        """Holds the parameters; its `state_dict` is the result."""
+        """Return the module whose `state_dict` is the result."""
 
     def start(self) -> Any:
-        """The state of a new session."""
+        """Return the state of a new session."""
 
     def step(self, state: Any, chunk: Chunk) -> tuple[Tensor, int, Any]:
-        """The summed loss (nats, differentiable) of the chunk's targets or a random sample of them, how many that are,
-        and the next state."""
+        """Return the summed loss of the targets of a chunk, their number, and the next state.
+
+        The loss is differentiable, in nats, and may be estimated from a random sample of the targets.
+        """
 
     def detach(self, state: Any) -> Any:
-        """The same state with no gradients behind it."""
+        """Return the state without gradients."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """AdamW's parameter groups: `params`, `factor` (of the learning rate) and `weight_decay`."""
+        """Return AdamW's parameter groups: `params`, `factor` of the learning rate, and `weight_decay`."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream's name, its kind, and the folder of its features."""
+    """A stream: its name, its kind, and the folder of its features."""
 
     name: str
     kind: str
@@ -77,10 +79,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run goes. steps: of the optimiser. lr: its peak. batch: streams in flight, a process. span: requests that
-    gradients pass. validate_every: steps. seed: of the order of the streams, of where sessions end, and of torch's
-    random numbers. forget: the chance that a session ends after a chunk. One that goes on reads stream after stream, as
-    people change their subject: so it learns when not to believe its past."""
+    """The schedule of a run.
+
+    steps: number of optimiser steps
+    lr: peak learning rate
+    batch: streams in flight in each process
+    span: requests of a chunk, which gradients pass through
+    validate_every: steps between validations
+    seed: seed of the order of streams, of the ends of sessions, and of torch's random numbers
+    forget: probability that a session ends after a chunk. A session that continues reads stream after stream, as people
+        change their subject, so the memory learns when its past does not help.
+    """
 
     steps: int
     lr: float
@@ -91,17 +100,23 @@ class Schedule:
     forget: float = 0.15
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, …"""
+        """Return the learning rate of a step, from 0 on."""
         warmup = max(1, round(WARMUP * self.steps))
         if step < warmup:
             return self.lr * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+        share = (step - warmup) / max(1, self.steps - warmup)
+        return self.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 @dataclass
 class _Lane:
-    """One of all processes' streams in flight: its `turn`-th stream, the next request of it, and the state there."""
+    """One stream in flight of all processes.
+
+    number: number of the lane among the lanes of all processes
+    state: state of the session before the next request
+    turn: number of streams that the lane has finished
+    position: next request of the current stream
+    """
 
     number: int
     state: Any
@@ -111,7 +126,7 @@ class _Lane:
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, those skipped (in all, and just now in a row), seconds, the best validation."""
+    """The progress of a run: finished steps, skipped steps (in total and consecutive), seconds, and best validation."""
 
     step: int = 0
     skipped: int = 0
@@ -121,7 +136,7 @@ class Progress:
 
 
 class Trainer:
-    """One run in one folder. `run` starts it or goes on with it."""
+    """Trains an objective in one folder. `run` starts the run or resumes it."""
 
     def __init__(
         self,
@@ -133,7 +148,7 @@ class Trainer:
         *,
         save_seconds: float = SAVE_SECONDS,
     ) -> None:
-        """Raises ValueError without streams of either sort."""
+        """Raise ValueError without streams to train on or without streams to validate on."""
         if not train or not valid:
             raise ValueError(f"streams to train on and to validate on are needed, got {len(train)} and {len(valid)}")
         self.progress = Progress()
@@ -155,19 +170,20 @@ class Trainer:
         on_record: Callable[[Record], None] = lambda _: None,
         progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> Progress:
-        """Trains to the end; the best weights are then in the module, and in `best.safetensors`.
+        """Train to the end, and leave the best weights in the module and in `best.safetensors`.
 
-        tell: is told every step and validation, as they stand in losses.jsonl (a line each). progress: is told what is
-        being done, how much of it is done, and of how much. Raises TrainingError.
+        on_record: called with every step and validation, as written to losses.jsonl
+        progress: called with the phase, the number of finished items, and the total
+        Raises TrainingError.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._resume()
-        began = time.monotonic() - self.progress.seconds
+        started = time.monotonic() - self.progress.seconds
         if not self.progress.best:
             self._validate(on_record, progress)
         while self.progress.step < self._schedule.steps:
             record, due = self._step()
-            self.progress.seconds = time.monotonic() - began
+            self.progress.seconds = time.monotonic() - started
             self._log_record(record | {"seconds": round(self.progress.seconds, 3)}, on_record)
             progress("training", self.progress.step, self._schedule.steps)
             if self.progress.step % self._schedule.validate_every == 0 or self.progress.step == self._schedule.steps:
@@ -181,7 +197,7 @@ class Trainer:
     # --- a step ----------------------------------------------------------------------------------------------------
 
     def _step(self) -> tuple[Record, bool]:
-        """One step of the optimiser; its record, and whether it is time to save."""
+        """Run one step of the optimiser, and return its record and whether a save is due."""
         self._optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(5, dtype=torch.float64, device=self._device)
         for lane in self._lanes:
@@ -198,7 +214,10 @@ class Trainer:
         return record | {"skipped": self.progress.skipped}, bool(due)
 
     def _advance(self, lane: _Lane) -> tuple[float, float, int, int]:
-        """Adds the gradient of a lane's next chunk; returns its loss, the base's, targets, and 1 if it was skipped."""
+        """Add the gradient of the next chunk of a lane.
+
+        Returns the summed loss, the summed loss of the base, the number of targets, and 1 if the chunk was skipped.
+        """
         if lane.number not in self._open:
             self._open[lane.number] = StreamFeatures(self._stream(lane).folder)
         features = self._open[lane.number]
@@ -219,21 +238,21 @@ class Trainer:
         return (loss.item(), targets * _frozen(chunk), targets, 0) if finite else (0.0, 0.0, 0, 1)
 
     def _stream(self, lane: _Lane) -> Stream:
-        """Every pass over the streams takes each of them once, in an order of its own."""
+        """Return the current stream of a lane. Each pass takes every stream once, in a new random order."""
         number = lane.number + lane.turn * self._world * self._schedule.batch
         turn, index = divmod(number, len(self._train))
         order = list(range(len(self._train)))
         random.Random(f"{self._schedule.seed}/{turn}").shuffle(order)
         return self._train[order[index]]
 
-    def _seed(self, *what: object) -> None:
-        """An objective's random numbers depend on what they are for, not on what was computed before or elsewhere."""
-        torch.manual_seed(random.Random(f"{self._schedule.seed}/{what}").getrandbits(63))
+    def _seed(self, *purpose: object) -> None:
+        """Seed torch from the purpose of the random numbers alone, so that a resumed run draws the same numbers."""
+        torch.manual_seed(random.Random(f"{self._schedule.seed}/{purpose}").getrandbits(63))
 
     def _update(self, targets: float, rate: float) -> float | None:
-        """Steps down the gradient of the mean loss, clipped; returns its norm, or None where there is none."""
-        missing = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradient = self._sum(torch.cat([g.flatten() for g in missing])) / max(targets, 1.0)
+        """Step along the clipped gradient of the mean loss, and return its norm; None without a finite gradient."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        gradient = self._sum(torch.cat([g.flatten() for g in gradients])) / max(targets, 1.0)
         norm = float(gradient.norm())
         if not targets or not math.isfinite(norm):
             return None
@@ -248,30 +267,31 @@ class Trainer:
     def _count_skips(self, skipped: bool) -> None:
         self.progress.skipped += skipped
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
-        if self.progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
+        if self.progress.skipped_in_a_row >= MAX_CONSECUTIVE_SKIPS:
             raise TrainingError(
-                f"loss or gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, up to step {self.progress.step}"
-                f" of {self._schedule.steps}: try a learning rate below {self._schedule.lr:g}"
+                f"loss or gradient was not finite in {MAX_CONSECUTIVE_SKIPS} steps in a row,"
+                f" up to step {self.progress.step} of {self._schedule.steps}:"
+                f" try a learning rate below {self._schedule.lr:g}"
             )
 
     # --- validation ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _validate(self, on_record: Callable[[Record], None], progress: Callable[[str, int, int], None]) -> None:
-        """Perplexity over the frozen base's, by kind; the weights with the best geometric mean are kept. Saves.
+        """Record perplexity ÷ the frozen base's by kind, keep the weights with the best geometric mean, and save.
 
-        Request by request and with the same random numbers each time, so that an objective that samples its targets has
-        many of them, and the same in all validations.
+        Each request is a chunk, and the seed depends on the stream alone, so an objective that samples targets samples
+        many, and the same ones in every validation.
         """
         kinds = sorted({stream.kind for stream in self._valid})
         sums = torch.zeros(len(kinds), 2, dtype=torch.float64, device=self._device)
-        mine = self._valid[self._rank :: self._world]
-        for number, stream in enumerate(mine):
-            progress("validating", number, len(mine))
+        share = self._valid[self._rank :: self._world]
+        for number, stream in enumerate(share):
+            progress("validating", number, len(share))
             self._seed(stream.name)
             gain, targets = self._gain(stream)
             sums[kinds.index(stream.kind)] += torch.tensor([gain, targets], dtype=torch.float64, device=self._device)
-        progress("validating", len(mine), len(mine))
+        progress("validating", len(share), len(share))
         gains = [gain / targets for gain, targets in self._sum(sums).tolist()]
         record: Record = {"step": self.progress.step, "ratio": _ratio(sum(gains) / len(gains))}
         record["kinds"] = {kind: _ratio(gain) for kind, gain in zip(kinds, gains, strict=True)}
@@ -283,7 +303,7 @@ class Trainer:
         self._save()
 
     def _gain(self, stream: Stream) -> tuple[float, int]:
-        """Frozen minus adapted loss (nats) over a whole stream, and its targets."""
+        """Return frozen − adapted loss (nats) summed over a stream, and the number of targets."""
         features, state, gain, targets = StreamFeatures(stream.folder), self._objective.start(), 0.0, 0
         for number in range(features.requests):
             chunk = features.chunk(number, 1, self._device)
@@ -295,25 +315,26 @@ class Trainer:
     # --- saving ----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Each process writes its part; the save counts once `latest` names it."""
+        """Write the part of this process. The save is valid as soon as `latest` names its step."""
         data = {
             "progress": vars(self.progress),
             "module": self._objective.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "lanes": [vars(lane) for lane in self._lanes],
         }
-        mine = self._part_path(self.progress.step)
-        _replace(mine, lambda path: torch.save(data, path))
+        part = self._part_path(self.progress.step)
+        _replace(part, lambda path: torch.save(data, path))
         self._barrier()
         if self._rank == 0:
             _replace(self._folder / LATEST, lambda path: path.write_text(str(self.progress.step)))
         self._barrier()
         for old in self._folder.glob(f"step-*.{self._rank}.pt"):
-            if old != mine:
+            if old != part:
                 old.unlink()
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
+        """Load the last save, or broadcast the initial weights to all processes."""
         latest = self._folder / LATEST
         if latest.exists():
             part = self._part_path(int(latest.read_text()))
@@ -340,13 +361,13 @@ class Trainer:
             on_record(record)
 
     def _drop_records_after(self, step: int) -> None:
-        """Steps that were done after the last save are done again."""
+        """Drop the records of steps after the last save, which run again."""
         path = self._folder / LOSSES
         kept = [record for record in read_losses(path) if record.get("valid", record)["step"] <= step]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         _replace(path, lambda scratch: scratch.write_text(lines))
 
-    # --- together --------------------------------------------------------------------------------------------------
+    # --- processes --------------------------------------------------------------------------------------------------
 
     def _sum(self, values: Tensor) -> Tensor:
         if self._world > 1:
@@ -359,7 +380,7 @@ class Trainer:
 
 
 def read_losses(path: Path) -> list[Record]:
-    """The records of a losses.jsonl; a last line that was cut short is left out."""
+    """Return the records of a losses.jsonl without a truncated last line."""
     records: list[Record] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -370,12 +391,12 @@ def read_losses(path: Path) -> list[Record]:
 
 
 def _frozen(chunk: Chunk) -> float:
-    """The base's loss, nats a token."""
+    """Return the loss of the base, in nats per token."""
     return -chunk.log_probs.double().mean().item()
 
 
 def _ratio(gain: float) -> float:
-    """Of perplexities, for a gain in nats a token; bounded, so that a run gone wrong can still be written down."""
+    """Return the ratio of perplexities for a gain in nats per token, bounded so that JSON can hold a diverged run."""
     return math.exp(min(-gain, 99.0))
 
 
@@ -384,7 +405,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`path` becomes what `write` writes, whole or not at all."""
+    """Write a file atomically."""
     scratch = path.with_name(f".{path.name}.part")
     write(scratch)
     os.replace(scratch, path)

@@ -1,19 +1,17 @@
-"""What the answers look like, for /openapi.json: examples of each by the name of its schema.
+"""Examples of the replies for /openapi.json, by the names of their schemas.
 
-The bodies of requests have theirs in `service/http/schemas.py`.
+The examples of request bodies stand beside the schemas in `service/http/schemas.py`.
 """
 
 from typing import Any
-
-from fastapi import FastAPI
 
 Json = dict[str, Any]
 
 HEAD: Json = {"created": 1767225600, "model": "smollm2-135m-instruct", "system_fingerprint": "fp_39fc1d5a02"}
 USAGE: Json = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
 ADAPTATION: Json = {"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version_from": 3, "version_to": 4}
-LAST: Json = {"index": 0, "logprobs": None, "finish_reason": "length"}
-MORE: Json = LAST | {"finish_reason": None}
+FINISHED_CHOICE: Json = {"index": 0, "logprobs": None, "finish_reason": "length"}
+OPEN_CHOICE: Json = FINISHED_CHOICE | {"finish_reason": None}
 MODEL: Json = {
     "id": "smollm2-135m-instruct",
     "object": "model",
@@ -34,7 +32,7 @@ SESSION: Json = {
     "updated": 1767225660,
     "options": {"learn": "all"},
 }
-ENTRY: Json = {
+LOG_ENTRY: Json = {
     "version": 4,
     "kind": "learn",
     "of": None,
@@ -82,23 +80,25 @@ def _chat(kind: str, choice: Json, **more: Any) -> Json:
     return {"id": "chatcmpl-1", "object": kind} | HEAD | {"choices": [choice]} | more
 
 
-REPLY: Json = {"role": "assistant", "content": "Hello", "refusal": None}
-REFUSED = "'temperature': input should be less than or equal to 2, got 3."
+CHAT_MESSAGE: Json = {"role": "assistant", "content": "Hello", "refusal": None}
+ERROR_MESSAGE = "'temperature': input should be less than or equal to 2, got 3."
 
 EXAMPLES: dict[str, list[Json]] = {
     "Acted": [ACTED],
-    "Completion": [_completion(LAST | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
+    "Completion": [_completion(FINISHED_CHOICE | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
     "CompletionChunk": [
-        _completion(MORE | {"text": " fish"}),
-        _completion(LAST | {"text": ""}, adaptation=ADAPTATION),
+        _completion(OPEN_CHOICE | {"text": " fish"}),
+        _completion(FINISHED_CHOICE | {"text": ""}, adaptation=ADAPTATION),
     ],
-    "ChatCompletion": [_chat("chat.completion", LAST | {"message": REPLY}, usage=USAGE, adaptation=ADAPTATION)],
+    "ChatCompletion": [
+        _chat("chat.completion", FINISHED_CHOICE | {"message": CHAT_MESSAGE}, usage=USAGE, adaptation=ADAPTATION)
+    ],
     "ChatChunk": [
-        _chat("chat.completion.chunk", MORE | {"delta": {"content": "Hello"}}),
-        _chat("chat.completion.chunk", LAST | {"delta": {}}, adaptation=ADAPTATION),
+        _chat("chat.completion.chunk", OPEN_CHOICE | {"delta": {"content": "Hello"}}),
+        _chat("chat.completion.chunk", FINISHED_CHOICE | {"delta": {}}, adaptation=ADAPTATION),
     ],
     "ErrorReply": [
-        {"error": {"message": REFUSED, "type": "invalid_request_error", "param": "temperature", "code": None}}
+        {"error": {"message": ERROR_MESSAGE, "type": "invalid_request_error", "param": "temperature", "code": None}}
     ],
     "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
     "Live": [{"status": "ok"}],
@@ -117,24 +117,10 @@ EXAMPLES: dict[str, list[Json]] = {
             "to": 4,
             "tokens_learned": 8,
             "rows": {"lexical": {"added": 7, "removed": 0, "changed": 0}},
-            "learned": [ENTRY],
+            "learned": [LOG_ENTRY],
             "forgotten": [],
         }
     ],
     "SessionList": [{"object": "list", "data": [SESSION], "has_more": True, "next": "alice"}],
-    "SessionLog": [{"object": "list", "data": [ENTRY], "has_more": True, "next": 4}],
+    "SessionLog": [{"object": "list", "data": [LOG_ENTRY], "has_more": True, "next": 4}],
 }
-
-
-def document_examples(app: FastAPI) -> None:
-    """Puts the examples on the page. Given to FastAPI itself, they would lose their nulls."""
-    describe = app.openapi
-
-    def page() -> Json:
-        spec = describe()
-        for name, schema in spec["components"]["schemas"].items():
-            if name in EXAMPLES:
-                schema["examples"] = EXAMPLES[name]
-        return spec
-
-    app.openapi = page  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The page docs/http.md: the routes and the errors, as the code has them."""
+"""The page docs/http.md: a table of the routes and a table of the errors, printed from the code."""
 
 import inspect
 from collections.abc import Iterator
@@ -6,52 +6,53 @@ from collections.abc import Iterator
 from fastapi import FastAPI
 
 from service import errors
-from service.http.middleware import ROUTERS
+from service.http.routes import ROUTERS
 
 
 def markdown() -> str:
-    """The page docs/http.md."""
+    """Return the page docs/http.md."""
     app = FastAPI(title="Imprint")
     for router in ROUTERS:
         app.include_router(router)
     routes = "\n".join(
-        f"| `{method.upper()} {path}` | {operation['description']} |"
+        _row(f"`{method.upper()} {path}`", operation["description"])
         for path, methods in app.openapi()["paths"].items()
         for method, operation in methods.items()
     )
     faults = "\n".join(
-        f"| {kind.status} | `{kind.__name__}` | {_code(kind)} | {_meaning(kind)} |"
-        for kind in _tree(errors.ImprintError)
+        _row(str(kind.status), f"`{kind.__name__}`", _code(kind), _meaning(kind)) for kind in _tree(errors.ImprintError)
     )
     return f"""\
 # Routes and errors
 
 Printed by `python -m service.http.reference`; edit the routes and `service/errors.py` instead of this page. A running
-server describes every route at `/openapi.json`, with schemas and examples of requests and answers, and the key that it
-takes where there are keys. OpenAI's routes are OpenAI's, streamed (server-sent events) or not.
+server describes every route at `/openapi.json`, with schemas, examples of requests and replies, and, where the server
+has keys, the key that each route takes. OpenAI's routes are OpenAI's, streamed (server-sent events) or not.
 
 ## Routes
 
-| route | |
+| route | description |
 | --- | --- |
 {routes}
 
-A session is named by the body's `session`, else by the header `X-Imprint-Session`, else by OpenAI's `user`. Answers of
-the routes of a session have its version as their `ETag` (`"v3"`); `If-Match` makes a request depend on it. Completions
-carry `adaptation`; streamed, it rides on the chunk with the `finish_reason`, which is sent after the commit.
+The body's `session` names the session of a completion, else the header `X-Imprint-Session`, else OpenAI's `user`. The
+replies of a session's routes carry the session's version as their `ETag` (`"v3"`); with `If-Match`, a request is only
+honoured at that version. Completions carry `adaptation`. In a stream, `adaptation` comes with the chunk that has the
+`finish_reason`, and that chunk is sent after the commit.
 
-## Learned once
+## Idempotency
 
-A learning request with an `Idempotency-Key` is learned once, however often it arrives; again, it is given the first
-answer, with `Idempotent-Replayed: true`. OpenAI's client needs none: it says that it repeats itself. Without either,
-the same body sent twice is learned twice. The key is remembered for `IMPRINT_IDEMPOTENCY_TTL_S`.
+The server learns from a request with an `Idempotency-Key` once, however often the request arrives. A repeated request
+gets the first answer, with `Idempotent-Replayed: true`. OpenAI's client needs no key, because the client says in a
+header that a request is repeated. Without a key and without that header, the server learns twice from a body that is
+sent twice. The server remembers a key for `IMPRINT_IDEMPOTENCY_TTL_S`.
 
 ## Errors
 
-Bodies are OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`. Answers of 429 and 503 have a `Retry-After`,
-and those for which trying again is no use `x-should-retry: false`. `X-Request-Id` is the client's own, or a new one.
-The class is that of the Python client and of the server; general ones stand before special ones. Some errors have a
-`code` of their own beside these.
+Bodies are OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`. Answers of 429 and 503 have a `Retry-After`;
+answers to which a retry is of no use have `x-should-retry: false`. `X-Request-Id` is the client's own id, or a new one.
+The class is that of the Python client and of the server; general classes stand before special ones. Some errors have
+another `code` than the one in this table.
 
 | status | class | code | meaning |
 | --- | --- | --- | --- |
@@ -59,7 +60,13 @@ The class is that of the Python client and of the server; general ones stand bef
 """
 
 
+def _row(*cells: str) -> str:
+    """Return a row of a Markdown table; a line break or a bar within a cell would end the row or the cell."""
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+
 def _tree(root: type[errors.ImprintError]) -> Iterator[type[errors.ImprintError]]:
+    """Yield the subclasses of `root` that the server defines, each before its own subclasses."""
     for kind in sorted(root.__subclasses__(), key=lambda kind: kind.status):
         if kind.__module__ == errors.__name__:
             yield kind

@@ -1,14 +1,18 @@
-"""The bodies of answers: OpenAI's and Imprint's own, as the server makes them and its Python client reads them."""
+"""The bodies of replies, OpenAI's and Imprint's own: the server makes them, and the Python client reads them.
+
+The client imports this file, so nothing here may import torch.
+"""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.site_kind import SiteKind
 from service.types import Adaptation
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, for a person and for a program."""
+    """An error, described for a person (`message`) and for a program (`type`, `param`, `code`)."""
 
     message: str
     type: str
@@ -23,7 +27,7 @@ class ErrorReply(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of one request."""
+    """The numbers of tokens of one request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -31,7 +35,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log probabilities of a completion, parallel lists over its tokens; null for the first token of all."""
+    """The log-probabilities (nats) of a completion, as parallel lists over its tokens; null for the first token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -49,7 +53,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Reply of `POST /v1/completions`."""
+    """The reply of `POST /v1/completions`."""
 
     id: str
     object: Literal["text_completion"]
@@ -62,12 +66,12 @@ class Completion(BaseModel):
 
     @property
     def text(self) -> str:
-        """What the first choice says."""
+        """Return the text of the first choice."""
         return self.choices[0].text
 
 
 class CompletionPiece(BaseModel):
-    """More of one completion; the last piece has a `finish_reason` and no text."""
+    """The next part of one completion; the last part has a `finish_reason` and no text."""
 
     index: int
     text: str
@@ -76,7 +80,7 @@ class CompletionPiece(BaseModel):
 
 
 class CompletionChunk(BaseModel):
-    """One event of a streamed `POST /v1/completions`; `adaptation` comes with the `finish_reason`."""
+    """An event of a streamed `POST /v1/completions`; `adaptation` comes with the `finish_reason`."""
 
     id: str
     object: Literal["text_completion"]
@@ -89,12 +93,12 @@ class CompletionChunk(BaseModel):
 
     @property
     def text(self) -> str:
-        """What the first choice says here."""
+        """Return the text that the chunk adds to the first choice."""
         return "".join(choice.text for choice in self.choices if choice.index == 0)
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood here; `bytes` are exact where `token` shows an unfinished character."""
+    """An alternative to a token; `bytes` are exact, `token` may show only a part of a character."""
 
     token: str
     bytes: list[int]
@@ -102,13 +106,13 @@ class TopLogprob(BaseModel):
 
 
 class ChatLogprob(TopLogprob):
-    """A token of the reply and its alternatives."""
+    """A token of the reply, and its alternatives."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Log probabilities of a reply's tokens."""
+    """The log-probabilities (nats) of a reply's tokens."""
 
     content: list[ChatLogprob]
     refusal: None
@@ -132,7 +136,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Reply of `POST /v1/chat/completions`."""
+    """The reply of `POST /v1/chat/completions`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -145,19 +149,19 @@ class ChatCompletion(BaseModel):
 
     @property
     def text(self) -> str:
-        """What the first choice says."""
+        """Return the text of the first choice."""
         return self.choices[0].message.content
 
 
 class ChatDelta(BaseModel):
-    """What a chunk adds to the message; empty in the last one."""
+    """The addition of a chunk to the message; empty in the last chunk."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatPiece(BaseModel):
-    """More of one reply; the last piece has a `finish_reason` and no text."""
+    """The next part of one reply; the last part has a `finish_reason` and no text."""
 
     index: int
     delta: ChatDelta
@@ -166,7 +170,7 @@ class ChatPiece(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """One event of a streamed `POST /v1/chat/completions`; `adaptation` comes with the `finish_reason`."""
+    """An event of a streamed `POST /v1/chat/completions`; `adaptation` comes with the `finish_reason`."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -179,24 +183,24 @@ class ChatChunk(BaseModel):
 
     @property
     def text(self) -> str:
-        """What the first choice says here."""
+        """Return the text that the chunk adds to the first choice."""
         return "".join(choice.delta.content or "" for choice in self.choices if choice.index == 0)
 
 
 class PolicyShape(BaseModel):
-    """What a policy takes and gives."""
+    """The sizes of a policy's inputs and outputs."""
 
     task: Literal["act", "label"]
-    observation: int = Field(description="Numbers of an observation, or of an example's features.")
-    context: int = Field(description="How many of them all actions share; they come first.")
-    features: int = Field(description="Numbers of each action's own; they follow, action by action.")
-    actions: int = Field(description="Actions, or labels.")
+    observation: int = Field(description="Length of an observation, or of the features of an example.")
+    context: int = Field(description="Numbers of an observation that all actions share; they come first.")
+    features: int = Field(description="Numbers of each single action; they follow, action by action.")
+    actions: int = Field(description="Number of actions, or of labels.")
     lowest: float
     highest: float
 
 
 class Model(BaseModel):
-    """A served model: that of text, or a policy."""
+    """A served model: the language model, or a policy."""
 
     id: str
     object: Literal["model"]
@@ -207,14 +211,14 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Reply of `GET /v1/models`."""
+    """The reply of `GET /v1/models`."""
 
     object: Literal["list"]
     data: list[Model] = Field(min_length=1)
 
 
 class Session(BaseModel):
-    """A session as its owner sees it."""
+    """A session."""
 
     id: str
     object: Literal["session"]
@@ -224,7 +228,7 @@ class Session(BaseModel):
     rows: int
     bytes: int
     gain: float | None = Field(
-        description="Nats per token by which the memory beats the frozen model; null = not measured."
+        description="Nats per token by which the memory lowers the loss of the frozen base; null = not measured."
     )
     created: int = Field(description="Unix time in seconds.")
     updated: int = Field(description="Unix time in seconds.")
@@ -232,7 +236,7 @@ class Session(BaseModel):
 
 
 class SessionList(BaseModel):
-    """Reply of `GET /v1/sessions`; `next` is the `after` of the next page."""
+    """The reply of `GET /v1/sessions`; `next` is the `after` of the next page."""
 
     object: Literal["list"]
     data: list[Session]
@@ -245,18 +249,20 @@ class LogEntry(BaseModel):
 
     version: int
     kind: Literal["learn", "rollback", "unlearn", "fork", "import"]
-    of: int | str | None = Field(None, description="The version gone back to or unlearned, or where it came from.")
+    of: int | str | None = Field(
+        None, description="The version gone back to or unlearned, or the origin of a fork or import."
+    )
     time: float = Field(description="Unix time in seconds.")
-    digest: str = Field(description="Of the tokens that were learned and of those before them.")
+    digest: str = Field(description="Digest of the learned tokens and of all tokens before them.")
     tokens: int
     rows: int
-    loss: float | None = Field(description="Nats per token, before they were learned.")
+    loss: float | None = Field(description="Nats per token, measured before the tokens were learned.")
     request_id: str
-    text: str | None = Field(description="What was learned, where the session keeps that and it can still be undone.")
+    text: str | None = Field(description="The learned text, if it is kept and the commit can be undone.")
 
 
 class SessionLog(BaseModel):
-    """Reply of `GET /v1/sessions/{id}/log`, newest first; `next` is the `before` of the next page."""
+    """The reply of `GET /v1/sessions/{id}/log`, newest first; `next` is the `before` of the next page."""
 
     object: Literal["list"]
     data: list[LogEntry]
@@ -265,19 +271,19 @@ class SessionLog(BaseModel):
 
 
 class SiteCells(BaseModel):
-    """How full a site of a session's memory is."""
+    """The occupancy of one site of a session's memory."""
 
     name: str
-    kind: Literal["lexical", "hidden", "journal"]
+    kind: SiteKind
     rows: int
     cells: int = Field(description="Addresses of the site, each with room for the same number of rows.")
-    bin_cells: int = Field(description="Neighbouring cells that are counted together; 1 = each by itself.")
+    bin_cells: int = Field(description="Neighbouring cells that are counted together; 1 = each cell by itself.")
     bin_rows: int = Field(description="Rows that a bin has room for.")
     counts: list[int] = Field(description="Rows held in each bin, in the order of the cells; at most 1,024 bins.")
 
 
 class SessionCells(BaseModel):
-    """Reply of `GET /v1/sessions/{id}/cells`."""
+    """The reply of `GET /v1/sessions/{id}/cells`."""
 
     object: Literal["session.cells"]
     version: int
@@ -285,7 +291,7 @@ class SessionCells(BaseModel):
 
 
 class RowChange(BaseModel):
-    """Rows that one version has and the other has not, and those that both have, but not the same."""
+    """The numbers of rows of a site that only `to` has, that only `from` has, and that both have with other content."""
 
     added: int
     removed: int
@@ -293,22 +299,21 @@ class RowChange(BaseModel):
 
 
 class SessionDiff(BaseModel):
-    """Reply of `GET /v1/sessions/{id}/diff`: what the later version consists of and the earlier one does not, and the
-    other way round."""
+    """The reply of `GET /v1/sessions/{id}/diff`: the difference between the version `from` and the version `to`."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     object: Literal["session.diff"]
     start: int = Field(alias="from")
     end: int = Field(alias="to")
-    tokens_learned: int = Field(description="How many more tokens `to` has learned than `from`; may be negative.")
-    rows: dict[str, RowChange] = Field(description="What changed in the memory, by site.")
-    learned: list[LogEntry] = Field(description="Commits that `to` has and `from` has not, the oldest first.")
-    forgotten: list[LogEntry] = Field(description="Commits that `from` has and `to` has not, the oldest first.")
+    tokens_learned: int = Field(description="Tokens learned by `to` minus those by `from`; may be negative.")
+    rows: dict[str, RowChange] = Field(description="Changes of the memory, by site.")
+    learned: list[LogEntry] = Field(description="Commits that `to` contains and `from` does not, the oldest first.")
+    forgotten: list[LogEntry] = Field(description="Commits that `from` contains and `to` does not, the oldest first.")
 
 
 class SessionDeleted(BaseModel):
-    """Reply of `DELETE /v1/sessions/{id}`."""
+    """The reply of `DELETE /v1/sessions/{id}`."""
 
     id: str
     object: Literal["session"]
@@ -316,7 +321,8 @@ class SessionDeleted(BaseModel):
 
 
 class Observed(BaseModel):
-    """Reply of `POST /v1/sessions/{id}/observe`; `loss` in nats per token, null when nothing was learned."""
+    """The reply of `POST /v1/sessions/{id}/observe` and `/feedback`; `loss` is in nats per token, null if nothing was
+    learned."""
 
     tokens_learned: int
     rows_written: int
@@ -325,19 +331,19 @@ class Observed(BaseModel):
 
 
 class Acted(BaseModel):
-    """Reply of `POST /v1/sessions/{id}/act`; `adaptation` counts rewards where that of text counts tokens."""
+    """The reply of `POST /v1/sessions/{id}/act`; `adaptation` counts learned rewards as tokens."""
 
     object: Literal["action"]
     action: int
     action_id: str | None = Field(description="Names the action for its reward; null if the session only predicts.")
-    probability: float = Field(description="With which it was chosen: 1 for the best one, at temperature 0.")
+    probability: float = Field(description="Probability with which the action was chosen; 1 at temperature 0.")
     probabilities: list[float]
-    expected: list[float] = Field(description="The mean reward that each action is expected to bring.")
+    expected: list[float] = Field(description="Expected mean reward of each action.")
     adaptation: Adaptation
 
 
 class Labelled(BaseModel):
-    """Reply of `POST /v1/sessions/{id}/predict`."""
+    """The reply of `POST /v1/sessions/{id}/predict`."""
 
     object: Literal["label"]
     label: int
@@ -346,7 +352,7 @@ class Labelled(BaseModel):
 
 
 class Scored(BaseModel):
-    """Reply of `POST /v1/sessions/{id}/score`: nats per token, losses are means; null for an empty text."""
+    """The reply of `POST /v1/sessions/{id}/score`: in nats; the losses are means per token, null for an empty text."""
 
     tokens: list[str]
     logprobs: list[float]
@@ -354,3 +360,15 @@ class Scored(BaseModel):
     loss: float | None
     frozen_loss: float | None
     version: int
+
+
+class Live(BaseModel):
+    """The reply of `GET /livez`."""
+
+    status: Literal["ok"]
+
+
+class Ready(BaseModel):
+    """The reply of `GET /readyz`."""
+
+    status: Literal["loading", "ready", "draining"]

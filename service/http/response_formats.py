@@ -1,16 +1,20 @@
-"""OpenAI's words for what a turn yields: whole replies, and the chunks of streams."""
+"""OpenAI's formats for the events of a turn: whole replies, and the chunks of streams."""
 
 import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
 from service.http.schemas import GenerationRequest
 from service.metrics import Metrics
-from service.turns.sessions import CompletionJob, Delta, RequestContext, Sessions, TokenLogprob, TurnEnd
+from service.turns.completion import CompletionJob, Delta, TokenLogprob, TurnEnd
+from service.turns.idempotency import RequestContext
+from service.turns.run import TurnRestarted
+from service.turns.sessions import Sessions
 
 Json = dict[str, Any]
 
@@ -18,14 +22,20 @@ LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lac
 
 
 class LatencyRecorder:
-    """Measures when the pieces of one request's choices come; `arrived` is its `time.perf_counter()`."""
+    """Measures the time to a request's first token and the time between the tokens of each choice.
+
+    Args:
+        metrics: the metrics that get the measurements.
+        arrived: the `time.perf_counter()` of the request's arrival.
+    """
 
     def __init__(self, metrics: Metrics, arrived: float) -> None:
         self._metrics = metrics
         self._arrived = arrived
         self._last: dict[int, float] = {}
 
-    def __call__(self, choice: int) -> None:
+    def record(self, choice: int) -> None:
+        """Record that new output of a choice is there."""
         now = time.perf_counter()
         if not self._last:
             self._metrics.time_to_first_token_seconds.observe(now - self._arrived)
@@ -35,7 +45,7 @@ class LatencyRecorder:
 
 
 class ResponseFormatter(ABC):
-    """How one request is answered: in a whole by `reply`, or as the `EventWriter` of a stream."""
+    """Formats the events of one request's turn: into one reply, or into the chunks of a stream."""
 
     id_prefix: str
     object: str
@@ -47,10 +57,10 @@ class ResponseFormatter(ABC):
         body: GenerationRequest,
         completion_job: CompletionJob,
         ctx: RequestContext,
-        record_latency: LatencyRecorder,
+        latency: LatencyRecorder,
     ) -> None:
-        self.record_latency = record_latency
-        self._choices = len(completion_job.prompts) * completion_job.generation.n
+        self._latency = latency
+        self._num_choices = len(completion_job.prompts) * completion_job.generation.n
         self._with_logprobs = completion_job.generation.logprobs is not None
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._ctx = ctx
@@ -59,45 +69,65 @@ class ResponseFormatter(ABC):
             "system_fingerprint": _system_fingerprint(sessions.fingerprints),
         }
 
-    @property
-    def _head(self) -> Json:
-        """What every piece of the answer begins with; only known once the answer has begun."""
-        return {"id": f"{self.id_prefix}-{self._ctx.id}", "created": self._ctx.created} | self._model
+    async def reply(self, events: AsyncIterator[Delta | TurnRestarted | TurnEnd]) -> Json:
+        """Return the whole reply to a turn with these events."""
+        deltas: list[Delta] = []
+        end: TurnEnd | None = None
+        async for event in events:
+            if isinstance(event, TurnEnd):
+                end = event
+            elif isinstance(event, TurnRestarted):
+                deltas.clear()
+            else:
+                self._latency.record(event.choice)
+                deltas.append(event)
+        assert end is not None, "a turn ends with a TurnEnd"
+        return self._reply_json(deltas, end)
+
+    async def stream(self, events: AsyncGenerator[Delta | TurnRestarted | TurnEnd, None]) -> AsyncGenerator[str, None]:
+        """Yield the chunks of a stream as JSON, and close `events` at the end."""
+        async with aclosing(events):
+            for chunk in self.opening_chunks():
+                yield chunk
+            async for event in events:
+                assert not isinstance(event, TurnRestarted), "a streamed turn is never restarted"
+                for chunk in self._chunks(event):
+                    yield chunk
+
+    def opening_chunks(self) -> Iterable[str]:
+        """Return the chunks before the first event."""
+        return ()
 
     @abstractmethod
     def choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
-        """A finished choice."""
+        """Return a finished choice of a reply."""
 
     @abstractmethod
     def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-        """A choice in a chunk; the last one has a `finish_reason` and no text."""
+        """Return a choice of a chunk; the last chunk of a choice has a `finish_reason` and no text."""
 
     @abstractmethod
-    def logprobs(self, tokens: list[TokenLogprob]) -> Json:
-        """The log probabilities of a choice's tokens."""
+    def logprobs_json(self, tokens: list[TokenLogprob]) -> Json:
+        """Return the log-probabilities of a choice's tokens, in nats."""
 
-    def reply(self, deltas: Iterable[Delta], end: TurnEnd) -> Json:
-        """The whole answer."""
-        texts: list[list[str]] = [[] for _ in range(self._choices)]
-        tokens: list[list[TokenLogprob]] = [[] for _ in range(self._choices)]
+    def _reply_json(self, deltas: Iterable[Delta], end: TurnEnd) -> Json:
+        texts: list[list[str]] = [[] for _ in range(self._num_choices)]
+        tokens: list[list[TokenLogprob]] = [[] for _ in range(self._num_choices)]
         for delta in deltas:
             texts[delta.choice].append(delta.text)
             tokens[delta.choice] += delta.logprobs
+        logprobs = [self.logprobs_json(one) if self._with_logprobs else None for one in tokens]
         choices = [
-            self.choice_json(i, "".join(texts[i]), self.logprobs(tokens[i]) if self._with_logprobs else None, reason)
-            for i, reason in enumerate(end.finish_reasons)
+            self.choice_json(i, "".join(texts[i]), logprobs[i], reason) for i, reason in enumerate(end.finish_reasons)
         ]
         body = {"object": self.object, "choices": choices, "usage": _usage(end)}
-        return self._head | body | {"adaptation": end.adaptation}
+        return self._head() | body | {"adaptation": end.adaptation}
 
-    def opening(self) -> Iterable[str]:
-        return ()
-
-    def chunks(self, event: Delta | TurnEnd) -> Iterator[str]:
+    def _chunks(self, event: Delta | TurnEnd) -> Iterator[str]:
         if isinstance(event, Delta):
-            self.record_latency(event.choice)
+            self._latency.record(event.choice)
             if event.text or event.logprobs:
-                logprobs = self.logprobs(event.logprobs) if event.logprobs else None
+                logprobs = self.logprobs_json(event.logprobs) if event.logprobs else None
                 yield self._chunk([self.chunk_choice_json(event.choice, event.text, logprobs, None)])
             return
         adaptation = event.adaptation and asdict(event.adaptation)
@@ -108,12 +138,16 @@ class ResponseFormatter(ABC):
 
     def _chunk(self, choices: list[Json], **more: Any) -> str:
         usage = {"usage": None} if self._with_usage else {}
-        chunk = self._head | {"object": self.chunk_object, "choices": choices} | usage | more
+        chunk = self._head() | {"object": self.chunk_object, "choices": choices} | usage | more
         return json.dumps(chunk, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+    def _head(self) -> Json:
+        """Return the first fields of a reply or chunk; a replay sets the id and the time just before the first one."""
+        return {"id": f"{self.id_prefix}-{self._ctx.id}", "created": self._ctx.created} | self._model
 
 
 class CompletionFormatter(ResponseFormatter):
-    """`/v1/completions`."""
+    """The format of `/v1/completions`."""
 
     id_prefix = "cmpl"
     object = chunk_object = "text_completion"
@@ -124,7 +158,7 @@ class CompletionFormatter(ResponseFormatter):
     def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def logprobs(self, tokens: list[TokenLogprob]) -> Json:
+    def logprobs_json(self, tokens: list[TokenLogprob]) -> Json:
         return {
             "tokens": [_token_text(one.token) for one in tokens],
             "token_logprobs": [None if one.logprob is None else _finite(one.logprob) for one in tokens],
@@ -134,14 +168,14 @@ class CompletionFormatter(ResponseFormatter):
 
 
 class ChatFormatter(ResponseFormatter):
-    """`/v1/chat/completions`."""
+    """The format of `/v1/chat/completions`."""
 
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def opening(self) -> Iterable[str]:
-        for index in range(self._choices):
+    def opening_chunks(self) -> Iterable[str]:
+        for index in range(self._num_choices):
             delta = {"role": "assistant", "content": ""}
             yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
@@ -153,7 +187,7 @@ class ChatFormatter(ResponseFormatter):
         delta = {"content": text} if finish_reason is None else {}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def logprobs(self, tokens: list[TokenLogprob]) -> Json:
+    def logprobs_json(self, tokens: list[TokenLogprob]) -> Json:
         content = []
         for one in tokens:
             top = [_chat_token(token, logprob) for _, token, logprob in one.top]
@@ -178,7 +212,7 @@ def _finite(logprob: float) -> float:
 
 
 def _token_text(token: bytes) -> str:
-    """The token as OpenAI shows it: its text, or its bytes where these are only a part of a character."""
+    """Return a token as OpenAI shows tokens: the text, or the bytes of a token that is only a part of a character."""
     try:
         return token.decode()
     except UnicodeDecodeError:
@@ -186,7 +220,7 @@ def _token_text(token: bytes) -> str:
 
 
 def _alternatives(one: TokenLogprob) -> dict[str, float] | None:
-    """The likeliest tokens and the chosen one; nothing was predicted for the first token of all."""
+    """Return the likeliest tokens and the chosen token; None for the first token of a text, which nothing predicts."""
     if one.logprob is None:
         return None
     return {_token_text(token): _finite(logprob) for _, token, logprob in one.top} | {

@@ -1,7 +1,7 @@
-"""The bodies of requests: OpenAI's and Imprint's own.
+"""The bodies and the query parameters of requests, OpenAI's and Imprint's own.
 
-They are strict: unknown fields are refused, a boolean is no number, nor is a string, nor NaN. A field of
-OpenAI's that can't be honoured is declared with `Unsupported`: refused by its name unless its value changes nothing.
+The bodies are strict: unknown fields are refused, and a boolean, a string or NaN is no number. A field of OpenAI's that
+the server cannot honour is declared with `Unsupported`: the field is refused unless its value changes nothing.
 """
 
 import re
@@ -39,14 +39,11 @@ OnDisconnect = Literal["rollback", "commit"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 
-
 ON_DISCONNECT = Field(
-    None, description="What becomes of the turn if its client goes; default `rollback`: it has never been."
+    None, description="The end of the turn if its client disconnects; default `rollback`: the turn has no effect."
 )
-
-
-MODEL = Field(None, description="The policy; needed for a session that is not there yet.")
-REGRET = Field(None, description="What that action missed, where it is known; it is counted, not learned.")
+MODEL = Field(None, description="The policy; required for a session that does not exist yet.")
+REGRET = Field(None, description="The regret of that action, if it is known; only counted in the metrics, not learned.")
 Observation = Annotated[
     list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
 ]
@@ -55,14 +52,14 @@ ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,7}$")]
 
 
 def session_id(value: str, param: str) -> str:
-    """`value`, if it can name a session; else a `BadRequest` on `param`."""
+    """Return `value`. Raises BadRequest on `param` if `value` cannot name a session."""
     if re.fullmatch(SESSION_ID, value) is None:
         raise BadRequest(f"'{param}' must match {SESSION_ID} to name a session, got {value[:80]!r}.", param=param)
     return value
 
 
 def _limit_entries(value: Any, limit: int) -> Any:
-    """Refuses a huge object at once: each of its faulty entries would cost an error of its own."""
+    """Refuse an object with more than `limit` entries at once: each faulty entry would cost an error of its own."""
     if isinstance(value, dict) and len(value) > limit:
         raise PydanticCustomError("too_long", f"should have at most {limit} entries, not {len(value)}")
     return value
@@ -70,7 +67,7 @@ def _limit_entries(value: Any, limit: int) -> Any:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Marks a field that can't be honoured: null and `values` change nothing and pass."""
+    """Marks a field that the server cannot honour; null and `values` change nothing and are accepted."""
 
     values: tuple[Any, ...] = ()
 
@@ -80,7 +77,7 @@ class Unsupported:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {
             "enum": [None, *self.values],
-            "description": "Not supported: takes only what changes nothing.",
+            "description": "Not supported: only values that change nothing are accepted.",
         }
 
     def _check(self, value: Any) -> Any:
@@ -90,17 +87,17 @@ class Unsupported:
 
 
 class Body(BaseModel):
-    """A JSON object of a request."""
+    """A JSON object in the body of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, value: Any) -> Any:
+    def _limit_fields(cls, value: Any) -> Any:
         return _limit_entries(value, MAX_FIELDS)
 
 
-# Tags of unions stand in angle brackets: errors show them in their location, but the name has none.
+# The tags of unions stand in angle brackets, so that `explain` can remove them from the location of an error.
 
 
 def _text_or_list(value: Any) -> str | None:
@@ -147,14 +144,14 @@ LogitBias = Annotated[
 
 
 class TextPart(Body):
-    """One part of a message's content; only text can be read."""
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(Body):
-    """One message of a chat."""
+    """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
@@ -174,7 +171,7 @@ class Message(Body):
     annotations: Annotated[Any, Unsupported(([],))] = None
 
     def plain(self) -> dict[str, str]:
-        """What the chat template sees: the parts joined, `developer` under its older name."""
+        """Return the message for the chat template: parts joined, and `developer` under its older name `system`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": text}
         given = {"name": self.name, "tool_call_id": self.tool_call_id}
@@ -185,14 +182,14 @@ Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(Body):
-    """What a stream carries besides its text."""
+    """The options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: Annotated[Any, Unsupported((False,))] = None
 
 
 class GenerationRequest(Body):
-    """What completions and chat completions share."""
+    """The fields that completions and chat completions share."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -206,11 +203,16 @@ class GenerationRequest(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Names the session if neither `session` nor X-Imprint-Session does.")
-    session: SessionId | None = Field(None, description="The memory to use and to teach; none = the frozen base.")
-    adapt: AdaptMode | None = Field(
-        None, description="Use and learn, only learn, or only use; default: the session's, `both`."
+    session: SessionId | None = Field(
+        None, description="The session whose memory is used and updated; none = the frozen base."
     )
-    learn: LearnMode | None = Field(None, description="What is learned; default: the session's, else `prompt`.")
+    adapt: AdaptMode | None = Field(
+        None,
+        description="Read and write the memory, only write, or only read; default: the session's, else `both`.",
+    )
+    learn: LearnMode | None = Field(
+        None, description="The part that is learned; default: the session's, else `prompt`."
+    )
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
@@ -221,12 +223,12 @@ class GenerationRequest(Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
+        """Return the stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class CompletionRequest(GenerationRequest):
-    """Body of `POST /v1/completions`."""
+    """The body of `POST /v1/completions`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -244,14 +246,14 @@ class CompletionRequest(GenerationRequest):
     )
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(None, description="Default 16, as OpenAI's.")
+    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(None, description="Default: 16, as for OpenAI.")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="Only accepted when equal to `n`.")
     suffix: Annotated[Any, Unsupported()] = None
 
     @model_validator(mode="after")
-    def _best_of_all(self) -> "CompletionRequest":
+    def _best_of_equals_n(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise BadRequest(
                 f"'best_of' must equal 'n' ({self.n or 1}): no choosing among more, got {self.best_of}.",
@@ -261,7 +263,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """Body of `POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -300,8 +302,8 @@ class ChatCompletionRequest(GenerationRequest):
     web_search_options: Annotated[Any, Unsupported()] = None
     prompt_cache_options: Annotated[Any, Unsupported()] = None
     prompt_cache_retention: Annotated[Any, Unsupported()] = None
-    prompt_cache_key: str | None = Field(None, description="A hint to OpenAI's caches; changes nothing here.")
-    safety_identifier: str | None = Field(None, description="A hint to OpenAI's moderators; changes nothing here.")
+    prompt_cache_key: str | None = Field(None, description="A hint to OpenAI's caches; has no effect here.")
+    safety_identifier: str | None = Field(None, description="A hint to OpenAI's moderators; has no effect here.")
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatCompletionRequest":
@@ -313,21 +315,21 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class SessionOptions(Body):
-    """Body of `PUT /v1/sessions/{id}`: what requests do with the session that don't say otherwise, and its keeping."""
+    """The body of `PUT /v1/sessions/{id}`: defaults for the session's requests, and how long data is kept."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"adapt": "both", "learn": "all"}]})
 
     adapt: AdaptMode | None = None
     learn: LearnMode | None = None
-    keep_text: bool | None = Field(None, description="Keep what is learned, for as long as it can be undone.")
-    model: str | None = Field(None, description="The policy that a new session is of; default: text.")
+    keep_text: bool | None = Field(None, description="Keep the learned texts while their commits can be undone.")
+    model: str | None = Field(None, description="The policy of a new session; default: the language model.")
     ttl_s: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(
-        None, description="Seconds after its last use at which the session is erased; 0 = never. Default: the server's."
+        None, description="Seconds after the last use until the session is erased; 0 = never. Default: the server's."
     )
 
 
 class Rollback(Body):
-    """Body of `POST /v1/sessions/{id}/rollback` and `/unlearn`."""
+    """The body of `POST /v1/sessions/{id}/rollback` and `/unlearn`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}]})
 
@@ -335,7 +337,7 @@ class Rollback(Body):
 
 
 class Fork(Body):
-    """Body of `POST /v1/sessions/{id}/fork`."""
+    """The body of `POST /v1/sessions/{id}/fork`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"id": "alice-2"}]})
 
@@ -343,7 +345,7 @@ class Fork(Body):
 
 
 class ObserveRequest(Body):
-    """Body of `POST /v1/sessions/{id}/observe`: one of `text`, `messages`, and (policies) `features` with `label`."""
+    """The body of `POST /v1/sessions/{id}/observe`: `text`, `messages`, or (policies) `features` with `label`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso."}]})
 
@@ -369,7 +371,7 @@ class ObserveRequest(Body):
 
 
 class PredictRequest(Body):
-    """Body of `POST /v1/sessions/{id}/predict`."""
+    """The body of `POST /v1/sessions/{id}/predict`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "mine", "features": [0.5, -1.0]}]})
 
@@ -378,23 +380,24 @@ class PredictRequest(Body):
 
 
 class ActRequest(Body):
-    """Body of `POST /v1/sessions/{id}/act`."""
+    """The body of `POST /v1/sessions/{id}/act`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}]})
 
-    observation: Observation = Field(description="The context's numbers, then those of each action.")
-    reward: float | None = Field(None, description="Of the last action, or of `action_id`.")
-    action_id: ActionId | None = Field(None, description="Whose reward it is.")
+    observation: Observation = Field(description="The numbers of the context, then the numbers of each action.")
+    reward: float | None = Field(None, description="The reward of the last action, or of `action_id`.")
+    action_id: ActionId | None = Field(None, description="The action that the reward belongs to.")
     regret: Annotated[float, Field(ge=0)] | None = REGRET
     model: str | None = MODEL
     temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(
-        None, description="0 = the best action, 1 = as likely as each is thought to be best; default: the policy's."
+        None,
+        description="0 = the best action, 1 = by the probability of being the best; default: the policy's.",
     )
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
-    def _of_a_reward(self) -> "ActRequest":
+    def _belongs_to_reward(self) -> "ActRequest":
         for name in ("action_id", "regret"):
             if self.reward is None and getattr(self, name) is not None:
                 raise BadRequest(f"'{name}' is only allowed with 'reward'.", param=name)
@@ -402,7 +405,7 @@ class ActRequest(Body):
 
 
 class FeedbackRequest(Body):
-    """Body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and what was kept of it."""
+    """The body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and the kept text."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"action_id": "act-1", "reward": 1.0}]})
 
@@ -410,26 +413,56 @@ class FeedbackRequest(Body):
     reward: float | None = None
     regret: Annotated[float, Field(ge=0)] | None = REGRET
     completion_id: CompletionId | None = Field(None, description="The `id` of a completion of this session.")
-    text: Annotated[str, Field(min_length=1)] | None = Field(None, description="What the user kept in its place.")
+    text: Annotated[str, Field(min_length=1)] | None = Field(None, description="The text that the user kept instead.")
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
     def _one_of(self) -> "FeedbackRequest":
-        of_action, of_text = ("action_id", "reward", "regret"), ("completion_id", "text")
-        kept = [name for name in of_text if getattr(self, name) is not None]
-        if kept and any(getattr(self, name) is not None for name in of_action):
-            raise BadRequest(f"{kept[0]!r} is of text and does not go with a reward of an action.", param=kept[0])
-        for name in of_text if kept else of_action[:2]:
+        action_fields, text_fields = ("action_id", "reward", "regret"), ("completion_id", "text")
+        text_given = [name for name in text_fields if getattr(self, name) is not None]
+        if text_given and any(getattr(self, name) is not None for name in action_fields):
+            message = f"{text_given[0]!r} is of text and does not go with a reward of an action."
+            raise BadRequest(message, param=text_given[0])
+        for name in text_fields if text_given else action_fields[:2]:
             if getattr(self, name) is None:
                 raise BadRequest(f"{name!r} is required with the other one of its pair.", param=name)
         return self
 
 
 class ScoreRequest(Body):
-    """Body of `POST /v1/sessions/{id}/score`."""
+    """The body of `POST /v1/sessions/{id}/score`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso.", "learn": False}]})
 
     text: str
     learn: bool = False
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
+
+
+class Page(BaseModel):
+    """The query of `GET /v1/sessions`: a page of the list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000, description="Largest number of sessions to return.")
+    after: str = Field(
+        "", pattern=rf"^$|{SESSION_ID}", description="Only ids after this one: `next` of the page before."
+    )
+
+
+class LogPage(BaseModel):
+    """The query of `GET /v1/sessions/{id}/log`: a page of the log."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000, description="Largest number of commits to return.")
+    before: int | None = Field(None, ge=1, description="Only versions before this one: `next` of the page before.")
+
+
+class Span(BaseModel):
+    """The query of `GET /v1/sessions/{id}/diff`: two versions of a session."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int = Field(alias="from", ge=0, examples=[1], description="The first version; 0 = nothing learned.")
+    end: int = Field(alias="to", ge=0, examples=[2], description="The second version.")

@@ -1,4 +1,4 @@
-"""A request as the sessions see it: who asks, what it may be the repetition of, and what became of it."""
+"""The context of one HTTP request: its tenant, its idempotency key, and the answer that the store may remember."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ Json = dict[str, Any]
 class RequestContext:
     """One HTTP request.
 
-    tenant: whose it is, as its API key says.
-
-    digest: of its route and body; empty = it is never remembered. key: its `Idempotency-Key`. attempt: how often its
-    client says to have sent it before; None = it does not say. began: the version that its turn found, once it has
-    begun. committed, replayed: whether a session has learned from it, now or before. id, created: of its answer; a
-    repetition has those of the first.
+    Attributes:
+        tenant: the tenant of the request's API key.
+        digest: digest of the route and the body; empty = the answer is never remembered.
+        key: the `Idempotency-Key`.
+        attempt: how often the client says to have sent the request before; None = the client does not say.
+        start_version: the session's version when the turn began; None before the turn begins.
+        committed: whether a session has learned from the request, now or before.
+        replayed: whether the answer is a remembered one.
+        id, created: id and Unix time (s) of the answer; a replay has those of the first answer.
     """
 
     tenant: Tenant
@@ -34,7 +37,7 @@ class RequestContext:
     digest: str = ""
     key: str | None = None
     attempt: int | None = None
-    began: int | None = None
+    start_version: int | None = None
     committed: bool = False
     replayed: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -42,14 +45,14 @@ class RequestContext:
 
     @property
     def names(self) -> list[str]:
-        """Under which name its answer may be there already."""
-        asks = self.key is not None or self.attempt is not None or self.began is not None
-        return [self._name] if self.digest and asks else []
+        """The names under which the store may remember the answer: one or none."""
+        may_repeat = self.key is not None or self.attempt is not None or self.start_version is not None
+        return [self._name] if self.digest and may_repeat else []
 
     def idempotency_record(
         self, result: Json, version: int, *, key_ttl_s: int, retry_ttl_s: int
     ) -> IdempotencyRecord | None:
-        """What to remember of it with the commit of a version, if anything."""
+        """Return the record to store with the commit of `version`; None if the answer is not to be remembered."""
         ttl_s = retry_ttl_s if self.key is None else key_ttl_s
         if not self.digest or not ttl_s:
             return None
@@ -59,22 +62,29 @@ class RequestContext:
         return IdempotencyRecord(self._name, ttl_s, zlib.compress(record.encode(), 1))
 
     def replay(self, record: bytes) -> Json | None:
-        """The result that was remembered of it; None of an equal request that was another one. Raises KeyReused."""
-        found = json.loads(zlib.decompress(record))
-        if self.key is None and not self.attempt and (self.began is None or self.began >= found["version"]):
+        """Return the remembered result; None if the record is of another, equal request.
+
+        Raises KeyReused if the key belongs to a request with another route or body.
+        """
+        stored = json.loads(zlib.decompress(record))
+        if (
+            self.key is None
+            and not self.attempt
+            and (self.start_version is None or self.start_version >= stored["version"])
+        ):
             return None
-        if found["request"] != self.digest:
+        if stored["request"] != self.digest:
             raise KeyReused(
                 "'Idempotency-Key' has been used for another request to this session; take a new one.",
                 param="Idempotency-Key",
             )
         self.committed = self.replayed = True
-        self.id, self.created = found["id"], found["created"]
-        result: Json = found["result"]
+        self.id, self.created = stored["id"], stored["created"]
+        result: Json = stored["result"]
         return result
 
     def has_later_attempt(self, record: bytes) -> bool:
-        """Whether an equal request was answered at a later attempt: this may be its first, which has been given up."""
+        """Return whether a retry of an equal request was answered: this request may be the first try, given up."""
         return bool(json.loads(zlib.decompress(record))["attempt"])
 
     @property

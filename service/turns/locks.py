@@ -1,4 +1,4 @@
-"""Who goes first, and what must not be torn: asyncio pieces that turns are made of."""
+"""asyncio building blocks: locks by name, and work that a cancellation does not interrupt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class _LockEntry:
 
 
 class KeyedLocks:
-    """A lock for each name, first come, first served; a name is forgotten with its last user."""
+    """One first-come-first-served lock a name; a name without users takes no memory."""
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, _LockEntry] = {}
 
     @asynccontextmanager
     async def acquire(self, name: Hashable) -> AsyncIterator[None]:
-        """Waits for the name's lock and holds it."""
+        """Wait for the lock of a name and hold the lock."""
         entry = self._entries.setdefault(name, _LockEntry())
         entry.users += 1
         try:
@@ -38,10 +38,10 @@ class KeyedLocks:
 
 
 async def shielded(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which goes on to its end even if the caller is cancelled meanwhile.
+    """Return the result of `work`, which runs to its end even if the caller is cancelled meanwhile.
 
-    A caller that was cancelled still gets the result if there is one, so that it can be acted on: the cancellation is
-    spent then, and the caller must be about to end. If `work` fails, the cancellation is raised.
+    A cancelled caller still gets the result of work that succeeds and can act on the result; the caller must then end
+    soon, because the cancellation is spent. If the work fails, the cancellation is raised.
     """
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None

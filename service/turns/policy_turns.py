@@ -1,29 +1,34 @@
-"""What sessions of policies do: act, take rewards, label, learn labels. Each is one turn, as those of text are."""
+"""The turns of policy sessions: act, learn a reward, predict a label, learn a label."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from model.policies.network import Policy
-from service.engine import PolicyDecision, PolicyRequest
+from service.engine import Event, PolicyDecision, PolicyRequest
 from service.errors import BadRequest, Conflict, NotFound
 from service.store.base import SessionMeta, WriteMode
-from service.turns.session_gate import SessionHandle, known
-from service.turns.sessions import ObserveResult, RequestContext, Sessions
-from service.turns.types import Turn
+from service.turns.commit import TurnOutcome
+from service.turns.idempotency import RequestContext
+from service.turns.loaded_model import LoadedModel
+from service.turns.plan import TurnPlan
+from service.turns.run import Json, Turn
+from service.turns.session_gate import SessionHandle, SessionTarget
+from service.turns.sessions import Sessions
+from service.turns.text_turns import LearningTurn, ObserveResult
 from service.types import Adaptation
 
 ACTION_ID_PREFIX = "act-"
 Task = Literal["act", "label"]
+R = TypeVar("R")
 TASK_VERBS: dict[Task, str] = {"act": "acts", "label": "labels"}
 
 
 @dataclass(frozen=True)
 class RewardInput:
-    """What a client knows of an action's outcome. action_id: None = the last action's; regret: what it missed."""
+    """The outcome of an action. action_id: None = the last action; regret: what the action missed, if known."""
 
     reward: float
     action_id: str | None = None
@@ -32,7 +37,7 @@ class RewardInput:
 
 @dataclass(frozen=True)
 class ActionSampling:
-    """How to choose. temperature: None = as the policy does by itself; seed: of what is drawn."""
+    """Options of the choice of an action. temperature: None = the policy's own; seed: of the random draw."""
 
     temperature: float | None = None
     seed: int | None = None
@@ -40,8 +45,13 @@ class ActionSampling:
 
 @dataclass(frozen=True)
 class ActResult:
-    """An action, under which id its reward can be told, how likely it was to be taken, how likely each was, and the
-    mean reward that each is expected to bring."""
+    """A chosen action.
+
+    Attributes:
+        action_id: the id under which the client reports the reward; None if the session only predicts.
+        probability: the probability of the chosen action; `probabilities` has those of all actions.
+        expected: the mean reward that each action is expected to bring.
+    """
 
     action: int
     action_id: str | None
@@ -50,23 +60,203 @@ class ActResult:
     expected: list[float]
     adaptation: Adaptation
 
-    def reward_input(self) -> dict[str, Any]:
-        """As JSON; `asdict` would copy each number by itself."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the result as JSON; `asdict` would copy each number by itself."""
         return vars(self) | {"adaptation": vars(self.adaptation)}
 
 
 @dataclass(frozen=True)
 class LabelResult:
-    """The likeliest label and the chances of all."""
+    """The likeliest label and the probabilities of all labels."""
 
     label: int
     probabilities: list[float]
     version: int
 
 
+class PolicyTurn(Turn[R]):
+    """A turn of a policy session; a subclass says what the policy is asked."""
+
+    task: Task
+
+    def __init__(self, session: str, model: str | None, write: WriteMode, if_match: str | None) -> None:
+        self.target = SessionTarget(session, write, if_match)
+        self._session, self._model = session, model
+
+    def require_task(self, model: LoadedModel) -> None:
+        """Raise NotFound or BadRequest unless the named policy, if one is named, is loaded for this task."""
+        if self._model is not None:
+            _require_task(model, self._model, self.task)
+
+    def _find_policy(self, handle: SessionHandle, model: LoadedModel) -> tuple[SessionMeta, Policy]:
+        """Return the session's meta, new if the session does not exist, and its policy."""
+        meta, name = handle.meta, self._model
+        if meta is None:
+            if name is None:
+                names = ", ".join(sorted(model.policies)) or "none is served"
+                raise BadRequest(f"'model' is required to begin a session with: a policy ({names}).", param="model")
+            meta = model.new_meta(self._session, {}, name)
+        if name is None:
+            name = model.require_loaded_model(meta)
+            if not name:
+                raise Conflict(f"Session {meta.id!r} is one of text, not of a policy.", code="model_mismatch")
+        else:
+            model.require_model(meta, name)
+        _require_task(model, name, self.task)
+        return meta, model.policies[name]
+
+
+class ActTurn(PolicyTurn[ActResult]):
+    """Learns a reward, if one came along, then chooses an action."""
+
+    task: Task = "act"
+
+    def __init__(
+        self,
+        session: str,
+        model: str | None,
+        observation: list[float],
+        reward: RewardInput | None,
+        sampling: ActionSampling,
+        if_match: str | None,
+    ) -> None:
+        super().__init__(session, model, "unless predict", if_match)
+        self._observation, self._reward, self._sampling = observation, reward, sampling
+
+    def replayed(self, record: Json) -> Iterable[ActResult]:
+        return [ActResult(**record | {"adaptation": Adaptation(**record["adaptation"])})]
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        meta, policy = self._find_policy(handle, model)
+        _require_numbers(policy, self._observation, "observation")
+        request = PolicyRequest(policy.config.name, tuple(self._observation), **asdict(self._sampling))
+        request = _with_reward(request, policy, self._reward)
+        writes = meta.options.get("adapt") != "predict"
+        if self._reward is not None and not writes:
+            raise Conflict("The session's option 'adapt' is 'predict': it learns no reward.", param="reward")
+        return TurnPlan(meta, policy_request=request, writes=writes)
+
+    def outputs(self, segment: int, event: Event) -> Iterator[ActResult]:
+        if isinstance(event, PolicyDecision):
+            self._decision = event
+        return iter(())
+
+    def last_event(self, outcome: TurnOutcome) -> ActResult:
+        decision = self._decision
+        action_id = None if decision.number is None else f"{ACTION_ID_PREFIX}{decision.number}"
+        prob, expected = decision.probs[decision.choice], decision.expected or []
+        return ActResult(decision.choice, action_id, prob, decision.probs, expected, outcome.adaptation)
+
+    def record(self, last: ActResult) -> Json:
+        return last.as_json()
+
+
+class PredictTurn(PolicyTurn[LabelResult]):
+    """Predicts the label of an example."""
+
+    task: Task = "label"
+
+    def __init__(self, session: str, model: str | None, features: list[float]) -> None:
+        super().__init__(session, model, "never", None)
+        self._features = features
+
+    def replayed(self, record: Json) -> Iterable[LabelResult]:
+        return [LabelResult(**record)]
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        meta, policy = self._find_policy(handle, model)
+        _require_numbers(policy, self._features, "features")
+        request = PolicyRequest(policy.config.name, tuple(self._features))
+        return TurnPlan(meta, policy_request=request, writes=False)
+
+    def outputs(self, segment: int, event: Event) -> Iterator[LabelResult]:
+        if isinstance(event, PolicyDecision):
+            self._decision = event
+        return iter(())
+
+    def last_event(self, outcome: TurnOutcome) -> LabelResult:
+        return LabelResult(self._decision.choice, self._decision.probs, outcome.adaptation.version_to)
+
+    def record(self, last: LabelResult) -> Json:
+        return asdict(last)
+
+
+class RewardTurn(PolicyTurn[ObserveResult], LearningTurn):
+    """Learns the reward of an earlier action."""
+
+    task: Task = "act"
+
+    def __init__(self, session: str, reward: RewardInput, if_match: str | None) -> None:
+        super().__init__(session, None, "always", if_match)
+        self._reward = reward
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        meta, policy = self._find_policy(handle, model)
+        request = PolicyRequest(policy.config.name, decide=False)
+        return TurnPlan(meta, policy_request=_with_reward(request, policy, self._reward))
+
+
+class LabelTurn(PolicyTurn[ObserveResult], LearningTurn):
+    """Learns the label of an example."""
+
+    task: Task = "label"
+
+    def __init__(
+        self, session: str, model: str | None, features: list[float], label: int, if_match: str | None
+    ) -> None:
+        super().__init__(session, model, "always", if_match)
+        self._features, self._label = features, label
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        meta, policy = self._find_policy(handle, model)
+        _require_numbers(policy, self._features, "features")
+        if not 0 <= self._label < policy.config.actions:
+            raise BadRequest(f"'label' must be in 0..{policy.config.actions - 1}, got {self._label}.", param="label")
+        request = PolicyRequest(policy.config.name, tuple(self._features), decide=False, label=self._label)
+        return TurnPlan(meta, policy_request=request)
+
+
+def _require_task(model: LoadedModel, name: str, task: Task) -> None:
+    if name not in model.policies:
+        raise NotFound(f"There is no policy {name[:80]!r}.", param="model", code="model_not_found")
+    if model.policies[name].config.task != task:
+        fit = ", ".join(sorted(key for key, policy in model.policies.items() if policy.config.task == task)) or "none"
+        raise BadRequest(f"'model' must be a policy that {TASK_VERBS[task]} ({fit}), got {name!r}.", param="model")
+
+
+def _with_reward(request: PolicyRequest, policy: Policy, reward: RewardInput | None) -> PolicyRequest:
+    """Return the request with the outcome of an action. Raises BadRequest for a reward out of range."""
+    if reward is None:
+        return request
+    config = policy.config
+    if not config.lowest <= reward.reward <= config.highest:
+        raise BadRequest(
+            f"'reward' must be in {config.lowest:g}..{config.highest:g}, got {reward.reward:g}.", param="reward"
+        )
+    number = None if reward.action_id is None else int(reward.action_id.removeprefix(ACTION_ID_PREFIX))
+    return replace(request, reward=reward.reward, action_id=number, regret=reward.regret)
+
+
+def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
+    """Raise BadRequest unless there are as many numbers as the policy observes."""
+    config = policy.config
+    if len(numbers) == config.observation_size:
+        return
+    parts = f"{config.context} of the context" + (
+        f" and {config.features} of each of {config.actions} actions" if config.features else ""
+    )
+    raise BadRequest(
+        f"{field!r} must hold {config.observation_size} numbers for {config.name!r} ({parts}), got {len(numbers)}.",
+        param=field,
+    )
+
+
 class PolicyTurns:
-    """What can be asked of the policies that are served. Every method raises NotFound for a policy that is not, and
-    Conflict for a session that is of something else; `model` may be None where the session is there."""
+    """The operations of policies that routes call.
+
+    Every method raises NotFound for a policy that is not loaded and Conflict for a session of another model; `model`
+    may be None where the session exists.
+    """
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
@@ -77,52 +267,19 @@ class PolicyTurns:
         session: str,
         model: str | None,
         observation: list[float],
-        reward_input: RewardInput | None,
-        action_sampling: ActionSampling,
+        reward: RewardInput | None,
+        sampling: ActionSampling,
         *,
         if_match: str | None = None,
     ) -> ActResult:
-        """Learns the reward that came along, if one did, then takes an action, which is remembered until its reward."""
-
-        async def run_once() -> ActResult:
-            async with self._acquire_session(ctx, session, model, "act", "unless predict", if_match) as (handle, name):
-                if handle.replay is not None:
-                    return ActResult(**handle.replay | {"adaptation": Adaptation(**handle.replay["adaptation"])})
-                policy = self._policy(name)
-                _require_numbers(policy, observation, "observation")
-                policy_request = self._with_reward(
-                    name, reward_input, PolicyRequest(name, tuple(observation), **asdict(action_sampling))
-                )
-                decided: list[PolicyDecision] = []
-
-                def act_result(adaptation: Adaptation) -> ActResult:
-                    (one,) = decided
-                    number = None if one.number is None else f"{ACTION_ID_PREFIX}{one.number}"
-                    prob = one.probs[one.choice]
-                    return ActResult(one.choice, number, prob, one.probs, one.expected or [], adaptation)
-
-                write = known(handle).options.get("adapt") != "predict"
-                if reward_input is not None and not write:
-                    raise Conflict("The session's option 'adapt' is 'predict': it learns no reward.", param="reward")
-                turn = Turn(handle, policy_request=policy_request)
-                turn.result = lambda new: act_result(turn.adaptation(new.version)).reward_input()
-                await self._run(turn, decided, write=write)
-                return act_result(turn.adaptation())
-
-        return await self._sessions.gate.turn(run_once)
+        """Learn the reward that came along, if one did, then choose an action and remember it until its reward."""
+        return await self._run(ctx, ActTurn(session, model, observation, reward, sampling, if_match))
 
     async def feedback(
-        self, ctx: RequestContext, session: str, reward_input: RewardInput, *, if_match: str | None = None
+        self, ctx: RequestContext, session: str, reward: RewardInput, *, if_match: str | None = None
     ) -> ObserveResult:
-        """Learns the reward of an earlier action."""
-        return await self._learn(
-            ctx,
-            session,
-            None,
-            "act",
-            lambda name: self._with_reward(name, reward_input, PolicyRequest(name, decide=False)),
-            if_match,
-        )
+        """Learn the reward of an earlier action."""
+        return await self._run(ctx, RewardTurn(session, reward, if_match))
 
     async def observe(
         self,
@@ -134,123 +291,14 @@ class PolicyTurns:
         *,
         if_match: str | None = None,
     ) -> ObserveResult:
-        """Learns the label of an example."""
-
-        def policy_request(name: str) -> PolicyRequest:
-            policy = self._policy(name)
-            _require_numbers(policy, features, "features")
-            if not 0 <= label < policy.config.actions:
-                raise BadRequest(f"'label' must be in 0..{policy.config.actions - 1}, got {label}.", param="label")
-            return PolicyRequest(name, tuple(features), decide=False, label=label)
-
-        return await self._learn(ctx, session, model, "label", policy_request, if_match)
+        """Learn the label of an example."""
+        return await self._run(ctx, LabelTurn(session, model, features, label, if_match))
 
     async def predict(self, ctx: RequestContext, session: str, model: str | None, features: list[float]) -> LabelResult:
-        """Labels an example, and learns nothing."""
+        """Predict the label of an example; learn nothing."""
+        return await self._run(ctx, PredictTurn(session, model, features))
 
-        async def run_once() -> LabelResult:
-            async with self._acquire_session(ctx, session, model, "label", "never", None) as (handle, name):
-                policy = self._policy(name)
-                _require_numbers(policy, features, "features")
-                decided: list[PolicyDecision] = []
-                turn = Turn(handle, policy_request=PolicyRequest(name, tuple(features)))
-                await self._run(turn, decided, write=False)
-                (one,) = decided
-                return LabelResult(one.choice, one.probs, turn.adaptation().version_to)
-
-        return await self._sessions.gate.turn(run_once)
-
-    async def _learn(
-        self,
-        ctx: RequestContext,
-        session: str,
-        model: str | None,
-        task: Task,
-        policy_request: Callable[[str], PolicyRequest],
-        if_match: str | None,
-    ) -> ObserveResult:
-        """A turn that learns and decides nothing."""
-
-        async def run_once() -> ObserveResult:
-            async with self._acquire_session(ctx, session, model, task, "always", if_match) as (handle, name):
-                if handle.replay is not None:
-                    return ObserveResult(**handle.replay)
-                turn = Turn(handle, policy_request=policy_request(name))
-                turn.result = lambda new: asdict(ObserveResult.of(turn.adaptation(new.version)))
-                await self._run(turn, [], write=True)
-                return ObserveResult.of(turn.adaptation())
-
-        return await self._sessions.gate.turn(run_once)
-
-    async def _run(self, turn: Turn, decided: list[PolicyDecision], *, write: bool) -> None:
-        async for _, event in self._sessions.run([], turn, write=write):
-            if isinstance(event, PolicyDecision):
-                decided.append(event)
-
-    @asynccontextmanager
-    async def _acquire_session(
-        self, ctx: RequestContext, session: str, model: str | None, task: Task, write: WriteMode, if_match: str | None
-    ) -> AsyncIterator[tuple[SessionHandle, str]]:
-        """A session for one turn, and the policy that it is of; a new one is at version 0 and not yet stored."""
-        loaded_model = self._sessions.loaded_model
-        if model is not None:
-            self._require_task(model, task)
-        async with self._sessions.gate.acquire(ctx, session, write=write, if_match=if_match) as handle:
-            if handle.replay is not None:
-                yield handle, ""
-                return
-            if handle.meta is None:
-                if model is None:
-                    names = ", ".join(sorted(loaded_model.policies)) or "none is served"
-                    raise BadRequest(f"'model' is required to begin a session with: a policy ({names}).", param="model")
-                handle.meta = loaded_model.new_meta(session, {}, model)
-            name = self._name(handle.meta, model)
-            self._require_task(name, task)
-            yield handle, name
-
-    def _name(self, meta: SessionMeta, model: str | None) -> str:
-        loaded_model = self._sessions.loaded_model
-        if model is not None:
-            loaded_model.require_model(meta, model)
-            return model
-        name = loaded_model.require_loaded_model(meta)
-        if not name:
-            raise Conflict(f"Session {meta.id!r} is one of text, not of a policy.", code="model_mismatch")
-        return name
-
-    def _policy(self, name: str) -> Policy:
-        return self._sessions.loaded_model.policies[name]
-
-    def _require_task(self, name: str, task: Task) -> None:
-        policies = self._sessions.loaded_model.policies
-        if name not in policies:
-            raise NotFound(f"There is no policy {name[:80]!r}.", param="model", code="model_not_found")
-        if policies[name].config.task != task:
-            fit = ", ".join(sorted(one for one, policy in policies.items() if policy.config.task == task)) or "none"
-            raise BadRequest(f"'model' must be a policy that {TASK_VERBS[task]} ({fit}), got {name!r}.", param="model")
-
-    def _with_reward(self, name: str, reward_input: RewardInput | None, policy_request: PolicyRequest) -> PolicyRequest:
-        """The deed with what is told of an action's outcome. Raises BadRequest for a reward out of range."""
-        if reward_input is None:
-            return policy_request
-        config = self._policy(name).config
-        if not config.lowest <= reward_input.reward <= config.highest:
-            raise BadRequest(
-                f"'reward' must be in {config.lowest:g}..{config.highest:g}, got {reward_input.reward:g}.",
-                param="reward",
-            )
-        number = None if reward_input.action_id is None else int(reward_input.action_id.removeprefix(ACTION_ID_PREFIX))
-        return replace(policy_request, reward=reward_input.reward, action_id=number, regret=reward_input.regret)
-
-
-def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
-    config = policy.config
-    if len(numbers) == config.observation:
-        return
-    parts = f"{config.context} of the context" + (
-        f" and {config.features} of each of {config.actions} actions" if config.features else ""
-    )
-    raise BadRequest(
-        f"{field!r} must hold {config.observation} numbers for {config.name!r} ({parts}), got {len(numbers)}.",
-        param=field,
-    )
+    async def _run(self, ctx: RequestContext, turn: PolicyTurn[R]) -> R:
+        """Run a turn; a wrong model is refused before the turn waits for its session."""
+        turn.require_task(self._sessions.loaded_model)
+        return await self._sessions.run(ctx, turn)

@@ -1,7 +1,8 @@
-"""What a turn's prompts are as tokens, and which of those tokens it may teach (nothing is learned twice)."""
+"""Prompts as tokens, and which tokens may be learned: only new ones, so that nothing is learned twice."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,25 +14,26 @@ from service.engine import Segment
 from service.errors import BadRequest
 
 MAX_DIGESTS = 1024
+LONG_TEXT_CHARS = 20_000  # a longer text is tokenised on another thread than the event loop's
 
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """Plain text."""
+    """A prompt of plain text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """Token ids, taken as they are."""
+    """A prompt of token ids, used unchanged."""
 
     token_ids: list[int]
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages with `role` and `content`."""
+    """A chat: messages with `role` and `content`."""
 
     messages: list[dict[str, str]]
 
@@ -41,7 +43,7 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt's tokens; learn: which of them are new to the session; digests: of the messages they came from."""
+    """The tokens of a prompt. learn: which tokens are new to the session; digests: one a message of a chat."""
 
     token_ids: list[int]
     learn: list[bool]
@@ -49,7 +51,9 @@ class EncodedPrompt:
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
-    """known: digests of messages that the session has seen; reply: end a chat where the assistant's turn begins.
+    """Encode a prompt.
+
+    known: digests of the messages that the session has seen; reply: end a chat where the assistant's turn begins.
 
     Raises BadRequest for a prompt without tokens and for messages that the chat template refuses.
     """
@@ -61,10 +65,25 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
     return EncodedPrompt(token_ids, [True] * len(token_ids))
 
 
+async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
+    """Encode a prompt as `encode` does; a long text on another thread, so that the event loop goes on."""
+    if isinstance(prompt, TextPrompt) and len(prompt.text) > LONG_TEXT_CHARS:
+        return await asyncio.to_thread(encode, prompt, tokenizer, known, reply=reply)
+    return encode(prompt, tokenizer, known, reply=reply)
+
+
+async def encode_text(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer, known: Sequence[str]) -> EncodedPrompt:
+    """Return the tokens of a text or a chat, which may be empty, without BOS."""
+    if isinstance(prompt, TextPrompt) and not prompt.text:
+        return EncodedPrompt([], [])
+    encoded = await encode_async(prompt, tokenizer, known, reply=False)
+    return without_bos(encoded, tokenizer.start_token_id)
+
+
 def _encode_chat(
     messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, known: frozenset[str], *, reply: bool
 ) -> EncodedPrompt:
-    """Only the contents of new messages are learned: the template around them says nothing about the session."""
+    """Encode a chat. Only the contents of new messages are learned: the template says nothing about the session."""
     try:
         chat = tokenizer.encode_chat(messages, add_generation_prompt=reply)
     except ChatTemplateError as error:
@@ -78,46 +97,48 @@ def _encode_chat(
 
 
 def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """One digest a message, of its role, its content and how often it came before in this chat.
+    """Yield one digest a message: of the role, the content and how often the same message came before in this chat.
 
-    A client that resends its history, cut at the front or edited at the end, thus sends known digests for what is old,
-    while a message said again is new.
+    A client that resends its history, cut at the front or edited at the end, sends known digests for old messages;
+    the same message sent once more in one chat is new.
     """
-    seen: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for message in messages:
-        said = (message["role"], message["content"].strip())
-        text = f"{said[0]}\x00{seen[said]}\x00{said[1]}"
-        seen[said] += 1
+        role, content = message["role"], message["content"].strip()
+        text = f"{role}\x00{counts[role, content]}\x00{content}"
+        counts[role, content] += 1
         yield hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def reply_digests(messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> list[str]:
-    """The digests under which the replies to a chat come back as its history."""
+    """Return the digests with which the replies to a chat come back as part of its history."""
     chats = ([*messages, {"role": "assistant", "content": reply}] for reply in replies)
     return [list(message_digests(chat))[-1] for chat in chats]
 
 
 def merge_digests(known: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
-    """The digests to keep: the latest ones, those just seen last."""
+    """Return the digests to keep: the latest `MAX_DIGESTS`, with the new digests last."""
     return tuple(dict.fromkeys(reversed([*known, *new])))[:MAX_DIGESTS][::-1]
 
 
 def without_bos(encoded: EncodedPrompt, bos: int) -> EncodedPrompt:
-    """The same without the BOS that a tokenizer or a chat template may have put first; `windows` puts it back."""
+    """Return the prompt without a leading BOS; `windows` puts a BOS before each window."""
     if encoded.token_ids[:1] != [bos]:
         return encoded
     return EncodedPrompt(encoded.token_ids[1:], encoded.learn[1:], encoded.digests)
 
 
 def windows(token_ids: Sequence[int], size: int, bos: int) -> Iterator[tuple[list[int], int]]:
-    """Cuts a text of any length into requests of at most `size` tokens; yields each, with BOS before it so that all of
-    its tokens have a predictor, and its start in the text."""
+    """Cut a text of any length into windows of at most `size` tokens; yield each window and its start in the text.
+
+    BOS stands before each window, so that each token of the text has a predictor.
+    """
     for start in range(0, len(token_ids), size - 1):
         yield [bos, *token_ids[start : start + size - 1]], start
 
 
 def segments(encoded: EncodedPrompt, size: int, bos: int, *, learn: bool, score: bool) -> list[Segment]:
-    """The requests of a text of any length, none of which generates."""
+    """Return the segments that learn or score a text of any length and generate nothing."""
     return [
         Segment(
             part,

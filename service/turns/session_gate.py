@@ -1,13 +1,13 @@
-"""Who may work on a session, when, and how it is left: the queue, the order, the lease, the repetitions, the commit."""
+"""The way of a turn into its session and out again: queue, lock, lease, replay of an earlier answer, commit."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from service.errors import (
     NotFound,
@@ -21,25 +21,28 @@ from service.errors import (
     VersionConflict,
 )
 from service.metrics import Metrics
-from service.store.base import CommitMetadata, Lease, RowBatch, SessionMeta, SessionStore, Slots, TurnStart, WriteMode
+from service.store.base import CommitMetadata, Lease, SessionMeta, SessionStore, TurnStart, WriteMode
 from service.tenants import Tenant
+from service.turns.commit import Commit
 from service.turns.idempotency import RequestContext
 from service.turns.locks import KeyedLocks, shielded
 from service.turns.quotas import Quotas
 
-CANCEL_GRACE_S = (
-    1.0  # within which it shows that the client of a request is gone: one that gave it up, and sent it again
-)
-T = TypeVar("T")
+# A client that gave a request up and sent it again leaves the first connection; the server notices within this time.
+CANCEL_GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server allows and remembers.
+    """Limits on what a server allows and remembers.
 
-    max_queue: requests in hand. session_bytes: of one session's rows; 0 = no limit. key_ttl_s, retry_ttl_s: for how
-    long the answer to a request is remembered by its `Idempotency-Key`, and without one. lease_s: of `RetentionConfig`.
-    export_key: signs exports; empty = they are not signed.
+    Attributes:
+        max_queue: number of turns that run or wait at once.
+        session_bytes: bytes that the rows of one session may take; 0 = no limit.
+        key_ttl_s: seconds for which the answer to a request with an `Idempotency-Key` is remembered.
+        retry_ttl_s: seconds for which the answer to a request without a key is remembered.
+        lease_s: seconds that a lease lasts without renewal, as in `RetentionConfig`.
+        export_key: the key that signs exports; empty = exports are not signed.
     """
 
     max_queue: int = 256
@@ -50,10 +53,31 @@ class ServerLimits:
     export_key: str = ""
 
 
+@dataclass(frozen=True)
+class SessionTarget:
+    """The session that a turn acquires, and on which conditions.
+
+    Attributes:
+        write: whether the turn takes a lease; "unless predict" = unless the session's option `adapt` is "predict".
+        if_match: the request's `If-Match` header.
+        may_create: whether the turn may begin with a session that does not exist.
+    """
+
+    session: str
+    write: WriteMode = "always"
+    if_match: str | None = None
+    may_create: bool = True
+
+
 @dataclass
 class SessionHandle:
-    """A session while one turn has it. meta: None only of a session that is not there; replay: what the request was
-    answered before, and then nothing else counts; lease: given back by a commit."""
+    """A session that one turn has acquired.
+
+    Attributes:
+        meta: the session's meta; None if the session does not exist, or if the turn has none.
+        lease: the right to write; a commit gives the lease back.
+        replay: the answer that the request got before; the turn then runs nothing.
+    """
 
     ctx: RequestContext
     meta: SessionMeta | None = None
@@ -62,7 +86,7 @@ class SessionHandle:
 
 
 class SessionGate:
-    """The way into sessions; "loading" until somebody says otherwise."""
+    """Admits turns, gives each its session, and commits what the turn did. Its state is "loading" at first."""
 
     def __init__(self, store: SessionStore, quotas: Quotas, metrics: Metrics, limits: ServerLimits) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
@@ -75,7 +99,7 @@ class SessionGate:
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
-        """A place in the bounded queue."""
+        """Hold a place in the bounded queue. Raises NotReady, or Overloaded if the queue is full."""
         if self.state != "ready":
             raise NotReady(f"The server is {self.state}; try again later.", code=self.state)
         if self.in_flight >= self.limits.max_queue:
@@ -88,55 +112,59 @@ class SessionGate:
 
     @asynccontextmanager
     async def lock_session(self, tenant: Tenant, session: str) -> AsyncIterator[None]:
-        """Holds a session against this server's other turns, in the order of asking."""
+        """Hold the lock of a session against the other turns of this server, first come, first served."""
         async with self._locks.acquire((tenant.name, session)):
             yield
 
     @asynccontextmanager
-    async def acquire(
-        self,
-        ctx: RequestContext,
-        session: str,
-        *,
-        write: WriteMode = "always",
-        if_match: str | None = None,
-        may_create: bool = True,
-    ) -> AsyncIterator[SessionHandle]:
-        """A session for one turn, against this server's other turns and, if it may write, against all others.
+    async def acquire(self, ctx: RequestContext, target: SessionTarget | None) -> AsyncIterator[SessionHandle]:
+        """Hold a session for one turn: against this server's other turns and, if the turn writes, against all others.
 
-        Raises NotFound for one that is not there, unless the turn may create it; then it has a place in its tenant's
-        account."""
-        async with self.lock_session(ctx.tenant, session):
-            turn_start, replay = await self._begin_or_replay(ctx, session, write)
+        A session that does not exist gets a place in its tenant's account. Without a target there is nothing to hold.
+        Raises NotFound for a session that does not exist and may not be created, PreconditionFailed, QuotaExceeded.
+        """
+        if target is None:
+            yield SessionHandle(ctx)
+            return
+        async with self.lock_session(ctx.tenant, target.session):
+            turn_start, replay = await self._begin_or_replay(ctx, target.session, target.write)
             if replay is not None:
                 self._metrics.replays_total.inc()
                 yield SessionHandle(ctx, replay=replay)
                 return
-            if ctx.began is None:
-                ctx.began = 0 if turn_start.meta is None else turn_start.meta.version
-            handle = SessionHandle(ctx, turn_start.meta, turn_start.lease)
-            lease_renewal = asyncio.create_task(self._renew_lease(turn_start.lease)) if turn_start.lease else None
-            self._metrics.leases_held.inc(lease_renewal is not None)
-            try:
-                require_match(if_match, turn_start.meta)
-                async with AsyncExitStack() as stack:
-                    if turn_start.meta is None:
-                        if not may_create:
-                            raise session_not_found(session)
-                        await stack.enter_async_context(self._quotas.reserve_session(ctx.tenant, session))
+            if ctx.start_version is None:
+                ctx.start_version = 0 if turn_start.meta is None else turn_start.meta.version
+            async with self._lease_kept(SessionHandle(ctx, turn_start.meta, turn_start.lease)) as handle:
+                require_match(target.if_match, turn_start.meta)
+                if turn_start.meta is not None:
                     yield handle
-            finally:
-                self._metrics.leases_held.dec(lease_renewal is not None)
-                if lease_renewal is not None:
-                    lease_renewal.cancel()
-                if handle.lease is not None:
-                    with suppress(StoreUnavailable):  # it then ends by itself
-                        await self._store.release(handle.lease)
+                    return
+                if not target.may_create:
+                    raise session_not_found(target.session)
+                async with self._quotas.reserve_session(ctx.tenant, target.session):
+                    yield handle
+
+    @asynccontextmanager
+    async def _lease_kept(self, handle: SessionHandle) -> AsyncIterator[SessionHandle]:
+        """Renew the lease of a handle, if there is one, and give back a lease that no commit has given back."""
+        if handle.lease is None:
+            yield handle
+            return
+        renewal = asyncio.create_task(self._renew_lease(handle.lease))
+        self._metrics.leases_held.inc()
+        try:
+            yield handle
+        finally:
+            self._metrics.leases_held.dec()
+            renewal.cancel()
+            if handle.lease is not None:
+                with suppress(StoreUnavailable):  # the lease then ends by itself
+                    await self._store.release(handle.lease)
 
     async def _begin_or_replay(
         self, ctx: RequestContext, session: str, write: WriteMode
     ) -> tuple[TurnStart, dict[str, Any] | None]:
-        """How a turn begins; and what it was answered before, if it was."""
+        """Return the state that a turn begins with and, if the request was answered before, that answer."""
         with self._count_store_full():
             turn_start = await self._begin_in_store(ctx, session, write, ctx.names)
             if turn_start.record is None:
@@ -151,55 +179,49 @@ class SessionGate:
     async def _begin_in_store(
         self, ctx: RequestContext, session: str, write: WriteMode, names: Sequence[str] = ()
     ) -> TurnStart:
-        began = time.perf_counter()
+        started = time.perf_counter()
         turn_start = await self._store.begin_turn(ctx.tenant.name, session, write=write, names=names)
         if turn_start.lease is not None:
-            self._metrics.lease_wait_seconds.observe(time.perf_counter() - began)
+            self._metrics.lease_wait_seconds.observe(time.perf_counter() - started)
         return turn_start
 
     async def _renew_lease(self, lease: Lease) -> None:
-        """Renews a lease for as long as a turn runs; one that was lost stays so, and its commit will be refused."""
+        """Renew a lease again and again. A lost lease stays lost: the store then refuses the commit."""
         while True:
             await asyncio.sleep(self.limits.lease_s / 3)
             with suppress(StoreUnavailable):
                 await self._store.renew(lease)
 
-    async def commit(
-        self,
-        handle: SessionHandle,
-        new: SessionMeta,
-        sites: Mapping[str, RowBatch],
-        *,
-        cleared_slots: Mapping[str, Slots] | None = None,
-        commit_metadata: CommitMetadata,
-        tokens: int,
-    ) -> None:
-        """Commits what a turn did, and puts the tokens it learned on its tenant's account; once begun, it is not
-        interrupted."""
-        limit, before = self.limits.session_bytes, handle.meta
+    async def commit(self, handle: SessionHandle, commit: Commit, answer: dict[str, Any]) -> None:
+        """Commit a turn with its answer, then account for the learned tokens. Nothing interrupts a commit once begun.
+
+        Raises TooLarge, and what `SessionStore.commit` raises; nothing is stored then.
+        """
+        limit, new, before = self.limits.session_bytes, commit.meta, handle.meta
         if limit and new.bytes > limit and new.bytes > (0 if before is None else before.bytes):
             raise TooLarge(f"Session {new.id!r} may have {limit} bytes of rows and would get {new.bytes}.")
-        tenant = handle.ctx.tenant
+        ctx, limits = handle.ctx, self.limits
+        record = ctx.idempotency_record(answer, new.version, key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s)
 
-        async def commit() -> None:
+        async def store_and_account() -> None:
             with self._count_conflicts(), self._metrics.commit_seconds.time():
                 await self._store.commit(
-                    tenant.name,
+                    ctx.tenant.name,
                     new,
-                    sites,
-                    cleared_slots=cleared_slots,
+                    commit.state_delta.sites,
+                    cleared_slots=commit.state_delta.cleared_slots,
                     lease=handle.lease,
-                    commit_metadata=commit_metadata,
+                    commit_metadata=CommitMetadata(commit.log, commit.text, record),
                 )
-            await self._quotas.record_commit(tenant, new.id, new.bytes, tokens)
+            await self._quotas.record_commit(ctx.tenant, new.id, new.bytes, commit.tokens)
 
-        await shielded(commit())
-        handle.lease, handle.ctx.committed = None, True
-        self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in sites.values()))
+        await shielded(store_and_account())
+        handle.lease, ctx.committed = None, True
+        self._metrics.commit_bytes.observe(sum(batch.data.nbytes for batch in commit.state_delta.sites.values()))
 
     @contextmanager
     def _count_store_full(self) -> Iterator[None]:
-        """Counts the turns that the store has no room for."""
+        """Count the turns for which the store has no room."""
         try:
             yield
         except StoreFull:
@@ -208,7 +230,7 @@ class SessionGate:
 
     @contextmanager
     def _count_conflicts(self) -> Iterator[None]:
-        """Counts the commits that another replica's were before, too."""
+        """Count the commits that another replica's commit precedes, and those for which the store has no room."""
         try:
             with self._count_store_full():
                 yield
@@ -216,37 +238,25 @@ class SessionGate:
             self._metrics.turns_overtaken_total.inc()
             raise
 
-    async def turn(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """The result of a turn with a place in the queue, run once more if another replica changed the session
-        meanwhile."""
-        async with self.admit():
-            with suppress(VersionConflict):
-                return await attempt()
-            try:
-                return await attempt()
-            except VersionConflict as error:
-                raise session_changed() from error
-
 
 def session_changed() -> SessionBusy:
+    """Return the error of a turn that lost its session to another replica twice."""
     return SessionBusy("Another replica changed the session during this request, of which nothing was learned.")
 
 
 def session_not_found(session: str) -> NotFound:
+    """Return the error for a session that does not exist."""
     return NotFound(f"Session {session!r} does not exist.", param="id", code="session_not_found")
 
 
 def require_match(if_match: str | None, meta: SessionMeta | None) -> None:
-    """RFC 9110 §13.1.1; a session that does not exist counts as version 0, which only `*` tells apart."""
+    """Raise PreconditionFailed unless `If-Match` (RFC 9110 §13.1.1) names the session's version.
+
+    A session that does not exist counts as version 0, except for `*`.
+    """
     if if_match is None:
         return
     tags = [tag.strip() for tag in if_match.split(",")]
     current = f'"v{0 if meta is None else meta.version}"'
     if not (current in tags or ("*" in tags and meta is not None)):
         raise PreconditionFailed(f"'If-Match' is {if_match[:80]}, the session is at {current}.", param="If-Match")
-
-
-def known(handle: SessionHandle) -> SessionMeta:
-    """The meta of a session that is there, or is new."""
-    assert handle.meta is not None
-    return handle.meta

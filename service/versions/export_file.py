@@ -1,4 +1,4 @@
-"""A session as a file: safetensors, with a manifest in its metadata. Nothing in it is run, and all of it is checked."""
+"""A session as a file: safetensors with a manifest in the metadata. Every part is checked, no part is executed."""
 
 from __future__ import annotations
 
@@ -11,35 +11,26 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from model.memory import MemoryConfig, SiteRows
-from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
+from model.memory import MemoryConfig
+from model.memory.config import SESSION_SCALARS_SUFFIX
+from service.engine.stored_rows import is_valid_site
 from service.errors import BadRequest
 from service.store.base import RowBatch, StoredSession
 
 FORMAT = 1
-NAME = "imprint"  # of the manifest in the file's metadata
-SESSION_SCALARS_BYTES = 4 * 3 * (1 + len(NGRAM_SIZES))  # three numbers for each number of runs that a match may repeat
-PAIR_BYTES = 8  # of a lexical row: its age and its token come first
+NAME = "imprint"  # the manifest's key in the file's metadata
 COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
 Arrays = dict[str, NDArray[Any]]
 Json = dict[str, Any]
 
 
-def as_tensors(sites: Mapping[str, RowBatch]) -> dict[str, SiteRows]:
-    """A session's rows as the model takes them; nothing is copied."""
-    return {
-        name: SiteRows(torch.from_numpy(batch.slots), torch.from_numpy(batch.data)) for name, batch in sites.items()
-    }
-
-
 def pack_session(stored: StoredSession, key: str) -> bytes:
-    """The file of a session, signed if there is a key. Its options are the server's business and stay there."""
+    """Return the file of a session, signed if there is a key. The session's options stay with the server."""
     arrays: Arrays = {}
     for site, batch in stored.sites.items():
         arrays[f"{site}.slots"], arrays[f"{site}.rows"] = batch.slots, np.ascontiguousarray(batch.data)
@@ -52,8 +43,7 @@ def pack_session(stored: StoredSession, key: str) -> bytes:
 
 
 def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
-    """The manifest and the arrays of a file, as they stand there. Raises BadRequest for one that is damaged, unknown or
-    not signed."""
+    """Return the manifest and the arrays of a file. Raises BadRequest for a damaged, unknown or unsigned file."""
     try:
         arrays: Arrays = load(data)
         size = int.from_bytes(data[:8], "little")
@@ -74,7 +64,7 @@ def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
 def unpack_session(
     manifest: Json, arrays: Arrays, config: MemoryConfig, vocab_size: int
 ) -> tuple[Json, dict[str, RowBatch]]:
-    """The manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
+    """Return the manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
     sites = _sites(arrays, config, vocab_size)
     rows = {site: batch for site, batch in sites.items() if not site.endswith(SESSION_SCALARS_SUFFIX)}
     manifest["rows"] = sum(len(batch.slots) for batch in rows.values())
@@ -95,7 +85,7 @@ def _signature(checksum: str, key: str) -> str:
 
 
 def _checked(manifest: Json) -> Json:
-    """The manifest, if its values are such as a session may have; a checksum alone proves nothing about that."""
+    """Return the manifest if a session may have its values: a checksum does not prove that. Raises BadRequest."""
     for name in COUNTS:
         if type(manifest.get(name)) is not int or not 0 <= manifest[name] < 2**53:
             raise _invalid_export(f"has a {name} that is no count")
@@ -130,28 +120,6 @@ def _sites(arrays: Arrays, config: MemoryConfig, vocab_size: int) -> dict[str, R
     if len(arrays) != 2 * len(sites):
         raise _invalid_export("has arrays that belong to no site")
     return sites
-
-
-def is_valid_site(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: int) -> bool:
-    """Whether a site's rows can be: the memory has the site and a place for them, and could have written them."""
-    site = next((site for site in config.sites if site.name == name.removesuffix(SESSION_SCALARS_SUFFIX)), None)
-    if site is None:
-        return False
-    own = name.endswith(SESSION_SCALARS_SUFFIX)
-    max_slots, row_bytes = (1, SESSION_SCALARS_BYTES) if own else (site.slots, site.row_bytes)
-    if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= max_slots:
-        return False
-    return _finite(batch) if own or site.kind != "lexical" else _valid_lexical_rows(batch, vocab_size)
-
-
-def _finite(batch: RowBatch) -> bool:
-    return bool(np.isfinite(np.ascontiguousarray(batch.data).view("<f4")).all())
-
-
-def _valid_lexical_rows(batch: RowBatch, vocab_size: int) -> bool:
-    """Whether rows of a lexical site have an age and a token of the vocabulary; what follows may be anything."""
-    ages, tokens = np.ascontiguousarray(batch.data[:, :PAIR_BYTES]).view("<i4").T
-    return bool((ages > 0).all() and (tokens >= 0).all() and (tokens < vocab_size).all())
 
 
 def _invalid_export(what: str, code: str = "invalid_export") -> BadRequest:

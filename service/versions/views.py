@@ -1,4 +1,4 @@
-"""What can be seen of a session: how full its memory is, and what lies between two of its versions."""
+"""Read-only views of a session: how full its memory is, and the difference between two of its versions."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from typing import Any
 
 import numpy as np
 
-from model.memory.config import MemoryConfig, SiteConfig, SiteKind
+from model.memory.config import MemoryConfig, SiteConfig
+from model.site_kind import SiteKind
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
 from service.store.errors import damaged_session
 from service.tenants import Tenant
-from service.turns.learned_tokens import kept_tokens_of, lineages, state_delta_at, with_text
 from service.turns.session_gate import session_changed, session_not_found
 from service.turns.sessions import Sessions
+from service.turns.state_delta import state_delta_at
+from service.versions.lineage import kept_tokens_of, lineages, with_text
 
 MAX_BINS = 1024
-MAX_READS = 3  # of a session that somebody teaches meanwhile
+MAX_READS = 3  # tries to read a session that another turn changes meanwhile
 NO_SLOTS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
 class SiteFill:
-    """How full a site is. counts: rows held in each of at most 1,024 bins of neighbouring cells, in their order;
-    bin_cells, bin_rows: cells in a bin, and rows that it has room for."""
+    """The fill of one site.
+
+    Attributes:
+        counts: number of rows in each of at most 1,024 bins of neighbouring cells, in the order of the cells.
+        bin_cells: number of cells in a bin.
+        bin_rows: number of rows for which a bin has room.
+    """
 
     name: str
     kind: SiteKind
@@ -38,7 +45,7 @@ class SiteFill:
 
 @dataclass(frozen=True)
 class RowChanges:
-    """How many rows of a site one version has and the other has not, and how many both have, but not the same."""
+    """Numbers of rows of one site: only in the later version, only in the earlier, in both with other bytes."""
 
     added: int
     removed: int
@@ -47,8 +54,14 @@ class RowChanges:
 
 @dataclass(frozen=True)
 class VersionDiff:
-    """What lies between two versions. learned, forgotten: entries of the log for what the one consists of and the other
-    does not. tokens_learned: how many more the second one has learned. rows: what changed, by site."""
+    """The difference between two versions.
+
+    Attributes:
+        learned: log entries of the turns that only the later version consists of.
+        forgotten: log entries of the turns that only the earlier version consists of.
+        tokens_learned: how many more tokens the later version has learned; may be negative.
+        rows: the changed rows, by site.
+    """
 
     learned: list[dict[str, Any]]
     forgotten: list[dict[str, Any]]
@@ -57,14 +70,13 @@ class VersionDiff:
 
 
 class Views:
-    """What can be seen of sessions. Every method raises NotFound for a session that is not there, and Conflict for one
-    of other slow weights."""
+    """Views of sessions. Every method raises NotFound for an unknown session, Conflict for other slow weights."""
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
 
     async def cells(self, tenant: Tenant, session: str) -> tuple[SessionMeta, list[SiteFill]]:
-        """How full each site is."""
+        """Return the session's meta and the fill of each site."""
         stored = await self._sessions.store.load(tenant.name, session)
         if stored is None:
             raise session_not_found(session)
@@ -76,23 +88,23 @@ class Views:
         return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in sites]
 
     async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, VersionDiff]:
-        """What lies between two versions that are kept. Raises Conflict for one that is not."""
+        """Return the difference between two kept versions. Raises Conflict for a version that is not kept."""
         history, stored = await self._load_consistent(tenant, session)
         loaded_model = self._sessions.loaded_model
         config = loaded_model.engine.memory_config(loaded_model.require_loaded_model(stored.meta))
-        # A full memory has 50,000 rows: that much is not for the event loop's thread.
+        # A full memory has 50,000 rows: comparing them would stop the event loop.
         rows, tokens = await asyncio.to_thread(_row_changes, history, stored, start, end, config)
         lines, entries = lineages(history), {entry["version"]: entry for entry in history.log}
         kept_tokens, decode = kept_tokens_of(history), loaded_model.tokenizer.decode
 
-        def only(one: int, other: int) -> list[dict[str, Any]]:
-            versions = [v if v > 0 else ~v for v in lines[one] if v not in lines[other]]
+        def only_in(version: int, other: int) -> list[dict[str, Any]]:
+            versions = [v if v > 0 else ~v for v in lines[version] if v not in lines[other]]
             return [with_text(entries[v], kept_tokens, decode) for v in versions if v in entries]
 
-        return stored.meta, VersionDiff(only(end, start), only(start, end), tokens, rows)
+        return stored.meta, VersionDiff(only_in(end, start), only_in(start, end), tokens, rows)
 
     async def _load_consistent(self, tenant: Tenant, session: str) -> tuple[History, StoredSession]:
-        """A session's history and its rows, both of the same version."""
+        """Return a session's history and rows, both of the same version."""
         for _ in range(MAX_READS):
             history = await self._sessions.store.history(tenant.name, session, undo=True)
             stored = await self._sessions.store.load(tenant.name, session)
@@ -113,7 +125,7 @@ def _fill(site: SiteConfig, slots: Slots) -> SiteFill:
 def _row_changes(
     history: History, stored: StoredSession, start: int, end: int, config: MemoryConfig
 ) -> tuple[dict[str, RowChanges], int]:
-    """What changed in the rows from one version to the other, by site, and in the number of learned tokens."""
+    """Return the changed rows from one version to the other, by site, and the change of the learned tokens."""
     old, new = state_delta_at(history, start, "from"), state_delta_at(history, end, "to")
     before, after = old.apply_to_rows(stored.sites), new.apply_to_rows(stored.sites)
     names = [site.name for site in config.sites]

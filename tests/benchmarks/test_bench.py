@@ -1,4 +1,4 @@
-"""`imprint bench`: what is told of timings, what is asked of a server, and a whole small run on real processes."""
+"""`imprint bench`: statistics of timings, targets, and a whole small run on real processes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ import torch
 from benchmarks import peers, report
 from benchmarks.run import Options, plan, run, sizes_for
 from benchmarks.scenarios import gaps_between, step_time
-from benchmarks.stage import QUICK
 from benchmarks.stream_timing import PeerError, StreamTiming, events
 from benchmarks.targets import TARGETS, PerformanceTarget
+from benchmarks.testbed import QUICK
 from benchmarks.texts import random_session
 from model.memory import MemoryConfig, Pool, SiteConfig
 from research.estimates import mean, percentiles, ratio
 from service.base_cache import resolve_gguf
+from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import CommandError
 from service.settings import Settings
-from service.versions.export_file import as_tensors, is_valid_site, pack_session, read_export, unpack_session
+from service.versions.export_file import pack_session, read_export, unpack_session
 
 TINY = replace(
     QUICK, prompt=16, tokens=6, prefill=64, streams=(3,), lengths=(4, 8), stream_tokens=4, batches=(1, 16),
@@ -36,7 +37,7 @@ TINY = replace(
 )  # fmt: skip
 
 
-# --- what is told of timings -----------------------------------------------------------------------------------------
+# --- statistics of timings -------------------------------------------------------------------------------------------
 
 
 def test_what_slows_a_round_slows_both_arms_and_leaves_their_ratio() -> None:
@@ -54,12 +55,12 @@ def test_an_interval_is_students_over_the_logarithms_of_the_rounds() -> None:
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     rng, truth = np.random.default_rng(0), 1.3
-    held = 0
+    covered = 0
     for _ in range(1000):
         found = mean(list(truth * np.exp(0.2 * rng.standard_normal(5))))
         assert found.low is not None and found.high is not None
-        held += found.low <= truth <= found.high
-    assert 0.93 <= held / 1000 <= 0.97
+        covered += found.low <= truth <= found.high
+    assert 0.93 <= covered / 1000 <= 0.97
 
 
 def test_one_round_has_no_interval_and_no_round_no_mean() -> None:
@@ -75,7 +76,7 @@ def test_percentiles_are_those_of_the_whole_sample() -> None:
 
 
 def test_a_step_is_timed_while_all_streams_are_at_work() -> None:
-    """Two streams of a token a second each; outside of their common time one is alone, and much faster."""
+    """Time two streams with a token per second each while both run. A stream alone is much faster."""
     first = StreamTiming(0, [0, 0.1, 0.2, 1, 2, 3, 4, 4.1, 4.2], 5, 9)
     second = StreamTiming(0, [1, 2, 3, 4], 5, 4)
     assert step_time([first, second], 1) == pytest.approx(1.0)
@@ -88,34 +89,36 @@ def test_a_gap_counts_where_it_overlaps_the_time_and_silence_counts_whole() -> N
 
 
 async def test_events_are_read_however_a_stream_is_cut() -> None:
-    told = [{"choices": [{"text": "a b"}]}, {"choices": [], "usage": {"completion_tokens": 1}}]
-    stream = b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in told) + b": ping\n\ndata: [DONE]\n\n"
+    expected = [{"choices": [{"text": "a b"}]}, {"choices": [], "usage": {"completion_tokens": 1}}]
+    stream = (
+        b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in expected) + b": ping\n\ndata: [DONE]\n\n"
+    )
     for size in (1, 7, len(stream)):
 
         async def parts(size: int = size) -> AsyncIterator[bytes]:
             for start in range(0, len(stream), size):
                 yield stream[start : start + size]
 
-        assert [event async for event in events(parts())] == told
+        assert [event async for event in events(parts())] == expected
 
 
-# --- made sessions ---------------------------------------------------------------------------------------------------
+# --- random sessions -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["lexical", "hidden"])
-def test_a_made_session_is_one_that_a_memory_could_have_written(kind: Any) -> None:
+def test_a_random_session_is_one_that_a_memory_could_have_written(kind: Any) -> None:
     slots, cell = (400, 4) if kind == "lexical" else (400, 1)
     site = SiteConfig("site", kind, slots=slots, cell=cell, k=2, width=8, layer=-1)
     config = MemoryConfig(64, (site,))
-    made = random_session(config, "made", "sha256:00", 1000, vocab_size=50)
-    assert made.meta.rows == slots  # all that there is room for
-    _, sites = unpack_session(*read_export(pack_session(made, ""), ""), config, vocab_size=50)
+    session = random_session(config, "random", "sha256:00", 1000, vocab_size=50)
+    assert session.meta.rows == slots  # every slot
+    _, sites = unpack_session(*read_export(pack_session(session, ""), ""), config, vocab_size=50)
     assert all(is_valid_site(name, batch, config, 50) for name, batch in sites.items())
     pool = Pool(config, rows=slots, sessions=1)
     index = pool.open(as_tensors(sites))
     assert pool.rows(index) == {"site": slots}
-    held = pool.dump(index)["site"]
-    assert np.array_equal(held.data.numpy(), made.sites["site"].data)
+    dumped = pool.dump(index)["site"]
+    assert np.array_equal(dumped.data.numpy(), session.sites["site"].data)
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ def test_a_made_session_is_one_that_a_memory_could_have_written(kind: Any) -> No
 
 @pytest.fixture(scope="module")
 def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Everything once, on a real server of the tiny base and a real `transformers` beside it."""
+    """Run every scenario once, on a real server of the tiny base and a real `transformers` process."""
     out = tmp_path_factory.mktemp("bench")
     page = out / "page.md"
     page.write_text(f"# Before\n\n{report.BEGIN}\nold\n{report.END}\n\nbehind\n")
@@ -148,7 +151,7 @@ def test_every_scenario_is_measured_for_every_arm_that_is_there(whole: tuple[Pat
             assert all(len(values) >= 1 and min(values) > 0 for values in arm.values())
 
 
-def test_a_peer_that_is_not_there_is_told_with_the_reason(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_a_missing_peer_is_reported_with_the_reason(whole: tuple[Path, dict[str, Any]]) -> None:
     missing = whole[1]["missing"]
     assert "--llama-server must be a program" in missing["llama.cpp"]
     assert missing["vllm"] == "it was not asked for"
@@ -159,7 +162,7 @@ def test_a_peer_that_is_not_there_is_told_with_the_reason(whole: tuple[Path, dic
     assert rows["decode ÷ `transformers` generate, batch 1"]["measured"]["value"] > 0
 
 
-def test_each_measured_row_says_what_limits_it(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_each_measured_target_describes_its_limit(whole: tuple[Path, dict[str, Any]]) -> None:
     measured = [row for row in whole[1]["reach"] if row["measured"] is not None]
     assert len(measured) >= 6
     for row in measured:
@@ -184,21 +187,21 @@ def test_the_results_are_written_and_the_page_is_changed_between_its_marks_alone
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"names": ["single", "nothing"]}, "scenarios must be among single, prefill, .*got nothing"),
         (
-            {"wanted": peers.PeerSelection(["ollama"])},
+            {"peer_selection": peers.PeerSelection(["ollama"])},
             "peers must be among transformers, llama.cpp, vllm or none, got ollama",
         ),
         ({"page": Path("no-page.md")}, "cannot read no-page.md"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_before_anything_is_begun(
-    changes: dict[str, Any], said: str, tmp_path: Path
+def test_invalid_options_are_refused_before_anything_starts(
+    changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     options = Options(tmp_path / "out", TINY, minutes=0.1)
-    with pytest.raises(CommandError, match=said):
+    with pytest.raises(CommandError, match=message):
         run(Settings(), replace(options, **changes))
     assert not options.out.exists()
 
@@ -210,7 +213,7 @@ def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
         report.check_page(page)
 
 
-async def test_a_process_that_ends_early_is_told_by_its_last_words(tmp_path: Path) -> None:
+async def test_the_error_of_a_process_that_ends_early_has_its_last_log_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no such file', flush=True); raise SystemExit(3)"]
     process = peers.Process(command, tmp_path / "log", os.environ)
     with pytest.raises(PeerError, match="it did not start; the end of its log: no such file"):
@@ -220,11 +223,9 @@ async def test_a_process_that_ends_early_is_told_by_its_last_words(tmp_path: Pat
 def test_a_benchmark_takes_no_addresses_keys_or_limits_from_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("API_KEYS", "API_KEYS_FILE", "REDIS_URL", "TENANT_BYTES", "PORT", "SESSION_TTL_S", "PROOF_RATE"):
         monkeypatch.setenv(f"IMPRINT_{name}", "1")
-    given = {name for name in peers.measured_environment(2) if name.startswith("IMPRINT_")}
-    assert "IMPRINT_PROOF_RATE" in given
-    assert not given & {
-        f"IMPRINT_{name}" for name in ("API_KEYS", "API_KEYS_FILE", "REDIS_URL", "TENANT_BYTES", "PORT")
-    }
+    kept = {name for name in peers.measured_environment(2) if name.startswith("IMPRINT_")}
+    assert "IMPRINT_PROOF_RATE" in kept
+    assert not kept & {f"IMPRINT_{name}" for name in ("API_KEYS", "API_KEYS_FILE", "REDIS_URL", "TENANT_BYTES", "PORT")}
     assert peers.measured_environment(2)["OMP_NUM_THREADS"] == "2"
 
 
@@ -235,7 +236,7 @@ def test_a_base_that_is_no_gguf_file_has_none(tmp_path: Path) -> None:
     assert resolve_gguf(str(file), tmp_path, progress=print) == file
 
 
-# --- rows to reach ----------------------------------------------------------------------------------------------------
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,12 +244,12 @@ def test_a_base_that_is_no_gguf_file_has_none(tmp_path: Path) -> None:
     [([0.985, 0.99, 0.995], "aim"), ([1.04, 1.05, 1.06], "least"), ([1.19, 1.2, 1.21], "no"), ([0.5, 1.0, 2.0], "aim?"),
      ([0.6, 1.2, 2.4], "no?"), ([1.0], "aim?")],
 )  # fmt: skip
-def test_a_goal_is_reached_for_sure_only_where_the_whole_interval_says_so(rounds: list[float], reached: str) -> None:
-    row = PerformanceTarget("cost", 1.1, 1.02, False, lambda results: mean(rounds), lambda results: "")
-    assert row.told({})["reached"] == reached
+def test_a_target_is_reached_for_sure_only_with_the_whole_interval(rounds: list[float], reached: str) -> None:
+    target = PerformanceTarget("cost", 1.1, 1.02, False, lambda results: mean(rounds), lambda results: "")
+    assert target.evaluate({})["reached"] == reached
 
 
-def test_a_gpu_fills_the_rows_that_only_a_gpu_can() -> None:
+def test_a_gpu_measures_the_targets_that_need_a_gpu() -> None:
     assert "batch-256" in plan(sizes_for(Settings(device="cuda"), quick=False))
     about = {"device": "cuda", "weight_bytes": 270e6, "read_bytes_per_s": 2.7e12}  # read in 0.1 ms
     measured = {
@@ -258,7 +259,7 @@ def test_a_gpu_fills_the_rows_that_only_a_gpu_can() -> None:
     }
     scenarios = {name: {"arms": arms} for name, arms in measured.items()}
     results = {"about": about, "missing": {}, "scenarios": scenarios, "profile": {}}
-    gpu = [row for row in TARGETS if row.what.startswith("GPU")]
-    assert [row.value(results).value for row in gpu] == pytest.approx([4.0, 0.8, 1.5])
-    told = [row.told(results | {"about": about | {"device": "cpu"}})["reached"] for row in gpu]
-    assert told == ["not measured: there was no GPU"] * 3
+    gpu = [target for target in TARGETS if target.what.startswith("GPU")]
+    assert [target.value(results).value for target in gpu] == pytest.approx([4.0, 0.8, 1.5])
+    reached = [target.evaluate(results | {"about": about | {"device": "cpu"}})["reached"] for target in gpu]
+    assert reached == ["not measured: there was no GPU"] * 3

@@ -1,4 +1,4 @@
-"""Every arm is causal, normalised, and what its name says."""
+"""The arms: every arm is causal and normalised, and implements the method of its name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WORDS = range(3, 40)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of so few words that all of them can be tried."""
+    """Build a base with a vocabulary small enough to score every token."""
     return build_tiny_base(tmp_path_factory.mktemp("few") / "words", tiny_config(vocab_size=48, max_context=512))
 
 
@@ -59,7 +59,7 @@ def arms(lm: AdaptiveLM, folder: Path) -> dict[str, Arm]:
     def trainable() -> Backbone:
         return load_backbone(folder, trainable=True)
 
-    every: list[Arm] = [
+    all_arms: list[Arm] = [
         FrozenBase(),
         MemoryArm(lm, BOS),
         ClearedMemory(lm, BOS),
@@ -78,7 +78,7 @@ def arms(lm: AdaptiveLM, folder: Path) -> dict[str, Arm]:
         DynamicLoRA(trainable, BOS),
         DynamicAll(trainable, BOS),
     ]
-    return {arm.name: arm for arm in every}
+    return {arm.name: arm for arm in all_arms}
 
 
 NAMES = (
@@ -104,7 +104,7 @@ def fitted(arm: Arm) -> dict[str, float]:
 
 
 def outcome(arms: dict[str, Arm], name: str, lm: AdaptiveLM, requests: list[list[int]]) -> tuple[Outcome, Tensor]:
-    """An arm's outcome and log p, after the arms that it needs; its strongest setting, so that what it learns shows."""
+    """Return the outcome and log p of an arm with its strongest setting, after the arms that it requires."""
     it = subject(lm, 0, "a", requests)
     arm = arms[name]
     for need in arm.requires:
@@ -116,15 +116,15 @@ def outcome(arms: dict[str, Arm], name: str, lm: AdaptiveLM, requests: list[list
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_arm_says_one_number_for_each_target_and_tells_its_progress(
+def test_an_arm_gives_one_number_for_each_target_and_reports_its_progress(
     arms: dict[str, Arm], lm: AdaptiveLM, name: str
 ) -> None:
     _, log_probs = outcome(arms, name, lm, tokens(0))
-    told = log_probs[40:] if arms[name].part == "half" else log_probs
+    scored = log_probs[40:] if arms[name].part == "half" else log_probs
     assert log_probs.shape == (120,)
-    assert (told < 0).all()
-    assert told.isfinite().all()
-    assert log_probs[: 120 - len(told)].isnan().all()
+    assert (scored < 0).all()
+    assert scored.isfinite().all()
+    assert log_probs[: 120 - len(scored)].isnan().all()
     it, steps = subject(lm, 0, "a"), list[int]()
     for need in arms[name].requires:
         it.outcomes[need] = arms[need].run(it, arms[need].grid[0], lambda _: None)
@@ -134,18 +134,17 @@ def test_an_arm_says_one_number_for_each_target_and_tells_its_progress(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("at", [(1, 20), (2, 39)])
-def test_no_arm_sees_a_token_before_it_has_said_how_likely_it_is(
+def test_no_arm_sees_a_token_before_its_score(
     arms: dict[str, Arm], lm: AdaptiveLM, name: str, at: tuple[int, int]
 ) -> None:
     requests = tokens(0)
     changed = [list(request) for request in requests]
     changed[at[0]][at[1]] = 2
     before = 40 * at[0] + at[1]
-    _, told = outcome(arms, name, lm, requests)
-    _, told_changed = outcome(arms, name, lm, changed)
-    here = slice(0, before)
-    torch.testing.assert_close(told[here], told_changed[here], atol=1e-5, rtol=0, equal_nan=True)
-    assert told[before] != told_changed[before]
+    _, log_probs = outcome(arms, name, lm, requests)
+    _, log_probs_changed = outcome(arms, name, lm, changed)
+    torch.testing.assert_close(log_probs[:before], log_probs_changed[:before], atol=1e-5, rtol=0, equal_nan=True)
+    assert log_probs[before] != log_probs_changed[before]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dynamic-lora", "dynamic-all")])
@@ -162,13 +161,13 @@ def test_a_memory_repeats_what_it_has_read_and_a_cleared_one_does_not(arms: dict
     (request,) = tokens(3, (60,))
     frozen = outcome(arms, "static", lm, [request] * 3)[1]
     for name in ("memory", "cache", "ngrams", "dense", "dynamic-head", "dynamic-lora", "dynamic-all", "own-past"):
-        _, told = outcome(arms, name, lm, [request] * 3)
-        assert told[-60:].mean() > frozen[-60:].mean(), name
+        _, log_probs = outcome(arms, name, lm, [request] * 3)
+        assert log_probs[-60:].mean() > frozen[-60:].mean(), name
     cleared = outcome(arms, "cleared", lm, [request] * 3)[1]
     torch.testing.assert_close(cleared[:60], cleared[-60:])
 
 
-def test_a_cache_that_tells_no_states_apart_counts_words(lm: AdaptiveLM) -> None:
+def test_a_cache_with_theta_zero_counts_words(lm: AdaptiveLM) -> None:
     it = subject(lm, 0, "a", [[5, 6, 5, 7], [5, 6, 9, 5]])
     found = NeuralCache(whitening=None, limited=False, gated=False).run(it, {"theta": 0.0}, lambda _: None)
     expected = [0, 0, 1 / 2, 0, 2 / 4, 1 / 5, 0, 3 / 7]
@@ -228,7 +227,7 @@ def test_last_tokens_stand_before_the_request(lm: AdaptiveLM) -> None:
     torch.testing.assert_close(found[40:80], expected, atol=1e-4, rtol=0)
 
 
-def test_gradient_arms_start_anew_with_each_stream(arms: dict[str, Arm], lm: AdaptiveLM) -> None:
+def test_gradient_arms_reset_their_weights_for_each_stream(arms: dict[str, Arm], lm: AdaptiveLM) -> None:
     for name in ("dynamic-head", "dynamic-lora", "dynamic-all", "dense"):
         once, again = (outcome(arms, name, lm, tokens(0))[1] for _ in range(2))
         assert torch.equal(once, again), name
@@ -268,10 +267,10 @@ def test_another_sessions_memory_is_the_one_that_was_chosen(lm: AdaptiveLM) -> N
 def test_tuning_takes_the_best_setting_and_counts_kinds_alike(lm: AdaptiveLM) -> None:
     assert shares(["a", "a", "b"]) == [0.25, 0.25, 0.5]
 
-    class Told(FrozenBase):
+    class ScriptedLoss(FrozenBase):
         grid = ({"loss": 3.0}, {"loss": 1.0}, {"loss": math.inf}, {"loss": 2.0})
 
-    arm, it = Told(), subject(lm, 0, "a")
+    arm, it = ScriptedLoss(), subject(lm, 0, "a")
 
     def run(_: Subject, setting: object) -> Outcome:
         assert isinstance(setting, dict)

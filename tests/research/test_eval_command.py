@@ -1,4 +1,4 @@
-"""`imprint eval` as it is called: on files, without a server."""
+"""`imprint eval` as a command: on files, without a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from research.corpus import text_files
 from research.evaluation.trial import CHEAP, COSTLY
-from research.runs import ResultCache, key
+from research.runs import ResultCache, content_hash
 from tests.service.cli_in_process import run_rejected
 from tests.tiny import TEXT
 
@@ -28,7 +28,7 @@ QUICK = ("--arms", "memory,cache", "--probes", "none")
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three kinds of streams, two of each: words in random orders. One stream is shorter than the others."""
+    """Write two streams of each of three kinds, words in random order. One stream is shorter than the others."""
     folder = tmp_path_factory.mktemp("texts")
     words = TEXT.split()
     for kind in ("prose", "notes", "logs"):
@@ -58,7 +58,7 @@ def results(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Everything that there is, once: the folder and what was printed."""
+    """Run all arms and probes once, and return the folder and the output."""
     out = tmp_path_factory.mktemp("whole")
     adapter = out / "adapter.safetensors"
     save_file({"down": torch.randn(64, 2), "up": torch.randn(2, 64) / 10}, adapter)
@@ -68,7 +68,7 @@ def whole(tiny_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
     return out, done.stdout
 
 
-def test_every_arm_is_told_with_its_numbers(whole: tuple[Path, str]) -> None:
+def test_every_arm_is_reported_with_its_numbers(whole: tuple[Path, str]) -> None:
     found = results(whole[0])
     assert list(found["arms"]) == [*CHEAP, *COSTLY, "adapter"]
     assert found["about"]["kinds"] == ["logs", "notes", "prose"]
@@ -99,7 +99,7 @@ def test_arms_of_equal_bytes_keep_no_more_than_the_memory(whole: tuple[Path, str
         assert arms[name]["state_bytes"] <= arms["memory"]["state_bytes"]
 
 
-def test_every_probe_is_told_with_its_numbers(whole: tuple[Path, str]) -> None:
+def test_every_probe_is_reported_with_its_numbers(whole: tuple[Path, str]) -> None:
     probes = results(whole[0])["probes"]
     for times in ("once", "three times"):
         assert set(probes["facts"][times]) == {"0", "1000"}  # the streams hold no 10,000 tokens
@@ -119,7 +119,7 @@ def test_tables_plots_and_arrays_are_written(whole: tuple[Path, str]) -> None:
     for text in (printed, table):
         assert "dynamic-lora" in text
         assert "A→B→A" in text
-    assert "/" not in table.split("**")[0].replace("nats/token", "")  # no path of this machine
+    assert "/" not in table.split("**")[0].replace("nats/token", "")  # no path of the machine
     with np.load(out / "arrays.npz") as arrays:
         assert arrays["memory/notes/one"].shape == (256,)
         static, memory = arrays["static/notes/one"].astype(float), arrays["memory/notes/one"].astype(float)
@@ -130,7 +130,7 @@ def test_tables_plots_and_arrays_are_written(whole: tuple[Path, str]) -> None:
     assert drawn or "pip install 'imprint[plots]'" in printed
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_ends_the_same(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert evaluate(tiny_base, texts, "--out", whole, *SIZES, *QUICK).returncode == 0
     given = command(tiny_base, (texts, "--out", cut, *SIZES, *QUICK), {})
@@ -141,26 +141,26 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_base: Path, texts: Path, tm
     running.kill()
     running.wait()
     assert not (cut / "results.json").exists()
-    made = {path: path.stat().st_mtime_ns for path in (cut / "runs").glob("*.safetensors")}
+    written = {path: path.stat().st_mtime_ns for path in (cut / "runs").glob("*.safetensors")}
     assert evaluate(tiny_base, texts, "--out", cut, *SIZES, *QUICK).returncode == 0
-    assert all(path.stat().st_mtime_ns == at for path, at in made.items())
+    assert all(path.stat().st_mtime_ns == at for path, at in written.items())
     for name in ("memory", "cache"):
-        ours, theirs = (results(out)["arms"][name] for out in (cut, whole))
-        assert {**ours, "cost": 0} == {**theirs, "cost": 0}
+        resumed, uninterrupted = (results(out)["arms"][name] for out in (cut, whole))
+        assert {**resumed, "cost": 0} == {**uninterrupted, "cost": 0}
     assert {path.name for path in (whole / "runs").iterdir()} == {path.name for path in (cut / "runs").iterdir()}
 
 
-def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_result_is_not_loaded(tmp_path: Path) -> None:
     runs = ResultCache(tmp_path / "runs")
     assert runs.load("a") is None
     runs.save("a", {"x": torch.arange(3)}, {"seconds": 1.5})
-    kept = runs.load("a")
-    assert kept is not None
-    assert kept[0]["x"].tolist() == [0, 1, 2]
-    assert kept[1] == {"seconds": 1.5}
+    loaded = runs.load("a")
+    assert loaded is not None
+    assert loaded[0]["x"].tolist() == [0, 1, 2]
+    assert loaded[1] == {"seconds": 1.5}
     (tmp_path / "runs" / "a.safetensors").write_bytes(b"half of it")
     assert runs.load("a") is None
-    assert key("a", {"x": 1.0}) == key("a", {"x": 1.0}) != key("a", {"x": 2.0})
+    assert content_hash("a", {"x": 1.0}) == content_hash("a", {"x": 1.0}) != content_hash("a", {"x": 2.0})
 
 
 def test_a_file_beside_kinds_is_no_stream(texts: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_fault_is_one_line(
 def test_an_adapter_for_another_base_is_refused(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter.safetensors"
     save_file({"down": torch.randn(32, 2), "up": torch.randn(2, 32)}, adapter)
-    told = run_rejected(
+    message = run_rejected(
         "eval", texts, "--out", tmp_path / "out", *SIZES, "--adapter", adapter, settings={"MODEL": tiny_base}
     )
-    assert "adapter.safetensors" in told
+    assert "adapter.safetensors" in message

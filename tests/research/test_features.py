@@ -1,4 +1,4 @@
-"""Features are what the base makes of each request alone; a stream is cut as its seed says, and read back as it was."""
+"""Features: the outputs of the base on each request alone, the cut of a stream by its seed, and the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ids() -> list[int]:
     return drawn
 
 
-def test_features_are_what_the_base_makes_of_each_request(backbone: Backbone, ids: list[int], tmp_path: Path) -> None:
+def test_features_equal_the_outputs_of_the_base_by_request(backbone: Backbone, ids: list[int], tmp_path: Path) -> None:
     reported: list[int] = []
     compute_features(backbone, ids, [7, 4, 6], BOS, tmp_path / "one", progress=reported.append)
     assert reported == [7, 4, 6]
@@ -103,7 +103,7 @@ def test_states_beyond_half_precision_are_refused(backbone: Backbone, ids: list[
 def test_a_chunk_ends_with_its_stream(backbone: Backbone, ids: list[int], tmp_path: Path) -> None:
     compute_features(backbone, ids, [7, 4, 6], BOS, tmp_path / "one")
     features = StreamFeatures(tmp_path / "one")
-    shutil.rmtree(tmp_path / "one")  # it stays mapped
+    shutil.rmtree(tmp_path / "one")  # the mapped files stay readable
     assert features.chunk(2, 8).lengths == [6]
     assert features.chunk(0, 8).targets.tolist() == ids[:17]
 

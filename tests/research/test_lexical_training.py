@@ -1,4 +1,4 @@
-"""Training minimises what is served: its loss is that of the real site, and it reaches every number that it should."""
+"""Training of the lexical site: its loss is the loss of the served site, and every trained number has a gradient."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from torch import Tensor
 from model.memory import Memory, MemoryConfig, Pool, SiteConfig
 from model.memory.initial import random_memory
 from model.memory.lexical import torch_backend
-from research.training import features
-from research.training import settle as settling
+from research.training import features, gate_calibration
 from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
 from research.training.lexical import LexicalObjective
 
 VOCAB, WIDTH, BLOCK = 40, 96, 8
-# Every read sees every cell, and no cell ever forgets: then the limit that training assumes is the site itself.
+# Every read sees every cell, and no cell forgets, so the site equals the limit that training assumes.
 SITE = SiteConfig("words", "lexical", slots=4 * 256, k=4, width=64, cell=256)
 CONFIG = MemoryConfig(WIDTH, (SITE,), block=BLOCK)
 LENGTHS = [20, 8, 5, 17]
-ROUNDING = 5e-3  # nats a token, of keys that the site stores in eight bits
+ROUNDING = 5e-3  # nats per token; the site stores keys in eight bits
 
 
 def noise(seed: int) -> torch.Generator:
@@ -32,7 +31,7 @@ def noise(seed: int) -> torch.Generator:
 
 
 def some_memory() -> Memory:
-    """No weight of it zero, and no trust."""
+    """Return a memory without zero weights and without trust."""
     memory = random_memory(CONFIG, seed=0)
     site = memory.lexical
     assert site is not None
@@ -52,7 +51,7 @@ def head() -> Tensor:
 
 
 def stream(lengths: list[int] = LENGTHS) -> Chunk:
-    """Requests whose contexts come again, a little changed, mostly with the same target."""
+    """Return requests whose contexts recur with noise, mostly with the same target."""
     n, g = sum(lengths), noise(5)
     kinds = torch.randint(0, 6, (n,), generator=g)
     states = torch.randn(6, WIDTH, generator=g)[kinds] + 0.3 * torch.randn(n, WIDTH, generator=g)
@@ -71,7 +70,7 @@ def requests(chunk: Chunk) -> list[Chunk]:
 
 @torch.no_grad()
 def served(memory: Memory, chunk: Chunk) -> Tensor:
-    """−log p [n] of the same stream, read and written by the site itself, its guard open."""
+    """Return −log p [n] of a stream that the site itself reads and writes, with an open guard."""
     site, found = memory.lexical, []
     assert site is not None
     pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2)
@@ -107,8 +106,8 @@ def test_the_loss_is_that_of_the_stream_read_and_written_by_the_site_itself() ->
 
 
 @torch.no_grad()
-def test_nothing_is_known_of_a_token_before_its_block_is_written() -> None:
-    """The first block of a stream is the base's; a later request's first block knows all requests before it."""
+def test_a_token_is_visible_only_after_its_block_is_written() -> None:
+    """Check that the first block has the loss of the base, and that a later request sees all requests before it."""
     chunk = stream([BLOCK, BLOCK])
     objective = LexicalObjective(some_memory(), head())
     first, second = requests(chunk)
@@ -147,12 +146,12 @@ def test_gradients_reach_every_number_that_is_trained_and_no_other() -> None:
     loss.backward()
     named = dict(memory.named_parameters())
     trained = [p for group in objective.groups() for p in group["params"]]
-    left = {name for name, p in named.items() if not any(p is q for q in trained)}
+    untrained = {name for name, p in named.items() if not any(p is q for q in trained)}
     trust = {f"sites.words.{name}" for name in ("trust_rate", "request_trust", "request_trust_rate")}
-    assert left == {"sites.words.centres", *trust}
+    assert untrained == {"sites.words.centres", *trust}
     assert len(trained) == len(named) - 4, "each once"
     for name, p in named.items():
-        if name in left:
+        if name in untrained:
             assert p.grad is None
         else:
             assert p.grad is not None
@@ -192,10 +191,8 @@ def test_only_a_memory_of_one_lexical_site_is_trained() -> None:
             LexicalObjective(Memory(MemoryConfig(WIDTH, sites)), head())
 
 
-def test_settling_fits_the_gate_and_nothing_else_to_what_is_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settling, "STEPS", 100)
+def test_calibration_fits_only_the_gate_to_what_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_calibration, "STEPS", 100)
     chunk, memory = stream([30] * 12), some_memory()
     offsets = np.cumsum([0, *chunk.lengths])
     names = {"states": chunk.states.half(), "log_probs": chunk.log_probs, "entropy": chunk.entropy}
@@ -204,11 +201,11 @@ def test_settling_fits_the_gate_and_nothing_else_to_what_is_served(
         np.save(tmp_path / f"{name}.npy", array)
     before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
     worse = served(memory, chunk).mean()
-    told: list[int] = []
-    settling.settle(
-        memory, [StreamFeatures(tmp_path)] * 3, lambda states: states @ head().T, seed=0, progress=told.append
+    reported: list[int] = []
+    gate_calibration.calibrate_gate(
+        memory, [StreamFeatures(tmp_path)] * 3, lambda states: states @ head().T, seed=0, progress=reported.append
     )
-    assert sum(told) == 2 * 3, "two rounds"
+    assert sum(reported) == 2 * 3, "two rounds"
     assert served(memory, chunk).mean() < worse - 0.01
     changed = {name.split(".")[-1] for name, tensor in memory.state_dict().items() if not tensor.equal(before[name])}
     assert changed == {"gate_in", "gate_in_bias", "gate_out", "gate_out_bias"}

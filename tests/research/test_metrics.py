@@ -1,4 +1,4 @@
-"""What is told of arms, on arrays made by hand."""
+"""Metrics and descriptions of arms, on small handmade arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from research.evaluation.prequential import Stream, Trace
 NAN = math.nan
 
 
-def test_a_gain_is_a_mean_over_the_targets_that_are_told_and_chosen() -> None:
+def test_a_gain_is_a_mean_over_the_targets_that_are_predicted_and_selected() -> None:
     frozen = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     adapted = torch.tensor([NAN, -1.0, -1.0, -4.5])
     assert metrics.gain(adapted, frozen) == pytest.approx((1 + 2 - 0.5) / 3)
@@ -46,7 +46,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_an_exponent_turns_an_interval_round() -> None:
-    turned = metrics.Estimate(0.5, 0.1, 0.7).exp(-1)
+    turned = metrics.BootstrapEstimate(0.5, 0.1, 0.7).exp(-1)
     assert (turned.value, turned.low, turned.high) == pytest.approx((math.exp(-0.5), math.exp(-0.7), math.exp(-0.1)))
 
 
@@ -60,7 +60,7 @@ def test_gain_by_request_and_its_slope() -> None:
     assert math.isnan(metrics.slope([NAN, NAN, 0.4], [500, 500, 500]))
 
 
-def test_novelty_asks_the_request_first_and_then_the_history() -> None:
+def test_novelty_checks_the_request_first_and_then_the_history() -> None:
     targets = torch.tensor([5, 6, 5, 7, 6, 6, 8, 5])
     assert metrics.novelty(targets, [4, 4]).tolist() == [2, 2, 0, 2, 1, 0, 2, 1]
 
@@ -71,7 +71,7 @@ def test_perplexity_by_token_and_by_byte() -> None:
     assert (token, byte) == pytest.approx((math.exp(3), math.exp(2)))
 
 
-def test_groups_of_kinds_are_told_apart() -> None:
+def test_groups_of_kinds_have_separate_ratios() -> None:
     gains = {"a/1": 0.1, "a/2": 0.3, "b/1": 0.6, "c/1": NAN}
     kinds = {name: name[0] for name in gains}
     found = metrics.summary(gains, kinds, {"a", "c"})
@@ -87,37 +87,37 @@ def subject(name: str, kind: str, targets: list[int], lengths: list[int]) -> Sub
     parts = torch.tensor(targets).split(lengths)
     stream = Stream(name, kind, [part.tolist() for part in parts])
     n = len(targets)
-    said = torch.full((n,), -2.0)
-    trace = Trace(torch.zeros(n, 1), torch.tensor(targets), said, -said, torch.full((n,), 2), lengths)
+    log_probs = torch.full((n,), -2.0)
+    trace = Trace(torch.zeros(n, 1), torch.tensor(targets), log_probs, -log_probs, torch.full((n,), 2), lengths)
     return Subject(stream, trace, name)
 
 
-def test_an_arm_is_described_on_the_tokens_that_it_speaks_of() -> None:
+def test_an_arm_is_described_on_the_tokens_that_it_predicts() -> None:
     one, two = subject("a/1", "a", [5, 6, 5, 7], [2, 2]), subject("b/1", "b", [5, 5, 6, 6, 5, 7], [2, 2, 2])
     static = {s.stream.name: StreamScores(s.trace.log_probs, 0.0, 0, 2.0) for s in (one, two)}
     memory = {
         "a/1": StreamScores(torch.tensor([-2.0, -2.0, -1.0, -2.0]), 1.0, 100, 2.0),
         "b/1": StreamScores(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0, -1.0]), 3.0, 300, 2.0),
     }
-    own = {
+    own_past = {
         "a/1": StreamScores(torch.tensor([NAN, NAN, -1.5, -2.0]), 0.5, 100, 2.0),
         "b/1": StreamScores(torch.tensor([NAN, NAN, -2.0, -2.0, -2.0, -2.0]), 0.5, 100, 2.0),
     }
-    describer = Describer([one, two], {"static": static, "memory": memory, "own-past": own}, {"a"})
+    describer = Describer([one, two], {"static": static, "memory": memory, "own-past": own_past}, {"a"})
 
-    class Told(FrozenBase):
+    class Memory(FrozenBase):
         name = "memory"
 
-    told = describer.arm(Told())
-    assert told["ratio"]["all"]["value"] == pytest.approx(math.exp(-(1 / 4 + 2 / 6) / 2))
-    assert told["ratio"]["held_out"]["value"] == pytest.approx(math.exp(-2 / 6))
-    assert told["ratio_half"]["streams"] == pytest.approx({"a/1": math.exp(-1 / 2), "b/1": math.exp(-2 / 4)})
-    assert told["by_request"]["ratio"] == pytest.approx([1, math.exp(-(0.5 + 0) / 2), math.exp(-1)])
-    assert told["memory_over"]["all"]["value"] == 1
-    assert told["state_bytes"] == 200
-    assert told["cost"] == pytest.approx(1 + (1 / 2 + 3 / 2) / 2)
-    assert told["novelty"]["seen before"]["value"] == pytest.approx(math.exp(-(1 + 1) / 2))
-    assert told["perplexity_per_byte"] == pytest.approx(math.exp((7 / 8 + 10 / 12) / 2))
+    described = describer.arm(Memory())
+    assert described["ratio"]["all"]["value"] == pytest.approx(math.exp(-(1 / 4 + 2 / 6) / 2))
+    assert described["ratio"]["held_out"]["value"] == pytest.approx(math.exp(-2 / 6))
+    assert described["ratio_half"]["streams"] == pytest.approx({"a/1": math.exp(-1 / 2), "b/1": math.exp(-2 / 4)})
+    assert described["by_request"]["ratio"] == pytest.approx([1, math.exp(-(0.5 + 0) / 2), math.exp(-1)])
+    assert described["memory_over"]["all"]["value"] == 1
+    assert described["state_bytes"] == 200
+    assert described["cost"] == pytest.approx(1 + (1 / 2 + 3 / 2) / 2)
+    assert described["novelty"]["seen before"]["value"] == pytest.approx(math.exp(-(1 + 1) / 2))
+    assert described["perplexity_per_byte"] == pytest.approx(math.exp((7 / 8 + 10 / 12) / 2))
 
     class Half(PastMemory):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A stream is read request by request: scored before it is learned, and the same from a trace as through the base."""
+"""Prequential evaluation: tokens are scored before they are learned, and a replay equals a read through the base."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def test_cut_drops_the_partial_request_and_keeps_order() -> None:
 
 def test_a_trace_holds_each_request_by_itself(lm: AdaptiveLM) -> None:
     stream = Stream("a", "a", [request(0, 9), request(1, 5)])
-    seen: list[int] = []
-    trace = read_trace(lm.backbone, stream, BOS, lambda token: token % 7, seen.append)
+    reported: list[int] = []
+    trace = read_trace(lm.backbone, stream, BOS, lambda token: token % 7, reported.append)
     assert trace.targets.tolist() == [*stream.requests[0], *stream.requests[1]]
     assert trace.widths.tolist() == [token % 7 for token in trace.targets.tolist()]
     assert [part for part in trace.parts()] == [slice(0, 9), slice(9, 14)]
-    assert seen == [1, 1]
+    assert reported == [1, 1]
     alone = read_passage(lm.backbone, stream.requests[1], BOS)
     (_, second) = trace.passages()
     assert torch.equal(second.states, alone.states)
     torch.testing.assert_close(second.log_probs, alone.log_probs)
-    said = lm.backbone.logits(alone.states).softmax(-1)
-    torch.testing.assert_close(trace.entropy[9:], torch.special.entr(said).sum(-1))
+    probs = lm.backbone.logits(alone.states).softmax(-1)
+    torch.testing.assert_close(trace.entropy[9:], torch.special.entr(probs).sum(-1))
 
 
 def test_reading_scores_before_it_learns_and_predicting_leaves_no_trace(lm: AdaptiveLM) -> None:
@@ -73,7 +73,7 @@ def test_reading_scores_before_it_learns_and_predicting_leaves_no_trace(lm: Adap
 
 
 @pytest.mark.parametrize("size", [1, 62, 63, 64, 65, 127, 128, 200])
-def test_a_replay_equals_the_reading_through_the_base(lm: AdaptiveLM, size: int) -> None:
+def test_a_replay_equals_a_read_through_the_base(lm: AdaptiveLM, size: int) -> None:
     pool = lm.new_pool(rows=400_000, sessions=6)
     one, other = pool.open(), pool.open()
     for seed in (0, 1, 0):
@@ -99,6 +99,6 @@ def test_a_memory_below_the_output_is_read_through_the_base(tiny_base: Path) -> 
     ids = request(0)
     passage = read_passage(backbone, ids, BOS)
     one, other = pool.open(), pool.open()
-    followed = score_request(lm, pool, one, passage, BOS, learn=True)
-    assert torch.equal(followed, read(lm, pool, other, ids, BOS, learn=True))
-    assert not torch.allclose(followed, passage.log_probs, atol=1e-3)
+    scored = score_request(lm, pool, one, passage, BOS, learn=True)
+    assert torch.equal(scored, read(lm, pool, other, ids, BOS, learn=True))
+    assert not torch.allclose(scored, passage.log_probs, atol=1e-3)

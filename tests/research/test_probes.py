@@ -1,4 +1,4 @@
-"""Facts, keystrokes, cost and long sessions."""
+"""The probes: facts, keystrokes, cost, poison and long sessions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from research.evaluation.poison import harm, poison_streams
 from research.evaluation.prequential import read, read_passage
 
 BOS = 1
-OFTEN = 8  # enough for a memory that trusts nothing at first
+REPETITIONS = 8  # enough for a memory whose trust is low at first
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_invented_facts_differ_and_do_not_change() -> None:
     facts = invent_facts(48)
     assert facts == invent_facts(48)
     assert facts != invent_facts(48, seed=1)
-    for asked in ("cue", "paraphrase", "answer"):
-        assert len({getattr(fact, asked) for fact in facts}) == 48
+    for field in ("cue", "paraphrase", "answer"):
+        assert len({getattr(fact, field) for fact in facts}) == 48
     assert len({fact.cue.split()[1] for fact in facts}) >= 10
     assert all(fact.sentence == f"{fact.cue} {fact.answer}." for fact in facts)
     assert all(fact.answer not in fact.cue + fact.paraphrase for fact in facts)
@@ -55,7 +55,7 @@ def test_a_fact_is_recalled_token_by_token_or_not_at_all(lm: AdaptiveLM) -> None
     pool = lm.new_pool(rows=200_000, sessions=4)
     session = pool.open()
     ids = request(0, 20)
-    for _ in range(OFTEN):
+    for _ in range(REPETITIONS):
         read(lm, pool, session, ids, BOS, learn=True)
     state = pool.dump(session)
     assert recall(lm, pool, session, ids[:12], ids[12:], BOS)
@@ -72,7 +72,7 @@ def test_recall_is_asked_at_each_distance_that_the_fillers_reach(lm: AdaptiveLM,
     it = FactRecall(lm, tokenizer.encode, BOS, facts)
     fillers = [read_passage(lm.backbone, request(seed), BOS) for seed in range(4)]
     steps: list[int] = []
-    found = it.run(fillers, (0, 100, 240, 241), times=OFTEN, progress=steps.append)
+    found = it.run(fillers, (0, 100, 240, 241), times=REPETITIONS, progress=steps.append)
     assert set(found) == {"0", "100", "240"}
     assert sum(steps) == 240
     assert found["0"]["verbatim"] == 1
@@ -105,7 +105,7 @@ def test_a_memory_saves_keys_on_what_it_has_read(lm: AdaptiveLM, tokenizer: Toke
     assert (
         greedy_predictions(lm, pool, EMPTY_SESSION, ids, BOS) == lm.backbone.logits(frozen.states).argmax(-1).tolist()
     )
-    for _ in range(OFTEN):
+    for _ in range(REPETITIONS):
         read(lm, pool, session, ids, BOS, learn=True)
     shares = [
         saved_share(ids, greedy_predictions(lm, pool, s, ids, BOS), tokenizer.token_bytes)
@@ -144,21 +144,21 @@ def test_ratios_between_positions() -> None:
 
 
 def test_poisons_are_what_they_are_called() -> None:
-    made = poison_streams(300, 64)
-    assert made == poison_streams(300, 64)
-    assert all(len(ids) == 64 and all(0 <= i < 300 for i in ids) for ids in made.values())
-    assert len(set(made["one token repeated"])) == 1
-    context = made["alternating continuations"][:7]
-    assert made["alternating continuations"][8:15] == context
-    assert made["alternating continuations"][7] != made["alternating continuations"][15]
+    streams = poison_streams(300, 64)
+    assert streams == poison_streams(300, 64)
+    assert all(len(ids) == 64 and all(0 <= i < 300 for i in ids) for ids in streams.values())
+    assert len(set(streams["one token repeated"])) == 1
+    context = streams["alternating continuations"][:7]
+    assert streams["alternating continuations"][8:15] == context
+    assert streams["alternating continuations"][7] != streams["alternating continuations"][15]
 
 
 def test_harm_is_what_a_poisoned_session_loses(lm: AdaptiveLM) -> None:
     passages = [read_passage(lm.backbone, request(seed), BOS) for seed in (1, 2)]
-    told: list[int] = []
-    found = harm(lm, {"text": passages}, BOS, tokens=128, window=64, progress=told.append)
+    reported: list[int] = []
+    found = harm(lm, {"text": passages}, BOS, tokens=128, window=64, progress=reported.append)
     assert list(found) == list(poison_streams(300, 1))
-    assert sum(told) == 3 * 2
+    assert sum(reported) == 3 * 2
     pool = lm.new_pool(rows=200_000, sessions=3)
     session = pool.open()
     for start in (0, 64):

@@ -1,4 +1,4 @@
-"""`imprint train` as it is called: on files, killed, interrupted, by one process and by two."""
+"""`imprint train` as a command: on files, killed, interrupted, with one process and with two."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def words(number: int, seed: str) -> str:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three kinds: of several files, of one long file, and of one short file with nothing to spare."""
+    """Write three kinds: several files, one long file, and one file too short to hold a part out."""
     folder = tmp_path_factory.mktemp("texts")
     for kind, sizes in {"prose": [900, 20, 900, 900], "notes": [9000], "scraps": [700]}.items():
         (folder / kind).mkdir()
@@ -74,11 +74,11 @@ def draw(texts: Path, base: Path, folder: Path, budget: Budget = BUDGET) -> list
 
 def test_kinds_share_the_budget_and_some_files_are_held_out(texts: Path, tiny_base: Path, tmp_path: Path) -> None:
     streams = draw(texts, tiny_base, tmp_path)
-    held = [stream.name for stream in streams if stream.valid]
-    assert len(held) == 2  # a file of prose, a part of the one long note; nothing of the scraps
-    assert {name.split("/")[0] for name in held} == {"prose", "notes"}
+    held_out = [stream.name for stream in streams if stream.valid]
+    assert len(held_out) == 2  # a file of prose and a part of the long note
+    assert {name.split("/")[0] for name in held_out} == {"prose", "notes"}
     trained = [stream for stream in streams if not stream.valid]
-    assert not {stream.name for stream in trained} & set(held)
+    assert not {stream.name for stream in trained} & set(held_out)
     assert "prose/1" not in {stream.name for stream in streams}  # too short
     assert len({stream.id for stream in streams}) == len(streams)
     assert max(stream.tokens for stream in streams) <= 1500
@@ -98,7 +98,7 @@ def test_a_smaller_budget_still_has_every_kind(texts: Path, tiny_base: Path, tmp
 
 
 def test_an_adapter_is_trained_and_everything_is_written(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
-    out, work = tmp_path / "made" / "adapter.safetensors", tmp_path / "work"
+    out, work = tmp_path / "new" / "adapter.safetensors", tmp_path / "work"
     code, output, errors = train(tiny_base, texts, "--out", out, "--work", work, "--adapter", "--rank", 3, *SIZES)
     assert code == 0, errors
     assert {name: list(t.shape) for name, t in load_file(out).items()} == {"down": [64, 3], "up": [3, 64]}
@@ -123,7 +123,7 @@ def test_an_adapter_is_trained_and_everything_is_written(tiny_base: Path, texts:
 
 @pytest.fixture(scope="module")
 def memory(tiny_base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that was trained without a stop."""
+    """Train a memory without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     out = folder / "memory.safetensors"
     code, _, errors = train(tiny_base, texts, "--out", out, "--work", folder / "work", *SHORT)
@@ -146,17 +146,17 @@ def test_without_a_rank_the_adapter_is_as_large_as_the_memory(
     assert sizes[1] == pytest.approx(sizes[0], abs=64)
 
 
-def test_killed_and_interrupted_it_comes_to_the_same_end(
+def test_a_killed_and_interrupted_run_ends_in_the_same_bits(
     memory: Path, tiny_base: Path, texts: Path, tmp_path: Path
 ) -> None:
     cut = tmp_path / "cut"
-    for sign, there in ((signal.SIGKILL, "work/features/*"), (signal.SIGINT, "work/runs/*/latest")):
+    for sign, started in ((signal.SIGKILL, "work/features/*"), (signal.SIGINT, "work/runs/*/latest")):
         process = start(tiny_base, texts, "--out", cut / "a.safetensors", "--work", cut / "work", *SHORT)
-        while process.poll() is None and not list(cut.glob(there)):
+        while process.poll() is None and not list(cut.glob(started)):
             time.sleep(0.002)
         process.send_signal(sign)
         output, _ = process.communicate()
-        if sign == signal.SIGINT and process.returncode:  # it may have been at its end already
+        if sign == signal.SIGINT and process.returncode:  # the run may have ended before the signal
             assert process.returncode == 130
             assert "The same command goes on" in output
     code, _, errors = train(tiny_base, texts, "--out", cut / "a.safetensors", "--work", cut / "work", *SHORT)
@@ -166,15 +166,15 @@ def test_killed_and_interrupted_it_comes_to_the_same_end(
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_two_processes_do_what_one_does_with_twice_the_batch(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
-    made = []
+def test_two_processes_equal_one_with_twice_the_batch(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
+    adapters = []
     for processes, batch in ((1, 2), (2, 1)):
-        here = tmp_path / str(processes)
+        folder = tmp_path / str(processes)
         arguments = [
             "--out",
-            here / "a.safetensors",
+            folder / "a.safetensors",
             "--work",
-            here,
+            folder,
             "--adapter",
             "--rank",
             3,
@@ -184,9 +184,9 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tiny_base: Path, te
         ]
         code, _, errors = train(tiny_base, texts, *arguments, processes=processes)
         assert code == 0, errors
-        made.append(load_file(here / "a.safetensors"))
-    for name, tensor in made[0].items():
-        torch.testing.assert_close(made[1][name], tensor, rtol=0, atol=1e-7)
+        adapters.append(load_file(folder / "a.safetensors"))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_fault_is_one_line(tiny_base: Path, texts: Path, tmp_path: Path, argum
 def test_a_data_set_that_is_not_there_is_one_line(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # with the extra installed, nothing is to be asked over the network
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no network access, even with the extra installed
     outputs = ["--out", tmp_path / "a.safetensors", "--work", tmp_path, "--adapter"]
     code, _, errors = train(tiny_base, *outputs, *SHORT, "hf:owner/name")
     assert code == 1

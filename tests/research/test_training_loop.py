@@ -1,6 +1,6 @@
-"""The outer loop, on an objective with a state of its own: it learns, carries, outlives kills, runs on two processes.
+"""The outer loop on a toy objective with a state: it learns, carries states, resumes after kills, and runs in parallel.
 
-This file is also the program that those processes run: see `main`.
+This file is also the program of the tests' child processes: see `main`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SCHEDULE = Schedule(steps=12, lr=0.02, batch=2, span=2, validate_every=5)
 
 @dataclass(frozen=True)
 class Trace:
-    """What the toy memory keeps of a stream: a running mean, and how many requests it has seen."""
+    """The state of the toy memory: a running mean, and the number of requests."""
 
     mean: Tensor
     requests: int = 0
 
 
 class Toy:
-    """Logits from a state and from what was carried of the requests before; a bit of dropout draws random numbers."""
+    """An objective with logits from a hidden state and from the carried mean. Dropout draws random numbers."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -55,7 +55,8 @@ class Toy:
         )
         self.dropout = 0.0
         self.poison = False
-        self.chunks: list[tuple[int, bool]] = []  # trained: requests carried into each, whether gradients reach back
+        # Of each trained chunk: number of requests before the chunk, and whether the state has gradients.
+        self.chunks: list[tuple[int, bool]] = []
 
     def start(self) -> Trace:
         return Trace(torch.zeros(WIDTH))
@@ -69,8 +70,8 @@ class Toy:
             hidden = F.dropout(states, self.dropout, training=torch.is_grad_enabled())
             logits = hidden @ self.module["head"] + state.mean @ self.module["carry"]
             loss = loss + F.cross_entropy(logits, targets, reduction="sum")
-            seen = (self.module["head"][:, targets].mean(1) + states.mean(0)) / 2
-            state = Trace(0.5 * state.mean + 0.5 * seen, state.requests + 1)
+            target_mean = (self.module["head"][:, targets].mean(1) + states.mean(0)) / 2
+            state = Trace(0.5 * state.mean + 0.5 * target_mean, state.requests + 1)
         return loss * (math.nan if self.poison else 1.0), len(chunk.targets), state
 
     def detach(self, state: Trace) -> Trace:
@@ -84,21 +85,21 @@ class Toy:
 
 
 def write_streams(folder: Path, kind: str, requests: list[int]) -> list[Stream]:
-    """Streams of so many requests of 5 to 9 tokens; each favours some tokens of its own."""
-    made = []
+    """Write streams of requests of 5 to 9 tokens. Each stream prefers three tokens."""
+    streams = []
     for number, count in enumerate(requests):
-        draw = np.random.default_rng([len(kind), number])
-        offsets = np.cumsum([0, *draw.integers(5, 10, count)])
-        n, favoured = int(offsets[-1]), draw.integers(0, 5, 3)
-        here = folder / f"{kind}-{number}"
-        here.mkdir(parents=True)
-        np.save(here / "states.npy", draw.normal(size=(n, WIDTH), loc=1).astype(np.float16))
-        np.save(here / "targets.npy", favoured[draw.integers(0, 3, n)].astype(np.int32))
-        np.save(here / "log_probs.npy", np.full(n, -math.log(VOCAB), np.float32))
-        np.save(here / "entropy.npy", np.full(n, math.log(VOCAB), np.float32))
-        np.save(here / "offsets.npy", offsets)
-        made.append(Stream(here.name, kind, here))
-    return made
+        rng = np.random.default_rng([len(kind), number])
+        offsets = np.cumsum([0, *rng.integers(5, 10, count)])
+        n, preferred = int(offsets[-1]), rng.integers(0, 5, 3)
+        path = folder / f"{kind}-{number}"
+        path.mkdir(parents=True)
+        np.save(path / "states.npy", rng.normal(size=(n, WIDTH), loc=1).astype(np.float16))
+        np.save(path / "targets.npy", preferred[rng.integers(0, 3, n)].astype(np.int32))
+        np.save(path / "log_probs.npy", np.full(n, -math.log(VOCAB), np.float32))
+        np.save(path / "entropy.npy", np.full(n, math.log(VOCAB), np.float32))
+        np.save(path / "offsets.npy", offsets)
+        streams.append(Stream(path.name, kind, path))
+    return streams
 
 
 def corpus(folder: Path) -> tuple[list[Stream], list[Stream]]:
@@ -116,7 +117,7 @@ def trainer_in(
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """The module as the last save has it."""
+    """Return the weights of the last save."""
     step = int((folder / "run" / "latest").read_text())
     with torch.serialization.safe_globals([Trace, (Trace, "__main__.Trace")]):
         saved = torch.load(folder / "run" / f"step-{step:08}.0.pt", weights_only=True)
@@ -129,12 +130,12 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def losses(folder: Path) -> list[Record]:
-    """What was noted, without its seconds."""
+    """Return the records without their seconds."""
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_losses(folder / "run" / "losses.jsonl")]
 
 
 def main() -> None:
-    """Trains in a folder, step by step, slowly: a program to be killed, or run by several processes."""
+    """Train in a folder with pauses: a program that tests kill or run in several processes."""
     folder, batch, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     torch.set_num_threads(1)
     if dist.is_torchelastic_launched():
@@ -153,7 +154,7 @@ def program(*arguments: object, processes: int = 1) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, *launch, __file__, *map(str, arguments)], env=environment)
 
 
-def test_it_learns_and_keeps_the_best_of_what_it_validated(tmp_path: Path) -> None:
+def test_a_run_learns_and_keeps_the_best_validated_weights(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, dataclasses.replace(SCHEDULE, steps=60, validate_every=20))
     reported: list[Record] = []
     progress: list[tuple[str, int, int]] = []
@@ -180,7 +181,7 @@ def test_the_best_weights_end_up_in_the_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("forget", "sessions"), [(0.0, ["0 2 4 5 6 8 10 12 13 15 17 19"]), (1.0, ["0"] * 12)])
-def test_a_session_goes_on_from_stream_to_stream_until_it_is_forgotten_and_gradients_stop_between_chunks(
+def test_a_session_continues_over_streams_until_it_is_forgotten_and_gradients_stop_between_chunks(
     tmp_path: Path, forget: float, sessions: list[str]
 ) -> None:
     toy = Toy()
@@ -232,15 +233,15 @@ def test_a_run_that_only_skips_ends_with_a_clear_error(tmp_path: Path) -> None:
 
 def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
     trainer_in(tmp_path).run()
-    before, noted = weights(tmp_path), losses(tmp_path)
+    weights_before, losses_before = weights(tmp_path), losses(tmp_path)
     result: Progress = trainer_in(tmp_path).run()
     assert result.step == SCHEDULE.steps
-    assert equal(weights(tmp_path), before)
-    assert losses(tmp_path) == noted
+    assert equal(weights(tmp_path), weights_before)
+    assert losses(tmp_path) == losses_before
 
 
 def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
-    """Killed again and again, wherever it just is; random numbers, optimiser and streams in flight go on."""
+    """Kill a run repeatedly at arbitrary points: random numbers, optimiser and streams in flight resume."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         corpus(folder / "features")
@@ -267,17 +268,21 @@ def _latest(folder: Path) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         corpus(folder / "features")
     assert program(one, 2, 0, 0.3).wait() == 0
     assert program(two, 1, 0, 0.3, processes=2).wait() == 0
     assert equal(weights(one), weights(two))
-    for mine, theirs in zip(losses(one), losses(two), strict=True):
-        assert json.loads(json.dumps(mine), parse_float=lambda x: round(float(x), 9)) == json.loads(
-            json.dumps(theirs), parse_float=lambda x: round(float(x), 9)
-        )
+    for record, parallel_record in zip(losses(one), losses(two), strict=True):
+        assert rounded(record) == rounded(parallel_record)
+
+
+def rounded(record: Record) -> Record:
+    """Return a record with numbers of nine decimals."""
+    found: Record = json.loads(json.dumps(record), parse_float=lambda number: round(float(number), 9))
+    return found
 
 
 def test_streams_of_both_sorts_are_needed(tmp_path: Path) -> None:

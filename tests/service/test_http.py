@@ -11,11 +11,13 @@ import pytest
 from fastapi import FastAPI
 
 from service.errors import Overloaded, StoreUnavailable
-from service.http.middleware import install
+from service.http.install import install
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tenants import ApiKeys
-from service.turns.sessions import CompletionJob, Delta, RequestContext, Sessions, TurnEnd
+from service.turns.completion import CompletionJob, Delta, TurnEnd
+from service.turns.idempotency import RequestContext
+from service.turns.sessions import Sessions
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "m", "prompt": "a"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,17 @@ def test_every_route_has_words_and_examples_that_are_what_the_schemas_say(page: 
 def test_the_page_of_routes_and_errors_is_what_its_generator_prints() -> None:
     page = (ROOT / "docs" / "http.md").read_text()
     assert page == reference.markdown(), "write it again: python -m service.http.reference > docs/http.md"
+
+
+def test_every_row_of_the_pages_tables_is_complete() -> None:
+    tables = [block.splitlines() for block in reference.markdown().split("\n\n") if block.startswith("|")]
+    assert len(tables) == 2
+    for header, _, *rows in tables:
+        assert rows
+        for row in rows:
+            before, *cells, after = re.split(r"(?<!\\)\|", row)
+            assert before == after == "" and len(cells) == header.count("|") - 1, row
+            assert cells[0].strip() and cells[-1].strip(), row
 
 
 def test_the_examples_of_streams_are_events_of_chunks(page: Json) -> None:

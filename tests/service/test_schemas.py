@@ -19,7 +19,7 @@ from openai.types.chat import (
 from pydantic import ValidationError
 
 from service.errors import BadRequest
-from service.http.middleware import explain
+from service.http.error_responses import explain
 from service.http.schemas import (
     Body,
     ChatCompletionRequest,

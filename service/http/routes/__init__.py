@@ -1,1 +1,12 @@
-"""The routes, one file a subject."""
+"""The routes, one file a subject; `ROUTERS` has every router that the server includes."""
+
+from service.http.routes import openai, ops, page, policies, sessions
+
+ROUTERS = (
+    openai.router,
+    sessions.router,
+    sessions.files,
+    policies.router,
+    ops.router,
+    page.router,
+)

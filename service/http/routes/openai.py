@@ -1,83 +1,48 @@
 """OpenAI's routes: models, completions and chat completions, streamed or not."""
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Annotated, cast
 
-from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi import APIRouter, Header, Path, Response
 
 from model.text.sampling import SamplingParams
 from service.errors import BadRequest, NotFound
-from service.http.openapi_examples import EXAMPLES
+from service.http.dependencies import LearningRequest, LearningRequestDep, SessionsDep, idempotency_headers
+from service.http.disconnect import until_disconnect
+from service.http.json_route import JsonRoute
+from service.http.openapi import ERROR_RESPONSES, streamed_responses
 from service.http.replies import ChatCompletion, Completion, Model, ModelList, PolicyShape
 from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ResponseFormatter
-from service.http.routes.common import (
-    ERRORS,
-    EventStream,
-    LearningRequest,
-    LearningRequestDep,
-    SessionsDep,
-    V1Route,
-    get_metrics,
-    idempotency_headers,
-)
 from service.http.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
-from service.turns.sessions import (
-    ChatPrompt,
-    CompletionJob,
-    Delta,
-    GenerationOptions,
-    RequestContext,
-    Sessions,
-    TextPrompt,
-    TokenPrompt,
-    TurnEnd,
-    TurnRestarted,
-)
+from service.http.sse import EventStream
+from service.turns.completion import CompletionJob, GenerationOptions
+from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
+from service.turns.sessions import Sessions
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions only
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat completions have none
 STARTED = int(time.time())
 
-router = APIRouter(prefix="/v1", route_class=V1Route, responses=ERRORS, tags=["OpenAI"])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["OpenAI"])
 
 SessionHeader = Annotated[
     SessionId | None,
     Header(alias="X-Imprint-Session", description="Names the session if the body's `session` doesn't."),
 ]
-
-
 ModelId = Annotated[str, Path(description="The model's id.", examples=["smollm2-135m-instruct"])]
 
 
-def _streamed(chunk: str) -> dict[int | str, Json]:
-    """The documentation of an answer that may be a stream of such chunks."""
-    events = [json.dumps(example, separators=(",", ":")) for example in EXAMPLES[chunk]]
-    return {
-        200: {
-            "description": "The completion; or its chunks, `adaptation` on those with a `finish_reason`.",
-            "content": {
-                "text/event-stream": {
-                    "schema": {"type": "string"},
-                    "example": "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]),
-                }
-            },
-        }
-    }
-
-
-@router.get("/models", summary="List the served model")
+@router.get("/models", summary="List the served models")
 async def list_models(sessions: SessionsDep) -> ModelList:
-    """The served model, and the policies."""
-    return ModelList(
-        object="list", data=[_model(sessions), *(_policy(name, sessions) for name in sessions.loaded_model.policies)]
-    )
+    """List the language model and the policies that are served."""
+    policies = [_policy(name, sessions) for name in sessions.loaded_model.policies]
+    return ModelList(object="list", data=[_model(sessions), *policies])
 
 
-@router.get("/models/{id:path}", summary="Describe the served model")
+@router.get("/models/{id:path}", summary="Describe a served model")
 async def get_model(id: ModelId, sessions: SessionsDep) -> Model:
-    """The served model or a policy, by its id."""
+    """Describe the language model or a policy, by its id."""
     if id in sessions.loaded_model.policies:
         return _policy(id, sessions)
     _require_model(id, sessions)
@@ -85,18 +50,20 @@ async def get_model(id: ModelId, sessions: SessionsDep) -> Model:
 
 
 @router.post(
-    "/completions", summary="Continue a text", response_model=Completion, responses=_streamed("CompletionChunk")
+    "/completions",
+    summary="Continue a text",
+    response_model=Completion,
+    responses=streamed_responses("CompletionChunk"),
 )
 async def create_completion(
-    body: CompletionRequest,
-    sessions: SessionsDep,
-    learning: LearningRequestDep,
-    session: SessionHeader = None,
+    body: CompletionRequest, learning: LearningRequestDep, session: SessionHeader = None
 ) -> Json | Response:
-    """Continues each prompt; with a session, from its memory and teaching it."""
+    """Continue each prompt; with a session, use the session's memory and update the memory."""
+    sessions = learning.sessions
     _require_model(body.model, sessions)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = GenerationOptions(
-        max_tokens=_tokens("max_tokens", DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, sessions),
+        max_tokens=_within_context("max_tokens", max_tokens, sessions),
         sampling=_sampling(body, sessions),
         stop=body.stops,
         n=body.n or 1,
@@ -104,24 +71,25 @@ async def create_completion(
         logprobs=body.logprobs,
     )
     completion_job = _completion_job(body, _prompts(body, sessions), generation, session, learning.if_match)
-    formatter = CompletionFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning.request))
-    return await _answer(learning, sessions, completion_job, formatter, body.on_disconnect)
+    formatter = CompletionFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
+    return await _generate(learning, completion_job, formatter, body.on_disconnect)
 
 
 @router.post(
-    "/chat/completions", summary="Reply to a chat", response_model=ChatCompletion, responses=_streamed("ChatChunk")
+    "/chat/completions",
+    summary="Reply to a chat",
+    response_model=ChatCompletion,
+    responses=streamed_responses("ChatChunk"),
 )
 async def create_chat_completion(
-    body: ChatCompletionRequest,
-    sessions: SessionsDep,
-    learning: LearningRequestDep,
-    session: SessionHeader = None,
+    body: ChatCompletionRequest, learning: LearningRequestDep, session: SessionHeader = None
 ) -> Json | Response:
-    """Replies to a chat; with a session, from its memory and teaching it what the chat adds."""
+    """Reply to a chat; with a session, use the session's memory and update the memory with what is new in the chat."""
+    sessions = learning.sessions
     _require_model(body.model, sessions)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     generation = GenerationOptions(
-        max_tokens=_tokens(limit, getattr(body, limit), sessions),
+        max_tokens=_within_context(limit, getattr(body, limit), sessions),
         sampling=_sampling(body, sessions),
         stop=body.stops,
         n=body.n or 1,
@@ -129,8 +97,34 @@ async def create_chat_completion(
     )
     prompt = ChatPrompt([message.plain() for message in body.messages])
     completion_job = _completion_job(body, [prompt], generation, session, learning.if_match)
-    formatter = ChatFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning.request))
-    return await _answer(learning, sessions, completion_job, formatter, body.on_disconnect)
+    formatter = ChatFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
+    return await _generate(learning, completion_job, formatter, body.on_disconnect)
+
+
+async def _generate(
+    learning: LearningRequest,
+    completion_job: CompletionJob,
+    formatter: ResponseFormatter,
+    on_disconnect: str | None,
+) -> Json | Response:
+    """Run the turn, and answer with a stream or with one reply.
+
+    The first event of a stream is awaited here: an error before that event has a status of its own.
+    """
+    receive = learning.request.receive
+    if completion_job.stream:
+        work = learning.sessions.generate(learning.ctx, completion_job)
+        events = await until_disconnect(receive, work, on_disconnect)
+        headers = idempotency_headers(learning.ctx)
+        return EventStream(learning.request, formatter.stream(events), headers=headers, on_disconnect=on_disconnect)
+    reply = await until_disconnect(receive, _whole_reply(learning, completion_job, formatter), on_disconnect)
+    learning.response.headers.update(idempotency_headers(learning.ctx))
+    return reply
+
+
+async def _whole_reply(learning: LearningRequest, completion_job: CompletionJob, formatter: ResponseFormatter) -> Json:
+    async with aclosing(await learning.sessions.generate(learning.ctx, completion_job)) as events:
+        return await formatter.reply(events)
 
 
 def _model(sessions: Sessions) -> Model:
@@ -145,15 +139,22 @@ def _model(sessions: Sessions) -> Model:
 
 def _policy(name: str, sessions: Sessions) -> Model:
     config = sessions.loaded_model.policies[name].config
-    formatter = {field: getattr(config, field) for field in PolicyShape.model_fields}
-    policy_fingerprints = {"policy": sessions.loaded_model.policy_fingerprints[name]}
+    shape = PolicyShape(
+        task=config.task,
+        observation=config.observation_size,
+        context=config.context,
+        features=config.features,
+        actions=config.actions,
+        lowest=config.lowest,
+        highest=config.highest,
+    )
     return Model(
         id=name,
         object="model",
         created=STARTED,
         owned_by="imprint",
-        fingerprints=policy_fingerprints,
-        policy=PolicyShape(**formatter),
+        fingerprints={"policy": sessions.loaded_model.policy_fingerprints[name]},
+        policy=shape,
     )
 
 
@@ -166,14 +167,15 @@ def _require_model(model: str, sessions: Sessions) -> None:
         )
 
 
-def _tokens(param: str, given: int | None, sessions: Sessions) -> int | None:
-    if given is not None and given > sessions.context:
+def _within_context(param: str, max_tokens: int | None, sessions: Sessions) -> int | None:
+    """Return `max_tokens`. Raises BadRequest if the number exceeds the model's context."""
+    if max_tokens is not None and max_tokens > sessions.context:
         raise BadRequest(
-            f"'{param}' exceeds the context of {sessions.context} tokens, got {given}.",
+            f"'{param}' exceeds the context of {sessions.context} tokens, got {max_tokens}.",
             param=param,
             code="context_length_exceeded",
         )
-    return given
+    return max_tokens
 
 
 def _outside_vocabulary(param: str, token_id: int, sessions: Sessions) -> BadRequest:
@@ -200,12 +202,12 @@ def _sampling(body: GenerationRequest, sessions: Sessions) -> SamplingParams:
 
 def _prompts(body: CompletionRequest, sessions: Sessions) -> list[TextPrompt | TokenPrompt | ChatPrompt]:
     several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
-    given = cast(list[str | list[int]], body.prompt if several else [body.prompt])
+    prompts = cast(list[str | list[int]], body.prompt if several else [body.prompt])
     return [
         TextPrompt(prompt)
         if isinstance(prompt, str)
         else _token_prompt(f"prompt.{index}" if several else "prompt", prompt, sessions)
-        for index, prompt in enumerate(given)
+        for index, prompt in enumerate(prompts)
     ]
 
 
@@ -223,13 +225,17 @@ def _completion_job(
     header: str | None,
     if_match: str | None,
 ) -> CompletionJob:
-    """The turn to run. The session is the body's, else the header's, else OpenAI's `user`."""
+    """Return the job of the turn. The session is the body's, else the header's, else OpenAI's `user`.
+
+    Raises:
+        BadRequest: the fields contradict each other, or `user` cannot name a session.
+    """
     session = body.session or header
     if session is None and body.user is not None:
         session = session_id(body.user, "user")
     if session is None:
-        for param, given in (("adapt", body.adapt), ("learn", body.learn), ("If-Match", if_match)):
-            if given is not None:
+        for param, value in (("adapt", body.adapt), ("learn", body.learn), ("If-Match", if_match)):
+            if value is not None:
                 raise BadRequest(f"'{param}' needs a session; name one in 'session'.", param=param)
     choices = len(prompts) * generation.n
     if choices > 1 and body.learn in ("completion", "all"):
@@ -250,42 +256,5 @@ def _completion_job(
     )
 
 
-def _latency_recorder(request: Request) -> LatencyRecorder:
-    return LatencyRecorder(get_metrics(request), request.state.arrived)
-
-
-async def _answer(
-    learning: LearningRequest,
-    sessions: Sessions,
-    completion_job: CompletionJob,
-    formatter: ResponseFormatter,
-    on_disconnect: str | None,
-) -> Json | Response:
-    """Runs the turn, by default for as long as its client is there."""
-    if completion_job.stream:
-        events = await learning.run_until_disconnect(sessions.generate(learning.ctx, completion_job), on_disconnect)
-        return EventStream(learning.request, events, formatter, on_disconnect)
-    reply = await learning.run_until_disconnect(
-        _collect_reply(sessions, learning.ctx, completion_job, formatter), on_disconnect
-    )
-    learning.response.headers.update(idempotency_headers(learning.request))
-    return reply
-
-
-async def _collect_reply(
-    sessions: Sessions, ctx: RequestContext, completion_job: CompletionJob, formatter: ResponseFormatter
-) -> Json:
-    """The reply in one piece."""
-    deltas: list[Delta] = []
-    end: TurnEnd | None = None
-    async with aclosing(await sessions.generate(ctx, completion_job)) as events:
-        async for event in events:
-            if isinstance(event, TurnEnd):
-                end = event
-            elif isinstance(event, TurnRestarted):
-                deltas.clear()
-            else:
-                formatter.record_latency(event.choice)
-                deltas.append(event)
-    assert end is not None, "a turn ends with a TurnEnd"
-    return formatter.reply(deltas, end)
+def _latency_recorder(learning: LearningRequest) -> LatencyRecorder:
+    return LatencyRecorder(learning.metrics, learning.request.state.arrived)

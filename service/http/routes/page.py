@@ -1,4 +1,4 @@
-"""The page at `/` and the files it is made of. They come with the package; nothing else of it can be reached."""
+"""The playground at `/` and its files. The files come with the package, and no other file of it is served."""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -16,13 +16,13 @@ PARTS = (
 FILES = {"/": ("index.html", "text/html")} | {
     f"/playground/{name}": (name, TYPES[name.rpartition(".")[2]]) for name in PARTS
 }
-POLICY = (
+CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked about each time, so that a page never meets another release's script
-    "Content-Security-Policy": POLICY,
+    "Cache-Control": "no-cache",  # browsers revalidate each file: a page never runs a script of another release
+    "Content-Security-Policy": CONTENT_POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -31,12 +31,13 @@ router = APIRouter(include_in_schema=False)
 
 
 def _serve(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    """Return a handler that serves one file of the playground, or 304 to a client that has the file."""
     content = (files("service") / "playground" / name).read_bytes()
     headers = HEADERS | {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
 
     async def serve(request: Request) -> Response:
-        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-        if "*" in known or headers["ETag"] in known:
+        client_tags = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if "*" in client_tags or headers["ETag"] in client_tags:
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers, media_type=media_type)
 

@@ -1,4 +1,4 @@
-"""What every scenario stands on: the arms, their texts and sessions, and rounds in which the arms take turns."""
+"""The testbed of the scenarios: the arms, their prompts and sessions, and rounds in which the arms take turns."""
 
 from __future__ import annotations
 
@@ -15,28 +15,36 @@ from model.memory import MemoryConfig
 from service.versions.export_file import pack_session
 
 TEMPLATE_SESSION = "teacher"
-MAX_BUDGET_OVERRUN = 2.0  # times its budget that a scenario may take for the sake of its rounds
-FORK_CONCURRENCY = 8  # sessions that are made at the same time
+MAX_BUDGET_OVERRUN = 2.0  # factor by which a scenario may exceed its budget to finish the minimum of rounds
+FORK_CONCURRENCY = 8  # sessions that are forked at the same time
 
-Values = dict[str, dict[str, list[float]]]  # by arm and by what was measured, one value a round
+Values = dict[str, dict[str, list[float]]]  # by arm and quantity, with one value for each round
 MeasureOnce = Callable[[Any, int], Awaitable[dict[str, float]]]
 
 
 class Progress(Protocol):
-    """Told how far a scenario is, as a share of its time."""
+    """A callback with the finished share of a scenario's time."""
 
     def __call__(self, share: float) -> None: ...
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each scenario does; tokens unless said otherwise.
+    """The sizes of the scenarios, in tokens where no other unit is given.
 
-    prompt, tokens: of the single stream. prefill: of the prompt whose reading is timed. streams: how many at once.
-    lengths: of their prompts, in turn. batches: sequences in one decoding step. sessions: in all, against 5, each
-    client's session_turns a round. history: rows of sessions. states: parts of a full session. rate: requests a second,
-    for rate_s seconds. long_prompt: that comes in when streams, of `running` at most, have run for quiet_s seconds.
-    acts: of one session in a row. learned: by each session that is read. rounds: at least and at most.
+    prompt, tokens: prompt and completion of the single stream
+    prefill: prompt of the prefill scenario
+    streams: numbers of concurrent streams
+    lengths, stream_tokens: prompts and completion of concurrent streams
+    batches, batch_tokens: numbers of sequences in one decoding step, and completion of each
+    sessions, session_turns: number of sessions of the arm "many", and turns of each client in a round
+    history: numbers of learned tokens of the sessions in the history scenario
+    states: sizes of states as shares of a full session
+    rate, rate_s: requests per second, and seconds of a round
+    long_prompt, running, quiet_s: long prompt, completion of the running streams at most, and seconds before the prompt
+    acts: number of acts of one session
+    learned: tokens that the template session learns
+    rounds: minimum and maximum number of rounds
     """
 
     prompt: int = 128
@@ -84,9 +92,16 @@ QUICK = Sizes(
 
 
 @dataclass
-class Stage:
-    """imprint: our server. peers: those that are there, by name; missing: why the others are not. threads: of every
-    arm. model, vocab_size, config: of the base and its memory."""
+class Testbed:
+    """The measured servers with their prompts and sessions.
+
+    imprint: endpoint of this server
+    peers: available peers by name
+    missing: reasons why the other peers are not measured, by name
+    config, vocab_size, context: of the memory and the base
+    progress, budget_s: callback and time budget of the current scenario
+    known_sessions: names of the sessions that exist
+    """
 
     imprint: CompletionsEndpoint
     peers: dict[str, Arm]
@@ -101,27 +116,27 @@ class Stage:
     known_sessions: set[str] = field(default_factory=set)
 
     def arms(self, *adapt: str, peers: Iterable[str] = (), streams: int = 1) -> list[Arm]:
-        """Ours, memory "off", "predict" or "both", then the peers that are there, each fit for so many streams."""
-        ours: list[Arm] = [ImprintArm(name, self.imprint, None if name == "off" else name) for name in adapt]
-        others = [self.peers[name] for name in peers if name in self.peers]
-        return ours + [arm.for_streams(streams) if isinstance(arm, PeerArm) else arm for arm in others]
+        """Return arms of this server with memory "off", "predict" or "both", and the available peers for `streams`."""
+        imprint_arms: list[Arm] = [ImprintArm(name, self.imprint, None if name == "off" else name) for name in adapt]
+        available = [self.peers[name] for name in peers if name in self.peers]
+        return imprint_arms + [arm.for_streams(streams) if isinstance(arm, PeerArm) else arm for arm in available]
 
     async def rounds(self, arms: Sequence[Arm], measure_once: MeasureOnce, *, budget_s: float | None = None) -> Values:
-        """Measures the arms in turns, each round in the other direction, for as long as there is time.
+        """Measure the arms in turns, in alternating direction, as long as the time budget allows.
 
-        On a machine that is far too slow for it there are fewer rounds than the sizes ask for. A peer that fails is
-        left out from then on. Raises PeerError where one of ours fails.
+        A machine that is far too slow runs fewer rounds than the minimum. A peer that fails is left out from then on.
+        Raises PeerError if an arm of this server fails.
         """
         budget = self.budget_s if budget_s is None else budget_s
-        least, most = self.sizes.rounds
+        min_rounds, max_rounds = self.sizes.rounds
         values: Values = {arm.name: {} for arm in arms}
-        left, begun = list(arms), time.monotonic()
-        for number in range(most):
-            spent = time.monotonic() - begun
-            late = number >= least and spent * (number + 1) / number > budget
+        remaining, started = list(arms), time.monotonic()
+        for number in range(max_rounds):
+            spent = time.monotonic() - started
+            late = number >= min_rounds and spent * (number + 1) / number > budget
             if late or (number and spent > MAX_BUDGET_OVERRUN * budget):
                 break
-            for arm in left if number % 2 == 0 else left[::-1]:
+            for arm in remaining if number % 2 == 0 else remaining[::-1]:
                 try:
                     found = await measure_once(arm, number)
                 except PeerError as error:
@@ -130,17 +145,17 @@ class Stage:
                     self.missing[arm.name] = str(error)
                     self.peers.pop(arm.name, None)
                     del values[arm.name]
-                    left = [other for other in left if other is not arm]
+                    remaining = [other for other in remaining if other is not arm]
                 else:
-                    for what, value in found.items():
-                        values[arm.name].setdefault(what, []).append(value)
-                self.progress(min(1.0, (time.monotonic() - begun) / budget))
+                    for quantity, value in found.items():
+                        values[arm.name].setdefault(quantity, []).append(value)
+                self.progress(min(1.0, (time.monotonic() - started) / budget))
         return values
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def create_template_session(self) -> None:
-        """The session that all others are forks of: it has really learned."""
+        """Create the session that the others are forked from, which learns a text."""
         text = self.texts.cut("teacher", self.sizes.learned)
         step = self.context // 2
         for start in range(0, len(text), step):
@@ -149,7 +164,7 @@ class Stage:
         self.known_sessions.add(TEMPLATE_SESSION)
 
     async def fork_sessions(self, group: str, count: int) -> None:
-        """Sessions `<group>-0`, `<group>-1`, … that have learned what the teacher has, as far as they are not there."""
+        """Fork the missing sessions of `<group>-0`, `<group>-1`, … from the template session."""
         if TEMPLATE_SESSION not in self.known_sessions:
             await self.create_template_session()
         new = [name for name in (f"{group}-{i}" for i in range(count)) if name not in self.known_sessions]
@@ -162,19 +177,19 @@ class Stage:
         self.known_sessions.update(new)
 
     async def create_session(self, name: str, rows: int) -> int:
-        """A session with so many rows at each site, or as many as there is room for; returns how many those are."""
+        """Create a session with `rows` random rows at each site, or as many as fit, and return the number of rows."""
         if TEMPLATE_SESSION not in self.known_sessions:
             await self.create_template_session()
         model = (await self.imprint.http.get(f"/v1/sessions/{TEMPLATE_SESSION}")).json()["model"]
-        made = random_session(self.config, name, model, rows, self.vocab_size)
-        answer = await self.imprint.http.put(f"/v1/sessions/{name}/import", content=pack_session(made, ""))
+        session = random_session(self.config, name, model, rows, self.vocab_size)
+        answer = await self.imprint.http.put(f"/v1/sessions/{name}/import", content=pack_session(session, ""))
         if not answer.is_success:
             raise PeerError(f"imprint refused a session of {rows} rows: {answer.text[:200]}")
         self.known_sessions.add(name)
         return int(answer.json()["rows"])
 
     async def warm_up(self, arms: Iterable[Arm], streams: int = 1) -> None:
-        """Each arm once, unmeasured, with as many users as it will have; their sessions are made before."""
+        """Run each arm once without measuring, with `streams` users, and fork the sessions of the users before."""
         for arm in arms:
             if isinstance(arm, ImprintArm) and arm.adapt is not None:
                 await self.fork_sessions(arm.group or arm.name, streams)
@@ -183,7 +198,7 @@ class Stage:
                 await asyncio.gather(*(arm.generate(prompt, 2, stream=stream) for stream in range(streams)))
             except PeerError:
                 if isinstance(arm, ImprintArm):
-                    raise  # a peer's fault is told by its first round
+                    raise  # the first round reports the fault of a peer
 
     async def _post(self, path: str, body: dict[str, Any]) -> None:
         answer = await self.imprint.http.post(path, json=body)

@@ -1,0 +1,5 @@
+"""The kinds of memory sites, apart from `model.memory` because the Python client needs the kinds without torch."""
+
+from typing import Literal
+
+SiteKind = Literal["lexical", "hidden", "journal"]

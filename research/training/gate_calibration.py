@@ -1,0 +1,154 @@
+"""The calibration of a trained memory's gate on sessions as they are served.
+
+Training scores all pairs that a stream has written. Serving finds only the rows of the nearest cells, which agree with
+the target more often than all pairs. The gate is therefore fitted once more, to sessions that the served rule has read
+and written: first without the trust of a request, which would hide an overconfident gate, then with the trust.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.memory import Draft, LexicalReadout, LexicalSite, Memory, Pool
+from model.memory.lexical import torch_backend
+from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
+
+REQUESTS = 6  # of a stream that are read in one session
+FORGET = 0.5  # probability that a session ends after a stream; else another stream follows
+STEPS, BATCH, RATE = 2000, 4096, 2e-3
+
+
+class GateExamples(NamedTuple):
+    """The examples of n tokens that the gate is fitted to.
+
+    inputs [n, F]: inputs of the gate
+    trust [n]: trust of the request
+    heads [n, H]: probability of the target under each head of the memory
+    frozen [n]: log p of the target under the base, in nats
+    """
+
+    inputs: Tensor
+    trust: Tensor
+    heads: Tensor
+    frozen: Tensor
+
+
+def calibrate_gate(
+    memory: Memory,
+    streams: Sequence[StreamFeatures],
+    logits: Callable[[Tensor], Tensor],
+    *,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Fit the gate of the lexical site to streams that are read in sessions of changing subjects.
+
+    logits: maps final hidden states [n, d] to logits [n, V] of the base
+    progress: called once for each stream in each of the two rounds
+    Returns the mean loss minus the frozen base's, in nats per token. Raises ValueError for a memory without a lexical
+    site.
+    """
+    site = memory.lexical
+    if site is None:
+        raise ValueError("only a memory with a lexical site has a gate to calibrate")
+    for with_trust in (False, True):
+        with torch.no_grad():
+            parts = list(_replay_as_served(memory, site, streams, logits, seed, progress, with_trust=with_trust))
+        gain = _fit(site, GateExamples(*(torch.cat(column) for column in zip(*parts, strict=True))), seed)
+    return gain
+
+
+def _replay_as_served(
+    memory: Memory,
+    site: LexicalSite,
+    streams: Sequence[StreamFeatures],
+    logits: Callable[[Tensor], Tensor],
+    seed: int,
+    progress: Callable[[int], None],
+    *,
+    with_trust: bool,
+) -> Iterator[GateExamples]:
+    """Yield the examples of each block of the streams, replayed without the trust and the guards of a session."""
+    rng, device = random.Random(seed), site.key_weight.device
+    pool = Pool(memory.config, rows=3 * site.config.slots, sessions=2, device=device)
+    session = pool.open()
+    for stream in rng.sample(list(streams), len(streams)):
+        first = rng.randrange(max(1, stream.requests - REQUESTS))
+        for number in range(first, min(first + REQUESTS, stream.requests)):
+            chunk, draft = stream.chunk(number, 1, device), pool.draft(session)
+            yield from _replay_request(site, pool, draft, chunk, logits, memory.config.block, with_trust=with_trust)
+            draft.commit()
+            pool.sites[site.config.name].session_scalars[session] = 0.0
+        if rng.random() < FORGET:
+            pool.close(session)
+            session = pool.open()
+        progress(1)
+
+
+def _replay_request(
+    site: LexicalSite,
+    pool: Pool,
+    draft: Draft,
+    chunk: Chunk,
+    logits: Callable[[Tensor], Tensor],
+    block: int,
+    *,
+    with_trust: bool,
+) -> Iterator[GateExamples]:
+    """Yield the examples of each block of one request, and write the block to the draft."""
+    device = chunk.targets.device
+    ngram_hashes = torch_backend.hash_request_ngrams(chunk.targets, BOS_PLACEHOLDER)
+    trust = site.initial_trust() * with_trust
+    blocks = (part.split(block) for part in (chunk.states, chunk.targets, ngram_hashes))
+    for states, targets, context in zip(*blocks, strict=True):
+        base = torch_backend.predict(logits(states))
+        session_of = torch.full((len(targets),), draft.index, device=device)
+        keys, cells, num_empty_rows, found = site.find_candidates(pool, session_of, states, context, base)
+        frozen, (logit, shares) = base.log_prob(targets), site.gate(found, base.entropy, keys)
+        has_match, bias = shares.any(-1), trust[found.ngram_matches]
+        gamma = torch.sigmoid(logit + bias) * has_match
+        if has_match.any():
+            heads = (found.shares * (found.tokens == targets[:, None])[:, None]).sum(-1)
+            inputs = torch_backend.gate_inputs(found, base.entropy, keys)
+            yield GateExamples(inputs[has_match], bias[has_match], heads[has_match], frozen[has_match])
+        readout = LexicalReadout(
+            context, keys, cells, num_empty_rows, found.ngram_matches, found.tokens, shares, gamma, gamma
+        )
+        trust = site.updated_trust(trust, readout, targets, frozen) * with_trust
+        site.learn(draft, readout, targets, frozen)
+
+
+@torch.enable_grad()
+def _fit(site: LexicalSite, examples: GateExamples, seed: int) -> float:
+    """Fit the gate by Adam, and return the mean loss minus the frozen base's, in nats per token."""
+    weights = [site.gate_in, site.gate_in_bias, site.gate_out, site.gate_out_bias]
+    required = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_()
+    optimizer = torch.optim.Adam(weights, lr=RATE)
+    generator, n = torch.Generator().manual_seed(seed), len(examples.frozen)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        sampled = torch.randint(n, (BATCH,), generator=generator).to(examples.frozen.device)
+        optimizer.zero_grad()
+        _loss(site, GateExamples(*(part[sampled] for part in examples))).backward()
+        optimizer.step()
+    for weight, requires_grad in zip(weights, required, strict=True):
+        weight.requires_grad_(requires_grad)
+    with torch.no_grad():
+        return float(_loss(site, examples) + examples.frozen.mean())
+
+
+def _loss(site: LexicalSite, examples: GateExamples) -> Tensor:
+    """Return the mean −log p of the served mixture on the examples."""
+    logit, heads = torch_backend.gate_logits(examples.inputs, site.gate_weights)
+    gamma = torch.sigmoid(logit + examples.trust)
+    p = (1 - gamma) * examples.frozen.exp() + gamma * (heads * examples.heads).sum(-1)
+    return -(p + torch_backend.TINY).log().mean()

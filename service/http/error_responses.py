@@ -1,0 +1,119 @@
+"""Errors at the edge: every exception becomes an answer in OpenAI's shape, is counted, and logged where needed."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.routing import Match
+
+from service.errors import BadRequest, EngineError, ImprintError, MethodNotAllowed, NotFound
+from service.http.dependencies import get_metrics, idempotency_headers
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+NON_RETRYABLE = (409, 507)  # statuses that OpenAI's client would retry without success
+MAX_SHOWN_CHARS = 80  # characters of a client's value that an error message repeats
+
+log = logging.getLogger(__name__)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Let `app` answer the errors of routes, validation and routing."""
+    app.add_exception_handler(ImprintError, error_response)
+    app.add_exception_handler(RequestValidationError, _invalid_response)
+    app.add_exception_handler(404, _no_route_response)
+    app.add_exception_handler(405, _wrong_method_response)
+
+
+async def report_error(request: Request, error: Exception) -> ImprintError:
+    """Count `error`, and return the error that the client may see.
+
+    An error from outside the tree of `service.errors` is logged under the request's id, and its details are kept from
+    the client.
+    """
+    if not isinstance(error, ImprintError):
+        request_id = request.state.request_id
+        log.error("request %s failed", request_id, exc_info=error)
+        error = EngineError(
+            f"The server failed on this request; its log has more under {request_id}.", code="internal_error"
+        )
+    (await get_metrics(request)).errors_total.labels(error.code or error.type).inc()
+    return error
+
+
+async def error_response(request: Request, error: Exception) -> JSONResponse:
+    """Report `error`, and return the answer with its status, body and headers."""
+    reported = await report_error(request, error)
+    headers = {} if reported.retry_after is None else {"Retry-After": str(math.ceil(reported.retry_after))}
+    headers |= dict(reported.headers) | idempotency_headers(getattr(request.state, "ctx", None))
+    if reported.status in NON_RETRYABLE:
+        headers["x-should-retry"] = "false"
+    return JSONResponse(reported.body(), reported.status, headers)
+
+
+async def _invalid_response(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return await error_response(request, explain(error.errors()))
+
+
+async def _no_route_response(request: Request, error: Exception) -> JSONResponse:
+    route = f"{request.method} {request.url.path[:MAX_SHOWN_CHARS]}"
+    return await error_response(request, NotFound(f"There is no route {route}.", code="unknown_url"))
+
+
+async def _wrong_method_response(request: Request, error: Exception) -> JSONResponse:
+    # The router names the methods of only the first route of this path.
+    allowed = [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
+    message = f"{request.url.path[:MAX_SHOWN_CHARS]} takes {', '.join(allowed)}, not {request.method}."
+    response = await error_response(request, MethodNotAllowed(message))
+    response.headers["Allow"] = ", ".join(allowed)
+    return response
+
+
+def explain(faults: Sequence[Any]) -> BadRequest:
+    """Return an error that describes the first of pydantic's `faults`: the field, the limit and the value."""
+    fault = faults[0]
+    where, *path = (str(part) for part in fault["loc"] if not _is_union_tag(part))
+    param = ".".join(path)[: 2 * MAX_SHOWN_CHARS] or None
+    name = f"'{param}'" if param else f"The {where}"
+    match fault["type"]:
+        case "missing":
+            message = f"{name} is required."
+        case "extra_forbidden":
+            message = f"Unknown field {name}."
+        case "model_attributes_type" | "model_type":
+            message = f"{name} should be a JSON object, got {_shorten(fault['input'])}."
+        case _:
+            reason = fault["msg"][:1].lower() + fault["msg"][1:]
+            message = f"{name}: {reason}, got {_shorten(fault['input'])}."
+    return BadRequest(message, param=param)
+
+
+def _is_union_tag(part: str | int) -> bool:
+    return isinstance(part, str) and (part.startswith("<") or part == "[key]")
+
+
+def _shorten(value: Any) -> str:
+    """Return a short text in JSON's terms for a value that a client sent."""
+    match value:
+        case str():
+            shown = json.dumps(value[:MAX_SHOWN_CHARS], ensure_ascii=False)
+            return shown + ("…" if len(value) > MAX_SHOWN_CHARS else "")
+        case list():
+            return f"a list of {len(value)}"
+        case dict():
+            return "an object"
+        case int() if value.bit_length() > 64:
+            return f"an integer of {value.bit_length()} bits"
+        case None | bool() | int() | float():
+            return json.dumps(value)
+        case _:
+            return f"a {type(value).__name__}"

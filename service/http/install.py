@@ -1,0 +1,39 @@
+"""Assembling the HTTP edge: the routes, the handlers of errors, the middleware and the description of the API."""
+
+from fastapi import FastAPI
+
+from service.http.error_responses import add_error_handlers
+from service.http.middleware import (
+    PUBLIC_PATHS,
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    ErrorMiddleware,
+    MetricsMiddleware,
+    RateLimitMiddleware,
+    RequestIdMiddleware,
+)
+from service.http.openapi import describe_api
+from service.http.routes import ROUTERS
+from service.metrics import Metrics
+from service.settings import Settings
+from service.tenants import ApiKeys
+from service.turns.sessions import Sessions
+
+
+def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Settings, keys: ApiKeys) -> None:
+    """Make `app` serve `sessions`."""
+    app.state.sessions = sessions
+    app.state.metrics = metrics
+    metrics.ready_state.set_function(lambda: sessions.state == "ready")
+    app.router.redirect_slashes = False
+    for router in ROUTERS:
+        app.include_router(router)
+    add_error_handlers(app)
+    describe_api(app, keys_required=keys.required, public_paths=PUBLIC_PATHS)
+    # The middleware that is added last is the outermost.
+    app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes)
+    app.add_middleware(RateLimitMiddleware, sessions=sessions)
+    app.add_middleware(AuthMiddleware, keys=keys)
+    app.add_middleware(ErrorMiddleware)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
+    app.add_middleware(RequestIdMiddleware)

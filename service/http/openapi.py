@@ -1,0 +1,78 @@
+"""The descriptions in /openapi.json that FastAPI does not derive from the routes: headers, errors, streams, keys.
+
+The examples are data in `service/http/openapi_examples.py`.
+"""
+
+import json
+from collections.abc import Container
+from typing import Any
+
+from fastapi import FastAPI
+
+from service.http.openapi_examples import EXAMPLES
+from service.http.replies import ErrorReply
+from service.tenants import OPERATOR
+
+Json = dict[str, Any]
+Responses = dict[int | str, Json]
+
+ERROR_RESPONSES: Responses = {
+    "4XX": {"model": ErrorReply, "description": "The request can't be honoured; `param` names the field."},
+    "5XX": {
+        "model": ErrorReply,
+        "description": "The server can't answer now; `Retry-After` says when to try again.",
+    },
+}
+ETAG_HEADER: Json = {"ETag": {"schema": {"type": "string"}, "description": 'The session\'s version, such as `"v3"`.'}}
+ETAG_RESPONSES: Responses = {200: {"headers": ETAG_HEADER}}
+FILE_TYPE = "application/octet-stream"
+FILE_CONTENT: Json = {"content": {FILE_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+def streamed_responses(chunk: str) -> Responses:
+    """Return the description of an answer that may be a stream of chunks of the schema `chunk`."""
+    events = [json.dumps(example, separators=(",", ":")) for example in EXAMPLES[chunk]]
+    return {
+        200: {
+            "description": "The completion, or a stream of its chunks. The chunks with a `finish_reason` carry "
+            "`adaptation`.",
+            "content": {
+                "text/event-stream": {
+                    "schema": {"type": "string"},
+                    "example": "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]),
+                }
+            },
+        }
+    }
+
+
+def describe_api(app: FastAPI, *, keys_required: bool, public_paths: Container[str]) -> None:
+    """Add the examples to /openapi.json and, where the server has keys, the key that each route takes."""
+    generate = app.openapi
+
+    def openapi() -> Json:
+        spec = generate()
+        _add_examples(spec)
+        if keys_required:
+            _add_keys(spec, public_paths)
+        return spec
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_examples(spec: Json) -> None:
+    # FastAPI itself would drop the nulls of the examples.
+    for name, schema in spec["components"]["schemas"].items():
+        if name in EXAMPLES:
+            schema["examples"] = EXAMPLES[name]
+
+
+def _add_keys(spec: Json, public_paths: Container[str]) -> None:
+    spec["components"]["securitySchemes"] = {
+        name: {"type": "http", "scheme": "bearer", "description": f"A key of `imprint keys new {tenant}`."}
+        for name, tenant in (("tenant", "TENANT"), ("operator", OPERATOR))
+    }
+    for path, methods in spec["paths"].items():
+        scheme = "operator" if path == "/metrics" else "tenant"
+        for operation in methods.values():
+            operation["security"] = [] if path in public_paths else [{scheme: []}]

@@ -1,0 +1,58 @@
+"""Server-sent events: a response that streams the `data` of events. What the data says is no matter of this file."""
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from service.http.disconnect import until_disconnect
+from service.http.error_responses import report_error
+
+
+class EventStream(Response):
+    """A stream of server-sent events; `[DONE]` is the last one.
+
+    An error in the middle of the stream becomes one more event, because the status has been sent. The generator of the
+    events is closed, and its turn is committed or rolled back, when the response ends for whatever reason.
+
+    Args:
+        request: the request that the stream answers.
+        events: yields the `data` field of each event.
+        headers: headers of the response, beside those of every stream.
+        on_disconnect: as in `until_disconnect`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        request: Request,
+        events: AsyncGenerator[str, None],
+        *,
+        headers: Mapping[str, str],
+        on_disconnect: str | None,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
+        del self.headers["content-length"]
+        self._request = request
+        self._events = events
+        self._on_disconnect = on_disconnect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await until_disconnect(receive, self._stream(send), self._on_disconnect)
+
+    async def _stream(self, send: Send) -> None:
+        async def send_event(data: str, *, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
+
+        async with aclosing(self._events):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for data in self._events:
+                    await send_event(data)
+            except Exception as error:
+                reported = await report_error(self._request, error)
+                await send_event(json.dumps(reported.body()))
+        await send_event("[DONE]", more=False)

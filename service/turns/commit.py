@@ -1,0 +1,148 @@
+"""The commit of a turn, worked out from what the turn ran. `session_gate` writes the commit to the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from service.engine import JobFinished, JobStats, PolicyRequest
+from service.engine.stored_rows import as_batches
+from service.metrics import Metrics
+from service.store.base import SessionMeta
+from service.turns import prompts
+from service.turns.idempotency import RequestContext
+from service.turns.learned_tokens import digest, pack_learned_tokens
+from service.turns.plan import TurnPlan
+from service.turns.state_delta import StateDelta
+from service.types import Adaptation
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The content of one commit.
+
+    Attributes:
+        meta: the session's meta at the new version.
+        state_delta: the rows to write and the slots to clear.
+        log: the log entry, without its version.
+        text: the learned tokens, where unlearning needs them; empty = not kept.
+        tokens: number of tokens learned.
+    """
+
+    meta: SessionMeta
+    state_delta: StateDelta
+    log: dict[str, Any]
+    text: bytes
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TurnOutcome:
+    """The outcome of a turn. meta: the session after the turn, None without a session."""
+
+    meta: SessionMeta | None
+    adaptation: Adaptation
+    completion_tokens: int
+
+
+def build_commit(
+    ctx: RequestContext, plan: TurnPlan, jobs: Sequence[JobFinished], reply_digests: Sequence[str]
+) -> Commit | None:
+    """Return what to commit of a turn; None if the turn changed nothing."""
+    meta, done = plan.start_meta, _session_job(jobs)
+    if meta is None:
+        return None
+    digests = prompts.merge_digests(meta.digests, [*plan.digests, *reply_digests])
+    learned = done.rows or done.stats.tokens_learned or not set(digests) <= set(meta.digests)
+    if plan.state_delta is None and not learned:
+        return None
+    tokens, rows = pack_learned_tokens(plan.segments, done.learned_completions), as_batches(done.rows)
+    new, stats = next_meta(meta, done, digests), done.stats
+    log: dict[str, Any] = {
+        "kind": plan.kind,
+        "time": new.updated,
+        "digest": digest(tokens),
+        "tokens": stats.tokens_learned,
+        "rows": done.rows_written,
+        "loss": _mean_loss(stats),
+        "request_id": ctx.request_id,
+    }
+    if plan.origin is not None:
+        log["of"] = plan.origin
+    if stats.completion_tokens and len(plan.segments) == 1:
+        log["answer"] = [ctx.id, len(plan.segments[0].token_ids)]
+    return Commit(
+        new,
+        StateDelta({}, rows, {}) if plan.state_delta is None else plan.state_delta.with_rows(rows),
+        log,
+        tokens if new.options.get("keep_text") and plan.kind == "learn" else b"",
+        stats.tokens_learned,
+    )
+
+
+def next_meta(meta: SessionMeta, done: JobFinished, digests: tuple[str, ...]) -> SessionMeta:
+    """Return the meta of the version that a finished job makes of a session."""
+    stats = done.stats
+    return replace(
+        meta,
+        version=meta.version + 1,
+        tokens_learned=meta.tokens_learned + stats.tokens_learned,
+        rows=done.rows_held if done.rows else meta.rows,
+        bytes=done.bytes_held if done.rows else meta.bytes,
+        updated=time.time(),
+        proof_tokens=meta.proof_tokens + stats.proof_tokens,
+        loss_sum=meta.loss_sum + stats.proof_loss_sum,
+        frozen_loss_sum=meta.frozen_loss_sum + stats.proof_frozen_loss_sum,
+        requests=meta.requests + stats.segments_learned,
+        digests=digests,
+    )
+
+
+def outcome_of(plan: TurnPlan, jobs: Sequence[JobFinished], commit: Commit | None) -> TurnOutcome:
+    """Return what a turn did, as its last event tells it."""
+    done, completion_tokens = _session_job(jobs), sum(job.stats.completion_tokens for job in jobs)
+    before = 0 if plan.meta is None else plan.meta.version
+    meta = plan.meta if commit is None else commit.meta
+    after = before if meta is None else meta.version
+    learned = done.stats.tokens_learned
+    adaptation = Adaptation(learned, done.rows_written, _mean_loss(done.stats), before, after)
+    return TurnOutcome(meta, adaptation, completion_tokens)
+
+
+def record_jobs(metrics: Metrics, jobs: Sequence[JobFinished]) -> None:
+    """Count the tokens of the jobs of a turn."""
+    for done in jobs:
+        metrics.tokens_prefilled_total.inc(done.stats.prompt_tokens)
+        metrics.tokens_predicted_total.inc(done.stats.completion_tokens)
+
+
+def record_commit(
+    metrics: Metrics, policy_request: PolicyRequest | None, commit: Commit, jobs: Sequence[JobFinished]
+) -> None:
+    """Count what a committed turn learned and what the learning was worth."""
+    done, new = _session_job(jobs), commit.meta
+    stats = done.stats
+    if policy_request is None:
+        metrics.tokens_learned_total.inc(stats.tokens_learned)
+    else:
+        metrics.observe_rewards(policy_request, new.tokens_learned, stats)
+    metrics.rows_written_total.inc(done.rows_written)
+    metrics.guards_shut_total.inc(max(0, done.guards))
+    metrics.guards_opened_total.inc(max(0, -done.guards))
+    metrics.proof_tokens_total.inc(stats.proof_tokens)
+    metrics.proof_loss_nats_total.inc(stats.proof_loss_sum)
+    metrics.proof_frozen_loss_nats_total.inc(stats.proof_frozen_loss_sum)
+    if stats.proof_tokens:
+        gain = (new.frozen_loss_sum - new.loss_sum) / new.proof_tokens
+        metrics.session_gain_nats_per_token.observe(gain)
+
+
+def _session_job(jobs: Sequence[JobFinished]) -> JobFinished:
+    """Return the one job of a session's turn; an empty job for a turn that ran none."""
+    return jobs[0] if jobs else JobFinished(JobStats(), {})
+
+
+def _mean_loss(stats: JobStats) -> float | None:
+    return stats.loss_sum / stats.tokens_learned if stats.tokens_learned else None

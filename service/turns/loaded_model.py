@@ -1,0 +1,89 @@
+"""The model that the server has loaded, as turns see it: the engine, the tokenizer and the identity of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+
+from model.policies.network import Policy
+from model.text.tokenizer import Tokenizer
+from service.engine import Engine
+from service.errors import Conflict
+from service.store.base import Option, SessionMeta
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model of text and the policies that the server has loaded.
+
+    Attributes:
+        context: number of tokens that one request may hold.
+        fingerprints: fingerprints of the base and of the memory's slow weights, by part.
+        policies: the policies by name.
+        policy_fingerprints: the fingerprint of each policy's slow weights, by name.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    fingerprints: dict[str, str]
+    context: int
+    vocab_size: int
+    policies: dict[str, Policy] = field(default_factory=dict)
+    policy_fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def slow_weights(self) -> str:
+        """One fingerprint of everything that the rows of a text session depend on."""
+        return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
+
+    def policy_of(self, model: str) -> str | None:
+        """Return the policy that has the fingerprint `model`; "" for the model of text; None if neither has it."""
+        if model == self.slow_weights:
+            return ""
+        return next((name for name, own in self.policy_fingerprints.items() if own == model), None)
+
+    def require_model(self, meta: SessionMeta, policy: str = "") -> None:
+        """Raise Conflict unless the slow weights of `policy` (or of text, for "") wrote the session."""
+        expected = self.policy_fingerprints[policy] if policy else self.slow_weights
+        if meta.model != expected:
+            other = self.policy_of(meta.model)
+            trained_by = f"policy {other!r}" if other else "the model of text" if other == "" else "other slow weights"
+            asked = f"policy {policy!r}" if policy else "the model of text"
+            raise Conflict(
+                f"Session {meta.id!r} was learned by {trained_by} ({meta.model[:23]}…), not by {asked} "
+                f"({expected[:23]}…), and cannot be read with the latter.",
+                code="model_mismatch",
+            )
+
+    def require_loaded_model(self, meta: SessionMeta) -> str:
+        """Return the policy of a session ("" for text). Raise Conflict if its slow weights are not loaded."""
+        policy = self.policy_of(meta.model)
+        if policy is None:
+            self.require_model(meta)
+        return policy or ""
+
+    def row_vocab_size(self, policy: str = "") -> int:
+        """Return the number of tokens, or of actions for a policy, that a stored row may name."""
+        return self.policies[policy].config.actions if policy else self.vocab_size
+
+    def new_meta(self, name: str, options: dict[str, Option], policy: str = "") -> SessionMeta:
+        """Return the meta of a session that has learned nothing."""
+        now = time.time()
+        return SessionMeta(
+            id=name,
+            version=0,
+            model=self.policy_fingerprints[policy] if policy else self.slow_weights,
+            tokens_learned=0,
+            rows=0,
+            bytes=0,
+            created=now,
+            updated=now,
+            proof_tokens=0,
+            loss_sum=0.0,
+            frozen_loss_sum=0.0,
+            requests=0,
+            options=options,
+            digests=(),
+        )

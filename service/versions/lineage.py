@@ -1,0 +1,97 @@
+"""The lineage of a version: the learning turns that the version consists of, read from the session's history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from service.errors import Conflict, NotFound
+from service.store.base import History
+from service.turns.learned_tokens import unpack_learned_tokens
+
+
+def with_text(
+    entry: Mapping[str, Any], kept_tokens: Mapping[int, bytes], decode: Callable[[list[int]], str]
+) -> dict[str, Any]:
+    """Return a log entry with the text that its version learned; the text is None where no tokens are kept.
+
+    kept_tokens: the return value of `kept_tokens_of`.
+    """
+    packed = kept_tokens.get(entry["version"])
+    if packed is None:
+        return {**entry, "text": None}
+    parts = [(part.token_ids, part.learn or ()) for part in unpack_learned_tokens(packed)]
+    return {**entry, "text": "".join(decode([t for t, new in zip(*part, strict=True) if new]) for part in parts)}
+
+
+def kept_tokens_of(history: History) -> dict[int, bytes]:
+    """Return the packed learned tokens that are kept, by version."""
+    return {undo.version: undo.text for undo in history.undo if undo.text}
+
+
+def prompt_tokens_of(history: History, completion_key: str) -> list[int]:
+    """Return the prompt tokens of a completion; an empty list if the session did not keep the tokens.
+
+    Raises NotFound for a completion that is not in the session's log.
+    """
+    for entry in history.log:
+        name, length = entry.get("answer", ("", 0))
+        if name == completion_key:
+            learned_tokens = kept_tokens_of(history).get(entry["version"])
+            return list(unpack_learned_tokens(learned_tokens)[0].token_ids[:length]) if learned_tokens else []
+    raise NotFound(
+        f"'completion_id' names no completion of one prompt among the last commits of session {history.meta.id!r}.",
+        param="completion_id",
+        code="completion_not_found",
+    )
+
+
+def plan_unlearn(history: History, version: int) -> tuple[int, list[bytes]]:
+    """Return how to unlearn a version: the kept version to start from, and the packed tokens to learn again.
+
+    Raises Conflict if the session does not consist of the version, or if tokens that are needed are not kept.
+    """
+    lines = lineages(history)
+    now = lines[history.meta.version]
+    if version not in now:
+        raise Conflict(
+            f"'version' must be one that learned, is kept and has not been undone, got {version}.",
+            param="version",
+            code="version_not_kept",
+        )
+    remaining = [other for other in now if other != version]
+    base = max((v for v, line in lines.items() if line == remaining[: len(line)]), key=lambda v: (len(lines[v]), v))
+    texts = {undo.version: undo.text for undo in history.undo}
+    kept_tokens = []
+    for later in remaining[len(lines[base]) :]:
+        if not texts[later]:
+            raise Conflict(
+                f"'version' {version} can't be unlearned: the text of version {later}, learned later, was not kept "
+                "(session option 'keep_text').",
+                param="version",
+                code="text_not_kept",
+            )
+        kept_tokens.append(texts[later])
+    return base, kept_tokens
+
+
+def lineages(history: History) -> dict[int, list[int]]:
+    """Return the lineage of each kept version: the versions whose learned tokens it consists of, in order.
+
+    A complement (~v) stands for the whole content that the session had at version v.
+    """
+    entries = {entry["version"]: entry for entry in history.log}
+    first = history.undo[-1].version - 1 if history.undo else history.meta.version
+    lines = {first: [~first]}
+    for version in range(first + 1, history.meta.version + 1):
+        entry, before = entries.get(version, {}), lines[version - 1]
+        match entry.get("kind"), entry.get("of"):
+            case "learn", _:
+                lines[version] = [*before, version]
+            case "rollback", int(of) if of in lines:
+                lines[version] = lines[of]
+            case "unlearn", int(of) if of in before:
+                lines[version] = [other for other in before if other != of]
+            case _:
+                lines[version] = [~version]
+    return lines

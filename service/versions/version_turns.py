@@ -1,0 +1,155 @@
+"""The turns that change which content a session has: roll back, unlearn, fork, import, learn a kept completion.
+
+Each is one turn and makes one version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+
+from service.engine import Segment
+from service.errors import BadRequest, Conflict, VersionConflict
+from service.store.base import History, SessionMeta, SessionStore
+from service.tenants import Tenant
+from service.turns.commit import TurnOutcome
+from service.turns.learned_tokens import unpack_learned_tokens
+from service.turns.loaded_model import LoadedModel
+from service.turns.plan import TurnPlan
+from service.turns.prompts import message_digests
+from service.turns.run import Json, Turn
+from service.turns.session_gate import SessionHandle, SessionTarget, require_match, session_not_found
+from service.turns.state_delta import full_state_delta, state_delta_at
+from service.turns.text_turns import LearningTurn
+from service.versions.export_file import read_export, unpack_session
+from service.versions.lineage import plan_unlearn, prompt_tokens_of
+
+
+class VersionTurn(Turn[SessionMeta]):
+    """A turn whose only event is the session's meta after the turn; a subclass plans the new content."""
+
+    def __init__(self, store: SessionStore, target: SessionTarget) -> None:
+        self.target = target
+        self._store, self._session = store, target.session
+
+    def replayed(self, record: Json) -> Iterable[SessionMeta]:
+        return [SessionMeta(**record["session"] | {"digests": ()})]
+
+    def last_event(self, outcome: TurnOutcome) -> SessionMeta:
+        assert outcome.meta is not None
+        return outcome.meta
+
+    def record(self, last: SessionMeta) -> Json:
+        return {"session": asdict(replace(last, digests=()))}
+
+
+class RollbackTurn(VersionTurn):
+    """Makes a version with the content of an earlier version."""
+
+    def __init__(self, store: SessionStore, session: str, version: int, if_match: str | None) -> None:
+        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
+        self._version = version
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        history = await load_history(self._store, handle)
+        delta = state_delta_at(history, self._version)
+        return TurnPlan(handle.meta, state_delta=delta, kind="rollback", origin=self._version)
+
+
+class UnlearnTurn(VersionTurn):
+    """Makes a version as if `version` had never been learned: goes back before it and learns later tokens again.
+
+    The chat messages of the unlearned version stay known, so that a client that resends them does not teach them again.
+    """
+
+    def __init__(self, store: SessionStore, session: str, version: int, if_match: str | None) -> None:
+        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
+        self._version = version
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        history = await load_history(self._store, handle)
+        model.require_loaded_model(history.meta)
+        base, kept_tokens = plan_unlearn(history, self._version)
+        delta = state_delta_at(history, base)
+        delta = replace(delta, meta=delta.meta | {"digests": history.meta.digests})
+        segments = [segment for packed in kept_tokens for segment in unpack_learned_tokens(packed)]
+        return TurnPlan(handle.meta, segments, state_delta=delta, kind="unlearn", origin=self._version)
+
+
+class ForkTurn(VersionTurn):
+    """Makes a new session that has learned what another session has learned."""
+
+    def __init__(self, store: SessionStore, tenant: Tenant, source: str, new: str, if_match: str | None) -> None:
+        super().__init__(store, SessionTarget(new))
+        self._tenant, self._source, self._if_match = tenant, source, if_match
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        stored = await self._store.load(self._tenant.name, self._source)
+        if stored is None:
+            raise session_not_found(self._source)
+        require_match(self._if_match, stored.meta)
+        if handle.meta is not None:
+            raise Conflict(f"Session {self._session!r} exists already.", param="id", code="session_exists")
+        meta = replace(model.new_meta(self._session, stored.meta.options), model=stored.meta.model)
+        delta = full_state_delta(asdict(stored.meta), stored.sites, {})
+        return TurnPlan(meta, state_delta=delta, kind="fork", origin=self._source)
+
+
+class ImportTurn(VersionTurn):
+    """Gives a session the content of an export file, in place of what the session had."""
+
+    def __init__(
+        self, store: SessionStore, tenant: Tenant, session: str, data: bytes, key: str, if_match: str | None
+    ) -> None:
+        super().__init__(store, SessionTarget(session, if_match=if_match))
+        self._tenant, self._data, self._key = tenant, data, key
+        self.created = False
+
+    def replayed(self, record: Json) -> Iterable[SessionMeta]:
+        self.created = record["session"]["version"] == 1
+        return super().replayed(record)
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        manifest, arrays = read_export(self._data, self._key)
+        new = model.new_meta(self._session, {})
+        policy = model.require_loaded_model(replace(new, model=manifest["model"]))
+        config = model.engine.memory_config(policy)
+        manifest, sites = unpack_session(manifest, arrays, config, model.row_vocab_size(policy))
+        self.created = handle.meta is None
+        stored = None if self.created else await self._store.load(self._tenant.name, self._session)
+        meta = handle.meta or model.new_meta(self._session, {}, policy)
+        model.require_model(meta, policy)
+        delta = full_state_delta(manifest, sites, stored.sites if stored else {})
+        origin = f"{manifest['id']} v{manifest['version']}"
+        return TurnPlan(meta, state_delta=delta, kind="import", origin=origin)
+
+
+class KeptCompletionTurn(LearningTurn):
+    """Learns what a user kept of a completion, after the completion's prompt where the session keeps texts."""
+
+    def __init__(self, store: SessionStore, session: str, completion_key: str, text: str, if_match: str | None) -> None:
+        self.target = SessionTarget(session, if_match=if_match, may_create=False)
+        self._store, self._completion_key, self._text = store, completion_key, text
+
+    async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
+        assert handle.meta is not None
+        model.require_model(handle.meta)
+        tokenizer, max_tokens = model.tokenizer, model.context - 1
+        history = await load_history(self._store, handle)
+        prompt = prompt_tokens_of(history, self._completion_key) or [tokenizer.start_token_id]
+        learned = tokenizer.encode(self._text)[tokenizer.add_bos :]
+        if len(learned) > max_tokens:
+            raise BadRequest(f"'text' may have {max_tokens} tokens, got {len(learned)}.", param="text")
+        prompt = prompt[len(learned) - max_tokens - 1 :]
+        segment = Segment(prompt + learned, learn=[False] * len(prompt) + [True] * len(learned))
+        digests = list(message_digests([{"role": "assistant", "content": self._text}]))
+        return TurnPlan(handle.meta, [segment], digests=digests)
+
+
+async def load_history(store: SessionStore, handle: SessionHandle) -> History:
+    """Return the history of an acquired session. Raises VersionConflict if another replica changed the session."""
+    assert handle.meta is not None
+    history = await store.history(handle.ctx.tenant.name, handle.meta.id, undo=True)
+    if history is None or history.meta.state_id != handle.meta.state_id:
+        raise VersionConflict(f"Session {handle.meta.id!r} was changed by somebody else during this turn.")
+    return history
