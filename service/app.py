@@ -42,7 +42,7 @@ from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
-from service.store.base import RetentionConfig
+from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
 from service.tenants import ApiKeys, ApiKeysError
@@ -290,7 +290,7 @@ def _kv_tokens(backbone: Backbone, context: int) -> int:
     return max(context, int(KV_SHARE * free) // one)
 
 
-async def _watch_store(store: RedisStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
+async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
     """Measures the store, over and over."""
     while True:
         try:
