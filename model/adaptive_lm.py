@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.base.backbone import Backbone, KVCache
+from model.base.backbone import Backbone
+from model.base.kv_cache import KVCache
 from model.memory import Draft, LexicalReadout, Memory, Pool
 from model.memory.config import NGRAM_SIZES
 from model.memory.lexical.torch_backend import hash_ngrams, memory_prob, mix, target_log_prob

@@ -28,6 +28,7 @@ from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError
+from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import wrap_for_serving
 from model.memory import Memory, MemoryConfigError, load_memory
 from model.memory.initial import default_config, random_memory
@@ -41,7 +42,7 @@ from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
-from service.store.base import RetentionConfig
+from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
 from service.tenants import ApiKeys, ApiKeysError
@@ -246,7 +247,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> LoadedModel:
 
 def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
     """The base as it is to generate."""
-    return backbone.fp16_decoder() if settings.decode_dtype == "fp16" else backbone
+    return backbone.fp16_decoder(choose_decode_step(backbone)) if settings.decode_dtype == "fp16" else backbone
 
 
 def choose_memory(settings: Settings, hidden_size: int) -> Memory:
@@ -289,7 +290,7 @@ def _kv_tokens(backbone: Backbone, context: int) -> int:
     return max(context, int(KV_SHARE * free) // one)
 
 
-async def _watch_store(store: RedisStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
+async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
     """Measures the store, over and over."""
     while True:
         try:

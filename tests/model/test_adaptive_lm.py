@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.base.backbone import Backbone
+from model.decode.backend import choose_decode_step
 from model.memory import LexicalSite
 from tests.model.tiny_lm import (
     BLOCK,
@@ -219,7 +220,8 @@ def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
 
 @pytest.mark.parametrize("fp16_decoder", [False, True])
 def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: AdaptiveLM, fp16_decoder: bool) -> None:
-    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder() if fp16_decoder else None)
+    decoder = lm.backbone.fp16_decoder(choose_decode_step(lm.backbone)) if fp16_decoder else None
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=decoder)
     pool = new_pool(lm)
     sessions = [learned(lm, pool, seed=seed) for seed in (1, 2, 3)]
     index, seen = [*sessions, EMPTY_SESSION, sessions[0]], []
@@ -242,7 +244,8 @@ def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: Adaptive
 
 @pytest.mark.parametrize("fp16_decoder", [False, True])
 def test_rows_that_follow_one_another_are_steps_of_their_own(lm: AdaptiveLM, fp16_decoder: bool) -> None:
-    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder() if fp16_decoder else None)
+    decoder = lm.backbone.fp16_decoder(choose_decode_step(lm.backbone)) if fp16_decoder else None
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=decoder)
     pool = new_pool(lm)
     session, neighbour = learned(lm, pool, seed=1), learned(lm, pool, seed=2)
     tokens, alone = [4, 5, 6, 7], list[Tensor]()
@@ -270,7 +273,7 @@ def test_rows_that_follow_one_another_are_steps_of_their_own(lm: AdaptiveLM, fp1
 
 
 def test_the_decoder_changes_no_bit_of_scores_and_learned_rows(lm: AdaptiveLM) -> None:
-    fp16_decoder = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder())
+    fp16_decoder = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder(choose_decode_step(lm.backbone)))
     pool, images, scores = new_pool(lm), [], []
     for one in (lm, fp16_decoder):
         session = pool.open()

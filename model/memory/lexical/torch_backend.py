@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.device import load, upload
+from model.device import upload, upload_on_side_stream
 from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
 from model.memory.lexical.types import (
     HASH_MULTIPLIER,
@@ -299,7 +299,7 @@ class TorchBackend:
         rows = data.new_zeros(len(physical_cells) * P, data.shape[1])
         rows[cell * P + row] = data
         physical_cells = upload(physical_cells, device)
-        parts = load(rows, device).split([field[0, 0].nbytes for field in fields], dim=1)
+        parts = upload_on_side_stream(rows, device).split([field[0, 0].nbytes for field in fields], dim=1)
         for field, part in zip(fields, parts, strict=True):
             field[physical_cells] = as_bytes(part).view(field.dtype).view(len(physical_cells), *field.shape[1:])
 
