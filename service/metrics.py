@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,9 +17,6 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-
-if TYPE_CHECKING:
-    from service.engine.types import JobStats, PolicyRequest
 
 PREFIX = "imprint_"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
@@ -183,14 +179,13 @@ class Metrics:
             "store_limit_bytes", "Memory that the session store may use; 0 = no limit."
         )
 
-    def observe_rewards(self, policy_request: PolicyRequest, learned: int, stats: JobStats) -> None:
-        """Counts what a deed taught a session; learned: rewards that it has learned, with those."""
-        count = stats.tokens_learned
-        labels = (policy_request.policy, next(name for least, name in EXPERIENCE_BUCKETS if learned - count >= least))
+    def observe_rewards(self, policy: str, *, before: int, count: int, reward_sum: float, regret: float) -> None:
+        """Count `count` rewards that a session of a policy learned, after the `before` rewards that it knew."""
+        labels = (policy, next(name for least, name in EXPERIENCE_BUCKETS if before >= least))
         self.policy_rewards_total.labels(*labels).inc(count)
-        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, stats.rewards))
-        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -stats.rewards))
-        self.policy_regret_total.labels(*labels).inc(policy_request.regret)
+        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, reward_sum))
+        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -reward_sum))
+        self.policy_regret_total.labels(*labels).inc(regret)
 
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")

@@ -127,7 +127,13 @@ def record_commit(
     if policy_request is None:
         metrics.tokens_learned_total.inc(stats.tokens_learned)
     else:
-        metrics.observe_rewards(policy_request, new.tokens_learned, stats)
+        metrics.observe_rewards(
+            policy_request.policy,
+            before=new.tokens_learned - stats.tokens_learned,
+            count=stats.tokens_learned,
+            reward_sum=stats.rewards,
+            regret=policy_request.regret,
+        )
     metrics.rows_written_total.inc(done.rows_written)
     metrics.guards_shut_total.inc(max(0, done.guards))
     metrics.guards_opened_total.inc(max(0, -done.guards))
