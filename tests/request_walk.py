@@ -12,7 +12,7 @@ Three definitions, the same for every version of the code (the script needs `ser
 
 - A file is *on the way* if one of its functions ran; generated methods (those of dataclasses) count.
 - A file *hands the request on* if one of its functions called into another project file.
-- An *entry* is a function of a file that another project file called, at whatever depth of library code between the two.
+- An *entry* is a function of a file that another project file called, with or without library code between the two.
   Reading a property or a length, making an object and entering it as a context manager are no entries.
 """
 
@@ -41,7 +41,7 @@ import httpx
 WARM_UP_TEXT = "The quick brown fox jumps over the lazy dog. "
 TEXT = "A memory that learns while it serves is written sparsely. "
 START_TIMEOUT_S = 600.0
-STARTS_THE_LOOP = "service/app.py"  # at the bottom of the main thread's stack: no caller of what the event loop runs
+STARTS_THE_LOOP = "service/app.py"  # at the bottom of the main thread's stack, under all that the event loop runs
 OBJECT_PROTOCOL = (
     "__init__",
     "__post_init__",
@@ -179,7 +179,7 @@ def _set_environment(folder: Path, port: int) -> None:
 
 
 def _request_and_stop(url: str, recorder: Recorder) -> None:
-    """Send the request while the recorder is on; a first request, of another session, compiles what is compiled late."""
+    """Send the request while the recorder is on, after a request of another session that compiles what is left."""
     try:
         _wait_until_ready(url)
         _stream_chat(url, "warm-up", WARM_UP_TEXT)
@@ -219,7 +219,8 @@ def table(walk: list[FileWalk]) -> Iterator[str]:
         handing_on = sum(bool(file.calls) for file in files)
         entries = sum(len(file.entries) for file in files)
         most = max(len(file.entries) for file in files)
-        yield f"{name}: {len(files)} files on the way, {handing_on} hand the request on (→), {entries} entries, at most {most}"
+        yield f"{name}: {len(files)} files on the way, {handing_on} hand the request on (→)"
+        yield f"{' ' * len(name)}  {entries} entries, at most {most} a file"
 
 
 def main() -> None:
