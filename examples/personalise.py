@@ -1,8 +1,9 @@
-"""200 users, one server: each user's session learns which of 20 items they take, from nothing but what they took.
+"""200 users, one server: the session of each user learns which of 20 items the user takes, from past choices alone.
 
-Needs a running server (`make serve`) and `pip install -e '.[scenarios]'`. Users are simulated
-(model/scenarios): tastes in six traits that all can see, and likings that no trait explains.
-Writes personalise.png.
+Needs a running server (`make serve`) and `pip install -e '.[scenarios]'`. Users are simulated (`research.scenarios`):
+hidden weights of six visible traits, and a hidden bias for each item. Prints the share of items that were taken in the
+first and the last 10 steps, beside items drawn at random, the most popular item and the best item for each user; writes
+the curves to personalise.png.
 """
 
 import argparse
@@ -13,13 +14,13 @@ import httpx
 import matplotlib
 import numpy as np
 
-from research.scenarios.bandits import Choices
+from research.scenarios import Choices
 
 matplotlib.use("Agg")
 
 
 async def serve(url: str, users: Choices, steps: int, run: str) -> np.ndarray:
-    """Shows every user an item at each step; returns the chance that each was taken [steps, users]."""
+    """Show every user an item at each step, chosen by the server; return the items' probabilities [steps, users]."""
     limits = httpx.Limits(max_connections=32)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
 
@@ -35,18 +36,19 @@ async def serve(url: str, users: Choices, steps: int, run: str) -> np.ndarray:
 
 
 async def play(users: Choices, steps: int, show: Any) -> np.ndarray:
+    """Play all steps with items of `show(user, observation, reward)`; return their probabilities [steps, users]."""
     reward: list[float | None] = [None] * users.batch
-    chances = []
+    probs = []
     for _ in range(steps):
         observation, means = users.observe(), users.means()
         shown = await asyncio.gather(*(show(u, observation[u].tolist(), reward[u]) for u in range(users.batch)))
-        chances.append(means[np.arange(users.batch), shown])
+        probs.append(means[np.arange(users.batch), shown])
         reward = users.step(np.array(shown)).tolist()
-    return np.stack(chances)
+    return np.stack(probs)
 
 
 def without_learning(users: Choices, steps: int) -> dict[str, np.ndarray]:
-    """The same users with items drawn at random, with the item that most people like, and with the best of each."""
+    """Return the probabilities [steps, users] of random items, the most popular item and each user's best item."""
     rng, means = np.random.default_rng(0), users.means()
     most_popular = Choices(2000, np.random.default_rng(1)).means().mean(0).argmax()
     drawn = rng.integers(users.actions, size=(steps, users.batch))
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--run", default="shopper", help="Begins the names of the sessions.")
+    parser.add_argument("--run", default="shopper", help="Prefix of the session names.")
     parser.add_argument("--out", default="personalise.png")
     args = parser.parse_args()
     curves = without_learning(Choices(args.users, np.random.default_rng(7)), args.steps)

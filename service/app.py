@@ -31,7 +31,8 @@ from model.base.config import ConfigError
 from model.decode.cuda_graphs import wrap_for_serving
 from model.memory import Memory, MemoryConfigError, load_memory
 from model.memory.initial import default_config, random_memory
-from model.policies.network import Policy, PolicyError, load_policy
+from model.policies.config import PolicyError
+from model.policies.network import Policy, load_policy
 from model.text.tokenizer import Tokenizer
 from service.base_cache import BaseError, resolve_base
 from service.engine import Engine

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.base.config import ModelConfig, tiny_config
 from model.memory import MemoryConfig, SiteConfig
+from model.policies.config import PolicyConfig
 from model.policies.journal import journal_site
-from model.policies.network import PolicyConfig, new_policy, save_policy
+from model.policies.network import new_policy, save_policy
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (

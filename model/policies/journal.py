@@ -1,7 +1,13 @@
-"""The actions of a session that may still be rewarded: rows of its own memory, so they are versioned with the rest.
+"""The journal of a session that acts: a ring buffer of the actions whose reward may still arrive.
 
-Row 0 counts the actions and knows the last one; action number n stands in one of the other rows until another takes
-its place. Rows: [number, action, chance, state, the inputs it asked with …], all float32.
+The buffer is a site of the session's memory, so actions are versioned, committed and rolled back with everything else.
+Row 0 is the header; action number i (from 1) is stored in row 1 + (i − 1) mod MAX_PENDING until a later action takes
+the row. All values are float32:
+
+    row 0       [number of actions, last action, whether its reward is known, its reward, 0 …]
+    other rows  [action number, action, probability, OPEN or CLOSED, inputs of the action [F]]
+
+The module does not learn from rewards: `model.policies.network` does, with the stored inputs.
 """
 
 from __future__ import annotations
@@ -17,16 +23,16 @@ FloatArray = NDArray[np.float32]
 NAME = "journal"
 SLOTS = 64
 MAX_PENDING = SLOTS - 1  # actions that can still be rewarded
-MAX_TOUCHED_ROWS = 3  # rows that one request changes, at most
-HEADER_SIZE = 4  # numbers before the inputs
-COUNTER_WRAP = 2**24 - 2**24 % MAX_PENDING  # float32 counts no further; a multiple of KEPT keeps the rows in turn
+MAX_TOUCHED_ROWS = 3  # rows that one request changes: the header, a rewarded action and a new action
+HEADER_SIZE = 4  # values before the inputs
+COUNTER_WRAP = 2**24 - 2**24 % MAX_PENDING  # float32 counts no further; a multiple keeps the ring's order
 OPEN, CLOSED = 1.0, 2.0
-COUNT, LAST, HAS_REWARD, REWARD = range(HEADER_SIZE)  # places in row 0
-NUMBER, ACTION, PROBABILITY, STATE = range(HEADER_SIZE)  # places in the others
+COUNT, LAST, HAS_REWARD, REWARD = range(HEADER_SIZE)  # columns of row 0
+NUMBER, ACTION, PROBABILITY, STATE = range(HEADER_SIZE)  # columns of the other rows
 
 
 class JournalError(Exception):
-    """An action cannot be rewarded; `was_taken` says whether it was ever taken."""
+    """An action that cannot be rewarded; `was_taken` tells whether the session ever took the action."""
 
     def __init__(self, message: str, *, was_taken: bool) -> None:
         super().__init__(message)
@@ -34,12 +40,15 @@ class JournalError(Exception):
 
 
 def journal_site(inputs: int) -> SiteConfig:
-    """The site of the journal of a policy whose actions ask with so many numbers."""
+    """Return the memory site of the journal of a policy whose actions have `inputs` (F) inputs."""
     return SiteConfig(NAME, "journal", slots=SLOTS, k=MAX_TOUCHED_ROWS, width=HEADER_SIZE + inputs)
 
 
 class Journal:
-    """A session's journal; rows [SLOTS, HEAD + F], which are changed in place. `touched`: which ones were."""
+    """A session's journal over `rows` [SLOTS, HEADER_SIZE + F], which are changed in place.
+
+    touched: indices of the rows that were changed and must be written back.
+    """
 
     def __init__(self, rows: FloatArray) -> None:
         self.rows = rows
@@ -47,30 +56,34 @@ class Journal:
 
     @property
     def is_valid(self) -> bool:
-        """Whether a policy could have written it."""
+        """Return whether a policy could have written the rows."""
         numbers = self.rows[:, NUMBER]
         whole = bool((self.rows[:, :LAST] == self.rows[:, :LAST].round()).all())
         return whole and bool((numbers >= 0).all()) and bool((numbers < COUNTER_WRAP + MAX_PENDING).all())
 
     @property
     def count(self) -> int:
-        """Actions taken so far, which is the number of the last one."""
+        """Return the number of actions taken so far, which is also the number of the last action."""
         return int(self.rows[0, COUNT])
 
     @property
     def last(self) -> tuple[int, float]:
-        """The last action (−1: none) and its reward (NaN: not known yet)."""
+        """Return the last action (−1: none yet) and its reward (NaN: not known yet)."""
         if not self.count:
             return -1, math.nan
         has_reward = bool(self.rows[0, HAS_REWARD])
         return int(self.rows[0, LAST]), float(self.rows[0, REWARD]) if has_reward else math.nan
 
-    def open(self, number: int | None) -> int:
-        """The row of the action of this number (None: the last), which waits for its reward. Raises JournalError."""
+    def pending_row(self, number: int | None) -> int:
+        """Return the row of an action that waits for its reward (None: the last action).
+
+        Raises JournalError when the session never took the action, when a later action took its row, or when the
+        action has been rewarded.
+        """
         if not self.count:
             raise JournalError("the session has taken no action yet", was_taken=False)
         number = self.count if number is None else number
-        row = _row(number)
+        row = _row_of(number)
         if not number or int(self.rows[row, NUMBER]) != number:
             if 0 < number < self.count:
                 raise JournalError(
@@ -82,21 +95,21 @@ class Journal:
         return row
 
     def inputs(self, row: int) -> FloatArray:
-        """What an action asked with [F]."""
+        """Return the inputs [F] of the action in a row."""
         return self.rows[row, HEADER_SIZE:]
 
     def reward(self, row: int, reward: float) -> None:
-        """An action's reward is known."""
+        """Close the action in a row with its reward."""
         self.rows[row, STATE] = CLOSED
         self.touched.add(row)
         if int(self.rows[row, NUMBER]) == self.count:
             self.rows[0, HAS_REWARD], self.rows[0, REWARD] = 1.0, reward
             self.touched.add(0)
 
-    def take(self, action: int, probability: float, inputs: FloatArray) -> int:
-        """Another action is taken, with inputs [F]; returns its number."""
+    def record_action(self, action: int, probability: float, inputs: FloatArray) -> int:
+        """Append an action with its probability and its inputs [F]; return the action's number."""
         number = self.count + 1 if self.count < COUNTER_WRAP else 1
-        row = _row(number)
+        row = _row_of(number)
         self.rows[row, :HEADER_SIZE] = number, action, probability, OPEN
         self.rows[row, HEADER_SIZE:] = inputs
         self.rows[0, :HEADER_SIZE] = number, action, 0.0, 0.0
@@ -104,5 +117,5 @@ class Journal:
         return number
 
 
-def _row(number: int) -> int:
+def _row_of(number: int) -> int:
     return 1 + (number - 1) % MAX_PENDING

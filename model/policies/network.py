@@ -1,20 +1,21 @@
-"""A network that decides: each action asks the same memory what became of it, and each reward or label is a write.
+"""The policy network: a small network around a session's memory, computed with torch's operators.
 
-What it learns in a session are rows of `model.memory`, in the same pools and drafts as those of text. A policy that
-acts has a hidden site (what the rewards of such a situation say) and a journal (which actions wait for theirs); one
-that labels has a lexical site whose tokens are the labels.
+The module is the reference for every faster implementation of a policy (`model.policies.numba_step`), and the policy
+itself on a GPU and in training. What a session learns are rows of `model.memory`, in the same pools and drafts as the
+rows of text. A policy that acts has a delta site (its rows predict rewards) and a journal (actions whose reward may
+arrive). A policy that labels has a lexical site whose tokens are the labels, and optionally a change-point site.
 
-Letters: n sessions or examples, A actions, F numbers of an action's input, D those of its state, L labels.
+Shapes: n sessions or examples, A actions, F inputs of an action or an example, D state size, W units of a hidden layer,
+L labels (= A), k slots of an address, d_v width of a delta row, K candidate rows, J change-point hypotheses.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,126 +23,60 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model import weights
-from model.memory import DeltaSite, Draft, LexicalSite, Memory, MemoryConfig, MemoryConfigError, Pool
+from model.memory import DeltaSite, Draft, LexicalSite, Memory, Pool
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES
 from model.memory.lexical import torch_backend
 from model.memory.sites import FoundCandidates, LexicalReadout
 from model.policies.change_point import NAME as CHANGE_POINT_SITE
 from model.policies.change_point import ChangePointHypotheses
+from model.policies.config import NUM_OUTCOME_INPUTS, PolicyConfig, PolicyError
 
 FORMAT = "1"
-NUM_HISTORY_INPUTS = (
-    3  # numbers of an action's input about the last action: whether it was this one, its reward, whether it has one
-)
-NUM_OUTCOME_INPUTS = (
-    4  # numbers of what a reward says: 1, the reward, how far above and how far below what was expected
-)
+MAX_LOSS_NATS = 8.0  # of a reward, as the write gate sees the loss
 
 
-class PolicyError(ValueError):
-    """A policy that cannot be built or read; the message names the field, the limit and the value."""
+class RewardUpdate(NamedTuple):
+    """The writes of n rewards, not yet applied.
 
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """What a policy decides about.
-
-    name: what clients call it. task: "act" (choose one of `actions`, learn from its reward) or "label" (say which of
-    `actions` labels an example bears, learn from the right one).
-    context: numbers of an observation that all actions share; features: numbers of each action's own.
-    identity: whether actions differ otherwise than by their features. cue: how many of the context's first numbers say
-    which place of the memory is asked; by_features, by_action: whether an action is asked about in a place that its
-    features, or which one it is, say.
-    product: whether what is recalled also multiplies the state, number by number.
-    width: units of a layer.
-    lowest, highest: of a reward. greedy: whether it takes the best action unless told otherwise.
+    slots [n, k] long; rows [n, k, d_v], the new rows of these slots; loss [n] (nats), of the reward that the policy
+    expected; frozen_loss [n] (nats), of the reward that the network expects without memory.
     """
 
-    name: str
-    task: Literal["act", "label"]
-    context: int
-    actions: int
-    memory: MemoryConfig
-    features: int = 0
-    identity: bool = True
-    cue: int = 0
-    by_features: bool = False
-    by_action: bool = False
-    product: bool = False
-    width: int = 64
-    lowest: float = 0.0
-    highest: float = 1.0
-    greedy: bool = True
+    slots: Tensor
+    rows: Tensor
+    loss: Tensor
+    frozen_loss: Tensor
 
-    def __post_init__(self) -> None:
-        if self.task not in ("act", "label"):
-            raise PolicyError(f"task must be 'act' or 'label', got {self.task!r}")
-        if self.actions < 2:
-            raise PolicyError(f"actions must be at least 2, got {self.actions}")
-        if not 0 <= self.cue <= self.context:
-            raise PolicyError(f"cue must be in 0..{self.context} (context), got {self.cue}")
-        if self.observation < 1 and self.task == "label":
-            raise PolicyError(f"context must be at least 1, got {self.context}")
-        if not self.lowest < self.highest:
-            raise PolicyError(f"lowest must be below highest ({self.highest}), got {self.lowest}")
-        if self.hypotheses and any(site.kind == "lexical" and site.cells > 1 for site in self.memory.sites):
-            raise PolicyError(
-                f"cells must be 1 beside the site {CHANGE_POINT_SITE!r}: ages say there which label came first"
-            )
-        if self.memory.hidden_size != self.state:
-            raise PolicyError(f"memory.hidden_size must be {self.state}, got {self.memory.hidden_size}")
 
-    @property
-    def observation(self) -> int:
-        """Numbers of an observation: the context's, then each action's features."""
-        return self.context + self.actions * self.features
+class LabelUpdate(NamedTuple):
+    """The write of one label, not yet applied.
 
-    @property
-    def input_size(self) -> int:
-        """F."""
-        if self.task == "label":
-            return self.context
-        return self.context + self.features + self.identity * self.actions + NUM_HISTORY_INPUTS
+    predicted: the label that the policy would have answered; loss (nats), of the correct label; frozen_loss (nats), the
+    same without memory; apply: writes the label into a draft of the session, raises PoolFullError.
+    """
 
-    @property
-    def num_address_inputs(self) -> int:
-        """Numbers that say which place of the memory is asked."""
-        return self.cue + self.by_features * self.features + self.by_action * self.actions
-
-    @property
-    def state(self) -> int:
-        """D: what the memory sees of an action, its place and a layer of the network."""
-        return self.num_address_inputs + self.width
-
-    @property
-    def hypotheses(self) -> bool:
-        """Whether its sessions guess since when what they have seen holds."""
-        return self.task == "label" and any(site.name == CHANGE_POINT_SITE for site in self.memory.sites)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PolicyConfig:
-        """Raises PolicyError on an unknown or a missing key."""
-        try:
-            return cls(**{**data, "memory": MemoryConfig.from_dict(data["memory"])})
-        except (TypeError, KeyError, MemoryConfigError) as error:
-            raise PolicyError(f"not a policy's configuration: {error}") from error
+    predicted: int
+    loss: float
+    frozen_loss: float
+    apply: Callable[[Draft], None]
 
 
 class Policy(nn.Module):
-    """The network around the memory; its parameters are slow weights, shared and read-only when serving.
+    """The network and its memory sites.
 
-    An empty session decides as the network alone does, bit for bit; every row of a batch is rounded as if it were
-    alone, so nothing depends on who else is served.
+    The parameters are slow weights: all sessions share them, and serving only reads them.
+
+    An empty session decides bit for bit as the network without memory. Every row of a batch is rounded as if the row
+    were alone, so a decision does not depend on the other sessions of the batch.
+
+    `Policy` satisfies `model.policies.backend.PolicyBackend`, whose docstrings are the contract of the serving steps.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
         self.memory = Memory(config.memory)
-        D, W = config.state, config.width
+        D, W = config.state_size, config.width
         self.trunk = nn.Linear(config.input_size, W)
         self.inner = nn.Linear(W, W) if config.task == "label" else None
         self.size = nn.Parameter(torch.zeros(D))
@@ -149,31 +84,41 @@ class Policy(nn.Module):
         self.join = nn.Linear(D, W)
         self.head = nn.Linear(W, 2 if config.task == "act" else config.actions)
         self.event = nn.Linear(D + NUM_OUTCOME_INPUTS, D)
-        self.doubt = nn.Parameter(torch.zeros(())) if config.hypotheses else None
+        self.doubt = nn.Parameter(torch.zeros(())) if config.detects_changes else None  # logit of the hazard
         self.requires_grad_(False)
+
+    def prepare(self, pool: Pool) -> None:
+        """Do nothing: torch's operators need no preparation."""
+
+    def fingerprint(self) -> str:
+        """Return sha256 over the configuration and every tensor: the identity that a stored state is bound to."""
+        return weights.fingerprint(self.config.to_dict(), self)
 
     # --- acting ----------------------------------------------------------------------------------------------------
 
     @property
     def site(self) -> DeltaSite:
-        """What an acting policy remembers in."""
+        """Return the memory site of a policy that acts."""
         return self.memory.delta[-1]
 
     def inputs(self, observation: Tensor, last: Tensor, reward: Tensor) -> Tensor:
-        """What each action asks with [n, A, F]: observation [n, …], the last action [n] long (−1: none) and its
-        reward [n] (NaN: none yet)."""
+        """Return the inputs [n, A, F] of all actions: context, features, identity, then the history of the action.
+
+        observation [n, context + A·features]; last [n] long, the last action (−1: none); reward [n], its reward
+        (NaN: not known).
+        """
         c, n = self.config, len(observation)
         context, features = observation.split([c.context, c.actions * c.features], dim=1)
-        was = F.one_hot(last.clamp_min(0), c.actions) * (last >= 0)[:, None]
-        told = (~reward.isnan())[:, None] * was
+        was_last = F.one_hot(last.clamp_min(0), c.actions) * (last >= 0)[:, None]
+        has_reward = (~reward.isnan())[:, None] * was_last
         parts = [context[:, None].expand(-1, c.actions, -1), features.view(n, c.actions, c.features)]
         if c.identity:
             parts.append(torch.eye(c.actions, device=context.device).expand(n, -1, -1))
-        history = [was, told * self.scaled(reward.nan_to_num(c.lowest))[:, None], told]
+        history = [was_last, has_reward * self.scaled(reward.nan_to_num(c.lowest))[:, None], has_reward]
         return torch.cat([*parts, torch.stack(history, dim=-1).to(context.dtype)], dim=-1)
 
     def state(self, inputs: Tensor) -> Tensor:
-        """What the memory sees [n, D] of inputs [n, F]."""
+        """Return the states [n, D] of inputs [n, F]: the address inputs, then relu(trunk(inputs))."""
         c = self.config
         address_inputs, start = [inputs[:, : c.cue]], c.context + c.features
         if c.by_features:
@@ -183,22 +128,29 @@ class Policy(nn.Module):
         return torch.cat([*address_inputs, torch.relu(_apply(self.trunk, inputs))], dim=1)
 
     def recall(self, state: Tensor, rows: Tensor, w: Tensor) -> Tensor:
-        """The states [n, D] with what the rows [n, k, d_v] of their slots say, and how much there is of it."""
+        """Return the states [n, D] with the memory read into them.
+
+        rows [n, k, d_v], w [n, k]: the addressed rows and their weights. With o = norm(Σ w_i M_i) and the gate g of
+        `DeltaSite`: h + g·W_out o (+ h ⊙ W_product o) (+ log(1 + rms(Σ w_i M_i))·size).
+        """
         recalled = self.site.join(state, rows, w)
         if self.product is not None:
             recalled = recalled + state * torch_backend.rowwise_matmul(torch_backend.read_delta(rows, w), self.product)
-        if self.site.config.decay == 1.0:  # what replaces what was there is as large as that
+        if self.site.config.decay == 1.0:  # a write replaces the row, so the magnitude carries no count
             return recalled
         return recalled + torch_backend.delta_read_magnitude(rows, w)[:, None] * self.size
 
     def logit_and_value(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
-        """Recalled states [n, D] → how good it is to act so [n], and the reward [n] that is expected, scaled to 0…1."""
+        """Return an action's logit [n] and expected reward [n], scaled to 0…1, for recalled states [n, D]."""
         out = _apply(self.head, torch.relu(_apply(self.join, recalled)))
         return out[:, 0], torch.sigmoid(out[:, 1])
 
     def reward_update(self, recalled: Tensor, reward: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a reward [n], scaled to 0…1 as is what was expected [n], writes: the row's new part [n, d_v], β [n] and
-        the loss [n] (nats) of what was expected."""
+        """Return what rewards write: value v [n, d_v] and write gate β [n] of the delta rule, and the loss [n] (nats).
+
+        recalled [n, D]; reward [n] and expected [n], both scaled to 0…1. The loss is the binary cross-entropy of the
+        expected reward.
+        """
         above, below = (reward - expected).clamp_min(0), (expected - reward).clamp_min(0)
         outcome = torch.stack([torch.ones_like(reward), reward, above, below], dim=1)
         following = torch.tanh(_apply(self.event, torch.cat([recalled, outcome], dim=1)))
@@ -206,35 +158,31 @@ class Policy(nn.Module):
             reward * expected.clamp_min(torch_backend.TINY).log()
             + (1 - reward) * (1 - expected).clamp_min(torch_backend.TINY).log()
         )
-        error = F.pad(outcome, (0, self.config.state - NUM_OUTCOME_INPUTS))
-        return self.site.value(following, error), self.site.beta(loss.clamp_max(8.0)), loss
+        error = F.pad(outcome, (0, self.config.state_size - NUM_OUTCOME_INPUTS))
+        return self.site.value(following, error), self.site.beta(loss.clamp_max(MAX_LOSS_NATS)), loss
 
     def scaled(self, reward: Tensor) -> Tensor:
-        """A reward as a share of its range."""
+        """Return rewards [n], scaled from the policy's range to 0…1."""
         return (reward - self.config.lowest) / (self.config.highest - self.config.lowest)
 
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
-        """How good each action is [n, A] and what it is expected to bring [n, A], scaled; inputs [n, A, F] of sessions
-        [n] long. A session whose guard is shut decides as the network alone."""
+        """Return the logits [n, A] and the expected rewards [n, A], scaled to 0…1; see `PolicyBackend.decide`."""
         state, session = self.state(inputs.flatten(0, 1)), session.repeat_interleave(self.config.actions)
         shut = pool.sites[self.site.config.name].session_scalars[session, GATE_CLOSED, 0] != 0
         recalled = self._read(state, pool, session)[0]
         logits, expected = self.logit_and_value(torch.where(shut[:, None], state, recalled))
         return logits.view(len(inputs), -1), expected.view(len(inputs), -1)
 
-    def reward(
-        self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the rewards [n] of actions that asked with inputs [n, F] write in sessions [n] long: the slots [n, k]
-        and their new rows [n, k, d_v]; and the loss [n] (nats) of what memory expected, and of what is without it."""
+    def reward(self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor) -> RewardUpdate:
+        """Return the writes of rewards [n] of actions with inputs [n, F]; see `PolicyBackend.reward`."""
         state, reward = self.state(inputs), self.scaled(reward)
         recalled, slots, w, rows = self._read(state, pool, session)
         value, beta, loss = self.reward_update(recalled, reward, self.logit_and_value(recalled)[1])
-        frozen = self.reward_update(state, reward, self.logit_and_value(state)[1])[2]
-        return slots, self.write(rows, w, beta, value), loss, frozen
+        frozen_loss = self.reward_update(state, reward, self.logit_and_value(state)[1])[2]
+        return RewardUpdate(slots, self.write(rows, w, beta, value), loss, frozen_loss)
 
     def guard_step(self, draft: Draft, gain: float) -> bool:
-        """Counts what memory gained (nats) on a reward, as if the guard were open; returns whether it was."""
+        """Count a reward's gain (nats) in the guard of the draft's session; see `PolicyBackend.guard_step`."""
         session_scalars = draft.pool.sites[self.site.config.name].session_scalars[draft.index]
         balance, shut = session_scalars[BALANCE, 0].clone(), session_scalars[GATE_CLOSED, 0].clone()
         session_scalars[BALANCE, 0], session_scalars[GATE_CLOSED, 0] = update_guard(
@@ -243,7 +191,7 @@ class Policy(nn.Module):
         return not shut
 
     def write(self, rows: Tensor, w: Tensor, beta: Tensor, value: Tensor) -> Tensor:
-        """The rows [n, k, d_v] of n sessions' slots after one write each."""
+        """Return rows [n, k, d_v] after one delta-rule write each; w [n, k], beta [n], value [n, d_v]."""
         n, k, _ = rows.shape
         at = torch.arange(n * k, device=rows.device).view(n, k)
         config = self.site.config
@@ -251,7 +199,7 @@ class Policy(nn.Module):
         return new.view_as(rows)
 
     def _read(self, state: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Recalled states [n, D], and the slots [n, k], their w [n, k] and rows [n, k, d_v]."""
+        """Return recalled states [n, D], and the slots [n, k], their weights w [n, k] and rows [n, k, d_v]."""
         slots, w = self.site.address(state)
         (rows,) = pool.sites[self.site.config.name].read(session, slots)
         return self.recall(state, rows, w), slots, w, rows
@@ -260,30 +208,27 @@ class Policy(nn.Module):
 
     @property
     def labels(self) -> LexicalSite:
-        """What a labelling policy remembers in."""
+        """Return the memory site of a policy that labels; the site's tokens are the labels."""
         assert self.memory.lexical is not None
         return self.memory.lexical
 
     def embed(self, features: Tensor) -> Tensor:
-        """Examples [n, F] → states [n, D]."""
+        """Return the states [n, D] of examples [n, F]."""
         assert self.inner is not None
         hidden = torch.relu(_apply(self.trunk, features))
         return hidden + torch.relu(_apply(self.inner, hidden))
 
     def base(self, states: Tensor) -> torch_backend.Prediction:
-        """What the network says of the labels without memory."""
+        """Return the network's prediction of the labels [n, L] without memory, for states [n, D]."""
         return torch_backend.predict(_apply(self.head, torch.relu(_apply(self.join, states))))
 
     def label(self, features: Tensor, pool: Pool, session: Tensor) -> Tensor:
-        """log p [n, L] of the labels of examples [n, F] in sessions [n] long."""
+        """Return log p [n, L] of the labels of examples [n, F]; see `PolicyBackend.label`."""
         base, readout, _ = self._read_labels(features, pool, session)
         return torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma).log_softmax(-1)
 
-    def label_updates(
-        self, features: Tensor, labels: Tensor, pool: Pool, session: Tensor
-    ) -> list[tuple[int, float, float, Callable[[Draft], None]]]:
-        """What the labels [n] long of examples [n, F] teach sessions [n] long: for each, the label that would have been
-        said, the loss (nats) of the right one, that without memory, and how to write it (raises PoolFullError)."""
+    def label_updates(self, features: Tensor, labels: Tensor, pool: Pool, session: Tensor) -> list[LabelUpdate]:
+        """Return the writes of labels [n] long of examples [n, F]; see `PolicyBackend.label_updates`."""
         base, readout, by_hypothesis = self._read_labels(features, pool, session)
         frozen = base.log_prob(labels)
         mixture = torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma)
@@ -293,38 +238,39 @@ class Policy(nn.Module):
             None if by_hypothesis is None else self._update_hypotheses(by_hypothesis, labels, frozen, pool, session)
         )
 
-        def write(i: int) -> Callable[[Draft], None]:
+        def writer(i: int) -> Callable[[Draft], None]:
             one = torch.tensor([i], device=labels.device)
 
-            def learn(draft: Draft) -> None:
+            def apply(draft: Draft) -> None:
                 self.labels.learn(draft, readout.select(one), labels[one], frozen[one])
                 if hypotheses is not None:
                     draft.put(CHANGE_POINT_SITE, torch.zeros_like(one), [hypotheses[one]])
 
-            return learn
+            return apply
 
-        told = zip(mixture.argmax(-1).tolist(), loss.tolist(), (-frozen).tolist(), strict=True)
-        return [(*one, write(i)) for i, one in enumerate(told)]
+        outcomes = zip(mixture.argmax(-1).tolist(), loss.tolist(), (-frozen).tolist(), strict=True)
+        return [LabelUpdate(*outcome, writer(i)) for i, outcome in enumerate(outcomes)]
 
     def _read_labels(
         self, features: Tensor, pool: Pool, session: Tensor
     ) -> tuple[torch_backend.Prediction, LexicalReadout, LexicalReadout | None]:
-        """What the network says, what the memory does, and what it would if each of the guesses [n · J] were true."""
+        """Return the network's prediction, the memory's readout, and the readout [n·J] under each hypothesis.
+
+        Under hypothesis j only the rows that were written after starts[j] labels count.
+        """
         states, site = self.embed(features), self.labels
         base, keys = self.base(states), site.keys(states)
         cells = site.address(keys)
         rows = torch_backend.LexicalRows(*pool.sites[site.config.name].read(session, cells))
-        cosines, recency = (
-            torch_backend.similarity(rows, keys),
-            recency_log_prior(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1),
-        )
+        similarity = torch_backend.similarity(rows, keys)
+        recency = recency_log_prior(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1)
 
         def read_masked(missing: Tensor, each: Tensor) -> LexicalReadout:
-            """missing [m, K]: which rows do not count, of contexts each [m]."""
-            same, bonus = torch.zeros_like(missing, dtype=torch.long), torch.zeros_like(site.bonus)
+            """Read contexts `each` [m] long without the rows that `missing` [m, K] masks."""
+            no_matches, no_bonus = torch.zeros_like(missing, dtype=torch.long), torch.zeros_like(site.bonus)
             tokens = rows.tokens.flatten(1).long()[each]
             candidates = torch_backend.score_candidates(
-                tokens, cosines[each], same, recency[each], missing, site.sharpness, site.prior, bonus
+                tokens, similarity[each], no_matches, recency[each], missing, site.sharpness, site.prior, no_bonus
             )
             ngram_hashes = torch.zeros(len(each), len(NGRAM_SIZES), dtype=torch.int16, device=each.device)
             found = FoundCandidates(keys[each], cells[each], (rows.ages == 0).sum(-1)[each], candidates)
@@ -347,7 +293,7 @@ class Policy(nn.Module):
     def _update_hypotheses(
         self, by_hypothesis: LexicalReadout, labels: Tensor, frozen: Tensor, pool: Pool, session: Tensor
     ) -> Tensor:
-        """The rows [n, 2·J] of the sessions' guesses after their labels [n]."""
+        """Return the change-point rows [n, 2·J] of the sessions after labels [n]; frozen [n]: their base log p."""
         assert self.doubt is not None
         hypotheses = self._hypotheses(pool, session)
         num_hypotheses = hypotheses.starts.shape[1]
@@ -358,37 +304,35 @@ class Policy(nn.Module):
             frozen.repeat_interleave(num_hypotheses), memory_probs, by_hypothesis.unguarded_gamma
         ).exp()
         label_pool = pool.sites[self.labels.config.name]
-        num_labels = (
-            label_pool.fields[0][label_pool.tables[session, 0]].amax(1) + 1
-        )  # in a lone cell, ages count all labels
+        # The site has one cell, so the highest age counts all labels of the session.
+        num_labels = label_pool.fields[0][label_pool.tables[session, 0]].amax(1) + 1
         return hypotheses.update(likelihoods.view(-1, num_hypotheses), torch.sigmoid(self.doubt), num_labels)
-
-    # --- identity --------------------------------------------------------------------------------------------------
-
-    def fingerprint(self) -> str:
-        """sha256 over the configuration and every tensor: the identity that a stored state is bound to."""
-        return weights.fingerprint(self.config.to_dict(), self)
 
 
 def _average_over_hypotheses(by_hypothesis: LexicalReadout, probs: Tensor) -> LexicalReadout:
-    """What is believed where guess j of J is true with chances [n, J]; by_guess: of n · J contexts."""
+    """Return the readout [n] in expectation over the hypotheses; by_hypothesis [n·J], probs [n, J]."""
     n, num_hypotheses = probs.shape
 
     def mean(gamma: Tensor) -> Tensor:
         return (probs * gamma.view(n, num_hypotheses)).sum(1)
 
     first = by_hypothesis.select(torch.arange(n, device=probs.device) * num_hypotheses)
-    counted = mean(by_hypothesis.unguarded_gamma)
-    weights = (
-        probs * by_hypothesis.unguarded_gamma.view(n, num_hypotheses) / counted.clamp_min(torch_backend.TINY)[:, None]
+    unguarded_gamma = mean(by_hypothesis.unguarded_gamma)
+    weight = (
+        probs
+        * by_hypothesis.unguarded_gamma.view(n, num_hypotheses)
+        / unguarded_gamma.clamp_min(torch_backend.TINY)[:, None]
     )[:, :, None]
-    shares = (weights * by_hypothesis.shares.view(n, num_hypotheses, -1)).sum(1)
-    return first._replace(shares=shares, gamma=mean(by_hypothesis.gamma), unguarded_gamma=counted)
+    shares = (weight * by_hypothesis.shares.view(n, num_hypotheses, -1)).sum(1)
+    return first._replace(shares=shares, gamma=mean(by_hypothesis.gamma), unguarded_gamma=unguarded_gamma)
 
 
 def update_guard(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """`ops.guard_step` after one reward of each of some sessions. No reward counts more than GUARD_NATS, so that none
-    alone shuts a guard in good standing."""
+    """Return the guard's balance [n] and shut flag [n] after one reward each; gain [n] (nats).
+
+    The gain is clipped to ±GUARD_LIMIT_NATS, so that no single reward shuts a guard in good standing. See
+    `torch_backend.guard_step`.
+    """
     return torch_backend.guard_step(
         balance,
         shut,
@@ -398,8 +342,10 @@ def update_guard(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, T
 
 
 def recency_log_prior(writes: Tensor) -> Tensor:
-    """What takes the place of the base's prediction in a label's vote, and counts as much as the site's `prior`:
-    −log(1 + writes), of how many writes to its cell, or examples, came after it."""
+    """Return the log prior −log(1 + writes) of rows that `writes` later examples follow, any shape.
+
+    The prior stands where text memory has the base's log-probability, and is scaled by the site's `prior` likewise.
+    """
     return -writes.float().log1p()
 
 
@@ -408,7 +354,7 @@ def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
-    """A policy before it is trained: each place of the memory has a random address of its own."""
+    """Build an untrained policy; each slot of the memory has a random address."""
     generator = torch.Generator().manual_seed(seed)
 
     def init_normal(weight: Tensor, inputs: int, gain: float = 1.0) -> None:
@@ -435,7 +381,7 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
             labels = policy.labels
             for weight in (labels.key_weight, labels.gate_in, labels.centres):
                 init_normal(weight, len(weight))
-            # Without biases all examples of one direction would have one key.
+            # Without biases all examples of one direction would have the same key.
             policy.trunk.bias.copy_(torch.randn(policy.trunk.bias.shape, generator=generator))
             labels.sharpness.copy_(torch.tensor([20.0, 7.0]))
             labels.prior.fill_(0.2)
@@ -447,12 +393,12 @@ def new_policy(config: PolicyConfig, *, seed: int) -> Policy:
 
 
 def save_policy(policy: Policy, path: Path) -> None:
-    """Writes the slow weights as safetensors with the configuration in its metadata."""
+    """Write the slow weights as safetensors, with the configuration in the file's metadata."""
     weights.write(policy, path, {"format": FORMAT, "policy": json.dumps(policy.config.to_dict())})
 
 
 def load_policy(path: Path) -> Policy:
-    """Reads what `save_policy` wrote. Raises PolicyError."""
+    """Read a file of `save_policy`. Raises PolicyError."""
     try:
         metadata, tensors = weights.read(path)
     except (OSError, SafetensorError) as error:

@@ -1,6 +1,21 @@
-"""A policy's steps on CPUs, compiled by Numba: one pass instead of hundreds of tiny operators.
+"""The steps of a policy that acts, compiled by Numba for CPUs: one pass instead of hundreds of small torch operators.
 
-Letters as in `policy`: n sessions, A actions, F numbers of an action's input, D those of its state; k slots.
+The reference of each function is the method of `model.policies.network.Policy` with the same name. Both compute the
+same equations; sums run in another order, so results differ by the rounding of fp32. For an action with inputs x [F]:
+
+    h = [x_address ; relu(W_trunk x + b)]                     state [D]
+    s = norm(W_a h + b_a), slots = top-k of s1_i + s2_j       product keys (Lample et al. 2019, arXiv 1907.05242)
+    w = softmax(temperature · s) / ‖·‖₂, o = Σ_i w_i M_i      weights [k], readout [d_v]
+    h' = h + σ(g_0 + u·h) · W_out norm(o) (+ h ⊙ W_product norm(o)) (+ log(1 + rms(o)) · size)
+    (logit, σ⁻¹(expected)) = W_head relu(W_join h' + b) + b
+
+and for the action's reward r, scaled to 0…1, with e = [1, r, (r − expected)₊, (expected − r)₊], the delta rule:
+
+    v = W_v tanh(W_event [h' ; e] + b) + W_e e,   β = σ(b_0 + b_1 · min(loss, 8)),   loss = BCE(expected, r)
+    M_i ← M_i + β / max(1, ‖w‖²) · w_i (v − decay · o), then ‖M_i‖ ≤ cap
+
+Shapes: n sessions, A actions, F inputs of an action, D state size, W units of a hidden layer, k slots of an address,
+d_v width of a row.
 """
 
 from __future__ import annotations
@@ -18,43 +33,49 @@ from model.memory.config import BALANCE, GATE_CLOSED
 from model.memory.lexical.torch_backend import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS
 from model.memory.pool import SitePool
 from model.numba_support import Array, as_arrays, cached_njit
-from model.policies.network import NUM_HISTORY_INPUTS, NUM_OUTCOME_INPUTS, Policy
+from model.policies.config import NUM_HISTORY_INPUTS, NUM_OUTCOME_INPUTS, PolicyError
+from model.policies.network import MAX_LOSS_NATS, Policy, RewardUpdate
 
-MAX_LOSS, TINY, EPSILON = np.float32(8.0), np.finfo(np.float32).tiny, np.float32(1e-12)
+MAX_LOSS, TINY, EPSILON = np.float32(MAX_LOSS_NATS), np.finfo(np.float32).tiny, np.float32(1e-12)
 ONE, ZERO = np.float32(1.0), np.float32(0.0)
 
 
 class Weights(NamedTuple):
-    """A policy's slow weights; matrices are [in, out], where what is skipped has no rows."""
+    """The slow weights as arrays; matrices are [in, out], and a part that the policy does not have has no rows."""
 
-    trunk: Array
+    trunk: Array  # [F, W]
     trunk_bias: Array
-    address: Array
+    address: Array  # [D, 2·√slots]
     address_bias: Array
-    temperature: Array
-    out: Array
-    gate: Array
-    gate_hidden: Array
-    product: Array
-    size: Array
-    join: Array
+    temperature: Array  # [1]
+    out: Array  # [d_v, D]
+    gate: Array  # [1]
+    gate_hidden: Array  # [D]
+    product: Array  # [d_v, D] or [0, D]
+    size: Array  # [D] or [0]
+    join: Array  # [D, W]
     join_bias: Array
-    head: Array
+    head: Array  # [W, 2]
     head_bias: Array
-    event: Array
+    event: Array  # [D + NUM_OUTCOME_INPUTS, D]
     event_bias: Array
-    value: Array
-    outcome: Array
-    write_gate: Array
+    value: Array  # [D, d_v]
+    outcome: Array  # [NUM_OUTCOME_INPUTS, d_v]
+    write_gate: Array  # [2]
 
 
 class NumbaPolicy:
-    """A policy that acts, as it is served on a CPU. Its twin is the `Policy` itself: what both compute differs by the
-    rounding of fp32, since sums are taken in another order. Slow weights must not change any more."""
+    """A policy that acts, served on a CPU by compiled steps. The reference is the `Policy` that it wraps.
+
+    `NumbaPolicy` satisfies `model.policies.backend.PolicyBackend`, whose docstrings are the contract of the steps. The
+    slow weights are read once and must not change afterwards.
+    """
 
     def __init__(self, policy: Policy) -> None:
+        """Raises PolicyError for a policy that labels, for which no step is compiled."""
+        if policy.config.task != "act":
+            raise PolicyError(f"task must be 'act' for compiled steps, got {policy.config.task!r}")
         config, site = policy.config, policy.site
-
         product = site.out[:0] if policy.product is None else policy.product
         size = policy.size if site.config.decay != 1.0 else policy.size[:0]
         slow = [policy.trunk.weight.T, policy.trunk.bias]
@@ -70,21 +91,21 @@ class NumbaPolicy:
         self._address_inputs = np.array(address_inputs, np.int64)
 
     def prepare(self, pool: Pool) -> None:
-        """Does everything once: kernels are compiled when they are called."""
+        """Run every step once on the empty session, so that the kernels are compiled; see `PolicyBackend.prepare`."""
         last, reward, session = torch.tensor([-1]), torch.tensor([self.config.lowest]), torch.tensor([EMPTY_SESSION])
-        inputs = self.inputs(torch.zeros(1, self.config.observation), last, reward)
+        inputs = self.inputs(torch.zeros(1, self.config.observation_size), last, reward)
         self.decide(inputs, pool, session)
         self.reward(inputs[:, 0], reward, pool, session)
 
     def inputs(self, observation: Tensor, last: Tensor, reward: Tensor) -> Tensor:
-        """Twin: `Policy.inputs`, of which it is equal to the last bit."""
+        """Return the inputs [n, A, F] of all actions, equal to those of `Policy.inputs` bit for bit."""
         c, n, action = self.config, len(observation), np.arange(self.config.actions)
-        inputs, action_start = np.zeros((n, c.actions, c.input_size), np.float32), c.context + c.features
+        inputs, identity_start = np.zeros((n, c.actions, c.input_size), np.float32), c.context + c.features
         observations, last_actions, scaled_reward = observation.numpy(), last.numpy(), self._scaled(reward).numpy()
         inputs[:, :, : c.context] = observations[:, None, : c.context]
-        inputs[:, :, c.context : action_start] = observations[:, c.context :].reshape(n, c.actions, c.features)
+        inputs[:, :, c.context : identity_start] = observations[:, c.context :].reshape(n, c.actions, c.features)
         if c.identity:
-            inputs[:, action, action_start + action] = 1.0
+            inputs[:, action, identity_start + action] = 1.0
         for i in range(n):
             if last_actions[i] >= 0:
                 known = not math.isnan(scaled_reward[i])
@@ -92,20 +113,18 @@ class NumbaPolicy:
         return torch.from_numpy(inputs)
 
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
-        """Twin: `Policy.decide`."""
+        """Return the logits [n, A] and the expected rewards [n, A], scaled to 0…1; see `PolicyBackend.decide`."""
         logits, expected = (torch.empty(inputs.shape[:2]) for _ in range(2))
         buffers = as_arrays(inputs, session, logits, expected)
         _decide(self._weights, self._address_inputs, *self._memory(pool), *buffers, self.site.config.k)
         return logits, expected
 
-    def reward(
-        self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Twin: `Policy.reward`."""
+    def reward(self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor) -> RewardUpdate:
+        """Return the writes of rewards [n] of actions with inputs [n, F]; see `PolicyBackend.reward`."""
         n, config = len(inputs), self.site.config
         slots, rows = torch.empty(n, config.k, dtype=torch.long), torch.empty(n, config.k, config.width)
-        loss, frozen = torch.empty(n), torch.empty(n)
-        buffers = as_arrays(inputs, self._scaled(reward), session, slots, rows, loss, frozen)
+        loss, frozen_loss = torch.empty(n), torch.empty(n)
+        buffers = as_arrays(inputs, self._scaled(reward), session, slots, rows, loss, frozen_loss)
         _reward(
             self._weights,
             self._address_inputs,
@@ -114,10 +133,10 @@ class NumbaPolicy:
             np.float32(config.decay),
             np.float32(config.cap),
         )
-        return slots, rows, loss, frozen
+        return RewardUpdate(slots, rows, loss, frozen_loss)
 
     def guard_step(self, draft: Draft, gain: float) -> bool:
-        """Twin: `Policy.guard_step`, of which it is equal to the last bit."""
+        """Count a reward's gain (nats) in the session's guard, equal to `Policy.guard_step` bit for bit."""
         session_scalars = draft.pool.sites[self.site.config.name].session_scalars[draft.index].numpy()
         balance, shut = session_scalars[BALANCE, 0], session_scalars[GATE_CLOSED, 0]
         decayed = balance * np.float32(1.0 - 1.0 / GUARD_DECAY_TOKENS)
@@ -136,16 +155,12 @@ class NumbaPolicy:
         return as_arrays(site.tables, site.fields[0], site.session_scalars)
 
 
-def serving_policy(policy: Policy, device: torch.device) -> Policy | NumbaPolicy:
-    """What computes a policy's actions and their rewards on a device."""
-    return NumbaPolicy(policy) if device.type == "cpu" and policy.config.task == "act" else policy
-
-
 @cached_njit
 def _affine(x: Array, matrix: Array, bias: Array) -> Array:
+    """Return x @ matrix + bias [out]; x [in], matrix [in, out], bias [out]."""
     y = bias.copy()
     for i in range(len(x)):
-        if x[i] != 0:  # as half of all rectified numbers are
+        if x[i] != 0:  # half of all outputs of a relu are 0
             for j in range(len(y)):
                 y[j] += x[i] * matrix[i, j]
     return y
@@ -183,21 +198,23 @@ def _concat(first: Array, second: Array) -> Array:
 
 @cached_njit
 def _state(weights: Weights, address_inputs: Array, inputs: Array) -> Array:
+    """Return the state h [D] of inputs x [F]; address_inputs: indices of the inputs that are copied into the state."""
     return _concat(inputs[address_inputs], _relu(_affine(inputs, weights.trunk, weights.trunk_bias)))
 
 
 @cached_njit
 def _top_k(scores: Array, k: int) -> Array:
-    """Where the k highest are, the highest first."""
-    left, best = scores.copy(), np.empty(k, np.int64)
+    """Return the indices [k] of the highest scores, the highest first."""
+    remaining, best = scores.copy(), np.empty(k, np.int64)
     for i in range(k):
-        best[i] = left.argmax()
-        left[best[i]] = -np.inf
+        best[i] = remaining.argmax()
+        remaining[best[i]] = -np.inf
     return best
 
 
 @cached_njit
 def _address(weights: Weights, state: Array, slots: Array, w: Array) -> None:
+    """Fill slots [k] and their weights w [k] by product-key top-k of a state [D]."""
     k = len(slots)
     s = _affine(state, weights.address, weights.address_bias)
     side = len(s) // 2
@@ -217,6 +234,7 @@ def _address(weights: Weights, state: Array, slots: Array, w: Array) -> None:
 
 @cached_njit
 def _read(table: Array, field: Array, slots: Array, rows: Array) -> None:
+    """Copy the rows [k, d_v] of slots [k] out of the pool; table [slots]: the session's row index of each slot."""
     for i in range(len(slots)):
         for j in range(rows.shape[1]):
             rows[i, j] = field[table[slots[i]], j]
@@ -224,6 +242,7 @@ def _read(table: Array, field: Array, slots: Array, rows: Array) -> None:
 
 @cached_njit
 def _weighted_sum(rows: Array, w: Array) -> Array:
+    """Return the readout o = Σ_i w_i M_i [d_v] of rows [k, d_v]."""
     output = np.zeros(rows.shape[1], np.float32)
     for i in range(len(w)):
         for j in range(len(output)):
@@ -233,7 +252,7 @@ def _weighted_sum(rows: Array, w: Array) -> Array:
 
 @cached_njit
 def _recall(weights: Weights, state: Array, output: Array) -> Array:
-    """The state with what the rows said."""
+    """Return the recalled state h' [D] of a state [D] and a readout o [d_v]; o = 0 changes no bit."""
     square = _sum_squares(output) / np.float32(len(output))
     if square == 0:
         return state
@@ -253,7 +272,7 @@ def _recall(weights: Weights, state: Array, output: Array) -> Array:
 
 @cached_njit
 def _logit_and_value(weights: Weights, recalled: Array) -> Array:
-    """How good it is to act so, and the reward that is expected."""
+    """Return [logit, expected reward scaled to 0…1] of a recalled state [D]."""
     output = _affine(_relu(_affine(recalled, weights.join, weights.join_bias)), weights.head, weights.head_bias)
     output[1] = _sigmoid(output[1])
     return output
@@ -261,6 +280,7 @@ def _logit_and_value(weights: Weights, recalled: Array) -> Array:
 
 @cached_njit
 def _loss(reward: np.float32, expected: np.float32) -> np.float32:
+    """Return the binary cross-entropy (nats) of a reward and its expectation, both in 0…1."""
     return -(reward * math.log(max(expected, TINY)) + (ONE - reward) * math.log(max(ONE - expected, TINY)))
 
 
@@ -277,6 +297,7 @@ def _decide(
     out_expected: Array,
     k: int,
 ) -> None:
+    """Fill out_logits and out_expected [n, A] for inputs [n, A, F] of sessions [n]."""
     n, A, _ = inputs.shape
     slots, w = np.empty(k, np.int64), np.empty(k, np.float32)
     rows = np.empty((k, field.shape[1]), np.float32)
@@ -309,6 +330,7 @@ def _reward(
     decay: np.float32,
     cap: np.float32,
 ) -> None:
+    """Fill out_slots [n, k], out_rows [n, k, d_v], out_loss and out_frozen [n] for rewards [n] of inputs [n, F]."""
     k = out_slots.shape[1]
     w, outcome = np.empty(k, np.float32), np.empty(len(weights.outcome), np.float32)
     for i in range(len(inputs)):
@@ -330,7 +352,7 @@ def _reward(
             _affine(outcome, weights.outcome, _affine(following, weights.value, np.zeros_like(output))) - decay * output
         )
         beta = _sigmoid(weights.write_gate[0] + weights.write_gate[1] * min(out_loss[i], MAX_LOSS))
-        crowd = max(_sum_squares(w), ONE)
+        collisions = max(_sum_squares(w), ONE)
         for j in range(k):
-            rows[j] += beta / crowd * w[j] * error
+            rows[j] += beta / collisions * w[j] * error
             rows[j] *= cap / max(np.sqrt(_sum_squares(rows[j])), cap)

@@ -1,18 +1,36 @@
-"""Worlds to adapt to. Importing this package registers them with `gymnasium`, one task an environment:
+"""Scenarios: worlds that a policy adapts to. Importing the package registers them with `gymnasium`:
 
     gymnasium.make("imprint/CardSorting-v0", dims=8)
 
-Options are those of the classes; `steps` is how long a task lasts.
+An environment is one task; its options are those of the world's class, and `steps` is the length of the task.
+
+A new scenario touches two files:
+
+1. `research/scenarios/my_world.py` defines the world, a subclass of `core.Tasks` (`core.TeacherTasks` with a teacher to
+   imitate, `core.LabellingTasks` with answers instead of rewards), and a constant
+
+       SCENARIO = Scenario(
+           MyWorld,
+           env_steps=100,
+           recipes={"my-world": Recipe(MyWorld, PolicyTrainConfig(rounds=200), steps=100)},
+           evaluation=ActingEvaluation({"random": RandomActor}),
+       )
+
+   Baselines and figures that other scenarios share are in `baselines` and `measures`; others belong into the file.
+2. `research/scenarios/registry.py` imports that constant and lists it in `SCENARIOS`.
+
+The environment `imprint/MyWorld-v0`, `imprint train --policy my-world` and `imprint scenario my-world` follow from the
+description, and the tests of all scenarios cover it.
 """
 
-from functools import partial
-
-import gymnasium
-
-from research.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
+from research.scenarios.bernoulli_bandit import BernoulliBandit
 from research.scenarios.card_sorting import CardSorting
+from research.scenarios.choices import Choices
 from research.scenarios.core import TaskEnv, Tasks
-from research.scenarios.streams import FunctionStream, LabelStream
+from research.scenarios.function_stream import FunctionStream
+from research.scenarios.label_stream import LabelStream
+from research.scenarios.linear_bandit import LinearBandit
+from research.scenarios.registry import register_environments
 
 __all__ = [
     "BernoulliBandit",
@@ -25,12 +43,4 @@ __all__ = [
     "Tasks",
 ]
 
-for tasks, steps in (
-    (CardSorting, 300),
-    (BernoulliBandit, 500),
-    (LinearBandit, 500),
-    (Choices, 100),
-    (LabelStream, 200),
-    (FunctionStream, 400),
-):
-    gymnasium.register(f"imprint/{tasks.__name__}-v0", partial(TaskEnv, tasks, steps=steps))
+register_environments()

@@ -1,88 +1,49 @@
-"""What needs no meta-training: those who know how the world was made, and online learners from well-kept libraries."""
+"""Baselines that need no meta-training and fit more than one scenario: actors, and online classifiers.
+
+A baseline of one scenario alone is in the file of its scenario.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from research.scenarios.bandits import BernoulliBandit, Choices, LinearBandit
-from research.scenarios.card_sorting import CardSorting
-from research.scenarios.core import FloatArray, IntArray, Tasks, TeacherTasks
-from research.scenarios.streams import FunctionStream, LabellingTasks, LabelStream, load_digit_images
+from research.scenarios.core import Actor, Curve, FloatArray, IntArray, Tasks, TeacherTasks
 
 NEIGHBOURS = (1, 3, 5)
-WAVES = 100
-Curve = NDArray[np.float64]
-Choose = Callable[[Tasks], IntArray]
 
 
-def acting_baselines(tasks: Tasks) -> dict[str, Callable[[], Choose]]:
-    """Ways to act that fit the scenario: what makes a player of new tasks."""
-    if isinstance(tasks, CardSorting):
-        return {"ideal observer": lambda: _teacher, "random": lambda: _random}
-    others: dict[str, Callable[[], Choose]] = {"Vowpal Wabbit, SquareCB": _VowpalWabbit, "random": lambda: _random}
-    if isinstance(tasks, BernoulliBandit):
-        return {"Gittins index": lambda: _teacher, "Thompson sampling": lambda: _thompson, **others}
-    if isinstance(tasks, Choices):
-        return {"LinUCB on traits": _LinearContextualBandit, "Thompson sampling, items apart": _Thompson, **others}
-    if isinstance(tasks, LinearBandit):
-        return {
-            "LinUCB": _LinearContextualBandit,
-            "linear Thompson sampling": lambda: _LinearContextualBandit(drawn=True),
-            **others,
-        }
-    return {"random": lambda: _random}
+class RandomActor(Actor):
+    """An actor that draws actions uniformly."""
+
+    def act(self, tasks: Tasks) -> IntArray:
+        return tasks.rng.integers(tasks.actions, size=tasks.batch)
 
 
-def _random(tasks: Tasks) -> IntArray:
-    return tasks.rng.integers(tasks.actions, size=tasks.batch)
+class TeacherActor(Actor):
+    """An actor that takes the teacher's best action, ties broken at random."""
 
-
-def _teacher(tasks: Tasks) -> IntArray:
-    assert isinstance(tasks, TeacherTasks)
-    told = tasks.teacher_scores()
-    best: IntArray = (told + 1e-6 * tasks.rng.random(told.shape)).argmax(1)
-    return best
-
-
-def _thompson(tasks: Tasks) -> IntArray:
-    assert isinstance(tasks, BernoulliBandit)
-    best: IntArray = tasks.rng.beta(1 + tasks.counts[..., 1], 1 + tasks.counts[..., 0]).argmax(1)
-    return best
-
-
-class _Thompson:
-    """Counts of each item, and a prior with the population's mean."""
-
-    def __init__(self) -> None:
-        self._counts: NDArray[np.float64] | None = None
-
-    def __call__(self, tasks: Tasks) -> IntArray:
-        if self._counts is None or len(self._counts) != tasks.batch:
-            self._counts = np.zeros((tasks.batch, tasks.actions, 2))
-        ones, zeros = self._counts[..., 1], self._counts[..., 0]
-        best: IntArray = tasks.rng.beta(0.6 + ones, 1.4 + zeros).argmax(1)
+    def act(self, tasks: Tasks) -> IntArray:
+        assert isinstance(tasks, TeacherTasks)
+        scores = tasks.teacher_scores()
+        best: IntArray = (scores + 1e-6 * tasks.rng.random(scores.shape)).argmax(1)
         return best
 
-    def tell(self, action: object, reward: object) -> None:
-        assert self._counts is not None
-        taken, told = np.asarray(action), np.asarray(reward).astype(int)
-        self._counts[np.arange(len(taken)), taken, told] += 1
 
+class LinearContextualBandit(Actor):
+    """Ridge regression of the rewards, one model a task, on `_design`'s features.
 
-class _LinearContextualBandit:
-    """Ridge regression of the rewards, one a task: on the items' traits, or on the context for each arm. It takes the
-    action whose upper bound is highest (Li et al. 2010), or that is best by weights drawn from the posterior."""
+    drawn = False: LinUCB, the highest upper confidence bound (Li et al. 2010, arXiv 1003.0146). drawn = True: linear
+    Thompson sampling, the best action under weights drawn from the posterior. width: scale of the uncertainty.
+    """
 
     def __init__(self, width: float = 0.5, *, drawn: bool = False) -> None:
         self._width, self._drawn = width, drawn
         self._sums: NDArray[np.float64] | None = None
 
-    def __call__(self, tasks: Tasks) -> IntArray:
+    def act(self, tasks: Tasks) -> IntArray:
         x = self._x = _design(tasks)
         if self._sums is None:
             self._inverse = np.tile(np.eye(x.shape[-1]), (tasks.batch, 1, 1))
@@ -97,82 +58,84 @@ class _LinearContextualBandit:
         best: IntArray = value.argmax(1)
         return best
 
-    def tell(self, action: object, reward: object) -> None:
+    def learn(self, actions: IntArray, rewards: FloatArray) -> None:
+        """Update the inverse covariance by the Sherman–Morrison formula."""
         assert self._sums is not None
-        taken, told = np.asarray(action), np.asarray(reward)
-        x = self._x[np.arange(len(taken)), taken]
+        x = self._x[np.arange(len(actions)), actions]
         gained = np.einsum("bij,bj->bi", self._inverse, x)
         scale = 1 + (x * gained).sum(1)
         self._inverse -= gained[:, :, None] * gained[:, None, :] / scale[:, None, None]
-        self._sums += told[:, None] * x
+        self._sums += rewards[:, None] * x
 
 
 def _design(tasks: Tasks) -> NDArray[np.float64]:
-    """What a linear learner sees of each action [B, A, n]: its features, or the context in a place of the arm's own."""
-    seen = tasks.observe().astype(np.float64)
-    context, features = seen[:, : tasks.context], seen[:, tasks.context :]
+    """Return the features [B, A, m] of a linear model: an action's own, or the context in a block for each action."""
+    observations = tasks.observe().astype(np.float64)
+    context, features = observations[:, : tasks.context], observations[:, tasks.context :]
     one = np.ones((tasks.batch, tasks.actions, 1))
     if tasks.features:
         return np.concatenate([features.reshape(*one.shape[:2], -1), one], axis=2)
-    here = np.concatenate([context, one[:, 0]], axis=1)
-    x: NDArray[np.float64] = np.einsum("ac,bi->baci", np.eye(tasks.actions), here).reshape(*one.shape[:2], -1)
+    block = np.concatenate([context, one[:, 0]], axis=1)
+    x: NDArray[np.float64] = np.einsum("ac,bi->baci", np.eye(tasks.actions), block).reshape(*one.shape[:2], -1)
     return x
 
 
-class _VowpalWabbit:
-    """Vowpal Wabbit's contextual bandit, one a task; an action's features are its number and its traits, and those of
-    the context are crossed with them."""
+class VowpalWabbit(Actor):
+    """Vowpal Wabbit's contextual bandit (SquareCB), one learner a task.
+
+    An action's features are its index and its own features; the context's features are crossed with them.
+    """
 
     SETTINGS = "--cb_explore_adf --squarecb -q sa -b 10 --quiet"
 
     def __init__(self) -> None:
         self._learners: list[Any] = []
 
-    def __call__(self, tasks: Tasks) -> IntArray:
-        import vowpalwabbit
+    def act(self, tasks: Tasks) -> IntArray:
+        import vowpalwabbit  # slow to import
 
         if not self._learners:
             self._learners = [vowpalwabbit.Workspace(self.SETTINGS) for _ in range(tasks.batch)]
-        seen = tasks.observe()
-        self._context = ["shared |s " + _vw_features(one) for one in seen[:, : tasks.context]]
-        features = seen[:, tasks.context :].reshape(tasks.batch, tasks.actions, tasks.features)
-        self._actions = [[f"|a n{n} {_vw_features(one)}" for n, one in enumerate(mine)] for mine in features]
+        observations = tasks.observe()
+        self._context = ["shared |s " + _vw_features(context) for context in observations[:, : tasks.context]]
+        features = observations[:, tasks.context :].reshape(tasks.batch, tasks.actions, tasks.features)
+        self._actions = [[f"|a n{n} {_vw_features(one)}" for n, one in enumerate(task)] for task in features]
         examples = zip(self._learners, self._context, self._actions, strict=True)
-        self._chances = np.array([learner.predict("\n".join([shared, *mine])) for learner, shared, mine in examples])
-        cumulated = self._chances.cumsum(1)
+        self._probs = np.array([learner.predict("\n".join([shared, *lines])) for learner, shared, lines in examples])
+        cumulated = self._probs.cumsum(1)
         drawn: IntArray = (cumulated < tasks.rng.random((tasks.batch, 1)) * cumulated[:, -1:]).sum(1)
         return drawn
 
-    def tell(self, action: object, reward: object) -> None:
-        for task, (taken, told) in enumerate(zip(np.asarray(action), np.asarray(reward), strict=True)):
+    def learn(self, actions: IntArray, rewards: FloatArray) -> None:
+        for task, (action, reward) in enumerate(zip(actions, rewards, strict=True)):
             lines = list(self._actions[task])
-            lines[taken] = f"0:{-told}:{self._chances[task, taken]} {lines[taken]}"
+            lines[action] = f"0:{-reward}:{self._probs[task, action]} {lines[action]}"
             self._learners[task].learn("\n".join([self._context[task], *lines]))
 
 
 def _vw_features(numbers: FloatArray) -> str:
-    """Numbers as the text that Vowpal Wabbit reads."""
-    return " ".join(f"x{place}:{number:.5f}" for place, number in enumerate(numbers))
+    """Return numbers in Vowpal Wabbit's text format."""
+    return " ".join(f"x{index}:{number:.5f}" for index, number in enumerate(numbers))
 
 
-def label_stream(features: FloatArray, labels: IntArray, classes: int) -> dict[str, Curve]:
-    """Whether online learners foresee each label [B, T] of streams of features [B, T, F]."""
-    found = {f"{k}-nearest neighbours": np.zeros(labels.shape) for k in NEIGHBOURS}
-    found["online SGD"] = np.zeros(labels.shape)
+def online_classifiers(features: FloatArray, labels: IntArray, classes: int) -> dict[str, Curve]:
+    """Return whether online classifiers predict each label [B, T] of streams of features [B, T, F], by their names."""
+    correct = {f"{k}-nearest neighbours": np.zeros(labels.shape) for k in NEIGHBOURS}
+    correct["online SGD"] = np.zeros(labels.shape)
     for task, (x, y) in enumerate(zip(features, labels, strict=True)):
-        order = ((x[:, None] - x[None]) ** 2).sum(-1)
-        order[np.triu_indices(len(x))] = np.inf
-        nearest = order.argsort(1, kind="stable")
+        distances = ((x[:, None] - x[None]) ** 2).sum(-1)
+        distances[np.triu_indices(len(x))] = np.inf
+        nearest = distances.argsort(1, kind="stable")
         for k in NEIGHBOURS:
             for t in range(1, len(x)):
                 votes = np.bincount(y[nearest[t, : min(k, t)]], minlength=classes)
-                found[f"{k}-nearest neighbours"][task, t] = votes.argmax() == y[t]
-        found["online SGD"][task] = _sgd(x, y, classes)
-    return found
+                correct[f"{k}-nearest neighbours"][task, t] = votes.argmax() == y[t]
+        correct["online SGD"][task] = _sgd(x, y, classes)
+    return correct
 
 
 def _sgd(x: FloatArray, y: IntArray, classes: int) -> Curve:
-    from sklearn.linear_model import SGDClassifier
+    from sklearn.linear_model import SGDClassifier  # slow to import
 
     model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=0.1, random_state=0)
     correct = np.zeros(len(x))
@@ -181,80 +144,3 @@ def _sgd(x: FloatArray, y: IntArray, classes: int) -> Curve:
             correct[t] = model.predict(x[t : t + 1])[0] == y[t]
         model.partial_fit(x[t : t + 1], y[t : t + 1], classes=np.arange(classes))
     return correct
-
-
-def offline_classifier(tasks: LabellingTasks, features: FloatArray, labels: IntArray) -> dict[str, Curve]:
-    """A classifier that was trained on all images that are not held out, and is told each task's labels: digits
-    alone, and only where labels do not drift."""
-    if not isinstance(tasks, LabelStream) or tasks.drift or tasks.source != "digits":
-        return {}
-    from sklearn.svm import SVC
-
-    images = load_digit_images(held_out=False)
-    classes = np.repeat(np.arange(10), [len(one) for one in images])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = SVC(C=10).fit(np.concatenate(images).reshape(len(classes), -1), classes)
-    correct = np.zeros(labels.shape)
-    for task, (x, y) in enumerate(zip(features, labels, strict=True)):
-        place = {int(one): number for number, one in enumerate(tasks.classes[task])}
-        predicted = np.array([tasks.labels[task, place[int(one)]] for one in model.predict(x)])
-        correct[task] = predicted == y
-    return {"offline classifier": correct}
-
-
-def function_stream(tasks: FunctionStream, features: FloatArray, values: Curve) -> dict[str, Curve]:
-    """What online learners foresee of each value [B, T] of streams of features [B, T, F]: the mean of the nearest of
-    the last 100, linear models of 100 random Fourier features, which are the same for all, and a forest."""
-    rng = np.random.default_rng(7)
-    frequencies, phases = rng.normal(size=(tasks.context, WAVES)) * 2.0, rng.uniform(0, 2 * np.pi, WAVES)
-    seen = np.cos(features @ frequencies + phases) * np.sqrt(2 / WAVES)
-    return {
-        "5-nearest neighbours": np.stack([_nearest(x, y) for x, y in zip(features, values, strict=True)]),
-        "online SGD": np.stack([_sgd_regression(x, y) for x, y in zip(seen, values, strict=True)]),
-        "recursive least squares": np.stack([_least_squares(x, y) for x, y in zip(seen, values, strict=True)]),
-        "River, adaptive random forest": np.stack([_forest(x, y) for x, y in zip(features, values, strict=True)]),
-    }
-
-
-def _nearest(x: FloatArray, y: Curve) -> Curve:
-    predicted = np.zeros(len(x))
-    for t in range(1, len(x)):
-        window = slice(max(0, t - 100), t)
-        near = ((x[window] - x[t]) ** 2).sum(1).argsort()[:5]
-        predicted[t] = y[window][near].mean()
-    return predicted
-
-
-def _sgd_regression(x: Curve, y: Curve) -> Curve:
-    from sklearn.linear_model import SGDRegressor
-
-    model = SGDRegressor(learning_rate="constant", eta0=0.5, alpha=1e-4, random_state=0)
-    predicted = np.zeros(len(x))
-    for t in range(len(x)):
-        if t:
-            predicted[t] = model.predict(x[t : t + 1])[0]
-        model.partial_fit(x[t : t + 1], y[t : t + 1])
-    return predicted
-
-
-def _forest(x: FloatArray, y: Curve) -> Curve:
-    """As it comes: each tree watches its own error for drift, and is then replaced."""
-    from river.forest import ARFRegressor
-
-    model, predicted = ARFRegressor(seed=0), np.zeros(len(x))
-    for t, one in enumerate(x):
-        named = dict(enumerate(one.tolist()))
-        predicted[t] = model.predict_one(named)
-        model.learn_one(named, float(y[t]))
-    return predicted
-
-
-def _least_squares(x: Curve, y: Curve, ridge: float = 0.05, forgets: float = 0.99) -> Curve:
-    weights, inverse, predicted = np.zeros(x.shape[1]), np.eye(x.shape[1]) / ridge, np.zeros(len(x))
-    for t, one in enumerate(x):
-        predicted[t] = weights @ one
-        gain = inverse @ one / (forgets + one @ inverse @ one)
-        weights += gain * (y[t] - predicted[t])
-        inverse = (inverse - np.outer(gain, one @ inverse)) / forgets
-    return predicted

@@ -1,4 +1,9 @@
-"""What a scenario is: many tasks of one kind at once, and any of them as a `gymnasium` environment."""
+"""The interfaces of a scenario: a batch of tasks, an actor that plays them, and one task as a `gymnasium` environment.
+
+The module holds no world and no policy.
+
+Shapes: B tasks, A actions, T steps.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,14 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+Curve = NDArray[np.float64]
 
 
 class Tasks(ABC):
-    """B tasks that go on step by step; each is drawn anew, none ends by itself.
+    """A batch of B tasks of one kind, played step by step; each is drawn at random, and none ends by itself.
 
-    context: numbers of an observation that all actions share; features: numbers of each action's own; actions: how many
-    there are. An observation is the context's numbers and then each action's.
+    context: number of observed values that all actions share. features: number of observed values of each action.
+    actions: number of actions. An observation is the context, then the features of each action.
     """
 
     context: int = 0
@@ -30,31 +36,78 @@ class Tasks(ABC):
 
     @abstractmethod
     def observe(self) -> FloatArray:
-        """What can be seen now [B, context + actions · features]."""
+        """Return the current observations [B, context + A·features]."""
 
     @abstractmethod
     def step(self, actions: IntArray) -> FloatArray:
-        """Takes an action [B] in each task, and returns the rewards [B]; the next observation is another."""
+        """Take an action [B] in each task, move on to the next observation and return the rewards [B]."""
 
     @abstractmethod
     def means(self) -> FloatArray:
-        """The expected reward of each action [B, A], as only the world knows it: what regret is counted from."""
+        """Return the expected reward of each action [B, A] under the true parameters; regret is counted from it."""
 
 
 class TeacherTasks(Tasks):
-    """Tasks of a kind that somebody knows."""
+    """Tasks with a teacher: a solver that knows the distribution of tasks, but not the task at hand."""
 
     @abstractmethod
     def teacher_scores(self) -> FloatArray:
-        """How good each action is [B, A] in the eyes of somebody who knows the kind of task, but not the task."""
+        """Return the teacher's score of each action [B, A]; the teacher takes the highest."""
 
     def expected_rewards(self) -> FloatArray:
-        """The reward of each action [B, A] that the same one expects."""
+        """Return the reward of each action [B, A] that the teacher expects."""
         return self.teacher_scores()
 
 
+class LabellingTasks(Tasks):
+    """Tasks in which an action is an answer and the correct answer is revealed after each step.
+
+    regime_start [B]: first step from which on all answers of the task follow the current rule.
+    """
+
+    def __init__(self, batch: int, rng: np.random.Generator) -> None:
+        super().__init__(batch, rng)
+        self.regime_start = np.zeros(batch, np.int64)
+
+    @abstractmethod
+    def targets(self) -> IntArray:
+        """Return the correct answers [B] to the current observations."""
+
+    def read(self, steps: int) -> tuple[FloatArray, IntArray, IntArray]:
+        """Play `steps` (T) steps with correct answers.
+
+        Returns the observations [B, T, F], the correct answers [B, T] and the start of their regimes [B, T].
+        """
+        observations, targets, regime_start = [], [], []
+        for _ in range(steps):
+            observations.append(self.observe())
+            targets.append(self.targets())
+            regime_start.append(self.regime_start.copy())
+            self.step(targets[-1])
+        return np.stack(observations, 1), np.stack(targets, 1), np.stack(regime_start, 1)
+
+    def means(self) -> FloatArray:
+        return np.eye(self.actions, dtype=np.float32)[self.targets()]
+
+
+class Actor(ABC):
+    """A player of B tasks at once, which may learn from the rewards. An actor plays one batch of tasks."""
+
+    @abstractmethod
+    def act(self, tasks: Tasks) -> IntArray:
+        """Return an action [B] for the current observation of each task."""
+
+    def learn(self, actions: IntArray, rewards: FloatArray) -> None:  # noqa: B027 (learning is optional)
+        """Learn from the rewards [B] of the last actions [B]; an actor that does not learn ignores them."""
+
+
+def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1 / (1 + exp(−x)), any shape."""
+    return 1 / (1 + np.exp(-x))
+
+
 class TaskEnv(gymnasium.Env[FloatArray, np.int64]):
-    """One task as an environment of `steps` steps; `info` bears the regret of each."""
+    """One task as an environment of `steps` steps; `info["regret"]` is the regret of the step."""
 
     metadata = {"render_modes": []}  # noqa: RUF012 (gymnasium's own name)
 

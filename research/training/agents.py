@@ -1,7 +1,11 @@
-"""Who can be trained to act: a policy with its memory, and its rivals, who remember in other ways.
+"""Agents that are trained to act: a policy with its memory, and meta-learned baselines with other kinds of memory.
 
-An agent plays B tasks at once: it is asked, then told the rewards. Gradients pass what it keeps until `detach`.
-Rivals are told the last action, its features and its reward with each observation, as in RL² (arXiv 1611.02779).
+An agent plays B tasks at once through an ask-and-tell interface. Gradients pass through the agent's memory until
+`detach`. Baselines see the last action, its features and its reward with each observation, as in RL²
+(arXiv 1611.02779).
+
+Shapes: B tasks, A actions, W units of a layer, D state size, k slots of an address, d_v width of a row, P stored rows,
+T steps so far, H heads.
 """
 
 from __future__ import annotations
@@ -18,56 +22,63 @@ from research.scenarios.core import Tasks
 
 
 class Agent(ABC):
-    """One player of B tasks. network: what is trained."""
+    """A player of B tasks. network: the module that is trained."""
 
     network: nn.Module
 
     @abstractmethod
     def reset(self, batch: int) -> None:
-        """Forgets everything; B new tasks begin."""
+        """Forget everything and begin `batch` (B) new tasks."""
 
     @abstractmethod
     def ask(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """What it says of each action, given observations [B, …]: how good it is to act so (logits [B, A]), and the
-        reward that is expected [B, A], as a share of its range."""
+        """Return the logits [B, A] of the actions and their expected rewards [B, A], scaled to 0…1.
+
+        observation [B, context + A·features].
+        """
 
     @abstractmethod
     def tell(self, action: Tensor, reward: Tensor) -> None:
-        """The actions [B] long that were taken and their rewards [B]."""
+        """Learn from the rewards [B] of the actions [B] long that were taken."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Gradients pass no further back than to here."""
+        """Stop gradients at the current state of the memory."""
 
 
 class RowStore:
-    """The rows of a batch of tasks while training, where gradients reach them: [B, P, d_v]; each slot that is asked for
-    gets one of the P places, for all tasks alike."""
+    """The memory rows of B tasks in training, `rows` [B, P, d_v], which gradients pass through.
+
+    Each slot that any task addresses gets one of the P rows in every task.
+    """
 
     def __init__(self, batch: int, slots: int, width: int) -> None:
         self.rows = torch.zeros(batch, 0, width)
         self._row_ids = torch.full((slots,), -1)
 
     def row_ids(self, slots: Tensor) -> Tensor:
-        """slots, any shape → places."""
+        """Return the row index of each slot, any shape; slots that are new get a row of zeros."""
         new = torch.unique(slots[self._row_ids[slots] < 0])
         if len(new):
-            batch, held, width = self.rows.shape
-            self._row_ids[new] = held + torch.arange(len(new))
+            batch, num_rows, width = self.rows.shape
+            self._row_ids[new] = num_rows + torch.arange(len(new))
             self.rows = torch.cat([self.rows, self.rows.new_zeros(batch, len(new), width)], dim=1)
         return self._row_ids[slots]
 
     def read(self, row_ids: Tensor) -> Tensor:
-        """places [B, m] → rows [B, m, d_v]."""
+        """Return rows [B, m, d_v] at indices [B, m]."""
         return self.rows.gather(1, row_ids[:, :, None].expand(-1, -1, self.rows.shape[2]))
 
     def write(self, row_ids: Tensor, rows: Tensor) -> None:
-        """rows [B, k, d_v] at places [B, k]."""
+        """Replace the rows at indices [B, k] by rows [B, k, d_v]."""
         self.rows = self.rows.scatter(1, row_ids[:, :, None].expand_as(rows), rows)
 
 
 class MemoryAgent(Agent):
-    """A policy; forgetful: it writes nothing; guarded: as it is served, and not trained."""
+    """A policy with its memory in a `RowStore`.
+
+    read_only: whether rewards write nothing. guarded: whether the guard applies, as in serving; training has no guard.
+    """
 
     def __init__(self, policy: Policy, *, read_only: bool = False, guarded: bool = False) -> None:
         self.network = self.policy = policy
@@ -84,7 +95,7 @@ class MemoryAgent(Agent):
         policy, A = self.policy, self.policy.config.actions
         B = len(observation)
         state = policy.state(policy.inputs(observation, self._last, self._reward).flatten(0, 1))
-        # The weight of a lone slot is 1, whatever its address.
+        # With k = 1 the weight is 1 whatever the address, so the address has no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and policy.site.config.k > 1):
             self._slots, self._w = policy.site.address(state)
         row_ids = self.row_store.row_ids(self._slots).view(B, -1)
@@ -117,7 +128,10 @@ class MemoryAgent(Agent):
 
 
 class _BaselineNetwork(nn.Module):
-    """What rivals see: the observation, the last action with its features and its reward, and whether there was one."""
+    """The first and last layer of a baseline.
+
+    The input is the observation, then the history: the last action, its features, its reward, and whether it exists.
+    """
 
     def __init__(self, tasks: Tasks, width: int) -> None:
         super().__init__()
@@ -127,16 +141,17 @@ class _BaselineNetwork(nn.Module):
 
     @property
     def history_size(self) -> int:
-        """Numbers that tell of the last action."""
+        """Return the number of inputs about the last action."""
         return self.actions + self.features + 2
 
     def action_outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the expected rewards [B, A] for the last hidden layer [B, W]."""
         logits, expected = self.leave(hidden).chunk(2, dim=-1)
         return logits, torch.sigmoid(expected)
 
 
 class MetaBaseline(Agent):
-    """The common part of rivals: it tells the network what was done last."""
+    """The common part of meta-learned baselines: encodes the observation with the history."""
 
     network: _BaselineNetwork
 
@@ -144,8 +159,8 @@ class MetaBaseline(Agent):
         self._history = torch.zeros(batch, self.network.history_size)
 
     def tell(self, action: Tensor, reward: Tensor) -> None:
-        net, here = self.network, torch.arange(len(action))
-        features = self._observed[:, net.context :].view(len(action), net.actions, net.features)[here, action]
+        net, task = self.network, torch.arange(len(action))
+        features = self._observed[:, net.context :].view(len(action), net.actions, net.features)[task, action]
         reward_inputs = torch.stack([reward, torch.ones_like(reward)], dim=1)
         self._history = torch.cat([F.one_hot(action, net.actions).float(), features, reward_inputs], dim=1)
 
@@ -155,7 +170,7 @@ class MetaBaseline(Agent):
 
 
 class RecurrentAgent(MetaBaseline):
-    """RL²: a GRU or an LSTM, whose state is all it knows of its task."""
+    """RL² (arXiv 1611.02779): a GRU or an LSTM whose state is the memory of the task."""
 
     def __init__(self, tasks: Tasks, width: int, *, cell: str, seed: int) -> None:
         torch.manual_seed(seed)
@@ -180,8 +195,10 @@ class RecurrentAgent(MetaBaseline):
 
 
 class _TransformerLayer(nn.Module):
-    """A layer of a transformer that reads one step at a time: each attends to all steps so far, farther ones less, by a
-    slope of each head's own (as in arXiv 2108.12409, but learned)."""
+    """A transformer layer that reads one step at a time and attends to all steps so far.
+
+    Positions enter as a learned linear bias for each head (ALiBi, arXiv 2108.12409, with learned slopes).
+    """
 
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
@@ -191,7 +208,7 @@ class _TransformerLayer(nn.Module):
         self.slope = nn.Parameter(torch.logspace(-1, -8, heads, base=2).log())
 
     def forward(self, x: Tensor, kv_cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """A step x [B, W] and what is kept of earlier ones, keys and values [B, H, T, W / H]; the same afterwards."""
+        """Return the output [B, W] of a step x [B, W] and the extended cache: keys and values [B, H, T, W / H]."""
         heads = len(self.slope)
         query, key, value = self.ask(self.before(x)).view(len(x), 3, heads, 1, -1).unbind(1)
         key, value = torch.cat([kv_cache[0], key], dim=2), torch.cat([kv_cache[1], value], dim=2)
@@ -203,7 +220,7 @@ class _TransformerLayer(nn.Module):
 
 
 class ContextAgent(MetaBaseline):
-    """A transformer of two layers with its whole task in context."""
+    """A transformer of two layers with the whole task in context."""
 
     def __init__(self, tasks: Tasks, width: int, *, seed: int) -> None:
         torch.manual_seed(seed)
@@ -233,7 +250,10 @@ class ContextAgent(MetaBaseline):
 
 
 class DenseAgent(MetaBaseline):
-    """A dense delta memory: a matrix that each step writes as a whole, M ← M + β k (v − M k)ᵀ, and reads by query."""
+    """A dense delta memory: M ← M + β (v − M k) kᵀ in each step, read as M q (delta rule, arXiv 2102.11174).
+
+    M [B, W, W]; k and q are unit vectors.
+    """
 
     def __init__(self, tasks: Tasks, width: int, *, seed: int) -> None:
         torch.manual_seed(seed)
@@ -250,8 +270,8 @@ class DenseAgent(MetaBaseline):
         encoded, width = self._encode(observation), self.network.enter.out_features
         query, key, value, beta = self.network.get_submodule("project")(encoded).split([width, width, width, 1], dim=1)
         query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-        held = torch.einsum("bvk,bk->bv", self._matrix, key)
-        change = torch.sigmoid(beta) * (torch.tanh(value) - held)
+        retrieved = torch.einsum("bvk,bk->bv", self._matrix, key)
+        change = torch.sigmoid(beta) * (torch.tanh(value) - retrieved)
         self._matrix = self._matrix + change[:, :, None] * key[:, None, :]
         read = torch.einsum("bvk,bk->bv", self._matrix, query)
         return self.network.action_outputs(

@@ -1,8 +1,11 @@
-"""Meta-training of policies: many tasks at once, a teacher who knows their kind, gradients through the writes.
+"""Meta-training of policies: many tasks at once, gradients through the writes of the memory.
 
-Acting: what the memory should say of each action is told by the scenario's teacher; where there is none, by the task
-itself. Then a policy learns how likely each action is to be the best, given what it has seen (posterior sampling, as in
-arXiv 2306.14892), and what each brings. Labelling: each example asks all earlier ones of its stream.
+Acting: a task's memory is unrolled over `span` steps. For each action the network learns a preference and the expected
+reward. The targets come from the scenario's teacher; in a scenario without a teacher, from the true means of the task,
+so that the policy learns the posterior probability that an action is the best (posterior sampling, as in the decision
+pretrained transformer, arXiv 2306.14892). Labelling: each example of a stream attends to all earlier ones.
+
+Shapes: B tasks, A actions, T steps, F inputs of an example, L labels.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,37 +24,18 @@ from torch import Tensor, nn
 from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
 from model.policies.network import Policy, recency_log_prior
-from research.scenarios.core import FloatArray, IntArray, Tasks, TeacherTasks
-from research.scenarios.streams import LabellingTasks
+from research.scenarios.core import FloatArray, IntArray, LabellingTasks, Tasks, TeacherTasks
+from research.scenarios.scenario import PolicyTrainConfig
 from research.training.agents import Agent, MemoryAgent
 
 CLIP = 1.0
 SAVE_EVERY = 10  # rounds between two saves
 STATE_FILE = "state.pt"
-EXPLORATION_RATE = 0.05  # share of actions that are taken at random while training
-
-
-@dataclass(frozen=True)
-class PolicyTrainConfig:
-    """How a policy is trained: `rounds` of `batch` new tasks of `steps` steps; gradients pass `span` steps.
-
-    keen: how sharply the best actions are told apart; imitate: whether there is a teacher; led: share
-    of the tasks in which the teacher acts.
-    """
-
-    rounds: int
-    batch: int = 256
-    steps: int = 120
-    span: int = 40
-    lr: float = 3e-3
-    keen: float = 20.0
-    imitate: bool = True
-    led: float = 0.0
-    seed: int = 0
+EXPLORATION_RATE = 0.05  # share of random actions in training
 
 
 class ActingRound:
-    """One round of an agent: `loss` of each span of steps, with what it keeps carried from one to the next."""
+    """One round of an agent on new tasks; each call of `loss` plays the next span of steps with the same memory."""
 
     def __init__(
         self, agent: Agent, tasks: Tasks, train_config: PolicyTrainConfig, rng: np.random.Generator, greedy: bool
@@ -61,6 +44,7 @@ class ActingRound:
         agent.reset(tasks.batch)
 
     def loss(self) -> Tensor:
+        """Play a span of steps; return the cross-entropy (nats) of preferences plus that of expected rewards."""
         self.agent.detach()
         outputs, targets = zip(*(self._step() for _ in range(self.train_config.span)), strict=True)
         logits, expected = (torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -68,11 +52,11 @@ class ActingRound:
         return F.cross_entropy(logits, action_targets) + F.binary_cross_entropy(expected, means)
 
     def _step(self) -> tuple[tuple[Tensor, Tensor], tuple[FloatArray, FloatArray]]:
-        """What the agent said of each action [B, A], and what it should have said."""
+        """Play a step; return the agent's logits and expected rewards [B, A], and their targets."""
         outputs = self.agent.ask(torch.from_numpy(self.tasks.observe()))
-        action, targets = self._choose(outputs[0].detach()), self._targets()
-        reward = self.tasks.step(action)
-        self.agent.tell(torch.from_numpy(action), torch.from_numpy(reward))
+        actions, targets = self._choose(outputs[0].detach()), self._targets()
+        rewards = self.tasks.step(actions)
+        self.agent.tell(torch.from_numpy(actions), torch.from_numpy(rewards))
         return outputs, targets
 
     def _choose(self, logits: Tensor) -> IntArray:
@@ -80,19 +64,19 @@ class ActingRound:
         if self.train_config.imitate and self.train_config.led:
             teacher_leads = np.arange(len(best)) < self.train_config.led * len(best)
             best = np.where(teacher_leads, self._teacher_tasks().teacher_scores().argmax(1), best)
-        other = self.rng.integers(logits.shape[1], size=len(best))
-        action: IntArray = np.where(self.rng.random(len(best)) < EXPLORATION_RATE, other, best)
-        return action
+        random = self.rng.integers(logits.shape[1], size=len(best))
+        actions: IntArray = np.where(self.rng.random(len(best)) < EXPLORATION_RATE, random, best)
+        return actions
 
     def _teacher_tasks(self) -> TeacherTasks:
         assert isinstance(self.tasks, TeacherTasks), "only tasks with a teacher can be imitated"
         return self.tasks
 
     def _targets(self) -> tuple[FloatArray, FloatArray]:
-        """How each action should be preferred and what it brings [B, A]: by the teacher, or in truth."""
+        """Return the targets [B, A] by the teacher or in truth: preferences, which sum to 1, and expected rewards."""
         if self.train_config.imitate:
-            targets = self._teacher_tasks().teacher_scores()
-            preferred = np.exp(self.train_config.keen * (targets - targets.max(1, keepdims=True)))
+            scores = self._teacher_tasks().teacher_scores()
+            preferred = np.exp(self.train_config.keen * (scores - scores.max(1, keepdims=True)))
             return preferred / preferred.sum(1, keepdims=True), self._teacher_tasks().expected_rewards().clip(0, 1)
         means = self.tasks.means()
         best = (means == means.max(1, keepdims=True)).astype(np.float32)
@@ -100,48 +84,50 @@ class ActingRound:
 
 
 def sample_actions(logits: Tensor, rng: np.random.Generator, *, greedy: bool) -> IntArray:
-    """An action [B] for logits [B, A]: the best one, or one as likely as the logits say."""
+    """Return an action [B] for logits [B, A]: the best one if greedy, or a draw from softmax(logits)."""
     if greedy:
         best: IntArray = logits.argmax(-1).numpy()
         return best
-    chances = torch.softmax(logits.double(), -1).numpy()
-    drawn: IntArray = (chances.cumsum(1) < rng.random((len(chances), 1))).sum(1)
-    return drawn.clip(0, chances.shape[1] - 1)
+    probs = torch.softmax(logits.double(), -1).numpy()
+    drawn: IntArray = (probs.cumsum(1) < rng.random((len(probs), 1))).sum(1)
+    return drawn.clip(0, probs.shape[1] - 1)
 
 
 class LabellingRound:
-    """One round of a labelling policy: each example of each stream asks all earlier ones of it."""
+    """One round of a policy that labels, on B streams of T examples; each example reads all earlier ones."""
 
     def __init__(self, policy: Policy, tasks: Tasks, steps: int) -> None:
         assert isinstance(tasks, LabellingTasks)
         self.policy = policy
-        self._features, self._labels, self._began = map(torch.from_numpy, tasks.read(steps))
+        self._features, self._labels, self._regime_start = map(torch.from_numpy, tasks.read(steps))
 
     def loss(self) -> Tensor:
-        streams = zip(self._features, self._labels, self._began, strict=True)
+        """Return the mean loss of the labels (nats), plus that of the hazard if the policy detects changes."""
+        streams = zip(self._features, self._labels, self._regime_start, strict=True)
         loss = torch.stack([self._stream(*stream) for stream in streams]).mean()
         if self.policy.doubt is None:
             return loss
-        changed = (self._began.diff(dim=1) != 0).float()
+        changed = (self._regime_start.diff(dim=1) != 0).float()
         return loss + F.binary_cross_entropy_with_logits(self.policy.doubt.expand_as(changed), changed)
 
-    def _stream(self, features: Tensor, labels: Tensor, began: Tensor) -> Tensor:
+    def _stream(self, features: Tensor, labels: Tensor, regime_start: Tensor) -> Tensor:
+        """Return the mean loss of a stream: features [T, F], labels [T], regime_start [T]."""
         policy, site, T = self.policy, self.policy.labels, len(labels)
         states = policy.embed(features)
         keys = site.keys(states)
-        # Rows are stored in int8: training sees the same roundings.
+        # Rows store keys in int8. Training sees the rounded keys, and gradients pass as if there were no rounding.
         stored = keys + (torch_backend.quantise_keys(keys.detach()) / torch_backend.KEY_SCALE - keys.detach())
         queries, earlier = slice(1, T), slice(0, T - 1)
         base, keys = policy.base(states[queries]), keys[queries]
-        hidden = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
-        if policy.doubt is not None:  # a teacher says what guesses will have to: since when examples count
-            hidden |= torch.arange(T - 1) < began[queries, None]
+        missing = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
+        if policy.doubt is not None:  # training knows the true change points, which hypotheses stand for in serving
+            missing |= torch.arange(T - 1) < regime_start[queries, None]
         found = torch_backend.score_candidates(
             labels[None, earlier],
             keys @ stored[earlier].T,
             torch.zeros(T - 1, T - 1, dtype=torch.long),
             recency_log_prior((torch.arange(T - 1)[:, None] - torch.arange(T - 1)).clamp_min(0)),
-            hidden,
+            missing,
             site.sharpness,
             site.prior,
             torch.zeros(len(site.sharpness), len(NGRAM_SIZES)),
@@ -149,13 +135,18 @@ class LabellingRound:
         logit, shares = site.gate(found, base.entropy, keys)
         gamma = torch.sigmoid(logit).clamp_max(torch_backend.MAX_GAMMA)
         memory_probs = torch_backend.memory_prob(labels[queries], found.tokens, shares)
-        outputs = (1 - gamma) * base.log_prob(labels[queries]).exp() + gamma * memory_probs
-        return -outputs.clamp_min(torch_backend.TINY).log().mean()
+        probs = (1 - gamma) * base.log_prob(labels[queries]).exp() + gamma * memory_probs
+        return -probs.clamp_min(torch_backend.TINY).log().mean()
 
 
 class PolicyTrainer:
-    """Trains a policy round by round; `folder` keeps it, its optimiser and the losses, so that a stop costs no more
-    than the rounds since the last save. Not trained: addresses of lone slots, the cells' centres, rates of trust."""
+    """Trains a policy round by round, and resumes from `folder`.
+
+    The folder holds the policy, the optimiser and the losses of the last save; a stop loses the rounds since then. The
+    addresses of a site with k = 1 are not trained, nor are the cells' centres and the trust rate of a lexical site.
+
+    losses: of each round (nats). seconds: of one core, over all runs.
+    """
 
     def __init__(
         self,
@@ -182,16 +173,16 @@ class PolicyTrainer:
             self._optimiser.load_state_dict(checkpoint["optimiser"])
             self.losses, self.seconds = checkpoint["losses"], checkpoint["seconds"]
 
-    def run(self, tell: Callable[[int, float], None]) -> None:
-        """Trains to the last round; tells after each how many are done and the round's loss (nats)."""
-        began, before = time.process_time(), self.seconds
+    def run(self, on_round: Callable[[int, float], None]) -> None:
+        """Train to the last round; after each, call `on_round` with the rounds so far and the round's loss (nats)."""
+        started, before = time.process_time(), self.seconds
         while len(self.losses) < self.train_config.rounds:
             self.losses.append(self._round(len(self.losses)))
-            self.seconds = before + time.process_time() - began
+            self.seconds = before + time.process_time() - started
             done = len(self.losses)
             if done % SAVE_EVERY == 0 or done == self.train_config.rounds:
                 self._save()
-            tell(done, self.losses[-1])
+            on_round(done, self.losses[-1])
         self.policy.requires_grad_(False)
 
     def _round(self, number: int) -> float:
@@ -221,13 +212,13 @@ def train_agent(
     greedy: bool,
     seconds: float,
 ) -> list[float]:
-    """Trains a rival on the same lessons for so many seconds of one core; returns the loss (nats) of each round."""
-    began, losses = time.process_time(), list[float]()
+    """Train an agent on the same tasks for `seconds` of one core; return the loss (nats) of each round."""
+    started, losses = time.process_time(), list[float]()
     optimiser = torch.optim.Adam(agent.network.parameters(), lr=train_config.lr)
-    while (spent := (time.process_time() - began) / seconds) < 1.0:
+    while (progress := (time.process_time() - started) / seconds) < 1.0:
         rng = np.random.default_rng([train_config.seed, len(losses)])
         training_round = ActingRound(agent, make(train_config.batch, rng), train_config, rng, greedy)
-        losses.append(_train_round(training_round, train_config, optimiser, spent))
+        losses.append(_train_round(training_round, train_config, optimiser, progress))
     return losses
 
 
@@ -235,12 +226,15 @@ def _train_round(
     training_round: ActingRound | LabellingRound,
     train_config: PolicyTrainConfig,
     optimiser: torch.optim.Optimizer,
-    done: float,
+    progress: float,
 ) -> float:
-    """The steps of one round, a span each, at the learning rate of this share of the training; their mean loss."""
+    """Take one optimiser step for each span of a round and return the mean loss.
+
+    progress: share of the training that is done; the learning rate follows half a cosine down to 1% of its peak.
+    """
     spans, total = train_config.steps // train_config.span, 0.0
     for group in optimiser.param_groups:
-        group["lr"] = train_config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        group["lr"] = train_config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
     for _ in range(spans):
         loss = training_round.loss()
         optimiser.zero_grad()

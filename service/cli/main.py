@@ -265,7 +265,7 @@ def scenario(
         name,
         out,
         seeds=seeds,
-        rivals=baselines,
+        baselines=baselines,
         baseline_config=baseline_config,
         checkpoint=policy,
         practice=practice,

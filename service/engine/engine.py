@@ -21,6 +21,7 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.memory import MemoryConfig, Pool, PoolFullError
+from model.policies.backend import choose_backend
 from model.policies.network import Policy
 from model.text.sampling import predraw
 from model.text.tokenizer import Tokenizer
@@ -74,7 +75,8 @@ class Engine:
         # A policy's session holds a few rows, where one of text holds thousands.
         policy_rows = -(-hot_rows // POLICY_ROWS_DIVISOR)
         self._policies = {
-            name: PolicyWorker(one, make_resident(one.config.memory, policy_rows)) for name, one in policies.items()
+            name: PolicyWorker(one, choose_backend(one, lm.device), make_resident(one.config.memory, policy_rows))
+            for name, one in policies.items()
         }
         self._scheduler: Scheduler[TextJob] = Scheduler(max_sequences=max_batch, max_tokens=kv_tokens)
         metrics.kv_tokens_capacity.set(kv_tokens)

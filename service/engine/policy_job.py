@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from model.memory import Draft
+from model.policies.backend import PolicyBackend
 from model.policies.journal import NAME, FloatArray, Journal, JournalError
 from model.policies.network import Policy
-from model.policies.numba_step import NumbaPolicy, serving_policy
 from service.engine.memory_job import MemoryJob
 from service.engine.resident import ResidentSessions
 from service.engine.types import Event, Job, PolicyDecision, PolicyRequest
@@ -25,7 +25,7 @@ class PolicyJob(MemoryJob):
     """One request of one session. Raises what the model raises, and BadRequest or Conflict for a reward that cannot be
     placed."""
 
-    def __init__(self, job: Job, policy: Policy | NumbaPolicy) -> None:
+    def __init__(self, job: Job, policy: PolicyBackend) -> None:
         super().__init__(job)
         assert job.policy_request is not None
         self.policy_request: PolicyRequest = job.policy_request
@@ -51,7 +51,7 @@ class PolicyJob(MemoryJob):
             raise EngineError("The session's journal is damaged in the store; erase the session.", code="damaged")
         if self.policy_request.reward is not None:
             try:
-                self.row = self._journal.open(self.policy_request.action_id)
+                self.row = self._journal.pending_row(self.policy_request.action_id)
             except JournalError as error:
                 raise _refusal(error, self.policy_request.action_id) from None
 
@@ -102,7 +102,7 @@ class PolicyJob(MemoryJob):
             probs = distribution.tolist()
         number = None
         if inputs is not None and self._draft is not None:
-            number = self.journal.take(choice, probs[choice], inputs[choice])
+            number = self.journal.record_action(choice, probs[choice], inputs[choice])
         self._decided = PolicyDecision(choice, probs, expected, number)
 
     def events(self) -> Iterator[Event]:
@@ -119,16 +119,15 @@ class PolicyJob(MemoryJob):
 class PolicyWorker:
     """A policy that is served, the sessions of it that are hot, and what waits for its next step."""
 
-    def __init__(self, policy: Policy, resident: ResidentSessions) -> None:
+    def __init__(self, policy: Policy, backend: PolicyBackend, resident: ResidentSessions) -> None:
         self.policy = policy
         self.resident = resident
-        self.backend = serving_policy(policy, resident.pool.device)
+        self.backend = backend
         self.waiting: deque[PolicyJob] = deque()
 
     def prepare(self) -> None:
         """Before sessions are served."""
-        if isinstance(self.backend, NumbaPolicy):
-            self.backend.prepare(self.resident.pool)
+        self.backend.prepare(self.resident.pool)
 
     def take(self, limit: int) -> list[PolicyJob]:
         """The runs of the next step, first come, first served."""

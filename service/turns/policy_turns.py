@@ -240,13 +240,13 @@ def _with_reward(request: PolicyRequest, policy: Policy, reward: RewardInput | N
 def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
     """Raise BadRequest unless there are as many numbers as the policy observes."""
     config = policy.config
-    if len(numbers) == config.observation:
+    if len(numbers) == config.observation_size:
         return
     parts = f"{config.context} of the context" + (
         f" and {config.features} of each of {config.actions} actions" if config.features else ""
     )
     raise BadRequest(
-        f"{field!r} must hold {config.observation} numbers for {config.name!r} ({parts}), got {len(numbers)}.",
+        f"{field!r} must hold {config.observation_size} numbers for {config.name!r} ({parts}), got {len(numbers)}.",
         param=field,
     )
 

@@ -1,4 +1,4 @@
-"""Policies keep the laws of the memory: empty is the network alone, twins agree, no neighbours, sparse writes."""
+"""Policies keep the laws of the memory: an empty session is the network alone, no neighbours, sparse writes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from model.memory import Draft, Pool
 from model.memory.lexical import reference, torch_backend
+from model.policies.config import PolicyConfig, PolicyError
 from model.policies.journal import MAX_PENDING, MAX_TOUCHED_ROWS, SLOTS, Journal, JournalError
-from model.policies.network import Policy, PolicyConfig, PolicyError, load_policy, new_policy, save_policy
+from model.policies.network import Policy, load_policy, new_policy, save_policy
 from research.scenarios.card_sorting import CardSorting
-from research.scenarios.recipes import RECIPES
+from research.scenarios.registry import RECIPES
+from research.scenarios.scenario import PolicyTrainConfig
 from research.training.agents import Agent, ContextAgent, MemoryAgent, RecurrentAgent
-from research.training.policy_loop import ActingRound, LabellingRound, PolicyTrainConfig, PolicyTrainer, train_agent
+from research.training.policy_loop import ActingRound, LabellingRound, PolicyTrainer, train_agent
 from tests.tiny import build_tiny_policies
 
 EMPTY_SESSION = 0
@@ -43,28 +45,28 @@ def build_pool(policy: Policy) -> Pool:
 
 
 def random_inputs(policy: Policy, n: int, seed: int = 0) -> Tensor:
-    """What the actions of n sessions ask with [n, A, F]."""
+    """Return the inputs [n, A, F] of the actions of n sessions."""
     generator = torch.Generator().manual_seed(seed)
-    observation = torch.randn(n, policy.config.observation, generator=generator)
+    observation = torch.randn(n, policy.config.observation_size, generator=generator)
     return policy.inputs(observation, torch.full((n,), -1), torch.full((n,), math.nan))
 
 
-def rewarded(policy: Policy, pool: Pool, index: int, times: int, seed: int = 0) -> None:
-    """Learns some rewards in a session."""
+def learn_rewards(policy: Policy, pool: Pool, index: int, times: int, seed: int = 0) -> None:
+    """Learn `times` rewards in a session."""
     inputs = random_inputs(policy, times, seed)
     for time in range(times):
         draft = pool.draft(index)
-        reward(policy, draft, inputs[time, time % 3], float(time % 2))
+        write_reward(policy, draft, inputs[time, time % 3], float(time % 2))
         draft.commit()
 
 
-def reward(policy: Policy, draft: Draft, inputs: Tensor, value: float) -> None:
+def write_reward(policy: Policy, draft: Draft, inputs: Tensor, value: float) -> None:
     session = torch.tensor([draft.index])
     slots, rows, _, _ = policy.reward(inputs[None], torch.tensor([value]), draft.pool, session)
     draft.put("memory", slots[0], [rows[0]])
 
 
-def test_how_much_there_is_of_a_row_is_what_its_twin_says() -> None:
+def test_the_magnitude_of_a_delta_read_equals_the_reference() -> None:
     rows, w = torch.randn(5, 3, 4, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     rows[2] = 0
     torch.testing.assert_close(torch_backend.delta_read_magnitude(rows, w), reference.delta_read_magnitude(rows, w))
@@ -86,30 +88,32 @@ def test_neighbours_change_no_bit(act_policy: Policy, label_policy: Policy) -> N
     pool = build_pool(act_policy)
     sessions = [pool.open() for _ in range(5)]
     for number, index in enumerate(sessions):
-        rewarded(act_policy, pool, index, 6, seed=number)
-    inputs, told = random_inputs(act_policy, 5, seed=9), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+        learn_rewards(act_policy, pool, index, 6, seed=number)
+    inputs, rewards = random_inputs(act_policy, 5, seed=9), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
     together = act_policy.decide(inputs, pool, torch.tensor(sessions))
-    written = act_policy.reward(inputs[:, 1], told, pool, torch.tensor(sessions))
+    written = act_policy.reward(inputs[:, 1], rewards, pool, torch.tensor(sessions))
     for i, index in enumerate(sessions):
         alone = act_policy.decide(inputs[i : i + 1], pool, torch.tensor([index]))
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
-        mine = act_policy.reward(inputs[i : i + 1, 1], told[i : i + 1], pool, torch.tensor([index]))
-        assert all(torch.equal(a[0], b[i]) for a, b in zip(mine, written, strict=True))
+        alone_written = act_policy.reward(inputs[i : i + 1, 1], rewards[i : i + 1], pool, torch.tensor([index]))
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone_written, written, strict=True))
     labels = build_pool(label_policy)
     opened = [labels.open() for _ in range(4)]
     features = torch.randn(4, 6)
     for index in opened[1:]:
-        observed(label_policy, labels, index, features[index % 4], index % 5)
-    all_said = label_policy.label(features, labels, torch.tensor(opened))
+        learn_label(label_policy, labels, index, features[index % 4], index % 5)
+    batch_log_probs = label_policy.label(features, labels, torch.tensor(opened))
     for i, index in enumerate(opened):
-        assert torch.equal(label_policy.label(features[i : i + 1], labels, torch.tensor([index]))[0], all_said[i])
+        assert torch.equal(
+            label_policy.label(features[i : i + 1], labels, torch.tensor([index]))[0], batch_log_probs[i]
+        )
 
 
-def observed(policy: Policy, pool: Pool, index: int, features: Tensor, label: int) -> None:
+def learn_label(policy: Policy, pool: Pool, index: int, features: Tensor, label: int) -> None:
     draft = pool.draft(index)
     session = torch.tensor([draft.index])
-    ((_, _, _, learn),) = policy.label_updates(features[None], torch.tensor([label]), pool, session)
-    learn(draft)
+    (update,) = policy.label_updates(features[None], torch.tensor([label]), pool, session)
+    update.apply(draft)
     assert len(draft.touched()["memory"].slots) == 1
     draft.commit()
 
@@ -117,10 +121,10 @@ def observed(policy: Policy, pool: Pool, index: int, features: Tensor, label: in
 def test_a_reward_touches_k_rows_and_no_other(act_policy: Policy) -> None:
     pool = build_pool(act_policy)
     index = pool.open()
-    rewarded(act_policy, pool, index, 8)
+    learn_rewards(act_policy, pool, index, 8)
     before = pool.dump(index)["memory"]
     draft = pool.draft(index)
-    reward(act_policy, draft, random_inputs(act_policy, 1, seed=5)[0, 0], 1.0)
+    write_reward(act_policy, draft, random_inputs(act_policy, 1, seed=5)[0, 0], 1.0)
     touched = draft.touched()["memory"]
     assert 1 <= len(touched.slots) <= act_policy.site.config.k
     draft.commit()
@@ -131,24 +135,24 @@ def test_a_reward_touches_k_rows_and_no_other(act_policy: Policy) -> None:
 
 
 def test_training_reads_and_writes_what_serving_does(act_policy: Policy) -> None:
-    """The rows that gradients pass are those of the pool: the same rewards lead to the same decisions."""
+    """The rows of training and of the pool agree: the same rewards lead to the same decisions."""
     pool, agent = build_pool(act_policy), MemoryAgent(act_policy)
-    index, last, told = pool.open(), torch.tensor([-1]), torch.tensor([math.nan])
+    index, last, last_reward = pool.open(), torch.tensor([-1]), torch.tensor([math.nan])
     agent.reset(1)
-    for step, observation in enumerate(torch.randn(12, 1, act_policy.config.observation)):
-        inputs = act_policy.inputs(observation, last, told)
+    for step, observation in enumerate(torch.randn(12, 1, act_policy.config.observation_size)):
+        inputs = act_policy.inputs(observation, last, last_reward)
         served = act_policy.decide(inputs, pool, torch.tensor([index]))
-        for trained, said in zip(agent.ask(observation), served, strict=True):
-            torch.testing.assert_close(trained, said)
-        last, told = torch.tensor([step % 3]), torch.tensor([float(step % 2)])
-        agent.tell(last, told)
+        for trained, expected in zip(agent.ask(observation), served, strict=True):
+            torch.testing.assert_close(trained, expected)
+        last, last_reward = torch.tensor([step % 3]), torch.tensor([float(step % 2)])
+        agent.tell(last, last_reward)
         draft = pool.draft(index)
-        reward(act_policy, draft, inputs[0, step % 3], float(told))
+        write_reward(act_policy, draft, inputs[0, step % 3], float(last_reward))
         draft.commit()
 
 
 def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: list[Path]) -> None:
-    """Law 12: where rewards contradict what memory makes of them, decisions are soon those of the network alone."""
+    """Law 12: when rewards contradict what memory expects, decisions are soon those of the network alone."""
     act_policy = load_policy(paths[0])
     inputs = random_inputs(act_policy, 1)
     act_policy.head.weight.mul_(5)  # firm expectations, and none without memory
@@ -157,14 +161,14 @@ def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: li
     index = pool.open()
     alone = act_policy.decide(inputs, pool, torch.tensor([EMPTY_SESSION]))
 
-    def steps_until_shut_changes(kind: bool) -> int:
-        """How many rewards it takes until what is decided changes sides."""
+    def steps_until_shut_changes(helps: bool) -> int:
+        """Return the number of rewards until the guard changes; helps: whether the rewards agree with memory."""
         for count in range(1, 200):
-            told = reward_that(kind)
+            rewards = reward_that(helps)
             draft = pool.draft(index)
             session = torch.tensor([draft.index])
-            slots, rows, loss, frozen = act_policy.reward(inputs[0, :1], told, pool, session)
-            assert bool(frozen < loss) != kind
+            slots, rows, loss, frozen = act_policy.reward(inputs[0, :1], rewards, pool, session)
+            assert bool(frozen < loss) != helps
             draft.put("memory", slots[0], [rows[0]])
             was_open = act_policy.guard_step(draft, float(frozen - loss))
             shuts = draft.num_guards_shut()
@@ -176,30 +180,30 @@ def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: li
                 return count
         raise AssertionError("the guard did not move")
 
-    def reward_that(kind: bool) -> Tensor:
+    def reward_that(helps: bool) -> Tensor:
         open_one = pool.open(pool.dump(index))
         pool.sites["memory"].session_scalars[open_one] = 0.0
         expected = act_policy.decide(inputs, pool, torch.tensor([open_one]))[1][0, 0]
         pool.close(open_one)
-        return ((expected > alone[1][0, 0]) == kind).float()[None]
+        return ((expected > alone[1][0, 0]) == helps).float()[None]
 
-    rewarded(act_policy, pool, index, 4)
-    assert steps_until_shut_changes(kind=False) > 1
-    steps_until_shut_changes(kind=True)
+    learn_rewards(act_policy, pool, index, 4)
+    assert steps_until_shut_changes(helps=False) > 1
+    steps_until_shut_changes(helps=True)
 
 
 def test_a_label_is_remembered_and_the_latest_counts_most(label_policy: Policy) -> None:
     pool = build_pool(label_policy)
     index, features = pool.open(), torch.randn(6)
 
-    def said() -> int:
+    def predicted() -> int:
         return int(label_policy.label(features[None], pool, torch.tensor([index])).argmax())
 
-    observed(label_policy, pool, index, features, 3)
-    assert said() == 3
+    learn_label(label_policy, pool, index, features, 3)
+    assert predicted() == 3
     for _ in range(3):
-        observed(label_policy, pool, index, features, 1)
-    assert said() == 1
+        learn_label(label_policy, pool, index, features, 1)
+    assert predicted() == 1
 
 
 def test_a_policy_is_loaded_as_it_was_saved(act_policy: Policy, tmp_path: Path) -> None:
@@ -213,38 +217,38 @@ def test_a_policy_is_loaded_as_it_was_saved(act_policy: Policy, tmp_path: Path) 
         PolicyConfig("x", "act", 1, 2, act_policy.config.memory, cue=2)
 
 
-def test_a_journal_knows_which_actions_wait_for_their_reward() -> None:
+def test_a_journal_finds_the_actions_whose_reward_may_arrive() -> None:
     journal = Journal(np.zeros((SLOTS, 4 + 2), np.float32))
     assert journal.last[0] == -1 and math.isnan(journal.last[1])
     with pytest.raises(JournalError, match="no action yet"):
-        journal.open(None)
-    numbers = [journal.take(n % 3, 0.5, np.array([n, -1.0], np.float32)) for n in range(MAX_PENDING + 5)]
+        journal.pending_row(None)
+    numbers = [journal.record_action(n % 3, 0.5, np.array([n, -1.0], np.float32)) for n in range(MAX_PENDING + 5)]
     assert numbers == list(range(1, MAX_PENDING + 6)) and journal.is_valid
     journal = Journal(journal.rows)
-    journal.reward(journal.open(40), 1.0)
-    assert math.isnan(journal.last[1])  # another action's
+    journal.reward(journal.pending_row(40), 1.0)
+    assert math.isnan(journal.last[1])  # the reward of another action
     with pytest.raises(JournalError, match="rewarded before"):
-        journal.open(40)
+        journal.pending_row(40)
     with pytest.raises(JournalError, match="no longer kept"):
-        journal.open(5)
+        journal.pending_row(5)
     with pytest.raises(JournalError, match="1 to 68"):
-        journal.open(69)
+        journal.pending_row(69)
     journal = Journal(journal.rows)
-    last = journal.open(None)
+    last = journal.pending_row(None)
     assert journal.inputs(last).tolist() == [MAX_PENDING + 4, -1.0]
     journal.reward(last, 0.25)
-    journal.take(0, 1.0, np.zeros(2, np.float32))
+    journal.record_action(0, 1.0, np.zeros(2, np.float32))
     assert len(journal.touched) <= MAX_TOUCHED_ROWS
 
 
-def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
+def test_training_resumes_from_the_last_save(tmp_path: Path) -> None:
     train_config = PolicyTrainConfig(rounds=4, batch=4, steps=4, span=2)
     recipe = RECIPES["card-sorting"]
 
     def trainer(folder: str, rounds: int) -> PolicyTrainer:
         policy = new_policy(recipe.config("cards"), seed=0)
-        kept = PolicyTrainConfig(rounds=rounds, batch=4, steps=4, span=2)
-        return PolicyTrainer(policy, lambda batch, rng: recipe.make(batch, rng), kept, tmp_path / folder)
+        config = PolicyTrainConfig(rounds=rounds, batch=4, steps=4, span=2)
+        return PolicyTrainer(policy, lambda batch, rng: recipe.make(batch, rng), config, tmp_path / folder)
 
     whole = trainer("whole", train_config.rounds)
     whole.run(lambda done, loss: None)
@@ -264,26 +268,26 @@ def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
     assert second.policy.fingerprint() == whole.policy.fingerprint()
 
 
-def test_both_kinds_of_rounds_teach_all_that_is_trained() -> None:
+def test_both_kinds_of_rounds_give_gradients_to_the_trained_parameters() -> None:
     rng = np.random.default_rng(0)
     for name in ("card-sorting", "digits", "functions"):
         recipe = RECIPES[name].with_train_config(batch=2, steps=8, span=8)
         policy = new_policy(recipe.config(name), seed=0)
         policy.requires_grad_(True)
         tasks = recipe.make(2, rng, training=True)
-        one: ActingRound | LabellingRound
+        training_round: ActingRound | LabellingRound
         if policy.config.task == "act":
-            one = ActingRound(MemoryAgent(policy), tasks, recipe.train_config, rng, greedy=True)
+            training_round = ActingRound(MemoryAgent(policy), tasks, recipe.train_config, rng, greedy=True)
         else:
-            one = LabellingRound(policy, tasks, 8)
-        one.loss().backward()
+            training_round = LabellingRound(policy, tasks, 8)
+        training_round.loss().backward()
         grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
         assert all(bool(grad.isfinite().all()) for grad in grads.values())
         assert len(grads) >= 12
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "transformer"])
-def test_rivals_learn_from_the_same_lessons(kind: str) -> None:
+def test_meta_baselines_learn_from_the_same_tasks(kind: str) -> None:
     recipe = RECIPES["card-sorting"].with_train_config(batch=4, steps=4, span=2)
     tasks = recipe.make(1, np.random.default_rng(0))
     transformer = kind == "transformer"

@@ -1,4 +1,4 @@
-"""Scenarios are worlds that anybody can use, and what is said of the best way to act in them is true."""
+"""Scenarios are valid environments, their teachers and optimal baselines are correct, and one description is enough."""
 
 from __future__ import annotations
 
@@ -7,30 +7,55 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from research.scenarios import BernoulliBandit, CardSorting, FunctionStream, LabelStream, Tasks
-from research.scenarios.bandits import gittins, gittins_table
-from research.scenarios.streams import load_digit_images
+from model.policies.network import new_policy
+from research.scenarios import BernoulliBandit, CardSorting, FunctionStream, LabelStream, Tasks, command
+from research.scenarios.baselines import RandomActor
+from research.scenarios.bernoulli_bandit import gittins, gittins_table
+from research.scenarios.core import FloatArray, IntArray
+from research.scenarios.label_stream import load_digit_images
+from research.scenarios.measures import ActingEvaluation
+from research.scenarios.meta_baselines import BaselineTrainConfig
+from research.scenarios.registry import RECIPES, SCENARIOS, scenario_of
+from research.scenarios.scenario import PolicyTrainConfig, Recipe, Scenario
 
-NAMES = ("CardSorting", "BernoulliBandit", "LinearBandit", "Choices", "LabelStream", "FunctionStream")
+
+class Coin(Tasks):
+    """A world for these tests: one of two actions always pays."""
+
+    actions = 2
+
+    def __init__(self, batch: int, rng: np.random.Generator) -> None:
+        super().__init__(batch, rng)
+        self.side = rng.integers(2, size=batch)
+
+    def observe(self) -> FloatArray:
+        return np.zeros((self.batch, 0), np.float32)
+
+    def step(self, actions: IntArray) -> FloatArray:
+        reward: FloatArray = (actions == self.side).astype(np.float32)
+        return reward
+
+    def means(self) -> FloatArray:
+        return np.eye(2, dtype=np.float32)[self.side]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("env_id", [scenario.env_id for scenario in SCENARIOS])
 @pytest.mark.filterwarnings("ignore:.*(minimum|maximum) value is")  # observations have no bounds of their own
-def test_each_scenario_is_an_environment_that_a_seed_repeats(name: str) -> None:
-    env = gymnasium.make(f"imprint/{name}-v0")
+def test_each_scenario_is_an_environment_that_a_seed_repeats(env_id: str) -> None:
+    env = gymnasium.make(env_id)
     check_env(env.unwrapped, skip_render_check=True)
-    lives = []
+    episodes = []
     for _ in range(2):
-        seen, _ = env.reset(seed=5)
-        life = [seen.tolist()]
+        observation, _ = env.reset(seed=5)
+        episode = [observation.tolist()]
         for step in range(5):
-            seen, reward, _, _, info = env.step(step % 2)
-            life.append([*seen.tolist(), float(reward), info["regret"]])
-        lives.append(life)
-    assert lives[0] == lives[1]
+            observation, reward, _, _, info = env.step(step % 2)
+            episode.append([*observation.tolist(), float(reward), info["regret"]])
+        episodes.append(episode)
+    assert episodes[0] == episodes[1]
 
 
-def test_an_environment_ends_after_its_steps_and_refuses_what_is_no_action() -> None:
+def test_an_environment_ends_after_its_steps_and_refuses_an_invalid_action() -> None:
     env = gymnasium.make("imprint/CardSorting-v0", steps=3, dims=6).unwrapped
     env.reset(seed=0)
     assert [env.step(np.int64(0))[3] for _ in range(3)] == [False, False, True]
@@ -39,7 +64,7 @@ def test_an_environment_ends_after_its_steps_and_refuses_what_is_no_action() -> 
 
 
 @pytest.mark.parametrize("options", [{}, {"dims": 8}, {"together": 2, "dims": 6}, {"decks": 4}])
-def test_a_card_belongs_where_its_decks_rule_says(options: dict[str, int]) -> None:
+def test_the_correct_pile_follows_the_rule_of_the_deck(options: dict[str, int]) -> None:
     tasks = CardSorting(20, np.random.default_rng(0), hazard=0.2, **options)
     seen_switches = 0
     for _ in range(60):
@@ -53,7 +78,7 @@ def test_a_card_belongs_where_its_decks_rule_says(options: dict[str, int]) -> No
     assert seen_switches == tasks.switches.sum() > 100
 
 
-def test_gittins_indices_are_those_of_the_tables() -> None:
+def test_gittins_indices_equal_the_published_table() -> None:
     """Gittins, Glazebrook & Weber (2011), table 8.4: Beta(α, β) arms, discount 0.9."""
     table = gittins_table(0.9)
     for ones, zeros, index in ((0, 0, 0.7029), (1, 0, 0.8001), (0, 1, 0.5001), (1, 1, 0.6346)):
@@ -63,18 +88,18 @@ def test_gittins_indices_are_those_of_the_tables() -> None:
 
 
 def test_the_gittins_index_earns_more_than_chance_and_than_the_best_looking_arm() -> None:
-    def earned(index: bool) -> float:
+    def total_reward(index: bool) -> float:
         tasks, total = BernoulliBandit(200, np.random.default_rng(1), arms=5, horizon=100), 0.0
         for _ in range(100):
             means = (tasks.counts[..., 1] + 1) / (tasks.counts.sum(-1) + 2)
-            told = tasks.teacher_scores() if index else means
-            total += float(tasks.step((told + 1e-6 * tasks.rng.random(told.shape)).argmax(1)).mean())
+            scores = tasks.teacher_scores() if index else means
+            total += float(tasks.step((scores + 1e-6 * tasks.rng.random(scores.shape)).argmax(1)).mean())
         return total
 
-    assert earned(index=True) > earned(index=False) + 1 > 70
+    assert total_reward(index=True) > total_reward(index=False) + 1 > 70
 
 
-def test_labels_are_dealt_anew_and_drift_in_pairs() -> None:
+def test_labels_are_permuted_in_each_task_and_drift_in_pairs() -> None:
     tasks = LabelStream(8, np.random.default_rng(0), drift=0.5)
     assert len({tuple(labels) for labels in tasks.labels.tolist()}) > 4
     before = tasks.labels.copy()
@@ -93,3 +118,21 @@ def test_functions_stay_within_their_bins() -> None:
         assert targets.min() >= 0 and targets.max() < tasks.actions
         assert np.abs(tasks.values()).max() < 1.2
         assert (tasks.step(targets) == 1).all()
+
+
+def test_every_recipe_belongs_to_one_scenario_and_to_its_world() -> None:
+    assert len({scenario.env_id for scenario in SCENARIOS}) == len(SCENARIOS)
+    assert sum(len(scenario.recipes) for scenario in SCENARIOS) == len(RECIPES)
+    assert all(recipe.tasks is scenario_of(name).tasks for name, recipe in RECIPES.items())
+
+
+def test_a_description_is_enough_to_measure_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(Coin, PolicyTrainConfig(rounds=1), steps=12, identity=True, by_action=True)
+    evaluation = ActingEvaluation({"random": RandomActor})
+    assert Scenario(Coin, 12, {"coin": recipe}, evaluation).env_id == "imprint/Coin-v0"
+    monkeypatch.setattr(command, "TASKS", 50)
+    policy = new_policy(recipe.config("coin"), seed=0)
+    arms = command.ActingComparison("coin", policy, recipe, evaluation, [(1, 0)]).measure([], BaselineTrainConfig(), 1)
+    assert [arm.name for arm in arms] == ["memory", "memory off", "random"]
+    for arm in arms:
+        assert arm.figures["reward"][0] + arm.figures["regret"][0] == pytest.approx(12)

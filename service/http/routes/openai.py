@@ -139,14 +139,22 @@ def _model(sessions: Sessions) -> Model:
 
 def _policy(name: str, sessions: Sessions) -> Model:
     config = sessions.loaded_model.policies[name].config
-    fields = {field: getattr(config, field) for field in PolicyShape.model_fields}
+    shape = PolicyShape(
+        task=config.task,
+        observation=config.observation_size,
+        context=config.context,
+        features=config.features,
+        actions=config.actions,
+        lowest=config.lowest,
+        highest=config.highest,
+    )
     return Model(
         id=name,
         object="model",
         created=STARTED,
         owned_by="imprint",
         fingerprints={"policy": sessions.loaded_model.policy_fingerprints[name]},
-        policy=PolicyShape(**fields),
+        policy=shape,
     )
 
 
