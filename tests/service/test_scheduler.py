@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.scheduler import Scheduler
-from service.engine.types import Job, Segment
+from service.engine.types import JobRequest, Segment
 
 
 @dataclass(eq=False)
@@ -140,8 +140,8 @@ def test_a_removed_run_is_gone_from_wherever_it_was() -> None:
 @pytest.mark.parametrize("start", [0, 7])
 def test_a_share_of_the_segments_is_proved_the_first_of_a_session_included(rate: float, start: int) -> None:
     """Wherever a job begins in its session, its segments continue the same sequence."""
-    whole = Job([Segment([1])] * 300, lambda job, event: None, proof_rate=rate)
-    later = Job([Segment([1])] * 300, lambda job, event: None, proof_from=start, proof_rate=rate)
+    whole = JobRequest([Segment([1])] * 300, lambda job, event: None, proof_rate=rate)
+    later = JobRequest([Segment([1])] * 300, lambda job, event: None, proof_from=start, proof_rate=rate)
     proved = [whole.in_proof_sample(n) for n in range(300)]
     assert proved[0] == (rate > 0)
     assert abs(sum(proved) - 300 * rate) <= 1
