@@ -11,9 +11,9 @@ Three definitions, the same for every version of the code (the script needs `ser
 `tests.tiny` only, so that a copy of the script runs on an older checkout):
 
 - A file is *on the way* if one of its functions ran; generated methods (those of dataclasses) count.
-- A file *hands the request on* if one of its functions called into another project file.
 - An *entry* is a function of a file that another project file called, with or without library code between the two.
-  Reading a property or a length, making an object and entering it as a context manager are no entries.
+  Reading a property or a length, making an object and entering an object as a context manager are no entries.
+- A file *hands the request on* if one of its functions called an entry of another project file.
 """
 
 from __future__ import annotations
@@ -91,16 +91,18 @@ class Recorder:
         path = self._project_path(frame) if self.on else None
         if path is None or self._is_older_task():
             return
-        file = self.walk.setdefault(path, FileWalk(path))
+        file = self._file(path)
         caller = self._calling_path(frame)
         if caller is None or caller == path:
             return
-        calls = self.walk.setdefault(caller, FileWalk(caller)).calls
-        if path not in calls:
-            calls.append(path)
-        name = frame.f_code.co_qualname
-        if name not in file.entries and not _is_object_protocol(frame.f_code, frame.f_globals):
-            file.entries.append(name)
+        if _is_object_protocol(frame.f_code, frame.f_globals):
+            return
+        for names, name in ((file.entries, frame.f_code.co_qualname), (self._file(caller).calls, path)):
+            if name not in names:
+                names.append(name)
+
+    def _file(self, path: str) -> FileWalk:
+        return self.walk.setdefault(path, FileWalk(path))
 
     def _is_older_task(self) -> bool:
         try:
