@@ -22,8 +22,9 @@ from redis import Redis
 from rich.console import Console
 from rich.table import Table
 
-from service.store import CommitMetadata, IdempotencyRecord, RedisStore, RetentionConfig, RowBatch, SessionMeta
+from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
+from service.store.redis.store import RedisStore
 
 TOKENS = 64  # of a turn
 ROW_BYTES, SESSION_SCALARS_BYTES, SLOTS = 78, 48, 51_200  # of the shipped memory

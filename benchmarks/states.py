@@ -15,8 +15,9 @@ from benchmarks.texts import random_session
 from model.memory import Pool
 from model.memory.config import SESSION_SCALARS_SUFFIX
 from service.engine.stored_rows import as_tensors, is_valid_site
-from service.store import CommitMetadata, RedisStore, RetentionConfig, RowBatch, SessionMeta
+from service.store import CommitMetadata, RetentionConfig, RowBatch, SessionMeta
 from service.store.embedded import EmbeddedValkey
+from service.store.redis.store import RedisStore
 
 TOKENS = 64  # learned by a turn
 TENANT = "bench"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from model.memory import MemoryConfig, SiteConfig
 from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
-from model.memory.lexical.torch_backend import KEY_SCALE
+from model.memory.lexical.types import KEY_SCALE
 from model.text.tokenizer import Tokenizer
 from service.store.base import RowBatch, SessionMeta, StoredSession
 

@@ -1,1 +1,1 @@
-"""The model: functions of slow weights, fast weights and tokens; no web, store, environment or network."""
+"""The model: functions of slow weights, fast weights and tokens, without web, store, environment or network."""

@@ -1,86 +1,50 @@
-"""What the device decides: which kernels run, and how data gets there. The rest of what only GPUs do lies in `kernels`,
-`paged` and `graphs`."""
+"""Transfers between host and device, and streams beside the device's default stream. Which kernels run is chosen beside
+the kernels: `model.memory.backend`, `model.decode`."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-log = logging.getLogger(__name__)
-
-
-@cache
-def triton_backend_for(device: torch.device) -> ModuleType | None:
-    """Our Triton kernels where they run: on a GPU, with Triton and a C compiler for it, once they have computed what
-    their twins do. None elsewhere: torch's operators take their place."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    from model.memory.lexical import triton_backend
-    from model.triton_check import check_triton_kernels
-
-    try:
-        check_triton_kernels(device)
-    except Exception as error:  # whatever it is, the twins can do without
-        log.warning("our kernels can't be used on this GPU, torch's operators take their place: %s", error)
-        return None
-    return triton_backend
-
-
-def memory_backend_for(device: torch.device) -> ModuleType | None:
-    """What compares, weighs and writes the memory's rows: Numba's kernels on a CPU, ours of above on a GPU. None
-    elsewhere."""
-    if device.type != "cpu":
-        return triton_backend_for(device)
-    from model.memory.lexical import numba_backend
-
-    return numba_backend
-
-
-def decode_step_backend() -> ModuleType:
-    """What a decoding step does on CPUs between the base's linear maps, compiled."""
-    from model.decode import numba_step
-
-    return numba_step
-
 
 def has_streams(device: torch.device) -> bool:
-    """Whether the device goes on by itself while the host waits for a part of what it does."""
+    """Return whether the device works on while the host waits for a part of its work."""
     return device.type == "cuda"
 
 
 def upload(data: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    """A little of the host's data on the device. The host does not wait for it."""
+    """Copy a small amount of the host's data to the device. The host does not wait for the copy."""
     data = torch.as_tensor(data)
     if device.type != "cuda":
         return data.to(device)
-    # From pinned memory, which torch keeps until the copy is done.
+    # The copy is asynchronous from pinned memory only, which torch keeps until the copy is done.
     return data.pin_memory().to(device, non_blocking=True)
 
 
-def load(data: Tensor, device: torch.device) -> Tensor:
-    """Much of the host's data on the device, over a stream of its own: the host does not wait, what is under way goes
-    on, and what is launched from now on waits on the device alone."""
+def upload_on_side_stream(data: Tensor, device: torch.device) -> Tensor:
+    """Copy a large amount of the host's data to the device on a stream of its own.
+
+    The host does not wait, and work that was launched earlier goes on beside the copy. Work that is launched later
+    waits for the copy, on the device.
+    """
     if device.type != "cuda":
         return data.to(device)
-    steps, side_stream = torch.cuda.current_stream(device), _stream(device, "load")
+    main_stream, side_stream = torch.cuda.current_stream(device), _stream(device, "load")
     with torch.cuda.stream(side_stream):
         copied = upload(data, device)
-    steps.wait_stream(side_stream)
-    copied.record_stream(steps)  # its memory is not given to others before the steps are done with it
+    main_stream.wait_stream(side_stream)
+    copied.record_stream(main_stream)  # torch must not reuse the memory before the main stream has read the copy
     return copied
 
 
 def copy_to_host(data: Tensor) -> Tensor:
-    """The device's data in the host's memory, by way of pinned memory; waits for it."""
+    """Copy the device's data to the host, through pinned memory, and wait for the copy."""
     if data.device.type != "cuda":
         return data.cpu()
     copied = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
@@ -90,8 +54,10 @@ def copy_to_host(data: Tensor) -> Tensor:
 
 
 def on_side_stream(device: torch.device) -> AbstractContextManager[None]:
-    """For another thread: what it launches within comes after all that was launched up to this call, on a stream of its
-    own, beside what is launched from now on."""
+    """Return a context for a second thread, within which the thread launches its work on a stream of its own.
+
+    The work waits for all that was launched before this call, and runs beside all that is launched later.
+    """
     if device.type != "cuda":
         return nullcontext()
     launched = torch.cuda.current_stream(device).record_event()

@@ -1,10 +1,14 @@
-"""What all compiled kernels for CPUs share: how Numba compiles them, in which threads they run, and functions that LLVM
-takes in vectors."""
+"""Parts that the compiled kernels for CPUs share: the compiler's options, threads, and functions that LLVM vectorises.
+
+The kernels lie beside what they replace: `model.decode.numba_step`, `model.memory.lexical.numba_backend`,
+`model.policies.numba_step`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -15,38 +19,52 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MIN_EXP_INPUT = np.float32(-87.0)  # below it, exp is as good as 0 in fp32
-MIN_ROWS_PER_THREAD = 8  # fewer are done before another thread has woken up
+from model.numba_cache import KernelCache
+
+MIN_EXP_INPUT = np.float32(-87.0)  # below this input, exp is 0 within fp32's rounding
+MIN_ROWS_PER_THREAD = 8  # with fewer rows, waking up a thread takes longer than the work
 
 Array = NDArray[Any]
 T = TypeVar("T")
 
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    # Sums may be vectorised: their order depends on their length only.
+    "fastmath": {"reassoc", "contract", "nsz", "nnan"},
+    # Without inlining, a process that compiles a kernel may link the kernels that it calls as they were compiled on
+    # their own, whereas a process that loads the kernel from the cache links its private copies. The two differ in how
+    # LLVM has vectorised sums, and so in bits.
+    "forceinline": True,
+}
+
 
 def cached_njit(function: Callable[..., T]) -> Callable[..., T]:
-    """The function as machine code, from its first call on. Sums may be taken in vectors, of one order for a length."""
-    fastmath_flags = {"reassoc", "contract", "nsz", "nnan"}
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath_flags}
-    try:
-        jitted: Callable[..., T] = numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # there is no place to keep it
-        jitted = numba.njit(**options)(function)
-    return jitted
+    """Compile a function to machine code at its first call, and keep the code on disk where a directory can be
+    written."""
+    kernel = numba.njit(**_OPTIONS)(function)
+    with suppress(RuntimeError):  # no directory can be written
+        kernel._cache = KernelCache(function, _OPTIONS)
+    compiled: Callable[..., T] = kernel
+    return compiled
 
 
 def as_arrays(*tensors: Tensor) -> list[Array]:
-    """In the one layout for which kernels are compiled, each other one being compiled for again; nothing that lies so
-    is copied."""
+    """Return CPU tensors as contiguous arrays, copying only tensors that are not contiguous.
+
+    Numba compiles a kernel anew for each combination of layouts.
+    """
     return [(each.detach() if each.requires_grad else each).contiguous().numpy() for each in tensors]
 
 
 def parallel_rows(kernel: Callable[..., None], n: int, *args: Any) -> None:
-    """kernel(first, last, …) for all of n rows, on as many threads as torch's operators would take."""
+    """Call `kernel(first, last, *args)` for all of `n` rows, on up to as many threads as torch's operators use."""
     threads = max(1, min(torch.get_num_threads(), n // MIN_ROWS_PER_THREAD))
     parallel_ranges(kernel, [n * i // threads for i in range(threads + 1)], *args)
 
 
 def parallel_ranges(kernel: Callable[..., None], bounds: Sequence[int], *args: Any) -> None:
-    """kernel(first, last, …) between each two bounds, each on a thread of its own."""
+    """Call `kernel(first, last, *args)` for each pair of neighbouring bounds, each on its own thread."""
     others = [_thread_pool().submit(kernel, *part, *args) for part in pairwise(bounds[1:])]
     kernel(bounds[0], bounds[1], *args)
     for other in others:
@@ -60,7 +78,10 @@ def _thread_pool() -> ThreadPoolExecutor:
 
 @cached_njit
 def exp(x: Any) -> Any:
-    """exp(x) for x ≤ 88 in fp32, also as a vector: 2ⁿ·exp(r), |r| ≤ ½ log 2, by the polynomial of Cephes' expf."""
+    """Return exp(x) for x ≤ 88 in fp32, in operations that LLVM vectorises.
+
+    exp(x) = 2ⁿ · exp(r) with |r| ≤ ½ log 2, by the polynomial of expf in Cephes (Moshier 1989).
+    """
     x = max(x, MIN_EXP_INPUT)
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
@@ -76,8 +97,11 @@ def exp(x: Any) -> Any:
 
 @cached_njit
 def log(x: Any) -> Any:
-    """log(x) for x ≥ 1 in fp32, also as a vector: n·log 2 + log(1 + r), √½ ≤ 1 + r < √2, by that of Cephes' logf."""
-    bits = np.float32(x).view(np.int32) - np.int32(0x3F3504F3)  # less √½
+    """Return log(x) for x ≥ 1 in fp32, in operations that LLVM vectorises.
+
+    log(x) = n · log 2 + log(1 + r) with √½ ≤ 1 + r < √2, by the polynomial of logf in Cephes.
+    """
+    bits = np.float32(x).view(np.int32) - np.int32(0x3F3504F3)  # minus the bits of √½
     n = np.float32(bits >> np.int32(23))
     r = np.int32((bits & np.int32(0x7FFFFF)) + np.int32(0x3F3504F3)).view(np.float32) - np.float32(1.0)
     p = np.float32(7.0376836292e-2)
@@ -94,8 +118,11 @@ def log(x: Any) -> Any:
 
 @cached_njit
 def row_max(row: Array) -> Any:
-    """The largest of a row, within fp32. Whole numbers are compared in vectors, where LLVM compares floats one by one;
-    with the bits of the negative ones turned round, floats are ordered as they are."""
+    """Return the largest number of a row, as fp32.
+
+    LLVM vectorises comparisons of integers but not of floats. Read as integers, floats keep their order once all bits
+    but the sign of the negative ones are inverted.
+    """
     bits = row.view(np.int32) if row.itemsize == 4 else row.astype(np.float32).view(np.int32)
     top = np.int32(-(2**31))
     for i in range(len(bits)):

@@ -1,4 +1,4 @@
-"""Slow weights in files and their identity: safetensors, with what they are of in the metadata."""
+"""Slow weights in safetensors files, with their configuration in the metadata, and the identity of slow weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def fingerprint(config: Mapping[str, Any], module: nn.Module) -> str:
-    """sha256 over the configuration and every tensor: the identity that a stored state is bound to."""
+    """Return the sha256 of the configuration and every tensor: the identity to which a stored state is bound."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -23,11 +23,11 @@ def fingerprint(config: Mapping[str, Any], module: nn.Module) -> str:
 
 
 def write(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a module's tensors, on whatever device they are."""
+    """Write the tensors of a module, from any device, and the metadata to a file."""
     save_file({name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, path, metadata=metadata)
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a file. Raises OSError or SafetensorError."""
+    """Return the metadata and the tensors of a file. Raise OSError or SafetensorError."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -28,6 +28,7 @@ from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError
+from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import wrap_for_serving
 from model.memory import Memory, MemoryConfigError, load_memory
 from model.memory.initial import default_config, random_memory
@@ -41,7 +42,7 @@ from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
-from service.store.base import RetentionConfig
+from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
 from service.tenants import ApiKeys, ApiKeysError
@@ -153,7 +154,7 @@ async def _serve(
     return 0
 
 
-def _connect_store(settings: Settings, url: str, *, exclusive: bool) -> RedisStore:
+def _connect_store(settings: Settings, url: str, *, exclusive: bool) -> SessionStore:
     """Return the store of the sessions; `exclusive`: no other server uses that store. Raises StartError."""
     retention = RetentionConfig(
         versions=settings.keep_versions,
@@ -168,7 +169,7 @@ def _connect_store(settings: Settings, url: str, *, exclusive: bool) -> RedisSto
         raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
 
 
-def _new_sessions(settings: Settings, store: RedisStore, metrics: Metrics) -> Sessions:
+def _new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> Sessions:
     limits = ServerLimits(
         max_queue=settings.max_queue,
         session_bytes=settings.session_max_bytes,
@@ -275,7 +276,7 @@ def _choose_device(settings: Settings) -> str:
 
 def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
     """Return the base with the weights that generate, in the number format of the settings."""
-    return backbone.fp16_decoder() if settings.decode_dtype == "fp16" else backbone
+    return backbone.fp16_decoder(choose_decode_step(backbone)) if settings.decode_dtype == "fp16" else backbone
 
 
 def choose_memory(settings: Settings, hidden_size: int) -> Memory:
@@ -321,7 +322,7 @@ def _kv_tokens(backbone: Backbone, context: int) -> int:
     return max(context, int(KV_SHARE * free_bytes) // bytes_per_token)
 
 
-async def _watch_store(store: RedisStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
+async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
     """Measure the store every few seconds, for ever."""
     while True:
         try:

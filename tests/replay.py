@@ -15,6 +15,7 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.checkpoint import load_backbone
+from model.decode.backend import choose_decode_step
 from model.memory import Draft, SiteRows
 from model.memory.initial import default_config, random_memory
 from model.text.sampling import Sampler, SamplingParams
@@ -93,7 +94,7 @@ class ReferenceModel:
         backbone = load_backbone(folder)
         hidden_size = backbone.config.hidden_size
         memory = random_memory(default_config(hidden_size), seed=0)
-        self.lm = AdaptiveLM(backbone, memory, decoder=backbone.fp16_decoder())
+        self.lm = AdaptiveLM(backbone, memory, decoder=backbone.fp16_decoder(choose_decode_step(backbone)))
         self.tokenizer = Tokenizer.load(folder)
         self.context = backbone.config.max_context
         self.block = self.lm.memory.config.block

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.base.config import ModelConfig, tiny_config
+from model.base.families import hf_config
 from model.memory import MemoryConfig, SiteConfig
 from model.policies.config import PolicyConfig
 from model.policies.journal import journal_site
@@ -31,11 +32,11 @@ def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int =
     """Writes a Hugging Face folder and returns it."""
     config = config or tiny_config(max_context=512)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(hf_config(config)))
     torch.manual_seed(seed)
-    reference = LlamaForCausalLM(LlamaConfig(**config.to_hf(), initializer_range=0.2))
+    reference = LlamaForCausalLM(LlamaConfig(**hf_config(config), initializer_range=0.2))
     reference.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(hf_config(config)))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,8 @@
-"""Slow weights on disk: an ordinary Hugging Face folder in, a frozen `Backbone` out."""
+"""Loading a frozen `Backbone` from a Hugging Face folder, and the fingerprint of such a folder.
+
+The folder holds `config.json`, safetensors in one file or in shards, and a tokenizer. `model.base.gguf` makes such a
+folder from a GGUF file; tensor names within a layer lie in `model.base.families`.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.base.backbone import Backbone, Layer
+from model.base.backbone import Backbone
 from model.base.config import ConfigError, ModelConfig
+from model.base.families import parse_config
+from model.base.families.base import DecoderLayer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -23,7 +29,7 @@ SETTINGS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.j
 
 
 class CheckpointError(Exception):
-    """A model folder that is incomplete, damaged or not what its configuration says."""
+    """A model folder that is incomplete, damaged or in contradiction with its configuration."""
 
 
 def load_backbone(
@@ -33,9 +39,9 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
 ) -> Backbone:
-    """Load `config.json` and the safetensors beside it (one file or shards). Raises `CheckpointError`.
+    """Load `config.json` and the safetensors beside it, in one file or in shards. Raises `CheckpointError`.
 
-    The weights are frozen in any case; `trainable` lets gradients pass them, on the way to what is trained.
+    trainable: keep the linear maps in a layout that gradients can pass. The weights themselves are always frozen.
     """
     config = load_config(folder)
     files = _weight_files(folder)
@@ -56,15 +62,15 @@ def load_backbone(
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read the folder's `config.json`; raises `CheckpointError` if it is absent, damaged or cannot be run."""
+    """Read the folder's `config.json`. Raises `CheckpointError` if the file is absent, damaged or unsupported."""
     try:
-        return ModelConfig.from_hf(read_json(folder / CONFIG))
+        return parse_config(read_json(folder / CONFIG))
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises `CheckpointError`."""
+    """Read a file that holds a JSON object. Raises `CheckpointError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -77,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """`sha256:<hex>` over names and bytes of the files that define the model. Raises `CheckpointError`."""
+    """Return `sha256:<hex>` over names and bytes of the files that define the model. Raises `CheckpointError`."""
     digest = hashlib.sha256()
     for path in model_files(folder):
         with path.open("rb") as file:
@@ -87,7 +93,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that define the model. Raises `CheckpointError` if one that must be there is missing."""
+    """Return the files that define the model. Raises `CheckpointError` if a required file is missing."""
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing")
@@ -120,26 +126,15 @@ def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weight_destinations(backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's tensor names, with the part of our (fused) weights that each fills."""
+    """Yield Hugging Face's tensor names, each with the part of our (fused) weights that the tensor fills."""
     yield "model.embed_tokens.weight", backbone.embedding
     yield "model.norm.weight", backbone.norm.weight
     if not backbone.config.tie_embeddings:
         yield "lm_head.weight", backbone.head.weight
     for layer in backbone.layers:
-        assert isinstance(layer, Layer)
-        prefix = f"model.layers.{layer.index}"
-        yield f"{prefix}.input_layernorm.weight", layer.attention_norm.weight
-        yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm.weight
-        q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        for linear, parts, sizes in (
-            (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), [q, kv, kv]),
-            (layer.out, ("self_attn.o_proj",), [layer.out.weight.shape[0]]),
-            (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), [layer.gate_up.weight.shape[0] // 2] * 2),
-            (layer.down, ("mlp.down_proj",), [layer.down.weight.shape[0]]),
-        ):
-            for kind, parameter in linear.named_parameters():
-                for part, rows in zip(parts, parameter.split_with_sizes(sizes), strict=True):
-                    yield f"{prefix}.{part}.{kind}", rows
+        assert isinstance(layer, DecoderLayer)
+        for name, destination in layer.weight_destinations():
+            yield f"model.layers.{layer.index}.{name}", destination
 
 
 def _copy(name: str, source: Tensor, destination: Tensor) -> None:
@@ -150,5 +145,5 @@ def _copy(name: str, source: Tensor, destination: Tensor) -> None:
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that some exporters write although they follow from the rest."""
+    """Return whether the tensor follows from the others. Some exporters write such tensors."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)

@@ -1,7 +1,7 @@
-"""From a llama.cpp model file (GGUF) to an ordinary Hugging Face folder, done once.
+"""Converting a llama.cpp model file (GGUF) to a Hugging Face folder.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Weights are written as the exact values, in
-fp32, that the quantised ones stand for.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Weights are written in fp32, as the exact values of
+the quantised weights. Tensor names and the configuration's keys lie in the family: `model.base.families`.
 """
 
 from __future__ import annotations
@@ -9,62 +9,36 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from gguf import GGUFReader, ReaderTensor, TokenType
 from gguf.quants import dequantize
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-from model.base.config import ConfigError, LinearScaling, ModelConfig
-
-Array = npt.NDArray[np.float32]
-
-_GLOBAL_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# llama.cpp's names for how text is cut before BPE, with the same rule in `tokenizers`.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-}
-
-
-class GGUFError(Exception):
-    """A GGUF file that is damaged, incomplete or of a kind that cannot be converted."""
+from model.base.families import family_of_gguf, hf_config
+from model.base.families.base import Family, Weight
+from model.base.gguf_metadata import GGUFError, Metadata, required
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write `folder`, which must not exist yet. Raises `GGUFError`, and then leaves nothing behind.
+    """Convert a GGUF file to `folder`, which must not exist. Raises `GGUFError`, and then leaves no files behind.
 
-    The folder holds `config.json`, `model.safetensors` (fp32), `tokenizer.json` and `tokenizer_config.json`.
+    The folder gets `config.json`, `model.safetensors` (fp32), `tokenizer.json` and `tokenizer_config.json`.
     """
     metadata, tensors = _read(gguf_path)
-    config = _model_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
+    family = family_of_gguf(metadata)
+    config = family.parse_gguf_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write_json(temporary / "config.json", config.to_hf() | _special_ids(metadata))
-        _write_json(temporary / "tokenizer_config.json", _tokenizer_config(metadata))
-        _tokenizer(metadata).save(str(temporary / "tokenizer.json"))
-        weights = {_hf_name(tensor.name): _weight(tensor, config) for tensor in tensors}
+        _write_json(temporary / "config.json", hf_config(config) | _special_ids(metadata))
+        _write_json(temporary / "tokenizer_config.json", _tokenizer_config(metadata, config.max_context))
+        _tokenizer(metadata, family).save(str(temporary / "tokenizer.json"))
+        weights = {
+            family.hf_tensor_name(tensor.name): family.hf_weight(tensor.name, _dequantized(tensor), config)
+            for tensor in tensors
+        }
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         temporary.chmod(0o755)
         temporary.rename(folder)
@@ -82,76 +56,41 @@ def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
         raise GGUFError(f"{path}: damaged or not GGUF: {error}") from error
 
 
-def _model_config(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
-    if (architecture := _get(metadata, "general.architecture")) != "llama":
-        raise GGUFError(f"general.architecture must be llama, got {architecture}")
-    heads = _get(metadata, "llama.attention.head_count")
-    head_dim = metadata.get("llama.attention.key_length", _get(metadata, "llama.embedding_length") // heads)
-    if (rotated := metadata.get("llama.rope.dimension_count", head_dim)) != head_dim:
-        raise GGUFError(f"llama.rope.dimension_count must be the head size {head_dim}, got {rotated}")
-    try:
-        return ModelConfig(
-            vocab_size=len(_get(metadata, "tokenizer.ggml.tokens")),
-            hidden_size=_get(metadata, "llama.embedding_length"),
-            num_layers=_get(metadata, "llama.block_count"),
-            num_heads=heads,
-            num_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            intermediate_size=_get(metadata, "llama.feed_forward_length"),
-            rope_theta=_decimal(metadata.get("llama.rope.freq_base", 10_000.0)),
-            rope_scaling=_rope_scaling(metadata),
-            rms_norm_eps=_decimal(_get(metadata, "llama.attention.layer_norm_rms_epsilon")),
-            tie_embeddings=tied,
-            max_context=_get(metadata, "llama.context_length"),
-        )
-    except ConfigError as error:
-        raise GGUFError(str(error)) from error
-
-
-def _rope_scaling(metadata: dict[str, Any]) -> LinearScaling | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return LinearScaling(_decimal(_get(metadata, "llama.rope.scaling.factor")))
-    raise GGUFError(f"llama.rope.scaling.type must be none or linear, got {kind}")
-
-
-def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE, as `tokenizers` runs it."""
-    if (kind := _get(metadata, "tokenizer.ggml.model")) != "gpt2":
+def _tokenizer(metadata: Metadata, family: Family) -> Tokenizer:
+    """Return the file's byte-level BPE."""
+    if (kind := required(metadata, "tokenizer.ggml.model")) != "gpt2":
         raise GGUFError(f"tokenizer.ggml.model must be gpt2 (byte-level BPE), got {kind}")
-    if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in _PRE_TOKENIZERS:
-        raise GGUFError(f"tokenizer.ggml.pre must be {' or '.join(_PRE_TOKENIZERS)}, got {pre}")
-    tokens: list[str] = _get(metadata, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in _get(metadata, "tokenizer.ggml.merges")]
+    if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in family.gguf_pre_tokenizers:
+        raise GGUFError(f"tokenizer.ggml.pre must be {' or '.join(family.gguf_pre_tokenizers)}, got {pre}")
+    tokens: list[str] = required(metadata, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in required(metadata, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = family.gguf_pre_tokenizers[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, _get(metadata, "tokenizer.ggml.token_type"), strict=True):
+    for token, kind in zip(tokens, required(metadata, "tokenizer.ggml.token_type"), strict=True):
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)])
     if metadata.get("tokenizer.ggml.add_bos_token", False):
-        bos = _get(metadata, "tokenizer.ggml.bos_token_id")
+        bos = required(metadata, "tokenizer.ggml.bos_token_id")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     return tokenizer
 
 
-def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+def _special_ids(metadata: Metadata) -> dict[str, int]:
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     keys = {name: f"tokenizer.ggml.{short}_token_id" for name, short in names.items()}
     return {name: metadata[key] for name, key in keys.items() if key in metadata}
 
 
-def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    tokens: list[str] = _get(metadata, "tokenizer.ggml.tokens")
+def _tokenizer_config(metadata: Metadata, max_context: int) -> dict[str, Any]:
+    tokens: list[str] = required(metadata, "tokenizer.ggml.tokens")
     special = {name.removesuffix("_id"): tokens[index] for name, index in _special_ids(metadata).items()}
     template = metadata.get("tokenizer.chat_template")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": _get(metadata, "llama.context_length"),
+        "model_max_length": max_context,
         "clean_up_tokenization_spaces": False,
         "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", False),
         **special,
@@ -159,42 +98,12 @@ def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _hf_name(name: str) -> str:
-    if name in _GLOBAL_TENSORS:
-        return _GLOBAL_TENSORS[name]
-    match name.split("."):
-        case ["blk", layer, kind, "weight"] if kind in _LAYER_TENSORS:
-            return f"model.layers.{layer}.{_LAYER_TENSORS[kind]}.weight"
-    raise GGUFError(f"tensor {name} has no place in a plain Llama model")
-
-
-def _weight(tensor: ReaderTensor, config: ModelConfig) -> Array:
+def _dequantized(tensor: ReaderTensor) -> Weight:
     try:
-        weight: Array = dequantize(tensor.data, tensor.tensor_type)
+        weight: Weight = dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise GGUFError(f"tensor {tensor.name}: cannot read {tensor.tensor_type.name} weights") from error
-    if tensor.name.endswith("attn_q.weight"):
-        return _unpermute(weight, config.num_heads)
-    if tensor.name.endswith("attn_k.weight"):
-        return _unpermute(weight, config.num_kv_heads)
     return weight
-
-
-def _unpermute(weight: Array, heads: int) -> Array:
-    """llama.cpp rotates neighbouring rows, Hugging Face the halves of a head: put each row in its half."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _get(metadata: dict[str, Any], key: str) -> Any:
-    if key not in metadata:
-        raise GGUFError(f"{key} is missing")
-    return metadata[key]
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to the stored fp32 value: 1e-5, not 9.99999974e-06."""
-    return float(str(np.float32(value)))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

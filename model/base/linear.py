@@ -1,4 +1,4 @@
-"""The frozen affine map in which the base spends nearly all of its time."""
+"""Frozen affine maps, in which the base spends nearly all of its time: in the dtype of the base, and in fp16."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """`[..., in] -> [..., out]`. The weights `[out, in]` are undefined until something fills them.
+    """An affine map `[..., in] -> [..., out]`. Its weights `[out, in]` are undefined until a checkpoint fills them.
 
-    `pack` trades plain weights (and autograd) for oneDNN's blocked layout. Measured on two AVX-512 cores, it
-    is 2.4 times as fast as `F.linear` at 64 rows and at least 4 times at 4; and each row's result is then,
-    bit for bit, independent of how many other rows and threads take part.
+    `pack` replaces plain weights by oneDNN's blocked layout, which gradients cannot pass. On two AVX-512 cores, the
+    blocked layout is 2.4 times as fast as `F.linear` at 64 rows and at least 4 times at 4 rows. With this layout, the
+    bits of a row's result do not depend on the number of other rows or of threads.
     """
 
     bias: Tensor | None
@@ -30,23 +30,23 @@ class Linear(nn.Module):
         self.register_parameter("bias", offset)
 
     def pack(self) -> None:
-        """Switch to blocked weights where that pays, in fp32 on an x86 processor; elsewhere do nothing."""
+        """Switch to blocked weights if they are in fp32 on an x86 processor; otherwise do nothing."""
         weight = self.weight.detach()
         x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
         if x86 and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            # The layout is chosen for the given number of rows, and that for 64 serves all numbers well.
+            # oneDNN chooses the layout for a number of rows; the layout for 64 is fast for all numbers.
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
             self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises `RuntimeError` where a gradient would have to pass packed weights."""
+        """Raises `RuntimeError` if a gradient would have to pass packed weights."""
         if not self.weight.is_mkldnn:
             return F.linear(x, self.weight, self.bias)
         if x.requires_grad:
             raise RuntimeError("packed weights pass no gradient: load the base as trainable")
         if x.numel() > x.shape[-1]:
             return self._packed_linear(x)
-        # oneDNN rounds a lone row differently from the same row in company, and two rows cost it the same.
+        # oneDNN rounds a single row differently from the same row among others, and two rows take the same time.
         twice = x.reshape(1, -1).expand(2, -1)
         return self._packed_linear(twice)[0].view(*x.shape[:-1], -1)
 
@@ -56,9 +56,10 @@ class Linear(nn.Module):
 
 
 class Fp16Linear(nn.Module):
-    """The same map with weights in fp16, twice as many a second out of main memory; inputs, sums and results are fp32.
+    """An affine map with weights in fp16; inputs, sums and results are in fp32.
 
-    FBGEMM's kernels need AVX2, no more. Each row's result is, bit for bit, independent of how many others take part.
+    fp16 halves the weights that a step reads from main memory. FBGEMM's kernels need no more than AVX2. The bits of a
+    row's result do not depend on the number of other rows.
     """
 
     def __init__(self, linear: Linear) -> None:
@@ -69,15 +70,15 @@ class Fp16Linear(nn.Module):
 
     @staticmethod
     def supports(weight: Tensor) -> bool:
-        """Whether this machine has kernels for what the weights are."""
+        """Return whether this machine has kernels that replace these weights: in fp32 on a CPU, with FBGEMM."""
         engines = torch.backends.quantized.supported_engines
         return weight.device.type == "cpu" and weight.dtype == torch.float32 and "fbgemm" in engines
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out]`, both fp32."""
+        """Map `[..., in] -> [..., out]`, both fp32."""
         rows = x.numel() // x.shape[-1]
-        if (left := rows % 6) in (1, 2) and not _small_batches_round_alike():
-            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, 3 - left))
+        if (remainder := rows % 6) in (1, 2) and not _small_batches_round_alike():
+            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, 3 - remainder))
             return _fp16_linear(padded, self._packed)[:rows].view(*x.shape[:-1], -1)
         return _fp16_linear(x, self._packed)
 
@@ -89,12 +90,13 @@ def _fp16_linear(x: Tensor, packed: Any) -> Tensor:
 
 @cache
 def _small_batches_round_alike() -> bool:
-    """Whether FBGEMM's kernels for one and two rows, which it takes for what six leave over, round as the others do.
+    """Return whether FBGEMM's kernels for one and two rows round as its kernels for more rows do.
 
-    Those for AVX-512 do, those for AVX2 do not.
+    FBGEMM uses the small kernels for the rows that remain after blocks of six. The kernels for AVX-512 round alike,
+    those for AVX2 do not.
     """
     g = torch.Generator().manual_seed(0)
     packed = torch.ops.quantized.linear_prepack_fp16(torch.randn(256, 256, generator=g), None)
     x = torch.randn(3, 256, generator=g)
-    few = torch.cat([_fp16_linear(x[:1], packed), _fp16_linear(x[1:], packed)])
-    return torch.equal(few, _fp16_linear(x, packed))
+    in_parts = torch.cat([_fp16_linear(x[:1], packed), _fp16_linear(x[1:], packed)])
+    return torch.equal(in_parts, _fp16_linear(x, packed))

@@ -1,1 +1,1 @@
-"""Fast paths of a decoding step, each with a reference beside it."""
+"""Decode steps: fast paths, each with its reference beside it, paged caches, and drafts of next tokens."""

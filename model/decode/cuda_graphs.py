@@ -1,7 +1,7 @@
-"""Decoding in steps of fixed shapes, from buffers that stay where they are to buffers that stay where they are.
+"""Decode steps of fixed shapes, between buffers at fixed addresses.
 
-On a GPU each shape is captured once as a CUDA graph, and a step is then one launch; elsewhere the same step can be run
-as it is.
+On a GPU each shape is captured once as a CUDA graph, and a step is then one launch. On other devices the same step
+runs operator by operator, for tests. The reference is `AdaptiveLM`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM, DecodeState
-from model.base.backbone import KVCache
-from model.decode.paged_cache import PagedAttention, PagedCache, PagePool
-from model.device import triton_backend_for, upload
-from model.memory import Pool
+from model.base.kv_cache import KVCache
+from model.decode.paged_cache import (
+    PagedAttention,
+    PagedAttentionBackend,
+    PagedCache,
+    PagePool,
+    choose_paged_attention,
+    paged_attention,
+)
+from model.device import upload
+from model.memory import Pool, choose_backend
 from model.memory.config import NGRAM_SIZES
 
 log = logging.getLogger(__name__)
@@ -26,29 +33,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrecomputedDecodeState(DecodeState):
-    """The carry of a step that has computed what comes next as well: its scores [V]."""
+    """The state after a step that has also computed the scores `[V]` of the next token."""
 
     scores: Tensor = field(kw_only=True)
 
 
 class DecodeStep:
-    """One token of each of `size` sequences: their new states, and what comes next. Rows that are not used belong to
-    nobody's sequence and to the empty session. reads: whether any session's memory is read."""
+    """A decode step of a fixed size: one token of each of up to `size` sequences, and the scores of the next tokens.
+
+    Rows without a sequence are padding: they use sequence 0 of the pages and the empty session.
+    """
 
     def __init__(self, lm: AdaptiveLM, pages: PagePool, pool: Pool, size: int, *, reads_memory: bool) -> None:
+        """reads_memory: whether the step reads the memory of any session."""
         self._lm, self._pages, self._pool, self._size, self._reads_memory = lm, pages, pool, size, reads_memory
-        self._step_inputs = torch.zeros(
-            4, size, dtype=torch.long, device=lm.device
-        )  # token, sequence, position, session
+        # Rows: token, sequence, position, session.
+        self._step_inputs = torch.zeros(4, size, dtype=torch.long, device=lm.device)
         self._last_tokens = torch.full((size, max(NGRAM_SIZES)), -1, device=lm.device)
         self._trust = torch.zeros(size, len(NGRAM_SIZES) + 1, device=lm.device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, memory: Any) -> None:
-        """Makes a CUDA graph of it. memory: a pool that graphs share, for one runs at a time."""
+        """Capture the step as a CUDA graph.
+
+        memory: handle of the memory pool that all graphs share, since one graph runs at a time.
+        """
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):  # kernels are compiled and workspaces made before a capture, not in it
+        with torch.cuda.stream(side_stream):  # kernels must be compiled and workspaces allocated before the capture
             self._compute()
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
@@ -63,32 +75,39 @@ class DecodeStep:
         decode_states: Sequence[DecodeState],
         index: Sequence[int],
     ) -> list[DecodeState]:
-        """Decodes one token of each of at most `size` sequences. The caches must have room for it."""
+        """Decode one token of each of at most `size` sequences and return their new states.
+
+        The caches must have room for the token; the step extends them.
+        """
         n, padding = len(tokens), [0] * (self._size - len(tokens))
-        columns = (tokens, [c.sequence for c in caches], [c.length for c in caches], index)
+        columns = (tokens, [cache.sequence for cache in caches], [cache.length for cache in caches], index)
         self._step_inputs.copy_(upload(torch.tensor([[*column, *padding] for column in columns]), self._lm.device))
-        self._last_tokens[:n] = torch.stack([decode_state.last_tokens for decode_state in decode_states])
-        self._trust[:n] = torch.stack([decode_state.trust for decode_state in decode_states])
+        self._last_tokens[:n] = torch.stack([state.last_tokens for state in decode_states])
+        self._trust[:n] = torch.stack([state.trust for state in decode_states])
         if self._graph is None:
             self._compute()
         else:
             self._graph.replay()
-        # Copies: the next step writes into the same memory.
-        states, last_tokens_batch, scores = (
+        for cache in caches:
+            cache.length += 1
+        return self._new_states(decode_states)
+
+    def _new_states(self, decode_states: Sequence[DecodeState]) -> list[DecodeState]:
+        """Copy the results out of the buffers, into which the next step writes."""
+        n = len(decode_states)
+        hidden, last_tokens, scores = (
             x[:n].clone().unbind() for x in (self._states, self._new_last_tokens, self._scores)
         )
         inputs = {layer: x[:n].clone().unbind() for layer, x in self._inputs.items()}
-        for cache in caches:
-            cache.length += 1
         return [
             PrecomputedDecodeState(
-                states[b],
-                last_tokens_batch[b],
-                decode_state.trust,
+                hidden[b],
+                last_tokens[b],
+                state.trust,
                 {layer: x[b] for layer, x in inputs.items()},
                 scores=scores[b],
             )
-            for b, decode_state in enumerate(decode_states)
+            for b, state in enumerate(decode_states)
         ]
 
     def _compute(self) -> None:
@@ -105,19 +124,23 @@ class DecodeStep:
 
 
 class CudaGraphLM(AdaptiveLM):
-    """The same model for a GPU: caches are paged, and each decoding step also foresees what `predict` will be asked."""
+    """The adaptive model on a GPU: its caches are paged, and a decode step also computes the result of `predict`."""
 
-    def __init__(self, lm: AdaptiveLM, *, kv_tokens: int, max_batch: int) -> None:
-        """kv_tokens: that all caches together may hold. max_batch: sequences of one step, at most."""
+    def __init__(
+        self, lm: AdaptiveLM, *, kv_tokens: int, max_batch: int, attend: PagedAttentionBackend | None = None
+    ) -> None:
+        """kv_tokens: tokens that all caches together may hold. max_batch: sequences of one step, at most. attend: by
+        default the fastest on the device."""
         super().__init__(lm.backbone, lm.memory, decoder=lm.decoder)
-        # What a memory below the output needs beside its caches is of the same size.
-        both = 2 if self.needs_frozen_cache else 1
+        # With memory below the output, each sequence has a second cache, without memory, of the same size.
+        num_caches = 2 if self.needs_frozen_cache else 1
         self.pages = PagePool(
             lm.backbone.config,
-            tokens=both * kv_tokens,
-            sequences=both * max_batch,
+            tokens=num_caches * kv_tokens,
+            sequences=num_caches * max_batch,
             device=lm.device,
             dtype=lm.backbone.embedding.dtype,
+            attend=attend,
         )
         self.sizes = [2**i for i in range((max_batch - 1).bit_length() + 1)]
         self._steps: dict[tuple[int, bool], DecodeStep] = {}
@@ -128,7 +151,7 @@ class CudaGraphLM(AdaptiveLM):
         return PagedCache(self.pages, capacity)
 
     def prepare(self, pool: Pool) -> None:
-        """Captures every step's graph, the largest first: smaller ones then fit into its memory."""
+        """Capture the graph of every step, the largest first, so that the smaller graphs fit into its memory."""
         super().prepare(pool)
         for size in reversed(self.sizes):
             for reads_memory in (True, False):
@@ -151,16 +174,12 @@ class CudaGraphLM(AdaptiveLM):
         return self._step(pool, size, any(i != EMPTY_SESSION for i in index))(token_ids, paged, decode_states, index)
 
     def predict(self, decode_states: Sequence[DecodeState], pool: Pool, index: Sequence[int]) -> Tensor:
-        others = [
-            b for b, decode_state in enumerate(decode_states) if not isinstance(decode_state, PrecomputedDecodeState)
-        ]
-        new: dict[int, Tensor] = {}
+        scores = {b: c.scores for b, c in enumerate(decode_states) if isinstance(c, PrecomputedDecodeState)}
+        others = [b for b in range(len(decode_states)) if b not in scores]
         if others:
-            scores = super().predict([decode_states[b] for b in others], pool, [index[b] for b in others])
-            new = dict(zip(others, scores, strict=True))
-        return torch.stack(
-            [c.scores if isinstance(c, PrecomputedDecodeState) else new[b] for b, c in enumerate(decode_states)]
-        )
+            computed = super().predict([decode_states[b] for b in others], pool, [index[b] for b in others])
+            scores |= dict(zip(others, computed, strict=True))
+        return torch.stack([scores[b] for b in range(len(decode_states))])
 
     def _step(self, pool: Pool, size: int, reads_memory: bool) -> DecodeStep:
         if pool is not self._pool:
@@ -178,8 +197,11 @@ class CudaGraphLM(AdaptiveLM):
 
 
 def wrap_for_serving(lm: AdaptiveLM, *, kv_tokens: int, max_batch: int) -> AdaptiveLM:
-    """The model as it serves best: in captured steps on a GPU where our kernels run, as it is elsewhere, where a fixed
-    shape would only be more work."""
-    if triton_backend_for(lm.device) is None:
+    """Return the model that serves fastest: captured steps on a GPU where all Triton kernels run, else `lm` itself.
+
+    Without the kernels, a fixed shape only adds work.
+    """
+    attend = choose_paged_attention(lm.device)
+    if attend is paged_attention or choose_backend(lm.device).name != "triton":
         return lm
-    return CudaGraphLM(lm, kv_tokens=kv_tokens, max_batch=max_batch)
+    return CudaGraphLM(lm, kv_tokens=kv_tokens, max_batch=max_batch, attend=attend)

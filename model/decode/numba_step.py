@@ -1,7 +1,8 @@
-"""What a decoding step does between the base's linear maps, compiled for CPUs by Numba.
+"""The fast path of a decode step on CPUs: Numba kernels for all that lies between the linear maps of a Llama layer.
 
-torch takes a dozen operators a layer for it, and attention one more for each sequence: half of a step. The twin is
-`Backbone.forward`; each row is computed alone and in one order, so neither its neighbours nor threads change a bit.
+torch takes a dozen operators a layer for the same, and attention one more for each sequence: half of a step. The
+reference is `model.decode.torch_step`. Each row is computed alone and in one order, so neither its neighbours nor the
+number of threads change a bit.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -20,52 +21,66 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from model.base.backbone import Backbone, LayerHook
+from model.base.families.llama import LlamaLayer
+from model.base.kv_cache import DenseCache
 from model.numba_support import Array, as_arrays, cached_njit, exp, parallel_ranges, row_max
 
-PREFETCH_KEYS = 16  # keys that are asked for before they are needed
-CACHE_LINE_BYTES = 64  # bytes that come from memory at once
-MIN_TOKENS_PER_THREAD = 3000  # of one head's keys and values: fewer are attended to before another thread has woken up
+PREFETCH_DISTANCE = 16  # keys between the key that is read and the key that is prefetched
+CACHE_LINE_BYTES = 64
+MIN_TOKENS_PER_THREAD = 3000  # cached tokens of one KV head: with fewer, waking up a thread takes longer than the work
 
-if TYPE_CHECKING:
-    from model.base.backbone import Backbone, DenseCache, Layer, LayerHook
+
+def supports(backbone: Backbone) -> bool:
+    """Return whether `decode` computes this backbone's layers: those of the Llama family, in fp32 on a CPU."""
+    weight = backbone.embedding
+    known_layers = all(type(layer) is LlamaLayer for layer in backbone.layers)
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and known_layers
 
 
 def decode(
-    base: Backbone, token_ids: Tensor, caches: Sequence[DenseCache], layer_hooks: Mapping[int, LayerHook] | None = None
+    backbone: Backbone,
+    token_ids: Tensor,
+    caches: Sequence[DenseCache],
+    layer_hooks: Mapping[int, LayerHook] | None = None,
 ) -> Tensor:
-    """Hidden states `[B, d]` after the final norm, for the next token `[B]` of each of B sequences. Their caches get
-    its keys and values, and stay as long as they were. sites: as in `Backbone.forward`."""
-    config, B = base.config, len(token_ids)
+    """Run one step with the kernels of this module: see `model.base.backbone.DecodeStepBackend`."""
+    config, B = backbone.config, len(token_ids)
     addresses = [(cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[2]) for cache in caches]
-    cache_positions = (np.array(addresses), at := np.array([cache.length for cache in caches]))
-    rotation = [table[at] for table in as_arrays(base.cos, base.sin)]
-    parts = _balanced_bounds(np.repeat(at + 1, config.num_kv_heads))
-    hidden = F.embedding(token_ids, base.embedding)
+    lengths = np.array([cache.length for cache in caches])
+    cache_positions = (np.array(addresses), lengths)
+    rotation = [table[lengths] for table in as_arrays(backbone.cos, backbone.sin)]
+    parts = _balanced_bounds(np.repeat(lengths + 1, config.num_kv_heads))
+    hidden = F.embedding(token_ids, backbone.embedding)
     normed, added = torch.empty_like(hidden), torch.zeros_like(hidden)
     attended = hidden.new_empty(B, config.num_heads, config.head_dim)
     inner = hidden.new_empty(B, config.intermediate_size)
 
-    def add_and_norm(more: Tensor, weight: Tensor) -> Tensor:
-        _add_and_norm(*as_arrays(hidden, more, weight, normed), config.rms_norm_eps)
+    def add_and_norm(update: Tensor, weight: Tensor) -> Tensor:
+        _add_and_norm(*as_arrays(hidden, update, weight, normed), config.rms_norm_eps)
         return normed
 
-    for index, layer in enumerate(cast("Iterable[Layer]", base.layers)):
+    for index, layer in enumerate(cast("Iterable[LlamaLayer]", backbone.layers)):
         qkv = layer.qkv(add_and_norm(added, layer.attention_norm.weight)).numpy().reshape(B, -1, config.head_dim)
         _rotate_and_append(index, config.num_heads, qkv, *rotation, *cache_positions)
         parallel_ranges(partial(_attend, index), parts, qkv, *cache_positions, attended.numpy())
-        _swiglu(*as_arrays(layer.gate_up(add_and_norm(layer.out(attended.flatten(1)), layer.mlp_norm.weight)), inner))
+        mlp_input = add_and_norm(layer.out(attended.flatten(1)), layer.mlp_norm.weight)
+        _swiglu(*as_arrays(layer.gate_up(mlp_input), inner))
         added = layer.down(inner)
         if layer_hooks is not None and index in layer_hooks:
             hidden = layer_hooks[index]((hidden + added)[:, None])[:, 0].contiguous()
             added = torch.zeros_like(hidden)
-    return add_and_norm(added, base.norm.weight)
+    return add_and_norm(added, backbone.norm.weight)
 
 
 def _balanced_bounds(tokens: Array) -> list[int]:
-    """Where to cut units of so many tokens each [n], so that all threads have as many tokens."""
-    done = tokens.cumsum()
-    threads = max(1, min(torch.get_num_threads(), int(done[-1]) // MIN_TOKENS_PER_THREAD))
-    return [0, *np.searchsorted(done, done[-1] * np.arange(1, threads) / threads), len(tokens)]
+    """Return the bounds of each thread's units, so that all threads get about the same number of tokens.
+
+    tokens: number of tokens of each unit `[n]`.
+    """
+    totals = tokens.cumsum()
+    threads = max(1, min(torch.get_num_threads(), int(totals[-1]) // MIN_TOKENS_PER_THREAD))
+    return [0, *np.searchsorted(totals, totals[-1] * np.arange(1, threads) / threads), len(tokens)]
 
 
 @intrinsic
@@ -78,13 +93,14 @@ def _pointer(_: Any, address: Any) -> Any:
 
 @intrinsic
 def _prefetch(_: Any, address: Any) -> Any:
-    """Has the memory's line at an address fetched while other things are done; there need be nothing."""
+    """Prefetch the cache line at an address, which need not be mapped."""
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
         fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
-        builder.call(fetch, [builder.inttoptr(given[0], line), number(0), number(3), number(1)])  # data, to be kept
+        read, keep_in_all_caches, data = number(0), number(3), number(1)
+        builder.call(fetch, [builder.inttoptr(given[0], line), read, keep_in_all_caches, data])
         return context.get_dummy_value()
 
     return types.void(address), build
@@ -92,14 +108,15 @@ def _prefetch(_: Any, address: Any) -> Any:
 
 @cached_njit
 def _array_at(address: int, n: int, hd: int) -> Array:
-    """What lies at an address, as [n, hd]: each sequence's cache is a tensor of its own."""
-    found: Array = numba.carray(_pointer(address), (n, hd))  # type: ignore[attr-defined, call-arg]
-    return found
+    """Return the fp32 memory at an address as an array `[n, hd]`."""
+    array: Array = numba.carray(_pointer(address), (n, hd))  # type: ignore[attr-defined, call-arg]
+    return array
 
 
 @cached_njit
 def _add_and_norm(hidden: Array, added: Array, weight: Array, normed: Array, eps: float) -> None:
-    """The residual stream grows; its root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """Add to the residual stream `[B, d]` and write its root mean square norm (Zhang and Sennrich 2019, arXiv
+    1910.07467) into `normed`."""
     d = hidden.shape[1]
     for b in range(len(hidden)):
         square = np.float32(0.0)
@@ -113,58 +130,68 @@ def _add_and_norm(hidden: Array, added: Array, weight: Array, normed: Array, eps
 
 @cached_njit
 def _swiglu(gate_up: Array, inner: Array) -> None:
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-    wide = inner.shape[1]
+    """Write SwiGLU (Shazeer 2020, arXiv 2002.05202) of gate and up projections `[B, 2 w]` into `inner` `[B, w]`."""
+    width = inner.shape[1]
     for b in range(len(inner)):
-        for i in range(wide):
+        for i in range(width):
             gate = gate_up[b, i]
-            inner[b, i] = gate / (np.float32(1.0) + exp(min(-gate, np.float32(80.0)))) * gate_up[b, wide + i]
+            inner[b, i] = gate / (np.float32(1.0) + exp(min(-gate, np.float32(80.0)))) * gate_up[b, width + i]
 
 
 @cached_njit
-def _rotate_and_append(layer: int, heads: int, qkv: Array, cos: Array, sin: Array, caches: Array, at: Array) -> None:
-    """Rotates queries and keys in place, and puts keys and values behind what their sequences' caches hold."""
-    shared, hd = (qkv.shape[1] - heads) // 2, qkv.shape[2]
+def _rotate_and_append(
+    layer: int, heads: int, qkv: Array, cos: Array, sin: Array, caches: Array, lengths: Array
+) -> None:
+    """Rotate queries and keys in place, and append keys and values to the caches.
+
+    qkv: `[B, H + 2 H_kv, hd]`. cos, sin: `[B, hd]`. caches: addresses of keys and values and the number of slots of a
+    head `[B, 3]`. lengths: tokens in each cache `[B]`.
+    """
+    kv_heads, hd = (qkv.shape[1] - heads) // 2, qkv.shape[2]
     half = hd // 2
     for b in range(len(qkv)):
-        for h in range(heads + shared):
+        for h in range(heads + kv_heads):
             part = qkv[b, h]
             for i in range(half):
                 x, y = part[i], part[i + half]
                 part[i] = x * cos[b, i] + y * sin[b, i]
                 part[i + half] = y * cos[b, i + half] + x * sin[b, i + half]
         for field in range(2):
-            for g in range(shared):
-                there = (layer * shared + g) * caches[b, 2] + at[b]
-                _array_at(caches[b, field] + 4 * hd * there, 1, hd)[0] = qkv[b, heads + field * shared + g]
+            for g in range(kv_heads):
+                slot = (layer * kv_heads + g) * caches[b, 2] + lengths[b]
+                _array_at(caches[b, field] + 4 * hd * slot, 1, hd)[0] = qkv[b, heads + field * kv_heads + g]
 
 
 @cached_njit
-def _attend(layer: int, first: int, last: int, qkv: Array, caches: Array, at: Array, out: Array) -> None:
-    """Attention of heads in groups that share keys and values (Ainslie et al. 2023, arXiv 2305.13245): of some of the
-    groups of all sequences."""
+def _attend(layer: int, first: int, last: int, qkv: Array, caches: Array, lengths: Array, out: Array) -> None:
+    """Write grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) into `out` `[B, H, hd]`, for the groups
+    from `first` to `last` of all `B * H_kv`; the other arguments are those of `_rotate_and_append`."""
     heads, hd = out.shape[1:]
-    shared = (qkv.shape[1] - heads) // 2
-    group = heads // shared
-    attention_weights = np.empty((group, at.max() + 1), np.float32)
+    kv_heads = (qkv.shape[1] - heads) // 2
+    group = heads // kv_heads
+    attention_weights = np.empty((group, lengths.max() + 1), np.float32)
     for unit in range(first, last):
-        b, g = unit // shared, unit % shared
-        S, there, mine = at[b] + 1, 4 * hd * (layer * shared + g) * caches[b, 2], slice(g * group, (g + 1) * group)
-        keys, values = caches[b, 0] + there, caches[b, 1] + there
-        _attention_scores(qkv[b, mine], S, keys, values, attention_weights)
+        b, g = unit // kv_heads, unit % kv_heads
+        S, offset = lengths[b] + 1, 4 * hd * (layer * kv_heads + g) * caches[b, 2]
+        query_heads = slice(g * group, (g + 1) * group)
+        keys, values = caches[b, 0] + offset, caches[b, 1] + offset
+        _attention_scores(qkv[b, query_heads], S, keys, values, attention_weights)
         for h in range(group):
             _softmax(attention_weights[h, :S])
-        _weighted_values(attention_weights, _array_at(values, S, hd), out[b, mine])
+        _weighted_values(attention_weights, _array_at(values, S, hd), out[b, query_heads])
 
 
 @cached_njit
 def _attention_scores(q: Array, S: int, keys_at: int, values_at: int, scores: Array) -> None:
-    """The first S keys; asks for those to come and for the values, since a page of memory ends every few of them."""
+    """Write the scores of S keys at an address `[H, S]`, and prefetch later keys and all values.
+
+    The processor's own prefetching stops at the end of a memory page, which comes every few keys.
+    """
     hd, size = q.shape[1], 4 * q.shape[1]
     keys, scale = _array_at(keys_at, S, hd), np.float32(1.0 / math.sqrt(hd))
     for s in range(S):
         for line in range(s * size, (s + 1) * size, CACHE_LINE_BYTES):
-            _prefetch(keys_at + PREFETCH_KEYS * size + line)  # type: ignore[call-arg]
+            _prefetch(keys_at + PREFETCH_DISTANCE * size + line)  # type: ignore[call-arg]
             _prefetch(values_at + line)
         for h in range(len(q)):
             score = np.float32(0.0)
@@ -175,6 +202,7 @@ def _attention_scores(q: Array, S: int, keys_at: int, values_at: int, scores: Ar
 
 @cached_njit
 def _softmax(row: Array) -> None:
+    """Replace the scores `[S]` by their softmax."""
     top, total = row_max(row), np.float32(0.0)
     for s in range(len(row)):
         row[s] = exp(row[s] - top)
@@ -184,22 +212,18 @@ def _softmax(row: Array) -> None:
 
 
 @cached_njit
-def _weighted_values(attention_weights: Array, values: Array, out: Array) -> None:
+def _weighted_values(weights: Array, values: Array, out: Array) -> None:
+    """Write the sums of values `[S, hd]` by weights `[H, S]` into `out` `[H, hd]`."""
     S, (group, hd) = len(values), out.shape
     out[:] = 0.0
-    fours = S - S % 4  # at once: the sums are fetched and put back once for them
+    fours = S - S % 4  # four values at a time, so that each sum is loaded and stored once for four
     for s in range(0, fours, 4):
         for h in range(group):
-            w, x, y, z = (
-                attention_weights[h, s],
-                attention_weights[h, s + 1],
-                attention_weights[h, s + 2],
-                attention_weights[h, s + 3],
-            )
+            w, x, y, z = weights[h, s], weights[h, s + 1], weights[h, s + 2], weights[h, s + 3]
             for d in range(hd):
                 two = w * values[s, d] + x * values[s + 1, d]
                 out[h, d] += two + (y * values[s + 2, d] + z * values[s + 3, d])
     for s in range(fours, S):
         for h in range(group):
             for d in range(hd):
-                out[h, d] += attention_weights[h, s] * values[s, d]
+                out[h, d] += weights[h, s] * values[s, d]

@@ -1,58 +1,107 @@
-"""Key-value caches in pages of one pool: what a decoding step of a fixed shape reads, whichever sequences are in it.
+"""Key-value caches in pages of one pool, so that a decode step of a fixed shape can serve any sequences.
 
-Paged attention: Kwon et al. 2023 (arXiv 2309.06180).
+Paged attention: Kwon et al. 2023 (arXiv 2309.06180). `paged_attention` is the reference in torch's operators,
+`model.decode.triton_attention` has the kernels, and `choose_paged_attention` chooses.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.base.backbone import AttentionFn, Device, KVCache, causal_mask
+from model.base.attention import AttentionFn, causal_mask
 from model.base.config import ModelConfig
-from model.device import triton_backend_for, upload
+from model.base.kv_cache import Device, KVCache
+from model.device import upload
 from model.memory.pool import CellIndices, FreeList
+from model.triton_check import has_triton, passes_check
 
-PAGE_SIZE = 32  # tokens of a page
+PAGE_SIZE = 32  # tokens
+
+
+class PagedAttentionBackend(Protocol):
+    """Attention of one decode step over pages."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        sequences: Tensor,
+        positions: Tensor,
+        page: int,
+    ) -> Tensor:
+        """Store k and v at their positions, then return the attended values `[B, H, hd]`.
+
+        Row b attends to positions 0 to `positions[b]` of sequence `sequences[b]`, including the tokens of other rows
+        in this step. No shape depends on the positions and nothing waits for the device, so that a CUDA graph can
+        capture the call.
+
+        q: queries `[B, H, hd]`. k, v: keys and values `[B, H_kv, hd]` of the same tokens.
+        keys, values: slots of one layer `[slots, H_kv, hd]`; the call writes one slot for each row.
+        tables: int32 `[S, pages]`, the pages of each sequence in order; slots `p * page` to `(p + 1) * page - 1`
+            belong to page p.
+        sequences, positions: long `[B]`.
+        page: number of slots of a page.
+        """
+        ...
 
 
 class PagePool:
-    """keys and values `[L, page_ids, H_kv, hd]`, a page being `PAGE_SIZE` places in a row; tables `[sequences + 1,
-    pages]`: where each sequence's tokens lie, in order. Page 0 and sequence 0 are nobody's: the rows that fill up a
-    batch write there.
+    """A pool of pages that sequences reserve, and the keys and values in the pages.
 
-    tokens: that all sequences together may reserve, each rounded up to whole pages.
+    keys, values: `[L, slots, H_kv, hd]`; a page is `PAGE_SIZE` neighbouring slots.
+    tables: int32 `[sequences + 1, pages]`, the pages of each sequence in order.
+    Page 0 and sequence 0 belong to no request: the rows that pad a batch write to them.
     """
 
-    def __init__(self, config: ModelConfig, *, tokens: int, sequences: int, device: Device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tokens: int,
+        sequences: int,
+        device: Device,
+        dtype: torch.dtype,
+        attend: PagedAttentionBackend | None = None,
+    ) -> None:
+        """tokens: number that all sequences together may reserve, each rounded up to whole pages. attend: by default
+        the fastest on the device."""
         self.device = torch.device(device)
-        self.max_sequence_tokens = config.max_context  # a captured step checks nothing, and reads what it is told to
-        self.kernels = triton_backend_for(self.device)
+        self.max_sequence_tokens = config.max_context  # checked here, for a captured step checks nothing
+        self.attend = attend or choose_paged_attention(self.device)
         pages = -(-tokens // PAGE_SIZE) + sequences
         shape = (config.num_layers, (pages + 1) * PAGE_SIZE, config.num_kv_heads, config.head_dim)
-        # Zeros: what is hidden by a mask must still be a number.
+        # Zeros, because masked slots must not hold NaN.
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.tables = torch.zeros(sequences + 1, -(-config.max_context // PAGE_SIZE), dtype=torch.int32, device=device)
         self._pages, self._sequences = FreeList(pages), FreeList(sequences)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
+        """Return the bytes of one token's keys and values."""
         return 2 * self.keys[:, 0].nbytes
 
     @property
     def utilization(self) -> float:
-        """The share of the pages that sequences have reserved."""
+        """Return the share of the pages that sequences have reserved."""
         return self._pages.utilization
 
     def allocate(self, tokens: int) -> tuple[int, CellIndices]:
-        """A sequence and its pages on the host, for so many tokens. Raises PoolFullError, and `ValueError` for more
-        than the context, changing nothing."""
+        """Reserve a sequence and pages for a number of tokens. Returns the sequence and its pages, on the host.
+
+        Raises `PoolFullError`, and `ValueError` for more tokens than the context; nothing is reserved then.
+        """
         if tokens > self.max_sequence_tokens:
             raise ValueError(
                 f"capacity must be at most the {self.max_sequence_tokens} tokens of the context, got {tokens}"
@@ -67,16 +116,16 @@ class PagePool:
         return sequence, pages
 
     def release(self, sequence: int, pages: CellIndices) -> None:
-        """Frees what was taken."""
+        """Free a sequence and its pages."""
         self._pages.release(pages)
         self._sequences.release(np.array([sequence]))
 
 
 class PagedCache(KVCache):
-    """The pages of one sequence; they are free again as soon as nobody refers to it."""
+    """The cache of one sequence in pages of a pool. The pages are freed when the cache is garbage collected."""
 
     def __init__(self, pages: PagePool, capacity: int) -> None:
-        """Raises PoolFullError, and `ValueError` for more than the context."""
+        """Raises `PoolFullError`, and `ValueError` for more tokens than the context."""
         self.pages = pages
         self.capacity = capacity
         self.length = 0
@@ -91,10 +140,10 @@ class PagedCache(KVCache):
         self._check_fork(capacity)
         copy = PagedCache(self.pages, capacity)
         copy.length, used = self.length, -(-self.length // PAGE_SIZE)
-        mine, theirs = (upload(cache.page_ids[:used], self.pages.device) for cache in (self, copy))
+        source, destination = (upload(cache.page_ids[:used], self.pages.device) for cache in (self, copy))
         for field in (self.pages.keys, self.pages.values):
             by_page = field.unflatten(1, (-1, PAGE_SIZE))
-            by_page[:, theirs] = by_page[:, mine]
+            by_page[:, destination] = by_page[:, source]
         return copy
 
     def attention(self, caches: Sequence[PagedCache], T: int) -> AttentionFn:
@@ -108,16 +157,16 @@ class PagedCache(KVCache):
 
 
 class PagedAttention:
-    """Attention of one token of each of B sequences at positions `[B]`, all shapes fixed; it adds the tokens."""
+    """Attention of a decode step over a pool's pages, as an `AttentionFn`, for tokens at `positions` `[B]` of
+    `sequences` `[B]`."""
 
     def __init__(self, pages: PagePool, sequences: Tensor, positions: Tensor) -> None:
         self._pages, self._sequences, self._positions = pages, sequences, positions
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pages = self._pages
-        attend = paged_attention if pages.kernels is None else pages.kernels.paged_attention
         kv_args = (pages.keys[layer], pages.values[layer], pages.tables, self._sequences, self._positions)
-        attended: Tensor = attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], *kv_args, PAGE_SIZE)
+        attended = pages.attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], *kv_args, PAGE_SIZE)
         return attended[:, :, None]
 
 
@@ -132,11 +181,9 @@ def paged_attention(
     positions: Tensor,
     page: int,
 ) -> Tensor:
-    """q `[B, H, hd]` attends to what its sequence `[B]` holds before its position `[B]`, and to k and v
-    `[B, H_kv, hd]`, which are stored there. keys and values `[slots, H_kv, hd]`; tables `[S, pages]`. Returns
-    `[B, H, hd]`.
+    """Run one step in torch's operators: see `PagedAttentionBackend`.
 
-    It reads every page that a sequence might have: the twin of a kernel, and no way to serve.
+    This reference reads every page that a sequence might have, which is too slow to serve with.
     """
     table = tables[sequences].long()
     new = table.gather(1, positions[:, None] // page)[:, 0] * page + positions % page
@@ -154,14 +201,27 @@ def paged_attention(
     return attended[:, :, 0]
 
 
+@functools.cache
+def choose_paged_attention(device: torch.device) -> PagedAttentionBackend:
+    """Return the Triton kernels where Triton is installed and the kernels pass their check, else `paged_attention`."""
+    if has_triton(device):
+        # Triton is installed on GPU machines only: elsewhere this module cannot be imported.
+        from model.decode import triton_attention
+
+        check = functools.partial(triton_attention.check_paged_attention, reference=paged_attention)
+        if passes_check(check, device):
+            return triton_attention.paged_attention
+    return paged_attention
+
+
 class _Prefill:
-    """Attention of the next T tokens of one sequence."""
+    """Attention of the next T tokens of one sequence, as an `AttentionFn`."""
 
     def __init__(self, cache: PagedCache, T: int) -> None:
         end, pages = cache.length + T, cache.pages
-        every = (cache.page_ids[: -(-end // PAGE_SIZE), None] * PAGE_SIZE + np.arange(PAGE_SIZE)).flatten()[:end]
-        self._pages, self._all = pages, upload(every, pages.device)
-        self._new = self._all[-T:]
+        slots = (cache.page_ids[: -(-end // PAGE_SIZE), None] * PAGE_SIZE + np.arange(PAGE_SIZE)).flatten()[:end]
+        self._pages, self._slots = pages, upload(slots, pages.device)
+        self._new_slots = self._slots[-T:]
         self._mask = causal_mask(pages.keys.new_empty(1, 1, end, 0), T)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -169,6 +229,6 @@ class _Prefill:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask, enable_gqa=True)
 
     def _extended(self, field: Tensor, new: Tensor) -> Tensor:
-        """Adds what is new `[1, H_kv, T, hd]` and returns all that is there, `[1, H_kv, S, hd]`."""
-        field.index_copy_(0, self._new, new[0].transpose(0, 1))
-        return field[self._all].transpose(0, 1)[None]
+        """Append the new keys or values `[1, H_kv, T, hd]` and return the whole sequence's `[1, H_kv, S, hd]`."""
+        field.index_copy_(0, self._new_slots, new[0].transpose(0, 1))
+        return field[self._slots].transpose(0, 1)[None]

@@ -1,4 +1,4 @@
-"""Guesses of what a sequence will say next, that a decoding step may check several of at once."""
+"""Drafts of the next tokens of a sequence, which one decode step verifies together."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Iterable
 
 
 class PromptLookup:
-    """Guesses that what followed the last two tokens before follows them again (prompt lookup, Saxena 2023).
+    """Drafts the tokens that followed the sequence's last two tokens where they last occurred (prompt lookup, Saxena
+    2023).
 
-    A guess that is wrong costs a row of a decoding step, and no more: what is said does not depend on it.
+    A wrong draft costs a row of a decode step and nothing else: the generated tokens do not depend on drafts.
     """
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self._tokens = list(tokens)
-        self._next_position: dict[tuple[int, int], int] = {}  # where it last went on after these two
+        self._next_position: dict[tuple[int, int], int] = {}  # index of the token after the last occurrence of a pair
         self._num_indexed = 2
 
     def add(self, token: int) -> None:
-        """The sequence goes on with this token."""
+        """Append a token to the sequence."""
         self._tokens.append(token)
 
     def draft_tokens(self, max_drafts: int) -> list[int]:
-        """At most so many next tokens; none if the last two are new."""
+        """Return at most `max_drafts` next tokens, or none if the last two tokens have not occurred before."""
         tokens = self._tokens
         for at in range(self._num_indexed, len(tokens)):
             self._next_position[tokens[at - 2], tokens[at - 1]] = at

@@ -1,22 +1,31 @@
-"""The fast-weight memory: its configuration, pure operations and their twins, slow weights, and the pool of fast
-weights."""
+"""The fast-weight memory: what every session writes (fast weights, in a pool) and how (slow weights, in sites).
 
+README.md has the equations, the symbols and the laws.
+"""
+
+from model.memory.backend import MemoryBackend, choose_backend
 from model.memory.config import MemoryConfig, MemoryConfigError, SiteConfig
-from model.memory.pool import Draft, Pool, PoolFullError, SiteRows
-from model.memory.sites import DeltaSite, LexicalReadout, LexicalSite, Memory, load_memory, save_memory
+from model.memory.delta.site import DeltaSite
+from model.memory.lexical.site import FoundCandidates, LexicalReadout, LexicalSite
+from model.memory.memory import Memory, load_memory, save_memory
+from model.memory.pool import Draft, Pool, PoolFullError
+from model.memory.rows import SiteRows
 
 __all__ = [
     "DeltaSite",
     "Draft",
+    "FoundCandidates",
     "LexicalReadout",
     "LexicalSite",
     "Memory",
+    "MemoryBackend",
     "MemoryConfig",
     "MemoryConfigError",
     "Pool",
     "PoolFullError",
     "SiteConfig",
     "SiteRows",
+    "choose_backend",
     "load_memory",
     "save_memory",
 ]

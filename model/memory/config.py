@@ -1,40 +1,50 @@
-"""What a memory is made of: its sites and their sizes. Frozen, JSON-serialisable, refuses what it does not know."""
+"""The configuration of a memory: its sites, their sizes and the limits of these sizes.
+
+The configuration is frozen, JSON-serialisable and strict: an unknown key is an error. The rules of each kind of memory
+(`model/memory/kinds.py`) live with the kind, in a `RowLayout`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from model.site_kind import SiteKind
 
-NGRAM_SIZES = (2, 4, 8)  # how many last tokens of its context a lexical row has a fingerprint of
-SESSION_SCALARS_SUFFIX = "_own"  # what a session's own numbers are stored under, after the site's name
-TRUST, BALANCE, GATE_CLOSED = range(3)  # places in them
+NGRAM_SIZES = (2, 4, 8)  # a lexical row has one hash for the last 2, one for the last 4, one for the last 8 tokens
+SESSION_SCALARS_SUFFIX = "_own"  # session scalars are stored under the name of their site and this suffix
+TRUST, BALANCE, GATE_CLOSED = range(3)  # indices into the session scalars [3, R + 1]
 
 
 class MemoryConfigError(ValueError):
-    """A memory configuration that cannot be built; the message names the field, the limit and the value."""
+    """An error in a memory configuration; the message names the field, the limit and the value."""
 
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """One place where the memory is read and written.
+    """The configuration of one site: a part of the network at which the memory is read and written.
 
-    name: unique in its memory; part of the store's keys.
-    kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution), "hidden"
-        (rows are vectors of `width` numbers, read into the residual stream) or "journal" (the same rows without slow
-        weights: what a policy keeps of its session beside what it has learned).
-    layer: the decoder layer whose output a hidden site reads and rewrites; -1 is the output, before the head. A
-        lexical site is always at the output.
-    slots: N; in a hidden site a perfect square (product keys), in a lexical one a multiple of `cell`.
-    k: slots that a token selects (hidden), or cells that it reads (lexical).
-    width: numbers in a hidden site's row (d_v), or in a lexical row's key (d_k).
-    cell: slots that share an address; 1 in a hidden site.
-    surprise: nats; a lexical site does not write tokens that were expected better than that.
-    decay: λ of a hidden site's delta rule. cap: largest norm of its rows.
+    name: an identifier that is unique in the memory; part of the store's keys.
+    kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution), "hidden" (a
+        delta site: rows are vectors of `width` numbers, read into the residual stream) or "journal" (vectors without
+        slow weights: what a policy keeps of its session beside what it has learned).
+    layer: index of the decoder layer whose output a delta site reads and rewrites; -1 is the output, before the head.
+        A lexical site is always at the output.
+    slots: number of rows that a session can hold (N): a perfect square in a delta site (product keys), a multiple of
+        `cell` in a lexical site.
+    k: number of slots that a token selects (delta), or of cells that a token reads (lexical).
+    width: numbers in a row of a delta site (d_v), or in the key of a lexical row (d_k).
+    cell: slots that share an address (P); 1 in a delta site.
+    surprise: nats; a lexical site does not write a token that had a lower loss.
+    decay: λ of the delta rule. cap: largest norm of a delta row.
     """
 
     name: str
@@ -53,42 +63,84 @@ class SiteConfig:
             raise MemoryConfigError(f"site name must be an identifier, got {self.name!r}")
         if self.name.endswith(SESSION_SCALARS_SUFFIX):
             raise MemoryConfigError(f"site name must not end in {SESSION_SCALARS_SUFFIX!r}, got {self.name!r}")
-        if self.kind not in ("lexical", "hidden", "journal"):
-            raise MemoryConfigError(f"{self.name}.kind must be 'lexical', 'hidden' or 'journal', got {self.kind!r}")
+        if self.kind not in _LAYOUTS:
+            *others, last = (repr(kind) for kind in _LAYOUTS)
+            raise MemoryConfigError(f"{self.name}.kind must be {', '.join(others)} or {last}, got {self.kind!r}")
         if self.slots < 1:
             raise MemoryConfigError(f"{self.name}.slots must be at least 1, got {self.slots}")
-        if self.kind == "hidden" and math.isqrt(self.slots) ** 2 != self.slots:
-            raise MemoryConfigError(f"{self.name}.slots must be a perfect square (product keys), got {self.slots}")
-        if self.cell < 1 or self.slots % self.cell or (self.kind != "lexical" and self.cell > 1):
-            raise MemoryConfigError(f"{self.name}.cell must divide slots, and be 1 in a hidden site, got {self.cell}")
-        most = math.isqrt(self.slots) if self.kind == "hidden" else self.cells
-        if not 1 <= self.k <= most:
-            raise MemoryConfigError(f"{self.name}.k must be in 1..{most}, got {self.k}")
+        self.layout.check_addresses(self)
+        max_k = self.layout.max_k(self)
+        if not 1 <= self.k <= max_k:
+            raise MemoryConfigError(f"{self.name}.k must be in 1..{max_k}, got {self.k}")
         if self.width < 1:
             raise MemoryConfigError(f"{self.name}.width must be at least 1, got {self.width}")
         if not self.surprise >= 0.0:
             raise MemoryConfigError(f"{self.name}.surprise must not be negative, got {self.surprise}")
-        if self.kind == "lexical" and self.layer != -1:
-            raise MemoryConfigError(f"{self.name}.layer must be -1 for a lexical site, got {self.layer}")
+        self.layout.check_layer(self)
         if not 0.0 <= self.decay <= 1.0:
             raise MemoryConfigError(f"{self.name}.decay must be in 0..1, got {self.decay}")
         if not self.cap > 0.0:
             raise MemoryConfigError(f"{self.name}.cap must be positive, got {self.cap}")
 
     @property
+    def layout(self) -> RowLayout:
+        """Return the row layout of the site's kind."""
+        return _LAYOUTS[self.kind]
+
+    @property
     def cells(self) -> int:
-        """How many addresses there are."""
+        """Return the number of addresses."""
         return self.slots // self.cell
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one stored row."""
-        return 8 + 2 * len(NGRAM_SIZES) + self.width if self.kind == "lexical" else 4 * self.width
+        """Return the bytes of one stored row."""
+        fields = self.layout.cell_fields(self)
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in fields) // self.cell
+
+
+class RowLayout(ABC):
+    """The row format of one kind of memory, and the limits of its sites. A layout has no state."""
+
+    @abstractmethod
+    def cell_fields(self, config: SiteConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and the type of each field of one cell. The first field is 0 where a row is empty."""
+
+    @abstractmethod
+    def are_valid_rows(self, data: NDArray[np.uint8], *, vocab_size: int) -> bool:
+        """Return True if the memory could have written the stored rows, data [n, row_bytes]."""
+
+    @abstractmethod
+    def check_addresses(self, config: SiteConfig) -> None:
+        """Raise MemoryConfigError if `slots` and `cell` do not make addresses of this kind."""
+
+    def max_k(self, config: SiteConfig) -> int:
+        """Return the largest number of addresses that a token may select."""
+        return config.cells
+
+    def check_layer(self, config: SiteConfig) -> None:
+        """Raise MemoryConfigError if this kind cannot be read at `layer`."""
+        return
+
+    def check_together(self, sites: Sequence[SiteConfig]) -> None:
+        """Raise MemoryConfigError if one memory cannot have all these sites, which are of this kind."""
+        return
+
+
+_LAYOUTS: dict[SiteKind, RowLayout] = {}
+
+
+def register_layout(kind: SiteKind, layout: RowLayout) -> None:
+    """Make a kind of memory known to `SiteConfig`. Only `model/memory/kinds.py` calls this function."""
+    _LAYOUTS[kind] = layout
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The sites of a memory and the block, the number of tokens between two writes of a request."""
+    """The configuration of a memory.
+
+    hidden_size: d of the base. sites: one configuration for each site. block: tokens between two writes of a request.
+    """
 
     hidden_size: int
     sites: tuple[SiteConfig, ...]
@@ -100,18 +152,16 @@ class MemoryConfig:
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             raise MemoryConfigError(f"site names must be unique, got {names}")
-        layers = [site.layer for site in self.sites if site.kind == "hidden"]
-        if len(set(layers)) != len(layers):
-            raise MemoryConfigError(f"at most one hidden site a layer, got layers {layers}")
-        if sum(site.kind == "lexical" for site in self.sites) > 1:
-            raise MemoryConfigError("at most one lexical site")
+        for kind in dict.fromkeys(site.kind for site in self.sites):
+            _LAYOUTS[kind].check_together([site for site in self.sites if site.kind == kind])
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON-serialisable values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemoryConfig:
-        """Raises MemoryConfigError on an unknown or a missing key."""
+        """Return the configuration that `to_dict` has written. Raise MemoryConfigError on an unknown or missing key."""
         try:
             sites = tuple(SiteConfig(**site) for site in data["sites"])
             return cls(**{**data, "sites": sites})

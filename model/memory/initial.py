@@ -1,6 +1,6 @@
-"""A memory before it is trained, for any base: keys are whitened hidden states, seen through a random projection.
+"""The memory before training, for any base: keys are whitened hidden states, projected at random.
 
-Without whitening all states of a language model look alike, and their keys with them.
+Without whitening, all hidden states of a language model are similar, and so are their keys.
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.memory import LexicalSite, Memory, MemoryConfig, SiteConfig
+from model.memory.config import MemoryConfig, SiteConfig
+from model.memory.lexical.site import LexicalSite
+from model.memory.memory import Memory
 
 WHITENING_POWER = 0.75
-WHITENING_FLOOR = 1e-3  # of the largest variance
+WHITENING_FLOOR = 1e-3  # share of the largest variance
 SHARPNESS = (20.0, 7.0)
 PRIOR = 0.2
-NGRAM_BONUS = (1.0, 1.0, 3.0)  # of each run that is repeated: the longest must outvote many rows that repeat less
-INITIAL_GATE_LOGIT = -2.0  # the gate's logit before training
+NGRAM_BONUS = (1.0, 1.0, 3.0)  # one for each n-gram size: the longest must outvote many rows that repeat less
+INITIAL_GATE_LOGIT = -2.0
 TRUST_RATE = 0.02
 REQUEST_TRUST, REQUEST_TRUST_RATE = -0.5, 0.3
-KMEANS_STEPS = 10  # of k-means
-MAX_KMEANS_STATES = 65_536  # that the cells are fitted to, at most
+KMEANS_STEPS = 10
+MAX_KMEANS_STATES = 65_536
 
 
 def default_config(hidden_size: int) -> MemoryConfig:
-    """One lexical site; the sizes are chosen by measurement (docs/log.md)."""
+    """Return a configuration of one lexical site, whose sizes were chosen by measurement (docs/log.md)."""
     width = min(64, hidden_size // 2 * 2)
     site = SiteConfig("lexical", "lexical", slots=1024 * 50, cell=50, k=32, width=width, surprise=0.1)
     return MemoryConfig(hidden_size, (site,), block=64)
 
 
 def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = None) -> Memory:
-    """A memory with one lexical site: a random projection, whitened for the states [n, d] of some text if there is one.
+    """Return a memory of one lexical site with a random projection.
 
-    Raises ValueError for other sites, and for fewer states than their dimension.
+    states: hidden states [n, d] of some text, for which the projection is whitened, or None. Raise ValueError if the
+    configuration has other sites, or if there are at most d states.
     """
     memory = Memory(config)
     site = memory.lexical
@@ -65,7 +68,10 @@ def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = No
 def random_projection(
     states: Tensor | None, hidden_size: int, width: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """W [d, d_k] and b [d_k] with h W + b = whiten(h) R, R random with orthonormal columns; states [n, d] or None."""
+    """Return W [d, d_k] and b [d_k] with h W + b = whiten(h) R, R random with orthonormal columns.
+
+    states: hidden states [n, d] to whiten for, or None: h W + b = h R.
+    """
     random = torch.randn(hidden_size, hidden_size, generator=generator, dtype=torch.float64)
     columns = torch.linalg.qr(random).Q[:, :width]
     if states is None:
@@ -79,13 +85,13 @@ def random_projection(
 
 @torch.no_grad()
 def fit_centres(site: LexicalSite, states: Tensor, generator: torch.Generator) -> None:
-    """Places the centres of a site's cells by spherical k-means over the keys of the states [n, d]."""
+    """Fit the centres of a site's cells to the keys of hidden states [n, d] by spherical k-means."""
     chosen = torch.randperm(len(states), generator=generator)[:MAX_KMEANS_STATES]
     keys = F.normalize(states[chosen].float().to(site.key_weight.device) @ site.key_weight + site.key_bias, dim=-1)
     centres = keys[torch.arange(len(site.centres)) % len(keys)]
     for _ in range(KMEANS_STEPS):
         assignments = torch.cat([(part @ centres.T).argmax(1) for part in keys.split(8192)])
         sums = torch.zeros_like(centres).index_add_(0, assignments, keys)
-        # A centre that nothing is near stays where it is.
+        # A centre without keys stays where it is.
         centres = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=-1), centres)
     site.centres.copy_(centres)

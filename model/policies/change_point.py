@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.memory import SiteConfig
-from model.memory.lexical import torch_backend
+from model.memory.numerics import TINY
 
 NAME = "since"
 NUM_HYPOTHESES = 8
@@ -55,8 +55,8 @@ class ChangePointHypotheses(NamedTuple):
         likelihoods [n, J]: probability of the label under each hypothesis. hazard: scalar, chance of a change per
         label. num_labels [n]: labels of the session so far, including the new one.
         """
-        probs = self.probs * likelihoods.clamp_min(torch_backend.TINY)
-        probs = probs / probs.sum(1, keepdim=True).clamp_min(torch_backend.TINY)
+        probs = self.probs * likelihoods.clamp_min(TINY)
+        probs = probs / probs.sum(1, keepdim=True).clamp_min(TINY)
         least_likely = probs.argmin(1, keepdim=True)
         probs = (probs * (1 - hazard)).scatter(1, least_likely, hazard.expand(len(probs), 1))
         starts = self.starts.scatter(1, least_likely, num_labels[:, None].to(self.starts.dtype))

@@ -25,8 +25,13 @@ from torch import Tensor, nn
 from model import weights
 from model.memory import DeltaSite, Draft, LexicalSite, Memory, Pool
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES
+from model.memory.delta import torch_ops
+from model.memory.guard import GUARD_LIMIT_NATS, guard_step
 from model.memory.lexical import torch_backend
-from model.memory.sites import FoundCandidates, LexicalReadout
+from model.memory.lexical.site import FoundCandidates, LexicalReadout
+from model.memory.lexical.types import LexicalRows
+from model.memory.numerics import TINY, rowwise_matmul
+from model.memory.prediction import Prediction, base_prediction
 from model.policies.change_point import NAME as CHANGE_POINT_SITE
 from model.policies.change_point import ChangePointHypotheses
 from model.policies.config import NUM_OUTCOME_INPUTS, PolicyConfig, PolicyError
@@ -135,10 +140,10 @@ class Policy(nn.Module):
         """
         recalled = self.site.join(state, rows, w)
         if self.product is not None:
-            recalled = recalled + state * torch_backend.rowwise_matmul(torch_backend.read_delta(rows, w), self.product)
+            recalled = recalled + state * rowwise_matmul(torch_ops.read_delta(rows, w), self.product)
         if self.site.config.decay == 1.0:  # a write replaces the row, so the magnitude carries no count
             return recalled
-        return recalled + torch_backend.delta_read_magnitude(rows, w)[:, None] * self.size
+        return recalled + torch_ops.delta_read_magnitude(rows, w)[:, None] * self.size
 
     def logit_and_value(self, recalled: Tensor) -> tuple[Tensor, Tensor]:
         """Return an action's logit [n] and expected reward [n], scaled to 0…1, for recalled states [n, D]."""
@@ -154,10 +159,7 @@ class Policy(nn.Module):
         above, below = (reward - expected).clamp_min(0), (expected - reward).clamp_min(0)
         outcome = torch.stack([torch.ones_like(reward), reward, above, below], dim=1)
         following = torch.tanh(_apply(self.event, torch.cat([recalled, outcome], dim=1)))
-        loss = -(
-            reward * expected.clamp_min(torch_backend.TINY).log()
-            + (1 - reward) * (1 - expected).clamp_min(torch_backend.TINY).log()
-        )
+        loss = -(reward * expected.clamp_min(TINY).log() + (1 - reward) * (1 - expected).clamp_min(TINY).log())
         error = F.pad(outcome, (0, self.config.state_size - NUM_OUTCOME_INPUTS))
         return self.site.value(following, error), self.site.beta(loss.clamp_max(MAX_LOSS_NATS)), loss
 
@@ -195,7 +197,7 @@ class Policy(nn.Module):
         n, k, _ = rows.shape
         at = torch.arange(n * k, device=rows.device).view(n, k)
         config = self.site.config
-        new = torch_backend.write_delta(rows.flatten(0, 1), at, w, beta, value, decay=config.decay, cap=config.cap)
+        new = torch_ops.write_delta(rows.flatten(0, 1), at, w, beta, value, decay=config.decay, cap=config.cap)
         return new.view_as(rows)
 
     def _read(self, state: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,9 +220,9 @@ class Policy(nn.Module):
         hidden = torch.relu(_apply(self.trunk, features))
         return hidden + torch.relu(_apply(self.inner, hidden))
 
-    def base(self, states: Tensor) -> torch_backend.Prediction:
+    def base(self, states: Tensor) -> Prediction:
         """Return the network's prediction of the labels [n, L] without memory, for states [n, D]."""
-        return torch_backend.predict(_apply(self.head, torch.relu(_apply(self.join, states))))
+        return base_prediction(_apply(self.head, torch.relu(_apply(self.join, states))))
 
     def label(self, features: Tensor, pool: Pool, session: Tensor) -> Tensor:
         """Return log p [n, L] of the labels of examples [n, F]; see `PolicyBackend.label`."""
@@ -253,7 +255,7 @@ class Policy(nn.Module):
 
     def _read_labels(
         self, features: Tensor, pool: Pool, session: Tensor
-    ) -> tuple[torch_backend.Prediction, LexicalReadout, LexicalReadout | None]:
+    ) -> tuple[Prediction, LexicalReadout, LexicalReadout | None]:
         """Return the network's prediction, the memory's readout, and the readout [n·J] under each hypothesis.
 
         Under hypothesis j only the rows that were written after starts[j] labels count.
@@ -261,7 +263,7 @@ class Policy(nn.Module):
         states, site = self.embed(features), self.labels
         base, keys = self.base(states), site.keys(states)
         cells = site.address(keys)
-        rows = torch_backend.LexicalRows(*pool.sites[site.config.name].read(session, cells))
+        rows = LexicalRows(*pool.sites[site.config.name].read(session, cells))
         similarity = torch_backend.similarity(rows, keys)
         recency = recency_log_prior(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1)
 
@@ -318,11 +320,9 @@ def _average_over_hypotheses(by_hypothesis: LexicalReadout, probs: Tensor) -> Le
 
     first = by_hypothesis.select(torch.arange(n, device=probs.device) * num_hypotheses)
     unguarded_gamma = mean(by_hypothesis.unguarded_gamma)
-    weight = (
-        probs
-        * by_hypothesis.unguarded_gamma.view(n, num_hypotheses)
-        / unguarded_gamma.clamp_min(torch_backend.TINY)[:, None]
-    )[:, :, None]
+    weight = (probs * by_hypothesis.unguarded_gamma.view(n, num_hypotheses) / unguarded_gamma.clamp_min(TINY)[:, None])[
+        :, :, None
+    ]
     shares = (weight * by_hypothesis.shares.view(n, num_hypotheses, -1)).sum(1)
     return first._replace(shares=shares, gamma=mean(by_hypothesis.gamma), unguarded_gamma=unguarded_gamma)
 
@@ -331,12 +331,12 @@ def update_guard(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, T
     """Return the guard's balance [n] and shut flag [n] after one reward each; gain [n] (nats).
 
     The gain is clipped to ±GUARD_LIMIT_NATS, so that no single reward shuts a guard in good standing. See
-    `torch_backend.guard_step`.
+    `guard_step`.
     """
-    return torch_backend.guard_step(
+    return guard_step(
         balance,
         shut,
-        gain.clamp(-torch_backend.GUARD_LIMIT_NATS, torch_backend.GUARD_LIMIT_NATS),
+        gain.clamp(-GUARD_LIMIT_NATS, GUARD_LIMIT_NATS),
         torch.ones_like(gain),
     )
 
@@ -350,7 +350,7 @@ def recency_log_prior(writes: Tensor) -> Tensor:
 
 
 def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return torch_backend.rowwise_matmul(x, layer.weight.T) + layer.bias
+    return rowwise_matmul(x, layer.weight.T) + layer.bias
 
 
 def new_policy(config: PolicyConfig, *, seed: int) -> Policy:

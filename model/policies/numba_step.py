@@ -30,7 +30,7 @@ from torch import Tensor
 from model.adaptive_lm import EMPTY_SESSION
 from model.memory import Draft, Pool
 from model.memory.config import BALANCE, GATE_CLOSED
-from model.memory.lexical.torch_backend import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS
+from model.memory.guard import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS
 from model.memory.pool import SitePool
 from model.numba_support import Array, as_arrays, cached_njit
 from model.policies.config import NUM_HISTORY_INPUTS, NUM_OUTCOME_INPUTS, PolicyError

@@ -1,1 +1,1 @@
-"""Text in, text out: tokenizer, chat template, sampling."""
+"""The text side of the model: tokenizer, chat template and sampling."""

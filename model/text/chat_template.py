@@ -1,7 +1,7 @@
-"""Chat templates: from messages to the one text that the model was trained to continue.
+"""Chat templates: rendering messages to the text that the model was trained to continue.
 
-Set up as `transformers` does it, so that a template renders to the same text. A template comes with the model
-and is not trusted: it runs in Jinja's sandbox.
+The Jinja environment has the settings of `transformers`, so that a template renders to the same text. A template comes
+with the model and is not trusted: it runs in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ Span = tuple[int, int]
 
 
 class ChatTemplateError(Exception):
-    """Messages that the model's chat template refuses, or a template that is broken or absent."""
+    """Messages that the model's chat template refuses, or a template that is broken or missing."""
 
 
 class ChatTemplate:
-    """A compiled template. `variables` are what it may name beside the messages, such as `bos_token`."""
+    """A compiled chat template."""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        """Raises `ChatTemplateError` if the source does not compile."""
+        """Compile a template. Raises `ChatTemplateError` if the source does not compile.
+
+        variables: values that the template may use beside the messages, such as `bos_token`.
+        """
         self._variables = dict(variables)
         try:
             self._template = _environment().from_string(source)
@@ -37,7 +40,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template is broken: {error}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The chat as text. Raises `ChatTemplateError` with what the template objects to."""
+        """Render a chat to text. Raises `ChatTemplateError` with the template's own message."""
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -52,9 +55,10 @@ class ChatTemplate:
     def render_with_spans(
         self, messages: Sequence[Message], *, add_generation_prompt: bool
     ) -> tuple[str, list[Span | None]]:
-        """The chat as text, and the half-open range of characters that each message's content fills in it.
+        """Render a chat to text. Returns the text, and for each message the half-open range of its content in the text.
 
-        A content that the template leaves out, or changes beyond trimming its white space, has no range.
+        The range is None for a content that the template leaves out, or changes beyond trimming its white space.
+        Raises `ChatTemplateError`.
         """
         text = self.render(messages, add_generation_prompt=add_generation_prompt)
         mark = _unused_character(text + "".join(message.get("content", "") for message in messages))
@@ -80,7 +84,7 @@ def _trimmed(content: str) -> Span:
 
 
 def _mark(message: Message, mark: str, edges: Callable[[str], Span]) -> Message:
-    """The message with its content between two marks; an empty one stays empty: templates look at that."""
+    """Return the message with marks around its content. An empty content stays empty, for templates test for that."""
     content = message.get("content", "")
     start, end = edges(content)
     if start == end:
@@ -89,7 +93,7 @@ def _mark(message: Message, mark: str, edges: Callable[[str], Span]) -> Message:
 
 
 def _find(rendered: str, mark: str, messages: int) -> tuple[str, list[Span | None]]:
-    """Take the marks out again. A message's range lies between its two, if it has just these."""
+    """Remove the marks. Returns the text and the range between each message's marks, if there are exactly two."""
     positions: list[list[int]] = [[] for _ in range(messages)]
     pieces, length = [], 0
     for index, piece in enumerate(re.split(f"{mark}([0-9]+){mark}", rendered)):
@@ -102,7 +106,7 @@ def _find(rendered: str, mark: str, messages: int) -> tuple[str, list[Span | Non
 
 
 def _unused_character(text: str) -> str:
-    """A private-use character that the text does not contain."""
+    """Return a private-use character that the text does not contain."""
     return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
 
 
@@ -117,7 +121,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's words for training; here it is transparent."""
+    """The block `{% generation %}`, which marks the assistant's text for training. Here the block changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the tokenizer files of a Hugging Face folder."""
+"""Converting text to token ids and back, with the tokenizer files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from model.text.chat_template import ChatTemplate, ChatTemplateError, Message, S
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A rendered chat. `spans[i]` is the half-open range of tokens that lie wholly in message i's content."""
+    """A rendered chat. `spans[i]` is the half-open range of tokens that lie completely in message i's content."""
 
     token_ids: list[int]
     spans: list[tuple[int, int]]
 
 
 class Tokenizer:
-    """A `tokenizers` pipeline and what surrounds it: special tokens, exact bytes, streaming, chats."""
+    """A `tokenizers` pipeline with special tokens, exact bytes of tokens, streaming and chats."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Tokenizer:
         """Raises `CheckpointError` if tokens are neither byte-level nor SentencePiece-like."""
         pipeline.no_padding()
         pipeline.no_truncation()
-        pipeline.post_processor = None  # it would trim the offsets that spans are cut by; BOS is added here
+        pipeline.post_processor = None  # a post-processor would trim offsets, and with them spans; `encode` adds BOS
         self._pipeline = pipeline
         self._chat_template = chat_template
         self._bytes = _token_bytes(pipeline)
@@ -62,7 +62,7 @@ class Tokenizer:
         settings = _optional_json(folder / "tokenizer_config.json")
         special = _special_tokens(settings)
         bos_token_id = pipeline.token_to_id(special.get("bos_token", ""))
-        # As in transformers, what `tokenizer.json` does decides, not what the settings claim.
+        # As in transformers, the pipeline of `tokenizer.json` decides, and not `add_bos_token` in the settings.
         add_bos = bos_token_id is not None and pipeline.encode("").ids[:1] == [bos_token_id]
         return cls(
             pipeline,
@@ -74,36 +74,39 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `encode_chat` can work."""
+        """Return whether the model has a chat template, which `encode_chat` needs."""
         return self._chat_template is not None
 
     @property
     def start_token_id(self) -> int:
-        """What stands before a text's first token: BOS, or the end of another text for a model that has none."""
+        """Return the token before the first token of a text: BOS, or end-of-text for a model without BOS."""
         return self.bos_token_id if self.bos_token_id is not None else min(self.eos_token_ids, default=0)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; a special token's text becomes that token. Raises `ValueError` if it is not Unicode."""
+        """Return the token ids of a text; text that spells a special token becomes that token.
+
+        Raises `ValueError` if the text is not valid Unicode.
+        """
         bos = [self.bos_token_id] if self.add_bos and self.bos_token_id is not None else []
         return bos + self._encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens as a continuation of what came before; special tokens are skipped.
+        """Return the text of tokens, as a continuation of earlier text.
 
-        What is not UTF-8 becomes U+FFFD, and ids beyond the vocabulary are skipped.
+        Special tokens and ids beyond the vocabulary are skipped. Bytes that are not UTF-8 become U+FFFD.
         """
         return b"".join(map(self._visible_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes that a token stands for: for special tokens their text, for unknown ids nothing."""
+        """Return the exact bytes of a token: for special tokens their text, for unknown ids no bytes."""
         return self._bytes.get(token_id, b"")
 
     def stream(self) -> DecodeStream:
-        """A decoder that takes one token at a time; its pieces concatenate to what `decode` returns."""
+        """Return a decoder that takes one token at a time. Its pieces concatenate to the result of `decode`."""
         return DecodeStream(self)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> ChatTokens:
-        """Token ids of a chat. Raises `ChatTemplateError`, and `ValueError` if it is not Unicode."""
+        """Return the tokens of a chat. Raises `ChatTemplateError`, and `ValueError` if a text is not valid Unicode."""
         if self._chat_template is None:
             raise ChatTemplateError("the model has no chat template")
         text, spans = self._chat_template.render_with_spans(messages, add_generation_prompt=add_generation_prompt)
@@ -123,18 +126,18 @@ class Tokenizer:
 
 
 class DecodeStream:
-    """Text of a growing token sequence, released as soon as its characters are complete."""
+    """An incremental decoder, which returns characters as soon as they are complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._visible_bytes = tokenizer._visible_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def step(self, token_id: int) -> str:
-        """The characters that this token completes, possibly none."""
+        """Return the characters that this token completes, possibly none."""
         return self._utf8.decode(self._visible_bytes(token_id))
 
     def flush(self) -> str:
-        """What an unfinished character at the end decodes to."""
+        """Return the text of an unfinished character at the end."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -143,7 +146,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token`, `eos_token` and their like; older files wrap each in an object."""
+    """Return `bos_token`, `eos_token` and similar settings. Older files wrap each value in an object."""
     tokens = {}
     for name, value in settings.items():
         content = value.get("content") if isinstance(value, dict) else value
@@ -153,12 +156,12 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Every id that one of the files calls an end of text: instruction tuning often adds to the base's."""
-    found = set() if tokenizer_eos is None else {tokenizer_eos}
+    """Return the ids that any of the files calls an end of text: instruction-tuned models often have several."""
+    eos_ids = set() if tokenizer_eos is None else {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         ids = _optional_json(folder / name).get("eos_token_id")
-        found.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
-    return frozenset(found)
+        eos_ids.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
+    return frozenset(eos_ids)
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
@@ -173,7 +176,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any], special: Mapping[s
 
 
 def _token_bytes(pipeline: tokenizers.Tokenizer) -> dict[int, bytes]:
-    """The bytes of every token, by the pipeline's kind of decoder."""
+    """Return the bytes of every token, according to the pipeline's decoder."""
     decoder = pipeline.decoder.__getstate__().decode() if pipeline.decoder is not None else ""
     if '"ByteLevel"' in decoder:
         to_bytes = _from_byte_level
@@ -199,7 +202,8 @@ def _from_sentencepiece(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's writing of bytes as printable characters (Radford et al. 2019); others move up from 256."""
+    """Return the bytes of GPT-2's characters (Radford et al. 2019): printable bytes are themselves, the others are
+    characters from 256 on."""
     printable = [code for low, high in ("!~", "¡¬", "®ÿ") for code in range(ord(low), ord(high) + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -209,12 +213,12 @@ _BYTE_ALPHABET = _byte_alphabet()
 
 
 def _token_spans(offsets: Sequence[Span], spans: Sequence[Span | None]) -> list[tuple[int, int]]:
-    """Ranges of tokens inside ranges of characters; an empty one stands at the end of the one before it."""
+    """Return the range of tokens inside each range of characters. An empty range starts where the last one ends."""
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for span in spans:
         first = bisect_left(starts, span[0]) if span else 0
         last = bisect_right(ends, span[1]) if span else 0
-        previous = found[-1][1] if found else 0
-        found.append((first, last) if first < last else (previous, previous))
-    return found
+        previous = ranges[-1][1] if ranges else 0
+        ranges.append((first, last) if first < last else (previous, previous))
+    return ranges

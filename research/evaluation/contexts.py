@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.base.backbone import Backbone, KVCache
+from model.base.backbone import Backbone
+from model.base.kv_cache import KVCache
 from research.evaluation.arms import Arm, Outcome, Setting, Subject, log_prob
 from research.evaluation.prequential import Clock, Progress
 

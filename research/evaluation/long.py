@@ -10,7 +10,7 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.memory import Pool
-from model.memory.lexical import torch_backend
+from model.memory.lexical.types import KEY_SCALE
 from research.evaluation.arms import state_bytes
 from research.evaluation.prequential import Passage, Progress, new_pool, score_request
 
@@ -58,7 +58,7 @@ def state_norm(pool: Pool, session: int) -> float:
     total = 0.0
     for site in pool.sites.values():
         table, vectors = site.tables[session], site.fields[-1]
-        scale = 1.0 if vectors.is_floating_point() else torch_backend.KEY_SCALE
+        scale = 1.0 if vectors.is_floating_point() else KEY_SCALE
         total += float((vectors[table[table > 0]].double() / scale).square().sum())
     return math.sqrt(total)
 

@@ -18,6 +18,7 @@ from model.adaptive_lm import AdaptiveLM, Scores
 from model.base.backbone import Backbone
 from model.memory import DeltaSite, Memory, Pool
 from model.memory.lexical import torch_backend
+from model.memory.prediction import base_prediction
 
 Progress = Callable[[int], None]
 
@@ -103,7 +104,7 @@ def read_passage(backbone: Backbone, token_ids: Sequence[int], bos: int) -> Pass
     """Run the base over one request. Every token is a target; the first one is predicted from BOS."""
     targets = torch.tensor(token_ids)
     states = backbone(torch.tensor([[bos, *token_ids[:-1]]]))[0]
-    base = torch_backend.predict(backbone.logits(states))
+    base = base_prediction(backbone.logits(states))
     return Passage(states.float(), targets, base.log_prob(targets), base.entropy)
 
 
@@ -205,7 +206,7 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int,
         if part.start == part.stop:
             continue
         states, targets = passage.states[part], passage.targets[part]
-        base = torch_backend.predict(lm.backbone.logits(states))
+        base = base_prediction(lm.backbone.logits(states))
         session_of, trust_of = torch.full((len(targets),), index), trust.expand(len(targets), -1)
         readout = site.read(pool, session_of, states, ngram_hashes[part], base, trust_of)
         frozen = base.log_prob(targets)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.base.backbone import Backbone
-from model.memory.lexical.torch_backend import predict
+from model.memory.prediction import base_prediction
 
 ROWS = 256  # rows of logits that are computed together
 BYTES_PER_STATE = 2
@@ -137,7 +137,7 @@ class StreamFeatures:
 
 def _score(backbone: Backbone, states: Tensor, targets: Tensor) -> Tensor:
     """Return [2, n]: the log-probability of each target, and the entropy of each prediction, in nats."""
-    base = predict(backbone.logits(states))
+    base = base_prediction(backbone.logits(states))
     return torch.stack([base.log_prob(targets), base.entropy]).float()
 
 

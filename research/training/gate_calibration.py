@@ -17,6 +17,8 @@ from torch import Tensor
 
 from model.memory import Draft, LexicalReadout, LexicalSite, Memory, Pool
 from model.memory.lexical import torch_backend
+from model.memory.numerics import TINY
+from model.memory.prediction import base_prediction
 from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
 
 REQUESTS = 6  # of a stream that are read in one session
@@ -107,7 +109,7 @@ def _replay_request(
     trust = site.initial_trust() * with_trust
     blocks = (part.split(block) for part in (chunk.states, chunk.targets, ngram_hashes))
     for states, targets, context in zip(*blocks, strict=True):
-        base = torch_backend.predict(logits(states))
+        base = base_prediction(logits(states))
         session_of = torch.full((len(targets),), draft.index, device=device)
         keys, cells, num_empty_rows, found = site.find_candidates(pool, session_of, states, context, base)
         frozen, (logit, shares) = base.log_prob(targets), site.gate(found, base.entropy, keys)
@@ -151,4 +153,4 @@ def _loss(site: LexicalSite, examples: GateExamples) -> Tensor:
     logit, heads = torch_backend.gate_logits(examples.inputs, site.gate_weights)
     gamma = torch.sigmoid(logit + examples.trust)
     p = (1 - gamma) * examples.frozen.exp() + gamma * (heads * examples.heads).sum(-1)
-    return -(p + torch_backend.TINY).log().mean()
+    return -(p + TINY).log().mean()

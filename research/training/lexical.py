@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from model.memory import LexicalSite, Memory
 from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
+from model.memory.numerics import TINY
 from research.training.features import BOS_PLACEHOLDER, QUERIES, Chunk
 
 
@@ -131,4 +132,4 @@ class LexicalObjective:
         logit, shares = site.gate(found, chunk.entropy[sampled], queries)
         gamma = torch.sigmoid(logit) * (num_visible > 0)
         p = (1 - gamma) * frozen.exp() + gamma * torch_backend.memory_prob(targets, tokens[None], shares)
-        return -(p + torch_backend.TINY).log()
+        return -(p + TINY).log()

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import torch_backend
+from model.memory.lexical.types import KEY_SCALE, MAX_GAMMA
+from model.memory.numerics import TINY
 from model.policies.network import Policy, recency_log_prior
 from research.scenarios.core import FloatArray, IntArray, LabellingTasks, Tasks, TeacherTasks
 from research.scenarios.scenario import PolicyTrainConfig
@@ -116,7 +118,7 @@ class LabellingRound:
         states = policy.embed(features)
         keys = site.keys(states)
         # Rows store keys in int8. Training sees the rounded keys, and gradients pass as if there were no rounding.
-        stored = keys + (torch_backend.quantise_keys(keys.detach()) / torch_backend.KEY_SCALE - keys.detach())
+        stored = keys + (torch_backend.quantise_keys(keys.detach()) / KEY_SCALE - keys.detach())
         queries, earlier = slice(1, T), slice(0, T - 1)
         base, keys = policy.base(states[queries]), keys[queries]
         missing = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
@@ -133,10 +135,10 @@ class LabellingRound:
             torch.zeros(len(site.sharpness), len(NGRAM_SIZES)),
         )
         logit, shares = site.gate(found, base.entropy, keys)
-        gamma = torch.sigmoid(logit).clamp_max(torch_backend.MAX_GAMMA)
+        gamma = torch.sigmoid(logit).clamp_max(MAX_GAMMA)
         memory_probs = torch_backend.memory_prob(labels[queries], found.tokens, shares)
         probs = (1 - gamma) * base.log_prob(labels[queries]).exp() + gamma * memory_probs
-        return -probs.clamp_min(torch_backend.TINY).log().mean()
+        return -probs.clamp_min(TINY).log().mean()
 
 
 class PolicyTrainer:

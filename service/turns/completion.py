@@ -12,14 +12,14 @@ from model.text.tokenizer import Tokenizer
 from service.engine import Event, GenerationParams, Segment, TokenOutput, TokenScores
 from service.engine.types import Alternatives
 from service.errors import BadRequest
-from service.store.base import SessionMeta
+from service.store.base import SessionMeta, WriteMode
 from service.turns import prompts
 from service.turns.commit import TurnOutcome
 from service.turns.loaded_model import LoadedModel
 from service.turns.plan import TurnPlan
 from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt
 from service.turns.run import Json, Turn
-from service.turns.session_gate import SessionHandle, SessionTarget, WriteMode
+from service.turns.session_gate import SessionHandle, SessionTarget
 from service.types import Adaptation, AdaptMode, LearnMode
 
 FinishReason = Literal["stop", "length"]

@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeVar
 from model.policies.network import Policy
 from service.engine import Event, PolicyDecision, PolicyRequest
 from service.errors import BadRequest, Conflict, NotFound
-from service.store.base import SessionMeta
+from service.store.base import SessionMeta, WriteMode
 from service.turns.commit import TurnOutcome
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
 from service.turns.plan import TurnPlan
 from service.turns.run import Json, Turn
-from service.turns.session_gate import SessionHandle, SessionTarget, WriteMode
+from service.turns.session_gate import SessionHandle, SessionTarget
 from service.turns.sessions import Sessions
 from service.turns.text_turns import LearningTurn, ObserveResult
 from service.types import Adaptation

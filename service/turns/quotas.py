@@ -1,12 +1,8 @@
-"""What each tenant has used, kept in the store so that it holds on every replica.
+"""The limits of each tenant: sessions, bytes and learned tokens, checked against its account in the store.
 
-Keys, all of a tenant's in one hash slot of a cluster:
-
-    imprint:{<tenant>}:sessions  hash: session id -> bytes of its rows, or since when it is new; `*` -> their sum
-    imprint:{<tenant>}:tokens    hash: the bucket of tokens it may learn; expires when it is full again
-
-A tenant without such limits has no keys and costs nothing. The sessions are another slot's: what a crash keeps from
-being noted, or expires, is found out by reading the store, at the first use and before anybody is refused.
+The store keeps the accounts (`QuotaLedger`), so a limit holds on every server. A tenant without such limits has no
+account and costs nothing. A crash may keep a commit from an account, and a session may expire unnoticed: the account
+is compared with the stored sessions at its first use, and again before a tenant is refused.
 """
 
 from __future__ import annotations
@@ -15,36 +11,41 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 from service.errors import QuotaExceeded, RateLimited, Unavailable
-from service.store.redis.store import RedisStore
+from service.store.base import SessionStore
 from service.tenants import Tenant
 
 PAGE_SIZE = 500
-RECONCILE_AFTER_S = 60.0  # how long the account is believed against a tenant
-RESERVATION_MS = (
-    3_600_000  # how long a place is kept for a session that is not in the store: it may be in its first turn
-)
+RECONCILE_AFTER_S = 60.0  # age from which on an account is compared with the store before it refuses a tenant
+RESERVATION_S = 3600.0  # time for which a reservation stays without a stored session, which may be in its first turn
 MINUTE_S = 60.0
 
 log = logging.getLogger(__name__)
 
 
 class Quotas:
-    """Holds tenants to their limits of sessions, bytes and learned tokens. Raises StoreUnavailable like the store."""
+    """The limits of sessions, bytes and learned tokens. Raises StoreUnavailable like the store.
 
-    def __init__(self, store: RedisStore) -> None:
+    Args:
+        store: where the accounts and the sessions are kept.
+        clock: seconds; decides when an account is compared with the store.
+    """
+
+    def __init__(self, store: SessionStore, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
-        self._script = store.script("ledger")
+        self._ledger = store.ledger
+        self._clock = clock
         self._reconciled_at: dict[str, float] = {}
         self._reconcile_lock = asyncio.Lock()
 
     @asynccontextmanager
     async def reserve_session(self, tenant: Tenant, session: str) -> AsyncIterator[None]:
-        """A new session's place, given back if the session has not come to be by the end. Hold its lock.
+        """Reserve room for a new session; give the room back if the session does not exist after a failure.
+
+        The caller must hold the session's lock.
 
         Raises:
             QuotaExceeded: the tenant has as many sessions as it may have.
@@ -53,10 +54,10 @@ class Quotas:
             yield
             return
         limit = tenant.limits.sessions
-        free, count = await self._run(tenant, "place", session, limit)
-        if not free and await self._reconcile(tenant, RECONCILE_AFTER_S):
-            free, count = await self._run(tenant, "place", session, limit)
-        if not free:
+        granted, count = await self._ledger.reserve(tenant.name, session, limit)
+        if not granted and await self._reconcile(tenant, RECONCILE_AFTER_S):
+            granted, count = await self._ledger.reserve(tenant.name, session, limit)
+        if not granted:
             raise QuotaExceeded(
                 f"The tenant may have {limit} sessions and has {count}; delete one to make room.", code="session_limit"
             )
@@ -65,15 +66,15 @@ class Quotas:
         except BaseException:
             with suppress(Unavailable):
                 if await self._store.meta(tenant.name, session) is None:
-                    await self._run(tenant, "drop", session, 0)
+                    await self._ledger.drop(tenant.name, session)
             raise
 
     async def check_learning(self, tenant: Tenant) -> None:
-        """Returns if the tenant may learn now.
+        """Return if the tenant may learn now.
 
         Raises:
-            QuotaExceeded: its sessions hold as many bytes as they may hold.
-            RateLimited: it has learned as many tokens as it may for now.
+            QuotaExceeded: the tenant's sessions hold as many bytes as they may hold.
+            RateLimited: the tenant has learned as many tokens as it may for now.
         """
         limits = tenant.limits
         is_tracked = await self._is_tracked(tenant)
@@ -97,35 +98,35 @@ class Quotas:
             )
 
     async def record_commit(self, tenant: Tenant, session: str, size: int, tokens: int) -> None:
-        """Notes a commit: the bytes that the session holds now, and the tokens it has learned. Never fails the turn."""
+        """Note a commit: the bytes that the session holds now, and the tokens that it has learned. Never raises."""
         rate = tenant.limits.tokens_per_minute
         try:
             is_tracked = await self._is_tracked(tenant)
             if is_tracked or rate:
-                await self._run(tenant, "hold", session, size if is_tracked else "", rate, tokens)
+                num_bytes = size if is_tracked else None
+                await self._ledger.record(tenant.name, session, num_bytes=num_bytes, rate=rate, tokens=tokens)
         except Unavailable:
             log.warning("a commit could not be noted in its tenant's account")
 
     async def drop(self, tenant: Tenant, session: str) -> None:
-        """Notes that a session is deleted. Never fails."""
+        """Note that a session is deleted. Never raises."""
         try:
             if await self._is_tracked(tenant):
-                await self._run(tenant, "drop", session, 0)
+                await self._ledger.drop(tenant.name, session)
         except Unavailable:
             log.warning("a deletion could not be noted in its tenant's account")
 
     async def tokens(self, tenant: Tenant) -> tuple[int, float]:
-        """Tokens that a tenant with such a limit may learn now, and seconds until it may learn all of them again."""
+        """Return the tokens that a tenant with a limit may learn now, and the seconds until its bucket is full."""
         rate = tenant.limits.tokens_per_minute
         _, left = await self._read_usage(tenant)
         return max(0, left), (rate - left) * MINUTE_S / rate
 
     async def _read_usage(self, tenant: Tenant) -> tuple[int, int]:
-        used_bytes, left = await self._run(tenant, "look", tenant.limits.tokens_per_minute)
-        return int(used_bytes), int(left)
+        return await self._ledger.usage(tenant.name, tenant.limits.tokens_per_minute)
 
     async def _is_tracked(self, tenant: Tenant) -> bool:
-        """Whether the tenant's sessions are counted; they are, once the account names those there are."""
+        """Return whether the tenant's sessions are counted; bring the account into being if they are."""
         if not (tenant.limits.sessions or tenant.limits.bytes):
             self._reconciled_at.pop(tenant.name, None)
             return False
@@ -133,22 +134,18 @@ class Quotas:
         return True
 
     async def _reconcile(self, tenant: Tenant, age_s: float) -> bool:
-        """Brings the account in line with the store if that was not done within `age_s`; returns whether it was now."""
+        """Compare the account with the store unless that was done within `age_s`; return whether it was done now."""
         async with self._reconcile_lock:
             last = self._reconciled_at.get(tenant.name)
-            if last is not None and time.monotonic() - last <= age_s:
+            if last is not None and self._clock() - last <= age_s:
                 return False
-            recorded_ids = {name.decode() for name in await self._run(tenant, "names")} - {"*"}
+            recorded_ids = await self._ledger.session_ids(tenant.name)
             after = ""
             while page := await self._store.list(tenant.name, after=after, limit=PAGE_SIZE):
-                await self._run(tenant, "state", *(word for meta in page for word in (meta.id, meta.bytes)))
+                await self._ledger.set_bytes(tenant.name, {meta.id: meta.bytes for meta in page})
                 recorded_ids -= {meta.id for meta in page}
                 after = page[-1].id
             for session in recorded_ids:
-                await self._run(tenant, "drop", session, RESERVATION_MS)
-            self._reconciled_at[tenant.name] = time.monotonic()
+                await self._ledger.drop(tenant.name, session, min_age_s=RESERVATION_S)
+            self._reconciled_at[tenant.name] = self._clock()
             return True
-
-    async def _run(self, tenant: Tenant, *arguments: str | int) -> Any:
-        account = f"imprint:{{{tenant.name}}}"
-        return await self._script([f"{account}:sessions", f"{account}:tokens"], arguments)

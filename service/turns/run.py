@@ -15,8 +15,8 @@ from service.engine import Event, JobFinished, JobRequest, JobStream, MemoryAcce
 from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import VersionConflict
 from service.metrics import Metrics
-from service.store.codec import damaged
-from service.store.redis.store import RedisStore
+from service.store.base import SessionStore
+from service.store.errors import damaged_session
 from service.turns.commit import Commit, TurnOutcome, build_commit, outcome_of, record_commit, record_jobs
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
@@ -79,7 +79,7 @@ class TurnRunner:
     """
 
     gate: SessionGate
-    store: RedisStore
+    store: SessionStore
     quotas: Quotas
     metrics: Metrics
     proof_rate: float
@@ -164,7 +164,7 @@ class TurnRunner:
             raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
         sites, config, vocab_size = stored.sites, model.engine.memory_config(policy), model.row_vocab_size(policy)
         if not all(is_valid_site(name, batch, config, vocab_size) for name, batch in sites.items()):
-            raise damaged(meta.id)
+            raise damaged_session(meta.id)
         if plan.state_delta is None:
             return MemoryAccess(key, meta.state_id, plan.writes, as_tensors(sites), policy)
         rows = as_tensors(plan.state_delta.apply_to_rows(sites))

@@ -21,15 +21,13 @@ from service.errors import (
     VersionConflict,
 )
 from service.metrics import Metrics
-from service.store.base import CommitMetadata, Lease, SessionMeta, TurnStart
-from service.store.redis.store import RedisStore
+from service.store.base import CommitMetadata, Lease, SessionMeta, SessionStore, TurnStart, WriteMode
 from service.tenants import Tenant
 from service.turns.commit import Commit
 from service.turns.idempotency import RequestContext
 from service.turns.locks import KeyedLocks, shielded
 from service.turns.quotas import Quotas
 
-WriteMode = Literal["always", "unless predict", "never"]
 # A client that gave a request up and sent it again leaves the first connection; the server notices within this time.
 CANCEL_GRACE_S = 1.0
 
@@ -90,7 +88,7 @@ class SessionHandle:
 class SessionGate:
     """Admits turns, gives each its session, and commits what the turn did. Its state is "loading" at first."""
 
-    def __init__(self, store: RedisStore, quotas: Quotas, metrics: Metrics, limits: ServerLimits) -> None:
+    def __init__(self, store: SessionStore, quotas: Quotas, metrics: Metrics, limits: ServerLimits) -> None:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.in_flight = 0
         self.limits = limits
@@ -197,7 +195,7 @@ class SessionGate:
     async def commit(self, handle: SessionHandle, commit: Commit, answer: dict[str, Any]) -> None:
         """Commit a turn with its answer, then account for the learned tokens. Nothing interrupts a commit once begun.
 
-        Raises TooLarge, and what `RedisStore.commit` raises; nothing is stored then.
+        Raises TooLarge, and what `SessionStore.commit` raises; nothing is stored then.
         """
         limit, new, before = self.limits.session_bytes, commit.meta, handle.meta
         if limit and new.bytes > limit and new.bytes > (0 if before is None else before.bytes):

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from service.errors import NotFound, NotReady, PreconditionFailed, VersionConflict
 from service.metrics import Metrics
-from service.store.base import Option, SessionMeta
-from service.store.redis.store import RedisStore
+from service.store.base import Option, SessionMeta, SessionStore
 from service.tenants import Tenant
 from service.turns.completion import CompletionJob, CompletionTurn, Delta, TurnEnd
 from service.turns.idempotency import RequestContext
@@ -30,7 +29,7 @@ class Sessions:
 
     def __init__(
         self,
-        store: RedisStore,
+        store: SessionStore,
         quotas: Quotas,
         metrics: Metrics,
         *,

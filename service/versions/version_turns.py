@@ -10,8 +10,7 @@ from dataclasses import asdict, replace
 
 from service.engine import Segment
 from service.errors import BadRequest, Conflict, VersionConflict
-from service.store.base import History, SessionMeta
-from service.store.redis.store import RedisStore
+from service.store.base import History, SessionMeta, SessionStore
 from service.tenants import Tenant
 from service.turns.commit import TurnOutcome
 from service.turns.learned_tokens import unpack_learned_tokens
@@ -29,7 +28,7 @@ from service.versions.lineage import plan_unlearn, prompt_tokens_of
 class VersionTurn(Turn[SessionMeta]):
     """A turn whose only event is the session's meta after the turn; a subclass plans the new content."""
 
-    def __init__(self, store: RedisStore, target: SessionTarget) -> None:
+    def __init__(self, store: SessionStore, target: SessionTarget) -> None:
         self.target = target
         self._store, self._session = store, target.session
 
@@ -47,7 +46,7 @@ class VersionTurn(Turn[SessionMeta]):
 class RollbackTurn(VersionTurn):
     """Makes a version with the content of an earlier version."""
 
-    def __init__(self, store: RedisStore, session: str, version: int, if_match: str | None) -> None:
+    def __init__(self, store: SessionStore, session: str, version: int, if_match: str | None) -> None:
         super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
         self._version = version
 
@@ -63,7 +62,7 @@ class UnlearnTurn(VersionTurn):
     The chat messages of the unlearned version stay known, so that a client that resends them does not teach them again.
     """
 
-    def __init__(self, store: RedisStore, session: str, version: int, if_match: str | None) -> None:
+    def __init__(self, store: SessionStore, session: str, version: int, if_match: str | None) -> None:
         super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
         self._version = version
 
@@ -80,7 +79,7 @@ class UnlearnTurn(VersionTurn):
 class ForkTurn(VersionTurn):
     """Makes a new session that has learned what another session has learned."""
 
-    def __init__(self, store: RedisStore, tenant: Tenant, source: str, new: str, if_match: str | None) -> None:
+    def __init__(self, store: SessionStore, tenant: Tenant, source: str, new: str, if_match: str | None) -> None:
         super().__init__(store, SessionTarget(new))
         self._tenant, self._source, self._if_match = tenant, source, if_match
 
@@ -100,7 +99,7 @@ class ImportTurn(VersionTurn):
     """Gives a session the content of an export file, in place of what the session had."""
 
     def __init__(
-        self, store: RedisStore, tenant: Tenant, session: str, data: bytes, key: str, if_match: str | None
+        self, store: SessionStore, tenant: Tenant, session: str, data: bytes, key: str, if_match: str | None
     ) -> None:
         super().__init__(store, SessionTarget(session, if_match=if_match))
         self._tenant, self._data, self._key = tenant, data, key
@@ -128,7 +127,7 @@ class ImportTurn(VersionTurn):
 class KeptCompletionTurn(LearningTurn):
     """Learns what a user kept of a completion, after the completion's prompt where the session keeps texts."""
 
-    def __init__(self, store: RedisStore, session: str, completion_key: str, text: str, if_match: str | None) -> None:
+    def __init__(self, store: SessionStore, session: str, completion_key: str, text: str, if_match: str | None) -> None:
         self.target = SessionTarget(session, if_match=if_match, may_create=False)
         self._store, self._completion_key, self._text = store, completion_key, text
 
@@ -147,7 +146,7 @@ class KeptCompletionTurn(LearningTurn):
         return TurnPlan(handle.meta, [segment], digests=digests)
 
 
-async def load_history(store: RedisStore, handle: SessionHandle) -> History:
+async def load_history(store: SessionStore, handle: SessionHandle) -> History:
     """Return the history of an acquired session. Raises VersionConflict if another replica changed the session."""
     assert handle.meta is not None
     history = await store.history(handle.ctx.tenant.name, handle.meta.id, undo=True)

@@ -12,7 +12,7 @@ import numpy as np
 from model.memory.config import MemoryConfig, SiteConfig
 from model.site_kind import SiteKind
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
-from service.store.codec import damaged
+from service.store.errors import damaged_session
 from service.tenants import Tenant
 from service.turns.session_gate import session_changed, session_not_found
 from service.turns.sessions import Sessions
@@ -84,7 +84,7 @@ class Views:
         loaded_model = self._sessions.loaded_model
         sites = loaded_model.engine.memory_config(loaded_model.require_loaded_model(meta)).sites
         if any(site_slots[-1] >= site.slots for site in sites if len(site_slots := slots.get(site.name, NO_SLOTS))):
-            raise damaged(session)
+            raise damaged_session(session)
         return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in sites]
 
     async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, VersionDiff]:

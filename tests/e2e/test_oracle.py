@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.store.base import PAGE_ROWS
+from service.store.redis.codec import PAGE_ROWS
 from tests.oracle import Evidence, KillInjector, PauseInjector, Result, collect_evidence, run, verify
 from tests.replay import ReferenceModel
 

@@ -1,45 +1,42 @@
-"""Pools of few cells, and what is written to and asked of them: on these, kernels are compared with their twins."""
+"""Small pools, and blocks and queries for them: the cases on which backends are compared with their reference."""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from model.memory import Draft, MemoryConfig, Pool, SiteConfig
+from model.memory import Draft, MemoryBackend, MemoryConfig, Pool, SiteConfig
 from model.memory.config import NGRAM_SIZES
-from model.memory.lexical import torch_backend
+from model.memory.lexical.torch_backend import quantise_keys
 
 SIZES = [(1, 1), (3, 5), (8, 16), (50, 64)]  # rows a cell, numbers a key
 VOCAB = 30
 
 
-def build_pool(P: int, width: int, kernels: ModuleType | None, device: torch.device | str = "cpu") -> Pool:
-    """A pool of one site, "words", that uses these kernels, or torch's operators."""
+def build_pool(P: int, width: int, backend: MemoryBackend, device: torch.device | str = "cpu") -> Pool:
+    """Return a pool of one lexical site, "words", of 7 cells."""
     config = MemoryConfig(8, (SiteConfig("words", "lexical", slots=7 * P, cell=P, k=3, width=width),))
-    pool = Pool(config, rows=40 * P, sessions=6, device=device)
-    pool.sites["words"].kernels = kernels
-    return pool
+    return Pool(config, rows=40 * P, sessions=6, device=device, backend=backend)
 
 
 def write_rows(draft: Draft, cells: list[int], seed: int) -> None:
-    """Writes a row to each of some cells, which may come again; its fingerprints are of few kinds, 0 among them."""
+    """Write a row to each of some cells, which may repeat; the n-gram hashes are of few kinds, 0 among them."""
     g, n, device = torch.Generator().manual_seed(seed), len(cells), draft.pool.device
-    directions = torch.randn(n, draft.pool.config.sites[0].width, generator=g)
-    keys = torch_backend.quantise_keys(torch.nn.functional.normalize(directions, dim=-1))
+    site = draft.pool.sites["words"]
+    directions = torch.randn(n, site.config.width, generator=g)
     rows = (
-        keys,
+        quantise_keys(torch.nn.functional.normalize(directions, dim=-1)),
         torch.randint(0, 3, (n, len(NGRAM_SIZES)), generator=g).short(),
         torch.randint(0, VOCAB, (n,), generator=g),
     )
     touched, at = torch.unique(torch.tensor(cells, device=device), return_inverse=True)
-    draft.write("words", touched, at, *(part.to(device) for part in rows))
+    old, new = draft.copy_on_write("words", touched)
+    site.backend.write(site.fields, old, new, at, *(part.to(device) for part in rows))
 
 
 def pool_bits_after_writes(pool: Pool) -> list[Tensor]:
-    """Everything that the pool holds, unused places included, after new cells and copied ones, cells with room and
-    cells whose oldest rows give way, in one draft and the next."""
+    """Return everything that the pool holds, unused cells included, after three drafts. The drafts write to new cells
+    and copied cells, to cells with empty rows and cells whose oldest rows are overwritten."""
     session = pool.open()
     for turn, blocks in enumerate([[[2, 5, 2, 2], [5], [6, 2, 5]], [[2, 0, 2]], [[2] * 9, [1, 2]]]):
         draft = pool.draft(session)
@@ -54,7 +51,8 @@ def pool_bits_after_writes(pool: Pool) -> list[Tensor]:
 
 
 def build_queries(pool: Pool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sessions in a batch, one of them without rows, and the empty one; cells, queries and contexts."""
+    """Return sessions [n], cells [n, 3], queries [n, d_k] and contexts [n, R] of a batch; one session has no rows, and
+    one is the empty session."""
     site, sessions = pool.sites["words"], [pool.open() for _ in range(3)]
     for session in sessions[:2]:
         draft = pool.draft(session)

@@ -24,12 +24,12 @@ TEXT = "The cat sat on the mat; 12 cats on 345 mats. Naïve café – 猫 в д�
 
 
 def tokens(*shape: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
-    """The same random token ids at every call."""
+    """Return random token ids, the same at every call."""
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
 def random_llama(**changes: Any) -> LlamaForCausalLM:
-    """A model of `transformers` whose random weights are all far from values that would hide their use."""
+    """Return a model of `transformers` with random weights, none of them near 0 or 1, which would hide its use."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCAB_SIZE,
@@ -51,7 +51,7 @@ def random_llama(**changes: Any) -> LlamaForCausalLM:
 
 @functools.cache
 def byte_level_bpe() -> Tokenizer:
-    """A byte-level BPE of `VOCAB_SIZE` tokens that has seen a few words of several scripts."""
+    """Return a byte-level BPE of `VOCAB_SIZE` tokens, trained on a few words of several scripts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -71,7 +71,7 @@ def write_gguf(
     metadata: Mapping[str, Any] = {},
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
 ) -> None:
-    """The model as llama.cpp writes it, its matrices stored as `kind`; `metadata` changes or (None) drops keys."""
+    """Write the model as llama.cpp does, with matrices of type `kind`; `metadata` changes keys or (None) drops them."""
     writer = GGUFWriter(path, "llama")
     for key, value in (_metadata(model.config) | dict(metadata)).items():
         _add(writer, key, value)
@@ -129,7 +129,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def _permuted(name: str, weight: np.ndarray[Any, Any], config: LlamaConfig) -> np.ndarray[Any, Any]:
-    """What llama.cpp's own converter does to q and k, whose rows it wants in pairs."""
+    """Permute the rows of q and k as llama.cpp's converter does."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
     assert config.head_dim
@@ -138,7 +138,7 @@ def _permuted(name: str, weight: np.ndarray[Any, Any], config: LlamaConfig) -> n
 
 
 def _gguf_name(name: str) -> str:
-    """By the `gguf` package's own table."""
+    """Return the GGUF name of a tensor, from the table of the `gguf` package."""
     stem, suffix = name.rsplit(".", 1)
     return f"{_NAMES.get_name(stem)}.{suffix}"
 

@@ -1,4 +1,4 @@
-"""The laws of the design on the whole model: a tiny random base with sites of every kind, all weights random."""
+"""The laws of the design on the whole model: a tiny random base with sites of every kind and random weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
 from model.base.backbone import Backbone
+from model.decode.backend import choose_decode_step
 from model.memory import LexicalSite
 from tests.model.tiny_lm import (
     BLOCK,
@@ -47,7 +48,7 @@ def inference() -> Iterator[None]:
 
 
 def base_log_probs(backbone: Backbone, ids: Sequence[int]) -> Tensor:
-    """What the base alone makes of each token but the first: no cache, no blocks, no memory."""
+    """Return the base's log-probability of each token but the first, without cache, blocks and memory."""
     logits = backbone.logits(backbone(torch.tensor([ids])))[0]
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
 
@@ -83,17 +84,15 @@ def test_an_empty_session_stays_the_base_in_a_batch_with_full_ones(lm: AdaptiveL
     assert same == [True, False, True, False]
 
 
-def test_without_a_session_the_lexical_memory_is_not_even_asked(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With adaptation off it costs nothing."""
+def test_without_a_session_the_lexical_memory_is_not_read(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adaptation off the memory costs nothing (law 1)."""
 
-    def asked(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise AssertionError("the memory was addressed")
 
     lm = build(backbone, LEXICAL)
     pool = new_pool(lm)
-    monkeypatch.setattr(LexicalSite, "address", asked)
+    monkeypatch.setattr(LexicalSite, "address", fail)
     request = read(lm, pool, EMPTY_SESSION, text(0))
     lm.predict(
         lm.decode([1], [request.cache], [decode_state_of(request)], pool, [EMPTY_SESSION]), pool, [EMPTY_SESSION]
@@ -105,10 +104,10 @@ def test_the_frozen_scores_are_those_of_the_base_whatever_the_memory_holds(lm: A
     session, ids = learned(lm, pool, seed=1), text(1)
     request = read(lm, pool, session, ids)
     torch.testing.assert_close(request.frozen, base_log_probs(lm.backbone, ids), atol=1e-4, rtol=0)
-    assert not torch.allclose(request.adapted, request.frozen, atol=1e-2), "the memory says something"
+    assert not torch.allclose(request.adapted, request.frozen, atol=1e-2), "the memory changes the scores"
 
 
-def test_blocks_chained_by_their_carry_are_one_text(lm: AdaptiveLM) -> None:
+def test_blocks_chained_by_their_decode_state_are_one_text(lm: AdaptiveLM) -> None:
     ids = text(3)
     request = read(lm, new_pool(lm), EMPTY_SESSION, ids)
     assert len(request.adapted) == len(ids) - 1, "only the first token has no predictor"
@@ -129,9 +128,10 @@ def test_a_memory_below_the_output_needs_a_second_cache_for_the_frozen_scores(ba
 def run_stream(
     lm: AdaptiveLM, *, reopen: bool = False, with_neighbours: bool = False, frozen: bool = True
 ) -> dict[tuple[str, int], bytes]:
-    """Two requests of one session in order; returns the state that they leave.
+    """Run two requests of one session in order and return the state that they leave.
 
-    reopen: through a dump into another pool in between. company: while others read, learn and decode after each block.
+    reopen: dump the session into another pool in between. with_neighbours: other sessions read, learn and decode after
+    each block.
     """
     pool = new_pool(lm)
     others = [learned(lm, pool, seed=10 + i) for i in range(2)] if with_neighbours else []
@@ -162,11 +162,13 @@ def run_stream(
 def test_the_same_requests_leave_the_same_bits(lm: AdaptiveLM) -> None:
     state = run_stream(lm)
     assert state
-    assert run_stream(lm, reopen=True, frozen=False) == state, "before or after a restart, proved or not"
-    assert run_stream(lm, with_neighbours=True) == state, "whoever shares the device"
+    assert run_stream(lm, reopen=True, frozen=False) == state, (
+        "before or after a restart, with or without frozen scores"
+    )
+    assert run_stream(lm, with_neighbours=True) == state, "with other sessions on the device"
 
 
-def test_turns_differ_by_what_the_turn_before_has_taught(lm: AdaptiveLM) -> None:
+def test_the_order_of_turns_matters(lm: AdaptiveLM) -> None:
     pool = new_pool(lm)
     states = []
     for order in ((1, 2), (2, 1)):
@@ -190,7 +192,7 @@ def test_a_turn_reads_what_it_has_written_itself(lm: AdaptiveLM) -> None:
 
 
 def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
-    """Batches of one shape: row 1 of each is the same session in the same place of the same text."""
+    """In batches of one shape, row 1 is the same session at the same position of the same text."""
     pool = new_pool(lm)
     mine, others = learned(lm, pool, seed=1), [learned(lm, pool, seed=seed) for seed in (2, 3)]
     seen = []
@@ -218,7 +220,8 @@ def test_the_other_rows_of_a_batch_change_no_bit(lm: AdaptiveLM) -> None:
 
 @pytest.mark.parametrize("fp16_decoder", [False, True])
 def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: AdaptiveLM, fp16_decoder: bool) -> None:
-    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder() if fp16_decoder else None)
+    decoder = lm.backbone.fp16_decoder(choose_decode_step(lm.backbone)) if fp16_decoder else None
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=decoder)
     pool = new_pool(lm)
     sessions = [learned(lm, pool, seed=seed) for seed in (1, 2, 3)]
     index, seen = [*sessions, EMPTY_SESSION, sessions[0]], []
@@ -241,7 +244,8 @@ def test_a_sequence_decodes_to_the_same_bits_in_a_batch_of_any_size(lm: Adaptive
 
 @pytest.mark.parametrize("fp16_decoder", [False, True])
 def test_rows_that_follow_one_another_are_steps_of_their_own(lm: AdaptiveLM, fp16_decoder: bool) -> None:
-    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder() if fp16_decoder else None)
+    decoder = lm.backbone.fp16_decoder(choose_decode_step(lm.backbone)) if fp16_decoder else None
+    lm = AdaptiveLM(lm.backbone, lm.memory, decoder=decoder)
     pool = new_pool(lm)
     session, neighbour = learned(lm, pool, seed=1), learned(lm, pool, seed=2)
     tokens, alone = [4, 5, 6, 7], list[Tensor]()
@@ -268,8 +272,8 @@ def test_rows_that_follow_one_another_are_steps_of_their_own(lm: AdaptiveLM, fp1
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_how_the_base_generates_changes_no_bit_of_what_is_scored_and_learned(lm: AdaptiveLM) -> None:
-    fp16_decoder = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder())
+def test_the_decoder_changes_no_bit_of_scores_and_learned_rows(lm: AdaptiveLM) -> None:
+    fp16_decoder = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.backbone.fp16_decoder(choose_decode_step(lm.backbone)))
     pool, images, scores = new_pool(lm), [], []
     for one in (lm, fp16_decoder):
         session = pool.open()
@@ -303,7 +307,7 @@ def test_scores_do_not_depend_on_what_comes_later(lm: AdaptiveLM) -> None:
 
 
 def test_probabilities_sum_to_one_and_are_those_that_are_scored(lm: AdaptiveLM) -> None:
-    """What `block` scores and lists, after each token, is what `predict` says."""
+    """The scores and the likeliest tokens of `block` are those of `predict` after each token."""
     pool = new_pool(lm)
     session, ids = learned(lm, pool, seed=1), text(1, BLOCK)
     request = RequestReader(lm, ids)
@@ -323,7 +327,7 @@ def test_probabilities_sum_to_one_and_are_those_that_are_scored(lm: AdaptiveLM) 
 # Laws 6 and 7: sparse; predict never writes.
 
 
-def test_a_block_touches_at_most_a_lexical_row_or_k_hidden_ones_a_token_and_no_other_bit(lm: AdaptiveLM) -> None:
+def test_a_block_touches_at_most_a_lexical_row_or_k_delta_rows_a_token_and_no_other_bit(lm: AdaptiveLM) -> None:
     pool = new_pool(lm)
     session, ids = learned(lm, pool, seed=1), text(2, 5)
     before = rows_by_slot(pool.dump(session))
@@ -334,13 +338,13 @@ def test_a_block_touches_at_most_a_lexical_row_or_k_hidden_ones_a_token_and_no_o
     after = rows_by_slot(pool.dump(session))
     for site in lm.memory.config.sites:
         assert 0 < len(touched[site.name].slots) <= (len(ids) - 1) * (1 if site.kind == "lexical" else site.k)
-    changed = {place for place in after if after[place] != before.get(place)}
+    changed = {at for at in after if after[at] != before.get(at)}
     assert changed <= rows_by_slot(touched).keys()
     assert before.keys() <= after.keys()
 
 
 def test_only_what_is_learned_is_written(lm: AdaptiveLM) -> None:
-    """A mask writes for its tokens: masks that add up to all tokens write what all tokens write."""
+    """Two masks that add up to all tokens write the rows that a mask of all tokens writes."""
     pool, ids = new_pool(lm), text(2, BLOCK)
     even = [t % 2 == 0 for t in range(BLOCK)]
     masks = {"none": [False] * BLOCK, "even": even, "odd": [not m for m in even], "all": [True] * BLOCK}
@@ -350,7 +354,7 @@ def test_only_what_is_learned_is_written(lm: AdaptiveLM) -> None:
         _, scores = lm.block(ids, lm.backbone.new_cache(99), pool, draft.index, learn=mask, draft=draft)
         assert (0 if scores is None else int(scores.learned.sum())) == sum(mask[1:])
         touched = rows_by_slot(draft.touched())
-        # A lexical row's place and age say when it was written; what it says comes after its age.
+        # The slot and the age of a lexical row depend on the order of writes; the rest of the row does not.
         written[name] = {(site, row[4:] if site == "words" else slot) for (site, slot), row in touched.items()}
         draft.rollback()
     assert written["none"] == set()
@@ -395,7 +399,7 @@ def test_what_only_reads_leaves_every_bit_as_it_was(lm: AdaptiveLM) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fields, after, strict=True))
 
 
-# Decoding, and what a hidden site learns from.
+# Decoding, and the inputs of a delta site.
 
 
 def test_decoding_after_a_block_is_the_block_of_the_same_tokens(lm: AdaptiveLM) -> None:
@@ -415,13 +419,13 @@ def test_decoding_after_a_block_is_the_block_of_the_same_tokens(lm: AdaptiveLM) 
         )
 
 
-def test_a_hidden_site_learns_from_the_states_and_errors_of_its_own_tokens(backbone: Backbone) -> None:
-    """The value is W_v [h_{t+1} ; ε_t] with ε = e(x) − Σ p·e: written once with full strength, it is read back."""
+def test_a_delta_site_learns_from_the_states_and_errors_of_its_own_tokens(backbone: Backbone) -> None:
+    """The value is W_v [h_{t+1} ; ε_t] with ε = e(x) − Σ p·e; a read returns it after one write of full strength."""
     lm = build(backbone, MIDDLE)
     site = lm.memory.delta[1]
     site.write_gate.copy_(torch.tensor([100.0, 0.0]))
     ids, pool, states = [5, 6], new_pool(lm), torch.zeros(2, WIDTH)
-    final = backbone(torch.tensor([ids]), sites={1: lambda h: states.copy_(h[0])[None]})[0]
+    final = backbone(torch.tensor([ids]), layer_hooks={1: lambda h: states.copy_(h[0])[None]})[0]
     draft = pool.draft(pool.open())
     lm.block(ids, backbone.new_cache(9), pool, draft.index, learn=[False, True], draft=draft)
     p = backbone.logits(final[0]).softmax(-1)

@@ -1,4 +1,4 @@
-"""The base computes what `transformers` computes, however its work is cut, and nothing else."""
+"""The base computes the results of `transformers`, whatever the chunks and the batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from model.base.backbone import Backbone, DenseCache, KVCache
+from model.base.backbone import Backbone
 from model.base.checkpoint import load_backbone
 from model.base.config import tiny_config
+from model.base.kv_cache import DenseCache, KVCache
 from model.base.linear import Linear
+from model.decode.backend import choose_decode_step
 from model.text.tokenizer import Tokenizer
 from tests.model.random_models import random_llama, tokens
 
@@ -59,7 +61,7 @@ def backbone(folder: Path) -> Backbone:
 
 
 def cut(backbone: Backbone, ids: Tensor, cuts: list[int], cache: KVCache) -> Tensor:
-    """Hidden states `[1, T, d]` of ids `[1, T]`, computed in chunks that end at `cuts`."""
+    """Return the hidden states `[1, T, d]` of ids `[1, T]`, computed in chunks that end at `cuts`."""
     bounds = [0, *cuts, ids.shape[1]]
     chunks = [backbone(ids[:, a:b], [cache]) for a, b in pairwise(bounds) if a < b]
     return torch.cat(chunks, dim=1)
@@ -154,9 +156,11 @@ def test_a_prefill_repeats_bit_for_bit_whatever_else_is_served(backbone: Backbon
 @torch.inference_mode()
 @pytest.mark.parametrize("B", [2, 3, 5, 16, 37])
 @pytest.mark.parametrize("fp16_decoder", [False, True])
-def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone, B: int, fp16_decoder: bool) -> None:
+def test_a_row_of_a_packed_decode_step_is_bit_identical_in_any_batch(
+    backbone: Backbone, B: int, fp16_decoder: bool
+) -> None:
     ids = tokens(B, 64)
-    backbone = backbone.fp16_decoder() if fp16_decoder else backbone
+    backbone = backbone.fp16_decoder(choose_decode_step(backbone)) if fp16_decoder else backbone
     caches = [backbone.new_cache(64) for _ in range(B)]
     for i, cache in enumerate(caches):
         backbone(ids[i : i + 1, : 7 + i], [cache])
@@ -168,9 +172,9 @@ def test_a_packed_decode_step_is_bit_identical_in_any_company(backbone: Backbone
 
 
 @torch.inference_mode()
-def test_halved_weights_are_those_of_fp16_and_share_the_rest(folder: Path) -> None:
+def test_an_fp16_decoder_has_fp16_weights_and_shares_the_rest(folder: Path) -> None:
     plain, packed = load_backbone(folder, trainable=True), load_backbone(folder)
-    fp16_decoder, ids = packed.fp16_decoder(), tokens(2, 30)
+    fp16_decoder, ids = packed.fp16_decoder(choose_decode_step(packed)), tokens(2, 30)
     rounded = load_backbone(folder, trainable=True)
     for module in rounded.modules():
         if isinstance(module, Linear):
@@ -182,19 +186,19 @@ def test_halved_weights_are_those_of_fp16_and_share_the_rest(folder: Path) -> No
     assert {name for name, _ in fp16_decoder.named_parameters()} < {name for name, _ in packed.named_parameters()}
 
 
-def test_halved_weights_round_each_row_alone_also_on_older_processors() -> None:
-    """In a process of its own: FBGEMM reads once what it may use. 128 rows leave two of six, 127 one."""
+def test_fp16_maps_round_each_row_alone_on_older_processors_too() -> None:
+    """A process of its own, for FBGEMM reads its environment once. After blocks of six, 128 rows leave two, 127 one."""
     program = """if True:
         import torch
-        from model.base.linear import HalfLinear, Linear
+        from model.base.linear import Fp16Linear, Linear
         linear = Linear(576, 192, bias=True, device="cpu", dtype=torch.float32).requires_grad_(False)
         for parameter in linear.parameters():
             parameter.normal_()
-        half, x = HalfLinear(linear), torch.randn(128, 576)
-        together = half(x)
+        fp16, x = Fp16Linear(linear), torch.randn(128, 576)
+        together = fp16(x)
         for n in (*range(1, 34), 65, 127):
-            assert torch.equal(half(x[:n]), together[:n]), n
-            assert torch.equal(half(x[None, -1]), together[None, -1]), n
+            assert torch.equal(fp16(x[:n]), together[:n]), n
+            assert torch.equal(fp16(x[None, -1]), together[None, -1]), n
     """
     environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parents[2])
@@ -234,15 +238,15 @@ def test_a_cache_costs_keys_and_values_of_every_layer() -> None:
 
 
 @torch.inference_mode()
-def test_sites_see_and_replace_the_residual_stream(backbone: Backbone) -> None:
+def test_hooks_see_and_replace_the_residual_stream(backbone: Backbone) -> None:
     ids, seen = tokens(2, 6), {}
 
     def watch(layer: int) -> Callable[[Tensor], Tensor]:
-        def site(hidden: Tensor) -> Tensor:
+        def hook(hidden: Tensor) -> Tensor:
             seen[layer] = hidden
             return hidden
 
-        return site
+        return hook
 
     last = backbone.config.num_layers - 1
     plain = backbone(ids)
@@ -297,7 +301,7 @@ def test_a_step_that_cannot_be_done_changes_nothing(
 
 
 @torch.inference_mode()
-def test_a_failing_site_leaves_the_caches_as_they_were(backbone: Backbone) -> None:
+def test_a_failing_hook_leaves_the_caches_as_they_were(backbone: Backbone) -> None:
     def fail(hidden: Tensor) -> Tensor:
         raise ZeroDivisionError
 

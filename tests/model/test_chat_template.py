@@ -1,4 +1,4 @@
-"""Chats render as in `transformers`, and each message's own words can be told from the scaffolding."""
+"""Chats render as in `transformers`, and the content of each message has a known range."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.text.tokenizer import Tokenizer
 from tests.model.random_models import byte_level_bpe
 from tests.tiny import CHAT_TEMPLATE, SPECIAL
 
-# Four habits that real templates have: trimming, a folded system message, generation blocks, refusing bad turns.
+# Four features of real templates: trimming, a folded system message, generation blocks, refusing bad turns.
 TRIMMED = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}"
 FOLDED = """
 {%- if messages[0].role == 'system' %}
@@ -93,7 +93,7 @@ def test_spans_are_the_contents_as_rendered(name: str, chat: list[tuple[str, str
         assert (text[slice(*span)] if span else "") == shown
 
 
-def test_spans_stand_where_the_message_does_not_where_its_words_first_appear() -> None:
+def test_a_span_is_the_place_of_the_message_and_not_of_equal_text() -> None:
     text, spans = compiled(CHAT_TEMPLATE).render_with_spans(messages(CHATS[1]), add_generation_prompt=False)
     starts = [span[0] for span in spans if span]
     headers = [text.index(f"<|im_start|>{role}\n") + len(f"<|im_start|>{role}\n") for role, _ in CHATS[1]]
@@ -108,7 +108,7 @@ def test_a_content_that_the_template_rewrites_or_drops_has_no_span() -> None:
 
 @given(st.lists(st.text("hi \n<é👩\U000f0000\U000f0001", max_size=6), min_size=1, max_size=4))
 def test_token_spans_hold_the_content_and_nothing_else(tokenizer: Tokenizer, contents: list[str]) -> None:
-    # This tokenizer merges no white space, so that no token straddles the edge of a content.
+    # This tokenizer merges no white space, so that no token crosses the edge of a content.
     chat = [{"role": "user", "content": content} for content in contents]
     encoded = tokenizer.encode_chat(chat, add_generation_prompt=False)
     assert len(encoded.spans) == len(chat)
@@ -116,7 +116,7 @@ def test_token_spans_hold_the_content_and_nothing_else(tokenizer: Tokenizer, con
         assert b"".join(map(tokenizer.token_bytes, encoded.token_ids[start:end])).decode() == content
 
 
-def test_an_empty_message_has_an_empty_span_behind_the_one_before(tokenizer: Tokenizer) -> None:
+def test_an_empty_message_has_an_empty_span_behind_the_span_before(tokenizer: Tokenizer) -> None:
     chat = messages([("user", ""), ("assistant", "hi"), ("user", "")])
     (first, second, third) = tokenizer.encode_chat(chat).spans
     assert first == (0, 0)
@@ -132,6 +132,6 @@ def test_an_empty_message_has_an_empty_span_behind_the_one_before(tokenizer: Tok
         ("{{ 1 / 0 }}", [], "division by zero"),
     ],
 )
-def test_what_a_template_objects_to_is_told(source: str, chat: list[Mapping[str, str]], message: str) -> None:
+def test_the_error_has_the_template_s_own_message(source: str, chat: list[Mapping[str, str]], message: str) -> None:
     with pytest.raises(ChatTemplateError, match=message):
         compiled(source).render(chat, add_generation_prompt=False)

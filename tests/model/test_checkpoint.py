@@ -1,4 +1,4 @@
-"""A model folder is loaded whole, or refused with the file and the thing that is wrong."""
+"""A model folder is loaded completely, or refused with the file and the fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
-from model.base.config import ConfigError, LinearScaling, Llama3Scaling, ModelConfig, tiny_config
+from model.base.config import ConfigError, LinearScaling, Llama3Scaling, tiny_config
+from model.base.families import hf_config, parse_config
 from tests.model.random_models import byte_level_bpe, random_llama
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
@@ -119,15 +120,15 @@ def test_a_folder_without_a_tokenizer_has_no_fingerprint(folder: Path) -> None:
 @pytest.mark.parametrize("scaling", [None, LinearScaling(2.0), LLAMA3])
 def test_a_configuration_survives_hugging_faces_format(scaling: LinearScaling | Llama3Scaling | None) -> None:
     config = tiny_config(rope_scaling=scaling, attention_bias=True, tie_embeddings=False, head_dim=10)
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert parse_config(hf_config(config)) == config
 
 
 def test_older_and_newer_spellings_of_rope_mean_the_same() -> None:
-    base = {k: v for k, v in tiny_config().to_hf().items() if not k.startswith("rope")}
+    base = {k: v for k, v in hf_config(tiny_config()).items() if not k.startswith("rope")}
     old = base | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}
     new = base | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
-    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
-    assert ModelConfig.from_hf(old).rope_scaling == LinearScaling(2.0)
+    assert parse_config(old) == parse_config(new)
+    assert parse_config(old).rope_scaling == LinearScaling(2.0)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +151,4 @@ def test_older_and_newer_spellings_of_rope_mean_the_same() -> None:
 )
 def test_a_configuration_that_cannot_be_run_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ModelConfig.from_hf(tiny_config().to_hf() | changes)
+        parse_config(hf_config(tiny_config()) | changes)

@@ -1,5 +1,7 @@
-"""Law 2 for decoding in steps of fixed shapes, over paged caches: what they compute is what `AdaptiveLM` computes.
-Where there is no GPU the steps run as they are; a GPU replays them as captured."""
+"""Law 2 for decode steps of fixed shapes over paged caches: they compute the results of `AdaptiveLM`.
+
+Without a GPU the steps run operator by operator; a GPU replays captured graphs.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM, DecodeState
-from model.base.backbone import Backbone, KVCache
+from model.base.backbone import Backbone
+from model.base.kv_cache import KVCache
 from model.decode.cuda_graphs import CudaGraphLM, wrap_for_serving
 from model.decode.paged_cache import PAGE_SIZE, PagedCache, PagePool
 from model.memory import Pool, PoolFullError
+from model.memory.lexical.torch_backend import TorchBackend
 from tests.model.tiny_lm import BLOCK, DEVICE, KINDS, build, learned, new_pool, rows_by_slot, text, tiny_backbone
 
 pytestmark = pytest.mark.gpu
-LENGTHS = [1, 7, 31, 32, 33, 60, 2, 40, 64, 5, 90, 3, 12]  # tokens before the first step: pages end among them
+LENGTHS = [1, 7, 31, 32, 33, 60, 2, 40, 64, 5, 90, 3, 12]  # tokens before the first step; some end a page
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def stepped(lm: AdaptiveLM, max_batch: int = 13) -> CudaGraphLM:
 
 
 def prefilled(lm: AdaptiveLM, pool: Pool, index: Sequence[int]) -> tuple[list[KVCache], list[DecodeState]]:
-    """Requests of each of some sessions, read up to lengths of their own."""
+    """Prefill one request of each session, each with its own length."""
     caches, decode_states = [], []
     for seed, (session, length) in enumerate(zip(index, LENGTHS, strict=False)):
         cache, decode_state, ids = lm.new_cache(length + 8), None, text(seed, length)
@@ -56,7 +60,7 @@ def prefilled(lm: AdaptiveLM, pool: Pool, index: Sequence[int]) -> tuple[list[KV
 
 
 def generate(lm: AdaptiveLM, pool: Pool, index: Sequence[int], steps: int = 4) -> list[Tensor]:
-    """Some greedy steps of the requests of some sessions; what each predicts and carries."""
+    """Run greedy steps of one request of each session, and return predictions and states of each step."""
     caches, decode_states = prefilled(lm, pool, index)
     seen = []
     for _ in range(steps):
@@ -75,14 +79,14 @@ def generate(lm: AdaptiveLM, pool: Pool, index: Sequence[int], steps: int = 4) -
 
 
 def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Bit for bit on a CPU; a GPU adds up in no fixed order."""
+    """Compare bit for bit on a CPU; a GPU sums in no fixed order."""
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=0 if DEVICE.type == "cpu" else 1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 13])
-def test_a_step_of_a_fixed_shape_computes_what_one_of_any_shape_does(lm: AdaptiveLM, size: int) -> None:
-    """Full batches and such as are filled up, of sessions with memory, without and none, over pages as they grow."""
+def test_a_step_of_a_fixed_shape_equals_one_of_any_shape(lm: AdaptiveLM, size: int) -> None:
+    """Batches are full or padded; sessions have rows, have no rows, or are the empty session; pages end on the way."""
     pool = new_pool(lm)
     sessions = [learned(lm, pool, seed=1), EMPTY_SESSION, learned(lm, pool, seed=2), pool.open()]
     index = [sessions[i % 4] for i in range(size)]
@@ -94,10 +98,11 @@ def test_rows_of_one_sequence_may_follow_one_another(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm)
     session = learned(lm, pool, seed=1)
     (cache,), (decode_state,) = prefilled(model, pool, [session])
-    told, rows = [5, 6, 7], []
+    tokens, rows = [5, 6, 7], []
     advanced = [cache.advanced(at) for at in range(3)]
-    together = model.decode(told, advanced, [decode_state.advanced(told[:at]) for at in range(3)], pool, [session] * 3)
-    for token in told:
+    states = [decode_state.advanced(tokens[:at]) for at in range(3)]
+    together = model.decode(tokens, advanced, states, pool, [session] * 3)
+    for token in tokens:
         (decode_state,) = model.decode([token], [cache], [decode_state], pool, [session])
         rows.append(decode_state)
     for one, other in zip(together, rows, strict=True):
@@ -109,14 +114,14 @@ def test_rows_of_one_sequence_may_follow_one_another(lm: AdaptiveLM) -> None:
     torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
 
 
-def test_with_no_session_there_is_a_step_that_does_not_ask_the_memory(lm: AdaptiveLM) -> None:
+def test_without_sessions_a_step_does_not_read_the_memory(lm: AdaptiveLM) -> None:
     pool, index = new_pool(lm), [EMPTY_SESSION] * 3
     for ours, reference in zip(generate(stepped(lm), pool, index), generate(lm, pool, index), strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
 
 
-def test_what_fills_up_a_batch_changes_nothing(lm: AdaptiveLM) -> None:
-    """Sequences that leave, and those that come to where others were, find what they have left and nothing else."""
+def test_padding_and_reused_pages_change_nothing(lm: AdaptiveLM) -> None:
+    """A sequence gets pages that other sequences have freed, and computes the same results as alone."""
     pool, model = new_pool(lm), stepped(lm)
     index = [learned(lm, pool, seed=seed) for seed in (1, 2, 3)]
     alone = [generate(model, pool, [session]) for session in index[:1]]
@@ -128,7 +133,7 @@ def test_what_fills_up_a_batch_changes_nothing(lm: AdaptiveLM) -> None:
 
 
 class SyncDetector(TorchDispatchMode):
-    """Notes the operators that a CUDA graph can't hold: they ask what a tensor holds, or bring data of the host's."""
+    """Records the operators that a CUDA graph cannot capture: reads of a tensor's values and copies from the host."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -156,7 +161,7 @@ WAITING |= {"lift_fresh", "lift_fresh_copy", "equal", "is_nonzero"}
 
 def test_nothing_of_a_step_waits_for_the_device_or_the_host(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm)
-    pool.sites["words"].kernels = None  # a GPU weighs with torch's operators: those are to be watched
+    pool.sites["words"].backend = TorchBackend()  # a GPU reads with torch operators: these are watched
     for reads_memory in (True, False):
         step = model._step(pool, 4, reads_memory)
         with SyncDetector() as watched:
@@ -165,10 +170,10 @@ def test_nothing_of_a_step_waits_for_the_device_or_the_host(lm: AdaptiveLM) -> N
     with SyncDetector() as watched:
         x = torch.zeros(3, 4)
         bool(x[:, [1, 2]][x[:, :2] == 0].any())
-    assert set(watched.seen) == {"lift_fresh", "index", "is_nonzero"}, "what it watches for"
+    assert set(watched.seen) == {"lift_fresh", "index", "is_nonzero"}, "the detector sees operators that wait"
 
 
-def test_all_steps_can_be_made_before_they_are_needed(lm: AdaptiveLM) -> None:
+def test_all_steps_can_be_prepared_before_the_first_request(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm, max_batch=5)
     assert model.sizes == [1, 2, 4, 8]
     model.prepare(pool)
@@ -177,7 +182,7 @@ def test_all_steps_can_be_made_before_they_are_needed(lm: AdaptiveLM) -> None:
         torch.testing.assert_close(ours, reference, atol=5e-4, rtol=0)
 
 
-def test_a_state_that_is_loaded_while_others_are_decoded_is_whole(lm: AdaptiveLM) -> None:
+def test_a_state_that_is_loaded_while_others_are_decoded_is_complete(lm: AdaptiveLM) -> None:
     pool, model = new_pool(lm), stepped(lm)
     first, second = (learned(lm, pool, seed=seed) for seed in (1, 2))
     states = [pool.dump(session) for session in (first, second)]
@@ -199,11 +204,11 @@ def test_without_a_gpu_the_model_serves_as_it_is(lm: AdaptiveLM) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "stepped"])
-def test_a_base_in_bf16_has_fast_weights_in_fp32_and_says_much_the_same(lm: AdaptiveLM, kind: str) -> None:
-    """What a GPU serves: nothing of the memory is rounded to the base's precision."""
+def test_a_base_in_bf16_has_fast_weights_in_fp32_and_similar_predictions(lm: AdaptiveLM, kind: str) -> None:
+    """A GPU serves a base in bf16: nothing of the memory may be rounded to the base's precision."""
     half = build(tiny_backbone(torch.bfloat16).to(DEVICE), *lm.memory.config.sites)
     served = stepped(half) if kind == "stepped" else half
-    said = []
+    predictions = []
     for model in (served, lm):
         pool = new_pool(model)
         index = [learned(model, pool, seed=1), EMPTY_SESSION]
@@ -215,17 +220,17 @@ def test_a_base_in_bf16_has_fast_weights_in_fp32_and_says_much_the_same(lm: Adap
         assert {decode_state.hidden.dtype for decode_state in decode_states} == {model.backbone.embedding.dtype}
         scores = model.predict(decode_states, pool, index)
         assert scores.dtype == torch.float32
-        said.append(scores.log_softmax(-1).exp())
-    assert float((said[0] - said[1]).abs().sum(-1).max()) < 0.2, "of 2, in total variation"
+        predictions.append(scores.log_softmax(-1).exp())
+    assert float((predictions[0] - predictions[1]).abs().sum(-1).max()) < 0.2, "of 2, in total variation"
 
 
-def test_what_does_not_fit_is_refused_before_the_device_is_asked(lm: AdaptiveLM) -> None:
-    pool, model, most = new_pool(lm), stepped(lm), lm.backbone.config.max_context
-    with pytest.raises(ValueError, match=f"at most the {most} tokens"):
-        model.new_cache(most + 1)
-    cache = model.new_cache(most)
-    decode_state, _ = model.block(text(1, most), cache, pool)
-    with pytest.raises(ValueError, match=f"room for {most + 1} tokens"):
+def test_a_request_that_does_not_fit_is_refused_before_the_device_runs(lm: AdaptiveLM) -> None:
+    pool, model, context = new_pool(lm), stepped(lm), lm.backbone.config.max_context
+    with pytest.raises(ValueError, match=f"at most the {context} tokens"):
+        model.new_cache(context + 1)
+    cache = model.new_cache(context)
+    decode_state, _ = model.block(text(1, context), cache, pool)
+    with pytest.raises(ValueError, match=f"room for {context + 1} tokens"):
         model.decode([1], [cache], [decode_state], pool, [EMPTY_SESSION])
     short = model.new_cache(5)
     decode_state, _ = model.block(text(1, 5), short, pool)
@@ -241,7 +246,7 @@ def pages_of(backbone: Backbone, tokens: int = 5 * PAGE_SIZE, sequences: int = 3
     return PagePool(backbone.config, tokens=tokens, sequences=sequences, device=DEVICE, dtype=torch.float32)
 
 
-def test_a_fork_is_a_copy_and_a_cut_is_forgotten(backbone: Backbone) -> None:
+def test_a_fork_is_a_copy_and_truncated_tokens_are_forgotten(backbone: Backbone) -> None:
     ids, pages = torch.tensor([text(1, 80)], device=DEVICE), pages_of(backbone, tokens=4 * 128, sequences=4)
     cache = PagedCache(pages, 128)
     backbone(ids[:, :50], [cache])
@@ -257,7 +262,7 @@ def test_a_fork_is_a_copy_and_a_cut_is_forgotten(backbone: Backbone) -> None:
         backbone(ids[:, :21], [fork])
 
 
-def test_pages_are_reserved_by_capacity_and_free_when_nobody_refers_to_them(backbone: Backbone) -> None:
+def test_pages_are_reserved_by_capacity_and_freed_with_their_cache(backbone: Backbone) -> None:
     pages = pages_of(backbone)
     caches = [PagedCache(pages, capacity) for capacity in (1, PAGE_SIZE + 1, 3 * PAGE_SIZE)]
     assert [cache.nbytes for cache in caches] == [n * PAGE_SIZE * pages.token_bytes for n in (1, 2, 3)]

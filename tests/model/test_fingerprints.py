@@ -1,4 +1,4 @@
-"""Fingerprints of contexts: equal their twin, know a run and no more (law 2)."""
+"""N-gram hashes: they equal the reference (law 2), and each depends on its n-gram alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from model.memory.lexical import reference, torch_backend
 R = len(NGRAM_SIZES)
 
 
-def test_fingerprints_equal_their_twin() -> None:
+def test_hashes_equal_the_reference() -> None:
     ids = torch.tensor([*[-1] * 5, *torch.randint(0, 50_000, (40,), generator=_noise(0)).tolist(), 0, 0, 0])
     ngram_hashes = torch_backend.hash_ngrams(ids)
     assert ngram_hashes.dtype == torch.int16
@@ -19,20 +19,20 @@ def test_fingerprints_equal_their_twin() -> None:
     assert torch_backend.hash_ngrams(ids[:8]).shape == (1, R)
 
 
-def test_a_fingerprint_knows_its_run_and_no_more() -> None:
-    """Equal runs have equal fingerprints, wherever they stand; other runs other ones; 0 is none, before the start."""
+def test_a_hash_depends_on_its_ngram_alone() -> None:
+    """Equal n-grams have equal hashes at any position; other n-grams have others; 0 stands for no n-gram."""
     g, repeat = _noise(1), [7, 7, 3, 9, 1, 4, 4, 2]
     ids = torch.tensor([1, *repeat, *torch.randint(0, 99, (2000,), generator=g).tolist(), *repeat])
     ngram_hashes = torch_backend.hash_ngrams(torch.cat([torch.full((7,), -1), ids]))
     assert [int((ngram_hashes[:, r] == 0).sum()) for r in range(R)] == [ngram_size - 1 for ngram_size in NGRAM_SIZES]
-    assert torch.equal(ngram_hashes[8], ngram_hashes[-1]), "all runs that end there lie within what is repeated"
-    assert ngram_hashes[7, -1] != ngram_hashes[-2, -1], "one token more than that was another"
+    assert torch.equal(ngram_hashes[8], ngram_hashes[-1]), "all n-grams that end there lie within the repeated tokens"
+    assert ngram_hashes[7, -1] != ngram_hashes[-2, -1], "the longest n-gram there begins with another token"
     for r, ngram_size in enumerate(NGRAM_SIZES):
         kinds = len({tuple(window) for window in ids.unfold(0, ngram_size, 1).tolist()})
         assert kinds - len(set(ngram_hashes[ngram_size - 1 :, r].tolist())) < 0.05 * kinds
 
 
-def test_a_request_is_a_context_from_its_first_token_on() -> None:
+def test_a_request_is_hashed_from_its_first_token() -> None:
     targets = torch.tensor([5, 6, 7, 8])
     expected = reference.hash_ngrams(torch.tensor([*[-1] * 7, 2, 5, 6, 7]))
     assert torch.equal(torch_backend.hash_request_ngrams(targets, 2), expected)

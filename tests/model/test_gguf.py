@@ -1,4 +1,4 @@
-"""A converted GGUF file is the model it was written from, value for value; a bad one leaves nothing behind."""
+"""A converted GGUF file equals the model that was written to the file; a bad file leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import model.base.gguf
 from model.base.checkpoint import load_backbone
 from model.base.config import LinearScaling
-from model.base.gguf import GGUFError, convert
+from model.base.gguf import convert
+from model.base.gguf_metadata import GGUFError
 from model.text.tokenizer import Tokenizer
 from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe, random_llama, tokens, write_gguf
 from tests.tiny import CHAT_TEMPLATE
@@ -26,7 +27,7 @@ CHAT = [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content"
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    """Where a GGUF file is, and where its conversion goes: the only thing in its own folder."""
+    """Return the path of a GGUF file, and of its conversion in an empty folder."""
     (tmp_path / "out").mkdir()
     return tmp_path / "tiny.gguf", tmp_path / "out" / "base"
 
@@ -47,9 +48,7 @@ def test_the_converted_model_is_the_original(files: tuple[Path, Path], tied: boo
 
 
 @pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16])
-def test_quantised_weights_become_exactly_what_they_stand_for(
-    files: tuple[Path, Path], kind: GGMLQuantizationType
-) -> None:
+def test_quantised_weights_become_their_exact_values(files: tuple[Path, Path], kind: GGMLQuantizationType) -> None:
     source, folder = files
     original = random_llama(hidden_size=64, head_dim=16, num_attention_heads=4, intermediate_size=96)
     write_gguf(source, original, kind=kind)
@@ -58,7 +57,7 @@ def test_quantised_weights_become_exactly_what_they_stand_for(
     assert weights.keys() == original.state_dict().keys()
     for name, weight in original.state_dict().items():
         array = weight.numpy()
-        # Quantisation works along rows, so that it commutes with the permutation of rows.
+        # Quantisation works along rows, and so commutes with the permutation of rows.
         expected = dequantize(quantize(array, kind), kind) if array.ndim == 2 else array
         assert weights[name].dtype == np.float32
         np.testing.assert_array_equal(weights[name], expected)
@@ -69,7 +68,7 @@ def test_the_converted_tokenizer_splits_digits_and_knows_its_special_tokens(file
     write_gguf(source, random_llama())
     convert(source, folder)
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
-    plain = byte_level_bpe()  # knows no digits rule, which makes no difference to text without digits
+    plain = byte_level_bpe()  # without the rule for digits, which makes no difference in text without digits
     words = TEXT.replace("12", "").replace("345", "")
     assert ours.encode(words) == plain.encode(words).ids == theirs(words).input_ids
     assert [ours.token_bytes(i) for i in ours.encode("345 <|im_end|>")] == [b"3", b"4", b"5", b" ", b"<|im_end|>"]
@@ -81,7 +80,7 @@ def test_the_converted_tokenizer_splits_digits_and_knows_its_special_tokens(file
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_the_file_says_whether_text_starts_with_bos(files: tuple[Path, Path], add_bos: bool) -> None:
+def test_text_starts_with_bos_if_the_file_says_so(files: tuple[Path, Path], add_bos: bool) -> None:
     source, folder = files
     write_gguf(source, random_llama(), metadata={"tokenizer.ggml.add_bos_token": add_bos})
     convert(source, folder)
@@ -111,7 +110,7 @@ def test_linear_rope_scaling_is_kept(files: tuple[Path, Path]) -> None:
         ({"general.architecture": "qwen2"}, "general.architecture must be llama, got qwen2"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(
+def test_an_unsupported_file_is_refused_by_name(
     files: tuple[Path, Path], metadata: dict[str, Any], message: str
 ) -> None:
     source, folder = files

@@ -1,4 +1,4 @@
-"""An initial memory is a function of its seed and its text; its keys tell states apart and its cells share the work."""
+"""The memory before training: a function of its seed and text, with distinct keys and evenly used cells."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, initial
 from model.memory.initial import default_config, fit_centres, random_memory, random_projection
 from model.memory.lexical import torch_backend
+from model.memory.prediction import base_prediction
 
 WIDTH = 16
 SITE = SiteConfig("words", "lexical", slots=32 * 4, k=4, width=8, cell=4)
@@ -21,19 +22,19 @@ def noise(seed: int) -> torch.Generator:
 
 
 def similar_states(n: int, seed: int = 1) -> Tensor:
-    """Hidden states as a language model has them: far from zero, and varying in a few directions only."""
+    """Return hidden states like those of a language model: far from zero, with variance in a few directions only."""
     scales = torch.logspace(0, -2, WIDTH)
     return 10.0 + torch.randn(n, WIDTH, generator=noise(seed)) * scales
 
 
-def site_of(states: Tensor | None, seed: int = 0) -> LexicalSite:
+def lexical_site(states: Tensor | None, seed: int = 0) -> LexicalSite:
     site = random_memory(CONFIG, seed=seed, states=states).lexical
     assert site is not None
     return site
 
 
 def spread(site: LexicalSite, states: Tensor) -> float:
-    """Into how many cells the states go, in effect: exp of the entropy of their nearest cells."""
+    """Return the effective number of cells that the states use: exp of the entropy of their nearest cells."""
     share = torch.bincount(site.address(site.keys(states))[:, 0], minlength=SITE.cells) / len(states)
     return float(torch.special.entr(share).sum().exp())
 
@@ -66,20 +67,20 @@ def test_without_a_text_a_projection_keeps_lengths() -> None:
     assert not bias.any()
 
 
-def test_whitened_keys_tell_states_apart_that_look_alike() -> None:
+def test_whitened_keys_separate_similar_states() -> None:
     states = similar_states(400)
     weight, bias = random_projection(states, WIDTH, 8, noise(0))
     assert float((states.mean(0) @ weight + bias).abs().max()) < 1e-3, "the mean state has no direction"
     cosines = {}
     for name, given in (("plain", None), ("whitened", states)):
-        keys = site_of(given).keys(states)
+        keys = lexical_site(given).keys(states)
         torch.testing.assert_close(keys.norm(dim=-1), torch.ones(400))
         cosines[name] = float((keys @ keys.T).mean())
     assert cosines["plain"] > 0.9
     assert abs(cosines["whitened"]) < 0.1
 
 
-def test_directions_without_any_variance_are_not_blown_up() -> None:
+def test_directions_without_variance_are_not_amplified() -> None:
     states = similar_states(100)
     states[:, 3] = 7.0
     weight, bias = random_projection(states, WIDTH, 8, noise(0))
@@ -92,10 +93,10 @@ def test_directions_without_any_variance_are_not_blown_up() -> None:
 # Cells.
 
 
-def test_centres_lie_on_the_unit_sphere_and_share_the_work() -> None:
-    """Of states that they were not fitted to, and better than centres drawn at random."""
+def test_centres_lie_on_the_unit_sphere_and_are_used_evenly() -> None:
+    """Held-out states use more cells than with random centres."""
     states = torch.cat([similar_states(600), similar_states(600) + torch.randn(WIDTH, generator=noise(2))])
-    site, held_out = site_of(states[::2]), states[1::2]
+    site, held_out = lexical_site(states[::2]), states[1::2]
     torch.testing.assert_close(site.centres.norm(dim=-1), torch.ones(SITE.cells))
     fitted = spread(site, held_out)
     random = []
@@ -106,11 +107,11 @@ def test_centres_lie_on_the_unit_sphere_and_share_the_work() -> None:
     assert fitted > 0.7 * SITE.cells
 
 
-def test_each_round_brings_centres_nearer_to_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_brings_centres_nearer_to_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     states, near = similar_states(600), []
-    for rounds in (0, 1, 2, 10):
-        monkeypatch.setattr(initial, "ROUNDS", rounds)
-        site = site_of(states)
+    for steps in (0, 1, 2, 10):
+        monkeypatch.setattr(initial, "KMEANS_STEPS", steps)
+        site = lexical_site(states)
         near.append(float((site.keys(states) @ site.centres.T).amax(1).mean()))
     assert near == sorted(near)
     assert near[-1] > near[0] + 0.02
@@ -118,11 +119,11 @@ def test_each_round_brings_centres_nearer_to_the_keys(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("states", [1, SITE.cells - 1, SITE.cells])
 def test_fewer_states_than_cells_still_leave_centres(states: int) -> None:
-    site = site_of(None)
-    few = torch.randn(states, WIDTH, generator=noise(1))
-    fit_centres(site, few, noise(0))
+    site = lexical_site(None)
+    few_states = torch.randn(states, WIDTH, generator=noise(1))
+    fit_centres(site, few_states, noise(0))
     torch.testing.assert_close(site.centres.norm(dim=-1), torch.ones(SITE.cells))
-    keys = site.keys(few)
+    keys = site.keys(few_states)
     torch.testing.assert_close((keys @ site.centres.T).amax(1), torch.ones(states))
 
 
@@ -143,12 +144,12 @@ def test_a_random_memory_is_frozen_and_a_function_of_its_seed_and_states() -> No
 
 
 @torch.no_grad()
-def test_a_random_memory_finds_what_it_has_written_and_believes_it_a_little() -> None:
+def test_a_random_memory_finds_its_rows_and_gives_them_a_small_weight() -> None:
     states, targets = similar_states(99), torch.arange(20)
-    site = site_of(states)
+    site = lexical_site(states)
     pool = Pool(CONFIG, rows=200, sessions=2)
     draft = pool.draft(pool.open())
-    session, base = torch.full((20,), draft.index), torch_backend.predict(torch.zeros(20, 30))
+    session, base = torch.full((20,), draft.index), base_prediction(torch.zeros(20, 30))
     ngram_hashes = torch_backend.hash_request_ngrams(targets, 29)
     for known in (False, True):
         readout = site.read(pool, session, states[:20], ngram_hashes, base, site.initial_trust().expand(20, -1))
@@ -159,7 +160,7 @@ def test_a_random_memory_finds_what_it_has_written_and_believes_it_a_little() ->
         site.learn(draft, readout, targets, base.log_prob(targets))
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
+def test_other_configurations_and_too_few_states_are_refused() -> None:
     hidden = SiteConfig("states", "hidden", slots=16, k=2, layer=0, width=3)
     for sites in ((), (hidden,), (SITE, hidden)):
         with pytest.raises(ValueError, match="exactly one site, of kind lexical"):

@@ -1,4 +1,4 @@
-"""What learning is worth to a session: it helps with what comes again, and it never harms for long (law 12)."""
+"""The effect of learning on a session: repeated text is predicted better, and harm is bounded (law 12)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
-from model.memory.lexical.torch_backend import GUARD_LIMIT_NATS
-from model.memory.sites import TRUST_LIMITS
+from model.memory.guard import GUARD_LIMIT_NATS
+from model.memory.lexical.site import TRUST_LIMITS
 from tests.model.tiny_lm import (
     BLOCK,
     LEXICAL,
@@ -49,7 +49,7 @@ def inference() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base_samples(backbone: Backbone) -> list[list[int]]:
-    """Texts that the base itself has drawn: no memory can predict them better than it does."""
+    """Return texts that were sampled from the base: no memory can predict them better than the base."""
     texts, g = [], torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for _ in range(8):
@@ -62,7 +62,7 @@ def base_samples(backbone: Backbone) -> list[list[int]]:
 
 
 def overtrusting_lm(backbone: Backbone) -> AdaptiveLM:
-    """A memory that believes whatever it finds, always: γ = σ(3), whatever the evidence and the experience."""
+    """Return a model whose memory always has γ = σ(3), for any gate features and any experience."""
     lm = build(backbone, LEXICAL)
     assert lm.memory.lexical is not None
     lm.memory.lexical.gate_out.zero_()
@@ -72,22 +72,22 @@ def overtrusting_lm(backbone: Backbone) -> AdaptiveLM:
 
 
 def gain(request: RequestReader) -> torch.Tensor:
-    """Nats over the base, of each token."""
+    """Return the gain of each token over the base in nats."""
     return request.adapted - request.frozen
 
 
-def test_what_was_read_before_is_predicted_better(backbone: Backbone) -> None:
+def test_text_that_was_read_before_is_predicted_better(backbone: Backbone) -> None:
     lm = build(backbone, LEXICAL)
     pool, ids = new_pool(lm), text(1)
     session = pool.open()
     first, second = (learn(lm, pool, session, ids) for _ in range(2))
-    stranger = read(lm, pool, learned(lm, pool, seed=7), ids)
+    other_session = read(lm, pool, learned(lm, pool, seed=7), ids)
     assert torch.equal(first.frozen, second.frozen)
     assert second.adapted.mean() > first.adapted.mean() + 0.5
-    assert second.adapted.mean() > stranger.adapted.mean() + 0.5, "it is this text that was learned, not any"
+    assert second.adapted.mean() > other_session.adapted.mean() + 0.5, "the session learned this text"
 
 
-def test_what_is_read_again_and_again_takes_no_more_space(backbone: Backbone) -> None:
+def test_text_that_is_read_repeatedly_takes_no_more_space(backbone: Backbone) -> None:
     lm = build(backbone, replace(LEXICAL, surprise=1.0))
     assert lm.memory.lexical is not None
     lm.memory.lexical.gate_out_bias[0] = 3.0
@@ -101,7 +101,7 @@ def test_what_is_read_again_and_again_takes_no_more_space(backbone: Backbone) ->
     assert rows[3] - rows[2] < BLOCK / 4
 
 
-def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbone: Backbone) -> None:
+def test_trust_rises_with_right_predictions_and_falls_with_wrong_ones(backbone: Backbone) -> None:
     lm = build(backbone, LEXICAL)
     lexical = lm.memory.lexical
     assert lexical is not None
@@ -111,7 +111,7 @@ def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbo
     for ids in ([5, 6], [5, 6], [5, 6], [5, 7]):
         learn(lm, pool, session, ids)
         trust.append(float(pool.sites["words"].session_scalars[session, TRUST].sum()))
-    assert trust[1] == 0.0, "nothing was known, nothing was said"
+    assert trust[1] == 0.0, "nothing was found, so nothing was read"
     assert 0.0 < trust[2] < trust[3]
     assert trust[4] < trust[3]
     lexical.trust_rate.fill_(1e6)
@@ -123,7 +123,7 @@ def test_trust_rises_where_the_memory_was_right_and_falls_where_it_misled(backbo
 # Law 12: never worse for long.
 
 
-def test_the_balance_is_what_was_gained_over_the_base(backbone: Backbone) -> None:
+def test_the_balance_is_the_gain_over_the_base(backbone: Backbone) -> None:
     lm = build(backbone, LEXICAL)
     pool, balance = new_pool(lm), 0.0
     session = pool.open()
@@ -134,33 +134,33 @@ def test_the_balance_is_what_was_gained_over_the_base(backbone: Backbone) -> Non
     assert 0.1 < abs(balance) < GUARD_LIMIT_NATS
 
 
-def test_a_memory_that_harms_is_shut_within_a_bounded_loss(backbone: Backbone, base_samples: list[list[int]]) -> None:
+def test_a_harmful_memory_is_closed_within_a_bounded_loss(backbone: Backbone, base_samples: list[list[int]]) -> None:
     lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = pool.open()
     gains = torch.cat([gain(learn(lm, pool, session, ids)) for ids in base_samples])
-    kinds = len(NGRAM_SIZES) + 1  # of evidence, each with its own guard
-    assert float(-gains.cumsum(0).min()) <= kinds * (
+    num_guards = len(NGRAM_SIZES) + 1  # one for each number of n-gram matches
+    assert float(-gains.cumsum(0).min()) <= num_guards * (
         GUARD_LIMIT_NATS + BLOCK * -torch.sigmoid(torch.tensor(-3.0)).log()
     )
     assert bool(pool.sites["words"].session_scalars[session, GATE_CLOSED].any())
-    assert pool.rows(session)["words"] == LEXICAL.slots, "it goes on learning"
+    assert pool.rows(session)["words"] == LEXICAL.slots, "the session goes on learning"
 
 
-def test_a_shut_session_is_the_base_bit_for_bit(backbone: Backbone, base_samples: list[list[int]]) -> None:
+def test_a_closed_session_is_the_base_bit_for_bit(backbone: Backbone, base_samples: list[list[int]]) -> None:
     lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = learned(lm, pool, seed=1)
-    for shut in (0.0, 1.0):
-        pool.sites["words"].session_scalars[session, GATE_CLOSED] = shut
+    for closed in (0.0, 1.0):
+        pool.sites["words"].session_scalars[session, GATE_CLOSED] = closed
         request = read(lm, pool, session, base_samples[0][:-1])
         decode_states = lm.decode(base_samples[0][-1:], [request.cache], [decode_state_of(request)], pool, [session])
         predicted, base = lm.predict(decode_states, pool, [session]), backbone.logits(decode_states[0].hidden[None])
-        assert torch.equal(request.adapted, request.frozen) == bool(shut)
-        assert torch.equal(predicted, base) == bool(shut)
+        assert torch.equal(request.adapted, request.frozen) == bool(closed)
+        assert torch.equal(predicted, base) == bool(closed)
 
 
-def test_a_shut_session_opens_again_when_its_memory_would_help(backbone: Backbone) -> None:
+def test_a_closed_session_opens_again_when_its_memory_would_help(backbone: Backbone) -> None:
     lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = learned(lm, pool, seed=1)
@@ -169,10 +169,10 @@ def test_a_shut_session_opens_again_when_its_memory_would_help(backbone: Backbon
     first, *_, last = [gain(learn(lm, pool, session, text(1))) for _ in range(4)]
     assert not first[: BLOCK - 1].any()
     assert float(last.mean()) > 1.0
-    assert not session_scalars[session, GATE_CLOSED, -1], "what is said again is believed"
+    assert not session_scalars[session, GATE_CLOSED, -1], "the gate of repeated n-grams is open"
 
 
-def test_what_is_said_again_is_known_although_chance_likeness_is_not_believed(
+def test_repeated_text_is_read_although_the_gate_of_chance_similarity_is_closed(
     backbone: Backbone, base_samples: list[list[int]]
 ) -> None:
     lm = overtrusting_lm(backbone)
@@ -187,7 +187,7 @@ def test_what_is_said_again_is_known_although_chance_likeness_is_not_believed(
 def test_a_poisoned_session_is_not_worse_than_the_base_afterwards(
     backbone: Backbone, base_samples: list[list[int]], poison: str
 ) -> None:
-    """Whether the poison did harm, or was so easy that the memory seemed to be worth a lot."""
+    """Some poisons do harm, others are so easy that the memory seems to be worth a lot."""
     lm = overtrusting_lm(backbone)
     pool = new_pool(lm)
     session = pool.open()

@@ -1,4 +1,4 @@
-"""Law 2 for the memory's operations: each equals its naive twin; and what their formulas promise holds (law 5)."""
+"""Law 2 for the lexical memory: torch operators equal the reference, and the promises of the equations hold (law 5)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.memory.config import NGRAM_SIZES
+from model.memory.guard import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS, guard_step
 from model.memory.lexical import reference, torch_backend
-from model.memory.lexical.torch_backend import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS, LexicalRows, Prediction
+from model.memory.lexical.types import KEY_SCALE, Candidates, LexicalRows
+from model.memory.numerics import rowwise_matmul
+from model.memory.prediction import Prediction, base_prediction
 
 VOCAB = 13
 SIZES = [(1, 1, 1, 1), (7, 3, 4, 5), (7, 5, 1, 8), (65, 2, 3, 6)]  # n tokens, k cells a token, P rows a cell, d_k
@@ -28,13 +31,13 @@ def noise(seed: int) -> torch.Generator:
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to the rounding of fp32, and closer in fp64."""
+    """Assert equality up to the rounding of fp32, and closer in fp64."""
     bound = 1e-5 if actual.dtype == torch.float32 else 1e-10
     torch.testing.assert_close(actual, expected, atol=bound, rtol=bound)
 
 
 def random_rows(*shape: int, width: int, seed: int) -> LexicalRows:
-    """Cells of every fill, from empty to full, their rows in no order of age; few tokens, so that they repeat."""
+    """Return cells from empty to full, whose rows are in no order of age; tokens are few, so that they repeat."""
     g, P = noise(seed), shape[-1]
     filled = torch.arange(P) < torch.randint(0, P + 1, (*shape[:-1], 1), generator=g)
     ages = (
@@ -51,16 +54,17 @@ def random_keys(n: int, width: int, seed: int) -> Tensor:
 
 
 def random_context(n: int, seed: int) -> Tensor:
-    """Fingerprints of few kinds, so that they repeat; 0 is none."""
+    """Return n-gram hashes [n, R] of few kinds, so that they repeat; 0 stands for no n-gram."""
     return torch.randint(0, 3, (n, R), generator=noise(seed)).to(torch.int16)
 
 
 def random_base(n: int, seed: int, dtype: torch.dtype = torch.float32, spread: float = 2.0) -> Prediction:
-    return torch_backend.predict(spread * torch.randn(n, VOCAB, generator=noise(seed), dtype=dtype))
+    return base_prediction(spread * torch.randn(n, VOCAB, generator=noise(seed), dtype=dtype))
 
 
 def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Prediction, Tensor, Tensor, Tensor]:
-    """A prediction, candidates that repeat, with their shares, and γ: 65 of them, in some of which nothing is known."""
+    """Return a prediction, tokens of candidates that repeat, their shares, and γ, for 65 contexts; in some, nothing was
+    found."""
     tokens = torch.randint(0, VOCAB, (65, 12), generator=noise(1))
     shares = torch.softmax(3 * torch.randn(65, 12, generator=noise(2), dtype=dtype), -1)
     gamma = torch.sigmoid(torch.linspace(-9, 9, 65, dtype=dtype))
@@ -70,8 +74,8 @@ def random_mixture(dtype: torch.dtype, spread: float) -> tuple[Prediction, Tenso
 
 def read_lexical(
     rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
-) -> torch_backend.Candidates:
-    """All of a read but finding the rows."""
+) -> Candidates:
+    """Return the candidates among rows that were gathered (equations L3 and L4)."""
     seen = torch_backend.match_rows(rows, query, context)
     return torch_backend.score_candidates(*seen[:3], base.log_prob(seen.tokens), seen.missing, sharpness, prior, bonus)
 
@@ -80,33 +84,13 @@ def rows_equal(a: LexicalRows, b: LexicalRows) -> bool:
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# Addresses and predictions.
+# Cells and predictions.
 
 
-@pytest.mark.parametrize(("n", "side", "k"), [(1, 1, 1), (7, 3, 3), (65, 8, 1), (65, 8, 3), (7, 8, 8), (7, 3, 9)])
-@pytest.mark.parametrize("temperature", [0.5, 4.0])
-def test_an_address_is_the_top_of_all_slots(n: int, side: int, k: int, temperature: float) -> None:
-    keys = torch.randn(n, 2, side, generator=noise(n + k))
-    slots, w = torch_backend.address(keys, k, temperature)
-    expected, scores = reference.product_key_topk(keys, k)
-    assert torch.equal(slots, expected)
-    assert all(len(set(row)) == k for row in slots.tolist())
-    torch.testing.assert_close(torch_backend.product_key_topk(keys, k)[1], scores)
-    torch.testing.assert_close(w, F.normalize(torch.softmax(temperature * scores, -1), dim=-1))
-    torch.testing.assert_close(
-        torch_backend.address(keys.double(), k, temperature)[1], w.double(), atol=1e-6, rtol=1e-5
-    )
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 3), st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1, max_size=5))
-def test_among_ties_an_address_has_the_scores_of_the_top(k: int, scores: list[list[int]]) -> None:
-    keys = torch.tensor(scores, dtype=torch.float32).view(-1, 2, 3)
-    slots, found = torch_backend.product_key_topk(keys, k)
-    every = (keys[:, 0, :, None] + keys[:, 1, None, :]).flatten(1)
-    assert torch.equal(every.gather(1, slots), found)
-    assert torch.equal(found, reference.product_key_topk(keys, k)[1])
-    assert all(len(set(row)) == k for row in slots.tolist())
+@pytest.mark.parametrize(("n", "cells", "k"), [(1, 1, 1), (7, 5, 2), (20, 9, 9)])
+def test_the_nearest_cells_are_those_of_the_reference(n: int, cells: int, k: int) -> None:
+    keys, centres = random_keys(n, 4, seed=n), random_keys(cells, 4, seed=cells)
+    assert torch.equal(torch_backend.nearest_cells(keys, centres, k), reference.nearest_cells(keys, centres, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +98,7 @@ def test_among_ties_an_address_has_the_scores_of_the_top(k: int, scores: list[li
 def test_a_prediction_is_the_softmax_of_its_logits(dtype: torch.dtype, shift: float) -> None:
     base = random_base(7, 0, dtype, spread=4.0)
     log_p = base.logits.log_softmax(-1)
-    moved, bound = torch_backend.predict(base.logits + shift), 1e-4 if dtype == torch.float32 else 1e-10
+    moved, bound = base_prediction(base.logits + shift), 1e-4 if dtype == torch.float32 else 1e-10
     tokens = torch.randint(0, VOCAB, (7, 3), generator=noise(1))
     torch.testing.assert_close(moved.entropy, -(log_p.exp() * log_p).sum(-1), atol=bound, rtol=bound)
     torch.testing.assert_close(moved.log_prob(tokens), log_p.gather(1, tokens), atol=bound, rtol=bound)
@@ -129,16 +113,16 @@ def test_a_prediction_is_the_softmax_of_its_logits(dtype: torch.dtype, shift: fl
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 64])
 def test_a_row_of_a_product_is_rounded_as_if_it_were_alone(n: int) -> None:
     x, weight = torch.randn(n, 96), torch.randn(96, 48)
-    together = torch_backend.rowwise_matmul(x, weight)
-    assert torch.equal(together, torch.cat([torch_backend.rowwise_matmul(row[None], weight) for row in x]))
+    together = rowwise_matmul(x, weight)
+    assert torch.equal(together, torch.cat([rowwise_matmul(row[None], weight) for row in x]))
     torch.testing.assert_close(together, x @ weight)
     transposed = weight.T.contiguous().T
     assert torch.equal(
-        torch_backend.rowwise_matmul(x, transposed),
-        torch.cat([torch_backend.rowwise_matmul(row[None], transposed) for row in x]),
+        rowwise_matmul(x, transposed),
+        torch.cat([rowwise_matmul(row[None], transposed) for row in x]),
     )
     weight.requires_grad_()
-    torch_backend.rowwise_matmul(x, weight).sum().backward()
+    rowwise_matmul(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0)[:, None].expand_as(weight))
 
 
@@ -150,9 +134,9 @@ def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: in
     logits, context = 3 * torch.randn(n, vocab, generator=noise(2)), random_context(n, seed=3)
 
     def run(part: slice) -> list[Tensor]:
-        base = torch_backend.predict(logits[part].clone())
-        own = LexicalRows(*(field[part].clone() for field in rows))
-        found = read_lexical(own, query[part].clone(), context[part].clone(), base, SHARPNESS, PRIOR, BONUS)
+        base = base_prediction(logits[part].clone())
+        some_rows = LexicalRows(*(field[part].clone() for field in rows))
+        found = read_lexical(some_rows, query[part].clone(), context[part].clone(), base, SHARPNESS, PRIOR, BONUS)
         shares = found.shares.mean(1)
         gamma = torch.sigmoid(found.gate_features[:, 0]) * shares.any(-1)
         return [base.log_z, base.entropy, *found, torch_backend.mix(base, found.tokens, shares, gamma)]
@@ -166,7 +150,7 @@ def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: in
 
 
 @pytest.mark.parametrize(("n", "k", "P", "width"), SIZES)
-def test_lexical_read_equals_its_twin(n: int, k: int, P: int, width: int) -> None:
+def test_a_read_equals_the_reference(n: int, k: int, P: int, width: int) -> None:
     rows, query, base = random_rows(n, k, P, width=width, seed=n), random_keys(n, width, seed=n), random_base(n, seed=n)
     context = random_context(n, seed=n)
     found = read_lexical(rows, query, context, base, SHARPNESS, PRIOR, BONUS)
@@ -192,7 +176,7 @@ def test_shares_sum_to_one_where_anything_is_known(n: int, k: int, P: int, width
     assert found.gate_features.isfinite().all()
 
 
-def test_what_lies_in_an_empty_row_is_not_read() -> None:
+def test_the_contents_of_an_empty_row_are_not_read() -> None:
     rows, query, base = random_rows(7, 3, 4, width=5, seed=0), random_keys(7, 5, seed=0), random_base(7, seed=0)
     empty = rows.ages == 0
     full, context = empty[..., None], random_context(7, seed=0)
@@ -208,8 +192,8 @@ def test_what_lies_in_an_empty_row_is_not_read() -> None:
     assert torch.equal(plain.gate_features, other.gate_features)
 
 
-def test_what_several_rows_say_of_a_token_counts_together() -> None:
-    """Agreement is the share of the best match's token, in however many rows it stands."""
+def test_rows_of_one_token_add_up() -> None:
+    """Agreement is the share of the best match's token over all rows of this token."""
     tokens, log_probs = torch.tensor([[3, 8, 3, 3]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
     cosines, missing = torch.tensor([[0.9, 0.8, 0.1, 0.5]]), torch.tensor([[False, False, False, True]])
     ngram_matches, head_params = torch.tensor([[1, 0, 3, 3]]), (torch.tensor([2.0]), torch.tensor([0.5]))
@@ -251,18 +235,18 @@ def test_the_gradients_of_a_read_are_right_even_where_nothing_is_known(shared: b
 # Writing lexical rows.
 
 
-def test_a_key_is_stored_to_half_a_step() -> None:
+def test_a_key_is_stored_up_to_half_a_step() -> None:
     keys = random_keys(99, 64, seed=0)
     stored = torch_backend.quantise_keys(keys)
     assert stored.dtype == torch.int8
-    assert float((stored.float() / torch_backend.KEY_SCALE - keys).abs().max()) <= 0.5 / torch_backend.KEY_SCALE + 1e-6
+    assert float((stored.float() / KEY_SCALE - keys).abs().max()) <= 0.5 / KEY_SCALE + 1e-6
     assert torch_backend.quantise_keys(torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])).tolist() == [127, -127, 127, -127, 0]
 
 
 @pytest.mark.parametrize(
     ("n", "k", "cells", "most"), [(0, 2, 3, 4), (1, 1, 1, 0), (7, 3, 5, 2), (65, 4, 6, 9), (65, 3, 9, 0)]
 )
-def test_places_are_those_of_the_twin(n: int, k: int, cells: int, most: int) -> None:
+def test_assigned_cells_are_those_of_the_reference(n: int, k: int, cells: int, most: int) -> None:
     near = torch.rand(n, cells, generator=noise(n)).argsort(-1)[:, :k]
     num_empty_rows = torch.randint(0, most + 1, (cells,), generator=noise(1))[near]
     assert torch.equal(torch_backend.assign_cells(near, num_empty_rows), reference.assign_cells(near, num_empty_rows))
@@ -277,7 +261,7 @@ def test_a_full_cell_passes_on_to_the_next_nearest_and_forgets_only_when_all_are
 @pytest.mark.parametrize(
     ("n", "U", "P"), [(0, 3, 2), (1, 1, 1), (7, 9, 4), (65, 9, 1), (65, 9, 4), (65, 2, 7), (65, 1, 65)]
 )
-def test_lexical_write_equals_its_twin(n: int, U: int, P: int) -> None:
+def test_a_write_equals_the_reference(n: int, U: int, P: int) -> None:
     old, at = random_rows(U, P, width=3, seed=n), torch.randint(0, U, (n,), generator=noise(n))
     keys = torch.randint(-127, 128, (n, 3), generator=noise(1)).to(torch.int8)
     targets = torch.randint(0, VOCAB, (n,), generator=noise(2))
@@ -289,7 +273,7 @@ def test_lexical_write_equals_its_twin(n: int, U: int, P: int) -> None:
 
 @st.composite
 def writes(draw: st.DrawFn) -> tuple[LexicalRows, Tensor, Tensor, Tensor, list[int]]:
-    """Cells, writes to them that crowd and repeat, and the sizes of the blocks to write them in."""
+    """Draw cells, writes that crowd and repeat in them, and the sizes of the blocks of these writes."""
     U, P, n = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 12))
     at, targets = (torch.tensor(draw(st.lists(st.integers(0, most), min_size=n, max_size=n))) for most in (U - 1, 3))
     sizes = draw(st.lists(st.integers(1, n), min_size=n, max_size=n))
@@ -329,7 +313,7 @@ def test_a_write_takes_an_empty_row_or_the_oldest_and_no_other_bit() -> None:
 
 @pytest.mark.parametrize("n", [1, 5, 40])
 def test_a_token_takes_at_most_one_row(n: int) -> None:
-    """Law 6; and a cell keeps its youngest rows, in order."""
+    """A cell keeps its youngest rows, in order (law 6)."""
     old, at = random_rows(4, 6, width=3, seed=1), torch.randint(0, 4, (n,), generator=noise(3))
     targets = torch.arange(100, 100 + n)
     new = torch_backend.write_lexical(old, at, torch.zeros(n, 3, dtype=torch.int8), random_context(n, seed=5), targets)
@@ -352,12 +336,12 @@ def _deep(rows: LexicalRows) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_mix_is_the_naive_mixture_and_sums_to_one(dtype: torch.dtype, spread: float) -> None:
+def test_the_mixture_equals_the_reference_and_sums_to_one(dtype: torch.dtype, spread: float) -> None:
     base, tokens, shares, gamma = random_mixture(dtype, spread)
     known = gamma > 0
     assert 0 < known.sum() < len(known)
     mixed = torch_backend.mix(base, tokens, shares, gamma)
-    expected = reference.mix(torch_backend.predict(base.logits.double()), tokens, shares.double(), gamma.double())
+    expected = reference.mix(base_prediction(base.logits.double()), tokens, shares.double(), gamma.double())
     torch.testing.assert_close(expected[known].exp().sum(-1), torch.ones(int(known.sum()), dtype=torch.float64))
     assert_close(mixed[known].log_softmax(-1), expected[known].to(dtype))
     assert torch.equal(mixed[~known], base.logits[~known]), "γ = 0 keeps the logits, bit for bit"
@@ -379,7 +363,7 @@ def test_the_probability_of_a_target_is_that_of_the_mixture(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("gamma", [1e-30, 1 - 1e-6])
 @pytest.mark.parametrize("share", [1.0, 1e-30])
-def test_even_the_weakest_and_the_surest_memory_leaves_probabilities(gamma: float, share: float) -> None:
+def test_a_memory_of_any_strength_leaves_probabilities(gamma: float, share: float) -> None:
     tokens, shares = torch.tensor([[4, 0]]), torch.tensor([[share, 1.0 - share]])
     base = random_base(1, 0, spread=30.0)
     mixed = torch_backend.mix(base, tokens, shares, torch.tensor([gamma]))
@@ -405,11 +389,11 @@ def test_a_step_of_trust_is_the_gradient_of_the_log_probability() -> None:
 
 
 def run_guard(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
-    """The balance and whether the gate is shut after each block of (gain, tokens)."""
+    """Return the balance and whether the gate is closed after each block of (gain, tokens)."""
     balance, shut = torch.zeros(()), torch.zeros(())
     balances, states = [], []
     for gain, tokens in gains:
-        balance, shut = torch_backend.guard_step(balance, shut, torch.tensor(gain), torch.tensor(tokens))
+        balance, shut = guard_step(balance, shut, torch.tensor(gain), torch.tensor(tokens))
         balances.append(float(balance))
         states.append(bool(shut))
     return balances, states
@@ -431,8 +415,8 @@ def test_losses_and_gains_fade() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=50))
-def test_what_an_open_gate_loses_is_bounded_whatever_it_gained_before(gains: list[float]) -> None:
-    """Between two shuttings it loses its credit, the limit and what shuts it; in 50 tokens little fades."""
+def test_the_loss_of_an_open_gate_is_bounded_for_any_gain_before(gains: list[float]) -> None:
+    """Between two closings a gate loses its credit, the limit, and the last loss; in 50 tokens little fades."""
     was_open, lost = True, 0.0
     for gain, shut in zip(gains, run_guard([(gain, 1) for gain in gains])[1], strict=True):
         lost = max(0.0, lost - gain) if was_open else 0.0

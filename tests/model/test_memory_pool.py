@@ -1,4 +1,4 @@
-"""Fast weights on the device: drafts are copy on write, nothing leaks, and what is stored is what was there."""
+"""The pool of fast weights: drafts are copy on write, no cell leaks, and stored rows are the rows of the session."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = MemoryConfig(
     ),
 )
 
-Image = dict[str, dict[int, bytes]]  # site → slot → the row's bytes; <site>_own → 0 → the session's own numbers
+Image = dict[str, dict[int, bytes]]  # site → slot → the row's bytes; <site>_own → 0 → the session scalars
 
 
 def new_pool(rows: int = ROWS, sessions: int = SESSIONS) -> Pool:
@@ -34,7 +34,7 @@ def new_pool(rows: int = ROWS, sessions: int = SESSIONS) -> Pool:
 
 
 def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
-    """Writes random rows into the first place of `cells` and some of the others; the rest stays as it is."""
+    """Write random rows into the first row of `cells` and some of the others; the other rows stay."""
     g, old = torch.Generator().manual_seed(seed), draft.get(name, torch.tensor(cells))
     shape = (len(cells), CELL[name])
     if name == "words":
@@ -53,7 +53,7 @@ def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
 
 
 def numbers(trust: float, balance: float, shut: float) -> Tensor:
-    """A session's own numbers [3, R + 1], each a little different for each number of repeated runs."""
+    """Return session scalars [3, R + 1] that differ a little for each number of n-gram matches."""
     return torch.tensor([[trust], [balance], [shut]]) * torch.linspace(1.0, 0.5, R + 1)
 
 
@@ -73,7 +73,7 @@ def rows_by_slot(state: Mapping[str, SiteRows]) -> Image:
 
 
 def stored(state: Image) -> dict[str, SiteRows]:
-    """What a store gives back."""
+    """Return a state as a store does."""
     return {
         name: SiteRows(
             torch.tensor(sorted(rows), dtype=torch.int32),
@@ -84,24 +84,24 @@ def stored(state: Image) -> dict[str, SiteRows]:
 
 
 def merged(old: Image, new: Image) -> Image:
-    """What a store holds after a commit: each row of `new` replaces that of `old`."""
+    """Return the state that a store holds after a commit: the rows of `new` replace those of `old`."""
     return {name: old.get(name, {}) | new.get(name, {}) for name in old.keys() | new.keys()}
 
 
 def changed(new: Image, old: Image) -> Image:
-    """The rows of `new` that `old` has not, or has otherwise."""
+    """Return the rows of `new` that `old` lacks or has differently."""
     rows = {name: {slot: row for slot, row in new[name].items() if old.get(name, {}).get(slot) != row} for name in new}
     return {name: found for name, found in rows.items() if found}
 
 
 def contents(draft: Draft, name: str, cells: Iterable[int]) -> dict[int, bytes]:
-    """The rows in some cells of a draft that are not empty."""
+    """Return the rows in some cells of a draft that are not empty."""
     fields, rows = draft.get(name, torch.tensor(list(cells))), {}
     for at, cell in enumerate(cells):
-        for place in range(CELL[name]):
-            parts = [field[at].view(CELL[name], -1)[place].contiguous() for field in fields]
+        for row in range(CELL[name]):
+            parts = [field[at].view(CELL[name], -1)[row].contiguous() for field in fields]
             if any(bool(part.any()) for part in parts):
-                rows[cell * CELL[name] + place] = b"".join(part.numpy().tobytes() for part in parts)
+                rows[cell * CELL[name] + row] = b"".join(part.numpy().tobytes() for part in parts)
     return rows
 
 
@@ -114,7 +114,7 @@ def free_counts(pool: Pool) -> list[int]:
 
 
 def learned(pool: Pool, index: int, seed: int = 0) -> None:
-    """Makes a session hold a few rows at each site, and numbers of its own."""
+    """Give a session a few rows at each site, and session scalars."""
     draft = pool.draft(index)
     put(draft, "words", [3, 1], seed)
     put(draft, "states", [0, 15], seed + 1)
@@ -123,16 +123,16 @@ def learned(pool: Pool, index: int, seed: int = 0) -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool beside plain dictionaries. As in serving, a session has one draft at a time and outlives it."""
+    """A pool compared with plain dictionaries. As in serving, a session has one draft at a time and outlives it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = new_pool()
         words = self.pool.sites["words"]
-        words.tables = words.tables.clone()  # as on a GPU: a copy of what the host knows
+        words.tables = words.tables.clone()  # as on a GPU: a copy of the host's tables
         self.model: dict[int, Image] = {}
-        self.held: dict[int, dict[str, set[int]]] = {}  # by session or draft: the cells that it has places for
-        self.open: dict[int, tuple[Draft, Image]] = {}  # by the index of the draft: it, and what it is now
+        self.held: dict[int, dict[str, set[int]]] = {}  # session or draft → site → the cells that have a physical cell
+        self.open: dict[int, tuple[Draft, Image]] = {}  # index of a draft → the draft and its state
 
     def free(self, name: str) -> int:
         return CAPACITY[name] - sum(len(cells[name]) for cells in self.held.values())
@@ -143,7 +143,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @property
     def idle(self) -> list[int]:
-        """Sessions without a draft."""
+        """Return the sessions without a draft."""
         return [index for index in self.model if all(one.base != index for one, _ in self.open.values())]
 
     @precondition(lambda self: not self.full)
@@ -156,7 +156,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.full and self.model)
     @rule(data=st.data())
     def open_copy(self, data: st.DataObject) -> None:
-        """Opens what another session is stored as; without room for it, nothing happens."""
+        """Open the stored state of another session; if the pool is too full, nothing happens."""
         state = self.model[data.draw(st.sampled_from(sorted(self.model)))]
         before = free_counts(self.pool)
         if any(self.free(name) < len(cells_of(state, name)) for name in NAMES):
@@ -247,7 +247,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert free_counts(self.pool) == [sessions, *(self.free(name) for name in NAMES)]
 
     @invariant()
-    def the_device_is_told_what_the_host_knows(self) -> None:
+    def the_tables_of_device_and_host_agree(self) -> None:
         assert all((site.tables.numpy() == site.physical_cells).all() for site in self.pool.sites.values())
 
     @invariant()
@@ -291,19 +291,19 @@ def test_a_draft_changes_its_base_only_when_it_is_committed() -> None:
         assert rows_by_slot(pool.dump(index)) == before != after
         getattr(draft, end)()
         assert rows_by_slot(pool.dump(index)) == (before if end == "rollback" else after)
-    free[1] -= 1  # cell 2 is new, cell 1 replaces one whose place is free again
+    free[1] -= 1  # cell 2 is new; cell 1 replaces a physical cell that is free again
     assert free_counts(pool) == free
 
 
 def test_only_rows_that_changed_are_touched() -> None:
-    """One row of a cell of four: the other three are copied with it, but not stored again."""
+    """One row of a cell of four changed: the other three are copied, but not stored again."""
     pool = new_pool()
     index = pool.open()
     learned(pool, index)
     draft, cells = pool.draft(index), torch.tensor([1, 3])
     fields = [field.clone() for field in draft.get("words", cells)]
     draft.put("words", cells, fields)
-    assert draft.touched() == {}, "what is written as it was has not changed"
+    assert draft.touched() == {}, "a write of the same bits is no change"
     fields[3][1, 2, 0] += 1
     draft.put("words", cells, fields)
     touched = draft.touched()
@@ -311,7 +311,7 @@ def test_only_rows_that_changed_are_touched() -> None:
     assert touched["words"].slots.tolist() == [3 * P + 2]
 
 
-def test_a_sessions_own_numbers_are_stored_even_where_no_row_changed() -> None:
+def test_session_scalars_are_stored_even_if_no_row_changed() -> None:
     pool = new_pool()
     index = pool.open()
     draft = pool.draft(index)
@@ -325,7 +325,7 @@ def test_a_sessions_own_numbers_are_stored_even_where_no_row_changed() -> None:
 
 
 @pytest.mark.parametrize(("was", "is_now", "counted"), [(0.0, 1.0, 1), (1.0, 0.0, -1), (1.0, 1.0, 0), (0.0, 0.0, 0)])
-def test_a_turn_tells_which_guards_it_moved(was: float, is_now: float, counted: int) -> None:
+def test_a_turn_counts_the_gates_that_it_closed(was: float, is_now: float, counted: int) -> None:
     pool = new_pool()
     index = pool.open()
     pool.sites["words"].session_scalars[index, GATE_CLOSED, 2] = was
@@ -334,7 +334,7 @@ def test_a_turn_tells_which_guards_it_moved(was: float, is_now: float, counted: 
     assert draft.num_guards_shut() == counted
 
 
-def test_a_dump_opens_as_the_same_bits_own_numbers_included() -> None:
+def test_a_dump_opens_as_the_same_bits_session_scalars_included() -> None:
     pool, other = new_pool(), new_pool()
     index = pool.open()
     learned(pool, index, seed=3)
@@ -347,13 +347,13 @@ def test_a_dump_opens_as_the_same_bits_own_numbers_included() -> None:
         assert torch.equal(site.session_scalars[index], other.sites[name].session_scalars[again])
         cells = torch.arange(CELLS[name])[None]
         fields = site.read(torch.tensor([index]), cells)
-        for mine, theirs in zip(fields, other.sites[name].read(torch.tensor([again]), cells), strict=True):
-            assert torch.equal(mine, theirs)
+        for field, other_field in zip(fields, other.sites[name].read(torch.tensor([again]), cells), strict=True):
+            assert torch.equal(field, other_field)
 
 
 @pytest.mark.parametrize("trust", [0.5, 0.25, 0.0])
 def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> None:
-    """The store applies a commit's rows to what it has; opened again, that must be the session."""
+    """The store applies the rows of a commit to the rows that it has; the result must open as the session."""
     pool = new_pool(rows=2 * ROWS)
     index = pool.open()
     learned(pool, index)
@@ -374,7 +374,7 @@ def test_what_was_touched_over_the_old_dump_is_the_new_dump(trust: float) -> Non
     assert pool.sites["words"].session_scalars[again].tolist() == numbers(trust, 0.0, 0.0).tolist()
 
 
-def test_an_index_that_is_used_again_remembers_nothing() -> None:
+def test_a_reused_index_has_no_state() -> None:
     pool = new_pool(sessions=1)
     index = pool.open()
     pool.sites["words"].session_scalars[index] = 2.0
@@ -384,8 +384,8 @@ def test_an_index_that_is_used_again_remembers_nothing() -> None:
     assert not pool.sites["words"].session_scalars.any()
 
 
-def test_a_place_that_is_used_again_holds_none_of_its_old_rows() -> None:
-    """A stored session may have one row in a cell; the place it gets was full of another's."""
+def test_a_reused_physical_cell_holds_none_of_its_old_rows() -> None:
+    """A stored session has one row in a cell and gets a physical cell that was full of another session's rows."""
     pool = Pool(CONFIG, rows=2 * P, sessions=2)
     first = pool.open()
     draft = pool.draft(first)
@@ -399,8 +399,8 @@ def test_a_place_that_is_used_again_holds_none_of_its_old_rows() -> None:
     assert pool.rows(again) == {"words": 1, "states": 0}
 
 
-def test_what_does_not_fit_whole_is_not_opened_at_all() -> None:
-    """The first site's rows fit, the second's do not: neither they nor the session stay behind."""
+def test_a_state_that_does_not_fit_is_not_opened_in_part() -> None:
+    """The rows of the first site fit, those of the second do not: no rows and no session stay behind."""
     source = new_pool()
     index = source.open()
     learned(source, index, seed=2)
@@ -415,7 +415,7 @@ def test_what_does_not_fit_whole_is_not_opened_at_all() -> None:
 
 
 class Evictable:
-    """Closes the sessions in `cold`, one each time that room is asked for."""
+    """Closes one of the sessions in `cold` each time that room is needed."""
 
     def __init__(self) -> None:
         self.cold: list[int] = []
@@ -428,7 +428,7 @@ class Evictable:
         return True
 
 
-def test_room_is_made_only_when_needed_and_as_often_as_it_takes() -> None:
+def test_room_is_made_only_when_needed_and_as_often_as_needed() -> None:
     evictable = Evictable()
     pool = evictable.pool = Pool(CONFIG, rows=10, sessions=3, make_room=evictable.make_room)
     cold = [pool.open(), pool.open()]
@@ -438,7 +438,7 @@ def test_room_is_made_only_when_needed_and_as_often_as_it_takes() -> None:
         draft.commit()
     evictable.cold = list(cold)
     draft = pool.draft(pool.open())
-    assert evictable.cold == cold[1:], "three sessions and two asked for: one had to go"
+    assert evictable.cold == cold[1:], "the pool has room for three sessions: one was closed"
     put(draft, "states", [0, 1, 2, 3, 4, 5], seed=9)
     assert evictable.cold == cold[1:], "six rows were free"
     put(draft, "states", [6, 7], seed=9)

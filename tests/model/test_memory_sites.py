@@ -1,4 +1,4 @@
-"""The memory's slow weights: what is loaded is what was saved, anything else is refused by name, and what they do."""
+"""The memory's slow weights: checkpoints load bit for bit or are refused by name; configurations; the lexical site."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from model.memory import (
 )
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
 from model.memory.lexical import torch_backend
+from model.memory.prediction import base_prediction
 
 LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)
-HIDDEN = SiteConfig("states", "hidden", slots=9, k=3, layer=1, width=5, decay=1.0, cap=10.0)
-CONFIG = MemoryConfig(hidden_size=6, sites=(LEXICAL, HIDDEN), block=8)
+DELTA = SiteConfig("states", "hidden", slots=9, k=3, layer=1, width=5, decay=1.0, cap=10.0)
+CONFIG = MemoryConfig(hidden_size=6, sites=(LEXICAL, DELTA), block=8)
 
 
 def random_memory(config: MemoryConfig = CONFIG) -> Memory:
@@ -49,7 +50,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def resave(path: Path, *, without: str | None = None, **metadata: Any) -> None:
-    """Writes the file again without a tensor, or with other metadata."""
+    """Write the file again without a tensor, or with other metadata."""
     tensors = {name: tensor for name, tensor in random_memory().state_dict().items() if name != without}
     save_file(tensors, path, metadata={"format": "3", "memory": json.dumps(CONFIG.to_dict())} | metadata)
 
@@ -61,17 +62,17 @@ def test_a_memory_loads_as_the_same_bits_and_the_same_fingerprint(saved: Path) -
     memory, again = random_memory(), load_memory(saved, hidden_size=6)
     assert again.config == memory.config
     assert again.fingerprint() == memory.fingerprint()
-    theirs = again.state_dict()
-    assert theirs.keys() == memory.state_dict().keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in memory.state_dict().items())
+    tensors = again.state_dict()
+    assert tensors.keys() == memory.state_dict().keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in memory.state_dict().items())
     assert not any(parameter.requires_grad for parameter in again.parameters()), "slow weights are frozen"
 
 
-def test_sites_are_found_by_what_they_are() -> None:
-    memory = random_memory(replace(CONFIG, sites=(HIDDEN, LEXICAL, replace(HIDDEN, name="output", layer=-1))))
+def test_sites_are_found_by_their_kind() -> None:
+    memory = random_memory(replace(CONFIG, sites=(DELTA, LEXICAL, replace(DELTA, name="output", layer=-1))))
     assert memory.lexical is memory.sites["words"]
     assert memory.delta == {1: memory.sites["states"], -1: memory.sites["output"]}
-    assert Memory(replace(CONFIG, sites=(HIDDEN,))).lexical is None
+    assert Memory(replace(CONFIG, sites=(DELTA,))).lexical is None
 
 
 def test_any_changed_number_changes_the_fingerprint() -> None:
@@ -88,22 +89,22 @@ def test_any_changed_number_changes_the_fingerprint() -> None:
     "changed",
     [
         replace(CONFIG, block=9),
-        replace(CONFIG, sites=(HIDDEN, LEXICAL)),
-        replace(CONFIG, sites=(replace(LEXICAL, k=1), HIDDEN)),
-        replace(CONFIG, sites=(replace(LEXICAL, width=5), HIDDEN)),
-        replace(CONFIG, sites=(replace(LEXICAL, cell=5), HIDDEN)),
-        replace(CONFIG, sites=(replace(LEXICAL, surprise=0.2), HIDDEN)),
-        replace(CONFIG, sites=(LEXICAL, replace(HIDDEN, decay=0.5))),
-        replace(CONFIG, sites=(LEXICAL, replace(HIDDEN, cap=5.0))),
-        replace(CONFIG, sites=(replace(LEXICAL, name="other"), HIDDEN)),
-        replace(CONFIG, sites=(LEXICAL, replace(HIDDEN, layer=0))),
+        replace(CONFIG, sites=(DELTA, LEXICAL)),
+        replace(CONFIG, sites=(replace(LEXICAL, k=1), DELTA)),
+        replace(CONFIG, sites=(replace(LEXICAL, width=5), DELTA)),
+        replace(CONFIG, sites=(replace(LEXICAL, cell=5), DELTA)),
+        replace(CONFIG, sites=(replace(LEXICAL, surprise=0.2), DELTA)),
+        replace(CONFIG, sites=(LEXICAL, replace(DELTA, decay=0.5))),
+        replace(CONFIG, sites=(LEXICAL, replace(DELTA, cap=5.0))),
+        replace(CONFIG, sites=(replace(LEXICAL, name="other"), DELTA)),
+        replace(CONFIG, sites=(LEXICAL, replace(DELTA, layer=0))),
     ],
 )
 def test_any_changed_setting_changes_the_fingerprint(changed: MemoryConfig) -> None:
     assert Memory(changed).fingerprint() != Memory(CONFIG).fingerprint()
 
 
-# What is refused.
+# Refused checkpoints.
 
 
 def test_a_memory_for_another_base_is_refused(saved: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_missing_tensor_is_named(saved: Path) -> None:
 
 
 def test_a_tensor_of_another_shape_is_named(saved: Path) -> None:
-    config = replace(CONFIG, sites=(LEXICAL, replace(HIDDEN, width=4)))
+    config = replace(CONFIG, sites=(LEXICAL, replace(DELTA, width=4)))
     resave(saved, memory=json.dumps(config.to_dict()))
     with pytest.raises(MemoryConfigError, match=r"sites\.states\.out"):
         load_memory(saved, hidden_size=6)
@@ -199,24 +200,24 @@ def test_a_missing_key_is_named(key: str) -> None:
         (LEXICAL, {"name": "two words"}, "name must be an identifier, got 'two words'"),
         (LEXICAL, {"name": "words_own"}, "name must not end in '_own', got 'words_own'"),
         (LEXICAL, {"kind": "other"}, "words.kind must be 'lexical', 'hidden' or 'journal', got 'other'"),
-        (HIDDEN, {"slots": 15}, r"states.slots must be a perfect square \(product keys\), got 15"),
-        (HIDDEN, {"slots": -4}, "states.slots must be at least 1, got -4"),
+        (DELTA, {"slots": 15}, r"states.slots must be a perfect square \(product keys\), got 15"),
+        (DELTA, {"slots": -4}, "states.slots must be at least 1, got -4"),
         (LEXICAL, {"slots": 0}, "words.slots must be .*, got 0"),
         (LEXICAL, {"cell": 4}, "words.cell must divide slots, and be 1 in a hidden site, got 4"),
         (LEXICAL, {"cell": 0}, "words.cell must divide slots, and be 1 in a hidden site, got 0"),
-        (HIDDEN, {"cell": 3}, "states.cell must divide slots, and be 1 in a hidden site, got 3"),
+        (DELTA, {"cell": 3}, "states.cell must divide slots, and be 1 in a hidden site, got 3"),
         (LEXICAL, {"k": 0}, "words.k must be in 1..5, got 0"),
         (LEXICAL, {"k": 6}, "words.k must be in 1..5, got 6"),
-        (HIDDEN, {"k": 4}, "states.k must be in 1..3, got 4"),
+        (DELTA, {"k": 4}, "states.k must be in 1..3, got 4"),
         (LEXICAL, {"width": 0}, "words.width must be at least 1, got 0"),
-        (HIDDEN, {"width": 0}, "states.width must be at least 1, got 0"),
+        (DELTA, {"width": 0}, "states.width must be at least 1, got 0"),
         (LEXICAL, {"surprise": -0.1}, "words.surprise must not be negative, got -0.1"),
         (LEXICAL, {"surprise": float("nan")}, "words.surprise must not be negative, got nan"),
         (LEXICAL, {"layer": 0}, "words.layer must be -1 for a lexical site, got 0"),
-        (HIDDEN, {"decay": 1.5}, "states.decay must be in 0..1, got 1.5"),
-        (HIDDEN, {"decay": -0.5}, "states.decay must be in 0..1, got -0.5"),
-        (HIDDEN, {"cap": 0.0}, "states.cap must be positive, got 0.0"),
-        (HIDDEN, {"cap": float("nan")}, "states.cap must be positive, got nan"),
+        (DELTA, {"decay": 1.5}, "states.decay must be in 0..1, got 1.5"),
+        (DELTA, {"decay": -0.5}, "states.decay must be in 0..1, got -0.5"),
+        (DELTA, {"cap": 0.0}, "states.cap must be positive, got 0.0"),
+        (DELTA, {"cap": float("nan")}, "states.cap must be positive, got nan"),
     ],
 )
 def test_a_site_that_cannot_be_built_is_refused(site: SiteConfig, changes: dict[str, Any], message: str) -> None:
@@ -228,8 +229,8 @@ def test_a_site_that_cannot_be_built_is_refused(site: SiteConfig, changes: dict[
     ("changes", "message"),
     [
         ({"block": 0}, "block must be at least 1, got 0"),
-        ({"sites": (LEXICAL, replace(HIDDEN, name="words"))}, r"names must be unique, got \['words', 'words'\]"),
-        ({"sites": (HIDDEN, replace(HIDDEN, name="other"))}, r"one hidden site a layer, got layers \[1, 1\]"),
+        ({"sites": (LEXICAL, replace(DELTA, name="words"))}, r"names must be unique, got \['words', 'words'\]"),
+        ({"sites": (DELTA, replace(DELTA, name="other"))}, r"one hidden site a layer, got layers \[1, 1\]"),
         ({"sites": (LEXICAL, replace(LEXICAL, name="other"))}, "at most one lexical site"),
     ],
 )
@@ -238,24 +239,24 @@ def test_a_memory_that_cannot_be_built_is_refused(changes: dict[str, Any], messa
         replace(CONFIG, **changes)
 
 
-def test_a_rows_bytes_are_those_that_are_stored() -> None:
-    """An age, a token and a key of bytes; or numbers. The pool packs them so."""
-    assert (LEXICAL.row_bytes, HIDDEN.row_bytes) == (4 + 4 + 2 * len(NGRAM_SIZES) + 4, 5 * 4)
-    assert (LEXICAL.cells, HIDDEN.cells) == (5, 9)
+def test_the_bytes_of_a_row_are_those_that_are_stored() -> None:
+    """A lexical row is an age, a token, hashes and a key; a delta row is fp32 numbers."""
+    assert (LEXICAL.row_bytes, DELTA.row_bytes) == (4 + 4 + 2 * len(NGRAM_SIZES) + 4, 5 * 4)
+    assert (LEXICAL.cells, DELTA.cells) == (5, 9)
     pool = Pool(CONFIG, rows=15, sessions=2)
     draft = pool.draft(pool.open())
     for name in ("words", "states"):
         draft.put(name, torch.tensor([1]), [torch.ones_like(field) for field in draft.get(name, torch.tensor([1]))])
     touched = draft.touched()
     assert touched["words"].data.shape == (3, LEXICAL.row_bytes)
-    assert touched["states"].data.shape == (1, HIDDEN.row_bytes)
+    assert touched["states"].data.shape == (1, DELTA.row_bytes)
 
 
-# What a lexical site does with its weights.
+# The lexical site.
 
 
 def lexical_site(**changes: float) -> LexicalSite:
-    """A site that says γ = σ(0) and no trust, with `changes` of what it learns and its rates."""
+    """Return a site with γ = σ(0) and no trust; `changes` set its surprise threshold and its rates."""
     config = replace(LEXICAL, width=16, surprise=changes.get("surprise", 0.0))
     memory = random_memory(replace(CONFIG, sites=(config,)))
     site = memory.lexical
@@ -278,9 +279,10 @@ def read_and_learn(
     ngram_hashes: Tensor | None = None,
     trust: Tensor | None = None,
 ) -> tuple[LexicalReadout, Tensor]:
-    """One block, the hidden states before its targets and what the base predicts being random; also that, [n]."""
+    """Read and learn one block with random hidden states and predictions; return the readout and the log-probabilities
+    [n] of the targets under the base."""
     g, n = torch.Generator().manual_seed(seed), len(targets)
-    hidden, base = torch.randn(n, 6, generator=g), torch_backend.predict(torch.randn(n, 20, generator=g))
+    hidden, base = torch.randn(n, 6, generator=g), base_prediction(torch.randn(n, 20, generator=g))
     ngram_hashes = torch.zeros(n, len(NGRAM_SIZES), dtype=torch.int16) if ngram_hashes is None else ngram_hashes
     trust = site.initial_trust() if trust is None else trust
     readout = site.read(draft.pool, torch.full((n,), draft.index), hidden, ngram_hashes, base, trust.expand(n, -1))
@@ -306,7 +308,7 @@ def test_keys_are_of_unit_length_and_cells_are_the_nearest_centres() -> None:
 
 @torch.no_grad()
 def test_what_was_written_is_found_under_its_context() -> None:
-    """The first time nothing is known and γ is 0; the second time the token of this context has the most of a head."""
+    """At first nothing is found and γ is 0; then the token of each context has the largest share."""
     site, targets = lexical_site(), torch.arange(3)
     draft = new_draft(site)
     first, _ = read_and_learn(site, draft, 3, targets)
@@ -320,53 +322,53 @@ def test_what_was_written_is_found_under_its_context() -> None:
 
 @torch.no_grad()
 def test_a_token_is_written_once_where_there_is_room() -> None:
-    """In the nearest of its cells that has an empty row."""
+    """The row goes to the nearest of the token's cells that has an empty row."""
     site = lexical_site()
     draft, targets = new_draft(site), torch.arange(8, 20)
     readout, _ = read_and_learn(site, draft, 4, targets)
     ages, tokens, _, keys = draft.get("words", torch.arange(5))
-    where = torch_backend.assign_cells(readout.cells, torch.full_like(readout.cells, 3))
+    assigned = torch_backend.assign_cells(readout.cells, torch.full_like(readout.cells, 3))
     assert readout.num_empty_rows.tolist() == [[3, 3]] * 12
-    assert not torch.equal(where, readout.cells[:, 0]), "the test can tell"
+    assert not torch.equal(assigned, readout.cells[:, 0]), "the test can tell"
     for cell in range(5):
-        held = tokens[cell][ages[cell] > 0]
-        assert sorted(held.tolist()) == targets[where == cell][-3:].tolist(), "its youngest three, and nothing else"
-        for token, key in zip(held, keys[cell][ages[cell] > 0], strict=True):
+        stored = tokens[cell][ages[cell] > 0]
+        assert sorted(stored.tolist()) == targets[assigned == cell][-3:].tolist(), "its youngest three alone"
+        for token, key in zip(stored, keys[cell][ages[cell] > 0], strict=True):
             assert torch.equal(key, torch_backend.quantise_keys(readout.keys)[targets == token][0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("surprise", [0.0, 2.5, 99.0])
 def test_what_was_expected_better_than_the_threshold_is_not_written(surprise: float) -> None:
-    """Expected with the memory, open or shut."""
+    """The threshold is on the loss with the memory, whether the gate is open or closed."""
     site, targets = lexical_site(surprise=surprise), torch.arange(8)
     draft = new_draft(site)
     draft.put("words", torch.arange(5), [torch.ones_like(field) for field in draft.get("words", torch.arange(5))])
-    for shut in (0.0, 1.0):
-        draft.pool.sites["words"].session_scalars[draft.index, GATE_CLOSED] = shut
+    for closed in (0.0, 1.0):
+        draft.pool.sites["words"].session_scalars[draft.index, GATE_CLOSED] = closed
         before = draft.get("words", torch.arange(5))
-        readout, frozen = read_and_learn(site, draft, 5 + int(shut), targets)
+        readout, frozen = read_and_learn(site, draft, 5 + int(closed), targets)
         memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
         adapted = torch_backend.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
-        news = targets[adapted < -surprise]
-        written = len(news) / len(targets)
+        surprising = targets[adapted < -surprise]
+        written = len(surprising) / len(targets)
         assert {0.0: written == 1.0, 2.5: 0.0 < written < 1.0, 99.0: written == 0.0}[surprise], "the test can tell"
         after = draft.get("words", torch.arange(5))
-        where = torch_backend.assign_cells(
+        assigned = torch_backend.assign_cells(
             readout.cells[adapted < -surprise], readout.num_empty_rows[adapted < -surprise]
         )
-        per_cell = torch.bincount(where, minlength=5).clamp_max(3)
+        per_cell = torch.bincount(assigned, minlength=5).clamp_max(3)
         changed = after[0] != before[0]
         assert torch.equal(changed.sum(-1), per_cell)
         for token, key in zip(after[1][changed], after[3][changed], strict=True):
-            assert token in news
+            assert token in surprising
             assert torch.equal(key, torch_backend.quantise_keys(readout.keys[int(token)])), (
                 "each with the key of its own context"
             )
 
 
 @torch.no_grad()
-def test_a_shut_guard_leaves_nothing_of_the_memory_but_the_knowledge_of_what_it_would_say() -> None:
+def test_a_closed_gate_has_weight_zero_and_reports_the_open_weight() -> None:
     site, targets = lexical_site(), torch.arange(4)
     draft = new_draft(site)
     read_and_learn(site, draft, 3, targets)
@@ -377,12 +379,12 @@ def test_a_shut_guard_leaves_nothing_of_the_memory_but_the_knowledge_of_what_it_
 
 
 @torch.no_grad()
-def test_a_sessions_own_numbers_follow_what_its_memory_was_worth() -> None:
+def test_session_scalars_follow_the_gain_of_the_memory() -> None:
     site, targets = lexical_site(trust_rate=0.5), torch.arange(2)
     draft = new_draft(site)
     read_and_learn(site, draft, 3, targets)
     session_scalars = draft.pool.sites["words"].session_scalars[draft.index]
-    assert not session_scalars.any(), "nothing was said, nothing was gained"
+    assert not session_scalars.any(), "nothing was read, nothing was gained"
     readout, frozen = read_and_learn(site, draft, 3, targets)
     memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
     adapted = torch_backend.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
@@ -390,14 +392,14 @@ def test_a_sessions_own_numbers_follow_what_its_memory_was_worth() -> None:
     expected = torch.stack([0.5 * step, (adapted - frozen).sum(), torch.zeros(())])
     assert float(expected[TRUST]) > 0.1
     torch.testing.assert_close(session_scalars[:, 0], expected)
-    assert not session_scalars[:, 1:].any(), "no run was repeated"
+    assert not session_scalars[:, 1:].any(), "no n-gram was repeated"
     readout, _ = read_and_learn(site, draft, 3, targets)
     torch.testing.assert_close(readout.gamma, torch.sigmoid(0.5 * step).expand(2))
 
 
 @torch.no_grad()
-def test_what_is_said_again_earns_trust_of_its_own() -> None:
-    """Trust, balance and guard go by the number of runs that the best match repeats, in the session and the request."""
+def test_repeated_ngrams_have_their_own_trust() -> None:
+    """Trust, balance and guard are separate for each number of n-gram matches, in the session and the request."""
     site, targets = lexical_site(trust_rate=0.5, request_trust_rate=0.25), torch.arange(2)
     draft, ngram_hashes = new_draft(site), torch.tensor([[3, 4, 0], [0, 0, 0]], dtype=torch.int16)
     read_and_learn(site, draft, 3, targets, ngram_hashes)
@@ -413,5 +415,5 @@ def test_what_is_said_again_earns_trust_of_its_own() -> None:
     again, _ = read_and_learn(site, draft, 3, targets, ngram_hashes, trust=request)
     torch.testing.assert_close(again.gamma, torch.sigmoid(0.5 * step + request)[[2, 0]])
     draft.pool.sites["words"].session_scalars[draft.index, GATE_CLOSED, 2] = 1.0
-    shut, _ = read_and_learn(site, draft, 3, targets, ngram_hashes)
-    assert (shut.gamma > 0).tolist() == [False, True]
+    closed, _ = read_and_learn(site, draft, 3, targets, ngram_hashes)
+    assert (closed.gamma > 0).tolist() == [False, True]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model.memory import Draft, Pool
-from model.memory.lexical import reference, torch_backend
+from model.memory.delta import reference as delta_reference
+from model.memory.delta import torch_ops
 from model.policies.config import PolicyConfig, PolicyError
 from model.policies.journal import MAX_PENDING, MAX_TOUCHED_ROWS, SLOTS, Journal, JournalError
 from model.policies.network import Policy, load_policy, new_policy, save_policy
@@ -69,7 +70,7 @@ def write_reward(policy: Policy, draft: Draft, inputs: Tensor, value: float) -> 
 def test_the_magnitude_of_a_delta_read_equals_the_reference() -> None:
     rows, w = torch.randn(5, 3, 4, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     rows[2] = 0
-    torch.testing.assert_close(torch_backend.delta_read_magnitude(rows, w), reference.delta_read_magnitude(rows, w))
+    torch.testing.assert_close(torch_ops.delta_read_magnitude(rows, w), delta_reference.delta_read_magnitude(rows, w))
 
 
 def test_an_empty_session_decides_as_the_network_alone(act_policy: Policy, label_policy: Policy) -> None:

@@ -1,4 +1,4 @@
-"""Sampling follows OpenAI's parameters, and what a sequence draws is its own."""
+"""Sampling follows OpenAI's parameters, and a sequence's tokens do not depend on other sequences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def drawn(options: SamplingParams, n: int, scores: Tensor = SCORES, choice: int 
 
 
 def assert_frequencies(tokens: list[int], probabilities: Tensor) -> None:
-    """Pearson's χ² below its 99.9 % quantile for up to six degrees of freedom; what is impossible never comes."""
+    """Check Pearson's χ² against its 99.9 % quantile for up to six degrees of freedom, and that impossible tokens
+    never occur."""
     counts = torch.tensor([tokens.count(i) for i in range(len(probabilities))], dtype=torch.float64)
     expected = probabilities.double() / probabilities.double().sum() * len(tokens)
     possible = expected > 0
@@ -30,7 +31,7 @@ def assert_frequencies(tokens: list[int], probabilities: Tensor) -> None:
     assert float(((counts - expected)[possible].square() / expected[possible]).sum()) < 22.5
 
 
-# What is drawn.
+# Distributions.
 
 
 def test_temperature_zero_is_greedy_whatever_the_seed() -> None:
@@ -57,7 +58,7 @@ def test_the_lowest_temperatures_are_greedy_too(temperature: float) -> None:
 def test_the_nucleus_is_the_fewest_likeliest_tokens_whose_mass_reaches_top_p(
     top_p: float, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the nucleus is larger than the window in which it is looked for first."""
+    """The nucleus may be larger than the first window of the search."""
     monkeypatch.setattr(sampling, "TOP_P_WINDOW", window)
     probabilities = SCORES.softmax(-1)
     nucleus, mass = torch.zeros(5), 0.0
@@ -78,7 +79,7 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_whose_mass_reaches_top_p(
 @example(weights=[0.0, 1.0], top_p=1.0, u=0.0)
 @example(weights=[1.0, 0.0], top_p=1.0, u=1 - 2**-53)
 def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], top_p: float, u: float) -> None:
-    """Whatever the random number; its smallest is 0, its largest 1 − 2⁻⁵³."""
+    """The random number lies between 0 and 1 − 2⁻⁵³."""
     probabilities = torch.tensor(weights) / sum(weights)
     assert weights[_nucleus(probabilities, top_p, u)] > 0
 
@@ -97,7 +98,7 @@ def test_a_distribution_of_one_token_draws_it() -> None:
 
 
 def test_logits_and_log_probabilities_draw_the_same() -> None:
-    """A base's logits and a mixture's log-probabilities differ by a constant only."""
+    """The logits of a base and its log-probabilities differ by a constant only."""
     for options in (SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.8, temperature=0.7)):
         assert drawn(options, 200, SCORES.double()) == drawn(options, 200, SCORES.double().log_softmax(-1))
 
@@ -139,7 +140,7 @@ def test_the_scores_that_are_given_stay_as_they_were() -> None:
     assert torch.equal(scores, SCORES)
 
 
-# Rows that are drawn together.
+# Batches.
 
 
 @pytest.mark.parametrize("window", [5, sampling.TOP_P_WINDOW])
@@ -147,7 +148,7 @@ def test_the_scores_that_are_given_stay_as_they_were() -> None:
 def test_rows_drawn_together_are_those_drawn_one_by_one(
     window: int, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever each row asks for, also where a nucleus does not fit the window."""
+    """Rows have different parameters, and some nuclei exceed the window."""
     monkeypatch.setattr(sampling, "TOP_P_WINDOW", window)
     options = [
         SamplingParams(temperature=0.0),
@@ -158,7 +159,7 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(
         SamplingParams(seed=5, temperature=0.3, frequency_penalty=1.5),
         SamplingParams(temperature=0.0, presence_penalty=2.0),
     ]
-    together, alone = ([Sampler(one) for one in options] for _ in range(2))
+    together, alone = ([Sampler(option) for option in options] for _ in range(2))
     for step in range(30):
         scores = spread * torch.randn(len(options), 300, generator=torch.Generator().manual_seed(step))
         tokens = _draw_batch(together, scores)
@@ -180,13 +181,13 @@ def test_a_seed_reproduces_its_sequence_and_choices_differ() -> None:
     assert len(set(sequences)) == len(sequences)
 
 
-def test_what_is_drawn_does_not_depend_on_who_draws_beside() -> None:
+def test_tokens_do_not_depend_on_other_samplers() -> None:
     flat = torch.zeros(1000)
     alone = drawn(SamplingParams(seed=1), 20, flat)
-    mine, other, unseeded = Sampler(SamplingParams(seed=1)), Sampler(SamplingParams(seed=2)), Sampler(SamplingParams())
-    beside = []
+    sampler, other, unseeded = (Sampler(SamplingParams(seed=seed)) for seed in (1, 2, None))
+    interleaved = []
     for _ in range(20):
         other.draw(flat)
         unseeded.draw(torch.randn(5))
-        beside.append(mine.draw(flat))
-    assert beside == alone
+        interleaved.append(sampler.draw(flat))
+    assert interleaved == alone

@@ -1,4 +1,4 @@
-"""Text becomes the tokens that the model was trained on, and every byte comes back."""
+"""Text becomes the tokens that the model was trained on, and every byte is restored."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 def write(folder: Path, pipeline: Pipeline, **settings: Any) -> Path:
-    """A folder with only a tokenizer in it."""
+    """Write a tokenizer and its settings into the folder, and return the folder."""
     if pipeline.decoder is None:
         pipeline.decoder = decoders.ByteLevel()
     pipeline.save(str(folder / "tokenizer.json"))
@@ -62,7 +62,7 @@ def write(folder: Path, pipeline: Pipeline, **settings: Any) -> Path:
 
 
 def sentencepiece_like() -> Pipeline:
-    """BPE over characters with ▁ for a space and bytes for what it has not seen, as Llama 2 has it."""
+    """Return BPE over characters with ▁ for a space and bytes for unknown characters, as in Llama 2."""
     vocabulary = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thecatson", "▁the", "▁t", "he"]
     pipeline = Pipeline(
         models.BPE(
@@ -90,7 +90,7 @@ def test_text_comes_back_byte_for_byte(tokenizer: Tokenizer) -> None:
 
 
 @given(st.lists(st.integers(0, VOCAB_SIZE + 3), max_size=30))
-def test_a_stream_says_what_decode_says_for_any_tokens(tokenizer: Tokenizer, ids: list[int]) -> None:
+def test_a_stream_gives_the_text_of_decode_for_any_tokens(tokenizer: Tokenizer, ids: list[int]) -> None:
     stream = tokenizer.stream()
     pieces = [stream.step(token_id) for token_id in ids]
     assert "".join([*pieces, stream.flush()]) == tokenizer.decode(ids)
@@ -102,11 +102,11 @@ def test_a_stream_cut_anywhere_holds_back_only_the_unfinished_character(
 ) -> None:
     ids = tokenizer.encode(text)[:cut]
     stream = tokenizer.stream()
-    told = "".join(stream.step(token_id) for token_id in ids)
-    assert text.startswith(told)
-    assert told + stream.flush() == tokenizer.decode(ids)
+    streamed = "".join(stream.step(token_id) for token_id in ids)
+    assert text.startswith(streamed)
+    assert streamed + stream.flush() == tokenizer.decode(ids)
     finished = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="ignore")
-    assert told == finished
+    assert streamed == finished
 
 
 def test_decoding_agrees_with_the_library_on_broken_utf8(tokenizer: Tokenizer) -> None:
@@ -118,7 +118,7 @@ def test_decoding_agrees_with_the_library_on_broken_utf8(tokenizer: Tokenizer) -
         assert tokenizer.decode(ids) == pipeline.decode(ids)
 
 
-def test_ids_beyond_the_vocabulary_say_nothing(tokenizer: Tokenizer) -> None:
+def test_ids_beyond_the_vocabulary_have_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == VOCAB_SIZE
     assert tokenizer.token_bytes(VOCAB_SIZE + 7) == b""
     assert tokenizer.decode([VOCAB_SIZE + 7]) == ""
@@ -180,7 +180,7 @@ def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
 
 
 def reference_ids(text: str, state: dict[str, Any]) -> Iterator[int]:
-    """SmolLM2's rules written out: special tokens, single digits, GPT-2's words, merges by rank."""
+    """Encode by SmolLM2's rules written out: special tokens, single digits, GPT-2's words, merges by rank."""
     vocabulary: dict[str, int] = state["model"]["vocab"]
     ranks = {tuple(pair): rank for rank, pair in enumerate(state["model"]["merges"])}
     special = {token["content"]: token["id"] for token in state["added_tokens"]}

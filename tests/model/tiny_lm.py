@@ -1,4 +1,4 @@
-"""A whole model that fits a test, and requests read in it: a tiny random base, a memory of sites of every kind."""
+"""A whole model for tests: a tiny random base, memories of every kind, and requests that read and learn."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from model.base.backbone import Backbone
 from model.base.config import tiny_config
 from model.memory import Draft, Memory, MemoryConfig, Pool, SiteConfig, SiteRows
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where what is made for GPUs is tested
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of tests that need a GPU if there is one
 VOCAB, WIDTH, BLOCK = 96, 32, 8
 LEXICAL = SiteConfig("words", "lexical", slots=64, k=4, width=16, cell=8)
 MIDDLE = SiteConfig("middle", "hidden", slots=36, k=3, layer=1, width=5, decay=1.0, cap=10.0)
 OUTPUT = SiteConfig("output", "hidden", slots=36, k=2, layer=-1, width=6, decay=0.5, cap=10.0)
-# A sharp and a broad head, a gate that believes what is alike and agrees, and no trust earned yet.
+# A sharp and a broad head, a gate that opens to similar rows that agree, and no trust yet.
 LEXICAL_WEIGHTS = {"sharpness": (30.0, 9.0), "prior": 0.2, "trust_rate": 0.1, "gate_out_bias": (-1.0, 0.0, 0.0)}
 KINDS = {"lexical": (LEXICAL,), "middle": (MIDDLE,), "output": (OUTPUT,), "all": (LEXICAL, MIDDLE, OUTPUT)}
 
 
 def tiny_backbone(dtype: torch.dtype = torch.float32) -> Backbone:
-    """Three layers with random weights, the same ones in any precision."""
+    """Return a base of three layers with random weights, the same weights in any precision."""
     config = tiny_config(
         vocab_size=VOCAB, hidden_size=WIDTH, num_layers=3, head_dim=8, intermediate_size=48, max_context=256
     )
@@ -37,7 +37,7 @@ def tiny_backbone(dtype: torch.dtype = torch.float32) -> Backbone:
 
 
 def build(backbone: Backbone, *sites: SiteConfig) -> AdaptiveLM:
-    """A model whose memory has random slow weights, no gate of it shut."""
+    """Return a model whose memory has random slow weights and open gates."""
     memory, g = Memory(MemoryConfig(WIDTH, sites, block=BLOCK)), torch.Generator().manual_seed(1)
     for name, tensor in memory.state_dict().items():
         tensor.normal_(0.0, 0.3, generator=g)
@@ -50,7 +50,7 @@ def build(backbone: Backbone, *sites: SiteConfig) -> AdaptiveLM:
 
 
 def text(seed: int, length: int = 3 * BLOCK + 3) -> list[int]:
-    """Random tokens of a few kinds, so that addresses and targets come again."""
+    """Return random tokens of a few kinds, so that addresses and targets repeat."""
     return torch.randint(0, 24, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -59,7 +59,7 @@ def new_pool(lm: AdaptiveLM) -> Pool:
 
 
 class RequestReader:
-    """A request on its way, and the scores that it has got."""
+    """A request in progress, and its scores so far."""
 
     def __init__(self, lm: AdaptiveLM, ids: Sequence[int]) -> None:
         self.lm, self.ids, self.position = lm, ids, 0
@@ -68,7 +68,7 @@ class RequestReader:
         self.scores: list[Scores] = []
 
     def step(self, pool: Pool, index: int, draft: Draft | None = None, *, frozen: bool = True, top: int = 0) -> bool:
-        """One block, scored and (with a draft) learned; False at the end."""
+        """Score one block and, given a draft, learn it; return False at the end of the request."""
         part = self.ids[self.position : self.position + BLOCK]
         mask = [True] * len(part)
         learn = mask if draft is not None else None
@@ -107,13 +107,13 @@ def read(lm: AdaptiveLM, pool: Pool, index: int, ids: Sequence[int], draft: Draf
 
 
 def decode_state_of(request: RequestReader) -> DecodeState:
-    """The carry of a request that has begun."""
+    """Return the decode state of a request that has begun."""
     assert request.decode_state is not None
     return request.decode_state
 
 
 def learn(lm: AdaptiveLM, pool: Pool, session: int, ids: Sequence[int]) -> RequestReader:
-    """One turn: the session learns a text."""
+    """Let a session learn a text in one turn."""
     draft = pool.draft(session)
     request = read(lm, pool, draft.index, ids, draft)
     draft.commit()
@@ -121,7 +121,7 @@ def learn(lm: AdaptiveLM, pool: Pool, session: int, ids: Sequence[int]) -> Reque
 
 
 def learned(lm: AdaptiveLM, pool: Pool, seed: int) -> int:
-    """A session that has learned a text of its own."""
+    """Return a session that has learned the text of a seed."""
     session = pool.open()
     learn(lm, pool, session, text(seed))
     return session

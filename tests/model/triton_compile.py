@@ -1,5 +1,7 @@
-"""Compiles every Triton kernel for an H100, at the sizes of the default base and memory, which needs no GPU: what the
-interpreter lets pass, such as types and shapes that do not fit, the compiler refuses. Prints what it has compiled."""
+"""Compile every Triton kernel for an H100, at the sizes of the default base and memory, and print the names.
+
+The compiler needs no GPU, and it refuses types and shapes that the interpreter accepts.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from model.decode import triton_attention
 from model.memory.lexical import triton_backend
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -32,8 +35,8 @@ KERNELS = {
         | {"n": "i32"},
         CELLS,
     ),
-    triton_backend._store_paged_kv: (PAGES, HEADS),
-    triton_backend._paged_attention: (PAGES, HEADS),
+    triton_attention._store_paged_kv: (PAGES, HEADS),
+    triton_attention._paged_attention: (PAGES, HEADS),
 }
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 from model.memory import Memory, MemoryConfig, Pool, SiteConfig
 from model.memory.initial import random_memory
 from model.memory.lexical import torch_backend
+from model.memory.prediction import base_prediction
 from research.training import features, gate_calibration
 from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
 from research.training.lexical import LexicalObjective
@@ -56,7 +57,7 @@ def stream(lengths: list[int] = LENGTHS) -> Chunk:
     kinds = torch.randint(0, 6, (n,), generator=g)
     states = torch.randn(6, WIDTH, generator=g)[kinds] + 0.3 * torch.randn(n, WIDTH, generator=g)
     targets = torch.where(torch.rand(n, generator=g) < 0.8, kinds, torch.randint(0, VOCAB, (n,), generator=g))
-    base = torch_backend.predict(states @ head().T)
+    base = base_prediction(states @ head().T)
     return Chunk(states, targets, base.log_prob(targets), base.entropy, lengths)
 
 
@@ -79,7 +80,7 @@ def served(memory: Memory, chunk: Chunk) -> Tensor:
         ngram_hashes = torch_backend.hash_request_ngrams(request.targets, BOS_PLACEHOLDER)
         parts = (part.split(BLOCK) for part in (request.states, request.targets, ngram_hashes))
         for states, targets, context in zip(*parts, strict=True):
-            base = torch_backend.predict(states @ head().T)
+            base = base_prediction(states @ head().T)
             trust = site.initial_trust().expand(len(targets), -1)
             readout = site.read(pool, torch.full((len(targets),), draft.index), states, context, base, trust)
             memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)

@@ -1,4 +1,4 @@
-"""A line between a client and the server that breaks while an answer comes."""
+"""A proxy between a client and the server that breaks the connection within an answer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from urllib.parse import urlsplit
 
 
 class BreakingProxy:
-    """Cuts the next `num_breaks` answers when they are complete, having passed on `bytes_forwarded` bytes of each.
+    """A TCP proxy for HTTP requests that cuts answers off.
 
-    heads: the headers of the requests, names in lower case.
+    Attributes:
+        url: where the proxy listens.
+        num_breaks: number of answers to cut off from now on. The server has completed such an answer.
+        bytes_forwarded: number of bytes that the client gets of such an answer.
+        request_headers: headers of each request, names in lower case.
     """
 
     def __init__(self, url: str) -> None:
@@ -40,7 +44,7 @@ class BreakingProxy:
             threading.Thread(target=self._forward, args=(connection,), daemon=True).start()
 
     def _forward(self, client_socket: socket.socket) -> None:
-        """One request and its answer."""
+        """Forward one request and its answer."""
         with client_socket, socket.create_connection(self._upstream) as server_socket:
             head, _, body = client_socket.recv(1 << 16).partition(b"\r\n\r\n")
             if not head:

@@ -1,4 +1,4 @@
-"""A line between a server and its store that can be stalled or cut for a while."""
+"""A proxy between a server and its store that a test can stall or cut."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ ProxyState = Literal["whole", "stalled", "cut"]
 
 
 class StallingProxy:
-    """A TCP proxy on a thread of its own. Stalled, it keeps what it is given, and delivers it when it is whole again;
-    cut, it closes every connection."""
+    """A TCP proxy on a thread of its own, with three states.
+
+    A whole proxy forwards. A stalled proxy buffers what arrives, and forwards the buffer when it is whole again. A cut
+    proxy closes every connection.
+
+    Attributes:
+        port: where the proxy listens; 0 until it is open.
+        state: the present state.
+        buffered: the bytes that the server has sent to the store since the proxy was stalled.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = 0
         self.state: ProxyState = "whole"
-        self.buffered = b""  # what was sent to the store since the line was stalled
+        self.buffered = b""
         self._upstream = port
         self._loop = asyncio.new_event_loop()
         self._state_changed = asyncio.Event()
@@ -34,7 +42,7 @@ class StallingProxy:
         self._set_state("whole")
 
     def _set_state(self, state: ProxyState) -> None:
-        async def move() -> None:
+        async def change() -> None:
             self.state, self.buffered = state, b""
             if state == "cut":
                 for writer in self._writers:
@@ -42,17 +50,20 @@ class StallingProxy:
             self._state_changed.set()
             self._state_changed = asyncio.Event()
 
-        asyncio.run_coroutine_threadsafe(move(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(change(), self._loop).result()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.state == "cut":
             writer.close()
             return
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._upstream)
-        ends = {writer, far_writer}
+        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._upstream)
+        ends = {writer, upstream_writer}
         self._writers |= ends
-        directions = [self._forward(reader, far_writer, records=True), self._forward(far_reader, writer, records=False)]
-        await asyncio.wait([asyncio.create_task(way) for way in directions], return_when=asyncio.FIRST_COMPLETED)
+        tasks = [
+            asyncio.create_task(self._forward(reader, upstream_writer, records=True)),
+            asyncio.create_task(self._forward(upstream_reader, writer, records=False)),
+        ]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             end.close()
         self._writers -= ends
@@ -78,6 +89,7 @@ class StallingProxy:
 
     @contextmanager
     def open(self) -> Iterator[StallingProxy]:
+        """Run the proxy during the block; close all connections in the end."""
         started = threading.Event()
         thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         thread.start()

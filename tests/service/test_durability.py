@@ -1,4 +1,4 @@
-"""What a client was told is committed survives the end of every process, and is learned once."""
+"""Commits that a client knows of survive the end of every process, and are learned once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ State = dict[str, dict[bytes, bytes]]
 
 @pytest.fixture(autouse=True)
 def no_orphans(tmp_path: Path) -> Iterator[None]:
-    """A killed server leaves its Valkey behind, and so would a test that fails after that."""
+    """End the Valkey processes that killed servers leave behind, also when the test fails."""
     yield
     for folder in tmp_path.iterdir():
         if (valkey := find_valkey(folder)) is not None:
@@ -44,16 +44,16 @@ def no_orphans(tmp_path: Path) -> Iterator[None]:
 
 
 def teach(client: Client, session: str, turn: int) -> httpx.Response:
-    """The turn of that number in the life of every session here."""
+    """Run the turn of that number; all sessions here have the same turns."""
     if turn % 3 < 2:
         return client.post(f"sessions/{session}/observe", {"text": TEXT[turn % 50 :] * (1 + turn % 4)})
-    said: Json = {"session": session, "learn": "all", "max_tokens": 40, "logit_bias": NO_EOS}
-    return client.post("completions", client.completion(TEXT[turn % 50 :], **said))
+    options: Json = {"session": session, "learn": "all", "max_tokens": 40, "logit_bias": NO_EOS}
+    return client.post("completions", client.completion(TEXT[turn % 50 :], **options))
 
 
 @pytest.fixture(scope="module")
 def replay(server: Any) -> Iterator[Callable[[int], State]]:
-    """What so many turns leave behind where nothing happens to the server."""
+    """Return the state after a number of turns on a server that nothing happens to."""
     states: list[State] = [{}]
     with Client(server.url, server.model) as client:
 
@@ -68,18 +68,18 @@ def replay(server: Any) -> Iterator[Callable[[int], State]]:
 
 @contextmanager
 def store_down(data_dir: Path) -> Iterator[None]:
-    """Kills Valkey, and keeps it from being started again until the block ends."""
+    """Kill Valkey, and keep the server from starting Valkey again until the block ends."""
     valkey = find_valkey(data_dir)
     assert valkey is not None
     with (data_dir / "valkey" / "lock").open("r+b") as lock, ThreadPoolExecutor(1) as pool:
-        locked = pool.submit(fcntl.flock, lock, fcntl.LOCK_EX)  # granted the moment that Valkey dies
+        locked = pool.submit(fcntl.flock, lock, fcntl.LOCK_EX)  # granted when Valkey dies
         valkey.kill()
         locked.result()
         yield
 
 
 def refuses_sessions_only(client: Client) -> None:
-    """What there is of the server without its store."""
+    """Check that the server refuses sessions, and answers all else, without its store."""
     text: Json = {"text": TEXT}
     for path, body in (
         ("completions", client.completion(session="alice")),
@@ -125,26 +125,26 @@ def test_a_server_killed_in_the_midst_of_turns_has_each_of_them_wholly_or_not_at
     server = make_server().start()
     turns = {f"s{n}": 0 for n in range(6)}
 
-    def live(session: str) -> None:
+    def run_turns(session: str) -> None:
         with Client(server.url, server.model) as client, suppress(httpx.TransportError):
             while True:
                 assert_success(teach(client, session, turns[session]))
                 turns[session] += 1
 
-    def kill_after(least: int) -> None:
+    def kill_after(num_turns: int) -> None:
         with ThreadPoolExecutor(len(turns)) as pool:
-            users = [pool.submit(live, session) for session in turns]
-            wait_until(lambda: sum(turns.values()) >= least or any(user.done() for user in users))
+            users = [pool.submit(run_turns, session) for session in turns]
+            wait_until(lambda: sum(turns.values()) >= num_turns or any(user.done() for user in users))
             server.kill()
             assert all(user.result() is None for user in users)
 
-    for least in (8, 24):
-        kill_after(least)
+    for num_turns in (8, 24):
+        kill_after(num_turns)
         server.start()
         with Client(server.url, server.model) as client:
-            for session, told in turns.items():
+            for session, committed in turns.items():
                 version = client.version(session)
-                assert version - told in (0, 1)
+                assert version - committed in (0, 1)
                 assert version == 0 or state(server.data_dir, session) == replay(version)
                 turns[session] = version
 
@@ -181,7 +181,7 @@ def test_a_store_that_keeps_dying_loses_and_doubles_nothing(
     server = make_server().start()
     last = 8
 
-    def live(session: str) -> None:
+    def run_turns(session: str) -> None:
         with Client(server.url, server.model) as client:
             turn = 0
             while turn < last:
@@ -201,7 +201,7 @@ def test_a_store_that_keeps_dying_loses_and_doubles_nothing(
         valkey.kill()
 
     with ThreadPoolExecutor(4) as pool, Client(server.url, server.model) as client:
-        users = [pool.submit(live, f"s{n}") for n in range(4)]
+        users = [pool.submit(run_turns, f"s{n}") for n in range(4)]
         for learned in (100, 500, 900):
             kill_valkey_after(learned, client)
         assert all(user.result() is None for user in users)
@@ -210,19 +210,19 @@ def test_a_store_that_keeps_dying_loses_and_doubles_nothing(
             assert state(server.data_dir, f"s{number}") == replay(last)
 
 
-# --- a Redis of one's own ---------------------------------------------------------------------------------------------
+# --- an external Redis ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]]]]:
-    """The URL of a Valkey and what starts it."""
+    """Yield the URL of a Valkey, and a function that starts the Valkey."""
     started: list[subprocess.Popen[bytes]] = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     (tmp_path / "redis").mkdir()
     options = {"port": port, "bind": "127.0.0.1", "dir": tmp_path / "redis", "save": "", "appendonly": "yes"}
-    command = [valkey_binary(), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    command = [valkey_binary(), *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
 
     def start() -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen([*command, "--appendfsync", "always"], stdout=subprocess.DEVNULL))
@@ -273,10 +273,10 @@ def test_two_servers_of_one_redis_take_turns_with_a_session(
         assert state(url, "alice") == replay(6)
 
         def learn(client: Client) -> int:
-            answers = [client.post("sessions/bob/observe", {"text": TEXT}) for _ in range(10)]
-            for refused in (answer for answer in answers if answer.status_code != 200):
+            responses = [client.post("sessions/bob/observe", {"text": TEXT}) for _ in range(10)]
+            for refused in (response for response in responses if response.status_code != 200):
                 assert_error(refused, 409, "version_conflict")
-            return sum(answer.status_code == 200 for answer in answers)
+            return sum(response.status_code == 200 for response in responses)
 
         with ThreadPoolExecutor(2) as pool:
             learned = sum(pool.map(learn, (one, two)))

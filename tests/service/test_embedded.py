@@ -1,4 +1,4 @@
-"""The embedded Valkey: what was committed survives every kill, and nothing is left behind."""
+"""The embedded Valkey: committed sessions survive every kill, and no process or socket is left behind."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
 from service.errors import StoreUnavailable
-from service.store import RedisStore, RowBatch, SessionMeta
+from service.store import RowBatch, SessionMeta
 from service.store import embedded as embedded_module
 from service.store.embedded import EmbeddedValkey, StoreError, StoreInUse
+from service.store.redis.store import RedisStore
 
 SITES = {"a": 300, "b": 40}
 
@@ -35,7 +36,7 @@ def new_meta(version: int) -> SessionMeta:
 
 
 def rows(version: int) -> dict[str, RowBatch]:
-    """The rows of that version: every byte tells it."""
+    """Return the rows of a version; every byte is the version."""
     return {
         site: RowBatch(np.arange(n, dtype=np.int32), np.full((n, 64), version % 256, np.uint8))
         for site, n in SITES.items()
@@ -47,7 +48,7 @@ async def commit(store: RedisStore, version: int) -> None:
 
 
 async def stored_version(url: str) -> int:
-    """The version that is stored, once all its rows have been found to be of that version."""
+    """Return the stored version, after a check that all rows are of that version."""
     store = RedisStore.from_url(url)
     loaded = await store.load("t", "s")
     await store.close()
@@ -66,7 +67,7 @@ def is_running(pid: int) -> bool:
 
 
 def kill(valkey: EmbeddedValkey) -> None:
-    """kill -9, and waits until the process is gone."""
+    """Kill Valkey with SIGKILL, and wait until the process is gone."""
     assert valkey.pid is not None
     os.kill(valkey.pid, signal.SIGKILL)
     while valkey.alive():
@@ -177,8 +178,8 @@ async def test_a_damaged_file_is_not_served(valkey: EmbeddedValkey) -> None:
     await commit(store, 1)
     await store.close()
     valkey.stop()
-    log = aof_of(valkey)
-    log.write_bytes(log.read_bytes().replace(b"HSET", b"\0\0\0\0", 1))
+    aof = aof_of(valkey)
+    aof.write_bytes(aof.read_bytes().replace(b"HSET", b"\0\0\0\0", 1))
     with pytest.raises(StoreError, match=r"valkey did not start \(status 1\): .+ See .*valkey\.log"):
         valkey.start()
     assert not valkey.alive()
@@ -251,27 +252,28 @@ async def test_a_kill_between_commits_leaves_the_last_or_the_next(valkey: Embedd
 async def test_a_commit_cut_anywhere_on_disk_never_happened(valkey: EmbeddedValkey, tmp_path: Path) -> None:
     store = RedisStore.from_url(valkey.start())
     await commit(store, 1)
-    whole_first = aof_of(valkey).stat().st_size
+    first_end = aof_of(valkey).stat().st_size
     await commit(store, 2)
-    whole_second = aof_of(valkey).stat().st_size
+    second_end = aof_of(valkey).stat().st_size
     await store.close()
     valkey.stop()
     rng = np.random.default_rng(0)
-    between = rng.integers(whole_first + 2, whole_second - 1, 4)
-    for i, cut in enumerate([whole_first + 1, *between, whole_second - 1, whole_second]):
+    between = rng.integers(first_end + 2, second_end - 1, 4)
+    for i, cut in enumerate([first_end + 1, *between, second_end - 1, second_end]):
         copy = EmbeddedValkey(tmp_path / str(i))
         shutil.copytree(tmp_path / "data", tmp_path / str(i))
         os.truncate(aof_of(copy), cut)
-        assert await stored_version(copy.start()) == (2 if cut == whole_second else 1)
+        assert await stored_version(copy.start()) == (2 if cut == second_end else 1)
         copy.stop()
 
 
 def aof_of(valkey: EmbeddedValkey) -> Path:
+    """Return the append-only file."""
     (path,) = (valkey._home / "appendonlydir").glob("*.incr.aof")
     return path
 
 
-# --- what a killed server leaves ---
+# --- an orphan of a killed server ---
 
 SERVER = """
 import sys, time
@@ -285,7 +287,7 @@ time.sleep(600)
 
 @pytest.fixture
 async def orphan(tmp_path: Path) -> AsyncIterator[int]:
-    """The process id of a Valkey with version 1 in it, whose server was killed."""
+    """Yield the process id of a Valkey that stores version 1 and whose server was killed."""
     command = [sys.executable, "-c", SERVER, str(tmp_path / "data")]
     repository = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as server:
@@ -337,7 +339,7 @@ async def test_supervise_restarts_valkey_until_stop(valkey: EmbeddedValkey, monk
     store = RedisStore.from_url(valkey.start())
     supervisor = asyncio.create_task(valkey.supervise())
     for v in (1, 2, 3):
-        await commit(store, v)  # the same client throughout
+        await commit(store, v)  # the client stays the same throughout
         killed = valkey.pid
         kill(valkey)
         async with asyncio.timeout(10):
@@ -355,14 +357,14 @@ async def test_supervise_keeps_trying(valkey: EmbeddedValkey, monkeypatch: pytes
     monkeypatch.setattr(embedded_module, "WATCH_S", 0.01)
     store = RedisStore.from_url(valkey.start())
     await commit(store, 1)
-    log = aof_of(valkey)
-    hidden = log.with_suffix(".hidden")
+    aof = aof_of(valkey)
+    hidden = aof.with_suffix(".hidden")
     supervisor = asyncio.create_task(valkey.supervise())
-    log.rename(hidden)
+    aof.rename(hidden)
     kill(valkey)
     while "Unable to obtain the AOF file" not in (valkey._home / "valkey.log").read_text():
         await asyncio.sleep(0.005)
-    hidden.rename(log)
+    hidden.rename(aof)
     async with asyncio.timeout(10):
         while True:
             with suppress(StoreUnavailable):

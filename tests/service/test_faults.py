@@ -1,4 +1,4 @@
-"""Faults that have no better place, and that docs/reliability.md names tests that exist."""
+"""Faults of the store, the clock and the network, and a check that the tests named in docs/reliability.md exist."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from service.errors import StoreUnavailable
-from service.store import RedisStore, RetentionConfig
-from service.store.base import PAGE_ROWS
 from service.store.embedded import EmbeddedValkey
 from service.store.redis import connect
+from service.store.redis.codec import PAGE_ROWS
+from service.store.redis.store import RedisStore
 from tests.conftest import Server
 from tests.live import (
     Client,
@@ -55,14 +55,14 @@ async def test_a_line_to_the_store_that_died_silently_is_given_up(
     monkeypatch.setattr(connect, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(connect, "CONNECT_TIMEOUT_S", 0.2)
     (port,) = free_ports(1)
-    with valkey(tmp_path, port), StallingProxy(port).open() as line:
-        store = RedisStore.from_url(f"redis://127.0.0.1:{line.port}")
+    with valkey(tmp_path, port), StallingProxy(port).open() as proxy:
+        store = RedisStore.from_url(f"redis://127.0.0.1:{proxy.port}")
         await store.ping()
-        line.stall()
+        proxy.stall()
         for call in (store.ping(), store.load("t", "s"), store.begin_turn("t", "s", write="always")):
             with pytest.raises(StoreUnavailable):
                 await call
-        line.restore()
+        proxy.restore()
         assert await store.load("t", "s") is None
         await store.close()
 
@@ -79,7 +79,7 @@ def test_a_slow_store_delays_and_nothing_else(make_server: Callable[..., Any]) -
 
 @pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="limits of other processes are Linux's alone")
 def test_a_full_disk_stops_learning_until_there_is_room(make_server: Callable[..., Any]) -> None:
-    """A limit on the size of files, which Valkey inherits when it is started again."""
+    """The test limits the size of files; Valkey inherits the limit when the server starts Valkey again."""
     server = make_server().start()
     with Client(server.url) as client:
         client.observe("alice", TEXT * 20)
@@ -99,8 +99,9 @@ def test_a_full_disk_stops_learning_until_there_is_room(make_server: Callable[..
 
 
 def limit_files(server: Any, size: int) -> None:
-    store = find_valkey(server.data_dir)
-    for process in (psutil.Process(server.process.pid), *([store] if store else [])):
+    """Limit the size of the files that a server and its Valkey may write."""
+    valkey_process = find_valkey(server.data_dir)
+    for process in (psutil.Process(server.process.pid), *([valkey_process] if valkey_process else [])):
         hard = process.rlimit(resource.RLIMIT_FSIZE)[1]
         process.rlimit(resource.RLIMIT_FSIZE, (size, hard))
 
@@ -111,12 +112,12 @@ def test_a_damaged_row_is_an_error_of_its_session_alone(make_server: Callable[..
         for session in ("short", "odd", "torn", "whole"):
             client.observe(session, TEXT)
         server.stop()
-        server.start()  # nothing is hot
+        server.start()  # no session is resident now
         with connect_redis(server.data_dir) as raw:
-            for session, sound, length in (("short", PAGE_ROWS, -1), ("odd", 0, None), ("torn", PAGE_ROWS, None)):
+            for session, num_intact, length in (("short", PAGE_ROWS, -1), ("odd", 0, None), ("torn", PAGE_ROWS, None)):
                 key = f"imprint:{{default/{session}}}:rows:lexical"
                 number, page = min(raw.hgetall(key).items())
-                raw.hset(key, number, (page[:sound] + b"\xff" * (len(page) - sound))[:length])
+                raw.hset(key, number, (page[:num_intact] + b"\xff" * (len(page) - num_intact))[:length])
         for session in ("short", "odd", "torn"):
             before = state(server.data_dir, session)
             for path, body in (
@@ -160,7 +161,7 @@ def observe(client: Client, session: str, text: str, **headers: str) -> httpx.Re
     return client.post(f"sessions/{session}/observe", {"text": text}, **headers)
 
 
-# --- given up, and sent again -----------------------------------------------------------------------------------------
+# --- abandoned requests that are sent again ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def attempt(number: int) -> dict[str, str]:
 
 
 def test_a_turn_that_was_answered_elsewhere_is_not_learned_when_its_replica_wakes_up(servers: list[Any]) -> None:
-    """Even without a key, and if its client wants it committed whatever happens: the lost lease makes it begin anew."""
+    """The lost lease makes the turn begin anew, even without a key and with `on_disconnect: commit`."""
     body: Json = {"text": TEXT * 100, "on_disconnect": "commit"}
     with Client(servers[0].url) as one, Client(servers[1].url) as two, ThreadPoolExecutor(1) as pool:
         first = in_background(pool, one, lambda: one.post("sessions/alice/observe", body, **attempt(0)))
@@ -219,16 +220,16 @@ def test_a_first_attempt_that_comes_after_its_retry_is_not_learned_and_a_repetit
 
 
 async def test_no_cancellation_is_lost_in_the_store(tmp_path: Path) -> None:
-    """A turn that was given up must end, wherever in its call of the store it is."""
+    """An abandoned turn must end at every point of its call of the store."""
     embedded = EmbeddedValkey(tmp_path)
-    store = RedisStore.from_url(embedded.start(), RetentionConfig())
+    store = RedisStore.from_url(embedded.start())
     for steps in range(40):
         calls = [asyncio.create_task(store.begin_turn("t", f"{steps}-{n}", write="always")) for n in range(24)]
         for _ in range(steps):
             await asyncio.sleep(0)
-        given_up = [call for call in calls if call.cancel()]
+        cancelled = [call for call in calls if call.cancel()]
         await asyncio.wait(calls)
-        assert all(call.cancelled() for call in given_up)
+        assert all(call.cancelled() for call in cancelled)
     await store.close()
     embedded.stop()
 
@@ -240,11 +241,11 @@ def test_every_fault_names_tests_that_exist() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text()
     faults = [line for line in page.splitlines() if re.match(r"\| (?!fault|---)", line) and "`test_" in line]
     assert len(faults) >= 24
-    there = {
+    tests = {
         node.name
         for file in (ROOT / "tests").rglob("test_*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     named = re.findall(r"`(test_\w+)`", page)
-    assert set(named) <= there, set(named) - there
+    assert set(named) <= tests, set(named) - tests

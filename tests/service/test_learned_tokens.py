@@ -12,13 +12,14 @@ import pytest
 
 from service.engine import Segment
 from service.errors import Conflict
-from service.store import CommitMetadata, RedisStore, RetentionConfig, RowBatch
+from service.store import CommitMetadata, RetentionConfig, RowBatch
 from service.store.base import History, UndoStep
 from service.store.embedded import EmbeddedValkey
+from service.store.redis.store import RedisStore
 from service.turns.learned_tokens import pack_learned_tokens, unpack_learned_tokens
 from service.turns.state_delta import VERSIONED_FIELDS, StateDelta, full_state_delta, state_delta_at
 from service.versions.lineage import plan_unlearn
-from tests.service.test_store import new_meta
+from tests.service.store_backends import new_meta
 
 Model = dict[str, dict[int, bytes]]
 WIDTHS = {"a": 8, "a_own": 12, "b": 4}

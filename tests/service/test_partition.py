@@ -1,4 +1,4 @@
-"""A replica that cannot reach the store writes nothing late, once another has gone on."""
+"""Replicas that cannot reach the store: no late commit lands after another replica has gone on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from service.store import RedisStore
+from service.store.redis.store import RedisStore
 from tests.conftest import Server
 from tests.live import NO_EOS, Client, Json, assert_error, assert_success, state, wait_until
 from tests.service.stalling_proxy import StallingProxy
@@ -24,7 +24,7 @@ LONG: Json = {"prompt": TEXT, "max_tokens": 300, "logit_bias": NO_EOS, "temperat
 
 @dataclass
 class PartitionedReplicas:
-    """Two replicas on one store; the line of the first can fail."""
+    """Two replicas on one store; a proxy can isolate the first replica from the store."""
 
     url: str
     proxy: StallingProxy
@@ -37,8 +37,8 @@ class PartitionedReplicas:
 
 @pytest.fixture(scope="module")
 def mark() -> bytes:
-    """What is in every commit on the wire."""
-    return RedisStore.from_url("redis://127.0.0.1")._commit.sha.encode()
+    """Return bytes that every commit on the wire contains: the script's digest."""
+    return RedisStore.from_url("redis://127.0.0.1")._scripts.commit.sha.encode()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def replicas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("partition")
     (port,) = free_ports(1)
     with valkey(folder / "valkey", port), StallingProxy(port).open() as proxy, ExitStack() as stack:
-        urls = [f"redis://127.0.0.1:{one}/0" for one in (proxy.port, port)]
+        urls = [f"redis://127.0.0.1:{each}/0" for each in (proxy.port, port)]
         servers = [Server(str(tiny_base), folder / f"{n}", redis_url=url, lease_s=1) for n, url in enumerate(urls)]
         for server in servers:
             server.start(wait=False)
@@ -59,11 +59,11 @@ def replicas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def session(replicas: PartitionedReplicas) -> str:
-    """A session that both have taught, and `<session>-naive`, its like."""
+    """Return a session that both replicas have taught; the session `<session>-naive` is its equal."""
     session = uuid4().hex
-    for one in (session, f"{session}-naive"):
-        replicas.connected_client.observe(one, TEXT[:80])
-    with ThreadPoolExecutor(8) as pool:  # on a stalled line no new connection would get as far as a commit
+    for name in (session, f"{session}-naive"):
+        replicas.connected_client.observe(name, TEXT[:80])
+    with ThreadPoolExecutor(8) as pool:  # a connection that is opened through a stalled proxy gets no commit through
         list(pool.map(lambda n: replicas.isolated_client.observe(f"{session}-{n}", TEXT), range(8)))
     return session
 
@@ -75,7 +75,7 @@ def completion(client: Client, session: str) -> Any:
 def test_a_commit_that_comes_late_is_refused_and_its_turn_learned_after_the_others(
     replicas: PartitionedReplicas, session: str, mark: bytes
 ) -> None:
-    """The commit reaches the store only after another replica has taken the lease and gone on."""
+    """The commit reaches the store after another replica has taken the lease and gone on."""
     with ThreadPoolExecutor(1) as pool:
         turn = pool.submit(completion, replicas.isolated_client, session)
         wait_until(lambda: replicas.isolated_client.metric("kv_tokens_reserved") > 0)
@@ -85,8 +85,8 @@ def test_a_commit_that_comes_late_is_refused_and_its_turn_learned_after_the_othe
         wait_until(lambda: replicas.has_buffered_commit(mark))
         assert state(replicas.url, session) == before
         replicas.proxy.restore()
-        told = assert_success(turn.result())["adaptation"]
-    assert (told["version_from"], told["version_to"]) == (2, 3)
+        adaptation = assert_success(turn.result())["adaptation"]
+    assert (adaptation["version_from"], adaptation["version_to"]) == (2, 3)
     replicas.connected_client.observe(f"{session}-naive", TEXT[30:])
     assert_success(completion(replicas.connected_client, f"{session}-naive"))
     assert state(replicas.url, session) == state(replicas.url, f"{session}-naive")

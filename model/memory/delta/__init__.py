@@ -1,1 +1,1 @@
-"""The delta site: rows of vectors, written by the delta rule."""
+"""The delta memory: rows of vectors, written by the delta rule and read into the residual stream."""

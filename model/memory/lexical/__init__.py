@@ -1,1 +1,1 @@
-"""The lexical site: rows of tokens at the output."""
+"""The lexical memory: rows of tokens, read into the output distribution."""

@@ -1,7 +1,7 @@
-"""Kernels for CPUs, compiled by Numba, with the arguments of those in `kernels`; each has a twin in torch's operators.
+"""The Numba backend of the lexical memory, for CPUs: the equations of `torch_backend.py`, compiled.
 
-Import it through `device.memory_backend_for`. What a function compiles to is kept: beside this file, or in
-the user's cache. Each row is computed alone, in one order, so neither its neighbours nor the number of threads show.
+Numba keeps the machine code of a function beside this file or in the user's cache. Each row is computed alone and in
+one order, so its bits depend neither on the other rows of the batch nor on the number of threads (law 4).
 """
 
 from __future__ import annotations
@@ -15,99 +15,110 @@ import torch
 from torch import Tensor
 
 from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
-from model.memory.lexical.torch_backend import (
+from model.memory.lexical.types import (
     HASH_MULTIPLIER,
     MAX_GAMMA,
     QUERY_SCALE,
     SIMILARITY_STEP,
+    AddressWeights,
     Candidates,
     GatedMixture,
     GateWeights,
     HeadParams,
-    Prediction,
 )
+from model.memory.prediction import Prediction
 from model.numba_support import MIN_EXP_INPUT, Array, as_arrays, cached_njit, exp, log, parallel_rows, row_max
 
 
-def find_candidates(
-    tables: Tensor,
-    fields: Sequence[Tensor],
-    session: Tensor,
-    cells: Tensor,
-    query: Tensor,
-    context: Tensor,
-    base: Prediction,
-    head_params: HeadParams,
-) -> tuple[Candidates, Tensor]:
-    """One pass over the rows for each context. Twin: `SitePool.read`, `ops.compare` and `ops.score_row_matches`;
-    likeness and repeated runs are the same to the last bit."""
-    n, K, (H, R) = len(cells), cells.shape[1] * fields[0].shape[1], head_params.bonus.shape
-    tokens, same = torch.empty(n, K, dtype=torch.long), torch.empty(n, dtype=torch.long)
-    num_empty_rows = torch.empty(cells.shape, dtype=torch.long)
-    shares, gate_features = (torch.zeros(n, H, wide, dtype=base.logits.dtype) for wide in (K, 4 + R))
-    asked = (tables, *fields, session, cells, query, context, base.logits, base.log_z, *head_params)
-    parallel_rows(_find, n, *as_arrays(*asked, tokens, shares, gate_features, same, num_empty_rows))
-    return Candidates(tokens, shares, gate_features.flatten(1), same), num_empty_rows
+class NumbaBackend:
+    """The memory's kernels as machine code for CPUs. `MemoryBackend` states the contract of each method."""
 
+    name = "numba"
 
-def gate_mixture(
-    found: Candidates,
-    entropy: Tensor,
-    keys: Tensor,
-    gate: GateWeights,
-    session_scalars: Tensor,
-    session: Tensor,
-    trust: Tensor,
-) -> GatedMixture:
-    """Without the dozen operators of its twin, `ops.gate_mixture`."""
-    n, _, K = found.shares.shape
-    gated = GatedMixture(*(entropy.new_empty(size) for size in ((n, K), (n,), (n,))))
-    parallel_rows(
-        _gate_mixture, n, *as_arrays(*found[1:], entropy, keys, *gate, session_scalars, session, trust, *gated)
-    )
-    return gated
+    def load_rows(
+        self, fields: Sequence[Tensor], physical_cells: Tensor, cell: Tensor, row: Tensor, data: Tensor
+    ) -> None:
+        first = 0
+        for field in fields:
+            part = field.view(torch.uint8)
+            # One thread: the other cores have work while a session is loaded.
+            _load_rows(first, *as_arrays(part, physical_cells, cell, row, data))
+            first += part.shape[2]
 
+    def find_candidates(
+        self,
+        tables: Tensor,
+        fields: Sequence[Tensor],
+        session: Tensor,
+        cells: Tensor,
+        query: Tensor,
+        context: Tensor,
+        base: Prediction,
+        head_params: HeadParams,
+    ) -> tuple[Candidates, Tensor]:
+        n, K, (H, R) = len(cells), cells.shape[1] * fields[0].shape[1], head_params.bonus.shape
+        tokens, ngram_matches = torch.empty(n, K, dtype=torch.long), torch.empty(n, dtype=torch.long)
+        num_empty_rows = torch.empty(cells.shape, dtype=torch.long)
+        shares, gate_features = (torch.zeros(n, H, size, dtype=base.logits.dtype) for size in (K, 4 + R))
+        inputs = (tables, *fields, session, cells, query, context, base.logits, base.log_z, *head_params)
+        outputs = (tokens, shares, gate_features, ngram_matches, num_empty_rows)
+        parallel_rows(_find, n, *as_arrays(*inputs, *outputs))
+        return Candidates(tokens, shares, gate_features.flatten(1), ngram_matches), num_empty_rows
 
-def mixture(
-    tables: Tensor,
-    fields: Sequence[Tensor],
-    session_scalars: Tensor,
-    address: tuple[Tensor, Tensor, Tensor],
-    k: int,
-    head_params: HeadParams,
-    gate: GateWeights,
-    session: Tensor,
-    hidden: Tensor,
-    last_tokens_batch: Tensor,
-    trust: Tensor,
-    logits: Tensor,
-) -> Tensor:
-    """All of a read in one call, in place of the logits; the operators of its twin, what `LexicalSite.mixture` does
-    elsewhere, are small, many and cold. address: weight and bias of the keys, and the cells' centres."""
-    site, logits = (tables, *fields, session_scalars, *address, *head_params, *gate), logits.contiguous()
-    asked = (session, hidden.float(), last_tokens_batch, trust)
-    parallel_rows(partial(_mixture, k), len(logits), *as_arrays(*site, *asked, logits))
-    return logits
+    def gate_mixture(
+        self,
+        found: Candidates,
+        entropy: Tensor,
+        keys: Tensor,
+        gate: GateWeights,
+        session_scalars: Tensor,
+        session: Tensor,
+        trust: Tensor,
+    ) -> GatedMixture:
+        n, _, K = found.shares.shape
+        gated = GatedMixture(*(entropy.new_empty(size) for size in ((n, K), (n,), (n,))))
+        inputs = (*found[1:], entropy, keys, *gate, session_scalars, session, trust)
+        parallel_rows(_gate_mixture, n, *as_arrays(*inputs, *gated))
+        return gated
 
+    def mixture(
+        self,
+        tables: Tensor,
+        fields: Sequence[Tensor],
+        session_scalars: Tensor,
+        address: AddressWeights,
+        k: int,
+        head_params: HeadParams,
+        gate: GateWeights,
+        session: Tensor,
+        hidden: Tensor,
+        last_tokens: Tensor,
+        trust: Tensor,
+        logits: Tensor,
+    ) -> Tensor:
+        # One call replaces some forty torch operators, which are small and find their data cold.
+        logits = logits.contiguous()
+        site = (tables, *fields, session_scalars, *address, *head_params, *gate)
+        requests = (session, hidden.float(), last_tokens, trust)
+        parallel_rows(partial(_mixture, k), len(logits), *as_arrays(*site, *requests, logits))
+        return logits
 
-def write(
-    fields: Sequence[Tensor], old: Tensor, new: Tensor, at: Tensor, keys: Tensor, ngram_hashes: Tensor, targets: Tensor
-) -> None:
-    """Token by token, in place. Twin: `ops.write_lexical` between `Draft.get` and `Draft.put`."""
-    _write(*as_arrays(*fields, old, new, at, keys, ngram_hashes, targets))
-
-
-def load_rows(fields: Sequence[Tensor], physical_cells: Tensor, cell: Tensor, row: Tensor, data: Tensor) -> None:
-    """Straight into the fields, in one thread. Twin: `ops.load_rows`."""
-    first = 0
-    for field in fields:
-        part = field.view(torch.uint8)
-        _load_rows(first, *as_arrays(part, physical_cells, cell, row, data))
-        first += part.shape[2]
+    def write(
+        self,
+        fields: Sequence[Tensor],
+        old: Tensor,
+        new: Tensor,
+        at: Tensor,
+        keys: Tensor,
+        ngram_hashes: Tensor,
+        targets: Tensor,
+    ) -> None:
+        _write(*as_arrays(*fields, old, new, at, keys, ngram_hashes, targets))
 
 
 @cached_njit
 def _predict(logits: Array, log_z: Array, entropy: Array) -> None:
+    """Compute log_z and entropy [n] of logits [n, V], as `prediction.base_prediction` does."""
     for t in range(len(logits)):
         row = logits[t]
         top, total, weighted = row_max(row), np.float32(0.0), np.float32(0.0)
@@ -143,6 +154,7 @@ def _find(
     out_ngram_matches: Array,
     out_num_empty_rows: Array,
 ) -> None:
+    """Compute equations L3 and L4 for the contexts first … last, in one pass over the rows of each."""
     k, P, R, D = cells.shape[1], keys.shape[1], ngram_hashes.shape[2], keys.shape[2]
     K, step, scaled_query = k * P, np.float32(SIMILARITY_STEP), np.empty(D, np.int16)
     cosines, ngram_matches, log_probs = np.empty(K, np.float32), np.empty(K, np.int64), np.empty(K, logits.dtype)
@@ -161,10 +173,10 @@ def _find(
                 if ages[physical_cell, p] == 0:
                     empty += 1
                     continue
-                same = 0
+                matches = 0
                 for r in range(R):
-                    same += ngram_hashes[physical_cell, p, r] == context[t, r] and context[t, r] != 0
-                ngram_matches[at] = same
+                    matches += ngram_hashes[physical_cell, p, r] == context[t, r] and context[t, r] != 0
+                ngram_matches[at] = matches
                 log_probs[at] = logits[t, token] - log_z[t]
                 total = np.int32(0)
                 for d in range(D):
@@ -198,8 +210,8 @@ def _find(
             gate_features[1] = cosines[best]
             gate_features[2] = agreement
             gate_features[3] = math.log(agreement + np.float32(1e-4)) / np.float32(3.0)
-            for run in range(R):
-                gate_features[4 + run] = ngram_matches[best] > run
+            for j in range(R):
+                gate_features[4 + j] = ngram_matches[best] > j
 
 
 @cached_njit
@@ -222,6 +234,7 @@ def _gate_mixture(
     gamma: Array,
     unguarded_gamma: Array,
 ) -> None:
+    """Compute equation L5 for the contexts first … last."""
     H, K, E, D = shares.shape[1], shares.shape[2], gate_features.shape[1], keys.shape[1]
     for t in range(first, last):
         inner, out = bias.copy(), out_bias.copy()
@@ -239,15 +252,15 @@ def _gate_mixture(
             for i in range(K):
                 mixed[t, i] += heads[h] * shares[t, h, i]
         known = mixed[t].sum() > 0
-        same, mine = ngram_matches[t], session_scalars[session[t]]
-        logit = out[0] + mine[TRUST, same] + trust[t, same]
+        matches, scalars = ngram_matches[t], session_scalars[session[t]]
+        logit = out[0] + scalars[TRUST, matches] + trust[t, matches]
         unguarded_gamma[t] = min(1 / (1 + math.exp(-logit)), MAX_GAMMA) if known else 0.0
-        gamma[t] = unguarded_gamma[t] if mine[GATE_CLOSED, same] == 0 else 0.0
+        gamma[t] = unguarded_gamma[t] if scalars[GATE_CLOSED, matches] == 0 else 0.0
 
 
 @cached_njit
 def _mix(logits: Array, log_z: float, tokens: Array, shares: Array, gamma: float, by_token: Array) -> None:
-    """by_token [V]: zeros, before and after."""
+    """Mix p_mem into the logits [V] of one context, in place (equation L6); by_token [V] is 0 before and after."""
     distinct, count, without = np.empty(len(tokens), np.int64), 0, math.log1p(-gamma) - log_z
     base, added, more = np.empty((3, len(tokens)), logits.dtype)
     for i in range(len(tokens)):
@@ -267,20 +280,22 @@ def _mix(logits: Array, log_z: float, tokens: Array, shares: Array, gamma: float
 
 
 @cached_njit
-def _hash_last_ngrams(last_tokens_batch: Array, out: Array) -> None:
+def _hash_last_ngrams(last_tokens: Array, out: Array) -> None:
+    """Compute the n-gram hashes [n, R] of last tokens [n, 8] (equation L1)."""
     multiplier = np.int64(HASH_MULTIPLIER)
-    for t in range(len(last_tokens_batch)):
+    for t in range(len(last_tokens)):
         for r in range(len(NGRAM_SIZES)):
-            total, power, first = np.int64(0), np.int64(1), last_tokens_batch.shape[1] - NGRAM_SIZES[r]
-            for at in range(last_tokens_batch.shape[1] - 1, first - 1, -1):
+            total, power, first = np.int64(0), np.int64(1), last_tokens.shape[1] - NGRAM_SIZES[r]
+            for at in range(last_tokens.shape[1] - 1, first - 1, -1):
                 power *= multiplier
-                total += (last_tokens_batch[t, at] + 1) * power
+                total += (last_tokens[t, at] + 1) * power
             high = np.int16(((total ^ (total >> 29)) * multiplier) >> 48)
-            out[t, r] = 0 if last_tokens_batch[t, first] < 0 else 1 if high == 0 else high
+            out[t, r] = 0 if last_tokens[t, first] < 0 else 1 if high == 0 else high
 
 
 @cached_njit
 def _keys(hidden: Array, weight: Array, bias: Array, out: Array) -> None:
+    """Compute the keys [n, d_k] of hidden states [n, d] (equation L1)."""
     for t in range(len(hidden)):
         key, square = out[t], np.float32(0.0)
         key[:] = bias
@@ -294,7 +309,7 @@ def _keys(hidden: Array, weight: Array, bias: Array, out: Array) -> None:
 
 @cached_njit
 def _nearest_cells(keys: Array, centres: Array, out: Array) -> None:
-    """The k cells [n, k] whose centres are the nearest to each key, the nearest first."""
+    """Find the k cells [n, k] whose centres are nearest to each key, the nearest first (equation L2)."""
     k = out.shape[1]
     best = np.empty(k, keys.dtype)
     for t in range(len(keys)):
@@ -336,10 +351,11 @@ def _mixture(
     out_bias: Array,
     session: Array,
     hidden: Array,
-    last_tokens_batch: Array,
+    last_tokens: Array,
     trust: Array,
     logits: Array,
 ) -> None:
+    """Compute equations L1–L6 for the rows first … last of the logits, in place."""
     K, H, R, one = k * ages.shape[1], len(bonus), bonus.shape[1], (1, k * ages.shape[1])
     log_z, entropy, gamma, unguarded_gamma = np.empty((4, 1), logits.dtype)
     context, query = np.empty((1, R), np.int16), np.empty((1, keys.shape[2]), hidden.dtype)
@@ -352,15 +368,15 @@ def _mixture(
         gate_features.reshape(1, -1),
     )
     by_token = np.zeros(logits.shape[1], logits.dtype)
-    for t in range(first, last):  # one after the other: a row of logits is still near when it is needed again
-        mine, asked, shares[:], gate_features[:] = slice(t, t + 1), session[t : t + 1], 0.0, 0.0
-        _predict(logits[mine], log_z, entropy)
-        _hash_last_ngrams(last_tokens_batch[mine], context)
-        _keys(hidden[mine], key_weight, key_bias, query)
+    for t in range(first, last):  # one after the other: a row of logits is still in the cache when it is mixed
+        row, sessions, shares[:], gate_features[:] = slice(t, t + 1), session[t : t + 1], 0.0, 0.0
+        _predict(logits[row], log_z, entropy)
+        _hash_last_ngrams(last_tokens[row], context)
+        _keys(hidden[row], key_weight, key_bias, query)
         _nearest_cells(query, centres, cells)
-        wanted = (asked, cells, query, context, logits[mine], log_z)
-        _find(0, 1, *rows, *wanted, *head_params, found, shares, gate_features, ngram_matches, num_empty_rows)
-        gate = (weight, bias, out_weight, out_bias, session_scalars, asked, trust[mine])
+        contexts = (sessions, cells, query, context, logits[row], log_z)
+        _find(0, 1, *rows, *contexts, *head_params, found, shares, gate_features, ngram_matches, num_empty_rows)
+        gate = (weight, bias, out_weight, out_bias, session_scalars, sessions, trust[row])
         _gate_mixture(0, 1, shares, flat_features, ngram_matches, entropy, query, *gate, mixed, gamma, unguarded_gamma)
         _mix(logits[t], log_z[0], found[0], mixed[0], gamma[0], by_token)
 
@@ -378,6 +394,7 @@ def _write(
     new_ngram_hashes: Array,
     targets: Array,
 ) -> None:
+    """Write one block, token by token (equation L7)."""
     for u in range(len(old)):
         if old[u] != new[u]:
             ages[new[u]] = ages[old[u]]
@@ -395,9 +412,10 @@ def _write(
 
 @cached_njit
 def _load_rows(first: int, field: Array, physical_cells: Array, cell: Array, row: Array, data: Array) -> None:
+    """Put bytes from `first` on of each stored row into a field; empty the rest of the cells."""
     for physical_cell in physical_cells:
         field[physical_cell] = 0
     for n in range(len(data)):
-        there = field[physical_cells[cell[n]], row[n]]
-        for at in range(len(there)):
-            there[at] = data[n, first + at]
+        stored = field[physical_cells[cell[n]], row[n]]
+        for at in range(len(stored)):
+            stored[at] = data[n, first + at]

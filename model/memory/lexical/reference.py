@@ -1,6 +1,6 @@
-"""The twins of `ops.py`: the same names and arguments, one token and one slot at a time, in plain Python loops.
+"""The reference of the lexical memory's backends: the same equations, one token and one row at a time, in plain loops.
 
-Slow on purpose, and the definition: where `ops.py` and this file disagree, this file is right.
+The reference is slow on purpose and is the definition: where a backend and this file disagree, this file is right.
 """
 
 from __future__ import annotations
@@ -11,76 +11,23 @@ import math
 import torch
 from torch import Tensor
 
-from model.memory.config import NGRAM_SIZES
-from model.memory.lexical.torch_backend import (
+from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.lexical.torch_backend import scale_query
+from model.memory.lexical.types import (
     HASH_MULTIPLIER,
+    MAX_GAMMA,
     SIMILARITY_STEP,
     Candidates,
+    GatedMixture,
+    GateWeights,
     LexicalRows,
-    Prediction,
-    scale_query,
 )
-
-
-def product_key_topk(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores all N slots of each token; keys [n, 2, √N] → slots [n, k], scores [n, k]."""
-    best = [(s1[:, None] + s2[None, :]).flatten().topk(k) for s1, s2 in keys]
-    return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
-
-
-def read_lexical(
-    rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
-) -> Candidates:
-    """Row by row; arguments and result as in `ops.compare` and `ops.score_candidates`."""
-    n, k, P = rows.tokens.shape
-    heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
-    tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
-    num_ngrams, ngram_matches = context.shape[1], torch.zeros(n, dtype=torch.long)
-    gate_features = torch.zeros(n, heads, 4 + num_ngrams, dtype=query.dtype)
-    gate_features[:, :, 3] = math.log(1e-4) / 3
-    for t, h in itertools.product(range(n), range(heads)):
-        found = []
-        for candidate in range(k * P):
-            i, row = divmod(candidate, P)
-            if rows.ages[t, i, row] > 0:
-                cosine = float(scale_query(query[t]) @ rows.keys[t, i, row].float()) * SIMILARITY_STEP
-                pairs = zip(rows.ngram_hashes[t, i, row].tolist(), context[t].tolist(), strict=True)
-                same = sum(mine == asked and asked != 0 for mine, asked in pairs)
-                score = float(sharpness[h]) * cosine + float(prior[h]) * float(log_probs[t, tokens[t, candidate]])
-                score += float(bonus[h, :same].sum())
-                found.append((score, cosine, same, candidate))
-        if not found:
-            continue
-        total = math.log(sum(math.exp(score) for score, *_ in found))
-        for score, *_, candidate in found:
-            shares[t, h, candidate] = math.exp(score - total)
-        _, cosine, same, best = max(found, key=lambda item: item[0])
-        agreement = float(
-            sum(shares[t, h, candidate] for *_, candidate in found if tokens[t, candidate] == tokens[t, best])
-        )
-        matched_ngrams = [float(same > j) for j in range(num_ngrams)]
-        gate_features[t, h] = torch.tensor(
-            [total / 10, cosine, agreement, math.log(agreement + 1e-4) / 3, *matched_ngrams]
-        )
-        if h == 0:
-            ngram_matches[t] = same
-    return Candidates(tokens, shares, gate_features.flatten(1), ngram_matches)
-
-
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
-    """The mixture over the whole vocabulary, one token at a time; log-probabilities [n, V]."""
-    out = base.logits.clone()
-    for t in range(len(out)):
-        if gamma[t] > 0:
-            memory = torch.zeros_like(out[t])
-            for token, share in zip(tokens[t].tolist(), shares[t], strict=True):
-                memory[token] += share
-            out[t] = ((1 - gamma[t]) * torch.softmax(base.logits[t], -1) + gamma[t] * memory).log()
-    return out
+from model.memory.prediction import Prediction
 
 
 def hash_ngrams(token_ids: Tensor) -> Tensor:
-    """Place by place, in Python's own integers; argument and result as in `ops.hash_ngrams`."""
+    """Return the hashes [n, R] of the n-grams at each position, in Python's own integers (equation L1); the argument is
+    that of `torch_backend.hash_ngrams`."""
     out = []
     for end in range(max(NGRAM_SIZES), len(token_ids) + 1):
         ngram_hashes = []
@@ -95,17 +42,112 @@ def hash_ngrams(token_ids: Tensor) -> Tensor:
     return torch.tensor(out, dtype=torch.int16).view(-1, len(NGRAM_SIZES))
 
 
+def nearest_cells(keys: Tensor, centres: Tensor, k: int) -> Tensor:
+    """Return the k cells [n, k] nearest to each key [n, d_k], one dot product at a time (equation L2)."""
+    out = []
+    for key in keys.tolist():
+        scores = [sum(a * b for a, b in zip(key, centre, strict=True)) for centre in centres.tolist()]
+        out.append(sorted(range(len(scores)), key=lambda cell: -scores[cell])[:k])
+    return torch.tensor(out, dtype=torch.long)
+
+
+def read_lexical(
+    rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
+) -> Candidates:
+    """Return the candidates, row by row (equations L3 and L4); arguments and result as in `torch_backend.match_rows`
+    and `torch_backend.score_candidates`."""
+    n, k, P = rows.tokens.shape
+    heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
+    tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
+    num_ngrams, ngram_matches = context.shape[1], torch.zeros(n, dtype=torch.long)
+    gate_features = torch.zeros(n, heads, 4 + num_ngrams, dtype=query.dtype)
+    gate_features[:, :, 3] = math.log(1e-4) / 3
+    for t, h in itertools.product(range(n), range(heads)):
+        found = []
+        for candidate in range(k * P):
+            i, row = divmod(candidate, P)
+            if rows.ages[t, i, row] > 0:
+                cosine = float(scale_query(query[t]) @ rows.keys[t, i, row].float()) * SIMILARITY_STEP
+                pairs = zip(rows.ngram_hashes[t, i, row].tolist(), context[t].tolist(), strict=True)
+                matches = sum(stored == wanted and wanted != 0 for stored, wanted in pairs)
+                score = float(sharpness[h]) * cosine + float(prior[h]) * float(log_probs[t, tokens[t, candidate]])
+                score += float(bonus[h, :matches].sum())
+                found.append((score, cosine, matches, candidate))
+        if not found:
+            continue
+        total = math.log(sum(math.exp(score) for score, *_ in found))
+        for score, *_, candidate in found:
+            shares[t, h, candidate] = math.exp(score - total)
+        _, cosine, matches, best = max(found, key=lambda item: item[0])
+        agreement = float(
+            sum(shares[t, h, candidate] for *_, candidate in found if tokens[t, candidate] == tokens[t, best])
+        )
+        matched_ngrams = [float(matches > j) for j in range(num_ngrams)]
+        gate_features[t, h] = torch.tensor(
+            [total / 10, cosine, agreement, math.log(agreement + 1e-4) / 3, *matched_ngrams]
+        )
+        if h == 0:
+            ngram_matches[t] = matches
+    return Candidates(tokens, shares, gate_features.flatten(1), ngram_matches)
+
+
+def gate_mixture(
+    found: Candidates,
+    entropy: Tensor,
+    keys: Tensor,
+    gate: GateWeights,
+    session_scalars: Tensor,
+    session: Tensor,
+    trust: Tensor,
+) -> GatedMixture:
+    """Return p_mem and γ, one token at a time (equation L5); arguments as in `MemoryBackend.gate_mixture`."""
+    n, heads, K = found.shares.shape
+    shares, gamma, unguarded_gamma = torch.zeros(n, K), torch.zeros(n), torch.zeros(n)
+    for t in range(n):
+        inputs = [*found.gate_features[t].tolist(), float(entropy[t]) / 4, *keys[t].tolist()]
+        inner = [
+            math.tanh(float(bias) + sum(x * float(w) for x, w in zip(inputs, column, strict=True)))
+            for bias, column in zip(gate.bias, gate.weight.T, strict=True)
+        ]
+        logit, *head_logits = [
+            float(bias) + sum(x * float(w) for x, w in zip(inner, column, strict=True))
+            for bias, column in zip(gate.out_bias, gate.out_weight.T, strict=True)
+        ]
+        total = sum(math.exp(head_logit) for head_logit in head_logits)
+        for h in range(heads):
+            shares[t] += math.exp(head_logits[h]) / total * found.shares[t, h]
+        scalars, matches = session_scalars[session[t]], int(found.ngram_matches[t])
+        logit += float(scalars[TRUST, matches]) + float(trust[t, matches])
+        if shares[t].any():
+            unguarded_gamma[t] = min(1 / (1 + math.exp(-logit)), MAX_GAMMA)
+        if scalars[GATE_CLOSED, matches] == 0:
+            gamma[t] = unguarded_gamma[t]
+    return GatedMixture(shares, gamma, unguarded_gamma)
+
+
+def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
+    """Return log p [n, V] over the whole vocabulary, one token at a time (equation L6)."""
+    out = base.logits.clone()
+    for t in range(len(out)):
+        if gamma[t] > 0:
+            memory = torch.zeros_like(out[t])
+            for token, share in zip(tokens[t].tolist(), shares[t], strict=True):
+                memory[token] += share
+            out[t] = ((1 - gamma[t]) * torch.softmax(base.logits[t], -1) + gamma[t] * memory).log()
+    return out
+
+
 def assign_cells(cells: Tensor, num_empty_rows: Tensor) -> Tensor:
-    """Token by token; arguments and result as in `ops.assign_cells`."""
+    """Return the cell of each token, token by token (equation L7); arguments as in `torch_backend.assign_cells`."""
     chosen: list[int] = []
-    for mine, num_empty in zip(cells.tolist(), num_empty_rows.tolist(), strict=True):
-        empty = [cell for cell, rows in zip(mine, num_empty, strict=True) if chosen.count(cell) < rows]
-        chosen.append(empty[0] if empty else mine[0])
+    for near, num_empty in zip(cells.tolist(), num_empty_rows.tolist(), strict=True):
+        empty = [cell for cell, rows in zip(near, num_empty, strict=True) if chosen.count(cell) < rows]
+        chosen.append(empty[0] if empty else near[0])
     return torch.tensor(chosen, dtype=torch.long)
 
 
 def write_lexical(old: LexicalRows, at: Tensor, keys: Tensor, ngram_hashes: Tensor, targets: Tensor) -> LexicalRows:
-    """Token by token; arguments and result as in `ops.write_lexical`."""
+    """Return the cells [U, P] after each token's write (equation L7); arguments as in `torch_backend.write_lexical`."""
     new = LexicalRows(*(part.clone() for part in old))
     for t in range(len(at)):
         ages = new.ages[at[t]].tolist()
@@ -114,43 +156,4 @@ def write_lexical(old: LexicalRows, at: Tensor, keys: Tensor, ngram_hashes: Tens
         new.tokens[at[t], row] = int(targets[t])
         new.ngram_hashes[at[t], row] = ngram_hashes[t]
         new.keys[at[t], row] = keys[t]
-    return new
-
-
-def read_delta(rows: Tensor, w: Tensor) -> Tensor:
-    """norm(Σ_i w_i·M_i), one token at a time; rows [n, k, d_v], w [n, k] → [n, d_v]."""
-    out = torch.zeros(len(rows), rows.shape[-1], dtype=rows.dtype)
-    for t in range(len(rows)):
-        o = sum((w[t, i] * rows[t, i] for i in range(w.shape[1])), start=torch.zeros_like(out[t]))
-        size = math.sqrt((o @ o).item() / len(o))
-        out[t] = o / max(size, 1e-6) if size > 0 else o
-    return out
-
-
-def delta_read_magnitude(rows: Tensor, w: Tensor) -> Tensor:
-    """log(1 + rms(Σ_i w_i·M_i)), one token at a time; rows [n, k, d_v], w [n, k] → [n]."""
-    out = torch.zeros(len(rows), dtype=rows.dtype)
-    for t in range(len(rows)):
-        o = [sum(float(w[t, i] * rows[t, i, v]) for i in range(w.shape[1])) for v in range(rows.shape[2])]
-        out[t] = math.log1p(math.sqrt(sum(number**2 for number in o) / len(o)))
-    return out
-
-
-def write_delta(
-    old: Tensor, at: Tensor, w: Tensor, beta: Tensor, values: Tensor, *, decay: float, cap: float
-) -> Tensor:
-    """The delta rule token by token from the block's start; arguments and result as in `ops.write_delta`."""
-    spread = torch.zeros(len(at), len(old), dtype=old.dtype)
-    for t in range(len(at)):
-        spread[t, at[t]] = w[t]
-    new = old.clone()
-    for t in range(len(at)):
-        read = sum((w[t, j] * old[at[t, j]] for j in range(at.shape[1])), start=torch.zeros_like(old[0]))
-        collisions = max(1.0, sum((spread[t] @ spread[u]).item() for u in range(len(at))))
-        for i in range(at.shape[1]):
-            new[at[t, i]] += beta[t] / collisions * w[t, i] * (values[t] - decay * read)
-    for u in range(len(old)):
-        size = new[u].norm().item()
-        if size > cap:
-            new[u] *= cap / size
     return new

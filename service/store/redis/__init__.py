@@ -1,1 +1,1 @@
-"""The store that speaks the Redis protocol."""
+"""The session store in Redis or Valkey: `store` implements the contract, the other modules are its parts."""

@@ -1,4 +1,4 @@
-"""Clients of one server, of a master that Sentinels name, or of a cluster; none of them repeats anything by itself."""
+"""Clients of one server, of a master that Sentinels name, or of a cluster. No client here repeats a call by itself."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ AnyRedis = Redis | RedisCluster
 
 
 def connect(url: str) -> AnyRedis:
-    """A client of `redis://`, `rediss://`, `unix://`, `redis+sentinel://host:port,host:port/service` or
-    `redis+cluster://host:port,host:port` (the last two also as `rediss+…`, which is TLS).
+    """Return a client of the server or servers that a URL names; connect at the first call.
+
+    Args:
+        url: `redis://`, `rediss://`, `unix://`, `redis+sentinel://host:port,host:port/service` or
+            `redis+cluster://host:port,host:port`; the last two also as `rediss+…`, which is TLS.
 
     Raises:
-        ValueError: the URL is none of these.
+        ValueError: the URL has none of these forms.
     """
     split = urlsplit(url)
     scheme, _, kind = split.scheme.partition("+")
@@ -69,5 +72,5 @@ def _hosts(split: SplitResult, default_port: int) -> list[tuple[str, int]]:
 
 def _credentials(split: SplitResult) -> dict[str, Any]:
     name, _, password = split.netloc.rpartition("@")[0].partition(":")
-    given = {"username": unquote(name), "password": unquote(password)}
-    return {key: value for key, value in given.items() if value}
+    credentials = {"username": unquote(name), "password": unquote(password)}
+    return {key: value for key, value in credentials.items() if value}

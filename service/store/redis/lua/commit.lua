@@ -1,11 +1,12 @@
--- The step from version v to v+1 of one session: all of it or nothing.
+-- Take one session from version v to v+1: all of the step or nothing.
 --
 -- KEYS  the meta hash.
--- ARGV  version v, created, nonce, lease or '', default ttl, versions kept, bytes kept of them, log entries kept,
---       log entry, text or '', name of the remembered answer or '', its ttl, its record, options,
---       number of meta values, field, value, ...,
+-- ARGV  version v, created, nonce, lease or '', default ttl, undo steps to keep, bytes of undo steps to keep, log
+--       entries to keep, log entry or '', text or '', name of the idempotency record or '', its ttl, the record,
+--       options, number of meta fields and values, field, value, ...,
 --       then for each touched site: its name, its row_bytes, its rows as records (slot, row), slots to empty.
--- Returns {verdict, detail}; whatever the verdict, nothing is written unless it is 'done'.
+-- Returns {verdict, detail}. Only 'done' has written anything; the other verdicts are 'format', 'fenced', 'erased',
+-- 'conflict', 'renewed' and 'width'.
 local version, created, nonce, lease, ttl = unpack(ARGV, 1, 5)
 local keep, keep_bytes, keep_log, entry, text = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 local once, once_ttl, record, options = unpack(ARGV, 11, 14)
@@ -18,7 +19,7 @@ if not known(stored[1]) then
   return {'format', stored[1]}
 end
 if stored[4] == nonce then
-  return {'done', version} -- this very commit has landed before, and only its reply was lost
+  return {'done', version} -- an earlier attempt of this commit has landed, and its reply was lost
 end
 local stale = fenced(lease)
 if stale then
@@ -41,6 +42,7 @@ if OLD_FORMATS[stored[1]] then
   upgrade(stored[1])
 end
 
+-- Return the parts in one string, each behind its length.
 local function packed(parts)
   for i, part in ipairs(parts) do
     parts[i] = struct.pack('<I4', #part) .. part
@@ -48,11 +50,11 @@ local function packed(parts)
   return table.concat(parts)
 end
 
--- What leads back: the rows as they were, the slots that were empty, and the meta values as they were.
+-- The undo step: the rows that are replaced, the slots that were empty, and the meta values that are replaced.
 local undo_rows, undo_meta = {}, {}
 
--- What changes, by page and place: a row, or false where one is to go; and the pages in order.
-local function changes_of(row_bytes, records, gone)
+-- Return the changes by page and offset (a row, or false for a slot to empty), and the numbers of the pages.
+local function changes_of(row_bytes, records, cleared)
   local changes, pages = {}, {}
   local function note(slot, row)
     local number = struct.unpack('<I4', slot)
@@ -67,43 +69,44 @@ local function changes_of(row_bytes, records, gone)
     local row = at + SLOT_BYTES
     note(string.sub(records, at, row - 1), string.sub(records, row, row + row_bytes - 1))
   end
-  for at = 1, #gone, SLOT_BYTES do
-    note(string.sub(gone, at, at + SLOT_BYTES - 1), false)
+  for at = 1, #cleared, SLOT_BYTES do
+    note(string.sub(cleared, at, at + SLOT_BYTES - 1), false)
   end
   return changes, pages
 end
 
-local function write_site(key, row_bytes, records, gone)
+-- Write a site; return the records of the rows that were replaced, and the slots that were empty.
+local function write_site(key, row_bytes, records, cleared)
   local old, empty = {}, {}
-  local changes, pages = changes_of(row_bytes, records, gone)
-  in_calls(pages, function(some)
-    local fields, kept, void = {}, {}, {}
-    for i, page in ipairs(some) do
+  local changes, pages = changes_of(row_bytes, records, cleared)
+  in_calls(pages, function(chunk)
+    local fields, written, emptied = {}, {}, {}
+    for i, page in ipairs(chunk) do
       fields[i] = struct.pack('<I4', page)
     end
     for i, page in ipairs(redis.call('HMGET', key, unpack(fields))) do
       local rows = rows_of(page, row_bytes)
-      for place, row in pairs(changes[some[i]]) do
-        local slot = struct.pack('<I4', some[i] * PAGE_ROWS + place)
-        if rows[place] then
-          old[#old + 1] = slot .. rows[place]
+      for offset, row in pairs(changes[chunk[i]]) do
+        local slot = struct.pack('<I4', chunk[i] * PAGE_ROWS + offset)
+        if rows[offset] then
+          old[#old + 1] = slot .. rows[offset]
         else
           empty[#empty + 1] = slot
         end
-        rows[place] = row
+        rows[offset] = row
       end
       local new = page_of(rows)
       if new then
-        kept[#kept + 1], kept[#kept + 2] = fields[i], new
+        written[#written + 1], written[#written + 2] = fields[i], new
       else
-        void[#void + 1] = fields[i]
+        emptied[#emptied + 1] = fields[i]
       end
     end
-    if #kept > 0 then
-      redis.call('HSET', key, unpack(kept))
+    if #written > 0 then
+      redis.call('HSET', key, unpack(written))
     end
-    if #void > 0 then
-      redis.call('HDEL', key, unpack(void))
+    if #emptied > 0 then
+      redis.call('HDEL', key, unpack(emptied))
     end
   end)
   return table.concat(old), table.concat(empty)

@@ -1,4 +1,5 @@
--- What the scripts share. KEYS[1] is a session's meta hash; its other keys are named alike and lie in the same slot.
+-- Names and functions that the scripts share. KEYS[1] is a session's meta hash; the session's other keys have the same
+-- prefix, and lie in the same hash slot of a cluster.
 local HOME = string.sub(KEYS[1], 1, -5)
 local LOG, UNDO, ONCES = HOME .. 'log', HOME .. 'undo', HOME .. 'onces'
 local FENCE, LEASE, ERASED = HOME .. 'fence', HOME .. 'lease', HOME .. 'erased'
@@ -6,11 +7,12 @@ local FORMAT = '4'
 local OLD_FORMATS = {['1'] = true, ['2'] = true, ['3'] = true} -- see upgrade.lua
 local DAY_S = 86400
 
--- Whether the session is known here: it does not exist yet, or is of this format or of one that becomes it.
+-- Return whether this release knows the session's format, or there is no session.
 local function known(format)
   return not format or format == FORMAT or OLD_FORMATS[format]
 end
 
+-- Return the names of the keys that hold the session's rows.
 local function rows_keys()
   local keys = {}
   for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
@@ -22,11 +24,11 @@ local function rows_keys()
   return keys
 end
 
--- All that is kept of a session is forgotten `ttl_s` after its last use: the session's own option, else `default`.
+-- Restart the time after which all keys of the session expire: its own option `ttl_s`, else `default`; 0 = never.
 local function age(default)
   local options = redis.call('HGET', KEYS[1], 'options')
   local ttl = tonumber(options and cjson.decode(options).ttl_s or default)
-  if ttl > 0 or redis.call('TTL', KEYS[1]) >= 0 then -- else none of them expires
+  if ttl > 0 or redis.call('TTL', KEYS[1]) >= 0 then -- else no key of the session expires
     local keys = rows_keys()
     for _, key in ipairs({KEYS[1], LOG, UNDO, ONCES}) do
       keys[#keys + 1] = key
@@ -46,13 +48,15 @@ local function age(default)
   end
 end
 
+-- Give the lease back if it is still held.
 local function release(lease)
   if redis.call('GET', LEASE) == lease then
     redis.call('DEL', LEASE)
   end
 end
 
--- Why the holder of `lease` ('owner:fence'; '' = nobody else can write) must not write any more; nil if it may.
+-- Return {verdict, fence} if the holder of `lease` ('owner:fence'; '' = nobody else can write) must not write any more,
+-- else nil.
 local function fenced(lease)
   if lease == '' then
     return nil

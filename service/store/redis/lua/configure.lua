@@ -1,7 +1,7 @@
--- Replaces the options of a session, if there is one of a format that is known.
+-- Replace the options of a session, if there is one and this release knows its format.
 --
 -- KEYS  the meta hash.  ARGV  options, default ttl.
--- Returns the meta that is stored now, as field, value, ...; nothing if there is no session.
+-- Returns the meta hash that is stored now, as field, value, ...; nothing if there is no session.
 local format = redis.call('HGET', KEYS[1], 'format')
 if format and known(format) then
   redis.call('HSET', KEYS[1], 'options', ARGV[1])

@@ -1,7 +1,7 @@
--- Creates a session unless there is one.
+-- Create a session unless there is one.
 --
 -- KEYS  the meta hash.  ARGV  lease or '', default ttl, then field, value, ...
--- Returns {'done', '', the meta that is stored now, as field, value, ...} or {verdict, detail}.
+-- Returns {'done', '', the meta hash that is stored now, as field, value, ...}, or {verdict, detail} of `fenced`.
 local stale = fenced(ARGV[1])
 if stale then
   return stale

@@ -1,6 +1,6 @@
--- Deletes every key of a session, if it is of a known format, and bars the turns that have begun from bringing it back.
+-- Delete every key of a session, and leave a tombstone: a lease from before neither commits nor creates the session.
 --
--- KEYS  the meta hash.  ARGV  the version it must have, or ''.
+-- KEYS  the meta hash.  ARGV  the version that the session must have, or ''.
 -- Returns {verdict, detail}: {'done', whether there was a session}, {'format', the format found} or
 --         {'conflict', the version found}.
 local stored = redis.call('HMGET', KEYS[1], 'format', 'version')

@@ -1,9 +1,9 @@
--- The beginning of a turn: what the session is, and for a turn that may write, the lease that its commit needs.
+-- Begin a turn: return the recorded answer, or else the session and, for a turn that may write, a lease.
 --
--- KEYS  the meta hash.  ARGV  owner, lease in ms, lease wanted ('always', 'unless predict' by the session's options,
---       'never'), default ttl, then the names under which the request may have been answered before.
--- Returns {'again', the record of that answer}, {'busy', ms until the lease ends}, or
---         {'entered', lease or '', meta as field, value, ...}.
+-- KEYS  the meta hash.  ARGV  owner, duration of the lease in ms, when to take a lease ('always', 'unless predict' is
+--       the session's option `adapt`, 'never'), default ttl, then the names under which an answer may be recorded.
+-- Returns {'again', the record}, {'busy', ms until another owner's lease ends}, or
+--         {'entered', lease or '', the meta hash as field, value, ...}.
 local owner, lease_ms, wanted, ttl = unpack(ARGV, 1, 4)
 for i = 5, #ARGV do
   local record = redis.call('GET', HOME .. 'once:' .. ARGV[i])
@@ -25,7 +25,7 @@ if not reads then
   lease = owner .. ':' .. redis.call('INCR', FENCE)
   redis.call('SET', LEASE, lease, 'PX', lease_ms)
   if not stored[1] then
-    redis.call('EXPIRE', FENCE, DAY_S) -- no session keeps it yet, and perhaps none ever will
+    redis.call('EXPIRE', FENCE, DAY_S) -- there is no session yet whose ttl could end the fence
   end
 end
 if stored[1] and known(stored[1]) then

@@ -1,8 +1,8 @@
--- How a session came to be what it is.
+-- Return a session, its log and its undo steps.
 --
--- KEYS  the meta hash.  ARGV  entries of the log to read; '1' to read what leads back, too.
--- Returns {meta as field, value, ...; the newest entries of the log, oldest first; for each version that can be undone,
---         newest first: version, rows, meta, text or nil}.
+-- KEYS  the meta hash.  ARGV  number of log entries to read; '1' to read the undo steps, too.
+-- Returns {the meta hash as field, value, ...; the newest log entries, oldest first; the undo steps, newest first, each
+--         as {version, packed rows, packed meta values, text or ''}}.
 local count, undo = tonumber(ARGV[1]), {}
 local stored = redis.call('HMGET', KEYS[1], 'version', 'undo_from')
 local version = tonumber(stored[1] or 0)

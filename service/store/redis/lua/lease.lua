@@ -1,7 +1,7 @@
--- Renews a lease for ARGV[2] ms, or gives it back (''), if it is still held.
+-- Renew a lease, or give it back, if it is still held.
 --
--- KEYS  the meta hash.  ARGV  the lease, ms.
--- Returns 1 if it was held, else 0.
+-- KEYS  the meta hash.  ARGV  the lease, its duration in ms from now ('' = give the lease back).
+-- Returns 1 if the lease was held, else 0.
 if redis.call('GET', LEASE) ~= ARGV[1] then
   return 0
 end

@@ -1,15 +1,15 @@
--- One tenant's account: what its sessions hold, and how many tokens it may learn now.
+-- Read or change the account of one tenant: the bytes of its sessions, and the tokens that it may learn now.
 --
--- KEYS  a hash of session id -> bytes, or `new <ms>` since then while it has not learned; `*` -> the sum of the bytes;
+-- KEYS  a hash of session id -> bytes, or `new <ms>` (the time of a reservation); `*` -> the sum of the bytes;
 --       a hash of the tokens `left` at the time `at` (ms): a bucket that holds `rate` tokens, fills in a minute and may
 --       be overdrawn.
--- ARGV  what to do, then
---       place id limit           a new session's place: {1 if there is one, sessions before}
---       hold id bytes rate used  notes a session's bytes ('' = do not), and takes `used` from the bucket
---       drop id age              forgets a session, unless it is new and younger than that (ms)
---       state id bytes ...       notes the bytes of several
---       names                    {id, ...}
---       look rate                {bytes held, tokens left}
+-- ARGV  an action and its arguments:
+--       place id limit           reserve room for a new session; returns {1 if granted, number of sessions before}
+--       hold id bytes rate used  set a session's bytes ('' = leave them), and take `used` tokens from the bucket
+--       drop id age              remove a session, but not a reservation younger than `age` (ms)
+--       state id bytes ...       set the bytes of several sessions
+--       names                    returns {id, ...}, `*` included
+--       look rate                returns {bytes of all sessions, tokens left}
 local sessions, tokens = KEYS[1], KEYS[2]
 local act, id = ARGV[1], ARGV[2]
 local MINUTE = 60000
@@ -17,6 +17,7 @@ local MINUTE = 60000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
+-- Return a number as text without a fraction.
 local function whole(number)
   return string.format('%.0f', number)
 end
@@ -25,50 +26,52 @@ local function number(key, field, default)
   return tonumber(redis.call('HGET', key, field) or '') or default
 end
 
+-- Change the sum of the bytes.
 local function add(change)
   redis.call('HINCRBY', sessions, '*', whole(change))
 end
 
-local function note(id, bytes)
+local function set_bytes(id, bytes)
   add(bytes - number(sessions, id, 0))
   redis.call('HSET', sessions, id, whole(bytes))
 end
 
+-- Return the tokens in the bucket now.
 local function bucket(rate)
-  local since = math.max(0, now - number(tokens, 'at', now))
-  return math.min(rate, number(tokens, 'left', rate) + since * rate / MINUTE)
+  local elapsed = math.max(0, now - number(tokens, 'at', now))
+  return math.min(rate, number(tokens, 'left', rate) + elapsed * rate / MINUTE)
 end
 
 if act == 'place' then
   local limit = tonumber(ARGV[3])
   local count = redis.call('HLEN', sessions) - redis.call('HEXISTS', sessions, '*')
-  local there = redis.call('HEXISTS', sessions, id) == 1
-  if limit > 0 and count >= limit and not there then
+  local exists = redis.call('HEXISTS', sessions, id) == 1
+  if limit > 0 and count >= limit and not exists then
     return {0, count}
   end
-  if not there then
+  if not exists then
     redis.call('HSET', sessions, id, 'new ' .. whole(now))
   end
   return {1, count}
 elseif act == 'hold' then
   local bytes, rate, used = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
   if bytes then
-    note(id, bytes)
+    set_bytes(id, bytes)
   end
   if rate > 0 then
     local left = bucket(rate) - used
     redis.call('HSET', tokens, 'left', string.format('%.3f', left), 'at', whole(now))
-    redis.call('PEXPIRE', tokens, whole((rate - left) * MINUTE / rate + 1000)) -- full again by then
+    redis.call('PEXPIRE', tokens, whole((rate - left) * MINUTE / rate + 1000)) -- the bucket is full again by then
   end
 elseif act == 'drop' then
-  local since = tonumber(string.match(redis.call('HGET', sessions, id) or '', '^new (%d+)$'))
-  if not since or now - since >= tonumber(ARGV[3]) then
-    add(0 - number(sessions, id, 0)) -- not -0, which is no integer
+  local reserved_at = tonumber(string.match(redis.call('HGET', sessions, id) or '', '^new (%d+)$'))
+  if not reserved_at or now - reserved_at >= tonumber(ARGV[3]) then
+    add(0 - number(sessions, id, 0)) -- 0 - 0 is 0; unary minus would give -0, which is no integer
     redis.call('HDEL', sessions, id)
   end
 elseif act == 'state' then
   for i = 2, #ARGV, 2 do
-    note(ARGV[i], tonumber(ARGV[i + 1]))
+    set_bytes(ARGV[i], tonumber(ARGV[i + 1]))
   end
 elseif act == 'names' then
   return redis.call('HKEYS', sessions)

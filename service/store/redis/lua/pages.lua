@@ -1,55 +1,56 @@
--- The rows of a site, in pages of PAGE_ROWS neighbouring slots: a field for each page that holds a row, named by its
--- number (4 bytes, little-endian). A page is a byte for each slot, 1 if it holds a row, then these rows.
+-- Rows of a site are stored in pages of PAGE_ROWS neighbouring slots. The hash has a field for each page that holds a
+-- row; the field's name is the page number (4 bytes, little-endian). A page is one byte for each slot, 1 if the slot
+-- holds a row, followed by these rows.
 local PAGE_ROWS = 10
 local PER_CALL = 2000 -- unpack fails from 8,000 values on
 
--- Calls `work` with up to PER_CALL of the items at a time.
+-- Call `work` with up to PER_CALL of the items at a time.
 local function in_calls(items, work)
   for first = 1, #items, PER_CALL do
     work({unpack(items, first, math.min(first + PER_CALL - 1, #items))})
   end
 end
 
--- The rows of a page, or of none (false), by place 0 … PAGE_ROWS - 1.
+-- Return the rows of a page by their offset, 0 … PAGE_ROWS - 1; no rows for `false`.
 local function rows_of(page, row_bytes)
   local rows, at = {}, PAGE_ROWS
-  for place = 0, page and PAGE_ROWS - 1 or -1 do
-    if string.byte(page, place + 1) == 1 then
-      rows[place] = string.sub(page, at + 1, at + row_bytes)
+  for offset = 0, page and PAGE_ROWS - 1 or -1 do
+    if string.byte(page, offset + 1) == 1 then
+      rows[offset] = string.sub(page, at + 1, at + row_bytes)
       at = at + row_bytes
     end
   end
   return rows
 end
 
--- The page of such rows; nil if there are none.
+-- Return the page of such rows; nil if there are none.
 local function page_of(rows)
   local parts = {}
-  for place = 0, PAGE_ROWS - 1 do
-    parts[place + 1] = rows[place] and '\1' or '\0'
+  for offset = 0, PAGE_ROWS - 1 do
+    parts[offset + 1] = rows[offset] and '\1' or '\0'
   end
-  for place = 0, PAGE_ROWS - 1 do
-    parts[#parts + 1] = rows[place] or nil
+  for offset = 0, PAGE_ROWS - 1 do
+    parts[#parts + 1] = rows[offset] or nil
   end
   return #parts > PAGE_ROWS and table.concat(parts) or nil
 end
 
--- Calls `note` with slot and row for all that a field of an older format holds: a row, or (format 3) 5 of them, zeros
--- where there is none.
-local function rows_before(format, number, value, note)
+-- Call `note(slot, row)` for each row that a field of an older format holds. Formats 1 and 2 hold one row in a field,
+-- format 3 holds five slots, with zeros in a slot without a row.
+local function rows_of_old_field(format, number, value, note)
   if format ~= '3' then
     return note(number, value)
   end
   local row_bytes = #value / 5 - 1
-  for place = 0, 4 do
-    if string.byte(value, place + 1) == 1 then
-      local at = 5 + place * row_bytes
-      note(number * 5 + place, string.sub(value, at + 1, at + row_bytes))
+  for offset = 0, 4 do
+    if string.byte(value, offset + 1) == 1 then
+      local at = 5 + offset * row_bytes
+      note(number * 5 + offset, string.sub(value, at + 1, at + row_bytes))
     end
   end
 end
 
--- Takes a session of an older format over.
+-- Rewrite the session's rows in the present format.
 local function upgrade(format)
   for _, key in ipairs(rows_keys()) do
     local pages, numbers = {}, {}
@@ -63,12 +64,12 @@ local function upgrade(format)
     end
     local fields = redis.call('HGETALL', key)
     for i = 1, #fields, 2 do
-      rows_before(format, struct.unpack('<I4', fields[i]), fields[i + 1], note)
+      rows_of_old_field(format, struct.unpack('<I4', fields[i]), fields[i + 1], note)
     end
     redis.call('DEL', key)
-    in_calls(numbers, function(some)
+    in_calls(numbers, function(chunk)
       local values = {}
-      for _, number in ipairs(some) do
+      for _, number in ipairs(chunk) do
         values[#values + 1] = struct.pack('<I4', number)
         values[#values + 1] = page_of(pages[number])
       end

@@ -1,4 +1,4 @@
--- Takes a session over that an earlier release wrote.
+-- Rewrite a session of an older format in the present one.
 --
 -- KEYS  the meta hash.  ARGV  default ttl.
 local format = redis.call('HGET', KEYS[1], 'format')

@@ -1,0 +1,130 @@
+"""Key-value caches: the interface `KVCache`, and `DenseCache`, which holds one sequence in one tensor.
+
+`model.decode.paged_cache` has the cache that shares a pool of pages.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.base.attention import AttentionFn, causal_mask
+from model.base.config import ModelConfig
+
+Device = torch.device | str
+
+
+class KVCache(ABC):
+    """Keys and values of one sequence.
+
+    capacity: number of tokens that fit.
+    length: number of tokens whose keys and values are stored.
+    """
+
+    capacity: int
+    length: int
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Return the reserved memory in bytes."""
+
+    @abstractmethod
+    def fork(self, capacity: int) -> KVCache:
+        """Return an independent copy of the stored tokens. Raises `ValueError` if they exceed `capacity`."""
+
+    @abstractmethod
+    def attention(self, caches: Sequence[Any], T: int) -> AttentionFn:
+        """Return the attention of one forward pass, in which row `b` extends `caches[b]` by `T` tokens.
+
+        All caches are of this class. The attention appends keys and values behind `length`; the caller advances
+        `length` after the pass. Raises `ValueError` if a cache has no room for `T` tokens.
+        """
+
+    def advanced(self, tokens: int) -> Self:
+        """Return a view of this cache that is longer by `tokens`, on the same memory.
+
+        In a decode step, a row on `cache.advanced(1)` follows the row on `cache` in the same sequence.
+        """
+        later = copy.copy(self)
+        later.length += tokens
+        return later
+
+    def truncate(self, length: int) -> None:
+        """Drop all tokens after the first `length`. Raises `ValueError` if the cache stores fewer."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be between 0 and the {self.length} cached tokens, got {length}")
+        self.length = length
+
+    def check_capacity(self, T: int) -> None:
+        """Raise `ValueError` if the cache has no room for `T` more tokens."""
+        if self.length + T > self.capacity:
+            raise ValueError(f"cache must have room for {self.length + T} tokens, its capacity is {self.capacity}")
+
+    def _check_fork(self, capacity: int) -> None:
+        if capacity < self.length:
+            raise ValueError(f"capacity must be at least the {self.length} cached tokens, got {capacity}")
+
+
+class DenseCache(KVCache):
+    """Keys and values of one sequence in one tensor each, `[L, H_kv, slots, hd]` with `slots >= capacity`.
+
+    The memory is reserved but not touched: on a CPU, the system provides a page when the sequence reaches the page.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, *, device: Device, dtype: torch.dtype) -> None:
+        # Kernels round by how memory is aligned: every head starts at a cache line, whatever the capacity.
+        slots = -(-capacity // 32) * 32
+        shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
+        self._config = config
+        self.capacity = capacity
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def fork(self, capacity: int) -> DenseCache:
+        self._check_fork(capacity)
+        copied = DenseCache(self._config, capacity, device=self.keys.device, dtype=self.keys.dtype)
+        copied.keys[:, :, : self.length] = self.keys[:, :, : self.length]
+        copied.values[:, :, : self.length] = self.values[:, :, : self.length]
+        copied.length = self.length
+        return copied
+
+    def attention(self, caches: Sequence[DenseCache], T: int) -> AttentionFn:
+        return _DenseCacheAttention(caches, T)
+
+
+class _DenseCacheAttention:
+    """Attention over dense caches, as an `AttentionFn`.
+
+    The views into a cache are cut for all layers at once, which is cheaper than layer by layer.
+    """
+
+    def __init__(self, caches: Sequence[DenseCache], T: int) -> None:
+        self._prefixes, self._tails = [], []
+        for cache in caches:
+            cache.check_capacity(T)
+            end = cache.length + T
+            keys, values = cache.keys[:, None, :, :end], cache.values[:, None, :, :end]
+            self._prefixes.append((keys.unbind(), values.unbind()))
+            self._tails.append((keys[:, 0, :, -T:].unbind(), values[:, 0, :, -T:].unbind()))
+        self._mask = causal_mask(self._prefixes[0][0][0], T) if T > 1 else None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new = [tail[layer] for tails in self._tails for tail in tails]
+        torch._foreach_copy_(new, [part for row in zip(k.unbind(), v.unbind(), strict=True) for part in row])
+        attended = [
+            F.scaled_dot_product_attention(row, keys[layer], values[layer], attn_mask=self._mask, enable_gqa=True)
+            for row, (keys, values) in zip(q[:, None].unbind(), self._prefixes, strict=True)
+        ]
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
