@@ -1,4 +1,4 @@
-"""Where the parts are put together: settings in, a running server out. Nothing else names concrete parts."""
+"""The start of a server: reads the settings, builds the parts, serves, and drains. Only this module builds them."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ from service.turns.session_gate import ServerLimits
 from service.turns.sessions import Sessions
 
 WATCH_EVERY_S = 10.0
-LOADER_THREAD = "imprint-load"  # the thread that loads the model
-KV_SHARE = 0.4  # of the memory that is free at the start
+LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
+KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
 SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
 
 log = logging.getLogger(__name__)
 
 
 class StartError(Exception):
-    """The server cannot start; the message is one line that says why."""
+    """An error that keeps the server from starting; the message is one line."""
 
 
 STARTUP_ERRORS = (
@@ -76,7 +76,7 @@ STARTUP_ERRORS = (
 
 
 def run(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT, drains, and returns the exit code."""
+    """Serve until SIGTERM or SIGINT, drain, and return the exit code."""
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -91,7 +91,7 @@ def run(settings: Settings) -> int:
         ):
             code = runner.run(_serve(settings, keys, listener, url, embedded))
         if any(thread.name == LOADER_THREAD for thread in threading.enumerate()):
-            # Stopped while it loads: a thread inside torch aborts a process whose interpreter ends under it.
+            # The server stops while the model loads: a thread inside torch aborts a process whose interpreter ends.
             sys.stderr.flush()
             os._exit(code)
         return code
@@ -101,8 +101,8 @@ def run(settings: Settings) -> int:
 
 
 def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: ApiKeys) -> FastAPI:
-    """The web application in front of `sessions`."""
-    # No docs_url: FastAPI's pages take their scripts from another host.
+    """Return the web application in front of `sessions`."""
+    # Without docs_url and redoc_url: FastAPI's pages load their scripts from another host.
     app = FastAPI(
         title="Imprint",
         version=version("imprint"),
@@ -119,35 +119,10 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: A
 async def _serve(
     settings: Settings, keys: ApiKeys, listener: socket.socket, url: str, embedded: EmbeddedValkey | None
 ) -> int:
-    host, port, *_ = listener.getsockname()
+    """Serve on the listener until the server is told to stop; return the exit code."""
     metrics = Metrics()
-    retention = RetentionConfig(
-        versions=settings.keep_versions,
-        history_bytes=settings.keep_bytes,
-        ttl_s=settings.session_ttl_s,
-        lease_s=settings.lease_s,
-        wait_s=settings.lease_wait_s,
-    )
-    try:
-        store = RedisStore.from_url(url, retention, exclusive=embedded is not None)
-    except ValueError as error:
-        raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
-    limits = ServerLimits(
-        max_queue=settings.max_queue,
-        session_bytes=settings.session_max_bytes,
-        key_ttl_s=settings.idempotency_ttl_s,
-        retry_ttl_s=settings.retry_ttl_s,
-        lease_s=settings.lease_s,
-        export_key=settings.export_key or "",
-    )
-    sessions = Sessions(
-        store,
-        Quotas(store),
-        metrics,
-        model_id=_model_id(settings.model),
-        limits=limits,
-        proof_rate=settings.proof_rate,
-    )
+    store = _connect_store(settings, url, exclusive=embedded is not None)
+    sessions = _new_sessions(settings, store, metrics)
     app = create_app(sessions, metrics, settings, keys)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
@@ -165,6 +140,7 @@ async def _serve(
             engine = loaded_model.engine
             await engine.start()
             sessions.begin(loaded_model)
+            host, port, *_ = listener.getsockname()
             log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
         await serving
     finally:
@@ -178,9 +154,45 @@ async def _serve(
     return 0
 
 
+def _connect_store(settings: Settings, url: str, *, exclusive: bool) -> SessionStore:
+    """Return the store of the sessions; `exclusive`: no other server uses that store. Raises StartError."""
+    retention = RetentionConfig(
+        versions=settings.keep_versions,
+        history_bytes=settings.keep_bytes,
+        ttl_s=settings.session_ttl_s,
+        lease_s=settings.lease_s,
+        wait_s=settings.lease_wait_s,
+    )
+    try:
+        return RedisStore.from_url(url, retention, exclusive=exclusive)
+    except ValueError as error:
+        raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
+
+
+def _new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> Sessions:
+    limits = ServerLimits(
+        max_queue=settings.max_queue,
+        session_bytes=settings.session_max_bytes,
+        key_ttl_s=settings.idempotency_ttl_s,
+        retry_ttl_s=settings.retry_ttl_s,
+        lease_s=settings.lease_s,
+        export_key=settings.export_key or "",
+    )
+    return Sessions(
+        store,
+        Quotas(store),
+        metrics,
+        model_id=_model_id(settings.model),
+        limits=limits,
+        proof_rate=settings.proof_rate,
+    )
+
+
 async def _load(settings: Settings, metrics: Metrics) -> LoadedModel:
-    """Reads the model on a thread of its own, so that the probes are answered meanwhile; one that nobody waits for when
-    the server is told to stop."""
+    """Load the model in a thread of its own, so that the server answers probes meanwhile.
+
+    Nothing waits for the thread when the server is told to stop.
+    """
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[LoadedModel] = loop.create_future()
 
@@ -195,7 +207,7 @@ async def _load(settings: Settings, metrics: Metrics) -> LoadedModel:
     def load() -> None:
         outcome: LoadedModel | Exception
         try:
-            outcome = _load_now(settings, metrics)
+            outcome = _load_model(settings, metrics)
         except Exception as error:
             outcome = error
         with suppress(RuntimeError):  # the loop has ended
@@ -205,23 +217,39 @@ async def _load(settings: Settings, metrics: Metrics) -> LoadedModel:
     return await loaded
 
 
-def _load_now(settings: Settings, metrics: Metrics) -> LoadedModel:
-    began = time.monotonic()
+def _load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
+    """Load the base, the memory and the policies, and build the engine on them."""
+    started = time.monotonic()
     folder = resolve_base(settings.model, settings.cache_dir, progress=log.info)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
+    device = _choose_device(settings)
     backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     tokenizer = Tokenizer.load(folder)
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
-    kv_tokens = settings.kv_tokens or _kv_tokens(backbone, context)
     lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone))
-    engine = Engine(
-        # A request that is larger than the budget runs alone: there must be room for the largest.
+    engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
+    fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
+    metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
+    _watch_device(metrics, device)
+    log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - started)
+    policy_fingerprints = {name: policy.fingerprint() for name, policy in policies.items()}
+    return LoadedModel(
+        engine, tokenizer, fingerprints, context, backbone.config.vocab_size, policies, policy_fingerprints
+    )
+
+
+def _new_engine(
+    settings: Settings,
+    lm: AdaptiveLM,
+    tokenizer: Tokenizer,
+    policies: dict[str, Policy],
+    metrics: Metrics,
+    context: int,
+) -> Engine:
+    kv_tokens = settings.kv_tokens or _kv_tokens(lm.backbone, context)
+    return Engine(
+        # A request larger than the budget runs alone: the caches must have room for the largest request.
         wrap_for_serving(
             lm, kv_tokens=max(kv_tokens, MAX_CHOICES * context), max_batch=max(settings.max_batch, MAX_CHOICES)
         ),
@@ -235,23 +263,27 @@ def _load_now(settings: Settings, metrics: Metrics) -> LoadedModel:
         metrics=metrics,
         policies=policies,
     )
-    fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
-    metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
-    _watch_device(metrics, device)
-    log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - began)
-    policy_fingerprints = {name: policy.fingerprint() for name, policy in policies.items()}
-    return LoadedModel(
-        engine, tokenizer, fingerprints, context, backbone.config.vocab_size, policies, policy_fingerprints
-    )
+
+
+def _choose_device(settings: Settings) -> str:
+    """Return "cuda" or "cpu". Raises StartError for a CUDA device that is not there."""
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
+    return settings.device
 
 
 def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
-    """The base as it is to generate."""
+    """Return the base with the weights that generate, in the number format of the settings."""
     return backbone.fp16_decoder(choose_decode_step(backbone)) if settings.decode_dtype == "fp16" else backbone
 
 
 def choose_memory(settings: Settings, hidden_size: int) -> Memory:
-    """The memory that is asked for, the one shipped for the base, or a random one. Raises MemoryConfigError."""
+    """Return the memory of the settings, else the memory shipped for the base, else a random one.
+
+    Raises MemoryConfigError.
+    """
     if settings.memory != "default":
         return load_memory(Path(settings.memory), hidden_size=hidden_size)
     if settings.model in SHIPPED_MEMORIES:
@@ -262,7 +294,7 @@ def choose_memory(settings: Settings, hidden_size: int) -> Memory:
 
 
 def choose_policies(settings: Settings) -> list[Policy]:
-    """The policies that are asked for: files, or all that are shipped. Raises StartError for two of one name."""
+    """Return the policies of the settings, or all shipped ones. Raises StartError for two policies of one name."""
     if settings.policies == "default":
         with as_file(files("model") / "checkpoints" / "policies") as folder:
             policies = [load_policy(path) for path in sorted(folder.glob("*.safetensors"))]
@@ -270,28 +302,28 @@ def choose_policies(settings: Settings) -> list[Policy]:
         paths = [] if settings.policies == "none" else settings.policies.split(",")
         policies = [load_policy(Path(path.strip())) for path in paths]
     names = [policy.config.name for policy in policies]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise StartError(f"IMPRINT_POLICIES: two policies are called {min(twice)!r}")
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise StartError(f"IMPRINT_POLICIES: two policies are called {min(duplicates)!r}")
     return policies
 
 
 def _model_id(model: str) -> str:
-    """What clients call the base: its name, or that of its folder or file."""
+    """Return the base's id for clients: its name, or the name of its folder or file."""
     path = Path(model).expanduser()
     return path.absolute().name if path.exists() else model
 
 
 def _kv_tokens(backbone: Backbone, context: int) -> int:
-    """Key-value cache tokens for a share of the free memory, at least one request's."""
-    one = backbone.new_cache(context).nbytes // context
-    free = psutil.virtual_memory().available
+    """Return the number of key-value cache tokens for a share of the free memory, at least one request's."""
+    bytes_per_token = backbone.new_cache(context).nbytes // context
+    free_bytes = psutil.virtual_memory().available
     if backbone.embedding.is_cuda:
-        free = torch.cuda.mem_get_info()[0]
-    return max(context, int(KV_SHARE * free) // one)
+        free_bytes = torch.cuda.mem_get_info()[0]
+    return max(context, int(KV_SHARE * free_bytes) // bytes_per_token)
 
 
 async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
-    """Measures the store, over and over."""
+    """Measure the store every few seconds, for ever."""
     while True:
         try:
             used, limit = await store.memory()
@@ -306,7 +338,7 @@ async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics
 
 
 def _watch_device(metrics: Metrics, device: str) -> None:
-    """Has the device measured whenever the metrics are read."""
+    """Make the metrics measure the device whenever the metrics are read."""
 
     def free_bytes() -> int:
         return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
@@ -319,8 +351,10 @@ def _watch_device(metrics: Metrics, device: str) -> None:
 
 
 class _Server(uvicorn.Server):
-    """On a signal it first drains: probes say so and new turns are refused while the running ones end. On a second one,
-    it ends."""
+    """A web server that drains on the first signal and ends on the second.
+
+    While the server drains, the probes say so and new turns are refused, and the running turns end.
+    """
 
     def __init__(self, config: uvicorn.Config, sessions: Sessions, drain_timeout_s: float) -> None:
         super().__init__(config)
@@ -348,7 +382,7 @@ class _Server(uvicorn.Server):
     async def _drain_and_exit(self) -> None:
         deadline = time.monotonic() + self._drain_timeout_s
         await self._sessions.drain(self._drain_timeout_s)
-        # What is left of the time is for connections without a turn, such as those of half a request.
+        # The rest of the time is for connections without a turn, such as half-sent requests.
         self._exit(within_s=max(0, round(deadline - time.monotonic())))
 
     def _exit(self, *, within_s: int) -> None:
@@ -358,15 +392,15 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _listening(settings: Settings, keys: ApiKeys) -> Iterator[socket.socket]:
-    """The server's own socket, taken before anything slow is begun."""
+    """Yield the server's socket, which is taken before any slow work begins. Raises StartError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
     with listener:
-        # Event loops set it only on sockets that name TCP as their protocol, which those accepted here do not: the
-        # second piece of an answer would wait 40 ms for the client to acknowledge the first.
+        # Event loops set TCP_NODELAY only on sockets that name TCP as their protocol, and the sockets accepted here do
+        # not. The second piece of an answer would wait 40 ms for the client to acknowledge the first piece.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         address = listener.getsockname()[0]
         if not (keys.required or ip_address(address).is_loopback):
@@ -379,7 +413,7 @@ def _listening(settings: Settings, keys: ApiKeys) -> Iterator[socket.socket]:
 
 @contextmanager
 def _store_url(settings: Settings) -> Iterator[tuple[str, EmbeddedValkey | None]]:
-    """The address of the given Redis, or of an embedded Valkey that lives as long as the server."""
+    """Yield the URL of the settings' Redis, or the URL of an embedded Valkey that runs as long as the server."""
     if settings.redis_url is not None:
         yield settings.redis_url, None
         return

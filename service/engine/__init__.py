@@ -1,12 +1,16 @@
-"""The engine: the one thread that owns the device, and what it needs to share it between sessions."""
+"""The engine: one thread that owns the device and shares it between sessions.
 
-from service.engine.engine import Engine
+`engine.py` runs the thread's loop; `scheduler.py` says which job is next; `text_job.py` and `policy_job.py` are the two
+kinds of jobs; `resident.py` keeps the sessions that are on the device; `types.py` has the values that go in and out.
+"""
+
+from service.engine.engine import Engine, JobStream
 from service.engine.types import (
     Event,
     GenerationParams,
-    Job,
     JobFailed,
     JobFinished,
+    JobRequest,
     JobStats,
     MemoryAccess,
     PolicyDecision,
@@ -21,10 +25,11 @@ __all__ = [
     "Engine",
     "Event",
     "GenerationParams",
-    "Job",
     "JobFailed",
     "JobFinished",
+    "JobRequest",
     "JobStats",
+    "JobStream",
     "MemoryAccess",
     "PolicyDecision",
     "PolicyRequest",

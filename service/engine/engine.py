@@ -1,6 +1,7 @@
-"""The engine: one thread that owns the device and runs every job, a block or a token at a time.
+"""The engine: one thread that owns the device and runs all jobs, a block or a token at a time.
 
-Other threads hand it messages and get events on the event loop; nothing of the device is touched elsewhere.
+Other threads send messages to the engine's thread; events go to the event loop. No other thread touches the device,
+except that a GPU's results may be gathered in a thread of their own (`gather_executor.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 
 import torch
 
@@ -23,26 +23,28 @@ from model.adaptive_lm import AdaptiveLM
 from model.memory import MemoryConfig, Pool, PoolFullError
 from model.policies.backend import choose_backend
 from model.policies.network import Policy
-from model.text.sampling import predraw
 from model.text.tokenizer import Tokenizer
 from service.engine.gather_executor import GatherExecutor
 from service.engine.policy_job import PolicyJob, PolicyWorker
 from service.engine.resident import ResidentSessions
 from service.engine.scheduler import Scheduler
-from service.engine.text_job import TextJob, TextSequence
-from service.engine.types import Event, Job, JobFailed, JobFinished, SessionKey, StateId
+from service.engine.text_job import TextJob, decode_step
+from service.engine.types import Event, JobFailed, JobFinished, JobRequest, SessionKey, StateId
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
 
-SPECULATIVE_ROWS = 4  # of a step, where fewer sequences are at work
-POLICY_ROWS_DIVISOR = 32  # each policy has room for so many times fewer hot rows than text
+POLICY_ROWS_DIVISOR = 32  # each policy's pool has `hot_rows` divided by this number
 
+Job = TextJob | PolicyJob
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs jobs. Every job ends in exactly one `JobFinished` or `JobFailed`, unless it is cancelled; after
-    `JobFinished` it waits for `settle`, and its session is not free for another writing job before."""
+    """Runs jobs. A job is submitted as a `JobRequest` and ends in exactly one `JobFinished` or `JobFailed`.
+
+    A cancelled job ends without an event. After `JobFinished` a job waits for `settle`; until then, no other job may
+    write to the job's session.
+    """
 
     def __init__(
         self,
@@ -58,12 +60,12 @@ class Engine:
         metrics: Metrics,
         policies: Mapping[str, Policy] = MappingProxyType({}),
     ) -> None:
-        # Each turn in hand may hold a session and a draft, be it waiting, running or being committed.
-        sessions = max(hot_sessions + max_batch, 2 * max_turns)
+        # Each turn in flight may use a session and a draft, while it waits, runs or is committed.
+        num_sessions = max(hot_sessions + max_batch, 2 * max_turns)
 
-        def make_resident(config: MemoryConfig, rows: int) -> ResidentSessions:
+        def make_resident(config: MemoryConfig, num_rows: int) -> ResidentSessions:
             def make_pool(make_room: Callable[[], bool]) -> Pool:
-                return Pool(config, rows=rows, sessions=sessions, device=lm.device, make_room=make_room)
+                return Pool(config, rows=num_rows, sessions=num_sessions, device=lm.device, make_room=make_room)
 
             return ResidentSessions(make_pool, on_evict=metrics.session_evictions_total.inc)
 
@@ -72,18 +74,20 @@ class Engine:
         self._threads = threads
         self._metrics = metrics
         self._resident = make_resident(lm.memory.config, hot_rows)
-        # A policy's session holds a few rows, where one of text holds thousands.
+        # A session of a policy has a few rows, where a session of text has thousands.
         policy_rows = -(-hot_rows // POLICY_ROWS_DIVISOR)
         self._policies = {
-            name: PolicyWorker(one, choose_backend(one, lm.device), make_resident(one.config.memory, policy_rows))
-            for name, one in policies.items()
+            name: PolicyWorker(
+                policy, choose_backend(policy, lm.device), make_resident(policy.config.memory, policy_rows)
+            )
+            for name, policy in policies.items()
         }
         self._scheduler: Scheduler[TextJob] = Scheduler(max_sequences=max_batch, max_tokens=kv_tokens)
         metrics.kv_tokens_capacity.set(kv_tokens)
-        self._runs: dict[Job, TextJob | PolicyJob] = {}
-        self._arrived: dict[Job, float] = {}
+        self._jobs: dict[JobRequest, Job] = {}
+        self._arrived: dict[JobRequest, float] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._events: list[tuple[Job, Event]] = []
+        self._events: list[tuple[JobRequest, Event]] = []
         self._gather_executor = GatherExecutor(lm.device, self._inbox.put)
         self._stopping = False
         self._prepared = threading.Event()
@@ -93,52 +97,53 @@ class Engine:
     # --- from other threads ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the thread and waits until it can serve; events are delivered on the running event loop."""
+        """Start the thread and wait until it can serve. Events go to the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         await asyncio.to_thread(self._prepared.wait)
 
     async def stop(self) -> None:
-        """Ends the thread after its current step; jobs that are not done end without an event."""
+        """End the thread after its current step; unfinished jobs end without an event."""
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
     def pin(self, key: SessionKey, state_id: StateId, policy: str = "") -> bool:
-        """Whether a session is hot as of then; it then stays so for the next job that uses it."""
+        """Keep a session on the device for the next job that uses it; return False if that content is not there."""
         return self._resident_of(policy).pin(key, state_id)
 
-    def submit(self, job: Job) -> None:
-        """Queues a job."""
-        self._arrived[job] = time.monotonic()
-        self._inbox.put(lambda: self._add(job))
+    def submit(self, request: JobRequest) -> None:
+        """Queue a job."""
+        self._arrived[request] = time.monotonic()
+        self._inbox.put(lambda: self._add(request))
 
-    def cancel(self, job: Job) -> None:
-        """Ends a job within the current step, without an event, and forgets what it wrote."""
-        self.settle(job, None)
+    def cancel(self, request: JobRequest) -> None:
+        """End a job within the current step, without an event, and roll its draft back."""
+        self.settle(request, None)
 
-    def settle(self, job: Job, committed: StateId | None) -> None:
-        """After `JobFinished`: the job's rows are stored as of `committed`, or (None) are to be forgotten."""
-        if committed is not None and job.memory is not None:
-            self._resident_of(job.memory.policy).set_state_id(job.memory.key, committed)
-        self._inbox.put(lambda: self._close(job, commit=committed is not None))
+    def settle(self, request: JobRequest, committed: StateId | None) -> None:
+        """End a job after `JobFinished`: its rows are stored under the id `committed`, or (None) are discarded."""
+        if committed is not None and request.memory is not None:
+            self._resident_of(request.memory.policy).set_state_id(request.memory.key, committed)
+        self._inbox.put(lambda: self._close(request, commit=committed is not None))
 
     def drop(self, key: SessionKey) -> None:
-        """Drops a session from the device."""
+        """Drop a session from the device."""
         for resident in self._all_residents():
             self._inbox.put(lambda resident=resident: resident.drop(key))  # type: ignore[misc]
 
     def drop_all(self) -> None:
-        """Drops every session from the device, those in use at their last use."""
+        """Drop every session from the device; a session in use goes after its last use."""
         for resident in self._all_residents():
             for key in resident.resident_keys():
                 self.drop(key)
 
     def memory_config(self, policy: str = "") -> MemoryConfig:
-        """What the rows of a policy's sessions, or of those of text, look like."""
+        """Return the configuration of a policy's memory; of the language model's memory for ""."""
         return self._resident_of(policy).pool.config
 
     @property
     def sessions_hot(self) -> int:
+        """Number of sessions on the device."""
         return sum(len(resident) for resident in self._all_residents())
 
     def _resident_of(self, policy: str) -> ResidentSessions:
@@ -174,7 +179,7 @@ class Engine:
         self._stopping = True
 
     def _take_messages(self) -> None:
-        """Handles what has come in; sleeps until something does if there is nothing to run."""
+        """Handle the messages that have arrived; where there is nothing to run, sleep until a message arrives."""
         idle = not self._scheduler.running and not self._scheduler.waiting and not any(self._busy_workers())
         while True:
             try:
@@ -184,154 +189,187 @@ class Engine:
             handle()
             idle = False
 
-    def _add(self, job: Job) -> None:
-        if job.policy_request is not None:
-            worker = self._policies[job.policy_request.policy]
-            self._runs[job] = policy_request = PolicyJob(job, worker.backend)
-            worker.waiting.append(policy_request)
+    def _add(self, request: JobRequest) -> None:
+        if request.policy_request is not None:
+            worker = self._policies[request.policy_request.policy]
+            self._jobs[request] = policy_job = PolicyJob(request, worker.backend)
+            worker.waiting.append(policy_job)
             return
-        self._runs[job] = run = TextJob(job, self._lm, self._tokenizer)
-        self._scheduler.add(run)
+        self._jobs[request] = text_job = TextJob(request, self._lm, self._tokenizer)
+        self._scheduler.add(text_job)
 
-    def _close(self, job: Job, *, commit: bool) -> None:
-        run = self._runs.pop(job, None)
-        self._arrived.pop(job, None)
-        if isinstance(run, TextJob):
-            self._scheduler.remove(run)
-            run.close(self._resident, commit=commit)
-        elif run is not None:
-            worker = self._policies[run.policy_request.policy]
-            worker.remove(run)
-            run.close(worker.resident, commit=commit)
+    def _close(self, request: JobRequest, *, commit: bool) -> None:
+        job = self._jobs.pop(request, None)
+        self._arrived.pop(request, None)
+        if isinstance(job, TextJob):
+            self._scheduler.remove(job)
+            job.close(self._resident, commit=commit)
+        elif job is not None:
+            worker = self._policies[job.policy_request.policy]
+            worker.remove(job)
+            job.close(worker.resident, commit=commit)
 
     def _step(self) -> None:
-        for run in self._scheduler.admit():
-            self._metrics.queue_time_seconds.observe(time.monotonic() - self._arrived.pop(run.job))
-            self._isolate_failures([run], lambda run=run: run.start(self._resident))  # type: ignore[misc]
-        if (turn := self._scheduler.next_block()) is not None:
+        """Run one block of one text job, one token of every sequence, and the policies' requests."""
+        for job in self._scheduler.admit():
+            self._start(job, self._resident)
+        if (block_job := self._scheduler.next_block()) is not None:
             with self._metrics.engine_step_seconds.labels("prefill").time():
-                self._isolate_failures([turn], lambda: self._emit(turn, turn.block(self._resident)))
+                self._isolate_failures([block_job], lambda: self._emit(block_job, block_job.block(self._resident)))
         self._decode()
         self._decide()
-        for done in [run for run in self._scheduler.running if run.done]:
-            self._scheduler.remove(done)
-            self._end(done)
+        for job in [job for job in self._scheduler.running if job.done]:
+            self._scheduler.remove(job)
+            self._finish(job)
         self._metrics.queue_depth.set(len(self._scheduler.waiting))
         self._metrics.kv_tokens_reserved.set(self._scheduler.tokens_reserved)
         self._metrics.sessions_hot.set(len(self._resident))
         self._metrics.hot_rows_ratio.set(self._resident.pool.utilization)
 
-    def _decode(self) -> None:
-        batch = [(run, sequence) for run in self._scheduler.running for sequence in run.decodable()]
-        if batch:
-            self._metrics.batch_size.observe(len(batch))
-            with self._metrics.engine_step_seconds.labels("decode").time():
-                self._isolate_failures([run for run, _ in batch], lambda: self._decode_batch(batch))
+    def _start(self, job: Job, resident: ResidentSessions) -> None:
+        self._metrics.queue_time_seconds.observe(time.monotonic() - self._arrived.pop(job.request))
+        self._isolate_failures([job], lambda: job.start(resident))
 
-    def _decode_batch(self, batch: list[tuple[TextJob, TextSequence]]) -> None:
-        """A token for every sequence, or a few where it was guessed rightly; what was drawn in the last step is taken
-        in first."""
-        # A few rows more cost little as long as reading the weights is what takes the time.
-        step_inputs = [
-            (run, sequence, sequence.input_tokens(SPECULATIVE_ROWS // len(batch))) for run, sequence in batch
-        ]
-        input_tokens = [
-            (run, sequence, at, tokens) for run, sequence, tokens in step_inputs for at in range(len(tokens))
-        ]
-        decoded = iter(
-            self._lm.decode(
-                [tokens[at] for _, _, at, tokens in input_tokens],
-                [sequence.cache.advanced(at) if at else sequence.cache for _, sequence, at, _ in input_tokens],
-                [
-                    sequence.decode_state.advanced(tokens[:at]) if at else sequence.decode_state
-                    for _, sequence, at, tokens in input_tokens
-                ],
-                self._resident.pool,
-                [run.index for run, _, _, _ in input_tokens],
-            )
-            if input_tokens
-            else ()
-        )
-        decode_states = [
-            list(islice(decoded, len(tokens))) or [sequence.decode_state] for _, sequence, tokens in step_inputs
-        ]
-        index = [run.index for (run, _), rows in zip(batch, decode_states, strict=True) for _ in rows]
-        predictions = self._lm.predict(
-            [decode_state for rows in decode_states for decode_state in rows], self._resident.pool, index
-        )
-        if len(predictions) == len(batch):
-            predraw([sequence.sampler for _, sequence in batch], predictions)
-        scores = iter(predictions)
-        for (run, sequence, tokens), rows in zip(step_inputs, decode_states, strict=True):
-            start_length = sequence.cache.length
-            accepted = run.accept(sequence, tokens[1:], rows, list(islice(scores, len(rows))))
-            self._isolate_failures([run], lambda run=run, accepted=accepted: self._emit(run, accepted))  # type: ignore[misc]
-            self._metrics.guessed_tokens_total.inc(len(rows) - 1)
-            self._metrics.guessed_rightly_total.inc(sequence.cache.length - start_length)
+    def _decode(self) -> None:
+        """Decode a token of every sequence; several tokens where the drafted tokens are right."""
+        batch = [(job, sequence) for job in self._scheduler.running for sequence in job.decodable()]
+        if not batch:
+            return
+
+        def decode_batch() -> None:
+            for job, sequence, num_drafted, events in decode_step(self._lm, self._resident.pool, batch):
+                start_length = sequence.cache.length
+                self._isolate_failures([job], lambda job=job, events=events: self._emit(job, events))  # type: ignore[misc]
+                self._metrics.guessed_tokens_total.inc(num_drafted)
+                self._metrics.guessed_rightly_total.inc(sequence.cache.length - start_length)
+
+        self._metrics.batch_size.observe(len(batch))
+        with self._metrics.engine_step_seconds.labels("decode").time():
+            self._isolate_failures([job for job, _ in batch], decode_batch)
 
     def _busy_workers(self) -> Iterator[PolicyWorker]:
-        """The policies that are asked for something."""
+        """Yield the workers of the policies that have requests."""
         return (worker for worker in self._policies.values() if worker.waiting)
 
     def _decide(self) -> None:
-        """Does what is asked of each policy, for all sessions together."""
+        """Run the requests of each policy, for all sessions together."""
         for worker in self._busy_workers():
-            runs = worker.take(self._scheduler.max_sequences)
-            self._metrics.decisions_batch.observe(len(runs))
+            jobs = worker.pop_batch(self._scheduler.max_sequences)
+            self._metrics.decisions_batch.observe(len(jobs))
             with self._metrics.engine_step_seconds.labels("decide").time(), _one_thread():
-                for run in runs:
-                    self._metrics.queue_time_seconds.observe(time.monotonic() - self._arrived.pop(run.job))
-                    self._isolate_failures([run], lambda run=run, worker=worker: run.start(worker.resident))  # type: ignore[misc]
+                for job in jobs:
+                    self._start(job, worker.resident)
                 for step in (worker.learn, worker.decide):
-                    live_jobs = [run for run in runs if run.job in self._runs]
+                    live_jobs = [job for job in jobs if job.request in self._jobs]
                     self._isolate_failures(
                         live_jobs,
                         lambda step=step, live_jobs=live_jobs: step(live_jobs, self._isolate_failure),  # type: ignore[misc]
                     )
-                for run in [run for run in runs if run.job in self._runs]:
-                    self._isolate_failures([run], lambda run=run: self._emit(run, run.events()))  # type: ignore[misc]
-                    self._end(run)
+                for job in [job for job in jobs if job.request in self._jobs]:
+                    self._isolate_failures([job], lambda job=job: self._emit(job, job.events()))  # type: ignore[misc]
+                    self._finish(job)
 
-    def _end(self, run: TextJob | PolicyJob) -> None:
-        """Tells what a job leaves behind, once the device has it; meanwhile others go on."""
+    def _finish(self, job: Job) -> None:
+        """Emit a job's last event, once the device has the job's rows; meanwhile other jobs go on."""
 
         def emit_finished(gather_result: Callable[[], JobFinished]) -> None:
-            if run.job in self._runs:
-                self._isolate_failures([run], lambda: self._events.append((run.job, gather_result())))
+            if job.request in self._jobs:
+                self._isolate_failures([job], lambda: self._events.append((job.request, gather_result())))
 
-        if run.writes:
-            self._gather_executor.execute(run.finished, emit_finished)
+        if job.writes:
+            self._gather_executor.execute(job.finished, emit_finished)
         else:
-            emit_finished(run.finished)
+            emit_finished(job.finished)
 
-    def _isolate_failure(self, run: PolicyJob, work: Callable[[], None]) -> None:
-        self._isolate_failures([run], work)
-
-    def _emit(self, run: TextJob | PolicyJob, events: Iterable[Event]) -> None:
+    def _emit(self, job: Job, events: Iterable[Event]) -> None:
         for event in events:
-            self._events.append((run.job, event))
+            self._events.append((job.request, event))
 
-    def _isolate_failures(self, runs: Sequence[TextJob | PolicyJob], work: Callable[[], None]) -> None:
-        """Does the work; if it fails, the runs it was for fail with it, and nobody else."""
+    def _isolate_failure(self, job: PolicyJob, work: Callable[[], None]) -> None:
+        self._isolate_failures([job], work)
+
+    def _isolate_failures(self, jobs: Sequence[Job], work: Callable[[], None]) -> None:
+        """Do work for some jobs; if the work fails, these jobs fail, and no other job does."""
         try:
             work()
         except Exception as error:
-            for run in runs:
-                if run.job in self._runs:
-                    memory = run.job.memory
+            for job in jobs:
+                if job.request in self._jobs:
+                    memory = job.request.memory
                     only_resident = memory is not None and self._resident_of(memory.policy).only_resident(memory.key)
-                    self._events.append((run.job, JobFailed(_explain(error, only_resident=only_resident))))
-                    self._close(run.job, commit=False)
+                    self._events.append((job.request, JobFailed(_client_error(error, only_resident=only_resident))))
+                    self._close(job.request, commit=False)
 
     def _deliver(self) -> None:
+        """Send the events of this step to the event loop, where `JobRequest.emit` takes them."""
         events, self._events = self._events, []
         if events and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_emit_all, events)
 
 
+class JobStream:
+    """The jobs of one turn, on the event loop: submits them, yields their events, cancels unsettled jobs on exit.
+
+    A job that uses a session's memory stays unsettled after `JobFinished` until `settle`; any other job settles at
+    once.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queue: asyncio.Queue[tuple[JobRequest, Event]] = asyncio.Queue()
+        self._numbers: dict[JobRequest, int] = {}
+        self._unsettled: set[JobRequest] = set()
+        self.finished: list[JobFinished] = []
+
+    async def __aenter__(self) -> JobStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for request in self._unsettled:
+            self._engine.cancel(request)
+
+    def submit(self, request: JobRequest) -> None:
+        """Hand a job, whose `emit` is this stream's, to the engine."""
+        self._numbers[request] = len(self._numbers)
+        self._unsettled.add(request)
+        self._engine.submit(request)
+
+    def emit(self, request: JobRequest, event: Event) -> None:
+        """Take an event from the engine; the engine calls this method on the event loop."""
+        self._queue.put_nowait((request, event))
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """Yield each event with the number of its segment over all jobs, until every job has finished.
+
+        Raises the error of the first job that fails.
+        """
+        while len(self.finished) < len(self._numbers):
+            request, event = await self._queue.get()
+            if isinstance(event, JobFailed):
+                self._unsettled.discard(request)
+                raise event.error
+            if isinstance(event, JobFinished):
+                self.finished.append(event)
+                if request.memory is None:
+                    self._settle(request, None)
+            else:
+                yield self._numbers[request] + event.segment, event
+
+    def settle(self, committed: StateId | None) -> None:
+        """Tell the engine under which id the written rows are stored; None discards the rows."""
+        for request in list(self._unsettled):
+            self._settle(request, committed)
+
+    def _settle(self, request: JobRequest, committed: StateId | None) -> None:
+        self._unsettled.discard(request)
+        self._engine.settle(request, committed)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """For steps so small that to share them takes longer than to do them."""
+    """Use one thread, for steps so small that several threads take longer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -340,13 +378,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _emit_all(events: list[tuple[Job, Event]]) -> None:
-    for job, event in events:
-        job.emit(job, event)
+def _emit_all(events: list[tuple[JobRequest, Event]]) -> None:
+    for request, event in events:
+        request.emit(request, event)
 
 
-def _explain(error: Exception, *, only_resident: bool) -> ImprintError:
-    """alone: the session had the whole device, and waiting would give it no more."""
+def _client_error(error: Exception, *, only_resident: bool) -> ImprintError:
+    """Return the error that the client gets; with `only_resident`, waiting would give the session no more room."""
     if isinstance(error, ImprintError):
         return error
     if isinstance(error, PoolFullError) and only_resident:

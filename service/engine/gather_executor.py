@@ -1,4 +1,4 @@
-"""Work beside the engine's steps: what the device has computed is gathered while it computes what comes next."""
+"""Work beside the engine's steps: results are gathered from a GPU while the GPU computes the next step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ T = TypeVar("T")
 
 
 class GatherExecutor:
-    """Does work that waits for the device: on a GPU in a thread and a stream of its own, elsewhere, where there is
-    nothing to wait for, at once. Only one thread uses it."""
+    """Runs work that waits for the device; only the engine's thread uses the executor.
+
+    On a GPU the work runs in a thread and a stream of its own. On a CPU there is nothing to wait for, and the work runs
+    at once.
+    """
 
     def __init__(self, device: torch.device, post: Callable[[Callable[[], None]], None]) -> None:
-        """post: how that thread is asked to do something, from another one."""
+        """Store the device and `post`, by which another thread hands a message to the engine's thread."""
         self._device, self._post_message = device, post
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="imprint-aside") if has_streams(device) else None
 
     def execute(self, work: Callable[[], T], on_done: Callable[[Callable[[], T]], None]) -> None:
-        """Works on all that was launched up to now; `on_done` gets a function that returns the outcome, or raises
-        it."""
+        """Run `work` after everything that was launched on the device so far.
+
+        `on_done` gets a function that returns the result of the work, or raises the error of the work.
+        """
         if self._thread is None:
             on_done(work)
             return
@@ -33,7 +38,7 @@ class GatherExecutor:
         done.add_done_callback(lambda done: self._post_message(lambda: on_done(done.result)))
 
     def stop(self) -> None:
-        """Waits for what is being done; what is not begun is dropped."""
+        """Wait for the work that runs; drop the work that has not begun."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""The sessions whose fast weights are on the device: pinned while a turn uses them, least recently used out first."""
+"""The sessions whose fast weights are on the device, and how a job uses one of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from model.memory import Pool, SiteRows
-from service.engine.types import SessionKey, StateId
+from model.adaptive_lm import EMPTY_SESSION
+from model.memory import Draft, Pool, SiteRows
+from service.engine.types import JobFinished, JobRequest, JobStats, SessionKey, StateId
 
 
 @dataclass
@@ -20,8 +21,10 @@ class _Resident:
 
 
 class ResidentSessions:
-    """Maps sessions to indices in a pool. `pin` and `set_state_id` may be called from any thread, the rest from the
-    engine's alone."""
+    """A map from sessions to indices in a pool, from which the least recently used session without a pin goes first.
+
+    `pin` and `set_state_id` may be called from any thread, all other methods from the engine's thread only.
+    """
 
     def __init__(self, make_pool: Callable[[Callable[[], bool]], Pool], *, on_evict: Callable[[], None]) -> None:
         self._sessions: OrderedDict[SessionKey, _Resident] = OrderedDict()
@@ -33,7 +36,7 @@ class ResidentSessions:
         return len(self._sessions)
 
     def pin(self, key: SessionKey, state_id: StateId) -> bool:
-        """Keeps a session hot until `release`, if it is hot as of then; else returns False."""
+        """Keep a session on the device until `release`; return False if that content is not on the device."""
         with self._lock:
             resident = self._sessions.get(key)
             if resident is None or resident.state_id != state_id or resident.pending_removal:
@@ -42,13 +45,15 @@ class ResidentSessions:
             return True
 
     def set_state_id(self, key: SessionKey, state_id: StateId) -> None:
-        """A pinned session will be as of then by the time that the engine reads it next."""
+        """Set the content's id of a pinned session, before the engine commits that content to the pool."""
         with self._lock:
             self._sessions[key].state_id = state_id
 
     def acquire(self, key: SessionKey, state_id: StateId, stored: dict[str, SiteRows] | None) -> int:
-        """The index of a session that was pinned, or (with `stored`) is made hot and pinned now. Raises
-        PoolFullError."""
+        """Return the pool's index of a pinned session; with `stored`, first copy the session to the device and pin it.
+
+        Raises PoolFullError.
+        """
         if stored is not None:
             self._close(key)
             index = self.pool.open(stored)
@@ -59,7 +64,7 @@ class ResidentSessions:
             return self._sessions[key].index
 
     def release(self, key: SessionKey) -> None:
-        """Undoes one pin."""
+        """Remove one pin."""
         with self._lock:
             resident = self._sessions[key]
             resident.pins -= 1
@@ -68,17 +73,17 @@ class ResidentSessions:
             self._close(key)
 
     def only_resident(self, key: SessionKey) -> bool:
-        """Whether no other session is hot."""
+        """Return whether no other session is on the device."""
         with self._lock:
             return not self._sessions.keys() - {key}
 
     def resident_keys(self) -> list[SessionKey]:
-        """The sessions that are hot."""
+        """Return the sessions that are on the device."""
         with self._lock:
             return list(self._sessions)
 
     def drop(self, key: SessionKey) -> None:
-        """Drops a session; at its last `release` if it is pinned."""
+        """Drop a session; a pinned session goes at its last `release`."""
         with self._lock:
             resident = self._sessions.get(key)
             if resident is not None and resident.pins:
@@ -87,7 +92,7 @@ class ResidentSessions:
         self._close(key)
 
     def _evict(self) -> bool:
-        """Drops the least recently used session that is not pinned; False if there is none."""
+        """Drop the least recently used session without a pin; return False if there is none."""
         with self._lock:
             key = next((key for key, resident in self._sessions.items() if not resident.pins), None)
         if key is None:
@@ -103,3 +108,69 @@ class ResidentSessions:
                 return
             del self._sessions[key]
         self.pool.close(resident.index)
+
+
+class MemoryJob:
+    """The base of the jobs: acquires the session's memory, writes to a draft of the memory, and releases the session.
+
+    Only the engine's thread uses a job, except for `finished`. Every job ends with `close`.
+    """
+
+    def __init__(self, request: JobRequest) -> None:
+        self.request = request
+        self.stats = JobStats()
+        self._index = EMPTY_SESSION
+        self._draft: Draft | None = None
+        self._acquired = False
+
+    @property
+    def index(self) -> int:
+        """The pool's index of the fast weights that the job reads."""
+        return self._index
+
+    @property
+    def writes(self) -> bool:
+        """Whether the job may have rows to gather from the device at the end."""
+        return self._draft is not None
+
+    def start(self, resident: ResidentSessions) -> None:
+        """Acquire the session's memory. Raises PoolFullError."""
+        memory = self.request.memory
+        if memory is not None:
+            self._index = resident.acquire(memory.key, memory.state_id, memory.stored)
+            self._acquired = True
+            if memory.write:
+                self._draft = resident.pool.draft(self._index)
+                self._index = self._draft.index
+
+    def close(self, resident: ResidentSessions, *, commit: bool) -> None:
+        """Commit the draft to the pool, or roll the draft back, and release the session."""
+        if self._draft is not None:
+            if commit:
+                self._draft.commit()
+            else:
+                self._draft.rollback()
+            self._draft = None
+        memory = self.request.memory
+        if memory is not None and (self._acquired or memory.stored is None):
+            resident.release(memory.key)
+
+    def finished(self) -> JobFinished:
+        """Return the last event of the job.
+
+        This method only reads from the device and waits for the device, so that another thread may call it.
+        """
+        draft = self._draft
+        if draft is None:
+            return JobFinished(self.stats, {})
+        sites = draft.pool.sites
+        rows_by_site = draft.pool.rows(draft.index)
+        touched = draft.touched()
+        return JobFinished(
+            self.stats,
+            touched,
+            rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
+            rows_held=sum(rows_by_site.values()),
+            bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in rows_by_site.items()),
+            guards=draft.num_guards_shut(),
+        )

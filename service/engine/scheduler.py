@@ -1,7 +1,7 @@
-"""Who runs next: continuous batching with chunked prefill. Counts only, no tensors, no threads.
+"""Which job runs next: continuous batching with chunked prefill. The scheduler counts; it handles no tensor, no thread.
 
-Each step runs at most one block of one run (prefill or learning) and one token of every decoding sequence, so a long
-prompt delays running streams by one block at a time. Blocks take turns round robin; admission is first come, first
+Each step runs at most one block of one job (prefill or learning) and one token of every decoding sequence, so that a
+long prompt delays the running streams by one block at a time. Blocks go round robin; admission is first come, first
 served.
 """
 
@@ -12,66 +12,71 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Schedulable(Protocol):
-    """What the scheduler needs to know of a run."""
+    """What the scheduler needs to know of a job."""
 
     @property
     def num_sequences(self) -> int:
-        """Sequences it may decode at once."""
+        """Number of sequences that the job may decode at once."""
 
     @property
     def num_tokens(self) -> int:
-        """Key-value cache tokens it may need."""
+        """Number of tokens of the key-value cache that the job may need."""
 
     @property
     def wants_block(self) -> bool:
-        """Whether its next step is a block rather than decoding."""
+        """Whether the job's next step is a block rather than decoding."""
 
 
-R = TypeVar("R", bound=Schedulable)
+JobT = TypeVar("JobT", bound=Schedulable)
 
 
-class Scheduler(Generic[R]):
-    """max_sequences and max_tokens bound what runs at once; a run larger than a bound runs alone."""
+class Scheduler(Generic[JobT]):
+    """The queue of waiting jobs and the round of running jobs.
+
+    `max_sequences` and `max_tokens` bound what runs at once; a job larger than a bound runs alone.
+    """
 
     def __init__(self, *, max_sequences: int, max_tokens: int) -> None:
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
-        self.waiting: deque[R] = deque()
-        self.running: deque[R] = deque()
+        self.waiting: deque[JobT] = deque()
+        self.running: deque[JobT] = deque()
 
     @property
     def tokens_reserved(self) -> int:
-        return sum(run.num_tokens for run in self.running)
+        """Number of tokens of the key-value cache that the running jobs may need."""
+        return sum(job.num_tokens for job in self.running)
 
-    def add(self, run: R) -> None:
-        self.waiting.append(run)
+    def add(self, job: JobT) -> None:
+        """Queue a job."""
+        self.waiting.append(job)
 
-    def remove(self, run: R) -> None:
-        """Forgets a run, wherever it is."""
+    def remove(self, job: JobT) -> None:
+        """Remove a job, whether the job waits or runs."""
         for queue in (self.waiting, self.running):
-            if run in queue:
-                queue.remove(run)
+            if job in queue:
+                queue.remove(job)
 
-    def admit(self) -> list[R]:
-        """Moves runs from waiting to running, in order, while they fit; returns them."""
+    def admit(self) -> list[JobT]:
+        """Move jobs from waiting to running, in order, while they fit; return the moved jobs."""
         admitted = []
         while self.waiting and self._fits(self.waiting[0]):
-            run = self.waiting.popleft()
-            self.running.append(run)
-            admitted.append(run)
+            job = self.waiting.popleft()
+            self.running.append(job)
+            admitted.append(job)
         return admitted
 
-    def next_block(self) -> R | None:
-        """The run whose block is next; it goes to the end of the round."""
-        for run in self.running:
-            if run.wants_block:
-                self.running.remove(run)
-                self.running.append(run)
-                return run
+    def next_block(self) -> JobT | None:
+        """Return the job whose block is next, and move the job to the end of the round."""
+        for job in self.running:
+            if job.wants_block:
+                self.running.remove(job)
+                self.running.append(job)
+                return job
         return None
 
-    def _fits(self, run: R) -> bool:
+    def _fits(self, job: JobT) -> bool:
         if not self.running:
             return True
-        sequences = sum(other.num_sequences for other in self.running) + run.num_sequences
-        return sequences <= self.max_sequences and self.tokens_reserved + run.num_tokens <= self.max_tokens
+        num_sequences = sum(other.num_sequences for other in self.running) + job.num_sequences
+        return num_sequences <= self.max_sequences and self.tokens_reserved + job.num_tokens <= self.max_tokens

@@ -1,37 +1,41 @@
-"""One job on the device: its segments block by block, its sequences token by token. Only the engine's thread runs
-it."""
+"""A text job on the device: segments block by block, sequences token by token. Only the engine's thread runs a job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from torch import Tensor
 
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.kv_cache import KVCache
 from model.decode.prompt_lookup import PromptLookup
-from model.text.sampling import Sampler
+from model.memory import Pool
+from model.text.sampling import Sampler, predraw
 from model.text.tokenizer import Tokenizer
-from service.engine.memory_job import MemoryJob
-from service.engine.resident import ResidentSessions
+from service.engine.resident import MemoryJob, ResidentSessions
 from service.engine.text_stream import TextStream
 from service.engine.types import (
     Alternatives,
     Event,
     FinishReason,
     GenerationParams,
-    Job,
     JobFinished,
+    JobRequest,
     Segment,
     TokenOutput,
     TokenScores,
 )
 
+SPECULATIVE_ROWS = 4  # rows of a decoding step that sequences may fill with drafted tokens
+
 
 class TextSequence:
-    """One choice being generated. Its next scores come from `decode_state`; a drawn token in `pending` is decoded
-    first."""
+    """One sequence that is being generated.
+
+    The next scores come from `decode_state`; a drawn token in `pending` is decoded first.
+    """
 
     def __init__(
         self,
@@ -60,16 +64,15 @@ class TextSequence:
         self._shown_tokens = 0
 
     def input_tokens(self, rows: int) -> list[int]:
-        """What the next step is to take in: the token that was drawn last, if any, and up to `rows` tokens in all,
-        where the others are a guess."""
+        """Return the inputs of the next step: the pending token, if any, and drafted tokens, up to `rows` in all."""
         if self.pending is None:
             return []
-        # The last token of all is not taken in any more.
+        # The sequence's last token is no input of any step.
         max_draft_tokens = min(rows, self._options.max_tokens - len(self.tokens)) - 1
         return [self.pending, *self._lookup.draft_tokens(max_draft_tokens)] if max_draft_tokens > 0 else [self.pending]
 
     def accept(self, scores: Tensor) -> int:
-        """Draws the next token from scores [V] and notes what follows from it; returns the number of tokens added."""
+        """Draw the next token from scores [V]; return the number of tokens added."""
         token = self.sampler.draw(scores)
         if token in self._eos:
             self.text.finish()
@@ -88,7 +91,7 @@ class TextSequence:
         return 1
 
     def show(self, segment: int) -> TokenOutput | None:
-        """What may be shown since the last call."""
+        """Return the text and the tokens that may be shown since the last call; None if there are none."""
         text = self.text.text[self._shown_text : self.text.released]
         tokens = self._alternatives[self._shown_tokens : self.text.tokens_released]
         if not text and not tokens and self.finish is None:
@@ -98,10 +101,19 @@ class TextSequence:
 
 
 class TextJob(MemoryJob):
-    """A text job's way through the engine. Raises what the model raises; `close` then, to leave nothing behind."""
+    """A text request on the engine. Methods raise what the model raises; `close` cleans up after any error.
 
-    def __init__(self, job: Job, lm: AdaptiveLM, tokenizer: Tokenizer) -> None:
-        super().__init__(job)
+    Attributes:
+        num_sequences: number of sequences that the job may decode at once.
+        num_tokens: number of tokens of the key-value cache that the job may need.
+        sequences: the sequences of the current segment.
+    """
+
+    def __init__(self, request: JobRequest, lm: AdaptiveLM, tokenizer: Tokenizer) -> None:
+        super().__init__(request)
+        counts = [segment.generate.n if segment.generate else 1 for segment in request.segments]
+        self.num_sequences = max(counts)
+        self.num_tokens = max(_capacity(segment) * n for segment, n in zip(request.segments, counts, strict=True))
         self.sequences: list[TextSequence] = []
         self._lm = lm
         self._tokenizer = tokenizer
@@ -114,28 +126,22 @@ class TextJob(MemoryJob):
         self._learned_completions: dict[int, list[int]] = {}
 
     @property
-    def num_sequences(self) -> int:
-        return max((s.generate.n if s.generate else 1) for s in self.job.segments)
-
-    @property
-    def num_tokens(self) -> int:
-        return max(self._capacity(s) * (s.generate.n if s.generate else 1) for s in self.job.segments)
-
-    @property
     def wants_block(self) -> bool:
+        """Whether the job's next step is a block rather than decoding."""
         return self._prefilling or any(self._learnable(sequence) for sequence in self.sequences)
 
     @property
     def done(self) -> bool:
-        return self._segment == len(self.job.segments)
+        """Whether all segments are complete."""
+        return self._segment == len(self.request.segments)
 
     def start(self, resident: ResidentSessions) -> None:
-        """Takes its session's memory and begins its first segment. Raises PoolFullError."""
+        """Acquire the session's memory and begin the first segment. Raises PoolFullError."""
         super().start(resident)
         self._next_segment()
 
     def close(self, resident: ResidentSessions, *, commit: bool) -> None:
-        """Ends the turn: its draft becomes the session, or is forgotten."""
+        """Commit the draft or roll the draft back, release the session, and free the caches."""
         super().close(resident, commit=commit)
         self._cache = self._frozen_cache = None
         self.sequences = []
@@ -144,7 +150,7 @@ class TextJob(MemoryJob):
         return replace(super().finished(), learned_completions=self._learned_completions)
 
     def block(self, resident: ResidentSessions) -> Iterator[Event]:
-        """Runs one block: of the prompt, or of what was generated and is to be learned."""
+        """Run one block of the prompt, or learn one block of a completion; yield the events."""
         if self._prefilling:
             yield from self._prefill(resident)
         else:
@@ -152,13 +158,13 @@ class TextJob(MemoryJob):
         self.advance()
 
     def advance(self) -> None:
-        """Goes on to the next segment, or to the end, if this one is complete."""
+        """Begin the next segment, or end the job, if the current segment is complete."""
         complete = not self._prefilling and all(s.finish and not self._learnable(s) for s in self.sequences)
         if complete and not self.done:
             self._next_segment()
 
     def decodable(self) -> list[TextSequence]:
-        """The sequences whose next token is due."""
+        """Return the sequences whose next token is due."""
         return [] if self.wants_block else [s for s in self.sequences if s.finish is None]
 
     def accept(
@@ -168,8 +174,11 @@ class TextJob(MemoryJob):
         decode_states: Sequence[DecodeState],
         scores: Sequence[Tensor],
     ) -> Iterator[Event]:
-        """The next tokens of a sequence, from the carries and the scores [V] where it stands and after each token of
-        the guess: as long as that is right, and one more."""
+        """Draw the next tokens of a sequence: one, and one more after each drafted token that equals the drawn token.
+
+        `decode_states` and `scores` ([V] each) are those of the sequence's end and after each drafted token. Yields
+        what may be shown.
+        """
         for offset, (decode_state, row) in enumerate(zip(decode_states, scores, strict=True)):
             sequence.decode_state, sequence.pending = decode_state, None
             if offset:  # the step itself counted the first row
@@ -184,14 +193,11 @@ class TextJob(MemoryJob):
 
     @property
     def _prefilling(self) -> bool:
-        return 0 <= self._segment < len(self.job.segments) and self._position < len(self._current_segment.token_ids)
+        return 0 <= self._segment < len(self.request.segments) and self._position < len(self._current_segment.token_ids)
 
     @property
     def _current_segment(self) -> Segment:
-        return self.job.segments[self._segment]
-
-    def _capacity(self, segment: Segment) -> int:
-        return len(segment.token_ids) + (segment.generate.max_tokens if segment.generate else 0)
+        return self.request.segments[self._segment]
 
     def _next_segment(self) -> None:
         for sequence in self.sequences:
@@ -202,13 +208,15 @@ class TextJob(MemoryJob):
         self._decode_state, self.sequences = None, []
         self._cache = self._frozen_cache = None
         if not self.done:
-            self._cache = self._lm.new_cache(self._capacity(self._current_segment))
+            self._cache = self._lm.new_cache(_capacity(self._current_segment))
             if self._wants_frozen and self._lm.needs_frozen_cache:
-                self._frozen_cache = self._lm.new_cache(self._capacity(self._current_segment))
+                self._frozen_cache = self._lm.new_cache(_capacity(self._current_segment))
 
     @property
     def _wants_frozen(self) -> bool:
-        return self.job.frozen or (self._current_segment.learn is not None and self.job.in_proof_sample(self._segment))
+        return self.request.frozen or (
+            self._current_segment.learn is not None and self.request.in_proof_sample(self._segment)
+        )
 
     def _prefill(self, resident: ResidentSessions) -> Iterator[Event]:
         assert self._cache is not None
@@ -242,7 +250,7 @@ class TextJob(MemoryJob):
         positions = [i for i in range(part.start, part.stop) if score[i] and i > 0]
         tokens = [self._current_segment.token_ids[i] for i in positions]
         adapted = scores.adapted.tolist()
-        frozen = scores.frozen.tolist() if self.job.frozen and scores.frozen is not None else None
+        frozen = scores.frozen.tolist() if self.request.frozen and scores.frozen is not None else None
         alternatives = []
         if scores.top is not None:
             values, ids = scores.top[0].tolist(), scores.top[1].tolist()
@@ -254,7 +262,7 @@ class TextJob(MemoryJob):
 
     def _start_sequences(self, options: GenerationParams) -> list[TextSequence]:
         assert self._cache is not None and self._decode_state is not None
-        capacity = self._capacity(self._current_segment)
+        capacity = _capacity(self._current_segment)
         caches = [self._cache, *(self._cache.fork(capacity) for _ in range(options.n - 1))]
         prompt = self._current_segment.token_ids
         return [
@@ -263,7 +271,7 @@ class TextJob(MemoryJob):
         ]
 
     def _learnable(self, sequence: TextSequence) -> bool:
-        """Whether a block of released tokens waits to be learned; at the end, any released token."""
+        """Return whether a block of released tokens waits to be learned; at the end, whether any token waits."""
         generate = self._current_segment.generate if not self.done else None
         if generate is None or not generate.learn or self._draft is None:
             return False
@@ -271,9 +279,10 @@ class TextJob(MemoryJob):
         return waiting >= self._block or (sequence.finish is not None and waiting > 0)
 
     def _learn(self, sequence: TextSequence, resident: ResidentSessions) -> None:
-        """Learns a block of a completion as if it were a prompt's: in one forward of its own, over the same positions.
+        """Learn a block of a completion in one forward pass of its own, as a block of a prompt is learned.
 
-        That forward replaces the keys and values of decoding, whose bits depend on the batch they were made in.
+        The forward pass replaces the keys and values of decoding at the same positions, because the bits of decoding
+        depend on the batch.
         """
         count = min(self._block, sequence.text.tokens_released - sequence.learned)
         cache, length = sequence.cache, sequence.cache.length
@@ -308,6 +317,48 @@ class TextJob(MemoryJob):
             self.stats.proof_tokens += learned
             self.stats.proof_loss_sum += loss
             self.stats.proof_frozen_loss_sum -= float(scores.frozen[scores.learned].double().sum())
+
+
+def decode_step(
+    lm: AdaptiveLM, pool: Pool, batch: Sequence[tuple[TextJob, TextSequence]]
+) -> Iterator[tuple[TextJob, TextSequence, int, Iterator[Event]]]:
+    """Decode a token of every sequence, and more where a drafted token is right.
+
+    Yields, for each sequence of the batch, its job, the sequence, the number of drafted tokens, and the events; the
+    tokens are drawn while the caller reads the events.
+    """
+    # A few rows more cost little as long as reading the weights takes most of the time.
+    step_inputs = [(job, sequence, sequence.input_tokens(SPECULATIVE_ROWS // len(batch))) for job, sequence in batch]
+    rows = [(job, sequence, at, tokens) for job, sequence, tokens in step_inputs for at in range(len(tokens))]
+    decoded = iter(
+        lm.decode(
+            [tokens[at] for _, _, at, tokens in rows],
+            [sequence.cache.advanced(at) if at else sequence.cache for _, sequence, at, _ in rows],
+            [
+                sequence.decode_state.advanced(tokens[:at]) if at else sequence.decode_state
+                for _, sequence, at, tokens in rows
+            ],
+            pool,
+            [job.index for job, _, _, _ in rows],
+        )
+        if rows
+        else ()
+    )
+    decode_states = [
+        list(islice(decoded, len(tokens))) or [sequence.decode_state] for _, sequence, tokens in step_inputs
+    ]
+    index = [job.index for (job, _), states in zip(batch, decode_states, strict=True) for _ in states]
+    predictions = lm.predict([state for states in decode_states for state in states], pool, index)
+    if len(predictions) == len(batch):
+        predraw([sequence.sampler for _, sequence in batch], predictions)
+    scores = iter(predictions)
+    for (job, sequence, tokens), states in zip(step_inputs, decode_states, strict=True):
+        events = job.accept(sequence, tokens[1:], states, list(islice(scores, len(states))))
+        yield job, sequence, len(states) - 1, events
+
+
+def _capacity(segment: Segment) -> int:
+    return len(segment.token_ids) + (segment.generate.max_tokens if segment.generate else 0)
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

@@ -1,4 +1,4 @@
-"""From tokens to text that may be shown: whole characters only, and nothing of a stop string."""
+"""From tokens to text that may be shown: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -6,34 +6,42 @@ from model.text.tokenizer import DecodeStream
 
 
 class TextStream:
-    """The text of one sequence. `text` is all that may ever be shown, `released` how much of it already may be."""
+    """The text of one sequence.
+
+    Attributes:
+        text: all text that may ever be shown.
+        released: number of characters of `text` that may be shown now.
+    """
 
     def __init__(self, decode: DecodeStream, stops: tuple[str, ...]) -> None:
         self._decode = decode
         self._stops = stops
-        self._text_ends: list[
-            int
-        ] = []  # for each token, the length of text after it; unfinished characters end with the next
+        # For each token, the length of the text after the token. A token in the middle of a character ends with the
+        # token that completes the character.
+        self._text_ends: list[int] = []
         self._num_undecoded = 0
         self.text = ""
         self.released = 0
 
     @property
     def tokens_released(self) -> int:
-        """How many tokens have all of their text released."""
-        done = len(self._text_ends)
-        while done and self._text_ends[done - 1] > self.released:
-            done -= 1
-        return done
+        """Number of tokens whose whole text is released."""
+        count = len(self._text_ends)
+        while count and self._text_ends[count - 1] > self.released:
+            count -= 1
+        return count
 
     def push(self, token_id: int) -> bool:
-        """Adds a token; True if a stop string is complete: the text then ends before it, and all of it is released."""
+        """Add a token; return whether a stop string is complete.
+
+        The text then ends before the stop string, and all of the text is released.
+        """
         piece = self._decode.step(token_id)
         self._num_undecoded += 1
         return bool(piece) and self._extend(piece)
 
     def finish(self) -> None:
-        """The sequence is over: releases what was held back."""
+        """End the sequence: release the text that was held back."""
         if self._num_undecoded and not self._extend(self._decode.flush()):
             self.released = len(self.text)
         self.released = len(self.text)
@@ -52,11 +60,11 @@ class TextStream:
         return False
 
     def _find_stop(self, before: int) -> int | None:
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
-        return min((at for at in found if at >= 0), default=None)
+        positions = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
+        return min((position for position in positions if position >= 0), default=None)
 
     def _partial_stop_length(self) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for size in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-size:]) for stop in self._stops):

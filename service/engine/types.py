@@ -1,4 +1,4 @@
-"""What is handed to the engine and what it hands back: plain values, no threads, no device."""
+"""The values that go into the engine and come out of the engine. No thread and no device is handled here."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from model.memory import SiteRows
 from model.text.sampling import SamplingParams
 
 SessionKey = tuple[str, str]  # tenant, session id
-StateId = tuple[float, float, int]  # a session's creation, last commit and version: what tells its contents apart
+StateId = tuple[float, float, int]  # a session's creation, last commit and version: identifies the session's content
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """What to generate after a segment. logprobs: None, or the number of alternatives to each token.
+    """What to generate after a segment.
 
-    learn: also learn what was generated, block by block (only with n = 1).
+    Attributes:
+        max_tokens: the largest number of tokens of a sequence.
+        stop: strings at which a sequence ends; the text ends before the string.
+        n: number of sequences.
+        logprobs: number of alternatives to report for each token; None = no log-probabilities.
+        learn: whether the generated tokens are learned too, block by block (only with n = 1).
     """
 
     max_tokens: int
@@ -31,10 +36,13 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Segment:
-    """One request of the model: tokens with attention of their own, then perhaps a generation.
+    """One request of the language model: tokens with attention of their own, then perhaps a generation.
 
-    score, learn: by position, which tokens to score or to learn (None: no token); where both are given, what is learned
-    is scored. top: how many alternatives to score too.
+    Attributes:
+        learn: for each position, whether the token is learned; None = no token is learned.
+        score: for each position, whether the token is scored; None = no token is scored. Where both masks are given,
+            every learned token is scored.
+        top: number of alternatives to report for each scored token.
     """
 
     token_ids: Sequence[int]
@@ -46,11 +54,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class PolicyRequest:
-    """One request of a policy: first it learns, if there is something to learn, then it decides, if it is asked.
+    """One request of a policy. The policy first learns the reward or the label, if there is one, and then decides.
 
-    policy: its name. reward: of the action of number `action_id` (None: of the last one); label: of the observation.
-    regret: what that action missed, as far as the client knows. decide: whether an action or a label is wanted.
-    temperature: None = the policy's own; seed: of what is drawn.
+    Attributes:
+        policy: the policy's name.
+        observation: the observation's numbers.
+        decide: whether the client wants an action or a label.
+        reward: the reward of the action number `action_id`; of the last action where `action_id` is None.
+        label: the label of the observation.
+        temperature: of the softmax from which the choice is drawn; None = the policy's default.
+        seed: of the draw; None = a random seed.
+        regret: the difference to the best action's reward, as far as the client knows.
     """
 
     policy: str
@@ -66,9 +80,13 @@ class PolicyRequest:
 
 @dataclass(frozen=True)
 class MemoryAccess:
-    """Which session's memory a job uses, as of when; write: whether it may learn.
+    """The session whose memory a job uses, and how.
 
-    stored: its rows, unless the engine has pinned them hot (`Engine.pin`). policy: whose memory it is; "" = text's.
+    Attributes:
+        state_id: the content of the session that the job expects.
+        write: whether the job may learn.
+        stored: the session's rows by site; None if the session is pinned on the device (`Engine.pin`).
+        policy: the policy whose memory the job uses; "" = the language model's memory.
     """
 
     key: SessionKey
@@ -79,15 +97,21 @@ class MemoryAccess:
 
 
 @dataclass(eq=False)
-class Job:
-    """A turn as the engine sees it. `emit` is called with the job and each of its events, in order, on the event loop.
+class JobRequest:
+    """What a turn asks of the engine.
 
-    frozen: score without memory as well. proof_from, proof_rate: of the learned segments, counted from proof_from,
-    this share is scored without memory too, for the record. deed: what a policy is to do, instead of segments.
+    Attributes:
+        segments: requests of the language model, one after the other.
+        emit: called on the event loop with the request and each of the job's events, in order.
+        memory: the session to use; None = the frozen base answers.
+        frozen: whether every score is also taken without memory.
+        proof_from: number of segments that the session learned before.
+        proof_rate: share of the learned segments, counted from `proof_from`, that are scored without memory too.
+        policy_request: a request of a policy, instead of segments.
     """
 
     segments: Sequence[Segment]
-    emit: Callable[[Job, Event], None]
+    emit: Callable[[JobRequest, Event], None]
     memory: MemoryAccess | None = None
     frozen: bool = False
     proof_from: int = 0
@@ -95,15 +119,26 @@ class Job:
     policy_request: PolicyRequest | None = None
 
     def in_proof_sample(self, segment: int) -> bool:
-        """Whether a segment is in the sampled share; the first of a session always is, unless the rate is 0."""
+        """Return whether a segment is in the sampled share.
+
+        The first segment of a session always is, unless the rate is 0.
+        """
         n = self.proof_from + segment
         return -(-(n + 1) * self.proof_rate // 1) > -(-n * self.proof_rate // 1)
 
 
 @dataclass
 class JobStats:
-    """What a job did. Losses are nats, summed: over the learned tokens, and over those of them that were proved. Of a
-    policy, a reward or label is a token; rewards: their sum, a label's being 1 if it would have been said."""
+    """The counts of a job. Losses are sums in nats.
+
+    A policy's reward or label counts as one token.
+
+    Attributes:
+        loss_sum: over the learned tokens.
+        proof_tokens: number of learned tokens that were also scored without memory.
+        proof_loss_sum, proof_frozen_loss_sum: over these tokens, with and without memory.
+        rewards: sum of the rewards; a label counts as 1 if the policy would have chosen the label, else as 0.
+    """
 
     prompt_tokens: int = 0
     tokens_learned: int = 0
@@ -118,7 +153,7 @@ class JobStats:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """One token's log-probability (None: nothing predicts it) and the most probable tokens in its place."""
+    """One token's log-probability (None: nothing predicts the token) and the most probable tokens in its place."""
 
     token_id: int
     logprob: float | None
@@ -127,8 +162,13 @@ class Alternatives:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of a block's targets, in order: log-probabilities with and (if asked for) without memory; alternatives to
-    each, if the segment asks for some."""
+    """The scores of a block's targets, in order.
+
+    Attributes:
+        adapted: log-probabilities with memory.
+        frozen: log-probabilities without memory, if the request wants them.
+        alternatives: one entry for each target, if the segment wants alternatives.
+    """
 
     segment: int
     token_ids: list[int]
@@ -139,9 +179,11 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """Text of a choice that may be shown, and the tokens that are complete with it.
+    """Text of a sequence that may be shown, and the tokens whose text is complete with it.
 
-    finish: the reason, on the last one of a choice.
+    Attributes:
+        choice: number of the sequence.
+        finish: why the sequence ended, on the sequence's last output.
     """
 
     segment: int
@@ -153,8 +195,13 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class PolicyDecision:
-    """What a policy chose: an action or a label, the chances of all of them, and what each action is expected to bring,
-    in the reward's own units. number: of the action in its session; None where it is not remembered."""
+    """A policy's choice of an action or a label.
+
+    Attributes:
+        probs: probability of each action or label.
+        expected: expected reward of each action, in the reward's own units; None for labels.
+        number: number of the action in its session; None if the session does not keep the action.
+    """
 
     choice: int
     probs: list[float]
@@ -165,10 +212,14 @@ class PolicyDecision:
 
 @dataclass(frozen=True)
 class JobFinished:
-    """The job is done; `rows` are what it wrote, to be stored before `Engine.settle`.
+    """The job is done.
 
-    rows_written counts them; rows_held, bytes_held: of the session with them; guards: read gates that the turn shut,
-    less those it opened. said: the generated tokens that were learned, by segment.
+    Attributes:
+        rows: the rows that the job wrote, by site, to be stored before `Engine.settle`.
+        rows_written: number of these rows.
+        rows_held, bytes_held: number of rows and bytes that the session holds after the job.
+        guards: number of read gates that the job shut, minus the number that the job opened.
+        learned_completions: the generated tokens that were learned, by segment.
     """
 
     stats: JobStats
@@ -182,7 +233,7 @@ class JobFinished:
 
 @dataclass(frozen=True)
 class JobFailed:
-    """The job ended early and holds nothing any more."""
+    """The job ended early; the job's draft is rolled back and its session is released."""
 
     error: Exception
 

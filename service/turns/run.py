@@ -11,8 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from service.engine import Event, Job, JobFinished, MemoryAccess, StateId
-from service.engine.job_stream import JobStream
+from service.engine import Event, JobFinished, JobRequest, JobStream, MemoryAccess, StateId
 from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import VersionConflict
 from service.metrics import Metrics
@@ -175,10 +174,10 @@ class TurnRunner:
         """Submit one job for a session, whose segments may learn; without a session one job a segment."""
         if plan.start_meta is None:
             for segment in plan.segments:
-                stream.submit(Job([segment], stream.emit, frozen=plan.score_frozen))
+                stream.submit(JobRequest([segment], stream.emit, frozen=plan.score_frozen))
         elif plan.runs_jobs:
             stream.submit(
-                Job(
+                JobRequest(
                     plan.segments,
                     stream.emit,
                     memory,

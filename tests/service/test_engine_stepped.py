@@ -21,9 +21,9 @@ from service.engine import (
     Engine,
     Event,
     GenerationParams,
-    Job,
     JobFailed,
     JobFinished,
+    JobRequest,
     MemoryAccess,
     Segment,
     TokenOutput,
@@ -80,12 +80,12 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
         events: list[Event] = []
         ended = asyncio.Event()
 
-        def emit(job: Job, event: Event) -> None:
+        def emit(job: JobRequest, event: Event) -> None:
             events.append(event)
             if isinstance(event, JobFinished | JobFailed):
                 ended.set()
 
-        job = Job([segment], emit, memory)
+        job = JobRequest([segment], emit, memory)
         engine.submit(job)
         await ended.wait()
         engine.settle(job, None)
@@ -135,10 +135,10 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
     ids = tokenizer.encode(TEXT)[:40]
     engine, events = new_engine(plain, tokenizer), defaultdict[str, list[Event]](list)
 
-    def job(name: str, *, learns: bool, version: int = 1) -> Job:
+    def job(name: str, *, learns: bool, version: int = 1) -> JobRequest:
         segment = Segment(ids, learn=[learns] * len(ids), generate=GenerationParams(3, GREEDY))
         memory = MemoryAccess(("t", name), (1.0, 1.0, version), write=learns, stored={} if version == 1 else None)
-        return Job([segment], lambda _, event: events[name].append(event), memory)
+        return JobRequest([segment], lambda _, event: events[name].append(event), memory)
 
     async def ended(name: str) -> Event:
         while not any(isinstance(event, JobFinished | JobFailed) for event in events[name]):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.scheduler import Scheduler
-from service.engine.types import Job, Segment
+from service.engine.types import JobRequest, Segment
 
 
 @dataclass(eq=False)
@@ -140,8 +140,8 @@ def test_a_run_can_be_removed_whether_running_waiting_or_unknown() -> None:
 @pytest.mark.parametrize("start", [0, 7])
 def test_the_proof_sample_is_a_share_of_the_segments_with_the_first_of_a_session(rate: float, start: int) -> None:
     """The sample depends on a segment's position in its session, not on the job that it is in."""
-    whole = Job([Segment([1])] * 300, lambda job, event: None, proof_rate=rate)
-    later = Job([Segment([1])] * 300, lambda job, event: None, proof_from=start, proof_rate=rate)
+    whole = JobRequest([Segment([1])] * 300, lambda job, event: None, proof_rate=rate)
+    later = JobRequest([Segment([1])] * 300, lambda job, event: None, proof_from=start, proof_rate=rate)
     proved = [whole.in_proof_sample(n) for n in range(300)]
     assert proved[0] == (rate > 0)
     assert abs(sum(proved) - 300 * rate) <= 1
