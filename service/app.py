@@ -122,7 +122,7 @@ async def _serve(
     """Serve on the listener until the server is told to stop; return the exit code."""
     metrics = Metrics()
     store = _connect_store(settings, url, exclusive=embedded is not None)
-    sessions = _new_sessions(settings, store, metrics)
+    sessions = new_sessions(settings, store, metrics)
     app = create_app(sessions, metrics, settings, keys)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
@@ -169,7 +169,8 @@ def _connect_store(settings: Settings, url: str, *, exclusive: bool) -> SessionS
         raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
 
 
-def _new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> Sessions:
+def new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> Sessions:
+    """Return the sessions in a store, under the limits of the settings."""
     limits = ServerLimits(
         max_queue=settings.max_queue,
         session_bytes=settings.session_max_bytes,
@@ -207,7 +208,7 @@ async def _load(settings: Settings, metrics: Metrics) -> LoadedModel:
     def load() -> None:
         outcome: LoadedModel | Exception
         try:
-            outcome = _load_model(settings, metrics)
+            outcome = load_model(settings, metrics)
         except Exception as error:
             outcome = error
         with suppress(RuntimeError):  # the loop has ended
@@ -217,7 +218,7 @@ async def _load(settings: Settings, metrics: Metrics) -> LoadedModel:
     return await loaded
 
 
-def _load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
+def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     """Load the base, the memory and the policies, and build the engine on them."""
     started = time.monotonic()
     folder = resolve_base(settings.model, settings.cache_dir, progress=log.info)

@@ -1,13 +1,17 @@
-"""The stores that the contract suite runs on, as fixtures."""
+"""Fixtures for the tests of the service: the stores of the contract suite, and a server in this process."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.store.embedded import EmbeddedValkey
+from tests.live import Client
+from tests.service.in_process import InProcessServer
 from tests.service.store_backends import BACKENDS, MemoryBackend, StoreBackend, ValkeyBackend
 
 
@@ -30,3 +34,20 @@ async def backend(request: pytest.FixtureRequest) -> AsyncIterator[StoreBackend]
 @pytest.fixture
 def tenant() -> str:
     return uuid.uuid4().hex
+
+
+@pytest.fixture(scope="session")
+def memory_server(tiny_base: Path) -> Iterator[InProcessServer]:
+    """Yield a server of the tiny base in this process, with its sessions in memory; tests share it."""
+    server = InProcessServer(tiny_base)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(request: pytest.FixtureRequest) -> Iterator[Client]:
+    """Yield a client of the real `server` for a test that asks for that server, else of the one in this process."""
+    name = "server" if "server" in request.fixturenames else "memory_server"
+    server: Any = request.getfixturevalue(name)
+    with Client(server.url, server.model) as client:
+        yield client

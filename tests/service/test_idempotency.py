@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
@@ -29,12 +29,6 @@ from tests.tiny import TEXT
 
 CHAT = [{"role": "user", "content": TEXT[:80]}]
 REPLAYED = "idempotent-replayed"
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[Client]:
-    with Client(server.url, server.model) as client:
-        yield client
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,6 @@ from tests.tiny import TEXT, build_tiny_base
 PROMPT = TEXT[:60]
 SHORT = TEXT[:150]  # fewer tokens than a block
 LONG = TEXT * 60  # many times the context
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[Client]:
-    with Client(server.url, server.model) as client:
-        yield client
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""The whole server in the test's own process: real sockets and the real engine, sessions in a `MemoryStore`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import uvicorn
+
+from service.app import create_app, load_model, new_sessions
+from service.metrics import Metrics
+from service.settings import Settings
+from service.store.memory import MemoryStore
+from service.tenants import ApiKeys
+from tests.conftest import START_TIMEOUT_S
+
+
+class InProcessServer:
+    """A server in a thread, without a process and without a store of its own."""
+
+    def __init__(self, base: Path) -> None:
+        self.model = base.name
+        self._settings = Settings(model=str(base), threads=1)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(START_TIMEOUT_S), "the server did not become ready"
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+
+    def stop(self) -> None:
+        """End the server and wait for its thread."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        metrics = Metrics()
+        sessions = new_sessions(self._settings, MemoryStore(), metrics)
+        app = create_app(sessions, metrics, self._settings, ApiKeys(self._settings))
+        model = load_model(self._settings, metrics)
+        await model.engine.start()
+        sessions.begin(model)
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+        serving = asyncio.create_task(self._server.serve())
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        self._ready.set()
+        await serving
+        await model.engine.stop()
