@@ -6,7 +6,7 @@
         client.observe("ada", "My cat is called Miso.")
         print(client.complete("My cat is called", session="ada", max_tokens=8).text)
 
-It needs httpx and pydantic; torch is the server's.
+The package needs httpx and pydantic. It does not load torch, which only the server needs.
 """
 
 from service.client import (

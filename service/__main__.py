@@ -1,4 +1,4 @@
-"""`python -m service` is `imprint`."""
+"""Runs the command line: `python -m service` is `imprint`."""
 
 from service.cli.main import main
 

@@ -1,8 +1,8 @@
-"""The errors a client can meet: one tree, one HTTP status each, OpenAI's body for all of them.
+"""The errors that a client can receive: one tree of classes, one HTTP status each, OpenAI's body for all.
 
-Layers below the routes raise these errors, `service/http/middleware.py` turns each into a response, and the Python
-client turns that response into the same error again. Every message is shown to a client: the message names the field,
-the limit and the value, and never another session or an internal detail.
+The layers below the routes raise these errors, `service/http/middleware.py` turns each into a response, and the Python
+client turns the response into the same error again. A client sees every message: the message names the field, the limit
+and the value, and never another session or an internal detail.
 """
 
 from collections.abc import Mapping
@@ -10,20 +10,20 @@ from types import MappingProxyType
 
 
 class CommandError(Exception):
-    """A command of the command line cannot be done. The message is one line that says why."""
+    """A command of the command line failed. The message is one line that says why."""
 
 
 class ImprintError(Exception):
-    """Base of the tree; raise one of its subclasses.
+    """The base class of the tree. Code raises its subclasses.
 
-    The Python client adds two things: the `request_id` under which the server's log has the request, and the
-    `idempotency_key` of a request that learns, with which it can be sent again.
+    The Python client sets two attributes: `request_id`, under which the server's log has the request, and
+    `idempotency_key`, with which a request that learns can be sent again.
 
     Args:
         message: one sentence for the client.
         param: the field of the request at fault, dotted (`messages.0.content`), or None.
-        code: a stable word for programs; None keeps the class's own.
-        retry_after: seconds after which to try again (sent as `Retry-After`); None keeps the class's own.
+        code: a stable word for programs; None = the class's own.
+        retry_after: seconds after which to try again (sent as `Retry-After`); None = the class's own.
     """
 
     status: int = 500
@@ -51,18 +51,18 @@ class ImprintError(Exception):
             self.retry_after = retry_after
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The response body, `{"error": {"message", "type", "param", "code"}}`."""
+        """Return the response body, `{"error": {"message", "type", "param", "code"}}`."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class BadRequest(ImprintError):
-    """400: the request can't be honoured as it stands."""
+    """400: the request is not valid."""
 
     status = 400
 
 
 class Unauthorized(ImprintError):
-    """401: no API key, or one that is not known."""
+    """401: the request has no API key, or an unknown one."""
 
     status = 401
     code = "invalid_api_key"
@@ -70,14 +70,14 @@ class Unauthorized(ImprintError):
 
 
 class NotFound(ImprintError):
-    """404: no such route, model or session."""
+    """404: the route, model or session does not exist."""
 
     status = 404
     code = "not_found"
 
 
 class MethodNotAllowed(ImprintError):
-    """405: the route exists, not with this method."""
+    """405: the route does not support this method."""
 
     status = 405
     code = "method_not_allowed"
@@ -91,13 +91,13 @@ class Conflict(ImprintError):
 
 
 class VersionConflict(Conflict):
-    """409: the session moved on between load and commit."""
+    """409: the session changed between load and commit."""
 
     code = "version_conflict"
 
 
 class PreconditionFailed(ImprintError):
-    """412: `If-Match` names another version than the stored one."""
+    """412: `If-Match` names a version other than the stored one."""
 
     status = 412
     code = "precondition_failed"
@@ -118,14 +118,14 @@ class UnsupportedMediaType(ImprintError):
 
 
 class KeyReused(ImprintError):
-    """422: an `Idempotency-Key` came again with another request."""
+    """422: an `Idempotency-Key` was sent before with another request."""
 
     status = 422
     code = "idempotency_key_reused"
 
 
 class TooManyRequests(ImprintError):
-    """429: too much is asked for."""
+    """429: the client sends too many requests or tokens."""
 
     status = 429
     type = "rate_limit_error"
@@ -139,13 +139,13 @@ class Overloaded(TooManyRequests):
 
 
 class RateLimited(TooManyRequests):
-    """429: the tenant has to wait."""
+    """429: the tenant has exceeded its rate and has to wait."""
 
     code = "rate_limit_exceeded"
 
 
 class QuotaExceeded(TooManyRequests):
-    """429: the tenant has used what it may use; waiting alone does not help, so clients are told not to retry."""
+    """429: the tenant has used up a quota. Waiting alone does not help: `x-should-retry` is `false`."""
 
     type = "insufficient_quota"
     code = "insufficient_quota"
@@ -154,7 +154,7 @@ class QuotaExceeded(TooManyRequests):
 
 
 class Unavailable(ImprintError):
-    """503: something this request needs is away for now."""
+    """503: something that the request needs is temporarily unavailable."""
 
     status = 503
     type = "server_error"
@@ -163,13 +163,13 @@ class Unavailable(ImprintError):
 
 
 class StoreUnavailable(Unavailable):
-    """503: the session store doesn't answer, or a commit's outcome is unknown."""
+    """503: the session store does not answer, or the outcome of a commit is unknown."""
 
     code = "store_unavailable"
 
 
 class StoreFull(Unavailable):
-    """503: the session store has no room; what was learned stays, and can be used."""
+    """503: the session store is full. What was learned before stays and can be used."""
 
     code = "store_full"
     retry_after = 10.0
@@ -182,14 +182,14 @@ class SessionBusy(Unavailable):
 
 
 class TooLarge(ImprintError):
-    """507: the session has, or would get, more rows than it may have or the device can hold."""
+    """507: the session has, or would get, more rows than its limit or than the device can hold."""
 
     status = 507
     code = "session_too_large"
 
 
 class NotReady(Unavailable):
-    """503: the server is loading (or, with `code="draining"`, going away)."""
+    """503: the server is loading or, with `code="draining"`, shutting down."""
 
     code = "loading"
 

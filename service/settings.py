@@ -1,6 +1,6 @@
-"""Every setting of the server, read from `IMPRINT_*` environment variables.
+"""The settings of the server, read from `IMPRINT_*` environment variables.
 
-`python -m service.settings` prints docs/settings.md.
+The descriptions here are the page docs/settings.md: `python -m service.settings` prints it.
 """
 
 import difflib
@@ -16,9 +16,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "IMPRINT_"
 CLIENT_VARIABLES = {
-    "IMPRINT_URL": "Where `imprint chat`, `observe`, `score`, `sessions` and the Python client find the server; "
+    "IMPRINT_URL": "Address of the server for `imprint chat`, `observe`, `score`, `sessions` and the Python client; "
     "default `http://127.0.0.1:8000`.",
-    "IMPRINT_API_KEY": "The key that they send, where the server asks for one.",
+    "IMPRINT_API_KEY": "The API key that these commands and the Python client send. Needed if the server has keys.",
 }
 STORE_SCHEMES = (
     "redis",
@@ -34,184 +34,239 @@ Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute(
 
 
 class SettingsError(Exception):
-    """A setting is unknown or out of bounds. The message is one line naming setting, limit and value."""
+    """A setting is unknown or out of bounds. The message is one line: the setting, the limit and the value."""
 
 
 class Settings(BaseSettings):
-    """The server's settings. `Settings.load()` is the way in: it turns every fault into a `SettingsError`."""
+    """The server's settings. Make them with `Settings.load()`, which turns every fault into a SettingsError."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; `0.0.0.0` for every interface.")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on; `0.0.0.0` for every interface. Without API keys only a loopback address is"
+        " allowed.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 = any free port.")
     data_dir: Folder = Field(
         default_factory=lambda: platformdirs.user_data_path("imprint"),
-        description="Folder of the sessions: the embedded store's files and its lock. One server at a time."
-        " Default: the platform's data folder (`~/.local/share/imprint` on Linux).",
+        description="Folder of the sessions: the embedded store's files and its lock. Back up this folder; only one"
+        " server can use it at a time. Default: the platform's data folder (`~/.local/share/imprint` on"
+        " Linux).",
     )
     cache_dir: Folder = Field(
         default_factory=lambda: platformdirs.user_cache_path("imprint"),
-        description="Folder of downloaded and converted base models; safe to delete."
-        " Default: the platform's cache folder (`~/.cache/imprint` on Linux).",
+        description="Folder of downloaded and converted base models. The folder can be deleted; the next start makes"
+        " it again. Default: the platform's cache folder (`~/.cache/imprint` on Linux).",
     )
     model: str = Field(
         "smollm2-135m-instruct",
         min_length=1,
-        description="The frozen base: `smollm2-135m-instruct`, a Hugging Face folder of the Llama family,"
-        " a `.gguf` file, or `owner/name` on the Hugging Face hub.",
+        description="The frozen base: `smollm2-135m-instruct`, a Hugging Face folder of the Llama family, a `.gguf`"
+        " file, or `owner/name` on the Hugging Face hub.",
     )
     memory: str = Field(
         "default",
         min_length=1,
-        description="The meta-trained memory: `default` (shipped for the base), or the path of a checkpoint.",
+        description="The meta-trained memory: `default` (the one shipped for the base), or the path of a checkpoint"
+        " that `imprint train` wrote. Sessions of one memory cannot be used with another.",
     )
     policies: str = Field(
         "default",
         min_length=1,
-        description="The policies served beside text: `default` (those shipped), `none`, or paths with commas between.",
+        description="The policies to serve beside the language model: `default` (those shipped), `none`, or paths of"
+        " checkpoints, separated by commas.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where the model runs; `auto` takes CUDA if there is any."
+        "auto", description="Device that runs the model; `auto` takes CUDA if torch finds a GPU."
     )
     decode_dtype: Literal["fp16", "fp32"] = Field(
         "fp16",
-        description="The base's weights for generating on x86 CPUs; `fp16` is a copy, read twice as fast as `fp32`."
-        " Prompts, scores and learning take fp32 in any case.",
+        description="Number format of the base's weights for generating on x86 CPUs. `fp16` is a second copy of the"
+        " weights that is read twice as fast; `fp32` saves the memory of that copy. Prompts, scores and"
+        " learning use fp32 in any case.",
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model; 0 = one per core.")
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of the model; 0 = one per core. Lower it if other programs share the machine.",
+    )
     context: int = Field(
-        0, ge=0, description="Tokens that one request may hold, reply included; 0 = the base's own limit."
+        0,
+        ge=0,
+        description="Tokens that one request may hold, prompt and reply together; 0 = the base's own limit. A lower"
+        " limit lets more requests share the key/value caches.",
     )
     redis_url: str | None = Field(
         None,
         repr=False,
-        description="A Redis or Valkey server that keeps the sessions: `redis://`, `rediss://`, `unix://`,"
-        " `redis+sentinel://host:port,host:port/service` or `redis+cluster://host:port,host:port`"
-        " (with TLS: `rediss+…`). Unset: an embedded Valkey in the data folder.",
+        description="Address of a Redis or Valkey server that keeps the sessions: `redis://`, `rediss://`, `unix://`,"
+        " `redis+sentinel://host:port,host:port/service` or `redis+cluster://host:port,host:port` (with"
+        " TLS: `rediss+…`). Several Imprint servers can share one. Unset: an embedded Valkey in the data"
+        " folder.",
     )
     idempotency_ttl_s: int = Field(
         86_400,
         ge=0,
         le=31_536_000,
-        description="Seconds for which the answer to a learning request with an `Idempotency-Key` is remembered.",
+        description="Seconds for which the server remembers the answer to a learning request with an"
+        " `Idempotency-Key`. A request repeated after that time is learned again.",
     )
     retry_ttl_s: int = Field(
         600,
         ge=0,
         le=86_400,
-        description="Seconds for which the answer to a learning request without a key is remembered, for a retry that"
-        " says that it is one (`x-stainless-retry-count`).",
+        description="Seconds for which the server remembers the answer to a learning request without a key. It is used"
+        " for a request that declares itself a retry (`x-stainless-retry-count`).",
     )
     lease_s: float = Field(
         10.0,
         ge=1,
         le=600,
-        description="Seconds after which another replica may take over a session from one that no longer answers.",
+        description="Seconds after which another replica may take over a session from a replica that no longer"
+        " answers. Only used if several servers share a Redis.",
     )
     lease_wait_s: float = Field(
-        12.0, ge=0, le=600, description="Seconds for which a turn waits for a session that another replica teaches."
+        12.0,
+        ge=0,
+        le=600,
+        description="Seconds for which a turn waits for a session that another replica teaches; then it is answered"
+        " 503 `session_busy`. Set it above `IMPRINT_LEASE_S`, so that a turn outlasts a crashed replica.",
     )
-    keep_versions: int = Field(32, ge=0, le=1000, description="Versions that a session can go back.")
+    keep_versions: int = Field(
+        32, ge=0, le=1000, description="Number of earlier versions to which a session can be rolled back."
+    )
     keep_bytes: int = Field(
-        16 * 2**20, ge=0, description="Bytes, per session, of what leads back to them; the oldest go first."
+        16 * 2**20,
+        ge=0,
+        description="Bytes, per session, of the undo data that leads back to earlier versions. Beyond that the oldest"
+        " versions can no longer be reached.",
     )
     store_bytes: int = Field(
         0,
         ge=0,
-        description="Bytes of memory that the embedded store may use, all sessions together; then learning is a 503 and"
-        " prediction goes on. 0 = no limit; a Redis of your own has its `maxmemory`.",
+        description="Bytes of memory that the embedded store may use for all sessions together; 0 = no limit. At the"
+        " limit, learning is answered 503 `store_full` and prediction goes on. For a Redis of your own,"
+        " set its `maxmemory` instead.",
     )
     session_ttl_s: int = Field(
         0,
         ge=0,
         le=315_360_000,
-        description="Seconds after its last use at which a session is erased, unless its option `ttl_s` says otherwise;"
-        " 0 = never.",
+        description="Seconds after its last use at which a session is erased, unless its option `ttl_s` says"
+        " otherwise; 0 = never.",
     )
     session_max_bytes: int = Field(
         64 * 2**20,
         ge=0,
-        description="Bytes of rows that a session may have; one that would get more is a 507; 0 = any.",
+        description="Bytes of memory rows that one session may have; 0 = no limit. Learning beyond the limit is"
+        " answered 507.",
     )
     export_key: str | None = Field(
         None,
         min_length=16,
         repr=False,
-        description="Signs exports (HMAC-SHA256); if set, imports must bear its signature.",
+        description="Secret that signs exports (HMAC-SHA256). If it is set, an import without a valid signature is"
+        " refused. Set the same secret on servers that exchange sessions.",
     )
     api_keys: str | None = Field(
         None,
         repr=False,
-        description="Who may use the server: entries `TENANT:SHA256` as `imprint keys new TENANT` makes them, commas"
-        " between. Without any keys it listens on loopback only and asks nobody for one.",
+        description="API keys: entries `TENANT:SHA256` as `imprint keys new TENANT` makes them, separated by commas."
+        " Without any keys the server listens on loopback only and asks for none.",
     )
     api_keys_file: Folder | None = Field(
         None,
-        description="A file of such entries, one a line, beside those above; read again whenever it changes."
-        " `sessions=`, `bytes=`, `tokens_per_minute=`, `requests=` after an entry go before the four settings below.",
+        description="File of such entries, one per line, used in addition to `IMPRINT_API_KEYS`; the server reads it"
+        " again whenever it changes. `sessions=`, `bytes=`, `tokens_per_minute=` or `requests=` after an"
+        " entry override the four settings below for its tenant.",
     )
-    tenant_sessions: int = Field(0, ge=0, description="Sessions that a tenant may have; 0 = no limit.")
+    tenant_sessions: int = Field(0, ge=0, description="Number of sessions that one tenant may have; 0 = no limit.")
     tenant_bytes: int = Field(
         0,
         ge=0,
-        description="Bytes that a tenant's sessions may hold together; from there on they predict and no longer learn."
-        " A turn that begins below may end above. 0 = no limit.",
+        description="Bytes of memory rows that all sessions of one tenant may hold together; 0 = no limit. At the"
+        " limit its sessions still predict but no longer learn. A turn that begins below the limit may end"
+        " above it.",
     )
     tenant_tokens_per_minute: int = Field(
         0,
         ge=0,
-        description="Tokens that a tenant may learn per minute, on all servers of a store together. A turn may"
-        " overdraw, and the next ones wait until that is paid off. 0 = no limit.",
+        description="Tokens that one tenant may learn per minute, on all servers of a store together; 0 = no limit. A"
+        " turn may exceed the limit; later turns are then refused until the excess is paid off.",
     )
     tenant_requests: int = Field(
-        0, ge=0, description="Requests that a tenant may have in flight, on each server; 0 = no limit."
+        0, ge=0, description="Requests that one tenant may have in flight on each server; 0 = no limit."
     )
-    max_batch: int = Field(32, ge=1, le=4096, description="Sequences that run at the same time.")
+    max_batch: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Number of sequences that are decoded at the same time. More raise the throughput and slow down"
+        " each sequence.",
+    )
     max_queue: int = Field(
-        256, ge=1, description="Requests running or waiting; one more is answered 429 with `Retry-After`."
+        256,
+        ge=1,
+        description="Number of requests that run or wait; a further one is answered 429 with `Retry-After`. Watch"
+        " `imprint_queue_depth`.",
     )
     max_body_bytes: int = Field(
-        16 * 2**20, ge=1024, description="Largest request body, in bytes; a larger one is a 413."
+        16 * 2**20, ge=1024, description="Largest request body, in bytes; a larger one is answered 413."
     )
     kv_tokens: int = Field(
         0,
         ge=0,
-        description="Tokens that the key/value caches may hold, all running sequences together;"
-        " 0 = from the free memory.",
+        description="Tokens that the key/value caches may hold, all running sequences together; 0 = what fits into the"
+        " free memory. A request that does not fit waits.",
     )
-    hot_rows: int = Field(4_000_000, ge=1, description="Room for rows of fast weights on the device, per site.")
-    hot_sessions: int = Field(1024, ge=1, description="Sessions whose fast weights are kept in memory.")
+    hot_rows: int = Field(
+        4_000_000,
+        ge=1,
+        description="Memory rows, per site, for which the device has room. More keep more sessions hot; watch"
+        " `imprint_hot_rows_ratio`.",
+    )
+    hot_sessions: int = Field(
+        1024,
+        ge=1,
+        description="Number of sessions whose fast weights are kept on the device. The others are loaded from the"
+        " store when they are used.",
+    )
     proof_rate: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="Share of the learned requests that are also scored without memory, to prove the gain. It costs"
-        " nothing with a memory that only reads at the output, like the shipped one, and a second forward otherwise.",
+        description="Share of the learned requests that are also scored without the memory, which measures the gain."
+        " This costs nothing with a memory that is read at the output only, like the shipped one, and a"
+        " second forward pass otherwise.",
     )
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
         le=3600,
-        description="Seconds that running requests are given to finish when the server is told to stop.",
+        description="Seconds that running requests are given to finish after SIGTERM; those that take longer are ended"
+        " and learn nothing.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe log line written."
+        "info", description="Least severe level of the log lines that are written."
     )
 
     @field_validator("redis_url")
     @classmethod
     def _known_store(cls, url: str | None) -> str | None:
-        """The address may hold a password, so only its scheme is ever shown."""
+        """Check the address's scheme. A message shows the scheme only, because the address may hold a password."""
         if url is not None and (scheme := urlsplit(url).scheme) not in STORE_SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(STORE_SCHEMES)}, got {scheme!r}")
         return url
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """The environment's settings, each of `overrides` that is not None going first.
+        """Return the settings of the environment. A value in `overrides` that is not None takes precedence.
 
         Raises:
-            SettingsError: an unknown `IMPRINT_*` variable, or a value out of bounds.
+            SettingsError: the environment has an unknown `IMPRINT_*` variable, or a value is out of bounds.
         """
         _reject_unknown_variables()
         explicit = {name: value for name, value in overrides.items() if value is not None}
@@ -241,7 +296,7 @@ def _format_errors(error: ValidationError, overrides: dict[str, Any]) -> Iterato
 
 
 def markdown() -> str:
-    """The page docs/settings.md."""
+    """Return the page docs/settings.md."""
     rows = "\n".join(
         f"| `{PREFIX}{name.upper()}` | {_default(field)} | {_limits(field)} | {field['description']} |"
         for name, field in Settings.model_json_schema()["properties"].items()
@@ -252,16 +307,16 @@ def markdown() -> str:
 
 Printed by `python -m service.settings`; edit `service/settings.py` instead of this page.
 
-The server reads its settings from environment variables; options of `imprint serve` go first. An empty
-variable counts as unset. A value out of bounds or an unknown `{PREFIX}*` variable stops the server with one
-line that names it. (Kubernetes sets such variables for a Service called `imprint`: there, switch
-`enableServiceLinks` off.)
+The server reads its settings from environment variables; an option of `imprint serve` overrides its variable.
+An empty variable counts as unset. A value out of bounds or an unknown `{PREFIX}*` variable stops the server
+with one line that names it. (Kubernetes sets such variables for a Service called `imprint`: switch
+`enableServiceLinks` off there.)
 
 | variable | default | limits | meaning |
 | --- | --- | --- | --- |
 {rows}
 
-Read by those who talk to a server:
+Clients read:
 
 | variable | meaning |
 | --- | --- |

@@ -1,7 +1,7 @@
-"""Who calls: API keys, the tenant behind each, and what that tenant may use.
+"""API keys, the tenant of each key, and the limits of each tenant.
 
-A key has 256 random bits, so its SHA-256 gives nothing away and needs no salt. Keys are listed one a line (in
-`IMPRINT_API_KEYS` commas part them, too), with limits that go before the settings' own where they are given:
+A key has 256 random bits, so its SHA-256 reveals nothing about it and needs no salt. Keys are listed one per line; in
+`IMPRINT_API_KEYS`, commas may separate them as well. A limit after a key overrides the setting for the key's tenant:
 
     # the analysts
     acme:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
@@ -22,8 +22,8 @@ from pathlib import Path
 from service.errors import Unauthorized
 from service.settings import Settings
 
-DEFAULT = "default"  # the tenant of a server without keys
-OPERATOR = "metrics"  # its key opens /metrics, which tells of all tenants together, and nothing else
+DEFAULT = "default"  # the tenant of every request to a server without keys
+OPERATOR = "metrics"  # a key of this tenant opens /metrics, which covers all tenants, and nothing else
 
 _ENTRY = re.compile(r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-9a-f]{64})(?P<limits>(\s+\w+=\d+)*)")
 
@@ -31,18 +31,18 @@ log = logging.getLogger(__name__)
 
 
 class ApiKeysError(Exception):
-    """The API keys cannot be used as they are given. The message is one line that holds no part of a key."""
+    """The configured API keys are not valid. The message is one line that holds no part of a key."""
 
 
 @dataclass(frozen=True)
 class TenantLimits:
-    """What a tenant may use; 0 is no limit.
+    """The limits of one tenant; 0 = no limit.
 
     Attributes:
-        sessions: sessions that it may have.
-        bytes: of rows in all of them, from which on nothing more is learned.
-        tokens_per_minute: learned tokens; a turn may overdraw, and the next ones then wait.
-        requests: requests in flight, on one server.
+        sessions: number of sessions.
+        bytes: bytes of memory rows in all sessions; at the limit the sessions no longer learn.
+        tokens_per_minute: learned tokens per minute. A turn may exceed the limit; later turns are then refused.
+        requests: number of requests in flight, on each server.
     """
 
     sessions: int = 0
@@ -53,14 +53,14 @@ class TenantLimits:
 
 @dataclass(frozen=True)
 class Tenant:
-    """Whose sessions a request is about: the namespace of all that it reads and writes."""
+    """The owner of a request: the namespace of every session that the request reads or writes."""
 
     name: str
     limits: TenantLimits = TenantLimits()
 
 
 def new_key(tenant: str) -> tuple[str, str]:
-    """A fresh key and the line that admits it. Raises KeysError for a name that cannot be a tenant's."""
+    """Return a new key, and the line with its hash for the server's file. Raises ApiKeysError for an invalid name."""
     key = f"imp_{secrets.token_urlsafe(32)}"
     line = f"{tenant}:{_digest(key.encode())}"
     if not _ENTRY.fullmatch(line):
@@ -71,10 +71,13 @@ def new_key(tenant: str) -> tuple[str, str]:
 
 
 class ApiKeys:
-    """The keys of this server. The file is read again whenever it changes; a faulty one changes nothing.
+    """The API keys of this server. The file of keys is read again when it changes; a faulty file changes nothing.
+
+    Attributes:
+        required: whether a request needs a key.
 
     Raises:
-        KeysError: keys are configured, but faulty or none.
+        ApiKeysError: a configured key is not valid, or the configured sources hold no key.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -94,14 +97,14 @@ class ApiKeys:
 
     @property
     def tenants(self) -> set[str]:
-        """The names of those whose requests are served."""
+        """The names of the tenants that have a key, and the default tenant."""
         return {tenant.name for tenant in self._tenants.values()} | {DEFAULT}
 
     def tenant(self, authorization: str | None) -> Tenant:
-        """Whose key the header `Authorization` carries; everybody is the default tenant where no keys are configured.
+        """Return the tenant of the key in the header `Authorization`; the default tenant if no keys are configured.
 
         Raises:
-            Unauthorized: there is no key, or it is not known.
+            Unauthorized: the header has no key, or an unknown one.
         """
         if not self.required:
             return Tenant(DEFAULT, self._limits)
@@ -109,14 +112,14 @@ class ApiKeys:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthorized("An API key is required, as 'Authorization: Bearer KEY'.")
-        given = _digest(key.strip().encode())
-        found: Tenant | None = None
-        for digest, tenant in self._tenants.items():  # all of them: the time taken tells nothing
-            if hmac.compare_digest(digest, given):
-                found = tenant
-        if found is None:
+        request_digest = _digest(key.strip().encode())
+        match: Tenant | None = None
+        for digest, tenant in self._tenants.items():  # no early exit: the time taken must reveal nothing
+            if hmac.compare_digest(digest, request_digest):
+                match = tenant
+        if match is None:
             raise Unauthorized("The API key is not known here.")
-        return found
+        return match
 
     def _refresh(self) -> None:
         if (signature := _file_signature(self._file)) == self._file_signature:
@@ -130,7 +133,7 @@ class ApiKeys:
             log.info("%d API keys of %d tenants read", len(self._tenants), len(self.tenants))
 
     def _read(self) -> Mapping[str, Tenant]:
-        """Tenants by the digests of their keys."""
+        """Return the tenants by the digests of their keys. Raises ApiKeysError."""
         owners: dict[str, str] = {}
         limits: dict[str, dict[str, int]] = {}
         for where, line in [*self._lines, *self._file_lines()]:
@@ -162,9 +165,9 @@ class ApiKeys:
         yield from ((f"{self._file}, line {number}", line) for number, line in enumerate(lines, 1))
 
 
-def _limits(where: str, given: str) -> Iterator[tuple[str, int]]:
+def _limits(where: str, pairs: str) -> Iterator[tuple[str, int]]:
     known = [field.name for field in fields(TenantLimits)]
-    for pair in given.split():
+    for pair in pairs.split():
         name, _, value = pair.partition("=")
         if name not in known:
             raise ApiKeysError(f"{where}: a limit is one of {', '.join(known)}, got {name}")
@@ -176,9 +179,9 @@ def _digest(key: bytes) -> str:
 
 
 def _file_signature(file: Path | None) -> tuple[int, int, int] | None:
-    """What changes when a file does."""
+    """Return a value that changes when the file does."""
     try:
-        found = None if file is None else file.stat()
+        stat = None if file is None else file.stat()
     except OSError:
         return None
-    return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
+    return None if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino)

@@ -1,4 +1,4 @@
-"""Words that requests, turns and answers share; the client needs them without torch."""
+"""Types that requests, turns and answers share. The client imports them, so this module must not import torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,15 @@ LearnMode = Literal["prompt", "completion", "all"]
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a turn did to its session. loss: nats per learned token, before it was learned."""
+    """The effect of a turn on its session.
+
+    Attributes:
+        tokens_learned: number of tokens learned.
+        rows_written: number of memory rows written.
+        loss: nats per learned token, before the token was learned; None if no token was learned.
+        version_from: the session's version before the turn.
+        version_to: the session's version after the turn.
+    """
 
     tokens_learned: int
     rows_written: int

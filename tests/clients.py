@@ -1,4 +1,7 @@
-"""Clients that teach a session each, at a server that fails all the time, and know in the end what they have taught."""
+"""Clients that each teach a session on a server that keeps failing, and record what they have taught.
+
+`tests.oracle` runs them and compares their records with what the server stored.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +21,32 @@ Json = dict[str, Any]
 OnDisconnect = Literal["rollback", "commit"]
 
 WORDS = TEXT.split()
-CHAT_WINDOW = 3  # messages of a chat that a client sends again
+CHAT_WINDOW = 3  # messages of a chat that a client resends
 TURNS_PER_SESSION = 300  # the log of a session must hold them all
-MAX_ROLLBACK = 6  # versions that a client goes back at most
+MAX_ROLLBACK = 6  # versions that a client rolls back at most
 RETRYABLE_STATUSES = (429, 503)  # statuses after which a turn is sent again
-HANG_UP_PROBABILITY = 0.12  # the share of turns whose client goes before their end, and does not come back
-EARLY_RETRY_PROBABILITY = 0.15  # the share of attempts that their client gives up soon, to try again
+HANG_UP_PROBABILITY = 0.12  # share of turns that the client abandons before their end
+EARLY_RETRY_PROBABILITY = 0.15  # share of attempts that the client gives up after a moment, to try again
 
 
 class ContractViolation(AssertionError):
-    """A server said what it must not say."""
+    """A server's answer contradicts its API or its earlier answers."""
 
 
 @dataclass
 class Turn:
-    """What a client asks, and what became of it.
+    """One request of a client, and its outcome.
 
-    keyed: each attempt bears the same `Idempotency-Key`; else a retry says that it is one, as OpenAI's client does.
-    leaves: the client goes in its midst, and wants it rolled back or committed. version: that it made, if it was
-    acknowledged and made one; said: the text of the answer.
+    Attributes:
+        number: position of the turn in its session.
+        path: path of the route, behind /v1/.
+        body: the JSON body.
+        has_key: whether all attempts have the same `Idempotency-Key`; otherwise a retry declares itself one, as
+            OpenAI's client does.
+        on_disconnect: what the server shall do when the client hangs up; None = the client stays.
+        acknowledged: whether the client received the end of the answer.
+        version: the version that the turn made; None if the turn made none or was not acknowledged.
+        output: text of the answer.
     """
 
     number: int
@@ -48,25 +58,25 @@ class Turn:
     version: int | None = None
     output: str | None = None
 
-    def told(self) -> str:
-        """The turn, for a report."""
-        kept = {name: value for name, value in self.body.items() if name not in ("prompt", "messages", "text")}
+    def describe(self) -> str:
+        """Describe the turn for a report."""
+        fields = {name: value for name, value in self.body.items() if name not in ("prompt", "messages", "text")}
         how = "keyed" if self.has_key else "without a key"
-        return f"turn {self.number} {self.path} {kept} {how}, version {self.version}"
+        return f"turn {self.number} {self.path} {fields} {how}, version {self.version}"
 
 
 @dataclass
 class SessionHistory:
-    """One session, and all that its client did with it."""
+    """A client's record of one session."""
 
     name: str
     random: random.Random
     turns: list[Turn] = field(default_factory=list)
-    known_versions: list[int] = field(default_factory=list)  # versions, as they were told
+    known_versions: list[int] = field(default_factory=list)  # versions that the server acknowledged
     chat: list[Json] = field(default_factory=list)
 
     def next_turn(self, model: str) -> Turn:
-        """No two turns of a session have the same body: without a key, the second would pass for a retry."""
+        """Draw the next turn. Its body is unlike any before: without a key, an equal body would pass for a retry."""
         rng, number = self.random, len(self.turns)
         kind = rng.choices(["observe", "completion", "chat", "rollback"], [4, 5, 4, 1 if self.known_versions else 0])[0]
         turn = Turn(number, f"sessions/{self.name}/{kind}", {}, has_key=rng.random() < 0.5)
@@ -107,8 +117,8 @@ class SessionHistory:
         turn.body["messages"] = list(self.chat)
 
     def record_answer(self, turn: Turn, answer: Json) -> None:
-        """The turn is acknowledged. Raises Wrong where the answer contradicts what was told before."""
-        turn.acknowledged, turn.output = True, answer.get("said")
+        """Record the acknowledgement of a turn. Raises ContractViolation if it contradicts an earlier one."""
+        turn.acknowledged, turn.output = True, answer.get("output")
         before, after = answer["from"], answer["to"]
         if after != before:
             if self.known_versions and after <= self.known_versions[-1]:
@@ -118,15 +128,21 @@ class SessionHistory:
         if "messages" in turn.body and turn.body["adapt"] != "observe" and turn.output:
             self.chat.append({"role": "assistant", "content": turn.output})
 
-    def _words(self, least: int, most: int) -> str:
-        return " ".join(self.random.choices(WORDS, k=self.random.randint(least, most)))
+    def _words(self, low: int, high: int) -> str:
+        return " ".join(self.random.choices(WORDS, k=self.random.randint(low, high)))
 
 
 class SessionClient:
-    """A client: takes turn after turn of a session, each until it is acknowledged, until it is told to end; and goes on
-    with another session when one has had all its turns.
+    """A client that sends turn after turn of a session, each until it is acknowledged.
 
-    urls: of the replicas, which it asks at random. patience_s: how long it waits for one of them.
+    A session that has had all its turns is followed by a new one.
+
+    Args:
+        name: prefix of the sessions' ids.
+        urls: addresses of the replicas; each attempt goes to a random one.
+        model: name of the served model.
+        counts: counters to add to.
+        timeout_s: seconds to wait for an answer before the next attempt.
     """
 
     def __init__(self, name: str, urls: list[str], model: str, counts: Counter[str], *, timeout_s: float) -> None:
@@ -135,17 +151,17 @@ class SessionClient:
         self._urls = urls
         self._model = model
         self._counts = counts
-        self._patience_s = timeout_s
+        self._timeout_s = timeout_s
         self._http = httpx.AsyncClient(timeout=None)
 
     @property
     def history(self) -> SessionHistory:
         return self.histories[-1]
 
-    async def live(self, over: Callable[[], bool], pause_s: float) -> None:
-        """Raises Wrong."""
+    async def run(self, finished: Callable[[], bool], pause_s: float) -> None:
+        """Send turns until `finished`, with a mean pause of `pause_s` seconds. Raises ContractViolation."""
         async with self._http:
-            while not over():
+            while not finished():
                 if len(self.history.turns) == TURNS_PER_SESSION:
                     name = f"{self._name}.{len(self.histories)}"
                     self.histories.append(SessionHistory(name, random.Random(name)))
@@ -158,10 +174,10 @@ class SessionClient:
                 await asyncio.sleep(self.history.random.expovariate(1 / pause_s))
 
     async def _send_until_acknowledged(self, turn: Turn) -> None:
-        """Sends a turn until it is acknowledged."""
+        """Send a turn until it is acknowledged."""
         attempt, rng = 0, self.history.random
         while True:
-            timeout_s = rng.uniform(0, 0.3) if rng.random() < EARLY_RETRY_PROBABILITY else self._patience_s
+            timeout_s = rng.uniform(0, 0.3) if rng.random() < EARLY_RETRY_PROBABILITY else self._timeout_s
             try:
                 async with asyncio.timeout(timeout_s), self._post(turn, attempt) as response:
                     answer = await self._answer(turn, response)
@@ -179,11 +195,11 @@ class SessionClient:
         self.history.record_answer(turn, answer)
 
     async def _send_and_hang_up(self, turn: Turn) -> None:
-        """Sends a turn and goes at some moment, mostly before its end."""
+        """Send a turn and disconnect at a random moment, mostly before its end."""
         self._counts["hang-ups"] += 1
-        patience = self.history.random.choice((0.0, 0.01, 0.03, 0.1, 0.3))
+        timeout_s = self.history.random.choice((0.0, 0.01, 0.03, 0.1, 0.3))
         try:
-            async with asyncio.timeout(patience), self._post(turn, 0) as response:
+            async with asyncio.timeout(timeout_s), self._post(turn, 0) as response:
                 async for _ in response.aiter_raw():
                     pass
         except (TimeoutError, httpx.TransportError):
@@ -199,7 +215,7 @@ class SessionClient:
         return self._http.stream("POST", url, json=turn.body, headers=headers)
 
     async def _answer(self, turn: Turn, response: httpx.Response) -> Json | None:
-        """What was acknowledged; None if the turn has to be sent again."""
+        """Return the acknowledgement, or None if the turn has to be sent again."""
         if response.status_code in RETRYABLE_STATUSES:
             self._counts[f"refused {response.status_code}"] += 1
             return None
@@ -213,13 +229,13 @@ class SessionClient:
         await response.aread()
         body = response.json()
         if "choices" not in body:
-            return {"from": None, "to": body["version"]}  # there is always something to learn
+            return {"from": None, "to": body["version"]}  # such a turn always makes a version
         (choice,) = body["choices"]
         output = choice["text"] if "text" in choice else choice["message"]["content"]
-        return told(body["adaptation"]) | {"said": output}
+        return version_range(body["adaptation"]) | {"output": output}
 
     async def _streamed(self, response: httpx.Response) -> Json | None:
-        """The final chunk is the acknowledgement, with [DONE] or without."""
+        """Return the acknowledgement in the final chunk (with or without [DONE]), or None if the stream broke."""
         output, last = "", None
         async for chunk in events(response):
             if "error" in chunk:
@@ -232,16 +248,16 @@ class SessionClient:
             if choice["finish_reason"] is not None:
                 last = chunk["adaptation"]
                 break
-        return None if last is None else told(last) | {"said": output}
+        return None if last is None else version_range(last) | {"output": output}
 
 
-def told(adaptation: Json) -> Json:
-    """From which to which version an answer says that its turn went."""
+def version_range(adaptation: Json) -> Json:
+    """Return the versions before and after the turn, as its answer names them."""
     return {"from": adaptation["version_from"], "to": adaptation["version_to"]}
 
 
 async def events(response: httpx.Response) -> AsyncIterator[Json]:
-    """The JSON of each server-sent event."""
+    """Yield the JSON of each server-sent event."""
     async for line in response.aiter_lines():
         if line.startswith("data: ") and line != "data: [DONE]":
             yield json.loads(line.removeprefix("data: "))

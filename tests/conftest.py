@@ -1,4 +1,4 @@
-"""Real parts for every test: a tiny random base on disk, real servers on it, the real base where it is needed."""
+"""Fixtures for all tests: a tiny random base on disk, servers that run it, and the real default base."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pytest
 from service.base_cache import resolve_base
 from tests.tiny import build_tiny_base
 
-START_TIMEOUT_S = 300.0  # only a busy machine needs so long
+START_TIMEOUT_S = 300.0  # generous: the machine may be busy
 
 
 class Server:
-    """A real `imprint serve` in a process of its own."""
+    """An `imprint serve` in a process of its own."""
 
     def __init__(self, model: str, data_dir: Path, **settings: object) -> None:
         with socket.socket() as probe:
@@ -33,9 +33,9 @@ class Server:
         self.data_dir = data_dir
         self.log = data_dir.parent / f"{data_dir.name}.log"
         # One thread: a tiny base gains nothing from more, and a test's own work needs the other core.
-        given = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, "THREADS": 1, **settings}
+        variables = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, "THREADS": 1, **settings}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
-        self._environment = clean | {f"IMPRINT_{name.upper()}": str(value) for name, value in given.items()}
+        self._environment = clean | {f"IMPRINT_{name.upper()}": str(value) for name, value in variables.items()}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> Server:
@@ -63,14 +63,14 @@ class Server:
         raise AssertionError(f"the server did not become ready:\n{self.log.read_text()}")
 
     def stop(self, *, timeout: float = START_TIMEOUT_S) -> int:
-        """SIGTERM; returns the exit code."""
+        """Send SIGTERM, wait for the end, and return the exit code."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
     def kill(self) -> None:
-        """SIGKILL to the server alone; its store is left behind."""
+        """Send SIGKILL to the server alone; its store goes on."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
@@ -78,20 +78,20 @@ class Server:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a base of two layers with random weights."""
+    """Return the folder of a base of two layers with random weights."""
     return build_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def base_folder() -> Path:
-    """The folder of the real default base, fetched into the user's cache if it is not there."""
+    """Return the folder of the default base; it is fetched into the user's cache if needed."""
     cache = Path(os.environ.get("IMPRINT_CACHE_DIR") or platformdirs.user_cache_path("imprint"))
     return resolve_base("smollm2-135m-instruct", cache, progress=print)
 
 
 @pytest.fixture(scope="session")
 def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server of the tiny base for all tests that do not harm it."""
+    """Yield a server of the tiny base, shared by all tests that leave it running."""
     running = Server(str(tiny_base), tmp_path_factory.mktemp("server") / "data").start()
     yield running
     assert running.stop() == 0, running.log.read_text()
@@ -99,7 +99,7 @@ def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def real_server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server of the default base; each test has sessions of its own there."""
+    """Yield a server of the default base, shared by tests that each use sessions of their own."""
     data_dir = tmp_path_factory.mktemp("real") / "data"
     running = Server("smollm2-135m-instruct", data_dir, cache_dir=base_folder.parent).start()
     yield running
@@ -108,7 +108,7 @@ def real_server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def make_server(tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Servers of a test's own, to be killed, restarted or overloaded; settings as keywords."""
+    """Yield a function that makes servers which a test may kill, restart or overload; keywords are settings."""
     servers: list[Server] = []
 
     def make(name: str = "data", *, model: str | None = None, **settings: object) -> Server:

@@ -1,4 +1,4 @@
-"""What the tests of live servers share: a client that expects success, and the raw bytes that a server stores."""
+"""Helpers for tests of running servers: a client that expects success, and access to the raw bytes in the store."""
 
 from __future__ import annotations
 
@@ -24,21 +24,15 @@ from tests.tiny import TEXT
 Json = dict[str, Any]
 T = TypeVar("T")
 
-EOS = "2"  # of the tiny base, as a key of `logit_bias`
-NO_EOS = {EOS: -100}
-VOLATILE_FIELDS = {
-    b"id",
-    b"nonce",
-    b"created",
-    b"updated",
-    b"undo_from",
-    b"undo_bytes",
-}  # of a stored session: they differ between equal ones
+EOS = "2"  # end-of-text token of the tiny base, as a key of `logit_bias`
+NO_EOS = {EOS: -100}  # a `logit_bias` that forbids the end of text
+# Fields of a stored session that differ between sessions that have learned the same.
+VOLATILE_FIELDS = {b"id", b"nonce", b"created", b"updated", b"undo_from", b"undo_bytes"}
 WAIT_TIMEOUT_S = 300.0
 
 
 class Client:
-    """A user of one server. Calls that return JSON assert success."""
+    """A client of one server. Methods that return JSON assert success."""
 
     def __init__(self, url: str, model: str = "tiny", key: str | None = None) -> None:
         self.url = url
@@ -53,12 +47,12 @@ class Client:
         self.http.close()
 
     def post(self, path: str, body: Json, if_match: str | None = None, **headers: str) -> httpx.Response:
-        """`path` is what comes after /v1/."""
-        given = headers if if_match is None else {**headers, "If-Match": if_match}
-        return self.http.post(f"/v1/{path}", json=body, headers=given)
+        """Send a POST request to /v1/`path`."""
+        all_headers = headers if if_match is None else {**headers, "If-Match": if_match}
+        return self.http.post(f"/v1/{path}", json=body, headers=all_headers)
 
     def completion(self, prompt: Any = TEXT[:60], **fields: Any) -> Json:
-        """The body of a greedy completion of 8 tokens."""
+        """Return the body of a greedy completion of 8 tokens."""
         return {"model": self.model, "prompt": prompt, "max_tokens": 8, "temperature": 0} | fields
 
     def complete(self, prompt: Any = TEXT[:60], **fields: Any) -> Json:
@@ -70,7 +64,7 @@ class Client:
 
     @contextmanager
     def stream(self, path: str = "completions", **body: Any) -> Iterator[Iterator[Json]]:
-        """The chunks of a stream as they come; leaving early disconnects."""
+        """Send a streamed request and yield an iterator of its chunks; leaving the block disconnects."""
         body = {"model": self.model, "stream": True, "temperature": 0} | body
         with httpx.stream("POST", f"{self.url}/v1/{path}", json=body, timeout=120, headers=self.headers) as response:
             assert response.status_code == 200, response.read()
@@ -86,12 +80,12 @@ class Client:
         return assert_success(self.http.get(f"/v1/sessions/{session}"))
 
     def version(self, session: str) -> int:
-        """0 if there is no such session."""
+        """Return the session's version, or 0 if there is no such session."""
         response = self.http.get(f"/v1/sessions/{session}")
         return 0 if response.status_code == 404 else int(assert_success(response)["version"])
 
     def readiness(self) -> str:
-        """What /readyz says; "gone" if nobody answers."""
+        """Return the status of /readyz, or "gone" if no server answers."""
         with suppress(httpx.TransportError):
             response = httpx.get(f"{self.url}/readyz")
             status: str = response.json()["status"]
@@ -105,14 +99,14 @@ class Client:
         return float(next(line.split()[1] for line in lines if line.startswith(f"imprint_{name} ")))
 
     def idle(self) -> bool:
-        """Nothing is in hand and nothing is reserved."""
+        """Return whether no request is in flight and no key/value cache is reserved."""
         return self.metric("requests_in_flight") == 0 == self.metric("kv_tokens_reserved")
 
     @contextmanager
-    def sent(self, path: str, body: Json) -> Iterator[None]:
-        """A request whose client goes when the block ends, without having read an answer."""
-        named = body if path.startswith("sessions/") else {"model": self.model} | body
-        address, content = urlsplit(self.url), json.dumps(named).encode()
+    def abandoned_request(self, path: str, body: Json) -> Iterator[None]:
+        """Send a request, and disconnect without reading the answer when the block ends."""
+        full_body = body if path.startswith("sessions/") else {"model": self.model} | body
+        address, content = urlsplit(self.url), json.dumps(full_body).encode()
         head = f"POST /v1/{path} HTTP/1.1\r\nHost: imprint\r\nContent-Type: application/json\r\n"
         with socket.create_connection((address.hostname, address.port or 80)) as connection:
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
@@ -120,9 +114,12 @@ class Client:
 
     @contextmanager
     def request_in_flight(self, path: str, body: Json) -> Iterator[None]:
-        """The same, where nobody else is sending: the block begins when the server has the request in hand."""
+        """Send a request that is abandoned when the block ends; the block begins once the server works on the request.
+
+        No other client may send at the same time.
+        """
         before = self.metric("requests_in_flight")
-        with self.sent(path, body):
+        with self.abandoned_request(path, body):
             wait_until(lambda: self.metric("requests_in_flight") > before)
             yield
 
@@ -134,7 +131,7 @@ def assert_success(response: httpx.Response) -> Json:
 
 
 def assert_error(response: httpx.Response, status: int, code: str) -> Json:
-    """The error of a response, which is of that status and code, in OpenAI's shape."""
+    """Check that the response is an error of this status and code in OpenAI's shape, and return the error."""
     assert response.status_code == status, response.text
     error: Json = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -144,12 +141,12 @@ def assert_error(response: httpx.Response, status: int, code: str) -> Json:
 
 
 def chunks(response: httpx.Response) -> Iterator[Json]:
-    """The JSON of each server-sent event; the stream must end with [DONE]."""
+    """Yield the JSON of each server-sent event; the stream must end with [DONE]."""
     rest = b""
     for part in response.iter_raw():
         *events, rest = (rest + part).split(b"\n\n")
         for event in events:
-            data = event.removeprefix(b"data: ").decode()  # strict: no character is cut in two
+            data = event.removeprefix(b"data: ").decode()  # a strict decoder: no character may be cut in two
             if data == "[DONE]":
                 return
             chunk: Json = json.loads(data)
@@ -159,47 +156,46 @@ def chunks(response: httpx.Response) -> Iterator[Json]:
 
 
 def text_of(streamed: Sequence[Json], choice: int = 0) -> str:
-    """What a choice's chunks of a streamed completion say together."""
-    said = [one for chunk in streamed for one in chunk["choices"] if one["index"] == choice]
-    return "".join(one["text"] for one in said)
+    """Return the whole text of one choice of a streamed completion."""
+    return "".join(part["text"] for chunk in streamed for part in chunk["choices"] if part["index"] == choice)
 
 
-def wait_until(condition: Callable[[], bool], patience: float = WAIT_TIMEOUT_S) -> None:
-    """Waits for something that is sure to happen."""
-    deadline = time.monotonic() + patience
+def wait_until(condition: Callable[[], bool], timeout_s: float = WAIT_TIMEOUT_S) -> None:
+    """Wait until the condition holds; fail after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
 
 
 def retry_until_success(call: Callable[[], T]) -> T:
-    """The answer, once the server gives one."""
+    """Repeat the call until it raises no transport error and no AssertionError; return its result."""
     answers: list[T] = []
 
-    def answered() -> bool:
+    def succeeded() -> bool:
         with suppress(httpx.TransportError, AssertionError):
             answers.append(call())
         return bool(answers)
 
-    wait_until(answered)
+    wait_until(succeeded)
     return answers[0]
 
 
 @contextmanager
 def background_load(url: str, size: int = 8) -> Iterator[None]:
-    """So many other users, each with a session of its own or none, who send one request after the other."""
-    over = Event()
+    """Keep `size` other users busy during the block, each with a session of its own or without one."""
+    finished = Event()
 
     def send_requests(number: int) -> int:
-        sent = 0
+        num_sent = 0
         with Client(url) as client:
-            while not over.is_set():
+            while not finished.is_set():
                 fields: Json = {"max_tokens": 20 + 10 * number, "temperature": 1, "logit_bias": NO_EOS}
                 if number % 4:
                     fields |= {"session": f"crowd-{number}", "learn": ("prompt", "completion", "all")[number % 3]}
                 client.complete(TEXT[number : 90 + number], **fields)
-                sent += 1
-        return sent
+                num_sent += 1
+        return num_sent
 
     with ThreadPoolExecutor(size) as pool:
         users = [pool.submit(send_requests, number) for number in range(size)]
@@ -208,23 +204,23 @@ def background_load(url: str, size: int = 8) -> Iterator[None]:
                 wait_until(lambda: client.metric("requests_in_flight") >= size / 2)
             yield
         finally:
-            over.set()
+            finished.set()
         assert all(user.result() for user in users)
 
 
 def in_background(pool: ThreadPoolExecutor, client: Client, work: Callable[[], Any]) -> Future[Any]:
-    """Starts a request and returns when the server has it in hand."""
+    """Start a request on the pool, and return once the server works on the request."""
     before = client.metric("requests_in_flight")
     future = pool.submit(work)
     wait_until(lambda: future.done() or client.metric("requests_in_flight") > before)
     return future
 
 
-# --- the store, from behind -------------------------------------------------------------------------------------------
+# --- the store, read directly -----------------------------------------------------------------------------------------
 
 
 def find_valkey(data_dir: Path) -> psutil.Process | None:
-    """The Valkey process that runs on a server's data folder."""
+    """Return the Valkey process that runs on a server's data folder, or None."""
     home = data_dir / "valkey"
     with suppress(OSError, ValueError, psutil.NoSuchProcess):
         process = psutil.Process(int((home / "pid").read_text()))
@@ -234,9 +230,12 @@ def find_valkey(data_dir: Path) -> psutil.Process | None:
 
 
 def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str, dict[bytes, bytes]]:
-    """Every byte that is kept of a session, by the last part of its keys' names; of what is no hash, its dump.
+    """Return every stored byte of a session, by the last part of its keys' names; a key that is no hash as its dump.
 
-    store: the data folder of a running server, or the URL of its Redis.
+    Args:
+        store: the data folder of a running server, or the URL of its Redis.
+        session: id of the session.
+        tenant: the session's owner.
     """
     prefix = f"imprint:{{{tenant}/{session}}}:"
     with connect_redis(store) as redis:
@@ -245,7 +244,7 @@ def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str
 
 
 def rows_of(pages: dict[bytes, bytes]) -> dict[int, bytes]:
-    """A site's rows as they are stored, by slot."""
+    """Return the rows in a site's stored pages, by slot."""
     if not pages:
         return {}
     page = next(iter(pages.values()))
@@ -260,7 +259,7 @@ def _content(redis: Redis, key: bytes) -> dict[bytes, bytes]:
 
 
 def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
-    """What a session is: its rows, and its meta but for what tells it from an equal one."""
+    """Return the stored rows and metadata of a session, without the fields that differ between equal sessions."""
     return {
         key: {name: value for name, value in content.items() if key != "meta" or name not in VOLATILE_FIELDS}
         for key, content in stored(store, session).items()
@@ -269,10 +268,10 @@ def state(store: Path | str, session: str) -> dict[str, dict[bytes, bytes]]:
 
 
 def tenant_usage(store: Path | str, tenant: str) -> dict[str, int]:
-    """The bytes of rows that a tenant's account names, by session; `*` is their sum."""
+    """Return the bytes of rows that a tenant's usage record names, by session; `*` is their sum."""
     with connect_redis(store) as redis:
-        noted = cast(dict[bytes, bytes], redis.hgetall(f"imprint:{{{tenant}}}:sessions"))
-        return {name.decode(): int(num_bytes) for name, num_bytes in noted.items()}
+        usage = cast(dict[bytes, bytes], redis.hgetall(f"imprint:{{{tenant}}}:sessions"))
+        return {name.decode(): int(num_bytes) for name, num_bytes in usage.items()}
 
 
 def connect_redis(store: Path | str) -> Redis:
@@ -281,4 +280,4 @@ def connect_redis(store: Path | str) -> Redis:
     valkey = find_valkey(store)
     assert valkey is not None
     connections = valkey.net_connections("unix")
-    return Redis(unix_socket_path=next(str(each.laddr) for each in connections if each.laddr))
+    return Redis(unix_socket_path=next(str(connection.laddr) for connection in connections if connection.laddr))

@@ -1,13 +1,12 @@
-"""Clients teach sessions while processes are killed or paused; then every session must be what they were told.
+"""A fault-injection test: clients teach sessions while processes are killed or paused.
 
     python -m tests.oracle --kills 300                   # one server on its embedded store: it, its store, or both
     python -m tests.oracle --replicas 2 --minutes 10     # two servers on one Valkey, paused for longer than a lease
 
-Each client sends its next turn when the last one is acknowledged, and repeats it until then. At the end, the turns that
-a session's log names must be those that were acknowledged, each once and at the version that was told (a client that
-hung up has been told nothing: it looks whether the log names its turn), and its rows, own numbers, version and counters
-must equal, bit for bit, what the model alone makes of these turns. Prints one line of JSON; exit code 1 if anything is
-wrong.
+Each client repeats a turn until it is acknowledged, then sends the next one. At the end, a session's log must name the
+acknowledged turns, each once and at the acknowledged version. A client that hung up got no acknowledgement, so its turn
+may be in the log or not. The session's rows, scalars, version and counters must equal, bit for bit, what the model
+alone makes of these turns. Prints one line of JSON; the exit code is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from tests.service.valkeys import free_ports, valkey
 from tests.tiny import build_tiny_base
 
 SESSIONS = 20
-PAUSE_S = 0.5  # of a client between two turns
+PAUSE_S = 0.5  # mean pause of a client between two turns
 LEASE_S = 1.0
 START_TIMEOUT_S = 60.0
 LAST_TURN_TIMEOUT_S = 120.0
@@ -53,7 +52,17 @@ Json = dict[str, Any]
 
 @dataclass
 class Result:
-    """What a run found. lost: acknowledged turns that a session has not; doubled: turns that it has more than once."""
+    """The outcome of a run.
+
+    Attributes:
+        lost: number of acknowledged turns that are missing in their session.
+        duplicated: number of turns that are more than once in their session.
+        faults: one sentence for each fault.
+        counts: counters of the clients and of the injected faults.
+        sessions: number of sessions compared.
+        versions: number of versions of these sessions.
+        seconds: duration of the run.
+    """
 
     lost: int = 0
     duplicated: int = 0
@@ -68,21 +77,20 @@ class Result:
         return not (self.lost or self.duplicated or self.faults)
 
     def line(self) -> str:
-        told = {name.replace(" ", "_"): count for name, count in sorted(self.counts.items())}
-        found = {"passed": self.passed, "lost": self.lost, "doubled": self.duplicated, "sessions": self.sessions}
+        counts = {name.replace(" ", "_"): count for name, count in sorted(self.counts.items())}
+        verdict = {"passed": self.passed, "lost": self.lost, "doubled": self.duplicated, "sessions": self.sessions}
         rest = {"versions": self.versions, "seconds": round(self.seconds), "faults": self.faults[:5]}
-        return json.dumps(found | told | rest)
+        return json.dumps(verdict | counts | rest)
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------------------
+# --- injected faults --------------------------------------------------------------------------------------------------
 
 
 class KillInjector:
-    """One server on its embedded store. The server, its store and both are killed in turns, at random instants, some of
-    them before the server has come up again."""
+    """Kills one server, its embedded store, or both in turn, at random instants; some of them during a start."""
 
     progress_label = "killed"
-    timeout_s = 20.0  # of a client with a server that says nothing
+    timeout_s = 20.0  # for which a client waits for an answer
 
     def __init__(self, folder: Path, model: str, *, kills: int, seed: int) -> None:
         self.server = Server(model, folder / "data", max_queue=4 * SESSIONS, hot_sessions=SESSIONS // 2)
@@ -110,7 +118,7 @@ class KillInjector:
         await self._ready()
 
     async def _wait_random(self) -> None:
-        """A random instant; mostly of a server that is ready, at times of one that comes up."""
+        """Wait until a random instant, mostly of a server that is ready, sometimes of one that is starting."""
         if self._random.random() > 0.15:
             await self._ready()
             await asyncio.sleep(self._random.uniform(0, 2.5))
@@ -118,7 +126,7 @@ class KillInjector:
             await asyncio.sleep(self._random.uniform(0, 4.0))
 
     async def _kill(self, victim: str) -> bool:
-        """Whether there was one to kill, -9; a server comes up again at once."""
+        """Kill -9 the victim and restart a killed server at once; return False if there was nothing to kill."""
         self._restart_if_ended()
         server, store = self.server.process, find_valkey(self.server.data_dir)
         assert server is not None
@@ -135,7 +143,7 @@ class KillInjector:
         return True
 
     def _restart_if_ended(self) -> None:
-        """A server whose store is killed while it starts says so and ends; whoever keeps it up starts it again."""
+        """Restart a server that ended because its store was killed during the start, as a supervisor would."""
         assert self.server.process is not None
         if self.server.process.poll() is None:
             return
@@ -159,8 +167,10 @@ class KillInjector:
 
 
 class PauseInjector:
-    """Replicas on one Valkey. One after the other is stopped for longer than a lease lasts, in the midst of whatever it
-    does, and goes on where it was when others have gone on with its sessions."""
+    """Pauses replicas on one Valkey, each for longer than a lease lasts.
+
+    Meanwhile other replicas take over the paused one's sessions; then it continues in the middle of its work.
+    """
 
     progress_label = "paused, s"
     timeout_s = 2 * LEASE_S
@@ -187,9 +197,8 @@ class PauseInjector:
             yield
 
     async def inject_faults(self, result: Result, step: Callable[[], None]) -> None:
-        ends, passed = time.monotonic() + self.steps, 0
-        began = time.monotonic()
-        while time.monotonic() < ends:
+        start, num_steps = time.monotonic(), 0
+        while time.monotonic() < start + self.steps:
             await asyncio.sleep(self._random.uniform(0.2, 1.5))
             server = self._random.choice(self.servers).process
             assert server is not None
@@ -197,8 +206,8 @@ class PauseInjector:
             await asyncio.sleep(LEASE_S * self._random.uniform(1.1, 3))
             server.send_signal(signal.SIGCONT)
             result.counts["pauses"] += 1
-            while passed < min(self.steps, time.monotonic() - began):
-                passed += 1
+            while num_steps < min(self.steps, time.monotonic() - start):
+                num_steps += 1
                 step()
 
 
@@ -207,15 +216,15 @@ class PauseInjector:
 
 @dataclass
 class Evidence:
-    """What is left of a run when it is over: by session, its log (oldest first) and every stored byte."""
+    """The records of a run: the clients' histories, and each session's log (oldest first) and stored bytes."""
 
     histories: list[SessionHistory]
     logs: dict[str, list[Json]]
-    found: dict[str, dict[str, dict[bytes, bytes]]]
+    content: dict[str, dict[str, dict[bytes, bytes]]]
 
 
 def run(injector: KillInjector | PauseInjector, base: Path, *, seed: int) -> Result:
-    """One whole run."""
+    """Run the clients and inject the faults, then compare every session with the reference."""
     result, began = Result(), time.monotonic()
     verify(collect_evidence(injector, base.name, result, seed=seed), ReferenceModel(base), result)
     result.seconds = time.monotonic() - began
@@ -223,7 +232,7 @@ def run(injector: KillInjector | PauseInjector, base: Path, *, seed: int) -> Res
 
 
 def collect_evidence(injector: KillInjector | PauseInjector, model: str, result: Result, *, seed: int) -> Evidence:
-    """The clients, and what befalls the servers."""
+    """Run the clients while faults are injected, and read what the servers then have."""
     with injector.running():
         histories = asyncio.run(_run_clients(injector, model, result, seed))
         for url in injector.urls:
@@ -237,19 +246,19 @@ def collect_evidence(injector: KillInjector | PauseInjector, model: str, result:
 async def _run_clients(
     injector: KillInjector | PauseInjector, model: str, result: Result, seed: int
 ) -> list[SessionHistory]:
-    """The clients and what befalls the servers, until that is over and every turn is acknowledged."""
-    over = asyncio.Event()
+    """Run the clients until all faults are injected and every turn is acknowledged."""
+    finished = asyncio.Event()
     session_clients = [
         SessionClient(f"s{seed}-{number}", injector.urls, model, result.counts, timeout_s=injector.timeout_s)
         for number in range(SESSIONS)
     ]
-    tasks = [asyncio.create_task(session_client.live(over.is_set, PAUSE_S)) for session_client in session_clients]
+    tasks = [asyncio.create_task(session_client.run(finished.is_set, PAUSE_S)) for session_client in session_clients]
     with _progress(injector.progress_label, injector.steps) as step:
         try:
             await injector.inject_faults(result, step)
         except ContractViolation as error:
             result.faults.append(str(error))
-    over.set()
+    finished.set()
     for session_client, task in zip(session_clients, tasks, strict=True):
         try:
             await asyncio.wait_for(task, LAST_TURN_TIMEOUT_S)
@@ -259,7 +268,7 @@ async def _run_clients(
 
 
 @contextmanager
-def _progress(what: str, steps: int) -> Iterator[Callable[[], None]]:
+def _progress(label: str, steps: int) -> Iterator[Callable[[], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -268,77 +277,80 @@ def _progress(what: str, steps: int) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=steps)
+        task = progress.add_task(label, total=steps)
         yield lambda: progress.advance(task)
 
 
-# --- the verdict ------------------------------------------------------------------------------------------------------
+# --- the comparison ---------------------------------------------------------------------------------------------------
 
 
 def _log(client: Client, session: str) -> list[Json]:
-    """The whole log of a session, oldest first."""
+    """Return the whole log of a session, oldest first."""
     entries: list[Json] = []
     before: int | None = None
     while True:
-        page = {"limit": 100} | ({} if before is None else {"before": before})
-        response = client.http.get(f"/v1/sessions/{session}/log", params=page)
+        params = {"limit": 100} | ({} if before is None else {"before": before})
+        response = client.http.get(f"/v1/sessions/{session}/log", params=params)
         if response.status_code == 404:
             return []
-        found = assert_success(response)
-        entries += found["data"]
-        before = found["next"]
+        page = assert_success(response)
+        entries += page["data"]
+        before = page["next"]
         if before is None:
             return entries[::-1]
 
 
 def verify(evidence: Evidence, model: ReferenceModel, result: Result) -> None:
-    with one_thread(), _progress("judged", len(evidence.histories)) as step:
+    """Compare every session with the reference, and record the differences in `result`."""
+    with one_thread(), _progress("compared", len(evidence.histories)) as step:
         for history in evidence.histories:
             turns = _turns(history, evidence.logs[history.name], result)
             result.sessions += 1
             result.versions += len(turns)
-            differences = _differences(history, turns, evidence.found[history.name], model)
-            result.faults += [f"{history.name}: {wrong}" for wrong in differences]
+            differences = _differences(history, turns, evidence.content[history.name], model)
+            result.faults += [f"{history.name}: {difference}" for difference in differences]
             step()
 
 
 def _turns(history: SessionHistory, log: list[Json], result: Result) -> list[Turn]:
-    """The turns that the session has taken, by its log; counts those that are lost or doubled."""
-    taken = [history.turns[int(entry["request_id"].split("/")[1])] for entry in log]
-    times = Counter(turn.number for turn in taken)
+    """Return the turns that the session's log names, and count those that are lost or duplicated."""
+    logged = [history.turns[int(entry["request_id"].split("/")[1])] for entry in log]
+    times = Counter(turn.number for turn in logged)
     for number in (number for number, count in times.items() if count > 1):
         result.duplicated += 1
         named = [(entry["version"], entry["request_id"]) for entry in log if f"/{number}/" in entry["request_id"]]
-        result.faults.append(f"doubled: {history.turns[number].told()}, in the log as {named}")
+        result.faults.append(f"doubled: {history.turns[number].describe()}, in the log as {named}")
     if [entry["version"] for entry in log] != list(range(1, len(log) + 1)):
         result.faults.append(f"{history.name}: the log has other versions than 1..{len(log)}")
     for turn in history.turns:
         if turn.version is not None:
-            if turn.version > len(taken) or taken[turn.version - 1] is not turn:
+            if turn.version > len(logged) or logged[turn.version - 1] is not turn:
                 result.lost += 1
-                result.faults.append(f"lost: {turn.told()}, not in the log at its version")
+                result.faults.append(f"lost: {turn.describe()}, not in the log at its version")
         elif turn.acknowledged and times[turn.number]:
-            result.faults.append(f"{history.name}: turn {turn.number} was told to change nothing, and did")
+            result.faults.append(
+                f"{history.name}: turn {turn.number} was acknowledged without a change, but made a version"
+            )
         elif not turn.acknowledged:
             result.counts["hang-ups that landed"] += bool(times[turn.number])
-    return taken
+    return logged
 
 
 def _differences(
-    history: SessionHistory, turns: list[Turn], found: dict[str, dict[bytes, bytes]], model: ReferenceModel
+    history: SessionHistory, turns: list[Turn], content: dict[str, dict[bytes, bytes]], model: ReferenceModel
 ) -> Iterator[str]:
-    """What of a session is not as the model alone makes it of these turns."""
+    """Yield the differences between a stored session and what the model alone makes of its turns."""
     replay = Replay(model)
     for turn in turns:
         output = _replay_turn(replay, turn)
         if output is not None and turn.acknowledged and output != turn.output:
             yield f"turn {turn.number} was answered {turn.output!r}, alone {output!r}"
     version = len(replay.versions) - 1
-    if found:
-        meta = decode(history.name, found["meta"])
+    if content:
+        meta = decode(history.name, content["meta"])
         if meta.version != version:
             yield f"version {meta.version}, alone {version}"
-        yield from replay.versions[-1].diff(_rows(found), meta)[:3]
+        yield from replay.versions[-1].diff(_rows(content), meta)[:3]
     elif version:
         yield f"not there, alone at version {version}"
     replay.end()
@@ -354,29 +366,25 @@ def _replay_turn(replay: Replay, turn: Turn) -> str | None:
     return None
 
 
-def _rows(found: dict[str, dict[bytes, bytes]]) -> Rows:
-    return {key.removeprefix("rows:"): rows_of(content) for key, content in found.items() if key.startswith("rows:")}
+def _rows(content: dict[str, dict[bytes, bytes]]) -> Rows:
+    return {key.removeprefix("rows:"): rows_of(pages) for key, pages in content.items() if key.startswith("rows:")}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
-    parser.add_argument("--kills", type=int, default=300, help="how often to kill something (default 300)")
-    parser.add_argument(
-        "--replicas", type=int, default=1, help="more than 1: servers on one Valkey, paused, not killed"
-    )
-    parser.add_argument("--minutes", type=float, default=10, help="how long replicas are paused (default 10)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of what the clients do, and when something fails (default 0)"
-    )
-    given = parser.parse_args()
+    parser.add_argument("--kills", type=int, default=300, help="number of kills (default 300)")
+    parser.add_argument("--replicas", type=int, default=1, help="more than 1: pause replicas on one Valkey instead")
+    parser.add_argument("--minutes", type=float, default=10, help="duration of the pauses (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clients and of the faults (default 0)")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="imprint-oracle-") as name:
         folder = Path(name)
         base = build_tiny_base(folder / "tiny")
-        injector: KillInjector | PauseInjector = KillInjector(folder, str(base), kills=given.kills, seed=given.seed)
-        if given.replicas > 1:
-            seconds = 60 * given.minutes
-            injector = PauseInjector(folder, str(base), replicas=given.replicas, seconds=seconds, seed=given.seed)
-        result = run(injector, base, seed=given.seed)
+        injector: KillInjector | PauseInjector = KillInjector(folder, str(base), kills=options.kills, seed=options.seed)
+        if options.replicas > 1:
+            seconds = 60 * options.minutes
+            injector = PauseInjector(folder, str(base), replicas=options.replicas, seconds=seconds, seed=options.seed)
+        result = run(injector, base, seed=options.seed)
     print(result.line())
     return 0 if result.passed else 1
 

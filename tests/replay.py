@@ -1,6 +1,6 @@
-"""A session's turns told to the model alone, one after the other: no server, no store, no scheduler, no neighbours.
+"""A reference that applies a session's turns to the model alone: no server, no store, no scheduler, no neighbours.
 
-What comes out is what the session must be, bit for bit, if each of the turns was learned once.
+The result is what the session must be, bit for bit, if each of the turns was learned exactly once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt, TextPrompt
 
 Json = dict[str, Any]
 Rows = dict[str, dict[int, bytes]]
-ROWS = 300_000
+ROWS = 300_000  # room in the reference's memory pool
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What a session counts; the names are those of its stored meta."""
+    """The counters of a session, under the names of its stored metadata."""
 
     tokens_learned: int = 0
     rows: int = 0
@@ -45,30 +45,32 @@ class Counters:
 
 @dataclass(frozen=True)
 class Version:
-    """What a session is: every row and own number by site and slot, and its counters."""
+    """The state of a session at one version: all rows and scalars by site and slot, and the counters."""
 
     rows: Rows = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 
     def diff(self, rows: Rows, meta: Any) -> list[str]:
-        """What of a stored session is not as it is here."""
-        here, there = ({site: held for site, held in each.items() if held} for each in (self.rows, rows))
-        wrong = [
+        """Return descriptions of the differences to a stored session: its rows by site and slot, and its metadata."""
+        expected, actual = (
+            {site: by_slot for site, by_slot in sites.items() if by_slot} for sites in (self.rows, rows)
+        )
+        different_rows = [
             f"{site} slot {slot}"
-            for site in here.keys() | there.keys()
-            for slot in here.get(site, {}).keys() | there.get(site, {}).keys()
-            if here.get(site, {}).get(slot) != there.get(site, {}).get(slot)
+            for site in expected.keys() | actual.keys()
+            for slot in expected.get(site, {}).keys() | actual.get(site, {}).keys()
+            if expected.get(site, {}).get(slot) != actual.get(site, {}).get(slot)
         ]
-        return wrong + [
-            f"{one.name} {getattr(meta, one.name)}, alone {getattr(self.counters, one.name)}"
-            for one in fields(Counters)
-            if getattr(meta, one.name) != getattr(self.counters, one.name)
+        return different_rows + [
+            f"{counter.name} {getattr(meta, counter.name)}, alone {getattr(self.counters, counter.name)}"
+            for counter in fields(Counters)
+            if getattr(meta, counter.name) != getattr(self.counters, counter.name)
         ]
 
 
 @dataclass
 class _LearnedCounts:
-    """What a turn adds to the counters."""
+    """The amounts that a turn adds to the counters."""
 
     tokens: int = 0
     segments: int = 0
@@ -88,7 +90,7 @@ class _LearnedCounts:
 
 
 class ReferenceModel:
-    """The model that a server serves from a folder that no memory is shipped for."""
+    """The model that a server makes from a base for which no memory is shipped."""
 
     def __init__(self, folder: Path) -> None:
         backbone = load_backbone(folder)
@@ -103,7 +105,7 @@ class ReferenceModel:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As many threads as the servers of tests have: sums of other splits differ in their last bits."""
+    """Run the block on one thread, as test servers do: sums that are split otherwise differ in their last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
@@ -112,7 +114,10 @@ def one_thread() -> Iterator[None]:
 
 
 class Replay:
-    """One session. `versions[v]` is what it was at version v; use it under `one_thread`, and `end` it."""
+    """The reference of one session; `versions[v]` is its state at version v.
+
+    Use it within `one_thread`, and call `end` afterwards.
+    """
 
     def __init__(self, model: ReferenceModel) -> None:
         self.versions = [Version()]
@@ -125,11 +130,11 @@ class Replay:
     def rollback(self, version: int) -> None:
         self._model.pool.close(self._index)
         self.versions.append(self.versions[version])
-        stored = {site: _pack_rows(held) for site, held in self.versions[-1].rows.items() if held}
+        stored = {site: _pack_rows(by_slot) for site, by_slot in self.versions[-1].rows.items() if by_slot}
         self._index = self._model.pool.open(stored)
 
     def observe(self, prompt: Prompt) -> None:
-        """Learns a text, or what is new of a chat."""
+        """Learn a text, or the new part of a chat."""
         model, counters = self._model, self.versions[-1].counters
         start = model.tokenizer.start_token_id
         encoded = prompts.encode(prompt, model.tokenizer, counters.digests, reply=False)
@@ -140,7 +145,7 @@ class Replay:
         self._commit(draft, learned, encoded.digests)
 
     def complete(self, body: Json) -> str | None:
-        """Learns a completion request; returns the answer, if that leaves a trace."""
+        """Apply a completion request. Return the answer if the session learns or remembers it, else None."""
         prompt: Prompt = ChatPrompt(body["messages"]) if "messages" in body else TextPrompt(body["prompt"])
         known = self.versions[-1].counters.digests
         encoded = prompts.encode(prompt, self._model.tokenizer, known, reply=True)
@@ -177,19 +182,19 @@ class Replay:
         draft: Draft,
         learned: _LearnedCounts,
     ) -> tuple[Any, DecodeState]:
-        """A request's tokens, block by block; `extra_tokens`: for how many more there must be in the cache."""
+        """Read a request's tokens block by block. The cache has room for `extra_tokens` more."""
         model, decode_state = self._model, None
         cache = model.lm.backbone.new_cache(len(tokens) + extra_tokens)
         for start in range(0, len(tokens), model.block):
             part = slice(start, start + model.block)
-            wanted = None if learn is None else learn[part]
+            mask = None if learn is None else learn[part]
             decode_state, scores = model.lm.block(
                 tokens[part],
                 cache,
                 model.pool,
                 draft.index,
                 decode_state=decode_state,
-                learn=wanted,
+                learn=mask,
                 draft=draft,
                 frozen=True,
             )
@@ -209,7 +214,10 @@ class Replay:
         *,
         scores_frozen: bool,
     ) -> str:
-        """A reply, token by token; each block that can no longer become a stop string is learned at once, if any is."""
+        """Generate a reply token by token.
+
+        With `learned`, each block is learned as soon as its text can no longer become a stop string.
+        """
         model, text = self._model, TextStream(self._model.tokenizer.stream(), tuple(body.get("stop", ())))
         sampler = Sampler(SamplingParams(temperature=body["temperature"], seed=body["seed"]))
         output, num_learned, finished, learned_state = list[int](), 0, False, decode_state
@@ -251,23 +259,24 @@ class Replay:
                 decode_state = model.lm.decode([output[-1]], [cache], [decode_state], model.pool, [draft.index])[0]
         return text.text
 
-    def _commit(self, draft: Draft, learned: _LearnedCounts, seen: Sequence[str]) -> None:
+    def _commit(self, draft: Draft, learned: _LearnedCounts, new_digests: Sequence[str]) -> None:
+        """Commit the draft as a new version, or drop the draft if nothing changed."""
         pool, before = self._model.pool, self.versions[-1]
-        touched, held = draft.touched(), pool.rows(draft.index)
+        touched, num_rows = draft.touched(), pool.rows(draft.index)
         counters = before.counters
-        digests = prompts.merge_digests(counters.digests, seen)
-        new = bool(touched or learned.tokens or not set(digests) <= set(counters.digests))
-        if not new:
+        digests = prompts.merge_digests(counters.digests, new_digests)
+        changed = bool(touched or learned.tokens or not set(digests) <= set(counters.digests))
+        if not changed:
             draft.rollback()
             return
         draft.commit()
-        size = sum(count * pool.sites[site].config.row_bytes for site, count in held.items())
+        size = sum(count * pool.sites[site].config.row_bytes for site, count in num_rows.items())
         self.versions.append(
             Version(
                 _overlay(before.rows, touched),
                 Counters(
                     counters.tokens_learned + learned.tokens,
-                    sum(held.values()) if touched else counters.rows,
+                    sum(num_rows.values()) if touched else counters.rows,
                     size if touched else counters.bytes,
                     counters.proof_tokens + learned.proof_tokens,
                     counters.loss_sum + learned.loss,
@@ -287,7 +296,7 @@ def _overlay(rows: Rows, touched: Mapping[str, SiteRows]) -> Rows:
     return merged
 
 
-def _pack_rows(held: Mapping[int, bytes]) -> SiteRows:
-    slots = sorted(held)
-    data = torch.frombuffer(bytearray(b"".join(held[slot] for slot in slots)), dtype=torch.uint8)
+def _pack_rows(by_slot: Mapping[int, bytes]) -> SiteRows:
+    slots = sorted(by_slot)
+    data = torch.frombuffer(bytearray(b"".join(by_slot[slot] for slot in slots)), dtype=torch.uint8)
     return SiteRows(torch.tensor(slots, dtype=torch.int32), data.view(len(slots), -1))

@@ -1,11 +1,11 @@
-"""Many users at once, some of whom leave early, on a server that is restarted under them; then every answer is checked.
+"""A load test: many users at once, some of whom hang up early, on a server that is restarted meanwhile.
 
     python -m tests.soak --minutes 10 --streams 16
 
-Each user has a few sessions and sends turns of every kind to one after the other. At the end, the turns that a session
-has taken are replayed alone on a fresh server: what was said, the version and every stored byte must be the same. Exit
-code 1 if anything is not, if a request failed for another reason than a restart, or if the server's memory, descriptors
-or threads kept growing.
+Each user has a few sessions and sends turns of every kind to them. At the end, the turns of each session are replayed
+alone on a fresh server: the answers, the version and every stored byte must be the same. The exit code is 1 if anything
+differs, if a request failed for another reason than a restart, or if the server's memory, descriptors or threads kept
+growing.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from tests.live import Client, Json, assert_success, chunks, find_valkey, retry_
 from tests.tiny import TEXT, build_tiny_base
 
 WORDS = TEXT.split()
-TURNS_PER_S = 12  # of all users together: little enough for a replay, one turn after the other, to end in time
-SESSIONS = 6  # a user: with them all, more than are kept on the device
-HANG_UP_PROBABILITY = 0.15  # the share of turns whose client goes before their end
+TURNS_PER_S = 12  # of all users together; low enough for the sequential replay to end in time
+SESSIONS = 6  # per user; together more than the device keeps
+HANG_UP_PROBABILITY = 0.15  # share of turns that the client abandons before their end
 MAX_FAULTS = 20
-GROWTH = {"rss": 64 * 2**20, "fds": 24, "threads": 8}  # what a server may gain from its first half to its end
+GROWTH = {"rss": 64 * 2**20, "fds": 24, "threads": 8}  # allowed growth from a process's first half to its end
 
 console = Console(soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A request. `session` is in the path or in the body."""
+    """One request. The session is named in the path or in the body."""
 
     path: str
     body: Json
@@ -52,7 +52,13 @@ class Turn:
 
 @dataclass
 class CompletedTurn:
-    """A turn that the session took, and what its client heard: all of the answer, or the beginning of its text."""
+    """A turn that the session committed.
+
+    Attributes:
+        turn: the request.
+        received: the answer, or the beginning of its text.
+        is_complete: whether the client received the whole answer.
+    """
 
     turn: Turn
     received: Json
@@ -61,7 +67,7 @@ class CompletedTurn:
 
 @dataclass
 class SessionHistory:
-    """One session and what it went through; `version` is what the server must say."""
+    """One session, its version and the turns that it committed."""
 
     name: str
     random: random.Random
@@ -70,6 +76,7 @@ class SessionHistory:
     chat: list[Json] = field(default_factory=list)
 
     def next_turn(self) -> Turn:
+        """Draw the next turn."""
         kind = self.random.choices(["completion", "chat", "observe", "score"], [4, 3, 2, 1])[0]
         if kind == "observe":
             return Turn(f"sessions/{self.name}/observe", {"text": self._words(20, 400)})
@@ -95,20 +102,20 @@ class SessionHistory:
         return Turn("chat/completions", body | {"messages": list(self.chat)})
 
     def record_answer(self, turn: Turn, received: Json, *, is_complete: bool) -> None:
-        """The turn is part of the session's life."""
+        """Record that the session committed the turn."""
         self.completed.append(CompletedTurn(turn, received, is_complete))
         if "messages" in turn.body and is_complete and received["text"]:
             self.chat.append({"role": "assistant", "content": received["text"]})
 
-    def _words(self, least: int, most: int) -> str:
-        start, count = self.random.randrange(len(WORDS)), self.random.randint(least, most)
+    def _words(self, low: int, high: int) -> str:
+        start, count = self.random.randrange(len(WORDS)), self.random.randint(low, high)
         return " ".join(
             self.random.choice(WORDS) if n % 7 == 3 else WORDS[(start + n) % len(WORDS)] for n in range(count)
         )
 
 
 def comparable_answer(body: Json) -> Json:
-    """What an answer says, without what differs from one time to the next."""
+    """Return an answer without the fields that differ between equal requests."""
     if "choices" not in body:
         return body
     (choice,) = body["choices"]
@@ -117,16 +124,16 @@ def comparable_answer(body: Json) -> Json:
 
 
 def versions(received: Json, before: int) -> tuple[int, int]:
-    """From which to which version an answer says that its turn went."""
-    told = received.get("adaptation") or {"version_from": before, "version_to": received["version"]}
-    return told["version_from"], told["version_to"]
+    """Return the versions before and after the turn, as its answer names them."""
+    adaptation = received.get("adaptation") or {"version_from": before, "version_to": received["version"]}
+    return adaptation["version_from"], adaptation["version_to"]
 
 
 class Soak:
-    """One run. `faults` says what was wrong."""
+    """One run of the load test: users, server, replay and report. `faults` has one sentence for each fault."""
 
     def __init__(self, folder: Path, model: str, *, streams: int, seed: int) -> None:
-        # A user may have two turns in hand: one that it left, and the next.
+        # A user may have two turns in flight: one that it abandoned, and the next.
         self.server = Server(model, folder / "data", hot_sessions=1, max_queue=2 * streams)
         self.replica = Server(model, folder / "replay")
         self.histories = [SessionHistory(f"s{n}", random.Random(f"{seed}/{n}")) for n in range(streams * SESSIONS)]
@@ -135,15 +142,15 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.samples: list[list[dict[str, int]]] = []
         self.replayed = 0
-        self._outages: list[float] = []  # when each ended; infinity while it lasts
-        self._over = threading.Event()
+        self._outages: list[float] = []  # the end of each; infinity while it lasts
+        self._finished = threading.Event()
 
     # --- the users ------------------------------------------------------------------------------------------------
 
     def _run_user(self, histories: list[SessionHistory], rng: random.Random) -> None:
-        """One user, on a thread of its own."""
+        """Act as one user, on a thread of its own, until the run ends."""
         with Client(self.server.url, self.server.model) as client:
-            while not self._over.wait(rng.expovariate(TURNS_PER_S / self._streams)):
+            while not self._finished.wait(rng.expovariate(TURNS_PER_S / self._streams)):
                 history = rng.choice(histories)
                 turn, began = history.next_turn(), time.monotonic()
                 self.counts["turns"] += 1
@@ -175,43 +182,45 @@ class Soak:
         )
         history.version = after
         history.record_answer(turn, received, is_complete=True)
-        self.counts["heard"] += 1
+        self.counts["answered"] += 1
 
     def _send_and_hang_up(
         self, client: Client, history: SessionHistory, turn: Turn, rng: random.Random, began: float
     ) -> None:
-        """Sends a turn and goes before its end; whether the session took it shows afterwards."""
-        self.counts["left"] += 1
+        """Send a turn and hang up before its end; then find out whether the session committed the turn."""
+        self.counts["hang-ups"] += 1
         text = ""
         if turn.body.get("stream"):
-            patience = rng.randint(0, 8)
+            num_chunks = rng.randint(0, 8)
             try:
                 with client.stream(turn.path, **{"model": client.model} | turn.body) as incoming:
-                    for _, chunk in zip(range(patience), incoming, strict=False):
+                    for _, chunk in zip(range(num_chunks), incoming, strict=False):
                         text += chunk_text(chunk)
-            except AssertionError as error:  # another status than 200
+            except AssertionError as error:  # the status is not 200
                 self._record_failure(f"{history.name}: {turn.path}: {error}", began)
         else:
-            with client.sent(turn.path, turn.body):
+            with client.abandoned_request(turn.path, turn.body):
                 time.sleep(rng.random() * 0.2)
         self._sync_version(client, history, turn, {"text": text})
 
     def _sync_version(self, client: Client, history: SessionHistory, turn: Turn, received: Json) -> None:
-        """An empty turn waits for the session's last one, and says at which version that left it."""
+        """Read the session's version, and record the turn if the session committed it.
 
+        An empty turn waits for the session's last turn and returns the version after it.
+        """
         version = retry_until_success(lambda: client.score(history.name, "")["version"])
         assert version - history.version in (0, 1), f"version {version} after {history.version}"
         if version > history.version:
-            self.counts["not heard, yet taken"] += 1
+            self.counts["committed without an answer"] += 1
             history.record_answer(turn, received, is_complete=False)
         history.version = version
 
-    def _record_failure(self, what: str, began: float) -> None:
-        """A failure is none if the server was away at some time since the request began."""
+    def _record_failure(self, message: str, began: float) -> None:
+        """Record a failed request: a fault, unless the server was down at some time since the request began."""
         if any(end >= began for end in self._outages):
             self.counts["refused in a restart"] += 1
         else:
-            self.faults.append(what)
+            self.faults.append(message)
 
     # --- the server -----------------------------------------------------------------------------------------------
 
@@ -224,7 +233,7 @@ class Soak:
         self._outages[-1] = time.monotonic()
 
     def _track_process(self) -> None:
-        """A new process: its samples are its own."""
+        """Start the samples of a new server process."""
         assert self.server.process is not None
         self._process = psutil.Process(self.server.process.pid)
         self.samples.append([])
@@ -236,7 +245,7 @@ class Soak:
         )
 
     def run(self, seconds: float, *, kill: bool) -> None:
-        """The load, with a restart in its middle and, if asked for, a kill -9 after three quarters."""
+        """Run the users for `seconds`, with a restart halfway and, with `kill`, a kill -9 after three quarters."""
         self.server.start()
         self._track_process()
         threads = [
@@ -247,24 +256,24 @@ class Soak:
         ]
         for thread in threads:
             thread.start()
-        began = told = time.monotonic()
-        todo = [(0.5, self._restart), *([(0.75, self._kill)] if kill else [])]
-        while (passed := time.monotonic() - began) < seconds and len(self.faults) < MAX_FAULTS:
-            if todo and passed > todo[0][0] * seconds:
-                todo.pop(0)[1]()
+        began = last_report = time.monotonic()
+        disruptions = [(0.5, self._restart), *([(0.75, self._kill)] if kill else [])]
+        while (elapsed := time.monotonic() - began) < seconds and len(self.faults) < MAX_FAULTS:
+            if disruptions and elapsed > disruptions[0][0] * seconds:
+                disruptions.pop(0)[1]()
             self._sample()
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                self._print_progress(f"{passed:5.0f} s")
+            if time.monotonic() - last_report > 10:
+                last_report = time.monotonic()
+                self._print_progress(f"{elapsed:5.0f} s")
             time.sleep(0.5)
-        self._over.set()
+        self._finished.set()
         for thread in threads:
             thread.join(120)
         with Client(self.server.url) as client:
             wait_until(client.idle)
-            self.counts["evictions at last"] = int(client.metric("session_evictions_total"))
+            self.counts["evictions"] = int(client.metric("session_evictions_total"))
         self._sample()
-        self.faults += [f"{what} grew from {first} to {last}" for what, first, last in self._leaks()]
+        self.faults += [f"{resource} grew from {first} to {last}" for resource, first, last in self._leaks()]
 
     def _restart(self) -> None:
         self._print_progress("restarting")
@@ -280,51 +289,52 @@ class Soak:
 
     def _leaks(self) -> Iterator[tuple[str, int, int]]:
         for samples in self.samples:
-            for what, allowed in GROWTH.items():
-                values = [sample[what] for sample in samples]
+            for resource, allowed in GROWTH.items():
+                values = [sample[resource] for sample in samples]
                 first, last = max(values[: len(values) // 2 + 1]), int(median(values[-5:]))
                 if last > first + allowed:
-                    yield what, first, last
+                    yield resource, first, last
 
     # --- the check ------------------------------------------------------------------------------------------------
 
     def verify(self, seconds: float) -> None:
-        """Replays every session alone, for at most so long."""
+        """Replay every session alone on a fresh server, and compare; stop after `seconds`."""
         stored = {history.name: state(self.server.data_dir, history.name) for history in self.histories}
         if (code := self.server.stop()) != 0:
             self.faults.append(f"the server ended with exit code {code}")
         self.replica.start()
-        said = time.monotonic()
-        deadline = said + seconds
+        last_report = time.monotonic()
+        deadline = last_report + seconds
         with Client(self.replica.url, self.replica.model) as client:
             for history in self.histories:
                 if time.monotonic() > deadline:
                     break
-                wrong = self._replay(client, history) or self._compare(client, history, stored[history.name])
+                difference = self._replay(client, history) or self._compare(client, history, stored[history.name])
                 self.replayed += 1
-                if wrong is not None:
-                    self.faults.append(f"{history.name}: {wrong}")
-                if time.monotonic() - said > 10:
-                    said = time.monotonic()
+                if difference is not None:
+                    self.faults.append(f"{history.name}: {difference}")
+                if time.monotonic() - last_report > 10:
+                    last_report = time.monotonic()
                     self._print_progress(f"replayed {self.replayed} of {len(self.histories)}")
         self.replica.stop()
 
     def _replay(self, client: Client, history: SessionHistory) -> str | None:
-        """The first wrong answer."""
+        """Send a session's turns again, alone; return a description of the first answer that differs, or None."""
         for number, completed in enumerate(history.completed):
             body = {name: value for name, value in completed.turn.body.items() if name != "stream"}
-            named = body if completed.turn.path.startswith("sessions/") else {"model": client.model} | body
-            answer = comparable_answer(assert_success(client.post(completed.turn.path, named)))
+            full_body = body if completed.turn.path.startswith("sessions/") else {"model": client.model} | body
+            answer = comparable_answer(assert_success(client.post(completed.turn.path, full_body)))
             if completed.is_complete and answer != completed.received:
-                heard = str(completed.received)[:200]
-                return f"turn {number}, {completed.turn.path}: heard {heard}, alone {str(answer)[:200]}"
+                received = str(completed.received)[:200]
+                return f"turn {number}, {completed.turn.path}: received {received}, alone {str(answer)[:200]}"
             if not completed.is_complete and not answer.get("text", "").startswith(completed.received["text"]):
                 began = completed.received["text"][:200]
                 return f"turn {number}, {completed.turn.path}: began {began}, alone {str(answer)[:200]}"
         return None
 
     def _compare(self, client: Client, history: SessionHistory, stored: dict[str, dict[bytes, bytes]]) -> str | None:
-        if history.version == 0:  # asking for a session's version stores it
+        """Compare the stored bytes of the session and of its replay; return a description of a difference, or None."""
+        if history.version == 0:  # the read of a session's version has created the session
             return None
         alone = state(self.replica.data_dir, history.name)
         if (version := client.version(history.name)) != history.version:
@@ -338,7 +348,7 @@ class Soak:
         return f"{len(differing)} stored values differ, such as {differing[:3]}" if differing else None
 
     def end(self) -> None:
-        """Leaves no process behind."""
+        """Stop both servers and their stores."""
         for server in (self.server, self.replica):
             if server.process is not None:
                 server.stop()
@@ -347,25 +357,26 @@ class Soak:
 
     # --- the report -----------------------------------------------------------------------------------------------
 
-    def _print_progress(self, what: str) -> None:
+    def _print_progress(self, label: str) -> None:
         numbers = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         sample = self.samples[-1][-1] if self.samples and self.samples[-1] else {"rss": 0, "fds": 0, "threads": 0}
-        held = f"{sample['rss'] >> 20} MiB, {sample['fds']} descriptors, {sample['threads']} threads"
-        console.print(f"{what}: {numbers}; {held}; {len(self.faults)} faults", highlight=False)
+        usage = f"{sample['rss'] >> 20} MiB, {sample['fds']} descriptors, {sample['threads']} threads"
+        console.print(f"{label}: {numbers}; {usage}; {len(self.faults)} faults", highlight=False)
 
     def report(self) -> bool:
-        """Prints the table and the verdict; returns whether all was well."""
-        table = Table("what", "value", title="Soak")
+        """Print the table and the verdict; return whether there was no fault."""
+        table = Table("name", "value", title="Soak")
         for name, count in self.counts.items():
             table.add_row(name, str(count))
         table.add_row("versions", str(sum(history.version for history in self.histories)))
         for number, samples in enumerate(self.samples):
-            for what in GROWTH:
-                first, last = samples[0][what], samples[-1][what]
-                shown = [f"{value >> 20} MiB" if what == "rss" else str(value) for value in (first, last)]
-                most = max(sample[what] for sample in samples)
-                shown.append(f"{most >> 20} MiB" if what == "rss" else str(most))
-                table.add_row(f"process {number}: {what}", "{} at first, {} at last, {} at most".format(*shown))
+            for resource in GROWTH:
+                values = [sample[resource] for sample in samples]
+                shown = [
+                    f"{value >> 20} MiB" if resource == "rss" else str(value)
+                    for value in (values[0], values[-1], max(values))
+                ]
+                table.add_row(f"process {number}: {resource}", "{} at first, {} at last, {} at most".format(*shown))
         table.add_row("sessions replayed", f"{self.replayed} of {len(self.histories)}")
         table.add_row("faults", str(len(self.faults)))
         console.print(table)
@@ -382,13 +393,13 @@ def chunk_text(chunk: Json) -> str:
 
 
 def answer_from_chunks(incoming: Iterator[Json]) -> Json:
-    """The answer that a stream's chunks are together."""
-    told = list(incoming)
-    text = "".join(map(chunk_text, told))
+    """Return the answer that the chunks of a stream make together."""
+    received = list(incoming)
+    text = "".join(map(chunk_text, received))
     return {
         "text": text,
-        "finish_reason": told[-1]["choices"][0]["finish_reason"],
-        "adaptation": told[-1]["adaptation"],
+        "finish_reason": received[-1]["choices"][0]["finish_reason"],
+        "adaptation": received[-1]["adaptation"],
     }
 
 
@@ -398,7 +409,7 @@ def decoded(response: httpx.Response) -> Json:
 
 
 def soak(folder: Path, model: str, *, minutes: float, streams: int, seed: int = 0, kill: bool = True) -> Soak:
-    """One whole run; takes at most about four times `minutes`."""
+    """Run the whole load test, which takes at most about four times `minutes`."""
     run = Soak(folder, model, streams=streams, seed=seed)
     try:
         run.run(60 * minutes, kill=kill)
@@ -410,16 +421,18 @@ def soak(folder: Path, model: str, *, minutes: float, streams: int, seed: int = 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="how long the load lasts (default 10)")
-    parser.add_argument("--streams", type=int, default=16, help="users at once (default 16)")
-    parser.add_argument("--model", help="what IMPRINT_MODEL takes; default: a tiny base with random weights")
+    parser.add_argument("--minutes", type=float, default=10, help="duration of the load (default 10)")
+    parser.add_argument("--streams", type=int, default=16, help="number of users (default 16)")
+    parser.add_argument("--model", help="a value of IMPRINT_MODEL; default: a tiny base with random weights")
     parser.add_argument("--kill", action="store_true", help="also kill -9 the server after three quarters")
-    parser.add_argument("--seed", type=int, default=0, help="of what the users do (default 0)")
-    given = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="seed of the users' behaviour (default 0)")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="imprint-soak-") as name:
         folder = Path(name)
-        model = given.model or str(build_tiny_base(folder / "tiny"))
-        done = soak(folder, model, minutes=given.minutes, streams=given.streams, seed=given.seed, kill=given.kill)
+        model = options.model or str(build_tiny_base(folder / "tiny"))
+        done = soak(
+            folder, model, minutes=options.minutes, streams=options.streams, seed=options.seed, kill=options.kill
+        )
         return 0 if done.report() else 1
 
 

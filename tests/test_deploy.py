@@ -1,4 +1,4 @@
-"""What is deployed says what the server does. The real tools read it; no engine of theirs runs it."""
+"""The deployment files agree with the server and are valid: the real tools read them, without a cluster or engine."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from service.tenants import new_key
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-ENDINGS = ("", "_bucket", "_sum", "_count")  # of a histogram's series
+ENDINGS = ("", "_bucket", "_sum", "_count")  # suffixes of a histogram's series
 
 
 def tool(name: str, *arguments: object) -> str:
-    """What a program of the environment prints; its complaint is the test's failure."""
+    """Run a program of the environment and return its output; fail with its messages if it fails."""
     program = Path(sysconfig.get_path("scripts")) / name
     done = subprocess.run([program, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,42 +46,42 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 
 def test_the_dashboards_are_what_their_source_makes() -> None:
-    made = files()
-    assert {path.stem for path in made} == dashboards().keys() == {"service", "adaptation", "state", "device"}
-    for path, text in made.items():
+    generated = files()
+    assert {path.stem for path in generated} == dashboards().keys() == {"service", "adaptation", "state", "device"}
+    for path, text in generated.items():
         assert path.read_text() == text, "run: python -m deploy.grafana.build"
 
 
 @pytest.mark.parametrize("name", sorted(dashboards()))
 def test_grafanas_models_know_every_field_of_a_dashboard(name: str) -> None:
-    """They drop what they do not know, so what comes back whole is Grafana's."""
-    given = dashboards()[name]
-    assert json.loads(JSONEncoder().encode(Dashboard.from_json(given))) == given
+    """Grafana's models drop unknown fields, so a dashboard without unknown fields comes back unchanged."""
+    dashboard = dashboards()[name]
+    assert json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard))) == dashboard
 
 
-def test_panels_have_their_own_ids_and_places_and_say_what_they_tell() -> None:
+def test_panels_have_unique_ids_and_positions_and_a_description() -> None:
     for dashboard in dashboards().values():
         panels = dashboard["panels"]
         assert len({panel["id"] for panel in panels}) == len(panels)
-        taken = [
+        cells = [
             (x, y)
             for panel in panels
             for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
             for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
         ]
-        assert len(set(taken)) == len(taken) and max(x for x, _ in taken) < 24
+        assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
         assert all(panel["description"] and panel["targets"] for panel in panels if panel["type"] != "row")
 
 
 def exposed() -> set[str]:
-    """Every series that a server can expose."""
-    return {one.name + ending for one in Metrics().described for ending in ENDINGS}
+    """Return the names of all series that a server can expose."""
+    return {metric.name + ending for metric in Metrics().described for ending in ENDINGS}
 
 
-def test_dashboards_and_alerts_ask_for_metrics_that_there_are() -> None:
+def test_dashboards_and_alerts_query_existing_metrics() -> None:
     texts = [path.read_text() for path in DEPLOY.rglob("*") if path.suffix in (".json", ".yml", ".yaml")]
-    asked = {name for text in texts for name in re.findall(r"\bimprint_[a-z_]+\b", text)}
-    assert asked and asked <= exposed()
+    queried = {name for text in texts for name in re.findall(r"\bimprint_[a-z_]+\b", text)}
+    assert queried and queried <= exposed()
 
 
 # --- Prometheus -------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def alerts() -> list[dict[str, Any]]:
     return [rule for group in read("deploy/prometheus/alerts.yml")["groups"] for rule in group["rules"]]
 
 
-def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
+def test_every_alert_has_a_severity_a_summary_and_a_runbook() -> None:
     for alert in alerts():
         assert alert["labels"]["severity"] in ("page", "ticket"), alert
         assert alert["annotations"].keys() == {"summary", "runbook"}, alert
@@ -109,13 +109,13 @@ def test_every_alert_fires_on_a_bad_day_and_none_on_a_good_one() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_takes_the_configurations(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_configurations(tmp_path: Path) -> None:
     if shutil.which("promtool") is None:
         pytest.skip("promtool (Debian's package prometheus) is not installed")
     for name in ("prometheus.yml", "kubernetes.yml"):
         config = read(f"deploy/prometheus/{name}")
         for job in config["scrape_configs"]:
-            job.pop("kubernetes_sd_configs", None)  # Debian's build leaves that kind of discovery out
+            job.pop("kubernetes_sd_configs", None)  # Debian's build has no Kubernetes service discovery
         (tmp_path / name).write_text(yaml.safe_dump(config))
         command = ["promtool", "check", "config", "--syntax-only", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -125,10 +125,10 @@ def test_prometheus_takes_the_configurations(tmp_path: Path) -> None:
 # --- containers -------------------------------------------------------------------------------------------------------
 
 
-def test_compose_takes_the_files_and_brings_everything() -> None:
-    together = yaml.safe_load(tool("docker-compose", "-f", "docker-compose.yml", "config"))
-    assert together["services"].keys() == {"server", "redis", "prometheus", "grafana"}
-    for service in together["services"].values():
+def test_compose_accepts_the_files_and_starts_every_service() -> None:
+    config = yaml.safe_load(tool("docker-compose", "-f", "docker-compose.yml", "config"))
+    assert config["services"].keys() == {"server", "redis", "prometheus", "grafana"}
+    for service in config["services"].values():
         assert service["healthcheck"]["test"]
         assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
         mounts = [volume for volume in service["volumes"] if volume["type"] == "bind"]
@@ -140,24 +140,24 @@ def test_compose_takes_the_files_and_brings_everything() -> None:
     )
 
 
-def test_what_compose_runs_finds_one_another() -> None:
+def test_the_services_of_compose_can_reach_each_other() -> None:
     services = read("docker-compose.yml")["services"]
 
-    def where(service: str, inside: str) -> str:
-        """What is mounted at or above a path of a container."""
+    def mount_source(service: str, inside: str) -> str:
+        """Return the source of the mount at or above a path in a container."""
         mounts = {mount.split(":")[1]: mount.split(":")[0] for mount in services[service]["volumes"]}
         return str(next(source for target, source in mounts.items() if Path(inside).is_relative_to(target)))
 
     (job,) = read("deploy/prometheus/prometheus.yml")["scrape_configs"]
     key_file = job["authorization"]["credentials_file"]
     assert f"METRICS_KEY_FILE={key_file}" in (ROOT / "Dockerfile").read_text()
-    assert where("server", key_file) == where("prometheus", key_file)
+    assert mount_source("server", key_file) == mount_source("prometheus", key_file)
     assert job["static_configs"] == [{"targets": ["server:8000"]}]
     (source,) = read("deploy/grafana/provisioning/datasources/prometheus.yml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
     assert source["jsonData"]["timeInterval"] == read("deploy/prometheus/prometheus.yml")["global"]["scrape_interval"]
     (provider,) = read("deploy/grafana/provisioning/dashboards/imprint.yml")["providers"]
-    assert where("grafana", provider["options"]["path"]) == "./deploy/grafana/dashboards"
+    assert mount_source("grafana", provider["options"]["path"]) == "./deploy/grafana/dashboards"
 
 
 def test_the_dockerfile_follows_the_rules_of_its_linter() -> None:
@@ -169,43 +169,44 @@ def test_the_dockerfile_follows_the_rules_of_its_linter() -> None:
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def rendered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """The example's resources, as kubectl would apply them."""
+    """Return the example's resources as kubectl would apply them."""
     folder = tmp_path_factory.mktemp("cluster") / "kubernetes"
     shutil.copytree(DEPLOY / "kubernetes", folder, ignore=shutil.ignore_patterns("keys"))
     (folder / "example" / "keys").write_text(new_key("acme")[1])
     if request.param == "cuda":
         with (folder / "example" / "kustomization.yaml").open("a") as file:
             file.write("components: [../cuda]\n")
-    together = folder / "all.yaml"
-    together.write_text(tool("kubectl", "kustomize", folder / "example"))
-    tool("kubernetes-validate", "--strict", together)
-    return list(yaml.safe_load_all(together.read_text()))
+    manifest = folder / "all.yaml"
+    manifest.write_text(tool("kubectl", "kustomize", folder / "example"))
+    tool("kubernetes-validate", "--strict", manifest)
+    return list(yaml.safe_load_all(manifest.read_text()))
 
 
-def one(resources: list[Any], kind: str, name: str = "imprint") -> Any:
-    (found,) = [one for one in resources if one["kind"] == kind and one["metadata"]["name"].startswith(name)]
-    return found
+def find(resources: list[Any], kind: str, name: str = "imprint") -> Any:
+    """Return the only resource of the kind whose name starts with `name`."""
+    (resource,) = [each for each in resources if each["kind"] == kind and each["metadata"]["name"].startswith(name)]
+    return resource
 
 
-def test_the_pods_end_gracefully_and_hold_to_what_the_server_says(
+def test_the_pods_end_gracefully_and_agree_with_the_servers_settings(
     rendered: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variables = one(rendered, "ConfigMap")["data"]
+    variables = find(rendered, "ConfigMap")["data"]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings = Settings.load()
-    pod = one(rendered, "Deployment")["spec"]["template"]["spec"]
+    pod = find(rendered, "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    waits = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert pod["terminationGracePeriodSeconds"] >= waits + settings.drain_timeout_s + 15
+    pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= pre_stop_s + settings.drain_timeout_s + 15
     assert container["image"] == f"imprint:{settings.device}"
     assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in PUBLIC_PATHS
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert str(settings.api_keys_file.parent if settings.api_keys_file else None) in mounts
-    scaler = one(rendered, "HorizontalPodAutoscaler")["spec"]
-    assert scaler["minReplicas"] > one(rendered, "PodDisruptionBudget")["spec"]["maxUnavailable"]
+    scaler = find(rendered, "HorizontalPodAutoscaler")["spec"]
+    assert scaler["minReplicas"] > find(rendered, "PodDisruptionBudget")["spec"]["maxUnavailable"]
     (metric,) = scaler["metrics"]
     (rule,) = read("deploy/kubernetes/prometheus-adapter.yaml")["rules"]["custom"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
@@ -213,7 +214,7 @@ def test_the_pods_end_gracefully_and_hold_to_what_the_server_says(
 
 
 def test_every_selector_finds_its_pods_and_no_pod_may_more_than_it_needs(rendered: list[Any]) -> None:
-    pods = [one(rendered, "Deployment"), one(rendered, "StatefulSet", "valkey")]
+    pods = [find(rendered, "Deployment"), find(rendered, "StatefulSet", "valkey")]
     labels = [pod["spec"]["template"]["metadata"]["labels"] for pod in pods]
     for resource in rendered:
         spec = resource.get("spec", {})
@@ -224,14 +225,14 @@ def test_every_selector_finds_its_pods_and_no_pod_may_more_than_it_needs(rendere
         spec = pod["spec"]["template"]["spec"]
         assert spec["securityContext"]["runAsNonRoot"] and not spec["automountServiceAccountToken"]
         for container in spec["containers"]:
-            allowed = container["securityContext"]
-            assert allowed["readOnlyRootFilesystem"] and not allowed["allowPrivilegeEscalation"]
-            assert allowed["capabilities"] == {"drop": ["ALL"]}
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] and not security["allowPrivilegeEscalation"]
+            assert security["capabilities"] == {"drop": ["ALL"]}
             assert "memory" in container["resources"]["limits"]
 
 
-def test_the_examples_valkey_keeps_what_docker_s_keeps(rendered: list[Any]) -> None:
-    (container,) = one(rendered, "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"]
+def test_the_examples_valkey_is_configured_like_dockers(rendered: list[Any]) -> None:
+    (container,) = find(rendered, "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"]
     lines = (ROOT / "docker" / "redis.conf").read_text().splitlines()
-    wanted = {line for line in lines if line and not line.startswith(("#", "bind"))}
-    assert wanted < {argument.removeprefix("--") for argument in container["args"]}
+    options = {line for line in lines if line and not line.startswith(("#", "bind"))}
+    assert options < {argument.removeprefix("--") for argument in container["args"]}

@@ -1,4 +1,4 @@
-"""The documentation holds: the site builds, its examples run, its commands exist, its recipes work as they stand."""
+"""The documentation is correct: the site builds, its examples run, its commands exist, its recipes work unchanged."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ RECIPES = ["openai_client", "langchain_chat", "python_client", "python_async"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Those that stand in the page; the recipes' stand in their files."""
+    """Return the code blocks of a language in a page. (The recipes include files instead.)"""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of each `imprint …` that a page shows, in a block or in a line."""
+    """Yield the arguments of each `imprint …` that a page shows, in a block or in a line."""
     text = page.read_text()
     lines = re.findall(r"^(?:\$ |    )(?:\w+=\S+ )*imprint (.+)$", text, flags=re.MULTILINE)
     lines += re.findall(r"`imprint ([^`]+)`", text)
@@ -43,10 +43,10 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def known(command: Any, words: list[str]) -> bool:
-    """Whether these subcommands and options exist."""
+    """Return whether the command has these subcommands and options."""
     if subcommands := getattr(command, "commands", None):
         return not words or (words[0] in subcommands and known(subcommands[words[0]], words[1:]))
-    options = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     return {word for word in words if word.startswith("--")} <= options
 
 
@@ -54,7 +54,7 @@ def test_every_command_that_is_shown_exists() -> None:
     shown = [(page.name, words) for page in PAGES for words in commands(page)]
     assert len(shown) > 20
     entry = typer.main.get_command(main.app)
-    assert not [one for one in shown if not known(entry, one[1])]
+    assert not [(page, words) for page, words in shown if not known(entry, words)]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
         assert set(re.findall(r"^make (\w+)|`make (\w+)`", page.read_text())) <= {("", name) for name in targets}
@@ -62,19 +62,19 @@ def test_every_command_that_is_shown_exists() -> None:
 
 def test_every_extra_that_is_named_can_be_installed() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    told = [
+    sources = [
         *PAGES,
         *(ROOT / "service").rglob("*.py"),
         *(ROOT / "research").rglob("*.py"),
         *(ROOT / "benchmarks").rglob("*.py"),
         ROOT / "pyproject.toml",
     ]
-    named = {name for file in told for name in re.findall(r"(?:imprint|'\.)\[([\w,]+)\]", file.read_text())}
+    named = {name for file in sources for name in re.findall(r"(?:imprint|'\.)\[([\w,]+)\]", file.read_text())}
     assert {name for names in named for name in names.split(",")} <= extras.keys()
     assert extras.keys() - {"test"} <= {name for names in named for name in names.split(",")}
 
 
-def test_the_site_builds_without_a_warning_and_takes_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -82,13 +82,13 @@ def test_the_site_builds_without_a_warning_and_takes_nothing_from_elsewhere(tmp_
     pages = {str(page.relative_to(tmp_path)): page.read_text() for page in tmp_path.rglob("*.html")}
     written = {str(page.relative_to(DOCS).with_suffix(".html")) for page in PAGES[1:]}
     assert {name.replace("README.html", "index.html") for name in written} <= pages.keys()
-    fetched = (
+    external = (
         r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//|<link[^>]* rel=\"(?!canonical)[^>]* href=\"(?:https?:)?//"
     )
-    assert not [name for name, page in pages.items() if re.search(fetched, page)]
+    assert not [name for name, page in pages.items() if re.search(external, page)]
 
 
-def test_every_page_can_be_found() -> None:
+def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert not [page.name for page in PAGES[1:] if str(page.relative_to(DOCS)) not in navigation]
 
@@ -139,9 +139,16 @@ def test_every_law_names_tests_that_exist() -> None:
 def test_every_decision_has_a_date_and_a_status() -> None:
     dated = r".+\n20\d\d-\d\d-\d\d · (accepted|superseded)\b"
     pages = {page.name: page.read_text().split("\n## ")[1:] for page in (DOCS / "decisions").glob("*.md")}
-    topics = {name: decisions for name, decisions in pages.items() if any(re.match(dated, one) for one in decisions)}
+    topics = {
+        name: decisions for name, decisions in pages.items() if any(re.match(dated, decision) for decision in decisions)
+    }
     assert len(topics) > 10
-    assert not [(name, one[:80]) for name, decisions in topics.items() for one in decisions if not re.match(dated, one)]
+    assert not [
+        (name, decision[:80])
+        for name, decisions in topics.items()
+        for decision in decisions
+        if not re.match(dated, decision)
+    ]
 
 
 def test_every_alert_has_a_line_for_those_on_call() -> None:
@@ -151,7 +158,7 @@ def test_every_alert_has_a_line_for_those_on_call() -> None:
 
 @pytest.fixture
 def at_the_server(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
-    """What is run here finds the server, its model and the example texts, shortened."""
+    """Point environment and working folder to the server, its model and shortened example texts."""
     monkeypatch.setenv("IMPRINT_URL", server.url)
     monkeypatch.setenv("MODEL", server.model)
     (tmp_path / "examples").mkdir()
@@ -163,7 +170,7 @@ def at_the_server(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page: Path, at_the_server: Server) -> None:
-    """In the order of the page; `ada` is a session that has learned before."""
+    """Run all blocks of a page in order, with a session `ada` that has learned before."""
     from imprint import Client
 
     with Client(at_the_server.url) as client:
@@ -193,6 +200,6 @@ def test_a_recipe_runs(recipe: str, at_the_server: Server, capsys: pytest.Captur
 def test_the_recipe_for_curl_runs(at_the_server: Server) -> None:
     run = subprocess.run(["sh", str(ROOT / "examples" / "curl.sh")], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    learned, *stream, held, back, erased = [line for line in run.stdout.splitlines() if line]
-    assert '"version":1' in learned and '"version":1' in held and '"deleted":true' in erased
-    assert stream[-1] == "data: [DONE]" and '"version":2' in back and '"rows":0' in back
+    learned, *stream, shown, rolled_back, erased = [line for line in run.stdout.splitlines() if line]
+    assert '"version":1' in learned and '"version":1' in shown and '"deleted":true' in erased
+    assert stream[-1] == "data: [DONE]" and '"version":2' in rolled_back and '"rows":0' in rolled_back

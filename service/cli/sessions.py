@@ -1,4 +1,4 @@
-"""`imprint sessions …`: what sessions there are, what they learned when, and taking it back."""
+"""`imprint sessions`: the commands that list, inspect, undo, copy and erase sessions."""
 
 import json
 import sys
@@ -14,20 +14,22 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from service.cli.console import DEFAULT_URL, AsJson, Url, connect, out
+from service.cli.console import connect, out
+from service.cli.options import AsJson, Url
+from service.client.transport import DEFAULT_URL
 from service.errors import CommandError
 from service.http.replies import Session
 
 sessions_app = typer.Typer(no_args_is_help=True, help="List, inspect, undo, copy and erase sessions.")
 
 SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
-Version = Annotated[int, typer.Argument(min=0, help="A version that is kept; `log` lists them.")]
-MAX_TEXT_CHARS = 60  # characters of a text that a table shows
+Version = Annotated[int, typer.Argument(min=0, help="A version that the server keeps; `log` lists them.")]
+MAX_TEXT_CHARS = 60  # of a text in a table
 
 
 @sessions_app.command("ls")
 def list_sessions(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
-    """All sessions."""
+    """List all sessions."""
     with connect(url) as client:
         sessions = list(client.sessions())
     _print_records(sessions, as_json, "id", "version", "tokens_learned", "rows", "bytes", "gain", "updated")
@@ -35,7 +37,7 @@ def list_sessions(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
 
 @sessions_app.command("show")
 def show_session(session: SessionId, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
-    """One session, with everything the server tells about it."""
+    """Show everything that the server reports about one session."""
     with connect(url) as client:
         answer = client.get(session).model_dump()
     if as_json:
@@ -50,11 +52,11 @@ def show_session(session: SessionId, as_json: AsJson = False, url: Url = DEFAULT
 @sessions_app.command("log")
 def show_log(
     session: SessionId,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many versions, at most.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Number of versions, at most.")] = 20,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """What it learned when, the newest version first."""
+    """List what a session learned and when, the newest version first."""
     with connect(url) as client:
         entries = list(islice(client.log(session, page_size=min(limit, 1000)), limit))
     _print_records(entries, as_json, "version", "kind", "of", "tokens", "rows", "loss", "time", "text")
@@ -64,11 +66,11 @@ def show_log(
 def show_diff(
     session: SessionId,
     start: Annotated[int, typer.Argument(metavar="FROM", min=0, help="A version; 0 = nothing learned.")],
-    end: Annotated[int | None, typer.Argument(metavar="TO", min=0, help="Another; the newest if left out.")] = None,
+    end: Annotated[int | None, typer.Argument(metavar="TO", min=0, help="A version; default: the newest.")] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """What one version has that another has not."""
+    """Compare two versions: what each has that the other does not."""
     with connect(url) as client:
         diff = client.diff(session, start, client.get(session).version if end is None else end)
     if as_json:
@@ -85,14 +87,14 @@ def show_diff(
 
 @sessions_app.command("rollback")
 def roll_back(session: SessionId, version: Version, url: Url = DEFAULT_URL) -> None:
-    """Make a new version that is what an earlier one was; 0 = nothing learned."""
+    """Make a new version equal to an earlier one; 0 = nothing learned."""
     with connect(url) as client:
         _print_result(client.rollback(session, version), f"is what version {version} was")
 
 
 @sessions_app.command("unlearn")
 def unlearn(session: SessionId, version: Version, url: Url = DEFAULT_URL) -> None:
-    """Make a new version as if one had never been learned; for sessions that keep their texts."""
+    """Make a new version as if an earlier one had never been learned; needs a session that keeps its texts."""
     with connect(url) as client:
         _print_result(client.unlearn(session, version), f"is as if version {version} had never been learned")
 
@@ -103,7 +105,7 @@ def fork(
     copy: Annotated[str, typer.Argument(metavar="NEW", help="The copy's id.")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Make a copy that has learned the same; from then on they go their own ways."""
+    """Copy a session under a new id; later changes to either do not affect the other."""
     with connect(url) as client:
         _print_result(client.fork(session, copy), f"has learned what {session} has")
 
@@ -111,7 +113,7 @@ def fork(
 @sessions_app.command("export")
 def export(
     session: SessionId,
-    file: Annotated[Path, typer.Argument(dir_okay=False, help="Where to write it; - is standard output.")],
+    file: Annotated[Path, typer.Argument(dir_okay=False, help="The file to write; - is standard output.")],
     url: Url = DEFAULT_URL,
 ) -> None:
     """Write a session to a safetensors file, for `import` here or elsewhere."""
@@ -126,10 +128,10 @@ def export(
 @sessions_app.command("import")
 def import_(
     session: SessionId,
-    file: Annotated[Path, typer.Argument(dir_okay=False, help="What `export` wrote; - is standard input.")],
+    file: Annotated[Path, typer.Argument(dir_okay=False, help="A file that `export` wrote; - is standard input.")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Give a session what an export holds, in place of what it had."""
+    """Replace what a session has learned with the content of an exported file."""
     try:
         data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     except OSError as error:
@@ -141,10 +143,10 @@ def import_(
 @sessions_app.command("rm")
 def remove_sessions(
     sessions: Annotated[list[str], typer.Argument(metavar="ID...", help="The sessions' ids.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Erase sessions and all they learned."""
+    """Erase sessions and all that they have learned."""
     with connect(url) as client:
         for session in sessions:
             if yes or typer.confirm(f"Erase session {session} and all it learned?", err=True):
@@ -159,7 +161,7 @@ def _print_result(session: Session, description: str) -> None:
 
 
 def _print_records(records: Iterable[BaseModel], as_json: bool, *columns: str) -> None:
-    """A list as a table of these fields, or whole as JSON."""
+    """Print the records as a table of `columns`, or with all fields as JSON."""
     lines = [record.model_dump() for record in records]
     if as_json:
         print(json.dumps(lines))
@@ -176,7 +178,7 @@ def _label(field: str) -> str:
 
 
 def _cell(field: str, value: Any) -> str:
-    """One value of a session, for people."""
+    """Format the value of a field for a table."""
     if value is None:
         return "–"
     match field:

@@ -1,4 +1,4 @@
-"""The same client for asyncio."""
+"""The asynchronous client: the methods of `sync_client.Client`, awaited."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -12,16 +12,16 @@ from service.client.text_files import PIECE_CHARS, File, ObserveProgress
 from service.client.transport import (
     RETRIES,
     TIMEOUT,
+    BaseClient,
     BaseStream,
     Chunk,
-    Endpoint,
+    OnWait,
     RetryState,
     copy_signature,
     log_wait,
     needs_model,
     with_model,
 )
-from service.errors import ImprintError
 from service.http.replies import LogEntry, Model, Session
 
 P = ParamSpec("P")
@@ -30,6 +30,8 @@ R = TypeVar("R")
 
 
 def _request_method(operation: Callable[P, Operation[T]]) -> Callable[Concatenate["AsyncClient", P], Awaitable[T]]:
+    """Return the method that sends the operation and returns its result."""
+
     async def call(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._request(operation(*args, **kwargs))
 
@@ -40,6 +42,8 @@ def _request_method(operation: Callable[P, Operation[T]]) -> Callable[Concatenat
 def _stream_method(
     operation: Callable[P, Operation[Chunk]],
 ) -> Callable[Concatenate["AsyncClient", P], "AsyncStream[Chunk]"]:
+    """Return the method that sends the operation and returns its stream."""
+
     def call(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncStream[Chunk]":
         return AsyncStream(self, operation(*args, **kwargs))
 
@@ -47,8 +51,11 @@ def _stream_method(
     return call
 
 
-class AsyncClient:
-    """`imprint.Client` with the same calls, awaited; streams and lists are iterated with `async for`."""
+class AsyncClient(BaseClient):
+    """An asynchronous client with the methods and arguments of `imprint.Client`.
+
+    Methods are awaited; streams and lists are iterated with `async for`.
+    """
 
     def __init__(
         self,
@@ -57,18 +64,10 @@ class AsyncClient:
         api_key: str | None = None,
         retries: int = RETRIES,
         timeout: float | httpx.Timeout = TIMEOUT,
-        on_wait: Callable[[ImprintError, float], None] = log_wait,
+        on_wait: OnWait = log_wait,
     ) -> None:
-        self._endpoint = Endpoint(url, api_key)
-        self._retries = retries
-        self._on_wait = on_wait
+        super().__init__(url, api_key, retries, on_wait)
         self._http = httpx.AsyncClient(timeout=timeout)
-        self._model: Model | None = None
-
-    @property
-    def url(self) -> str:
-        """Where the server is."""
-        return self._endpoint.url
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,7 +76,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     create = _request_method(operations.create)
@@ -101,13 +100,13 @@ class AsyncClient:
     import_ = _request_method(operations.import_)
 
     async def model(self) -> Model:
-        """The served model; asked for once."""
+        """Return the served model; the server is asked only once."""
         if self._model is None:
             self._model = await self._request(operations.model())
         return self._model
 
     async def sessions(self, *, after: str | None = None, page_size: int = 100) -> AsyncIterator[Session]:
-        """All sessions in the order of their ids, those after `after`; fetched page by page."""
+        """Yield the sessions after the id `after`, in the order of their ids; fetched page by page."""
         more = True
         while more:
             page = await self._request(operations.sessions_page(after, page_size))
@@ -116,7 +115,7 @@ class AsyncClient:
             more, after = page.has_more, page.next
 
     async def log(self, session: str, *, before: int | None = None, page_size: int = 100) -> AsyncIterator[LogEntry]:
-        """What the session learned when, newest first, versions before `before`; fetched page by page."""
+        """Yield what the session learned and when: versions before `before`, newest first; fetched page by page."""
         more = True
         while more:
             page = await self._request(operations.log_page(session, before, page_size))
@@ -129,11 +128,11 @@ class AsyncClient:
         session: str,
         files: Iterable[File],
         *,
-        progress: Callable[[ObserveProgress], None] = lambda observe_progress: None,
+        progress: Callable[[ObserveProgress], None] = lambda _: None,
         piece_chars: int = PIECE_CHARS,
         idempotency_key: str | None = None,
     ) -> ObserveProgress:
-        """See `Client.observe_files`. Files are read on a thread."""
+        """Learn UTF-8 files as `Client.observe_files` does; a thread reads the files."""
         observe_progress = ObserveProgress(session, files, piece_chars, idempotency_key)
         pending = observe_progress.iter_operations()
         while (operation := await asyncio.to_thread(next, pending, None)) is not None:
@@ -144,13 +143,18 @@ class AsyncClient:
     async def _request(self, operation: Operation[T]) -> T:
         operation = await self._with_model_id(operation)
         retry_state = RetryState(self._endpoint, operation, self._retries)
-        return retry_state.result(operation, await self._send_with_retries(retry_state, httpx.Response.aread))
+        return retry_state.parse_response(await self._send_with_retries(retry_state, httpx.Response.aread))
 
     async def _with_model_id(self, operation: Operation[T]) -> Operation[T]:
         return with_model(operation, (await self.model()).id) if needs_model(operation) else operation
 
-    async def _send_with_retries(self, retry_state: RetryState, receive: Callable[[httpx.Response], Awaitable[R]]) -> R:
-        """What `receive` makes of the answer, as soon as there is one."""
+    async def _send_with_retries(
+        self, retry_state: RetryState[T], receive: Callable[[httpx.Response], Awaitable[R]]
+    ) -> R:
+        """Send the request until a response is accepted; return what `receive` makes of that response.
+
+        A transport error within `receive` counts as a failed attempt.
+        """
         while True:
             try:
                 response = await self._http.send(retry_state.request, stream=True)
@@ -166,13 +170,11 @@ class AsyncClient:
 
 
 class AsyncStream(BaseStream[Chunk], Generic[Chunk]):
-    """`imprint.Stream` for `async for` and `async with`."""
+    """An asynchronous iterator of the chunks of an answer; otherwise as `imprint.Stream`."""
 
     def __init__(self, client: AsyncClient, operation: Operation[Chunk]) -> None:
         super().__init__(operation)
         self._client = client
-        self._retry_state: RetryState | None = None
-        self._response: httpx.Response | None = None
         self._byte_chunks: AsyncIterator[bytes]
 
     def __aiter__(self) -> Self:
@@ -196,15 +198,15 @@ class AsyncStream(BaseStream[Chunk], Generic[Chunk]):
         await self.close()
 
     async def close(self) -> None:
-        """Ends the stream."""
+        """End the stream and close its connection."""
         self._ended = True
         if self._response is not None:
             await self._response.aclose()
 
     async def _advance(self) -> None:
         if self._retry_state is None:
-            self._ask = await self._client._with_model_id(self._ask)
-            self._retry_state = RetryState(self._client._endpoint, self._ask, self._client._retries)
+            self._operation = await self._client._with_model_id(self._operation)
+            self._retry_state = RetryState(self._client._endpoint, self._operation, self._client._retries)
             data = await self._client._send_with_retries(self._retry_state, self._read_first_bytes)
         else:
             try:
@@ -214,7 +216,7 @@ class AsyncStream(BaseStream[Chunk], Generic[Chunk]):
         self._feed(data, self._retry_state)
 
     async def _read_first_bytes(self, response: httpx.Response) -> bytes:
-        """The first bytes: until they are there the request can be sent again."""
+        """Return the first bytes of the stream; a failure before them is retried."""
         self._response = response
         self._byte_chunks = response.aiter_bytes()
         return await anext(self._byte_chunks, b"")

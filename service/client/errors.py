@@ -1,4 +1,4 @@
-"""What can go wrong for the client: the server's own errors, and those of the way to it, in one tree."""
+"""The errors that the client raises: the server's own, parsed from its answers, and those without a server's answer."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,14 @@ from service.errors import ImprintError
 
 
 class ClientError(ImprintError):
-    """No server's answer stands behind it: `status` is 0."""
+    """An error that no server's answer caused; `status` is 0."""
 
     status = 0
     type = "client_error"
 
 
 class NoServer(ClientError):
-    """Nobody answers at the address."""
+    """No server answers at the address."""
 
 
 class TimedOut(ClientError):
@@ -28,20 +28,21 @@ class TimedOut(ClientError):
 class ConnectionBroken(ClientError):
     """The connection broke before the answer was complete.
 
-    Whether a learning request landed is unknown; sent again with the error's `idempotency_key`, it is learned once.
+    The server may or may not have learned from the request. A request that is sent again with the error's
+    `idempotency_key` is learned once.
     """
 
 
 class UnexpectedAnswer(ClientError):
-    """Who answers there is no Imprint server, or one of another age."""
+    """The answer is not that of an Imprint server, or that of an incompatible version."""
 
 
 class FileError(ClientError):
-    """A file cannot be read as UTF-8 text. The message names the file, and the byte."""
+    """A file cannot be read as UTF-8 text. The message names the file and the position of the bad byte."""
 
 
 def _all_subclasses(root: type[ImprintError]) -> Iterator[type[ImprintError]]:
-    """The server's errors, general ones before special ones."""
+    """Yield the server's error classes, each before its subclasses."""
     for error_class in root.__subclasses__():
         if error_class.__module__ == errors.__name__:
             yield error_class
@@ -52,7 +53,10 @@ ERROR_CLASSES = list(_all_subclasses(ImprintError))
 
 
 def error_from_response(status: int, headers: Mapping[str, str], content: bytes, url: str) -> ImprintError:
-    """What a refused request says, in OpenAI's error shape or, from a proxy in between, any other."""
+    """Return the error of a response whose status is not 2xx.
+
+    The body has OpenAI's error shape if it comes from the server, and any shape if it comes from a proxy in between.
+    """
     try:
         error = error_from_body(json.loads(content), status)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -64,9 +68,14 @@ def error_from_response(status: int, headers: Mapping[str, str], content: bytes,
 
 
 def error_from_body(body: Any, status: int | None = None) -> ImprintError:
-    """The error that `{"error": {"message", "type", "param", "code"}}` tells of.
+    """Return the error of a body `{"error": {"message", "type", "param", "code"}}`.
 
-    Raises ValueError, KeyError, TypeError or AttributeError if it is none.
+    Args:
+        body: the decoded JSON.
+        status: the response's HTTP status; None for an error within a stream, which has none.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: the body has another shape.
     """
     detail = body["error"]
     error = _error_class(status, detail.get("code"))(
@@ -77,14 +86,15 @@ def error_from_body(body: Any, status: int | None = None) -> ImprintError:
 
 
 def _error_class(status: int | None, code: str | None) -> type[ImprintError]:
-    possible = [error_class for error_class in ERROR_CLASSES if status is None or error_class.status == status]
-    exact = [error_class for error_class in possible if code is not None and error_class.code == code]
-    general = possible if status is not None else []
-    return next(iter(exact + general), ImprintError)
+    """Return the class with this status and code, else the most general class with this status, else the base class."""
+    same_status = [error_class for error_class in ERROR_CLASSES if status is None or error_class.status == status]
+    same_code = [error_class for error_class in same_status if code is not None and error_class.code == code]
+    fallbacks = same_status if status is not None else []
+    return next(iter(same_code + fallbacks), ImprintError)
 
 
 def _parse_retry_after(retry_after: str) -> float | None:
-    """`Retry-After`: seconds, or a date; None if it is neither."""
+    """Return the seconds in a `Retry-After` header (a number or an HTTP date), or None if it has neither form."""
     try:
         return max(float(retry_after), 0.0)
     except ValueError:

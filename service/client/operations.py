@@ -1,4 +1,14 @@
-"""Every call of the client, written once: what is sent, and how the answer is read. Both clients send them."""
+"""The operations of the API, one function each: they say what to send and how to parse the answer, and send nothing.
+
+`Client` and `AsyncClient` turn each function into a method of the same name, with its docstring and parameters (see
+`transport.copy_signature`); so the docstrings here are those of the methods.
+
+Parameters that many operations have:
+    session: id of the session.
+    on_disconnect: what becomes of the turn if the connection breaks; the server's default is "rollback".
+    idempotency_key: a key under which the server applies the operation at most once; by default a new one.
+    if_match: the version that the session must have; raises PreconditionFailed if it has another.
+"""
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -34,25 +44,30 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 
 @dataclass(frozen=True)
 class Operation(Generic[T]):
-    """One request. read: makes the result of the answer's body, or of each of a stream's chunks.
+    """One call of the API. A retry sends the same operation with the same `Idempotency-Key`, so it is learned once.
 
-    It is made once a call, and so is its `Idempotency-Key`: however often it is sent, it is learned once.
+    Attributes:
+        method: the HTTP method.
+        path: path and query, behind the server's address.
+        parse: function that makes the result from the answer's body, or from each chunk of a stream.
+        body: the JSON body, or raw bytes.
+        headers: headers of this operation, beside those of every request.
     """
 
     method: str
     path: str
-    read: Callable[[bytes], T]
+    parse: Callable[[bytes], T]
     body: Json | bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Options(TypedDict, total=False):
-    """What a completion can be told. None is as good as left out."""
+    """Options that both kinds of completion take. None means the same as leaving the option out."""
 
-    session: str | None  # whose memory to use and to teach; none = the frozen base
+    session: str | None  # the session whose memory is read and taught; none = the frozen base
     adapt: AdaptMode | None
     learn: LearnMode | None
-    model: str | None  # the served one, if left out
+    model: str | None  # default: the served model
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -68,21 +83,21 @@ class Options(TypedDict, total=False):
 
 
 class CompletionOptions(Options, total=False):
-    """What a completion can be told besides its prompt."""
+    """Options of a text completion."""
 
     echo: bool | None
     logprobs: int | None
 
 
 class ChatOptions(Options, total=False):
-    """What a chat completion can be told besides its messages."""
+    """Options of a chat completion."""
 
     logprobs: bool | None
     top_logprobs: int | None
 
 
 def model() -> Operation[Model]:
-    """The served model."""
+    """Return the served model."""
     return Operation("GET", "/v1/models", lambda content: ModelList.model_validate_json(content).data[0])
 
 
@@ -99,27 +114,33 @@ def create(
     model: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Session]:
-    """Creates the session, or replaces the options of the one there is.
+    """Create the session, or replace the options of an existing one.
 
-    adapt, learn: what requests do that don't say otherwise. keep_text: keep the texts, so that they can be unlearned.
-    ttl_s: seconds after its last use at which it is erased, 0 = never. model: the policy that it is of; none = text.
+    Args:
+        session: id of the session.
+        adapt: the session's default for the option `adapt` of a request.
+        learn: the session's default for the option `learn` of a request.
+        keep_text: keep the learned texts, so that they can be unlearned.
+        ttl_s: seconds after its last use at which the session is erased; 0 = never.
+        model: the policy that the session belongs to; none = the language model.
+        if_match: the version that the session must have.
     """
     body = _drop_none(adapt=adapt, learn=learn, keep_text=keep_text, ttl_s=ttl_s, model=model)
     return Operation("PUT", _path(session), Session.model_validate_json, body, _if_match_header(if_match))
 
 
 def get(session: str) -> Operation[Session]:
-    """What the session holds and what it is worth. Raises NotFound."""
+    """Return the session: its version, size, gain and options. Raises NotFound."""
     return Operation("GET", _path(session), Session.model_validate_json)
 
 
 def delete(session: str, *, if_match: int | None = None) -> Operation[None]:
-    """Erases the session and all it has learned. Raises NotFound."""
+    """Erase the session and all that it has learned. Raises NotFound."""
     return Operation("DELETE", _path(session), _parse_nothing, headers=_if_match_header(if_match))
 
 
 def sessions_page(after: str | None, size: int) -> Operation[SessionList]:
-    """The sessions after that id, in the order of ids."""
+    """Return a page of at most `size` sessions, in the order of their ids, starting after the id `after`."""
     return Operation("GET", f"/v1/sessions?{_query(after=after, limit=size)}", SessionList.model_validate_json)
 
 
@@ -138,7 +159,19 @@ def observe(
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Observed]:
-    """Learns a text or a chat of any length as one version, without answering; with a policy, an example's label."""
+    """Learn without generating: a text or a chat of any length as one version, or an example of a policy.
+
+    Args:
+        session: id of the session.
+        text: the text to learn, instead of `messages`.
+        messages: the chat to learn, instead of `text`.
+        features: the example of a policy that predicts labels, with its `label`.
+        label: the example's label.
+        model: the policy of a new session.
+        on_disconnect: what becomes of the turn if the connection breaks.
+        idempotency_key: a key under which the server applies the operation at most once.
+        if_match: the version that the session must have.
+    """
     body = _drop_none(text=text, messages=messages, features=features, label=label, model=model)
     body |= _drop_none(on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
@@ -154,7 +187,10 @@ def score(
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Scored]:
-    """Nats of each token with the session's memory and without; learns the text only if asked, after that."""
+    """Return each token's log-probability with and without the session's memory, in nats; with `learn`, learn the text.
+
+    The text is scored before it is learned.
+    """
     body = _drop_none(text=text, learn=learn, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/score", Scored.model_validate_json, body, headers)
@@ -164,25 +200,25 @@ def score(
 
 
 def complete(prompt: str | Sequence[str], **options: Unpack[CompletionOptions]) -> Operation[Completion]:
-    """Continues the prompt; with a `session`, from its memory and teaching it."""
+    """Continue the prompt; with a `session`, read its memory and teach it."""
     return _completion_operation("completions", Completion.model_validate_json, {"prompt": prompt}, options)
 
 
 def chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Operation[ChatCompletion]:
-    """Replies to a chat; with a `session`, from its memory and teaching it what the chat adds."""
+    """Reply to a chat; with a `session`, read its memory and teach it the new part of the chat."""
     return _completion_operation(
         "chat/completions", ChatCompletion.model_validate_json, {"messages": messages}, options
     )
 
 
 def stream(prompt: str | Sequence[str], **options: Unpack[CompletionOptions]) -> Operation[CompletionChunk]:
-    """The same as `complete`, piece by piece."""
+    """Continue the prompt as `complete` does, as a stream of chunks."""
     body = {"prompt": prompt, "stream": True}
     return _completion_operation("completions", CompletionChunk.model_validate_json, body, options)
 
 
 def stream_chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Operation[ChatChunk]:
-    """The same as `chat`, piece by piece."""
+    """Reply as `chat` does, as a stream of chunks."""
     body = {"messages": messages, "stream": True}
     return _completion_operation("chat/completions", ChatChunk.model_validate_json, body, options)
 
@@ -204,9 +240,20 @@ def act(
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Acted]:
-    """Learns the reward of the last action, or of `action_id`, and takes the next one.
+    """Learn the reward of an earlier action, and choose the next action.
 
-    model: the policy of a session that is new.
+    Args:
+        session: id of the session.
+        observation: what the policy sees before it acts.
+        reward: reward of the action `action_id`; none if it is not known.
+        action_id: id of the rewarded action; default: the last one.
+        regret: reward missed by the action, if the client knows it; counted in the server's metrics.
+        model: the policy of a new session.
+        temperature: 0 = the best action, 1 = an action as often as it is thought to be the best; default: the policy's.
+        seed: seed for drawing the action.
+        on_disconnect: what becomes of the turn if the connection breaks.
+        idempotency_key: a key under which the server applies the operation at most once.
+        if_match: the version that the session must have.
     """
     body = _drop_none(
         reward=reward, action_id=action_id, regret=regret, model=model, temperature=temperature, seed=seed
@@ -226,7 +273,7 @@ def feedback(
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Observed]:
-    """Learns the reward of an earlier action, without taking another."""
+    """Learn the reward of an earlier action, without choosing another."""
     body = _drop_none(action_id=action_id, reward=reward, regret=regret, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
@@ -241,14 +288,14 @@ def keep(
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Observed]:
-    """Learns the text that a user kept of an earlier completion, behind its prompt if the session keeps texts."""
+    """Learn the text that a user kept of an earlier completion, after its prompt if the session keeps texts."""
     body = _drop_none(completion_id=completion_id, text=text, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
 
 
 def predict(session: str, features: Sequence[float], *, model: str | None = None) -> Operation[Labelled]:
-    """Labels an example with what the session has learned; learns nothing."""
+    """Predict the label of an example; learn nothing."""
     body = _drop_none(features=features, model=model)
     return Operation("POST", f"{_path(session)}/predict", Labelled.model_validate_json, body)
 
@@ -257,12 +304,12 @@ def predict(session: str, features: Sequence[float], *, model: str | None = None
 
 
 def log_page(session: str, before: int | None, size: int) -> Operation[SessionLog]:
-    """The commits before that version, newest first."""
+    """Return a page of at most `size` log entries, newest first, starting before the version `before`."""
     return Operation("GET", f"{_path(session)}/log?{_query(before=before, limit=size)}", SessionLog.model_validate_json)
 
 
 def diff(session: str, start: int, end: int) -> Operation[SessionDiff]:
-    """What lies between two versions that are kept: what was learned, what was forgotten, which rows changed."""
+    """Compare two versions that the server keeps: entries learned, entries forgotten, number of rows that differ."""
     path = f"{_path(session)}/diff?{urlencode({'from': start, 'to': end})}"
     return Operation("GET", path, SessionDiff.model_validate_json)
 
@@ -270,44 +317,44 @@ def diff(session: str, start: int, end: int) -> Operation[SessionDiff]:
 def rollback(
     session: str, version: int, *, idempotency_key: str | None = None, if_match: int | None = None
 ) -> Operation[Session]:
-    """Makes a new version that is what `version` was, bit for bit."""
+    """Make a new version that equals `version` bit for bit."""
     return _version_operation(session, "rollback", {"version": version}, idempotency_key, if_match)
 
 
 def unlearn(
     session: str, version: int, *, idempotency_key: str | None = None, if_match: int | None = None
 ) -> Operation[Session]:
-    """Makes a new version as if `version` had never been learned; needs the option `keep_text`."""
+    """Make a new version as if `version` had never been learned; needs the session's option `keep_text`."""
     return _version_operation(session, "unlearn", {"version": version}, idempotency_key, if_match)
 
 
 def fork(
     session: str, id: str, *, idempotency_key: str | None = None, if_match: int | None = None
 ) -> Operation[Session]:
-    """Makes a new session `id` that has learned the same; from then on they go their own ways."""
+    """Copy the session under the new id `id`; later changes to either do not affect the other."""
     return _version_operation(session, "fork", {"id": id}, idempotency_key, if_match)
 
 
 def export(session: str) -> Operation[bytes]:
-    """The session as a safetensors file, for `import_` here or elsewhere."""
+    """Return the session as the bytes of a safetensors file, for `import_` on this server or another."""
     return Operation("GET", f"{_path(session)}/export", bytes)
 
 
 def import_(
     session: str, data: bytes, *, idempotency_key: str | None = None, if_match: int | None = None
 ) -> Operation[Session]:
-    """Gives the session what an export holds, in place of what it had."""
+    """Replace what the session has learned with the content of an export."""
     headers = {"Content-Type": "application/octet-stream"} | _learning_headers(idempotency_key, if_match)
     return Operation("PUT", f"{_path(session)}/import", Session.model_validate_json, data, headers)
 
 
 def _completion_operation(
-    route: str, read: Callable[[bytes], T], body: Json, options: Mapping[str, Any]
+    route: str, parse: Callable[[bytes], T], body: Json, options: Mapping[str, Any]
 ) -> Operation[T]:
-    """`model` is filled in before it is sent."""
+    """Return a completion. A `model` of None is replaced by the served model's id before the request is sent."""
     remaining = dict(options)
     headers = _learning_headers(remaining.pop("idempotency_key", None), remaining.pop("if_match", None))
-    return Operation("POST", f"/v1/{route}", read, {"model": None} | body | _drop_none(**remaining), headers)
+    return Operation("POST", f"/v1/{route}", parse, {"model": None} | body | _drop_none(**remaining), headers)
 
 
 def _version_operation(

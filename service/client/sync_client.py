@@ -1,4 +1,4 @@
-"""The client that waits for its answers."""
+"""The synchronous client."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,16 +12,16 @@ from service.client.text_files import PIECE_CHARS, File, ObserveProgress
 from service.client.transport import (
     RETRIES,
     TIMEOUT,
+    BaseClient,
     BaseStream,
     Chunk,
-    Endpoint,
+    OnWait,
     RetryState,
     copy_signature,
     log_wait,
     needs_model,
     with_model,
 )
-from service.errors import ImprintError
 from service.http.replies import LogEntry, Model, Session
 
 P = ParamSpec("P")
@@ -30,6 +30,8 @@ R = TypeVar("R")
 
 
 def _request_method(operation: Callable[P, Operation[T]]) -> Callable[Concatenate["Client", P], T]:
+    """Return the method that sends the operation and returns its result."""
+
     def call(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._request(operation(*args, **kwargs))
 
@@ -38,6 +40,8 @@ def _request_method(operation: Callable[P, Operation[T]]) -> Callable[Concatenat
 
 
 def _stream_method(operation: Callable[P, Operation[Chunk]]) -> Callable[Concatenate["Client", P], "Stream[Chunk]"]:
+    """Return the method that sends the operation and returns its stream."""
+
     def call(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "Stream[Chunk]":
         return Stream(self, operation(*args, **kwargs))
 
@@ -45,15 +49,22 @@ def _stream_method(operation: Callable[P, Operation[Chunk]]) -> Callable[Concate
     return call
 
 
-class Client:
-    """Talks to one server. Close it, or use it as a context manager; threads may share it.
+class Client(BaseClient):
+    """A client of one server. Close the client, or use it as a context manager; threads may share it.
 
-    Every call that learns has an `Idempotency-Key`, so what is sent again is learned once. Sent again, up to `retries`
-    times, is what the server refused for now (429, 502, 503, 504; after its `Retry-After`, unless `x-should-retry` says
-    that it would not help) and what a broken connection left open. All errors are `imprint.ImprintError`s.
+    A request is sent again after a broken connection, and after a temporary refusal (429, 502, 503, 504): then after
+    the answer's `Retry-After`, unless its `x-should-retry` says that a retry would not help. Every call that learns has
+    an `Idempotency-Key`, so a request that is sent again is learned once. All errors are `imprint.ImprintError`s.
 
-    url: default `IMPRINT_URL`, else http://127.0.0.1:8000. api_key: default `IMPRINT_API_KEY`, else none. on_wait is
-    told of each request that will be sent again, and of the seconds until then; the default logs it.
+    Args:
+        url: the server's address; default: IMPRINT_URL, else http://127.0.0.1:8000.
+        api_key: the API key; default: IMPRINT_API_KEY, else no key.
+        retries: number of times that a request is sent again, at most.
+        timeout: seconds to wait, or an httpx.Timeout with a limit for each phase.
+        on_wait: called with the error and the seconds to wait before a request is sent again; the default logs both.
+
+    Raises:
+        ClientError: the address or the key is not valid.
     """
 
     def __init__(
@@ -63,18 +74,10 @@ class Client:
         api_key: str | None = None,
         retries: int = RETRIES,
         timeout: float | httpx.Timeout = TIMEOUT,
-        on_wait: Callable[[ImprintError, float], None] = log_wait,
+        on_wait: OnWait = log_wait,
     ) -> None:
-        self._endpoint = Endpoint(url, api_key)
-        self._retries = retries
-        self._on_wait = on_wait
+        super().__init__(url, api_key, retries, on_wait)
         self._http = httpx.Client(timeout=timeout)
-        self._model: Model | None = None
-
-    @property
-    def url(self) -> str:
-        """Where the server is."""
-        return self._endpoint.url
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +86,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._http.close()
 
     create = _request_method(operations.create)
@@ -107,13 +110,13 @@ class Client:
     import_ = _request_method(operations.import_)
 
     def model(self) -> Model:
-        """The served model; asked for once."""
+        """Return the served model; the server is asked only once."""
         if self._model is None:
             self._model = self._request(operations.model())
         return self._model
 
     def sessions(self, *, after: str | None = None, page_size: int = 100) -> Iterator[Session]:
-        """All sessions in the order of their ids, those after `after`; fetched page by page."""
+        """Yield the sessions after the id `after`, in the order of their ids; fetched page by page."""
         more = True
         while more:
             page = self._request(operations.sessions_page(after, page_size))
@@ -121,7 +124,7 @@ class Client:
             more, after = page.has_more, page.next
 
     def log(self, session: str, *, before: int | None = None, page_size: int = 100) -> Iterator[LogEntry]:
-        """What the session learned when, newest first, versions before `before`; fetched page by page."""
+        """Yield what the session learned and when: versions before `before`, newest first; fetched page by page."""
         more = True
         while more:
             page = self._request(operations.log_page(session, before, page_size))
@@ -133,17 +136,24 @@ class Client:
         session: str,
         files: Iterable[File],
         *,
-        progress: Callable[[ObserveProgress], None] = lambda observe_progress: None,
+        progress: Callable[[ObserveProgress], None] = lambda _: None,
         piece_chars: int = PIECE_CHARS,
         idempotency_key: str | None = None,
     ) -> ObserveProgress:
-        """Learns UTF-8 files (paths, or open binary files) in order, in pieces of at most `piece_chars` characters.
+        """Learn UTF-8 files in order, in pieces that become one version each.
 
-        Each piece is one version; `progress` is told after each. What was learned stays if a later piece fails, or if
-        `progress` raises. Called again with the same files and `idempotency_key`, it learns only the rest.
+        If a piece fails or `progress` raises, the session keeps the pieces before it. A second call with the same files
+        and `idempotency_key` then learns only the rest.
+
+        Args:
+            session: id of the session.
+            files: paths, or open binary files.
+            progress: called after each piece.
+            piece_chars: characters of a piece, at most.
+            idempotency_key: the key from which each piece's key is made; by default a new one.
 
         Raises:
-            FileError: one cannot be read; nothing was learned.
+            FileError: a file given by its path cannot be read as UTF-8 text. Nothing was learned.
         """
         observe_progress = ObserveProgress(session, files, piece_chars, idempotency_key)
         for operation in observe_progress.iter_operations():
@@ -154,13 +164,16 @@ class Client:
     def _request(self, operation: Operation[T]) -> T:
         operation = self._with_model_id(operation)
         retry_state = RetryState(self._endpoint, operation, self._retries)
-        return retry_state.result(operation, self._send_with_retries(retry_state, httpx.Response.read))
+        return retry_state.parse_response(self._send_with_retries(retry_state, httpx.Response.read))
 
     def _with_model_id(self, operation: Operation[T]) -> Operation[T]:
         return with_model(operation, self.model().id) if needs_model(operation) else operation
 
-    def _send_with_retries(self, retry_state: RetryState, receive: Callable[[httpx.Response], R]) -> R:
-        """What `receive` makes of the answer, as soon as there is one."""
+    def _send_with_retries(self, retry_state: RetryState[T], receive: Callable[[httpx.Response], R]) -> R:
+        """Send the request until a response is accepted; return what `receive` makes of that response.
+
+        A transport error within `receive` counts as a failed attempt.
+        """
         while True:
             try:
                 response = self._http.send(retry_state.request, stream=True)
@@ -176,18 +189,16 @@ class Client:
 
 
 class Stream(BaseStream[Chunk], Generic[Chunk]):
-    """An answer as it comes: an iterator of chunks, each with its `text`.
+    """An iterator of the chunks of an answer, each with its `text`.
 
-    The request is sent when the first chunk is asked for. Leaving early (`close`, or the end of a `with`) ends the
-    turn: it has never been, unless `on_disconnect` is "commit". A connection that breaks in the midst raises
-    ConnectionBroken; the same call with its `idempotency_key` is answered again, and learned once.
+    The request is sent when the first chunk is taken. A stream that is closed before its end (by `close`, or by leaving
+    a `with`) rolls the turn back, unless `on_disconnect` is "commit". A connection that breaks after the first bytes
+    raises ConnectionBroken; the same call with the error's `idempotency_key` is answered again, and learned once.
     """
 
     def __init__(self, client: Client, operation: Operation[Chunk]) -> None:
         super().__init__(operation)
         self._client = client
-        self._retry_state: RetryState | None = None
-        self._response: httpx.Response | None = None
         self._byte_chunks: Iterator[bytes] = iter(())
 
     def __iter__(self) -> Self:
@@ -211,15 +222,15 @@ class Stream(BaseStream[Chunk], Generic[Chunk]):
         self.close()
 
     def close(self) -> None:
-        """Ends the stream."""
+        """End the stream and close its connection."""
         self._ended = True
         if self._response is not None:
             self._response.close()
 
     def _advance(self) -> None:
         if self._retry_state is None:
-            self._ask = self._client._with_model_id(self._ask)
-            self._retry_state = RetryState(self._client._endpoint, self._ask, self._client._retries)
+            self._operation = self._client._with_model_id(self._operation)
+            self._retry_state = RetryState(self._client._endpoint, self._operation, self._client._retries)
             data = self._client._send_with_retries(self._retry_state, self._read_first_bytes)
         else:
             try:
@@ -229,7 +240,7 @@ class Stream(BaseStream[Chunk], Generic[Chunk]):
         self._feed(data, self._retry_state)
 
     def _read_first_bytes(self, response: httpx.Response) -> bytes:
-        """The first bytes: until they are there the request can be sent again."""
+        """Return the first bytes of the stream; a failure before them is retried."""
         self._response = response
         self._byte_chunks = response.iter_bytes()
         return next(self._byte_chunks, b"")

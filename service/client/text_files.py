@@ -1,4 +1,4 @@
-"""Files as the texts of requests: read as UTF-8, cut where paragraphs end, counted as they are learned."""
+"""Learning from files: read them as UTF-8, cut them into pieces where paragraphs end, and count what was learned."""
 
 import codecs
 import contextlib
@@ -12,7 +12,7 @@ from service.client.errors import FileError
 from service.client.operations import Operation
 from service.http.replies import Observed
 
-# About 12,000 tokens: one version each, so a book can be taken back with the versions that a session keeps.
+# About 12,000 tokens. Each piece is one version, so the versions that a session keeps can undo a whole book.
 PIECE_CHARS = 50_000
 READ_BYTES = 2**16
 SEPARATORS = ("\n\n", "\n", " ")
@@ -21,10 +21,16 @@ File = str | os.PathLike[str] | IO[bytes]
 
 
 class ObserveProgress:
-    """How far a session has come in learning files, and what it has learned; each piece is one version.
+    """The progress of a session through a list of files. Each piece of a file is one version.
 
-    file: the name of the one in hand. characters: read and learned; total: of all files, None if one is a stream.
-    loss: nats per token, each before it was learned; None until something was.
+    Attributes:
+        session: the session's id.
+        file: name of the file that is being learned.
+        characters: number of characters learned so far, in all files.
+        total: number of characters in all files; None if one of them is an open file.
+        tokens_learned: number of tokens learned so far.
+        rows_written: number of memory rows written so far.
+        version: the session's newest version; None before the first piece.
     """
 
     def __init__(self, session: str, files: Iterable[File], piece_chars: int, key: str | None) -> None:
@@ -43,12 +49,17 @@ class ObserveProgress:
 
     @property
     def loss(self) -> float | None:
+        """Return the mean loss so far, in nats per token before the token was learned; None before any token."""
         return self._loss_sum / self._num_scored if self._num_scored else None
 
     def iter_operations(self) -> Iterator[Operation[Observed]]:
-        """What is to be sent, piece by piece; each has to be answered with `record_answer`. Raises FileError.
+        """Yield one operation per piece. The caller passes each answer to `record_answer` before taking the next one.
 
-        Every file is read once before the first piece: a bad one should not leave the work half done.
+        All files given by name are read once before the first piece, so that a bad file fails before anything is
+        learned.
+
+        Raises:
+            FileError: a file cannot be read as UTF-8 text.
         """
         paths = [file for file in self._files if isinstance(file, str | os.PathLike)]
         sizes = [sum(map(len, pieces(path, self._piece_chars))) for path in paths]
@@ -62,7 +73,7 @@ class ObserveProgress:
                 number += 1
 
     def record_answer(self, answer: Observed) -> None:
-        """Counts the piece that was last asked for."""
+        """Add the answer to the operation that was yielded last."""
         self.characters += len(self._piece)
         self.tokens_learned += answer.tokens_learned
         self.rows_written += answer.rows_written
@@ -78,7 +89,7 @@ class ObserveProgress:
 
 
 def display_name(file: File) -> str:
-    """What to call the file in a message."""
+    """Return the name under which messages mention the file."""
     if isinstance(file, str | os.PathLike):
         return os.fspath(file)
     name = getattr(file, "name", "")
@@ -86,7 +97,11 @@ def display_name(file: File) -> str:
 
 
 def pieces(file: File, size: int = PIECE_CHARS) -> Iterator[str]:
-    """The text of a UTF-8 file, in pieces of at most `size` characters that joined give the whole. Raises FileError."""
+    """Yield the text of a UTF-8 file in non-empty pieces of at most `size` characters; joined, they are the whole text.
+
+    Raises:
+        FileError: the file cannot be read as UTF-8 text.
+    """
     text = ""
     for part in _decode_utf8(file):
         text += part
@@ -99,10 +114,10 @@ def pieces(file: File, size: int = PIECE_CHARS) -> Iterator[str]:
 
 
 def _cut_position(text: str, size: int) -> int:
-    """Where to cut: behind the last blank line of the piece's second half, else newline, else space."""
+    """Return the end of the next piece: after the last blank line in its second half, else newline, else space."""
     for separator in SEPARATORS:
-        if (found := text.rfind(separator, size // 2, size)) >= 0:
-            return found + len(separator)
+        if (start := text.rfind(separator, size // 2, size)) >= 0:
+            return start + len(separator)
     return size
 
 
@@ -116,7 +131,8 @@ def _decode_utf8(file: File) -> Iterator[str]:
                 yield decoder.decode(data)
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        # The decoder counts from what it was given, a character that the last read cut in two included.
+        # `error.start` counts from the start of the decoder's input, which may begin with the bytes of a character
+        # that the previous read cut in two.
         at = offset - len(error.object) + error.start
         raise FileError(f"{display_name(file)} is not UTF-8 text: {error.reason} at byte {at}") from None
     except OSError as error:

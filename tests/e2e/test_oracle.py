@@ -1,4 +1,4 @@
-"""A slice of the oracle's runs, and that the oracle would see what it looks for."""
+"""Short runs of the fault-injection test, and a check that it detects every kind of fault."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ ROWS = "rows:lexical"
 
 
 def first(evidence: Evidence) -> str:
-    """A session with at least three versions."""
+    """Return a session with at least three versions."""
     return next(history.name for history in evidence.histories if len(evidence.logs[history.name]) > 2)
 
 
-def turn_is_not_there(evidence: Evidence) -> None:
+def drop_a_turn(evidence: Evidence) -> None:
     evidence.logs[first(evidence)].pop()
 
 
-def turn_is_there_twice(evidence: Evidence) -> None:
+def duplicate_a_turn(evidence: Evidence) -> None:
     log = evidence.logs[first(evidence)]
     log.append(log[-1] | {"version": len(log) + 1})
 
 
-def row_is_another(evidence: Evidence) -> None:
-    rows = evidence.found[first(evidence)][ROWS]
+def change_a_row(evidence: Evidence) -> None:
+    rows = evidence.content[first(evidence)][ROWS]
     number = min(rows)
     page = bytearray(rows[number])
-    held = page.index(1)
-    page[PAGE_ROWS + held * (len(page) // PAGE_ROWS - 1)] ^= 1
+    slot = page.index(1)  # the first slot that has a row
+    page[PAGE_ROWS + slot * (len(page) // PAGE_ROWS - 1)] ^= 1
     rows[number] = bytes(page)
 
 
-def row_is_not_there(evidence: Evidence) -> None:
-    rows = evidence.found[first(evidence)][ROWS]
+def drop_a_row(evidence: Evidence) -> None:
+    rows = evidence.content[first(evidence)][ROWS]
     del rows[min(rows)]
 
 
-def counter_is_another(evidence: Evidence) -> None:
-    meta = evidence.found[first(evidence)]["meta"]
+def change_a_counter(evidence: Evidence) -> None:
+    meta = evidence.content[first(evidence)]["meta"]
     meta[b"tokens_learned"] = str(int(meta[b"tokens_learned"]) + 1).encode()
 
 
 FORGERIES: list[Callable[[Evidence], None]] = [
-    turn_is_not_there,
-    turn_is_there_twice,
-    row_is_another,
-    row_is_not_there,
-    counter_is_another,
+    drop_a_turn,
+    duplicate_a_turn,
+    change_a_row,
+    drop_a_row,
+    change_a_counter,
 ]
 
 
@@ -70,16 +70,16 @@ def test_kills_of_the_server_and_its_store_lose_and_double_nothing(tiny_base: Pa
     assert (result.counts["kills"], result.sessions) == (6, 20)
     assert result.counts["acknowledged"] and result.counts["retries"]
 
-    few = Evidence(
-        [history for history in evidence.histories if history.name == first(evidence)], evidence.logs, evidence.found
+    single = Evidence(
+        [history for history in evidence.histories if history.name == first(evidence)], evidence.logs, evidence.content
     )
     for forge in FORGERIES:
-        forged, found = copy.deepcopy(few), Result()
+        forged, verdict = copy.deepcopy(single), Result()
         forge(forged)
-        verify(forged, model, found)
-        assert not found.passed, forge.__name__
-        assert (found.lost > 0) == (forge is turn_is_not_there)
-        assert (found.duplicated > 0) == (forge is turn_is_there_twice)
+        verify(forged, model, verdict)
+        assert not verdict.passed, forge.__name__
+        assert (verdict.lost > 0) == (forge is drop_a_turn)
+        assert (verdict.duplicated > 0) == (forge is duplicate_a_turn)
 
 
 def test_paused_replicas_lose_and_double_nothing(tiny_base: Path, tmp_path: Path) -> None:

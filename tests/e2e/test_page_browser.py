@@ -1,6 +1,6 @@
-"""The page at `/` in a real browser: what it shows, what it says, and that it keeps to its own host.
+"""The page at `/` in a real browser: it shows what the server answers, without errors, and contacts no other host.
 
-With IMPRINT_SHOTS=FOLDER the story on the real base leaves screenshots there; docs/img has some of them.
+With IMPRINT_SHOTS=FOLDER the tests on the default base save screenshots in that folder; docs/img has some of them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ GUIDE = Path(__file__).parents[2] / "docs" / "playground.md"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONTEXT = 8192
 WAIT_TIMEOUT_MS = 300_000
-LOOK_MS = 600  # longer than the page waits before it asks about what was written
-REFUSED = "Failed to load resource"  # how the browser itself reports a 4xx
+LOOK_MS = 600  # longer than the page waits before it sends a request about the written text
+REFUSED = "Failed to load resource"  # the browser's own message about a 4xx
 PASTE = """(field, text) => {
   const clipboardData = new DataTransfer();
   clipboardData.setData("text/plain", text);
   field.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
 }"""
-Watched = Callable[[str], Page]
+OpenPage = Callable[[str], Page]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a tiny base whose requests can take long."""
+    """Yield a server of a tiny base with a long context, so that requests can take long."""
     base = build_tiny_base(tmp_path_factory.mktemp("base") / "long", tiny_config(max_context=CONTEXT))
     running = Server(str(base), tmp_path_factory.mktemp("page") / "data").start()
     yield running
@@ -62,19 +62,23 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def faults() -> list[str]:
-    """What the browser complained about."""
+    """Return the list of the browser's warnings and errors."""
     return []
 
 
 @pytest.fixture
-def watched(browser: Browser, faults: list[str]) -> Iterator[Watched]:
-    """Opens the page of a server, for somebody who has never been there; it must end without faults, and never have
-    asked anything of another host."""
+def open_page(browser: Browser, faults: list[str]) -> Iterator[OpenPage]:
+    """Yield a function that opens a server's page in a fresh browser context.
+
+    At the end there must be no warning or error, and no request to another host.
+    """
     pages: list[tuple[str, Page, list[str]]] = []
 
-    def watch(url: str) -> Page:
+    def open_url(url: str) -> Page:
         page, requests = browser.new_page(), list[str]()
-        page.on("console", lambda said: faults.append(said.text) if said.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None
+        )
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         pages.append((url, page, requests))
@@ -82,16 +86,16 @@ def watched(browser: Browser, faults: list[str]) -> Iterator[Watched]:
         expect(page.locator("#model")).not_to_have_text("…")
         return page
 
-    yield watch
+    yield open_url
     for url, page, requests in pages:
         page.close()
-        assert requests and all(asked.startswith(f"{url}/") for asked in requests)
+        assert requests and all(request.startswith(f"{url}/") for request in requests)
     assert not faults
 
 
 @pytest.fixture
-def page(watched: Watched, server: Server) -> Page:
-    page = watched(server.url)
+def page(open_page: OpenPage, server: Server) -> Page:
+    page = open_page(server.url)
     expect(button(page, "Complete both")).to_be_enabled()
     expect(page.get_by_label("API key")).to_be_hidden()
     return page
@@ -120,50 +124,52 @@ def learn(page: Page, text: str) -> None:
     button(page, "Learn").click()
 
 
-def learned(page: Page, version: int) -> None:
-    """Waits until that much has been learned and the page is idle."""
+def wait_for_version(page: Page, version: int) -> None:
+    """Wait until the page shows the version and is idle."""
     expect(page.locator("#version")).to_have_text(str(version))
     expect(button(page, "Learn")).to_be_visible()
     expect(page.locator("#versions")).to_contain_text(str(version))
 
 
 def losses(page: Page, version: int) -> tuple[float, float]:
-    """The frozen and the adapted loss of the watched text, once they are of that version."""
-    said = page.locator("#curve-text")
-    expect(said).to_contain_text(f"with version {version}:")
-    frozen, adapted = re.findall(r"(\d+\.\d\d)(?: nats a token| with version)", said.text_content() or "")
+    """Return the frozen and the adapted loss of the learned text, once the page shows those of this version."""
+    caption = page.locator("#curve-text")
+    expect(caption).to_contain_text(f"with version {version}:")
+    frozen, adapted = re.findall(r"(\d+\.\d\d)(?: nats a token| with version)", caption.text_content() or "")
     return float(frozen), float(adapted)
 
 
 @contextmanager
-def held(page: Page, requests: str) -> Iterator[None]:
-    """Such requests reach the server when the block ends."""
-    waiting: list[Route] = []
-    over = False
+def hold_requests(page: Page, pattern: str) -> Iterator[None]:
+    """Delay the requests that match the pattern until the block ends."""
+    delayed: list[Route] = []
+    finished = False
 
     def hold(route: Route) -> None:
-        if over:
+        if finished:
             route.continue_()
         else:
-            waiting.append(route)
+            delayed.append(route)
 
-    page.route(requests, hold)
+    page.route(pattern, hold)
     yield
-    over = True
-    for route in waiting:
+    finished = True
+    for route in delayed:
         route.continue_()
 
 
 def get(server: Server, path: str) -> Json:
-    found: Json = httpx.get(f"{server.url}/v1/sessions/{path}").json()
-    return found
+    answer: Json = httpx.get(f"{server.url}/v1/sessions/{path}").json()
+    return answer
 
 
-def accessible(page: Page) -> None:
-    """axe-core finds nothing that is serious."""
-    found = Axe().run(page).response["violations"]
-    told = [(one["id"], one["impact"], [node["html"][:200] for node in one["nodes"][:3]]) for one in found]
-    assert not [one for one in told if one[1] in ("serious", "critical")], told
+def assert_accessible(page: Page) -> None:
+    """Assert that axe-core finds no serious violation of the accessibility rules."""
+    violations = [
+        (violation["id"], violation["impact"], [node["html"][:200] for node in violation["nodes"][:3]])
+        for violation in Axe().run(page).response["violations"]
+    ]
+    assert not [rule for rule, impact, _ in violations if impact in ("serious", "critical")], violations
 
 
 def shoot(page: Page, name: str, *, whole: bool = False) -> None:
@@ -173,9 +179,9 @@ def shoot(page: Page, name: str, *, whole: bool = False) -> None:
 
 
 @pytest.mark.real
-def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server: Server) -> None:
-    """The whole story on the real base: a page is pasted and the curve falls, undone and it returns; fork, compare."""
-    page = watched(real_server.url)
+def test_a_reader_sees_the_model_adapt(open_page: OpenPage, real_server: Server) -> None:
+    """Paste a page on the default base and see the loss fall; undo, return, fork and compare."""
+    page = open_page(real_server.url)
     page.set_viewport_size({"width": 1280, "height": 960})
     page.emulate_media(color_scheme="light")
     choose(page, "reader")
@@ -188,10 +194,10 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     page.keyboard.press("Control+V")
     expect(draft(page)).to_have_value(re.compile("^The Keeper of Orvane Light"))
     button(page, "Learn").click()
-    learned(page, 6)
+    wait_for_version(page, 6)
     frozen, adapted = losses(page, 6)
-    told = re.search(r"stays at (\S+) nats.*?falls to (\S+)", GUIDE.read_text(), flags=re.DOTALL)
-    assert told and (frozen, adapted) == pytest.approx(tuple(map(float, told.groups())), abs=0.05)
+    documented = re.search(r"stays at (\S+) nats.*?falls to (\S+)", GUIDE.read_text(), flags=re.DOTALL)
+    assert documented and (frozen, adapted) == pytest.approx(tuple(map(float, documented.groups())), abs=0.05)
     assert page.locator("#curve canvas").count() == 1
     assert page.locator("#manuscript .better").count() > 50
     facts = get(real_server, "reader")
@@ -203,11 +209,11 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     expect(page.locator("#backdrop .better")).not_to_have_count(0)
     shoot(page, "light")
     page.emulate_media(color_scheme="dark")
-    accessible(page)
+    assert_accessible(page)
     shoot(page, "dark")
     page.emulate_media(color_scheme="light")
     page.set_viewport_size({"width": 390, "height": 844})
-    accessible(page)
+    assert_accessible(page)
     shoot(page, "phone")
     page.set_viewport_size({"width": 1280, "height": 960})
     page.keyboard.press("Tab")
@@ -228,7 +234,7 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     expect(page.get_by_label("Session", exact=True)).to_have_value("other")
     assert losses(page, 1) == (frozen, adapted)
     learn(page, "Osric Pell came back. He sleeps in the hut, and nobody speaks of the stone.")
-    learned(page, 2)
+    wait_for_version(page, 2)
     page.get_by_label("From", exact=True).select_option("1")
     button(page, "Show difference").click()
     expect(note(page, "diff")).to_contain_text("From 1 to 2: +")
@@ -239,7 +245,7 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
         page.get_by_label("Left", exact=True).input_value(),
         page.get_by_label("Right", exact=True).input_value(),
     ) == ("other", "reader")
-    accessible(page)
+    assert_accessible(page)
     shoot(page, "versions", whole=True)
 
     learn(page, (EXAMPLES / "loom-1.txt").read_text())
@@ -249,34 +255,34 @@ def test_one_sees_the_model_get_better_for_oneself(watched: Watched, real_server
     expect(button(page, "Learn")).to_be_enabled()
     version = get(real_server, "other")["version"]
     expect(page.locator("#version")).to_have_text(str(version))
-    assert len(draft(page).input_value()) > 1000  # what is not learned stays in the draft
+    assert len(draft(page).input_value()) > 1000  # the unlearned rest stays in the draft
     assert get(real_server, "reader")["version"] == 8  # reading a memory leaves it as it is
 
 
 @pytest.mark.real
-def test_the_tour_is_what_one_sees(watched: Watched, real_server: Server) -> None:
-    """docs/tour.md on the real base: a paragraph is taught, its line is suggested, and completed beside the base."""
-    page = watched(real_server.url)
+def test_the_page_follows_the_tour(open_page: OpenPage, real_server: Server) -> None:
+    """Follow docs/tour.md on the default base: teach a paragraph, and see its next line suggested."""
+    page = open_page(real_server.url)
     page.set_viewport_size({"width": 1280, "height": 800})
     page.emulate_media(color_scheme="light")
     choose(page, "tourist")
     learn(page, paragraph())
-    learned(page, 1)
+    wait_for_version(page, 1)
     frozen, adapted = losses(page, 1)
     assert adapted < frozen / 4
-    prompt, continued = first_row()
+    prompt, continuation = first_row()
     draft(page).fill(prompt)
-    expect(page.locator("#suggestion")).to_contain_text(continued)
+    expect(page.locator("#suggestion")).to_contain_text(continuation)
     expect(page.locator("#backdrop .better")).not_to_have_count(0)
     shoot(page, "tour")
 
 
-def test_the_page_says_what_the_server_says(page: Page, server: Server) -> None:
+def test_the_page_shows_what_the_server_answers(page: Page, server: Server) -> None:
     choose(page, "ada")
     expect(page.locator("#version")).to_have_text("new")
     sample = TEXT[:90] + "\nNaïve 😀😃 日本 <b>bold</b>"
     learn(page, sample)
-    learned(page, 1)
+    wait_for_version(page, 1)
     expect(draft(page)).to_have_value("")
     assert page.locator("#manuscript p").text_content() == sample
     facts = get(server, "ada")
@@ -299,10 +305,10 @@ def test_the_page_says_what_the_server_says(page: Page, server: Server) -> None:
     assert get(server, "ada")["version"] == 1
     page.reload()
     expect(page.get_by_label("Session", exact=True)).to_have_value("ada")
-    expect(page.locator("#manuscript")).to_contain_text("bold")  # which the session keeps
+    expect(page.locator("#manuscript")).to_contain_text("bold")  # the session keeps its text
 
 
-def test_a_suggestion_is_taken_or_dropped_and_holds_nobody(page: Page) -> None:
+def test_a_suggestion_can_be_accepted_or_dismissed_and_blocks_nothing(page: Page) -> None:
     choose(page, "eve")
     draft(page).focus()
     page.keyboard.type("The quick brown")
@@ -323,21 +329,21 @@ def test_a_suggestion_is_taken_or_dropped_and_holds_nobody(page: Page) -> None:
     expect(page.locator("#token")).to_contain_text("with the memory")
 
 
-def test_what_is_written_while_something_runs_is_looked_at_afterwards(page: Page, faults: list[str]) -> None:
+def test_text_written_during_a_request_is_scored_afterwards(page: Page, faults: list[str]) -> None:
     choose(page, "gus")
     page.get_by_label("The same prompt").fill("The fox")
-    with held(page, "**/v1/completions"):
+    with hold_requests(page, "**/v1/completions"):
         button(page, "Complete both").click()
         draft(page).fill("The quick brown")
-        page.wait_for_timeout(LOOK_MS)  # it was not the time to look
+        page.wait_for_timeout(LOOK_MS)  # the page must not score the draft now
     expect(page.locator("#suggestion")).not_to_be_empty()
 
-    with held(page, "**/v1/sessions?*"):
+    with hold_requests(page, "**/v1/sessions?*"):
         choose(page, "hal")
         learn(page, TEXT)
-        expect(draft(page)).not_to_be_editable()  # what would be written now would be lost
+        expect(draft(page)).not_to_be_editable()  # text written now would be lost
         page.route("**/readyz", lambda route: route.fulfill(status=503, json={"status": "loading"}))
-    expect(page.locator("#state")).to_contain_text("The server is loading the model.")  # which is told at Learn's end
+    expect(page.locator("#state")).to_contain_text("The server is loading the model.")  # shown when Learn ends
     draft(page).fill("The lazy dog")
     page.wait_for_timeout(LOOK_MS)
     expect(page.locator("#suggestion")).to_be_empty()
@@ -361,7 +367,7 @@ def test_a_long_text_comes_in_pieces_and_can_be_stopped(page: Page, server: Serv
     version = get(server, "cy")["version"]
     assert 0 < version < 100
     rest = draft(page).input_value()
-    assert rest in (piece * (100 - version), piece * (101 - version))  # the last answer may have been on its way
+    assert rest in (piece * (100 - version), piece * (101 - version))  # the last answer may have been in flight
     expect(page.locator("#version")).to_have_text(str(version))
     button(page, "Undo").click()
     expect(page.locator("#versions-note")).to_contain_text("is what version 0 was")
@@ -384,7 +390,7 @@ def test_a_piece_whose_answer_is_lost_is_learned_once(page: Page, server: Server
     page.unroute("**/score")
     button(page, "Learn").click()
     expect(draft(page)).to_have_value("")
-    learned(page, 1)
+    wait_for_version(page, 1)
     assert get(server, "fay")["version"] == 1
     assert all(fault.startswith(REFUSED) for fault in faults)
     faults.clear()
@@ -392,8 +398,8 @@ def test_a_piece_whose_answer_is_lost_is_learned_once(page: Page, server: Server
 
 def test_a_completion_can_be_stopped(page: Page, server: Server) -> None:
     def unending(route: Route) -> None:
-        asked = json.loads(route.request.post_data or "")
-        route.continue_(post_data=json.dumps(asked | {"logit_bias": NO_EOS}))
+        body = json.loads(route.request.post_data or "")
+        route.continue_(post_data=json.dumps(body | {"logit_bias": NO_EOS}))
 
     page.route("**/v1/completions", unending)
     page.get_by_label("The same prompt").fill("The fox")
@@ -419,10 +425,10 @@ def test_a_bad_session_name_is_explained_and_never_sent(page: Page) -> None:
     expect(page.get_by_role("alert")).to_have_text("")
 
 
-def test_a_refusal_is_told_in_the_servers_words(page: Page, faults: list[str]) -> None:
+def test_an_error_is_shown_in_the_servers_words(page: Page, faults: list[str]) -> None:
     page.get_by_label("The same prompt").fill("The fox")
     page.get_by_label("Tokens", exact=True).fill(str(CONTEXT + 1))
-    with page.expect_console_message(lambda said: said.text.startswith(REFUSED), timeout=WAIT_TIMEOUT_MS):
+    with page.expect_console_message(lambda message: message.text.startswith(REFUSED), timeout=WAIT_TIMEOUT_MS):
         button(page, "Complete both").click()
     expect(note(page, "compare")).to_have_text(
         f"'max_tokens' exceeds the context of {CONTEXT} tokens, got {CONTEXT + 1}."
@@ -432,7 +438,7 @@ def test_a_refusal_is_told_in_the_servers_words(page: Page, faults: list[str]) -
     faults.clear()
 
 
-def test_while_the_server_loads_the_page_says_so_and_goes_on_by_itself(page: Page, faults: list[str]) -> None:
+def test_the_page_shows_that_the_server_loads_and_recovers_by_itself(page: Page, faults: list[str]) -> None:
     page.route("**/readyz", lambda route: route.fulfill(status=503, json={"status": "loading"}))
     page.reload()
     expect(page.locator("#state")).to_contain_text("The server is loading the model.")
@@ -445,35 +451,35 @@ def test_while_the_server_loads_the_page_says_so_and_goes_on_by_itself(page: Pag
 
 
 @pytest.mark.parametrize("width", [320, 1200])
-def test_nothing_sticks_out(page: Page, width: int) -> None:
+def test_nothing_overflows_the_page(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
 def test_a_chosen_theme_is_kept(page: Page) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
-    before = page.evaluate(ground)
+    background = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(background)
     page.get_by_label("Theme").select_option("dark")
-    after = page.evaluate(ground)
+    after = page.evaluate(background)
     page.reload()
-    assert page.evaluate(ground) == after != before
+    assert page.evaluate(background) == after != before
 
 
-def test_the_page_asks_for_a_key_where_the_server_does(browser: Browser, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_page_asks_for_a_key_if_the_server_requires_one(browser: Browser, tiny_base: Path, tmp_path: Path) -> None:
     key, line = new_key("acme")
     server = Server(str(tiny_base), tmp_path / "data", api_keys=line).start()
     page = browser.new_page()
-    asked = page.get_by_label("API key")
+    key_field = page.get_by_label("API key")
     page.goto(server.url)
     expect(page.locator("#state")).to_contain_text("An API key is required")
-    asked.fill("wrong")
-    asked.blur()
+    key_field.fill("wrong")
+    key_field.blur()
     expect(page.locator("#state")).to_contain_text("not known")
-    asked.fill(key)
-    asked.press("Enter")
-    expect(asked).to_be_hidden()
+    key_field.fill(key)
+    key_field.press("Enter")
+    expect(key_field).to_be_hidden()
     learn(page, TEXT)
-    learned(page, 1)
+    wait_for_version(page, 1)
     page.reload()
     expect(page.locator("#version")).to_have_text("1")
     page.close()

@@ -1,4 +1,4 @@
-"""A real Prometheus, as it is shipped, watches a server that works: every graph and every alert has data."""
+"""A real Prometheus with the shipped configuration scrapes a busy server: every graph and every alert has data."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from tests.tiny import TEXT
 pytestmark = pytest.mark.e2e
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-EVERY = "1s"  # instead of 15 s
-GRAFANA = {"$job": "imprint", "$instance": ".*", "$__rate_interval": "5s"}  # what it would put in
-USERS, SESSIONS = 4, 10  # of each user
-SCARCE = {"max_queue": 2 * USERS, "max_batch": USERS, "hot_sessions": 1}  # so that sessions come and go
+SCRAPE_INTERVAL = "1s"  # instead of 15 s
+GRAFANA_VARIABLES = {"$job": "imprint", "$instance": ".*", "$__rate_interval": "5s"}
+USERS, SESSIONS = 4, 10  # sessions of each user
+SMALL_LIMITS = {"max_queue": 2 * USERS, "max_batch": USERS, "hot_sessions": 1}  # so that sessions are evicted
 
 
 @pytest.fixture(scope="module")
 def prometheus(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Its API, while a server on a Valkey, with keys, is under load."""
+    """Yield the API of a Prometheus that scrapes a busy server with API keys on a Valkey."""
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed")
     folder = tmp_path_factory.mktemp("watched")
@@ -50,18 +50,18 @@ def prometheus(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             folder / "data",
             redis_url=f"redis://127.0.0.1:{store}/0",
             api_keys=f"{line},{poor_line} tokens_per_minute=1,{metrics_line}",
-            **SCARCE,
+            **SMALL_LIMITS,
         ).start()
         assert httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {key}"}).status_code == 401
-        with load(server.url, key, poor), watching(configured(folder, server.url), folder, port) as api:
+        with load(server.url, key, poor), run_prometheus(configured(folder, server.url), folder, port) as api:
             yield api
         assert server.stop() == 0, server.log.read_text()
 
 
 def configured(folder: Path, target: str) -> Path:
-    """The shipped configuration, of this server and at a test's pace."""
+    """Write the shipped configuration with this server as its target and a short interval; return the file."""
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
-    config["global"] = dict.fromkeys(config["global"], EVERY)
+    config["global"] = dict.fromkeys(config["global"], SCRAPE_INTERVAL)
     config["rule_files"] = [str(DEPLOY / "prometheus" / name) for name in config["rule_files"]]
     (job,) = config["scrape_configs"]
     job["authorization"]["credentials_file"] = str(folder / "metrics.key")
@@ -73,7 +73,7 @@ def configured(folder: Path, target: str) -> Path:
 
 
 @contextmanager
-def watching(config: Path, folder: Path, port: int) -> Iterator[httpx.Client]:
+def run_prometheus(config: Path, folder: Path, port: int) -> Iterator[httpx.Client]:
     options = {
         "config.file": config,
         "storage.tsdb.path": folder / "tsdb",
@@ -92,39 +92,42 @@ def watching(config: Path, folder: Path, port: int) -> Iterator[httpx.Client]:
 
 @contextmanager
 def load(url: str, key: str, poor: str) -> Iterator[None]:
-    """Users who learn, complete, choose and err, until the block ends. The key `poor` may learn next to nothing."""
-    over = Event()
+    """Keep users busy during the block: learning, completing, acting, and sending bad requests.
+
+    The key `poor` may learn next to nothing.
+    """
+    finished = Event()
 
     def use(number: int) -> None:
         with Client(url, key=key) as client, Client(url, key=poor) as limited:
             for turn in count():
-                if over.is_set():
+                if finished.is_set():
                     return
                 session = f"user-{number}-{turn % SESSIONS}"
                 client.observe(session, TEXT)
                 with client.stream(prompt=TEXT[:60], max_tokens=8, session=session) as chunks:
                     list(chunks)
-                shown = assert_success(
+                action = assert_success(
                     client.post(f"sessions/shopper-{number}-{turn}/act", {"model": "bandit", "observation": [0.0]})
                 )
-                bought = {"action_id": shown["action_id"], "reward": 1, "regret": 0.5}
-                assert_success(client.post(f"sessions/shopper-{number}-{turn}/feedback", bought))
+                reward = {"action_id": action["action_id"], "reward": 1, "regret": 0.5}
+                assert_success(client.post(f"sessions/shopper-{number}-{turn}/feedback", reward))
                 assert client.post("completions", {"model": "tiny"}).status_code == 400
                 assert limited.post("sessions/poor/observe", {"text": TEXT}).status_code in (200, 429)
-                over.wait(0.05)
+                finished.wait(0.05)
 
     with ThreadPoolExecutor(USERS) as pool:
         users = [pool.submit(use, number) for number in range(USERS)]
         try:
             yield
         finally:
-            over.set()
+            finished.set()
         for user in users:
             user.result()
 
 
-def asked(api: httpx.Client, query: str) -> list[Any]:
-    """The series that a query finds now. Raises AssertionError for one that Prometheus refuses."""
+def query_now(api: httpx.Client, query: str) -> list[Any]:
+    """Return the series that a query finds now. Raises AssertionError for a query that Prometheus rejects."""
     answer = api.get("/query", params={"query": query}).json()
     assert answer["status"] == "success", (query, answer)
     result: list[Any] = answer["data"]["result"]
@@ -132,40 +135,40 @@ def asked(api: httpx.Client, query: str) -> list[Any]:
 
 
 def has_data(api: httpx.Client, query: str) -> bool:
-    return any(not math.isnan(float(series["value"][1])) for series in asked(api, query))
+    return any(not math.isnan(float(series["value"][1])) for series in query_now(api, query))
 
 
 def panel_queries() -> dict[str, str]:
-    """Each query of each panel by where it stands, with Grafana's variables put in."""
-    found = {}
+    """Return each query of each panel under its title, with Grafana's variables filled in."""
+    queries = {}
     for path in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel.get("targets", ()):
                 query = target["expr"]
-                for variable, value in GRAFANA.items():
+                for variable, value in GRAFANA_VARIABLES.items():
                     query = query.replace(variable, value)
-                found[f"{path.stem}, {panel['title']}, {target['legendFormat']}"] = query
-    return found
+                queries[f"{path.stem}, {panel['title']}, {target['legendFormat']}"] = query
+    return queries
 
 
 def test_the_server_is_scraped_with_the_key_of_the_metrics(prometheus: httpx.Client) -> None:
     def up() -> bool:
         try:
-            return any(series["value"][1] == "1" for series in asked(prometheus, 'up{job="imprint"}'))
-        except (httpx.TransportError, ValueError):  # it begins
+            return any(series["value"][1] == "1" for series in query_now(prometheus, 'up{job="imprint"}'))
+        except (httpx.TransportError, ValueError):  # Prometheus is still starting
             return False
 
     wait_until(up)
 
 
 def test_every_query_of_every_panel_returns_data(prometheus: httpx.Client) -> None:
-    waiting = panel_queries()
-    assert len(waiting) > 60
+    without_data = panel_queries()
+    assert len(without_data) > 60
     deadline = time.monotonic() + 30
-    while waiting and time.monotonic() < deadline:
+    while without_data and time.monotonic() < deadline:
         time.sleep(0.5)
-        waiting = {where: query for where, query in waiting.items() if not has_data(prometheus, query)}
-    assert not waiting
+        without_data = {title: query for title, query in without_data.items() if not has_data(prometheus, query)}
+    assert not without_data
 
 
 def test_every_alert_is_evaluated_and_both_sides_of_it_have_data(prometheus: httpx.Client) -> None:
@@ -177,5 +180,5 @@ def test_every_alert_is_evaluated_and_both_sides_of_it_have_data(prometheus: htt
     assert len(rules()) >= 15
     for rule in rules():
         assert rule["health"] == "ok", rule
-        told = re.sub(r" (==|<|>) ", r" \1 bool ", rule["query"])  # 0 or 1, where the alert has nothing or something
-        assert told != rule["query"] and has_data(prometheus, told), rule["name"]
+        as_bool = re.sub(r" (==|<|>) ", r" \1 bool ", rule["query"])  # 0 or 1 instead of no series or a series
+        assert as_bool != rule["query"] and has_data(prometheus, as_bool), rule["name"]

@@ -1,4 +1,4 @@
-"""On the real base: what a session has learned helps that session and not its neighbour, as docs/tour.md shows it."""
+"""On the default base, a session's memory helps that session and not another one, with the numbers of docs/tour.md."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.real]
 
 ROOT = Path(__file__).parents[2]
 TOUR = (ROOT / "docs" / "tour.md").read_text()
-REL_TOLERANCE = 0.02  # other processors round otherwise
+REL_TOLERANCE = 0.02  # processors round differently
 
 
 @dataclass
 class ExampleRun:
-    """A server of the default base after `examples/two_users.py`: Ada and Bo have each read half of a text."""
+    """A server of the default base after `examples/two_users.py`, in which ada and bo each learned half of a text."""
 
     client: Client
     table: str
@@ -45,15 +45,17 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+\.\d+", text)]
 
 
-def predicted(client: Client, reader: str | None, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
-    """With the session's memory, leaving it as it is; None = the frozen base."""
+def complete_greedily(
+    client: Client, reader: str | None, prompt: str, **options: Unpack[CompletionOptions]
+) -> Completion:
+    """Complete with the memory of `reader` without learning; None = the frozen base."""
     options["adapt"] = "predict" if reader else None
     options["session"] = reader
     options["temperature"] = 0
     return client.complete(prompt, **options)
 
 
-def test_a_memory_beats_the_base_and_the_neighbours_memory_on_its_own_text(example_run: ExampleRun) -> None:
+def test_a_memory_beats_the_base_and_the_other_sessions_memory_on_its_own_text(example_run: ExampleRun) -> None:
     keeper, loom = (numbers(line) for line in example_run.table.splitlines()[2:])
     (_, ada, own, bo, other), (_, ada_too, others, bo_too, owns) = keeper, loom
     assert own < 1 < other * 1.05 and ada < bo
@@ -67,9 +69,9 @@ def test_the_table_of_the_tour_is_what_the_example_prints(example_run: ExampleRu
 
 
 def test_the_sessions_of_the_tour_learned_what_it_says(example_run: ExampleRun) -> None:
-    told = re.findall(r"--session (\w+)\nlearned (\d+) tokens · (\d+) rows · loss ([\d.]+) · version 1", TOUR)
-    assert [name for name, *_ in told] == ["ada", "bo"]
-    for name, tokens, rows, loss in told:
+    documented = re.findall(r"--session (\w+)\nlearned (\d+) tokens · (\d+) rows · loss ([\d.]+) · version 1", TOUR)
+    assert [name for name, *_ in documented] == ["ada", "bo"]
+    for name, tokens, rows, loss in documented:
         session, (entry,) = example_run.client.get(name), example_run.client.log(name)
         assert session.tokens_learned == int(tokens)
         assert session.rows == pytest.approx(int(rows), rel=REL_TOLERANCE)
@@ -84,8 +86,8 @@ def test_what_the_tour_teaches_is_completed_as_it_shows(example_run: ExampleRun)
     for row in table.splitlines()[2:]:
         prompt, adapted, frozen = (cell.strip() for cell in row.strip("|").split("|"))
         for shown, session in ((adapted, "visitor"), (frozen, None)):
-            said = predicted(example_run.client, session, prompt, max_tokens=12).text
-            assert " ".join(said.split()).startswith(shown)
+            output = complete_greedily(example_run.client, session, prompt, max_tokens=12).text
+            assert " ".join(output.split()).startswith(shown)
 
 
 def test_an_empty_session_is_the_base_bit_for_bit(example_run: ExampleRun) -> None:
@@ -100,7 +102,7 @@ def test_what_was_taught_is_completed(example_run: ExampleRun) -> None:
 
     def name_logprob(session: str | None) -> float:
         text = prompt + " Marrow Tessaly"
-        reply = predicted(example_run.client, session, text, max_tokens=0, echo=True, logprobs=0)
+        reply = complete_greedily(example_run.client, session, text, max_tokens=0, echo=True, logprobs=0)
         logprobs = reply.choices[0].logprobs
         assert logprobs is not None
         start = next(i for i, offset in enumerate(logprobs.text_offset) if offset >= len(prompt))

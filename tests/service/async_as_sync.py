@@ -1,4 +1,4 @@
-"""The asyncio client behind the other one's face, so that one test holds for both."""
+"""A blocking adapter of the asynchronous client, so that one test can check both clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imprint import AsyncClient
 
 
 class BlockingAsyncClient:
-    """`AsyncClient` on a loop of its own: what is to be awaited or iterated there is here at once."""
+    """An `AsyncClient` on an event loop of its own, whose methods block and whose streams are plain iterators."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
@@ -36,7 +36,7 @@ class BlockingAsyncClient:
 
 
 class BlockingIterator:
-    """An asynchronous stream or iterator, iterated in place."""
+    """A plain iterator over an asynchronous iterator."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any) -> None:
         self._loop = loop

@@ -1,4 +1,4 @@
-"""`imprint` without a process of its own, which would cost seconds: for commands that are refused."""
+"""A call of `imprint` within this process, which saves the seconds of a start: for commands that must fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from service.cli.main import main
 
 
 def run_rejected(*arguments: object, settings: Mapping[str, object]) -> str:
-    """The one line of a command that fails as it should. settings: without their prefix."""
+    """Run a command that must fail, and return its one line of stderr.
+
+    Args:
+        arguments: the command line.
+        settings: the IMPRINT_* variables, without their prefix.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
     stderr = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):

@@ -1,4 +1,4 @@
-"""A server that answers as it is told, to misbehave as a real one cannot be made to."""
+"""An HTTP server that gives prepared answers, to misbehave in ways that a real server cannot be made to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class ScriptedServer:
-    """Gives `answers` in order, one a request, and keeps the requests; without an answer left it hangs."""
+    """A server that gives `answers` in order, one per request, and records the requests; then it hangs."""
 
     def __init__(self, *answers: Answer, port: int = 0) -> None:
         self.answers = list(answers)
@@ -64,7 +64,7 @@ def error_answer(status: int, code: str, **headers: str) -> Answer:
 
 def stream(*chunks: object) -> Answer:
     frames = [json.dumps(chunk, ensure_ascii=False) if chunk != "[DONE]" else "[DONE]" for chunk in chunks]
-    return 200, {"Content-Type": "text/event-stream"}, "".join(f"data: {one}\n\n" for one in frames).encode()
+    return 200, {"Content-Type": "text/event-stream"}, "".join(f"data: {frame}\n\n" for frame in frames).encode()
 
 
 def text_chunk(text: str) -> dict[str, Any]:

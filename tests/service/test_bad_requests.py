@@ -1,4 +1,4 @@
-"""Whatever a client sends, it gets a 4xx in OpenAI's shape that names the field, and the server goes on."""
+"""Invalid requests: each is answered with a 4xx in OpenAI's shape that names the field, and the server goes on."""
 
 import json
 import re
@@ -294,7 +294,7 @@ def client(server: Any) -> Iterator[httpx.Client]:
 
 
 def check(response: httpx.Response, status: int, param: str | None) -> str:
-    """The message of an error in OpenAI's shape."""
+    """Check that the response is an error in OpenAI's shape, and return its message."""
     assert response.status_code == status, response.text
     assert response.headers["x-request-id"]
     assert set(response.json()) == {"error"}
@@ -411,7 +411,7 @@ def test_garbage_on_the_wire(server: Any, data: bytes, allowed: set[int | None])
     assert status in allowed
 
 
-def test_after_all_that_the_server_answers_and_counted_no_500(client: httpx.Client, server: Any) -> None:
+def test_the_server_still_answers_and_has_counted_no_500(client: httpx.Client, server: Any) -> None:
     body = {"model": server.model, "prompt": "hi", "max_tokens": 1}
     good = client.post("/v1/completions", content=json.dumps(body), headers=JSON)
     assert good.status_code == 200, good.text

@@ -1,4 +1,4 @@
-"""The command line, run as a process: against a real server, and against one scripted to misbehave."""
+"""The command line, run as a process, against a real server and against one with prepared answers."""
 
 import json
 import os
@@ -31,9 +31,9 @@ class Server(Protocol):
 
 
 def command(*arguments: str, url: str) -> dict[str, Any]:
-    """What `subprocess` needs to run `imprint` with these arguments."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
-    environment = {**kept, "IMPRINT_URL": url, "COLUMNS": "200"}
+    """Return the arguments with which `subprocess` runs `imprint`."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
+    environment = {**inherited, "IMPRINT_URL": url, "COLUMNS": "200"}
     return {"args": [sys.executable, "-m", "service", *arguments], "cwd": ROOT, "env": environment}
 
 
@@ -42,8 +42,8 @@ def imprint(*arguments: str, url: str, stdin: str = "") -> subprocess.CompletedP
     return subprocess.run(**run, input=stdin, capture_output=True, text=True, timeout=120)
 
 
-def told(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a command that failed as it should."""
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """Check that the command failed with one line on stderr, and return the line."""
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
@@ -73,11 +73,11 @@ def test_observe_reads_standard_input(server: Server) -> None:
     assert session(server, "cli-stdin").json()["tokens_learned"] > 0
 
 
-def test_observe_learns_nothing_if_one_file_is_no_text(server: Server, tmp_path: Path) -> None:
+def test_observe_learns_nothing_if_a_file_is_not_text(server: Server, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text(STORY)
     bad.write_bytes("é".encode() * 40_000 + b"\xff")
-    line = told(imprint("observe", str(good), str(bad), "--session", "cli-bad", url=server.url))
+    line = error_line(imprint("observe", str(good), str(bad), "--session", "cli-bad", url=server.url))
     assert str(bad) in line
     assert "at byte 80000" in line
     assert session(server, "cli-bad").status_code == 404
@@ -115,7 +115,7 @@ def test_chat_without_a_session_talks_to_the_frozen_base(server: Server) -> None
 def test_sessions_are_listed_shown_and_erased(server: Server) -> None:
     imprint("observe", "-", "--session", "cli-ls", url=server.url, stdin=STORY)
     listed = json.loads(imprint("sessions", "ls", "--json", url=server.url).stdout)
-    assert "cli-ls" in [one["id"] for one in listed]
+    assert "cli-ls" in [listing["id"] for listing in listed]
     assert "cli-ls" in imprint("sessions", "ls", url=server.url).stdout
     shown = json.loads(imprint("sessions", "show", "cli-ls", "--json", url=server.url).stdout)
     assert shown == session(server, "cli-ls").json()
@@ -125,14 +125,14 @@ def test_sessions_are_listed_shown_and_erased(server: Server) -> None:
     assert session(server, "cli-ls").status_code == 200
     assert imprint("sessions", "rm", "cli-ls", "--yes", url=server.url).returncode == 0
     assert session(server, "cli-ls").status_code == 404
-    assert "cli-ls" in told(imprint("sessions", "show", "cli-ls", url=server.url))
+    assert "cli-ls" in error_line(imprint("sessions", "show", "cli-ls", url=server.url))
 
 
-def test_versions_are_told_compared_taken_back_and_copied(
+def test_versions_are_listed_compared_undone_and_copied(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def say(*words: object) -> str:
-        """What `imprint sessions …` prints."""
+    def run(*words: object) -> str:
+        """Run `imprint sessions …` and return its output."""
         main.app(["sessions", *map(str, words)], standalone_mode=False)
         return capsys.readouterr().out
 
@@ -141,44 +141,44 @@ def test_versions_are_told_compared_taken_back_and_copied(
         client.create("cli-log", keep_text=True)
         for start in (0, 40):
             client.observe("cli-log", STORY[start:])
-        assert [one["version"] for one in json.loads(say("log", "cli-log", "--json"))] == [2, 1]
-        assert [one["version"] for one in json.loads(say("log", "cli-log", "-n", 1, "--json"))] == [2]
-        assert "The cat sat" in say("log", "cli-log")
+        assert [entry["version"] for entry in json.loads(run("log", "cli-log", "--json"))] == [2, 1]
+        assert [entry["version"] for entry in json.loads(run("log", "cli-log", "-n", 1, "--json"))] == [2]
+        assert "The cat sat" in run("log", "cli-log")
         diff = client.diff("cli-log", 1, 2)
-        assert json.loads(say("diff", "cli-log", 1, "--json")) == json.loads(diff.model_dump_json())
-        told = say("diff", "cli-log", 2, 1)
-        assert f"from 2 to 1: {-diff.tokens_learned:+,} tokens learned\n" in told and "− version 2, learn" in told
-        assert "cli-log version 3 is what version 1 was" in say("rollback", "cli-log", 1)
+        assert json.loads(run("diff", "cli-log", 1, "--json")) == json.loads(diff.model_dump_json())
+        output = run("diff", "cli-log", 2, 1)
+        assert f"from 2 to 1: {-diff.tokens_learned:+,} tokens learned\n" in output and "− version 2, learn" in output
+        assert "cli-log version 3 is what version 1 was" in run("rollback", "cli-log", 1)
         assert client.diff("cli-log", 1, 3).tokens_learned == 0
-        assert "cli-copy version 1 has learned what cli-log has" in say("fork", "cli-log", "cli-copy")
-        say("export", "cli-log", tmp_path / "file")
-        assert "cli-file version 1 has learned what" in say("import", "cli-file", tmp_path / "file")
-        assert len({client.get(one).rows for one in ("cli-log", "cli-copy", "cli-file")}) == 1
-        assert "is as if version 1 had never been learned: 0 tokens" in say("unlearn", "cli-log", 1)
+        assert "cli-copy version 1 has learned what cli-log has" in run("fork", "cli-log", "cli-copy")
+        run("export", "cli-log", tmp_path / "file")
+        assert "cli-file version 1 has learned what" in run("import", "cli-file", tmp_path / "file")
+        assert len({client.get(name).rows for name in ("cli-log", "cli-copy", "cli-file")}) == 1
+        assert "is as if version 1 had never been learned: 0 tokens" in run("unlearn", "cli-log", 1)
         with pytest.raises(CommandError, match="No such file"):
-            say("import", "cli-file", tmp_path / "nothing")
+            run("import", "cli-file", tmp_path / "nothing")
 
 
-def test_a_refusal_is_the_servers_own_sentence(server: Server) -> None:
-    assert "session" in told(imprint("chat", "--session", "no/such id", "--once", "hi", url=server.url))
+def test_an_error_is_shown_in_the_servers_words(server: Server) -> None:
+    assert "session" in error_line(imprint("chat", "--session", "no/such id", "--once", "hi", url=server.url))
 
 
 # Without a server.
 
 
 def test_a_missing_server_is_named_with_the_way_to_start_one() -> None:
-    line = told(imprint("sessions", "ls", url="http://127.0.0.1:9"))
+    line = error_line(imprint("sessions", "ls", url="http://127.0.0.1:9"))
     assert "http://127.0.0.1:9" in line
     assert "imprint serve" in line
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost"])
 def test_an_address_that_is_not_http_is_refused(url: str) -> None:
-    assert "--url" in told(imprint("sessions", "ls", url=url))
+    assert "--url" in error_line(imprint("sessions", "ls", url=url))
 
 
 def test_serve_refuses_bad_settings_before_it_loads_anything() -> None:
-    assert "65535" in told(imprint("serve", "--port", "65536", url=""))
+    assert "65535" in error_line(imprint("serve", "--port", "65536", url=""))
 
 
 @given(st.integers(1, 9).flatmap(lambda size: st.tuples(st.just(size), st.text("ab é\n", max_size=200))))
@@ -201,13 +201,13 @@ def test_pieces_end_where_a_paragraph_ends(tmp_path: Path) -> None:
 @given(st.lists(st.text()), st.integers(1, 50))
 def test_a_stream_is_read_the_same_however_it_is_cut(texts: list[str], size: int) -> None:
     data = [json.dumps(text, ensure_ascii=False) for text in texts]
-    stream = "".join(f": ping\n\ndata: {one}\n\n" for one in data).encode()
+    stream = "".join(f": ping\n\ndata: {event}\n\n" for event in data).encode()
     cuts = [stream[start : start + size] for start in range(0, len(stream), size)]
-    events = SSEDecoder()
-    assert [one for cut in cuts for one in events.feed(cut)] == data
+    decoder = SSEDecoder()
+    assert [event for cut in cuts for event in decoder.feed(cut)] == data
 
 
-# Against a server scripted to misbehave.
+# Against a server with prepared answers.
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def scripted_server() -> Iterator[Callable[..., ScriptedServer]]:
         server.close()
 
 
-def test_a_busy_server_is_asked_again(scripted_server: Callable[..., ScriptedServer]) -> None:
+def test_a_request_to_a_busy_server_is_retried(scripted_server: Callable[..., ScriptedServer]) -> None:
     busy = error_answer(429, "queue_full", **{"Retry-After": "0"})
     server = scripted_server(busy, busy, ok(OBSERVED))
     result = imprint("observe", "-", "--session", "me", url=server.url, stdin="text")
@@ -232,7 +232,7 @@ def test_a_busy_server_is_asked_again(scripted_server: Callable[..., ScriptedSer
     assert [body for _, _, body in server.requests] == [{"text": "text"}] * 3
 
 
-def test_a_server_that_stays_busy_is_given_up(scripted_server: Callable[..., ScriptedServer]) -> None:
+def test_a_server_that_stays_busy_is_given_up_on(scripted_server: Callable[..., ScriptedServer]) -> None:
     server = scripted_server(*[error_answer(503, "loading", **{"Retry-After": "0"})] * 50)
     result = imprint("sessions", "ls", url=server.url)
     assert result.returncode == 1
@@ -251,14 +251,14 @@ def test_a_request_that_learns_has_one_key_however_often_it_is_sent(
     assert again == [first, first] and other != first
 
 
-def test_what_was_learned_before_a_failure_is_told(
+def test_a_failure_reports_what_was_learned_before(
     scripted_server: Callable[..., ScriptedServer], tmp_path: Path
 ) -> None:
     for name in "ab":
         (tmp_path / name).write_text(STORY)
     server = scripted_server(ok(OBSERVED), error_answer(500, "engine_error"))
     files = [str(tmp_path / name) for name in "ab"]
-    line = told(imprint("observe", *files, "--session", "me", url=server.url))
+    line = error_line(imprint("observe", *files, "--session", "me", url=server.url))
     assert "It is engine_error." in line
     assert "learned 3 tokens" in line
 
@@ -275,27 +275,27 @@ def test_a_broken_stream_is_an_error(
     scripted_server: Callable[..., ScriptedServer], chunks: list[object], line: str
 ) -> None:
     server = scripted_server(MODELS, stream(*chunks))
-    assert line in told(imprint("chat", "--once", "hi", url=server.url))
+    assert line in error_line(imprint("chat", "--once", "hi", url=server.url))
 
 
-def test_an_answer_that_is_not_imprints_is_an_error(scripted_server: Callable[..., ScriptedServer]) -> None:
+def test_an_answer_of_another_kind_of_server_is_an_error(scripted_server: Callable[..., ScriptedServer]) -> None:
     for answer in ((200, {}, b"<html>"), ok([]), ok({}), (404, {}, b"Not Found")):
         server = scripted_server(answer)
-        assert server.url in told(imprint("sessions", "ls", url=server.url))
+        assert server.url in error_line(imprint("sessions", "ls", url=server.url))
 
 
-def test_the_reply_reaches_a_pipe_as_it_is(scripted_server: Callable[..., ScriptedServer]) -> None:
+def test_the_reply_reaches_a_pipe_unchanged(scripted_server: Callable[..., ScriptedServer]) -> None:
     reply = "a\u2028b\x85 [bold]c[/] :smile: \x1b[31m é"
     server = scripted_server(MODELS, stream(text_chunk(reply), "[DONE]"))
     assert imprint("chat", "--once", "hi", url=server.url).stdout == reply + "\n"
 
 
-def test_ctrl_c_leaves_quietly(scripted_server: Callable[..., ScriptedServer]) -> None:
+def test_ctrl_c_ends_the_command_quietly(scripted_server: Callable[..., ScriptedServer]) -> None:
     server = scripted_server(MODELS)
     run = command("chat", "--once", "hi", url=server.url)
-    # A parent that ignores SIGINT, as a shell's background jobs do, would hand that on.
-    heed: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(**run, **heed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A process inherits ignored signals, and a shell's background jobs ignore SIGINT.
+    restore_sigint: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(**run, **restore_sigint, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.hanging.wait(60)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -303,8 +303,8 @@ def test_ctrl_c_leaves_quietly(scripted_server: Callable[..., ScriptedServer]) -
     assert errors == ""
 
 
-def test_a_conversation_is_kept_and_sent_again(scripted_server: Callable[..., ScriptedServer]) -> None:
-    """On a terminal: each turn carries the ones before it, a failed turn is forgotten, Ctrl-D leaves."""
+def test_a_chat_resends_its_history(scripted_server: Callable[..., ScriptedServer]) -> None:
+    """On a terminal, each turn contains the turns before it but no failed turn, and Ctrl-D ends the chat."""
     reply = "Hello.\x1b]0;owned\x07"
     server = scripted_server(
         MODELS,
@@ -312,22 +312,26 @@ def test_a_conversation_is_kept_and_sent_again(scripted_server: Callable[..., Sc
         error_answer(400, "too_long"),
         stream(text_chunk("Bye."), "[DONE]"),
     )
-    ours, theirs = pty.openpty()
+    terminal, terminal_of_child = pty.openpty()
     process = subprocess.Popen(
-        **command("chat", url=server.url), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        **command("chat", url=server.url),
+        stdin=terminal_of_child,
+        stdout=terminal_of_child,
+        stderr=terminal_of_child,
+        start_new_session=True,
     )
-    os.close(theirs)
+    os.close(terminal_of_child)
     screen = b""
     for turn, typed in enumerate((b"hi\n", b"more\n", b"bye\n", b"\x04"), start=1):
         while screen.count("›".encode()) < turn:
-            screen += os.read(ours, 1024)
-        os.write(ours, typed)
+            screen += os.read(terminal, 1024)
+        os.write(terminal, typed)
     assert process.wait(60) == 0
-    os.close(ours)
+    os.close(terminal)
     bodies = [body["messages"] for _, _, body in server.requests[1:]]
     hi, bye = {"role": "user", "content": "hi"}, {"role": "user", "content": "bye"}
     assert bodies[0] == [hi]
     assert bodies[2] == [hi, {"role": "assistant", "content": reply}, bye]
     assert b"It is too_long." in screen
     assert b"Hello." in screen
-    assert b"\x1b]0" not in screen, "the model's text gives the terminal no orders"
+    assert b"\x1b]0" not in screen, "control characters of the model's text do not reach the terminal"

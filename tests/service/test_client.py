@@ -1,4 +1,4 @@
-"""The Python client, both of it: against a real server, over a line that breaks, and against one that misbehaves."""
+"""Both Python clients, against a real server, over a connection that breaks, and against a server that misbehaves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,6 +18,7 @@ import pytest
 import imprint
 from service import errors
 from service.client import operations, transport
+from service.client.errors import error_from_response
 from tests.conftest import Server
 from tests.live import NO_EOS, in_background, wait_until
 from tests.live import Client as Plain
@@ -25,22 +27,22 @@ from tests.service.breaking_proxy import BreakingProxy
 from tests.service.scripted_server import CHUNK, OBSERVED, Answer, ScriptedServer, error_answer, ok, stream, text_chunk
 from tests.tiny import TEXT
 
-KINDS: dict[str, Callable[..., Any]] = {"sync": imprint.Client, "async": BlockingAsyncClient}
+CLIENTS: dict[str, Callable[..., Any]] = {"sync": imprint.Client, "async": BlockingAsyncClient}
 CHAT = [{"role": "user", "content": TEXT[:80]}]
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "logit_bias": NO_EOS}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=CLIENTS)
 def connect(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """Makes clients of one kind."""
-    made: list[Any] = []
+    """Yield a function that makes clients of one kind."""
+    clients: list[Any] = []
 
     def connect(url: str, **options: Any) -> Any:
-        made.append(KINDS[request.param](url, **options))
-        return made[-1]
+        clients.append(CLIENTS[request.param](url, **options))
+        return clients[-1]
 
     yield connect
-    for client in made:
+    for client in clients:
         client.__exit__(None, None, None)
 
 
@@ -57,28 +59,28 @@ def session() -> str:
 # Against a real server.
 
 
-def test_sessions_are_made_with_options_told_of_listed_and_erased(client: Any) -> None:
+def test_sessions_are_created_with_options_shown_listed_and_erased(client: Any) -> None:
     names = [f"{uuid4().hex[:8]}-{number}" for number in range(3)]
     names.sort()
     for name in names:
-        made = client.create(name, learn="all", keep_text=True, ttl_s=3600)
-        assert made.options == {"learn": "all", "keep_text": True, "ttl_s": 3600}
-        assert (made.id, made.version) == (name, 0)
+        created = client.create(name, learn="all", keep_text=True, ttl_s=3600)
+        assert created.options == {"learn": "all", "keep_text": True, "ttl_s": 3600}
+        assert (created.id, created.version) == (name, 0)
     assert client.get(names[0]).id == names[0]
-    every = [one.id for one in client.sessions(page_size=2)]
-    assert every == sorted(every) and set(names) <= set(every)
-    assert [one.id for one in client.sessions(after=names[0])] == every[every.index(names[0]) + 1 :]
+    listed = [listing.id for listing in client.sessions(page_size=2)]
+    assert listed == sorted(listed) and set(names) <= set(listed)
+    assert [listing.id for listing in client.sessions(after=names[0])] == listed[listed.index(names[0]) + 1 :]
     for name in names:
         client.delete(name)
-    with pytest.raises(imprint.NotFound) as lost:
+    with pytest.raises(imprint.NotFound) as error:
         client.get(names[0])
-    assert (lost.value.status, lost.value.code) == (404, "session_not_found")
-    assert lost.value.request_id
+    assert (error.value.status, error.value.code) == (404, "session_not_found")
+    assert error.value.request_id
 
 
 def test_texts_and_chats_are_observed_and_scored(client: Any, session: str) -> None:
-    told = client.observe(session, TEXT)
-    assert (told.version, told.tokens_learned > 0, told.rows_written > 0) == (1, True, True)
+    observed = client.observe(session, TEXT)
+    assert (observed.version, observed.tokens_learned > 0, observed.rows_written > 0) == (1, True, True)
     assert client.observe(session, messages=CHAT, if_match=1).version == 2
     with pytest.raises(imprint.PreconditionFailed):
         client.observe(session, TEXT, if_match=1)
@@ -98,7 +100,9 @@ def test_files_are_observed_piece_by_piece_and_once(client: Any, session: str, t
             files,
             piece_chars=50,
             idempotency_key=key,
-            progress=lambda now: steps.append((Path(now.file).name, now.characters, now.total, now.version)),
+            progress=lambda progress: steps.append(
+                (Path(progress.file).name, progress.characters, progress.total, progress.version)
+            ),
         )
 
     done = observe([tmp_path / "a", str(tmp_path / "a")], "mine")
@@ -117,7 +121,7 @@ def test_files_are_observed_piece_by_piece_and_once(client: Any, session: str, t
     assert client.get(session).version == 5
 
 
-def test_what_is_streamed_is_what_is_answered(client: Any, session: str) -> None:
+def test_a_stream_has_the_text_of_the_whole_answer(client: Any, session: str) -> None:
     whole = client.complete(TEXT[:60], **GREEDY)
     streamed = client.stream(TEXT[:60], **GREEDY)
     assert "".join(chunk.text for chunk in streamed) == streamed.text == whole.text
@@ -131,7 +135,7 @@ def test_what_is_streamed_is_what_is_answered(client: Any, session: str) -> None
     assert client.complete(["a", "b"], n=2, logprobs=1, **GREEDY).choices[3].logprobs.tokens
 
 
-def test_a_stream_that_is_left_has_never_been(client: Any, server: Server, session: str) -> None:
+def test_a_stream_that_is_left_changes_nothing(client: Any, server: Server, session: str) -> None:
     with client.stream(TEXT[:60], session=session, max_tokens=400, logit_bias=NO_EOS) as streamed:
         next(streamed)
     with Plain(server.url) as plain:
@@ -139,30 +143,30 @@ def test_a_stream_that_is_left_has_never_been(client: Any, server: Server, sessi
         assert plain.version(session) == 0
 
 
-def test_versions_go_back_fork_move_and_unlearn(client: Any, session: str) -> None:
+def test_versions_are_rolled_back_forked_exported_and_unlearned(client: Any, session: str) -> None:
     client.create(session, keep_text=True)
     for text in (TEXT, TEXT[40:], TEXT[80:]):
         client.observe(session, text)
     assert client.rollback(session, 2).version == 4
     assert client.unlearn(session, 1).version == 5
     diff = client.diff(session, 3, 5)
-    assert [one.version for one in diff.forgotten] == [1, 3] and diff.tokens_learned < 0 == len(diff.learned)
+    assert [entry.version for entry in diff.forgotten] == [1, 3] and diff.tokens_learned < 0 == len(diff.learned)
     entries = list(client.log(session, page_size=2))
-    assert [(one.version, one.kind, one.of) for one in entries[:2]] == [(5, "unlearn", 1), (4, "rollback", 2)]
-    assert [one.version for one in entries] == [5, 4, 3, 2, 1]
+    assert [(entry.version, entry.kind, entry.of) for entry in entries[:2]] == [(5, "unlearn", 1), (4, "rollback", 2)]
+    assert [entry.version for entry in entries] == [5, 4, 3, 2, 1]
     assert next(iter(client.log(session, before=3))).text == TEXT[40:]
     fork = client.fork(session, f"{session}-fork")
     data = client.export(session)
     copy = client.import_(f"{session}-copy", data)
     assert fork.rows == copy.rows == client.get(session).rows > 0
-    scores = [client.score(one, TEXT).logprobs for one in (session, fork.id, copy.id)]
+    scores = [client.score(name, TEXT).logprobs for name in (session, fork.id, copy.id)]
     assert scores[0] == scores[1] == scores[2]
     with pytest.raises(imprint.BadRequest) as bad:
         client.import_(session, data[:-1])
     assert bad.value.code == "invalid_export"
 
 
-def test_policies_act_are_rewarded_and_label(client: Any, session: str) -> None:
+def test_policies_act_learn_rewards_and_predict_labels(client: Any, session: str) -> None:
     first = client.act(session, [0.0], model="bandit", seed=1)
     assert first.adaptation.version_to == 1 and 0 <= first.action < len(first.probabilities)
     assert client.feedback(session, first.action_id, 1.0).version == 2
@@ -175,13 +179,13 @@ def test_policies_act_are_rewarded_and_label(client: Any, session: str) -> None:
     assert client.predict(labels, digit).label == 3
 
 
-def test_a_refusal_says_what_and_where(client: Any, session: str) -> None:
+def test_an_error_names_its_code_and_parameter(client: Any, session: str) -> None:
     with pytest.raises(imprint.BadRequest) as bad:
         client.complete("a", temperature=3)
     assert (bad.value.param, bad.value.status) == ("temperature", 400)
-    with pytest.raises(imprint.NotFound) as lost:
+    with pytest.raises(imprint.NotFound) as error:
         client.complete("a", model="gpt-4o")
-    assert lost.value.code == "model_not_found"
+    assert error.value.code == "model_not_found"
     with pytest.raises(imprint.BadRequest):
         next(client.stream("a", session=session, max_tokens=10**6))
     with pytest.raises(imprint.ClientError):
@@ -190,7 +194,7 @@ def test_a_refusal_says_what_and_where(client: Any, session: str) -> None:
         client.observe(session, "\ud800")
 
 
-# Over a line that breaks.
+# Over a connection that breaks.
 
 
 @pytest.mark.parametrize("bytes_forwarded", [0, 200], ids=["before the answer", "within it"])
@@ -198,11 +202,11 @@ def test_what_learns_is_learned_once_over_a_line_that_breaks(
     connect: Callable[..., Any], server: Server, session: str, bytes_forwarded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "INITIAL_BACKOFF_S", 0.01)
-    line = BreakingProxy(server.url)
-    with line.open():
-        client = connect(line.url)
+    proxy = BreakingProxy(server.url)
+    with proxy.open():
+        client = connect(proxy.url)
         client.model()
-        line.bytes_forwarded = bytes_forwarded
+        proxy.bytes_forwarded = bytes_forwarded
         calls: list[Callable[[], Any]] = [
             lambda: client.observe(session, TEXT),
             lambda: client.score(session, TEXT, learn=True),
@@ -217,25 +221,25 @@ def test_what_learns_is_learned_once_over_a_line_that_breaks(
             ),
         ]
         for call in calls:
-            line.request_headers.clear()
-            line.num_breaks = 2
+            proxy.request_headers.clear()
+            proxy.num_breaks = 2
             call()
-        assert len({head["idempotency-key"] for head in line.request_headers}) == 1 and len(line.request_headers) == 3
+        assert len({head["idempotency-key"] for head in proxy.request_headers}) == 1 and len(proxy.request_headers) == 3
         assert client.get(session).version == 6
-        line.num_breaks = 2
+        proxy.num_breaks = 2
         client.delete(f"{session}-fork")
         with pytest.raises(imprint.NotFound):
             client.delete(f"{session}-fork")
 
 
-def test_a_stream_that_broke_is_asked_again_with_its_key(
+def test_a_broken_stream_can_be_repeated_with_its_key(
     connect: Callable[..., Any], server: Server, session: str
 ) -> None:
-    line = BreakingProxy(server.url)
-    with line.open():
-        client = connect(line.url)
+    proxy = BreakingProxy(server.url)
+    with proxy.open():
+        client = connect(proxy.url)
         client.model()
-        line.num_breaks, line.bytes_forwarded = 1, 700
+        proxy.num_breaks, proxy.bytes_forwarded = 1, 700
         broken = client.stream(TEXT, session=session, max_tokens=30, logit_bias=NO_EOS)
         with pytest.raises(imprint.ConnectionBroken) as error:
             list(broken)
@@ -263,25 +267,25 @@ def scripted_server() -> Iterator[Callable[..., ScriptedServer]]:
         server.close()
 
 
-def test_a_refusal_that_passes_is_waited_out_for_as_long_as_it_says(
+def test_a_temporary_error_is_retried_after_the_time_that_it_names(
     connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "INITIAL_BACKOFF_S", 0.01)
     gateway: Answer = (502, {}, b"Bad Gateway")
-    told = error_answer(500, "engine_error", **{"x-should-retry": "true"})
-    server = scripted_server(error_answer(429, "queue_full", **{"Retry-After": "1"}), gateway, told, ok(OBSERVED))
+    retryable = error_answer(500, "engine_error", **{"x-should-retry": "true"})
+    server = scripted_server(error_answer(429, "queue_full", **{"Retry-After": "1"}), gateway, retryable, ok(OBSERVED))
     waits: list[tuple[type, float]] = []
     client = connect(server.url, on_wait=lambda error, wait: waits.append((type(error), wait)))
     began = time.monotonic()
     assert client.observe("me", "text").version == 1
     assert time.monotonic() - began >= 1
-    assert [kind for kind, _ in waits] == [errors.Overloaded, imprint.ImprintError, errors.EngineError]
+    assert [error_class for error_class, _ in waits] == [errors.Overloaded, imprint.ImprintError, errors.EngineError]
     assert 1 <= waits[0][1] <= 1.25 and all(0 < wait <= 0.04 for _, wait in waits[1:])
     assert len({headers["Idempotency-Key"] for _, headers, _ in server.requests}) == 1
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind"),
+    ("answer", "error_class"),
     [
         (error_answer(429, "insufficient_quota", **{"x-should-retry": "false"}), imprint.QuotaExceeded),
         (error_answer(429, "rate_limit_exceeded", **{"Retry-After": "3600"}), imprint.RateLimited),
@@ -294,18 +298,18 @@ def test_a_refusal_that_passes_is_waited_out_for_as_long_as_it_says(
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_refusal_that_stays_is_told_at_once(
-    connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer], answer: Any, kind: type
+def test_a_permanent_error_is_raised_at_once(
+    connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer], answer: Any, error_class: type
 ) -> None:
     server = scripted_server(answer)
-    with pytest.raises(imprint.ImprintError) as told:
+    with pytest.raises(imprint.ImprintError) as error:
         connect(server.url).observe("me", "text", idempotency_key="mine")
-    assert type(told.value) is kind
-    assert told.value.idempotency_key == "mine"
+    assert type(error.value) is error_class
+    assert error.value.idempotency_key == "mine"
     assert len(server.requests) == 1
 
 
-def test_a_server_that_went_away_is_waited_for_and_one_that_never_was_is_not(
+def test_a_server_that_has_answered_before_is_waited_for_and_another_is_not(
     connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer]
 ) -> None:
     server = scripted_server(ok(OBSERVED))
@@ -320,7 +324,7 @@ def test_a_server_that_went_away_is_waited_for_and_one_that_never_was_is_not(
     assert not waited
 
 
-def test_there_are_so_many_attempts_and_no_more(
+def test_the_number_of_attempts_is_limited(
     connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer]
 ) -> None:
     server = scripted_server(*[error_answer(503, "loading", **{"Retry-After": "0"})] * 9)
@@ -329,7 +333,7 @@ def test_there_are_so_many_attempts_and_no_more(
     assert len(server.requests) == 3
 
 
-def test_an_error_within_a_stream_comes_after_what_was_said(
+def test_an_error_within_a_stream_comes_after_the_text_before_it(
     connect: Callable[..., Any], scripted_server: Callable[..., ScriptedServer]
 ) -> None:
     busy = {"error": {"message": "It moved on.", "type": "server_error", "param": None, "code": "session_busy"}}
@@ -348,10 +352,8 @@ def test_an_error_within_a_stream_comes_after_what_was_said(
 # The package.
 
 
-def test_a_date_is_a_time_to_wait_until() -> None:
+def test_retry_after_may_be_a_date() -> None:
     assert imprint.BadRequest is errors.BadRequest
-    from service.client.errors import error_from_response
-
     past = error_from_response(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"", "http://here")
     assert past.retry_after == 0.0 and type(past) is errors.Unavailable
     assert error_from_response(503, {"retry-after": "soon"}, b"", "http://here").retry_after is None
@@ -372,25 +374,25 @@ def test_url_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_both_clients_have_the_same_calls_with_text_and_signature() -> None:
     def calls(kind: type) -> dict[str, Any]:
-        named = {name: value for name, value in vars(kind).items() if not name.startswith("_") and callable(value)}
-        return {name: [*inspect.signature(value).parameters] for name, value in named.items()}
+        methods = {name: value for name, value in vars(kind).items() if not name.startswith("_") and callable(value)}
+        return {name: [*inspect.signature(method).parameters] for name, method in methods.items()}
 
     assert calls(imprint.Client) == calls(imprint.AsyncClient)
     assert calls(imprint.Client)["rollback"] == ["self", "session", "version", "idempotency_key", "if_match"]
     for name in calls(imprint.Client):
         assert inspect.getdoc(getattr(imprint.Client, name))
-    every = {
+    defined = {
         name
         for name, operation in vars(operations).items()
         if getattr(operation, "__module__", "") == operations.__name__
     }
-    every = {name for name in every if inspect.isfunction(getattr(operations, name)) and not name.startswith("_")}
-    assert every - calls(imprint.Client).keys() == {"page_of_sessions", "page_of_log"}
+    defined = {name for name in defined if inspect.isfunction(getattr(operations, name)) and not name.startswith("_")}
+    assert defined - calls(imprint.Client).keys() == {"sessions_page", "log_page"}
 
 
-def test_the_clients_errors_are_the_servers() -> None:
-    named = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and "errors" in kind.__module__}
-    assert named - {"CommandError"} <= set(imprint.__all__)
+def test_the_package_exports_all_errors_of_the_server() -> None:
+    names = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and "errors" in kind.__module__}
+    assert names - {"CommandError"} <= set(imprint.__all__)
 
 
 def test_the_client_needs_no_torch() -> None:
@@ -400,8 +402,6 @@ def test_the_client_needs_no_torch() -> None:
 
 
 def test_threads_may_share_a_client(server: Server, session: str) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with imprint.Client(server.url) as client, ThreadPoolExecutor(4) as pool, Plain(server.url) as plain:
         long = in_background(pool, plain, lambda: client.complete(TEXT, max_tokens=60, logit_bias=NO_EOS))
         versions = sorted(pool.map(lambda _: client.observe(session, TEXT[:60]).version, range(6)))

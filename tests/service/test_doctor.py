@@ -1,4 +1,4 @@
-"""`imprint doctor` finds what is wrong, says what to do about it, and leaves everything as it was."""
+"""`imprint doctor` finds faults, says what to do about each, and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from redis import Redis
 from typer.testing import CliRunner, Result
 
-from service.cli.doctor import Finding, run_checks
+from service.cli.checks import Finding, run_checks
 from service.cli.main import app
 from service.settings import Settings
 from service.tenants import OPERATOR, new_key
@@ -27,7 +27,7 @@ NAMES = ["device", "model", "memory", "store", "port", "disk", "keys"]
 
 @pytest.fixture
 def settings(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
-    """Those of a server that could start."""
+    """Return settings with which a server could start."""
     (port,) = free_ports(1)
     return {
         "model": str(tiny_base),
@@ -39,22 +39,24 @@ def settings(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def findings(settings: dict[str, Any], **others: object) -> dict[str, Finding]:
-    found = {one.name: one for one in run_checks(Settings(**settings | others))}
-    assert list(found) == NAMES
-    assert all(one.found and bool(one.do) == (one.status != "ok") for one in found.values())
-    return found
+    by_name = {finding.name: finding for finding in run_checks(Settings(**settings | others))}
+    assert list(by_name) == NAMES
+    assert all(finding.found and bool(finding.do) == (finding.status != "ok") for finding in by_name.values())
+    return by_name
 
 
 def failed(settings: dict[str, Any], **others: object) -> dict[str, str]:
-    """What is said of each thing that keeps a server from starting."""
+    """Return the texts of the findings that keep a server from starting, by name."""
     return {
-        name: f"{one.found} → {one.do}" for name, one in findings(settings, **others).items() if one.status == "fail"
+        name: f"{finding.found} → {finding.do}"
+        for name, finding in findings(settings, **others).items()
+        if finding.status == "fail"
     }
 
 
-def test_where_a_server_could_start_nothing_fails_and_nothing_is_made(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_nothing_fails_and_no_file_is_made_if_a_server_could_start(settings: dict[str, Any], tmp_path: Path) -> None:
     found = findings(settings)
-    statuses = {name: one.status for name, one in found.items()}
+    statuses = {name: finding.status for name, finding in found.items()}
     assert statuses == dict.fromkeys(NAMES, "ok") | {"memory": "warn"}  # none is shipped for a tiny base
     assert "imprint train" in found["memory"].do
     assert not list(tmp_path.iterdir())
@@ -79,31 +81,31 @@ def test_where_a_server_could_start_nothing_fails_and_nothing_is_made(settings: 
         ),
     ],
 )
-def test_a_fault_is_named_with_what_to_do(
+def test_a_fault_is_reported_with_what_to_do(
     settings: dict[str, Any], name: str, others: dict[str, Any], words: str
 ) -> None:
-    told = failed(settings, **others)
-    assert told.keys() == {name}
-    assert words in told[name]
+    faults = failed(settings, **others)
+    assert faults.keys() == {name}
+    assert words in faults[name]
 
 
-def test_a_damaged_base_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_damaged_base_is_a_fault(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in failed(settings, model=str(tmp_path))["model"]
 
 
-def test_a_base_that_has_to_be_fetched_first_is_no_fault(settings: dict[str, Any]) -> None:
+def test_a_base_that_must_be_fetched_first_is_a_warning(settings: dict[str, Any]) -> None:
     found = findings(settings, model="smollm2-135m-instruct")
     assert (found["model"].status, found["memory"].status) == ("warn", "warn")
     assert "93 MB" in found["model"].do
 
 
-def test_a_port_that_something_else_has_is_named(settings: dict[str, Any]) -> None:
+def test_a_port_in_use_is_a_fault(settings: dict[str, Any]) -> None:
     with socket.create_server(("127.0.0.1", settings["port"])):
         assert str(settings["port"]) in failed(settings)["port"]
 
 
-def test_beside_a_server_that_runs_all_is_well(server: Server, settings: dict[str, Any]) -> None:
+def test_a_running_server_is_no_fault(server: Server, settings: dict[str, Any]) -> None:
     port = int(server.url.rpartition(":")[2])
     found = findings(settings, port=port, data_dir=server.data_dir)
     assert found["port"].found.endswith("ready")
@@ -111,7 +113,7 @@ def test_beside_a_server_that_runs_all_is_well(server: Server, settings: dict[st
     assert "IMPRINT_DATA_DIR" in failed(settings, data_dir=server.data_dir)["store"]
 
 
-def test_prometheus_needs_a_key_where_keys_are_wanted(settings: dict[str, Any]) -> None:
+def test_keys_without_one_for_prometheus_are_a_warning(settings: dict[str, Any]) -> None:
     keys = new_key("acme")[1]
     assert findings(settings, api_keys=keys)["keys"].status == "warn"
     assert findings(settings, api_keys=f"{keys},{new_key(OPERATOR)[1]}")["keys"].status == "ok"
@@ -124,9 +126,9 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
-def test_a_redis_that_forgets_is_named(settings: dict[str, Any], redis: int) -> None:
+def test_a_redis_that_loses_data_is_a_fault(settings: dict[str, Any], redis: int) -> None:
     url = f"redis://127.0.0.1:{redis}/0"
-    assert findings(settings, redis_url=url)["store"].status == "warn"  # it keeps nothing on its disk
+    assert findings(settings, redis_url=url)["store"].status == "warn"  # it writes nothing to its disk
     with Redis(port=redis) as client:
         client.config_set("appendonly", "yes")
         found = findings(settings, redis_url=url)["store"]
@@ -139,27 +141,27 @@ def test_a_redis_that_forgets_is_named(settings: dict[str, Any], redis: int) -> 
 
 @pytest.fixture
 def doctor(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
-    """The command."""
+    """Yield a function that runs `imprint doctor`."""
     for name, value in settings.items():
         monkeypatch.setenv(f"IMPRINT_{name.upper()}", str(value))
     yield lambda *arguments: CliRunner().invoke(app, ["doctor", *arguments])
     logging.disable(logging.NOTSET)
 
 
-def test_the_command_tells_people_and_programs_the_same(
+def test_the_command_shows_the_same_as_text_and_as_json(
     doctor: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = json.loads(doctor("--json").stdout)
-    assert told["healthy"]
+    report = json.loads(doctor("--json").stdout)
+    assert report["healthy"]
     shown = doctor()
     assert shown.exit_code == 0
 
-    def lasting(text: str) -> str:
-        """Without what is free at the moment."""
+    def without_sizes(text: str) -> str:
+        """Replace sizes, which change from moment to moment."""
         return re.sub(r"[\d.]+ [kMGT]?B", "…", text)
 
-    for finding in told["findings"]:
-        assert lasting(f"{finding['name']:<7} {finding['found']}") in lasting(shown.stdout)
+    for finding in report["findings"]:
+        assert without_sizes(f"{finding['name']:<7} {finding['found']}") in without_sizes(shown.stdout)
         assert finding["do"] in shown.stdout
     monkeypatch.setenv("IMPRINT_HOST", "0.0.0.0")
     assert doctor().exit_code == doctor("--json").exit_code == 1

@@ -1,4 +1,4 @@
-"""The engine under load: who waits for whom, what a client that leaves costs, and how a server ends."""
+"""The engine of a running server: fairness, batches, clients that disconnect, start and shutdown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HUGE = TEXT * 3000  # takes many seconds to learn
 
 @pytest.fixture(scope="session")
 def long_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny base of which a request can take long."""
+    """Return a tiny base with a long context, so that a request can take long."""
     return str(build_tiny_base(tmp_path_factory.mktemp("base") / "long", tiny_config(max_context=CONTEXT)))
 
 
@@ -41,7 +41,7 @@ def client(server: Any) -> Iterator[Client]:
 
 @pytest.fixture
 def slow(make_server: Callable[..., Any], long_base: str) -> Iterator[Callable[..., tuple[Any, Client]]]:
-    """Servers whose requests can take long, each with a client."""
+    """Yield a function that starts a server of the long base and returns it with a client."""
     with ExitStack() as stack:
 
         def start(**settings: object) -> tuple[Any, Client]:
@@ -52,7 +52,7 @@ def slow(make_server: Callable[..., Any], long_base: str) -> Iterator[Callable[.
 
 
 def endless(**fields: Any) -> Json:
-    """A completion that takes as long as the context lasts."""
+    """Return a completion that goes on until the context is full."""
     return {"prompt": PROMPT, "max_tokens": CONTEXT - 100, "logit_bias": NO_EOS, "temperature": 0} | fields
 
 
@@ -65,7 +65,7 @@ def session() -> str:
 
 
 def test_a_long_prompt_does_not_stall_a_running_stream(slow: Callable[..., tuple[Any, Client]]) -> None:
-    """A stream gets a token for each block of the prompt, here of 64 tokens."""
+    """The stream gets one token for each block of 64 tokens of the prompt."""
     _, client = slow()
     arrived = 0
     with client.stream(**endless()) as chunks, ThreadPoolExecutor(2) as pool:
@@ -96,8 +96,8 @@ def test_more_streams_than_the_batch_holds_all_end_as_they_would_alone(make_serv
 
         def streamed(prompt: str) -> tuple[str, str]:
             with client.stream(prompt=prompt, max_tokens=60) as chunks:
-                told = list(chunks)
-            return text_of(told), told[-1]["choices"][0]["finish_reason"]
+                received = list(chunks)
+            return text_of(received), received[-1]["choices"][0]["finish_reason"]
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             together = list(pool.map(streamed, prompts))
@@ -110,8 +110,8 @@ def test_more_sessions_than_are_kept_hot_may_learn_at_once(make_server: Callable
     server = make_server(hot_sessions=1, max_batch=4, max_queue=8).start()
     with Client(server.url, server.model) as client, ThreadPoolExecutor(8) as pool:
         for version in (1, 2, 3):
-            told = list(pool.map(lambda number: client.observe(f"s{number}", PROMPT), range(20)))
-            assert [answer["version"] for answer in told] == [version] * 20
+            answers = list(pool.map(lambda number: client.observe(f"s{number}", PROMPT), range(20)))
+            assert [answer["version"] for answer in answers] == [version] * 20
         assert client.metric("session_evictions_total") > 0
 
 
@@ -121,9 +121,9 @@ def test_choices_are_independent_and_come_interleaved(client: Client) -> None:
     texts = [choice["text"] for choice in whole["choices"]]
     assert len(set(texts)) == 4 and whole["usage"]["completion_tokens"] == 160
     with client.stream(**body) as chunks:
-        told = list(chunks)
-    assert [text_of(told, choice) for choice in range(4)] == texts
-    order = [chunk["choices"][0]["index"] for chunk in told]
+        received = list(chunks)
+    assert [text_of(received, choice) for choice in range(4)] == texts
+    order = [chunk["choices"][0]["index"] for chunk in received]
     assert order != sorted(order)
     assert texts[0] == client.complete(**body | {"n": 1})["choices"][0]["text"]
 
@@ -136,7 +136,7 @@ def test_several_prompts_of_a_session_are_read_in_order(client: Client, session:
     assert [choice["text"] for choice in together["choices"]] == one_by_one
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- streamed text ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learn", ["prompt", "all"])
@@ -147,33 +147,35 @@ def test_nothing_of_a_stop_string_leaks(client: Client, session: str, learn: str
     for start in range(0, len(text) - 12, max(1, len(text) // 10)):
         stop = text[start : start + 12]
         expected = text[: text.find(stop)]
-        asked: Json = fields | {"session": session, "adapt": "predict", "stop": ["never said", stop]}
-        with client.stream(prompt=PROMPT, learn=learn, **asked) as chunks:
-            told = list(chunks)
-        assert text_of(told) == expected
-        assert told[-1]["choices"][0]["finish_reason"] == "stop"
-        assert client.complete(**asked)["choices"][0]["text"] == expected
+        body: Json = fields | {"session": session, "adapt": "predict", "stop": ["never generated", stop]}
+        with client.stream(prompt=PROMPT, learn=learn, **body) as chunks:
+            received = list(chunks)
+        assert text_of(received) == expected
+        assert received[-1]["choices"][0]["finish_reason"] == "stop"
+        assert client.complete(**body)["choices"][0]["text"] == expected
 
 
 def test_no_chunk_has_half_a_character(client: Client, tiny_base: Path) -> None:
-    """The bytes of é and €, drawn at random: every character comes whole, and what is none becomes U+FFFD."""
+    """Draw the bytes of é and € at random: characters arrive whole, and invalid bytes become U+FFFD."""
     tokenizer = Tokenizer.load(tiny_base)
     halves = {bytes([byte]) for byte in "é€".encode()}
     bias = {str(i): 100 for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in halves}
     body: Json = {"messages": [{"role": "user", "content": "é"}], "logprobs": True, "max_completion_tokens": 400}
     with client.stream("chat/completions", **body, logit_bias=bias, **{"temperature": 2, "seed": 5}) as chunks:
-        told = [chunk["choices"][0] for chunk in chunks]
-    pieces = [choice["delta"].get("content", "") for choice in told]
-    parts = [bytes(token["bytes"]) for choice in told if choice["logprobs"] for token in choice["logprobs"]["content"]]
+        choices = [chunk["choices"][0] for chunk in chunks]
+    pieces = [choice["delta"].get("content", "") for choice in choices]
+    parts = [
+        bytes(token["bytes"]) for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]
+    ]
     assert len(parts) == 400
     assert "".join(pieces) == b"".join(parts).decode(errors="replace")
     assert {"é", "€"} <= set("".join(pieces))
 
 
-# --- clients that leave -----------------------------------------------------------------------------------------------
+# --- clients that disconnect ------------------------------------------------------------------------------------------
 
 
-LASTING: list[tuple[str, Json]] = [
+LONG_REQUESTS: list[tuple[str, Json]] = [
     ("completions", endless(learn="all")),
     ("completions", endless(learn="all", stream=True)),
     ("completions", endless(prompt=[5] * 300, n=2, max_tokens=3000)),
@@ -183,19 +185,20 @@ LASTING: list[tuple[str, Json]] = [
 ]
 
 
-def named(path: str, body: Json) -> Json:
+def of_alice(path: str, body: Json) -> Json:
+    """Add the session "alice" to a body whose path does not name it."""
     return body if "sessions/" in path else body | {"session": "alice"}
 
 
-def test_a_client_that_leaves_costs_and_changes_nothing(slow: Callable[..., tuple[Any, Client]]) -> None:
-    """Had a request gone on, it would have been committed."""
+def test_a_request_whose_client_disconnects_ends_and_changes_nothing(slow: Callable[..., tuple[Any, Client]]) -> None:
+    """A request that went on would be committed, which the versions would show."""
     _, client = slow(max_batch=1)
-    for path, body in LASTING:
-        with client.request_in_flight(path, named(path, body)):
+    for path, body in LONG_REQUESTS:
+        with client.request_in_flight(path, of_alice(path, body)):
             wait_until(lambda: client.metric("kv_tokens_reserved") > 0)
         wait_until(client.idle)
         assert client.version("alice") == 0
-    with client.stream(**named("", endless(learn="all"))) as chunks:
+    with client.stream(**of_alice("", endless(learn="all"))) as chunks:
         for _ in range(100):
             next(chunks)
     wait_until(client.idle)
@@ -203,15 +206,15 @@ def test_a_client_that_leaves_costs_and_changes_nothing(slow: Callable[..., tupl
     assert client.observe("alice", TEXT) == client.observe("bob", TEXT)
 
 
-def test_a_client_that_leaves_while_it_waits_changes_nothing(slow: Callable[..., tuple[Any, Client]]) -> None:
+def test_a_waiting_request_whose_client_disconnects_changes_nothing(slow: Callable[..., tuple[Any, Client]]) -> None:
     _, client = slow(max_batch=1)
-    for path, body in LASTING:
+    for path, body in LONG_REQUESTS:
         with client.request_in_flight("sessions/alice/observe", {"text": HUGE}):
             wait_until(lambda: client.metric("kv_tokens_reserved") > 0)
-            with client.request_in_flight(path, named(path, body)):  # for its session
+            with client.request_in_flight(path, of_alice(path, body)):  # waits for its session
                 pass
             wait_until(lambda: client.metric("requests_in_flight") == 1)
-            with client.request_in_flight("completions", endless()):  # for the device
+            with client.request_in_flight("completions", endless()):  # waits for the device
                 wait_until(lambda: client.metric("queue_depth") == 1)
             wait_until(lambda: client.metric("queue_depth") == 0)
         wait_until(client.idle)
@@ -237,7 +240,7 @@ def test_a_full_queue_refuses_politely_and_recovers(slow: Callable[..., tuple[An
 
 
 def test_a_burst_leaves_nothing_behind(make_server: Callable[..., Any]) -> None:
-    """Descriptors, threads and memory reach a plateau, whatever the clients did."""
+    """Descriptors, threads and memory reach a plateau after every kind of client."""
     server = make_server().start()
     process = psutil.Process(server.process.pid)
     with Client(server.url, server.model) as client:
@@ -255,44 +258,44 @@ def test_a_burst_leaves_nothing_behind(make_server: Callable[..., Any]) -> None:
                     with Client(server.url) as visitor, visitor.stream(**fields, session=f"s{number}") as chunks:
                         assert list(chunks)
                 case 3:
-                    with client.sent("completions", fields | {"session": "s3"}):
+                    with client.abandoned_request("completions", fields | {"session": "s3"}):
                         pass
                 case 4:
                     assert client.post("completions", fields | {"max_tokens": -1}).status_code == 400
 
-        def held() -> tuple[int, int, int]:
+        def resources_after_burst() -> tuple[int, int, int]:
             with ThreadPoolExecutor(10) as pool:
                 list(pool.map(visit, range(40)))
             wait_until(client.idle)
             return process.num_fds(), process.num_threads(), process.memory_info().rss
 
-        held()
-        fds, threads, rss = held()
-        _, threads_after, rss_after = held()
+        resources_after_burst()
+        fds, threads, rss = resources_after_burst()
+        _, threads_after, rss_after = resources_after_burst()
         wait_until(lambda: process.num_fds() <= fds + 4)
         assert threads_after <= threads + 4
         assert rss_after <= rss + 32 * 2**20
 
 
-# --- the beginning and the end ----------------------------------------------------------------------------------------
+# --- start and shutdown -----------------------------------------------------------------------------------------------
 
 
-def test_a_server_says_that_it_loads_until_it_is_ready(make_server: Callable[..., Any]) -> None:
+def test_a_starting_server_reports_that_it_is_loading(make_server: Callable[..., Any]) -> None:
     server = make_server().start(wait=False)
     with Client(server.url, server.model) as client:
-        seen: list[str] = []
+        statuses: list[str] = []
 
-        def says(word: str) -> bool:
-            seen.append(client.readiness())
-            return seen[-1] == word
+        def has_status(status: str) -> bool:
+            statuses.append(client.readiness())
+            return statuses[-1] == status
 
-        wait_until(lambda: says("loading"))
+        wait_until(lambda: has_status("loading"))
         assert client.http.get("/livez").status_code == 200
         early = client.post("completions", client.completion())
         if early.status_code != 200:
             assert_error(early, 503, "loading")
-        wait_until(lambda: says("ready"))
-        assert set(seen) <= {"gone", "loading", "ready"}
+        wait_until(lambda: has_status("ready"))
+        assert set(statuses) <= {"gone", "loading", "ready"}
         assert client.complete()["usage"]["completion_tokens"] > 0
 
 
@@ -316,21 +319,21 @@ def test_a_server_that_is_told_to_stop_ends_what_it_began_and_takes_no_more(
         assert httpx.get(f"{server.url}/livez").status_code == 200
         for path, body in (("completions", client.completion()), ("sessions/bob/observe", {"text": TEXT})):
             assert_error(httpx.post(f"{server.url}/v1/{path}", json=body), 503, "draining")
-        told = list(chunks)
-    assert told[-1]["choices"][0]["finish_reason"] == "length"
-    assert told[-1]["adaptation"]["version_to"] == 1
+        received = list(chunks)
+    assert received[-1]["choices"][0]["finish_reason"] == "length"
+    assert received[-1]["adaptation"]["version_to"] == 1
     assert server.process.wait(WAIT_TIMEOUT_S) == 0
     assert find_valkey(server.data_dir) is None
     server.start()
     assert client.version("alice") == 1
 
 
-def ends_early(client: Client, server: Any, stop: Callable[[], None]) -> None:
-    """The server ends cleanly in the midst of two turns; they have not been."""
-    with ThreadPoolExecutor(1) as pool, client.stream(**named("", endless())) as chunks:
+def assert_ends_early(client: Client, server: Any, stop: Callable[[], None]) -> None:
+    """Stop the server during two turns, and assert that it ends cleanly and committed neither."""
+    with ThreadPoolExecutor(1) as pool, client.stream(**of_alice("", endless())) as chunks:
         next(chunks)
         observed = pool.submit(client.post, "sessions/bob/observe", {"text": HUGE})
-        wait_until(lambda: client.metric("kv_tokens_reserved") > CONTEXT)  # both are on the device
+        wait_until(lambda: client.metric("kv_tokens_reserved") > CONTEXT)  # both run on the device
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.readiness() != "ready")
         stop()
@@ -345,12 +348,12 @@ def ends_early(client: Client, server: Any, stop: Callable[[], None]) -> None:
 
 def test_a_second_signal_ends_the_server_at_once(slow: Callable[..., tuple[Any, Client]]) -> None:
     server, client = slow(drain_timeout_s=3600)
-    ends_early(client, server, lambda: server.process.send_signal(signal.SIGTERM))
+    assert_ends_early(client, server, lambda: server.process.send_signal(signal.SIGTERM))
 
 
-def test_draining_has_its_time_limit(slow: Callable[..., tuple[Any, Client]]) -> None:
+def test_draining_ends_at_its_time_limit(slow: Callable[..., tuple[Any, Client]]) -> None:
     server, client = slow(drain_timeout_s=0.5)
-    ends_early(client, server, lambda: None)
+    assert_ends_early(client, server, lambda: None)
 
 
 def test_a_request_that_never_comes_does_not_keep_the_server(make_server: Callable[..., Any]) -> None:

@@ -1,5 +1,4 @@
-"""The engine on the model as a GPU has it, in steps of fixed shapes over paged caches, says and learns what it does on
-the model as it is."""
+"""The engine with steps of fixed shapes over paged caches, as on a GPU, generates and learns the same as without."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ KV_TOKENS = 6 * PAGE_SIZE
 
 
 def jobs(ids: list[int]) -> list[tuple[Segment, MemoryAccess | None]]:
-    """More than fit at once: several choices, a session that learns what it says, ones that read only, and none."""
+    """Return more jobs than fit at once: with several choices, with a learning or a reading session, or with none."""
     mask = [True] * len(ids)
     users = [MemoryAccess(("t", name), (1.0, 1.0, 1), write=name == "a", stored={}) for name in "ab"]
     return [
@@ -74,10 +73,10 @@ def new_engine(lm: AdaptiveLM, tokenizer: Tokenizer) -> Engine:
 
 
 def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[object, ...]]:
-    """What each job said, counted and wrote."""
+    """Run all jobs, and return the text, token counts and written rows of each."""
     engine = new_engine(lm, tokenizer)
 
-    async def one(segment: Segment, memory: MemoryAccess | None) -> tuple[object, ...]:
+    async def run_one(segment: Segment, memory: MemoryAccess | None) -> tuple[object, ...]:
         events: list[Event] = []
         ended = asyncio.Event()
 
@@ -91,8 +90,8 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
         await ended.wait()
         engine.settle(job, None)
         assert isinstance(events[-1], JobFinished), events[-1]
-        said = [(event.choice, event.text, event.finish) for event in events if isinstance(event, TokenOutput)]
-        text = {choice: "".join(t for c, t, _ in said if c == choice) for choice, _, _ in said}
+        outputs = [(event.choice, event.text, event.finish) for event in events if isinstance(event, TokenOutput)]
+        text = {choice: "".join(t for c, t, _ in outputs if c == choice) for choice, _, _ in outputs}
         stats = events[-1].stats
         return (
             text,
@@ -101,14 +100,14 @@ def run(lm: AdaptiveLM, tokenizer: Tokenizer, ids: list[int]) -> list[tuple[obje
             {n: len(r.slots) for n, r in events[-1].rows.items()},
         )
 
-    async def all_of_them() -> list[tuple[object, ...]]:
+    async def run_all() -> list[tuple[object, ...]]:
         await engine.start()
         try:
-            return await asyncio.gather(*(one(*job) for job in jobs(ids)))
+            return await asyncio.gather(*(run_one(*job) for job in jobs(ids)))
         finally:
             await engine.stop()
 
-    return asyncio.run(all_of_them())
+    return asyncio.run(run_all())
 
 
 def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(
@@ -116,10 +115,10 @@ def test_what_is_said_and_learned_does_not_depend_on_the_kind_of_step(
 ) -> None:
     stepped = CudaGraphLM(plain, kv_tokens=max(KV_TOKENS, 8 * 128), max_batch=8)
     ids = tokenizer.encode(TEXT * 2)[:90]
-    at_once = run(plain, tokenizer, ids)
+    expected = run(plain, tokenizer, ids)
     monkeypatch.setattr(gather_executor, "has_streams", lambda device: True)
-    assert run(stepped, tokenizer, ids) == at_once
-    assert stepped.pages.utilization == 0.0, "what a request reserved is free again"
+    assert run(stepped, tokenizer, ids) == expected
+    assert stepped.pages.utilization == 0.0, "the reserved pages are free again"
 
 
 async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
@@ -127,12 +126,12 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
 ) -> None:
     may_gather, touched = threading.Event(), Draft.touched
 
-    def held_up(draft: Draft) -> dict[str, SiteRows]:
+    def delayed(draft: Draft) -> dict[str, SiteRows]:
         assert may_gather.wait(WAIT_TIMEOUT_S)
         return touched(draft)
 
     monkeypatch.setattr(gather_executor, "has_streams", lambda device: True)
-    monkeypatch.setattr(Draft, "touched", held_up)
+    monkeypatch.setattr(Draft, "touched", delayed)
     ids = tokenizer.encode(TEXT)[:40]
     engine, events = new_engine(plain, tokenizer), defaultdict[str, list[Event]](list)
 
@@ -156,8 +155,8 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
             engine.submit(reader := job(name, learns=False))
             assert isinstance(await ended(name), JobFinished)
             engine.settle(reader, None)
-        told = [type(event) for name in ("learns", "leaves") for event in events[name]]
-        assert set(told) == {TokenOutput}, "all is said, and nobody waited for what was learned"
+        event_types = [type(event) for name in ("learns", "leaves") for event in events[name]]
+        assert set(event_types) == {TokenOutput}, "all text is out, and no reader waited for the gathering"
         engine.cancel(cancelled)
         may_gather.set()
         done = await ended("learns")
@@ -170,5 +169,5 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
         assert isinstance(await ended("learns"), JobFinished)
         engine.settle(again, None)
         await engine.stop()
-    assert JobFinished not in map(type, events["leaves"]), "a job that was cancelled tells nothing more"
+    assert JobFinished not in map(type, events["leaves"]), "a cancelled job emits nothing more"
     assert not any(isinstance(event, JobFailed) for each in events.values() for event in each)

@@ -1,4 +1,4 @@
-"""The edge: a client that goes takes its turn with it, and no error, early or late, leaves OpenAI's shape."""
+"""The HTTP layer: a client that disconnects ends its turn, and every error has OpenAI's shape."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ GENERATING = ("/v1/completions", "/v1/chat/completions")
 
 
 class FakeSessions:
-    """Stands for `Sessions` where a test has to choose the moment of a failure or of a pause."""
+    """A stand-in for `Sessions` with which a test chooses the moment of a failure or pause."""
 
     state = "ready"
     model_id = "m"
@@ -39,7 +39,7 @@ class FakeSessions:
 
     def __init__(self) -> None:
         self.early: Exception | None = None  # raised before the first event
-        self.late: Exception | None = None  # raised after it
+        self.late: Exception | None = None  # raised after the first event
         self.pause_early = False
         self.pause_late = False
         self.paused = asyncio.Event()
@@ -58,7 +58,7 @@ class FakeSessions:
             await self._work(self.late, self.pause_late)
             yield TurnEnd(["stop"], 1, 1, None)
         finally:
-            await asyncio.sleep(0)  # a roll-back takes time of its own
+            await asyncio.sleep(0)  # a rollback yields to the event loop as well
             self.running -= 1
 
     async def observe(self, *args: Any, **options: Any) -> None:
@@ -103,7 +103,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def leave_while_paused(app: FastAPI, sessions: FakeSessions, path: str, body: dict[str, Any]) -> bytes:
-    """Sends a request and goes as soon as its turn pauses. Returns what was answered until then."""
+    """Send a request, disconnect as soon as its turn pauses, and return the bytes received until then."""
     answered = b""
     requests = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
 
@@ -125,7 +125,7 @@ async def leave_while_paused(app: FastAPI, sessions: FakeSessions, path: str, bo
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_goes_before_the_first_event_ends_its_turn(
+async def test_a_disconnect_before_the_first_event_ends_the_turn(
     app: FastAPI, sessions: FakeSessions, metrics: Metrics, path: str, stream: bool
 ) -> None:
     sessions.pause_early = True
@@ -139,7 +139,7 @@ async def test_a_client_that_goes_before_the_first_event_ends_its_turn(
 
 @pytest.mark.parametrize("path", GENERATING)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_goes_halfway_ends_its_turn(
+async def test_a_disconnect_after_the_first_event_ends_the_turn(
     app: FastAPI, sessions: FakeSessions, metrics: Metrics, path: str, stream: bool
 ) -> None:
     sessions.pause_late = True
@@ -178,7 +178,7 @@ async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
 
 @pytest.mark.parametrize("moment", ["early", "late"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_unexpected_is_logged_under_the_request_id_and_told_without_details(
+async def test_an_unexpected_error_is_logged_under_the_request_id_and_answered_without_details(
     client: httpx.AsyncClient,
     sessions: FakeSessions,
     caplog: pytest.LogCaptureFixture,
@@ -192,13 +192,13 @@ async def test_the_unexpected_is_logged_under_the_request_id_and_told_without_de
             json=BODIES["/v1/completions"] | {"stream": stream},
             headers={"X-Request-Id": "request-7"},
         )
-    told = response.text
+    content = response.text
     if stream and moment == "late":
-        assert told.endswith("data: [DONE]\n\n")
-        told = told.split("\n\n")[-3].removeprefix("data: ")
+        assert content.endswith("data: [DONE]\n\n")
+        content = content.split("\n\n")[-3].removeprefix("data: ")
     else:
         assert response.status_code == 500
-    error = json.loads(told)["error"]
+    error = json.loads(content)["error"]
     assert (error["type"], error["code"], error["param"]) == ("server_error", "internal_error", None)
     assert "request-7" in error["message"]
     assert "secret" not in response.text
@@ -206,7 +206,7 @@ async def test_the_unexpected_is_logged_under_the_request_id_and_told_without_de
 
 
 @pytest.mark.parametrize("state", ["loading", "draining"])
-async def test_until_it_is_ready_the_server_says_so(
+async def test_a_server_that_is_not_ready_says_so(
     client: httpx.AsyncClient, sessions: FakeSessions, metrics: Metrics, state: str
 ) -> None:
     assert (await client.get("/readyz")).status_code == 200
@@ -223,17 +223,17 @@ async def test_until_it_is_ready_the_server_says_so(
         assert response.json()["error"]["code"] == state
 
 
-@pytest.mark.parametrize("given", ["a", "7f-A_b.c:d/e", "x" * 128])
-async def test_a_safe_request_id_is_echoed(client: httpx.AsyncClient, given: str) -> None:
+@pytest.mark.parametrize("request_id", ["a", "7f-A_b.c:d/e", "x" * 128])
+async def test_a_safe_request_id_is_echoed(client: httpx.AsyncClient, request_id: str) -> None:
     for path in ("/livez", "/nothing", "/v1/models"):
-        response = await client.get(path, headers={"X-Request-Id": given})
-        assert response.headers["x-request-id"] == given
+        response = await client.get(path, headers={"X-Request-Id": request_id})
+        assert response.headers["x-request-id"] == request_id
 
 
-@pytest.mark.parametrize("given", ["", "a b", "<script>", "a" * 129, "\xff", "a;b"])
-async def test_an_unsafe_request_id_is_replaced(client: httpx.AsyncClient, given: str) -> None:
-    minted = {
-        (await client.get("/livez", headers={b"X-Request-Id": given.encode("latin-1")})).headers["x-request-id"]
+@pytest.mark.parametrize("request_id", ["", "a b", "<script>", "a" * 129, "\xff", "a;b"])
+async def test_an_unsafe_request_id_is_replaced(client: httpx.AsyncClient, request_id: str) -> None:
+    generated = {
+        (await client.get("/livez", headers={b"X-Request-Id": request_id.encode("latin-1")})).headers["x-request-id"]
         for _ in range(2)
     }
-    assert len(minted) == 2 and given not in minted
+    assert len(generated) == 2 and request_id not in generated

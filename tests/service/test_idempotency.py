@@ -1,4 +1,4 @@
-"""Learned once: whatever is sent again, by whom and why ever, is answered again and not learned again."""
+"""Idempotency: a request that is sent again gets the same answer and is not learned again."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def session() -> str:
 
 
 def learning(model: str, session: str) -> dict[str, tuple[str, Json]]:
-    """A learning request of every kind."""
-    named = {"model": model, "session": session, "temperature": 1}
+    """Return the path and body of one learning request of each kind."""
+    common = {"model": model, "session": session, "temperature": 1}
     return {
         "completion": (
             "completions",
-            {**named, "prompt": [TEXT[:60], TEXT[9:50]], "max_tokens": 9, "n": 2, "logprobs": 2, "echo": True},
+            {**common, "prompt": [TEXT[:60], TEXT[9:50]], "max_tokens": 9, "n": 2, "logprobs": 2, "echo": True},
         ),
         "chat": (
             "chat/completions",
-            {**named, "messages": CHAT, "max_tokens": 9, "logprobs": True, "top_logprobs": 1, "learn": "all"},
+            {**common, "messages": CHAT, "max_tokens": 9, "logprobs": True, "top_logprobs": 1, "learn": "all"},
         ),
         "observe": (f"sessions/{session}/observe", {"text": TEXT}),
         "score": (f"sessions/{session}/score", {"text": TEXT, "learn": True}),
@@ -88,7 +88,7 @@ REUSED = "idempotency_key_reused"
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])
-def test_a_stream_of_a_key_streams_the_same_text_again(client: Client, session: str, kind: str) -> None:
+def test_a_stream_with_a_key_streams_the_same_text_again(client: Client, session: str, kind: str) -> None:
     path, body = learning(client.model, session)[kind]
     body |= {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -98,16 +98,16 @@ def test_a_stream_of_a_key_streams_the_same_text_again(client: Client, session: 
         assert events.pop() == "[DONE]"
         return response, [json.loads(event) for event in events]
 
-    def told(chunks: list[Json]) -> Json:
-        """What the chunks are together, however the text was cut."""
+    def merged(chunks: list[Json]) -> Json:
+        """Return the answer that the chunks make together, independent of how the text is split."""
         choices: dict[int, list[Any]] = {}
-        for one in (choice for chunk in chunks for choice in chunk["choices"]):
-            text = one["text"] if "text" in one else one["delta"].get("content", "")
-            said = choices.setdefault(one["index"], ["", [], None])
-            said[0] += text
-            if one["logprobs"]:
-                said[1] += one["logprobs"].get("tokens") or one["logprobs"]["content"]
-            said[2] = one["finish_reason"] or said[2]
+        for part in (choice for chunk in chunks for choice in chunk["choices"]):
+            text = part["text"] if "text" in part else part["delta"].get("content", "")
+            choice = choices.setdefault(part["index"], ["", [], None])
+            choice[0] += text
+            if part["logprobs"]:
+                choice[1] += part["logprobs"].get("tokens") or part["logprobs"]["content"]
+            choice[2] = part["finish_reason"] or choice[2]
         ends = [chunk["adaptation"] for chunk in chunks if "adaptation" in chunk]
         head = [{key: chunk[key] for key in ("id", "created", "model", "object")} for chunk in chunks]
         return {
@@ -115,16 +115,16 @@ def test_a_stream_of_a_key_streams_the_same_text_again(client: Client, session: 
             "ends": ends,
             "usage": chunks[-1]["usage"],
             "head": head[-1],
-            "one": head[0] == head[-1],
+            "same_head": head[0] == head[-1],
         }
 
     (first, chunks), (second, again) = streamed(), streamed()
     assert REPLAYED not in first.headers and second.headers[REPLAYED] == "true"
-    assert told(again) == told(chunks)
-    assert told(chunks)["ends"][-1]["version_to"] == 1 == client.version(session)
+    assert merged(again) == merged(chunks)
+    assert merged(chunks)["ends"][-1]["version_to"] == 1 == client.version(session)
 
 
-def test_two_requests_of_one_key_at_the_same_time_are_one(client: Client, session: str) -> None:
+def test_simultaneous_requests_with_one_key_are_learned_once(client: Client, session: str) -> None:
     body = {"text": TEXT * 100}
     with ThreadPoolExecutor(3) as pool:
         posts = [
@@ -160,7 +160,7 @@ def test_what_taught_nothing_is_not_remembered_and_a_key_goes_with_its_session(c
     assert assert_success(answer)["version"] == 1 and REPLAYED not in answer.headers
 
 
-def test_every_new_version_has_a_key(client: Client, server: Any, session: str) -> None:
+def test_every_operation_that_makes_a_version_takes_a_key(client: Client, server: Any, session: str) -> None:
     assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
     for text in (TEXT, TEXT[9:], TEXT[30:]):
         client.observe(session, text)
@@ -172,17 +172,17 @@ def test_every_new_version_has_a_key(client: Client, server: Any, session: str) 
         (f"{session}-f", lambda: client.post(f"sessions/{session}/fork", {"id": f"{session}-f"}, **key)),
         (f"{session}-i", lambda: client.http.put(f"/v1/sessions/{session}-i/import", content=data, headers=key)),
     ]
-    for touched, send in requests:
+    for changed_session, send in requests:
         first = send()
         assert first.is_success and REPLAYED not in first.headers, first.text
-        before = stored(server.data_dir, touched)
+        before = stored(server.data_dir, changed_session)
         again = send()
         assert (again.status_code, again.json()) == (first.status_code, first.json())
         assert again.headers[REPLAYED] == "true" and again.headers["etag"] == first.headers["etag"]
-        assert stored(server.data_dir, touched) == before
+        assert stored(server.data_dir, changed_session) == before
 
 
-def test_an_answer_is_remembered_for_its_time(make_server: Callable[..., Any]) -> None:
+def test_an_answer_is_forgotten_after_its_time(make_server: Callable[..., Any]) -> None:
     server = make_server(idempotency_ttl_s=1).start()
     with Client(server.url) as client:
 
@@ -214,14 +214,16 @@ def test_only_a_retry_that_says_so_is_taken_for_one(client: Client, session: str
 def test_the_openai_client_retries_after_a_cut_and_has_taught_once(
     client: Client, server: Any, session: str, kind: str
 ) -> None:
-    line = BreakingProxy(server.url)
-    line.num_breaks = 2
+    proxy = BreakingProxy(server.url)
+    proxy.num_breaks = 2
     path, body = learning(client.model, session)[kind]
     extra = {name: body.pop(name) for name in ("session", "learn") if name in body}
-    with line.open(), openai.OpenAI(base_url=f"{line.url}/v1", api_key="none", max_retries=3) as theirs:
-        create: Any = theirs.completions.create if kind == "completion" else theirs.chat.completions.create
+    with proxy.open(), openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=3) as openai_client:
+        create: Any = (
+            openai_client.completions.create if kind == "completion" else openai_client.chat.completions.create
+        )
         answer = create(**body, extra_body=extra)
-    assert [head["x-stainless-retry-count"] for head in line.request_headers] == ["0", "1", "2"]
+    assert [head["x-stainless-retry-count"] for head in proxy.request_headers] == ["0", "1", "2"]
     assert answer.model_extra["adaptation"]["version_to"] == 1 == client.version(session)
     alone, own = f"{session}-alone", client.session(session)["tokens_learned"]
     create_alone = client.post(path, body | extra | {"session": alone})
@@ -229,7 +231,7 @@ def test_the_openai_client_retries_after_a_cut_and_has_taught_once(
     assert kind == "chat" or own == client.session(alone)["tokens_learned"]
 
 
-# --- clients that go --------------------------------------------------------------------------------------------------
+# --- clients that disconnect ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("on_disconnect", ["rollback", "commit"])
@@ -247,7 +249,7 @@ def test_what_becomes_of_a_turn_whose_client_goes(client: Client, session: str, 
     assert client.version(learner) == (1 if on_disconnect == "commit" else 0)
 
 
-def test_what_a_client_left_behind_is_what_it_would_have_been(client: Client, server: Any, session: str) -> None:
+def test_a_turn_that_commits_after_a_disconnect_has_the_same_state(client: Client, server: Any, session: str) -> None:
     body: Json = {"prompt": TEXT, "max_tokens": 200, "logit_bias": NO_EOS, "learn": "all", "on_disconnect": "commit"}
     with client.stream(**body, session=session) as chunks:
         next(chunks)

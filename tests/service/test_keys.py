@@ -1,4 +1,4 @@
-"""API keys: made, read, compared, rotated."""
+"""API keys: making, reading, comparing and rotating them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def bearer(key: str) -> str:
 
 
 def test_a_key_is_compared_with_every_hash_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [new_key(owner) for owner in ("a", "b", "c")]
-    keys = ApiKeys(Settings(api_keys=",".join(line for _, line in made)))
+    pairs = [new_key(owner) for owner in ("a", "b", "c")]
+    keys = ApiKeys(Settings(api_keys=",".join(line for _, line in pairs)))
     compared: list[str] = []
     compare = hmac.compare_digest
 
-    def watched(stored: str, given: str) -> bool:
+    def recording(stored: str, given: str) -> bool:
         compared.append(stored)
         return compare(stored, given)
 
-    monkeypatch.setattr(hmac, "compare_digest", watched)
-    for (key, _), owner in zip(made, "abc", strict=True):
+    monkeypatch.setattr(hmac, "compare_digest", recording)
+    for (key, _), owner in zip(pairs, "abc", strict=True):
         assert keys.tenant(bearer(key)).name == owner
     with pytest.raises(Unauthorized):
         keys.tenant(bearer("imp_wrong"))
-    assert compared == [line.split(":")[1] for _, line in made] * 4
-    assert not any(key in line for key, line in made)
+    assert compared == [line.split(":")[1] for _, line in pairs] * 4
+    assert not any(key in line for key, line in pairs)
 
 
 def test_keys_rotate_while_the_server_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -46,24 +46,24 @@ def test_keys_rotate_while_the_server_runs(tmp_path: Path, caplog: pytest.LogCap
     file.write_text(old_line)
     keys = ApiKeys(Settings(api_keys_file=file))
 
-    def enters(key: str) -> bool:
+    def is_accepted(key: str) -> bool:
         try:
             return keys.tenant(bearer(key)).name == "acme"
         except Unauthorized:
             return False
 
-    assert (enters(old), enters(new)) == (True, False)
+    assert (is_accepted(old), is_accepted(new)) == (True, False)
     file.write_text(f"{old_line}\n{new_line}\n")
-    assert (enters(old), enters(new)) == (True, True)
+    assert (is_accepted(old), is_accepted(new)) == (True, True)
     file.write_text(f"{new_line}\n")
-    assert (enters(old), enters(new)) == (False, True)
+    assert (is_accepted(old), is_accepted(new)) == (False, True)
     for fault in ("acme:nonsense\n", None):
         file.write_text(fault) if fault else file.unlink()
-        assert (enters(old), enters(new)) == (False, True)
+        assert (is_accepted(old), is_accepted(new)) == (False, True)
         assert "stay as they were" in caplog.text
         caplog.clear()
     file.write_text("# nobody\n")
-    assert (enters(old), enters(new)) == (False, False)
+    assert (is_accepted(old), is_accepted(new)) == (False, False)
 
 
 HASH, OTHER = "ab" * 32, "cd" * 32
@@ -92,7 +92,7 @@ def test_faulty_keys_stop_the_start_with_one_line(tmp_path: Path, lines: str, re
     assert "\n" not in str(fault.value) and HASH[:-1] not in str(fault.value)
 
 
-def test_a_tenants_own_limits_go_before_the_settings() -> None:
+def test_a_tenants_own_limits_override_the_settings() -> None:
     (key, line), (plain, other) = new_key("acme"), new_key("bo")
     keys = ApiKeys(Settings(api_keys=f"{line} bytes=5 sessions=0,{other}", tenant_sessions=3, tenant_requests=4))
     assert keys.tenant(bearer(key)) == Tenant("acme", TenantLimits(sessions=0, bytes=5, requests=4))
@@ -116,15 +116,15 @@ def test_without_keys_no_other_machine_is_served(host: str, tmp_path: Path, caps
 
 
 def imprint(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
     command = [sys.executable, "-m", "service", *arguments]
-    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=60)
 
 
 def test_a_new_key_goes_to_the_terminal_and_its_hash_to_the_file() -> None:
-    made = imprint("keys", "new", "acme")
-    (key,) = re.findall(r"imp_\S+", made.stderr)
-    assert "imp_" not in made.stdout
-    assert ApiKeys(Settings(api_keys=made.stdout)).tenant(f"Bearer {key}").name == "acme"
-    refused = imprint("keys", "new", "a/b")
-    assert refused.returncode == 1 and "'a/b'" in refused.stderr and "Traceback" not in refused.stderr
+    result = imprint("keys", "new", "acme")
+    (key,) = re.findall(r"imp_\S+", result.stderr)
+    assert "imp_" not in result.stdout
+    assert ApiKeys(Settings(api_keys=result.stdout)).tenant(f"Bearer {key}").name == "acme"
+    failure = imprint("keys", "new", "a/b")
+    assert failure.returncode == 1 and "'a/b'" in failure.stderr and "Traceback" not in failure.stderr

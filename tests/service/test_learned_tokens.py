@@ -1,4 +1,4 @@
-"""What leads back, against a model that simply remembers everything; and which lessons a version consists of."""
+"""Undo data, compared with a model that remembers every version, and the learned tokens that make up a version."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def batch(cells: dict[int, bytes], width: int) -> RowBatch:
 
 
 def as_model(sites: dict[str, RowBatch]) -> Model:
-    found = {
+    by_slot = {
         site: {int(slot): row.tobytes() for slot, row in zip(rows.slots, rows.data, strict=True)}
         for site, rows in sites.items()
     }
-    return {site: cells for site, cells in found.items() if cells}
+    return {site: cells for site, cells in by_slot.items() if cells}
 
 
-async def test_every_kept_version_comes_back_through_any_life(url: str) -> None:
-    """Writes, rollbacks and replacements at random; the model keeps a copy of every version."""
+async def test_every_kept_version_can_be_restored_after_random_changes(url: str) -> None:
+    """Apply writes, rollbacks and replacements at random; the model keeps a copy of every version."""
     rng, keep = random.Random(0), 8
     store = RedisStore.from_url(url, RetentionConfig(versions=keep))
     contents: list[tuple[Model, dict[str, Any]]] = [
@@ -63,26 +63,26 @@ async def test_every_kept_version_comes_back_through_any_life(url: str) -> None:
         }
 
     for version in range(1, 80):
-        now = contents[-1][0]
+        current = contents[-1][0]
         values: dict[str, Any] = {name: rng.randint(0, 9) for name in VERSIONED_FIELDS}
         values["digests"] = (rng.randbytes(8).hex(),) * 2
         match rng.random():
             case x if x < 0.6:
                 state_delta = StateDelta(values, some_rows(), {})
-                wanted = {
-                    site: {**now.get(site, {}), **as_model({site: b}).get(site, {})}
+                written = {
+                    site: {**current.get(site, {}), **as_model({site: b}).get(site, {})}
                     for site, b in state_delta.sites.items()
                 }
-                expected = {**now, **wanted}
+                expected = {**current, **written}
             case x if x < 0.85:
                 history = await store.history("t", "s", undo=True)
                 oldest = max(0, version - 1 - keep)
-                to = rng.randint(oldest, version - 1)
+                target = rng.randint(oldest, version - 1)
                 if history is None:
-                    state_delta, expected = StateDelta(values, {}, {}), now
+                    state_delta, expected = StateDelta(values, {}, {}), current
                 else:
-                    state_delta = state_delta_at(history, to)
-                    expected, values = contents[to]
+                    state_delta = state_delta_at(history, target)
+                    expected, values = contents[target]
                     assert state_delta.meta == values
                     with pytest.raises(Conflict):
                         state_delta_at(history, oldest - 1)
@@ -107,7 +107,7 @@ async def test_every_kept_version_comes_back_through_any_life(url: str) -> None:
     await store.close()
 
 
-def test_a_content_is_laid_over_what_is_stored() -> None:
+def test_a_state_delta_is_applied_to_stored_rows() -> None:
     stored = {"a": batch({1: b"1" * 8, 2: b"2" * 8, 3: b"3" * 8}, 8), "b": batch({1: b"bbbb"}, 4)}
     state_delta = StateDelta(
         {},
@@ -115,12 +115,15 @@ def test_a_content_is_laid_over_what_is_stored() -> None:
         {"a": np.array([3], np.int32), "b": np.array([1], np.int32)},
     )
     assert as_model(state_delta.apply_to_rows(stored)) == {"a": {1: b"1" * 8, 2: b"x" * 8}}
-    over = state_delta.with_rows({"a": batch({3: b"y" * 8}, 8)})
-    assert as_model(over.sites) == {"a": {2: b"x" * 8, 3: b"y" * 8}}
-    assert {site: cleared_slots.tolist() for site, cleared_slots in over.cleared_slots.items()} == {"a": [], "b": [1]}
+    extended = state_delta.with_rows({"a": batch({3: b"y" * 8}, 8)})
+    assert as_model(extended.sites) == {"a": {2: b"x" * 8, 3: b"y" * 8}}
+    assert {site: cleared_slots.tolist() for site, cleared_slots in extended.cleared_slots.items()} == {
+        "a": [],
+        "b": [1],
+    }
 
 
-def test_a_lesson_is_unpacked_as_it_was_packed() -> None:
+def test_learned_tokens_are_unpacked_as_they_were_packed() -> None:
     parts = [
         Segment([5, 0, 7], learn=[False, True, True]),
         Segment([1, 2]),
@@ -136,28 +139,34 @@ def test_a_lesson_is_unpacked_as_it_was_packed() -> None:
 
 
 def make_history(*entries: tuple[str, int | None], kept: int = 99, texts: bool = True) -> History:
-    """A session whose versions came about like that."""
+    """Return the history of a session whose versions have these kinds and origins.
+
+    Args:
+        entries: the kind of each version, and the version that it refers to.
+        kept: number of versions that can be undone.
+        texts: whether the session keeps its texts.
+    """
     log = [{"version": v, "kind": kind, "of": of} for v, (kind, of) in enumerate(entries, 1)]
     text = [f"{v}".encode() if texts and kind == "learn" else b"" for v, (kind, _) in enumerate(entries, 1)]
     undo = [UndoStep(v, {}, {}, {}, text[v - 1]) for v in range(len(entries), max(0, len(entries) - kept), -1)]
     return History(new_meta("s", len(entries)), log, undo)
 
 
-L = ("learn", None)
+LEARN = ("learn", None)
 
 
 @pytest.mark.parametrize(
     ("history", "version", "expected"),
     [
-        (make_history(L, L, L), 3, (2, [])),
-        (make_history(L, L, L), 1, (0, [b"2", b"3"])),
-        (make_history(L, L, L, ("unlearn", 2)), 3, (1, [])),
-        (make_history(L, L, L, L, ("unlearn", 3)), 2, (1, [b"4"])),
-        (make_history(L, L, L, L, ("unlearn", 2)), 4, (1, [b"3"])),
-        (make_history(L, L, L, ("rollback", 1), L), 5, (4, [])),
-        (make_history(L, L, L, ("rollback", 1), L), 1, (0, [b"5"])),
-        (make_history(L, ("import", None), L, L), 3, (2, [b"4"])),
-        (make_history(L, L, L, L, kept=2), 3, (2, [b"4"])),
+        (make_history(LEARN, LEARN, LEARN), 3, (2, [])),
+        (make_history(LEARN, LEARN, LEARN), 1, (0, [b"2", b"3"])),
+        (make_history(LEARN, LEARN, LEARN, ("unlearn", 2)), 3, (1, [])),
+        (make_history(LEARN, LEARN, LEARN, LEARN, ("unlearn", 3)), 2, (1, [b"4"])),
+        (make_history(LEARN, LEARN, LEARN, LEARN, ("unlearn", 2)), 4, (1, [b"3"])),
+        (make_history(LEARN, LEARN, LEARN, ("rollback", 1), LEARN), 5, (4, [])),
+        (make_history(LEARN, LEARN, LEARN, ("rollback", 1), LEARN), 1, (0, [b"5"])),
+        (make_history(LEARN, ("import", None), LEARN, LEARN), 3, (2, [b"4"])),
+        (make_history(LEARN, LEARN, LEARN, LEARN, kept=2), 3, (2, [b"4"])),
     ],
 )
 def test_unlearning_begins_at_the_longest_beginning_that_is_kept(
@@ -169,16 +178,16 @@ def test_unlearning_begins_at_the_longest_beginning_that_is_kept(
 @pytest.mark.parametrize(
     ("history", "version", "code"),
     [
-        (make_history(L, L, L, kept=1), 2, "version_not_kept"),
-        (make_history(L, L, ("rollback", 1)), 2, "version_not_kept"),
-        (make_history(L, ("import", None), L), 1, "version_not_kept"),
-        (make_history(L, ("import", None), L), 2, "version_not_kept"),
-        (make_history(L, L), 3, "version_not_kept"),
-        (make_history(L, L), 0, "version_not_kept"),
-        (make_history(L, L, texts=False), 1, "text_not_kept"),
+        (make_history(LEARN, LEARN, LEARN, kept=1), 2, "version_not_kept"),
+        (make_history(LEARN, LEARN, ("rollback", 1)), 2, "version_not_kept"),
+        (make_history(LEARN, ("import", None), LEARN), 1, "version_not_kept"),
+        (make_history(LEARN, ("import", None), LEARN), 2, "version_not_kept"),
+        (make_history(LEARN, LEARN), 3, "version_not_kept"),
+        (make_history(LEARN, LEARN), 0, "version_not_kept"),
+        (make_history(LEARN, LEARN, texts=False), 1, "text_not_kept"),
     ],
 )
-def test_what_cannot_be_unlearned_is_said_to_be_so(history: History, version: int, code: str) -> None:
-    with pytest.raises(Conflict) as refused:
+def test_unlearning_what_cannot_be_unlearned_is_a_conflict(history: History, version: int, code: str) -> None:
+    with pytest.raises(Conflict) as error:
         plan_unlearn(history, version)
-    assert refused.value.code == code
+    assert error.value.code == code

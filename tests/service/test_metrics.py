@@ -1,4 +1,4 @@
-"""Prometheus reads the metrics, the page about them is up to date, and no session becomes a label."""
+"""The metrics: Prometheus can read them, docs/metrics.md is up to date, and no label names a session."""
 
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ def test_the_page_is_what_the_module_prints() -> None:
 
 
 def test_the_page_lists_what_the_registry_holds() -> None:
-    described = {one.name.removesuffix("_total").removesuffix("_info") for one in metrics.Metrics().described}
-    held = {family.name for family in metrics.Metrics().registry.collect()}
-    assert described == held
-    assert all(name.startswith("imprint_") for name in held)
+    described = {metric.name.removesuffix("_total").removesuffix("_info") for metric in metrics.Metrics().described}
+    registered = {family.name for family in metrics.Metrics().registry.collect()}
+    assert described == registered
+    assert all(name.startswith("imprint_") for name in registered)
 
 
 def test_the_exposition_has_prometheus_content_types(server: Any) -> None:
@@ -48,17 +48,17 @@ def test_requests_are_counted_by_route_and_status(server: Any) -> None:
     assert httpx.get(f"{server.url}/no/such/metrics-session").status_code == 404
     after = samples(server)
 
-    def grown(name: str, **labels: str) -> float:
+    def increase(name: str, **labels: str) -> float:
         key = (f"imprint_{name}", tuple(sorted(labels.items())))
         return after[key] - before.get(key, 0.0)
 
-    assert grown("requests_total", route="/v1/completions", code="200") == 1
-    assert grown("requests_total", route="/v1/completions", code="400") == 1
-    assert grown("requests_total", route="/v1/sessions/{id}", code="200") == 1
-    assert grown("requests_total", route="unmatched", code="404") == 1
-    assert grown("errors_total", code="invalid_request_error") == 1
-    assert grown("request_latency_seconds_count", route="/v1/completions") == 2
-    assert grown("time_to_first_token_seconds_count") == 1
+    assert increase("requests_total", route="/v1/completions", code="200") == 1
+    assert increase("requests_total", route="/v1/completions", code="400") == 1
+    assert increase("requests_total", route="/v1/sessions/{id}", code="200") == 1
+    assert increase("requests_total", route="unmatched", code="404") == 1
+    assert increase("errors_total", code="invalid_request_error") == 1
+    assert increase("request_latency_seconds_count", route="/v1/completions") == 2
+    assert increase("time_to_first_token_seconds_count") == 1
     assert after["imprint_requests_in_flight", ()] == 0
     assert after["imprint_ready_state", ()] == 1
     assert not [labels for _, labels in after if "metrics-session" in str(labels)]

@@ -30,7 +30,7 @@ async def async_client(server: Any) -> AsyncIterator[openai.AsyncOpenAI]:
 
 @pytest.fixture
 def complete(client: openai.OpenAI, server: Any) -> Any:
-    """`client.completions.create` of a short prompt, with the model filled in."""
+    """Return a function that calls `client.completions.create` with the model and a short prompt."""
 
     def create(prompt: Any = "Once upon a time", **fields: Any) -> Any:
         return client.completions.create(model=server.model, prompt=prompt, **{"max_tokens": 8, "seed": 7} | fields)
@@ -40,7 +40,7 @@ def complete(client: openai.OpenAI, server: Any) -> Any:
 
 @pytest.fixture
 def chat(client: openai.OpenAI, server: Any) -> Any:
-    """`client.chat.completions.create` of a short chat, with the model filled in."""
+    """Return a function that calls `client.chat.completions.create` with the model and a short chat."""
 
     def create(messages: Any = HELLO, **fields: Any) -> Any:
         return client.chat.completions.create(
@@ -100,7 +100,7 @@ def test_parts_and_developer_are_the_same_prompt_as_plain_system(chat: Any) -> N
     assert chat(plain).choices[0].message.content == chat().choices[0].message.content
 
 
-def test_a_stream_says_what_the_whole_says(complete: Any) -> None:
+def test_a_stream_has_the_text_of_the_whole_completion(complete: Any) -> None:
     whole: Completion = complete()
     chunks: list[Completion] = list(complete(stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
@@ -112,13 +112,13 @@ def test_a_stream_says_what_the_whole_says(complete: Any) -> None:
     assert chunks[-1].usage == whole.usage
 
 
-def test_a_chat_stream_says_what_the_whole_says(chat: Any) -> None:
+def test_a_chat_stream_has_the_text_of_the_whole_reply(chat: Any) -> None:
     whole = chat()
     chunks: list[ChatCompletionChunk] = list(chat(stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert all(chunk.choices[0].delta.role is None for chunk in chunks[1:])
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert said == whole.choices[0].message.content
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
     assert len({(chunk.id, chunk.created, chunk.model, chunk.system_fingerprint) for chunk in chunks}) == 1
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == [
         whole.choices[0].finish_reason
@@ -149,9 +149,9 @@ def test_the_stream_on_the_wire(server: Any, path: str, include_usage: bool) -> 
     else:
         assert all("usage" not in chunk for chunk in chunks)
     assert all(len(chunk["choices"]) == 1 for chunk in chunks)
-    told = ["adaptation" in chunk for chunk in chunks]
-    assert told == [chunk["choices"][0]["finish_reason"] is not None for chunk in chunks]
-    assert told == [False] * (len(told) - 1) + [True]
+    has_adaptation = ["adaptation" in chunk for chunk in chunks]
+    assert has_adaptation == [chunk["choices"][0]["finish_reason"] is not None for chunk in chunks]
+    assert has_adaptation == [False] * (len(has_adaptation) - 1) + [True]
 
 
 async def test_async_client(async_client: openai.AsyncOpenAI, server: Any) -> None:
@@ -204,8 +204,8 @@ def test_temperature_0_needs_no_seed(complete: Any) -> None:
 
 def test_stop_ends_before_the_stop_string(complete: Any) -> None:
     free = complete(max_tokens=16, temperature=0).choices[0].text
-    # Not a sign of broken bytes: whether these are one depends on what comes next.
-    stop = [sign for sign in free if sign != "\N{REPLACEMENT CHARACTER}"][-1]
+    # Not a replacement character: the bytes after it decide whether the broken bytes are one.
+    stop = [char for char in free if char != "\N{REPLACEMENT CHARACTER}"][-1]
     for stops in (stop, [stop, "never said"]):
         stopped = complete(max_tokens=16, temperature=0, stop=stops).choices[0]
         assert stopped.text == free[: free.index(stop)]
@@ -241,8 +241,8 @@ def test_logprobs_of_a_chat(chat: Any) -> None:
         assert token.logprob <= 0
         assert len(token.top_logprobs) == 3
         assert token.logprob <= token.top_logprobs[0].logprob
-    said = b"".join(bytes(token.bytes) for token in content).decode(errors="replace")
-    assert said.startswith(reply.choices[0].message.content) or reply.choices[0].finish_reason == "stop"
+    text = b"".join(bytes(token.bytes) for token in content).decode(errors="replace")
+    assert text.startswith(reply.choices[0].message.content) or reply.choices[0].finish_reason == "stop"
     assert all(token.top_logprobs == [] for token in chat(logprobs=True).choices[0].logprobs.content)
     assert chat().choices[0].logprobs is None
 
@@ -274,9 +274,9 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, complete: Any, chat: 
     with pytest.raises(openai.BadRequestError) as bad:
         complete("a", stream=True, max_tokens=10**6)
     assert bad.value.param == "max_tokens"
-    with pytest.raises(openai.NotFoundError) as lost:
+    with pytest.raises(openai.NotFoundError) as not_found:
         client.completions.create(model="gpt-4o", prompt="a")
-    assert lost.value.code == "model_not_found"
+    assert not_found.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
     with pytest.raises(openai.NotFoundError):
@@ -305,7 +305,7 @@ def test_no_op_values_and_nulls_are_fine(client: openai.OpenAI, server: Any) -> 
     )
 
 
-def test_a_session_learns_and_says_so(complete: Any, server: Any) -> None:
+def test_a_completion_of_a_session_reports_its_adaptation(complete: Any, server: Any) -> None:
     first = adaptation(complete(extra_body={"session": "learner"}))
     assert first["tokens_learned"] > 0
     assert first["rows_written"] > 0
@@ -316,7 +316,7 @@ def test_a_session_learns_and_says_so(complete: Any, server: Any) -> None:
     assert session.headers["etag"] == '"v2"'
 
 
-def test_a_streamed_chat_learns_and_says_so(chat: Any) -> None:
+def test_the_last_chunk_of_a_streamed_chat_reports_its_adaptation(chat: Any) -> None:
     for version in (1, 2):
         more = {"role": "user", "content": f"Turn {version}."}
         chunks = list(chat([*HELLO, more], extra_body={"session": "listener"}, stream=True))
@@ -326,11 +326,11 @@ def test_a_streamed_chat_learns_and_says_so(chat: Any) -> None:
 
 def test_predict_leaves_the_version_alone(complete: Any) -> None:
     complete(extra_body={"session": "reader"})
-    told = adaptation(complete(extra_body={"session": "reader", "adapt": "predict"}))
-    assert (told["tokens_learned"], told["version_from"], told["version_to"]) == (0, 1, 1)
+    done = adaptation(complete(extra_body={"session": "reader", "adapt": "predict"}))
+    assert (done["tokens_learned"], done["version_from"], done["version_to"]) == (0, 1, 1)
 
 
-def test_observe_learns_without_a_word(complete: Any, chat: Any) -> None:
+def test_observe_learns_without_generating(complete: Any, chat: Any) -> None:
     for reply in (
         complete(extra_body={"session": "silent", "adapt": "observe"}),
         chat(extra_body={"session": "silent", "adapt": "observe"}),
@@ -340,7 +340,7 @@ def test_observe_learns_without_a_word(complete: Any, chat: Any) -> None:
         assert adaptation(reply)["tokens_learned"] > 0
 
 
-def test_the_session_is_the_bodys_then_the_headers_then_the_users(complete: Any, server: Any) -> None:
+def test_the_bodys_session_overrides_the_headers_and_the_headers_overrides_the_user(complete: Any, server: Any) -> None:
     def version(session: str) -> int:
         response = httpx.get(f"{server.url}/v1/sessions/{session}")
         return int(response.json()["version"]) if response.status_code == 200 else 0

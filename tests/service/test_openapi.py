@@ -1,4 +1,4 @@
-"""The description of the interface: every route has words and examples, and what they promise is what a server does."""
+"""The OpenAPI page: every route has a description and examples, and a running server agrees with them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def operations(page: Json) -> Iterator[tuple[str, str, Json]]:
 
 
 def check(page: Json, schema: Json, value: Any) -> None:
-    """`value` is what `schema` says, wherever in the page that stands."""
+    """Check that `value` matches `schema`, whose references point into the page."""
     Draft202012Validator({**schema, "components": page["components"]}).validate(value)
 
 
 def examples(page: Json, media: Json) -> list[Any]:
-    """The examples of a body, its own or those of its schema."""
+    """Return the examples of a body: its own, or those of its schema."""
     schema = media["schema"]
     for option in schema.get("anyOf", []):
         if "$ref" in option:
@@ -53,7 +53,7 @@ def examples(page: Json, media: Json) -> list[Any]:
 
 
 def bodies(operation: Json) -> Iterator[Json]:
-    """What the operation takes and what it answers, by media type, for each of its successes and failures."""
+    """Yield the request body and all response bodies of an operation, each by media type."""
     if "requestBody" in operation:
         yield operation["requestBody"]["content"]
     for answer in operation["responses"].values():
@@ -67,20 +67,20 @@ def test_every_route_is_described_but_the_pages_files(page: Json) -> None:
     assert len(set(names)) == len(names) >= 16
 
 
-def test_every_route_has_words_and_examples_that_are_what_the_schemas_say(page: Json) -> None:
+def test_every_route_has_a_description_and_examples_that_match_its_schemas(page: Json) -> None:
     for method, path, operation in operations(page):
-        where = f"{method.upper()} {path}"
-        assert operation["summary"] and operation["description"].endswith("."), where
+        route = f"{method.upper()} {path}"
+        assert operation["summary"] and operation["description"].endswith("."), route
         for content in bodies(operation):
             for media_type, media in content.items():
                 if media_type == "application/octet-stream":
                     continue
-                shown = examples(page, media)
-                assert shown, f"{where}: {media_type} has no example"
-                for example in shown:
+                media_examples = examples(page, media)
+                assert media_examples, f"{route}: {media_type} has no example"
+                for example in media_examples:
                     check(page, media["schema"], example)
         for parameter in operation.get("parameters", []):
-            assert parameter["description"], where
+            assert parameter["description"], route
 
 
 def test_the_page_of_routes_and_errors_is_what_its_generator_prints() -> None:
@@ -111,19 +111,19 @@ def test_the_examples_of_streams_are_events_of_chunks(page: Json) -> None:
 
 def test_a_server_answers_the_examples_as_described(page: Json, server: Server) -> None:
     with Client(server.url, server.model) as client:
-        exported = known_session(client)
-        # What takes something away comes last.
-        for method, path, operation in sorted(operations(page), key=lambda one: one[0] in ("put", "delete")):
+        exported = create_example_session(client)
+        # Operations that overwrite or erase the session come last.
+        for method, path, operation in sorted(operations(page), key=lambda item: item[0] in ("put", "delete")):
             if "Policies" in operation["tags"]:
-                continue  # their examples are of no policy that is shipped
+                continue  # their examples name a policy that is not shipped
             content = operation.get("requestBody", {}).get("content", {None: {"schema": {}}})
             for media_type, media in content.items():
                 for example in [None] if media_type is None else examples(page, media) or [exported]:
-                    described(page, operation, ask(client, method, address(operation, path), example))
+                    check_answer(page, operation, send(client, method, address(operation, path), example))
 
 
-def known_session(client: Client) -> bytes:
-    """The session that the examples name, with versions to go back to, and what it exports."""
+def create_example_session(client: Client) -> bytes:
+    """Create the session that the examples name, with several versions, and return its export."""
     client.http.put("/v1/sessions/alice", json={"keep_text": True})
     for start in range(3):
         client.observe("alice", TEXT[start : start + 40])
@@ -131,15 +131,16 @@ def known_session(client: Client) -> bytes:
 
 
 def address(operation: Json, path: str) -> str:
-    needed = [one for one in operation.get("parameters", []) if one["required"]]
-    values = {(one["in"], one["name"]): one["schema"]["examples"][0] for one in needed}
+    """Return the path and query with the examples of the required parameters."""
+    required = [parameter for parameter in operation.get("parameters", []) if parameter["required"]]
+    values = {(parameter["in"], parameter["name"]): parameter["schema"]["examples"][0] for parameter in required}
     for (_, name), value in values.items():
         path = path.replace(f"{{{name}}}", str(value))
-    query = urlencode({name: value for (place, name), value in values.items() if place == "query"})
+    query = urlencode({name: value for (location, name), value in values.items() if location == "query"})
     return path.replace("smollm2-135m-instruct", "tiny") + (f"?{query}" if query else "")
 
 
-def ask(client: Client, method: str, url: str, body: Any) -> httpx.Response:
+def send(client: Client, method: str, url: str, body: Any) -> httpx.Response:
     if isinstance(body, bytes):
         return client.http.request(method, url, content=body)
     if isinstance(body, dict) and "model" in body:
@@ -147,31 +148,33 @@ def ask(client: Client, method: str, url: str, body: Any) -> httpx.Response:
     return client.http.request(method, url, json=body)
 
 
-def described(page: Json, operation: Json, answer: httpx.Response) -> None:
-    """The answer is a success that the operation tells of, of the type and shape that it says."""
+def check_answer(page: Json, operation: Json, answer: httpx.Response) -> None:
+    """Check that the answer is a success with the media type, schema and headers that the operation describes."""
     assert answer.is_success, answer.text
-    said = operation["responses"][str(answer.status_code)]
+    response = operation["responses"][str(answer.status_code)]
     media_type = answer.headers["content-type"].partition(";")[0]
-    assert media_type in said["content"], answer.headers["content-type"]
+    assert media_type in response["content"], answer.headers["content-type"]
     if media_type == JSON_TYPE:
-        check(page, said["content"][media_type]["schema"], answer.json())
-    for header in said.get("headers", {}):
+        check(page, response["content"][media_type]["schema"], answer.json())
+    for header in response.get("headers", {}):
         assert header in answer.headers
 
 
-def test_a_server_with_keys_says_which_route_takes_which(make_server: Callable[..., Server], page: Json) -> None:
-    assert "securitySchemes" not in page["components"]  # of a server without keys
-    made = {scheme: new_key(tenant) for scheme, tenant in (("tenant", "acme"), ("operator", OPERATOR))}
-    server = make_server(api_keys=",".join(line for _, line in made.values())).start()
+def test_a_server_with_keys_describes_which_key_each_route_takes(
+    make_server: Callable[..., Server], page: Json
+) -> None:
+    assert "securitySchemes" not in page["components"]  # the page of a server without keys
+    keys = {scheme: new_key(tenant) for scheme, tenant in (("tenant", "acme"), ("operator", OPERATOR))}
+    server = make_server(api_keys=",".join(line for _, line in keys.values())).start()
     page = httpx.get(f"{server.url}/openapi.json").json()
-    assert page["components"]["securitySchemes"].keys() == made.keys()
+    assert page["components"]["securitySchemes"].keys() == keys.keys()
     open_to_all = set()
     for method, path, operation in operations(page):
-        takes = {scheme for way in operation["security"] for scheme in way}
-        if not takes:
+        schemes = {scheme for alternative in operation["security"] for scheme in alternative}
+        if not schemes:
             open_to_all.add(path)
-        for scheme, key in [("", ""), *((scheme, key) for scheme, (key, _) in made.items())]:
+        for scheme, key in [("", ""), *((scheme, key) for scheme, (key, _) in keys.items())]:
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             answer = httpx.request(method, server.url + path.replace("{id}", "nobody"), headers=headers)
-            assert (answer.status_code == 401) == bool(takes and scheme not in takes), (method, path, scheme)
+            assert (answer.status_code == 401) == bool(schemes and scheme not in schemes), (method, path, scheme)
     assert open_to_all == {"/livez", "/readyz"}

@@ -1,4 +1,4 @@
-"""The page at `/`: its files and no others, all of them local, under a policy that lets nothing else in."""
+"""The page at `/`: the server serves its files and no others, all local, under a strict content security policy."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Elements(HTMLParser):
-    """The start tags of a page."""
+    """A parser that collects the start tags of a page with their attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def client(server: Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def elements() -> list[tuple[str, dict[str, str | None]]]:
-    return Elements((PLAYGROUND / "index.html").read_text()).found
+    return Elements((PLAYGROUND / "index.html").read_text()).tags
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -69,7 +69,7 @@ def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
     ]
 
 
-def test_a_browser_that_has_the_file_is_told_so(client: httpx.Client) -> None:
+def test_a_browser_that_has_the_file_gets_a_304(client: httpx.Client) -> None:
     first = client.get("/")
     assert first.headers["cache-control"] == "no-cache"
     tag = first.headers["etag"]
@@ -79,7 +79,7 @@ def test_a_browser_that_has_the_file_is_told_so(client: httpx.Client) -> None:
     assert client.get("/", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-def test_the_page_is_only_read(client: httpx.Client) -> None:
+def test_the_page_accepts_reads_only(client: httpx.Client) -> None:
     response = client.post("/", json={})
     assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
 
@@ -107,13 +107,17 @@ def test_the_page_is_only_read(client: httpx.Client) -> None:
 def test_nothing_else_can_be_reached(server: Server, path: str) -> None:
     address = urlsplit(server.url)
     connection = HTTPConnection(address.hostname or "", address.port)
-    connection.request("GET", path)  # as it stands: httpx would tidy it up
+    connection.request("GET", path)  # unchanged: httpx would normalise the path
     assert connection.getresponse().status == 404
     connection.close()
 
 
-def test_what_the_page_refers_to_is_local_and_there(elements: list[tuple[str, dict[str, str | None]]]) -> None:
-    links = {value for _, given in elements for name, value in given.items() if name in ("src", "href", "action")}
+def test_every_file_that_the_page_refers_to_is_local_and_exists(
+    elements: list[tuple[str, dict[str, str | None]]],
+) -> None:
+    links = {
+        value for _, attributes in elements for name, value in attributes.items() if name in ("src", "href", "action")
+    }
     for script in SCRIPTS:
         links |= {f"playground/{name}" for name in re.findall(r'from "\./([\w.]+)"', script.read_text())}
     samples = {path for path in FILES if path.startswith("/playground/samples/")}
@@ -124,8 +128,8 @@ def test_what_the_page_refers_to_is_local_and_there(elements: list[tuple[str, di
 
 def test_what_others_wrote_is_what_they_released() -> None:
     source = json.loads((VENDORED / "SOURCE.json").read_text())
-    found = {file.name for file in VENDORED.iterdir()} - {"SOURCE.json"}
-    assert found == set(source["files"])
+    names = {file.name for file in VENDORED.iterdir()} - {"SOURCE.json"}
+    assert names == set(source["files"])
     for name, checksum in source["files"].items():
         assert hashlib.sha256((VENDORED / name).read_bytes()).hexdigest() == checksum
     assert source["license"] == "MIT" and f"(v{source['version']})" in (VENDORED / "uPlot.iife.min.js").read_text()
@@ -137,22 +141,26 @@ def test_the_samples_are_the_examples() -> None:
 
 
 def test_the_page_needs_no_inline_code(elements: list[tuple[str, dict[str, str | None]]]) -> None:
-    assert all(given.get("src") for tag, given in elements if tag == "script")
+    assert all(attributes.get("src") for tag, attributes in elements if tag == "script")
     assert "style" not in [tag for tag, _ in elements]
-    assert not [name for _, given in elements for name in given if name == "style" or name.startswith("on")]
+    assert not [name for _, attributes in elements for name in attributes if name == "style" or name.startswith("on")]
     for script in SCRIPTS:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|\beval\b", script.read_text()), script
 
 
 def test_script_and_page_agree_on_ids(elements: list[tuple[str, dict[str, str | None]]]) -> None:
-    ids = [given["id"] for _, given in elements if "id" in given]
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'\$\("([\w-]+)"\)', (PLAYGROUND / "app.js").read_text())) <= set(ids)
-    for _, given in elements:
-        assert {given[name] for name in ("for", "aria-labelledby", "aria-describedby") if name in given} <= set(ids)
+    for _, attributes in elements:
+        assert {
+            attributes[name] for name in ("for", "aria-labelledby", "aria-describedby") if name in attributes
+        } <= set(ids)
 
 
-def test_the_page_takes_the_names_that_the_server_takes(elements: list[tuple[str, dict[str, str | None]]]) -> None:
-    """A `pattern` is anchored by itself, and wants a literal hyphen escaped."""
-    patterns = {given["pattern"] for _, given in elements if "pattern" in given}
+def test_the_page_accepts_the_session_ids_that_the_server_accepts(
+    elements: list[tuple[str, dict[str, str | None]]],
+) -> None:
+    """A `pattern` attribute is anchored implicitly, and its literal hyphen must be escaped."""
+    patterns = {attributes["pattern"] for _, attributes in elements if "pattern" in attributes}
     assert patterns == {SESSION_ID.removeprefix("^").removesuffix("$").replace("=-]", r"=\-]")}

@@ -1,4 +1,4 @@
-"""Policies over HTTP keep what is promised of sessions: one state, learned once, versions, refusals by name."""
+"""Policies over HTTP: sessions are deterministic, learned once and versioned, and errors name the field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import Server
 from tests.live import Client, Json, assert_error, assert_success
 from tests.tiny import build_tiny_policies
 
-OBSERVATION = [0.5, -0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # what a chooser sees
+OBSERVATION = [0.5, -0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # for the policy "chooser"
 EXAMPLE = [1.0, 0.0, 0.5, 0.0, 0.25, 0.0]
 OTHER = [-1.0, 1.0, -1.0, 0.0, 0.0, 1.0]
 
@@ -43,24 +43,24 @@ def act(user: Client, session: str, reward: float | None = None, **fields: Any) 
     return assert_success(user.post(f"sessions/{session}/act", body))
 
 
-def live(user: Client, session: str, steps: int) -> list[Json]:
-    """A life of some actions, each rewarded, by the same rule in every session."""
-    told: list[Json] = []
+def run_steps(user: Client, session: str, steps: int) -> list[Json]:
+    """Take `steps` actions, each rewarded by the same rule in every session, and return the answers."""
+    answers: list[Json] = []
     for step in range(steps):
-        seen = [*OBSERVATION[:7], step / 8]
-        reward = None if not told else float(told[-1]["action"] == 1)
-        told.append(act(user, session, reward, observation=seen, seed=step, temperature=1.0))
-    return told
+        observation = [*OBSERVATION[:7], step / 8]
+        reward = None if not answers else float(answers[-1]["action"] == 1)
+        answers.append(act(user, session, reward, observation=observation, seed=step, temperature=1.0))
+    return answers
 
 
 def state(user: Client, session: str) -> dict[str, Any]:
-    """What a session holds, without what names it."""
+    """Return the session's fields without its id and times."""
     meta = user.session(session)
     return {name: meta[name] for name in ("version", "rows", "bytes", "tokens_learned", "gain")}
 
 
 def test_a_session_acts_and_learns_its_rewards(user: Client) -> None:
-    first, second = live(user, "ada", 2)
+    first, second = run_steps(user, "ada", 2)
     assert first["action_id"] == "act-1" and first["adaptation"]["tokens_learned"] == 0
     assert 0 <= first["action"] < 3 and first["probability"] == first["probabilities"][first["action"]]
     assert sum(first["probabilities"]) == pytest.approx(1)
@@ -73,17 +73,17 @@ def test_a_session_acts_and_learns_its_rewards(user: Client) -> None:
 
 
 def test_the_same_requests_lead_to_the_same_state_whoever_else_is_served(user: Client) -> None:
-    alone = live(user, "alone", 8)
+    alone = run_steps(user, "alone", 8)
     with ThreadPoolExecutor(6) as pool:
-        lives = list(pool.map(lambda name: live(user, name, 8), [f"crowd-{n}" for n in range(6)]))
-    for told in lives:
-        assert told == alone
-    assert b"memory_own" in user.http.get("/v1/sessions/alone/export").content  # what the guard counts
+        answers_by_session = list(pool.map(lambda name: run_steps(user, name, 8), [f"crowd-{n}" for n in range(6)]))
+    for answers in answers_by_session:
+        assert answers == alone
+    assert b"memory_own" in user.http.get("/v1/sessions/alone/export").content  # the counters of the guard
     assert {json.dumps(state(user, f"crowd-{n}")) for n in range(6)} == {json.dumps(state(user, "alone"))}
 
 
 def test_a_request_sent_again_is_answered_again_and_learned_once(user: Client) -> None:
-    live(user, "once", 2)
+    run_steps(user, "once", 2)
     body = {"observation": OBSERVATION, "reward": 1.0}
     key = {"Idempotency-Key": "the-third"}
     first, again = (user.post("sessions/once/act", body, **key) for _ in range(2))
@@ -93,29 +93,29 @@ def test_a_request_sent_again_is_answered_again_and_learned_once(user: Client) -
     assert_error(user.post("sessions/once/act", body, if_match='"v1"'), 412, "precondition_failed")
 
 
-def test_what_was_told_is_there_after_a_kill(make_server: Callable[..., Server], paths: str) -> None:
+def test_an_acknowledged_turn_survives_a_kill(make_server: Callable[..., Server], paths: str) -> None:
     server = make_server(policies=paths).start()
     with Client(server.url) as user:
-        told = live(user, "ada", 5)
+        answers = run_steps(user, "ada", 5)
         before = state(user, "ada")
     server.kill()
     server.start()
     with Client(server.url) as user:
         assert state(user, "ada") == before
-        live(user, "bo", 5)
-        going_on = [act(user, name, 1.0, seed=0) for name in ("ada", "bo")]
-        assert going_on[0] == going_on[1] and told[-1]["action_id"] == "act-5"
+        run_steps(user, "bo", 5)
+        next_actions = [act(user, name, 1.0, seed=0) for name in ("ada", "bo")]
+        assert next_actions[0] == next_actions[1] and answers[-1]["action_id"] == "act-5"
 
 
 def test_an_earlier_action_is_rewarded_later_and_once(user: Client) -> None:
     for _ in range(3):
         act(user, "late")
-    told = assert_success(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0, "regret": 0.25}))
-    assert told["tokens_learned"] == 1 and told["version"] == 4
-    fault = assert_error(
+    answer = assert_success(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0, "regret": 0.25}))
+    assert answer["tokens_learned"] == 1 and answer["version"] == 4
+    error = assert_error(
         user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0}), 409, "action_closed"
     )
-    assert "rewarded before" in fault["message"]
+    assert "rewarded before" in error["message"]
     act(user, "late", 0.0, action_id="act-1")
     act(user, "late", 0.0, action_id="act-3")
     metrics = user.http.get("/metrics").text
@@ -123,14 +123,14 @@ def test_an_earlier_action_is_rewarded_later_and_once(user: Client) -> None:
     assert 'imprint_policy_rewards_total{learned="0-9",policy="chooser"}' in metrics
 
 
-def test_versions_of_a_policys_session_can_be_gone_back_to_forked_and_moved(user: Client) -> None:
-    live(user, "lineage", 4)
+def test_versions_of_a_policys_session_can_be_rolled_back_forked_and_exported(user: Client) -> None:
+    run_steps(user, "lineage", 4)
     fourth = state(user, "lineage")
-    told = act(user, "lineage", 1.0)
+    fifth = act(user, "lineage", 1.0)
     assert_success(user.post("sessions/lineage/fork", {"id": "branch"}))
     assert_success(user.post("sessions/lineage/rollback", {"version": 4}))
     assert {**state(user, "lineage"), "version": 4} == fourth
-    assert act(user, "lineage", 1.0)["expected"] == told["expected"]
+    assert act(user, "lineage", 1.0)["expected"] == fifth["expected"]
     file = user.http.get("/v1/sessions/branch/export").content
     assert user.http.put("/v1/sessions/moved/import", content=file).status_code == 201
     assert act(user, "moved", 0.0)["expected"] == act(user, "branch", 0.0)["expected"]
@@ -144,14 +144,14 @@ def test_labels_are_learned_and_predicting_changes_nothing(user: Client) -> None
         assert assert_success(user.post("sessions/labels/observe", body))["tokens_learned"] == 1
     before = state(user, "labels")
     for label in (0, 3):
-        told = assert_success(user.post("sessions/labels/predict", {"features": EXAMPLE if label else OTHER}))
-        assert told["label"] == label and told["version"] == 4
-        assert sum(told["probabilities"]) == pytest.approx(1, abs=1e-5)
+        answer = assert_success(user.post("sessions/labels/predict", {"features": EXAMPLE if label else OTHER}))
+        assert answer["label"] == label and answer["version"] == 4
+        assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert state(user, "labels") == before
 
 
 def test_a_session_is_of_one_model(user: Client) -> None:
-    live(user, "mine", 1)
+    run_steps(user, "mine", 1)
     user.observe("text", "The fox learns the way home.")
     assert_error(user.post("sessions/mine/observe", {"text": "The fox."}), 409, "model_mismatch")
     assert_error(user.post("sessions/text/act", {"observation": OBSERVATION}), 409, "model_mismatch")
@@ -166,7 +166,7 @@ def test_a_session_is_of_one_model(user: Client) -> None:
     assert models["chooser"]["policy"]["observation"] == len(OBSERVATION) and models["tiny"]["policy"] is None
 
 
-def test_a_session_that_only_predicts_acts_and_remembers_nothing(user: Client) -> None:
+def test_a_session_that_only_predicts_acts_but_learns_nothing(user: Client) -> None:
     assert_success(user.http.put("/v1/sessions/still", json={"model": "chooser", "adapt": "predict"}))
     assert act(user, "still")["action_id"] is None
     assert user.version("still") == 0
@@ -196,20 +196,20 @@ def test_a_session_that_only_predicts_acts_and_remembers_nothing(user: Client) -
         ("feedback", {"action_id": "act-9999", "reward": 1.0}, "action_id", "the actions 1 to"),
     ],
 )
-def test_a_bad_request_is_refused_by_name_and_changes_nothing(
+def test_a_bad_request_names_the_field_and_changes_nothing(
     user: Client, path: str, body: Json, param: str, words: str
 ) -> None:
     if not user.version("strict"):
         act(user, "strict")
     before = state(user, "strict")
     response = user.post(f"sessions/strict/{path}", body)
-    fault = response.json()["error"]
-    assert (response.status_code, fault["param"]) == (400, param), response.text
-    assert words in fault["message"]
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), response.text
+    assert words in error["message"]
     assert state(user, "strict") == before
 
 
-def test_no_number_is_refused(user: Client) -> None:
+def test_a_reward_that_is_not_finite_is_refused(user: Client) -> None:
     for number in ("NaN", "Infinity", "1e999"):
         content = f'{{"observation": {json.dumps(OBSERVATION)}, "reward": {number}}}'
         headers = {"Content-Type": "application/json"}
@@ -227,9 +227,9 @@ def test_no_number_is_refused(user: Client) -> None:
         ({"features": EXAMPLE, "label": 1, "text": "x"}, "text", "text and features"),
     ],
 )
-def test_a_bad_example_is_refused_by_name(user: Client, body: Json, param: str, words: str) -> None:
+def test_a_bad_example_names_the_field(user: Client, body: Json, param: str, words: str) -> None:
     response = user.post("sessions/examples/observe", {"model": "namer"} | body)
-    fault = response.json()["error"]
-    assert (response.status_code, fault["param"]) == (400, param), response.text
-    assert words in fault["message"]
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), response.text
+    assert words in error["message"]
     assert user.version("examples") == 0

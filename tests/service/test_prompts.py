@@ -1,4 +1,4 @@
-"""Which tokens a prompt is, and which of them it teaches: everything new, and nothing twice (law 9)."""
+"""Encoding of prompts: their tokens, and which of them are learned: everything new, nothing twice (law 9)."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def digests(messages: Messages) -> list[str]:
     return list(message_digests(messages))
 
 
-def taught(encoded: EncodedPrompt, tokenizer: Tokenizer) -> str:
-    """The text of the tokens to be learned."""
+def learned_text(encoded: EncodedPrompt, tokenizer: Tokenizer) -> str:
+    """Return the text of the tokens that will be learned."""
     return tokenizer.decode([token for token, new in zip(encoded.token_ids, encoded.learn, strict=True) if new])
 
 
 # Texts and tokens.
 
 
-def test_a_text_teaches_all_of_its_tokens_again_and_again(tokenizer: Tokenizer) -> None:
+def test_a_repeated_text_is_learned_again(tokenizer: Tokenizer) -> None:
     encoded = encode(TextPrompt("The quick brown fox"), tokenizer, ["seen"], reply=True)
     assert encoded.token_ids == tokenizer.encode("The quick brown fox")
     assert all(encoded.learn)
@@ -61,26 +61,26 @@ def test_a_text_teaches_all_of_its_tokens_again_and_again(tokenizer: Tokenizer) 
     assert encoded.digests == []
 
 
-def test_token_ids_are_taken_as_they_are(tokenizer: Tokenizer) -> None:
+def test_token_ids_are_kept_unchanged(tokenizer: Tokenizer) -> None:
     encoded = encode(TokenPrompt([5, 1, 5]), tokenizer, [], reply=True)
     assert (encoded.token_ids, encoded.learn) == ([5, 1, 5], [True] * 3)
 
 
 @pytest.mark.parametrize("prompt", [TextPrompt(""), TokenPrompt([])])
 def test_a_prompt_without_tokens_is_refused(prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer) -> None:
-    with pytest.raises(BadRequest, match="'prompt' must have at least one token") as refused:
+    with pytest.raises(BadRequest, match="'prompt' must have at least one token") as error:
         encode(prompt, tokenizer, [], reply=True)
-    assert refused.value.param == "prompt"
+    assert error.value.param == "prompt"
 
 
 # Chats.
 
 
-def test_a_chat_teaches_the_contents_of_its_messages_and_nothing_of_the_template(tokenizer: Tokenizer) -> None:
+def test_a_chat_teaches_its_messages_contents_and_nothing_of_the_template(tokenizer: Tokenizer) -> None:
     chat: Messages = [{"role": "system", "content": "Be kind."}, user("What was said?"), assistant("A fox.")]
     for reply in (True, False):
         encoded = encode(ChatPrompt(chat), tokenizer, [], reply=reply)
-        assert taught(encoded, tokenizer) == "Be kind.What was said?A fox."
+        assert learned_text(encoded, tokenizer) == "Be kind.What was said?A fox."
         assert encoded.digests == digests(chat)
         assert tokenizer.decode(encoded.token_ids).endswith("assistant\n") == reply
         assert not encoded.learn[-1]
@@ -90,11 +90,13 @@ def test_a_history_that_is_resent_teaches_its_new_part_only(tokenizer: Tokenizer
     first = [user("The dog sleeps.")]
     known = merge_digests((), [*digests(first), *reply_digests(first, ["So it does."])])
     chat = [*first, assistant("So it does."), user("And the fox?")]
-    assert taught(encode(ChatPrompt(chat), tokenizer, known, reply=True), tokenizer) == "And the fox?"
+    assert learned_text(encode(ChatPrompt(chat), tokenizer, known, reply=True), tokenizer) == "And the fox?"
     known = merge_digests(known, digests(chat))
     again = encode(ChatPrompt(chat), tokenizer, known, reply=True)
     assert not any(again.learn), "a retry teaches nothing"
-    assert again.token_ids == encode(ChatPrompt(chat), tokenizer, [], reply=True).token_ids, "but it reads it all"
+    assert again.token_ids == encode(ChatPrompt(chat), tokenizer, [], reply=True).token_ids, (
+        "but the whole history is read"
+    )
 
 
 def test_a_history_cut_at_the_front_is_still_known(tokenizer: Tokenizer) -> None:
@@ -102,42 +104,42 @@ def test_a_history_cut_at_the_front_is_still_known(tokenizer: Tokenizer) -> None
     known = digests(chat)
     for cut in range(5):
         encoded = encode(ChatPrompt([*chat[cut:], user("five")]), tokenizer, known, reply=True)
-        assert taught(encoded, tokenizer) == "five"
+        assert learned_text(encoded, tokenizer) == "five"
 
 
-def test_an_edited_message_is_new_and_those_around_it_are_not(tokenizer: Tokenizer) -> None:
+def test_an_edited_message_is_new_and_its_neighbours_are_not(tokenizer: Tokenizer) -> None:
     chat = [user("one"), assistant("two"), user("three")]
     edited = [user("one"), assistant("2"), user("three")]
-    assert taught(encode(ChatPrompt(edited), tokenizer, digests(chat), reply=True), tokenizer) == "2"
+    assert learned_text(encode(ChatPrompt(edited), tokenizer, digests(chat), reply=True), tokenizer) == "2"
 
 
-def test_a_message_said_again_is_new(tokenizer: Tokenizer) -> None:
+def test_a_repeated_message_is_new(tokenizer: Tokenizer) -> None:
     chat = [user("yes"), assistant("Really?")]
-    said_again = [*chat, user("yes")]
-    assert len(set(digests(said_again))) == 3
-    assert taught(encode(ChatPrompt(said_again), tokenizer, digests(chat), reply=True), tokenizer) == "yes"
-    assert taught(encode(ChatPrompt([user("no"), user("no")]), tokenizer, [], reply=True), tokenizer) == "nono"
+    repeated = [*chat, user("yes")]
+    assert len(set(digests(repeated))) == 3
+    assert learned_text(encode(ChatPrompt(repeated), tokenizer, digests(chat), reply=True), tokenizer) == "yes"
+    assert learned_text(encode(ChatPrompt([user("no"), user("no")]), tokenizer, [], reply=True), tokenizer) == "nono"
 
 
-def test_a_digest_tells_role_and_content_apart_and_ignores_white_space_around() -> None:
-    """Templates trim contents, and clients do."""
-    one = digests([user("a\x000\x00b")])[0]
+def test_a_digest_depends_on_role_and_content_and_ignores_surrounding_white_space() -> None:
+    """White space is ignored because templates and clients trim contents."""
+    digest = digests([user("a\x000\x00b")])[0]
     others: list[Messages] = [[assistant("a\x000\x00b")], [user("a")], [user("b")], [user("a\x001\x00b")]]
-    assert one not in [digests(messages)[0] for messages in others]
+    assert digest not in [digests(messages)[0] for messages in others]
     assert digests([user("  yes\n"), user("yes")]) == digests([user("yes"), user("yes ")])
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.sampled_from(["a", "b", " a"])), max_size=8))
-def test_every_message_of_a_chat_has_a_digest_of_its_own_that_a_longer_chat_keeps(said: list[tuple[str, str]]) -> None:
-    chat = [{"role": role, "content": content} for role, content in said]
+def test_every_message_of_a_chat_has_its_own_digest_that_a_longer_chat_keeps(turns: list[tuple[str, str]]) -> None:
+    chat = [{"role": role, "content": content} for role, content in turns]
     known = digests(chat)
     assert len(set(known)) == len(chat)
     for end in range(len(chat)):
         assert digests(chat[:end]) == known[:end]
-        assert set(digests(chat[end:])) <= set(known), "nor is anything new in what is left of it"
+        assert set(digests(chat[end:])) <= set(known), "the rest of a chat without its first messages has no new digest"
 
 
-def test_a_replys_digest_is_the_one_under_which_it_comes_back() -> None:
+def test_a_replys_digest_is_that_of_the_resent_reply() -> None:
     chat = [user("yes"), assistant("yes"), user("again")]
     for reply, digest in zip(["yes", "no"], reply_digests(chat, ["yes", "no"]), strict=True):
         assert digests([*chat, assistant(reply + " "), user("and then")])[3] == digest
@@ -146,28 +148,28 @@ def test_a_replys_digest_is_the_one_under_which_it_comes_back() -> None:
 
 def test_an_empty_message_teaches_nothing(tokenizer: Tokenizer) -> None:
     encoded = encode(ChatPrompt([user(""), assistant("ok")]), tokenizer, [], reply=True)
-    assert taught(encoded, tokenizer) == "ok"
+    assert learned_text(encoded, tokenizer) == "ok"
 
 
 def test_messages_that_the_template_refuses_are_a_bad_request(tokenizer: Tokenizer) -> None:
-    with pytest.raises(BadRequest, match="The chat template refuses 'messages'") as refused:
+    with pytest.raises(BadRequest, match="The chat template refuses 'messages'") as error:
         encode(ChatPrompt([{"content": "no role"}]), tokenizer, [], reply=True)
-    assert refused.value.param == "messages"
+    assert error.value.param == "messages"
 
 
-# What is remembered.
+# Remembered digests.
 
 
-def test_the_latest_digests_are_kept_each_once() -> None:
+def test_merging_keeps_each_digest_once_at_its_latest_position() -> None:
     assert merge_digests(["a", "b", "c"], ["d", "b"]) == ("a", "c", "d", "b")
     assert merge_digests((), ()) == ()
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes_first() -> None:
-    kept = merge_digests([f"old {i}" for i in range(MAX_DIGESTS)], ["new", "old 5"])
-    assert len(kept) == MAX_DIGESTS
-    assert kept[-2:] == ("new", "old 5")
-    assert kept[0] == "old 1"
+    merged = merge_digests([f"old {i}" for i in range(MAX_DIGESTS)], ["new", "old 5"])
+    assert len(merged) == MAX_DIGESTS
+    assert merged[-2:] == ("new", "old 5")
+    assert merged[0] == "old 1"
 
 
 # Texts of any length.
@@ -180,7 +182,7 @@ def test_windows_cover_every_token_once_each_with_a_predictor(length: int, size:
     assert [token for part, _ in parts for token in part[1:]] == text
     assert all(part[0] == bos and 2 <= len(part) <= size for part, _ in parts)
     assert all(part[1] == text[start] for part, start in parts)
-    assert all(len(part) == size for part, _ in parts[:-1]), "no window is cut short but the last"
+    assert all(len(part) == size for part, _ in parts[:-1]), "only the last window may be short"
 
 
 @pytest.mark.parametrize("learn", [False, True])

@@ -1,4 +1,4 @@
-"""Hot sessions: what a turn has pinned stays, what nobody uses makes room, and no row is ever lost."""
+"""Resident sessions: pinned sessions stay, unused ones are evicted, and no row of the pool leaks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ A, B, C, D = (("tenant", name) for name in "abcd")
 
 
 class CountingResidentSessions(ResidentSessions):
-    """A cache of a small pool that counts whom it has evicted."""
+    """The resident sessions of a small pool, with a counter of evictions."""
 
     def __init__(self, rows: int = ROWS, sessions: int = SESSIONS) -> None:
         self.evicted = 0
@@ -30,14 +30,14 @@ class CountingResidentSessions(ResidentSessions):
         self.evicted += 1
 
     def use(self, key: tuple[str, str], state_id: StateId, rows: int = 2) -> int:
-        """A whole turn that loads a session and lets go of it; returns its index."""
+        """Load a session, release it as at the end of a turn, and return its index in the pool."""
         index = self.acquire(key, state_id, stored(rows))
         self.release(key)
         return index
 
     @property
     def free(self) -> tuple[int, int]:
-        """Free sessions and free rows of the pool."""
+        """The number of free sessions and of free rows in the pool."""
         return self.pool._sessions._top, self.pool.sites["states"].free._top
 
 
@@ -50,7 +50,7 @@ def stored(rows: int, value: float = 1.0) -> dict[str, SiteRows]:
     return {"states": SiteRows(torch.arange(rows, dtype=torch.int32), data)} if rows else {}
 
 
-def test_a_session_is_hot_at_the_version_that_was_loaded_only() -> None:
+def test_a_session_is_resident_only_at_its_loaded_version() -> None:
     resident = CountingResidentSessions()
     assert not resident.pin(A, at(1))
     index = resident.use(A, at(1))
@@ -63,7 +63,7 @@ def test_a_session_is_hot_at_the_version_that_was_loaded_only() -> None:
     resident.release(A)
 
 
-def test_what_was_promised_is_the_version_from_then_on() -> None:
+def test_a_new_state_id_replaces_the_old_one() -> None:
     resident = CountingResidentSessions()
     index = resident.acquire(A, at(1), stored(2))
     resident.set_state_id(A, at(2))
@@ -72,14 +72,14 @@ def test_what_was_promised_is_the_version_from_then_on() -> None:
     assert resident.acquire(A, at(2), None) == index
 
 
-def test_loading_again_replaces_what_was_there() -> None:
+def test_loading_again_replaces_the_rows() -> None:
     resident = CountingResidentSessions()
     resident.use(A, at(1), rows=3)
     index = resident.acquire(A, at(2), stored(5, value=7.0))
     assert resident.pool.rows(index) == {"states": 5}
     assert len(resident) == 1
     assert resident.free == (SESSIONS - 1, ROWS - 5)
-    assert resident.evicted == 0, "replaced is not evicted"
+    assert resident.evicted == 0, "a replacement is no eviction"
     resident.release(A)
     assert not resident.pin(A, at(1))
     assert resident.pin(A, at(2))
@@ -114,7 +114,7 @@ def test_a_pinned_session_is_never_evicted_before_its_last_pin_is_gone() -> None
     for _ in range(2):
         with pytest.raises(PoolFullError):
             resident.acquire(C, at(1), stored(3))
-        assert not resident.pin(C, at(1)), "what could not be loaded is not hot"
+        assert not resident.pin(C, at(1)), "a session that could not be loaded is not resident"
         resident.release(A)
     assert resident.evicted == 1, "B, in the first attempt"
     resident.acquire(C, at(1), stored(3))
@@ -128,7 +128,7 @@ def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
     resident.use(B, at(1), rows=4)
     index = resident.acquire(A, at(1), stored(4))
     draft = resident.pool.draft(index)
-    assert resident.evicted == 1, "two sessions are all there is"
+    assert resident.evicted == 1, "the pool has room for two sessions, and the draft needs one"
     draft.put("states", torch.arange(4), [torch.zeros(4, 2)])
     with pytest.raises(PoolFullError):
         draft.put("states", torch.tensor([9]), [torch.zeros(1, 2)])
@@ -136,7 +136,7 @@ def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
     assert resident.pool.rows(index) == {"states": 4}
 
 
-def test_a_forgotten_session_is_gone_at_once() -> None:
+def test_a_dropped_session_is_gone_at_once() -> None:
     resident = CountingResidentSessions()
     resident.use(A, at(1))
     resident.drop(A)
@@ -146,23 +146,23 @@ def test_a_forgotten_session_is_gone_at_once() -> None:
     resident.drop(B)
 
 
-def test_a_session_that_is_forgotten_while_in_use_goes_with_its_last_pin() -> None:
+def test_a_session_that_is_dropped_while_in_use_goes_with_its_last_pin() -> None:
     resident = CountingResidentSessions()
     index = resident.acquire(A, at(1), stored(2))
     assert resident.pin(A, at(1))
     resident.drop(A)
-    assert not resident.pin(A, at(1)), "no new turn gets it"
-    assert resident.pool.rows(index) == {"states": 2}, "those under way keep it"
+    assert not resident.pin(A, at(1)), "no new turn gets the session"
+    assert resident.pool.rows(index) == {"states": 2}, "the running turns keep it"
     resident.release(A)
     assert resident.pool.rows(index) == {"states": 2}
     resident.release(A)
     assert (len(resident), resident.free) == (0, (SESSIONS, ROWS))
-    assert resident.use(A, at(1)) == index, "one of the same name may come after it"
+    assert resident.use(A, at(1)) == index, "a new session of the same name may follow"
     assert resident.pin(A, at(1))
 
 
 def test_a_session_of_a_thousand_turns_leaks_nothing() -> None:
-    """Turns as the engine runs them, some at the version at hand, some from the store; commits, failures, deletions."""
+    """Run turns as the engine does, from residence or from the store, with commits, failures and erasures."""
     resident, rng = CountingResidentSessions(), random.Random(0)
     versions = dict.fromkeys((A, B, C, D), 0)
     for _ in range(1000):

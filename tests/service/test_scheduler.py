@@ -1,4 +1,4 @@
-"""Who runs next: first come, first served; within limits; and blocks take turns."""
+"""The scheduler: first come, first served, within limits, with blocks in round robin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.engine.types import JobRequest, Segment
 
 @dataclass(eq=False)
 class Run:
-    """What a scheduler sees of a run: `blocks` are left, then it decodes."""
+    """A stand-in for a job, with the fields that the scheduler reads; it has `blocks` to prefill, then it decodes."""
 
     num_sequences: int = 1
     num_tokens: int = 10
@@ -26,16 +26,16 @@ class Run:
 
 
 def scheduler(*runs: Run, max_sequences: int = 4, max_tokens: int = 100) -> Scheduler[Run]:
-    made = Scheduler[Run](max_sequences=max_sequences, max_tokens=max_tokens)
+    new_scheduler = Scheduler[Run](max_sequences=max_sequences, max_tokens=max_tokens)
     for run in runs:
-        made.add(run)
-    return made
+        new_scheduler.add(run)
+    return new_scheduler
 
 
 # Admission.
 
 
-def test_runs_are_admitted_in_the_order_they_came_while_they_fit() -> None:
+def test_runs_are_admitted_in_order_of_arrival_while_they_fit() -> None:
     runs = [Run() for _ in range(6)]
     order = scheduler(*runs)
     assert order.admit() == runs[:4]
@@ -78,7 +78,7 @@ def test_limits_hold_and_everyone_runs_once_in_order(runs: list[Run], random: st
     order, admitted = scheduler(*runs), []
     while order.waiting or order.running:
         admitted += order.admit()
-        assert order.running, "there is always somebody running"
+        assert order.running, "at least one run is always admitted"
         assert order.tokens_reserved == sum(run.num_tokens for run in order.running)
         if len(order.running) > 1:
             assert sum(run.num_sequences for run in order.running) <= 4
@@ -87,19 +87,19 @@ def test_limits_hold_and_everyone_runs_once_in_order(runs: list[Run], random: st
     assert admitted == runs
 
 
-# Turns.
+# Round robin.
 
 
-def test_blocks_go_round_those_who_want_one() -> None:
+def test_blocks_go_round_robin_among_the_runs_that_want_one() -> None:
     long, decoding, short = Run(blocks=9), Run(), Run(blocks=2)
-    order, seen = scheduler(long, decoding, short), []
+    order, served = scheduler(long, decoding, short), []
     order.admit()
     for _ in range(6):
         turn = order.next_block()
         assert turn is not None
         turn.blocks -= 1
-        seen.append(turn)
-    assert seen == [long, short, long, short, long, long]
+        served.append(turn)
+    assert served == [long, short, long, short, long, long]
     assert set(order.running) == {long, decoding, short}
 
 
@@ -114,15 +114,15 @@ def test_a_newcomer_waits_at_most_one_round() -> None:
     assert newcomer in [order.next_block() for _ in range(3)]
 
 
-def test_there_is_no_block_where_nobody_wants_one() -> None:
+def test_there_is_no_block_if_no_run_wants_one() -> None:
     order = scheduler(Run(), Run(blocks=3))
-    assert order.next_block() is None, "nobody is admitted"
+    assert order.next_block() is None, "no run is admitted yet"
     order.admit()
     order.remove(next(run for run in order.running if run.wants_block))
     assert order.next_block() is None
 
 
-def test_a_removed_run_is_gone_from_wherever_it_was() -> None:
+def test_a_run_can_be_removed_whether_running_waiting_or_unknown() -> None:
     running, waiting, stranger = Run(num_tokens=99), Run(num_tokens=99), Run()
     order = scheduler(running, waiting)
     order.admit()
@@ -133,13 +133,13 @@ def test_a_removed_run_is_gone_from_wherever_it_was() -> None:
     assert (list(order.running), list(order.waiting)) == ([], [])
 
 
-# Which segments are proved.
+# The proof sample.
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("start", [0, 7])
-def test_a_share_of_the_segments_is_proved_the_first_of_a_session_included(rate: float, start: int) -> None:
-    """Wherever a job begins in its session, its segments continue the same sequence."""
+def test_the_proof_sample_is_a_share_of_the_segments_with_the_first_of_a_session(rate: float, start: int) -> None:
+    """The sample depends on a segment's position in its session, not on the job that it is in."""
     whole = JobRequest([Segment([1])] * 300, lambda job, event: None, proof_rate=rate)
     later = JobRequest([Segment([1])] * 300, lambda job, event: None, proof_from=start, proof_rate=rate)
     proved = [whole.in_proof_sample(n) for n in range(300)]

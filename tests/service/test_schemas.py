@@ -1,4 +1,4 @@
-"""Request bodies: every field of OpenAI's is known, nothing is read leniently, every fault has a sentence."""
+"""Request bodies: all of OpenAI's fields are known, validation is strict, and every fault has a clear message."""
 
 import inspect
 import typing
@@ -41,13 +41,13 @@ def chat(**fields: Any) -> ChatCompletionRequest:
     return ChatCompletionRequest.model_validate({"model": "m", "messages": HELLO} | fields)
 
 
-def refusal(fault: ValidationError) -> BadRequest:
-    """What the client is told: the framework puts where the fault is before its location."""
-    return explain([{**error, "loc": ("body", *error["loc"])} for error in fault.errors()])
+def to_bad_request(error: ValidationError) -> BadRequest:
+    """Return the error that the client receives. FastAPI prefixes each location with "body"."""
+    return explain([{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()])
 
 
 def fields_of(*typed_dicts: Any) -> set[str]:
-    return {name for one in typed_dicts for name in typing.get_type_hints(one)}
+    return {name for typed_dict in typed_dicts for name in typing.get_type_hints(typed_dict)}
 
 
 OPENAI_COMPLETION = fields_of(
@@ -98,15 +98,15 @@ def test_values_that_change_nothing_are_accepted(field: str, value: Any) -> None
     chat(**{field: value})
 
 
-def test_a_field_that_cannot_be_honoured_is_refused_by_its_name() -> None:
-    refused = {name for name, field in ChatCompletionRequest.model_fields.items() if field.annotation is Any}
-    assert {"tools", "response_format", "audio", "prediction", "store"} <= refused
-    for name in refused:
-        with pytest.raises(ValidationError) as fault:
+def test_an_unsupported_field_is_refused_by_its_name() -> None:
+    unsupported = {name for name, field in ChatCompletionRequest.model_fields.items() if field.annotation is Any}
+    assert {"tools", "response_format", "audio", "prediction", "store"} <= unsupported
+    for name in unsupported:
+        with pytest.raises(ValidationError) as error:
             chat(**{name: {"some": "thing"}})
-        told = refusal(fault.value)
-        assert told.param == name
-        assert "not supported" in told.message
+        bad_request = to_bad_request(error.value)
+        assert bad_request.param == name
+        assert "not supported" in bad_request.message
 
 
 def test_content_parts_are_joined_and_developer_is_system() -> None:
@@ -117,7 +117,7 @@ def test_content_parts_are_joined_and_developer_is_system() -> None:
     assert tool.plain() == {"role": "tool", "content": "7", "tool_call_id": "c1"}
 
 
-def test_stop_is_a_tuple_however_it_came() -> None:
+def test_stop_is_a_tuple_whatever_its_form() -> None:
     assert completion(stop="a").stops == ("a",)
     assert completion(stop=["a", "b"]).stops == ("a", "b")
     assert completion(stop=[]).stops == completion(stop=None).stops == ()
@@ -125,10 +125,10 @@ def test_stop_is_a_tuple_however_it_came() -> None:
 
 @pytest.mark.parametrize("field", ["max_tokens", "n", "seed", "temperature", "top_p", "presence_penalty"])
 @pytest.mark.parametrize("value", [True, "1", [1], {}, float("nan"), float("inf")], ids=repr)
-def test_nothing_but_a_number_is_a_number(field: str, value: Any) -> None:
-    with pytest.raises(ValidationError) as fault:
+def test_only_a_number_is_accepted_as_a_number(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as error:
         completion(**{field: value})
-    assert refusal(fault.value).param == field
+    assert to_bad_request(error.value).param == field
 
 
 def test_limits_are_inclusive() -> None:
@@ -144,10 +144,10 @@ def test_session_ids(session: str) -> None:
 
 
 @pytest.mark.parametrize("value", [2**64, 10**5000], ids=["2**64", "10**5000"])
-def test_an_integer_beyond_all_limits_has_a_short_sentence(value: int) -> None:
-    with pytest.raises(ValidationError) as fault:
+def test_an_enormous_integer_has_a_short_message(value: int) -> None:
+    with pytest.raises(ValidationError) as error:
         completion(seed=value)
-    assert len(refusal(fault.value).message) < 200
+    assert len(to_bad_request(error.value).message) < 200
 
 
 def test_a_body_of_faults_yields_few_errors() -> None:
@@ -160,12 +160,12 @@ def test_a_body_of_faults_yields_few_errors() -> None:
         {"prompt": [[1] + ["a"] * 10_000]},
         {"logit_bias": {f"x{i}": 1 for i in range(10_000)}},
     ):
-        with pytest.raises(ValidationError) as fault:
+        with pytest.raises(ValidationError) as error:
             completion(**faulty)
-        assert fault.value.error_count() <= 64
-    with pytest.raises(ValidationError) as fault:
+        assert error.value.error_count() <= 64
+    with pytest.raises(ValidationError) as error:
         chat(messages=[{}] * 10_000)
-    assert fault.value.error_count() <= 64
+    assert error.value.error_count() <= 64
 
 
 JSON = st.recursive(
@@ -182,20 +182,20 @@ REQUESTS: list[type[Body]] = [
 ]
 
 
-@pytest.mark.parametrize("request_type", REQUESTS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("request_type", REQUESTS, ids=lambda request_type: request_type.__name__)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_any_json_is_accepted_or_refused_in_a_sentence(request_type: type[Body], data: st.DataObject) -> None:
+def test_any_json_is_accepted_or_refused_with_a_message(request_type: type[Body], data: st.DataObject) -> None:
     known = st.dictionaries(st.sampled_from(sorted(request_type.model_fields)), JSON, max_size=6)
     body = data.draw(known | JSON)
     try:
         request_type.model_validate(body)
-    except ValidationError as fault:
-        told = refusal(fault)
-        assert told.status == 400 and told.message
-        told.body()
-    except BadRequest as told:
-        assert told.param is not None
+    except ValidationError as error:
+        bad_request = to_bad_request(error)
+        assert bad_request.status == 400 and bad_request.message
+        bad_request.body()
+    except BadRequest as bad_request:
+        assert bad_request.param is not None
 
 
 def test_models_have_docstrings_for_the_openapi_page() -> None:

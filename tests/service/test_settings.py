@@ -1,4 +1,4 @@
-"""Settings: what is read, what wins, and that a fault is one line naming setting, limit and value."""
+"""Settings: sources, precedence, and errors of one line that name the setting, the limit and the value."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_nothing_needs_to_be_set() -> None:
     assert settings.cache_dir != settings.data_dir
 
 
-def test_options_go_before_the_environment_and_the_environment_before_defaults(
+def test_options_override_the_environment_and_the_environment_overrides_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("IMPRINT_PORT", "9000")
@@ -38,7 +38,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     assert (settings.redis_url, settings.port) == (None, 8000)
 
 
-def test_folders_may_start_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_folders_may_start_with_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("IMPRINT_DATA_DIR", "~/sessions")
     assert Settings.load().data_dir == tmp_path / "sessions"
@@ -82,7 +82,7 @@ def test_a_fault_of_an_option_names_the_option(monkeypatch: pytest.MonkeyPatch) 
         Settings.load(port=70000)
 
 
-def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_faults_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPRINT_PORT", "-1")
     monkeypatch.setenv("IMPRINT_DEVICE", "tpu")
     with pytest.raises(SettingsError, match=r"IMPRINT_PORT.*IMPRINT_DEVICE"):
@@ -95,7 +95,7 @@ def test_an_unknown_variable_is_refused_with_the_likely_one(monkeypatch: pytest.
         Settings.load()
 
 
-def test_the_clients_variables_do_not_disturb_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clients_variables_are_not_unknown_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPRINT_URL", "http://127.0.0.1:8000")
     Settings.load()
 

@@ -1,4 +1,4 @@
-"""Tenants on a live server: the key decides whose sessions a request sees, nothing of others shows, limits hold."""
+"""Tenants on a running server: a key decides which sessions a request sees, tenants are isolated, limits hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIMITS = {
 
 @pytest.fixture(scope="module")
 def keys() -> dict[str, str]:
-    """The keys by tenant; the server's file is made of them."""
+    """Return the keys by tenant; `server_with_keys` fills them in."""
     return {}
 
 
@@ -42,7 +42,7 @@ def server_with_keys(
         keys[owner], line = new_key(owner)
         lines.append(f"{line} {LIMITS.get(owner, '')}")
     file = folder / "keys"
-    file.write_text("# who may come in\n\n" + "\n".join(lines[1:]) + "\n")
+    file.write_text("# the keys of this server\n\n" + "\n".join(lines[1:]) + "\n")
     settings = {"api_keys": lines[0], "api_keys_file": file, "host": "0.0.0.0", "log_level": "debug"}
     server = Server(str(tiny_base), folder / "data", **settings).start()
     yield server
@@ -51,19 +51,19 @@ def server_with_keys(
 
 @pytest.fixture
 def user(server_with_keys: Server, keys: dict[str, str]) -> Iterator[Callable[[str], Client]]:
-    made: list[Client] = []
+    clients: list[Client] = []
 
-    def of(owner: str) -> Client:
-        made.append(Client(server_with_keys.url, key=keys[owner]))
-        return made[-1]
+    def connect(owner: str) -> Client:
+        clients.append(Client(server_with_keys.url, key=keys[owner]))
+        return clients[-1]
 
-    yield of
-    for client in made:
+    yield connect
+    for client in clients:
         client.http.close()
 
 
-def said(response: httpx.Response) -> tuple[int, bytes, list[str]]:
-    """All that a response tells, but its request id and date."""
+def observable(response: httpx.Response) -> tuple[int, bytes, list[str]]:
+    """Return everything that a client can see of a response, except its request id and date."""
     return response.status_code, response.content, sorted(set(response.headers) - {"x-request-id", "date"})
 
 
@@ -71,7 +71,7 @@ def said(response: httpx.Response) -> tuple[int, bytes, list[str]]:
 
 
 def test_one_id_is_a_session_of_its_own_for_each_key(server_with_keys: Server, keys: dict[str, str]) -> None:
-    """The real client: two keys, one session id, two memories."""
+    """With the openai client: two keys and one session id are two memories."""
 
     def chat(owner: str, text: str) -> Any:
         with openai.OpenAI(base_url=f"{server_with_keys.url}/v1", api_key=keys[owner], max_retries=0) as client:
@@ -86,19 +86,19 @@ def test_one_id_is_a_session_of_its_own_for_each_key(server_with_keys: Server, k
         return reply.model_extra["adaptation"]
 
     assert [chat("acme", text)["version_to"] for text in (TEXT, TEXT[:50])] == [1, 2]
-    assert chat("bo", TEXT)["version_from"] == 0  # nor is it taken for resent
+    assert chat("bo", TEXT)["version_from"] == 0  # the text does not count as resent
     with Client(server_with_keys.url, key=keys["acme"]) as acme, Client(server_with_keys.url, key=keys["bo"]) as bo:
         assert (acme.version("shared"), bo.version("shared")) == (2, 1)
         assert bo.http.delete("/v1/sessions/shared").status_code == 200
         assert (acme.version("shared"), bo.version("shared")) == (2, 0)
 
 
-def test_what_a_key_teaches_shows_under_no_other_key(user: Callable[[str], Client]) -> None:
+def test_what_a_tenant_teaches_affects_no_other_tenant(user: Callable[[str], Client]) -> None:
     acme, bo = user("acme"), user("bo")
     untaught = bo.score("unheard-of", TEXT)
     acme.observe("secret", TEXT * 2)
-    mine = acme.score("secret", TEXT)
-    assert mine["logprobs"] != mine["frozen_logprobs"] == untaught["frozen_logprobs"]
+    own = acme.score("secret", TEXT)
+    assert own["logprobs"] != own["frozen_logprobs"] == untaught["frozen_logprobs"]
     assert bo.score("secret", TEXT) == untaught
     before = acme.session("secret")
     assert bo.http.put("/v1/sessions/secret", json={"adapt": "predict"}).status_code in (200, 201)
@@ -132,13 +132,13 @@ GONE = {"get", "delete", "log", "cells", "diff", "export", "fork", "rollback", "
 
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_anothers_session_answers_as_one_that_is_nowhere(user: Callable[[str], Client], kind: str) -> None:
-    """Status, headers and body are the same, but for the id that was asked for."""
+    """Status, headers and body are equal, except for the requested id."""
     acme, few = user("acme"), user("few")
     acme.observe("theirs", TEXT)
-    theirs, nowhere = said(REQUESTS[kind](few, "theirs")), said(REQUESTS[kind](few, "absent"))
-    assert theirs[0] in (200, 412) or (theirs[0] == 404 and kind in GONE)
-    assert theirs[1].replace(b"theirs", b"absent") == nowhere[1]
-    assert theirs[::2] == nowhere[::2]
+    existing, absent = observable(REQUESTS[kind](few, "theirs")), observable(REQUESTS[kind](few, "absent"))
+    assert existing[0] in (200, 412) or (existing[0] == 404 and kind in GONE)
+    assert existing[1].replace(b"theirs", b"absent") == absent[1]
+    assert existing[::2] == absent[::2]
     assert acme.version("theirs") >= 1
 
 
@@ -159,17 +159,17 @@ def test_forks_and_imports_land_in_the_keys_own_namespace(
 
 @pytest.mark.parametrize("repeated", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}])
 def test_no_answer_is_remembered_for_another_tenant(user: Callable[[str], Client], repeated: dict[str, str]) -> None:
-    """The same key, or retry, of the same body to the same session id."""
+    """Two tenants send the same key, or retry, with the same body to the same session id."""
     acme, bo, name = user("acme"), user("bo"), f"once-{len(repeated)}-{next(iter(repeated))}"
     bo.observe(name, TEXT[9:])
     first = acme.post(f"sessions/{name}/observe", {"text": TEXT}, **repeated)
     other = bo.post(f"sessions/{name}/observe", {"text": TEXT}, **repeated)
     assert (assert_success(first)["version"], assert_success(other)["version"]) == (1, 2)
     assert "idempotent-replayed" not in other.headers
-    for client, told in ((acme, first), (bo, other)):
+    for client, answer in ((acme, first), (bo, other)):
         again = client.post(f"sessions/{name}/observe", {"text": TEXT}, **repeated)
-        assert again.headers["idempotent-replayed"] == "true" and again.json() == told.json()
-    # Nor is a key used up by another tenant's request.
+        assert again.headers["idempotent-replayed"] == "true" and again.json() == answer.json()
+    # Another tenant's request does not use up a key.
     bo.post(f"sessions/{name}/observe", {"text": TEXT}, **{"Idempotency-Key": "bo's"})
     assert (
         assert_success(acme.post(f"sessions/{name}/observe", {"text": "else"}, **{"Idempotency-Key": "bo's"}))[
@@ -180,15 +180,15 @@ def test_no_answer_is_remembered_for_another_tenant(user: Callable[[str], Client
 
 
 @pytest.mark.parametrize("name", ["acme/theirs", "default/theirs", "}acme/theirs", "../acme/theirs", "acme:theirs"])
-@pytest.mark.parametrize("where", ["session", "user", "X-Imprint-Session"])
-def test_no_name_leads_into_another_namespace(
-    user: Callable[[str], Client], server_with_keys: Server, name: str, where: str
+@pytest.mark.parametrize("field", ["session", "user", "X-Imprint-Session"])
+def test_no_session_id_reaches_another_namespace(
+    user: Callable[[str], Client], server_with_keys: Server, name: str, field: str
 ) -> None:
     bo = user("bo")
-    headers, fields = ({where: name}, {}) if where.startswith("X-") else ({}, {where: name})
-    named = {"X-Imprint-Tenant": "acme", "OpenAI-Organization": "acme", "OpenAI-Project": "acme"}
-    response = bo.post("completions", bo.completion(**fields), **headers, **named)
-    if ":" in name:  # an ordinary name, of bo's own
+    headers, fields = ({field: name}, {}) if field.startswith("X-") else ({}, {field: name})
+    ignored = {"X-Imprint-Tenant": "acme", "OpenAI-Organization": "acme", "OpenAI-Project": "acme"}
+    response = bo.post("completions", bo.completion(**fields), **headers, **ignored)
+    if ":" in name:  # a valid id, in the namespace of bo
         assert response.status_code == 200
         assert stored(server_with_keys.data_dir, name, tenant="bo") and not stored(
             server_with_keys.data_dir, name, tenant="acme"
@@ -237,27 +237,29 @@ def test_every_route_but_the_public_ones_wants_a_key(server_with_keys: Server) -
 
 
 @pytest.mark.parametrize(
-    "given",
+    "authorization",
     ["", "Bearer", "Bearer imp_wrong", "Basic {}", "{}", "Bearer {}x", "Bearer {} {}", "Bearer \xe9"],
 )
-def test_a_wrong_key_is_refused_and_never_repeated(server_with_keys: Server, keys: dict[str, str], given: str) -> None:
-    header = given.replace("{}", keys["bo"]).encode("latin-1")
+def test_a_wrong_key_is_refused_and_never_repeated(
+    server_with_keys: Server, keys: dict[str, str], authorization: str
+) -> None:
+    header = authorization.replace("{}", keys["bo"]).encode("latin-1")
     response = httpx.get(f"{server_with_keys.url}/v1/models", headers={b"Authorization": header})
     error = assert_error(response, 401, "invalid_api_key")
     assert error["type"] == "invalid_request_error"
     assert keys["bo"] not in response.text and "imp_" not in response.text
 
 
-def test_two_authorizations_are_none(server_with_keys: Server, keys: dict[str, str]) -> None:
+def test_two_authorization_headers_are_refused(server_with_keys: Server, keys: dict[str, str]) -> None:
     twice = [("Authorization", f"Bearer {keys[owner]}") for owner in ("bo", "acme")]
     assert httpx.get(f"{server_with_keys.url}/v1/models", headers=twice).status_code == 401
 
 
 def test_the_client_gets_its_own_error(server_with_keys: Server) -> None:
     client = openai.OpenAI(base_url=f"{server_with_keys.url}/v1", api_key="imp_wrong")
-    with client, pytest.raises(openai.AuthenticationError) as refused:
+    with client, pytest.raises(openai.AuthenticationError) as error:
         client.models.list()
-    assert refused.value.code == "invalid_api_key"
+    assert error.value.code == "invalid_api_key"
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -267,31 +269,31 @@ def test_a_tenant_at_its_sessions_makes_no_more(user: Callable[[str], Client]) -
     few = user("few")
     few.observe("first", TEXT)
     file = few.http.get("/v1/sessions/first/export").content
-    for refused in (
+    for response in (
         few.post("sessions/second/observe", {"text": TEXT}),
         few.post("completions", few.completion(session="second")),
         few.http.put("/v1/sessions/second", json={}),
         few.post("sessions/first/fork", {"id": "second"}),
         import_file(few, "second", file),
     ):
-        error = assert_error(refused, 429, "session_limit")
+        error = assert_error(response, 429, "session_limit")
         assert "1 sessions and has 1" in error["message"]
-        assert refused.headers["x-should-retry"] == "false"
+        assert response.headers["x-should-retry"] == "false"
     few.observe("first", TEXT)
     assert import_file(few, "first", file).status_code == 200
     assert few.http.delete("/v1/sessions/first").status_code == 200
     assert_error(
         few.post("completions", few.completion(session="second", max_tokens=10**6)), 400, "context_length_exceeded"
     )
-    few.observe("third", TEXT)  # what failed has left no trace
+    few.observe("third", TEXT)  # the failed requests do not count
     few.http.delete("/v1/sessions/third")
 
 
-def test_a_tenant_at_its_bytes_predicts_and_learns_no_more(user: Callable[[str], Client]) -> None:
+def test_a_tenant_at_its_bytes_predicts_but_learns_no_more(user: Callable[[str], Client]) -> None:
     laden = user("laden")
     key = {"Idempotency-Key": "k"}
     learned = assert_success(laden.post("sessions/first/observe", {"text": TEXT}, **key))
-    held, file = laden.session("first")["bytes"], laden.http.get("/v1/sessions/first/export").content
+    num_bytes, file = laden.session("first")["bytes"], laden.http.get("/v1/sessions/first/export").content
     requests: dict[str, Json] = {
         "sessions/first/observe": {"text": TEXT},
         "sessions/second/observe": {"text": TEXT},
@@ -301,12 +303,12 @@ def test_a_tenant_at_its_bytes_predicts_and_learns_no_more(user: Callable[[str],
     }
     for path, body in requests.items():
         error = assert_error(laden.post(path, body), 429, "byte_limit")
-        assert f"1 bytes and hold {held}" in error["message"]
+        assert f"1 bytes and hold {num_bytes}" in error["message"]
     assert_error(import_file(laden, "second", file), 429, "byte_limit")
     assert_error(import_file(laden, "first", file), 429, "byte_limit")
     assert (
         assert_success(laden.post("sessions/first/observe", {"text": TEXT}, **key)) == learned
-    )  # as it was told before
+    )  # the remembered answer
     assert laden.score("first", TEXT)["version"] == 1
     assert laden.complete(session="first", adapt="predict")["adaptation"]["version_to"] == 1
     assert laden.version("second") == 0
@@ -314,18 +316,20 @@ def test_a_tenant_at_its_bytes_predicts_and_learns_no_more(user: Callable[[str],
     laden.observe("first", TEXT)
     assert (
         assert_success(laden.post("sessions/first/rollback", {"version": 0}))["bytes"] == 0
-    )  # a way to have room again
+    )  # a rollback frees the bytes
     laden.observe("first", TEXT)
 
 
-def test_the_account_holds_what_the_sessions_hold(user: Callable[[str], Client], server_with_keys: Server) -> None:
-    """However their versions came to be, and however they ended."""
+def test_the_usage_record_equals_the_bytes_of_the_sessions(
+    user: Callable[[str], Client], server_with_keys: Server
+) -> None:
+    """After every kind of new version, and after erasures."""
     bookish = user("bookish")
 
     def agrees() -> bool:
         sessions = assert_success(bookish.http.get("/v1/sessions"))["data"]
-        held = {session["id"]: session["bytes"] for session in sessions}
-        return tenant_usage(server_with_keys.data_dir, "bookish") == held | {"*": sum(held.values())}
+        num_bytes = {session["id"]: session["bytes"] for session in sessions}
+        return tenant_usage(server_with_keys.data_dir, "bookish") == num_bytes | {"*": sum(num_bytes.values())}
 
     bookish.http.put("/v1/sessions/one", json={"keep_text": True})
     for turn in range(3):
@@ -354,13 +358,13 @@ def test_learned_tokens_are_told_and_bounded(server_with_keys: Server, keys: dic
         assert first.headers["x-ratelimit-reset-tokens"] == "0.000s"
         learned = first.json() and complete().json()["adaptation"]["tokens_learned"]
         assert learned > 20
-        with pytest.raises(openai.RateLimitError) as refused:
+        with pytest.raises(openai.RateLimitError) as error:
             complete()
-        headers = refused.value.response.headers
-        assert refused.value.code == "rate_limit_exceeded"
-        assert "20 tokens per minute" in refused.value.message
+        headers = error.value.response.headers
+        assert error.value.code == "rate_limit_exceeded"
+        assert "20 tokens per minute" in error.value.message
         assert headers["x-ratelimit-remaining-tokens"] == "0"
-        # 3 s a token: those over the limit are paid off first.
+        # 3 s per token: the tokens over the limit are paid off first.
         assert 0 < int(headers["retry-after"]) <= 3 * (learned - 20 + 1)
         assert float(headers["x-ratelimit-reset-tokens"].removesuffix("s")) > 60 >= 3 * 20
         assert complete(adapt="predict").json()["adaptation"]["tokens_learned"] == 0
@@ -368,14 +372,14 @@ def test_learned_tokens_are_told_and_bounded(server_with_keys: Server, keys: dic
 
 def test_requests_in_flight_are_told_and_bounded(user: Callable[[str], Client]) -> None:
     single, bo = user("single"), user("bo")
-    told = single.http.get("/v1/models").headers
-    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("1", "0")
+    headers = single.http.get("/v1/models").headers
+    assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("1", "0")
     assert "x-ratelimit-limit-requests" not in bo.http.get("/v1/models").headers
     with single.stream(prompt=TEXT[:60], max_tokens=400, logit_bias=NO_EOS) as chunks:
         next(chunks)
-        refused = single.http.get("/v1/models")
-        assert "1 requests in flight" in assert_error(refused, 429, "rate_limit_exceeded")["message"]
-        assert refused.headers["x-ratelimit-limit-requests"] == "1"
+        response = single.http.get("/v1/models")
+        assert "1 requests in flight" in assert_error(response, 429, "rate_limit_exceeded")["message"]
+        assert response.headers["x-ratelimit-limit-requests"] == "1"
         bo.complete()
     wait_until(lambda: single.http.get("/v1/models").status_code == 200)
 
@@ -383,24 +387,24 @@ def test_requests_in_flight_are_told_and_bounded(user: Callable[[str], Client]) 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_send_the_key_of_the_environment(
+def test_the_commands_send_the_key_from_the_environment(
     server_with_keys: Server, keys: dict[str, str], user: Callable[[str], Client], tmp_path: Path
 ) -> None:
     (tmp_path / "text").write_text(TEXT)
     teach = ("observe", str(tmp_path / "text"), "--session", "by-command")
-    refused = imprint(*teach, IMPRINT_URL=server_with_keys.url)
-    assert refused.returncode == 1 and "An API key is required" in refused.stderr
+    failure = imprint(*teach, IMPRINT_URL=server_with_keys.url)
+    assert failure.returncode == 1 and "An API key is required" in failure.stderr
     assert imprint(*teach, IMPRINT_URL=server_with_keys.url, IMPRINT_API_KEY=keys["bo"]).returncode == 0
     assert (user("bo").version("by-command"), user("acme").version("by-command")) == (1, 0)
 
 
-def test_the_commands_do_not_wait_for_what_does_not_come(
+def test_the_commands_do_not_retry_at_a_quota(
     server_with_keys: Server, keys: dict[str, str], user: Callable[[str], Client], tmp_path: Path
 ) -> None:
     few = user("few")
     few.observe("first", TEXT)
     (tmp_path / "text").write_text(TEXT)
     teach = ("observe", str(tmp_path / "text"), "--session", "second")
-    refused = imprint(*teach, IMPRINT_URL=server_with_keys.url, IMPRINT_API_KEY=keys["few"])
-    assert refused.returncode == 1 and "1 sessions" in refused.stderr and "trying again" not in refused.stderr
+    failure = imprint(*teach, IMPRINT_URL=server_with_keys.url, IMPRINT_API_KEY=keys["few"])
+    assert failure.returncode == 1 and "1 sessions" in failure.stderr and "trying again" not in failure.stderr
     few.http.delete("/v1/sessions/first")

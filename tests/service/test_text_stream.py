@@ -1,4 +1,4 @@
-"""What is shown of a sequence: whole characters, nothing of a stop string, and in the end everything else."""
+"""The streamed text of a sequence: whole characters, nothing of a stop string, and at the end all other text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def of_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """The token of each byte, and of each longer string that is one token."""
+def token_of(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Return the token of each byte string that is one token, single bytes included."""
     return {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
 
 
@@ -33,14 +33,14 @@ def first_stop(text: str, stops: list[str]) -> int | None:
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
-def held(text: str, stops: list[str]) -> int:
-    """How much of the end of a text may yet be the beginning of a stop string."""
+def num_held_back(text: str, stops: list[str]) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
     sizes = (n for n in range(1, len(text) + 1) for stop in stops if n < len(stop) and stop.startswith(text[-n:]))
     return max(sizes, default=0)
 
 
 def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The complete characters of the tokens."""
+    """Return the complete characters of the tokens."""
     return b"".join(map(tokenizer.token_bytes, ids)).decode(errors="ignore")
 
 
@@ -54,12 +54,12 @@ def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
 @example(["a", "🐈", "b"], [True] * 8, ["🐈b"])
 @example(["aab", "aa"], [True] * 8, ["aabaab", "aaa"])
 def test_nothing_of_a_stop_string_is_ever_shown_at_any_split(
-    tokenizer: Tokenizer, of_bytes: dict[bytes, int], pieces: list[str], bytewise: list[bool], stops: list[str]
+    tokenizer: Tokenizer, token_of: dict[bytes, int], pieces: list[str], bytewise: list[bool], stops: list[str]
 ) -> None:
-    """Text in pieces, each as the tokenizer cuts it or byte by byte, beside the plain definition of each promise."""
+    """Push text as whole tokens or byte by byte, and compare each step with the plain definitions above."""
     ids: list[int] = []
     for piece, single in zip(pieces, bytewise, strict=False):
-        ids += [of_bytes[bytes([b])] for b in piece.encode()] if single else tokenizer.encode(piece)
+        ids += [token_of[bytes([b])] for b in piece.encode()] if single else tokenizer.encode(piece)
     stream, shown, stopped = TextStream(tokenizer.stream(), tuple(stops)), "", False
     for n, token in enumerate(ids, 1):
         assert not stopped
@@ -67,9 +67,9 @@ def test_nothing_of_a_stop_string_is_ever_shown_at_any_split(
         text = decoded(tokenizer, ids[:n])
         cut = first_stop(text, stops)
         assert stopped == (cut is not None)
-        visible = text[:cut] if cut is not None else text[: len(text) - held(text, stops)]
+        visible = text[:cut] if cut is not None else text[: len(text) - num_held_back(text, stops)]
         assert stream.text[: stream.released] == visible
-        assert visible.startswith(shown), "what was shown stays"
+        assert visible.startswith(shown), "shown text stays"
         shown = visible
         assert stream.tokens_released == complete(tokenizer, ids[:n], visible)
         if stopped:
@@ -84,14 +84,14 @@ def test_nothing_of_a_stop_string_is_ever_shown_at_any_split(
 
 
 def complete(tokenizer: Tokenizer, ids: list[int], visible: str) -> int:
-    """How many tokens have all of their bytes, and the whole of the last one's character, in the visible text."""
-    done, whole = 0, b"".join(map(tokenizer.token_bytes, ids))
+    """Return how many tokens lie in the visible text with all their bytes and with their last character complete."""
+    done, all_bytes = 0, b"".join(map(tokenizer.token_bytes, ids))
     for n in range(1, len(ids) + 1):
         end = len(b"".join(map(tokenizer.token_bytes, ids[:n])))
-        while end < len(whole) and whole[end] & 0xC0 == 0x80:
+        while end < len(all_bytes) and all_bytes[end] & 0xC0 == 0x80:
             end += 1
         try:
-            text = whole[:end].decode()
+            text = all_bytes[:end].decode()
         except UnicodeDecodeError:
             return done
         if not visible.startswith(text):
@@ -101,7 +101,7 @@ def complete(tokenizer: Tokenizer, ids: list[int], visible: str) -> int:
 
 
 def push_all(stream: TextStream, ids: list[int]) -> list[str]:
-    """What may be shown after each token."""
+    """Push all tokens, and return the text that may be shown after each."""
     shown = []
     for token in ids:
         stream.push(token)
@@ -109,17 +109,17 @@ def push_all(stream: TextStream, ids: list[int]) -> list[str]:
     return shown
 
 
-def test_a_character_is_shown_whole_or_not_at_all(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+def test_a_character_is_shown_whole_or_not_at_all(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     stream = TextStream(tokenizer.stream(), ())
-    ids = [of_bytes[bytes([b])] for b in "a🐈b".encode()]
+    ids = [token_of[bytes([b])] for b in "a🐈b".encode()]
     assert push_all(stream, ids) == ["a", "a", "a", "a", "a🐈", "a🐈b"]
     assert stream.tokens_released == 6
 
 
-def test_the_tokens_of_a_character_are_released_with_its_last(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+def test_the_tokens_of_a_character_are_released_with_its_last(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     stream, counts = TextStream(tokenizer.stream(), ()), []
     for b in "a猫".encode():
-        stream.push(of_bytes[bytes([b])])
+        stream.push(token_of[bytes([b])])
         counts.append(stream.tokens_released)
     assert counts == [1, 1, 1, 4]
 
@@ -133,18 +133,18 @@ def test_a_token_that_is_partly_in_a_stop_string_is_not_released(tokenizer: Toke
     assert stream.tokens_released == quick
 
 
-def test_the_stop_string_that_begins_first_wins(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+def test_the_stop_string_that_begins_first_wins(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     stream = TextStream(tokenizer.stream(), ("n f", "own", "brown f"))
     for token in tokenizer.encode("quick brow"):
         assert not stream.push(token)
     assert stream.text[: stream.released] == "quick "
-    assert stream.push(of_bytes[b"n"])
+    assert stream.push(token_of[b"n"])
     assert stream.text == "quick br"
 
 
-def test_an_end_shows_what_was_held_back(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+def test_the_end_releases_the_text_that_was_held_back(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     stream = TextStream(tokenizer.stream(), ("END!",))
-    ids = [of_bytes[c.encode()] for c in "aEND"]
+    ids = [token_of[c.encode()] for c in "aEND"]
     assert push_all(stream, ids) == ["a"] * 4
     assert stream.tokens_released == 1
     stream.finish()
@@ -152,10 +152,10 @@ def test_an_end_shows_what_was_held_back(tokenizer: Tokenizer, of_bytes: dict[by
     assert (stream.released, stream.tokens_released) == (4, 4)
 
 
-def test_an_end_within_a_character_shows_that_something_is_missing(
-    tokenizer: Tokenizer, of_bytes: dict[bytes, int]
+def test_an_end_within_a_character_shows_a_replacement_character(
+    tokenizer: Tokenizer, token_of: dict[bytes, int]
 ) -> None:
-    ids = [of_bytes[b"a"], *(of_bytes[bytes([b])] for b in "🐈".encode()[:3])]
+    ids = [token_of[b"a"], *(token_of[bytes([b])] for b in "🐈".encode()[:3])]
     stream = TextStream(tokenizer.stream(), ())
     assert push_all(stream, ids) == ["a"] * 4
     stream.finish()
@@ -163,27 +163,27 @@ def test_an_end_within_a_character_shows_that_something_is_missing(
     assert stream.tokens_released == 4
 
 
-def test_what_is_no_text_is_shown_as_that(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
-    ids = [of_bytes[b] for b in (b"\xf0", b"a", b"\xff", b"b")]
+def test_invalid_bytes_are_shown_as_replacement_characters(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
+    ids = [token_of[b] for b in (b"\xf0", b"a", b"\xff", b"b")]
     stream = TextStream(tokenizer.stream(), ("b",))
     assert push_all(stream, ids) == ["", "\ufffda", "\ufffda\ufffd", "\ufffda\ufffd"]
     assert stream.tokens_released == 3
 
 
-def test_special_tokens_show_nothing_and_stop_nothing(tokenizer: Tokenizer, of_bytes: dict[bytes, int]) -> None:
+def test_special_tokens_show_nothing_and_stop_nothing(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     special = tokenizer.bos_token_id
     assert special is not None
     stream = TextStream(tokenizer.stream(), ("<|", "ab"))
-    assert push_all(stream, [special, of_bytes[b"a"], special]) == ["", "", ""]
-    assert stream.push(of_bytes[b"b"])
+    assert push_all(stream, [special, token_of[b"a"], special]) == ["", "", ""]
+    assert stream.push(token_of[b"b"])
     assert stream.text == ""
     end = TextStream(tokenizer.stream(), ())
-    assert push_all(end, [of_bytes[b"a"], special]) == ["a", "a"]
+    assert push_all(end, [token_of[b"a"], special]) == ["a", "a"]
     end.finish()
     assert end.tokens_released == 2
 
 
-def test_nothing_at_all_ends_as_nothing(tokenizer: Tokenizer) -> None:
+def test_an_empty_sequence_has_no_text(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer.stream(), ("x",))
     stream.finish()
     assert (stream.text, stream.released, stream.tokens_released) == ("", 0, 0)

@@ -1,4 +1,4 @@
-"""What a turn does to its session: what is learned, when, by whom, and that nothing else is."""
+"""Turns on a running server: each changes its session by what it should learn, and by nothing else."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.live import NO_EOS, Client, Json, assert_error, background_load, in_b
 from tests.tiny import TEXT, build_tiny_base
 
 PROMPT = TEXT[:60]
-SHORT = TEXT[:150]  # of fewer tokens than a block
-LONG = TEXT * 60  # of many times the context
+SHORT = TEXT[:150]  # fewer tokens than a block
+LONG = TEXT * 60  # many times the context
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def client(server: Any) -> Iterator[Client]:
 
 @pytest.fixture
 def session() -> str:
-    """A name that nobody has used."""
+    """Return a new session id."""
     return uuid4().hex
 
 
@@ -65,8 +65,8 @@ def test_a_request_that_learns_nothing_creates_its_session_at_version_0(
     if "{}" not in path:
         body = body | {"model": client.model, "session": session}
     assert client.post(path.format(session), body).status_code == 200
-    found = client.session(session)
-    assert (found["version"], found["tokens_learned"], found["rows"]) == (0, 0, 0)
+    created = client.session(session)
+    assert (created["version"], created["tokens_learned"], created["rows"]) == (0, 0, 0)
 
 
 def test_every_learning_request_is_one_version(client: Client, session: str) -> None:
@@ -84,8 +84,8 @@ def test_every_learning_request_is_one_version(client: Client, session: str) -> 
     ]
     for version, learn in enumerate(learning, 1):
         answer = learn()
-        told = answer.get("adaptation") or {"version_from": version - 1, "version_to": answer.get("version")}
-        assert (told["version_from"], told["version_to"]) == (version - 1, version)
+        adaptation = answer.get("adaptation") or {"version_from": version - 1, "version_to": answer.get("version")}
+        assert (adaptation["version_from"], adaptation["version_to"]) == (version - 1, version)
         assert client.version(session) == version
 
 
@@ -95,8 +95,8 @@ def test_predicting_and_scoring_write_not_one_byte(client: Client, server: Any, 
     assert before.keys() > {"meta"}
     message = [{"role": "user", "content": "My cat is called Miso."}]
     for fields in ({}, {"learn": "all"}, {"learn": "completion", "max_tokens": 100}, {"n": 2}, {"echo": True}):
-        told = client.complete(SHORT, session=session, adapt="predict", **fields)["adaptation"]
-        assert told == {"tokens_learned": 0, "rows_written": 0, "loss": None, "version_from": 1, "version_to": 1}
+        adaptation = client.complete(SHORT, session=session, adapt="predict", **fields)["adaptation"]
+        assert adaptation == {"tokens_learned": 0, "rows_written": 0, "loss": None, "version_from": 1, "version_to": 1}
     assert client.chat(message, session=session, adapt="predict")["adaptation"]["tokens_learned"] == 0
     with client.stream(prompt=SHORT, session=session, adapt="predict", learn="all", max_tokens=100) as chunks:
         assert list(chunks)[-1]["adaptation"]["version_to"] == 1
@@ -104,9 +104,7 @@ def test_predicting_and_scoring_write_not_one_byte(client: Client, server: Any, 
     assert stored(server.data_dir, session) == before
 
 
-def test_observing_generates_nothing_and_learns_what_the_prompt_teaches(
-    client: Client, server: Any, session: str
-) -> None:
+def test_observing_generates_nothing_and_learns_the_prompt(client: Client, server: Any, session: str) -> None:
     answer = client.complete(SHORT, session=session, adapt="observe", max_tokens=100)
     assert answer["choices"][0]["text"] == "" and answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == 0
@@ -115,7 +113,9 @@ def test_observing_generates_nothing_and_learns_what_the_prompt_teaches(
 
 
 @pytest.mark.parametrize("learn", ["prompt", "completion", "all"])
-def test_learn_says_what_is_learned(client: Client, tokenizer: Tokenizer, session: str, learn: str) -> None:
+def test_the_option_learn_chooses_the_learned_tokens(
+    client: Client, tokenizer: Tokenizer, session: str, learn: str
+) -> None:
     answer = client.complete(SHORT, session=session, learn=learn, max_tokens=150, logit_bias=NO_EOS)
     parts = {"prompt": count(tokenizer, SHORT) - 1, "completion": answer["usage"]["completion_tokens"]}
     assert parts["completion"] == 150
@@ -127,7 +127,7 @@ def test_learn_says_what_is_learned(client: Client, tokenizer: Tokenizer, sessio
 
 
 def test_a_completion_that_was_learned_is_predicted_better(client: Client, bos: int, session: str) -> None:
-    """Token by token: the same greedy completion again, from the memory that has seen it once."""
+    """Generate the same greedy completion again, with a memory that has learned it once."""
     prompt = [bos, *range(100, 120)]
     first, second = (
         client.complete(prompt, session=session, learn="completion", max_tokens=100, logit_bias=NO_EOS, logprobs=0)
@@ -137,9 +137,7 @@ def test_a_completion_that_was_learned_is_predicted_better(client: Client, bos: 
     assert probs[1] > probs[0]
 
 
-def test_options_are_the_defaults_and_the_requests_own_words_go_first(
-    client: Client, tokenizer: Tokenizer, session: str
-) -> None:
+def test_a_request_overrides_the_options_of_its_session(client: Client, tokenizer: Tokenizer, session: str) -> None:
     prompt = count(tokenizer, PROMPT) - 1
 
     def learned(**fields: Any) -> int:
@@ -162,10 +160,10 @@ def test_options_are_the_defaults_and_the_requests_own_words_go_first(
     assert learned() == prompt
 
 
-def test_the_body_names_the_session_before_the_header_and_the_header_before_the_user(
+def test_the_session_in_the_body_overrides_the_header_and_the_header_overrides_the_user(
     client: Client, session: str
 ) -> None:
-    body, header, user = (f"{session}-{place}" for place in ("body", "header", "user"))
+    body, header, user = (f"{session}-{source}" for source in ("body", "header", "user"))
 
     def versions(fields: Json, **headers: str) -> list[int]:
         assert client.post("completions", client.completion(**fields), **headers).status_code == 200
@@ -192,11 +190,11 @@ def test_a_text_of_any_length_is_one_turn(client: Client, tokenizer: Tokenizer, 
 
 
 def test_scoring_comes_before_learning(client: Client, session: str) -> None:
-    read = client.score(session, SHORT)
+    unlearned = client.score(session, SHORT)
     learned = client.score(session, SHORT, learn=True)
-    assert learned["logprobs"] == read["logprobs"]
-    assert (read["version"], learned["version"]) == (0, 1)
-    assert client.score(session, SHORT)["loss"] < read["loss"]
+    assert learned["logprobs"] == unlearned["logprobs"]
+    assert (unlearned["version"], learned["version"]) == (0, 1)
+    assert client.score(session, SHORT)["loss"] < unlearned["loss"]
 
 
 def test_an_empty_session_is_the_base_bit_for_bit(client: Client, bos: int, tokenizer: Tokenizer, session: str) -> None:
@@ -217,7 +215,7 @@ def test_the_frozen_score_does_not_depend_on_the_memory(client: Client, session:
     assert after["frozen_logprobs"] == before["frozen_logprobs"] == before["logprobs"]
 
 
-def test_what_has_been_read_once_is_predicted_better(client: Client, session: str) -> None:
+def test_a_text_learned_once_is_predicted_better(client: Client, session: str) -> None:
     first, second = (client.score(session, TEXT, learn=True) for _ in range(2))
     assert second["loss"] < first["loss"] and second["loss"] < second["frozen_loss"]
     assert client.score(f"{session}-other", TEXT)["loss"] == first["loss"]
@@ -226,20 +224,27 @@ def test_what_has_been_read_once_is_predicted_better(client: Client, session: st
 # --- one stream, one state --------------------------------------------------------------------------------------------
 
 
-def tell(
+def run_turns(
     client: Client, session: str, *, stream: bool = False, between: Callable[[int], None] = lambda n: None
 ) -> Json:
-    """A session's life of a few turns of every kind; returns what it was told."""
-    said: list[str] = []
+    """Run a few turns of every kind in a session; return the generated texts and the version.
+
+    Args:
+        client: a client of the server.
+        session: id of the session.
+        stream: whether completions are streamed.
+        between: called after each turn with its number.
+    """
+    outputs: list[str] = []
     message = [{"role": "user", "content": SHORT}]
 
     def complete(prompt: str, **fields: Any) -> None:
         fields |= {"session": session, "logit_bias": NO_EOS}
         if stream:
             with client.stream(prompt=prompt, **fields) as chunks:
-                said.append(text_of(list(chunks)))
+                outputs.append(text_of(list(chunks)))
         else:
-            said.append(client.complete(prompt, **fields)["choices"][0]["text"])
+            outputs.append(client.complete(prompt, **fields)["choices"][0]["text"])
 
     turns: list[Callable[[], Any]] = [
         lambda: client.observe(session, TEXT * 4),
@@ -248,32 +253,34 @@ def tell(
         lambda: client.score(session, TEXT * 3, learn=True),
         lambda: complete(SHORT[30:], max_tokens=30, adapt="predict"),
         lambda: complete(TEXT, learn="all", max_tokens=100, temperature=1, seed=8, top_p=0.9),
-        lambda: said.append(client.chat(message, session=session)["choices"][0]["message"]["content"]),
+        lambda: outputs.append(client.chat(message, session=session)["choices"][0]["message"]["content"]),
     ]
     for number, turn in enumerate(turns):
         turn()
         between(number)
-    return {"said": said, "version": client.version(session)}
+    return {"outputs": outputs, "version": client.version(session)}
 
 
 @pytest.fixture(scope="module")
-def told(server: Any) -> tuple[Json, Json]:
-    """What that life says and leaves behind, undisturbed."""
+def reference(server: Any) -> tuple[Json, Json]:
+    """Return the result of `run_turns` and the session's stored state, on an idle server."""
     with Client(server.url, server.model) as client:
-        return tell(client, "told"), state(server.data_dir, "told")
+        return run_turns(client, "reference"), state(server.data_dir, "reference")
 
 
-def test_streaming_changes_no_bit(client: Client, server: Any, session: str, told: tuple[Json, Json]) -> None:
-    assert told[0]["version"] == 6
-    assert (tell(client, session, stream=True), state(server.data_dir, session)) == told
+def test_streaming_changes_no_bit(client: Client, server: Any, session: str, reference: tuple[Json, Json]) -> None:
+    assert reference[0]["version"] == 6
+    assert (run_turns(client, session, stream=True), state(server.data_dir, session)) == reference
 
 
-def test_company_changes_no_bit_of_a_state(client: Client, server: Any, session: str, told: tuple[Json, Json]) -> None:
+def test_company_changes_no_bit_of_a_state(
+    client: Client, server: Any, session: str, reference: tuple[Json, Json]
+) -> None:
     with background_load(server.url):
-        assert (tell(client, session), state(server.data_dir, session)) == told
+        assert (run_turns(client, session), state(server.data_dir, session)) == reference
 
 
-def test_a_restart_changes_no_bit(make_server: Callable[..., Any], told: tuple[Json, Json]) -> None:
+def test_a_restart_changes_no_bit(make_server: Callable[..., Any], reference: tuple[Json, Json]) -> None:
     server = make_server().start()
 
     def restart(turn: int) -> None:
@@ -282,31 +289,31 @@ def test_a_restart_changes_no_bit(make_server: Callable[..., Any], told: tuple[J
             server.start()
 
     with Client(server.url, server.model) as client:
-        assert (tell(client, "alice", between=restart), state(server.data_dir, "alice")) == told
+        assert (run_turns(client, "alice", between=restart), state(server.data_dir, "alice")) == reference
 
 
 @pytest.mark.parametrize("limits", [{"hot_sessions": 1, "max_batch": 1, "max_queue": 1}, {"hot_rows": 36_000}])
 def test_eviction_changes_no_bit(
-    make_server: Callable[..., Any], told: tuple[Json, Json], limits: dict[str, int]
+    make_server: Callable[..., Any], reference: tuple[Json, Json], limits: dict[str, int]
 ) -> None:
     server = make_server(**limits).start()
     with Client(server.url, server.model) as client:
 
-        def push_out(turn: int) -> None:
+        def evict(turn: int) -> None:
             for name in ("bob", "carol"):
                 client.observe(name, LONG[turn : turn + 600])
 
-        assert (tell(client, "alice", between=push_out), state(server.data_dir, "alice")) == told
+        assert (run_turns(client, "alice", between=evict), state(server.data_dir, "alice")) == reference
         assert client.metric("session_evictions_total") >= 6
 
 
 def test_company_changes_nothing_that_is_said(client: Client, server: Any, session: str) -> None:
     client.observe(session, TEXT * 4)
-    asked: Json = {"prompt": PROMPT, "max_tokens": 200, "logit_bias": NO_EOS, "logprobs": 2}
+    body: Json = {"prompt": PROMPT, "max_tokens": 200, "logit_bias": NO_EOS, "logprobs": 2}
 
     def answers() -> tuple[Json, Json, Json]:
-        base = client.complete(**asked)["choices"][0]
-        own = client.complete(**asked, session=session, adapt="predict")["choices"][0]
+        base = client.complete(**body)["choices"][0]
+        own = client.complete(**body, session=session, adapt="predict")["choices"][0]
         return base, own, client.score(session, TEXT)
 
     base, own, scored = answers()
@@ -325,21 +332,24 @@ def test_a_client_that_resends_its_history_teaches_only_what_is_new(
     client: Client, tokenizer: Tokenizer, session: str, learn: str, stream: bool
 ) -> None:
     def send(messages: list[dict[str, str]], new: int) -> dict[str, str]:
-        """Sends a chat of which the last `new` messages are to be learned; returns the reply."""
+        """Send a chat, check that its last `new` messages are learned, and return the reply."""
         body: Json = {"session": session, "learn": learn, "max_completion_tokens": 20}
         if stream:
             with client.stream("chat/completions", messages=messages, **body) as chunks:
                 answer = list(chunks)
             reply = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in answer)
-            adaptation, said = answer[-1]["adaptation"], None
+            adaptation, num_generated = answer[-1]["adaptation"], None
         else:
             whole = client.chat(messages, **body)
             reply, adaptation = whole["choices"][0]["message"]["content"], whole["adaptation"]
-            said = whole["usage"]["completion_tokens"]
+            num_generated = whole["usage"]["completion_tokens"]
         spans = tokenizer.encode_chat(messages).spans
         contents = sum(end - start for start, end in spans[len(spans) - new :])
-        learned = adaptation["tokens_learned"] - contents
-        assert learned == 0 if learn == "prompt" else said is None or learned == said
+        learned_of_reply = adaptation["tokens_learned"] - contents
+        if learn == "prompt":
+            assert learned_of_reply == 0
+        else:
+            assert num_generated is None or learned_of_reply == num_generated
         assert new == 0 or adaptation["version_to"] == adaptation["version_from"] + 1
         return {"role": "assistant", "content": reply}
 
@@ -394,7 +404,7 @@ def test_a_session_of_other_slow_weights_is_refused_and_can_still_be_seen_and_er
             assert "other slow weights" in assert_error(client.post(path, body), 409, "model_mismatch")["message"]
         assert state(server.data_dir, "alice") == learned
         assert client.session("alice")["version"] == 1
-        assert [one["id"] for one in client.http.get("/v1/sessions").json()["data"]] == ["alice"]
+        assert [listing["id"] for listing in client.http.get("/v1/sessions").json()["data"]] == ["alice"]
         assert client.http.delete("/v1/sessions/alice").status_code == 200
         assert client.observe("alice", TEXT)["version"] == 1
 
@@ -402,13 +412,13 @@ def test_a_session_of_other_slow_weights_is_refused_and_can_still_be_seen_and_er
 # --- one at a time ----------------------------------------------------------------------------------------------------
 
 
-def test_turns_of_one_session_run_one_after_the_other_in_the_order_of_asking(
+def test_turns_of_one_session_run_one_at_a_time_in_the_order_of_their_arrival(
     client: Client, tokenizer: Tokenizer, session: str
 ) -> None:
     texts = [LONG * 6, *(TEXT[n : 100 + n] for n in range(9))]
     with ThreadPoolExecutor(len(texts)) as pool:
-        asked = [in_background(pool, client, partial(client.observe, session, text)) for text in texts]
-        versions = [turn.result()["version"] for turn in asked]
+        futures = [in_background(pool, client, partial(client.observe, session, text)) for text in texts]
+        versions = [turn.result()["version"] for turn in futures]
     assert versions == list(range(1, 11))
     assert client.version(session) == 10
     assert client.session(session)["tokens_learned"] == sum(count(tokenizer, text) for text in texts)
@@ -432,8 +442,8 @@ def test_if_match_lets_only_the_expected_version_through(client: Client, server:
     assert client.version(session) == 0
     assert client.post(observe, body, '"v0"').json()["version"] == 1
     before = state(server.data_dir, session)
-    for path, sent in ((observe, body), (score, body | {"learn": True}), ("completions", completion)):
-        assert_error(client.post(path, sent, '"v0"'), 412, "precondition_failed")
+    for path, stale_body in ((observe, body), (score, body | {"learn": True}), ("completions", completion)):
+        assert_error(client.post(path, stale_body, '"v0"'), 412, "precondition_failed")
     assert_error(
         client.http.put(f"/v1/sessions/{session}", json={}, headers={"If-Match": '"v0"'}), 412, "precondition_failed"
     )

@@ -1,4 +1,4 @@
-"""A session's versions: what was can be again, bit for bit; apart; elsewhere; or as if one lesson had never been."""
+"""Versions of a session: rollback, fork, export, import and unlearning are exact to the bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def session() -> str:
 
 
 def teach(client: Client, session: str, turn: int) -> Json:
-    """The turn of that number in the life of every session here: texts, completions, chats."""
+    """Run turn number `turn`, the same in every session: a text, a completion or a chat."""
     match turn % 3:
         case 0:
             return client.observe(session, TEXT[turn % 40 :] * (1 + turn % 2))
@@ -43,16 +43,16 @@ def teach(client: Client, session: str, turn: int) -> Json:
 
 
 def content(server: Any, session: str) -> State:
-    """What a session is, but for its version and its options."""
-    found = state(server.data_dir, session)
+    """Return the stored state of a session without its version and options."""
+    stored_state = state(server.data_dir, session)
     return {
         key: {name: value for name, value in values.items() if key != "meta" or name not in (b"version", b"options")}
-        for key, values in found.items()
+        for key, values in stored_state.items()
     }
 
 
 def rows(server: Any, session: str) -> State:
-    """Its memory alone."""
+    """Return the stored memory of a session, without its metadata."""
     return {key: values for key, values in state(server.data_dir, session).items() if key != "meta"}
 
 
@@ -78,8 +78,8 @@ def test_every_kept_version_can_be_gone_back_to_bit_for_bit(client: Client, serv
             assert content(server, session) == contents[version]
         else:
             assert rows(server, session) == {}
-        assert client.score(session, TEXT)["logprobs"] == probe[version], "the device agrees with the store"
-    # What is learned after it is what it would have been then.
+        assert client.score(session, TEXT)["logprobs"] == probe[version], "the device and the store must agree"
+    # A turn after the rollback learns what it would have learned at that version.
     rollback(client, session, 2)
     teach(client, session, 2)
     assert rows(server, session) == {key: value for key, value in contents[3].items() if key != "meta"}
@@ -112,7 +112,7 @@ def test_versions_are_kept_within_their_bytes(make_server: Callable[..., Any]) -
 # --- fork -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_fork_is_the_same_and_goes_its_own_way(client: Client, server: Any, session: str) -> None:
+def test_a_fork_starts_equal_and_changes_independently(client: Client, server: Any, session: str) -> None:
     new = f"{session}-fork"
     for turn in range(3):
         teach(client, session, turn)
@@ -163,7 +163,7 @@ def test_what_is_imported_is_what_was_exported(client: Client, server: Any, sess
 
 
 def altered(data: bytes, change: Callable[[Json, dict[str, Any]], None]) -> bytes:
-    """The same file with another manifest or other arrays."""
+    """Return the file with its manifest or arrays changed."""
     size = int.from_bytes(data[:8], "little")
     manifest = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["imprint"])
     arrays = {name: array.copy() for name, array in load(data).items()}
@@ -172,7 +172,7 @@ def altered(data: bytes, change: Callable[[Json, dict[str, Any]], None]) -> byte
 
 
 def resealed(change: Callable[[Json, dict[str, Any]], None]) -> Callable[[Json, dict[str, Any]], None]:
-    """A forger's change: the checksum is right again."""
+    """Return the change followed by a correction of the checksum, as a forger would do."""
     from service.versions.export_file import _checksum
 
     def forge(manifest: Json, arrays: dict[str, Any]) -> None:
@@ -224,21 +224,23 @@ def test_a_file_that_was_changed_is_refused(client: Client, server: Any, session
 def test_a_file_that_is_none_is_refused(client: Client, session: str) -> None:
     teach(client, session, 0)
     data = export(client, session)
-    for wrong in (data[:-1], data[: len(data) // 2], data[:7], b"", b"\x80\x04K\x01.", data + b"x", save({})):
-        assert_error(import_session(client, session, wrong), 400, "invalid_export")
+    for invalid in (data[:-1], data[: len(data) // 2], data[:7], b"", b"\x80\x04K\x01.", data + b"x", save({})):
+        assert_error(import_session(client, session, invalid), 400, "invalid_export")
     assert client.version(session) == 1
 
 
 def test_a_server_with_a_key_takes_only_what_it_signed(make_server: Callable[..., Any]) -> None:
-    ours, theirs = (make_server(name, export_key=f"{name}-secret-0123456789").start() for name in ("ours", "theirs"))
-    with Client(ours.url) as one, Client(theirs.url) as two:
-        one.observe("alice", TEXT)
-        data = export(one, "alice")
-        assert import_session(one, "bob", data).status_code == 201
-        assert_error(import_session(two, "alice", data), 400, "bad_signature")
+    server, other_server = (
+        make_server(name, export_key=f"{name}-secret-0123456789").start() for name in ("ours", "theirs")
+    )
+    with Client(server.url) as client, Client(other_server.url) as other_client:
+        client.observe("alice", TEXT)
+        data = export(client, "alice")
+        assert import_session(client, "bob", data).status_code == 201
+        assert_error(import_session(other_client, "alice", data), 400, "bad_signature")
         unsigned = altered(data, lambda manifest, _: manifest.pop("hmac-sha256"))
-        assert_error(import_session(one, "carol", unsigned), 400, "bad_signature")
-        assert two.version("alice") == one.version("carol") == 0
+        assert_error(import_session(client, "carol", unsigned), 400, "bad_signature")
+        assert other_client.version("alice") == client.version("carol") == 0
 
 
 def test_a_file_of_other_slow_weights_is_refused(
@@ -271,13 +273,13 @@ def test_what_is_unlearned_was_never_learned(client: Client, server: Any, sessio
         client.observe(naive, text)
     assert rows(server, session) == rows(server, naive)
     assert client.score(session, TEXT)["logprobs"] == client.score(naive, TEXT)["logprobs"]
-    told, alone = client.session(session), client.session(naive)
-    assert {name: told[name] for name in ("tokens_learned", "rows", "bytes")} == {
+    unlearned, alone = client.session(session), client.session(naive)
+    assert {name: unlearned[name] for name in ("tokens_learned", "rows", "bytes")} == {
         name: alone[name] for name in ("tokens_learned", "rows", "bytes")
     }
-    assert told["gain"] == pytest.approx(alone["gain"])
+    assert unlearned["gain"] == pytest.approx(alone["gain"])
     assert_error(client.post(f"sessions/{session}/unlearn", {"version": 3}), 409, "version_not_kept")
-    # The newest lesson needs nothing to be learned again, and going back brings what was unlearned with it.
+    # Unlearning the newest version learns nothing again, and a rollback brings back what was unlearned.
     assert_success(rollback(client, session, 5))
     assert_success(client.post(f"sessions/{session}/unlearn", {"version": 5}))
     assert_success(rollback(client, session, 4))
@@ -307,14 +309,14 @@ def test_without_its_text_nothing_can_be_unlearned(client: Client, server: Any, 
     assert "keep_text" in error["message"]
     assert state(server.data_dir, session) == before
     assert assert_success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["version"] == 4, (
-        "nothing came later"
+        "nothing was learned after version 3"
     )
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_tells_what_was_learned_when(client: Client, session: str) -> None:
+def test_the_log_lists_what_was_learned_and_when(client: Client, session: str) -> None:
     first = client.post(f"sessions/{session}/observe", {"text": TEXT}, **{"X-Request-Id": "the-first"})
     for turn in range(1, 4):
         teach(client, session, turn)
@@ -325,12 +327,12 @@ def test_the_log_tells_what_was_learned_when(client: Client, session: str) -> No
     assert page["has_more"] and page["next"] == 3
     rest = assert_success(client.http.get(f"/v1/sessions/{session}/log", params={"before": page["next"]}))
     assert [entry["version"] for entry in rest["data"]] == [2, 1] and not rest["has_more"]
-    entry, told = rest["data"][1], assert_success(first)
+    entry, answer = rest["data"][1], assert_success(first)
     assert (entry["kind"], entry["request_id"], entry["text"]) == ("learn", "the-first", None)
     assert (entry["tokens"], entry["rows"], entry["loss"]) == (
-        told["tokens_learned"],
-        told["rows_written"],
-        told["loss"],
+        answer["tokens_learned"],
+        answer["rows_written"],
+        answer["loss"],
     )
     same = client.post(f"sessions/{session}-2/observe", {"text": TEXT})
     assert assert_success(same)["version"] == 1
@@ -341,16 +343,16 @@ def test_the_log_tells_what_was_learned_when(client: Client, session: str) -> No
 
 def test_the_text_that_a_user_kept_is_learned_behind_its_prompt_once(client: Client, server: Any, session: str) -> None:
     client.http.put(f"/v1/sessions/{session}", json={"keep_text": True})
-    said = client.complete(session=session)
-    body, key = {"completion_id": said["id"], "text": " and the lamp stays lit."}, {"Idempotency-Key": "kept"}
+    completion = client.complete(session=session)
+    body, key = {"completion_id": completion["id"], "text": " and the lamp stays lit."}, {"Idempotency-Key": "kept"}
     first, again = (client.post(f"sessions/{session}/feedback", body, **key) for _ in range(2))
-    told = assert_success(first)
-    assert assert_success(again) == told and told["version"] == client.version(session) == 2
+    answer = assert_success(first)
+    assert assert_success(again) == answer and answer["version"] == client.version(session) == 2
     (newest, _) = assert_success(client.http.get(f"/v1/sessions/{session}/log"))["data"]
-    assert newest["text"] == body["text"] and newest["tokens"] == told["tokens_learned"]
+    assert newest["text"] == body["text"] and newest["tokens"] == answer["tokens_learned"]
     other_session = uuid4().hex
     assert_error(client.post(f"sessions/{other_session}/feedback", body), 404, "session_not_found")
     client.observe(other_session, "x")
     assert_error(client.post(f"sessions/{other_session}/feedback", body), 404, "completion_not_found")
-    for wrong in (body | {"reward": 1.0}, {"text": "x"}, {"completion_id": "cmpl-1", "text": "x"}):
-        assert client.post(f"sessions/{session}/feedback", wrong).status_code == 400
+    for invalid in (body | {"reward": 1.0}, {"text": "x"}, {"completion_id": "cmpl-1", "text": "x"}):
+        assert client.post(f"sessions/{session}/feedback", invalid).status_code == 400

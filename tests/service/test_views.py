@@ -1,4 +1,4 @@
-"""What can be seen of a session: how full its memory is, and what lies between two of its versions."""
+"""The views of a session: how full its memory cells are, and the difference between two versions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def client(server: Any) -> Iterator[Client]:
 
 @pytest.fixture
 def session(client: Client) -> str:
-    """A session that keeps its texts."""
+    """Create a session that keeps its texts, and return its id."""
     name = uuid4().hex
     assert client.http.put(f"/v1/sessions/{name}", json={"keep_text": True}).status_code == 201
     return name
@@ -39,9 +39,9 @@ def diff(client: Client, session: str, start: int, end: int) -> Json:
 
 
 def counts(client: Client, session: str) -> Json:
-    """Rows a cell, by site."""
-    seen = assert_success(client.http.get(f"/v1/sessions/{session}/cells"))
-    return {site["name"]: site["counts"] for site in seen["sites"]}
+    """Return the number of rows per bin of cells, by site."""
+    view = assert_success(client.http.get(f"/v1/sessions/{session}/cells"))
+    return {site["name"]: site["counts"] for site in view["sites"]}
 
 
 def test_the_cells_hold_the_rows_that_are_stored(client: Client, server: Any, session: str) -> None:
@@ -49,14 +49,14 @@ def test_the_cells_hold_the_rows_that_are_stored(client: Client, server: Any, se
     assert empty["version"] == 0 and not any(any(site["counts"]) for site in empty["sites"])
     client.observe(session, TEXT)
     answer = client.http.get(f"/v1/sessions/{session}/cells")
-    seen = assert_success(answer)
-    assert answer.headers["etag"] == '"v1"' and seen["version"] == 1
-    assert sum(site["rows"] for site in seen["sites"]) == client.session(session)["rows"] > 0
-    found = stored(server.data_dir, session)
-    for site in seen["sites"]:
-        wide = site["bin_cells"] * site["bin_rows"]
-        assert len(site["counts"]) * site["bin_cells"] >= site["cells"] and wide >= max(site["counts"])
-        slots = np.array([*rows_of(found[f"rows:{site['name']}"])])
+    view = assert_success(answer)
+    assert answer.headers["etag"] == '"v1"' and view["version"] == 1
+    assert sum(site["rows"] for site in view["sites"]) == client.session(session)["rows"] > 0
+    content = stored(server.data_dir, session)
+    for site in view["sites"]:
+        capacity = site["bin_cells"] * site["bin_rows"]
+        assert len(site["counts"]) * site["bin_cells"] >= site["cells"] and capacity >= max(site["counts"])
+        slots = np.array([*rows_of(content[f"rows:{site['name']}"])])
         assert site["counts"] == np.bincount(slots // site["bin_rows"], minlength=len(site["counts"])).tolist()
 
 
@@ -66,21 +66,25 @@ def test_a_version_differs_by_what_it_learned(client: Client, session: str) -> N
     assert diff(client, session, 2, 2) | {"rows": None} == {
         "object": "session.diff", "from": 2, "to": 2, "tokens_learned": 0, "rows": None, "learned": [], "forgotten": [],
     }  # fmt: skip
-    forth, back = diff(client, session, 1, 3), diff(client, session, 3, 1)
-    assert [entry["text"] for entry in forth["learned"]] == ["The log is written at night.", TEXT]
-    assert forth["forgotten"] == [] == back["learned"]
-    assert back["forgotten"] == forth["learned"]
-    assert forth["tokens_learned"] == sum(entry["tokens"] for entry in forth["learned"]) == -back["tokens_learned"]
-    for name, rows in forth["rows"].items():
-        assert back["rows"][name] == {"added": rows["removed"], "removed": rows["added"], "changed": rows["changed"]}
+    forward, backward = diff(client, session, 1, 3), diff(client, session, 3, 1)
+    assert [entry["text"] for entry in forward["learned"]] == ["The log is written at night.", TEXT]
+    assert forward["forgotten"] == [] == backward["learned"]
+    assert backward["forgotten"] == forward["learned"]
+    assert (
+        forward["tokens_learned"] == sum(entry["tokens"] for entry in forward["learned"]) == -backward["tokens_learned"]
+    )
+    for name, rows in forward["rows"].items():
+        assert backward["rows"][name] == {
+            "added": rows["removed"],
+            "removed": rows["added"],
+            "changed": rows["changed"],
+        }
     first = diff(client, session, 0, 3)
-    held = {name: sum(cells) for name, cells in counts(client, session).items()}
-    assert {name: rows["added"] for name, rows in first["rows"].items()} == held
+    num_rows = {name: sum(cells) for name, cells in counts(client, session).items()}
+    assert {name: rows["added"] for name, rows in first["rows"].items()} == num_rows
 
 
-def test_what_was_gone_back_on_is_forgotten_and_nothing_differs_from_where_it_went(
-    client: Client, session: str
-) -> None:
+def test_a_rollback_forgets_later_versions_and_equals_the_earlier_one(client: Client, session: str) -> None:
     for text in ("The keeper trims the lamp.", "The log is written at night."):
         client.observe(session, text)
     before = counts(client, session)
@@ -88,14 +92,14 @@ def test_what_was_gone_back_on_is_forgotten_and_nothing_differs_from_where_it_we
     client.observe(session, TEXT)
     none = {"added": 0, "removed": 0, "changed": 0}
     assert set(map(str, diff(client, session, 1, 3)["rows"].values())) == {str(none)}
-    seen = diff(client, session, 2, 4)
-    assert [entry["version"] for entry in seen["forgotten"]] == [2]
-    assert [entry["version"] for entry in seen["learned"]] == [4]
+    difference = diff(client, session, 2, 4)
+    assert [entry["version"] for entry in difference["forgotten"]] == [2]
+    assert [entry["version"] for entry in difference["learned"]] == [4]
     assert_success(client.post(f"sessions/{session}/rollback", {"version": 2}))
     assert counts(client, session) == before
 
 
-def test_a_text_that_is_not_kept_is_not_told(client: Client) -> None:
+def test_a_text_that_is_not_kept_is_not_shown(client: Client) -> None:
     name = uuid4().hex
     client.observe(name, TEXT)
     assert [entry["text"] for entry in diff(client, name, 0, 1)["learned"]] == [None]
@@ -111,7 +115,7 @@ def test_a_text_that_is_not_kept_is_not_told(client: Client) -> None:
         ({"from": 0, "to": 1, "of": 3}, 400, "of"),
     ],
 )
-def test_a_span_that_is_none_is_refused(client: Client, session: str, span: Json, status: int, param: str) -> None:
+def test_an_invalid_span_is_refused(client: Client, session: str, span: Json, status: int, param: str) -> None:
     client.observe(session, TEXT[:20])
     answer = client.http.get(f"/v1/sessions/{session}/diff", params=span)
     code = "version_not_kept" if status == 409 else None
@@ -120,11 +124,11 @@ def test_a_span_that_is_none_is_refused(client: Client, session: str, span: Json
 
 
 @pytest.mark.parametrize("view", ["cells", "diff?from=0&to=0"])
-def test_a_session_that_is_not_there_has_nothing_to_see(client: Client, view: str) -> None:
+def test_the_views_of_a_missing_session_are_not_found(client: Client, view: str) -> None:
     assert_error(client.http.get(f"/v1/sessions/nobody-here/{view}"), 404, "session_not_found")
 
 
-def test_neighbouring_cells_share_a_bin_where_there_are_many() -> None:
+def test_neighbouring_cells_share_a_bin_if_there_are_many() -> None:
     site = SiteConfig("wide", "hidden", slots=65_536, k=4, width=8)
     assert MemoryConfig(tiny_config().hidden_size, (site,)).sites == (site,)
     fill = _fill(site, np.array([0, 63, 64, 65_535], np.int32))

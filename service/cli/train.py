@@ -1,0 +1,55 @@
+"""`imprint train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli.scenario import require_scenarios_extra
+from service.settings import Settings
+
+
+def train(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text files, a stream each; folders of them, a kind each; hf:owner/name[:config][:split][:column]."
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The checkpoint to write; losses, plot and manifest go beside it.")],
+    work: Annotated[Path, typer.Option(help="Folder of features and unfinished runs; can be used again.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, shared evenly by all kinds.")] = 4_000_000,
+    stream_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a stream, at most.")] = 65_536,
+    requests: Annotated[
+        tuple[int, int], typer.Option("--request-tokens", min=1, help="Shortest and longest request of a stream.")
+    ] = (128, 1024),
+    valid: Annotated[int, typer.Option(min=1, help="Files of each kind held out to validate on.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: one pass over the texts.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Streams trained on at a time, for each process.")] = 4,
+    span: Annotated[int, typer.Option(min=1, help="Requests that gradients flow through.")] = 8,
+    lr: Annotated[float, typer.Option(min=1e-7, max=1.0, help="The peak learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed for the choice and order of texts and for the first weights.")] = 0,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Train a plain adapter instead, to compare with.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="The adapter's rank; default: the memory's size.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Train this policy instead (docs/scenarios.md).")] = None,
+) -> None:
+    """Train a memory on texts, or a policy on a scenario; needs no server. The same command resumes a stopped run.
+
+    On several devices: torchrun --nproc-per-node N -m service train …
+    """
+    if (policy is None) == (not paths):
+        raise typer.BadParameter("give texts to train a memory on, or --policy, and not both")
+    if policy is not None:
+        with require_scenarios_extra():
+            from research.training.policy_command import train_policy
+        train_policy(policy, out, work, rounds=steps, seed=seed)
+        return
+    assert paths is not None
+    from research.training.command import VALID_TOKENS, Options, train_files
+    from research.training.texts import Budget
+
+    if requests[0] > requests[1]:
+        raise typer.BadParameter(f"the shortest must not be above the longest, got {requests[0]} and {requests[1]}")
+    budget = Budget(tokens, stream_tokens, valid, VALID_TOKENS, requests, seed)
+    train_files(Settings.load(), Options(paths, out, work, budget, steps, batch, span, lr, adapter, rank))
