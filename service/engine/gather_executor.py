@@ -21,7 +21,7 @@ def new_gather_executor(device: torch.device, post: Post) -> GatherExecutor | No
 
 
 class GatherExecutor:
-    """Runs work that waits for a GPU, in a thread and a stream of its own; only the engine's thread uses the executor."""
+    """Runs work that waits for a GPU, in a thread and a stream of its own. Only the engine thread calls the methods."""
 
     def __init__(self, device: torch.device, post: Post) -> None:
         """Start without work; `post` hands a message to the engine's thread."""
