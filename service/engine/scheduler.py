@@ -1,4 +1,4 @@
-"""The scheduler decides which job runs next: continuous batching with chunked prefill. The scheduler counts; it handles no tensor, no thread.
+"""The scheduler: continuous batching with chunked prefill. It counts; no tensor and no thread appears here.
 
 Each step runs at most one block of one job (prefill or learning) and one token of every decoding sequence, so that a
 long prompt delays the running streams by one block at a time. Blocks go round robin; admission is first come, first
