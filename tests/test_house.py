@@ -54,6 +54,16 @@ def test_no_file_is_over_500_lines() -> None:
     assert not long
 
 
+def test_no_docstring_opens_with_a_question_word() -> None:
+    """A docstring begins with a verb or names the thing: "Return the …", not "What …"."""
+    question = re.compile(r"(What|How|Whether|Who|When|Where|Why|Which)\b")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for file in (file for place in PLACES for file in (ROOT / place).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            text = ast.get_docstring(node) if isinstance(node, documented) else None
+            assert text is None or not question.match(text), f"{file}: {text[:80]}"
+
+
 # Containers: what can be told without an engine.
 
 

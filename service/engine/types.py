@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """What to generate after a segment.
+    """The generation that follows a segment.
 
     Attributes:
         max_tokens: the largest number of tokens of a sequence.
@@ -98,7 +98,7 @@ class MemoryAccess:
 
 @dataclass(eq=False)
 class JobRequest:
-    """What a turn asks of the engine.
+    """The work that one turn asks of the engine.
 
     Attributes:
         segments: requests of the language model, one after the other.
