@@ -1,5 +1,6 @@
 """The rules of the house: what generated pages say, how long files are, what the containers promise."""
 
+import ast
 import json
 import os
 import re
