@@ -284,6 +284,8 @@ class SessionStore(Protocol):
       change. Exactly one of several concurrent commits of the same version succeeds.
     - No aliasing: a store neither changes nor keeps its arguments, and the caller owns what a method returns.
     - Time: leases, records, tombstones and sessions expire by the store's own clock, never by a server's.
+    - Room: `StoreFull` only comes from methods that add to the store: `create`, `configure`, and `begin_turn` with a
+      lease and `commit` without `even_if_full`. All other methods also work on a full store.
     - Errors: `ValueError` for a tenant or session id that `check_name` refuses. `StoreUnavailable` if the store does
       not answer; the caller needs no repair when the store comes back. `StoreFull` if the store has no room for a
       write; nothing is written then. `EngineError` with code `unknown_store_format` for a session that a later
@@ -302,7 +304,9 @@ class SessionStore(Protocol):
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
-    async def begin_turn(self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = ()) -> TurnStart:
+    async def begin_turn(
+        self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = (), even_if_full: bool = False
+    ) -> TurnStart:
         """Begin a turn: return the recorded answer, or else the session and a lease.
 
         A record under one of `names` ends the call and changes nothing. Otherwise the call restarts the time after
@@ -314,6 +318,7 @@ class SessionStore(Protocol):
             write: "always" takes a lease; "unless predict" takes one unless the session's option `adapt` is
                 "predict"; "never" takes none. A store that only one server uses takes none either.
             names: the names under which the request may have been answered before, in order of preference.
+            even_if_full: take the lease also if the store has no room.
 
         Raises:
             SessionBusy: another server held the lease all the time.
@@ -347,6 +352,7 @@ class SessionStore(Protocol):
         cleared_slots: Mapping[str, Slots] | None = None,
         lease: Lease | None = None,
         commit_metadata: CommitMetadata = NO_COMMIT_METADATA,
+        even_if_full: bool = False,
     ) -> None:
         """Take the session from version `meta.version - 1` to `meta.version`, and release the lease.
 
@@ -364,6 +370,7 @@ class SessionStore(Protocol):
             cleared_slots: slots to empty, by site; only of sites that are keys of `sites`. A slot that also has a row
                 in `sites` is emptied.
             lease: from `begin_turn`; None only if nobody else can write.
+            even_if_full: commit also if the store has no room; for commits that take little, such as a rollback.
 
         Raises:
             VersionConflict: the stored session is at another version or was created at another time, or another

@@ -166,7 +166,8 @@ class PredictTurn(PolicyTurn[LabelResult]):
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta, policy = self._find_policy(handle, model)
         _require_numbers(policy, self._features, "features")
-        request = PolicyRequest(policy.config.name, tuple(self._features))
+        # At temperature 0 the policy would give its choice the probability 1.
+        request = PolicyRequest(policy.config.name, tuple(self._features), temperature=1.0)
         return TurnPlan(meta, policy_request=request, writes=False)
 
     def outputs(self, segment: int, event: Event) -> Iterator[LabelResult]:
@@ -175,7 +176,10 @@ class PredictTurn(PolicyTurn[LabelResult]):
         return iter(())
 
     def last_event(self, outcome: TurnOutcome) -> LabelResult:
-        return LabelResult(self._decision.choice, self._decision.probs, outcome.adaptation.version_to)
+        probs = self._decision.probs
+        if outcome.meta is None or not outcome.meta.tokens_learned:
+            probs = [1 / len(probs)] * len(probs)  # a session without a label knows none
+        return LabelResult(probs.index(max(probs)), probs, outcome.adaptation.version_to)
 
     def record(self, last: LabelResult) -> Json:
         return asdict(last)

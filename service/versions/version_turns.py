@@ -47,7 +47,7 @@ class RollbackTurn(VersionTurn):
     """Makes a version with the content of an earlier version."""
 
     def __init__(self, store: SessionStore, session: str, version: int, if_match: str | None) -> None:
-        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
+        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False, even_if_full=True))
         self._version = version
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:

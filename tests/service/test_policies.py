@@ -150,6 +150,13 @@ def test_labels_are_learned_and_predicting_changes_nothing(user: Client) -> None
     assert state(user, "labels") == before
 
 
+def test_a_label_policy_that_has_learned_nothing_says_so_and_creates_no_session(user: Client) -> None:
+    answer = assert_success(user.post("sessions/blank/predict", {"model": "namer", "features": EXAMPLE}))
+    labels = len(answer["probabilities"])
+    assert answer["version"] == 0 and answer["probabilities"] == [1 / labels] * labels
+    assert_error(user.http.get("/v1/sessions/blank"), 404, "session_not_found")
+
+
 def test_a_session_is_of_one_model(user: Client) -> None:
     run_steps(user, "mine", 1)
     user.observe("text", "The fox learns the way home.")

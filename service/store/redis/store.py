@@ -58,6 +58,8 @@ from service.store.redis.retry import COMMIT_RETRY_S, is_lost_connection, retry_
 from service.store.redis.scripts import SessionScripts, raise_for_verdict
 
 FIRST_POLL_S, MAX_POLL_S = 0.01, 0.25
+MAX_READS = 16  # tries to read a session that commits change meanwhile
+CONTENT_FIELDS = (b"format", b"created", b"version", b"nonce")  # of the meta hash: the same = the same rows
 ERASED_CHANNEL = "imprint:erased"  # the channel on which servers hear of erased sessions
 CHANNEL_TIMEOUT_S = 5.0
 RECONNECT_S = 1.0
@@ -97,12 +99,15 @@ class RedisStore:
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
-    async def begin_turn(self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = ()) -> TurnStart:
+    async def begin_turn(
+        self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = (), even_if_full: bool = False
+    ) -> TurnStart:
         key, retention, mode = meta_key(tenant, sid), self._retention, "never" if self._exclusive else write
         args: list[str | int] = [self._owner, int(1000 * retention.lease_s), mode, retention.ttl_s, *names]
         deadline, pause = time.monotonic() + retention.wait_s, FIRST_POLL_S
+        script = self._scripts.enter_full if even_if_full else self._scripts.enter
         while True:
-            verdict, *reply = await retry_while_away(lambda: self._scripts.enter([key], args))
+            verdict, *reply = await retry_while_away(lambda: script([key], args))
             if verdict == b"again":
                 return TurnStart(None, record=reply[0])
             if verdict == b"entered":
@@ -124,11 +129,13 @@ class RedisStore:
 
     async def load(self, tenant: str, sid: str) -> StoredSession | None:
         """Return the session, or None; take over a session of an older format first."""
-        while True:
+        for _ in range(MAX_READS):
             sites = self._known_sites
-            meta_hash, *pages = await retry_while_away(partial(self._read, tenant, sid, sites))
+            meta_hash, *pages, still = await retry_while_away(partial(self._read, tenant, sid, sites))
             if not meta_hash:
                 return None
+            if not _is_same_content(meta_hash, still):
+                continue  # a commit came between the reads
             if meta_hash.get(b"format") in codec.OLD_FORMATS:
                 await retry_while_away(lambda: self._scripts.upgrade([meta_key(tenant, sid)], [self._retention.ttl_s]))
                 continue
@@ -136,6 +143,8 @@ class RedisStore:
             if row_sizes.keys() <= set(sites):
                 break
             self._known_sites = tuple({*sites, *row_sizes})
+        else:
+            raise StoreUnavailable(f"session {sid!r} changes too often to be read, try again", retry_after=1.0)
         meta, pages_by_site = decode(sid, meta_hash), dict(zip(sites, pages, strict=True))
         try:
             rows = {site: codec.unpack_pages(pages_by_site[site], row_bytes) for site, row_bytes in row_sizes.items()}
@@ -144,13 +153,17 @@ class RedisStore:
         return StoredSession(meta, rows)
 
     async def _read(self, tenant: str, sid: str, sites: Sequence[str]) -> list[dict[bytes, bytes]]:
-        """Return the meta hash and the pages of these sites, all of one moment."""
-        # A script would have to copy every row twice, and the server would answer nobody else meanwhile.
-        transaction = self._client.pipeline(transaction=True)
-        transaction.hgetall(meta_key(tenant, sid))
+        """Return the meta hash, the pages of these sites, and the meta hash once more.
+
+        The pages are those of the meta hash if both meta hashes are of one commit. A transaction is refused by a full
+        server; a script would have to copy every row twice, and the server would answer nobody else meanwhile.
+        """
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hgetall(meta_key(tenant, sid))
         for site in sites:
-            transaction.hgetall(session_key(tenant, sid, f"rows:{site}"))
-        return cast(list[dict[bytes, bytes]], await transaction.execute())
+            pipeline.hgetall(session_key(tenant, sid, f"rows:{site}"))
+        pipeline.hgetall(meta_key(tenant, sid))
+        return cast(list[dict[bytes, bytes]], await pipeline.execute())
 
     async def commit(
         self,
@@ -161,17 +174,19 @@ class RedisStore:
         cleared_slots: Mapping[str, Slots] | None = None,
         lease: Lease | None = None,
         commit_metadata: CommitMetadata = NO_COMMIT_METADATA,
+        even_if_full: bool = False,
     ) -> None:
         """Commit one version in one script. A repetition after a lost reply carries the nonce of the first attempt,
         by which the script recognises a commit that has landed. The step is as durable as the server makes it."""
         key = meta_key(tenant, meta.id)
         args = self._commit_args(meta, sites, cleared_slots or {}, lease, commit_metadata)
+        script = self._scripts.commit_full if even_if_full else self._scripts.commit
         attempts = 0
 
         async def attempt() -> Any:
             nonlocal attempts
             attempts += 1
-            return await self._scripts.commit([key], args)
+            return await script([key], args)
 
         async with self._index.naming(tenant, meta.id, new=meta.version == 1):
             verdict, detail = await retry_while_away(attempt, COMMIT_RETRY_S)
@@ -305,3 +320,8 @@ class RedisStore:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def _is_same_content(meta_hash: Mapping[bytes, bytes], other: Mapping[bytes, bytes]) -> bool:
+    """Return whether two meta hashes of a session stand for the same rows."""
+    return all(meta_hash.get(name) == other.get(name) for name in CONTENT_FIELDS)
