@@ -22,6 +22,7 @@ TOMBSTONE_S = 86_400  # seconds for which a store bars turns that began before a
 _NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")
 
 Option = str | int | bool
+ActionTags = tuple[tuple[int, str], ...]
 Slots = NDArray[np.int32]
 WriteMode = Literal["always", "unless predict", "never"]
 
@@ -45,6 +46,9 @@ class SessionMeta:
         requests: number of requests that the session has learned from.
         options: the session's own defaults; only `SessionStore.configure` replaces the options of a stored session.
         digests: digests of the chat messages that the session has learned, newest last; 16 hex digits each.
+        actions: the highest number that an action of the session ever had; no rollback lowers the number.
+        action_tags: (n, tag) of each session from which this one got its first actions, ascending: the tag of the
+            actions up to number n. Later actions are the session's own.
     """
 
     id: str
@@ -61,6 +65,8 @@ class SessionMeta:
     requests: int
     options: dict[str, Option]
     digests: tuple[str, ...]
+    actions: int = 0
+    action_tags: ActionTags = ()
 
     @property
     def state_id(self) -> tuple[float, float, int]:

@@ -100,6 +100,7 @@ def next_meta(meta: SessionMeta, done: JobFinished, digests: tuple[str, ...]) ->
         frozen_loss_sum=meta.frozen_loss_sum + stats.proof_frozen_loss_sum,
         requests=meta.requests + stats.segments_learned,
         digests=digests,
+        actions=max(meta.actions, stats.action),
     )
 
 

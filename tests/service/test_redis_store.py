@@ -20,13 +20,14 @@ import uvloop
 from redis import Redis
 from redis.exceptions import RedisError
 
-from service.errors import EngineError, StoreUnavailable, VersionConflict
+from service.errors import Conflict, EngineError, StoreUnavailable, VersionConflict
 from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig
 from service.store.embedded import EmbeddedValkey
 from service.store.redis import store as redis_store
 from service.store.redis.codec import PAGE_ROWS, encode
 from service.store.redis.retry import retry_while_away
 from service.store.redis.store import RedisStore
+from service.turns.action_ids import format_action_id, parse_action_id
 from tests.live import rows_of
 from tests.service.faulty_store import Fault, faulty_store_proxy
 from tests.service.store_backends import ROW_BYTES, assert_same, new_meta, rows, snapshot
@@ -197,6 +198,21 @@ async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Red
     assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": expected})
     assert raw.ttl(f"{name}rows:a") > 90 and raw.hget(f"{name}meta", "format") == b"4"
     await store.close()
+
+
+async def test_a_session_that_counted_no_actions_keeps_their_ids(store: RedisStore, raw: Redis, tenant: str) -> None:
+    await store.commit(tenant, new_meta("s", 1), {"a": rows([1])})
+    raw.hdel(f"imprint:{{{tenant}/s}}:meta", "actions", "action_tags")
+    raw.hset(f"imprint:{{{tenant}/s}}:meta", mapping={"format": "4", "version": "7"})
+    meta = await store.meta(tenant, "s")
+    assert meta is not None and (meta.actions, meta.action_tags) == (7, ((7, ""),))
+    assert parse_action_id("act-5", meta) == 5
+    await store.commit(tenant, replace(meta, version=8, actions=8), {})
+    meta = await store.meta(tenant, "s")
+    assert meta is not None and parse_action_id("act-5", meta) == 5
+    assert parse_action_id(format_action_id(8, meta), meta) == 8
+    with pytest.raises(Conflict):
+        parse_action_id("act-8", meta)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -58,7 +58,11 @@ def decode(sid: str, meta_hash: Mapping[bytes, bytes]) -> SessionMeta:
     session_format = meta_hash.get(b"format", b"none")
     if session_format not in (*OLD_FORMATS, FORMAT):
         raise unknown_format(sid, session_format)
-    return SessionMeta(**{name: _decode_value(name, meta_hash[name.encode()]) for name in _META_FIELDS})
+    values = {
+        name: _decode_value(name, meta_hash[name.encode()]) for name in _META_FIELDS if name.encode() in meta_hash
+    }
+    # Earlier formats do not count actions. There is at most one action a version, and the ids have no tag.
+    return SessionMeta(**({"actions": values["version"], "action_tags": ((values["version"], ""),)} | values))
 
 
 def row_sizes(meta_hash: Mapping[bytes, bytes]) -> dict[str, int]:
@@ -73,6 +77,8 @@ def unknown_format(sid: str, found: bytes) -> EngineError:
 
 def _decode_value(name: str, raw: bytes) -> Any:
     value = json.loads(raw)
+    if name == "action_tags":
+        return tuple((number, tag) for number, tag in value)
     if name != "digests":
         return value
     digests = base64.b64decode(value).hex() if isinstance(value, str) else "".join(value)
