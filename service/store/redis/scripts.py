@@ -48,6 +48,8 @@ def raise_for_verdict(verdict: bytes, detail: bytes, meta: SessionMeta) -> None:
             raise errors.session_renewed(meta.id)
         case b"fenced":
             raise errors.lease_lost(meta.id)
+        case b"damaged":
+            raise errors.damaged_session(meta.id, f"missing are {detail.decode()}")
         case b"erased":
             raise errors.session_erased(meta.id)
         case b"width":

@@ -3,7 +3,10 @@
 Keys, all of a session's in one hash slot of a cluster:
 
     imprint:{<tenant>/<id>}:meta         hash: format, nonce of the last commit, the fields of SessionMeta as JSON,
-                                         `site:<name>` = bytes per row, for each site that has rows, and
+                                         for each site that has rows `site:<name>` = bytes per row, and what proves the
+                                         site whole: `pages:<name>` and `sum:<name>`, see pages.lua,
+                                         once_until: when the last name of :onces expires, and once_lost: until
+                                         when :onces may lack names, because the key was lost, and
                                          undo_from, undo_bytes: the oldest version kept, and the size of :undo
                         …:rows:<site>    hash: pages of rows, see pages.lua
                         …:log            list: one JSON object a commit
@@ -58,6 +61,7 @@ from service.store.redis.retry import COMMIT_RETRY_S, is_lost_connection, retry_
 from service.store.redis.scripts import SessionScripts, raise_for_verdict
 
 FIRST_POLL_S, MAX_POLL_S = 0.01, 0.25
+MAX_PAGES_ON_LOOP = 500  # pages that are checked and unpacked on the event loop, which takes 1 ms
 MAX_READS = 16  # tries to read a session that commits change meanwhile
 CONTENT_FIELDS = (b"format", b"created", b"version", b"nonce")  # of the meta hash: the same = the same rows
 ERASED_CHANNEL = "imprint:erased"  # the channel on which servers hear of erased sessions
@@ -110,6 +114,8 @@ class RedisStore:
             verdict, *reply = await retry_while_away(lambda: script([key], args))
             if verdict == b"again":
                 return TurnStart(None, record=reply[0])
+            if verdict == b"damaged":
+                raise errors.damaged_session(sid, f"missing are {reply[0].decode()}")
             if verdict == b"entered":
                 break
             if time.monotonic() > deadline:
@@ -131,8 +137,10 @@ class RedisStore:
         """Return the session, or None; take over a session of an older format first."""
         for _ in range(MAX_READS):
             sites = self._known_sites
-            meta_hash, *pages, still = await retry_while_away(partial(self._read, tenant, sid, sites))
+            meta_hash, *pages, still, remains = await retry_while_away(partial(self._read, tenant, sid, sites))
             if not meta_hash:
+                if remains:
+                    raise errors.damaged_session(sid, "missing are its meta")
                 return None
             if not _is_same_content(meta_hash, still):
                 continue  # a commit came between the reads
@@ -146,14 +154,22 @@ class RedisStore:
         else:
             raise StoreUnavailable(f"session {sid!r} changes too often to be read, try again", retry_after=1.0)
         meta, pages_by_site = decode(sid, meta_hash), dict(zip(sites, pages, strict=True))
+
+        def unpack() -> dict[str, RowBatch]:
+            for site in row_sizes:
+                if damage := codec.find_damage(site, pages_by_site[site], meta_hash):
+                    raise errors.damaged_session(sid, damage)
+            return {site: codec.unpack_pages(pages_by_site[site], row_bytes) for site, row_bytes in row_sizes.items()}
+
         try:
-            rows = {site: codec.unpack_pages(pages_by_site[site], row_bytes) for site, row_bytes in row_sizes.items()}
+            is_small = sum(map(len, pages_by_site.values())) <= MAX_PAGES_ON_LOOP
+            rows = unpack() if is_small else await asyncio.to_thread(unpack)
         except ValueError as error:
             raise errors.damaged_session(sid) from error
         return StoredSession(meta, rows)
 
-    async def _read(self, tenant: str, sid: str, sites: Sequence[str]) -> list[dict[bytes, bytes]]:
-        """Return the meta hash, the pages of these sites, and the meta hash once more.
+    async def _read(self, tenant: str, sid: str, sites: Sequence[str]) -> list[Any]:
+        """Return the meta hash, the pages of these sites, the meta hash once more, and whether a log exists.
 
         The pages are those of the meta hash if both meta hashes are of one commit. A transaction is refused by a full
         server; a script would have to copy every row twice, and the server would answer nobody else meanwhile.
@@ -163,7 +179,8 @@ class RedisStore:
         for site in sites:
             pipeline.hgetall(session_key(tenant, sid, f"rows:{site}"))
         pipeline.hgetall(meta_key(tenant, sid))
-        return cast(list[dict[bytes, bytes]], await pipeline.execute())
+        pipeline.exists(session_key(tenant, sid, "log"))
+        return list(await pipeline.execute())
 
     async def commit(
         self,
@@ -245,7 +262,7 @@ class RedisStore:
 
     async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
         """Erase the session. Never repeats the script: a second run could not tell whether the first found one."""
-        key, args = meta_key(tenant, sid), ["" if version is None else version]
+        key, args = meta_key(tenant, sid), ["" if version is None else version, *self._known_sites]
         verdict, detail = await retry_while_away(lambda: self._scripts.delete([key], args), retry_s=0)
         if verdict == b"format":
             raise codec.unknown_format(sid, detail)
@@ -277,6 +294,8 @@ class RedisStore:
         meta_hash, log_entries, steps = await retry_while_away(lambda: self._scripts.history([key], args))
         if not meta_hash:
             return None
+        if lost := [step[0] for step in steps if step[1] is None or step[2] is None]:
+            raise errors.damaged_session(sid, f"missing are the undo steps of the versions {min(lost)} to {max(lost)}")
         return History(
             decode(sid, pairs(meta_hash)),
             [json.loads(entry) for entry in log_entries],
