@@ -292,6 +292,10 @@ class SessionStore(Protocol):
     - Time: leases, records, tombstones and sessions expire by the store's own clock, never by a server's.
     - Room: `StoreFull` only comes from methods that add to the store: `create`, `configure`, and `begin_turn` with a
       lease and `commit` without `even_if_full`. All other methods also work on a full store.
+    - Refusals: `StoreRefused` if the store refuses a command that a method needs. A method that has changed a session
+      does not raise for what fails afterwards, such as the list: the change happened.
+    - Damage: `EngineError` with code `damaged_session` from `begin_turn`, `load`, `commit`, `create` and `history` for
+      a session of which a part is missing or changed; the message says which part.
     - Errors: `ValueError` for a tenant or session id that `check_name` refuses. `StoreUnavailable` if the store does
       not answer; the caller needs no repair when the store comes back. `StoreFull` if the store has no room for a
       write; nothing is written then. `EngineError` with code `unknown_store_format` for a session that a later
@@ -455,6 +459,22 @@ class SessionStore(Protocol):
 
     async def memory(self) -> tuple[int, int]:
         """Return the bytes of memory that the store uses, and may use; 0 for what is unknown or unlimited."""
+        ...
+
+    async def restore_list(self) -> int:
+        """List all sessions that exist and are not listed, for example after a loss of keys; return their number."""
+        ...
+
+    async def check_rights(self) -> None:
+        """Use each right that the other methods need, on a session of a tenant of its own.
+
+        Raises:
+            StoreRefused: the store refuses a command; `__cause__` names the command.
+        """
+        ...
+
+    async def may_evict(self) -> bool:
+        """Return whether the store, when its memory is full, may forget keys of sessions by itself."""
         ...
 
     async def close(self) -> None:

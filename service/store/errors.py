@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 
-from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, VersionConflict
+from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, StoreRefused, VersionConflict
 
 log = logging.getLogger(__name__)
 
 
 def store_full() -> StoreFull:
     return StoreFull("The session store is full: nothing can be learned until there is room in it again.")
+
+
+def store_refused() -> StoreRefused:
+    return StoreRefused("The session store refuses a command that this server needs; its log says which.")
 
 
 def session_leased(sid: str, wait_s: float) -> SessionBusy:

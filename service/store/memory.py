@@ -348,6 +348,15 @@ class MemoryStore:
     async def memory(self) -> tuple[int, int]:
         return self._database.num_bytes, self._database.max_bytes
 
+    async def restore_list(self) -> int:
+        return 0
+
+    async def check_rights(self) -> None:
+        pass
+
+    async def may_evict(self) -> bool:
+        return False
+
     async def close(self) -> None:
         pass
 

@@ -41,6 +41,18 @@ def meta_key(tenant: str, sid: str) -> str:
     return session_key(tenant, sid, "meta")
 
 
+def meta_key_pattern() -> str:
+    """Return the glob pattern of the names of all meta hashes."""
+    return "imprint:{*}:meta"
+
+
+def tenant_and_session(key: bytes) -> tuple[str, str]:
+    """Return the tenant and the session that a key belongs to."""
+    name = key.decode()
+    tenant, _, sid = name[name.index("{") + 1 : name.rindex("}")].partition("/")
+    return tenant, sid
+
+
 def index_key(tenant: str) -> str:
     return f"imprint:sessions:{check_name('tenant', tenant)}"
 
@@ -63,10 +75,17 @@ def decode(sid: str, meta_hash: Mapping[bytes, bytes]) -> SessionMeta:
         raise unknown_format(sid, session_format)
     stored = {name: meta_hash[name.encode()] for name in _META_FIELDS if name.encode() in meta_hash}
     values = {name: _decode_value(name, raw) for name, raw in stored.items()}
-    if absent := _META_FIELDS - stored.keys() - ADDED_FIELDS:
-        raise errors.damaged_session(sid, f"missing are the values {', '.join(sorted(absent))}")
+    if absent := absent_fields(meta_hash):
+        raise errors.damaged_session(sid, f"missing are the values {', '.join(absent)}")
     # Earlier formats do not count actions. There is at most one action a version, and the ids have no tag.
     return SessionMeta(**({"actions": values["version"], "action_tags": ((values["version"], ""),)} | values))
+
+
+def absent_fields(meta_hash: Mapping[bytes, bytes]) -> list[str]:
+    """Return the fields of `SessionMeta` that a meta hash of any known format has and this one lacks."""
+    if meta_hash.get(b"format") not in (*OLD_FORMATS, FORMAT):
+        return []
+    return sorted(name for name in _META_FIELDS - ADDED_FIELDS if name.encode() not in meta_hash)
 
 
 def row_sizes(meta_hash: Mapping[bytes, bytes]) -> dict[str, int]:

@@ -28,20 +28,24 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
+from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from service.errors import StoreUnavailable
+from service.errors import StoreRefused, StoreUnavailable, Unavailable
 from service.store import errors
 from service.store.base import (
     MAX_LOG_ENTRIES,
     NO_COMMIT_METADATA,
     CommitMetadata,
     History,
+    IdempotencyRecord,
     Lease,
     Option,
     RetentionConfig,
@@ -67,6 +71,9 @@ CONTENT_FIELDS = (b"format", b"created", b"version", b"nonce")  # of the meta ha
 ERASED_CHANNEL = "imprint:erased"  # the channel on which servers hear of erased sessions
 CHANNEL_TIMEOUT_S = 5.0
 RECONNECT_S = 1.0
+NO_EVICTION = "noeviction"
+PROBE_TENANT = "imprint-probe"
+PROBE_META = SessionMeta("", 1, "", 0, 1, 1, 0.0, 0.0, 0, 0.0, 0.0, 0, {"ttl_s": 60}, ())
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +87,18 @@ class RedisStore:
         client: must answer in bytes, and must not retry by itself: only this class knows what may be repeated.
         retention: what the store keeps, and for how long.
         exclusive: nobody else uses the server, so the store takes no leases: each lease would cost a sync to disk.
+        report_fault: is called with the fault of a change that happened: `unlisted` or `untold` (see the metric
+            `imprint_store_faults_total`).
     """
 
-    def __init__(self, client: AnyRedis, retention: RetentionConfig | None = None, *, exclusive: bool = False) -> None:
+    def __init__(
+        self,
+        client: AnyRedis,
+        retention: RetentionConfig | None = None,
+        *,
+        exclusive: bool = False,
+        report_fault: Callable[[str], None] = lambda fault: None,
+    ) -> None:
         self.ledger = RedisLedger(client)
         self._client = client
         self._retention = retention or RetentionConfig()
@@ -90,16 +106,24 @@ class RedisStore:
         self._exclusive = exclusive
         self._known_sites: tuple[str, ...] = ()  # the sites at which any session had rows so far
         self._scripts = SessionScripts(client)
-        self._index = SessionIndex(client)
+        self._report_fault = report_fault
+        self._index = SessionIndex(client, report_fault)
 
     @classmethod
-    def from_url(cls, url: str, retention: RetentionConfig | None = None, *, exclusive: bool = False) -> RedisStore:
+    def from_url(
+        cls,
+        url: str,
+        retention: RetentionConfig | None = None,
+        *,
+        exclusive: bool = False,
+        report_fault: Callable[[str], None] = lambda fault: None,
+    ) -> RedisStore:
         """Return a store on the server that `url` names (see `connect`).
 
         Raises:
             ValueError: the URL is none that `connect` takes.
         """
-        return cls(connect(url), retention, exclusive=exclusive)
+        return cls(connect(url), retention, exclusive=exclusive, report_fault=report_fault)
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
@@ -196,6 +220,7 @@ class RedisStore:
         """Commit one version in one script. A repetition after a lost reply carries the nonce of the first attempt,
         by which the script recognises a commit that has landed. The step is as durable as the server makes it."""
         key = meta_key(tenant, meta.id)
+        self._known_sites = tuple({*self._known_sites, *sites})
         args = self._commit_args(meta, sites, cleared_slots or {}, lease, commit_metadata)
         script = self._scripts.commit_full if even_if_full else self._scripts.commit
         attempts = 0
@@ -268,21 +293,26 @@ class RedisStore:
             raise codec.unknown_format(sid, detail)
         if verdict == b"conflict":
             raise errors.version_differs(sid, detail.decode(), version)
-        await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, f"{tenant}/{sid}"))
-        await self._index.remove(tenant, sid)
+        try:
+            await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, f"{tenant}/{sid}"))
+            await self._index.remove(tenant, sid)
+        except Unavailable as error:
+            log.error("a session is erased, but other servers may keep a copy of it in their memory: %s", error)
+            self._report_fault("untold")
         return bool(detail == b"1")
 
     async def erased(self) -> AsyncIterator[tuple[str, str] | None]:
         while True:
             try:
-                async with self._client.pubsub() as channel:
+                async with await self._pubsub() as channel:
                     await channel.subscribe(ERASED_CHANNEL)
                     yield None
                     while True:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=CHANNEL_TIMEOUT_S)
                         if message is not None:
                             tenant, _, sid = message["data"].decode().partition("/")
-                            yield tenant, sid
+                            if sid:
+                                yield tenant, sid
             except (RedisError, OSError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not is_lost_connection(error):
                     raise
@@ -313,20 +343,66 @@ class RedisStore:
     async def memory(self) -> tuple[int, int]:
         """Return the bytes that the server (all masters of a cluster together) uses, and may use; 0 for what the
         server does not report or does not limit."""
+        nodes = await self._memory_of_nodes()
+        limits = [node["maxmemory"] for node in nodes]
+        return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
+
+    async def may_evict(self) -> bool:
+        policies = [node.get("maxmemory_policy", NO_EVICTION) for node in await self._memory_of_nodes()]
+        return any(policy != NO_EVICTION for policy in policies)
+
+    async def _memory_of_nodes(self) -> Sequence[dict[str, Any]]:
+        """Return what each server reports of its memory; nothing if the servers report nothing."""
         nodes_of_cluster = {"target_nodes": RedisCluster.PRIMARIES} if isinstance(self._client, RedisCluster) else {}
         try:
             reply: dict[str, Any] = await retry_while_away(lambda: self._client.info("memory", **nodes_of_cluster))
-        except ResponseError:
-            return 0, 0
-        nodes = [reply] if "used_memory" in reply else [*reply.values()]
-        limits = [node["maxmemory"] for node in nodes]
-        return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
+        except StoreRefused:
+            return []
+        return [reply] if "used_memory" in reply else [*reply.values()]
+
+    async def restore_list(self) -> int:
+        return await retry_while_away(self._index.restore)
+
+    async def check_rights(self) -> None:
+        sid, meta = secrets.token_hex(8), PROBE_META
+        try:
+            await self.begin_turn(PROBE_TENANT, sid, write="always", even_if_full=True)
+            record = IdempotencyRecord("probe", 60, b"probe")
+            sites = {"probe": RowBatch(np.zeros(1, np.int32), np.zeros((1, 1), np.uint8))}
+            await self.commit(
+                PROBE_TENANT,
+                replace(meta, id=sid),
+                sites,
+                commit_metadata=CommitMetadata({"kind": "probe"}, b"probe", record),
+                even_if_full=True,
+            )
+            await self.load(PROBE_TENANT, sid)
+            await self.history(PROBE_TENANT, sid, undo=True)
+            await self._index.list_sessions(PROBE_TENANT, "", 1)
+            await self._index.count(PROBE_TENANT)
+            await self.ledger.reserve(PROBE_TENANT, sid, 0)
+            await self.ledger.drop(PROBE_TENANT, sid)
+            await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, "/"))
+            await retry_while_away(self._subscribe_once)
+        finally:
+            await self.delete(PROBE_TENANT, sid)
+
+    async def _subscribe_once(self) -> None:
+        async with await self._pubsub() as channel:
+            await channel.subscribe(ERASED_CHANNEL)
+            await channel.get_message(timeout=CHANNEL_TIMEOUT_S)
+
+    async def _pubsub(self) -> PubSub:
+        """Return a new subscriber. A message to any server of a cluster reaches the subscribers of all servers."""
+        if isinstance(self._client, RedisCluster):
+            await self._client.initialize()  # else the client does not know a server to subscribe at
+        return self._client.pubsub()
 
     async def configuration(self, *names: str) -> dict[str, str]:
         """Return the server's own settings of these names; none if the server does not report them."""
         try:
             return cast(dict[str, str], await retry_while_away(lambda: self._client.config_get(*names)))
-        except ResponseError:
+        except StoreRefused:
             return {}
 
     async def ping(self) -> None:

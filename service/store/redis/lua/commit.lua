@@ -140,6 +140,9 @@ redis.call('HSET', KEYS[1], unpack(values))
 redis.call('HSETNX', KEYS[1], 'options', options)
 for site = first_site, #ARGV, 4 do
   local name, row_bytes, key = ARGV[site], ARGV[site + 1], HOME .. 'rows:' .. ARGV[site]
+  if redis.call('HEXISTS', KEYS[1], 'site:' .. name) == 0 then
+    redis.call('UNLINK', key) -- what is left of an earlier session whose other keys the server has lost
+  end
   local old, empty = write_site(name, key, tonumber(row_bytes), ARGV[site + 2], ARGV[site + 3])
   for _, part in ipairs({name, row_bytes, old, empty}) do
     undo_rows[#undo_rows + 1] = part
