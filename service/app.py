@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from ipaddress import ip_address
@@ -35,9 +36,10 @@ from model.memory.initial import default_config, random_memory
 from model.policies.config import PolicyError
 from model.policies.network import Policy, load_policy
 from model.text.tokenizer import Tokenizer
+from service.background import keep_running
 from service.base_cache import BaseError, resolve_base
 from service.engine import Engine
-from service.errors import StoreUnavailable
+from service.errors import StoreRefused, Unavailable
 from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
@@ -52,6 +54,7 @@ from service.turns.session_gate import ServerLimits
 from service.turns.sessions import Sessions
 
 WATCH_EVERY_S = 10.0
+RESTORE_EVERY_S = 300.0
 LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
 KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
 SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
@@ -121,20 +124,27 @@ async def _serve(
 ) -> int:
     """Serve on the listener until the server is told to stop; return the exit code."""
     metrics = Metrics()
-    store = _connect_store(settings, url, exclusive=embedded is not None)
+    store = _connect_store(settings, url, metrics, exclusive=embedded is not None)
     sessions = new_sessions(settings, store, metrics)
     app = create_app(sessions, metrics, settings, keys)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     server = _Server(config, sessions, settings.drain_timeout_s)
-    watching = asyncio.create_task(_watch_store(store, sessions, metrics, keys))
-    tasks = [watching, asyncio.create_task(sessions.drop_erased())]
+    watch = partial(_watch_store, store, sessions, metrics, keys)
+    watching = asyncio.create_task(keep_running("watch_store", watch, metrics))
+    tasks = [watching, asyncio.create_task(keep_running("drop_erased", sessions.drop_erased, metrics))]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise()))
+    else:
+        tasks.append(asyncio.create_task(keep_running("restore_list", lambda: _restore_list(store, metrics), metrics)))
+    checking = asyncio.create_task(check_store(store, settings, metrics) if embedded is None else asyncio.sleep(0))
     serving = asyncio.create_task(server.serve([listener]))
     loading = asyncio.create_task(_load(settings, metrics))
     engine: Engine | None = None
     try:
-        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({serving, loading, checking}, return_when=asyncio.FIRST_COMPLETED)
+        if checking.done():
+            checking.result()
+            await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and sessions.state == "loading":
             loaded_model = loading.result()
             engine = loaded_model.engine
@@ -142,19 +152,22 @@ async def _serve(
             sessions.begin(loaded_model)
             host, port, *_ = listener.getsockname()
             log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
+        await asyncio.wait({serving, checking}, return_when=asyncio.FIRST_COMPLETED)
+        if checking.done():
+            checking.result()
         await serving
     finally:
         server.should_exit = True
-        for task in [*tasks, loading]:
+        for task in [*tasks, loading, checking]:
             task.cancel()
-        await asyncio.gather(serving, *tasks, loading, return_exceptions=True)
+        await asyncio.gather(serving, *tasks, loading, checking, return_exceptions=True)
         if engine is not None:
             await engine.stop()
         await store.close()
     return 0
 
 
-def _connect_store(settings: Settings, url: str, *, exclusive: bool) -> SessionStore:
+def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive: bool) -> SessionStore:
     """Return the store of the sessions; `exclusive`: no other server uses that store. Raises StartError."""
     retention = RetentionConfig(
         versions=settings.keep_versions,
@@ -164,7 +177,12 @@ def _connect_store(settings: Settings, url: str, *, exclusive: bool) -> SessionS
         wait_s=settings.lease_wait_s,
     )
     try:
-        return RedisStore.from_url(url, retention, exclusive=exclusive)
+        return RedisStore.from_url(
+            url,
+            retention,
+            exclusive=exclusive,
+            report_fault=lambda fault: metrics.store_faults_total.labels(fault).inc(),
+        )
     except ValueError as error:
         raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
 
@@ -333,9 +351,42 @@ async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics
             if sessions.state == "ready":
                 metrics.sessions_cold.set(await sessions.count_cold(keys.tenants))
             metrics.store_up.set(1)
-        except StoreUnavailable:
+        except Unavailable:
             metrics.store_up.set(0)
         await asyncio.sleep(WATCH_EVERY_S)
+
+
+async def check_store(store: SessionStore, settings: Settings, metrics: Metrics) -> None:
+    """Check the store as soon as the store answers. Raises StartError for a store that cannot keep sessions."""
+    while True:
+        try:
+            await store.check_rights()
+            evicts = await store.may_evict()
+            metrics.store_evicts.set(evicts)
+            if evicts and not settings.allow_eviction:
+                raise StartError(
+                    "the Redis of IMPRINT_REDIS_URL may evict sessions when its memory is full: set its "
+                    "maxmemory-policy to noeviction (or IMPRINT_ALLOW_EVICTION=true, which risks sessions)"
+                )
+            if evicts:
+                log.warning("the session store may evict keys of sessions when its memory is full")
+            return
+        except StoreRefused as error:
+            raise StartError(
+                f"the Redis of IMPRINT_REDIS_URL refuses what the server needs: {error.__cause__}"
+            ) from error
+        except Unavailable:
+            await asyncio.sleep(1.0)
+
+
+async def _restore_list(store: SessionStore, metrics: Metrics) -> None:
+    """List sessions again that the store has lost from the list, every few minutes, for ever."""
+    while True:
+        with suppress(Unavailable):
+            if restored := await store.restore_list():
+                log.error("%d sessions had been lost from the list and are listed again", restored)
+                metrics.sessions_relisted_total.inc(restored)
+        await asyncio.sleep(RESTORE_EVERY_S)
 
 
 def _watch_device(metrics: Metrics, device: str) -> None:

@@ -175,6 +175,13 @@ class StoreFull(Unavailable):
     retry_after = 10.0
 
 
+class StoreRefused(Unavailable):
+    """503: the session store refuses a command, because its user lacks a right or its setup does not fit."""
+
+    code = "store_refused"
+    retry_after = 10.0
+
+
 class SessionBusy(Unavailable):
     """503: another replica teaches the session, or has changed it during the request."""
 

@@ -217,8 +217,24 @@ class Metrics:
         self.store_limit_bytes = self._gauge(
             "store_limit_bytes", "Memory that the session store may use; 0 = no limit."
         )
+        self.store_evicts = self._gauge(
+            "store_evicts",
+            "1 if the session store may evict keys of sessions at its memory limit (`IMPRINT_ALLOW_EVICTION`), else 0.",
+        )
+        self.store_faults_total = self._counter(
+            "store_faults_total",
+            "Changes of sessions that happened although a later step failed: `unlisted` (a new session may be missing"
+            " from the list until the list is restored) or `untold` (other servers were not told of an erasure).",
+            ("fault",),
+        )
+        self.sessions_relisted_total = self._counter(
+            "sessions_relisted_total", "Sessions that the store had lost from the list and that are listed again."
+        )
 
     def _server(self) -> None:
+        self.background_restarts_total = self._counter(
+            "background_restarts_total", "Background tasks that failed and were started again, by task.", ("task",)
+        )
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
         self.build_info = self._info(
             "build",

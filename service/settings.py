@@ -107,6 +107,12 @@ class Settings(BaseSettings):
         " TLS: `rediss+…`). Several Imprint servers can share one. Unset: an embedded Valkey in the data"
         " folder.",
     )
+    allow_eviction: bool = Field(
+        False,
+        description="Serve although the Redis of `IMPRINT_REDIS_URL` has a `maxmemory-policy` other than `noeviction`."
+        " Such a Redis may forget parts of sessions, which are then answered 500 `damaged_session`; a log line and the"
+        " metric `imprint_store_evicts` say so.",
+    )
     idempotency_ttl_s: int = Field(
         86_400,
         ge=0,

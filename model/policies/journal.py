@@ -2,9 +2,9 @@
 
 The buffer is a site of the session's memory, so actions are versioned, committed and rolled back with everything else.
 Row 0 is the header; action number i (from 1) is stored in row 1 + (i − 1) mod MAX_PENDING until a later action takes
-the row. All values are float32:
+the row. A number is never given twice, so numbers that a rollback has undone are missing. All values are float32:
 
-    row 0       [number of actions, last action, whether its reward is known, its reward, 0 …]
+    row 0       [number of the last action, last action, whether its reward is known, its reward, 0 …]
     other rows  [action number, action, probability, OPEN or CLOSED, inputs of the action [F]]
 
 The module does not learn from rewards: `model.policies.network` does, with the stored inputs.
@@ -63,7 +63,7 @@ class Journal:
 
     @property
     def count(self) -> int:
-        """Return the number of actions taken so far, which is also the number of the last action."""
+        """Return the number of the last action, as stored; 0 before the first action."""
         return int(self.rows[0, COUNT])
 
     @property
@@ -74,22 +74,28 @@ class Journal:
         has_reward = bool(self.rows[0, HAS_REWARD])
         return int(self.rows[0, LAST]), float(self.rows[0, REWARD]) if has_reward else math.nan
 
-    def pending_row(self, number: int | None) -> int:
+    def pending_row(self, number: int | None, highest: int = 0) -> int:
         """Return the row of an action that waits for its reward (None: the last action).
 
-        Raises JournalError when the session never took the action, when a later action took its row, or when the
-        action has been rewarded.
+        Args:
+            number: number of the action.
+            highest: the highest number that the session has given, to actions that a rollback has undone, too.
+
+        Raises:
+            JournalError: the session never took the action, the action has been undone, a later action took its row,
+                or the action has been rewarded.
         """
-        if not self.count:
+        highest = max(highest, self.count)
+        if not highest or (number is None and not self.count):
             raise JournalError("the session has taken no action yet", was_taken=False)
         number = self.count if number is None else number
         row = _row_of(number)
-        if not number or int(self.rows[row, NUMBER]) != number:
-            if 0 < number < self.count:
+        if int(self.rows[row, NUMBER]) != _stored_number(number):
+            if 0 < number <= highest:
                 raise JournalError(
-                    f"the action is no longer kept: of {self.count} the last {MAX_PENDING} are", was_taken=True
+                    f"the action has been undone or is no longer kept: the last {MAX_PENDING} are", was_taken=True
                 )
-            raise JournalError(f"the session has taken the actions 1 to {self.count}", was_taken=False)
+            raise JournalError(f"the session has taken the actions 1 to {highest}", was_taken=False)
         if self.rows[row, STATE] != OPEN:
             raise JournalError("the action has been rewarded before", was_taken=True)
         return row
@@ -106,16 +112,26 @@ class Journal:
             self.rows[0, HAS_REWARD], self.rows[0, REWARD] = 1.0, reward
             self.touched.add(0)
 
-    def record_action(self, action: int, probability: float, inputs: FloatArray) -> int:
-        """Append an action with its probability and its inputs [F]; return the action's number."""
-        number = self.count + 1 if self.count < COUNTER_WRAP else 1
-        row = _row_of(number)
-        self.rows[row, :HEADER_SIZE] = number, action, probability, OPEN
+    def record_action(self, action: int, probability: float, inputs: FloatArray, highest: int = 0) -> int:
+        """Append an action with its probability and its inputs [F]; return the action's number.
+
+        The number is above `highest`, the highest number that the session has given so far. After a rollback the
+        journal skips up to MAX_PENDING - 1 numbers, so that the next row of the ring stays the row of its oldest
+        action.
+        """
+        highest = max(highest, self.count)
+        number = highest + 1 + (self.count - highest) % MAX_PENDING
+        row, stored = _row_of(number), _stored_number(number)
+        self.rows[row, :HEADER_SIZE] = stored, action, probability, OPEN
         self.rows[row, HEADER_SIZE:] = inputs
-        self.rows[0, :HEADER_SIZE] = number, action, 0.0, 0.0
+        self.rows[0, :HEADER_SIZE] = stored, action, 0.0, 0.0
         self.touched |= {0, row}
         return number
 
 
 def _row_of(number: int) -> int:
     return 1 + (number - 1) % MAX_PENDING
+
+
+def _stored_number(number: int) -> int:
+    return 1 + (number - 1) % COUNTER_WRAP

@@ -56,7 +56,7 @@ class PolicyJob(MemoryJob):
             raise EngineError("The session's journal is damaged in the store; erase the session.", code="damaged")
         if self.policy_request.reward is not None:
             try:
-                self.row = self._journal.pending_row(self.policy_request.action_id)
+                self.row = self._journal.pending_row(self.policy_request.action_id, self.policy_request.highest_action)
             except JournalError as error:
                 raise _reward_error(error, self.policy_request.action_id) from None
 
@@ -113,7 +113,8 @@ class PolicyJob(MemoryJob):
             probs = distribution.tolist()
         number = None
         if inputs is not None and self._draft is not None:
-            number = self.journal.record_action(choice, probs[choice], inputs[choice])
+            number = self.journal.record_action(choice, probs[choice], inputs[choice], request.highest_action)
+            self.stats.action = number
         self._decision = PolicyDecision(choice, probs, expected, number)
 
     def events(self) -> Iterator[Event]:

@@ -65,6 +65,7 @@ class PolicyRequest:
         temperature: of the softmax from which the choice is drawn; None = the policy's default.
         seed: of the draw; None = a random seed.
         regret: the difference to the best action's reward, as far as the client knows.
+        highest_action: the highest number that an action of the session ever had.
     """
 
     policy: str
@@ -76,6 +77,7 @@ class PolicyRequest:
     temperature: float | None = None
     seed: int | None = None
     regret: float = 0.0
+    highest_action: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class JobStats:
     Attributes:
         loss_sum: over the learned tokens.
         proof_tokens: number of learned tokens that were also scored without memory.
+        action: number of the action that the job took; 0 = none.
         proof_loss_sum, proof_frozen_loss_sum: over these tokens, with and without memory.
         rewards: sum of the rewards; a label counts as 1 if the policy would have chosen the label, else as 0.
     """
@@ -145,6 +148,7 @@ class JobStats:
     segments_learned: int = 0
     loss_sum: float = 0.0
     proof_tokens: int = 0
+    action: int = 0
     proof_loss_sum: float = 0.0
     proof_frozen_loss_sum: float = 0.0
     completion_tokens: int = 0

@@ -47,7 +47,7 @@ LOG_ENTRY: Json = {
 ACTED: Json = {
     "object": "action",
     "action": 1,
-    "action_id": "act-4",
+    "action_id": "act-4-5f2b9c04d1e7",
     "probability": 0.75,
     "probabilities": [0.25, 0.75],
     "expected": [0.375, 0.5],

@@ -48,7 +48,7 @@ Observation = Annotated[
     list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
 ]
 CompletionId = Annotated[str, StringConstraints(pattern=r"^(chat)?cmpl-[0-9a-f]{32}$")]
-ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,7}$")]
+ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,14}(-[0-9a-f]{12})?$")]
 
 
 def session_id(value: str, param: str) -> str:
@@ -407,7 +407,7 @@ class ActRequest(Body):
 class FeedbackRequest(Body):
     """The body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and the kept text."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"action_id": "act-1", "reward": 1.0}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"action_id": "act-1-5f2b9c04d1e7", "reward": 1.0}]})
 
     action_id: ActionId | None = None
     reward: float | None = None

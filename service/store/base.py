@@ -22,6 +22,7 @@ TOMBSTONE_S = 86_400  # seconds for which a store bars turns that began before a
 _NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")
 
 Option = str | int | bool
+ActionTags = tuple[tuple[int, str], ...]
 Slots = NDArray[np.int32]
 WriteMode = Literal["always", "unless predict", "never"]
 
@@ -45,6 +46,9 @@ class SessionMeta:
         requests: number of requests that the session has learned from.
         options: the session's own defaults; only `SessionStore.configure` replaces the options of a stored session.
         digests: digests of the chat messages that the session has learned, newest last; 16 hex digits each.
+        actions: the highest number that an action of the session ever had; no rollback lowers the number.
+        action_tags: (n, tag) of each session from which this one got its first actions, ascending: the tag of the
+            actions up to number n. Later actions are the session's own.
     """
 
     id: str
@@ -61,6 +65,8 @@ class SessionMeta:
     requests: int
     options: dict[str, Option]
     digests: tuple[str, ...]
+    actions: int = 0
+    action_tags: ActionTags = ()
 
     @property
     def state_id(self) -> tuple[float, float, int]:
@@ -284,6 +290,12 @@ class SessionStore(Protocol):
       change. Exactly one of several concurrent commits of the same version succeeds.
     - No aliasing: a store neither changes nor keeps its arguments, and the caller owns what a method returns.
     - Time: leases, records, tombstones and sessions expire by the store's own clock, never by a server's.
+    - Room: `StoreFull` only comes from methods that add to the store: `create`, `configure`, and `begin_turn` with a
+      lease and `commit` without `even_if_full`. All other methods also work on a full store.
+    - Refusals: `StoreRefused` if the store refuses a command that a method needs. A method that has changed a session
+      does not raise for what fails afterwards, such as the list: the change happened.
+    - Damage: `EngineError` with code `damaged_session` from `begin_turn`, `load`, `commit`, `create` and `history` for
+      a session of which a part is missing or changed; the message says which part.
     - Errors: `ValueError` for a tenant or session id that `check_name` refuses. `StoreUnavailable` if the store does
       not answer; the caller needs no repair when the store comes back. `StoreFull` if the store has no room for a
       write; nothing is written then. `EngineError` with code `unknown_store_format` for a session that a later
@@ -302,7 +314,9 @@ class SessionStore(Protocol):
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
-    async def begin_turn(self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = ()) -> TurnStart:
+    async def begin_turn(
+        self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = (), even_if_full: bool = False
+    ) -> TurnStart:
         """Begin a turn: return the recorded answer, or else the session and a lease.
 
         A record under one of `names` ends the call and changes nothing. Otherwise the call restarts the time after
@@ -314,6 +328,7 @@ class SessionStore(Protocol):
             write: "always" takes a lease; "unless predict" takes one unless the session's option `adapt` is
                 "predict"; "never" takes none. A store that only one server uses takes none either.
             names: the names under which the request may have been answered before, in order of preference.
+            even_if_full: take the lease also if the store has no room.
 
         Raises:
             SessionBusy: another server held the lease all the time.
@@ -347,6 +362,7 @@ class SessionStore(Protocol):
         cleared_slots: Mapping[str, Slots] | None = None,
         lease: Lease | None = None,
         commit_metadata: CommitMetadata = NO_COMMIT_METADATA,
+        even_if_full: bool = False,
     ) -> None:
         """Take the session from version `meta.version - 1` to `meta.version`, and release the lease.
 
@@ -364,6 +380,7 @@ class SessionStore(Protocol):
             cleared_slots: slots to empty, by site; only of sites that are keys of `sites`. A slot that also has a row
                 in `sites` is emptied.
             lease: from `begin_turn`; None only if nobody else can write.
+            even_if_full: commit also if the store has no room; for commits that take little, such as a rollback.
 
         Raises:
             VersionConflict: the stored session is at another version or was created at another time, or another
@@ -442,6 +459,22 @@ class SessionStore(Protocol):
 
     async def memory(self) -> tuple[int, int]:
         """Return the bytes of memory that the store uses, and may use; 0 for what is unknown or unlimited."""
+        ...
+
+    async def restore_list(self) -> int:
+        """List all sessions that exist and are not listed, for example after a loss of keys; return their number."""
+        ...
+
+    async def check_rights(self) -> None:
+        """Use each right that the other methods need, on a session of a tenant of its own.
+
+        Raises:
+            StoreRefused: the store refuses a command; `__cause__` names the command.
+        """
+        ...
+
+    async def may_evict(self) -> bool:
+        """Return whether the store, when its memory is full, may forget keys of sessions by itself."""
         ...
 
     async def close(self) -> None:

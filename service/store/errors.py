@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, VersionConflict
+import logging
+
+from service.errors import Conflict, EngineError, NotFound, SessionBusy, StoreFull, StoreRefused, VersionConflict
+
+log = logging.getLogger(__name__)
 
 
 def store_full() -> StoreFull:
     return StoreFull("The session store is full: nothing can be learned until there is room in it again.")
+
+
+def store_refused() -> StoreRefused:
+    return StoreRefused("The session store refuses a command that this server needs; its log says which.")
 
 
 def session_leased(sid: str, wait_s: float) -> SessionBusy:
@@ -42,9 +50,11 @@ def row_size_differs(sid: str, detail: str) -> EngineError:
     return EngineError(f"rows of session {sid!r} at site {detail}")
 
 
-def damaged_session(sid: str) -> EngineError:
+def damaged_session(sid: str, fault: str = "it has rows that no memory writes") -> EngineError:
+    """Return the error for a session that the store does not hold as it was committed; `fault` says what is wrong."""
+    log.error("a session is damaged in the store: %s", fault)
     return EngineError(
-        f"session {sid!r} is damaged in the store: it has rows that no memory writes; erase it, or import an export",
+        f"session {sid!r} is damaged in the store: {fault}; erase the session, then import an export of it",
         code="damaged_session",
     )
 

@@ -186,7 +186,9 @@ class MemoryStore:
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
-    async def begin_turn(self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = ()) -> TurnStart:
+    async def begin_turn(
+        self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = (), even_if_full: bool = False
+    ) -> TurnStart:
         deadline = self._database.clock() + self._retention.wait_s
         while True:
             record, now = self._database.record(tenant, sid), self._database.clock()
@@ -201,7 +203,8 @@ class MemoryStore:
             await asyncio.sleep(POLL_S)
         lease = None
         if writes:
-            self._database.require_room()
+            if not even_if_full:
+                self._database.require_room()
             record.fence += 1
             record.lease, record.lease_expires_at = f"{self._owner}:{record.fence}", now + self._retention.lease_s
             record.fence_expires_at = now + TOMBSTONE_S
@@ -242,12 +245,14 @@ class MemoryStore:
         cleared_slots: Mapping[str, Slots] | None = None,
         lease: Lease | None = None,
         commit_metadata: CommitMetadata = NO_COMMIT_METADATA,
+        even_if_full: bool = False,
     ) -> None:
         record = self._database.record(tenant, meta.id)
         _require_fence(record, meta.id, lease)
         _require_version(record, meta)
         _require_row_sizes(record, meta.id, sites)
-        self._database.require_room()
+        if not even_if_full:
+            self._database.require_room()
         undo = _Undo(meta.version, {}, {}, _replaced_values(record.meta, meta), commit_metadata.text)
         for name, batch in sites.items():
             emptied = () if cleared_slots is None or name not in cleared_slots else cleared_slots[name].tolist()
@@ -296,6 +301,7 @@ class MemoryStore:
         record = self._database.record(tenant, sid)
         if record.meta is None:
             raise errors.session_missing(sid)
+        self._database.require_room()
         record.meta = replace(record.meta, options=dict(options))
         self._restart_ttl(record)
         return _copied(record.meta)
@@ -341,6 +347,15 @@ class MemoryStore:
 
     async def memory(self) -> tuple[int, int]:
         return self._database.num_bytes, self._database.max_bytes
+
+    async def restore_list(self) -> int:
+        return 0
+
+    async def check_rights(self) -> None:
+        pass
+
+    async def may_evict(self) -> bool:
+        return False
 
     async def close(self) -> None:
         pass

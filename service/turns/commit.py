@@ -29,6 +29,7 @@ class Commit:
         log: the log entry, without its version.
         text: the learned tokens, where unlearning needs them; empty = not kept.
         tokens: number of tokens learned.
+        even_if_full: whether a store that has no room takes the commit, too.
     """
 
     meta: SessionMeta
@@ -36,6 +37,7 @@ class Commit:
     log: dict[str, Any]
     text: bytes
     tokens: int
+    even_if_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def build_commit(
         log,
         tokens if new.options.get("keep_text") and plan.kind == "learn" else b"",
         stats.tokens_learned,
+        even_if_full=plan.kind == "rollback",
     )
 
 
@@ -97,6 +100,7 @@ def next_meta(meta: SessionMeta, done: JobFinished, digests: tuple[str, ...]) ->
         frozen_loss_sum=meta.frozen_loss_sum + stats.proof_frozen_loss_sum,
         requests=meta.requests + stats.segments_learned,
         digests=digests,
+        actions=max(meta.actions, stats.action),
     )
 
 

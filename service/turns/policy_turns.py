@@ -10,6 +10,7 @@ from model.policies.network import Policy
 from service.engine import Event, PolicyDecision, PolicyRequest
 from service.errors import BadRequest, Conflict, NotFound
 from service.store.base import SessionMeta, WriteMode
+from service.turns.action_ids import format_action_id, parse_action_id
 from service.turns.commit import TurnOutcome
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
@@ -20,7 +21,6 @@ from service.turns.sessions import Sessions
 from service.turns.text_turns import LearningTurn, ObserveResult
 from service.types import Adaptation
 
-ACTION_ID_PREFIX = "act-"
 Task = Literal["act", "label"]
 R = TypeVar("R")
 TASK_VERBS: dict[Task, str] = {"act": "acts", "label": "labels"}
@@ -130,7 +130,7 @@ class ActTurn(PolicyTurn[ActResult]):
         meta, policy = self._find_policy(handle, model)
         _require_numbers(policy, self._observation, "observation")
         request = PolicyRequest(policy.config.name, tuple(self._observation), **asdict(self._sampling))
-        request = _with_reward(request, policy, self._reward)
+        request = _with_reward(request, policy, self._reward, meta)
         writes = meta.options.get("adapt") != "predict"
         if self._reward is not None and not writes:
             raise Conflict("The session's option 'adapt' is 'predict': it learns no reward.", param="reward")
@@ -143,7 +143,9 @@ class ActTurn(PolicyTurn[ActResult]):
 
     def last_event(self, outcome: TurnOutcome) -> ActResult:
         decision = self._decision
-        action_id = None if decision.number is None else f"{ACTION_ID_PREFIX}{decision.number}"
+        action_id = None
+        if decision.number is not None and outcome.meta is not None:
+            action_id = format_action_id(decision.number, outcome.meta)
         prob, expected = decision.probs[decision.choice], decision.expected or []
         return ActResult(decision.choice, action_id, prob, decision.probs, expected, outcome.adaptation)
 
@@ -166,7 +168,8 @@ class PredictTurn(PolicyTurn[LabelResult]):
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta, policy = self._find_policy(handle, model)
         _require_numbers(policy, self._features, "features")
-        request = PolicyRequest(policy.config.name, tuple(self._features))
+        # At temperature 0 the policy would give its choice the probability 1.
+        request = PolicyRequest(policy.config.name, tuple(self._features), temperature=1.0)
         return TurnPlan(meta, policy_request=request, writes=False)
 
     def outputs(self, segment: int, event: Event) -> Iterator[LabelResult]:
@@ -175,7 +178,10 @@ class PredictTurn(PolicyTurn[LabelResult]):
         return iter(())
 
     def last_event(self, outcome: TurnOutcome) -> LabelResult:
-        return LabelResult(self._decision.choice, self._decision.probs, outcome.adaptation.version_to)
+        probs = self._decision.probs
+        if outcome.meta is None or not outcome.meta.tokens_learned:
+            probs = [1 / len(probs)] * len(probs)  # a session without a label knows none
+        return LabelResult(probs.index(max(probs)), probs, outcome.adaptation.version_to)
 
     def record(self, last: LabelResult) -> Json:
         return asdict(last)
@@ -193,7 +199,7 @@ class RewardTurn(PolicyTurn[ObserveResult], LearningTurn):
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta, policy = self._find_policy(handle, model)
         request = PolicyRequest(policy.config.name, decide=False)
-        return TurnPlan(meta, policy_request=_with_reward(request, policy, self._reward))
+        return TurnPlan(meta, policy_request=_with_reward(request, policy, self._reward, meta))
 
 
 class LabelTurn(PolicyTurn[ObserveResult], LearningTurn):
@@ -224,8 +230,14 @@ def _require_task(model: LoadedModel, name: str, task: Task) -> None:
         raise BadRequest(f"'model' must be a policy that {TASK_VERBS[task]} ({fit}), got {name!r}.", param="model")
 
 
-def _with_reward(request: PolicyRequest, policy: Policy, reward: RewardInput | None) -> PolicyRequest:
-    """Return the request with the outcome of an action. Raises BadRequest for a reward out of range."""
+def _with_reward(
+    request: PolicyRequest, policy: Policy, reward: RewardInput | None, meta: SessionMeta
+) -> PolicyRequest:
+    """Return the request with the outcome of an action of the session.
+
+    Raises BadRequest for a reward out of range, Conflict for an action that is not part of the session.
+    """
+    request = replace(request, highest_action=meta.actions)
     if reward is None:
         return request
     config = policy.config
@@ -233,7 +245,7 @@ def _with_reward(request: PolicyRequest, policy: Policy, reward: RewardInput | N
         raise BadRequest(
             f"'reward' must be in {config.lowest:g}..{config.highest:g}, got {reward.reward:g}.", param="reward"
         )
-    number = None if reward.action_id is None else int(reward.action_id.removeprefix(ACTION_ID_PREFIX))
+    number = None if reward.action_id is None else parse_action_id(reward.action_id, meta)
     return replace(request, reward=reward.reward, action_id=number, regret=reward.regret)
 
 

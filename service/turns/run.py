@@ -113,6 +113,8 @@ class TurnRunner:
                 stream.settle(None if commit is None else commit.meta.state_id)
             if commit is not None and not plan.runs_jobs:
                 model.engine.drop((ctx.tenant.name, commit.meta.id))  # the device still holds the earlier content
+            elif plan.meta is not None and handle.meta is None and not plan.writes:
+                model.engine.drop((ctx.tenant.name, plan.meta.id))  # the turn read a session that does not exist
             for output in remaining:
                 yield output
             yield last
@@ -197,9 +199,9 @@ class TurnRunner:
         record: Callable[[E], Json],
         last: E,
     ) -> None:
-        """Commit the turn, or store a new session that has learned nothing."""
+        """Commit the turn, or store a new session of a turn that may learn and learned nothing."""
         if commit is not None:
             await self.gate.commit(handle, commit, record(last))
             record_commit(self.metrics, plan.policy_request, commit, jobs)
-        elif plan.meta is not None and plan.meta.version == 0:
+        elif plan.meta is not None and handle.meta is None and plan.writes:
             await self.store.create(handle.ctx.tenant.name, plan.meta, handle.lease)

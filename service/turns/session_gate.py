@@ -61,12 +61,14 @@ class SessionTarget:
         write: whether the turn takes a lease; "unless predict" = unless the session's option `adapt` is "predict".
         if_match: the request's `If-Match` header.
         may_create: whether the turn may begin with a session that does not exist.
+        even_if_full: whether the turn also runs on a store that has no room.
     """
 
     session: str
     write: WriteMode = "always"
     if_match: str | None = None
     may_create: bool = True
+    even_if_full: bool = False
 
 
 @dataclass
@@ -120,14 +122,15 @@ class SessionGate:
     async def acquire(self, ctx: RequestContext, target: SessionTarget | None) -> AsyncIterator[SessionHandle]:
         """Hold a session for one turn: against this server's other turns and, if the turn writes, against all others.
 
-        A session that does not exist gets a place in its tenant's account. Without a target there is nothing to hold.
+        A new session gets a place in its tenant's account if the turn may write. Without a target there is nothing to
+        hold.
         Raises NotFound for a session that does not exist and may not be created, PreconditionFailed, QuotaExceeded.
         """
         if target is None:
             yield SessionHandle(ctx)
             return
         async with self.lock_session(ctx.tenant, target.session):
-            turn_start, replay = await self._begin_or_replay(ctx, target.session, target.write)
+            turn_start, replay = await self._begin_or_replay(ctx, target)
             if replay is not None:
                 self._metrics.replays_total.inc()
                 yield SessionHandle(ctx, replay=replay)
@@ -141,6 +144,9 @@ class SessionGate:
                     return
                 if not target.may_create:
                     raise session_not_found(target.session)
+                if target.write == "never":
+                    yield handle
+                    return
                 async with self._quotas.reserve_session(ctx.tenant, target.session):
                     yield handle
 
@@ -162,25 +168,25 @@ class SessionGate:
                     await self._store.release(handle.lease)
 
     async def _begin_or_replay(
-        self, ctx: RequestContext, session: str, write: WriteMode
+        self, ctx: RequestContext, target: SessionTarget
     ) -> tuple[TurnStart, dict[str, Any] | None]:
         """Return the state that a turn begins with and, if the request was answered before, that answer."""
         with self._count_store_full():
-            turn_start = await self._begin_in_store(ctx, session, write, ctx.names)
+            turn_start = await self._begin_in_store(ctx, target, ctx.names)
             if turn_start.record is None:
                 return turn_start, None
             replay = ctx.replay(turn_start.record)
             if replay is None:
                 if ctx.has_later_attempt(turn_start.record):
                     await asyncio.sleep(CANCEL_GRACE_S)
-                turn_start = await self._begin_in_store(ctx, session, write)
+                turn_start = await self._begin_in_store(ctx, target)
             return turn_start, replay
 
-    async def _begin_in_store(
-        self, ctx: RequestContext, session: str, write: WriteMode, names: Sequence[str] = ()
-    ) -> TurnStart:
+    async def _begin_in_store(self, ctx: RequestContext, target: SessionTarget, names: Sequence[str] = ()) -> TurnStart:
         started = time.perf_counter()
-        turn_start = await self._store.begin_turn(ctx.tenant.name, session, write=write, names=names)
+        turn_start = await self._store.begin_turn(
+            ctx.tenant.name, target.session, write=target.write, names=names, even_if_full=target.even_if_full
+        )
         if turn_start.lease is not None:
             self._metrics.lease_wait_seconds.observe(time.perf_counter() - started)
         return turn_start
@@ -212,6 +218,7 @@ class SessionGate:
                     cleared_slots=commit.state_delta.cleared_slots,
                     lease=handle.lease,
                     commit_metadata=CommitMetadata(commit.log, commit.text, record),
+                    even_if_full=commit.even_if_full,
                 )
             await self._quotas.record_commit(ctx.tenant, new.id, new.bytes, commit.tokens)
 

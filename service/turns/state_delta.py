@@ -14,8 +14,14 @@ from service.store.base import History, RowBatch, SessionMeta, Slots
 # The meta values that belong to a version; the other values belong to the session.
 VERSIONED_FIELDS = (
     "tokens_learned", "rows", "bytes", "proof_tokens", "loss_sum", "frozen_loss_sum", "requests", "digests",
+    "action_tags",
 )  # fmt: skip
-EMPTY_FIELDS = dict.fromkeys(VERSIONED_FIELDS, 0) | {"loss_sum": 0.0, "frozen_loss_sum": 0.0, "digests": ()}
+EMPTY_FIELDS = dict.fromkeys(VERSIONED_FIELDS, 0) | {
+    "loss_sum": 0.0,
+    "frozen_loss_sum": 0.0,
+    "digests": (),
+    "action_tags": (),
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from model.memory.config import SESSION_SCALARS_SUFFIX
 from service.engine.stored_rows import is_valid_site
 from service.errors import BadRequest
 from service.store.base import RowBatch, StoredSession
+from service.turns.action_ids import MAX_TAGS, TAG_DIGITS
 
 FORMAT = 1
 NAME = "imprint"  # the manifest's key in the file's metadata
@@ -92,16 +93,31 @@ def _checked(manifest: Json) -> Json:
     for name in SUMS:
         if type(manifest.get(name)) is not float or not math.isfinite(manifest[name]):
             raise _invalid_export(f"has a {name} that is no number")
+    # An earlier release did not count actions. There was at most one action a version, and the ids had no tag.
+    version = manifest["version"]
+    actions, tags = manifest.get("actions", version), manifest.get("action_tags", [[version, ""]])
+    if type(actions) is not int or not 0 <= actions < 2**53:
+        raise _invalid_export("has actions that are no count")
+    if not isinstance(tags, list) or len(tags) > MAX_TAGS or not all(map(_is_action_tag, tags)):
+        raise _invalid_export("has action_tags that are none")
     digests = manifest.get("digests")
     if not isinstance(digests, list) or len(digests) > 4096 or not all(map(_is_digest, digests)):
         raise _invalid_export("has digests that are none")
     if not isinstance(manifest.get("model"), str) or not isinstance(manifest.get("id"), str):
         raise _invalid_export("does not say of which model or session it is")
-    return manifest | {"digests": tuple(digests)}
+    action_tags = tuple((number, tag) for number, tag in tags)
+    return manifest | {"digests": tuple(digests), "actions": actions, "action_tags": action_tags}
 
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 16 and set(value) <= set("0123456789abcdef")
+
+
+def _is_action_tag(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    number, tag = value
+    return type(number) is int and 0 <= number < 2**53 and isinstance(tag, str) and len(tag) <= TAG_DIGITS
 
 
 def _sites(arrays: Arrays, config: MemoryConfig, vocab_size: int) -> dict[str, RowBatch]:

@@ -12,6 +12,7 @@ from service.engine import Segment
 from service.errors import BadRequest, Conflict, VersionConflict
 from service.store.base import History, SessionMeta, SessionStore
 from service.tenants import Tenant
+from service.turns.action_ids import inherited_tags
 from service.turns.commit import TurnOutcome
 from service.turns.learned_tokens import unpack_learned_tokens
 from service.turns.loaded_model import LoadedModel
@@ -47,7 +48,7 @@ class RollbackTurn(VersionTurn):
     """Makes a version with the content of an earlier version."""
 
     def __init__(self, store: SessionStore, session: str, version: int, if_match: str | None) -> None:
-        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
+        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False, even_if_full=True))
         self._version = version
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
@@ -90,8 +91,11 @@ class ForkTurn(VersionTurn):
         require_match(self._if_match, stored.meta)
         if handle.meta is not None:
             raise Conflict(f"Session {self._session!r} exists already.", param="id", code="session_exists")
-        meta = replace(model.new_meta(self._session, stored.meta.options), model=stored.meta.model)
-        delta = full_state_delta(asdict(stored.meta), stored.sites, {})
+        source = stored.meta
+        meta = model.new_meta(self._session, source.options)
+        meta = replace(meta, model=source.model, actions=source.actions)
+        tags = inherited_tags(source.id, source.created, source.actions, source.action_tags)
+        delta = full_state_delta(asdict(source) | {"action_tags": tags}, stored.sites, {})
         return TurnPlan(meta, state_delta=delta, kind="fork", origin=self._source)
 
 
@@ -119,6 +123,9 @@ class ImportTurn(VersionTurn):
         stored = None if self.created else await self._store.load(self._tenant.name, self._session)
         meta = handle.meta or model.new_meta(self._session, {}, policy)
         model.require_model(meta, policy)
+        tags = inherited_tags(manifest["id"], manifest["created"], manifest["actions"], manifest["action_tags"])
+        manifest |= {"action_tags": tags}
+        meta = replace(meta, actions=max(meta.actions, manifest["actions"]))
         delta = full_state_delta(manifest, sites, stored.sites if stored else {})
         origin = f"{manifest['id']} v{manifest['version']}"
         return TurnPlan(meta, state_delta=delta, kind="import", origin=origin)

@@ -14,7 +14,7 @@ from model.memory import Draft, Pool
 from model.memory.delta import reference as delta_reference
 from model.memory.delta import torch_ops
 from model.policies.config import PolicyConfig, PolicyError
-from model.policies.journal import MAX_PENDING, MAX_TOUCHED_ROWS, SLOTS, Journal, JournalError
+from model.policies.journal import COUNTER_WRAP, MAX_PENDING, MAX_TOUCHED_ROWS, SLOTS, Journal, JournalError
 from model.policies.network import Policy, load_policy, new_policy, save_policy
 from research.scenarios.card_sorting import CardSorting
 from research.scenarios.registry import RECIPES
@@ -234,12 +234,29 @@ def test_a_journal_finds_the_actions_whose_reward_may_arrive() -> None:
         journal.pending_row(5)
     with pytest.raises(JournalError, match="1 to 68"):
         journal.pending_row(69)
+    with pytest.raises(JournalError, match="undone"):
+        journal.pending_row(69, highest=69)
     journal = Journal(journal.rows)
     last = journal.pending_row(None)
     assert journal.inputs(last).tolist() == [MAX_PENDING + 4, -1.0]
     journal.reward(last, 0.25)
     journal.record_action(0, 1.0, np.zeros(2, np.float32))
     assert len(journal.touched) <= MAX_TOUCHED_ROWS
+
+
+def test_a_journal_gives_no_number_twice_and_loses_its_oldest_action_first() -> None:
+    inputs = np.zeros(2, np.float32)
+    journal = Journal(np.zeros((SLOTS, 4 + 2), np.float32))
+    for _ in range(MAX_PENDING):
+        journal.record_action(0, 1.0, inputs)
+    for highest in (80, 100, COUNTER_WRAP + 5):
+        rolled_back = Journal(journal.rows.copy())
+        number = rolled_back.record_action(0, 1.0, inputs, highest)
+        assert highest < number <= highest + MAX_PENDING and rolled_back.is_valid
+        assert rolled_back.pending_row(number, number) == rolled_back.pending_row(None)
+        assert rolled_back.pending_row(2, number) and rolled_back.pending_row(MAX_PENDING, number)
+        with pytest.raises(JournalError, match="no longer kept"):
+            rolled_back.pending_row(1, number)
 
 
 def test_training_resumes_from_the_last_save(tmp_path: Path) -> None:

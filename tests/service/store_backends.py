@@ -142,6 +142,8 @@ def advance_time(client: Redis, tenant: str, milliseconds: int) -> None:
             raw.delete(key)
         elif left_ms > milliseconds:
             raw.pexpire(key, left_ms - milliseconds)
+        if key.endswith(b":meta") and raw.hexists(key, "once_until"):
+            raw.hincrby(key, "once_until", -(milliseconds // 1000))
         if key.endswith(b"}:tokens") and raw.exists(key):
             raw.hincrby(key, "at", -milliseconds)
         if key.endswith(b"}:sessions"):

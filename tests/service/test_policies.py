@@ -61,7 +61,7 @@ def state(user: Client, session: str) -> dict[str, Any]:
 
 def test_a_session_acts_and_learns_its_rewards(user: Client) -> None:
     first, second = run_steps(user, "ada", 2)
-    assert first["action_id"] == "act-1" and first["adaptation"]["tokens_learned"] == 0
+    assert first["action_id"].startswith("act-1-") and first["adaptation"]["tokens_learned"] == 0
     assert 0 <= first["action"] < 3 and first["probability"] == first["probabilities"][first["action"]]
     assert sum(first["probabilities"]) == pytest.approx(1)
     assert second["adaptation"] == second["adaptation"] | {"tokens_learned": 1, "version_from": 1, "version_to": 2}
@@ -104,23 +104,58 @@ def test_an_acknowledged_turn_survives_a_kill(make_server: Callable[..., Server]
         assert state(user, "ada") == before
         run_steps(user, "bo", 5)
         next_actions = [act(user, name, 1.0, seed=0) for name in ("ada", "bo")]
-        assert next_actions[0] == next_actions[1] and answers[-1]["action_id"] == "act-5"
+        assert answers[-1]["action_id"].startswith("act-5-")
+        assert next_actions[0].pop("action_id") != next_actions[1].pop("action_id")
+        assert next_actions[0] == next_actions[1]
 
 
 def test_an_earlier_action_is_rewarded_later_and_once(user: Client) -> None:
-    for _ in range(3):
-        act(user, "late")
-    answer = assert_success(user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0, "regret": 0.25}))
+    first, second, third = (act(user, "late")["action_id"] for _ in range(3))
+    answer = assert_success(user.post("sessions/late/feedback", {"action_id": second, "reward": 1.0, "regret": 0.25}))
     assert answer["tokens_learned"] == 1 and answer["version"] == 4
     error = assert_error(
-        user.post("sessions/late/feedback", {"action_id": "act-2", "reward": 1.0}), 409, "action_closed"
+        user.post("sessions/late/feedback", {"action_id": second, "reward": 1.0}), 409, "action_closed"
     )
     assert "rewarded before" in error["message"]
-    act(user, "late", 0.0, action_id="act-1")
-    act(user, "late", 0.0, action_id="act-3")
+    act(user, "late", 0.0, action_id=first)
+    act(user, "late", 0.0, action_id=third)
     metrics = user.http.get("/metrics").text
     assert 'imprint_policy_regret_total{learned="0-9",policy="chooser"} 0.25' in metrics
     assert 'imprint_policy_rewards_total{learned="0-9",policy="chooser"}' in metrics
+
+
+def reward(user: Client, session: str, action_id: str) -> Any:
+    return user.post(f"sessions/{session}/feedback", {"action_id": action_id, "reward": 1.0})
+
+
+def test_an_action_that_a_rollback_undid_is_never_rewarded(user: Client) -> None:
+    kept = act(user, "rewound")["action_id"]
+    undone = [act(user, "rewound")["action_id"] for _ in range(2)]
+    assert_success(user.post("sessions/rewound/rollback", {"version": 1}))
+    for action_id in undone:
+        assert_error(reward(user, "rewound", action_id), 409, "action_closed")
+    later = act(user, "rewound")["action_id"]
+    assert later not in undone
+    for action_id in undone:
+        assert_error(reward(user, "rewound", action_id), 409, "action_closed")
+    for action_id in (kept, later):
+        assert_success(reward(user, "rewound", action_id))
+
+
+def test_forks_give_no_id_twice_and_reward_what_they_began_with(user: Client) -> None:
+    common = act(user, "trunk")["action_id"]
+    for fork in ("twig", "leaf"):
+        assert_success(user.post("sessions/trunk/fork", {"id": fork}))
+    file = user.http.get("/v1/sessions/trunk/export").content
+    assert user.http.put("/v1/sessions/graft/import", content=file).status_code == 201
+    names = ("trunk", "twig", "leaf", "graft")
+    own = {name: act(user, name)["action_id"] for name in names}
+    assert len({common, *own.values()}) == 5
+    for name in names:
+        for other in set(names) - {name}:
+            assert_error(reward(user, name, own[other]), 409, "action_closed")
+        assert_success(reward(user, name, own[name]))
+        assert_success(reward(user, name, common))
 
 
 def test_versions_of_a_policys_session_can_be_rolled_back_forked_and_exported(user: Client) -> None:
@@ -148,6 +183,13 @@ def test_labels_are_learned_and_predicting_changes_nothing(user: Client) -> None
         assert answer["label"] == label and answer["version"] == 4
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert state(user, "labels") == before
+
+
+def test_a_label_policy_that_has_learned_nothing_says_so_and_creates_no_session(user: Client) -> None:
+    answer = assert_success(user.post("sessions/blank/predict", {"model": "namer", "features": EXAMPLE}))
+    labels = len(answer["probabilities"])
+    assert answer["version"] == 0 and answer["probabilities"] == [1 / labels] * labels
+    assert_error(user.http.get("/v1/sessions/blank"), 404, "session_not_found")
 
 
 def test_a_session_is_of_one_model(user: Client) -> None:

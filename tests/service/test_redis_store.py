@@ -20,13 +20,14 @@ import uvloop
 from redis import Redis
 from redis.exceptions import RedisError
 
-from service.errors import EngineError, StoreUnavailable, VersionConflict
+from service.errors import Conflict, EngineError, StoreUnavailable, VersionConflict
 from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig
 from service.store.embedded import EmbeddedValkey
 from service.store.redis import store as redis_store
 from service.store.redis.codec import PAGE_ROWS, encode
 from service.store.redis.retry import retry_while_away
 from service.store.redis.store import RedisStore
+from service.turns.action_ids import format_action_id, parse_action_id
 from tests.live import rows_of
 from tests.service.faulty_store import Fault, faulty_store_proxy
 from tests.service.store_backends import ROW_BYTES, assert_same, new_meta, rows, snapshot
@@ -121,7 +122,7 @@ async def test_delete_leaves_no_key(store: RedisStore, raw: Redis, tenant: str) 
 
 async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Redis, tenant: str) -> None:
     await store.commit(tenant, new_meta("s", 1), {"a": rows([1])})
-    raw.hset(f"imprint:{{{tenant}/s}}:meta", "format", "5")
+    raw.hset(f"imprint:{{{tenant}/s}}:meta", "format", "6")
     before = snapshot(raw, tenant)
     for call in (
         store.load(tenant, "s"),
@@ -132,7 +133,7 @@ async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Re
         store.delete(tenant, "s"),
         store.list(tenant),
     ):
-        with pytest.raises(EngineError, match=r"'s' is stored in format 5, .* only formats up to 4") as refused:
+        with pytest.raises(EngineError, match=r"'s' is stored in format 6, .* only formats up to 5") as refused:
             await call
         assert refused.value.code == "unknown_store_format"
     assert snapshot(raw, tenant) == before
@@ -173,7 +174,7 @@ async def test_a_session_of_format_1_is_read_and_taken_over(url: str, raw: Redis
         tenant, new_meta("s", 2), {"a": rows([1, 2], 8)}, commit_metadata=CommitMetadata({"kind": "learn"})
     )
     assert_same(await store.load(tenant, "s"), new_meta("s", 2), {"a": rows([1, 2], 8)})
-    assert raw.hget(key, "format") == b"4"
+    assert raw.hget(key, "format") == b"5"
     history = await store.history(tenant, "s", undo=True)
     assert history is not None and [undo.version for undo in history.undo] == [2]
     assert history.undo[0].sites["a"].data.tolist() == [[7] * 128]
@@ -195,8 +196,23 @@ async def test_the_rows_of_an_older_format_are_all_taken_over(url: str, raw: Red
     raw.hset(f"{name}rows:a", mapping={struct.pack("<I", number): value for number, value in by_slot.items()})
     raw.expire(f"{name}rows:a", 50)
     assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": expected})
-    assert raw.ttl(f"{name}rows:a") > 90 and raw.hget(f"{name}meta", "format") == b"4"
+    assert raw.ttl(f"{name}rows:a") > 90 and raw.hget(f"{name}meta", "format") == b"5"
     await store.close()
+
+
+async def test_a_session_that_counted_no_actions_keeps_their_ids(store: RedisStore, raw: Redis, tenant: str) -> None:
+    await store.commit(tenant, new_meta("s", 1), {"a": rows([1])})
+    raw.hdel(f"imprint:{{{tenant}/s}}:meta", "actions", "action_tags")
+    raw.hset(f"imprint:{{{tenant}/s}}:meta", mapping={"format": "4", "version": "7"})
+    meta = await store.meta(tenant, "s")
+    assert meta is not None and (meta.actions, meta.action_tags) == (7, ((7, ""),))
+    assert parse_action_id("act-5", meta) == 5
+    await store.commit(tenant, replace(meta, version=8, actions=8), {})
+    meta = await store.meta(tenant, "s")
+    assert meta is not None and parse_action_id("act-5", meta) == 5
+    assert parse_action_id(format_action_id(8, meta), meta) == 8
+    with pytest.raises(Conflict):
+        parse_action_id("act-8", meta)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

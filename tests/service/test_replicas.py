@@ -219,7 +219,7 @@ def test_a_session_erased_at_one_replica_is_gone_from_the_other(one: Client, oth
     assert other.score(tenant, TEXT) == one.score(tenant, TEXT)
 
 
-def test_a_full_store_stops_learning_and_not_predicting(one: Client, redis: str, tenant: str) -> None:
+def test_a_full_store_stops_learning_and_nothing_else(one: Client, other: Client, redis: str, tenant: str) -> None:
     full_before = one.metric("store_full_total")
     with Redis.from_url(redis) as raw:
         one.observe(tenant, TEXT)
@@ -229,10 +229,15 @@ def test_a_full_store_stops_learning_and_not_predicting(one: Client, redis: str,
             assert_error(one.post("completions", one.completion(session=tenant)), 503, "store_full")
             assert one.complete(session=tenant, adapt="predict")["adaptation"]["version_to"] == 1
             assert one.score(tenant, TEXT)["version"] == 1
+            assert one.score(f"{tenant}-new", TEXT)["version"] == 0
+            assert other.score(tenant, TEXT)["version"] == 1, "a session is loaded from a full store"
+            assert other.http.get(f"/v1/sessions/{tenant}/export").status_code == 200
+            assert other.post(f"sessions/{tenant}/rollback", {"version": 0}).json()["version"] == 2
+            assert one.http.delete(f"/v1/sessions/{tenant}").status_code == 200
         finally:
             raw.config_set("maxmemory", 0)
     assert one.metric("store_full_total") == full_before + 2
-    assert one.observe(tenant, TEXT)["version"] == 2
+    assert one.observe(tenant, TEXT)["version"] == 1
 
 
 def test_a_killed_replicas_session_goes_on_at_the_other(

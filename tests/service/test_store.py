@@ -349,6 +349,7 @@ async def test_a_full_store_learns_nothing_and_can_be_read_and_emptied(
             store.commit(tenant, new_meta("s", 2), {"a": rows([2])}),
             store.create(tenant, new_meta("new")),
             store.begin_turn(tenant, "s", write="always"),
+            store.configure(tenant, "s", {}),
         ):
             with pytest.raises(StoreFull) as full:
                 await call
@@ -358,6 +359,10 @@ async def test_a_full_store_learns_nothing_and_can_be_read_and_emptied(
         assert (await store.begin_turn(tenant, "s", write="never")).meta == new_meta("s", 1)
         assert await store.meta(tenant, "new") is None
         assert_same(await store.load(tenant, "s"), new_meta("s", 1), {"a": rows([1])})
+        assert await store.history(tenant, "s", undo=True)
+        turn_start = await store.begin_turn(tenant, "s", write="always", even_if_full=True)
+        await store.commit(tenant, new_meta("s", 2), {"a": rows([1])}, lease=turn_start.lease, even_if_full=True)
+        assert_same(await store.load(tenant, "s"), new_meta("s", 2), {"a": rows([1])})
         assert await store.delete(tenant, "s")
 
 

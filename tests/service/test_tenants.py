@@ -265,6 +265,16 @@ def test_the_client_gets_its_own_error(server_with_keys: Server) -> None:
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
+def test_reading_takes_no_place_of_a_session(user: Callable[[str], Client]) -> None:
+    few = user("few")
+    for name in ("read-1", "read-2"):
+        assert few.score(name, TEXT)["version"] == 0
+        assert few.complete(session=name, adapt="predict")["adaptation"]["version_to"] == 0
+    few.observe("first", TEXT)
+    assert few.score("read-3", TEXT)["version"] == 0, "also of a tenant that has all its sessions"
+    few.http.delete("/v1/sessions/first")
+
+
 def test_a_tenant_at_its_sessions_makes_no_more(user: Callable[[str], Client]) -> None:
     few = user("few")
     few.observe("first", TEXT)

@@ -50,15 +50,20 @@ def count(tokenizer: Tokenizer, text: str) -> int:
         ("completions", {"prompt": PROMPT, "adapt": "predict"}),
         ("chat/completions", {"messages": [{"role": "user", "content": "Hi."}], "adapt": "predict"}),
         ("sessions/{}/score", {"text": PROMPT}),
-        ("sessions/{}/observe", {"text": ""}),
     ],
 )
-def test_a_request_that_learns_nothing_creates_its_session_at_version_0(
-    client: Client, session: str, path: str, body: Json
-) -> None:
+def test_a_request_that_reads_creates_no_session(client: Client, session: str, path: str, body: Json) -> None:
     if "{}" not in path:
         body = body | {"model": client.model, "session": session}
     assert client.post(path.format(session), body).status_code == 200
+    assert_error(client.http.get(f"/v1/sessions/{session}"), 404, "session_not_found")
+    assert session not in [meta["id"] for meta in client.http.get("/v1/sessions?limit=100").json()["data"]]
+
+
+def test_a_request_that_may_learn_and_learns_nothing_creates_its_session_at_version_0(
+    client: Client, session: str
+) -> None:
+    client.observe(session, "")
     created = client.session(session)
     assert (created["version"], created["tokens_learned"], created["rows"]) == (0, 0, 0)
 

@@ -6,6 +6,7 @@ The Lua scripts read and write the same formats. `service/store/redis/store.py` 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -18,13 +19,15 @@ from service.errors import EngineError
 from service.store import errors
 from service.store.base import RowBatch, SessionMeta, Slots, UndoStep, check_name
 
-FORMAT = b"4"
+FORMAT = b"5"
 # Formats 1 and 2 have a hash field for each row, format 3 has one for five slots. Format 1 also has its digests in
-# another form, and neither a log nor undo steps.
-OLD_FORMATS = (b"1", b"2", b"3")
+# another form, and neither a log nor undo steps. Format 4 has nothing that proves its rows whole.
+OLD_FORMATS = (b"1", b"2", b"3", b"4")
 SLOT_BYTES = 4
 PAGE_ROWS = 10  # slots of a page, as in pages.lua
 SITE = "site:"
+SUM_RANGE = 2**48  # of the checksum of a site, as in pages.lua
+ADDED_FIELDS = frozenset({"actions", "action_tags"})  # of SessionMeta that format 4 may lack
 _META_FIELDS = frozenset(field.name for field in fields(SessionMeta))
 
 
@@ -36,6 +39,18 @@ def session_key(tenant: str, sid: str, suffix: str) -> str:
 def meta_key(tenant: str, sid: str) -> str:
     """Return the name of the meta hash, from which the scripts derive the session's other keys."""
     return session_key(tenant, sid, "meta")
+
+
+def meta_key_pattern() -> str:
+    """Return the glob pattern of the names of all meta hashes."""
+    return "imprint:{*}:meta"
+
+
+def tenant_and_session(key: bytes) -> tuple[str, str]:
+    """Return the tenant and the session that a key belongs to."""
+    name = key.decode()
+    tenant, _, sid = name[name.index("{") + 1 : name.rindex("}")].partition("/")
+    return tenant, sid
 
 
 def index_key(tenant: str) -> str:
@@ -58,7 +73,19 @@ def decode(sid: str, meta_hash: Mapping[bytes, bytes]) -> SessionMeta:
     session_format = meta_hash.get(b"format", b"none")
     if session_format not in (*OLD_FORMATS, FORMAT):
         raise unknown_format(sid, session_format)
-    return SessionMeta(**{name: _decode_value(name, meta_hash[name.encode()]) for name in _META_FIELDS})
+    stored = {name: meta_hash[name.encode()] for name in _META_FIELDS if name.encode() in meta_hash}
+    values = {name: _decode_value(name, raw) for name, raw in stored.items()}
+    if absent := absent_fields(meta_hash):
+        raise errors.damaged_session(sid, f"missing are the values {', '.join(absent)}")
+    # Earlier formats do not count actions. There is at most one action a version, and the ids have no tag.
+    return SessionMeta(**({"actions": values["version"], "action_tags": ((values["version"], ""),)} | values))
+
+
+def absent_fields(meta_hash: Mapping[bytes, bytes]) -> list[str]:
+    """Return the fields of `SessionMeta` that a meta hash of any known format has and this one lacks."""
+    if meta_hash.get(b"format") not in (*OLD_FORMATS, FORMAT):
+        return []
+    return sorted(name for name in _META_FIELDS - ADDED_FIELDS if name.encode() not in meta_hash)
 
 
 def row_sizes(meta_hash: Mapping[bytes, bytes]) -> dict[str, int]:
@@ -67,12 +94,25 @@ def row_sizes(meta_hash: Mapping[bytes, bytes]) -> dict[str, int]:
     return {name.removeprefix(SITE): int(size) for name, size in entries if name.startswith(SITE)}
 
 
+def find_damage(site: str, pages: Mapping[bytes, bytes], meta_hash: Mapping[bytes, bytes]) -> str:
+    """Return what is wrong with the pages of a site by the counts and checksums of the meta hash; "" = nothing."""
+    expected, found = int(meta_hash.get(f"pages:{site}".encode(), 0)), len(pages)
+    if found != expected:
+        return f"site {site} has {found} of {expected} pages of rows"
+    hashes = (hashlib.sha1(number + page, usedforsecurity=False).hexdigest() for number, page in pages.items())
+    if sum(int(digits[:12], 16) for digits in hashes) % SUM_RANGE != int(meta_hash.get(f"sum:{site}".encode(), -1)):
+        return f"rows of site {site} do not match their checksum"
+    return ""
+
+
 def unknown_format(sid: str, found: bytes) -> EngineError:
     return errors.unknown_format(sid, found.decode(errors="replace"), FORMAT.decode())
 
 
 def _decode_value(name: str, raw: bytes) -> Any:
     value = json.loads(raw)
+    if name == "action_tags":
+        return tuple((number, tag) for number, tag in value)
     if name != "digests":
         return value
     digests = base64.b64decode(value).hex() if isinstance(value, str) else "".join(value)

@@ -6,22 +6,29 @@ readers skip and remove the names of sessions that have gone.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import cast
 
+from service.errors import Unavailable
 from service.store.base import SessionMeta
-from service.store.redis.codec import decode, index_key, meta_key
+from service.store.redis.codec import absent_fields, decode, index_key, meta_key, meta_key_pattern, tenant_and_session
 from service.store.redis.connect import AnyRedis
 from service.store.redis.retry import retry_while_away
+
+SCAN_KEYS = 1000
+
+log = logging.getLogger(__name__)
 
 
 class SessionIndex:
     """A sorted set of session ids for each tenant, all of score 0 and hence in the order of their bytes."""
 
-    def __init__(self, client: AnyRedis) -> None:
+    def __init__(self, client: AnyRedis, report_fault: Callable[[str], None]) -> None:
         self._client = client
+        self._report_fault = report_fault
 
     @asynccontextmanager
     async def naming(self, tenant: str, sid: str, *, new: bool) -> AsyncIterator[None]:
@@ -31,7 +38,11 @@ class SessionIndex:
             await self._add(tenant, sid)
         yield
         if new:
-            await self._add(tenant, sid)
+            try:
+                await self._add(tenant, sid)
+            except Unavailable as error:  # the session exists; `restore` lists it if the first name is gone
+                log.warning("a new session may be missing from the list: %s", error)
+                self._report_fault("unlisted")
 
     async def remove(self, tenant: str, sid: str) -> None:
         """Remove the name of a session that does not exist; add the name again if the session exists after all."""
@@ -46,16 +57,30 @@ class SessionIndex:
             page = await retry_while_away(partial(self._page, tenant, after, limit - len(sessions)))
             if not page:
                 break
-            sessions += [decode(sid, meta_hash) for sid, meta_hash in page if meta_hash]
             for sid, meta_hash in page:
                 if not meta_hash:
                     await self.remove(tenant, sid)
+                elif not absent_fields(meta_hash):  # a session without its values is an error of that session alone
+                    sessions.append(decode(sid, meta_hash))
             after = page[-1][0]
         return sessions
 
     async def count(self, tenant: str) -> int:
         count: int = await retry_while_away(lambda: self._client.zcard(index_key(tenant)))
         return count
+
+    async def restore(self) -> int:
+        """Name all sessions that exist; return how many had no name."""
+        restored, ids = 0, dict[str, dict[str, float]]()
+        async for key in self._client.scan_iter(match=meta_key_pattern(), count=SCAN_KEYS):
+            tenant, sid = tenant_and_session(key)
+            ids.setdefault(tenant, {})[sid] = 0
+            if len(ids[tenant]) == SCAN_KEYS:
+                restored += await self._name_all(tenant, ids.pop(tenant))
+        return restored + sum([await self._name_all(tenant, names) for tenant, names in ids.items()])
+
+    async def _name_all(self, tenant: str, names: dict[str, float]) -> int:
+        return int(await retry_while_away(lambda: self._client.zadd(index_key(tenant), names)) or 0)
 
     async def _add(self, tenant: str, sid: str) -> None:
         await retry_while_away(lambda: self._client.zadd(index_key(tenant), {sid: 0}))

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
     ClusterDownError,
     ConnectionError,
     OutOfMemoryError,
@@ -21,7 +23,7 @@ from redis.exceptions import (
 )
 
 from service.errors import StoreUnavailable
-from service.store.errors import store_full
+from service.store.errors import damaged_session, store_full, store_refused
 
 READ_RETRY_S = 0.5
 COMMIT_RETRY_S = 2.0
@@ -53,6 +55,8 @@ async def retry_while_away(call: Callable[[], Awaitable[T]], retry_s: float = RE
     Raises:
         StoreUnavailable: the server was away for longer.
         StoreFull: the server has no memory for a write.
+        StoreRefused: the server refuses the command, for a lack of rights, for example.
+        EngineError: a key has a type that no release writes (code `damaged_session`).
     """
     deadline, pause = None, FIRST_PAUSE_S
     task = asyncio.current_task()
@@ -65,7 +69,7 @@ async def retry_while_away(call: Callable[[], Awaitable[T]], retry_s: float = RE
             if _is_full(error):
                 raise store_full() from error
             if not _is_away(error):
-                raise
+                raise _refusal(error) from error
             cause = error
         if task and task.cancelling() > cancellations:
             # Python 3.11's `asyncio.wait_for`, which the client uses, loses a cancellation that comes with a result.
@@ -81,6 +85,16 @@ async def retry_while_away(call: Callable[[], Awaitable[T]], retry_s: float = RE
         pause *= 2
 
 
+def _refusal(error: Exception) -> Exception:
+    """Return the error for a call that no repetition would help."""
+    if not isinstance(error, RedisError):
+        return error
+    if "WRONGTYPE" in str(error)[:200]:
+        return damaged_session("", "a key of it has another type")
+    log.error("the session store refuses a command: %s: %s", type(error).__name__, error)
+    return store_refused()
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether uvloop reports a write to a lost connection; redis-py does not translate the error."""
     return "handler is closed" in str(error)
@@ -91,6 +105,8 @@ def _is_full(error: Exception) -> bool:
 
 
 def _is_away(error: Exception) -> bool:
+    if isinstance(error, AuthenticationError | AuthorizationError):
+        return False
     if isinstance(error, UNAVAILABLE_ERRORS):
         return True
     if isinstance(error, ResponseError):

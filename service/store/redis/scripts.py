@@ -21,10 +21,12 @@ class SessionScripts:
         self.create = load_script(client, "common", "create")
         self.configure = load_script(client, "common", "configure")
         self.enter = load_script(client, "common", "enter")
+        self.enter_full = load_script(client, "common", "enter", first_line=ALLOW_OOM)
         self.lease = load_script(client, "common", "lease")
         self.history = load_script(client, "common", "history")
         self.commit = load_script(client, "common", "pages", "commit")
-        self.upgrade = load_script(client, "common", "pages", "upgrade")
+        self.commit_full = load_script(client, "common", "pages", "commit", first_line=ALLOW_OOM)
+        self.upgrade = load_script(client, "common", "pages", "upgrade", first_line=ALLOW_OOM)
         self.delete = load_script(client, "common", "delete", first_line=ALLOW_OOM)
 
 
@@ -46,6 +48,8 @@ def raise_for_verdict(verdict: bytes, detail: bytes, meta: SessionMeta) -> None:
             raise errors.session_renewed(meta.id)
         case b"fenced":
             raise errors.lease_lost(meta.id)
+        case b"damaged":
+            raise errors.damaged_session(meta.id, f"missing are {detail.decode()}")
         case b"erased":
             raise errors.session_erased(meta.id)
         case b"width":

@@ -3,7 +3,10 @@
 Keys, all of a session's in one hash slot of a cluster:
 
     imprint:{<tenant>/<id>}:meta         hash: format, nonce of the last commit, the fields of SessionMeta as JSON,
-                                         `site:<name>` = bytes per row, for each site that has rows, and
+                                         for each site that has rows `site:<name>` = bytes per row, and what proves the
+                                         site whole: `pages:<name>` and `sum:<name>`, see pages.lua,
+                                         once_until: when the last name of :onces expires, and once_lost: until
+                                         when :onces may lack names, because the key was lost, and
                                          undo_from, undo_bytes: the oldest version kept, and the size of :undo
                         …:rows:<site>    hash: pages of rows, see pages.lua
                         …:log            list: one JSON object a commit
@@ -25,20 +28,24 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
+from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from service.errors import StoreUnavailable
+from service.errors import StoreRefused, StoreUnavailable, Unavailable
 from service.store import errors
 from service.store.base import (
     MAX_LOG_ENTRIES,
     NO_COMMIT_METADATA,
     CommitMetadata,
     History,
+    IdempotencyRecord,
     Lease,
     Option,
     RetentionConfig,
@@ -58,9 +65,15 @@ from service.store.redis.retry import COMMIT_RETRY_S, is_lost_connection, retry_
 from service.store.redis.scripts import SessionScripts, raise_for_verdict
 
 FIRST_POLL_S, MAX_POLL_S = 0.01, 0.25
+MAX_PAGES_ON_LOOP = 500  # pages that are checked and unpacked on the event loop, which takes 1 ms
+MAX_READS = 16  # tries to read a session that commits change meanwhile
+CONTENT_FIELDS = (b"format", b"created", b"version", b"nonce")  # of the meta hash: the same = the same rows
 ERASED_CHANNEL = "imprint:erased"  # the channel on which servers hear of erased sessions
 CHANNEL_TIMEOUT_S = 5.0
 RECONNECT_S = 1.0
+NO_EVICTION = "noeviction"
+PROBE_TENANT = "imprint-probe"
+PROBE_META = SessionMeta("", 1, "", 0, 1, 1, 0.0, 0.0, 0, 0.0, 0.0, 0, {"ttl_s": 60}, ())
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +87,18 @@ class RedisStore:
         client: must answer in bytes, and must not retry by itself: only this class knows what may be repeated.
         retention: what the store keeps, and for how long.
         exclusive: nobody else uses the server, so the store takes no leases: each lease would cost a sync to disk.
+        report_fault: is called with the fault of a change that happened: `unlisted` or `untold` (see the metric
+            `imprint_store_faults_total`).
     """
 
-    def __init__(self, client: AnyRedis, retention: RetentionConfig | None = None, *, exclusive: bool = False) -> None:
+    def __init__(
+        self,
+        client: AnyRedis,
+        retention: RetentionConfig | None = None,
+        *,
+        exclusive: bool = False,
+        report_fault: Callable[[str], None] = lambda fault: None,
+    ) -> None:
         self.ledger = RedisLedger(client)
         self._client = client
         self._retention = retention or RetentionConfig()
@@ -84,27 +106,40 @@ class RedisStore:
         self._exclusive = exclusive
         self._known_sites: tuple[str, ...] = ()  # the sites at which any session had rows so far
         self._scripts = SessionScripts(client)
-        self._index = SessionIndex(client)
+        self._report_fault = report_fault
+        self._index = SessionIndex(client, report_fault)
 
     @classmethod
-    def from_url(cls, url: str, retention: RetentionConfig | None = None, *, exclusive: bool = False) -> RedisStore:
+    def from_url(
+        cls,
+        url: str,
+        retention: RetentionConfig | None = None,
+        *,
+        exclusive: bool = False,
+        report_fault: Callable[[str], None] = lambda fault: None,
+    ) -> RedisStore:
         """Return a store on the server that `url` names (see `connect`).
 
         Raises:
             ValueError: the URL is none that `connect` takes.
         """
-        return cls(connect(url), retention, exclusive=exclusive)
+        return cls(connect(url), retention, exclusive=exclusive, report_fault=report_fault)
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
-    async def begin_turn(self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = ()) -> TurnStart:
+    async def begin_turn(
+        self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = (), even_if_full: bool = False
+    ) -> TurnStart:
         key, retention, mode = meta_key(tenant, sid), self._retention, "never" if self._exclusive else write
         args: list[str | int] = [self._owner, int(1000 * retention.lease_s), mode, retention.ttl_s, *names]
         deadline, pause = time.monotonic() + retention.wait_s, FIRST_POLL_S
+        script = self._scripts.enter_full if even_if_full else self._scripts.enter
         while True:
-            verdict, *reply = await retry_while_away(lambda: self._scripts.enter([key], args))
+            verdict, *reply = await retry_while_away(lambda: script([key], args))
             if verdict == b"again":
                 return TurnStart(None, record=reply[0])
+            if verdict == b"damaged":
+                raise errors.damaged_session(sid, f"missing are {reply[0].decode()}")
             if verdict == b"entered":
                 break
             if time.monotonic() > deadline:
@@ -124,11 +159,15 @@ class RedisStore:
 
     async def load(self, tenant: str, sid: str) -> StoredSession | None:
         """Return the session, or None; take over a session of an older format first."""
-        while True:
+        for _ in range(MAX_READS):
             sites = self._known_sites
-            meta_hash, *pages = await retry_while_away(partial(self._read, tenant, sid, sites))
+            meta_hash, *pages, still, remains = await retry_while_away(partial(self._read, tenant, sid, sites))
             if not meta_hash:
+                if remains:
+                    raise errors.damaged_session(sid, "missing are its meta")
                 return None
+            if not _is_same_content(meta_hash, still):
+                continue  # a commit came between the reads
             if meta_hash.get(b"format") in codec.OLD_FORMATS:
                 await retry_while_away(lambda: self._scripts.upgrade([meta_key(tenant, sid)], [self._retention.ttl_s]))
                 continue
@@ -136,21 +175,36 @@ class RedisStore:
             if row_sizes.keys() <= set(sites):
                 break
             self._known_sites = tuple({*sites, *row_sizes})
+        else:
+            raise StoreUnavailable(f"session {sid!r} changes too often to be read, try again", retry_after=1.0)
         meta, pages_by_site = decode(sid, meta_hash), dict(zip(sites, pages, strict=True))
+
+        def unpack() -> dict[str, RowBatch]:
+            for site in row_sizes:
+                if damage := codec.find_damage(site, pages_by_site[site], meta_hash):
+                    raise errors.damaged_session(sid, damage)
+            return {site: codec.unpack_pages(pages_by_site[site], row_bytes) for site, row_bytes in row_sizes.items()}
+
         try:
-            rows = {site: codec.unpack_pages(pages_by_site[site], row_bytes) for site, row_bytes in row_sizes.items()}
+            is_small = sum(map(len, pages_by_site.values())) <= MAX_PAGES_ON_LOOP
+            rows = unpack() if is_small else await asyncio.to_thread(unpack)
         except ValueError as error:
             raise errors.damaged_session(sid) from error
         return StoredSession(meta, rows)
 
-    async def _read(self, tenant: str, sid: str, sites: Sequence[str]) -> list[dict[bytes, bytes]]:
-        """Return the meta hash and the pages of these sites, all of one moment."""
-        # A script would have to copy every row twice, and the server would answer nobody else meanwhile.
-        transaction = self._client.pipeline(transaction=True)
-        transaction.hgetall(meta_key(tenant, sid))
+    async def _read(self, tenant: str, sid: str, sites: Sequence[str]) -> list[Any]:
+        """Return the meta hash, the pages of these sites, the meta hash once more, and whether a log exists.
+
+        The pages are those of the meta hash if both meta hashes are of one commit. A transaction is refused by a full
+        server; a script would have to copy every row twice, and the server would answer nobody else meanwhile.
+        """
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hgetall(meta_key(tenant, sid))
         for site in sites:
-            transaction.hgetall(session_key(tenant, sid, f"rows:{site}"))
-        return cast(list[dict[bytes, bytes]], await transaction.execute())
+            pipeline.hgetall(session_key(tenant, sid, f"rows:{site}"))
+        pipeline.hgetall(meta_key(tenant, sid))
+        pipeline.exists(session_key(tenant, sid, "log"))
+        return list(await pipeline.execute())
 
     async def commit(
         self,
@@ -161,17 +215,20 @@ class RedisStore:
         cleared_slots: Mapping[str, Slots] | None = None,
         lease: Lease | None = None,
         commit_metadata: CommitMetadata = NO_COMMIT_METADATA,
+        even_if_full: bool = False,
     ) -> None:
         """Commit one version in one script. A repetition after a lost reply carries the nonce of the first attempt,
         by which the script recognises a commit that has landed. The step is as durable as the server makes it."""
         key = meta_key(tenant, meta.id)
+        self._known_sites = tuple({*self._known_sites, *sites})
         args = self._commit_args(meta, sites, cleared_slots or {}, lease, commit_metadata)
+        script = self._scripts.commit_full if even_if_full else self._scripts.commit
         attempts = 0
 
         async def attempt() -> Any:
             nonlocal attempts
             attempts += 1
-            return await self._scripts.commit([key], args)
+            return await script([key], args)
 
         async with self._index.naming(tenant, meta.id, new=meta.version == 1):
             verdict, detail = await retry_while_away(attempt, COMMIT_RETRY_S)
@@ -230,27 +287,32 @@ class RedisStore:
 
     async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
         """Erase the session. Never repeats the script: a second run could not tell whether the first found one."""
-        key, args = meta_key(tenant, sid), ["" if version is None else version]
+        key, args = meta_key(tenant, sid), ["" if version is None else version, *self._known_sites]
         verdict, detail = await retry_while_away(lambda: self._scripts.delete([key], args), retry_s=0)
         if verdict == b"format":
             raise codec.unknown_format(sid, detail)
         if verdict == b"conflict":
             raise errors.version_differs(sid, detail.decode(), version)
-        await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, f"{tenant}/{sid}"))
-        await self._index.remove(tenant, sid)
+        try:
+            await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, f"{tenant}/{sid}"))
+            await self._index.remove(tenant, sid)
+        except Unavailable as error:
+            log.error("a session is erased, but other servers may keep a copy of it in their memory: %s", error)
+            self._report_fault("untold")
         return bool(detail == b"1")
 
     async def erased(self) -> AsyncIterator[tuple[str, str] | None]:
         while True:
             try:
-                async with self._client.pubsub() as channel:
+                async with await self._pubsub() as channel:
                     await channel.subscribe(ERASED_CHANNEL)
                     yield None
                     while True:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=CHANNEL_TIMEOUT_S)
                         if message is not None:
                             tenant, _, sid = message["data"].decode().partition("/")
-                            yield tenant, sid
+                            if sid:
+                                yield tenant, sid
             except (RedisError, OSError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not is_lost_connection(error):
                     raise
@@ -262,6 +324,8 @@ class RedisStore:
         meta_hash, log_entries, steps = await retry_while_away(lambda: self._scripts.history([key], args))
         if not meta_hash:
             return None
+        if lost := [step[0] for step in steps if step[1] is None or step[2] is None]:
+            raise errors.damaged_session(sid, f"missing are the undo steps of the versions {min(lost)} to {max(lost)}")
         return History(
             decode(sid, pairs(meta_hash)),
             [json.loads(entry) for entry in log_entries],
@@ -279,20 +343,66 @@ class RedisStore:
     async def memory(self) -> tuple[int, int]:
         """Return the bytes that the server (all masters of a cluster together) uses, and may use; 0 for what the
         server does not report or does not limit."""
+        nodes = await self._memory_of_nodes()
+        limits = [node["maxmemory"] for node in nodes]
+        return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
+
+    async def may_evict(self) -> bool:
+        policies = [node.get("maxmemory_policy", NO_EVICTION) for node in await self._memory_of_nodes()]
+        return any(policy != NO_EVICTION for policy in policies)
+
+    async def _memory_of_nodes(self) -> Sequence[dict[str, Any]]:
+        """Return what each server reports of its memory; nothing if the servers report nothing."""
         nodes_of_cluster = {"target_nodes": RedisCluster.PRIMARIES} if isinstance(self._client, RedisCluster) else {}
         try:
             reply: dict[str, Any] = await retry_while_away(lambda: self._client.info("memory", **nodes_of_cluster))
-        except ResponseError:
-            return 0, 0
-        nodes = [reply] if "used_memory" in reply else [*reply.values()]
-        limits = [node["maxmemory"] for node in nodes]
-        return sum(node["used_memory"] for node in nodes), sum(limits) if all(limits) else 0
+        except StoreRefused:
+            return []
+        return [reply] if "used_memory" in reply else [*reply.values()]
+
+    async def restore_list(self) -> int:
+        return await retry_while_away(self._index.restore)
+
+    async def check_rights(self) -> None:
+        sid, meta = secrets.token_hex(8), PROBE_META
+        try:
+            await self.begin_turn(PROBE_TENANT, sid, write="always", even_if_full=True)
+            record = IdempotencyRecord("probe", 60, b"probe")
+            sites = {"probe": RowBatch(np.zeros(1, np.int32), np.zeros((1, 1), np.uint8))}
+            await self.commit(
+                PROBE_TENANT,
+                replace(meta, id=sid),
+                sites,
+                commit_metadata=CommitMetadata({"kind": "probe"}, b"probe", record),
+                even_if_full=True,
+            )
+            await self.load(PROBE_TENANT, sid)
+            await self.history(PROBE_TENANT, sid, undo=True)
+            await self._index.list_sessions(PROBE_TENANT, "", 1)
+            await self._index.count(PROBE_TENANT)
+            await self.ledger.reserve(PROBE_TENANT, sid, 0)
+            await self.ledger.drop(PROBE_TENANT, sid)
+            await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, "/"))
+            await retry_while_away(self._subscribe_once)
+        finally:
+            await self.delete(PROBE_TENANT, sid)
+
+    async def _subscribe_once(self) -> None:
+        async with await self._pubsub() as channel:
+            await channel.subscribe(ERASED_CHANNEL)
+            await channel.get_message(timeout=CHANNEL_TIMEOUT_S)
+
+    async def _pubsub(self) -> PubSub:
+        """Return a new subscriber. A message to any server of a cluster reaches the subscribers of all servers."""
+        if isinstance(self._client, RedisCluster):
+            await self._client.initialize()  # else the client does not know a server to subscribe at
+        return self._client.pubsub()
 
     async def configuration(self, *names: str) -> dict[str, str]:
         """Return the server's own settings of these names; none if the server does not report them."""
         try:
             return cast(dict[str, str], await retry_while_away(lambda: self._client.config_get(*names)))
-        except ResponseError:
+        except StoreRefused:
             return {}
 
     async def ping(self) -> None:
@@ -305,3 +415,8 @@ class RedisStore:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def _is_same_content(meta_hash: Mapping[bytes, bytes], other: Mapping[bytes, bytes]) -> bool:
+    """Return whether two meta hashes of a session stand for the same rows."""
+    return all(meta_hash.get(name) == other.get(name) for name in CONTENT_FIELDS)

@@ -6,7 +6,7 @@
 --       options, number of meta fields and values, field, value, ...,
 --       then for each touched site: its name, its row_bytes, its rows as records (slot, row), slots to empty.
 -- Returns {verdict, detail}. Only 'done' has written anything; the other verdicts are 'format', 'fenced', 'erased',
--- 'conflict', 'renewed' and 'width'.
+-- 'conflict', 'renewed', 'width' and 'damaged'.
 local version, created, nonce, lease, ttl = unpack(ARGV, 1, 5)
 local keep, keep_bytes, keep_log, entry, text = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 local once, once_ttl, record, options = unpack(ARGV, 11, 14)
@@ -40,6 +40,10 @@ end
 
 if OLD_FORMATS[stored[1]] then
   upgrade(stored[1])
+end
+local damage = missing()
+if damage then
+  return {'damaged', damage}
 end
 
 -- Return the parts in one string, each behind its length.
@@ -76,8 +80,10 @@ local function changes_of(row_bytes, records, cleared)
 end
 
 -- Write a site; return the records of the rows that were replaced, and the slots that were empty.
-local function write_site(key, row_bytes, records, cleared)
+local function write_site(site, key, row_bytes, records, cleared)
   local old, empty = {}, {}
+  local count = tonumber(redis.call('HGET', KEYS[1], 'pages:' .. site) or 0)
+  local sum = tonumber(redis.call('HGET', KEYS[1], 'sum:' .. site) or 0)
   local changes, pages = changes_of(row_bytes, records, cleared)
   in_calls(pages, function(chunk)
     local fields, written, emptied = {}, {}, {}
@@ -86,6 +92,9 @@ local function write_site(key, row_bytes, records, cleared)
     end
     for i, page in ipairs(redis.call('HMGET', key, unpack(fields))) do
       local rows = rows_of(page, row_bytes)
+      if page then
+        count, sum = count - 1, (sum - checksum(fields[i], page)) % SUM_RANGE
+      end
       for offset, row in pairs(changes[chunk[i]]) do
         local slot = struct.pack('<I4', chunk[i] * PAGE_ROWS + offset)
         if rows[offset] then
@@ -98,6 +107,7 @@ local function write_site(key, row_bytes, records, cleared)
       local new = page_of(rows)
       if new then
         written[#written + 1], written[#written + 2] = fields[i], new
+        count, sum = count + 1, (sum + checksum(fields[i], new)) % SUM_RANGE
       else
         emptied[#emptied + 1] = fields[i]
       end
@@ -109,6 +119,7 @@ local function write_site(key, row_bytes, records, cleared)
       redis.call('HDEL', key, unpack(emptied))
     end
   end)
+  seal(site, count, sum)
   return table.concat(old), table.concat(empty)
 end
 
@@ -129,14 +140,17 @@ redis.call('HSET', KEYS[1], unpack(values))
 redis.call('HSETNX', KEYS[1], 'options', options)
 for site = first_site, #ARGV, 4 do
   local name, row_bytes, key = ARGV[site], ARGV[site + 1], HOME .. 'rows:' .. ARGV[site]
-  local old, empty = write_site(key, tonumber(row_bytes), ARGV[site + 2], ARGV[site + 3])
+  if redis.call('HEXISTS', KEYS[1], 'site:' .. name) == 0 then
+    redis.call('UNLINK', key) -- what is left of an earlier session whose other keys the server has lost
+  end
+  local old, empty = write_site(name, key, tonumber(row_bytes), ARGV[site + 2], ARGV[site + 3])
   for _, part in ipairs({name, row_bytes, old, empty}) do
     undo_rows[#undo_rows + 1] = part
   end
   if redis.call('EXISTS', key) == 1 then
     redis.call('HSETNX', KEYS[1], 'site:' .. name, row_bytes)
   else
-    redis.call('HDEL', KEYS[1], 'site:' .. name)
+    redis.call('HDEL', KEYS[1], 'site:' .. name, 'pages:' .. name, 'sum:' .. name)
   end
 end
 
@@ -162,8 +176,13 @@ if entry ~= '' then
   redis.call('LTRIM', LOG, '-' .. keep_log, -1)
 end
 local now = tonumber(redis.call('TIME')[1])
+local until_s = tonumber(redis.call('HGET', KEYS[1], 'once_until') or 0)
+if until_s > now and redis.call('EXISTS', ONCES) == 0 then
+  redis.call('HSET', KEYS[1], 'once_lost', until_s) -- until then nobody knows which requests were answered
+end
 redis.call('ZREMRANGEBYSCORE', ONCES, '-inf', now)
 if once ~= '' then
+  redis.call('HSET', KEYS[1], 'once_until', math.max(until_s, now + once_ttl))
   redis.call('SET', HOME .. 'once:' .. once, record, 'EX', once_ttl)
   redis.call('ZADD', ONCES, now + once_ttl, once)
 end

@@ -3,8 +3,8 @@
 local HOME = string.sub(KEYS[1], 1, -5)
 local LOG, UNDO, ONCES = HOME .. 'log', HOME .. 'undo', HOME .. 'onces'
 local FENCE, LEASE, ERASED = HOME .. 'fence', HOME .. 'lease', HOME .. 'erased'
-local FORMAT = '4'
-local OLD_FORMATS = {['1'] = true, ['2'] = true, ['3'] = true} -- see upgrade.lua
+local FORMAT = '5'
+local OLD_FORMATS = {['1'] = true, ['2'] = true, ['3'] = true, ['4'] = true} -- see upgrade.lua
 local DAY_S = 86400
 
 -- Return whether this release knows the session's format, or there is no session.
@@ -22,6 +22,24 @@ local function rows_keys()
     end
   end
   return keys
+end
+
+-- Return what is missing of a session of the present format, else nil. Only keys are counted; a load compares checksums.
+local function missing()
+  local format = redis.call('HGET', KEYS[1], 'format')
+  if not format then
+    return redis.call('EXISTS', LOG, UNDO) > 0 and 'its meta' or nil
+  end
+  for _, field in ipairs(format == FORMAT and redis.call('HKEYS', KEYS[1]) or {}) do
+    local site = string.match(field, '^pages:(.*)$')
+    if site then
+      local expected = tonumber(redis.call('HGET', KEYS[1], field))
+      local found = redis.call('HLEN', HOME .. 'rows:' .. site)
+      if found ~= expected then
+        return 'pages of rows at site ' .. site .. ': it has ' .. found .. ' of ' .. expected
+      end
+    end
+  end
 end
 
 -- Restart the time after which all keys of the session expire: its own option `ttl_s`, else `default`; 0 = never.

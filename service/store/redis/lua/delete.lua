@@ -1,6 +1,7 @@
 -- Delete every key of a session, and leave a tombstone: a lease from before neither commits nor creates the session.
 --
--- KEYS  the meta hash.  ARGV  the version that the session must have, or ''.
+-- KEYS  the meta hash.  ARGV  the version that the session must have, or '', then sites that may have rows although the
+--       meta hash does not name them.
 -- Returns {verdict, detail}: {'done', whether there was a session}, {'format', the format found} or
 --         {'conflict', the version found}.
 local stored = redis.call('HMGET', KEYS[1], 'format', 'version')
@@ -14,6 +15,9 @@ redis.call('SET', ERASED, redis.call('INCR', FENCE), 'EX', DAY_S)
 redis.call('EXPIRE', FENCE, DAY_S)
 for _, key in ipairs(rows_keys()) do
   redis.call('UNLINK', key)
+end
+for i = 2, #ARGV do
+  redis.call('UNLINK', HOME .. 'rows:' .. ARGV[i])
 end
 for _, once in ipairs(redis.call('ZRANGE', ONCES, 0, -1)) do
   redis.call('UNLINK', HOME .. 'once:' .. once)

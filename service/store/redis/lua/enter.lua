@@ -2,16 +2,28 @@
 --
 -- KEYS  the meta hash.  ARGV  owner, duration of the lease in ms, when to take a lease ('always', 'unless predict' is
 --       the session's option `adapt`, 'never'), default ttl, then the names under which an answer may be recorded.
--- Returns {'again', the record}, {'busy', ms until another owner's lease ends}, or
+-- Returns {'again', the record}, {'busy', ms until another owner's lease ends}, {'damaged', what is missing}, or
 --         {'entered', lease or '', the meta hash as field, value, ...}.
 local owner, lease_ms, wanted, ttl = unpack(ARGV, 1, 4)
+local now = tonumber(redis.call('TIME')[1])
+local stored = redis.call('HMGET', KEYS[1], 'format', 'options', 'once_until', 'once_lost')
 for i = 5, #ARGV do
   local record = redis.call('GET', HOME .. 'once:' .. ARGV[i])
   if record then
     return {'again', record}
   end
+  if tonumber(redis.call('ZSCORE', ONCES, ARGV[i]) or 0) > now then
+    return {'damaged', 'the answer to this request, which was committed before'}
+  end
 end
-local stored = redis.call('HMGET', KEYS[1], 'format', 'options')
+local no_onces = tonumber(stored[3] or 0) > now and redis.call('EXISTS', ONCES) == 0
+if #ARGV > 4 and (no_onces or tonumber(stored[4] or 0) > now) then
+  return {'damaged', 'the names of the requests that were answered'}
+end
+local damage = missing()
+if damage then
+  return {'damaged', damage}
+end
 local reads = wanted == 'never' or not known(stored[1])
 if wanted == 'unless predict' and stored[2] then
   reads = reads or cjson.decode(stored[2]).adapt == 'predict'

@@ -35,6 +35,19 @@ local function page_of(rows)
   return #parts > PAGE_ROWS and table.concat(parts) or nil
 end
 
+-- Pages are summed modulo 2^48: exact in a double. The sum does not depend on the order of the pages.
+local SUM_RANGE = 2 ^ 48
+
+-- Return what a page adds to the checksum of its site.
+local function checksum(number, page)
+  return tonumber(string.sub(redis.sha1hex(number .. page), 1, 12), 16)
+end
+
+-- Store what proves a site whole: the number of its pages and the sum of their checksums.
+local function seal(site, pages, sum)
+  redis.call('HSET', KEYS[1], 'pages:' .. site, pages, 'sum:' .. site, string.format('%.0f', sum))
+end
+
 -- Call `note(slot, row)` for each row that a field of an older format holds. Formats 1 and 2 hold one row in a field,
 -- format 3 holds five slots, with zeros in a slot without a row.
 local function rows_of_old_field(format, number, value, note)
@@ -50,9 +63,20 @@ local function rows_of_old_field(format, number, value, note)
   end
 end
 
--- Rewrite the session's rows in the present format.
-local function upgrade(format)
+-- Store what proves the rows whole that the session has.
+local function seal_all()
   for _, key in ipairs(rows_keys()) do
+    local fields, sum = redis.call('HGETALL', key), 0
+    for i = 1, #fields, 2 do
+      sum = (sum + checksum(fields[i], fields[i + 1])) % SUM_RANGE
+    end
+    seal(string.sub(key, #HOME + #'rows:' + 1), math.max(1, #fields / 2), sum) -- a site without rows has lost them
+  end
+end
+
+-- Rewrite the session in the present format.
+local function upgrade(format)
+  for _, key in ipairs(format == '4' and {} or rows_keys()) do
     local pages, numbers = {}, {}
     local function note(slot, row)
       local number = math.floor(slot / PAGE_ROWS)
@@ -76,5 +100,6 @@ local function upgrade(format)
       redis.call('HSET', key, unpack(values))
     end)
   end
+  seal_all()
   redis.call('HSET', KEYS[1], 'format', FORMAT)
 end

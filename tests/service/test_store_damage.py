@@ -1,0 +1,216 @@
+"""A Redis that loses single keys or refuses commands: the damage is named, and what can be restored is restored."""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from service.app import StartError, check_store
+from service.errors import EngineError, StoreRefused, Unavailable
+from service.metrics import Metrics
+from service.settings import Settings
+from service.store import CommitMetadata, IdempotencyRecord
+from service.store.redis.store import RedisStore
+from tests.service.store_backends import new_meta, rows
+from tests.service.valkeys import free_ports, valkey
+
+ALL = "on >pw ~* &* +@all"
+RECORD = IdempotencyRecord("key", 600, b"answer")
+METADATA = CommitMetadata({"kind": "learn"}, b"text", RECORD)
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    (port,) = free_ports(1)
+    with valkey(tmp_path_factory.mktemp("damage"), port):
+        yield port
+
+
+@pytest.fixture
+def raw(port: int) -> Iterator[Any]:
+    with Redis(port=port) as client:
+        yield client
+
+
+@pytest.fixture
+async def store(port: int) -> AsyncIterator[RedisStore]:
+    store = RedisStore.from_url(f"redis://127.0.0.1:{port}")
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def tenant() -> str:
+    return uuid.uuid4().hex
+
+
+async def make_session(store: RedisStore, tenant: str) -> None:
+    await store.commit(tenant, new_meta("s", 1), {"a": rows(range(30)), "b": rows([1])})
+    await store.commit(tenant, new_meta("s", 2), {"a": rows([5])}, commit_metadata=METADATA)
+
+
+def lose_page(raw: Any, home: str) -> None:
+    raw.hdel(f"{home}rows:a", struct.pack("<I", 1))
+
+
+def flip_bit(raw: Any, home: str) -> None:
+    page = raw.hget(f"{home}rows:a", struct.pack("<I", 1))
+    raw.hset(f"{home}rows:a", struct.pack("<I", 1), page[:-1] + bytes([page[-1] ^ 1]))
+
+
+DAMAGES: dict[str, tuple[Any, str, bool]] = {  # what happens, what the error names, whether every turn notices it
+    "rows": (lambda raw, home: raw.delete(f"{home}rows:a"), "site a", True),
+    "page": (lose_page, "2 of 3", True),
+    "bit": (flip_bit, "checksum", False),
+    "meta": (lambda raw, home: raw.delete(f"{home}meta"), "its meta", True),
+    "value": (lambda raw, home: raw.hdel(f"{home}meta", "loss_sum"), "loss_sum", True),
+    "undo": (lambda raw, home: raw.delete(f"{home}undo"), "undo steps of the versions 1 to 2", False),
+    "type": (lambda raw, home: (raw.delete(f"{home}rows:a"), raw.set(f"{home}rows:a", "x")), "another type", True),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_a_session_that_lost_a_part_says_which(store: RedisStore, raw: Any, tenant: str, damage: str) -> None:
+    await make_session(store, tenant)
+    harm, name, by_every_turn = DAMAGES[damage]
+    harm(raw, f"imprint:{{{tenant}/s}}:")
+    calls: list[Awaitable[Any]] = [
+        store.history(tenant, "s", undo=True) if damage == "undo" else store.load(tenant, "s")
+    ]
+    if by_every_turn:
+        calls += [store.begin_turn(tenant, "s", write="always"), store.begin_turn(tenant, "s", write="never")]
+        if damage not in ("meta", "value"):
+            calls += [store.commit(tenant, new_meta("s", 3), {"b": rows([1])})]
+    for call in calls:
+        with pytest.raises(EngineError, match=name) as damaged:
+            await call
+        assert damaged.value.code == "damaged_session"
+    await store.delete(tenant, "s")
+    assert raw.keys(f"imprint:{{{tenant}/s}}:rows:*") == []
+    await make_session(store, tenant)
+    assert await store.load(tenant, "s")
+
+
+@pytest.mark.parametrize("lost", ["once:key", "onces", "once:key onces"])
+async def test_a_lost_answer_is_not_learned_again(store: RedisStore, raw: Any, tenant: str, lost: str) -> None:
+    await make_session(store, tenant)
+    raw.delete(*(f"imprint:{{{tenant}/s}}:{name}" for name in lost.split()))
+    if lost == "onces":
+        assert (await store.begin_turn(tenant, "s", write="always", names=["key"])).record == b"answer"
+        return
+    for version in (3, 4):
+        with pytest.raises(EngineError, match="answer") as damaged:
+            await store.begin_turn(tenant, "s", write="always", names=["key"])
+        assert damaged.value.code == "damaged_session"
+        assert (await store.begin_turn(tenant, "s", write="always")).meta == new_meta("s", version - 1)
+        other = IdempotencyRecord(f"other-{version}", 60, b"other")
+        await store.commit(tenant, new_meta("s", version), {}, commit_metadata=CommitMetadata(idempotency_record=other))
+
+
+async def test_sessions_lost_from_the_list_are_listed_again(store: RedisStore, raw: Any, tenant: str) -> None:
+    await make_session(store, tenant)
+    raw.delete(f"imprint:sessions:{tenant}")
+    assert await store.list(tenant) == []
+    assert await store.restore_list() == 1
+    assert await store.list(tenant) == [new_meta("s", 2)]
+    assert await store.restore_list() == 0
+
+
+async def test_a_damaged_session_does_not_hide_the_others(store: RedisStore, raw: Any, tenant: str) -> None:
+    for sid in ("a", "b"):
+        await store.create(tenant, new_meta(sid))
+    raw.hdel(f"imprint:{{{tenant}/a}}:meta", "rows")
+    assert [meta.id for meta in await store.list(tenant)] == ["b"]
+
+
+async def test_a_session_of_format_4_is_taken_over_and_then_proved_whole(
+    store: RedisStore, raw: Any, tenant: str
+) -> None:
+    await make_session(store, tenant)
+    key = f"imprint:{{{tenant}/s}}:meta"
+    expected = await store.load(tenant, "s")
+    sealed = raw.hgetall(key)
+    added = [name for name in sealed if name.startswith((b"pages:", b"sum:", b"action", b"once_"))]
+    raw.hdel(key, *added)
+    raw.hset(key, "format", "4")
+    assert (await store.begin_turn(tenant, "s", write="always")).meta is not None
+    loaded = await store.load(tenant, "s")
+    assert loaded is not None and expected is not None and loaded.sites.keys() == expected.sites.keys()
+    kept = {name: value for name, value in raw.hgetall(key).items() if name.startswith((b"pages:", b"sum:"))}
+    assert kept == {name: sealed[name] for name in kept} and len(kept) == 4 and raw.hget(key, "format") == b"5"
+    raw.delete(f"imprint:{{{tenant}/s}}:rows:b")
+    with pytest.raises(EngineError, match="site b"):
+        await store.load(tenant, "s")
+
+
+@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru", "volatile-ttl"])
+async def test_a_store_tells_whether_it_evicts(store: RedisStore, raw: Any, policy: str) -> None:
+    raw.config_set("maxmemory-policy", policy)
+    assert await store.may_evict() == (policy != "noeviction")
+    raw.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_a_server_refuses_a_store_that_evicts_unless_it_is_told_to(
+    store: RedisStore, raw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw.config_set("maxmemory-policy", "allkeys-lru")
+    metrics = Metrics()
+    try:
+        with pytest.raises(StartError, match="noeviction"):
+            await check_store(store, Settings(), metrics)
+        await check_store(store, Settings(allow_eviction=True), metrics)
+    finally:
+        raw.config_set("maxmemory-policy", "noeviction")
+    assert "may evict" in caplog.text
+    assert metrics.registry.get_sample_value("imprint_store_evicts") == 1
+
+
+# --- rights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacking", ["", "hset", "evalsha", "publish", "subscribe", "zadd", "incr", "hgetall"])
+async def test_the_rights_are_checked_by_name(port: int, raw: Any, lacking: str) -> None:
+    raw.execute_command("ACL", "SETUSER", "limited", "reset", *ALL.split(), *([f"-{lacking}"] if lacking else []))
+    store = RedisStore.from_url(f"redis://limited:pw@127.0.0.1:{port}")
+    if lacking:
+        with pytest.raises(StoreRefused) as refused:
+            await store.check_rights()
+        assert lacking in str(refused.value.__cause__)
+    else:
+        await store.check_rights()
+    await store.close()
+
+
+async def test_a_wrong_password_is_a_refusal(port: int) -> None:
+    store = RedisStore.from_url(f"redis://nobody:wrong@127.0.0.1:{port}")
+    with pytest.raises(StoreRefused):
+        await store.load("t", "s")
+    await store.close()
+
+
+async def test_an_erasure_that_happened_is_told_as_such(port: int, raw: Any, tenant: str) -> None:
+    raw.execute_command("ACL", "SETUSER", "mute", "reset", *ALL.split(), "-publish")
+    faults: list[str] = []
+    store = RedisStore.from_url(f"redis://mute:pw@127.0.0.1:{port}", report_fault=faults.append)
+    await make_session(store, tenant)
+    assert await store.delete(tenant, "s") is True
+    assert faults == ["untold"] and await store.load(tenant, "s") is None
+    await store.close()
+
+
+@pytest.mark.parametrize("error", ["ERR something", "NOPERM no", "NOAUTH no", "EXECABORT", "CROSSSLOT", "WRONGPASS"])
+async def test_every_error_of_redis_has_an_answer(
+    store: RedisStore, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any) -> Any:
+        raise ResponseError(error)
+
+    monkeypatch.setattr(store._client, "hgetall", fail)
+    with pytest.raises(Unavailable):
+        await store.meta("t", "s")
