@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -42,6 +42,7 @@ from service.http.install import install
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
+from service.stopping import StopSignals, end_tasks, exit_within, first_line
 from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
@@ -50,9 +51,11 @@ from service.turns.loaded_model import LoadedModel
 from service.turns.quotas import Quotas
 from service.turns.session_gate import ServerLimits
 from service.turns.sessions import Sessions
+from service.types import StoreStatus
 
 WATCH_EVERY_S = 10.0
 LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
+END_SERVING_S = 1.0  # seconds that the web server gets to end when the start has failed
 KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
 SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
 
@@ -80,24 +83,40 @@ def run(settings: Settings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    for chatty in ("httpx", "httpcore", "urllib3", "filelock"):
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        keys = ApiKeys(settings)
-        with (
-            _listening(settings, keys) as listener,
-            _store_url(settings) as (url, embedded),
-            asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
-        ):
-            code = runner.run(_serve(settings, keys, listener, url, embedded))
+    with StopSignals() as signals:
+        try:
+            keys = ApiKeys(settings)
+            with (
+                _listening(settings, keys) as listener,
+                _store_url(settings, signals) as (url, embedded),
+                asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
+            ):
+                code = runner.run(_serve(settings, keys, listener, url, embedded, signals))
+        except Exception as error:
+            code = _report_failure(error, signals)
         if any(thread.name == LOADER_THREAD for thread in threading.enumerate()):
             # The server stops while the model loads: a thread inside torch aborts a process whose interpreter ends.
             sys.stderr.flush()
             os._exit(code)
         return code
-    except STARTUP_ERRORS as error:
-        print(f"imprint: {error}", file=sys.stderr)
-        return 1
+
+
+def _report_failure(error: Exception, signals: StopSignals) -> int:
+    """Print why the server ends, see to it that the process ends soon, and return its exit code.
+
+    An error of a start that was told to stop is no failure.
+    """
+    code = 0 if signals.is_set() else 1
+    if code == 0:
+        log.info("stopped before the server was ready")
+    else:
+        unexpected = "" if isinstance(error, STARTUP_ERRORS) else f"cannot start: {type(error).__name__}: "
+        print(f"imprint: {unexpected}{first_line(error)}", file=sys.stderr, flush=True)
+        log.debug("the start failed", exc_info=error)
+    exit_within(code)
+    return code
 
 
 def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: ApiKeys) -> FastAPI:
@@ -117,7 +136,12 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: A
 
 
 async def _serve(
-    settings: Settings, keys: ApiKeys, listener: socket.socket, url: str, embedded: EmbeddedValkey | None
+    settings: Settings,
+    keys: ApiKeys,
+    listener: socket.socket,
+    url: str,
+    embedded: EmbeddedValkey | None,
+    signals: StopSignals,
 ) -> int:
     """Serve on the listener until the server is told to stop; return the exit code."""
     metrics = Metrics()
@@ -125,11 +149,12 @@ async def _serve(
     sessions = new_sessions(settings, store, metrics)
     app = create_app(sessions, metrics, settings, keys)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
-    server = _Server(config, sessions, settings.drain_timeout_s)
-    watching = asyncio.create_task(_watch_store(store, sessions, metrics, keys))
+    server = _Server(config, sessions, settings.drain_timeout_s, signals)
+    report = _store_reporter(sessions, metrics)
+    watching = asyncio.create_task(_watch_store(store, sessions, metrics, keys, None if embedded else report))
     tasks = [watching, asyncio.create_task(sessions.drop_erased())]
     if embedded is not None:
-        tasks.append(asyncio.create_task(embedded.supervise()))
+        tasks.append(asyncio.create_task(embedded.supervise(report)))
     serving = asyncio.create_task(server.serve([listener]))
     loading = asyncio.create_task(_load(settings, metrics))
     engine: Engine | None = None
@@ -139,15 +164,17 @@ async def _serve(
             loaded_model = loading.result()
             engine = loaded_model.engine
             await engine.start()
-            sessions.begin(loaded_model)
-            host, port, *_ = listener.getsockname()
-            log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
+            if sessions.state == "loading":  # no signal has come meanwhile
+                sessions.begin(loaded_model)
+                host, port, *_ = listener.getsockname()
+                log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
         await serving
+    except Exception as error:
+        return _report_failure(error, signals)
     finally:
         server.should_exit = True
-        for task in [*tasks, loading]:
-            task.cancel()
-        await asyncio.gather(serving, *tasks, loading, return_exceptions=True)
+        await asyncio.wait({serving}, timeout=END_SERVING_S)
+        await end_tasks([serving, *tasks, loading])
         if engine is not None:
             await engine.stop()
         await store.close()
@@ -323,8 +350,24 @@ def _kv_tokens(backbone: Backbone, context: int) -> int:
     return max(context, int(KV_SHARE * free_bytes) // bytes_per_token)
 
 
-async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
-    """Measure the store every few seconds, for ever."""
+def _store_reporter(sessions: Sessions, metrics: Metrics) -> Callable[[StoreStatus], None]:
+    """Return a function that shows the status of the store to the probes and in the metrics."""
+
+    def report(status: StoreStatus) -> None:
+        sessions.store_status = status
+        metrics.store_writable.set(status == "ok")
+
+    return report
+
+
+async def _watch_store(
+    store: SessionStore,
+    sessions: Sessions,
+    metrics: Metrics,
+    keys: ApiKeys,
+    report: Callable[[StoreStatus], None] | None,
+) -> None:
+    """Measure the store every few seconds, for ever; report its status unless somebody else does."""
     while True:
         try:
             used, limit = await store.memory()
@@ -332,9 +375,12 @@ async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics
             metrics.store_limit_bytes.set(limit)
             if sessions.state == "ready":
                 metrics.sessions_cold.set(await sessions.count_cold(keys.tenants))
-            metrics.store_up.set(1)
+            answers = True
         except StoreUnavailable:
-            metrics.store_up.set(0)
+            answers = False
+        metrics.store_up.set(answers)
+        if report is not None:
+            report("ok" if answers else "away")
         await asyncio.sleep(WATCH_EVERY_S)
 
 
@@ -357,8 +403,11 @@ class _Server(uvicorn.Server):
     While the server drains, the probes say so and new turns are refused, and the running turns end.
     """
 
-    def __init__(self, config: uvicorn.Config, sessions: Sessions, drain_timeout_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, sessions: Sessions, drain_timeout_s: float, signals: StopSignals
+    ) -> None:
         super().__init__(config)
+        self._signals = signals
         self._sessions = sessions
         self._drain_timeout_s = drain_timeout_s
         self._exit_requested = False
@@ -367,6 +416,14 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Take the signals over from `StopSignals`, and a signal that came before."""
+        with super().capture_signals():
+            if self._signals.received is not None:
+                self.handle_exit(self._signals.received, None)
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._exit_requested:
@@ -381,8 +438,10 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
-        deadline = time.monotonic() + self._drain_timeout_s
-        await self._sessions.drain(self._drain_timeout_s)
+        # A server that has not been ready has no turn to wait for.
+        timeout_s = self._drain_timeout_s if self._sessions.state == "ready" else min(1.0, self._drain_timeout_s)
+        deadline = time.monotonic() + timeout_s
+        await self._sessions.drain(timeout_s)
         # The rest of the time is for connections without a turn, such as half-sent requests.
         self._exit(within_s=max(0, round(deadline - time.monotonic())))
 
@@ -413,13 +472,13 @@ def _listening(settings: Settings, keys: ApiKeys) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _store_url(settings: Settings) -> Iterator[tuple[str, EmbeddedValkey | None]]:
+def _store_url(settings: Settings, signals: StopSignals) -> Iterator[tuple[str, EmbeddedValkey | None]]:
     """Yield the URL of the settings' Redis, or the URL of an embedded Valkey that runs as long as the server."""
     if settings.redis_url is not None:
         yield settings.redis_url, None
         return
     embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes)
-    url = embedded.start()
+    url = embedded.start(stopped=signals.is_set)
     try:
         yield url, embedded
     finally:
