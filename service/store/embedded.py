@@ -75,6 +75,7 @@ class EmbeddedValkey:
         self._home = self._data_dir / "valkey"
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._served: subprocess.Popen[bytes] | None = None  # `_process`, once the process has answered
         self._launching = threading.Lock()
         self._reads_only = False  # writes are refused
         self._file_closed = False  # what is in memory does not reach the disk
@@ -154,8 +155,10 @@ class EmbeddedValkey:
                 continue
             try:
                 if self.alive():
-                    if not self._reads_only or time.monotonic() > probe_at:
-                        await asyncio.to_thread(self._follow_disk)
+                    if not self._reads_only and lacks_reserve(self._home):
+                        await asyncio.to_thread(self._refuse_writes)
+                    elif self._reads_only and time.monotonic() > probe_at:
+                        await asyncio.to_thread(self._try_writes)
                         probe_at = time.monotonic() + probe_s
                     continue
                 report("away")
@@ -175,16 +178,16 @@ class EmbeddedValkey:
                 log.error("valkey did not start again: %s", error)
 
     def _write_failed(self) -> bool:
-        """Return whether the Valkey that died had its file open and could not write to the file."""
-        return self._process is not None and self._process.poll() == WRITE_FAILED and not self._file_closed
+        """Return whether the Valkey that died had served with its file open, and could not write to the file."""
+        return self._served is not None and self._served.poll() == WRITE_FAILED and not self._file_closed
 
-    def _follow_disk(self) -> None:
-        """Refuse writes if the disk has no reserve left; take writes again if the disk has room."""
-        if not self._reads_only:
-            if lacks_reserve(self._home):
-                log.error("the disk of %s is almost full: nothing is learned until there is room", self._home)
-                self._set_reads_only(True)
-        elif not lacks_reserve(self._home, factor=1.5) and takes_writes(self._home, self._file_bytes()):
+    def _refuse_writes(self) -> None:
+        log.error("the disk of %s is almost full: nothing is learned until there is room", self._home)
+        self._set_reads_only(True)
+
+    def _try_writes(self) -> None:
+        """Take writes again if the disk has room."""
+        if not lacks_reserve(self._home, factor=1.5) and takes_writes(self._home, self._file_bytes()):
             log.warning("the disk of %s has room: learning goes on", self._home)
             if self._file_closed:
                 self._relaunch(reads_only=False)
@@ -209,6 +212,7 @@ class EmbeddedValkey:
                 self._launch(reads_only=self._reads_only if reads_only is None else reads_only)
 
     def _launch(self, *, reads_only: bool) -> None:
+        self._served = None
         with self._inherited_lock() as lock:
             log_path = self._home / "valkey.log"
             with log_path.open("ab") as log_file:
@@ -224,7 +228,7 @@ class EmbeddedValkey:
                 )
             if not self._answers(self._process):
                 self._raise_not_started(_end(self._process, timeout_s=2.0), log_path, log_start)
-            self._reads_only, self._file_closed = reads_only, False
+            self._served, self._reads_only, self._file_closed = self._process, reads_only, False
             if reads_only:
                 self._close_file()
             log.info("valkey (process %d) serves %s", self._process.pid, self._home)
