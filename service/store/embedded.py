@@ -341,14 +341,27 @@ def valkey_binary() -> str:
 
 
 def in_use(data_dir: Path) -> bool:
-    """Return whether a server uses the folder now."""
-    path = data_dir / "lock"
-    if not path.exists():
+    """Return whether a server uses the folder now. Raises OSError if the folder's lock cannot be read."""
+    return _is_locked(data_dir / "lock")
+
+
+def has_orphan(data_dir: Path) -> bool:
+    """Return whether a Valkey uses the folder now. Raises OSError if the folder's lock cannot be read."""
+    return _is_locked(data_dir / "valkey" / "lock")
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    lock = _lock(path)
-    if lock is not None:
-        os.close(lock)
-    return lock is None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _lock(path: Path, timeout_s: float = 0.0) -> int | None:
