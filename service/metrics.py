@@ -213,6 +213,9 @@ class Metrics:
 
     def _store(self) -> None:
         self.store_up = self._gauge("store_up", "1 while the session store answers, else 0.")
+        self.store_writable = self._gauge(
+            "store_writable", "1 while the session store answers and takes writes, else 0 (its disk may be full)."
+        )
         self.store_used_bytes = self._gauge("store_used_bytes", "Memory that the session store uses.")
         self.store_limit_bytes = self._gauge(
             "store_limit_bytes", "Memory that the session store may use; 0 = no limit."

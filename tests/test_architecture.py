@@ -38,8 +38,10 @@ MAY_IMPORT = {
     "service.settings": (),
     "service.metrics": (),
     "service.tenants": ("service.errors", "service.settings"),
-    "service.base_cache": ("model.base",),
-    "service.store": ("service.errors", "service.types"),
+    "service.child_process": (),
+    "service.stopping": (),
+    "service.base_cache": ("model.base", "service.child_process"),
+    "service.store": ("service.child_process", "service.errors", "service.types"),
     "service.engine": ("model", "service.errors", "service.metrics", "service.store.base"),
     "service.turns": (
         "model",

@@ -61,6 +61,17 @@ def load_backbone(
     return backbone
 
 
+def check_files(folder: Path) -> None:
+    """Raise `CheckpointError` if a file is missing, or if a weight file is cut off or not safetensors."""
+    model_files(folder)
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: damaged or not safetensors: {error}") from error
+
+
 def load_config(folder: Path) -> ModelConfig:
     """Read the folder's `config.json`. Raises `CheckpointError` if the file is absent, damaged or unsupported."""
     try:

@@ -17,6 +17,7 @@ from gguf.quants import dequantize
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
+from model.base.config import ModelConfig
 from model.base.families import family_of_gguf, hf_config
 from model.base.families.base import Family, Weight
 from model.base.gguf_metadata import GGUFError, Metadata, required
@@ -44,6 +45,18 @@ def convert(gguf_path: Path, folder: Path) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_config(gguf_path: Path) -> ModelConfig:
+    """Return the configuration that `convert` would write, without reading the weights' values.
+
+    Raises `GGUFError` for most files that `convert` refuses: one that is damaged or cut off, of another family, or with
+    another tokenizer.
+    """
+    metadata, tensors = _read(gguf_path)
+    family = family_of_gguf(metadata)
+    _tokenizer(metadata, family)
+    return family.parse_gguf_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:

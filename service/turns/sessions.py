@@ -20,6 +20,7 @@ from service.turns.quotas import Quotas
 from service.turns.run import Turn, TurnRestarted, TurnRunner
 from service.turns.session_gate import ServerLimits, SessionGate, require_match, session_not_found
 from service.turns.text_turns import ObserveResult, ObserveTurn, ScoreResult, ScoreTurn
+from service.types import StoreStatus
 
 E = TypeVar("E")
 
@@ -40,6 +41,7 @@ class Sessions:
         self.gate = SessionGate(store, quotas, metrics, limits)
         self.model_id = model_id
         self.store = store
+        self.store_status: StoreStatus = "ok"  # for the probes
         self._quotas = quotas
         self._turns = TurnRunner(self.gate, store, quotas, metrics, proof_rate)
         self._loaded: LoadedModel | None = None
