@@ -1,4 +1,4 @@
-"""How a server is told to stop at any instant, and how its end is kept within a time limit."""
+"""Stopping a server at any instant, within a time limit."""
 
 from __future__ import annotations
 

@@ -49,7 +49,6 @@ MAY_IMPORT = {
         "service.errors",
         "service.metrics",
         "service.store.base",
-        "service.store.codec",
         "service.store.errors",
         "service.tenants",
         "service.types",
@@ -60,7 +59,6 @@ MAY_IMPORT = {
         "service.errors",
         "service.metrics",
         "service.store.base",
-        "service.store.codec",
         "service.store.errors",
         "service.tenants",
         "service.turns",
@@ -79,11 +77,31 @@ MAY_IMPORT = {
         "service.versions",
     ),
     "service.client": ("service.errors", "service.http.replies", "service.types"),
+    "service.background": ("service.metrics",),
+    "service.model_loading": (
+        "model",
+        "service.base_cache",
+        "service.engine",
+        "service.http.schemas",
+        "service.metrics",
+        "service.settings",
+        "service.turns.loaded_model",
+    ),
+    "service.store_watch": (
+        "service.errors",
+        "service.metrics",
+        "service.model_loading",
+        "service.settings",
+        "service.store.base",
+        "service.tenants",
+        "service.turns.sessions",
+        "service.types",
+    ),
     "service.app": ("model", "service"),
     "service.cli": ("model", "service", "research", "benchmarks"),
     "service.__main__": ("service.cli",),
     "imprint": ("service.client", "service.errors", "service.http.replies", "service.types"),
-    "research": ("model", "service.app", "service.base_cache", "service.errors", "service.settings"),
+    "research": ("model", "service.model_loading", "service.base_cache", "service.errors", "service.settings"),
     "benchmarks": ("model", "service", "research"),
 }
 # Parts that a broader permission above would let through.
@@ -108,7 +126,7 @@ START_UP_CHECKS = ("service.cli.doctor", "service.cli.checks")  # `imprint docto
 
 # Each library has its parts; a library that is not named here is free. Of the standard library: the network.
 LIBRARIES = {
-    "torch": ("model", "service.engine", "service.app", *START_UP_CHECKS, "research", "benchmarks"),
+    "torch": ("model", "service.engine", "service.model_loading", *START_UP_CHECKS, "research", "benchmarks"),
     "numba": ("model",),
     "llvmlite": ("model",),
     "triton": ("model",),

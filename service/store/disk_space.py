@@ -1,4 +1,4 @@
-"""Whether the disk of the embedded store has room. The module decides nothing; `service.store.embedded` does."""
+"""The room on the disk of the embedded store. The module decides nothing; `service.store.embedded` does."""
 
 from __future__ import annotations
 

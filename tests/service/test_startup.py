@@ -312,5 +312,5 @@ def assert_only_reading(client: Client, version: int) -> None:
         for _ in range(4):
             assert client.session("alice")["version"] == version
             assert client.score("alice", "The quick brown fox.")["tokens"]
-        assert client.complete(session="alice", learn="none")["usage"]["completion_tokens"] > 0
+        assert client.complete(session="alice", adapt="predict")["usage"]["completion_tokens"] > 0
         assert client.http.get("/v1/sessions/alice/export").status_code == 200
