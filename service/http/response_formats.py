@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from service.http.schemas import GenerationRequest
+from service.json_steps import dump_json
 from service.metrics import Metrics
+from service.off_loop import LARGE, run_off_loop
 from service.turns.completion import CompletionJob, Delta, TokenLogprob, TurnEnd
 from service.turns.idempotency import RequestContext
 from service.turns.run import TurnRestarted
@@ -18,6 +20,7 @@ from service.turns.sessions import Sessions
 
 Json = dict[str, Any]
 
+LARGE_REPLY = 4096  # log-probabilities
 LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
 
 
@@ -69,8 +72,8 @@ class ResponseFormatter(ABC):
             "system_fingerprint": _system_fingerprint(sessions.fingerprints),
         }
 
-    async def reply(self, events: AsyncIterator[Delta | TurnRestarted | TurnEnd]) -> Json:
-        """Return the whole reply to a turn with these events."""
+    async def reply(self, events: AsyncIterator[Delta | TurnRestarted | TurnEnd]) -> Json | str:
+        """Return the whole reply to a turn with these events; as JSON text if the reply is large."""
         deltas: list[Delta] = []
         end: TurnEnd | None = None
         async for event in events:
@@ -82,7 +85,10 @@ class ResponseFormatter(ABC):
                 self._latency.record(event.choice)
                 deltas.append(event)
         assert end is not None, "a turn ends with a TurnEnd"
-        return self._reply_json(deltas, end)
+        size = sum(len(one.top) + 1 for delta in deltas for one in delta.logprobs)
+        if size < LARGE_REPLY:
+            return self._reply_json(deltas, end)
+        return await run_off_loop(LARGE, lambda: dump_json(self._reply_json(deltas, end)))
 
     async def stream(self, events: AsyncGenerator[Delta | TurnRestarted | TurnEnd, None]) -> AsyncGenerator[str, None]:
         """Yield the chunks of a stream as JSON, and close `events` at the end."""
@@ -121,7 +127,7 @@ class ResponseFormatter(ABC):
             self.choice_json(i, "".join(texts[i]), logprobs[i], reason) for i, reason in enumerate(end.finish_reasons)
         ]
         body = {"object": self.object, "choices": choices, "usage": _usage(end)}
-        return self._head() | body | {"adaptation": end.adaptation}
+        return self._head() | body | {"adaptation": end.adaptation and asdict(end.adaptation)}
 
     def _chunks(self, event: Delta | TurnEnd) -> Iterator[str]:
         if isinstance(event, Delta):

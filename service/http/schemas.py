@@ -30,6 +30,8 @@ SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
 MAX_FIELDS = 64
 MAX_BIASES = 1024
 MAX_PROMPTS = 128
+MAX_MESSAGES = 1024  # of a chat: as many as a session knows again
+MAX_PARTS = 1024  # of a message
 MAX_CHOICES = 8
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -155,7 +157,8 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")],
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
         Discriminator(
             _text_or_list,
             custom_error_type="content_type",
@@ -178,7 +181,7 @@ class Message(Body):
         return message | {key: value for key, value in given.items() if value is not None}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class StreamOptions(Body):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import KeyReused
+from service.json_steps import dump_json
 from service.store.base import IdempotencyRecord
 from service.tenants import Tenant
 
@@ -58,7 +59,7 @@ class RequestContext:
             return None
         payload = {"request": self.digest, "version": version, "attempt": self.attempt or 0, "result": result}
         payload |= {"id": self.id, "created": self.created}
-        record = json.dumps(payload, separators=(",", ":"))
+        record = dump_json(payload)
         return IdempotencyRecord(self._name, ttl_s, zlib.compress(record.encode(), 1))
 
     def replay(self, record: bytes) -> Json | None:

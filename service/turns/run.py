@@ -16,6 +16,7 @@ from service.engine.job_stream import JobStream
 from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import VersionConflict
 from service.metrics import Metrics
+from service.off_loop import run_off_loop
 from service.store.codec import damaged
 from service.store.redis.store import RedisStore
 from service.turns.commit import Commit, TurnOutcome, build_commit, outcome_of, record_commit, record_jobs
@@ -27,6 +28,7 @@ from service.turns.session_gate import SessionGate, SessionHandle, SessionTarget
 
 Json = dict[str, Any]
 E = TypeVar("E")
+OUTPUT_COST = 8  # a generated token, with its alternatives, costs as much as so many tokens of a prompt
 NO_STATE_ID: StateId = (-1.0, -1.0, -1)  # of rows that no stored version has
 
 
@@ -107,10 +109,9 @@ class TurnRunner:
                         for output in turn.outputs(segment, engine_event):
                             yield output
                 record_jobs(self.metrics, stream.finished)
-                remaining = list(turn.remaining_outputs())
-                commit = build_commit(ctx, plan, stream.finished, turn.reply_digests())
-                last = turn.last_event(outcome_of(plan, stream.finished, commit))
-                await self._commit(handle, plan, commit, stream.finished, turn.record, last)
+                size = plan.num_tokens + sum(OUTPUT_COST * job.stats.completion_tokens for job in stream.finished)
+                remaining, commit, last = await run_off_loop(size, _conclude, ctx, turn, plan, stream.finished)
+                await self._commit(handle, plan, commit, stream.finished, turn.record, last, size)
                 stream.settle(None if commit is None else commit.meta.state_id)
             if commit is not None and not plan.runs_jobs:
                 model.engine.drop((ctx.tenant.name, commit.meta.id))  # the device still holds the earlier content
@@ -197,10 +198,20 @@ class TurnRunner:
         jobs: Sequence[JobFinished],
         record: Callable[[E], Json],
         last: E,
+        size: int,
     ) -> None:
-        """Commit the turn, or store a new session that has learned nothing."""
+        """Commit the turn, or store a new session that has learned nothing. size: what packing the answer costs."""
         if commit is not None:
-            await self.gate.commit(handle, commit, record(last))
+            await self.gate.commit(handle, commit, await run_off_loop(size, record, last), size)
             record_commit(self.metrics, plan.policy_request, commit, jobs)
         elif plan.meta is not None and plan.meta.version == 0:
             await self.store.create(handle.ctx.tenant.name, plan.meta, handle.lease)
+
+
+def _conclude(
+    ctx: RequestContext, turn: Turn[E], plan: TurnPlan, jobs: Sequence[JobFinished]
+) -> tuple[list[E], Commit | None, E]:
+    """Return the outputs that remain, what to commit, and the last event of a turn whose jobs have finished."""
+    remaining = list(turn.remaining_outputs())
+    commit = build_commit(ctx, plan, jobs, turn.reply_digests())
+    return remaining, commit, turn.last_event(outcome_of(plan, jobs, commit))

@@ -48,7 +48,7 @@ def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
         arrays: Arrays = load(data)
         size = int.from_bytes(data[:8], "little")
         manifest = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][NAME])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _invalid_export(f"is no export of a session, or a damaged one ({type(error).__name__})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
