@@ -115,8 +115,9 @@ class TurnRunner:
                 stream.settle(None if commit is None else commit.meta.state_id)
             if commit is not None and not plan.runs_jobs:
                 model.engine.drop((ctx.tenant.name, commit.meta.id))  # the device still holds the earlier content
-            for output in remaining:
-                yield output
+            remaining.reverse()
+            while remaining:
+                yield remaining.pop()
             yield last
 
     async def stream(

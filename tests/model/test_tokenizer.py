@@ -21,7 +21,7 @@ from model.base.checkpoint import CheckpointError
 from model.text.chat_template import ChatTemplateError
 from model.text.tokenizer import Tokenizer
 from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe
-from tests.tiny import CHAT_TEMPLATE, SPECIAL
+from tests.tiny import CHAT_TEMPLATE, SPECIAL, build_tiny_base
 
 SAMPLES = {
     "latin": "Zażółć gęślą jaźń. L'été, où naïveté & façade… don't WE'LL it's",
