@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -38,6 +39,8 @@ from service.base_cache import BaseError, resolve_base
 from service.engine import Engine
 from service.errors import StoreUnavailable
 from service.http.install import install
+from service.http.limits import ConnectionLimits, ConnectionReport
+from service.http.protocol import Connection
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
@@ -148,7 +151,16 @@ async def _serve(
         proof_rate=settings.proof_rate,
     )
     app = create_app(sessions, metrics, settings, keys)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
+    connection_limits = ConnectionLimits.of(settings)
+    config = uvicorn.Config(
+        app,
+        http=Connection.with_limits(connection_limits, ConnectionReport(metrics)),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=math.ceil(connection_limits.idle_timeout_s),
+    )
     server = _Server(config, sessions, settings.drain_timeout_s)
     watching = asyncio.create_task(_watch_store(store, sessions, metrics, keys))
     tasks = [watching, asyncio.create_task(sessions.drop_erased())]
@@ -213,7 +225,7 @@ def _load_now(settings: Settings, metrics: Metrics) -> LoadedModel:
     if device == "cuda" and not torch.cuda.is_available():
         raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
     backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, special_in_messages=settings.message_special_tokens == "tokens")
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)

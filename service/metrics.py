@@ -194,6 +194,13 @@ class Metrics:
 
     def _server(self) -> None:
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
+        self.connections = self._gauge("connections", "Open connections.")
+        self.connections_ended_total = self._counter(
+            "connections_ended_total",
+            "Connections that the server ended: requests too large, too slow or invalid, clients that do not read, and"
+            " those that waited while others needed room.",
+            ("reason",),
+        )
         self.build_info = self._info("build", ("version", "model", "base", "memory"), "What runs, with fingerprints.")
         self.device_info = self._info("device", ("kind", "name"), "Where the model runs.")
         self.device_memory_used_bytes = self._gauge(

@@ -113,7 +113,7 @@ class Client:
         """A request whose client goes when the block ends, without having read an answer."""
         named = body if path.startswith("sessions/") else {"model": self.model} | body
         address, content = urlsplit(self.url), json.dumps(named).encode()
-        head = f"POST /v1/{path} HTTP/1.1\r\nHost: imprint\r\nContent-Type: application/json\r\n"
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection((address.hostname, address.port or 80)) as connection:
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
             yield

@@ -1,5 +1,6 @@
 """Every call of the client, written once: what is sent, and how the answer is read. Both clients send them."""
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from service.http.replies import (
     SessionList,
     SessionLog,
 )
+from service.http.schemas import SESSION_ID
 from service.types import AdaptMode, LearnMode
 
 T = TypeVar("T")
@@ -319,8 +321,11 @@ def _version_operation(
 
 
 def _path(session: str) -> str:
-    if session in ("", ".", ".."):
-        raise ClientError(f"a session id starts with a letter or a digit, got {session!r}")
+    if re.fullmatch(SESSION_ID, session) is None:
+        raise ClientError(
+            "a session id starts with a letter or a digit and has up to 128 of them and of ._~:@+=-,"
+            f" got {session[:80]!r}"
+        )
     return f"/v1/sessions/{quote(session, safe='')}"
 
 

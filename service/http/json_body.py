@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Any
 
 import numpy as np
 import pydantic_core
 
-from service.errors import BadRequest
+from service.errors import BadRequest, UnsupportedMediaType
 
 MAX_VALUES = 2**18  # more than any honest request has: 128 prompts of 2,048 token ids
 CHUNK_BYTES = 2**20
@@ -18,9 +19,15 @@ def parse_json(body: bytes) -> Any:
 
     The bound on values comes before the parser, which holds the interpreter's lock for all of its work.
 
+    A byte order mark is left out.
+
     Raises:
+        UnsupportedMediaType: the body is in UTF-16 or UTF-32.
         BadRequest: the body is not JSON, has NaN or a lone surrogate, is nested too deep or has too many values.
     """
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in body[:2]:
+        raise UnsupportedMediaType("The body must be JSON in UTF-8, got UTF-16 or UTF-32.", param="Content-Type")
+    body = body.removeprefix(codecs.BOM_UTF8)
     if (values := count_values(body)) > MAX_VALUES:
         raise BadRequest(
             f"The body may have at most {MAX_VALUES} JSON values, got {values} or more.", code="too_many_values"
