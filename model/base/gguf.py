@@ -74,12 +74,22 @@ def convert(gguf_path: Path, folder: Path) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     try:
-        reader = GGUFReader(path)
+        reader = _BoundedReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise GGUFError(f"{path}: damaged or not GGUF: {error}") from error
+
+
+class _BoundedReader(GGUFReader):
+    """A reader that reads nothing beyond the end of a file, so that a count in a damaged file costs no more than it."""
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> Any:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"{end} bytes are needed, the file has {len(self.data)}")
+        return super()._get(offset, dtype, count, override_order)
 
 
 def _model_config(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:

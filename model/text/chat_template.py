@@ -17,6 +17,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+MAX_SOURCE_CHARS = 2**20
+
 Message = Mapping[str, str]
 Span = tuple[int, int]
 
@@ -32,8 +34,10 @@ class ChatTemplate:
         """Raises `ChatTemplateError` if the source does not compile."""
         self._variables = dict(variables)
         try:
+            if len(source) > MAX_SOURCE_CHARS:
+                raise TemplateError(f"it may have {MAX_SOURCE_CHARS} characters, has {len(source)}")
             self._template = _environment().from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
             raise ChatTemplateError(f"the chat template is broken: {error}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:

@@ -250,7 +250,10 @@ def _chat_template(folder: Path, settings: Mapping[str, Any], special: Mapping[s
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(source, list):  # several named templates
-        source = next((each["template"] for each in source if each["name"] == "default"), None)
+        named = (each for each in source if isinstance(each, dict))
+        source = next((each.get("template") for each in named if each.get("name") == "default"), None)
+    if not isinstance(source, str | None):
+        raise CheckpointError(f"{folder}: the chat template must be a text, got {type(source).__name__}")
     try:
         return None if source is None else ChatTemplate(source, special)
     except ChatTemplateError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pydantic_core
 
-from service.errors import BadRequest, UnsupportedMediaType
+from service.errors import BadRequest
 
 MAX_VALUES = 2**18  # more than any honest request has: 128 prompts of 2,048 token ids
 CHUNK_BYTES = 2**20
@@ -22,11 +22,11 @@ def parse_json(body: bytes) -> Any:
     A byte order mark is left out.
 
     Raises:
-        UnsupportedMediaType: the body is in UTF-16 or UTF-32.
-        BadRequest: the body is not JSON, has NaN or a lone surrogate, is nested too deep or has too many values.
+        BadRequest: the body is not JSON in UTF-8, has NaN or a lone surrogate, is nested too deep or has too many
+            values.
     """
     if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in body[:2]:
-        raise UnsupportedMediaType("The body must be JSON in UTF-8, got UTF-16 or UTF-32.", param="Content-Type")
+        raise BadRequest("The body is not valid JSON: it must be in UTF-8, not UTF-16.", code="invalid_json")
     body = body.removeprefix(codecs.BOM_UTF8)
     if (values := count_values(body)) > MAX_VALUES:
         raise BadRequest(

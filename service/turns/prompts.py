@@ -52,7 +52,7 @@ def prompt_size(prompt: Prompt) -> int:
             return sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
 
 
-def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str) -> None:
+def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str = "") -> None:
     """Refuse a prompt whose size alone tells that it does not fit the context, before it is tokenised.
 
     Raises:
@@ -65,6 +65,7 @@ def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str)
             fewest = len(token_ids)
         case ChatPrompt(messages):  # templates trim the white space around a content
             fewest = tokenizer.fewest_tokens(sum(len(message["content"].strip()) for message in messages))
+    param = param or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
     if fewest > context:
         raise BadRequest(
             f"'{param}' and completion may hold {context} tokens together (the model's context), "

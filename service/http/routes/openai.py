@@ -24,7 +24,7 @@ from service.http.response_formats import ChatFormatter, CompletionFormatter, Js
 from service.http.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
 from service.http.sse import EventStream
 from service.turns.completion import CompletionJob, GenerationOptions
-from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt, require_fits
+from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat completions have none
@@ -102,7 +102,6 @@ async def create_chat_completion(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     prompt = ChatPrompt([message.plain() for message in body.messages])
-    require_fits(prompt, sessions.loaded_model.tokenizer, sessions.context, "messages")
     completion_job = _completion_job(body, [prompt], generation, session, learning.if_match)
     formatter = ChatFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
     return await _generate(learning, completion_job, formatter, body.on_disconnect)
@@ -206,12 +205,12 @@ def _sampling(body: GenerationRequest, sessions: Sessions) -> SamplingParams:
 def _prompts(body: CompletionRequest, sessions: Sessions) -> list[TextPrompt | TokenPrompt | ChatPrompt]:
     several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
     prompts = cast(list[str | list[int]], body.prompt if several else [body.prompt])
-    checked: list[TextPrompt | TokenPrompt | ChatPrompt] = []
-    for index, prompt in enumerate(prompts):
-        param = f"prompt.{index}" if several else "prompt"
-        checked.append(TextPrompt(prompt) if isinstance(prompt, str) else _token_prompt(param, prompt, sessions))
-        require_fits(checked[-1], sessions.loaded_model.tokenizer, sessions.context, "prompt")
-    return checked
+    return [
+        TextPrompt(prompt)
+        if isinstance(prompt, str)
+        else _token_prompt(f"prompt.{index}" if several else "prompt", prompt, sessions)
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def _token_prompt(param: str, token_ids: list[int], sessions: Sessions) -> TokenPrompt:
