@@ -96,7 +96,8 @@ class ResponseFormatter(ABC):
                 yield chunk
             async for event in events:
                 assert not isinstance(event, TurnRestarted), "a streamed turn is never restarted"
-                for chunk in self._chunks(event):
+                is_large = isinstance(event, Delta) and len(event.logprobs) >= LARGE_REPLY  # the echo of a prompt
+                for chunk in await run_off_loop(LARGE if is_large else 0, list, self._chunks(event)):
                     yield chunk
 
     def opening_chunks(self) -> Iterable[str]:

@@ -21,7 +21,7 @@ from service.errors import (
     VersionConflict,
 )
 from service.metrics import Metrics
-from service.off_loop import run_off_loop
+from service.off_loop import LARGE, run_off_loop
 from service.store.base import CommitMetadata, Lease, SessionMeta, TurnStart
 from service.store.redis.store import RedisStore
 from service.tenants import Tenant
@@ -172,7 +172,7 @@ class SessionGate:
             turn_start = await self._begin_in_store(ctx, session, write, ctx.names)
             if turn_start.record is None:
                 return turn_start, None
-            replay = ctx.replay(turn_start.record)
+            replay = await run_off_loop(len(turn_start.record), ctx.replay, turn_start.record)
             if replay is None:
                 if ctx.has_later_attempt(turn_start.record):
                     await asyncio.sleep(CANCEL_GRACE_S)
@@ -205,8 +205,15 @@ class SessionGate:
         if limit and new.bytes > limit and new.bytes > (0 if before is None else before.bytes):
             raise TooLarge(f"Session {new.id!r} may have {limit} bytes of rows and would get {new.bytes}.")
         ctx, limits = handle.ctx, self.limits
-        ttls = {"key_ttl_s": limits.key_ttl_s, "retry_ttl_s": limits.retry_ttl_s}
-        record = await run_off_loop(answer_size, ctx.idempotency_record, answer, new.version, **ttls)
+        record = await run_off_loop(
+            answer_size,
+            ctx.idempotency_record,
+            answer,
+            new.version,
+            key_ttl_s=limits.key_ttl_s,
+            retry_ttl_s=limits.retry_ttl_s,
+            large=answer_size >= LARGE,
+        )
 
         async def store_and_account() -> None:
             with self._count_conflicts(), self._metrics.commit_seconds.time():

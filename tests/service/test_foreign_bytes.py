@@ -36,10 +36,12 @@ from tests.conftest import Server
 from tests.live import Client, assert_error, assert_success
 from tests.loop_gap import deep_manifest
 from tests.model.random_models import random_llama, write_gguf
+from tests.service.cli_in_process import run_rejected
 from tests.tiny import CHAT_TEMPLATE, build_tiny_policies
 
 CHAT = [{"role": "user", "content": "hi"}]
-FUZZ = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")), deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 Edits = st.lists(st.tuples(st.integers(0, 2**16), st.binary(max_size=12), st.integers(0, 12)), min_size=1, max_size=4)
 JsonValue = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -92,11 +94,18 @@ def test_exports(exported: bytes, edits: list[tuple[int, bytes, int]]) -> None:
 @FUZZ
 @given(JsonValue, st.dictionaries(st.integers(0, 20), JsonValue, max_size=3))
 def test_manifests(value: Any, values: dict[int, Any]) -> None:
-    arrays = {"a.slots": np.zeros(1, np.int32), "a.rows": np.zeros((1, 4), np.uint8)}
+    arrays: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
+        "a.slots": np.zeros(1, np.int32),
+        "a.rows": np.zeros((1, 4), np.uint8),
+    }
     sound = {"format": 1, "version": 1, "tokens_learned": 1, "model": "m", "id": "i", "digests": [], "sha256": ""}
     for manifest in (value, with_values(sound, values)):
         data = save(arrays, {"imprint": json.dumps(manifest)})
-        understood(lambda data=data: read_export(data, "key"), BadRequest)
+
+        def read(data: bytes = data) -> object:
+            return read_export(data, "key")
+
+        understood(read, BadRequest)
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 900 + "1" + "}" * 900, "9" * 5000, '{"format": 1e999}'])
@@ -280,3 +289,9 @@ def test_a_number_without_a_fraction_is_an_integer(server: Server) -> None:
         assert client.complete([7, 8.0, 9], max_tokens=1)["choices"] == ids["choices"]
         response = client.post("completions", client.completion("The fox", max_tokens=4.5))
         assert response.status_code == 400
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "a b", "é", "a" * 129])
+def test_the_command_line_speaks_of_the_name_of_a_session(server: Server, name: str) -> None:
+    line = run_rejected("sessions", "show", "--url", server.url, "--", name, settings={})
+    assert "session id" in line and "route" not in line

@@ -5,6 +5,7 @@ The clients are raw sockets. The server has short time limits; a busy machine ma
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -16,9 +17,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from service.errors import Overloaded
 from service.http.limits import ConnectionLimits
+from service.http.middleware import SMALL_BODY_BYTES, BodyMiddleware
 from service.http.protocol import Connection
+from service.tenants import new_key
 from tests.conftest import Server
 from tests.live import NO_EOS, Client, wait_until
 
@@ -283,6 +288,48 @@ def ask(server: Server, path: bytes, host: bytes) -> bytes:
             return read_all(connection)
     except ConnectionRefusedError:
         return b""
+
+
+def test_a_slow_body_takes_no_place_of_its_tenant(make_server: Callable[..., Server]) -> None:
+    key, line = new_key("acme")
+    server = make_server(api_keys=line, tenant_requests=1).start()
+    head = HEAD + f"Authorization: Bearer {key}\r\nContent-Length: 100\r\n\r\n{{".encode()
+    with ExitStack() as stack, Client(server.url, key=key) as client:
+        for _ in range(5):
+            stack.enter_context(connect(server)).sendall(head)
+        time.sleep(0.5)
+        client.complete("The fox")
+
+
+def test_large_bodies_are_bounded_together_and_small_ones_always_fit() -> None:
+    async def take(size: int, middleware: BodyMiddleware) -> int:
+        messages = [{"type": "http.request", "body": b"x" * size, "more_body": False}]
+
+        async def receive() -> Message:
+            return messages.pop()
+
+        async def send(message: Message) -> None:
+            raise AssertionError
+
+        await middleware({"type": "http", "headers": []}, receive, send)
+        return middleware._held
+
+    async def run() -> None:
+        inner: list[bytes] = []
+
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            inner.append((await receive())["body"])
+            if len(inner) == 1:  # while the first body is held
+                with pytest.raises(Overloaded):
+                    await take(SMALL_BODY_BYTES, middleware)
+                await take(SMALL_BODY_BYTES - 1, middleware)
+
+        middleware = BodyMiddleware(application, limit=10**6, total=200_000)
+        assert await take(180_000, middleware) == 0
+        assert list(map(len, inner)) == [180_000, SMALL_BODY_BYTES - 1]
+        assert await take(180_000, middleware) == 0
+
+    asyncio.run(run())
 
 
 def test_each_server_has_limits_of_its_own() -> None:
