@@ -57,6 +57,15 @@ def convert(gguf_path: Path, folder: Path) -> None:
 
     The folder holds `config.json`, `model.safetensors` (fp32), `tokenizer.json` and `tokenizer_config.json`.
     """
+    try:
+        _convert(gguf_path, folder)
+    except (GGUFError, OSError):
+        raise
+    except Exception as error:  # a file may contradict itself in any way
+        raise GGUFError(f"{gguf_path}: damaged or not GGUF: {error}") from error
+
+
+def _convert(gguf_path: Path, folder: Path) -> None:
     metadata, tensors = _read(gguf_path)
     config = _model_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -206,6 +206,12 @@ def test_a_gguf_file_cannot_claim_more_than_it_has(gguf: bytes, scratch: Path) -
             convert(source, scratch / "never")
 
 
+def test_a_gguf_file_that_contradicts_itself(gguf: bytes, scratch: Path) -> None:
+    source = scratch / "contradicts.gguf"
+    source.write_bytes(gguf[:266] + b"\0\0" + gguf[268:])
+    understood(lambda: convert(source, scratch / "contradiction"), GGUFError)
+
+
 @FUZZ
 @given(Edits, st.dictionaries(st.integers(0, 20), JsonValue, max_size=3))
 def test_policies_and_memories(
