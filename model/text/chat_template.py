@@ -96,8 +96,10 @@ def _find(rendered: str, mark: str, messages: int) -> tuple[str, list[Span | Non
     """Take the marks out again. A message's range lies between its two, if it has just these."""
     positions: list[list[int]] = [[] for _ in range(messages)]
     pieces, length = [], 0
-    for index, piece in enumerate(re.split(f"{mark}([0-9]+){mark}", rendered)):
+    for index, piece in enumerate(rendered.split(mark)):
         if index % 2:
+            if not re.fullmatch("[0-9]{1,9}", piece) or int(piece) >= messages:
+                return rendered, []  # the template has changed a mark
             positions[int(piece)].append(length)
         else:
             pieces.append(piece)

@@ -172,14 +172,13 @@ class Tokenizer:
 
     def _chat_pieces(self, text: str, plain_ids: Mapping[str, list[int]]) -> Iterator[tuple[int, str]]:
         """Yield the pieces of a rendered chat, and each character of `plain_ids` by itself; each with its start."""
-        pattern = f"([{''.join(plain_ids)}])" if plain_ids else "(?!)"
         start = 0
-        for part in re.split(pattern, text):
-            if part in plain_ids:
-                yield start, part
-            else:
-                yield from self._pieces(part, start)
-            start += len(part)
+        for match in re.finditer(f"[{''.join(plain_ids)}]", text) if plain_ids else ():
+            if match.start() > start:
+                yield from self._pieces(text[start : match.start()], start)
+            yield match.start(), match[0]
+            start = match.end()
+        yield from self._pieces(text[start:], start)
 
     def _pieces(self, text: str, offset: int = 0) -> Iterator[tuple[int, str]]:
         """Yield the parts of a text that are tokenised one by one, with their starts, to the same tokens as in one."""

@@ -51,7 +51,7 @@ class CompletionJob:
     stream: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One token and its log-probability (nats; None where nothing predicts the token).
 
