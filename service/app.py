@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -31,6 +32,8 @@ from service.background import keep_running
 from service.base_cache import BaseError
 from service.engine import Engine
 from service.http.install import install
+from service.http.limits import ConnectionLimits, ConnectionReport
+from service.http.protocol import Connection
 from service.metrics import Metrics
 from service.model_loading import LOADER_THREAD, StartError, load_in_thread
 from service.settings import Settings
@@ -131,7 +134,16 @@ async def _serve(
     store = _connect_store(settings, url, metrics, exclusive=embedded is not None)
     sessions = new_sessions(settings, store, metrics)
     app = create_app(sessions, metrics, settings, keys)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
+    connection_limits = ConnectionLimits.of(settings)
+    config = uvicorn.Config(
+        app,
+        http=Connection.with_limits(connection_limits, ConnectionReport(metrics)),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=math.ceil(connection_limits.idle_timeout_s),
+    )
     server = _Server(config, sessions, settings.drain_timeout_s, signals)
     tasks = _background_tasks(store, sessions, metrics, keys, embedded)
     checking = asyncio.create_task(_no_check() if embedded else check_store(store, settings, metrics))

@@ -238,6 +238,13 @@ class Metrics:
         self.background_restarts_total = self._counter(
             "background_restarts_total", "Background tasks that failed and were started again, by task.", ("task",)
         )
+        self.connections = self._gauge("connections", "Open connections.")
+        self.connections_ended_total = self._counter(
+            "connections_ended_total",
+            "Connections that the server ended: requests too large, too slow or invalid, clients that do not read, and"
+            " those that waited while others needed room.",
+            ("reason",),
+        )
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
         self.build_info = self._info(
             "build",
