@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.concurrency import run_off_loop
 from service.errors import (
     BadRequest,
     MisdirectedRequest,
@@ -33,7 +34,6 @@ from service.errors import (
 from service.http.error_responses import error_response
 from service.http.routes import page
 from service.metrics import Metrics
-from service.off_loop import run_off_loop
 from service.tenants import OPERATOR, ApiKeys, Tenant
 from service.turns.sessions import Sessions
 

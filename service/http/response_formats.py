@@ -9,10 +9,9 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
+from service.concurrency import LARGE, dump_json, run_off_loop
 from service.http.schemas import GenerationRequest
-from service.json_steps import dump_json
 from service.metrics import Metrics
-from service.off_loop import LARGE, run_off_loop
 from service.turns.completion import CompletionJob, Delta, TokenLogprob, TurnEnd
 from service.turns.idempotency import RequestContext
 from service.turns.run import TurnRestarted

@@ -14,9 +14,8 @@ from service.engine.types import Alternatives
 from service.errors import BadRequest
 from service.store.base import SessionMeta, WriteMode
 from service.turns import prompts
-from service.turns.commit import TurnOutcome
+from service.turns.commit import TurnOutcome, TurnPlan
 from service.turns.loaded_model import LoadedModel
-from service.turns.plan import TurnPlan
 from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt
 from service.turns.run import Json, Turn
 from service.turns.session_gate import SessionHandle, SessionTarget

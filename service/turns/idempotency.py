@@ -10,8 +10,8 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.concurrency import dump_json
 from service.errors import KeyReused
-from service.json_steps import dump_json
 from service.store.base import IdempotencyRecord
 from service.tenants import Tenant
 

@@ -11,10 +11,9 @@ from service.engine import Event, PolicyDecision, PolicyRequest
 from service.errors import BadRequest, Conflict, NotFound
 from service.store.base import SessionMeta, WriteMode
 from service.turns.action_ids import format_action_id, parse_action_id
-from service.turns.commit import TurnOutcome
+from service.turns.commit import TurnOutcome, TurnPlan
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
-from service.turns.plan import TurnPlan
 from service.turns.run import Json, Turn
 from service.turns.session_gate import SessionHandle, SessionTarget
 from service.turns.sessions import Sessions

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from model.text.chat_template import ChatTemplateError
 from model.text.tokenizer import Tokenizer
+from service.concurrency import run_off_loop
 from service.engine import Segment
 from service.errors import BadRequest
-from service.off_loop import run_off_loop
 
 MAX_DIGESTS = 1024  # a chat may have this many messages: a session could not know more of them again
 MESSAGE_CHARS = 64  # a message costs as much work as so many characters beside its own

@@ -11,17 +11,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from service.concurrency import run_off_loop
 from service.engine import Event, JobFinished, JobRequest, JobStream, MemoryAccess, StateId
 from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import VersionConflict
 from service.metrics import Metrics
-from service.off_loop import run_off_loop
 from service.store.base import SessionStore
 from service.store.errors import damaged_session
-from service.turns.commit import Commit, TurnOutcome, build_commit, outcome_of, record_commit, record_jobs
+from service.turns.commit import Commit, TurnOutcome, TurnPlan, build_commit, outcome_of, record_commit, record_jobs
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
-from service.turns.plan import TurnPlan
 from service.turns.quotas import Quotas
 from service.turns.session_gate import SessionGate, SessionHandle, SessionTarget, session_changed
 

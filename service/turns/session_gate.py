@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from service.concurrency import LARGE, KeyedLocks, run_off_loop, shielded
 from service.errors import (
     NotFound,
     NotReady,
@@ -21,12 +22,10 @@ from service.errors import (
     VersionConflict,
 )
 from service.metrics import Metrics
-from service.off_loop import LARGE, run_off_loop
 from service.store.base import CommitMetadata, Lease, SessionMeta, SessionStore, TurnStart, WriteMode
 from service.tenants import Tenant
 from service.turns.commit import Commit
 from service.turns.idempotency import RequestContext
-from service.turns.locks import KeyedLocks, shielded
 from service.turns.quotas import Quotas
 
 # A client that gave a request up and sent it again leaves the first connection; the server notices within this time.

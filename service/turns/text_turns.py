@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 
 from service.engine import Event, TokenScores
 from service.turns import prompts
-from service.turns.commit import TurnOutcome
+from service.turns.commit import TurnOutcome, TurnPlan
 from service.turns.loaded_model import LoadedModel
-from service.turns.plan import TurnPlan
 from service.turns.prompts import ChatPrompt, TextPrompt
 from service.turns.run import Json, Turn
 from service.turns.session_gate import SessionHandle, SessionTarget

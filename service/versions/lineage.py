@@ -7,7 +7,7 @@ from typing import Any
 
 from service.errors import Conflict, NotFound
 from service.store.base import History
-from service.turns.learned_tokens import unpack_learned_tokens
+from service.turns.state_delta import unpack_learned_tokens
 
 
 def with_text(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.off_loop import run_off_loop
+from service.concurrency import run_off_loop
 from service.store.base import SessionMeta
 from service.tenants import Tenant
 from service.turns.idempotency import RequestContext

@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
+from service.concurrency import run_off_loop
 from service.engine import Segment
 from service.errors import BadRequest, Conflict, VersionConflict
-from service.off_loop import run_off_loop
 from service.store.base import History, SessionMeta, SessionStore
 from service.tenants import Tenant
 from service.turns.action_ids import inherited_tags
-from service.turns.commit import TurnOutcome
-from service.turns.learned_tokens import unpack_learned_tokens
+from service.turns.commit import TurnOutcome, TurnPlan
 from service.turns.loaded_model import LoadedModel
-from service.turns.plan import TurnPlan
 from service.turns.prompts import TextPrompt, message_digests, require_fits
 from service.turns.run import Json, Turn
 from service.turns.session_gate import SessionHandle, SessionTarget, require_match, session_not_found
-from service.turns.state_delta import full_state_delta, state_delta_at
+from service.turns.state_delta import full_state_delta, state_delta_at, unpack_learned_tokens
 from service.turns.text_turns import LearningTurn
 from service.versions.export_file import read_export, unpack_session
 from service.versions.lineage import plan_unlearn, prompt_tokens_of

@@ -30,7 +30,7 @@ from model.policies.network import load_policy
 from model.text.chat_template import ChatTemplate, ChatTemplateError
 from model.text.tokenizer import Tokenizer
 from service.errors import BadRequest
-from service.http.json_body import parse_json
+from service.http.json_route import parse_json
 from service.settings import Settings
 from service.tenants import ApiKeys, ApiKeysError
 from service.versions.export_file import read_export

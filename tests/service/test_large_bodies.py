@@ -17,12 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.concurrency import LARGE, STEP, dump_json, run_off_loop
 from service.errors import BadRequest
-from service.http import json_body
-from service.http.json_body import count_values, parse_json
+from service.http import json_route
+from service.http.json_route import count_values, parse_json
 from service.http.schemas import MAX_MESSAGES, MAX_PARTS
-from service.json_steps import STEP, dump_json
-from service.off_loop import LARGE, run_off_loop
 from service.turns.prompts import MAX_DIGESTS
 from tests.conftest import Server
 from tests.live import Client, assert_error, assert_success
@@ -151,10 +150,10 @@ def _values(value: Any) -> int:
 def test_the_exact_count_leaves_out_what_strings_hold(value: Any, chunk_bytes: int) -> None:
     text = json.dumps(value).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_body, "CHUNK_BYTES", chunk_bytes)
-        patch.setattr(json_body, "MAX_VALUES", 0)
+        patch.setattr(json_route, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(json_route, "MAX_VALUES", 0)
         counted = count_values(text)
-        patch.setattr(json_body, "MAX_VALUES", counted)
+        patch.setattr(json_route, "MAX_VALUES", counted)
         assert (count_values(text) > counted) == (_marks(text.decode()) > counted)
 
 
@@ -175,8 +174,8 @@ def _marks(text: str) -> int:
 @pytest.mark.parametrize("make", [lambda n: b"[" + b"1," * n + b"1]", lambda n: b'{"a":' + b"[]," * n])
 def test_too_many_values_are_refused_before_they_are_parsed(make: Callable[[int], bytes]) -> None:
     with pytest.raises(BadRequest, match="262144 JSON values"):
-        parse_json(make(json_body.MAX_VALUES + 1))
-    assert parse_json(b'"' + b"[,{" * json_body.MAX_VALUES + b'"') == "[,{" * json_body.MAX_VALUES
+        parse_json(make(json_route.MAX_VALUES + 1))
+    assert parse_json(b'"' + b"[,{" * json_route.MAX_VALUES + b'"') == "[,{" * json_route.MAX_VALUES
 
 
 @given(JsonText)

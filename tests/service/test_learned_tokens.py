@@ -16,8 +16,14 @@ from service.store import CommitMetadata, RetentionConfig, RowBatch
 from service.store.base import History, UndoStep
 from service.store.embedded import EmbeddedValkey
 from service.store.redis.store import RedisStore
-from service.turns.learned_tokens import pack_learned_tokens, unpack_learned_tokens
-from service.turns.state_delta import VERSIONED_FIELDS, StateDelta, full_state_delta, state_delta_at
+from service.turns.state_delta import (
+    VERSIONED_FIELDS,
+    StateDelta,
+    full_state_delta,
+    pack_learned_tokens,
+    state_delta_at,
+    unpack_learned_tokens,
+)
 from service.versions.lineage import plan_unlearn
 from tests.service.store_backends import new_meta
 

@@ -16,13 +16,12 @@ from service.http.dependencies import (
     idempotency_headers,
     large_reply,
 )
-from service.http.disconnect import until_disconnect
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, streamed_responses
 from service.http.replies import ChatCompletion, Completion, Model, ModelList, PolicyShape
 from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ResponseFormatter
 from service.http.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
-from service.http.sse import EventStream
+from service.http.sse import EventStream, until_disconnect
 from service.turns.completion import CompletionJob, GenerationOptions
 from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions

@@ -5,11 +5,11 @@ from dataclasses import asdict
 from fastapi import APIRouter
 
 from service.http.dependencies import LearningRequestDep, PathId, PoliciesDep, RequestContextDep, VersionsDep
-from service.http.disconnect import until_disconnect
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, ETAG_RESPONSES
 from service.http.replies import Acted, Labelled, Observed
 from service.http.schemas import ActRequest, FeedbackRequest, PredictRequest
+from service.http.sse import until_disconnect
 from service.turns.policy_turns import ActionSampling, RewardInput
 
 router = APIRouter(prefix="/v1/sessions", route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["Policies"])

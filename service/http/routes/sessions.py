@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from service.concurrency import LARGE, dump_json, run_off_loop
 from service.http.dependencies import (
     IfMatch,
     LearningRequest,
@@ -18,7 +19,6 @@ from service.http.dependencies import (
     etag,
     large_reply,
 )
-from service.http.disconnect import until_disconnect
 from service.http.json_route import FileRoute, JsonRoute
 from service.http.openapi import ERROR_RESPONSES, ETAG_HEADER, ETAG_RESPONSES, FILE_CONTENT, FILE_TYPE, Responses
 from service.http.replies import (
@@ -44,8 +44,7 @@ from service.http.schemas import (
     SessionOptions,
     Span,
 )
-from service.json_steps import dump_json
-from service.off_loop import LARGE, run_off_loop
+from service.http.sse import until_disconnect
 from service.store.base import SessionMeta
 from service.turns.policy_turns import PolicyTurns
 from service.turns.prompts import ChatPrompt, TextPrompt
