@@ -12,7 +12,18 @@ from uuid import uuid4
 import pytest
 
 from model.text.tokenizer import Tokenizer
-from tests.live import NO_EOS, Client, Json, assert_error, background_load, in_background, state, stored, text_of
+from tests.live import (
+    NO_EOS,
+    Client,
+    Json,
+    assert_error,
+    background_load,
+    in_background,
+    state,
+    stored,
+    text_of,
+    wait_until,
+)
 from tests.tiny import TEXT, build_tiny_base
 
 PROMPT = TEXT[:60]
@@ -426,6 +437,7 @@ def test_turns_of_one_session_run_one_at_a_time_in_the_order_of_their_arrival(
 def test_a_session_is_erased_between_two_turns(client: Client, tokenizer: Tokenizer, session: str) -> None:
     with ThreadPoolExecutor(3) as pool:
         first = in_background(pool, client, lambda: client.observe(session, LONG * 6))
+        wait_until(lambda: first.done() or client.metric("kv_tokens_reserved") > 0)  # it has its session
         erased = in_background(pool, client, lambda: client.http.delete(f"/v1/sessions/{session}"))
         second = in_background(pool, client, lambda: client.observe(session, SHORT))
         assert first.result()["version"] == 1
