@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "model.policies": ("model.adaptive_lm", "model.memory", "model.weights", *MODEL_TOOLS),
     "service.errors": (),
     "service.types": (),
+    "service.concurrency": (),
     "service.settings": (),
     "service.metrics": (),
     "service.tenants": ("service.errors", "service.settings"),
@@ -44,6 +45,7 @@ MAY_IMPORT = {
     "service.store": ("service.child_process", "service.errors", "service.types"),
     "service.engine": ("model", "service.errors", "service.metrics", "service.store.base"),
     "service.turns": (
+        "service.concurrency",
         "model",
         "service.engine",
         "service.errors",
@@ -54,6 +56,7 @@ MAY_IMPORT = {
         "service.types",
     ),
     "service.versions": (
+        "service.concurrency",
         "model",
         "service.engine",
         "service.errors",
@@ -65,6 +68,7 @@ MAY_IMPORT = {
         "service.types",
     ),
     "service.http": (
+        "service.concurrency",
         "model.site_kind",
         "model.text.sampling",
         "service.errors",
@@ -76,7 +80,7 @@ MAY_IMPORT = {
         "service.types",
         "service.versions",
     ),
-    "service.client": ("service.errors", "service.http.replies", "service.types"),
+    "service.client": ("service.errors", "service.http.replies", "service.http.schemas", "service.types"),
     "service.background": ("service.metrics",),
     "service.model_loading": (
         "model",
@@ -109,7 +113,7 @@ MUST_NOT_IMPORT = {
     "model": ("model.base", "model.memory", "model.text", "model.adaptive_lm", "model.decode", "model.policies"),
     "service.app": ("service.cli", "service.client", "service.__main__"),
     "service.cli": ("service.engine", "service.turns", "service.versions", "service.http.routes"),
-    "benchmarks": ("service.cli", "service.http", "service.turns"),
+    "benchmarks": ("service.cli", "service.http.routes", "service.turns"),
 }
 
 # Concrete stores, and who names them.
@@ -135,8 +139,8 @@ LIBRARIES = {
     "tokenizers": ("model.base", "model.text"),
     "jinja2": ("model.text",),
     "fastapi": ("service.http", "service.app"),
-    "starlette": ("service.http",),
-    "uvicorn": ("service.app",),
+    "starlette": ("service.http", "benchmarks.http_protocols"),
+    "uvicorn": ("service.app", "service.http.protocol", "benchmarks.http_protocols"),
     "pydantic": ("service.http", "service.settings", "service.cli"),
     "pydantic_settings": ("service.settings",),
     "platformdirs": ("service.settings",),
