@@ -135,6 +135,7 @@ async def _serve(
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise()))
     else:
+        tasks.append(asyncio.create_task(keep_running("heartbeat", store.heartbeat, metrics)))
         tasks.append(asyncio.create_task(keep_running("restore_list", lambda: _restore_list(store, metrics), metrics)))
     checking = asyncio.create_task(check_store(store, settings, metrics) if embedded is None else asyncio.sleep(0))
     serving = asyncio.create_task(server.serve([listener]))

@@ -16,6 +16,7 @@ Keys, all of a session's in one hash slot of a cluster:
                         …:lease          owner:fence of the server that may write; expires
                         …:fence          counter of leases that never goes back; outlives the session by a day
                         …:erased         the fence at which the session was erased; expires after a day
+    imprint:alive:<owner>                a server's heartbeat; expires
     imprint:sessions:<tenant>            the tenant's index of sessions, see index.py
 
 `ledger.py` lists the keys of the tenants' accounts. Every step on a session is one server-side script.
@@ -29,6 +30,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -41,6 +43,7 @@ from redis.exceptions import RedisError
 from service.errors import StoreRefused, StoreUnavailable, Unavailable
 from service.store import errors
 from service.store.base import (
+    BEAT_EVERY_S,
     MAX_LOG_ENTRIES,
     NO_COMMIT_METADATA,
     CommitMetadata,
@@ -59,6 +62,7 @@ from service.store.base import (
 from service.store.redis import codec
 from service.store.redis.codec import decode, meta_key, pairs, session_key
 from service.store.redis.connect import AnyRedis, connect
+from service.store.redis.heartbeat import BEATING, Heartbeat
 from service.store.redis.index import SessionIndex
 from service.store.redis.ledger import RedisLedger
 from service.store.redis.retry import COMMIT_RETRY_S, is_lost_connection, retry_while_away
@@ -106,6 +110,7 @@ class RedisStore:
         self._exclusive = exclusive
         self._known_sites: tuple[str, ...] = ()  # the sites at which any session had rows so far
         self._scripts = SessionScripts(client)
+        self._heartbeat = Heartbeat(client)
         self._report_fault = report_fault
         self._index = SessionIndex(client, report_fault)
 
@@ -131,23 +136,37 @@ class RedisStore:
         self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = (), even_if_full: bool = False
     ) -> TurnStart:
         key, retention, mode = meta_key(tenant, sid), self._retention, "never" if self._exclusive else write
-        args: list[str | int] = [self._owner, int(1000 * retention.lease_s), mode, retention.ttl_s, *names]
+        dead = ""
         deadline, pause = time.monotonic() + retention.wait_s, FIRST_POLL_S
         script = self._scripts.enter_full if even_if_full else self._scripts.enter
         while True:
-            verdict, *reply = await retry_while_away(lambda: script([key], args))
+            args: list[str | int] = [self._owner, int(1000 * retention.lease_s), mode, retention.ttl_s, dead, *names]
+            verdict, *reply = await retry_while_away(partial(script, [key], args))
             if verdict == b"again":
                 return TurnStart(None, record=reply[0])
             if verdict == b"damaged":
                 raise errors.damaged_session(sid, f"missing are {reply[0].decode()}")
             if verdict == b"entered":
                 break
+            held = reply[1].decode()
+            if held != dead and await self._heartbeat.is_dead(Lease(tenant, sid, held)):
+                log.warning("a server that has stopped holds the lease of a session, which is taken over")
+                dead = held
+                continue
             if time.monotonic() > deadline:
                 raise errors.session_leased(sid, retention.wait_s)
             await asyncio.sleep(min(pause, 0.001 * max(1, int(reply[0]))))
             pause = min(1.5 * pause, MAX_POLL_S)
         lease = Lease(tenant, sid, reply[0].decode()) if reply[0] else None
         return TurnStart(decode(sid, pairs(reply[1:])) if reply[1:] else None, lease)
+
+    async def heartbeat(self) -> None:
+        owner = f"{BEATING}{self._owner.removeprefix(BEATING)}"
+        while True:
+            with suppress(Unavailable):
+                await self._heartbeat.beat(owner)
+                self._owner = owner
+            await asyncio.sleep(BEAT_EVERY_S)
 
     async def renew(self, lease: Lease) -> bool:
         key, args = meta_key(lease.tenant, lease.sid), (lease.value, int(1000 * self._retention.lease_s))
