@@ -46,6 +46,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
+from service.store.redis.keys import DEFAULT_PREFIX
 from service.store.redis.store import RedisStore
 from service.tenants import ApiKeys, ApiKeysError
 from service.turns.loaded_model import LoadedModel
@@ -182,6 +183,7 @@ def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive:
             url,
             retention,
             exclusive=exclusive,
+            prefix=DEFAULT_PREFIX if exclusive else settings.redis_prefix,
             report_fault=lambda fault: metrics.store_faults_total.labels(fault).inc(),
         )
     except ValueError as error:

@@ -107,6 +107,12 @@ class Settings(BaseSettings):
         " TLS: `rediss+…`). Several Imprint servers can share one. Unset: an embedded Valkey in the data"
         " folder.",
     )
+    redis_prefix: str = Field(
+        "imprint",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="What the name of every key and channel in the Redis of `IMPRINT_REDIS_URL` begins with."
+        " Deployments of different prefixes can share a Redis; the servers of one deployment need the same prefix.",
+    )
     allow_eviction: bool = Field(
         False,
         description="Serve although the Redis of `IMPRINT_REDIS_URL` has a `maxmemory-policy` other than `noeviction`."

@@ -1,4 +1,4 @@
-"""The byte formats of a session in Redis: key names, the meta hash, pages and records of rows, packed undo steps.
+"""The byte formats of a session in Redis: the meta hash, pages and records of rows, packed undo steps.
 
 The Lua scripts read and write the same formats. `service/store/redis/store.py` lists the keys.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.errors import EngineError
 from service.store import errors
-from service.store.base import RowBatch, SessionMeta, Slots, UndoStep, check_name
+from service.store.base import RowBatch, SessionMeta, Slots, UndoStep
 
 FORMAT = b"5"
 # Formats 1 and 2 have a hash field for each row, format 3 has one for five slots. Format 1 also has its digests in
@@ -29,32 +29,6 @@ SITE = "site:"
 SUM_RANGE = 2**48  # of the checksum of a site, as in pages.lua
 ADDED_FIELDS = frozenset({"actions", "action_tags"})  # of SessionMeta that format 4 may lack
 _META_FIELDS = frozenset(field.name for field in fields(SessionMeta))
-
-
-def session_key(tenant: str, sid: str, suffix: str) -> str:
-    """Return the name of one key of a session. A cluster hashes what stands in the braces."""
-    return f"imprint:{{{check_name('tenant', tenant)}/{check_name('session id', sid)}}}:{suffix}"
-
-
-def meta_key(tenant: str, sid: str) -> str:
-    """Return the name of the meta hash, from which the scripts derive the session's other keys."""
-    return session_key(tenant, sid, "meta")
-
-
-def meta_key_pattern() -> str:
-    """Return the glob pattern of the names of all meta hashes."""
-    return "imprint:{*}:meta"
-
-
-def tenant_and_session(key: bytes) -> tuple[str, str]:
-    """Return the tenant and the session that a key belongs to."""
-    name = key.decode()
-    tenant, _, sid = name[name.index("{") + 1 : name.rindex("}")].partition("/")
-    return tenant, sid
-
-
-def index_key(tenant: str) -> str:
-    return f"imprint:sessions:{check_name('tenant', tenant)}"
 
 
 def encode(meta: SessionMeta) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from service.store.base import HEARTBEAT_S, Lease
 from service.store.redis.connect import AnyRedis
+from service.store.redis.keys import Keys
 from service.store.redis.retry import retry_while_away
 from service.store.redis.scripts import ALLOW_OOM
 
@@ -14,21 +15,17 @@ BEAT = ALLOW_OOM + "return redis.call('SET', KEYS[1], '', 'PX', ARGV[1])"
 class Heartbeat:
     """The heartbeats of all servers of a store."""
 
-    def __init__(self, client: AnyRedis) -> None:
-        self._client = client
+    def __init__(self, client: AnyRedis, keys: Keys) -> None:
+        self._client, self._keys = client, keys
         self._beat = client.register_script(BEAT)
 
     async def beat(self, owner: str) -> None:
         """Say that the server `owner` runs."""
-        await retry_while_away(lambda: self._beat([_key(owner)], [int(1000 * HEARTBEAT_S)]))
+        await retry_while_away(lambda: self._beat([self._keys.alive(owner)], [int(1000 * HEARTBEAT_S)]))
 
     async def is_dead(self, lease: Lease) -> bool:
         """Return whether the owner of a lease had a heartbeat and has none any more."""
         owner = lease.value.rpartition(":")[0]
         if not owner.startswith(BEATING):
             return False
-        return not await retry_while_away(lambda: self._client.exists(_key(owner)))
-
-
-def _key(owner: str) -> str:
-    return f"imprint:alive:{owner}"
+        return not await retry_while_away(lambda: self._client.exists(self._keys.alive(owner)))

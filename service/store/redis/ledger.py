@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.store.redis.connect import AnyRedis
+from service.store.redis.keys import Keys
 from service.store.redis.retry import retry_while_away
 from service.store.redis.scripts import ALLOW_OOM, load_script
 
@@ -23,7 +24,8 @@ SUM_FIELD = "*"  # not a session id: names of sessions may not contain it
 class RedisLedger:
     """The `QuotaLedger` of a Redis or Valkey server. Every method is one run of `ledger.lua`."""
 
-    def __init__(self, client: AnyRedis) -> None:
+    def __init__(self, client: AnyRedis, keys: Keys) -> None:
+        self._keys = keys
         self._script = load_script(client, "ledger", first_line=ALLOW_OOM)
 
     async def reserve(self, tenant: str, sid: str, limit: int) -> tuple[bool, int]:
@@ -47,6 +49,4 @@ class RedisLedger:
         return int(num_bytes), int(tokens)
 
     async def _run(self, tenant: str, *arguments: str | int) -> Any:
-        account = f"imprint:{{{tenant}}}"
-        keys = [f"{account}:sessions", f"{account}:tokens"]
-        return await retry_while_away(lambda: self._script(keys, arguments))
+        return await retry_while_away(lambda: self._script(self._keys.account(tenant), arguments))
