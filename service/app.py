@@ -46,7 +46,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
-from service.store.redis.keys import DEFAULT_PREFIX
+from service.store.redis.codec import DEFAULT_PREFIX
 from service.store.redis.store import RedisStore
 from service.tenants import ApiKeys, ApiKeysError
 from service.turns.loaded_model import LoadedModel

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "service.types": (),
     "service.settings": (),
     "service.metrics": (),
+    "service.background": ("service.metrics",),
     "service.tenants": ("service.errors", "service.settings"),
     "service.base_cache": ("model.base",),
     "service.store": ("service.errors", "service.types"),

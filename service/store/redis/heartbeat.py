@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from service.store.base import HEARTBEAT_S, Lease
+from service.store.redis.codec import Keys
 from service.store.redis.connect import AnyRedis
-from service.store.redis.keys import Keys
 from service.store.redis.retry import retry_while_away
 from service.store.redis.scripts import ALLOW_OOM
 

@@ -14,9 +14,8 @@ from typing import cast
 
 from service.errors import Unavailable
 from service.store.base import SessionMeta
-from service.store.redis.codec import absent_fields, decode
+from service.store.redis.codec import Keys, absent_fields, decode, tenant_and_session
 from service.store.redis.connect import AnyRedis
-from service.store.redis.keys import Keys, tenant_and_session
 from service.store.redis.retry import retry_while_away
 
 SCAN_KEYS = 1000

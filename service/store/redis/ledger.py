@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from service.store.redis.codec import Keys
 from service.store.redis.connect import AnyRedis
-from service.store.redis.keys import Keys
 from service.store.redis.retry import retry_while_away
 from service.store.redis.scripts import ALLOW_OOM, load_script
 

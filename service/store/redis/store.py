@@ -1,6 +1,6 @@
 """Sessions in Redis or Valkey: consistent reads, and commits that are atomic, durable, fenced and applied once.
 
-Keys, all of a session's in one hash slot of a cluster (`imprint` is the default prefix, see keys.py):
+Keys, all of a session's in one hash slot of a cluster (`imprint` is the default prefix, see `codec.Keys`):
 
     imprint:{<tenant>/<id>}:meta         hash: format, nonce of the last commit, the fields of SessionMeta as JSON,
                                          for each site that has rows `site:<name>` = bytes per row, and what proves the
@@ -60,11 +60,10 @@ from service.store.base import (
     WriteMode,
 )
 from service.store.redis import codec
-from service.store.redis.codec import decode, pairs
+from service.store.redis.codec import DEFAULT_PREFIX, Keys, decode, pairs
 from service.store.redis.connect import AnyRedis, connect
 from service.store.redis.heartbeat import BEATING, Heartbeat
 from service.store.redis.index import SessionIndex
-from service.store.redis.keys import DEFAULT_PREFIX, Keys
 from service.store.redis.ledger import RedisLedger
 from service.store.redis.retry import COMMIT_RETRY_S, is_lost_connection, retry_while_away
 from service.store.redis.scripts import SessionScripts, raise_for_verdict
