@@ -205,7 +205,8 @@ def _wait_until_ready(url: str) -> None:
 
 def _stream_chat(url: str, session: str, text: str) -> None:
     messages = [{"role": "user", "content": text}]
-    body = {"model": "tiny", "session": session, "messages": messages, "stream": True, "max_completion_tokens": 8}
+    body = {"model": "tiny", "session": session, "messages": messages, "stream": True}
+    body |= {"max_completion_tokens": 8, "temperature": 0}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=START_TIMEOUT_S) as response:
         lines = list(response.iter_lines())
     if response.status_code != 200 or "data: [DONE]" not in lines:

@@ -130,7 +130,7 @@ class MemoryJob:
 
     @property
     def writes(self) -> bool:
-        """Whether the job may have rows to gather from the device at the end."""
+        """True if the job may have rows to gather from the device at the end."""
         return self._draft is not None
 
     def start(self, resident: ResidentSessions) -> None:

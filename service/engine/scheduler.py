@@ -1,4 +1,4 @@
-"""Which job runs next: continuous batching with chunked prefill. The scheduler counts; it handles no tensor, no thread.
+"""The scheduler: continuous batching with chunked prefill. It counts; no tensor and no thread appears here.
 
 Each step runs at most one block of one job (prefill or learning) and one token of every decoding sequence, so that a
 long prompt delays the running streams by one block at a time. Blocks go round robin; admission is first come, first
@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Schedulable(Protocol):
-    """What the scheduler needs to know of a job."""
+    """The properties of a job on which the scheduler decides."""
 
     @property
     def num_sequences(self) -> int:
@@ -24,7 +24,7 @@ class Schedulable(Protocol):
 
     @property
     def wants_block(self) -> bool:
-        """Whether the job's next step is a block rather than decoding."""
+        """True if the job's next step is a block rather than decoding."""
 
 
 JobT = TypeVar("JobT", bound=Schedulable)

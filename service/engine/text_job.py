@@ -127,12 +127,12 @@ class TextJob(MemoryJob):
 
     @property
     def wants_block(self) -> bool:
-        """Whether the job's next step is a block rather than decoding."""
+        """True if the job's next step is a block rather than decoding."""
         return self._prefilling or any(self._learnable(sequence) for sequence in self.sequences)
 
     @property
     def done(self) -> bool:
-        """Whether all segments are complete."""
+        """True if all segments are complete."""
         return self._segment == len(self.request.segments)
 
     def start(self, resident: ResidentSessions) -> None:

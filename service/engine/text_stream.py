@@ -1,4 +1,4 @@
-"""From tokens to text that may be shown: whole characters only, and no part of a stop string."""
+"""Text from tokens, as far as the text may be shown: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """What to generate after a segment.
+    """The generation that follows a segment.
 
     Attributes:
         max_tokens: the largest number of tokens of a sequence.
@@ -100,7 +100,7 @@ class MemoryAccess:
 
 @dataclass(eq=False)
 class JobRequest:
-    """What a turn asks of the engine.
+    """The work that one turn asks of the engine.
 
     Attributes:
         segments: requests of the language model, one after the other.
@@ -155,7 +155,7 @@ class JobStats:
     rewards: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Alternatives:
     """One token's log-probability (None: nothing predicts the token) and the most probable tokens in its place."""
 

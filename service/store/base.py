@@ -120,7 +120,7 @@ class StoredSession:
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    """What a store keeps beside the latest versions of the sessions, and for how long.
+    """The retention of everything beside the latest versions of the sessions.
 
     Attributes:
         versions: number of versions that a session can go back.
@@ -149,7 +149,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class TurnStart:
-    """What a turn begins with.
+    """The state that a turn begins with.
 
     Attributes:
         meta: the session; None if there is none.
@@ -173,7 +173,7 @@ class IdempotencyRecord:
 
 @dataclass(frozen=True)
 class CommitMetadata:
-    """What a store keeps along with a commit.
+    """The record that a store keeps along with a commit.
 
     Attributes:
         log: the log entry, of JSON types; the store adds the key `version`. Empty = no entry.
@@ -191,7 +191,7 @@ NO_COMMIT_METADATA = CommitMetadata()
 
 @dataclass(frozen=True, eq=False)
 class UndoStep:
-    """What turns `version` back into the version before it.
+    """The change that turns `version` back into the version before it.
 
     Attributes:
         version: the version that the step undoes.

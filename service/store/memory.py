@@ -83,7 +83,7 @@ class _Undo:
 
 @dataclass
 class _Record:
-    """What the store keeps under one session id. The lease, the fence and the tombstone do not end with the session."""
+    """The entry of one session id. The lease, the fence and the tombstone do not end with the session."""
 
     meta: SessionMeta | None = None
     expires_at: float = inf
