@@ -137,8 +137,9 @@ class Settings(BaseSettings):
         10.0,
         ge=1,
         le=600,
-        description="Seconds after which another replica may take over a session from a replica that no longer"
-        " answers. Only used if several servers share a Redis.",
+        description="Seconds after which another replica may take over a session from a replica that does not renew"
+        " its lease. A replica that gives no sign of life at all is relieved within 3 seconds. Only used if several"
+        " servers share a Redis.",
     )
     lease_wait_s: float = Field(
         12.0,
