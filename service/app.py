@@ -40,6 +40,7 @@ from service.settings import Settings
 from service.stopping import StopSignals, end_tasks, exit_within, first_line
 from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
+from service.store.redis.codec import DEFAULT_PREFIX
 from service.store.redis.store import RedisStore
 from service.store_watch import check_store, restore_list, store_reporter, watch_store
 from service.tenants import ApiKeys, ApiKeysError
@@ -194,6 +195,7 @@ def _background_tasks(
     watch = partial(watch_store, store, sessions, metrics, keys, None if embedded else report)
     forever: dict[str, Callable[[], Awaitable[None]]] = {"watch_store": watch, "drop_erased": sessions.drop_erased}
     if embedded is None:
+        forever["heartbeat"] = store.heartbeat
         forever["restore_list"] = partial(restore_list, store, metrics)
     tasks = [asyncio.create_task(keep_running(name, task, metrics)) for name, task in forever.items()]
     if embedded is not None:
@@ -215,6 +217,7 @@ def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive:
             url,
             retention,
             exclusive=exclusive,
+            prefix=DEFAULT_PREFIX if exclusive else settings.redis_prefix,
             report_fault=lambda fault: metrics.store_faults_total.labels(fault).inc(),
         )
     except ValueError as error:

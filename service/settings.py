@@ -107,6 +107,12 @@ class Settings(BaseSettings):
         " TLS: `rediss+…`). Several Imprint servers can share one. Unset: an embedded Valkey in the data"
         " folder.",
     )
+    redis_prefix: str = Field(
+        "imprint",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="What the name of every key and channel in the Redis of `IMPRINT_REDIS_URL` begins with."
+        " Deployments of different prefixes can share a Redis; the servers of one deployment need the same prefix.",
+    )
     allow_eviction: bool = Field(
         False,
         description="Serve although the Redis of `IMPRINT_REDIS_URL` has a `maxmemory-policy` other than `noeviction`."
@@ -131,8 +137,9 @@ class Settings(BaseSettings):
         10.0,
         ge=1,
         le=600,
-        description="Seconds after which another replica may take over a session from a replica that no longer"
-        " answers. Only used if several servers share a Redis.",
+        description="Seconds after which another replica may take over a session from a replica that does not renew"
+        " its lease. A replica that gives no sign of life at all is relieved within 3 seconds. Only used if several"
+        " servers share a Redis.",
     )
     lease_wait_s: float = Field(
         12.0,

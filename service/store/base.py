@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_LOG_ENTRIES = 512  # newest log entries that a store keeps of a session
+BEAT_EVERY_S = 0.5  # seconds between two heartbeats of a server
+HEARTBEAT_S = 2.0  # seconds without a heartbeat after which a server counts as dead
 TOMBSTONE_S = 86_400  # seconds for which a store bars turns that began before a session was erased
 _NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")
 
@@ -332,6 +334,14 @@ class SessionStore(Protocol):
 
         Raises:
             SessionBusy: another server held the lease all the time.
+        """
+        ...
+
+    async def heartbeat(self) -> None:
+        """Tell the other servers that this server runs, every `BEAT_EVERY_S`, for ever.
+
+        Whoever waits in `begin_turn` takes a lease at once whose owner has called this method and has been silent for
+        `HEARTBEAT_S`. The fence keeps an owner that was only paused from committing.
         """
         ...
 

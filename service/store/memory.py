@@ -15,6 +15,8 @@ import numpy as np
 
 from service.store import errors
 from service.store.base import (
+    BEAT_EVERY_S,
+    HEARTBEAT_S,
     MAX_LOG_ENTRIES,
     NO_COMMIT_METADATA,
     TOMBSTONE_S,
@@ -124,6 +126,7 @@ class _Database:
     def __init__(self, clock: Clock, max_bytes: int) -> None:
         self.clock = clock
         self.max_bytes = max_bytes
+        self.beats: dict[str, float] = {}  # owner -> time of the last heartbeat
         self.listeners: list[asyncio.Queue[tuple[str, str]]] = []
         self._records: dict[tuple[str, str], _Record] = {}
 
@@ -196,7 +199,9 @@ class MemoryStore:
                 if name in record.answers:
                     return TurnStart(None, record=record.answers[name][1])
             writes = self._takes_lease(record.meta, write)
-            if not writes or not record.lease or record.lease.startswith(f"{self._owner}:"):
+            owner = record.lease.rpartition(":")[0]
+            is_dead = now - self._database.beats.get(owner, inf) > HEARTBEAT_S
+            if not writes or owner in ("", self._owner) or is_dead:
                 break
             if now >= deadline:
                 raise errors.session_leased(sid, self._retention.wait_s)
@@ -217,6 +222,11 @@ class MemoryStore:
         if self._exclusive or write == "never":
             return False
         return write == "always" or meta is None or meta.options.get("adapt") != "predict"
+
+    async def heartbeat(self) -> None:
+        while True:
+            self._database.beats[self._owner] = self._database.clock()
+            await asyncio.sleep(BEAT_EVERY_S)
 
     async def renew(self, lease: Lease) -> bool:
         record = self._database.record(lease.tenant, lease.sid)

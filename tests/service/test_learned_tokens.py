@@ -28,6 +28,7 @@ from service.versions.lineage import plan_unlearn
 from tests.service.store_backends import new_meta
 
 Model = dict[str, dict[int, bytes]]
+NO_NUMBERS = {"digests": (), "action_tags": (), "loss_sum": 0.0, "frozen_loss_sum": 0.0}
 WIDTHS = {"a": 8, "a_own": 12, "b": 4}
 
 
@@ -59,7 +60,9 @@ async def test_every_kept_version_can_be_restored_after_random_changes(url: str)
     contents: list[tuple[Model, dict[str, Any]]] = [
         ({}, {name: getattr(new_meta("s"), name) for name in VERSIONED_FIELDS})
     ]
-    contents[0][1].update(dict.fromkeys(VERSIONED_FIELDS, 0) | {"digests": (), "loss_sum": 0.0, "frozen_loss_sum": 0.0})
+    contents[0][1].update(
+        dict.fromkeys(VERSIONED_FIELDS, 0) | {"digests": (), "action_tags": (), "loss_sum": 0.0, "frozen_loss_sum": 0.0}
+    )
 
     def some_rows() -> dict[str, RowBatch]:
         sites = rng.sample(sorted(WIDTHS), rng.randint(0, 3))
@@ -71,6 +74,7 @@ async def test_every_kept_version_can_be_restored_after_random_changes(url: str)
     for version in range(1, 80):
         current = contents[-1][0]
         values: dict[str, Any] = {name: rng.randint(0, 9) for name in VERSIONED_FIELDS}
+        values["action_tags"] = ((rng.randint(0, 9), rng.randbytes(6).hex()),)
         values["digests"] = (rng.randbytes(8).hex(),) * 2
         match rng.random():
             case x if x < 0.6:

@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import Conflict, SessionBusy, VersionConflict
 from service.store import RetentionConfig, SessionStore
-from service.store.base import TOMBSTONE_S, Lease
+from service.store.base import HEARTBEAT_S, TOMBSTONE_S, Lease
 from service.store.memory import MemoryStore
 from tests.service.store_backends import StoreBackend, assert_same, new_meta, rows
 
@@ -76,6 +76,25 @@ async def test_a_turn_waits_for_the_lease_of_another_server_and_replaces_its_own
     assert not waiting.done()
     await one.release(lease)
     await other.release(await waiting)
+
+
+async def test_the_lease_of_a_dead_server_is_free_within_three_seconds(
+    two: tuple[SessionStore, SessionStore], backend: StoreBackend, tenant: str
+) -> None:
+    one, other = two
+    hasty = backend.open(RetentionConfig(lease_s=LEASE_S, wait_s=0.0))
+    beating = asyncio.create_task(one.heartbeat())
+    await asyncio.sleep(0.1)
+    lease = await take(one, tenant)
+    await asyncio.sleep(0.6)
+    with pytest.raises(SessionBusy):
+        await hasty.begin_turn(tenant, "s", write="always")
+    beating.cancel()
+    backend.advance(tenant, HEARTBEAT_S + 0.1)
+    later = await asyncio.wait_for(take(other, tenant), 3.0)
+    with pytest.raises(VersionConflict):
+        await one.commit(tenant, new_meta("s", 1), {}, lease=lease)
+    await other.commit(tenant, new_meta("s", 1), {}, lease=later)
 
 
 async def test_a_stale_lease_commits_nothing(

@@ -215,6 +215,41 @@ async def test_a_session_that_counted_no_actions_keeps_their_ids(store: RedisSto
         parse_action_id("act-8", meta)
 
 
+async def test_deployments_of_two_prefixes_share_a_server(url: str, raw: Redis, tenant: str) -> None:
+    one, other = (RedisStore.from_url(url, prefix=f"{name}-{tenant}") for name in ("one", "other"))
+    heard: list[Any] = []
+
+    async def listen() -> None:
+        async for erased in other.erased():
+            heard.append(erased)
+
+    listening = asyncio.create_task(listen())
+    while not heard:
+        await asyncio.sleep(0.01)
+    turn_start = await one.begin_turn("t", "s", write="always")
+    await one.commit("t", new_meta("s", 1), {"a": rows([1])}, lease=turn_start.lease)
+    await one.ledger.reserve("t", "s", 0)
+    held = (await one.begin_turn("t", "s", write="always")).lease
+    assert held and (await other.begin_turn("t", "s", write="always")).meta is None
+    assert await other.load("t", "s") is None and await other.list("t") == [] and await other.restore_list() == 0
+    assert await other.ledger.session_ids("t") == set() and await one.ledger.session_ids("t") == {"s"}
+    await other.create("t", new_meta("s"))
+    await one.delete("t", "s")
+    assert [meta.id for meta in await other.list("t")] == ["s"] and await one.list("t") == []
+    await other.delete("t", "x")
+    async with asyncio.timeout(5):
+        while len(heard) < 2:
+            await asyncio.sleep(0.01)
+    assert heard == [None, ("t", "x")]
+    names = [key.split(b":")[0] for key in raw.scan_iter() if tenant.encode() in key]
+    assert set(names) == {f"{name}-{tenant}".encode() for name in ("one", "other")}
+    listening.cancel()
+    with pytest.raises(ValueError, match="prefix"):
+        RedisStore.from_url(url, prefix="no:colon")
+    for store in (one, other):
+        await store.close()
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 

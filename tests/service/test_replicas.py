@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,6 +100,37 @@ async def test_a_cluster_of_three_keeps_sessions(tmp_path: Path) -> None:
         await other.close()
         for node in nodes:
             node.close()
+
+
+async def test_a_fresh_client_of_a_cluster_hears_of_erasures_and_loads(tmp_path: Path) -> None:
+    with cluster(tmp_path) as ports:
+        url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
+        store, listener, reader = (RedisStore.from_url(url) for _ in range(3))
+        heard: list[tuple[str, str] | None] = []
+        listening = asyncio.create_task(listen(listener, heard))
+        while not heard:
+            assert not listening.done()
+            await asyncio.sleep(0.01)
+        await run_turns(store, "t", "s")
+        threads = threading.active_count()
+        loaded = await asyncio.gather(*(reader.load("t", "s") for _ in range(20)))
+        assert all(session is not None and session.meta == new_meta("s", 3) for session in loaded)
+        assert threading.active_count() == threads, "no thread reads"
+        await store.check_rights()
+        assert not await store.may_evict()
+        nodes: list[Any] = [Redis(port=port) for port in ports]
+        for node in nodes:
+            for key in node.scan_iter("imprint:sessions:*"):
+                node.delete(key)
+            node.close()
+        assert await store.restore_list() == 1 and len(await store.list("t")) == 1
+        await store.delete("t", "s")
+        async with asyncio.timeout(10):
+            while ("t", "s") not in heard:
+                await asyncio.sleep(0.01)
+        listening.cancel()
+        for each in (store, listener, reader):
+            await each.close()
 
 
 async def test_a_sentinel_names_the_master_that_took_over(tmp_path: Path) -> None:

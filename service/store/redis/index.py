@@ -14,7 +14,7 @@ from typing import cast
 
 from service.errors import Unavailable
 from service.store.base import SessionMeta
-from service.store.redis.codec import absent_fields, decode, index_key, meta_key, meta_key_pattern, tenant_and_session
+from service.store.redis.codec import Keys, absent_fields, decode, tenant_and_session
 from service.store.redis.connect import AnyRedis
 from service.store.redis.retry import retry_while_away
 
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class SessionIndex:
     """A sorted set of session ids for each tenant, all of score 0 and hence in the order of their bytes."""
 
-    def __init__(self, client: AnyRedis, report_fault: Callable[[str], None]) -> None:
-        self._client = client
+    def __init__(self, client: AnyRedis, keys: Keys, report_fault: Callable[[str], None]) -> None:
+        self._client, self._keys = client, keys
         self._report_fault = report_fault
 
     @asynccontextmanager
@@ -46,8 +46,8 @@ class SessionIndex:
 
     async def remove(self, tenant: str, sid: str) -> None:
         """Remove the name of a session that does not exist; add the name again if the session exists after all."""
-        await retry_while_away(lambda: self._client.zrem(index_key(tenant), sid))
-        if await retry_while_away(lambda: self._client.exists(meta_key(tenant, sid))):
+        await retry_while_away(lambda: self._client.zrem(self._keys.index(tenant), sid))
+        if await retry_while_away(lambda: self._client.exists(self._keys.meta(tenant, sid))):
             await self._add(tenant, sid)
 
     async def list_sessions(self, tenant: str, after: str, limit: int) -> list[SessionMeta]:
@@ -66,13 +66,13 @@ class SessionIndex:
         return sessions
 
     async def count(self, tenant: str) -> int:
-        count: int = await retry_while_away(lambda: self._client.zcard(index_key(tenant)))
+        count: int = await retry_while_away(lambda: self._client.zcard(self._keys.index(tenant)))
         return count
 
     async def restore(self) -> int:
         """Name all sessions that exist; return how many had no name."""
         restored, ids = 0, dict[str, dict[str, float]]()
-        async for key in self._client.scan_iter(match=meta_key_pattern(), count=SCAN_KEYS):
+        async for key in self._client.scan_iter(match=self._keys.meta_pattern, count=SCAN_KEYS):
             tenant, sid = tenant_and_session(key)
             ids.setdefault(tenant, {})[sid] = 0
             if len(ids[tenant]) == SCAN_KEYS:
@@ -80,17 +80,17 @@ class SessionIndex:
         return restored + sum([await self._name_all(tenant, names) for tenant, names in ids.items()])
 
     async def _name_all(self, tenant: str, names: dict[str, float]) -> int:
-        return int(await retry_while_away(lambda: self._client.zadd(index_key(tenant), names)) or 0)
+        return int(await retry_while_away(lambda: self._client.zadd(self._keys.index(tenant), names)) or 0)
 
     async def _add(self, tenant: str, sid: str) -> None:
-        await retry_while_away(lambda: self._client.zadd(index_key(tenant), {sid: 0}))
+        await retry_while_away(lambda: self._client.zadd(self._keys.index(tenant), {sid: 0}))
 
     async def _page(self, tenant: str, after: str, limit: int) -> Sequence[tuple[str, dict[bytes, bytes]]]:
         """Return the next ids with their meta hashes, which are empty for a session that does not exist."""
         start = f"({after}" if after else "-"
-        names = await self._client.zrangebylex(index_key(tenant), start, "+", 0, limit)
+        names = await self._client.zrangebylex(self._keys.index(tenant), start, "+", 0, limit)
         ids = [name.decode() for name in cast(list[bytes], names)]
         pipeline = self._client.pipeline(transaction=False)
         for sid in ids:
-            pipeline.hgetall(meta_key(tenant, sid))
+            pipeline.hgetall(self._keys.meta(tenant, sid))
         return list(zip(ids, await pipeline.execute(), strict=True))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from service.store.redis.codec import Keys
 from service.store.redis.connect import AnyRedis
 from service.store.redis.retry import retry_while_away
 from service.store.redis.scripts import ALLOW_OOM, NO_WRITES, load_script
@@ -23,7 +24,8 @@ SUM_FIELD = "*"  # not a session id: names of sessions may not contain it
 class RedisLedger:
     """The `QuotaLedger` of a Redis or Valkey server. Every method is one run of `ledger.lua`."""
 
-    def __init__(self, client: AnyRedis) -> None:
+    def __init__(self, client: AnyRedis, keys: Keys) -> None:
+        self._keys = keys
         self._script = load_script(client, "ledger", first_line=ALLOW_OOM)
         self._read_script = load_script(client, "ledger", first_line=NO_WRITES)
 
@@ -48,7 +50,5 @@ class RedisLedger:
         return int(num_bytes), int(tokens)
 
     async def _run(self, tenant: str, *arguments: str | int, reads: bool = False) -> Any:
-        account = f"imprint:{{{tenant}}}"
-        keys = [f"{account}:sessions", f"{account}:tokens"]
         script = self._read_script if reads else self._script
-        return await retry_while_away(lambda: script(keys, arguments))
+        return await retry_while_away(lambda: script(self._keys.account(tenant), arguments))

@@ -1,6 +1,6 @@
 """Sessions in Redis or Valkey: consistent reads, and commits that are atomic, durable, fenced and applied once.
 
-Keys, all of a session's in one hash slot of a cluster:
+Keys, all of a session's in one hash slot of a cluster (`imprint` is the default prefix, see `codec.Keys`):
 
     imprint:{<tenant>/<id>}:meta         hash: format, nonce of the last commit, the fields of SessionMeta as JSON,
                                          for each site that has rows `site:<name>` = bytes per row, and what proves the
@@ -16,6 +16,7 @@ Keys, all of a session's in one hash slot of a cluster:
                         …:lease          owner:fence of the server that may write; expires
                         …:fence          counter of leases that never goes back; outlives the session by a day
                         …:erased         the fence at which the session was erased; expires after a day
+    imprint:alive:<owner>                a server's heartbeat; expires
     imprint:sessions:<tenant>            the tenant's index of sessions, see index.py
 
 `ledger.py` lists the keys of the tenants' accounts. Every step on a session is one server-side script.
@@ -29,6 +30,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -41,6 +43,7 @@ from redis.exceptions import RedisError
 from service.errors import StoreRefused, StoreUnavailable, Unavailable
 from service.store import errors
 from service.store.base import (
+    BEAT_EVERY_S,
     MAX_LOG_ENTRIES,
     NO_COMMIT_METADATA,
     CommitMetadata,
@@ -57,8 +60,9 @@ from service.store.base import (
     WriteMode,
 )
 from service.store.redis import codec
-from service.store.redis.codec import decode, meta_key, pairs, session_key
+from service.store.redis.codec import DEFAULT_PREFIX, Keys, decode, pairs
 from service.store.redis.connect import AnyRedis, connect
+from service.store.redis.heartbeat import BEATING, Heartbeat
 from service.store.redis.index import SessionIndex
 from service.store.redis.ledger import RedisLedger
 from service.store.redis.retry import COMMIT_RETRY_S, is_lost_connection, retry_while_away
@@ -68,7 +72,6 @@ FIRST_POLL_S, MAX_POLL_S = 0.01, 0.25
 MAX_PAGES_ON_LOOP = 500  # pages that are checked and unpacked on the event loop, which takes 1 ms
 MAX_READS = 16  # tries to read a session that commits change meanwhile
 CONTENT_FIELDS = (b"format", b"created", b"version", b"nonce")  # of the meta hash: the same = the same rows
-ERASED_CHANNEL = "imprint:erased"  # the channel on which servers hear of erased sessions
 CHANNEL_TIMEOUT_S = 5.0
 RECONNECT_S = 1.0
 NO_EVICTION = "noeviction"
@@ -87,6 +90,7 @@ class RedisStore:
         client: must answer in bytes, and must not retry by itself: only this class knows what may be repeated.
         retention: what the store keeps, and for how long.
         exclusive: nobody else uses the server, so the store takes no leases: each lease would cost a sync to disk.
+        prefix: begins the name of every key and channel.
         report_fault: is called with the fault of a change that happened: `unlisted` or `untold` (see the metric
             `imprint_store_faults_total`).
     """
@@ -97,17 +101,20 @@ class RedisStore:
         retention: RetentionConfig | None = None,
         *,
         exclusive: bool = False,
+        prefix: str = DEFAULT_PREFIX,
         report_fault: Callable[[str], None] = lambda fault: None,
     ) -> None:
-        self.ledger = RedisLedger(client)
+        self._keys = Keys(prefix)
+        self.ledger = RedisLedger(client, self._keys)
         self._client = client
         self._retention = retention or RetentionConfig()
         self._owner = secrets.token_hex(8)
         self._exclusive = exclusive
         self._known_sites: tuple[str, ...] = ()  # the sites at which any session had rows so far
         self._scripts = SessionScripts(client)
+        self._heartbeat = Heartbeat(client, self._keys)
         self._report_fault = report_fault
-        self._index = SessionIndex(client, report_fault)
+        self._index = SessionIndex(client, self._keys, report_fault)
 
     @classmethod
     def from_url(
@@ -116,32 +123,39 @@ class RedisStore:
         retention: RetentionConfig | None = None,
         *,
         exclusive: bool = False,
+        prefix: str = DEFAULT_PREFIX,
         report_fault: Callable[[str], None] = lambda fault: None,
     ) -> RedisStore:
         """Return a store on the server that `url` names (see `connect`).
 
         Raises:
-            ValueError: the URL is none that `connect` takes.
+            ValueError: the URL is none that `connect` takes, or the prefix is not valid.
         """
-        return cls(connect(url), retention, exclusive=exclusive, report_fault=report_fault)
+        return cls(connect(url), retention, exclusive=exclusive, prefix=prefix, report_fault=report_fault)
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
     async def begin_turn(
         self, tenant: str, sid: str, *, write: WriteMode, names: Sequence[str] = (), even_if_full: bool = False
     ) -> TurnStart:
-        key, retention, mode = meta_key(tenant, sid), self._retention, "never" if self._exclusive else write
-        args: list[str | int] = [self._owner, int(1000 * retention.lease_s), mode, retention.ttl_s, *names]
+        key, retention, mode = self._keys.meta(tenant, sid), self._retention, "never" if self._exclusive else write
+        dead = ""
         deadline, pause = time.monotonic() + retention.wait_s, FIRST_POLL_S
         script = self._scripts.enter_full if even_if_full else self._scripts.enter
         while True:
-            verdict, *reply = await retry_while_away(lambda: script([key], args))
+            args: list[str | int] = [self._owner, int(1000 * retention.lease_s), mode, retention.ttl_s, dead, *names]
+            verdict, *reply = await retry_while_away(partial(script, [key], args))
             if verdict == b"again":
                 return TurnStart(None, record=reply[0])
             if verdict == b"damaged":
                 raise errors.damaged_session(sid, f"missing are {reply[0].decode()}")
             if verdict == b"entered":
                 break
+            held = reply[1].decode()
+            if held != dead and await self._heartbeat.is_dead(Lease(tenant, sid, held)):
+                log.warning("a server that has stopped holds the lease of a session, which is taken over")
+                dead = held
+                continue
             if time.monotonic() > deadline:
                 raise errors.session_leased(sid, retention.wait_s)
             await asyncio.sleep(min(pause, 0.001 * max(1, int(reply[0]))))
@@ -149,12 +163,20 @@ class RedisStore:
         lease = Lease(tenant, sid, reply[0].decode()) if reply[0] else None
         return TurnStart(decode(sid, pairs(reply[1:])) if reply[1:] else None, lease)
 
+    async def heartbeat(self) -> None:
+        owner = f"{BEATING}{self._owner.removeprefix(BEATING)}"
+        while True:
+            with suppress(Unavailable):
+                await self._heartbeat.beat(owner)
+                self._owner = owner
+            await asyncio.sleep(BEAT_EVERY_S)
+
     async def renew(self, lease: Lease) -> bool:
-        key, args = meta_key(lease.tenant, lease.sid), (lease.value, int(1000 * self._retention.lease_s))
+        key, args = self._keys.meta(lease.tenant, lease.sid), (lease.value, int(1000 * self._retention.lease_s))
         return bool(await retry_while_away(lambda: self._scripts.lease([key], args)))
 
     async def release(self, lease: Lease) -> None:
-        key, args = meta_key(lease.tenant, lease.sid), [lease.value, ""]
+        key, args = self._keys.meta(lease.tenant, lease.sid), [lease.value, ""]
         await retry_while_away(lambda: self._scripts.lease([key], args))
 
     async def load(self, tenant: str, sid: str) -> StoredSession | None:
@@ -169,7 +191,9 @@ class RedisStore:
             if not _is_same_content(meta_hash, still):
                 continue  # a commit came between the reads
             if meta_hash.get(b"format") in codec.OLD_FORMATS:
-                await retry_while_away(lambda: self._scripts.upgrade([meta_key(tenant, sid)], [self._retention.ttl_s]))
+                await retry_while_away(
+                    lambda: self._scripts.upgrade([self._keys.meta(tenant, sid)], [self._retention.ttl_s])
+                )
                 continue
             row_sizes = codec.row_sizes(meta_hash)
             if row_sizes.keys() <= set(sites):
@@ -199,11 +223,11 @@ class RedisStore:
         server; a script would have to copy every row twice, and the server would answer nobody else meanwhile.
         """
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.hgetall(meta_key(tenant, sid))
+        pipeline.hgetall(self._keys.meta(tenant, sid))
         for site in sites:
-            pipeline.hgetall(session_key(tenant, sid, f"rows:{site}"))
-        pipeline.hgetall(meta_key(tenant, sid))
-        pipeline.exists(session_key(tenant, sid, "log"))
+            pipeline.hgetall(self._keys.session(tenant, sid, f"rows:{site}"))
+        pipeline.hgetall(self._keys.meta(tenant, sid))
+        pipeline.exists(self._keys.session(tenant, sid, "log"))
         return list(await pipeline.execute())
 
     async def commit(
@@ -219,7 +243,7 @@ class RedisStore:
     ) -> None:
         """Commit one version in one script. A repetition after a lost reply carries the nonce of the first attempt,
         by which the script recognises a commit that has landed. The step is as durable as the server makes it."""
-        key = meta_key(tenant, meta.id)
+        key = self._keys.meta(tenant, meta.id)
         self._known_sites = tuple({*self._known_sites, *sites})
         args = self._commit_args(meta, sites, cleared_slots or {}, lease, commit_metadata)
         script = self._scripts.commit_full if even_if_full else self._scripts.commit
@@ -265,12 +289,12 @@ class RedisStore:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
-        key = meta_key(tenant, sid)
+        key = self._keys.meta(tenant, sid)
         meta_hash = await retry_while_away(lambda: self._client.hgetall(key))
         return decode(sid, cast(dict[bytes, bytes], meta_hash)) if meta_hash else None
 
     async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
-        key = meta_key(tenant, meta.id)
+        key = self._keys.meta(tenant, meta.id)
         args: list[str | int] = ["" if lease is None else lease.value, self._retention.ttl_s]
         args += codec.flatten(codec.encode(meta))
         async with self._index.naming(tenant, meta.id, new=True):
@@ -279,7 +303,7 @@ class RedisStore:
         return decode(meta.id, pairs(meta_hash))
 
     async def configure(self, tenant: str, sid: str, options: Mapping[str, Option]) -> SessionMeta:
-        key, args = meta_key(tenant, sid), (json.dumps(dict(options)), self._retention.ttl_s)
+        key, args = self._keys.meta(tenant, sid), (json.dumps(dict(options)), self._retention.ttl_s)
         meta_hash = await retry_while_away(lambda: self._scripts.configure([key], args))
         if not meta_hash:
             raise errors.session_missing(sid)
@@ -287,14 +311,16 @@ class RedisStore:
 
     async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
         """Erase the session. Never repeats the script: a second run could not tell whether the first found one."""
-        key, args = meta_key(tenant, sid), ["" if version is None else version, *self._known_sites]
+        key, args = self._keys.meta(tenant, sid), ["" if version is None else version, *self._known_sites]
         verdict, detail = await retry_while_away(lambda: self._scripts.delete([key], args), retry_s=0)
         if verdict == b"format":
             raise codec.unknown_format(sid, detail)
         if verdict == b"conflict":
             raise errors.version_differs(sid, detail.decode(), version)
         try:
-            await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, f"{tenant}/{sid}"))
+            await retry_while_away(
+                lambda: self._client.execute_command("PUBLISH", self._keys.erased_channel, f"{tenant}/{sid}")
+            )
             await self._index.remove(tenant, sid)
         except Unavailable as error:
             log.error("a session is erased, but other servers may keep a copy of it in their memory: %s", error)
@@ -305,7 +331,7 @@ class RedisStore:
         while True:
             try:
                 async with await self._pubsub() as channel:
-                    await channel.subscribe(ERASED_CHANNEL)
+                    await channel.subscribe(self._keys.erased_channel)
                     yield None
                     while True:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=CHANNEL_TIMEOUT_S)
@@ -320,7 +346,7 @@ class RedisStore:
                 await asyncio.sleep(RECONNECT_S)
 
     async def history(self, tenant: str, sid: str, *, undo: bool, entries: int = MAX_LOG_ENTRIES) -> History | None:
-        key, args = meta_key(tenant, sid), [entries, int(undo)]
+        key, args = self._keys.meta(tenant, sid), [entries, int(undo)]
         meta_hash, log_entries, steps = await retry_while_away(lambda: self._scripts.history([key], args))
         if not meta_hash:
             return None
@@ -382,14 +408,17 @@ class RedisStore:
             await self._index.count(PROBE_TENANT)
             await self.ledger.reserve(PROBE_TENANT, sid, 0)
             await self.ledger.drop(PROBE_TENANT, sid)
-            await retry_while_away(lambda: self._client.execute_command("PUBLISH", ERASED_CHANNEL, "/"))
+            await self._publish("/")
             await retry_while_away(self._subscribe_once)
         finally:
             await self.delete(PROBE_TENANT, sid)
 
+    async def _publish(self, message: str) -> None:
+        await retry_while_away(lambda: self._client.execute_command("PUBLISH", self._keys.erased_channel, message))
+
     async def _subscribe_once(self) -> None:
         async with await self._pubsub() as channel:
-            await channel.subscribe(ERASED_CHANNEL)
+            await channel.subscribe(self._keys.erased_channel)
             await channel.get_message(timeout=CHANNEL_TIMEOUT_S)
 
     async def _pubsub(self) -> PubSub:

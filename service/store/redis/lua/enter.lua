@@ -1,13 +1,15 @@
 -- Begin a turn: return the recorded answer, or else the session and, for a turn that may write, a lease.
 --
 -- KEYS  the meta hash.  ARGV  owner, duration of the lease in ms, when to take a lease ('always', 'unless predict' is
---       the session's option `adapt`, 'never'), default ttl, then the names under which an answer may be recorded.
--- Returns {'again', the record}, {'busy', ms until another owner's lease ends}, {'damaged', what is missing}, or
+--       the session's option `adapt`, 'never'), default ttl, a lease whose owner is dead or '', then the names under which an answer may be
+--       recorded.
+-- Returns {'again', the record}, {'busy', ms until another owner's lease ends, the lease}, {'damaged', what is
+--         missing}, or
 --         {'entered', lease or '', the meta hash as field, value, ...}.
-local owner, lease_ms, wanted, ttl = unpack(ARGV, 1, 4)
+local owner, lease_ms, wanted, ttl, dead = unpack(ARGV, 1, 5)
 local now = tonumber(redis.call('TIME')[1])
 local stored = redis.call('HMGET', KEYS[1], 'format', 'options', 'once_until', 'once_lost')
-for i = 5, #ARGV do
+for i = 6, #ARGV do
   local record = redis.call('GET', HOME .. 'once:' .. ARGV[i])
   if record then
     return {'again', record}
@@ -17,7 +19,7 @@ for i = 5, #ARGV do
   end
 end
 local no_onces = tonumber(stored[3] or 0) > now and redis.call('EXISTS', ONCES) == 0
-if #ARGV > 4 and (no_onces or tonumber(stored[4] or 0) > now) then
+if #ARGV > 5 and (no_onces or tonumber(stored[4] or 0) > now) then
   return {'damaged', 'the names of the requests that were answered'}
 end
 local damage = missing()
@@ -31,8 +33,8 @@ end
 local lease = ''
 if not reads then
   local held = redis.call('GET', LEASE)
-  if held and string.sub(held, 1, #owner + 1) ~= owner .. ':' then
-    return {'busy', tostring(redis.call('PTTL', LEASE))}
+  if held and held ~= dead and string.sub(held, 1, #owner + 1) ~= owner .. ':' then
+    return {'busy', tostring(redis.call('PTTL', LEASE)), held}
   end
   lease = owner .. ':' .. redis.call('INCR', FENCE)
   redis.call('SET', LEASE, lease, 'PX', lease_ms)
