@@ -29,9 +29,9 @@ from benchmarks.texts import PromptSource
 from model.adaptive_lm import AdaptiveLM
 from research.corpus import base_folder, console, load_model
 from research.machine import processor
-from service.app import choose_decoder
 from service.base_cache import BaseError, resolve_gguf
 from service.errors import CommandError
+from service.model_loading import choose_decoder
 from service.settings import PREFIX, Settings
 
 Scenario = Callable[[Testbed], Awaitable[dict[str, Any]]]

@@ -14,9 +14,9 @@ from model.base.config import ConfigError
 from model.memory import MemoryConfigError
 from model.text.tokenizer import Tokenizer
 from research.evaluation.prequential import Stream, cut
-from service.app import choose_memory
 from service.base_cache import BaseError, resolve_base
 from service.errors import CommandError
+from service.model_loading import choose_memory
 from service.settings import Settings
 
 RECORD_SEPARATOR = "\x1e\n"  # separates the documents of a stream in one file

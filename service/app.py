@@ -4,66 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from importlib.resources import as_file, files
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-import psutil
-import torch
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.loops.auto import auto_loop_factory
 
-from model.adaptive_lm import AdaptiveLM
-from model.base.backbone import Backbone
-from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
+from model.base.checkpoint import CheckpointError
 from model.base.config import ConfigError
-from model.decode.backend import choose_decode_step
-from model.decode.cuda_graphs import wrap_for_serving
-from model.memory import Memory, MemoryConfigError, load_memory
-from model.memory.initial import default_config, random_memory
+from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
-from model.policies.network import Policy, load_policy
-from model.text.tokenizer import Tokenizer
 from service.background import keep_running
-from service.base_cache import BaseError, resolve_base
+from service.base_cache import BaseError
 from service.engine import Engine
-from service.errors import StoreRefused, Unavailable
 from service.http.install import install
-from service.http.schemas import MAX_CHOICES
+from service.http.limits import ConnectionLimits, ConnectionReport
+from service.http.protocol import Connection
 from service.metrics import Metrics
+from service.model_loading import LOADER_THREAD, StartError, load_in_thread
 from service.settings import Settings
+from service.stopping import StopSignals, end_tasks, exit_within, first_line
 from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.store import RedisStore
+from service.store_watch import check_store, restore_list, store_reporter, watch_store
 from service.tenants import ApiKeys, ApiKeysError
-from service.turns.loaded_model import LoadedModel
 from service.turns.quotas import Quotas
 from service.turns.session_gate import ServerLimits
 from service.turns.sessions import Sessions
 
-WATCH_EVERY_S = 10.0
-RESTORE_EVERY_S = 300.0
-LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
-KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
-SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
+END_SERVING_S = 1.0  # seconds that the web server gets to end when the start has failed
 
 log = logging.getLogger(__name__)
-
-
-class StartError(Exception):
-    """An error that keeps the server from starting; the message is one line."""
 
 
 STARTUP_ERRORS = (
@@ -83,24 +69,40 @@ def run(settings: Settings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    for chatty in ("httpx", "httpcore", "urllib3", "filelock"):
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        keys = ApiKeys(settings)
-        with (
-            _listening(settings, keys) as listener,
-            _store_url(settings) as (url, embedded),
-            asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
-        ):
-            code = runner.run(_serve(settings, keys, listener, url, embedded))
+    with StopSignals() as signals:
+        try:
+            keys = ApiKeys(settings)
+            with (
+                _listening(settings, keys) as listener,
+                _store_url(settings, signals) as (url, embedded),
+                asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
+            ):
+                code = runner.run(_serve(settings, keys, listener, url, embedded, signals))
+        except Exception as error:
+            code = _report_failure(error, signals)
         if any(thread.name == LOADER_THREAD for thread in threading.enumerate()):
             # The server stops while the model loads: a thread inside torch aborts a process whose interpreter ends.
             sys.stderr.flush()
             os._exit(code)
         return code
-    except STARTUP_ERRORS as error:
-        print(f"imprint: {error}", file=sys.stderr)
-        return 1
+
+
+def _report_failure(error: Exception, signals: StopSignals) -> int:
+    """Print why the server ends, see to it that the process ends soon, and return its exit code.
+
+    An error of a start that was told to stop is no failure.
+    """
+    code = 0 if signals.is_set() else 1
+    if code == 0:
+        log.info("stopped before the server was ready")
+    else:
+        unexpected = "" if isinstance(error, STARTUP_ERRORS) else f"cannot start: {type(error).__name__}: "
+        print(f"imprint: {unexpected}{first_line(error)}", file=sys.stderr, flush=True)
+        log.debug("the start failed", exc_info=error)
+    exit_within(code)
+    return code
 
 
 def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: ApiKeys) -> FastAPI:
@@ -120,51 +122,83 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: A
 
 
 async def _serve(
-    settings: Settings, keys: ApiKeys, listener: socket.socket, url: str, embedded: EmbeddedValkey | None
+    settings: Settings,
+    keys: ApiKeys,
+    listener: socket.socket,
+    url: str,
+    embedded: EmbeddedValkey | None,
+    signals: StopSignals,
 ) -> int:
     """Serve on the listener until the server is told to stop; return the exit code."""
     metrics = Metrics()
     store = _connect_store(settings, url, metrics, exclusive=embedded is not None)
     sessions = new_sessions(settings, store, metrics)
     app = create_app(sessions, metrics, settings, keys)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
-    server = _Server(config, sessions, settings.drain_timeout_s)
-    watch = partial(_watch_store, store, sessions, metrics, keys)
-    watching = asyncio.create_task(keep_running("watch_store", watch, metrics))
-    tasks = [watching, asyncio.create_task(keep_running("drop_erased", sessions.drop_erased, metrics))]
-    if embedded is not None:
-        tasks.append(asyncio.create_task(embedded.supervise()))
-    else:
-        tasks.append(asyncio.create_task(keep_running("restore_list", lambda: _restore_list(store, metrics), metrics)))
-    checking = asyncio.create_task(check_store(store, settings, metrics) if embedded is None else asyncio.sleep(0))
+    connection_limits = ConnectionLimits.of(settings)
+    config = uvicorn.Config(
+        app,
+        http=Connection.with_limits(connection_limits, ConnectionReport(metrics)),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=math.ceil(connection_limits.idle_timeout_s),
+    )
+    server = _Server(config, sessions, settings.drain_timeout_s, signals)
+    tasks = _background_tasks(store, sessions, metrics, keys, embedded)
+    checking = asyncio.create_task(_no_check() if embedded else check_store(store, settings, metrics))
     serving = asyncio.create_task(server.serve([listener]))
-    loading = asyncio.create_task(_load(settings, metrics))
+    loading = asyncio.create_task(load_in_thread(settings, metrics))
     engine: Engine | None = None
     try:
-        await asyncio.wait({serving, loading, checking}, return_when=asyncio.FIRST_COMPLETED)
-        if checking.done():
-            checking.result()
-            await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        await _first_done(serving, loading, check=checking)
         if loading.done() and sessions.state == "loading":
             loaded_model = loading.result()
             engine = loaded_model.engine
             await engine.start()
-            sessions.begin(loaded_model)
-            host, port, *_ = listener.getsockname()
-            log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
-        await asyncio.wait({serving, checking}, return_when=asyncio.FIRST_COMPLETED)
-        if checking.done():
-            checking.result()
+            if sessions.state == "loading":  # no signal has come meanwhile
+                sessions.begin(loaded_model)
+                host, port, *_ = listener.getsockname()
+                log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
+        await _first_done(serving, check=checking)
         await serving
+    except Exception as error:
+        return _report_failure(error, signals)
     finally:
         server.should_exit = True
-        for task in [*tasks, loading, checking]:
-            task.cancel()
-        await asyncio.gather(serving, *tasks, loading, checking, return_exceptions=True)
+        await asyncio.wait({serving}, timeout=END_SERVING_S)
+        await end_tasks([serving, *tasks, loading, checking])
         if engine is not None:
             await engine.stop()
         await store.close()
     return 0
+
+
+async def _first_done(*tasks: asyncio.Task[Any], check: asyncio.Task[None]) -> None:
+    """Wait until one of the tasks has ended; raise the error of the check if the check fails first."""
+    await asyncio.wait({*tasks, check}, return_when=asyncio.FIRST_COMPLETED)
+    if check.done():
+        check.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _no_check() -> None:
+    """Check nothing: the server's own store has all rights."""
+
+
+def _background_tasks(
+    store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys, embedded: EmbeddedValkey | None
+) -> list[asyncio.Task[None]]:
+    """Start the tasks that run beside the server until its end."""
+    report = store_reporter(sessions, metrics)
+    watch = partial(watch_store, store, sessions, metrics, keys, None if embedded else report)
+    forever: dict[str, Callable[[], Awaitable[None]]] = {"watch_store": watch, "drop_erased": sessions.drop_erased}
+    if embedded is None:
+        forever["restore_list"] = partial(restore_list, store, metrics)
+    tasks = [asyncio.create_task(keep_running(name, task, metrics)) for name, task in forever.items()]
+    if embedded is not None:
+        tasks.append(asyncio.create_task(embedded.supervise(report)))
+    return tasks
 
 
 def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive: bool) -> SessionStore:
@@ -207,199 +241,10 @@ def new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> S
     )
 
 
-async def _load(settings: Settings, metrics: Metrics) -> LoadedModel:
-    """Load the model in a thread of its own, so that the server answers probes meanwhile.
-
-    Nothing waits for the thread when the server is told to stop.
-    """
-    loop = asyncio.get_running_loop()
-    loaded: asyncio.Future[LoadedModel] = loop.create_future()
-
-    def settle(outcome: LoadedModel | Exception) -> None:
-        if loaded.done():
-            return
-        if isinstance(outcome, Exception):
-            loaded.set_exception(outcome)
-        else:
-            loaded.set_result(outcome)
-
-    def load() -> None:
-        outcome: LoadedModel | Exception
-        try:
-            outcome = load_model(settings, metrics)
-        except Exception as error:
-            outcome = error
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, outcome)
-
-    threading.Thread(target=load, name=LOADER_THREAD, daemon=True).start()
-    return await loaded
-
-
-def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
-    """Load the base, the memory and the policies, and build the engine on them."""
-    started = time.monotonic()
-    folder = resolve_base(settings.model, settings.cache_dir, progress=log.info)
-    device = _choose_device(settings)
-    backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    tokenizer = Tokenizer.load(folder)
-    memory = choose_memory(settings, backbone.config.hidden_size).to(device)
-    policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
-    context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
-    lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone))
-    engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
-    fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
-    metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
-    _watch_device(metrics, device)
-    log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - started)
-    policy_fingerprints = {name: policy.fingerprint() for name, policy in policies.items()}
-    return LoadedModel(
-        engine, tokenizer, fingerprints, context, backbone.config.vocab_size, policies, policy_fingerprints
-    )
-
-
-def _new_engine(
-    settings: Settings,
-    lm: AdaptiveLM,
-    tokenizer: Tokenizer,
-    policies: dict[str, Policy],
-    metrics: Metrics,
-    context: int,
-) -> Engine:
-    kv_tokens = settings.kv_tokens or _kv_tokens(lm.backbone, context)
-    return Engine(
-        # A request larger than the budget runs alone: the caches must have room for the largest request.
-        wrap_for_serving(
-            lm, kv_tokens=max(kv_tokens, MAX_CHOICES * context), max_batch=max(settings.max_batch, MAX_CHOICES)
-        ),
-        tokenizer,
-        max_turns=settings.max_queue,
-        max_batch=settings.max_batch,
-        kv_tokens=kv_tokens,
-        hot_rows=settings.hot_rows,
-        hot_sessions=settings.hot_sessions,
-        threads=settings.threads,
-        metrics=metrics,
-        policies=policies,
-    )
-
-
-def _choose_device(settings: Settings) -> str:
-    """Return "cuda" or "cpu". Raises StartError for a CUDA device that is not there."""
-    if settings.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
-    return settings.device
-
-
-def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
-    """Return the base with the weights that generate, in the number format of the settings."""
-    return backbone.fp16_decoder(choose_decode_step(backbone)) if settings.decode_dtype == "fp16" else backbone
-
-
-def choose_memory(settings: Settings, hidden_size: int) -> Memory:
-    """Return the memory of the settings, else the memory shipped for the base, else a random one.
-
-    Raises MemoryConfigError.
-    """
-    if settings.memory != "default":
-        return load_memory(Path(settings.memory), hidden_size=hidden_size)
-    if settings.model in SHIPPED_MEMORIES:
-        with as_file(files("model") / "checkpoints" / SHIPPED_MEMORIES[settings.model]) as path:
-            return load_memory(path, hidden_size=hidden_size)
-    log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint train`)", settings.model)
-    return random_memory(default_config(hidden_size), seed=0)
-
-
-def choose_policies(settings: Settings) -> list[Policy]:
-    """Return the policies of the settings, or all shipped ones. Raises StartError for two policies of one name."""
-    if settings.policies == "default":
-        with as_file(files("model") / "checkpoints" / "policies") as folder:
-            policies = [load_policy(path) for path in sorted(folder.glob("*.safetensors"))]
-    else:
-        paths = [] if settings.policies == "none" else settings.policies.split(",")
-        policies = [load_policy(Path(path.strip())) for path in paths]
-    names = [policy.config.name for policy in policies]
-    if duplicates := {name for name in names if names.count(name) > 1}:
-        raise StartError(f"IMPRINT_POLICIES: two policies are called {min(duplicates)!r}")
-    return policies
-
-
 def _model_id(model: str) -> str:
     """Return the base's id for clients: its name, or the name of its folder or file."""
     path = Path(model).expanduser()
     return path.absolute().name if path.exists() else model
-
-
-def _kv_tokens(backbone: Backbone, context: int) -> int:
-    """Return the number of key-value cache tokens for a share of the free memory, at least one request's."""
-    bytes_per_token = backbone.new_cache(context).nbytes // context
-    free_bytes = psutil.virtual_memory().available
-    if backbone.embedding.is_cuda:
-        free_bytes = torch.cuda.mem_get_info()[0]
-    return max(context, int(KV_SHARE * free_bytes) // bytes_per_token)
-
-
-async def _watch_store(store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys) -> None:
-    """Measure the store every few seconds, for ever."""
-    while True:
-        try:
-            used, limit = await store.memory()
-            metrics.store_used_bytes.set(used)
-            metrics.store_limit_bytes.set(limit)
-            if sessions.state == "ready":
-                metrics.sessions_cold.set(await sessions.count_cold(keys.tenants))
-            metrics.store_up.set(1)
-        except Unavailable:
-            metrics.store_up.set(0)
-        await asyncio.sleep(WATCH_EVERY_S)
-
-
-async def check_store(store: SessionStore, settings: Settings, metrics: Metrics) -> None:
-    """Check the store as soon as the store answers. Raises StartError for a store that cannot keep sessions."""
-    while True:
-        try:
-            await store.check_rights()
-            evicts = await store.may_evict()
-            metrics.store_evicts.set(evicts)
-            if evicts and not settings.allow_eviction:
-                raise StartError(
-                    "the Redis of IMPRINT_REDIS_URL may evict sessions when its memory is full: set its "
-                    "maxmemory-policy to noeviction (or IMPRINT_ALLOW_EVICTION=true, which risks sessions)"
-                )
-            if evicts:
-                log.warning("the session store may evict keys of sessions when its memory is full")
-            return
-        except StoreRefused as error:
-            raise StartError(
-                f"the Redis of IMPRINT_REDIS_URL refuses what the server needs: {error.__cause__}"
-            ) from error
-        except Unavailable:
-            await asyncio.sleep(1.0)
-
-
-async def _restore_list(store: SessionStore, metrics: Metrics) -> None:
-    """List sessions again that the store has lost from the list, every few minutes, for ever."""
-    while True:
-        with suppress(Unavailable):
-            if restored := await store.restore_list():
-                log.error("%d sessions had been lost from the list and are listed again", restored)
-                metrics.sessions_relisted_total.inc(restored)
-        await asyncio.sleep(RESTORE_EVERY_S)
-
-
-def _watch_device(metrics: Metrics, device: str) -> None:
-    """Make the metrics measure the device whenever the metrics are read."""
-
-    def free_bytes() -> int:
-        return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-
-    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    metrics.device_info.info({"kind": device, "name": name})
-    total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
-    metrics.device_memory_bytes.set(total)
-    metrics.device_memory_used_bytes.set_function(lambda: total - free_bytes())
 
 
 class _Server(uvicorn.Server):
@@ -408,8 +253,11 @@ class _Server(uvicorn.Server):
     While the server drains, the probes say so and new turns are refused, and the running turns end.
     """
 
-    def __init__(self, config: uvicorn.Config, sessions: Sessions, drain_timeout_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, sessions: Sessions, drain_timeout_s: float, signals: StopSignals
+    ) -> None:
         super().__init__(config)
+        self._signals = signals
         self._sessions = sessions
         self._drain_timeout_s = drain_timeout_s
         self._exit_requested = False
@@ -418,6 +266,14 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Take the signals over from `StopSignals`, and a signal that came before."""
+        with super().capture_signals():
+            if self._signals.received is not None:
+                self.handle_exit(self._signals.received, None)
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._exit_requested:
@@ -432,8 +288,10 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
-        deadline = time.monotonic() + self._drain_timeout_s
-        await self._sessions.drain(self._drain_timeout_s)
+        # A server that has not been ready has no turn to wait for.
+        timeout_s = self._drain_timeout_s if self._sessions.state == "ready" else min(1.0, self._drain_timeout_s)
+        deadline = time.monotonic() + timeout_s
+        await self._sessions.drain(timeout_s)
         # The rest of the time is for connections without a turn, such as half-sent requests.
         self._exit(within_s=max(0, round(deadline - time.monotonic())))
 
@@ -464,13 +322,13 @@ def _listening(settings: Settings, keys: ApiKeys) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _store_url(settings: Settings) -> Iterator[tuple[str, EmbeddedValkey | None]]:
+def _store_url(settings: Settings, signals: StopSignals) -> Iterator[tuple[str, EmbeddedValkey | None]]:
     """Yield the URL of the settings' Redis, or the URL of an embedded Valkey that runs as long as the server."""
     if settings.redis_url is not None:
         yield settings.redis_url, None
         return
     embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes)
-    url = embedded.start()
+    url = embedded.start(stopped=signals.is_set)
     try:
         yield url, embedded
     finally:

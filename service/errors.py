@@ -117,6 +117,13 @@ class UnsupportedMediaType(ImprintError):
     code = "unsupported_media_type"
 
 
+class MisdirectedRequest(ImprintError):
+    """421: the request calls the server by a name that is not its own."""
+
+    status = 421
+    code = "host_not_allowed"
+
+
 class KeyReused(ImprintError):
     """422: an `Idempotency-Key` was sent before with another request."""
 

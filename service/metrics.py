@@ -213,6 +213,9 @@ class Metrics:
 
     def _store(self) -> None:
         self.store_up = self._gauge("store_up", "1 while the session store answers, else 0.")
+        self.store_writable = self._gauge(
+            "store_writable", "1 while the session store answers and takes writes, else 0 (its disk may be full)."
+        )
         self.store_used_bytes = self._gauge("store_used_bytes", "Memory that the session store uses.")
         self.store_limit_bytes = self._gauge(
             "store_limit_bytes", "Memory that the session store may use; 0 = no limit."
@@ -234,6 +237,13 @@ class Metrics:
     def _server(self) -> None:
         self.background_restarts_total = self._counter(
             "background_restarts_total", "Background tasks that failed and were started again, by task.", ("task",)
+        )
+        self.connections = self._gauge("connections", "Open connections.")
+        self.connections_ended_total = self._counter(
+            "connections_ended_total",
+            "Connections that the server ended: requests too large, too slow or invalid, clients that do not read, and"
+            " those that waited while others needed room.",
+            ("reason",),
         )
         self.ready_state = self._gauge("ready_state", "1 while the server takes requests, 0 while it loads or drains.")
         self.build_info = self._info(

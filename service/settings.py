@@ -222,6 +222,45 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="Largest request body, in bytes; a larger one is answered 413."
     )
+    message_special_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="What the text of a special token, such as `<|im_end|>`, is in a message of a chat: plain `text`,"
+        " or the `tokens`, with which a message can forge turns. Raw completions always take the tokens.",
+    )
+    max_connections: int = Field(
+        2048,
+        ge=1,
+        description="Connections at a time. One more ends the one that has waited longest for its client; where none"
+        " waits, it is a 503.",
+    )
+    max_head_bytes: int = Field(
+        65_536, ge=1024, le=2**20, description="Bytes of a request's line and headers; more are a 431."
+    )
+    max_headers: int = Field(100, ge=8, le=10_000, description="Headers of a request; more are a 431.")
+    head_timeout_s: float = Field(
+        10.0, ge=0.1, le=3600, description="Seconds within which a request's headers must come; then it is a 408."
+    )
+    body_timeout_s: float = Field(
+        120.0, ge=0.1, le=86_400, description="Seconds within which a request's body must come; then it is a 408."
+    )
+    idle_timeout_s: float = Field(75.0, ge=1, le=86_400, description="Seconds that a connection may be idle.")
+    send_timeout_s: float = Field(
+        30.0,
+        ge=0.1,
+        le=3600,
+        description="Seconds within which a client must read 16 KiB of an answer that waits for it; then it counts as"
+        " gone, and its turn ends by `on_disconnect`.",
+    )
+    max_upload_bytes: int = Field(
+        256 * 2**20,
+        ge=2**20,
+        description="Bytes of all request bodies in memory; while they are taken, a body of 64 KiB or more is a 429.",
+    )
+    hosts: str = Field(
+        "",
+        description="Names, commas between, that requests may call the server by (`Host`); others are a 421. Default:"
+        " names of the loopback interface where there are no API keys, any name where there are.",
+    )
     kv_tokens: int = Field(
         0,
         ge=0,

@@ -25,7 +25,11 @@ from service.settings import Settings
 DEFAULT = "default"  # the tenant of every request to a server without keys
 OPERATOR = "metrics"  # a key of this tenant opens /metrics, which covers all tenants, and nothing else
 
-_ENTRY = re.compile(r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-9a-f]{64})(?P<limits>(\s+\w+=\d+)*)")
+MAX_FILE_BYTES = 16 * 2**20
+
+_ENTRY = re.compile(
+    r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-9a-f]{64})(?P<limits>(\s+\w+=[0-9]{1,15})*)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +162,8 @@ class ApiKeys:
         if self._file is None:
             return
         try:
+            if self._file.stat().st_size > MAX_FILE_BYTES:
+                raise ApiKeysError(f"IMPRINT_API_KEYS_FILE: {self._file} is larger than {MAX_FILE_BYTES} bytes")
             lines = self._file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"

@@ -5,6 +5,7 @@ from typing import Literal
 
 AdaptMode = Literal["both", "observe", "predict"]
 LearnMode = Literal["prompt", "completion", "all"]
+StoreStatus = Literal["ok", "read_only", "away"]  # read_only: what was learned can be used, nothing can be learned
 
 
 @dataclass(frozen=True)

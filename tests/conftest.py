@@ -35,7 +35,8 @@ class Server:
         # One thread: a tiny base gains nothing from more, and a test's own work needs the other core.
         variables = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, "THREADS": 1, **settings}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
-        self._environment = clean | {f"IMPRINT_{name.upper()}": str(value) for name, value in variables.items()}
+        self.settings = {f"IMPRINT_{name.upper()}": str(value) for name, value in variables.items()}
+        self._environment = clean | self.settings
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> Server:
@@ -70,7 +71,7 @@ class Server:
         return self.process.wait(timeout)
 
     def kill(self) -> None:
-        """Send SIGKILL to the server alone; its store goes on."""
+        """Send SIGKILL to the server; on Linux its store ends with it."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()

@@ -107,7 +107,7 @@ class Client:
         """Send a request, and disconnect without reading the answer when the block ends."""
         full_body = body if path.startswith("sessions/") else {"model": self.model} | body
         address, content = urlsplit(self.url), json.dumps(full_body).encode()
-        head = f"POST /v1/{path} HTTP/1.1\r\nHost: imprint\r\nContent-Type: application/json\r\n"
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection((address.hostname, address.port or 80)) as connection:
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
             yield

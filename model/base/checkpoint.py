@@ -25,6 +25,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+MAX_JSON_BYTES = 64 * 2**20
 SETTINGS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -61,21 +62,34 @@ def load_backbone(
     return backbone
 
 
+def check_files(folder: Path) -> None:
+    """Raise `CheckpointError` if a file is missing, or if a weight file is cut off or not safetensors."""
+    model_files(folder)
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: damaged or not safetensors: {error}") from error
+
+
 def load_config(folder: Path) -> ModelConfig:
     """Read the folder's `config.json`. Raises `CheckpointError` if the file is absent, damaged or unsupported."""
     try:
         return parse_config(read_json(folder / CONFIG))
-    except ConfigError as error:
+    except (ConfigError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object. Raises `CheckpointError`."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: may have {MAX_JSON_BYTES} bytes, has {path.stat().st_size}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")

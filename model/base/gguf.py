@@ -12,11 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from gguf import GGUFReader, ReaderTensor, TokenType
 from gguf.quants import dequantize
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
+from model.base.config import ModelConfig
 from model.base.families import family_of_gguf, hf_config
 from model.base.families.base import Family, Weight
 from model.base.gguf_metadata import GGUFError, Metadata, required
@@ -27,6 +30,15 @@ def convert(gguf_path: Path, folder: Path) -> None:
 
     The folder gets `config.json`, `model.safetensors` (fp32), `tokenizer.json` and `tokenizer_config.json`.
     """
+    try:
+        _convert(gguf_path, folder)
+    except (GGUFError, OSError):
+        raise
+    except Exception as error:  # a file may contradict itself in any way
+        raise GGUFError(f"{gguf_path}: damaged or not GGUF: {error}") from error
+
+
+def _convert(gguf_path: Path, folder: Path) -> None:
     metadata, tensors = _read(gguf_path)
     family = family_of_gguf(metadata)
     config = family.parse_gguf_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
@@ -46,14 +58,36 @@ def convert(gguf_path: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_config(gguf_path: Path) -> ModelConfig:
+    """Return the configuration that `convert` would write, without reading the weights' values.
+
+    Raises `GGUFError` for most files that `convert` refuses: one that is damaged or cut off, of another family, or with
+    another tokenizer.
+    """
+    metadata, tensors = _read(gguf_path)
+    family = family_of_gguf(metadata)
+    _tokenizer(metadata, family)
+    return family.parse_gguf_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
+
+
 def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     try:
-        reader = GGUFReader(path)
+        reader = _BoundedReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise GGUFError(f"{path}: damaged or not GGUF: {error}") from error
+
+
+class _BoundedReader(GGUFReader):
+    """A reader that reads nothing beyond the end of a file, so that a count in a damaged file costs no more than it."""
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> Any:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"{end} bytes are needed, the file has {len(self.data)}")
+        return super()._get(offset, dtype, count, override_order)
 
 
 def _tokenizer(metadata: Metadata, family: Family) -> Tokenizer:

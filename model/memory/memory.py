@@ -68,7 +68,7 @@ def load_memory(path: Path, *, hidden_size: int) -> Memory:
         raise MemoryConfigError(f"{path.name}: format must be {FORMAT}, got {metadata.get('format')!r}")
     try:
         config = MemoryConfig.from_dict(json.loads(metadata["memory"]))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise MemoryConfigError(f"{path.name}: not a memory configuration: {error}") from error
     if config.hidden_size != hidden_size:
         raise MemoryConfigError(

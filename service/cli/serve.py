@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from service.settings import Settings
+from service.stopping import exit_at_signals
 
 
 def serve(
@@ -27,6 +28,7 @@ def serve(
         device=device,
         log_level=log_level,
     )
+    exit_at_signals()  # importing torch takes seconds
     from service.app import run
 
     raise typer.Exit(run(settings))

@@ -10,6 +10,7 @@ Parameters that many operations have:
     if_match: the version that the session must have; raises PreconditionFailed if it has another.
 """
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from service.http.replies import (
     SessionList,
     SessionLog,
 )
+from service.http.schemas import SESSION_ID
 from service.types import AdaptMode, LearnMode
 
 T = TypeVar("T")
@@ -366,8 +368,11 @@ def _version_operation(
 
 
 def _path(session: str) -> str:
-    if session in ("", ".", ".."):
-        raise ClientError(f"a session id starts with a letter or a digit, got {session!r}")
+    if re.fullmatch(SESSION_ID, session) is None:
+        raise ClientError(
+            "a session id starts with a letter or a digit and has up to 128 of them and of ._~:@+=-,"
+            f" got {session[:80]!r}"
+        )
     return f"/v1/sessions/{quote(session, safe='')}"
 
 

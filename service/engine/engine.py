@@ -33,6 +33,7 @@ from service.engine.types import Event, JobFailed, JobFinished, JobRequest, Sess
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
 
+EVENTS_PER_STEP = 16  # events of one turn that are taken before other tasks of the loop get their turn
 POLICY_ROWS_DIVISOR = 32  # each policy's pool has `hot_rows` divided by this number
 
 Job = TextJob | PolicyJob
@@ -346,8 +347,12 @@ class JobStream:
 
         Raises the error of the first job that fails.
         """
+        num_taken = 0
         while len(self.finished) < len(self._numbers):
             request, event = await self._queue.get()
+            num_taken += 1
+            if num_taken % EVENTS_PER_STEP == 0:  # a queue with entries never gives the loop to other tasks
+                await asyncio.sleep(0)
             if isinstance(event, JobFailed):
                 self._unsettled.discard(request)
                 raise event.error

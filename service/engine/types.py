@@ -155,7 +155,7 @@ class JobStats:
     rewards: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Alternatives:
     """One token's log-probability (None: nothing predicts the token) and the most probable tokens in its place."""
 

@@ -4,7 +4,6 @@ Every dependency is asynchronous and depends on no other dependency: FastAPI run
 which costs a request about 0.1 ms, and a nested dependency costs half as much.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import Annotated, cast
@@ -65,6 +64,8 @@ async def get_policies(request: Request) -> PolicyTurns:
 async def get_request_context(request: Request) -> RequestContext:
     """Return the context of the request, and keep the context in `request.state.ctx` for the answer to an error.
 
+    The route class has left the digest of the request in `request.state`.
+
     Raises:
         BadRequest: the `Idempotency-Key` is empty, too long or not printable.
     """
@@ -75,11 +76,10 @@ async def get_request_context(request: Request) -> RequestContext:
             param="Idempotency-Key",
         )
     retries = request.headers.get("x-stainless-retry-count", "")  # OpenAI's client counts its attempts here
-    route = f"{request.method} {request.url.path}\n".encode()
     ctx = RequestContext(
         request.state.tenant,
         request_id=request.state.request_id,
-        digest=hashlib.sha256(route + await request.body()).hexdigest(),
+        digest=request.state.digest,
         key=key,
         attempt=int(retries) if re.fullmatch(r"[0-9]{1,9}", retries) else None,
     )
@@ -122,6 +122,11 @@ class LearningRequest:
     def set_reply_headers(self, version: int) -> None:
         """Set the `ETag` of the version that the turn led to, and the headers about retries."""
         self.response.headers.update({"ETag": etag(version)} | idempotency_headers(self.ctx))
+
+
+def large_reply(text: str, response: Response) -> Response:
+    """Return the response of a reply that is JSON text already, with the headers that the route has set."""
+    return Response(text, headers=dict(response.headers), media_type="application/json")
 
 
 async def get_learning_request(

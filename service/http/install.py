@@ -6,8 +6,9 @@ from service.http.error_responses import add_error_handlers
 from service.http.middleware import (
     PUBLIC_PATHS,
     AuthMiddleware,
-    BodyLimitMiddleware,
+    BodyMiddleware,
     ErrorMiddleware,
+    HostMiddleware,
     MetricsMiddleware,
     RateLimitMiddleware,
     RequestIdMiddleware,
@@ -31,9 +32,12 @@ def install(app: FastAPI, *, sessions: Sessions, metrics: Metrics, settings: Set
     add_error_handlers(app)
     describe_api(app, keys_required=keys.required, public_paths=PUBLIC_PATHS)
     # The middleware that is added last is the outermost.
-    app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes)
     app.add_middleware(RateLimitMiddleware, sessions=sessions)
+    app.add_middleware(BodyMiddleware, limit=settings.max_body_bytes, total=settings.max_upload_bytes)
     app.add_middleware(AuthMiddleware, keys=keys)
+    names = {name.strip().lower() for name in settings.hosts.split(",")} - {""}
+    if names or not keys.required:
+        app.add_middleware(HostMiddleware, hosts=frozenset(names) or None)
     app.add_middleware(ErrorMiddleware)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)

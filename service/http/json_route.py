@@ -1,16 +1,19 @@
 """The route classes of /v1: readiness and strict JSON, checked before the handler of a route runs."""
 
+import hashlib
 from collections.abc import Callable, Coroutine
 from email.message import Message as MimeHeader
 from functools import lru_cache
 from typing import Any
 
-import pydantic_core
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from service.errors import BadRequest, NotReady, UnsupportedMediaType
+from service.errors import NotReady, UnsupportedMediaType
 from service.http.dependencies import get_sessions
+from service.http.json_body import parse_json
+from service.off_loop import LARGE, run_off_loop
 
 
 class ParsedRequest(Request):
@@ -45,10 +48,25 @@ class JsonRoute(APIRoute):
             body = await request.body()
             if body and self.parses_json:
                 _require_json(request.headers.get("content-type", ""))
-                request.parsed = _parse(body)
+                request.parsed = await run_off_loop(len(body), self._read_json, body)
+            route = f"{request.method} {request.url.path}\n"
+            request.state.digest = await run_off_loop(len(body), _digest, route, body)
             return await handle(request)
 
         return check_and_handle
+
+    def _read_json(self, body: bytes) -> Any:
+        """Return the value of a JSON body; of a large body, the validated model, which FastAPI takes as it is.
+
+        FastAPI validates on the event loop. Raises RequestValidationError for a large body that is not valid.
+        """
+        value = parse_json(body)
+        if len(body) < LARGE or self.body_field is None:
+            return value
+        valid, errors = self.body_field.validate(value, loc=("body",))
+        if errors:
+            raise RequestValidationError(errors)
+        return valid
 
 
 class FileRoute(JsonRoute):
@@ -69,9 +87,8 @@ def _require_json(content_type: str) -> None:
         )
 
 
-def _parse(body: bytes) -> Any:
-    """Parse one JSON value from UTF-8; refuse NaN, lone surrogates and deep nesting."""
-    try:
-        return pydantic_core.from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+def _digest(route: str, body: bytes) -> str:
+    """Return the digest under which the store knows an equal request."""
+    sha256 = hashlib.sha256(route.encode())
+    sha256.update(body)
+    return sha256.hexdigest()

@@ -7,24 +7,41 @@ import asyncio
 import re
 import time
 import uuid
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import suppress
+from ipaddress import ip_address
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import PayloadTooLarge, RateLimited, StoreUnavailable, Unauthorized, Unavailable
+from service.errors import (
+    BadRequest,
+    MisdirectedRequest,
+    Overloaded,
+    PayloadTooLarge,
+    RateLimited,
+    StoreUnavailable,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMediaType,
+)
 from service.http.error_responses import error_response
 from service.http.routes import page
 from service.metrics import Metrics
+from service.off_loop import run_off_loop
 from service.tenants import OPERATOR, ApiKeys, Tenant
 from service.turns.sessions import Sessions
 
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; only the metrics see the status
 PUBLIC_PATHS = {"/livez", "/readyz", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+SMALL_BODY_BYTES = 65_536
+PROBES = ("/livez", "/readyz")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")
 
 
@@ -44,7 +61,10 @@ class HttpMiddleware(ABC):
 
 
 class RequestIdMiddleware(HttpMiddleware):
-    """Gives the request its id: the client's own `X-Request-Id` where that id is fit for logs, else a new one."""
+    """Gives the request its id: the client's own `X-Request-Id` where that id is fit for logs, else a new one.
+
+    No browser may guess the type of an answer.
+    """
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
@@ -53,7 +73,10 @@ class RequestIdMiddleware(HttpMiddleware):
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if all(name != NOSNIFF[0] for name, _ in headers):
+                    headers.append(NOSNIFF)
+                message["headers"] = headers
             await send(message)
 
         await self._app(scope, receive, send_with_id)
@@ -182,30 +205,118 @@ class RateLimitMiddleware(HttpMiddleware):
         return [(f"x-ratelimit-{name}".encode(), str(value).encode()) for name, value in values.items()]
 
 
-class BodyLimitMiddleware(HttpMiddleware):
-    """Refuses a body of more than `limit` bytes, whether the length is declared or the body comes in chunks."""
+class HostMiddleware(HttpMiddleware):
+    """Refuses requests that call the server by another name than its own.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    A page of another site whose name resolves to this machine (DNS rebinding) could otherwise read the sessions of a
+    server without keys: to the browser, page and server have one origin.
+
+    Args:
+        hosts: the names, in lower case; None allows names of the loopback interface.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         super().__init__(app)
-        self._limit = limit
+        self._hosts = hosts
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._limit:
-            response = await error_response(Request(scope), self._too_large(f"{declared} bytes"))
-            await response(scope, receive, send)
-            return
-        size = 0
+        given = Headers(scope=scope).getlist("host")
+        if scope["path"] not in PROBES and not (len(given) == 1 and self._is_own(given[0])) and given:
+            name = given[0][:80]
+            raise MisdirectedRequest(f"The server is not called {name!r}; IMPRINT_HOSTS may name it.", param="Host")
+        await self._app(scope, receive, send)
 
-        async def receive_limited() -> Message:
-            nonlocal size
+    def _is_own(self, host: str) -> bool:
+        name = re.sub(r":[0-9]*$", "", host.lower()).strip("[]").rstrip(".")
+        if self._hosts is not None:
+            return name in self._hosts
+        try:
+            return ip_address(name).is_loopback
+        except ValueError:
+            return name == "localhost" or name.endswith(".localhost")
+
+
+class BodyMiddleware(HttpMiddleware):
+    """Takes the whole body of a request before the rest of the server sees the request, decoded if it is compressed.
+
+    A client that sends slowly thus takes nobody's place. All bodies together are bounded; small bodies always fit.
+
+    Args:
+        limit: the most bytes of a body, whether its length is declared or it comes in chunks, packed or not.
+        total: bytes of all bodies that the server holds, from which on large bodies are refused.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, total: int) -> None:
+        super().__init__(app)
+        self._limit = limit
+        self._total = total
+        self._held = 0
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._limit:
+            raise self._too_large(f"{declared[:20]} bytes")
+        encoding = headers.get("content-encoding", "identity").lower()
+        if encoding not in ("identity", "gzip", "x-gzip"):
+            raise UnsupportedMediaType(
+                f"The body may be compressed with gzip, got Content-Encoding {encoding[:80]!r}.",
+                param="Content-Encoding",
+            )
+        held = 0
+        try:
+            parts = []
+            async for part in self._parts(receive):
+                held += len(part)
+                self._held += len(part)
+                if held > self._limit:
+                    raise self._too_large("more")
+                if held >= SMALL_BODY_BYTES and self._held > self._total:
+                    raise Overloaded("The server has no room for a body of this size now.", code="too_many_bytes")
+                parts.append(part)
+            body = b"".join(parts)
+            parts.clear()
+            if body and encoding != "identity":
+                body = await run_off_loop(len(body), self._unpack, body)
+            await self._app(scope, _then_disconnect(body, receive), send)
+        finally:
+            self._held -= held
+
+    @staticmethod
+    async def _parts(receive: Receive) -> AsyncIterator[bytes]:
+        """Yield the parts of the body. Raises ClientDisconnect."""
+        more = True
+        while more:
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._limit:
-                raise self._too_large("more")
-            return message
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
 
-        await self._app(scope, receive_limited, send)
+    def _unpack(self, body: bytes) -> bytes:
+        """Return the content of a body in gzip, with no more bytes in memory than the limit."""
+        unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        try:
+            content = unpacker.decompress(body, self._limit + 1)
+        except zlib.error as error:
+            raise BadRequest(f"The body is not gzip: {error}.", code="invalid_gzip") from None
+        if len(content) > self._limit:
+            raise self._too_large("more after unpacking")
+        if not unpacker.eof or unpacker.unused_data:
+            raise BadRequest("The body is not one whole gzip member.", code="invalid_gzip")
+        return content
 
     def _too_large(self, got: str) -> PayloadTooLarge:
         return PayloadTooLarge(f"The body may have at most {self._limit} bytes, got {got}.")
+
+
+def _then_disconnect(body: bytes, receive: Receive) -> Receive:
+    """Return a channel that gives the whole body first, and then what `receive` gives."""
+    pending = [body]
+
+    async def receive_body() -> Message:
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
+        return await receive()
+
+    return receive_body

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.site_kind import SiteKind
-from service.types import Adaptation
+from service.types import Adaptation, StoreStatus
 
 
 class ErrorDetail(BaseModel):
@@ -372,3 +372,8 @@ class Ready(BaseModel):
     """The reply of `GET /readyz`."""
 
     status: Literal["loading", "ready", "draining"]
+    store: StoreStatus = Field(
+        "ok",
+        description="`read_only`: the store takes no writes (its disk is full), so sessions can be used and not"
+        " taught. `away`: the store does not answer, so only requests without a session are answered.",
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,14 +31,36 @@ SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
 MAX_FIELDS = 64
 MAX_BIASES = 1024
 MAX_PROMPTS = 128
+MAX_MESSAGES = 1024  # of a chat: as many as a session knows again
+MAX_PARTS = 1024  # of a message
 MAX_CHOICES = 8
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
+
+def _integer(value: Any) -> Any:
+    """Return the integer that a number without a fraction is, as in JSON Schema."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _integers(value: Any) -> Any:
+    """Return a list with an integer for each number without a fraction."""
+    return [_integer(item) for item in value] if type(value) is list and float in set(map(type, value)) else value
+
+
+def _without_bom(text: str) -> str:
+    """Return a text without the byte order mark that editors put at the start of a file."""
+    return text.removeprefix("\ufeff")
+
+
 SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID)]
+Integer = Annotated[int, BeforeValidator(_integer)]
+Text = Annotated[str, AfterValidator(_without_bom)]
 OnDisconnect = Literal["rollback", "commit"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-TokenId = Annotated[int, Field(ge=0, le=INT32)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=INT32)]], Field(min_length=1, fail_fast=True), BeforeValidator(_integers)
+]
 
 ON_DISCONNECT = Field(
     None, description="The end of the turn if its client disconnects; default `rollback`: the turn has no effect."
@@ -107,19 +130,15 @@ def _text_or_list(value: Any) -> str | None:
 def _prompt_kind(value: Any) -> str | None:
     if not isinstance(value, list) or not value:
         return _text_or_list(value)
-    kinds = {str: "<list>", int: "<tokens>", list: "<token lists>"}
+    kinds = {str: "<list>", int: "<tokens>", float: "<tokens>", list: "<token lists>"}
     return kinds.get(type(value[0]))
 
 
 Prompt = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")]
-    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag("<tokens>")]
-    | Annotated[
-        list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
-        Field(max_length=MAX_PROMPTS, fail_fast=True),
-        Tag("<token lists>"),
-    ],
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")]
+    | Annotated[TokenIds, Tag("<tokens>")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<token lists>")],
     Discriminator(
         _prompt_kind,
         custom_error_type="prompt_type",
@@ -147,7 +166,7 @@ class TextPart(Body):
     """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
@@ -155,7 +174,8 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")],
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
         Discriminator(
             _text_or_list,
             custom_error_type="content_type",
@@ -178,7 +198,7 @@ class Message(Body):
         return message | {key: value for key, value in given.items() if value is not None}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class StreamOptions(Body):
@@ -194,9 +214,9 @@ class GenerationRequest(Body):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    seed: Annotated[Integer, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Stop | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
@@ -246,10 +266,12 @@ class CompletionRequest(GenerationRequest):
     )
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(None, description="Default: 16, as for OpenAI.")
+    max_tokens: Annotated[Integer, Field(ge=0, le=INT32)] | None = Field(
+        None, description="Default: 16, as for OpenAI."
+    )
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="Only accepted when equal to `n`.")
+    logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[Integer, Field(ge=1, le=8)] | None = Field(None, description="Only accepted when equal to `n`.")
     suffix: Annotated[Any, Unsupported()] = None
 
     @model_validator(mode="after")
@@ -280,10 +302,10 @@ class ChatCompletionRequest(GenerationRequest):
     )
 
     messages: Messages
-    max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
+    max_tokens: Annotated[Integer, Field(ge=1, le=INT32)] | None = None
+    max_completion_tokens: Annotated[Integer, Field(ge=1, le=INT32)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     tools: Annotated[Any, Unsupported(([],))] = None
     tool_choice: Annotated[Any, Unsupported(("none",))] = None
     parallel_tool_calls: Annotated[Any, Unsupported((True, False))] = None
@@ -323,7 +345,7 @@ class SessionOptions(Body):
     learn: LearnMode | None = None
     keep_text: bool | None = Field(None, description="Keep the learned texts while their commits can be undone.")
     model: str | None = Field(None, description="The policy of a new session; default: the language model.")
-    ttl_s: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(
+    ttl_s: Annotated[Integer, Field(ge=0, le=315_360_000)] | None = Field(
         None, description="Seconds after the last use until the session is erased; 0 = never. Default: the server's."
     )
 
@@ -333,7 +355,7 @@ class Rollback(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}]})
 
-    version: Annotated[int, Field(ge=0, le=INT64)]
+    version: Annotated[Integer, Field(ge=0, le=INT64)]
 
 
 class Fork(Body):
@@ -349,10 +371,10 @@ class ObserveRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso."}]})
 
-    text: str | None = None
+    text: Text | None = None
     messages: Messages | None = None
     features: Observation | None = None
-    label: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    label: Annotated[Integer, Field(ge=0, le=INT32)] | None = None
     model: str | None = MODEL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
@@ -393,7 +415,7 @@ class ActRequest(Body):
         None,
         description="0 = the best action, 1 = by the probability of being the best; default: the policy's.",
     )
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    seed: Annotated[Integer, Field(ge=-INT64 - 1, le=INT64)] | None = None
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
@@ -413,7 +435,7 @@ class FeedbackRequest(Body):
     reward: float | None = None
     regret: Annotated[float, Field(ge=0)] | None = REGRET
     completion_id: CompletionId | None = Field(None, description="The `id` of a completion of this session.")
-    text: Annotated[str, Field(min_length=1)] | None = Field(None, description="The text that the user kept instead.")
+    text: Annotated[Text, Field(min_length=1)] | None = Field(None, description="The text that the user kept instead.")
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
@@ -434,7 +456,7 @@ class ScoreRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso.", "learn": False}]})
 
-    text: str
+    text: Text
     learn: bool = False
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 

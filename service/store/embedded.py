@@ -7,6 +7,9 @@ Layout of the data folder:
     lock             locked by the Imprint server that uses the folder
     valkey/lock      locked by the Valkey process itself (Valkey inherits the descriptor), hence also by an orphan
     valkey/          append-only file, log, pid, and the socket unless its path would be too long
+
+A Valkey that cannot write its append-only file exits. Hence writes are refused while the disk has no reserve, and after
+a failed write Valkey is started again at once with its file closed. Reads go on in both cases.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from urllib.parse import quote
@@ -33,12 +36,19 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
+from service.child_process import spawn
+from service.store.disk_space import lacks_reserve, takes_writes
+from service.types import StoreStatus
+
 SOCKET_PATH_BYTES = 103  # longest socket path that every Unix takes; Linux takes 107
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 WATCH_S = 0.1
 MAX_BACKOFF_S = 5.0
 STEADY_S = 60.0  # time after which a Valkey that dies is restarted without backoff
+WRITE_FAILED = 1  # exit status of a Valkey that could not write its append-only file
+REFUSE_WRITES = "min-replicas-to-write"  # Valkey refuses writes while it has fewer replicas; it never has any
+PROBE_S, MAX_PROBE_S = 1.0, 30.0  # time between two attempts to write again
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +75,18 @@ class EmbeddedValkey:
         self._home = self._data_dir / "valkey"
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._served: subprocess.Popen[bytes] | None = None  # `_process`, once the process has answered
         self._launching = threading.Lock()
+        self._reads_only = False  # writes are refused
+        self._file_closed = False  # what is in memory does not reach the disk
+        self._stopped: Callable[[], bool] = lambda: False
+
+    @property
+    def status(self) -> StoreStatus:
+        """Return "ok", "read_only" while the disk has no room, or "away" while no Valkey runs."""
+        if not self.alive():
+            return "away"
+        return "read_only" if self._reads_only else "ok"
 
     @property
     def pid(self) -> int | None:
@@ -74,28 +95,35 @@ class EmbeddedValkey:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> str:
+    def start(self, *, stopped: Callable[[], bool] = lambda: False) -> str:
         """Start Valkey, wait until Valkey has read its data, and return its `unix://` URL.
 
         Shuts down a Valkey that a killed server has left on the folder.
 
+        Args:
+            stopped: returns whether to give up waiting.
+
         Raises:
             StoreInUse: another server uses the folder.
-            StoreError: Valkey does not start.
+            StoreError: Valkey does not start, or `stopped`.
         """
+        self._stopped = stopped
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             self._home.chmod(0o700)
             lock = _lock(self._data_dir / "lock")
         except OSError as error:
-            raise StoreError(f"the data folder {self._data_dir} can't be used: {error}") from error
+            raise StoreError(f"the data folder {self._data_dir} can't be used: {_reason(error)}") from error
         if lock is None:
             raise StoreInUse(f"another Imprint server uses the data folder {self._data_dir}")
         self._lock = lock
         atexit.register(self.stop)
         try:
             with self._launching:
-                self._launch()
+                self._launch(reads_only=lacks_reserve(self._home))
+        except OSError as error:
+            self.stop()
+            raise StoreError(f"the data folder {self._data_dir} can't be used: {_reason(error)}") from error
         except BaseException:
             self.stop()
             raise
@@ -113,36 +141,85 @@ class EmbeddedValkey:
         if lock is not None:
             os.close(lock)
 
-    async def supervise(self) -> None:
-        """Restart Valkey whenever Valkey dies, until `stop` is called."""
+    async def supervise(self, report: Callable[[StoreStatus], None] = lambda status: None) -> None:
+        """Restart Valkey whenever Valkey dies, and follow the room on the disk, until `stop` is called.
+
+        `report` is called with the status, every few tenths of a second.
+        """
         backoff, started_at = 0.0, time.monotonic()
+        probe_at, probe_s = 0.0, PROBE_S
         while self._lock is not None:
             await asyncio.sleep(WATCH_S)
-            if self.alive() or self._lock is None:
+            report(self.status)
+            if self._lock is None:
                 continue
-            steady = time.monotonic() - started_at > STEADY_S
-            backoff = 0.0 if steady else min(2 * backoff + WATCH_S, MAX_BACKOFF_S)
-            log.error("valkey (process %s) died; restarting it in %.1f s", self.pid, backoff)
-            await asyncio.sleep(backoff)
-            started_at = time.monotonic()
             try:
+                if self.alive():
+                    if not self._reads_only and lacks_reserve(self._home):
+                        await asyncio.to_thread(self._refuse_writes)
+                    elif self._reads_only and time.monotonic() > probe_at:
+                        await asyncio.to_thread(self._try_writes)
+                        probe_at = time.monotonic() + probe_s
+                    continue
+                report("away")
+                steady = time.monotonic() - started_at > STEADY_S
+                if self._write_failed():
+                    log.error("valkey (process %s) could not write; nothing is learned until it can", self.pid)
+                    probe_s = PROBE_S if steady else min(2 * probe_s, MAX_PROBE_S)
+                    probe_at = time.monotonic() + probe_s
+                    self._reads_only, backoff = True, 0.0
+                else:
+                    backoff = 0.0 if steady else min(2 * backoff + WATCH_S, MAX_BACKOFF_S)
+                    log.error("valkey (process %s) died; restarting it in %.1f s", self.pid, backoff)
+                    await asyncio.sleep(backoff)
+                started_at = time.monotonic()
                 await asyncio.to_thread(self._relaunch)
-            except (StoreError, OSError) as error:
+            except (StoreError, OSError, RedisError) as error:
                 log.error("valkey did not start again: %s", error)
 
-    def _relaunch(self) -> None:
+    def _write_failed(self) -> bool:
+        """Return whether the Valkey that died had served with its file open, and could not write to the file."""
+        return self._served is not None and self._served.poll() == WRITE_FAILED and not self._file_closed
+
+    def _refuse_writes(self) -> None:
+        log.error("the disk of %s is almost full: nothing is learned until there is room", self._home)
+        self._set_reads_only(True)
+
+    def _try_writes(self) -> None:
+        """Take writes again if the disk has room."""
+        if not lacks_reserve(self._home, factor=1.5) and takes_writes(self._home, self._file_bytes()):
+            log.warning("the disk of %s has room: learning goes on", self._home)
+            if self._file_closed:
+                self._relaunch(reads_only=False)
+            else:
+                self._set_reads_only(False)
+
+    def _set_reads_only(self, reads_only: bool) -> None:
+        with self._client() as client:
+            client.config_set(REFUSE_WRITES, int(reads_only))
+        self._reads_only = reads_only
+
+    def _file_bytes(self) -> int:
+        """Return the size of the largest append-only file."""
+        return max((path.stat().st_size for path in self._home.glob("appendonlydir/*.aof")), default=0)
+
+    def _relaunch(self, *, reads_only: bool | None = None) -> None:
+        """Launch Valkey again; end the process that runs before. Keep writes refused or not, unless told otherwise."""
         with self._launching:
             if self._lock is not None:  # after `stop` another server may use the folder
-                self._launch()
+                if self._process is not None:
+                    _end(self._process)
+                self._launch(reads_only=self._reads_only if reads_only is None else reads_only)
 
-    def _launch(self) -> None:
+    def _launch(self, *, reads_only: bool) -> None:
+        self._served = None
         with self._inherited_lock() as lock:
             log_path = self._home / "valkey.log"
             with log_path.open("ab") as log_file:
                 log_start = log_file.tell()
                 # A session of its own keeps a Ctrl-C in the terminal from Valkey: Imprint still has turns to commit.
-                self._process = subprocess.Popen(
-                    [valkey_binary(), *self._options()],
+                self._process = spawn(
+                    [valkey_binary(), *self._options(), f"--{REFUSE_WRITES}", str(int(reads_only))],
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=subprocess.STDOUT,
@@ -150,11 +227,26 @@ class EmbeddedValkey:
                     start_new_session=True,
                 )
             if not self._answers(self._process):
-                status = _end(self._process)
-                output = log_path.read_bytes()[log_start:].decode(errors="replace").strip()
-                last_line = output.splitlines()[-1] if output else ""
-                raise StoreError(f"valkey did not start (status {status}): {last_line} See {log_path}")
+                self._raise_not_started(_end(self._process, timeout_s=2.0), log_path, log_start)
+            self._served, self._reads_only, self._file_closed = self._process, reads_only, False
+            if reads_only:
+                self._close_file()
             log.info("valkey (process %d) serves %s", self._process.pid, self._home)
+
+    def _close_file(self) -> None:
+        """Make Valkey write nothing to the disk any more: a key that expires would be a write, and end Valkey."""
+        with self._client() as client:
+            client.config_set("appendonly", "no")
+        self._file_closed = True
+
+    def _raise_not_started(self, status: int, log_path: Path, log_start: int) -> None:
+        if self._stopped():
+            raise StoreError("stopped before valkey had started")
+        if lacks_reserve(self._home) or not takes_writes(self._home, 0):
+            raise StoreError(f"valkey did not start (status {status}): the disk of {self._home} is full")
+        output = log_path.read_bytes()[log_start:].decode(errors="replace").strip()
+        last_line = output.splitlines()[-1] if output else ""
+        raise StoreError(f"valkey did not start (status {status}): {last_line} See {log_path}")
 
     def _options(self) -> list[str]:
         options = {
@@ -177,7 +269,7 @@ class EmbeddedValkey:
         """Wait until Valkey serves; return False if the process ends before, or never listens."""
         deadline = time.monotonic() + START_TIMEOUT_S
         with self._client() as client:
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None and time.monotonic() < deadline and not self._stopped():
                 try:
                     client.ping()
                     return True
@@ -201,7 +293,7 @@ class EmbeddedValkey:
         path = self._home / "lock"
         lock = _lock(path)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while lock is None and time.monotonic() < deadline:
+        while lock is None and time.monotonic() < deadline and not self._stopped():
             log.warning("shutting down the valkey that an earlier server left on %s", self._home)
             with self._client() as client, contextlib.suppress(RedisError):
                 client.shutdown(nosave=True, now=True, force=True)
@@ -249,14 +341,27 @@ def valkey_binary() -> str:
 
 
 def in_use(data_dir: Path) -> bool:
-    """Return whether a server uses the folder now."""
-    path = data_dir / "lock"
-    if not path.exists():
+    """Return whether a server uses the folder now. Raises OSError if the folder's lock cannot be read."""
+    return _is_locked(data_dir / "lock")
+
+
+def has_orphan(data_dir: Path) -> bool:
+    """Return whether a Valkey uses the folder now. Raises OSError if the folder's lock cannot be read."""
+    return _is_locked(data_dir / "valkey" / "lock")
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    lock = _lock(path)
-    if lock is not None:
-        os.close(lock)
-    return lock is None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _lock(path: Path, timeout_s: float = 0.0) -> int | None:
@@ -277,11 +382,16 @@ def _lock(path: Path, timeout_s: float = 0.0) -> int | None:
         time.sleep(0.01)
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
-    """End Valkey, by a clean shutdown if possible; return its exit status."""
+def _reason(error: OSError) -> str:
+    """Return the reason of an error of the operating system, with the file's name."""
+    return f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+
+
+def _end(process: subprocess.Popen[bytes], *, timeout_s: float = STOP_TIMEOUT_S) -> int:
+    """End Valkey, by a clean shutdown if possible within `timeout_s`; return its exit status."""
     process.terminate()  # Valkey treats SIGTERM as SHUTDOWN, and a signal needs no connection
     try:
-        return process.wait(STOP_TIMEOUT_S)
+        return process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()

@@ -51,7 +51,7 @@ class CompletionJob:
     stream: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One token and its log-probability (nats; None where nothing predicts the token).
 
@@ -209,6 +209,7 @@ class OutputProcessor:
         scores: list[Alternatives] = []
         if self._options.logprobs is not None:
             scores = [Alternatives(token_ids[0], None), *self._scores[prompt]]
+            self._scores[prompt] = []  # a million objects are freed here, off the loop, not at the end of the turn
         for choice in range(prompt * self._options.n, (prompt + 1) * self._options.n):
             yield self._delta(choice, self._tokenizer.decode(token_ids), scores)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import KeyReused
+from service.json_steps import dump_json
 from service.store.base import IdempotencyRecord
 from service.tenants import Tenant
 
@@ -50,15 +51,18 @@ class RequestContext:
         return [self._name] if self.digest and may_repeat else []
 
     def idempotency_record(
-        self, result: Json, version: int, *, key_ttl_s: int, retry_ttl_s: int
+        self, result: Json, version: int, *, key_ttl_s: int, retry_ttl_s: int, large: bool = False
     ) -> IdempotencyRecord | None:
-        """Return the record to store with the commit of `version`; None if the answer is not to be remembered."""
+        """Return the record to store with the commit of `version`; None if the answer is not to be remembered.
+
+        large: whether the JSON is to be written step by step, which is slower and lets other threads run.
+        """
         ttl_s = retry_ttl_s if self.key is None else key_ttl_s
         if not self.digest or not ttl_s:
             return None
         payload = {"request": self.digest, "version": version, "attempt": self.attempt or 0, "result": result}
         payload |= {"id": self.id, "created": self.created}
-        record = json.dumps(payload, separators=(",", ":"))
+        record = dump_json(payload) if large else json.dumps(payload, separators=(",", ":"))
         return IdempotencyRecord(self._name, ttl_s, zlib.compress(record.encode(), 1))
 
     def replay(self, record: bytes) -> Json | None:

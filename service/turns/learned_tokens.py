@@ -22,8 +22,8 @@ def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[i
         if any(learn) or reply:
             tokens = [token if new else ~token for token, new in zip(part.token_ids, learn, strict=True)]
             kept.append([*tokens, *reply])
-    numbers = [len(kept), *map(len, kept), *(token for part in kept for token in part)]
-    return np.array(numbers, "<i4").tobytes()
+    head = [len(kept), *map(len, kept)]
+    return np.concatenate([np.array(part, "<i4") for part in (head, *kept)]).tobytes()
 
 
 def unpack_learned_tokens(packed: bytes) -> list[Segment]:

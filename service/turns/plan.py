@@ -44,6 +44,11 @@ class TurnPlan:
         return "" if self.policy_request is None else self.policy_request.policy
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all segments."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
     def runs_jobs(self) -> bool:
         """True if the engine has something to run."""
         return bool(self.segments) or self.policy_request is not None

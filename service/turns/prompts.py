@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +11,10 @@ from model.text.chat_template import ChatTemplateError
 from model.text.tokenizer import Tokenizer
 from service.engine import Segment
 from service.errors import BadRequest
+from service.off_loop import run_off_loop
 
-MAX_DIGESTS = 1024
-LONG_TEXT_CHARS = 20_000  # a longer text is tokenised on another thread than the event loop's
+MAX_DIGESTS = 1024  # a chat may have this many messages: a session could not know more of them again
+MESSAGE_CHARS = 64  # a message costs as much work as so many characters beside its own
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,40 @@ class ChatPrompt:
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+def prompt_size(prompt: Prompt) -> int:
+    """Return what the work on a prompt grows with: its characters, or its tokens."""
+    match prompt:
+        case TextPrompt(text):
+            return len(text)
+        case TokenPrompt(token_ids):
+            return len(token_ids)
+        case ChatPrompt(messages):
+            return sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
+
+
+def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str = "") -> None:
+    """Refuse a prompt whose size alone tells that it does not fit the context, before it is tokenised.
+
+    Raises:
+        BadRequest: the prompt has more than `context` tokens for sure.
+    """
+    match prompt:
+        case TextPrompt(text):
+            fewest = tokenizer.fewest_tokens(len(text))  # a character has at least one byte
+        case TokenPrompt(token_ids):
+            fewest = len(token_ids)
+        case ChatPrompt(messages):  # templates trim the white space around a content
+            fewest = tokenizer.fewest_tokens(sum(len(message["content"].strip()) for message in messages))
+    param = param or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
+    if fewest > context:
+        raise BadRequest(
+            f"'{param}' and completion may hold {context} tokens together (the model's context), "
+            f"got {param} of at least {fewest} tokens.",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 @dataclass(frozen=True)
@@ -66,10 +100,8 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
 
 
 async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
-    """Encode a prompt as `encode` does; a long text on another thread, so that the event loop goes on."""
-    if isinstance(prompt, TextPrompt) and len(prompt.text) > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(encode, prompt, tokenizer, known, reply=reply)
-    return encode(prompt, tokenizer, known, reply=reply)
+    """Encode a prompt as `encode` does; a large prompt on another thread, so that the event loop goes on."""
+    return await run_off_loop(prompt_size(prompt), encode, prompt, tokenizer, known, reply=reply)
 
 
 async def encode_text(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer, known: Sequence[str]) -> EncodedPrompt:
@@ -135,6 +167,11 @@ def windows(token_ids: Sequence[int], size: int, bos: int) -> Iterator[tuple[lis
     """
     for start in range(0, len(token_ids), size - 1):
         yield [bos, *token_ids[start : start + size - 1]], start
+
+
+async def segments_async(encoded: EncodedPrompt, size: int, bos: int, *, learn: bool, score: bool) -> list[Segment]:
+    """Return the segments of a text as `segments` does; of a long text on another thread."""
+    return await run_off_loop(len(encoded.token_ids), segments, encoded, size, bos, learn=learn, score=score)
 
 
 def segments(encoded: EncodedPrompt, size: int, bos: int, *, learn: bool, score: bool) -> list[Segment]:

@@ -15,6 +15,7 @@ from service.engine import Event, JobFinished, JobRequest, JobStream, MemoryAcce
 from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import VersionConflict
 from service.metrics import Metrics
+from service.off_loop import run_off_loop
 from service.store.base import SessionStore
 from service.store.errors import damaged_session
 from service.turns.commit import Commit, TurnOutcome, build_commit, outcome_of, record_commit, record_jobs
@@ -26,6 +27,7 @@ from service.turns.session_gate import SessionGate, SessionHandle, SessionTarget
 
 Json = dict[str, Any]
 E = TypeVar("E")
+OUTPUT_COST = 8  # a generated token, with its alternatives, costs as much as so many tokens of a prompt
 NO_STATE_ID: StateId = (-1.0, -1.0, -1)  # of rows that no stored version has
 
 
@@ -106,17 +108,17 @@ class TurnRunner:
                         for output in turn.outputs(segment, engine_event):
                             yield output
                 record_jobs(self.metrics, stream.finished)
-                remaining = list(turn.remaining_outputs())
-                commit = build_commit(ctx, plan, stream.finished, turn.reply_digests())
-                last = turn.last_event(outcome_of(plan, stream.finished, commit))
-                await self._commit(handle, plan, commit, stream.finished, turn.record, last)
+                size = plan.num_tokens + sum(OUTPUT_COST * job.stats.completion_tokens for job in stream.finished)
+                remaining, commit, last = await run_off_loop(size, _conclude, ctx, turn, plan, stream.finished)
+                await self._commit(handle, plan, commit, stream.finished, turn.record, last, size)
                 stream.settle(None if commit is None else commit.meta.state_id)
             if commit is not None and not plan.runs_jobs:
                 model.engine.drop((ctx.tenant.name, commit.meta.id))  # the device still holds the earlier content
             elif plan.meta is not None and handle.meta is None and not plan.writes:
                 model.engine.drop((ctx.tenant.name, plan.meta.id))  # the turn read a session that does not exist
-            for output in remaining:
-                yield output
+            remaining.reverse()  # each output is freed when it is sent: echoes of long prompts are large
+            while remaining:
+                yield remaining.pop()
             yield last
 
     async def stream(
@@ -198,10 +200,23 @@ class TurnRunner:
         jobs: Sequence[JobFinished],
         record: Callable[[E], Json],
         last: E,
+        size: int,
     ) -> None:
-        """Commit the turn, or store a new session of a turn that may learn and learned nothing."""
+        """Commit the turn, or store a new session of a turn that may learn and learned nothing.
+
+        size: number of tokens that the answer is about.
+        """
         if commit is not None:
-            await self.gate.commit(handle, commit, record(last))
+            await self.gate.commit(handle, commit, await run_off_loop(size, record, last), size)
             record_commit(self.metrics, plan.policy_request, commit, jobs)
         elif plan.meta is not None and handle.meta is None and plan.writes:
             await self.store.create(handle.ctx.tenant.name, plan.meta, handle.lease)
+
+
+def _conclude(
+    ctx: RequestContext, turn: Turn[E], plan: TurnPlan, jobs: Sequence[JobFinished]
+) -> tuple[list[E], Commit | None, E]:
+    """Return the outputs that remain, what to commit, and the last event of a turn whose jobs have finished."""
+    remaining = list(turn.remaining_outputs())
+    commit = build_commit(ctx, plan, jobs, turn.reply_digests())
+    return remaining, commit, turn.last_event(outcome_of(plan, jobs, commit))

@@ -21,6 +21,7 @@ from service.errors import (
     VersionConflict,
 )
 from service.metrics import Metrics
+from service.off_loop import LARGE, run_off_loop
 from service.store.base import CommitMetadata, Lease, SessionMeta, SessionStore, TurnStart, WriteMode
 from service.tenants import Tenant
 from service.turns.commit import Commit
@@ -175,7 +176,7 @@ class SessionGate:
             turn_start = await self._begin_in_store(ctx, target, ctx.names)
             if turn_start.record is None:
                 return turn_start, None
-            replay = ctx.replay(turn_start.record)
+            replay = await run_off_loop(len(turn_start.record), ctx.replay, turn_start.record)
             if replay is None:
                 if ctx.has_later_attempt(turn_start.record):
                     await asyncio.sleep(CANCEL_GRACE_S)
@@ -198,16 +199,25 @@ class SessionGate:
             with suppress(StoreUnavailable):
                 await self._store.renew(lease)
 
-    async def commit(self, handle: SessionHandle, commit: Commit, answer: dict[str, Any]) -> None:
+    async def commit(self, handle: SessionHandle, commit: Commit, answer: dict[str, Any], answer_size: int = 0) -> None:
         """Commit a turn with its answer, then account for the learned tokens. Nothing interrupts a commit once begun.
 
+        answer_size: number of tokens that the answer may be about.
         Raises TooLarge, and what `SessionStore.commit` raises; nothing is stored then.
         """
         limit, new, before = self.limits.session_bytes, commit.meta, handle.meta
         if limit and new.bytes > limit and new.bytes > (0 if before is None else before.bytes):
             raise TooLarge(f"Session {new.id!r} may have {limit} bytes of rows and would get {new.bytes}.")
         ctx, limits = handle.ctx, self.limits
-        record = ctx.idempotency_record(answer, new.version, key_ttl_s=limits.key_ttl_s, retry_ttl_s=limits.retry_ttl_s)
+        record = await run_off_loop(
+            answer_size,
+            ctx.idempotency_record,
+            answer,
+            new.version,
+            key_ttl_s=limits.key_ttl_s,
+            retry_ttl_s=limits.retry_ttl_s,
+            large=answer_size >= LARGE,
+        )
 
         async def store_and_account() -> None:
             with self._count_conflicts(), self._metrics.commit_seconds.time():

@@ -15,11 +15,12 @@ from service.tenants import Tenant
 from service.turns.completion import CompletionJob, CompletionTurn, Delta, TurnEnd
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
-from service.turns.prompts import ChatPrompt, TextPrompt
+from service.turns.prompts import ChatPrompt, TextPrompt, require_fits
 from service.turns.quotas import Quotas
 from service.turns.run import Turn, TurnRestarted, TurnRunner
 from service.turns.session_gate import ServerLimits, SessionGate, require_match, session_not_found
 from service.turns.text_turns import ObserveResult, ObserveTurn, ScoreResult, ScoreTurn
+from service.types import StoreStatus
 
 E = TypeVar("E")
 
@@ -40,6 +41,7 @@ class Sessions:
         self.gate = SessionGate(store, quotas, metrics, limits)
         self.model_id = model_id
         self.store = store
+        self.store_status: StoreStatus = "ok"  # for the probes
         self._quotas = quotas
         self._turns = TurnRunner(self.gate, store, quotas, metrics, proof_rate)
         self._loaded: LoadedModel | None = None
@@ -97,7 +99,11 @@ class Sessions:
 
         Returns once the first event exists, so that every earlier error gets its own HTTP status. Cancelling this call
         or closing the generator ends the work within one step of the engine and rolls the turn back.
+
+        Raises BadRequest, before the turn has a place in the queue, for a prompt whose size tells that it cannot fit.
         """
+        for prompt in job.prompts:
+            require_fits(prompt, self.loaded_model.tokenizer, self.context)
         turn = CompletionTurn(job)
         events = self._turns.stream(ctx, turn, self.loaded_model, restartable=not job.stream)
         return _prepend(await anext(events), events)

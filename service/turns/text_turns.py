@@ -68,7 +68,7 @@ class ObserveTurn(LearningTurn):
         model.require_model(meta)
         encoded = await prompts.encode_text(self._prompt, model.tokenizer, meta.digests)
         start = model.tokenizer.start_token_id
-        segments = prompts.segments(encoded, model.context, start, learn=True, score=False)
+        segments = await prompts.segments_async(encoded, model.context, start, learn=True, score=False)
         return TurnPlan(meta, segments, digests=encoded.digests)
 
 
@@ -87,9 +87,9 @@ class ScoreTurn(Turn[ScoreResult]):
         model.require_model(meta)
         encoded = await prompts.encode_text(TextPrompt(self._text), model.tokenizer, meta.digests)
         start = model.tokenizer.start_token_id
-        segments = prompts.segments(encoded, model.context, start, learn=self._learn, score=True)
+        segments = await prompts.segments_async(encoded, model.context, start, learn=self._learn, score=True)
         self._scores = list[TokenScores]()
-        self._tokens = [model.tokenizer.token_bytes(token) for token in encoded.token_ids]
+        self._token_ids, self._token_bytes = encoded.token_ids, model.tokenizer.token_bytes
         return TurnPlan(meta, segments, writes=self._learn, score_frozen=True)
 
     def outputs(self, segment: int, event: Event) -> Iterator[ScoreResult]:
@@ -100,12 +100,12 @@ class ScoreTurn(Turn[ScoreResult]):
     def last_event(self, outcome: TurnOutcome) -> ScoreResult:
         adapted = [value for event in self._scores for value in event.adapted]
         frozen = [value for event in self._scores for value in event.frozen or ()]
-        tokens = [token.decode(errors="replace") for token in self._tokens]
+        tokens = [self._token_bytes(token_id).decode(errors="replace") for token_id in self._token_ids]
         version = outcome.adaptation.version_to
         return ScoreResult(tokens, adapted, frozen, _mean_loss(adapted), _mean_loss(frozen), version)
 
     def record(self, last: ScoreResult) -> Json:
-        return asdict(last)
+        return vars(last)
 
 
 def _mean_loss(log_probs: Sequence[float]) -> float | None:

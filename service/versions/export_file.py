@@ -24,6 +24,7 @@ from service.turns.action_ids import MAX_TAGS, TAG_DIGITS
 
 FORMAT = 1
 NAME = "imprint"  # the manifest's key in the file's metadata
+MAX_BRACKETS = 100  # in a manifest, so that it is neither deep nor large; an export has 2
 COUNTS = ("version", "tokens_learned", "proof_tokens", "requests")
 SUMS = ("loss_sum", "frozen_loss_sum", "created", "updated")
 Arrays = dict[str, NDArray[Any]]
@@ -48,8 +49,11 @@ def read_export(data: bytes, key: str) -> tuple[Json, Arrays]:
     try:
         arrays: Arrays = load(data)
         size = int.from_bytes(data[:8], "little")
-        manifest = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][NAME])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        text = json.loads(data[8 : 8 + size])["__metadata__"][NAME]
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise ValueError
+        manifest = json.loads(text)
+    except (SafetensorError, AttributeError, ValueError, LookupError, TypeError) as error:
         raise _invalid_export(f"is no export of a session, or a damaged one ({type(error).__name__})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from service.off_loop import run_off_loop
 from service.store.base import SessionMeta
 from service.tenants import Tenant
 from service.turns.idempotency import RequestContext
@@ -63,7 +64,8 @@ class Versions:
         stored = await self._store.load(tenant.name, session)
         if stored is None:
             raise session_not_found(session)
-        return pack_session(stored, self._sessions.gate.limits.export_key), stored.meta
+        key = self._sessions.gate.limits.export_key
+        return await run_off_loop(stored.meta.bytes, pack_session, stored, key), stored.meta
 
     async def import_session(
         self, ctx: RequestContext, session: str, data: bytes, *, if_match: str | None = None

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 from service.engine import Segment
 from service.errors import BadRequest, Conflict, VersionConflict
+from service.off_loop import run_off_loop
 from service.store.base import History, SessionMeta, SessionStore
 from service.tenants import Tenant
 from service.turns.action_ids import inherited_tags
@@ -17,7 +18,7 @@ from service.turns.commit import TurnOutcome
 from service.turns.learned_tokens import unpack_learned_tokens
 from service.turns.loaded_model import LoadedModel
 from service.turns.plan import TurnPlan
-from service.turns.prompts import message_digests
+from service.turns.prompts import TextPrompt, message_digests, require_fits
 from service.turns.run import Json, Turn
 from service.turns.session_gate import SessionHandle, SessionTarget, require_match, session_not_found
 from service.turns.state_delta import full_state_delta, state_delta_at
@@ -114,11 +115,12 @@ class ImportTurn(VersionTurn):
         return super().replayed(record)
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
-        manifest, arrays = read_export(self._data, self._key)
+        manifest, arrays = await run_off_loop(len(self._data), read_export, self._data, self._key)
         new = model.new_meta(self._session, {})
         policy = model.require_loaded_model(replace(new, model=manifest["model"]))
         config = model.engine.memory_config(policy)
-        manifest, sites = unpack_session(manifest, arrays, config, model.row_vocab_size(policy))
+        vocab_size = model.row_vocab_size(policy)
+        manifest, sites = await run_off_loop(len(self._data), unpack_session, manifest, arrays, config, vocab_size)
         self.created = handle.meta is None
         stored = None if self.created else await self._store.load(self._tenant.name, self._session)
         meta = handle.meta or model.new_meta(self._session, {}, policy)
@@ -126,7 +128,8 @@ class ImportTurn(VersionTurn):
         tags = inherited_tags(manifest["id"], manifest["created"], manifest["actions"], manifest["action_tags"])
         manifest |= {"action_tags": tags}
         meta = replace(meta, actions=max(meta.actions, manifest["actions"]))
-        delta = full_state_delta(manifest, sites, stored.sites if stored else {})
+        old_sites = stored.sites if stored else {}
+        delta = await run_off_loop(len(self._data), full_state_delta, manifest, sites, old_sites)
         origin = f"{manifest['id']} v{manifest['version']}"
         return TurnPlan(meta, state_delta=delta, kind="import", origin=origin)
 
@@ -142,9 +145,11 @@ class KeptCompletionTurn(LearningTurn):
         assert handle.meta is not None
         model.require_model(handle.meta)
         tokenizer, max_tokens = model.tokenizer, model.context - 1
+        require_fits(TextPrompt(self._text), tokenizer, max_tokens, "text")
         history = await load_history(self._store, handle)
         prompt = prompt_tokens_of(history, self._completion_key) or [tokenizer.start_token_id]
-        learned = tokenizer.encode(self._text)[tokenizer.add_bos :]
+        learned = await run_off_loop(len(self._text), tokenizer.encode, self._text)
+        learned = learned[tokenizer.add_bos :]
         if len(learned) > max_tokens:
             raise BadRequest(f"'text' may have {max_tokens} tokens, got {len(learned)}.", param="text")
         prompt = prompt[len(learned) - max_tokens - 1 :]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import uvicorn
 
-from service.app import create_app, load_model, new_sessions
+from service.app import create_app, new_sessions
 from service.metrics import Metrics
+from service.model_loading import load_model
 from service.settings import Settings
 from service.store.memory import MemoryStore
 from service.tenants import ApiKeys

@@ -22,7 +22,7 @@ from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
 from tests.service.valkeys import free_ports, valkey
 
-NAMES = ["device", "model", "memory", "store", "port", "disk", "keys"]
+NAMES = ["device", "model", "memory", "policies", "store", "port", "disk", "keys"]
 
 
 @pytest.fixture

@@ -360,7 +360,7 @@ def test_a_request_that_never_comes_does_not_keep_the_server(make_server: Callab
     server = make_server(drain_timeout_s=0.5).start()
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port)) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: imprint\r\nContent-Length: 10\r\n\r\n{")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
         with Client(server.url) as client:
             wait_until(lambda: client.metric("requests_in_flight") == 1)
         assert server.stop() == 0

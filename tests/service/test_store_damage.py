@@ -11,12 +11,13 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from service.app import StartError, check_store
 from service.errors import EngineError, StoreRefused, Unavailable
 from service.metrics import Metrics
+from service.model_loading import StartError
 from service.settings import Settings
 from service.store import CommitMetadata, IdempotencyRecord
 from service.store.redis.store import RedisStore
+from service.store_watch import check_store
 from tests.service.store_backends import new_meta, rows
 from tests.service.valkeys import free_ports, valkey
 

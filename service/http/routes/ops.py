@@ -27,11 +27,14 @@ async def livez() -> Live:
 
 @router.get("/readyz", summary="Check that the server is ready", responses=NOT_READY)
 async def readyz(sessions: SessionsDep, response: Response) -> Ready:
-    """Report whether the server takes requests; 503 while the server is loading or draining."""
+    """Report whether the server takes requests; 503 while the server is loading or draining.
+
+    A store that is full or away leaves the server ready: the server answers all requests that need no more.
+    """
     if sessions.state != "ready":
         response.status_code = 503
         response.headers["Retry-After"] = str(RETRY_AFTER_S)
-    return Ready(status=sessions.state)
+    return Ready(status=sessions.state, store=sessions.store_status)
 
 
 @router.get("/metrics", summary="Read the metrics", response_class=Response, responses=EXPOSITION)

@@ -1,6 +1,7 @@
 """Imprint's own routes: sessions, their versions, and observing and scoring text with their memory."""
 
 from dataclasses import asdict
+from math import isfinite
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -15,6 +16,7 @@ from service.http.dependencies import (
     VersionsDep,
     ViewsDep,
     etag,
+    large_reply,
 )
 from service.http.disconnect import until_disconnect
 from service.http.json_route import FileRoute, JsonRoute
@@ -42,14 +44,19 @@ from service.http.schemas import (
     SessionOptions,
     Span,
 )
+from service.json_steps import dump_json
+from service.off_loop import LARGE, run_off_loop
 from service.store.base import SessionMeta
 from service.turns.policy_turns import PolicyTurns
 from service.turns.prompts import ChatPrompt, TextPrompt
-from service.turns.text_turns import ObserveResult
+from service.turns.text_turns import ObserveResult, ScoreResult
 
 CREATED: Responses = {201: {"model": Session, "headers": ETAG_HEADER}}
 EXPORTED: Responses = {200: {**FILE_CONTENT, "headers": ETAG_HEADER, "description": "The file."}}
 IMPORTED = {"requestBody": {**FILE_CONTENT, "required": True}}
+
+LARGE_SCORE = 4096  # tokens
+LOGPROBS = ("logprobs", "frozen_logprobs")
 
 router = APIRouter(prefix="/v1/sessions", route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["Sessions"])
 files = APIRouter(prefix="/v1/sessions", route_class=FileRoute, responses=ERROR_RESPONSES, tags=["Sessions"])
@@ -121,14 +128,16 @@ async def observe(session: PathId, body: ObserveRequest, learning: LearningReque
     return _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)
 
 
-@router.post("/{id}/score", summary="Score a text")
-async def score(session: PathId, body: ScoreRequest, learning: LearningRequestDep) -> Scored:
+@router.post("/{id}/score", summary="Score a text", response_model=Scored)
+async def score(session: PathId, body: ScoreRequest, learning: LearningRequestDep) -> Scored | Response:
     """Score a text with the session's memory and with the frozen base; with `learn`, learn each part of the text after
     it is scored."""
     work = learning.sessions.score(learning.ctx, session, body.text, learn=body.learn, if_match=learning.if_match)
     done = await until_disconnect(learning.request.receive, work, body.on_disconnect)
     learning.set_reply_headers(done.version)
-    return Scored(**asdict(done))
+    if len(done.tokens) < LARGE_SCORE:
+        return Scored(**asdict(done))
+    return large_reply(await run_off_loop(LARGE, _large_score, done), learning.response)
 
 
 @router.get("/{id}/log", summary="List the commits of a session")
@@ -208,6 +217,12 @@ async def bring(session: PathId, versions: VersionsDep, learning: LearningReques
     meta, created = await versions.import_session(learning.ctx, session, data, if_match=learning.if_match)
     learning.response.status_code = 201 if created else 200
     return _session_reply(meta, learning)
+
+
+def _large_score(done: ScoreResult) -> str:
+    """Return a score as JSON text, with null for what is no finite number, as pydantic does."""
+    finite = {name: [value if isfinite(value) else None for value in getattr(done, name)] for name in LOGPROBS}
+    return dump_json(vars(done) | finite)
 
 
 def _observed(done: ObserveResult, learning: LearningRequest) -> Observed:

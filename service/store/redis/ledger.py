@@ -15,7 +15,7 @@ from typing import Any
 
 from service.store.redis.connect import AnyRedis
 from service.store.redis.retry import retry_while_away
-from service.store.redis.scripts import ALLOW_OOM, load_script
+from service.store.redis.scripts import ALLOW_OOM, NO_WRITES, load_script
 
 SUM_FIELD = "*"  # not a session id: names of sessions may not contain it
 
@@ -25,6 +25,7 @@ class RedisLedger:
 
     def __init__(self, client: AnyRedis) -> None:
         self._script = load_script(client, "ledger", first_line=ALLOW_OOM)
+        self._read_script = load_script(client, "ledger", first_line=NO_WRITES)
 
     async def reserve(self, tenant: str, sid: str, limit: int) -> tuple[bool, int]:
         granted, count = await self._run(tenant, "place", sid, limit)
@@ -40,13 +41,14 @@ class RedisLedger:
         await self._run(tenant, "state", *(word for item in sizes.items() for word in item))
 
     async def session_ids(self, tenant: str) -> set[str]:
-        return {name.decode() for name in await self._run(tenant, "names")} - {SUM_FIELD}
+        return {name.decode() for name in await self._run(tenant, "names", reads=True)} - {SUM_FIELD}
 
     async def usage(self, tenant: str, rate: int) -> tuple[int, int]:
-        num_bytes, tokens = await self._run(tenant, "look", rate)
+        num_bytes, tokens = await self._run(tenant, "look", rate, reads=True)
         return int(num_bytes), int(tokens)
 
-    async def _run(self, tenant: str, *arguments: str | int) -> Any:
+    async def _run(self, tenant: str, *arguments: str | int, reads: bool = False) -> Any:
         account = f"imprint:{{{tenant}}}"
         keys = [f"{account}:sessions", f"{account}:tokens"]
-        return await retry_while_away(lambda: self._script(keys, arguments))
+        script = self._read_script if reads else self._script
+        return await retry_while_away(lambda: script(keys, arguments))

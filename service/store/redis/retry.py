@@ -80,7 +80,7 @@ async def retry_while_away(call: Callable[[], Awaitable[T]], retry_s: float = RE
         deadline = deadline or time.monotonic() + retry_s
         if time.monotonic() + pause > deadline:
             log.warning("the session store is away: %s: %s", type(cause).__name__, cause)
-            raise StoreUnavailable("the session store does not answer, try again", retry_after=1.0) from cause
+            raise StoreUnavailable(_unavailable_message(cause), retry_after=1.0) from cause
         await asyncio.sleep(pause)
         pause *= 2
 
@@ -98,6 +98,12 @@ def _refusal(error: Exception) -> Exception:
 def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether uvloop reports a write to a lost connection; redis-py does not translate the error."""
     return "handler is closed" in str(error)
+
+
+def _unavailable_message(cause: Exception) -> str:
+    if str(cause).startswith("NOREPLICAS"):
+        return "the session store takes no writes now: what was learned can be used, nothing more can be learned"
+    return "the session store does not answer, try again"
 
 
 def _is_full(error: Exception) -> bool:

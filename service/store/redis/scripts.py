@@ -12,6 +12,7 @@ from service.store.redis.codec import unknown_format
 from service.store.redis.connect import AnyRedis
 
 ALLOW_OOM = "#!lua flags=allow-oom\n"  # the first line of a script that runs although the server has no memory left
+NO_WRITES = "#!lua flags=no-writes\n"  # the first line of a script that also runs on a server that takes no writes
 
 
 class SessionScripts:

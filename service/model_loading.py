@@ -1,0 +1,188 @@
+"""Loading what the server serves: the base, the memory and the policies, and the engine on them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+from contextlib import suppress
+from importlib.metadata import version
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import psutil
+import torch
+
+from model.adaptive_lm import AdaptiveLM
+from model.base.backbone import Backbone
+from model.base.checkpoint import fingerprint, load_backbone
+from model.decode.backend import choose_decode_step
+from model.decode.cuda_graphs import wrap_for_serving
+from model.memory import Memory, load_memory
+from model.memory.initial import default_config, random_memory
+from model.policies.network import Policy, load_policy
+from model.text.tokenizer import Tokenizer
+from service.base_cache import resolve_base
+from service.engine import Engine
+from service.http.schemas import MAX_CHOICES
+from service.metrics import Metrics
+from service.settings import Settings
+from service.turns.loaded_model import LoadedModel
+
+LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
+KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
+SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
+
+log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """An error that keeps the server from starting; the message is one line."""
+
+
+async def load_in_thread(settings: Settings, metrics: Metrics) -> LoadedModel:
+    """Load the model in a thread of its own, so that the server answers probes meanwhile.
+
+    Nothing waits for the thread when the server is told to stop.
+    """
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[LoadedModel] = loop.create_future()
+
+    def settle(outcome: LoadedModel | Exception) -> None:
+        if loaded.done():
+            return
+        if isinstance(outcome, Exception):
+            loaded.set_exception(outcome)
+        else:
+            loaded.set_result(outcome)
+
+    def load() -> None:
+        outcome: LoadedModel | Exception
+        try:
+            outcome = load_model(settings, metrics)
+        except Exception as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=load, name=LOADER_THREAD, daemon=True).start()
+    return await loaded
+
+
+def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
+    """Load the base, the memory and the policies, and build the engine on them."""
+    started = time.monotonic()
+    folder = resolve_base(settings.model, settings.cache_dir, progress=log.info)
+    device = _choose_device(settings)
+    backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    tokenizer = Tokenizer.load(folder, special_in_messages=settings.message_special_tokens == "tokens")
+    memory = choose_memory(settings, backbone.config.hidden_size).to(device)
+    policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
+    context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
+    lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone))
+    engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
+    fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
+    metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
+    _watch_device(metrics, device)
+    log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - started)
+    policy_fingerprints = {name: policy.fingerprint() for name, policy in policies.items()}
+    # A garbage collection visits every object while it holds the interpreter's lock: 0.4 s for the objects of torch and
+    # the model, 0.1 s for the tokens of a long text. So the former are left out, and collections are rarer.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    return LoadedModel(
+        engine, tokenizer, fingerprints, context, backbone.config.vocab_size, policies, policy_fingerprints
+    )
+
+
+def _new_engine(
+    settings: Settings,
+    lm: AdaptiveLM,
+    tokenizer: Tokenizer,
+    policies: dict[str, Policy],
+    metrics: Metrics,
+    context: int,
+) -> Engine:
+    kv_tokens = settings.kv_tokens or _kv_tokens(lm.backbone, context)
+    return Engine(
+        # A request larger than the budget runs alone: the caches must have room for the largest request.
+        wrap_for_serving(
+            lm, kv_tokens=max(kv_tokens, MAX_CHOICES * context), max_batch=max(settings.max_batch, MAX_CHOICES)
+        ),
+        tokenizer,
+        max_turns=settings.max_queue,
+        max_batch=settings.max_batch,
+        kv_tokens=kv_tokens,
+        hot_rows=settings.hot_rows,
+        hot_sessions=settings.hot_sessions,
+        threads=settings.threads,
+        metrics=metrics,
+        policies=policies,
+    )
+
+
+def _choose_device(settings: Settings) -> str:
+    """Return "cuda" or "cpu". Raises StartError for a CUDA device that is not there."""
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise StartError("IMPRINT_DEVICE is cuda, but this machine has no CUDA device that torch can use")
+    return settings.device
+
+
+def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
+    """Return the base with the weights that generate, in the number format of the settings."""
+    return backbone.fp16_decoder(choose_decode_step(backbone)) if settings.decode_dtype == "fp16" else backbone
+
+
+def choose_memory(settings: Settings, hidden_size: int) -> Memory:
+    """Return the memory of the settings, else the memory shipped for the base, else a random one.
+
+    Raises MemoryConfigError.
+    """
+    if settings.memory != "default":
+        return load_memory(Path(settings.memory), hidden_size=hidden_size)
+    if settings.model in SHIPPED_MEMORIES:
+        with as_file(files("model") / "checkpoints" / SHIPPED_MEMORIES[settings.model]) as path:
+            return load_memory(path, hidden_size=hidden_size)
+    log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint train`)", settings.model)
+    return random_memory(default_config(hidden_size), seed=0)
+
+
+def choose_policies(settings: Settings) -> list[Policy]:
+    """Return the policies of the settings, or all shipped ones. Raises StartError for two policies of one name."""
+    if settings.policies == "default":
+        with as_file(files("model") / "checkpoints" / "policies") as folder:
+            policies = [load_policy(path) for path in sorted(folder.glob("*.safetensors"))]
+    else:
+        paths = [] if settings.policies == "none" else settings.policies.split(",")
+        policies = [load_policy(Path(path.strip())) for path in paths]
+    names = [policy.config.name for policy in policies]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise StartError(f"IMPRINT_POLICIES: two policies are called {min(duplicates)!r}")
+    return policies
+
+
+def _kv_tokens(backbone: Backbone, context: int) -> int:
+    """Return the number of key-value cache tokens for a share of the free memory, at least one request's."""
+    bytes_per_token = backbone.new_cache(context).nbytes // context
+    free_bytes = psutil.virtual_memory().available
+    if backbone.embedding.is_cuda:
+        free_bytes = torch.cuda.mem_get_info()[0]
+    return max(context, int(KV_SHARE * free_bytes) // bytes_per_token)
+
+
+def _watch_device(metrics: Metrics, device: str) -> None:
+    """Make the metrics measure the device whenever the metrics are read."""
+
+    def free_bytes() -> int:
+        return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    metrics.device_info.info({"kind": device, "name": name})
+    total = torch.cuda.mem_get_info()[1] if device == "cuda" else psutil.virtual_memory().total
+    metrics.device_memory_bytes.set(total)
+    metrics.device_memory_used_bytes.set_function(lambda: total - free_bytes())
