@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 # Runs in the child before the program, in an interpreter of its own: code between fork and exec in a process with
-# threads may deadlock. The parent may have died before the prctl, hence the comparison. Python ignores two signals, and
-# exec would keep them ignored.
+# threads may deadlock. The parent may have died before the prctl, hence the comparison. Python ignores SIGPIPE, and
+# exec would keep SIGPIPE ignored. SIGXFSZ stays ignored: a file that may not grow is then an error of the write, and
+# does not end the child.
 LAUNCHER = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -23,7 +24,6 @@ ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 

@@ -28,7 +28,7 @@ def doctor(as_json: AsJson = False) -> None:
         print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
         raise typer.Exit(not healthy)
     for finding in findings:
-        out.print(f"{STATUS_SYMBOLS[finding.status]} [bold]{finding.name:<7}[/bold] {escape(finding.found)}")
+        out.print(f"{STATUS_SYMBOLS[finding.status]} [bold]{finding.name:<8}[/bold] {escape(finding.found)}")
         if finding.do:
-            out.print(f"          → {escape(finding.do)}")
+            out.print(f"           → {escape(finding.do)}")
     raise typer.Exit(not healthy)

@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import signal
 import stat
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ STOP_TIMEOUT_S = 15.0
 WATCH_S = 0.1
 MAX_BACKOFF_S = 5.0
 STEADY_S = 60.0  # time after which a Valkey that dies is restarted without backoff
-WRITE_FAILED = 1  # exit status of a Valkey that could not write its append-only file
+WRITE_FAILED = (1, -signal.SIGXFSZ)  # exit statuses of a Valkey that could not write its append-only file
 REFUSE_WRITES = "min-replicas-to-write"  # Valkey refuses writes while it has fewer replicas; it never has any
 PROBE_S, MAX_PROBE_S = 1.0, 30.0  # time between two attempts to write again
 
@@ -179,7 +180,7 @@ class EmbeddedValkey:
 
     def _write_failed(self) -> bool:
         """Return whether the Valkey that died had served with its file open, and could not write to the file."""
-        return self._served is not None and self._served.poll() == WRITE_FAILED and not self._file_closed
+        return self._served is not None and self._served.poll() in WRITE_FAILED and not self._file_closed
 
     def _refuse_writes(self) -> None:
         log.error("the disk of %s is almost full: nothing is learned until there is room", self._home)

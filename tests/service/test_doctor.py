@@ -161,7 +161,7 @@ def test_the_command_shows_the_same_as_text_and_as_json(
         return re.sub(r"[\d.]+ [kMGT]?B", "…", text)
 
     for finding in report["findings"]:
-        assert without_sizes(f"{finding['name']:<7} {finding['found']}") in without_sizes(shown.stdout)
+        assert without_sizes(f"{finding['name']:<8} {finding['found']}") in without_sizes(shown.stdout)
         assert finding["do"] in shown.stdout
     monkeypatch.setenv("IMPRINT_HOST", "0.0.0.0")
     assert doctor().exit_code == doctor("--json").exit_code == 1

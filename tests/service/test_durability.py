@@ -108,9 +108,9 @@ def test_a_killed_server_comes_back_with_all_that_it_committed(
     with Client(server.url, server.model) as client:
         for turn in range(3):
             assert_success(teach(client, "alice", turn))
-        server.kill()
         orphan = find_valkey(server.data_dir)
         assert orphan is not None
+        server.kill()
         server.start()
         assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
         assert client.version("alice") == 3

@@ -278,7 +278,9 @@ def aof_of(valkey: EmbeddedValkey) -> Path:
 SERVER = """
 import sys, time
 from pathlib import Path
+import service.child_process
 from service.store.embedded import EmbeddedValkey
+service.child_process.with_launcher = list  # as on a system that does not end children with their parent
 valkey = EmbeddedValkey(Path(sys.argv[1]))
 print(valkey.start(), valkey.pid, flush=True)
 time.sleep(600)

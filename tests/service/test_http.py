@@ -32,6 +32,7 @@ class FakeSessions:
     """A stand-in for `Sessions` with which a test chooses the moment of a failure or pause."""
 
     state = "ready"
+    store_status = "ok"
     model_id = "m"
     fingerprints = {"base": "b", "memory": "m"}  # noqa: RUF012
     context = 100
@@ -212,7 +213,7 @@ async def test_a_server_that_is_not_ready_says_so(
     assert (await client.get("/readyz")).status_code == 200
     sessions.state = state
     probe = await client.get("/readyz")
-    assert (probe.status_code, probe.json()) == (503, {"status": state})
+    assert (probe.status_code, probe.json()) == (503, {"status": state, "store": "ok"})
     assert int(probe.headers["retry-after"]) >= 1
     assert (await client.get("/livez")).status_code == 200
     assert metrics.registry.get_sample_value("imprint_ready_state") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -12,16 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError, ResponseError
 
 from service.child_process import spawn
 from service.cli.checks import run_checks
 from service.settings import Settings
+from service.store.embedded import EmbeddedValkey
 from tests.conftest import Server
 from tests.live import Client, find_valkey, wait_until
 
@@ -73,8 +77,8 @@ def assert_start_fails(server: Server, words: str) -> None:
 
 def assert_doctor_fails(server: Server, name: str, words: str) -> None:
     """Check that `imprint doctor` finds the same cause."""
-    settings = {key.removeprefix("IMPRINT_").lower(): value for key, value in server.settings.items()}
-    findings = {finding.name: finding for finding in run_checks(Settings(**settings))}  # type: ignore[arg-type]
+    settings: dict[str, Any] = {key.removeprefix("IMPRINT_").lower(): value for key, value in server.settings.items()}
+    findings = {finding.name: finding for finding in run_checks(Settings(**settings))}
     assert findings[name].status == "fail"
     assert words in findings[name].found
     assert findings[name].do
@@ -314,3 +318,58 @@ def assert_only_reading(client: Client, version: int) -> None:
             assert client.score("alice", "The quick brown fox.")["tokens"]
         assert client.complete(session="alice", adapt="predict")["usage"]["completion_tokens"] > 0
         assert client.http.get("/v1/sessions/alice/export").status_code == 200
+
+
+@contextmanager
+def file_size_limit(num_bytes: int, *processes: psutil.Process) -> Iterator[None]:
+    """Limit the size of files for this process, its later children and some processes."""
+    every = [psutil.Process(), *processes]
+    before = [process.rlimit(psutil.RLIMIT_FSIZE) for process in every]
+    for process, (_, hard) in zip(every, before, strict=True):
+        process.rlimit(psutil.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        psutil.Process().rlimit(psutil.RLIMIT_FSIZE, before[0])
+
+
+@NEEDS_LINUX
+async def test_a_write_that_fails_costs_one_restart_and_no_read_after_it(tmp_path: Path) -> None:
+    """Valkey exits at a write that fails. A limit on the size of files makes the write fail, as a quota would."""
+    valkey = EmbeddedValkey(tmp_path / "data")
+    client = Redis.from_url(valkey.start())
+    supervisor = asyncio.create_task(valkey.supervise())
+    size = 2**20
+    await client.set("kept", bytes(size))
+    with file_size_limit(size + 1000, psutil.Process(valkey.pid)):
+        with pytest.raises(ConnectionError):
+            await client.set("lost", bytes(size))
+        await answers(client)
+        statuses = [valkey.status]
+        restarted = valkey.pid
+        for _ in range(30):
+            with pytest.raises(ResponseError, match="NOREPLICAS"):
+                await client.set("lost", b"")
+            assert await client.get("kept") == bytes(size)
+            await asyncio.sleep(0.1)
+        assert valkey.pid == restarted
+    async with asyncio.timeout(END_TIMEOUT_S):
+        while (status := valkey.status) != "ok":
+            statuses.append(status)
+            await asyncio.sleep(0.05)
+    assert "ok" not in statuses
+    assert await client.get("kept") == bytes(size)
+    await client.set("new", b"")
+    await client.aclose()
+    supervisor.cancel()
+    valkey.stop()
+
+
+async def answers(client: Redis) -> None:
+    """Wait until the server answers."""
+    async with asyncio.timeout(END_TIMEOUT_S):
+        while True:
+            with suppress(ConnectionError):
+                await client.ping()
+                return
+            await asyncio.sleep(0.02)
