@@ -30,7 +30,7 @@ class ImprintError(Exception):
     type: str = "invalid_request_error"
     code: str | None = None
     retry_after: float | None = None
-    headers: Mapping[str, str] = MappingProxyType({})  # of the response, beside `Retry-After`
+    headers: Mapping[str, str] = MappingProxyType({})  # of the response, in addition to `Retry-After`
     request_id: str | None = None
     idempotency_key: str | None = None
 

@@ -1,7 +1,7 @@
 """The server's Prometheus metrics.
 
 Labels hold routes, statuses, error codes and fingerprints. No label names a session: there may be millions of sessions.
-The meanings here are the page docs/metrics.md: `python -m service.metrics` prints it.
+The meanings here are the page docs/metrics.md: `.venv/bin/python -m service.metrics` prints it.
 """
 
 from collections.abc import Sequence
@@ -291,7 +291,7 @@ def markdown() -> str:
     return f"""\
 # Metrics
 
-Printed by `python -m service.metrics`; edit `service/metrics.py` instead of this page.
+Printed by `.venv/bin/python -m service.metrics`; edit `service/metrics.py` instead of this page.
 
 `GET /metrics` serves these metrics to Prometheus. Durations are in seconds, sizes in bytes, losses in nats.
 No label names a session. `deploy/prometheus/alerts.yml` has the alerts, with what to do about each;

@@ -1,6 +1,6 @@
 """The settings of the server, read from `IMPRINT_*` environment variables.
 
-The descriptions here are the page docs/settings.md: `python -m service.settings` prints it.
+The descriptions here are the page docs/settings.md: `.venv/bin/python -m service.settings` prints it.
 """
 
 import difflib
@@ -75,8 +75,8 @@ class Settings(BaseSettings):
     policies: str = Field(
         "default",
         min_length=1,
-        description="The policies to serve beside the language model: `default` (those shipped), `none`, or paths of"
-        " checkpoints, separated by commas.",
+        description="The policies to serve in addition to the language model: `default` (those shipped), `none`, or"
+        " paths of checkpoints, separated by commas.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Device that runs the model; `auto` takes CUDA if torch finds a GPU."
@@ -277,8 +277,8 @@ class Settings(BaseSettings):
     hot_rows: int = Field(
         4_000_000,
         ge=1,
-        description="Memory rows, per site, for which the device has room. More keep more sessions hot; watch"
-        " `imprint_hot_rows_ratio`.",
+        description="Memory rows, per site, for which the device has room. More rows keep more sessions resident on"
+        " the device; watch `imprint_hot_rows_ratio`.",
     )
     hot_sessions: int = Field(
         1024,
@@ -290,9 +290,9 @@ class Settings(BaseSettings):
         1.0,
         ge=0,
         le=1,
-        description="Share of the learned requests that are also scored without the memory, which measures the gain."
-        " This costs nothing with a memory that is read at the output only, like the shipped one, and a"
-        " second forward pass otherwise.",
+        description="Share of the learned segments (a completion with its prompt, or a text of at most one context)"
+        " that are also scored without the memory, which measures the gain. Scoring costs nothing with a"
+        " memory that is read at the output only, like the shipped one, and a second forward pass otherwise.",
     )
     drain_timeout_s: float = Field(
         30.0,
@@ -357,7 +357,7 @@ def markdown() -> str:
     return f"""\
 # Settings
 
-Printed by `python -m service.settings`; edit `service/settings.py` instead of this page.
+Printed by `.venv/bin/python -m service.settings`; edit `service/settings.py` instead of this page.
 
 The server reads its settings from environment variables; an option of `imprint serve` overrides its variable.
 An empty variable counts as unset. A value out of bounds or an unknown `{PREFIX}*` variable stops the server

@@ -156,6 +156,13 @@ def test_every_alert_has_a_line_for_those_on_call() -> None:
     assert set(alerts) == set(re.findall(r"^\| `(Imprint\w+)`", (DOCS / "operate.md").read_text(), flags=re.MULTILINE))
 
 
+def test_every_decision_names_its_evidence() -> None:
+    """The evidence may say that there is no measurement, and why."""
+    for page in (DOCS / "decisions").glob("*.md"):
+        decisions = page.read_text().split("\n## ")[1:]
+        assert not [decision[:80] for decision in decisions if "\n*Evidence:* " not in decision], page.name
+
+
 @pytest.fixture
 def at_the_server(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
     """Point environment and working folder to the server, its model and shortened example texts."""

@@ -150,7 +150,7 @@ def _others(results: Results) -> TableData:
         rows.append(["  tokens 100K–200K", _number(run["ratio_second_span"])])
         rows.append(["  last 100K", _number(run["ratio_last_span"])])
         rows.append(["  rows, bytes at the end", f"{run['rows'][-1]:,}, {decimal(run['state_bytes'])}"])
-    return "Beside the arms", ["", ""], rows
+    return "Other measures", ["", ""], rows
 
 
 def _tuned(arm: Results) -> str:

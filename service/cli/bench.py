@@ -32,7 +32,7 @@ def bench(
         Path | None, typer.Option(help="A Markdown page; the results replace the text between its two marks.")
     ] = None,
 ) -> None:
-    """Measure how fast the server is, beside the peers that are installed; needs no running server.
+    """Measure how fast the server is, compared with the peers that are installed; needs no running server.
 
     Writes results.json, table.md and plots. The arms take turns, so a busy machine slows all of them.
     """

@@ -1,6 +1,6 @@
 """The checks of `imprint doctor`: they find what keeps a server from starting or working well, and say what to do.
 
-A check only reads. It downloads, writes and locks nothing, so it can run beside a server that is at work.
+A check only reads. It downloads, writes and locks nothing, so it can run while a server is at work.
 """
 
 from __future__ import annotations

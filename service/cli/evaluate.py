@@ -29,7 +29,7 @@ def evaluate(
         Path | None, typer.Option(exists=True, dir_okay=False, help="A plain adapter to compare with.")
     ] = None,
 ) -> None:
-    """Measure what the memory is worth on texts, beside every alternative; needs no server.
+    """Measure what the memory is worth on texts, compared with every alternative; needs no server.
 
     Writes results.json, table.md, plots and arrays. The same command continues a run that was killed.
     """

@@ -33,7 +33,7 @@ def scenario(
     ] = None,
     change: Annotated[list[str] | None, typer.Option(help="An option of the scenario, such as drift=0.")] = None,
 ) -> None:
-    """Measure a policy on its scenario, beside baselines; needs no server. Writes JSON and learning curves."""
+    """Measure a policy on its scenario, compared with baselines; needs no server. Writes JSON and learning curves."""
     with require_scenarios_extra():
         from research.scenarios.command import measure_scenario
         from research.scenarios.meta_baselines import BaselineTrainConfig

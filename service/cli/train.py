@@ -17,7 +17,7 @@ def train(
         ),
     ] = None,
     *,
-    out: Annotated[Path, typer.Option(help="The checkpoint to write; losses, plot and manifest go beside it.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write; losses, plot and manifest go to its folder.")],
     work: Annotated[Path, typer.Option(help="Folder of features and unfinished runs; can be used again.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, shared evenly by all kinds.")] = 4_000_000,
     stream_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a stream, at most.")] = 65_536,

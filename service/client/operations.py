@@ -53,7 +53,7 @@ class Operation(Generic[T]):
         path: path and query, behind the server's address.
         parse: function that makes the result from the answer's body, or from each chunk of a stream.
         body: the JSON body, or raw bytes.
-        headers: headers of this operation, beside those of every request.
+        headers: headers of this operation, in addition to those of every request.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""Work beside the engine's steps: results are gathered from a GPU while the GPU computes the next step."""
+"""Work during the engine's steps: results are gathered from a GPU while the GPU computes the next step."""
 
 from __future__ import annotations
 

@@ -14,5 +14,5 @@ How to add a route:
 4. `openapi_examples.py`: an example of the reply, under the name of its class.
 5. `tests/service/`: a test. `test_openapi.py` checks the words and the examples of every route without being changed.
 
-Then print the page of the routes anew: `python -m service.http.reference > docs/http.md`.
+Then print the page of the routes anew: `.venv/bin/python -m service.http.reference > docs/http.md`.
 """

@@ -1,4 +1,4 @@
-"""The arguments of routes beside the body: parameters, the parts of the server, and the context of a request.
+"""The arguments of routes other than the body: parameters, the parts of the server, and the context of a request.
 
 Every dependency is asynchronous and depends on no other dependency: FastAPI runs a synchronous dependency on a thread,
 which costs a request about 0.1 ms, and a nested dependency costs half as much.
@@ -101,7 +101,7 @@ def etag(version: int) -> str:
 
 @dataclass(frozen=True)
 class LearningRequest:
-    """A request that may update a session: everything that its route needs beside the body.
+    """A request that may update a session: everything that its route needs besides the body.
 
     Attributes:
         request: the request; its body has been read.

@@ -1,6 +1,6 @@
 """Examples of the replies for /openapi.json, by the names of their schemas.
 
-The examples of request bodies stand beside the schemas in `service/http/schemas.py`.
+The examples of request bodies stand next to the schemas in `service/http/schemas.py`.
 """
 
 from typing import Any

@@ -25,9 +25,9 @@ def markdown() -> str:
     return f"""\
 # Routes and errors
 
-Printed by `python -m service.http.reference`; edit the routes and `service/errors.py` instead of this page. A running
-server describes every route at `/openapi.json`, with schemas, examples of requests and replies, and, where the server
-has keys, the key that each route takes. OpenAI's routes are OpenAI's, streamed (server-sent events) or not.
+Printed by `.venv/bin/python -m service.http.reference`; edit the routes and `service/errors.py` instead of this page.
+A running server describes every route at `/openapi.json`, with schemas, examples of requests and replies, and, where
+the server has keys, the key that each route takes. OpenAI's routes are OpenAI's, streamed (server-sent events) or not.
 
 ## Routes
 

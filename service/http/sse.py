@@ -61,7 +61,7 @@ class EventStream(Response):
     Args:
         request: the request that the stream answers.
         events: yields the `data` field of each event.
-        headers: headers of the response, beside those of every stream.
+        headers: headers of the response, in addition to those of every stream.
         on_disconnect: as in `until_disconnect`.
     """
 

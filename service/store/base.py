@@ -120,7 +120,7 @@ class StoredSession:
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    """The retention of everything beside the latest versions of the sessions.
+    """The retention of everything except the latest versions of the sessions.
 
     Attributes:
         versions: number of versions that a session can go back.

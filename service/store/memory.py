@@ -274,7 +274,7 @@ class MemoryStore:
             record.lease = ""
 
     def _remember(self, record: _Record, version: int, undo: _Undo, metadata: CommitMetadata) -> None:
-        """Keep what a commit brings beside the session itself, within the limits."""
+        """Keep what a commit brings besides the session itself, within the limits."""
         record.undo.append(undo)
         while len(record.undo) > self._retention.versions or (
             record.undo and sum(step.num_bytes for step in record.undo) > self._retention.history_bytes
