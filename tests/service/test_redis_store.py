@@ -25,7 +25,7 @@ from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig
 from service.store.embedded import EmbeddedValkey
 from service.store.redis import store as redis_store
 from service.store.redis.codec import PAGE_ROWS, encode
-from service.store.redis.retry import retry_while_away
+from service.store.redis.scripts import retry_while_away
 from service.store.redis.store import RedisStore
 from service.turns.action_ids import format_action_id, parse_action_id
 from tests.live import rows_of

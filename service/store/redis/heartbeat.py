@@ -5,8 +5,7 @@ from __future__ import annotations
 from service.store.base import HEARTBEAT_S, Lease
 from service.store.redis.codec import Keys
 from service.store.redis.connect import AnyRedis
-from service.store.redis.retry import retry_while_away
-from service.store.redis.scripts import ALLOW_OOM
+from service.store.redis.scripts import ALLOW_OOM, retry_while_away
 
 BEATING = "beating-"  # prefix of the owners that have a heartbeat; servers of earlier releases have none
 BEAT = ALLOW_OOM + "return redis.call('SET', KEYS[1], '', 'PX', ARGV[1])"

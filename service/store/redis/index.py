@@ -16,7 +16,7 @@ from service.errors import Unavailable
 from service.store.base import SessionMeta
 from service.store.redis.codec import Keys, absent_fields, decode, tenant_and_session
 from service.store.redis.connect import AnyRedis
-from service.store.redis.retry import retry_while_away
+from service.store.redis.scripts import retry_while_away
 
 SCAN_KEYS = 1000
 

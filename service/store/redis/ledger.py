@@ -15,8 +15,7 @@ from typing import Any
 
 from service.store.redis.codec import Keys
 from service.store.redis.connect import AnyRedis
-from service.store.redis.retry import retry_while_away
-from service.store.redis.scripts import ALLOW_OOM, NO_WRITES, load_script
+from service.store.redis.scripts import ALLOW_OOM, NO_WRITES, load_script, retry_while_away
 
 SUM_FIELD = "*"  # not a session id: names of sessions may not contain it
 

@@ -65,8 +65,13 @@ from service.store.redis.connect import AnyRedis, connect
 from service.store.redis.heartbeat import BEATING, Heartbeat
 from service.store.redis.index import SessionIndex
 from service.store.redis.ledger import RedisLedger
-from service.store.redis.retry import COMMIT_RETRY_S, is_lost_connection, retry_while_away
-from service.store.redis.scripts import SessionScripts, raise_for_verdict
+from service.store.redis.scripts import (
+    COMMIT_RETRY_S,
+    SessionScripts,
+    is_lost_connection,
+    raise_for_verdict,
+    retry_while_away,
+)
 
 FIRST_POLL_S, MAX_POLL_S = 0.01, 0.25
 MAX_PAGES_ON_LOOP = 500  # pages that are checked and unpacked on the event loop, which takes 1 ms
