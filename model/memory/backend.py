@@ -1,8 +1,9 @@
 """The contract of the memory's kernels, and the choice of the backend that implements them on a device.
 
 Every backend implements the whole contract: `lexical/torch_backend.py` (any device), `lexical/numba_backend.py` (CPUs)
-and `lexical/triton_backend.py` (NVIDIA GPUs). A backend has no state. `Pool` gets one backend and hands the backend to
-its sites; nothing else asks which backend runs. Equations and letters are those of README.md.
+and `lexical/triton_backend.py` (NVIDIA GPUs); `lexical/reference.py` defines the equations. A backend has no state. A
+`Pool` gets one backend and hands the backend to its sites; nothing else asks which backend runs. Equations and letters
+are those of README.md.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from model.memory import DeltaSite, Draft, LexicalSite, Memory, Pool
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES
 from model.memory.delta import torch_ops
 from model.memory.guard import GUARD_LIMIT_NATS, guard_step
-from model.memory.lexical import torch_backend
+from model.memory.lexical import ops
 from model.memory.lexical.site import FoundCandidates, LexicalReadout
 from model.memory.lexical.types import LexicalRows
 from model.memory.numerics import TINY, rowwise_matmul
@@ -227,15 +227,15 @@ class Policy(nn.Module):
     def label(self, features: Tensor, pool: Pool, session: Tensor) -> Tensor:
         """Return log p [n, L] of the labels of examples [n, F]; see `PolicyBackend.label`."""
         base, readout, _ = self._read_labels(features, pool, session)
-        return torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma).log_softmax(-1)
+        return ops.mix(base, readout.tokens, readout.shares, readout.gamma).log_softmax(-1)
 
     def label_updates(self, features: Tensor, labels: Tensor, pool: Pool, session: Tensor) -> list[LabelUpdate]:
         """Return the writes of labels [n] long of examples [n, F]; see `PolicyBackend.label_updates`."""
         base, readout, by_hypothesis = self._read_labels(features, pool, session)
         frozen = base.log_prob(labels)
-        mixture = torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma)
-        memory_probs = torch_backend.memory_prob(labels, readout.tokens, readout.shares)
-        loss = -torch_backend.target_log_prob(frozen, memory_probs, readout.gamma)
+        mixture = ops.mix(base, readout.tokens, readout.shares, readout.gamma)
+        memory_probs = ops.memory_prob(labels, readout.tokens, readout.shares)
+        loss = -ops.target_log_prob(frozen, memory_probs, readout.gamma)
         hypotheses = (
             None if by_hypothesis is None else self._update_hypotheses(by_hypothesis, labels, frozen, pool, session)
         )
@@ -264,14 +264,14 @@ class Policy(nn.Module):
         base, keys = self.base(states), site.keys(states)
         cells = site.address(keys)
         rows = LexicalRows(*pool.sites[site.config.name].read(session, cells))
-        similarity = torch_backend.similarity(rows, keys)
+        similarity = ops.similarity(rows, keys)
         recency = recency_log_prior(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1)
 
         def read_masked(missing: Tensor, each: Tensor) -> LexicalReadout:
             """Read contexts `each` [m] long without the rows that `missing` [m, K] masks."""
             no_matches, no_bonus = torch.zeros_like(missing, dtype=torch.long), torch.zeros_like(site.bonus)
             tokens = rows.tokens.flatten(1).long()[each]
-            candidates = torch_backend.score_candidates(
+            candidates = ops.score_candidates(
                 tokens, similarity[each], no_matches, recency[each], missing, site.sharpness, site.prior, no_bonus
             )
             ngram_hashes = torch.zeros(len(each), len(NGRAM_SIZES), dtype=torch.int16, device=each.device)
@@ -299,10 +299,10 @@ class Policy(nn.Module):
         assert self.doubt is not None
         hypotheses = self._hypotheses(pool, session)
         num_hypotheses = hypotheses.starts.shape[1]
-        memory_probs = torch_backend.memory_prob(
+        memory_probs = ops.memory_prob(
             labels.repeat_interleave(num_hypotheses), by_hypothesis.tokens, by_hypothesis.shares
         )
-        likelihoods = torch_backend.target_log_prob(
+        likelihoods = ops.target_log_prob(
             frozen.repeat_interleave(num_hypotheses), memory_probs, by_hypothesis.unguarded_gamma
         ).exp()
         label_pool = pool.sites[self.labels.config.name]

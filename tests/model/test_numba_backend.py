@@ -10,7 +10,8 @@ from model.memory import LexicalSite, Pool
 from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
 from model.memory.lexical import reference
 from model.memory.lexical.numba_backend import NumbaBackend
-from model.memory.lexical.torch_backend import TorchBackend, hash_last_ngrams, score_row_matches
+from model.memory.lexical.ops import hash_last_ngrams, score_row_matches
+from model.memory.lexical.torch_backend import TorchBackend
 from model.memory.lexical.types import GatedMixture, HeadParams, LexicalRows
 from model.memory.prediction import Prediction, base_prediction
 from model.numba_support import MIN_ROWS_PER_THREAD

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.memory import Memory, MemoryConfig, Pool, SiteConfig
 from model.memory.initial import random_memory
-from model.memory.lexical import torch_backend
+from model.memory.lexical import ops
 from model.memory.prediction import base_prediction
 from research.training import features, gate_calibration
 from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
@@ -77,14 +77,14 @@ def served(memory: Memory, chunk: Chunk) -> Tensor:
     pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2)
     draft = pool.draft(pool.open())
     for request in requests(chunk):
-        ngram_hashes = torch_backend.hash_request_ngrams(request.targets, BOS_PLACEHOLDER)
+        ngram_hashes = ops.hash_request_ngrams(request.targets, BOS_PLACEHOLDER)
         parts = (part.split(BLOCK) for part in (request.states, request.targets, ngram_hashes))
         for states, targets, context in zip(*parts, strict=True):
             base = base_prediction(states @ head().T)
             trust = site.initial_trust().expand(len(targets), -1)
             readout = site.read(pool, torch.full((len(targets),), draft.index), states, context, base, trust)
-            memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
-            found.append(-torch_backend.target_log_prob(base.log_prob(targets), memory_probs, readout.unguarded_gamma))
+            memory_probs = ops.memory_prob(targets, readout.tokens, readout.shares)
+            found.append(-ops.target_log_prob(base.log_prob(targets), memory_probs, readout.unguarded_gamma))
             site.learn(draft, readout, targets, base.log_prob(targets))
     return torch.cat(found)
 

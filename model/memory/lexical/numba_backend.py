@@ -1,4 +1,4 @@
-"""The Numba backend of the lexical memory, for CPUs: the equations of `torch_backend.py`, compiled.
+"""The Numba backend of the lexical memory, for CPUs: the equations of `ops.py`, compiled.
 
 Numba keeps the machine code of a function beside this file or in the user's cache. Each row is computed alone and in
 one order, so its bits depend neither on the other rows of the batch nor on the number of threads (law 4).

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
-from model.memory.lexical.torch_backend import scale_query
 from model.memory.lexical.types import (
     HASH_MULTIPLIER,
     MAX_GAMMA,
+    QUERY_SCALE,
     SIMILARITY_STEP,
     Candidates,
     GatedMixture,
@@ -27,7 +27,7 @@ from model.memory.prediction import Prediction
 
 def hash_ngrams(token_ids: Tensor) -> Tensor:
     """Return the hashes [n, R] of the n-grams at each position, in Python's own integers (equation L1); the argument is
-    that of `torch_backend.hash_ngrams`."""
+    that of `ops.hash_ngrams`."""
     out = []
     for end in range(max(NGRAM_SIZES), len(token_ids) + 1):
         ngram_hashes = []
@@ -54,8 +54,8 @@ def nearest_cells(keys: Tensor, centres: Tensor, k: int) -> Tensor:
 def read_lexical(
     rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
 ) -> Candidates:
-    """Return the candidates, row by row (equations L3 and L4); arguments and result as in `torch_backend.match_rows`
-    and `torch_backend.score_candidates`."""
+    """Return the candidates, row by row (equations L3 and L4); arguments and result as in `ops.match_rows`
+    and `ops.score_candidates`."""
     n, k, P = rows.tokens.shape
     heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
     tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
@@ -63,11 +63,11 @@ def read_lexical(
     gate_features = torch.zeros(n, heads, 4 + num_ngrams, dtype=query.dtype)
     gate_features[:, :, 3] = math.log(1e-4) / 3
     for t, h in itertools.product(range(n), range(heads)):
-        found = []
+        scaled_query, found = (query[t].float() * QUERY_SCALE).round(), []
         for candidate in range(k * P):
             i, row = divmod(candidate, P)
             if rows.ages[t, i, row] > 0:
-                cosine = float(scale_query(query[t]) @ rows.keys[t, i, row].float()) * SIMILARITY_STEP
+                cosine = float(scaled_query @ rows.keys[t, i, row].float()) * SIMILARITY_STEP
                 pairs = zip(rows.ngram_hashes[t, i, row].tolist(), context[t].tolist(), strict=True)
                 matches = sum(stored == wanted and wanted != 0 for stored, wanted in pairs)
                 score = float(sharpness[h]) * cosine + float(prior[h]) * float(log_probs[t, tokens[t, candidate]])
@@ -138,7 +138,7 @@ def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tens
 
 
 def assign_cells(cells: Tensor, num_empty_rows: Tensor) -> Tensor:
-    """Return the cell of each token, token by token (equation L7); arguments as in `torch_backend.assign_cells`."""
+    """Return the cell of each token, token by token (equation L7); arguments as in `ops.assign_cells`."""
     chosen: list[int] = []
     for near, num_empty in zip(cells.tolist(), num_empty_rows.tolist(), strict=True):
         empty = [cell for cell, rows in zip(near, num_empty, strict=True) if chosen.count(cell) < rows]
@@ -147,7 +147,7 @@ def assign_cells(cells: Tensor, num_empty_rows: Tensor) -> Tensor:
 
 
 def write_lexical(old: LexicalRows, at: Tensor, keys: Tensor, ngram_hashes: Tensor, targets: Tensor) -> LexicalRows:
-    """Return the cells [U, P] after each token's write (equation L7); arguments as in `torch_backend.write_lexical`."""
+    """Return the cells [U, P] after each token's write (equation L7); arguments as in `ops.write_lexical`."""
     new = LexicalRows(*(part.clone() for part in old))
     for t in range(len(at)):
         ages = new.ages[at[t]].tolist()

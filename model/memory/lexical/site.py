@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.memory.backend import MemoryBackend
 from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST, SiteConfig
 from model.memory.guard import guard_step
-from model.memory.lexical.torch_backend import (
+from model.memory.lexical.ops import (
     assign_cells,
     context_keys,
     gate_inputs,
