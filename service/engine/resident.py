@@ -7,8 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from model.adaptive_lm import EMPTY_SESSION
-from model.memory import Draft, Pool, SiteRows
+from model.memory import Draft, MemoryBackend, MemoryConfig, Pool, SiteRows
 from service.engine.types import JobFinished, JobRequest, JobStats, SessionKey, StateId
 
 
@@ -26,11 +28,21 @@ class ResidentSessions:
     `pin` and `set_state_id` may be called from any thread, all other methods from the engine's thread only.
     """
 
-    def __init__(self, make_pool: Callable[[Callable[[], bool]], Pool], *, on_evict: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        *,
+        rows: int,
+        sessions: int,
+        device: torch.device,
+        backend: MemoryBackend,
+        on_evict: Callable[[], None],
+    ) -> None:
+        """Make an empty pool; the arguments are those of `Pool`. `on_evict` is called after each eviction."""
         self._sessions: OrderedDict[SessionKey, _Resident] = OrderedDict()
         self._lock = threading.Lock()
         self._on_evict = on_evict
-        self.pool = make_pool(self._evict)
+        self.pool = Pool(config, rows=rows, sessions=sessions, device=device, backend=backend, make_room=self._evict)
 
     def __len__(self) -> int:
         return len(self._sessions)

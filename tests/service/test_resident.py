@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
-from model.memory import MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
+from model.memory import MemoryConfig, PoolFullError, SiteConfig, SiteRows, choose_backend
 from service.engine.resident import ResidentSessions
 from service.engine.types import StateId
 
 SITE = SiteConfig("states", "hidden", slots=16, k=1, width=2)
 ROWS, SESSIONS = 8, 3
+CPU = torch.device("cpu")
 A, B, C, D = (("tenant", name) for name in "abcd")
 
 
@@ -23,7 +24,12 @@ class CountingResidentSessions(ResidentSessions):
         self.evicted = 0
         config = MemoryConfig(hidden_size=4, sites=(SITE,))
         super().__init__(
-            lambda make_room: Pool(config, rows=rows, sessions=sessions, make_room=make_room), on_evict=self._count
+            config,
+            rows=rows,
+            sessions=sessions,
+            device=CPU,
+            backend=choose_backend(CPU),
+            on_evict=self._count,
         )
 
     def _count(self) -> None:
