@@ -233,7 +233,7 @@ class Replay:
                     text.finish()
                     finished = True
             pending = not finished
-            while learned is not None and (count := min(model.block, text.tokens_released - num_learned)) > 0:
+            while learned is not None and (count := min(model.block, text.num_released_tokens - num_learned)) > 0:
                 if count < model.block and not finished:
                     break
                 length = cache.length

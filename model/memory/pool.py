@@ -279,8 +279,8 @@ class Draft:
         """Return the rows that this turn has changed, which a commit stores."""
         return self.pool._changed_rows(self.index, self.base, self._copied)
 
-    def num_guards_shut(self) -> int:
-        """Return the number of read gates that this turn closed, less the number that it opened."""
+    def num_guards_closed(self) -> int:
+        """Return the number of guards that this turn closed, minus the number of guards that the turn opened."""
         sites = self.pool.sites.values()
         return sum(
             int((site.session_scalars[self.index, GATE_CLOSED] - site.session_scalars[self.base, GATE_CLOSED]).sum())

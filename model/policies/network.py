@@ -170,9 +170,9 @@ class Policy(nn.Module):
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [n, A] and the expected rewards [n, A], scaled to 0…1; see `PolicyBackend.decide`."""
         state, session = self.state(inputs.flatten(0, 1)), session.repeat_interleave(self.config.actions)
-        shut = pool.sites[self.site.config.name].session_scalars[session, GATE_CLOSED, 0] != 0
+        closed = pool.sites[self.site.config.name].session_scalars[session, GATE_CLOSED, 0] != 0
         recalled = self._read(state, pool, session)[0]
-        logits, expected = self.logit_and_value(torch.where(shut[:, None], state, recalled))
+        logits, expected = self.logit_and_value(torch.where(closed[:, None], state, recalled))
         return logits.view(len(inputs), -1), expected.view(len(inputs), -1)
 
     def reward(self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor) -> RewardUpdate:
@@ -186,11 +186,11 @@ class Policy(nn.Module):
     def guard_step(self, draft: Draft, gain: float) -> bool:
         """Count a reward's gain (nats) in the guard of the draft's session; see `PolicyBackend.guard_step`."""
         session_scalars = draft.pool.sites[self.site.config.name].session_scalars[draft.index]
-        balance, shut = session_scalars[BALANCE, 0].clone(), session_scalars[GATE_CLOSED, 0].clone()
+        balance, closed = session_scalars[BALANCE, 0].clone(), session_scalars[GATE_CLOSED, 0].clone()
         session_scalars[BALANCE, 0], session_scalars[GATE_CLOSED, 0] = update_guard(
-            balance, shut, session_scalars.new_tensor(gain)
+            balance, closed, session_scalars.new_tensor(gain)
         )
-        return not shut
+        return not closed
 
     def write(self, rows: Tensor, w: Tensor, beta: Tensor, value: Tensor) -> Tensor:
         """Return rows [n, k, d_v] after one delta-rule write each; w [n, k], beta [n], value [n, d_v]."""
@@ -327,15 +327,15 @@ def _average_over_hypotheses(by_hypothesis: LexicalReadout, probs: Tensor) -> Le
     return first._replace(shares=shares, gamma=mean(by_hypothesis.gamma), unguarded_gamma=unguarded_gamma)
 
 
-def update_guard(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the guard's balance [n] and shut flag [n] after one reward each; gain [n] (nats).
+def update_guard(balance: Tensor, closed: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the guard's balance [n] and state [n] (1: closed) after one reward each; gain [n] (nats).
 
-    The gain is clipped to ±GUARD_LIMIT_NATS, so that no single reward shuts a guard in good standing. See
+    The gain is clipped to ±GUARD_LIMIT_NATS, so that no single reward closes a guard in good standing. See
     `guard_step`.
     """
     return guard_step(
         balance,
-        shut,
+        closed,
         gain.clamp(-GUARD_LIMIT_NATS, GUARD_LIMIT_NATS),
         torch.ones_like(gain),
     )

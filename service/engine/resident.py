@@ -184,5 +184,5 @@ class MemoryJob:
             rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
             rows_held=sum(rows_by_site.values()),
             bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in rows_by_site.items()),
-            guards=draft.num_guards_shut(),
+            num_guards_closed=draft.num_guards_closed(),
         )

@@ -390,27 +390,29 @@ def test_a_step_of_trust_is_the_gradient_of_the_log_probability() -> None:
 
 def run_guard(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
     """Return the balance and whether the gate is closed after each block of (gain, tokens)."""
-    balance, shut = torch.zeros(()), torch.zeros(())
+    balance, closed = torch.zeros(()), torch.zeros(())
     balances, states = [], []
     for gain, tokens in gains:
-        balance, shut = guard_step(balance, shut, torch.tensor(gain), torch.tensor(tokens))
+        balance, closed = guard_step(balance, closed, torch.tensor(gain), torch.tensor(tokens))
         balances.append(float(balance))
-        states.append(bool(shut))
+        states.append(bool(closed))
     return balances, states
 
 
 def test_the_gate_shuts_below_the_limit_and_opens_above_zero() -> None:
-    _, shut = run_guard(
+    _, closed = run_guard(
         [(0.1 - GUARD_LIMIT_NATS, 1), (-0.2, 1), (GUARD_LIMIT_NATS - 0.1, 1), (0.5, 1), (-GUARD_LIMIT_NATS - 0.3, 1)]
     )
-    assert shut == [False, True, True, False, False]
+    assert closed == [False, True, True, False, False]
 
 
 def test_losses_and_gains_fade() -> None:
-    balances, shut = run_guard([(-0.9 * GUARD_LIMIT_NATS, 1), (0.0, GUARD_DECAY_TOKENS), (-0.9 * GUARD_LIMIT_NATS, 1)])
+    balances, closed = run_guard(
+        [(-0.9 * GUARD_LIMIT_NATS, 1), (0.0, GUARD_DECAY_TOKENS), (-0.9 * GUARD_LIMIT_NATS, 1)]
+    )
     assert balances[1] == pytest.approx(-0.9 * GUARD_LIMIT_NATS / math.e, rel=1e-2)
-    assert not any(shut[:2])
-    assert shut[2]
+    assert not any(closed[:2])
+    assert closed[2]
 
 
 @settings(max_examples=200, deadline=None)
@@ -418,7 +420,7 @@ def test_losses_and_gains_fade() -> None:
 def test_the_loss_of_an_open_gate_is_bounded_for_any_gain_before(gains: list[float]) -> None:
     """Between two closings a gate loses its credit, the limit, and the last loss; in 50 tokens little fades."""
     was_open, lost = True, 0.0
-    for gain, shut in zip(gains, run_guard([(gain, 1) for gain in gains])[1], strict=True):
+    for gain, closed in zip(gains, run_guard([(gain, 1) for gain in gains])[1], strict=True):
         lost = max(0.0, lost - gain) if was_open else 0.0
         assert lost <= 2 * GUARD_LIMIT_NATS + 30.0 + 1.0
-        was_open = not shut
+        was_open = not closed

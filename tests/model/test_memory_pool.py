@@ -52,9 +52,9 @@ def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
     draft.put(name, torch.tensor(cells), fields)
 
 
-def numbers(trust: float, balance: float, shut: float) -> Tensor:
+def numbers(trust: float, balance: float, closed: float) -> Tensor:
     """Return session scalars [3, R + 1] that differ a little for each number of n-gram matches."""
-    return torch.tensor([[trust], [balance], [shut]]) * torch.linspace(1.0, 0.5, R + 1)
+    return torch.tensor([[trust], [balance], [closed]]) * torch.linspace(1.0, 0.5, R + 1)
 
 
 def _like(mask: Tensor, field: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def test_a_turn_counts_the_gates_that_it_closed(was: float, is_now: float, count
     pool.sites["words"].session_scalars[index, GATE_CLOSED, 2] = was
     draft = pool.draft(index)
     pool.sites["words"].session_scalars[draft.index, GATE_CLOSED, 2] = is_now
-    assert draft.num_guards_shut() == counted
+    assert draft.num_guards_closed() == counted
 
 
 def test_a_dump_opens_as_the_same_bits_session_scalars_included() -> None:

@@ -172,12 +172,12 @@ def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: li
             assert bool(frozen < loss) != helps
             draft.put("memory", slots[0], [rows[0]])
             was_open = act_policy.guard_step(draft, float(frozen - loss))
-            shuts = draft.num_guards_shut()
+            num_closed = draft.num_guards_closed()
             draft.commit()
             decided = act_policy.decide(inputs, pool, torch.tensor([index]))
             same = all(torch.equal(a, b) for a, b in zip(decided, alone, strict=True))
-            assert same == (shuts > 0 or (not was_open and shuts == 0))
-            if shuts:
+            assert same == (num_closed > 0 or (not was_open and num_closed == 0))
+            if num_closed:
                 return count
         raise AssertionError("the guard did not move")
 
