@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.base.backbone import Backbone
 from model.base.kv_cache import KVCache
-from model.memory import Draft, LexicalReadout, Memory, Pool
+from model.memory import Draft, LexicalReadout, Memory, Pool, choose_backend
 from model.memory.config import NGRAM_SIZES
 from model.memory.lexical.ops import hash_ngrams, memory_prob, mix, target_log_prob
 from model.memory.prediction import Prediction, base_prediction
@@ -128,8 +128,11 @@ class AdaptiveLM:
         return self.backbone.embedding.device
 
     def new_pool(self, *, rows: int, sessions: int, make_room: Callable[[], bool] = lambda: False) -> Pool:
-        """Return an empty pool on the model's device; the arguments are those of `Pool`."""
-        return Pool(self.memory.config, rows=rows, sessions=sessions, device=self.device, make_room=make_room)
+        """Return an empty pool on the model's device with its backend; the arguments are those of `Pool`."""
+        backend = choose_backend(self.device)
+        return Pool(
+            self.memory.config, rows=rows, sessions=sessions, backend=backend, device=self.device, make_room=make_room
+        )
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty cache for one sequence of at most `capacity` tokens."""

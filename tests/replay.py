@@ -262,7 +262,7 @@ class Replay:
     def _commit(self, draft: Draft, learned: _LearnedCounts, new_digests: Sequence[str]) -> None:
         """Commit the draft as a new version, or drop the draft if nothing changed."""
         pool, before = self._model.pool, self.versions[-1]
-        touched, num_rows = draft.touched(), pool.rows(draft.index)
+        touched, num_rows = draft.touched(), pool.num_rows(draft.index)
         counters = before.counters
         digests = prompts.merge_digests(counters.digests, new_digests)
         changed = bool(touched or learned.tokens or not set(digests) <= set(counters.digests))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.memory import Draft, LexicalReadout, LexicalSite, Memory, Pool
+from model.memory import Draft, LexicalReadout, LexicalSite, Memory, Pool, choose_backend
 from model.memory.lexical import ops
 from model.memory.numerics import TINY
 from model.memory.prediction import base_prediction
@@ -78,7 +78,7 @@ def _replay_as_served(
 ) -> Iterator[GateExamples]:
     """Yield the examples of each block of the streams, replayed without the trust and the guards of a session."""
     rng, device = random.Random(seed), site.key_weight.device
-    pool = Pool(memory.config, rows=3 * site.config.slots, sessions=2, device=device)
+    pool = Pool(memory.config, rows=3 * site.config.slots, sessions=2, device=device, backend=choose_backend(device))
     session = pool.open()
     for stream in rng.sample(list(streams), len(streams)):
         first = rng.randrange(max(1, stream.requests - REQUESTS))

@@ -176,7 +176,7 @@ class MemoryJob:
         if draft is None:
             return JobFinished(self.stats, {})
         sites = draft.pool.sites
-        rows_by_site = draft.pool.rows(draft.index)
+        rows_by_site = draft.pool.num_rows(draft.index)
         touched = draft.touched()
         return JobFinished(
             self.stats,

@@ -46,7 +46,7 @@ def pool_bits_after_writes(pool: Pool) -> list[Tensor]:
             draft.rollback()
         else:
             draft.commit()
-    assert pool.rows(session)["words"] > 0
+    assert pool.num_rows(session)["words"] > 0
     return [pool.sites["words"].tables, *pool.sites["words"].fields]
 
 

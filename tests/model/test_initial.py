@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, initial
+from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, choose_backend, initial
 from model.memory.initial import default_config, fit_centres, random_memory, random_projection
 from model.memory.lexical import ops
 from model.memory.prediction import base_prediction
@@ -147,7 +147,7 @@ def test_a_random_memory_is_frozen_and_a_function_of_its_seed_and_states() -> No
 def test_a_random_memory_finds_its_rows_and_gives_them_a_small_weight() -> None:
     states, targets = similar_states(99), torch.arange(20)
     site = lexical_site(states)
-    pool = Pool(CONFIG, rows=200, sessions=2)
+    pool = Pool(CONFIG, rows=200, sessions=2, backend=choose_backend(torch.device("cpu")))
     draft = pool.draft(pool.open())
     session, base = torch.full((20,), draft.index), base_prediction(torch.zeros(20, 30))
     ngram_hashes = ops.hash_request_ngrams(targets, 29)

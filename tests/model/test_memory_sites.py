@@ -22,6 +22,7 @@ from model.memory import (
     MemoryConfigError,
     Pool,
     SiteConfig,
+    choose_backend,
     load_memory,
     save_memory,
 )
@@ -243,7 +244,7 @@ def test_the_bytes_of_a_row_are_those_that_are_stored() -> None:
     """A lexical row is an age, a token, hashes and a key; a delta row is fp32 numbers."""
     assert (LEXICAL.row_bytes, DELTA.row_bytes) == (4 + 4 + 2 * len(NGRAM_SIZES) + 4, 5 * 4)
     assert (LEXICAL.cells, DELTA.cells) == (5, 9)
-    pool = Pool(CONFIG, rows=15, sessions=2)
+    pool = Pool(CONFIG, rows=15, sessions=2, backend=choose_backend(torch.device("cpu")))
     draft = pool.draft(pool.open())
     for name in ("words", "states"):
         draft.put(name, torch.tensor([1]), [torch.ones_like(field) for field in draft.get(name, torch.tensor([1]))])
@@ -291,7 +292,7 @@ def read_and_learn(
 
 
 def new_draft(site: LexicalSite) -> Draft:
-    pool = Pool(MemoryConfig(6, (site.config,)), rows=60, sessions=4)
+    pool = Pool(MemoryConfig(6, (site.config,)), rows=60, sessions=4, backend=choose_backend(torch.device("cpu")))
     return pool.draft(pool.open())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.memory import Draft, Pool
+from model.memory import Draft, Pool, choose_backend
 from model.memory.delta import reference as delta_reference
 from model.memory.delta import torch_ops
 from model.policies.config import PolicyConfig, PolicyError
@@ -42,7 +42,7 @@ def label_policy(paths: list[Path]) -> Policy:
 
 
 def build_pool(policy: Policy) -> Pool:
-    return Pool(policy.config.memory, rows=1024, sessions=16)
+    return Pool(policy.config.memory, rows=1024, sessions=16, backend=choose_backend(torch.device("cpu")))
 
 
 def random_inputs(policy: Policy, n: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.memory import Memory, MemoryConfig, Pool, SiteConfig
+from model.memory import Memory, MemoryConfig, Pool, SiteConfig, choose_backend
 from model.memory.initial import random_memory
 from model.memory.lexical import ops
 from model.memory.prediction import base_prediction
@@ -74,7 +74,7 @@ def served(memory: Memory, chunk: Chunk) -> Tensor:
     """Return −log p [n] of a stream that the site itself reads and writes, with an open guard."""
     site, found = memory.lexical, []
     assert site is not None
-    pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2)
+    pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2, backend=choose_backend(torch.device("cpu")))
     draft = pool.draft(pool.open())
     for request in requests(chunk):
         ngram_hashes = ops.hash_request_ngrams(request.targets, BOS_PLACEHOLDER)

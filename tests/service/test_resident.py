@@ -82,7 +82,7 @@ def test_loading_again_replaces_the_rows() -> None:
     resident = CountingResidentSessions()
     resident.use(A, at(1), rows=3)
     index = resident.acquire(A, at(2), stored(5, value=7.0))
-    assert resident.pool.rows(index) == {"states": 5}
+    assert resident.pool.num_rows(index) == {"states": 5}
     assert len(resident) == 1
     assert resident.free == (SESSIONS - 1, ROWS - 5)
     assert resident.evicted == 0, "a replacement is no eviction"
@@ -126,7 +126,7 @@ def test_a_pinned_session_is_never_evicted_before_its_last_pin_is_gone() -> None
     resident.acquire(C, at(1), stored(3))
     assert resident.evicted == 2
     assert not resident.pin(A, at(1))
-    assert resident.pool.rows(index) != {"states": 6}
+    assert resident.pool.num_rows(index) != {"states": 6}
 
 
 def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
@@ -139,7 +139,7 @@ def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
     with pytest.raises(PoolFullError):
         draft.put("states", torch.tensor([9]), [torch.zeros(1, 2)])
     draft.rollback()
-    assert resident.pool.rows(index) == {"states": 4}
+    assert resident.pool.num_rows(index) == {"states": 4}
 
 
 def test_a_dropped_session_is_gone_at_once() -> None:
@@ -158,9 +158,9 @@ def test_a_session_that_is_dropped_while_in_use_goes_with_its_last_pin() -> None
     assert resident.pin(A, at(1))
     resident.drop(A)
     assert not resident.pin(A, at(1)), "no new turn gets the session"
-    assert resident.pool.rows(index) == {"states": 2}, "the running turns keep it"
+    assert resident.pool.num_rows(index) == {"states": 2}, "the running turns keep it"
     resident.release(A)
-    assert resident.pool.rows(index) == {"states": 2}
+    assert resident.pool.num_rows(index) == {"states": 2}
     resident.release(A)
     assert (len(resident), resident.free) == (0, (SESSIONS, ROWS))
     assert resident.use(A, at(1)) == index, "a new session of the same name may follow"

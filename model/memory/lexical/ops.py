@@ -201,7 +201,7 @@ def gate_mixture(
 
 
 def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
-    """Return log p [n, V] up to a constant a row, p = (1 − γ)·p_LM + γ·p_mem (equation L6).
+    """Return log p [n, V] up to a constant per row, p = (1 − γ)·p_LM + γ·p_mem (equation L6).
 
     Only the logits of p_mem's tokens change; a row with γ = 0 keeps the bits of all its logits (law 1). p_mem is given
     as shares [n, K] of tokens [n, K] long, which may repeat.

@@ -1,7 +1,7 @@
 """The tensors that the equations of the lexical memory pass to one another, and the constants that all backends share.
 
-Letters in shapes are those of model/memory/README.md: n tokens, k cells a token, P rows a cell, K = k·P candidates a
-token, d hidden size, d_k numbers in a key, R n-gram sizes, H heads, V vocabulary, C cells, S sessions.
+Letters in shapes are those of model/memory/README.md: n tokens, k cells per token, P rows per cell, K = k·P candidates
+per token, d hidden size, d_k numbers in a key, R n-gram sizes, H heads, V vocabulary, C cells, S sessions.
 """
 
 from __future__ import annotations
