@@ -196,7 +196,7 @@ class Replay:
                 decode_state=decode_state,
                 learn=mask,
                 draft=draft,
-                frozen=True,
+                score_frozen=True,
             )
             learned.add(scores)
         learned.segments += int(learn is not None and any(learn))
@@ -248,7 +248,7 @@ class Replay:
                     decode_state=learned_state,
                     learn=mask,
                     draft=draft,
-                    frozen=scores_frozen,
+                    score_frozen=scores_frozen,
                 )
                 learned.add(scores)
                 num_learned += count

@@ -58,13 +58,13 @@ class MemoryBackend(Protocol):
         cells: Tensor,
         query: Tensor,
         context: Tensor,
-        base: Prediction,
+        prediction: Prediction,
         head_params: HeadParams,
     ) -> tuple[Candidates, Tensor]:
         """Return the candidates in the cells of n contexts (L3, L4), and the empty rows of these cells [n, k] long.
 
         cells: long [n, k]. query: [n, d_k], keys of the contexts, of unit length. context: int16 [n, R], n-gram hashes
-        of the contexts. base: the base's prediction of n tokens. Mutates nothing.
+        of the contexts. prediction: the base's, of n tokens. Mutates nothing.
         """
 
     def gate_mixture(

@@ -1,4 +1,4 @@
-"""The registry of memory kinds: one line a kind. README.md says how to add a kind."""
+"""The registry of memory kinds: one line per kind. README.md says how to add a kind."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def score_blocks(
             score=mask,
             learn=mask if learn else None,
             draft=draft,
-            frozen=frozen,
+            score_frozen=frozen,
             frozen_cache=frozen_cache,
             top=top,
         )

@@ -232,7 +232,7 @@ class TextJob(MemoryJob):
             score=None if segment.score is None else segment.score[part],
             learn=None if segment.learn is None else segment.learn[part],
             draft=self._draft,
-            frozen=self._wants_frozen,
+            score_frozen=self._wants_frozen,
             frozen_cache=self._frozen_cache,
             top=segment.top,
         )
@@ -296,7 +296,7 @@ class TextJob(MemoryJob):
             decode_state=sequence.learn_decode_state,
             learn=[True] * count,
             draft=self._draft,
-            frozen=self._wants_frozen,
+            score_frozen=self._wants_frozen,
             frozen_cache=self._frozen_cache,
         )
         if scores is not None:

@@ -53,14 +53,14 @@ class NumbaBackend:
         cells: Tensor,
         query: Tensor,
         context: Tensor,
-        base: Prediction,
+        prediction: Prediction,
         head_params: HeadParams,
     ) -> tuple[Candidates, Tensor]:
         n, K, (H, R) = len(cells), cells.shape[1] * fields[0].shape[1], head_params.bonus.shape
         tokens, ngram_matches = torch.empty(n, K, dtype=torch.long), torch.empty(n, dtype=torch.long)
         num_empty_rows = torch.empty(cells.shape, dtype=torch.long)
-        shares, gate_features = (torch.zeros(n, H, size, dtype=base.logits.dtype) for size in (K, 4 + R))
-        inputs = (tables, *fields, session, cells, query, context, base.logits, base.log_z, *head_params)
+        shares, gate_features = (torch.zeros(n, H, size, dtype=prediction.logits.dtype) for size in (K, 4 + R))
+        inputs = (tables, *fields, session, cells, query, context, prediction.logits, prediction.log_z, *head_params)
         outputs = (tokens, shares, gate_features, ngram_matches, num_empty_rows)
         parallel_rows(_find, n, *as_arrays(*inputs, *outputs))
         return Candidates(tokens, shares, gate_features.flatten(1), ngram_matches), num_empty_rows

@@ -159,9 +159,9 @@ def score_candidates(
     return Candidates(tokens, shares, gate_features.flatten(1), matches[:, 0])
 
 
-def score_row_matches(rows: RowMatches, base: Prediction, head_params: HeadParams) -> Candidates:
-    """Return the `score_candidates` of rows that were compared with n contexts, for which the base predicts `base`."""
-    return score_candidates(*rows[:3], base.log_prob(rows.tokens), rows.missing, *head_params)
+def score_row_matches(rows: RowMatches, prediction: Prediction, head_params: HeadParams) -> Candidates:
+    """Return the `score_candidates` of rows that were compared with n contexts, with the base's `prediction`."""
+    return score_candidates(*rows[:3], prediction.log_prob(rows.tokens), rows.missing, *head_params)
 
 
 # --- L5: the gate ---------------------------------------------------------------------------------------------------
@@ -200,17 +200,17 @@ def gate_mixture(
 # --- L6: the mixture ------------------------------------------------------------------------------------------------
 
 
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
+def mix(prediction: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
     """Return log p [n, V] up to a constant per row, p = (1 − γ)·p_LM + γ·p_mem (equation L6).
 
     Only the logits of p_mem's tokens change; a row with γ = 0 keeps the bits of all its logits (law 1). p_mem is given
     as shares [n, K] of tokens [n, K] long, which may repeat.
     """
-    share = torch.zeros_like(base.logits).scatter_add_(1, tokens, shares).gather(1, tokens)
-    at = base.log_prob(tokens) + torch.log1p(-gamma)[:, None]
+    share = torch.zeros_like(prediction.logits).scatter_add_(1, tokens, shares).gather(1, tokens)
+    at = prediction.log_prob(tokens) + torch.log1p(-gamma)[:, None]
     gain = torch.logaddexp(at, (gamma[:, None] * share).log()) - at
     # A token that occurs more than once gets the same score each time.
-    return base.logits.scatter(1, tokens, base.logits.gather(1, tokens) + gain)
+    return prediction.logits.scatter(1, tokens, prediction.logits.gather(1, tokens) + gain)
 
 
 def memory_prob(targets: Tensor, tokens: Tensor, shares: Tensor) -> Tensor:
@@ -218,24 +218,24 @@ def memory_prob(targets: Tensor, tokens: Tensor, shares: Tensor) -> Tensor:
     return (shares * (tokens == targets[:, None])).sum(-1)
 
 
-def target_log_prob(frozen: Tensor, memory_probs: Tensor, gamma: Tensor) -> Tensor:
+def target_log_prob(unmixed_log_probs: Tensor, memory_probs: Tensor, gamma: Tensor) -> Tensor:
     """Return log p(target) [n] under the mixture without the [n, V] logits (equation L6).
 
-    frozen: log p_LM of the targets [n]. memory_probs: p_mem of the targets [n].
+    unmixed_log_probs: log p_LM of the targets [n]. memory_probs: p_mem of the targets [n].
     """
-    mixed = torch.logaddexp(frozen + torch.log1p(-gamma), (gamma * memory_probs).log())
-    return torch.where(gamma > 0, mixed, frozen)
+    mixed = torch.logaddexp(unmixed_log_probs + torch.log1p(-gamma), (gamma * memory_probs).log())
+    return torch.where(gamma > 0, mixed, unmixed_log_probs)
 
 
 # --- S1: the gradient of trust --------------------------------------------------------------------------------------
 
 
-def trust_gradient(frozen: Tensor, adapted: Tensor, memory_probs: Tensor, gamma: Tensor) -> Tensor:
+def trust_gradient(unmixed_log_probs: Tensor, adapted: Tensor, memory_probs: Tensor, gamma: Tensor) -> Tensor:
     """Return ∂ log p_t / ∂ trust = γ_t (1 − γ_t) (p_mem − p_LM)(target) / p_t [n] (equation S1).
 
-    frozen and adapted: log-probabilities [n] of the targets. memory_probs: p_mem of the targets [n].
+    unmixed_log_probs and adapted: log-probabilities [n] of the targets. memory_probs: p_mem of the targets [n].
     """
-    odds = (memory_probs - frozen.exp()) / adapted.exp().clamp_min(TINY)
+    odds = (memory_probs - unmixed_log_probs.exp()) / adapted.exp().clamp_min(TINY)
     return gamma * (1.0 - gamma) * odds
 
 

@@ -52,12 +52,18 @@ def nearest_cells(keys: Tensor, centres: Tensor, k: int) -> Tensor:
 
 
 def read_lexical(
-    rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
+    rows: LexicalRows,
+    query: Tensor,
+    context: Tensor,
+    prediction: Prediction,
+    sharpness: Tensor,
+    prior: Tensor,
+    bonus: Tensor,
 ) -> Candidates:
     """Return the candidates, row by row (equations L3 and L4); arguments and result as in `ops.match_rows`
     and `ops.score_candidates`."""
     n, k, P = rows.tokens.shape
-    heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
+    heads, log_probs = len(sharpness), prediction.logits.log_softmax(-1)
     tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
     num_ngrams, ngram_matches = context.shape[1], torch.zeros(n, dtype=torch.long)
     gate_features = torch.zeros(n, heads, 4 + num_ngrams, dtype=query.dtype)
@@ -125,15 +131,15 @@ def gate_mixture(
     return GatedMixture(shares, gamma, unguarded_gamma)
 
 
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
+def mix(prediction: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
     """Return log p [n, V] over the whole vocabulary, one token at a time (equation L6)."""
-    out = base.logits.clone()
+    out = prediction.logits.clone()
     for t in range(len(out)):
         if gamma[t] > 0:
             memory = torch.zeros_like(out[t])
             for token, share in zip(tokens[t].tolist(), shares[t], strict=True):
                 memory[token] += share
-            out[t] = ((1 - gamma[t]) * torch.softmax(base.logits[t], -1) + gamma[t] * memory).log()
+            out[t] = ((1 - gamma[t]) * torch.softmax(prediction.logits[t], -1) + gamma[t] * memory).log()
     return out
 
 

@@ -58,11 +58,11 @@ class TorchBackend:
         cells: Tensor,
         query: Tensor,
         context: Tensor,
-        base: Prediction,
+        prediction: Prediction,
         head_params: HeadParams,
     ) -> tuple[Candidates, Tensor]:
         rows = self.match_rows(tables, fields, session, cells, query, context)
-        return ops.score_row_matches(rows, base, head_params), rows.missing.view(*cells.shape, -1).sum(-1)
+        return ops.score_row_matches(rows, prediction, head_params), rows.missing.view(*cells.shape, -1).sum(-1)
 
     def gate_mixture(
         self,
@@ -91,12 +91,12 @@ class TorchBackend:
         trust: Tensor,
         logits: Tensor,
     ) -> Tensor:
-        base, context = base_prediction(logits), ops.hash_last_ngrams(last_tokens)
+        prediction, context = base_prediction(logits), ops.hash_last_ngrams(last_tokens)
         keys = ops.context_keys(hidden, address.key_weight, address.key_bias)
         cells = ops.nearest_cells(keys, address.centres, k)
-        found, _ = self.find_candidates(tables, fields, session, cells, keys, context, base, head_params)
-        gated = self.gate_mixture(found, base.entropy, keys, gate, session_scalars, session, trust)
-        return ops.mix(base, found.tokens, gated.shares, gated.gamma)
+        found, _ = self.find_candidates(tables, fields, session, cells, keys, context, prediction, head_params)
+        gated = self.gate_mixture(found, prediction.entropy, keys, gate, session_scalars, session, trust)
+        return ops.mix(prediction, found.tokens, gated.shares, gated.gamma)
 
     def write(
         self,
