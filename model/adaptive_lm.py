@@ -18,8 +18,8 @@ from torch import Tensor
 from model.base.backbone import Backbone
 from model.base.kv_cache import KVCache
 from model.memory import Draft, LexicalReadout, Memory, Pool, choose_backend
-from model.memory.config import NGRAM_SIZES
 from model.memory.lexical.ops import hash_ngrams, memory_prob, mix, target_log_prob
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.prediction import Prediction, base_prediction
 from model.memory.site import ResidualSite
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from model.device import copy_to_host, upload
 from model.memory.backend import MemoryBackend
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, SESSION_SCALARS_SUFFIX, MemoryConfig, SiteConfig
+from model.memory.config import GATE_CLOSED, SESSION_SCALARS_SUFFIX, MemoryConfig, SiteConfig
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.rows import SiteRows, as_bytes
 
 CellIndices = NDArray[np.integer[Any]]  # cells or physical cells, on the host

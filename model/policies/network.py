@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from model import weights
 from model.memory import DeltaSite, Draft, LexicalSite, Memory, Pool
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES
+from model.memory.config import BALANCE, GATE_CLOSED
 from model.memory.delta import torch_ops
 from model.memory.guard import GUARD_LIMIT_NATS, guard_step
 from model.memory.lexical import ops
 from model.memory.lexical.site import FoundCandidates, LexicalReadout
-from model.memory.lexical.types import LexicalRows
+from model.memory.lexical.types import NGRAM_SIZES, LexicalRows
 from model.memory.numerics import TINY, rowwise_matmul
 from model.memory.prediction import Prediction, base_prediction
 from model.policies.change_point import NAME as CHANGE_POINT_SITE

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from model.memory import LexicalSite, Memory
-from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import ops
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.numerics import TINY
 from research.training.features import BOS_PLACEHOLDER, QUERIES, Chunk
 

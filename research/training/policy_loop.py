@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import ops
-from model.memory.lexical.types import KEY_SCALE, MAX_GAMMA
+from model.memory.lexical.types import KEY_SCALE, MAX_GAMMA, NGRAM_SIZES
 from model.memory.numerics import TINY
 from model.policies.network import Policy, recency_log_prior
 from research.scenarios.core import FloatArray, IntArray, LabellingTasks, Tasks, TeacherTasks

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from model.memory import Draft, MemoryBackend, MemoryConfig, Pool, SiteConfig
-from model.memory.config import NGRAM_SIZES
 from model.memory.lexical.ops import quantise_keys
+from model.memory.lexical.types import NGRAM_SIZES
 
 SIZES = [(1, 1), (3, 5), (8, 16), (50, 64)]  # rows a cell, numbers a key
 VOCAB = 30

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from model.memory.config import NGRAM_SIZES
 from model.memory.lexical import ops, reference
+from model.memory.lexical.types import NGRAM_SIZES
 
 R = len(NGRAM_SIZES)
 

@@ -10,9 +10,10 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.config import BALANCE, GATE_CLOSED, TRUST
 from model.memory.guard import GUARD_LIMIT_NATS
 from model.memory.lexical.site import TRUST_LIMITS
+from model.memory.lexical.types import NGRAM_SIZES
 from tests.model.tiny_lm import (
     BLOCK,
     LEXICAL,

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.memory.config import NGRAM_SIZES
 from model.memory.guard import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS, guard_step
 from model.memory.lexical import ops, reference
-from model.memory.lexical.types import KEY_SCALE, Candidates, LexicalRows
+from model.memory.lexical.types import KEY_SCALE, NGRAM_SIZES, Candidates, LexicalRows
 from model.memory.numerics import rowwise_matmul
 from model.memory.prediction import Prediction, base_prediction
 

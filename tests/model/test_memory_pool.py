@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows, choose_backend
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, SESSION_SCALARS_SUFFIX
+from model.memory.config import GATE_CLOSED, SESSION_SCALARS_SUFFIX
+from model.memory.lexical.types import NGRAM_SIZES
 
 SLOTS, P, SESSIONS, R = 16, 4, 4, len(NGRAM_SIZES)
 ROWS = 22  # not a multiple of P: room for 6 cells of words, and for 22 states

@@ -26,8 +26,9 @@ from model.memory import (
     load_memory,
     save_memory,
 )
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.config import BALANCE, GATE_CLOSED, TRUST
 from model.memory.lexical import ops
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.prediction import base_prediction
 
 LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)

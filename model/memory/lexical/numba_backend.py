@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.config import GATE_CLOSED, TRUST
 from model.memory.lexical.types import (
     HASH_MULTIPLIER,
     MAX_GAMMA,
+    NGRAM_SIZES,
     QUERY_SCALE,
     SIMILARITY_STEP,
     AddressWeights,

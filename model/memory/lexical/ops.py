@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.config import GATE_CLOSED, TRUST
 from model.memory.lexical.types import (
     HASH_MULTIPLIER,
     KEY_SCALE,
     MAX_GAMMA,
+    NGRAM_SIZES,
     QUERY_SCALE,
     SIMILARITY_STEP,
     Candidates,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST, SiteConfig
+from model.memory.config import BALANCE, GATE_CLOSED, TRUST, SiteConfig
 from model.memory.guard import guard_step
 from model.memory.lexical.ops import (
     assign_cells,
@@ -24,7 +24,7 @@ from model.memory.lexical.ops import (
     target_log_prob,
     trust_gradient,
 )
-from model.memory.lexical.types import AddressWeights, Candidates, GateWeights, HeadParams
+from model.memory.lexical.types import NGRAM_SIZES, AddressWeights, Candidates, GateWeights, HeadParams
 from model.memory.pool import Draft, Pool, SitePool
 from model.memory.prediction import Prediction
 from model.memory.site import MemorySite
