@@ -135,7 +135,7 @@ class Engine:
     def drop(self, key: SessionKey) -> None:
         """Drop a session from the device."""
         for resident in self._all_residents():
-            self._inbox.put(lambda resident=resident: resident.drop(key))  # type: ignore[misc]
+            self._inbox.put(partial(resident.drop, key))
 
     def drop_all(self) -> None:
         """Drop every session from the device; a session in use goes after its last use."""
