@@ -67,7 +67,9 @@ def decode_step(lm: AdaptiveLM, pool: Pool, session: int, prompt: list[int], cou
 def learn_block(lm: AdaptiveLM, pool: Pool, session: int, ids: list[int]) -> None:
     """Score and learn one block, and roll the draft back."""
     draft = pool.draft(session)
-    lm.block(ids, lm.backbone.new_cache(len(ids)), pool, draft.index, learn=[True] * len(ids), draft=draft, frozen=True)
+    lm.block(
+        ids, lm.backbone.new_cache(len(ids)), pool, draft.index, learn=[True] * len(ids), draft=draft, score_frozen=True
+    )
     draft.rollback()
 
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.scenarios import Result
 from benchmarks.testbed import Testbed, Values
 from benchmarks.texts import random_session
-from model.memory import Pool
+from model.memory import Pool, choose_backend
 from model.memory.config import SESSION_SCALARS_SUFFIX
 from service.engine.stored_rows import as_tensors, is_valid_site
 from service.store import CommitMetadata, RetentionConfig, RowBatch, SessionMeta
@@ -31,7 +32,7 @@ async def states(testbed: Testbed) -> Result:
         embedded = EmbeddedValkey(Path(folder))
         store = RedisStore.from_url(embedded.start(), RetentionConfig(), exclusive=True)
         try:
-            pool = Pool(testbed.config, rows=capacity, sessions=1)
+            pool = Pool(testbed.config, rows=capacity, sessions=1, backend=choose_backend(torch.device("cpu")))
             min_rounds, max_rounds = testbed.sizes.rounds
             started = time.monotonic()
             for number in range(2 * max_rounds):

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.memory import MemoryConfig, SiteConfig
-from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
-from model.memory.lexical.types import KEY_SCALE
+from model.memory.config import SESSION_SCALARS_SUFFIX
+from model.memory.lexical.types import KEY_SCALE, NGRAM_SIZES
 from model.text.tokenizer import Tokenizer
 from service.store.base import RowBatch, SessionMeta, StoredSession
 

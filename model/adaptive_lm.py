@@ -17,9 +17,9 @@ from torch import Tensor
 
 from model.base.backbone import Backbone
 from model.base.kv_cache import KVCache
-from model.memory import Draft, LexicalReadout, Memory, Pool
-from model.memory.config import NGRAM_SIZES
-from model.memory.lexical.torch_backend import hash_ngrams, memory_prob, mix, target_log_prob
+from model.memory import Draft, LexicalReadout, Memory, Pool, choose_backend
+from model.memory.lexical.ops import hash_ngrams, memory_prob, mix, target_log_prob
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.prediction import Prediction, base_prediction
 from model.memory.site import ResidualSite
 
@@ -34,17 +34,18 @@ class DecodeState:
 
     hidden: final hidden state [d] of the last token. last_tokens: [8], −1 before the start of the request. trust:
     [R + 1], the request's trust in the lexical site. inputs: the last token's input [d] to each site below the output,
-    by layer. frozen: the last token's final hidden state [d] without memory, where it differs and is kept.
+    by layer. frozen_hidden: the last token's final hidden state [d] without memory; None where it equals `hidden` or is
+    not kept.
     """
 
     hidden: Tensor
     last_tokens: Tensor
     trust: Tensor
     inputs: dict[int, Tensor] = field(default_factory=dict)
-    frozen: Tensor | None = None
+    frozen_hidden: Tensor | None = None
 
     def advanced(self, tokens: Sequence[int]) -> DecodeState:
-        """Return the part of the state after these tokens that `decode` needs: the last tokens."""
+        """Return a copy with the last tokens advanced; `hidden` and `trust` stay as they were."""
         last_tokens = torch.cat([self.last_tokens, self.last_tokens.new_tensor(tokens)])
         return replace(self, last_tokens=last_tokens[-len(self.last_tokens) :])
 
@@ -68,8 +69,9 @@ class _Targets:
     """n learned or scored targets of a block and the states that predict them.
 
     ids: [n]. ngram_hashes: [n, R], of the tokens before each target. states: final hidden states [n, d] one position
-    earlier. following: final hidden states [n, d] of the targets. before and after: the same two at the input of each
-    site below the output, by layer. frozen_states: `states` without memory, where they differ and are kept.
+    earlier. following: final hidden states [n, d] of the targets. before and after: as `states` and `following`, but
+    the input [n, d] of each site below the output, by layer. frozen_states: `states` without memory; None where they
+    equal `states` or are not kept.
     """
 
     ids: Tensor
@@ -93,18 +95,59 @@ class _Targets:
 
 
 @dataclass(frozen=True)
+class _BlockStates:
+    """The hidden states of a block of T tokens.
+
+    ids: [T]. last_tokens: [8 + T], the block after the 8 tokens before it. final: final hidden states [T, d]. inputs:
+    input [T, d] of each site below the output, by layer. frozen_final: `final` without memory; None where it equals
+    `final` or is not kept. previous: the state before the block; None at the start of a request.
+    """
+
+    ids: Tensor
+    last_tokens: Tensor
+    final: Tensor
+    inputs: dict[int, Tensor]
+    frozen_final: Tensor | None
+    previous: DecodeState | None
+
+    def targets(self) -> _Targets:
+        """Return every target of the block: all tokens, or all but the first at the start of a request."""
+        previous, first = self.previous, 1 if self.previous is None else 0
+        return _Targets(
+            self.ids[first:],
+            hash_ngrams(self.last_tokens[:-1])[first:],
+            _shift(self.final, None if previous is None else previous.hidden),
+            self.final[first:],
+            {
+                layer: _shift(h, None if previous is None else previous.inputs[layer])
+                for layer, h in self.inputs.items()
+            },
+            {layer: h[first:] for layer, h in self.inputs.items()},
+            None
+            if self.frozen_final is None
+            else _shift(self.frozen_final, None if previous is None else previous.frozen_hidden),
+        )
+
+    def decode_state(self, trust: Tensor) -> DecodeState:
+        """Return the state after the block; `trust` [R + 1] is the request's trust after the block."""
+        inputs = {layer: h[-1] for layer, h in self.inputs.items()}
+        frozen_hidden = None if self.frozen_final is None else self.frozen_final[-1]
+        return DecodeState(self.final[-1], self.last_tokens[-NUM_LAST_TOKENS:], trust, inputs, frozen_hidden)
+
+
+@dataclass(frozen=True)
 class _ScoredTargets:
     """n scored targets.
 
-    adapted, frozen and top: as in `Scores`. base: the prediction before the lexical site. unmixed_log_probs:
-    log-probabilities [n] of the targets under `base`. readout: of the lexical site. trust: [R + 1], the request's trust
+    adapted, frozen and top: as in `Scores`. prediction: before the lexical site. unmixed_log_probs: log-probabilities
+    [n] of the targets under `prediction`. readout: of the lexical site. trust: [R + 1], the request's trust
     after the targets.
     """
 
     adapted: Tensor
     frozen: Tensor | None
     top: tuple[Tensor, Tensor] | None
-    base: Prediction
+    prediction: Prediction
     unmixed_log_probs: Tensor
     readout: LexicalReadout | None
     trust: Tensor
@@ -128,8 +171,11 @@ class AdaptiveLM:
         return self.backbone.embedding.device
 
     def new_pool(self, *, rows: int, sessions: int, make_room: Callable[[], bool] = lambda: False) -> Pool:
-        """Return an empty pool on the model's device; the arguments are those of `Pool`."""
-        return Pool(self.memory.config, rows=rows, sessions=sessions, device=self.device, make_room=make_room)
+        """Return an empty pool on the model's device with its backend; the arguments are those of `Pool`."""
+        backend = choose_backend(self.device)
+        return Pool(
+            self.memory.config, rows=rows, sessions=sessions, backend=backend, device=self.device, make_room=make_room
+        )
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty cache for one sequence of at most `capacity` tokens."""
@@ -155,7 +201,7 @@ class AdaptiveLM:
         score: Sequence[bool] | None = None,
         learn: Sequence[bool] | None = None,
         draft: Draft | None = None,
-        frozen: bool = False,
+        score_frozen: bool = False,
         frozen_cache: KVCache | None = None,
         top: int = 0,
     ) -> tuple[DecodeState, Scores | None]:
@@ -163,36 +209,26 @@ class AdaptiveLM:
 
         The target of position t is token t, predicted from position t − 1 (from `decode_state` for t = 0; the first
         token of a request has no predictor and is never a target). score [T] and learn [T] select targets; the scores
-        returned are those of their union, in order. frozen: score without memory too; a memory that is read below the
-        output then needs `frozen_cache`, a second cache that has seen the same request. top: how many of the likeliest
-        tokens to return. Raise PoolFullError: roll the draft back.
+        returned are those of their union, in order. score_frozen: score without memory too; a memory that is read below
+        the output then needs `frozen_cache`, a second cache that has seen the same request. top: number of the
+        likeliest tokens to return. Raise PoolFullError: roll the draft back.
         """
-        ids = torch.tensor(token_ids, device=self.device)
-        inputs: dict[int, Tensor] = {}
-        final = self.backbone(ids[None], [cache], self.hooks(pool, index, inputs))[0]
-        frozen_final: Tensor | None = None
-        if frozen and self.needs_frozen_cache:
-            if frozen_cache is None:
-                raise ValueError("frozen_cache is needed: this memory reads below the output")
-            frozen_final = self.backbone(ids[None], [frozen_cache])[0]
-        before_start = ids.new_full((NUM_LAST_TOKENS,), -1)
-        last_tokens = torch.cat([before_start if decode_state is None else decode_state.last_tokens, ids])
+        if score_frozen and self.needs_frozen_cache and frozen_cache is None:
+            raise ValueError("frozen_cache is needed: this memory reads below the output")
+        states = self._forward(token_ids, cache, pool, index, decode_state, frozen_cache if score_frozen else None)
         trust = self._initial_trust() if decode_state is None else decode_state.trust
-
         first = 1 if decode_state is None else 0
-        learned, wanted = (self._mask(mask, len(ids))[first:] for mask in (learn, score))
+        learned, wanted = (self._mask(mask, len(token_ids))[first:] for mask in (learn, score))
         wanted = wanted | learned
         scores: Scores | None = None
         if bool(wanted.any()):
-            targets = _targets(ids, last_tokens, final, inputs, frozen_final, decode_state).select(wanted)
-            scored = self._score(targets, pool, index, trust, frozen=frozen, top=top)
+            targets = states.targets().select(wanted)
+            scored = self._score(targets, pool, index, trust, score_frozen=score_frozen, top=top)
             trust, is_learned = scored.trust, learned[wanted]
             scores = Scores(scored.adapted, scored.frozen, is_learned, scored.top)
             if draft is not None and bool(is_learned.any()):
                 self._write(draft, targets.select(is_learned), scored, is_learned)
-        last_inputs = {layer: h[-1] for layer, h in inputs.items()}
-        last_frozen = None if frozen_final is None else frozen_final[-1]
-        return DecodeState(final[-1], last_tokens[-NUM_LAST_TOKENS:], trust, last_inputs, last_frozen), scores
+        return states.decode_state(trust), scores
 
     def decode(
         self,
@@ -219,8 +255,8 @@ class AdaptiveLM:
     def predict(self, decode_states: Sequence[DecodeState], pool: Pool, index: Sequence[int]) -> Tensor:
         """Return next-token scores [B, V] in fp32.
 
-        The scores are the base's logits, bit for bit, where a session's memory is empty or silent, and
-        log-probabilities of the mixture, up to a constant a row, elsewhere.
+        The scores are the base's logits, bit for bit, where a session's memory is empty, or gated off
+        (γ = 0), and log-probabilities of the mixture, up to a constant per row, elsewhere.
         """
         states = torch.stack([state.hidden for state in decode_states])
         if all(i == EMPTY_SESSION for i in index):
@@ -228,6 +264,26 @@ class AdaptiveLM:
         last_tokens = torch.stack([state.last_tokens for state in decode_states])
         trust = torch.stack([state.trust for state in decode_states])
         return self.mixture(states, last_tokens, trust, pool, torch.tensor(index, device=self.device))
+
+    def _forward(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        pool: Pool,
+        index: int,
+        previous: DecodeState | None,
+        frozen_cache: KVCache | None,
+    ) -> _BlockStates:
+        """Run the base over one block with the memory, and once more without memory where that is needed."""
+        ids = torch.tensor(token_ids, device=self.device)
+        inputs: dict[int, Tensor] = {}
+        final = self.backbone(ids[None], [cache], self.hooks(pool, index, inputs))[0]
+        frozen_final: Tensor | None = None
+        if frozen_cache is not None and self.needs_frozen_cache:
+            frozen_final = self.backbone(ids[None], [frozen_cache])[0]
+        before_start = ids.new_full((NUM_LAST_TOKENS,), -1)
+        last_tokens = torch.cat([before_start if previous is None else previous.last_tokens, ids])
+        return _BlockStates(ids, last_tokens, final, inputs, frozen_final, previous)
 
     # --- read ------------------------------------------------------------------------------------------------------
 
@@ -246,8 +302,10 @@ class AdaptiveLM:
     def hooks(
         self, pool: Pool, index: int | Sequence[int] | Tensor, inputs: dict[int, Tensor]
     ) -> dict[int, Callable[[Tensor], Tensor]]:
-        """Return the reads of sessions [1 or B] below the output, by layer; each stores its input [T or B, d] in
-        `inputs`."""
+        """Return the reads of sessions [1 or B] below the output, by layer.
+
+        inputs: an output; each read stores its input [T or B, d] under its layer.
+        """
 
         def hook(layer: int, site: ResidualSite) -> Callable[[Tensor], Tensor]:
             def read(hidden: Tensor) -> Tensor:
@@ -265,23 +323,23 @@ class AdaptiveLM:
         return states if site is None else site.read(pool, session, states)
 
     def _score(
-        self, targets: _Targets, pool: Pool, index: int, trust: Tensor, *, frozen: bool, top: int
+        self, targets: _Targets, pool: Pool, index: int, trust: Tensor, *, score_frozen: bool, top: int
     ) -> _ScoredTargets:
         session = torch.full((len(targets.ids),), index, device=self.device)
-        base = base_prediction(self.backbone.logits(self._read_output(targets.states, pool, session)))
-        adapted = unmixed_log_probs = base.log_prob(targets.ids)
-        mixed, readout, site = base.logits, None, self.memory.lexical
+        prediction = base_prediction(self.backbone.logits(self._read_output(targets.states, pool, session)))
+        adapted = unmixed_log_probs = prediction.log_prob(targets.ids)
+        mixed, readout, site = prediction.logits, None, self.memory.lexical
         if site is not None and index != EMPTY_SESSION:
             request_trust = trust.expand(len(session), -1)
-            readout = site.read(pool, session, targets.states, targets.ngram_hashes, base, request_trust)
+            readout = site.read(pool, session, targets.states, targets.ngram_hashes, prediction, request_trust)
             trust = site.updated_trust(trust, readout, targets.ids, unmixed_log_probs)
             memory_probs = memory_prob(targets.ids, readout.tokens, readout.shares)
             adapted = target_log_prob(unmixed_log_probs, memory_probs, readout.gamma)
-            mixed = mix(base, readout.tokens, readout.shares, readout.gamma) if top else mixed
-        frozen_log_probs = self._frozen_log_probs(targets, unmixed_log_probs) if frozen else None
+            mixed = mix(prediction, readout.tokens, readout.shares, readout.gamma) if top else mixed
+        frozen_log_probs = self._frozen_log_probs(targets, unmixed_log_probs) if score_frozen else None
         best = mixed.log_softmax(-1).topk(top) if top else None
         likeliest = None if best is None else (best.values, best.indices)
-        return _ScoredTargets(adapted, frozen_log_probs, likeliest, base, unmixed_log_probs, readout, trust)
+        return _ScoredTargets(adapted, frozen_log_probs, likeliest, prediction, unmixed_log_probs, readout, trust)
 
     def _frozen_log_probs(self, targets: _Targets, unmixed_log_probs: Tensor) -> Tensor:
         """Return the log-probabilities [n] of the targets without any memory."""
@@ -298,7 +356,7 @@ class AdaptiveLM:
             lexical.learn(draft, scored.readout.select(mask), targets.ids, scored.unmixed_log_probs[mask])
         if self.memory.residual:
             error = F.embedding(targets.ids, self.backbone.embedding).float()
-            error = error - torch.softmax(scored.base.logits[mask], -1) @ self.backbone.embedding.float()
+            error = error - torch.softmax(scored.prediction.logits[mask], -1) @ self.backbone.embedding.float()
             adapted = scored.adapted[mask]
             for layer, site in self.memory.residual.items():
                 hidden = targets.states if layer == OUTPUT_LAYER else targets.before[layer]
@@ -313,30 +371,6 @@ class AdaptiveLM:
         if mask is None:
             return torch.zeros(length, dtype=torch.bool, device=self.device)
         return torch.tensor(mask, dtype=torch.bool, device=self.device)
-
-
-def _targets(
-    ids: Tensor,
-    last_tokens: Tensor,
-    final: Tensor,
-    inputs: dict[int, Tensor],
-    frozen_final: Tensor | None,
-    previous: DecodeState | None,
-) -> _Targets:
-    """Return every target of a block of T tokens: all tokens, or all but the first at the start of a request.
-
-    last_tokens: [8 + T]. final, frozen_final and each of inputs: [T, d]. previous: the state before the block.
-    """
-    first = 1 if previous is None else 0
-    return _Targets(
-        ids[first:],
-        hash_ngrams(last_tokens[:-1])[first:],
-        _shift(final, None if previous is None else previous.hidden),
-        final[first:],
-        {layer: _shift(h, None if previous is None else previous.inputs[layer]) for layer, h in inputs.items()},
-        {layer: h[first:] for layer, h in inputs.items()},
-        None if frozen_final is None else _shift(frozen_final, None if previous is None else previous.frozen),
-    )
 
 
 def _shift(states: Tensor, previous: Tensor | None) -> Tensor:

@@ -196,7 +196,7 @@ class Replay:
                 decode_state=decode_state,
                 learn=mask,
                 draft=draft,
-                frozen=True,
+                score_frozen=True,
             )
             learned.add(scores)
         learned.segments += int(learn is not None and any(learn))
@@ -233,7 +233,7 @@ class Replay:
                     text.finish()
                     finished = True
             pending = not finished
-            while learned is not None and (count := min(model.block, text.tokens_released - num_learned)) > 0:
+            while learned is not None and (count := min(model.block, text.num_released_tokens - num_learned)) > 0:
                 if count < model.block and not finished:
                     break
                 length = cache.length
@@ -248,7 +248,7 @@ class Replay:
                     decode_state=learned_state,
                     learn=mask,
                     draft=draft,
-                    frozen=scores_frozen,
+                    score_frozen=scores_frozen,
                 )
                 learned.add(scores)
                 num_learned += count
@@ -262,7 +262,7 @@ class Replay:
     def _commit(self, draft: Draft, learned: _LearnedCounts, new_digests: Sequence[str]) -> None:
         """Commit the draft as a new version, or drop the draft if nothing changed."""
         pool, before = self._model.pool, self.versions[-1]
-        touched, num_rows = draft.touched(), pool.rows(draft.index)
+        touched, num_rows = draft.touched(), pool.num_rows(draft.index)
         counters = before.counters
         digests = prompts.merge_digests(counters.digests, new_digests)
         changed = bool(touched or learned.tokens or not set(digests) <= set(counters.digests))

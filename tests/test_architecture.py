@@ -427,7 +427,7 @@ MORE_ENTRIES = {
     "model/adaptive_lm.py": (4, "the steps of a model: new cache, block, decode, predict"),
     "model/memory/pool.py": (7, "the life of a session's rows and of a draft"),
     "model/memory/lexical/site.py": (6, "the steps of a read and a write"),
-    "model/memory/lexical/torch_backend.py": (8, "pure functions, one an equation"),
+    "model/memory/lexical/ops.py": (8, "pure functions, one per equation"),
     "model/memory/lexical/numba_backend.py": (4, "the kernels of `MemoryBackend`"),
 }
 

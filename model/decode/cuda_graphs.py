@@ -26,7 +26,7 @@ from model.decode.paged_cache import (
 )
 from model.device import upload
 from model.memory import Pool, choose_backend
-from model.memory.config import NGRAM_SIZES
+from model.memory.lexical.types import NGRAM_SIZES
 
 log = logging.getLogger(__name__)
 

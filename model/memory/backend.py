@@ -1,8 +1,9 @@
 """The contract of the memory's kernels, and the choice of the backend that implements them on a device.
 
 Every backend implements the whole contract: `lexical/torch_backend.py` (any device), `lexical/numba_backend.py` (CPUs)
-and `lexical/triton_backend.py` (NVIDIA GPUs). A backend has no state. `Pool` gets one backend and hands the backend to
-its sites; nothing else asks which backend runs. Equations and letters are those of README.md.
+and `lexical/triton_backend.py` (NVIDIA GPUs); `lexical/reference.py` defines the equations. A backend has no state. A
+`Pool` gets one backend and hands the backend to its sites; nothing else asks which backend runs. Equations and letters
+are those of README.md.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class MemoryBackend(Protocol):
     tables: int32 [S + 1, C], the physical cell of each cell of each session; 0 is the empty cell.
     fields: the contents of the physical cells, each [physical cells, P, …], as `LexicalRows` has them.
     session_scalars: [S + 1, 3, R + 1], trust, balance and state of the guard of each session.
-    session: long [n], the session of each row of the batch; 0 is the empty session.
+    session: long [n], the session of each batch entry; 0 is the empty session.
 
-    A row of the batch has the same bits whichever rows are beside it (law 4). All backends agree on integers
+    A batch entry has the same bits whichever other entries are in the batch (law 4). All backends agree on integers
     (tokens, n-gram matches, empty rows, written rows) and similarities bit for bit, and elsewhere up to the rounding of
     fp32.
     """
@@ -57,13 +58,13 @@ class MemoryBackend(Protocol):
         cells: Tensor,
         query: Tensor,
         context: Tensor,
-        base: Prediction,
+        prediction: Prediction,
         head_params: HeadParams,
     ) -> tuple[Candidates, Tensor]:
         """Return the candidates in the cells of n contexts (L3, L4), and the empty rows of these cells [n, k] long.
 
         cells: long [n, k]. query: [n, d_k], keys of the contexts, of unit length. context: int16 [n, R], n-gram hashes
-        of the contexts. base: the base's prediction of n tokens. Mutates nothing.
+        of the contexts. prediction: the base's, of n tokens. Mutates nothing.
         """
 
     def gate_mixture(
@@ -97,12 +98,12 @@ class MemoryBackend(Protocol):
         trust: Tensor,
         logits: Tensor,
     ) -> Tensor:
-        """Return log p [n, V] up to a constant a row: a whole read, from hidden states to the mixture (L1–L6).
+        """Return log p [n, V] up to a constant per entry: a whole read, from hidden states to the mixture (L1–L6).
 
-        A row with γ = 0 keeps the bits of its logits (law 1). No shape depends on what is found and nothing waits for
-        the device, so that a CUDA graph can capture the call.
+        An entry with γ = 0 keeps the bits of its logits (law 1). No shape depends on what is found and nothing waits
+        for the device, so that a CUDA graph can capture the call.
 
-        k: cells a token. hidden: final hidden states [n, d]. last_tokens: long [n, 8], −1 before the start of the
+        k: cells per token. hidden: final hidden states [n, d]. last_tokens: long [n, 8], −1 before the start of the
         request. trust: [n, R + 1] of the requests. logits: [n, V] of the base; they may be overwritten, and the result
         may share their memory. Mutates nothing else.
         """

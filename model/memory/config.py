@@ -1,31 +1,23 @@
 """The configuration of a memory: its sites, their sizes and the limits of these sizes.
 
 The configuration is frozen, JSON-serialisable and strict: an unknown key is an error. The rules of each kind of memory
-(`model/memory/kinds.py`) live with the kind, in a `RowLayout`.
+are in its `RowLayout` (`layouts.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
+from model.memory.layouts import LAYOUTS
+from model.memory.row_layout import MemoryConfigError, RowLayout
 from model.site_kind import SiteKind
 
-NGRAM_SIZES = (2, 4, 8)  # a lexical row has one hash for the last 2, one for the last 4, one for the last 8 tokens
 SESSION_SCALARS_SUFFIX = "_own"  # session scalars are stored under the name of their site and this suffix
 TRUST, BALANCE, GATE_CLOSED = range(3)  # indices into the session scalars [3, R + 1]
-
-
-class MemoryConfigError(ValueError):
-    """An error in a memory configuration; the message names the field, the limit and the value."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class SiteConfig:
     name: an identifier that is unique in the memory; part of the store's keys.
     kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution), "hidden" (a
         delta site: rows are vectors of `width` numbers, read into the residual stream) or "journal" (vectors without
-        slow weights: what a policy keeps of its session beside what it has learned).
+        slow weights: what a policy keeps of its session besides what it has learned).
     layer: index of the decoder layer whose output a delta site reads and rewrites; -1 is the output, before the head.
         A lexical site is always at the output.
     slots: number of rows that a session can hold (N): a perfect square in a delta site (product keys), a multiple of
@@ -63,8 +55,8 @@ class SiteConfig:
             raise MemoryConfigError(f"site name must be an identifier, got {self.name!r}")
         if self.name.endswith(SESSION_SCALARS_SUFFIX):
             raise MemoryConfigError(f"site name must not end in {SESSION_SCALARS_SUFFIX!r}, got {self.name!r}")
-        if self.kind not in _LAYOUTS:
-            *others, last = (repr(kind) for kind in _LAYOUTS)
+        if self.kind not in LAYOUTS:
+            *others, last = (repr(kind) for kind in LAYOUTS)
             raise MemoryConfigError(f"{self.name}.kind must be {', '.join(others)} or {last}, got {self.kind!r}")
         if self.slots < 1:
             raise MemoryConfigError(f"{self.name}.slots must be at least 1, got {self.slots}")
@@ -85,7 +77,7 @@ class SiteConfig:
     @property
     def layout(self) -> RowLayout:
         """Return the row layout of the site's kind."""
-        return _LAYOUTS[self.kind]
+        return LAYOUTS[self.kind]
 
     @property
     def cells(self) -> int:
@@ -97,42 +89,6 @@ class SiteConfig:
         """Return the bytes of one stored row."""
         fields = self.layout.cell_fields(self)
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in fields) // self.cell
-
-
-class RowLayout(ABC):
-    """The row format of one kind of memory, and the limits of its sites. A layout has no state."""
-
-    @abstractmethod
-    def cell_fields(self, config: SiteConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Return the shape and the type of each field of one cell. The first field is 0 where a row is empty."""
-
-    @abstractmethod
-    def are_valid_rows(self, data: NDArray[np.uint8], *, vocab_size: int) -> bool:
-        """Return True if the memory could have written the stored rows, data [n, row_bytes]."""
-
-    @abstractmethod
-    def check_addresses(self, config: SiteConfig) -> None:
-        """Raise MemoryConfigError if `slots` and `cell` do not make addresses of this kind."""
-
-    def max_k(self, config: SiteConfig) -> int:
-        """Return the largest number of addresses that a token may select."""
-        return config.cells
-
-    def check_layer(self, config: SiteConfig) -> None:
-        """Raise MemoryConfigError if this kind cannot be read at `layer`."""
-        return
-
-    def check_together(self, sites: Sequence[SiteConfig]) -> None:
-        """Raise MemoryConfigError if one memory cannot have all these sites, which are of this kind."""
-        return
-
-
-_LAYOUTS: dict[SiteKind, RowLayout] = {}
-
-
-def register_layout(kind: SiteKind, layout: RowLayout) -> None:
-    """Make a kind of memory known to `SiteConfig`. Only `model/memory/kinds.py` calls this function."""
-    _LAYOUTS[kind] = layout
 
 
 @dataclass(frozen=True)
@@ -153,7 +109,7 @@ class MemoryConfig:
         if len(set(names)) != len(names):
             raise MemoryConfigError(f"site names must be unique, got {names}")
         for kind in dict.fromkeys(site.kind for site in self.sites):
-            _LAYOUTS[kind].check_together([site for site in self.sites if site.kind == kind])
+            LAYOUTS[kind].check_together([site for site in self.sites if site.kind == kind])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-serialisable values."""

@@ -9,10 +9,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from model import weights
-from model.memory.config import MemoryConfig, MemoryConfigError
+from model.memory.config import MemoryConfig
 from model.memory.delta.site import DeltaSite
-from model.memory.kinds import KINDS
+from model.memory.kinds import SITES
 from model.memory.lexical.site import LexicalSite
+from model.memory.row_layout import MemoryConfigError
 from model.memory.site import ResidualSite
 
 FORMAT = "3"
@@ -26,7 +27,7 @@ class Memory(nn.Module):
         self.config = config
         self.sites = nn.ModuleDict()
         for site in config.sites:
-            if (constructor := KINDS[site.kind].site) is not None:
+            if (constructor := SITES[site.kind]) is not None:
                 self.sites[site.name] = constructor(site, config.hidden_size)
         self.requires_grad_(False)
 

@@ -4,9 +4,9 @@ Physical cell 0 is the empty cell and session 0 is the empty session, so a batch
 requests without a session. A turn writes to a `Draft`, which copies the cells that the turn touches before their first
 write: a rollback drops the copies, and a commit stores the rows in them that changed.
 
-Every site also has session scalars [3, R + 1] for each session: for each number of n-gram matches, the trust that
-experience adds to the read gate, and the balance and the state of the guard. They are stored like a site of one slot,
-named `<site>_own`. The pool knows nothing of how rows are read: a kind's site does (`<kind>/site.py`).
+Every site also has session scalars [3, R + 1] for each session: per number of n-gram matches, the online-learned offset
+of the gate's logit (trust), and the balance and the state of the guard. They are stored like a site of one slot, named
+`<site>_own`. The pool does not know the equations of a read; each kind's site does (`<kind>/site.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.device import copy_to_host, upload
-from model.memory.backend import MemoryBackend, choose_backend
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, SESSION_SCALARS_SUFFIX, MemoryConfig, SiteConfig
+from model.memory.backend import MemoryBackend
+from model.memory.config import GATE_CLOSED, SESSION_SCALARS_SUFFIX, MemoryConfig, SiteConfig
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.rows import SiteRows, as_bytes
 
 CellIndices = NDArray[np.integer[Any]]  # cells or physical cells, on the host
@@ -96,7 +97,7 @@ class SitePool:
 
     def load_rows(self, session: int, batch: SiteRows) -> None:
         """Give stored rows to a session. Raise PoolFullError, changing nothing."""
-        # numpy keeps to one thread: the other cores have work while a session is loaded.
+        # NumPy is used because it stays single-threaded.
         cell, row = np.divmod(batch.slots.numpy().astype(np.int64), self.config.cell)
         begins = np.diff(cell, prepend=-1) != 0
         physical_cells = self.free.allocate(int(begins.sum()))
@@ -121,10 +122,10 @@ class SitePool:
         occupied = upload(physical_cells[physical_cells > 0], self.device)
         return int((self._by_row(self.fields[0])[occupied] != 0).any(-1).sum())
 
-    def changed_rows(self, session: int, base: int, cells: CellMask) -> SiteRows:
-        """Return the rows of a session, in the cells of a mask, that differ from the rows of session `base`."""
-        physical_cells = np.stack([self.physical_cells[session, cells], self.physical_cells[base, cells]])
-        # The host compares: otherwise it would wait for the GPU once more.
+    def changed_rows(self, session: int, base_index: int, cells: CellMask) -> SiteRows:
+        """Return the rows of a session, in the cells of a mask, that differ from the rows of session `base_index`."""
+        physical_cells = np.stack([self.physical_cells[session, cells], self.physical_cells[base_index, cells]])
+        # The host compares: comparing on the GPU costs one more synchronisation.
         data, before = copy_to_host(self._bytes(upload(physical_cells, self.device))).numpy()
         cell, row = (data != before).any(-1).nonzero()
         slots = cells.nonzero()[0][cell] * self.config.cell + row
@@ -144,7 +145,7 @@ class Pool:
 
     rows: rows that a site may hold over all sessions. sessions: tables that a site may hold, those of drafts included.
     make_room: called when either runs short; it may `close` a session and return True to be called again. backend: the
-    kernels of every site; by default those of `choose_backend`.
+    kernels of every site (`choose_backend`).
     """
 
     def __init__(
@@ -153,13 +154,13 @@ class Pool:
         *,
         rows: int,
         sessions: int,
+        backend: MemoryBackend,
         device: torch.device | str = "cpu",
         make_room: Callable[[], bool] = lambda: False,
-        backend: MemoryBackend | None = None,
     ) -> None:
         self.config = config
         self.device = torch.device(device)
-        self.backend = backend or choose_backend(self.device)
+        self.backend = backend
         self.sites = {
             site.name: SitePool(
                 site, rows=rows, sessions=sessions, device=self.device, make_room=make_room, backend=self.backend
@@ -196,7 +197,7 @@ class Pool:
         """Return the share of its cells that the fullest site has allocated."""
         return max(site.free.utilization for site in self.sites.values())
 
-    def rows(self, index: int) -> dict[str, int]:
+    def num_rows(self, index: int) -> dict[str, int]:
         """Return the number of rows that a session holds, by site."""
         return {name: site.num_rows(index) for name, site in self.sites.items()}
 
@@ -204,25 +205,25 @@ class Pool:
         """Return the whole state of a session, as it is stored."""
         return self._changed_rows(index, 0, {name: site.physical_cells[index] > 0 for name, site in self.sites.items()})
 
-    def draft(self, base: int) -> Draft:
-        """Return a copy-on-write view of session `base` for one turn. Raise PoolFullError."""
+    def draft(self, base_index: int) -> Draft:
+        """Return a copy-on-write view of session `base_index` for one turn. Raise PoolFullError."""
         index = int(self._sessions.allocate(1)[0])
         for site in self.sites.values():
-            site.physical_cells[index] = site.physical_cells[base]
+            site.physical_cells[index] = site.physical_cells[base_index]
             site.sync_table(index)
-            site.session_scalars[index] = site.session_scalars[base]
-        return Draft(self, base, index)
+            site.session_scalars[index] = site.session_scalars[base_index]
+        return Draft(self, base_index, index)
 
-    def _changed_rows(self, index: int, base: int, masks: Mapping[str, CellMask]) -> dict[str, SiteRows]:
-        """Return the rows in the masked cells, and the session scalars, that differ from those of session `base`."""
+    def _changed_rows(self, index: int, base_index: int, masks: Mapping[str, CellMask]) -> dict[str, SiteRows]:
+        """Return the rows in the masked cells and session scalars that differ from those of session `base_index`."""
         changed = {}
         for name, mask in masks.items():
             site = self.sites[name]
-            rows = site.changed_rows(index, base, mask)
+            rows = site.changed_rows(index, base_index, mask)
             if len(rows.slots):
                 changed[name] = rows
             session_scalars = site.session_scalars[index].cpu().clone()
-            if not torch.equal(session_scalars, site.session_scalars[base].cpu()):
+            if not torch.equal(session_scalars, site.session_scalars[base_index].cpu()):
                 changed[name + SESSION_SCALARS_SUFFIX] = SiteRows(
                     torch.zeros(1, dtype=torch.int32), session_scalars.flatten().view(torch.uint8)[None]
                 )
@@ -242,9 +243,9 @@ class Draft:
     index: the session under which the pool's sites read the draft.
     """
 
-    def __init__(self, pool: Pool, base: int, index: int) -> None:
+    def __init__(self, pool: Pool, base_index: int, index: int) -> None:
         self.pool = pool
-        self.base = base
+        self.base_index = base_index
         self.index = index
         self._copied = {name: np.zeros(site.config.cells, np.bool_) for name, site in pool.sites.items()}
 
@@ -277,24 +278,28 @@ class Draft:
 
     def touched(self) -> dict[str, SiteRows]:
         """Return the rows that this turn has changed, which a commit stores."""
-        return self.pool._changed_rows(self.index, self.base, self._copied)
+        return self.pool._changed_rows(self.index, self.base_index, self._copied)
 
-    def num_guards_shut(self) -> int:
-        """Return the number of read gates that this turn closed, less the number that it opened."""
+    def num_guards_closed(self) -> int:
+        """Return the number of guards that this turn closed, minus the number of guards that the turn opened."""
         sites = self.pool.sites.values()
         return sum(
-            int((site.session_scalars[self.index, GATE_CLOSED] - site.session_scalars[self.base, GATE_CLOSED]).sum())
+            int(
+                (
+                    site.session_scalars[self.index, GATE_CLOSED] - site.session_scalars[self.base_index, GATE_CLOSED]
+                ).sum()
+            )
             for site in sites
         )
 
     def commit(self) -> None:
         """Make the draft the new state of the base session."""
         for name, site in self.pool.sites.items():
-            base = site.physical_cells[self.base]
-            site.free.release(base[self._copied[name] & (base > 0)])
-            base[:] = site.physical_cells[self.index]
-            site.sync_table(self.base)
-            site.session_scalars[self.base] = site.session_scalars[self.index]
+            old_cells = site.physical_cells[self.base_index]
+            site.free.release(old_cells[self._copied[name] & (old_cells > 0)])
+            old_cells[:] = site.physical_cells[self.index]
+            site.sync_table(self.base_index)
+            site.session_scalars[self.base_index] = site.session_scalars[self.index]
         self.pool._clear_session(self.index)
 
     def rollback(self) -> None:

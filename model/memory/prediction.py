@@ -30,6 +30,6 @@ def base_prediction(logits: Tensor) -> Prediction:
     """Return the prediction that logits [n, V] make. Each row is rounded as if the row were alone (law 4)."""
     probs = torch.softmax(logits, -1)
     log_z = logits.amax(-1) - probs.amax(-1).log()
-    # Several threads share the sum of a lone row and round it differently; two rows are each summed whole.
+    # torch splits the reduction of a single row over threads, which changes its bits: duplicate the row.
     pair = (probs.expand(2, -1), logits.expand(2, -1)) if len(logits) == 1 else (probs, logits)
     return Prediction(logits, log_z, log_z - torch.linalg.vecdot(*pair)[: len(logits)])

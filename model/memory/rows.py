@@ -18,5 +18,5 @@ class SiteRows:
 
 def as_bytes(values: Tensor) -> Tensor:
     """Return rows [..., w] of numbers as uint8 [..., bytes of a row]."""
-    # A copy: `contiguous` would leave no or one row with strides that `view` refuses.
+    # A copy: with 0 or 1 rows, `contiguous` keeps strides that `view` refuses.
     return values.clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -23,7 +23,7 @@ class PolicyBackend(Protocol):
     agree up to the rounding of fp32; `inputs` and `guard_step` agree bit for bit. In every implementation
 
     - a session's results do not depend on the other sessions of the batch, not in the last bit;
-    - an empty session, and one whose guard is shut, decides as the network without memory;
+    - an empty session, and one whose guard is closed, decides as the network without memory;
     - only `guard_step` changes state; `reward` returns writes, which the caller puts into a draft.
 
     A policy that labels has one implementation, the network: `Policy.label` and `Policy.label_updates`. Its sessions
@@ -63,7 +63,7 @@ class PolicyBackend(Protocol):
     def guard_step(self, draft: Draft, gain: float) -> bool:
         """Count the gain of one reward in the guard of the draft's session; return whether the guard was open before.
 
-        gain (nats): frozen_loss − loss of the reward. The guard shuts when memory has lost more than GUARD_LIMIT_NATS
+        gain (nats): frozen_loss − loss of the reward. The guard closes when memory has lost more than GUARD_LIMIT_NATS
         of late, and opens when the balance is positive again. Changes the draft's session scalars in place.
         """
 

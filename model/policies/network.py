@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from model import weights
 from model.memory import DeltaSite, Draft, LexicalSite, Memory, Pool
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES
+from model.memory.config import BALANCE, GATE_CLOSED
 from model.memory.delta import torch_ops
 from model.memory.guard import GUARD_LIMIT_NATS, guard_step
-from model.memory.lexical import torch_backend
+from model.memory.lexical import ops
 from model.memory.lexical.site import FoundCandidates, LexicalReadout
-from model.memory.lexical.types import LexicalRows
+from model.memory.lexical.types import NGRAM_SIZES, LexicalRows
 from model.memory.numerics import TINY, rowwise_matmul
 from model.memory.prediction import Prediction, base_prediction
 from model.policies.change_point import NAME as CHANGE_POINT_SITE
@@ -170,9 +170,9 @@ class Policy(nn.Module):
     def decide(self, inputs: Tensor, pool: Pool, session: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [n, A] and the expected rewards [n, A], scaled to 0…1; see `PolicyBackend.decide`."""
         state, session = self.state(inputs.flatten(0, 1)), session.repeat_interleave(self.config.actions)
-        shut = pool.sites[self.site.config.name].session_scalars[session, GATE_CLOSED, 0] != 0
+        closed = pool.sites[self.site.config.name].session_scalars[session, GATE_CLOSED, 0] != 0
         recalled = self._read(state, pool, session)[0]
-        logits, expected = self.logit_and_value(torch.where(shut[:, None], state, recalled))
+        logits, expected = self.logit_and_value(torch.where(closed[:, None], state, recalled))
         return logits.view(len(inputs), -1), expected.view(len(inputs), -1)
 
     def reward(self, inputs: Tensor, reward: Tensor, pool: Pool, session: Tensor) -> RewardUpdate:
@@ -186,11 +186,11 @@ class Policy(nn.Module):
     def guard_step(self, draft: Draft, gain: float) -> bool:
         """Count a reward's gain (nats) in the guard of the draft's session; see `PolicyBackend.guard_step`."""
         session_scalars = draft.pool.sites[self.site.config.name].session_scalars[draft.index]
-        balance, shut = session_scalars[BALANCE, 0].clone(), session_scalars[GATE_CLOSED, 0].clone()
+        balance, closed = session_scalars[BALANCE, 0].clone(), session_scalars[GATE_CLOSED, 0].clone()
         session_scalars[BALANCE, 0], session_scalars[GATE_CLOSED, 0] = update_guard(
-            balance, shut, session_scalars.new_tensor(gain)
+            balance, closed, session_scalars.new_tensor(gain)
         )
-        return not shut
+        return not closed
 
     def write(self, rows: Tensor, w: Tensor, beta: Tensor, value: Tensor) -> Tensor:
         """Return rows [n, k, d_v] after one delta-rule write each; w [n, k], beta [n], value [n, d_v]."""
@@ -227,15 +227,15 @@ class Policy(nn.Module):
     def label(self, features: Tensor, pool: Pool, session: Tensor) -> Tensor:
         """Return log p [n, L] of the labels of examples [n, F]; see `PolicyBackend.label`."""
         base, readout, _ = self._read_labels(features, pool, session)
-        return torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma).log_softmax(-1)
+        return ops.mix(base, readout.tokens, readout.shares, readout.gamma).log_softmax(-1)
 
     def label_updates(self, features: Tensor, labels: Tensor, pool: Pool, session: Tensor) -> list[LabelUpdate]:
         """Return the writes of labels [n] long of examples [n, F]; see `PolicyBackend.label_updates`."""
         base, readout, by_hypothesis = self._read_labels(features, pool, session)
         frozen = base.log_prob(labels)
-        mixture = torch_backend.mix(base, readout.tokens, readout.shares, readout.gamma)
-        memory_probs = torch_backend.memory_prob(labels, readout.tokens, readout.shares)
-        loss = -torch_backend.target_log_prob(frozen, memory_probs, readout.gamma)
+        mixture = ops.mix(base, readout.tokens, readout.shares, readout.gamma)
+        memory_probs = ops.memory_prob(labels, readout.tokens, readout.shares)
+        loss = -ops.target_log_prob(frozen, memory_probs, readout.gamma)
         hypotheses = (
             None if by_hypothesis is None else self._update_hypotheses(by_hypothesis, labels, frozen, pool, session)
         )
@@ -264,14 +264,14 @@ class Policy(nn.Module):
         base, keys = self.base(states), site.keys(states)
         cells = site.address(keys)
         rows = LexicalRows(*pool.sites[site.config.name].read(session, cells))
-        similarity = torch_backend.similarity(rows, keys)
+        similarity = ops.similarity(rows, keys)
         recency = recency_log_prior(rows.ages.amax(-1, keepdim=True) - rows.ages).flatten(1)
 
         def read_masked(missing: Tensor, each: Tensor) -> LexicalReadout:
             """Read contexts `each` [m] long without the rows that `missing` [m, K] masks."""
             no_matches, no_bonus = torch.zeros_like(missing, dtype=torch.long), torch.zeros_like(site.bonus)
             tokens = rows.tokens.flatten(1).long()[each]
-            candidates = torch_backend.score_candidates(
+            candidates = ops.score_candidates(
                 tokens, similarity[each], no_matches, recency[each], missing, site.sharpness, site.prior, no_bonus
             )
             ngram_hashes = torch.zeros(len(each), len(NGRAM_SIZES), dtype=torch.int16, device=each.device)
@@ -299,10 +299,10 @@ class Policy(nn.Module):
         assert self.doubt is not None
         hypotheses = self._hypotheses(pool, session)
         num_hypotheses = hypotheses.starts.shape[1]
-        memory_probs = torch_backend.memory_prob(
+        memory_probs = ops.memory_prob(
             labels.repeat_interleave(num_hypotheses), by_hypothesis.tokens, by_hypothesis.shares
         )
-        likelihoods = torch_backend.target_log_prob(
+        likelihoods = ops.target_log_prob(
             frozen.repeat_interleave(num_hypotheses), memory_probs, by_hypothesis.unguarded_gamma
         ).exp()
         label_pool = pool.sites[self.labels.config.name]
@@ -327,15 +327,15 @@ def _average_over_hypotheses(by_hypothesis: LexicalReadout, probs: Tensor) -> Le
     return first._replace(shares=shares, gamma=mean(by_hypothesis.gamma), unguarded_gamma=unguarded_gamma)
 
 
-def update_guard(balance: Tensor, shut: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the guard's balance [n] and shut flag [n] after one reward each; gain [n] (nats).
+def update_guard(balance: Tensor, closed: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the guard's balance [n] and state [n] (1: closed) after one reward each; gain [n] (nats).
 
-    The gain is clipped to ±GUARD_LIMIT_NATS, so that no single reward shuts a guard in good standing. See
+    The gain is clipped to ±GUARD_LIMIT_NATS, so that no single reward closes a guard in good standing. See
     `guard_step`.
     """
     return guard_step(
         balance,
-        shut,
+        closed,
         gain.clamp(-GUARD_LIMIT_NATS, GUARD_LIMIT_NATS),
         torch.ones_like(gain),
     )

@@ -138,14 +138,14 @@ class NumbaPolicy:
     def guard_step(self, draft: Draft, gain: float) -> bool:
         """Count a reward's gain (nats) in the session's guard, equal to `Policy.guard_step` bit for bit."""
         session_scalars = draft.pool.sites[self.site.config.name].session_scalars[draft.index].numpy()
-        balance, shut = session_scalars[BALANCE, 0], session_scalars[GATE_CLOSED, 0]
+        balance, closed = session_scalars[BALANCE, 0], session_scalars[GATE_CLOSED, 0]
         decayed = balance * np.float32(1.0 - 1.0 / GUARD_DECAY_TOKENS)
         balance = min(
             decayed + np.float32(min(max(gain, -GUARD_LIMIT_NATS), GUARD_LIMIT_NATS)), np.float32(GUARD_LIMIT_NATS)
         )
         session_scalars[BALANCE, 0] = balance
-        session_scalars[GATE_CLOSED, 0] = 1.0 if balance < -GUARD_LIMIT_NATS else shut * (balance <= 0)
-        return not shut
+        session_scalars[GATE_CLOSED, 0] = 1.0 if balance < -GUARD_LIMIT_NATS else closed * (balance <= 0)
+        return not closed
 
     def _scaled(self, reward: Tensor) -> Tensor:
         return (reward - self.config.lowest) / (self.config.highest - self.config.lowest)
@@ -302,10 +302,10 @@ def _decide(
     slots, w = np.empty(k, np.int64), np.empty(k, np.float32)
     rows = np.empty((k, field.shape[1]), np.float32)
     for i in range(n):
-        shut = session_scalars[session[i], GATE_CLOSED, 0] != 0
+        closed = session_scalars[session[i], GATE_CLOSED, 0] != 0
         for a in range(A):
             state = _state(weights, address_inputs, inputs[i, a])
-            if not shut:
+            if not closed:
                 _address(weights, state, slots, w)
                 _read(tables[session[i]], field, slots, rows)
                 state = _recall(weights, state, _weighted_sum(rows, w))

@@ -174,7 +174,7 @@ class MemoryArm(_MemoryArm):
             if number == subject.stream.half:
                 values = pack_rows(self.pool.dump(session))
         seconds, size = clock.seconds, state_bytes(self.pool.dump(session))
-        values["rows"] = torch.tensor(sum(self.pool.rows(session).values()))
+        values["rows"] = torch.tensor(sum(self.pool.num_rows(session).values()))
         self.pool.close(session)
         return Outcome({"log_probs": torch.cat(found), **values}, seconds, size)
 

@@ -45,7 +45,7 @@ def read_long(lm: AdaptiveLM, passages: Iterable[Passage], bos: int, progress: P
         run.position.append(run.tokens)
         run.frozen.append(-float(passage.log_probs.double().mean()))
         run.adapted.append(-float(adapted.double().mean()))
-        run.rows.append(sum(pool.rows(session).values()))
+        run.rows.append(sum(pool.num_rows(session).values()))
         run.norm.append(state_norm(pool, session))
         run.tokens += len(adapted)
         progress(1)

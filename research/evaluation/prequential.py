@@ -17,7 +17,7 @@ from torch import Tensor
 from model.adaptive_lm import AdaptiveLM, Scores
 from model.base.backbone import Backbone
 from model.memory import DeltaSite, Memory, Pool
-from model.memory.lexical import torch_backend
+from model.memory.lexical import ops
 from model.memory.prediction import base_prediction
 
 Progress = Callable[[int], None]
@@ -168,7 +168,7 @@ def score_blocks(
             score=mask,
             learn=mask if learn else None,
             draft=draft,
-            frozen=frozen,
+            score_frozen=frozen,
             frozen_cache=frozen_cache,
             top=top,
         )
@@ -200,7 +200,7 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int,
         return passage.log_probs
     draft = pool.draft(session) if learn else None
     index, found = session if draft is None else draft.index, []
-    ngram_hashes, trust = torch_backend.hash_request_ngrams(passage.targets, bos), site.initial_trust()
+    ngram_hashes, trust = ops.hash_request_ngrams(passage.targets, bos), site.initial_trust()
     for start in range(0, n + 1, block):
         part = slice(max(0, start - 1), min(n, start + block - 1))
         if part.start == part.stop:
@@ -211,8 +211,8 @@ def replay(lm: AdaptiveLM, pool: Pool, session: int, passage: Passage, bos: int,
         readout = site.read(pool, session_of, states, ngram_hashes[part], base, trust_of)
         frozen = base.log_prob(targets)
         trust = site.updated_trust(trust, readout, targets, frozen)
-        memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
-        found.append(torch_backend.target_log_prob(frozen, memory_probs, readout.gamma))
+        memory_probs = ops.memory_prob(targets, readout.tokens, readout.shares)
+        found.append(ops.target_log_prob(frozen, memory_probs, readout.gamma))
         if draft is not None:
             site.learn(draft, readout, targets, frozen)
     if draft is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.memory import Pool
+from model.memory import Pool, choose_backend
 from model.policies.network import Policy
 from research.scenarios.baselines import online_classifiers
 from research.scenarios.core import Actor, Curve, FloatArray, IntArray, LabellingTasks, Tasks
@@ -95,7 +95,7 @@ def predict_labels(policy: Policy, features: FloatArray, labels: IntArray) -> Cu
 
     features [T, F], labels [T]: one session, updated as a server does.
     """
-    pool = Pool(policy.config.memory, rows=4096, sessions=4)
+    pool = Pool(policy.config.memory, rows=4096, sessions=4, backend=choose_backend(torch.device("cpu")))
     index, probs = pool.open(), []
     for example, label in zip(torch.from_numpy(features), torch.from_numpy(labels), strict=True):
         probs.append(policy.label(example[None], pool, torch.tensor([index]))[0].exp().numpy())

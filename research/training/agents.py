@@ -87,7 +87,7 @@ class MemoryAgent(Agent):
     def reset(self, batch: int) -> None:
         site = self.policy.site.config
         self.row_store = RowStore(batch, site.slots, site.width)
-        self.balance, self.shut = torch.zeros(batch), torch.zeros(batch)
+        self.balance, self.closed = torch.zeros(batch), torch.zeros(batch)
         self._last = torch.full((batch,), -1)
         self._reward = torch.full((batch,), math.nan)
 
@@ -104,8 +104,8 @@ class MemoryAgent(Agent):
         logits, self._expected = policy.logit_and_value(self._recalled)
         if not self._guarded:
             return logits.view(B, A), self._expected.view(B, A)
-        shut = self.shut.repeat_interleave(A)[:, None] != 0
-        logits, expected = policy.logit_and_value(torch.where(shut, state, self._recalled))
+        closed = self.closed.repeat_interleave(A)[:, None] != 0
+        logits, expected = policy.logit_and_value(torch.where(closed, state, self._recalled))
         return logits.view(B, A), expected.view(B, A)
 
     def tell(self, action: Tensor, reward: Tensor) -> None:
@@ -120,7 +120,7 @@ class MemoryAgent(Agent):
             if self._guarded:
                 alone = self._state[taken]
                 frozen = policy.reward_update(alone, policy.scaled(reward), policy.logit_and_value(alone)[1])[2]
-                self.balance, self.shut = update_guard(self.balance, self.shut, frozen - loss)
+                self.balance, self.closed = update_guard(self.balance, self.closed, frozen - loss)
         self._last, self._reward = action, reward
 
     def detach(self) -> None:

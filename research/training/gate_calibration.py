@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.memory import Draft, LexicalReadout, LexicalSite, Memory, Pool
-from model.memory.lexical import torch_backend
+from model.memory import Draft, LexicalReadout, LexicalSite, Memory, Pool, choose_backend
+from model.memory.lexical import ops
 from model.memory.numerics import TINY
 from model.memory.prediction import base_prediction
 from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
@@ -78,7 +78,7 @@ def _replay_as_served(
 ) -> Iterator[GateExamples]:
     """Yield the examples of each block of the streams, replayed without the trust and the guards of a session."""
     rng, device = random.Random(seed), site.key_weight.device
-    pool = Pool(memory.config, rows=3 * site.config.slots, sessions=2, device=device)
+    pool = Pool(memory.config, rows=3 * site.config.slots, sessions=2, device=device, backend=choose_backend(device))
     session = pool.open()
     for stream in rng.sample(list(streams), len(streams)):
         first = rng.randrange(max(1, stream.requests - REQUESTS))
@@ -105,7 +105,7 @@ def _replay_request(
 ) -> Iterator[GateExamples]:
     """Yield the examples of each block of one request, and write the block to the draft."""
     device = chunk.targets.device
-    ngram_hashes = torch_backend.hash_request_ngrams(chunk.targets, BOS_PLACEHOLDER)
+    ngram_hashes = ops.hash_request_ngrams(chunk.targets, BOS_PLACEHOLDER)
     trust = site.initial_trust() * with_trust
     blocks = (part.split(block) for part in (chunk.states, chunk.targets, ngram_hashes))
     for states, targets, context in zip(*blocks, strict=True):
@@ -117,7 +117,7 @@ def _replay_request(
         gamma = torch.sigmoid(logit + bias) * has_match
         if has_match.any():
             heads = (found.shares * (found.tokens == targets[:, None])[:, None]).sum(-1)
-            inputs = torch_backend.gate_inputs(found, base.entropy, keys)
+            inputs = ops.gate_inputs(found, base.entropy, keys)
             yield GateExamples(inputs[has_match], bias[has_match], heads[has_match], frozen[has_match])
         readout = LexicalReadout(
             context, keys, cells, num_empty_rows, found.ngram_matches, found.tokens, shares, gamma, gamma
@@ -150,7 +150,7 @@ def _fit(site: LexicalSite, examples: GateExamples, seed: int) -> float:
 
 def _loss(site: LexicalSite, examples: GateExamples) -> Tensor:
     """Return the mean −log p of the served mixture on the examples."""
-    logit, heads = torch_backend.gate_logits(examples.inputs, site.gate_weights)
+    logit, heads = ops.gate_logits(examples.inputs, site.gate_weights)
     gamma = torch.sigmoid(logit + examples.trust)
     p = (1 - gamma) * examples.frozen.exp() + gamma * (heads * examples.heads).sum(-1)
     return -(p + TINY).log().mean()

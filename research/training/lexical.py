@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from model.memory import LexicalSite, Memory
-from model.memory.config import NGRAM_SIZES
-from model.memory.lexical import torch_backend
+from model.memory.lexical import ops
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.numerics import TINY
 from research.training.features import BOS_PLACEHOLDER, QUERIES, Chunk
 
@@ -65,7 +65,7 @@ class LexicalObjective:
         site, num_before, n = self._site, len(state.keys), len(chunk.targets)
         new = site.keys(chunk.states)
         context = torch.cat(
-            [torch_backend.hash_request_ngrams(part, BOS_PLACEHOLDER) for part in chunk.targets.split(chunk.lengths)]
+            [ops.hash_request_ngrams(part, BOS_PLACEHOLDER) for part in chunk.targets.split(chunk.lengths)]
         )
         keys, ngram_hashes = torch.cat([state.keys.float(), new]), torch.cat([state.ngram_hashes, context])
         tokens = torch.cat([state.tokens.long(), chunk.targets])
@@ -76,7 +76,7 @@ class LexicalObjective:
                 part,
                 new[part],
                 keys,
-                torch_backend.count_ngram_matches(ngram_hashes, context[part, None]),
+                ops.count_ngram_matches(ngram_hashes, context[part, None]),
                 tokens,
                 num_visible[part],
             )
@@ -126,10 +126,10 @@ class LexicalObjective:
             prior = (states @ self._head[tokens].T).float() - log_z[:, None]
         unwritten = torch.arange(len(tokens), device=num_visible.device) >= num_visible[:, None]
         cosines = queries @ keys.T
-        found = torch_backend.score_candidates(
+        found = ops.score_candidates(
             tokens[None], cosines, ngram_matches, prior, unwritten, site.sharpness, site.prior, site.bonus
         )
         logit, shares = site.gate(found, chunk.entropy[sampled], queries)
         gamma = torch.sigmoid(logit) * (num_visible > 0)
-        p = (1 - gamma) * frozen.exp() + gamma * torch_backend.memory_prob(targets, tokens[None], shares)
+        p = (1 - gamma) * frozen.exp() + gamma * ops.memory_prob(targets, tokens[None], shares)
         return -(p + TINY).log()

@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.memory.config import NGRAM_SIZES
-from model.memory.lexical import torch_backend
-from model.memory.lexical.types import KEY_SCALE, MAX_GAMMA
+from model.memory.lexical import ops
+from model.memory.lexical.types import KEY_SCALE, MAX_GAMMA, NGRAM_SIZES
 from model.memory.numerics import TINY
 from model.policies.network import Policy, recency_log_prior
 from research.scenarios.core import FloatArray, IntArray, LabellingTasks, Tasks, TeacherTasks
@@ -118,13 +117,13 @@ class LabellingRound:
         states = policy.embed(features)
         keys = site.keys(states)
         # Rows store keys in int8. Training sees the rounded keys, and gradients pass as if there were no rounding.
-        stored = keys + (torch_backend.quantise_keys(keys.detach()) / KEY_SCALE - keys.detach())
+        stored = keys + (ops.quantise_keys(keys.detach()) / KEY_SCALE - keys.detach())
         queries, earlier = slice(1, T), slice(0, T - 1)
         base, keys = policy.base(states[queries]), keys[queries]
         missing = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
         if policy.doubt is not None:  # training knows the true change points, which hypotheses stand for in serving
             missing |= torch.arange(T - 1) < regime_start[queries, None]
-        found = torch_backend.score_candidates(
+        found = ops.score_candidates(
             labels[None, earlier],
             keys @ stored[earlier].T,
             torch.zeros(T - 1, T - 1, dtype=torch.long),
@@ -136,7 +135,7 @@ class LabellingRound:
         )
         logit, shares = site.gate(found, base.entropy, keys)
         gamma = torch.sigmoid(logit).clamp_max(MAX_GAMMA)
-        memory_probs = torch_backend.memory_prob(labels[queries], found.tokens, shares)
+        memory_probs = ops.memory_prob(labels[queries], found.tokens, shares)
         probs = (1 - gamma) * base.log_prob(labels[queries]).exp() + gamma * memory_probs
         return -probs.clamp_min(TINY).log().mean()
 

@@ -1,26 +1,30 @@
 """The engine: one thread that owns the device and runs all jobs, a block or a token at a time.
 
 Other threads send messages to the engine's thread; events go to the event loop. No other thread touches the device,
-except that a GPU's results may be gathered in a thread of their own (`gather_executor.py`).
+except the thread that gathers a GPU's results (`gather_executor.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import queue
 import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType, TracebackType
 
 import torch
 
 from model.adaptive_lm import AdaptiveLM
-from model.memory import MemoryConfig, Pool, PoolFullError
+from model.memory import MemoryConfig, PoolFullError
+from model.memory import choose_backend as choose_memory_backend
 from model.policies.backend import choose_backend
 from model.policies.network import Policy
 from model.text.tokenizer import Tokenizer
@@ -62,24 +66,22 @@ class Engine:
         policies: Mapping[str, Policy] = MappingProxyType({}),
     ) -> None:
         # Each turn in flight may use a session and a draft, while it waits, runs or is committed.
-        num_sessions = max(hot_sessions + max_batch, 2 * max_turns)
-
-        def make_resident(config: MemoryConfig, num_rows: int) -> ResidentSessions:
-            def make_pool(make_room: Callable[[], bool]) -> Pool:
-                return Pool(config, rows=num_rows, sessions=num_sessions, device=lm.device, make_room=make_room)
-
-            return ResidentSessions(make_pool, on_evict=metrics.session_evictions_total.inc)
-
-        self._lm = lm
-        self._tokenizer = tokenizer
+        new_resident = partial(
+            ResidentSessions,
+            sessions=max(hot_sessions + max_batch, 2 * max_turns),
+            device=lm.device,
+            backend=choose_memory_backend(lm.device),
+            on_evict=metrics.session_evictions_total.inc,
+        )
+        self._lm, self._tokenizer = lm, tokenizer
         self._threads = threads
         self._metrics = metrics
-        self._resident = make_resident(lm.memory.config, hot_rows)
+        self._resident = new_resident(lm.memory.config, rows=hot_rows)
         # A session of a policy has a few rows, where a session of text has thousands.
-        policy_rows = -(-hot_rows // POLICY_ROWS_DIVISOR)
+        policy_rows = math.ceil(hot_rows / POLICY_ROWS_DIVISOR)
         self._policies = {
             name: PolicyWorker(
-                policy, choose_backend(policy, lm.device), make_resident(policy.config.memory, policy_rows)
+                policy, choose_backend(policy, lm.device), new_resident(policy.config.memory, rows=policy_rows)
             )
             for name, policy in policies.items()
         }
@@ -91,17 +93,21 @@ class Engine:
         self._events: list[tuple[JobRequest, Event]] = []
         self._gather_executor = new_gather_executor(lm.device, self._inbox.put)
         self._stopping = False
-        self._prepared = threading.Event()
+        self._prepared: Future[None] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="imprint-engine", daemon=True)
 
     # --- from other threads ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the thread and wait until it can serve. Events go to the event loop that runs now."""
+        """Start the thread and wait until the thread can serve. Events go to the event loop that runs now.
+
+        Raises the error of a failed preparation.
+        """
         self._loop = asyncio.get_running_loop()
+        self._prepared.set_running_or_notify_cancel()  # a cancelled `start` does not cancel the preparation
         self._thread.start()
-        await asyncio.to_thread(self._prepared.wait)
+        await asyncio.wrap_future(self._prepared)
 
     async def stop(self) -> None:
         """End the thread after its current step; unfinished jobs end without an event."""
@@ -130,7 +136,7 @@ class Engine:
     def drop(self, key: SessionKey) -> None:
         """Drop a session from the device."""
         for resident in self._all_residents():
-            self._inbox.put(lambda resident=resident: resident.drop(key))  # type: ignore[misc]
+            self._inbox.put(partial(resident.drop, key))
 
     def drop_all(self) -> None:
         """Drop every session from the device; a session in use goes after its last use."""
@@ -160,22 +166,34 @@ class Engine:
             torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
-                self._lm.prepare(self._resident.pool)
-                for worker in self._policies.values():
-                    worker.prepare()
-                self._prepared.set()
-                while not self._stopping:
-                    self._take_messages()
-                    self._step()
-                    self._deliver()
+                if self._prepare():
+                    self._run()
+        finally:
+            if self._gather_executor is not None:
+                self._gather_executor.stop()
+
+    def _prepare(self) -> bool:
+        """Prepare the model and the policies; return False if that failed: `start` raises the error."""
+        try:
+            self._lm.prepare(self._resident.pool)
+            for worker in self._policies.values():
+                worker.prepare()
+        except BaseException as error:
+            self._prepared.set_exception(error)
+            return False
+        self._prepared.set_result(None)
+        return True
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_messages()
+                self._step()
+                self._deliver()
         except BaseException:
             log.critical("the engine's thread died; the server ends", exc_info=True)
             os.kill(os.getpid(), signal.SIGTERM)
             raise
-        finally:
-            if self._gather_executor is not None:
-                self._gather_executor.stop()
-            self._prepared.set()
 
     def _stop(self) -> None:
         self._stopping = True
@@ -216,8 +234,8 @@ class Engine:
         for job in self._scheduler.admit():
             self._start(job, self._resident)
         if (block_job := self._scheduler.next_block()) is not None:
-            with self._metrics.engine_step_seconds.labels("prefill").time():
-                self._isolate_failures([block_job], lambda: self._emit(block_job, block_job.block(self._resident)))
+            with self._metrics.engine_step_seconds.labels("prefill").time(), self._failures_of([block_job]):
+                self._emit(block_job, block_job.block(self._resident))
         self._decode()
         self._decide()
         for job in [job for job in self._scheduler.running if job.done]:
@@ -230,7 +248,8 @@ class Engine:
 
     def _start(self, job: Job, resident: ResidentSessions) -> None:
         self._metrics.queue_time_seconds.observe(time.monotonic() - self._arrived.pop(job.request))
-        self._isolate_failures([job], lambda: job.start(resident))
+        with self._failures_of([job]):
+            job.start(resident)
 
     def _decode(self) -> None:
         """Decode a token of every sequence; several tokens where the drafted tokens are right."""
@@ -238,16 +257,15 @@ class Engine:
         if not batch:
             return
 
-        def decode_batch() -> None:
+        self._metrics.batch_size.observe(len(batch))
+        jobs = [job for job, _ in batch]
+        with self._metrics.engine_step_seconds.labels("decode").time(), self._failures_of(jobs):
             for job, sequence, num_drafted, events in decode_step(self._lm, self._resident.pool, batch):
                 start_length = sequence.cache.length
-                self._isolate_failures([job], lambda job=job, events=events: self._emit(job, events))  # type: ignore[misc]
+                with self._failures_of([job]):
+                    self._emit(job, events)
                 self._metrics.guessed_tokens_total.inc(num_drafted)
                 self._metrics.guessed_rightly_total.inc(sequence.cache.length - start_length)
-
-        self._metrics.batch_size.observe(len(batch))
-        with self._metrics.engine_step_seconds.labels("decode").time():
-            self._isolate_failures([job for job, _ in batch], decode_batch)
 
     def _busy_workers(self) -> Iterator[PolicyWorker]:
         """Yield the workers of the policies that have requests."""
@@ -263,37 +281,36 @@ class Engine:
                     self._start(job, worker.resident)
                 for step in (worker.learn, worker.decide):
                     live_jobs = [job for job in jobs if job.request in self._jobs]
-                    self._isolate_failures(
-                        live_jobs,
-                        lambda step=step, live_jobs=live_jobs: step(live_jobs, self._isolate_failure),  # type: ignore[misc]
-                    )
+                    with self._failures_of(live_jobs):
+                        for job, apply in step(live_jobs):
+                            with self._failures_of([job]):
+                                apply()
                 for job in [job for job in jobs if job.request in self._jobs]:
-                    self._isolate_failures([job], lambda job=job: self._emit(job, job.events()))  # type: ignore[misc]
+                    with self._failures_of([job]):
+                        self._emit(job, job.events())
                     self._finish(job)
 
     def _finish(self, job: Job) -> None:
-        """Emit a job's last event, once the device has the job's rows; meanwhile other jobs go on."""
-
-        def emit_finished(gather_result: Callable[[], JobFinished]) -> None:
-            if job.request in self._jobs:
-                self._isolate_failures([job], lambda: self._events.append((job.request, gather_result())))
-
+        """Emit a job's last event, once the host has the job's rows; meanwhile other jobs go on."""
         if job.writes and self._gather_executor is not None:
-            self._gather_executor.execute(job.finished, emit_finished)
+            self._gather_executor.execute(job.finished, lambda gathered: self._emit_finished(job, gathered.result))
         else:
-            emit_finished(job.finished)
+            self._emit_finished(job, job.finished)
+
+    def _emit_finished(self, job: Job, finished: Callable[[], JobFinished]) -> None:
+        if job.request in self._jobs:
+            with self._failures_of([job]):
+                self._events.append((job.request, finished()))
 
     def _emit(self, job: Job, events: Iterable[Event]) -> None:
         for event in events:
             self._events.append((job.request, event))
 
-    def _isolate_failure(self, job: PolicyJob, work: Callable[[], None]) -> None:
-        self._isolate_failures([job], work)
-
-    def _isolate_failures(self, jobs: Sequence[Job], work: Callable[[], None]) -> None:
-        """Do work for some jobs; if the work fails, these jobs fail, and no other job does."""
+    @contextmanager
+    def _failures_of(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Let an exception of the `with` block fail these jobs, and no other job."""
         try:
-            work()
+            yield
         except Exception as error:
             for job in jobs:
                 if job.request in self._jobs:

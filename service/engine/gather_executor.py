@@ -1,9 +1,9 @@
-"""Work during the engine's steps: results are gathered from a GPU while the GPU computes the next step."""
+"""Gather results on a second thread while the GPU runs the next step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -28,13 +28,13 @@ class GatherExecutor:
         self._device, self._post_message = device, post
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="imprint-gather")
 
-    def execute(self, work: Callable[[], T], on_done: Callable[[Callable[[], T]], None]) -> None:
+    def execute(self, work: Callable[[], T], on_done: Callable[[Future[T]], None]) -> None:
         """Run `work` after everything that was launched on the device so far.
 
-        `on_done` gets a function that returns the result of the work, or raises the error of the work.
+        The engine's thread then calls `on_done` with the future of the work, which is done.
         """
-        done = self._thread.submit(_run_on_stream, on_side_stream(self._device), work)
-        done.add_done_callback(lambda done: self._post_message(lambda: on_done(done.result)))
+        future = self._thread.submit(_run_on_stream, on_side_stream(self._device), work)
+        future.add_done_callback(lambda future: self._post_message(lambda: on_done(future)))
 
     def stop(self) -> None:
         """Wait for the work that runs; drop the work that has not begun."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +17,6 @@ from model.policies.network import Policy
 from service.engine.resident import MemoryJob, ResidentSessions
 from service.engine.types import Event, JobRequest, PolicyDecision, PolicyRequest
 from service.errors import BadRequest, Conflict, EngineError
-
-IsolateFailure = Callable[["PolicyJob", Callable[[], None]], None]  # does work for a job; an error fails that job only
 
 
 class PolicyJob(MemoryJob):
@@ -128,6 +127,9 @@ class PolicyJob(MemoryJob):
             yield self._decision
 
 
+JobCall = tuple[PolicyJob, Callable[[], None]]  # a job, and the part of a batched step that concerns this job only
+
+
 class PolicyWorker:
     """A served policy with its sessions on the device and its waiting jobs."""
 
@@ -150,37 +152,35 @@ class PolicyWorker:
         if job in self.waiting:
             self.waiting.remove(job)
 
-    def learn(self, jobs: Sequence[PolicyJob], isolate: IsolateFailure) -> None:
-        """Learn the rewards or the labels of the jobs that have one."""
+    def learn(self, jobs: Sequence[PolicyJob]) -> Iterator[JobCall]:
+        """Compute the updates of rewards or labels together; yield each job with the call that applies its update."""
         if self.policy.config.task == "act":
-            self._reward([job for job in jobs if job.row is not None], isolate)
-        else:
-            self._label([job for job in jobs if job.policy_request.label is not None], isolate)
+            return self._reward([job for job in jobs if job.row is not None])
+        return self._label([job for job in jobs if job.policy_request.label is not None])
 
-    def decide(self, jobs: Sequence[PolicyJob], isolate: IsolateFailure) -> None:
-        """Choose an action or a label for the jobs that want one."""
+    def decide(self, jobs: Sequence[PolicyJob]) -> Iterator[JobCall]:
+        """Compute the logits of all jobs that want a choice; yield each job with the call that chooses."""
         jobs = [job for job in jobs if job.policy_request.decide]
         if not jobs:
             return
         observation, session = self._observations(jobs), self._sessions(jobs)
         if self.policy.config.task == "label":
-            for job, logits in zip(
-                jobs, self.policy.label(observation, self.resident.pool, session).cpu(), strict=True
-            ):
-                isolate(job, lambda job=job, logits=logits: job.decide(logits, None, None))  # type: ignore[misc]
+            label_logits = self.policy.label(observation, self.resident.pool, session).cpu()
+            for job, logits in zip(jobs, label_logits, strict=True):
+                yield job, partial(job.decide, logits, None, None)
             return
         last_actions, last_rewards = (
             torch.tensor(values, device=self.resident.pool.device)
             for values in zip(*(job.journal.last for job in jobs), strict=True)
         )
         inputs = self.backend.inputs(observation, last_actions, last_rewards)
-        logits, expected = self.backend.decide(inputs, self.resident.pool, session)
+        action_logits, expected = self.backend.decide(inputs, self.resident.pool, session)
         config = self.policy.config
         expected_rewards = (config.lowest + (config.highest - config.lowest) * expected).tolist()
-        for job, *decision_args in zip(jobs, logits.cpu(), expected_rewards, inputs.cpu().numpy(), strict=True):
-            isolate(job, lambda job=job, decision_args=decision_args: job.decide(*decision_args))  # type: ignore[misc]
+        for job, *decision_args in zip(jobs, action_logits.cpu(), expected_rewards, inputs.cpu().numpy(), strict=True):
+            yield job, partial(job.decide, *decision_args)
 
-    def _reward(self, jobs: Sequence[PolicyJob], isolate: IsolateFailure) -> None:
+    def _reward(self, jobs: Sequence[PolicyJob]) -> Iterator[JobCall]:
         if not jobs:
             return
         device = self.resident.pool.device
@@ -188,15 +188,15 @@ class PolicyWorker:
         rewards = torch.tensor([job.reward for job in jobs], device=device)
         slots, rows, loss, frozen = self.backend.reward(inputs, rewards, self.resident.pool, self._sessions(jobs))
         for job, *values in zip(jobs, slots, rows, loss.tolist(), frozen.tolist(), strict=True):
-            isolate(job, lambda job=job, values=values: job.apply_reward(*values))  # type: ignore[misc]
+            yield job, partial(job.apply_reward, *values)
 
-    def _label(self, jobs: Sequence[PolicyJob], isolate: IsolateFailure) -> None:
+    def _label(self, jobs: Sequence[PolicyJob]) -> Iterator[JobCall]:
         if not jobs:
             return
         labels = torch.tensor([job.policy_request.label for job in jobs], device=self.resident.pool.device)
         updates = self.policy.label_updates(self._observations(jobs), labels, self.resident.pool, self._sessions(jobs))
         for job, update in zip(jobs, updates, strict=True):
-            isolate(job, lambda job=job, update=update: job.apply_label(*update))  # type: ignore[misc]
+            yield job, partial(job.apply_label, *update)
 
     def _observations(self, jobs: Sequence[PolicyJob]) -> Tensor:
         return torch.tensor([job.policy_request.observation for job in jobs], device=self.resident.pool.device)

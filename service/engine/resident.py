@@ -7,8 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from model.adaptive_lm import EMPTY_SESSION
-from model.memory import Draft, Pool, SiteRows
+from model.memory import Draft, MemoryBackend, MemoryConfig, Pool, SiteRows
 from service.engine.types import JobFinished, JobRequest, JobStats, SessionKey, StateId
 
 
@@ -26,11 +28,21 @@ class ResidentSessions:
     `pin` and `set_state_id` may be called from any thread, all other methods from the engine's thread only.
     """
 
-    def __init__(self, make_pool: Callable[[Callable[[], bool]], Pool], *, on_evict: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        *,
+        rows: int,
+        sessions: int,
+        device: torch.device,
+        backend: MemoryBackend,
+        on_evict: Callable[[], None],
+    ) -> None:
+        """Make an empty pool; the arguments are those of `Pool`. `on_evict` is called after each eviction."""
         self._sessions: OrderedDict[SessionKey, _Resident] = OrderedDict()
         self._lock = threading.Lock()
         self._on_evict = on_evict
-        self.pool = make_pool(self._evict)
+        self.pool = Pool(config, rows=rows, sessions=sessions, device=device, backend=backend, make_room=self._evict)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -164,7 +176,7 @@ class MemoryJob:
         if draft is None:
             return JobFinished(self.stats, {})
         sites = draft.pool.sites
-        rows_by_site = draft.pool.rows(draft.index)
+        rows_by_site = draft.pool.num_rows(draft.index)
         touched = draft.touched()
         return JobFinished(
             self.stats,
@@ -172,5 +184,5 @@ class MemoryJob:
             rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
             rows_held=sum(rows_by_site.values()),
             bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in rows_by_site.items()),
-            guards=draft.num_guards_shut(),
+            num_guards_closed=draft.num_guards_closed(),
         )

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from model.memory import MemoryConfig, SiteRows
-from model.memory.config import NGRAM_SIZES, SESSION_SCALARS_SUFFIX
+from model.memory.config import SESSION_SCALARS_SUFFIX
+from model.memory.lexical.types import NGRAM_SIZES
 from service.store.base import RowBatch
 
-SESSION_SCALARS_BYTES = 4 * 3 * (1 + len(NGRAM_SIZES))  # trust, balance and shut, for each number of matching n-grams
+SESSION_SCALARS_BYTES = 4 * 3 * (1 + len(NGRAM_SIZES))  # trust, balance, guard state: per number of n-gram matches
 
 
 def as_tensors(sites: Mapping[str, RowBatch]) -> dict[str, SiteRows]:

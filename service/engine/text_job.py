@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class TextSequence:
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.text = TextStream(tokenizer.stream(), options.stop)
-        self.learned = 0
+        self.num_learned = 0
         self.learn_decode_state = decode_state
         self._options = options
         self._eos = tokenizer.eos_token_ids
@@ -71,7 +72,7 @@ class TextSequence:
         max_draft_tokens = min(rows, self._options.max_tokens - len(self.tokens)) - 1
         return [self.pending, *self._lookup.draft_tokens(max_draft_tokens)] if max_draft_tokens > 0 else [self.pending]
 
-    def accept(self, scores: Tensor) -> int:
+    def draw_next(self, scores: Tensor) -> int:
         """Draw the next token from scores [V]; return the number of tokens added."""
         token = self.sampler.draw(scores)
         if token in self._eos:
@@ -92,11 +93,11 @@ class TextSequence:
 
     def show(self, segment: int) -> TokenOutput | None:
         """Return the text and the tokens that may be shown since the last call; None if there are none."""
-        text = self.text.text[self._shown_text : self.text.released]
-        tokens = self._alternatives[self._shown_tokens : self.text.tokens_released]
+        text = self.text.text[self._shown_text : self.text.num_released_chars]
+        tokens = self._alternatives[self._shown_tokens : self.text.num_released_tokens]
         if not text and not tokens and self.finish is None:
             return None
-        self._shown_text, self._shown_tokens = self.text.released, self.text.tokens_released
+        self._shown_text, self._shown_tokens = self.text.num_released_chars, self.text.num_released_tokens
         return TokenOutput(segment, self.choice, text, tokens, self.finish)
 
 
@@ -167,7 +168,7 @@ class TextJob(MemoryJob):
         """Return the sequences whose next token is due."""
         return [] if self.wants_block else [s for s in self.sequences if s.finish is None]
 
-    def accept(
+    def draw_tokens(
         self,
         sequence: TextSequence,
         draft_tokens: Sequence[int],
@@ -183,7 +184,7 @@ class TextJob(MemoryJob):
             sequence.decode_state, sequence.pending = decode_state, None
             if offset:  # the step itself counted the first row
                 sequence.cache.length += 1
-            self.stats.completion_tokens += sequence.accept(row)
+            self.stats.completion_tokens += sequence.draw_next(row)
             shown = sequence.show(self._segment)
             if shown is not None:
                 yield shown
@@ -201,8 +202,8 @@ class TextJob(MemoryJob):
 
     def _next_segment(self) -> None:
         for sequence in self.sequences:
-            if sequence.learned:
-                self._learned_completions[self._segment] = sequence.tokens[: sequence.learned]
+            if sequence.num_learned:
+                self._learned_completions[self._segment] = sequence.tokens[: sequence.num_learned]
         self._segment += 1
         self._position = 0
         self._decode_state, self.sequences = None, []
@@ -231,7 +232,7 @@ class TextJob(MemoryJob):
             score=None if segment.score is None else segment.score[part],
             learn=None if segment.learn is None else segment.learn[part],
             draft=self._draft,
-            frozen=self._wants_frozen,
+            score_frozen=self._wants_frozen,
             frozen_cache=self._frozen_cache,
             top=segment.top,
         )
@@ -275,7 +276,7 @@ class TextJob(MemoryJob):
         generate = self._current_segment.generate if not self.done else None
         if generate is None or not generate.learn or self._draft is None:
             return False
-        waiting = sequence.text.tokens_released - sequence.learned
+        waiting = sequence.text.num_released_tokens - sequence.num_learned
         return waiting >= self._block or (sequence.finish is not None and waiting > 0)
 
     def _learn(self, sequence: TextSequence, resident: ResidentSessions) -> None:
@@ -284,26 +285,26 @@ class TextJob(MemoryJob):
         The forward pass replaces the keys and values of decoding at the same positions, because the bits of decoding
         depend on the batch.
         """
-        count = min(self._block, sequence.text.tokens_released - sequence.learned)
+        count = min(self._block, sequence.text.num_released_tokens - sequence.num_learned)
         cache, length = sequence.cache, sequence.cache.length
-        cache.truncate(len(self._current_segment.token_ids) + sequence.learned)
+        cache.truncate(len(self._current_segment.token_ids) + sequence.num_learned)
         decode_state, scores = self._lm.block(
-            sequence.tokens[sequence.learned : sequence.learned + count],
+            sequence.tokens[sequence.num_learned : sequence.num_learned + count],
             cache,
             resident.pool,
             self._index,
             decode_state=sequence.learn_decode_state,
             learn=[True] * count,
             draft=self._draft,
-            frozen=self._wants_frozen,
+            score_frozen=self._wants_frozen,
             frozen_cache=self._frozen_cache,
         )
         if scores is not None:
             self._count(scores)
-        sequence.learned += count
+        sequence.num_learned += count
         sequence.learn_decode_state = decode_state
         cache.length = max(cache.length, length)
-        if sequence.learned == len(sequence.tokens):
+        if sequence.num_learned == len(sequence.tokens):
             sequence.decode_state, sequence.pending = decode_state, None
 
     def _count(self, scores: Scores) -> None:
@@ -319,6 +320,14 @@ class TextJob(MemoryJob):
             self.stats.proof_frozen_loss_sum -= float(scores.frozen[scores.learned].double().sum())
 
 
+class _DecodeInput(NamedTuple):
+    """A sequence of a decoding step, and the step's input tokens for the sequence: the pending token, then drafts."""
+
+    job: TextJob
+    sequence: TextSequence
+    tokens: list[int]
+
+
 def decode_step(
     lm: AdaptiveLM, pool: Pool, batch: Sequence[tuple[TextJob, TextSequence]]
 ) -> Iterator[tuple[TextJob, TextSequence, int, Iterator[Event]]]:
@@ -327,34 +336,45 @@ def decode_step(
     Yields, for each sequence of the batch, its job, the sequence, the number of drafted tokens, and the events; the
     tokens are drawn while the caller reads the events.
     """
-    # A few rows more cost little as long as reading the weights takes most of the time.
-    step_inputs = [(job, sequence, sequence.input_tokens(SPECULATIVE_ROWS // len(batch))) for job, sequence in batch]
-    rows = [(job, sequence, at, tokens) for job, sequence, tokens in step_inputs for at in range(len(tokens))]
-    decoded = iter(
-        lm.decode(
-            [tokens[at] for _, _, at, tokens in rows],
-            [sequence.cache.advanced(at) if at else sequence.cache for _, sequence, at, _ in rows],
-            [
-                sequence.decode_state.advanced(tokens[:at]) if at else sequence.decode_state
-                for _, sequence, at, tokens in rows
-            ],
-            pool,
-            [job.index for job, _, _, _ in rows],
-        )
-        if rows
-        else ()
-    )
-    decode_states = [
-        list(islice(decoded, len(tokens))) or [sequence.decode_state] for _, sequence, tokens in step_inputs
-    ]
-    index = [job.index for (job, _), states in zip(batch, decode_states, strict=True) for _ in states]
-    predictions = lm.predict([state for states in decode_states for state in states], pool, index)
-    if len(predictions) == len(batch):
-        predraw([sequence.sampler for _, sequence in batch], predictions)
-    scores = iter(predictions)
-    for (job, sequence, tokens), states in zip(step_inputs, decode_states, strict=True):
-        events = job.accept(sequence, tokens[1:], states, list(islice(scores, len(states))))
-        yield job, sequence, len(states) - 1, events
+    # Small batches are limited by reading the weights, so a few more rows are nearly free.
+    max_rows = SPECULATIVE_ROWS // len(batch)
+    inputs = [_DecodeInput(job, sequence, sequence.input_tokens(max_rows)) for job, sequence in batch]
+    decode_states = _decode_rows(lm, pool, inputs)
+    scores = _scores_by_sequence(lm, pool, inputs, decode_states)
+    for (job, sequence, tokens), states, rows in zip(inputs, decode_states, scores, strict=True):
+        yield job, sequence, len(states) - 1, job.draw_tokens(sequence, tokens[1:], states, rows)
+
+
+def _decode_rows(lm: AdaptiveLM, pool: Pool, inputs: Sequence[_DecodeInput]) -> list[list[DecodeState]]:
+    """Decode one row per input token; return the state after each token of each sequence.
+
+    A sequence without input tokens keeps its state.
+    """
+    tokens: list[int] = []
+    caches: list[KVCache] = []
+    states: list[DecodeState] = []
+    index: list[int] = []
+    for job, sequence, row_tokens in inputs:
+        for offset, token in enumerate(row_tokens):
+            tokens.append(token)
+            caches.append(sequence.cache.advanced(offset) if offset else sequence.cache)
+            states.append(sequence.decode_state.advanced(row_tokens[:offset]) if offset else sequence.decode_state)
+            index.append(job.index)
+    decoded = iter(lm.decode(tokens, caches, states, pool, index) if tokens else [])
+    return [list(islice(decoded, len(row_tokens))) or [sequence.decode_state] for _, sequence, row_tokens in inputs]
+
+
+def _scores_by_sequence(
+    lm: AdaptiveLM, pool: Pool, inputs: Sequence[_DecodeInput], decode_states: Sequence[Sequence[DecodeState]]
+) -> list[list[Tensor]]:
+    """Return the next token's scores [V] for each state of each sequence."""
+    states = [state for states in decode_states for state in states]
+    index = [job.index for (job, _, _), states in zip(inputs, decode_states, strict=True) for _ in states]
+    predictions = lm.predict(states, pool, index)
+    if len(predictions) == len(inputs):
+        predraw([sequence.sampler for _, sequence, _ in inputs], predictions)
+    rows = iter(predictions)
+    return [list(islice(rows, len(states))) for states in decode_states]
 
 
 def _capacity(segment: Segment) -> int:

@@ -10,7 +10,7 @@ class TextStream:
 
     Attributes:
         text: all text that may ever be shown.
-        released: number of characters of `text` that may be shown now.
+        num_released_chars: number of characters of `text` that may be shown now.
     """
 
     def __init__(self, decode: DecodeStream, stops: tuple[str, ...]) -> None:
@@ -21,13 +21,13 @@ class TextStream:
         self._text_ends: list[int] = []
         self._num_undecoded = 0
         self.text = ""
-        self.released = 0
+        self.num_released_chars = 0
 
     @property
-    def tokens_released(self) -> int:
+    def num_released_tokens(self) -> int:
         """Number of tokens whose whole text is released."""
         count = len(self._text_ends)
-        while count and self._text_ends[count - 1] > self.released:
+        while count and self._text_ends[count - 1] > self.num_released_chars:
             count -= 1
         return count
 
@@ -42,9 +42,9 @@ class TextStream:
 
     def finish(self) -> None:
         """End the sequence: release the text that was held back."""
-        if self._num_undecoded and not self._extend(self._decode.flush()):
-            self.released = len(self.text)
-        self.released = len(self.text)
+        if self._num_undecoded:
+            self._extend(self._decode.flush())
+        self.num_released_chars = len(self.text)
 
     def _extend(self, piece: str) -> bool:
         before = len(self.text)
@@ -54,9 +54,9 @@ class TextStream:
         stop = self._find_stop(before)
         if stop is not None:
             self.text = self.text[:stop]
-            self.released = stop
+            self.num_released_chars = stop
             return True
-        self.released = max(self.released, len(self.text) - self._partial_stop_length())
+        self.num_released_chars = max(self.num_released_chars, len(self.text) - self._partial_stop_length())
         return False
 
     def _find_stop(self, before: int) -> int | None:

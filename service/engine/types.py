@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,7 +37,7 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Segment:
-    """One request of the language model: tokens with attention of their own, then perhaps a generation.
+    """A token sequence with its own attention, which a generation may follow.
 
     Attributes:
         learn: for each position, whether the token is learned; None = no token is learned.
@@ -103,7 +104,7 @@ class JobRequest:
     """The work that one turn asks of the engine.
 
     Attributes:
-        segments: requests of the language model, one after the other.
+        segments: token sequences for the language model, one after the other.
         emit: called on the event loop with the request and each of the job's events, in order.
         memory: the session to use; None = the frozen base answers.
         frozen: whether every score is also taken without memory.
@@ -126,7 +127,7 @@ class JobRequest:
         The first segment of a session always is, unless the rate is 0.
         """
         n = self.proof_from + segment
-        return -(-(n + 1) * self.proof_rate // 1) > -(-n * self.proof_rate // 1)
+        return math.ceil((n + 1) * self.proof_rate) > math.ceil(n * self.proof_rate)
 
 
 @dataclass
@@ -222,7 +223,7 @@ class JobFinished:
         rows: the rows that the job wrote, by site, to be stored before `Engine.settle`.
         rows_written: number of these rows.
         rows_held, bytes_held: number of rows and bytes that the session holds after the job.
-        guards: number of read gates that the job shut, minus the number that the job opened.
+        num_guards_closed: number of guards that the job closed, minus the number that the job opened.
         learned_completions: the generated tokens that were learned, by segment.
     """
 
@@ -231,7 +232,7 @@ class JobFinished:
     rows_written: int = 0
     rows_held: int = 0
     bytes_held: int = 0
-    guards: int = 0
+    num_guards_closed: int = 0
     learned_completions: dict[int, list[int]] = field(default_factory=dict)
 
 

@@ -192,8 +192,8 @@ def record_commit(
             regret=policy_request.regret,
         )
     metrics.rows_written_total.inc(done.rows_written)
-    metrics.guards_shut_total.inc(max(0, done.guards))
-    metrics.guards_opened_total.inc(max(0, -done.guards))
+    metrics.guards_shut_total.inc(max(0, done.num_guards_closed))
+    metrics.guards_opened_total.inc(max(0, -done.num_guards_closed))
     metrics.proof_tokens_total.inc(stats.proof_tokens)
     metrics.proof_loss_nats_total.inc(stats.proof_loss_sum)
     metrics.proof_frozen_loss_nats_total.inc(stats.proof_frozen_loss_sum)

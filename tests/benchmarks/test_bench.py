@@ -22,7 +22,7 @@ from benchmarks.stream_timing import PeerError, StreamTiming, events
 from benchmarks.targets import TARGETS, PerformanceTarget
 from benchmarks.testbed import QUICK
 from benchmarks.texts import random_session
-from model.memory import MemoryConfig, Pool, SiteConfig
+from model.memory import MemoryConfig, Pool, SiteConfig, choose_backend
 from research.estimates import mean, percentiles, ratio
 from service.base_cache import resolve_gguf
 from service.engine.stored_rows import as_tensors, is_valid_site
@@ -114,9 +114,9 @@ def test_a_random_session_is_one_that_a_memory_could_have_written(kind: Any) -> 
     assert session.meta.rows == slots  # every slot
     _, sites = unpack_session(*read_export(pack_session(session, ""), ""), config, vocab_size=50)
     assert all(is_valid_site(name, batch, config, 50) for name, batch in sites.items())
-    pool = Pool(config, rows=slots, sessions=1)
+    pool = Pool(config, rows=slots, sessions=1, backend=choose_backend(torch.device("cpu")))
     index = pool.open(as_tensors(sites))
-    assert pool.rows(index) == {"site": slots}
+    assert pool.num_rows(index) == {"site": slots}
     dumped = pool.dump(index)["site"]
     assert np.array_equal(dumped.data.numpy(), session.sites["site"].data)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from model.memory import Draft, MemoryBackend, MemoryConfig, Pool, SiteConfig
-from model.memory.config import NGRAM_SIZES
-from model.memory.lexical.torch_backend import quantise_keys
+from model.memory.lexical.ops import quantise_keys
+from model.memory.lexical.types import NGRAM_SIZES
 
 SIZES = [(1, 1), (3, 5), (8, 16), (50, 64)]  # rows a cell, numbers a key
 VOCAB = 30
@@ -46,7 +46,7 @@ def pool_bits_after_writes(pool: Pool) -> list[Tensor]:
             draft.rollback()
         else:
             draft.commit()
-    assert pool.rows(session)["words"] > 0
+    assert pool.num_rows(session)["words"] > 0
     return [pool.sites["words"].tables, *pool.sites["words"].fields]
 
 

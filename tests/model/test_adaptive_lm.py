@@ -119,7 +119,7 @@ def test_a_memory_below_the_output_needs_a_second_cache_for_the_frozen_scores(ba
         lm = build(backbone, *KINDS[kind])
         assert lm.needs_frozen_cache == needed
     with pytest.raises(ValueError, match="frozen_cache is needed"):
-        lm.block(text(0, 3), backbone.new_cache(9), new_pool(lm), frozen=True)
+        lm.block(text(0, 3), backbone.new_cache(9), new_pool(lm), score_frozen=True)
 
 
 # Law 3: one stream, one state.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.memory import MemoryConfig, Pool, SiteConfig
+from model.memory import MemoryConfig, Pool, SiteConfig, choose_backend
 from model.policies.change_point import NAME, NUM_HYPOTHESES, ChangePointHypotheses, change_point_site
 from model.policies.config import PolicyConfig, PolicyError
 from model.policies.network import Policy, new_policy
@@ -75,7 +75,7 @@ def test_hypotheses_equal_the_exact_posterior() -> None:
 
 
 def test_labels_before_a_change_do_not_count(policy: Policy) -> None:
-    pool = Pool(policy.config.memory, rows=256, sessions=4)
+    pool = Pool(policy.config.memory, rows=256, sessions=4, backend=choose_backend(torch.device("cpu")))
     index = pool.open()
     learn_labels(policy, pool, index, [0, 1, 2, 3] * 4)
     hypotheses = read_hypotheses(pool, index)
@@ -91,7 +91,7 @@ def test_labels_before_a_change_do_not_count(policy: Policy) -> None:
 
 
 def test_hypotheses_move_with_their_session_and_change_no_neighbour(policy: Policy) -> None:
-    pool = Pool(policy.config.memory, rows=512, sessions=8)
+    pool = Pool(policy.config.memory, rows=512, sessions=8, backend=choose_backend(torch.device("cpu")))
     index, empty = pool.open(), pool.open()
     learn_labels(policy, pool, index, [0, 1, 2, 3, 1, 2, 3, 4])
     copy = pool.open(pool.dump(index))
@@ -106,7 +106,7 @@ def test_hypotheses_move_with_their_session_and_change_no_neighbour(policy: Poli
 
 def test_a_forged_row_of_hypotheses_still_gives_probabilities(policy: Policy) -> None:
     for forged in (-1e38, 1e38, 1e-45):
-        pool = Pool(policy.config.memory, rows=256, sessions=4)
+        pool = Pool(policy.config.memory, rows=256, sessions=4, backend=choose_backend(torch.device("cpu")))
         index = pool.open()
         learn_labels(policy, pool, index, [0, 1, 2])
         pool.sites[NAME].fields[0][pool.sites[NAME].tables[index].long()] = forged

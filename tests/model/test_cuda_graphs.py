@@ -214,7 +214,7 @@ def test_a_base_in_bf16_has_fast_weights_in_fp32_and_similar_predictions(lm: Ada
         index = [learned(model, pool, seed=1), EMPTY_SESSION]
         site = pool.sites["words"]
         assert site.session_scalars.dtype == torch.float32 and site.session_scalars[index[0]].any()
-        assert pool.rows(index[0])["words"] > 0
+        assert pool.num_rows(index[0])["words"] > 0
         caches, decode_states = prefilled(model, pool, index)
         decode_states = model.decode([3, 4], caches, decode_states, pool, index)
         assert {decode_state.hidden.dtype for decode_state in decode_states} == {model.backbone.embedding.dtype}

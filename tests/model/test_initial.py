@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, initial
+from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, choose_backend, initial
 from model.memory.initial import default_config, fit_centres, random_memory, random_projection
-from model.memory.lexical import torch_backend
+from model.memory.lexical import ops
 from model.memory.prediction import base_prediction
 
 WIDTH = 16
@@ -147,13 +147,13 @@ def test_a_random_memory_is_frozen_and_a_function_of_its_seed_and_states() -> No
 def test_a_random_memory_finds_its_rows_and_gives_them_a_small_weight() -> None:
     states, targets = similar_states(99), torch.arange(20)
     site = lexical_site(states)
-    pool = Pool(CONFIG, rows=200, sessions=2)
+    pool = Pool(CONFIG, rows=200, sessions=2, backend=choose_backend(torch.device("cpu")))
     draft = pool.draft(pool.open())
     session, base = torch.full((20,), draft.index), base_prediction(torch.zeros(20, 30))
-    ngram_hashes = torch_backend.hash_request_ngrams(targets, 29)
+    ngram_hashes = ops.hash_request_ngrams(targets, 29)
     for known in (False, True):
         readout = site.read(pool, session, states[:20], ngram_hashes, base, site.initial_trust().expand(20, -1))
-        memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
+        memory_probs = ops.memory_prob(targets, readout.tokens, readout.shares)
         assert bool((memory_probs > 2 / 30).all()) == known
         assert bool((readout.gamma > 0.05).all()) == known
         assert float(readout.gamma.max()) < 0.3

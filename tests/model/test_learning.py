@@ -10,9 +10,10 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.config import BALANCE, GATE_CLOSED, TRUST
 from model.memory.guard import GUARD_LIMIT_NATS
 from model.memory.lexical.site import TRUST_LIMITS
+from model.memory.lexical.types import NGRAM_SIZES
 from tests.model.tiny_lm import (
     BLOCK,
     LEXICAL,
@@ -95,7 +96,7 @@ def test_text_that_is_read_repeatedly_takes_no_more_space(backbone: Backbone) ->
     session = pool.open()
     for _ in range(3):
         learn(lm, pool, session, text(1, 2 * BLOCK))
-        rows.append(pool.rows(session)["words"])
+        rows.append(pool.num_rows(session)["words"])
     assert rows[1] > BLOCK
     assert rows[2] - rows[1] < BLOCK / 4
     assert rows[3] - rows[2] < BLOCK / 4
@@ -144,7 +145,7 @@ def test_a_harmful_memory_is_closed_within_a_bounded_loss(backbone: Backbone, ba
         GUARD_LIMIT_NATS + BLOCK * -torch.sigmoid(torch.tensor(-3.0)).log()
     )
     assert bool(pool.sites["words"].session_scalars[session, GATE_CLOSED].any())
-    assert pool.rows(session)["words"] == LEXICAL.slots, "the session goes on learning"
+    assert pool.num_rows(session)["words"] == LEXICAL.slots, "the session goes on learning"
 
 
 def test_a_closed_session_is_the_base_bit_for_bit(backbone: Backbone, base_samples: list[list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""A kind of memory is a package and one line of the registry: nothing else knows which kinds there are."""
+"""A kind of memory is a package and one line of each registry: nothing else knows which kinds there are."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from model.memory import Draft, MemoryConfig, MemoryConfigError, Pool, SiteConfig
-from model.memory import config as memory_config
 from model.memory.delta.layout import VectorLayout
-from model.memory.kinds import KINDS, MemoryKind
+from model.memory.kinds import SITES
+from model.memory.layouts import LAYOUTS
 from model.memory.site import ResidualSite
 from model.site_kind import SiteKind
 from tests.model.tiny_lm import BLOCK, WIDTH, build, learned, new_pool, read, rows_by_slot, text, tiny_backbone
@@ -41,14 +41,14 @@ class MeanSite(ResidualSite):
 
 @pytest.fixture
 def mean_site(monkeypatch: pytest.MonkeyPatch) -> Iterator[SiteConfig]:
-    monkeypatch.setitem(KINDS, MEAN, MemoryKind(VectorLayout(), MeanSite))
-    monkeypatch.setitem(memory_config._LAYOUTS, MEAN, KINDS[MEAN].layout)
+    monkeypatch.setitem(LAYOUTS, MEAN, VectorLayout())
+    monkeypatch.setitem(SITES, MEAN, MeanSite)
     with torch.inference_mode():
         yield SiteConfig("mean", MEAN, slots=1, k=1, width=WIDTH, layer=1, decay=0.9)
 
 
 def test_the_api_knows_every_kind() -> None:
-    assert get_args(SiteKind) == tuple(KINDS)
+    assert get_args(SiteKind) == tuple(LAYOUTS) == tuple(SITES)
 
 
 def test_a_kind_of_another_package_is_learned_stored_and_read(mean_site: SiteConfig) -> None:

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.memory.config import NGRAM_SIZES
 from model.memory.guard import GUARD_DECAY_TOKENS, GUARD_LIMIT_NATS, guard_step
-from model.memory.lexical import reference, torch_backend
-from model.memory.lexical.types import KEY_SCALE, Candidates, LexicalRows
+from model.memory.lexical import ops, reference
+from model.memory.lexical.types import KEY_SCALE, NGRAM_SIZES, Candidates, LexicalRows
 from model.memory.numerics import rowwise_matmul
 from model.memory.prediction import Prediction, base_prediction
 
@@ -76,8 +75,8 @@ def read_lexical(
     rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
 ) -> Candidates:
     """Return the candidates among rows that were gathered (equations L3 and L4)."""
-    seen = torch_backend.match_rows(rows, query, context)
-    return torch_backend.score_candidates(*seen[:3], base.log_prob(seen.tokens), seen.missing, sharpness, prior, bonus)
+    seen = ops.match_rows(rows, query, context)
+    return ops.score_candidates(*seen[:3], base.log_prob(seen.tokens), seen.missing, sharpness, prior, bonus)
 
 
 def rows_equal(a: LexicalRows, b: LexicalRows) -> bool:
@@ -90,7 +89,7 @@ def rows_equal(a: LexicalRows, b: LexicalRows) -> bool:
 @pytest.mark.parametrize(("n", "cells", "k"), [(1, 1, 1), (7, 5, 2), (20, 9, 9)])
 def test_the_nearest_cells_are_those_of_the_reference(n: int, cells: int, k: int) -> None:
     keys, centres = random_keys(n, 4, seed=n), random_keys(cells, 4, seed=cells)
-    assert torch.equal(torch_backend.nearest_cells(keys, centres, k), reference.nearest_cells(keys, centres, k))
+    assert torch.equal(ops.nearest_cells(keys, centres, k), reference.nearest_cells(keys, centres, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +138,7 @@ def test_a_token_is_read_and_mixed_as_if_it_were_alone(k: int, P: int, width: in
         found = read_lexical(some_rows, query[part].clone(), context[part].clone(), base, SHARPNESS, PRIOR, BONUS)
         shares = found.shares.mean(1)
         gamma = torch.sigmoid(found.gate_features[:, 0]) * shares.any(-1)
-        return [base.log_z, base.entropy, *found, torch_backend.mix(base, found.tokens, shares, gamma)]
+        return [base.log_z, base.entropy, *found, ops.mix(base, found.tokens, shares, gamma)]
 
     alone = [torch.cat(parts) for parts in zip(*(run(slice(t, t + 1)) for t in range(n)), strict=True)]
     for size in (2, 3, n):
@@ -198,12 +197,12 @@ def test_rows_of_one_token_add_up() -> None:
     cosines, missing = torch.tensor([[0.9, 0.8, 0.1, 0.5]]), torch.tensor([[False, False, False, True]])
     ngram_matches, head_params = torch.tensor([[1, 0, 3, 3]]), (torch.tensor([2.0]), torch.tensor([0.5]))
     bonus = torch.tensor([[0.3, 0.2, 0.1]])
-    found = torch_backend.score_candidates(tokens, cosines, ngram_matches, log_probs, missing, *head_params, bonus)
+    found = ops.score_candidates(tokens, cosines, ngram_matches, log_probs, missing, *head_params, bonus)
     weights = [math.exp(2 * c + 0.5 * p + b) for c, p, b in ((0.9, -1, 0.3), (0.8, -2, 0.0), (0.1, -1, 0.6))]
     agreement, total = (weights[0] + weights[2]) / sum(weights), sum(weights)
     torch.testing.assert_close(found.shares[0, 0], torch.tensor([*(w / total for w in weights), 0.0]))
     torch.testing.assert_close(
-        torch_backend.memory_prob(torch.tensor([3]), tokens, found.shares[:, 0]), torch.tensor([agreement])
+        ops.memory_prob(torch.tensor([3]), tokens, found.shares[:, 0]), torch.tensor([agreement])
     )
     expected = [math.log(total) / 10, 0.9, agreement, math.log(agreement + 1e-4) / 3, 1.0, 0.0, 0.0]
     torch.testing.assert_close(found.gate_features, torch.tensor([expected]))
@@ -226,7 +225,7 @@ def test_the_gradients_of_a_read_are_right_even_where_nothing_is_known(shared: b
     ngram_matches = torch.randint(0, R + 1, (n, K), generator=g)
 
     def read(cosines: Tensor, log_probs: Tensor, *head_params: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch_backend.score_candidates(tokens, cosines, ngram_matches, log_probs, missing, *head_params)
+        found = ops.score_candidates(tokens, cosines, ngram_matches, log_probs, missing, *head_params)
         return found.shares, found.gate_features
 
     assert torch.autograd.gradcheck(read, [x.clone().requires_grad_() for x in inputs])
@@ -237,10 +236,10 @@ def test_the_gradients_of_a_read_are_right_even_where_nothing_is_known(shared: b
 
 def test_a_key_is_stored_up_to_half_a_step() -> None:
     keys = random_keys(99, 64, seed=0)
-    stored = torch_backend.quantise_keys(keys)
+    stored = ops.quantise_keys(keys)
     assert stored.dtype == torch.int8
     assert float((stored.float() / KEY_SCALE - keys).abs().max()) <= 0.5 / KEY_SCALE + 1e-6
-    assert torch_backend.quantise_keys(torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])).tolist() == [127, -127, 127, -127, 0]
+    assert ops.quantise_keys(torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])).tolist() == [127, -127, 127, -127, 0]
 
 
 @pytest.mark.parametrize(
@@ -249,13 +248,13 @@ def test_a_key_is_stored_up_to_half_a_step() -> None:
 def test_assigned_cells_are_those_of_the_reference(n: int, k: int, cells: int, most: int) -> None:
     near = torch.rand(n, cells, generator=noise(n)).argsort(-1)[:, :k]
     num_empty_rows = torch.randint(0, most + 1, (cells,), generator=noise(1))[near]
-    assert torch.equal(torch_backend.assign_cells(near, num_empty_rows), reference.assign_cells(near, num_empty_rows))
+    assert torch.equal(ops.assign_cells(near, num_empty_rows), reference.assign_cells(near, num_empty_rows))
 
 
 def test_a_full_cell_passes_on_to_the_next_nearest_and_forgets_only_when_all_are_full() -> None:
     near = torch.tensor([[4, 2], [4, 2], [2, 4], [4, 2], [4, 2]])
     num_empty_rows = torch.tensor([[1, 2], [1, 2], [2, 1], [1, 2], [1, 2]])
-    assert torch_backend.assign_cells(near, num_empty_rows).tolist() == [4, 2, 2, 4, 4]
+    assert ops.assign_cells(near, num_empty_rows).tolist() == [4, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +265,7 @@ def test_a_write_equals_the_reference(n: int, U: int, P: int) -> None:
     keys = torch.randint(-127, 128, (n, 3), generator=noise(1)).to(torch.int8)
     targets = torch.randint(0, VOCAB, (n,), generator=noise(2))
     before, ngram_hashes = LexicalRows(*(field.clone() for field in old)), random_context(n, seed=4)
-    new = torch_backend.write_lexical(old, at, keys, ngram_hashes, targets)
+    new = ops.write_lexical(old, at, keys, ngram_hashes, targets)
     assert rows_equal(new, reference.write_lexical(old, at, keys, ngram_hashes, targets))
     assert rows_equal(old, before), "what was read stays as it was"
 
@@ -289,7 +288,7 @@ def test_blocks_of_any_size_leave_the_rows_that_token_by_token_leaves(
     keys, ngram_hashes, blocks, start = keys.to(torch.int8), random_context(len(at), seed=0), old, 0
     for size in sizes:
         part = slice(start, start + size)
-        blocks = torch_backend.write_lexical(blocks, at[part], keys[part], ngram_hashes[part], targets[part])
+        blocks = ops.write_lexical(blocks, at[part], keys[part], ngram_hashes[part], targets[part])
         start += size
     assert rows_equal(blocks, reference.write_lexical(old, at, keys, ngram_hashes, targets))
 
@@ -304,7 +303,7 @@ def test_a_write_takes_an_empty_row_or_the_oldest_and_no_other_bit() -> None:
     )
     keys = torch.tensor([[1, 1], [2, 2], [3, 3]], dtype=torch.int8)
     ngram_hashes = torch.tensor([[4] * R, [5] * R, [6] * R], dtype=torch.int16)
-    new = torch_backend.write_lexical(old, torch.tensor([0, 1, 0]), keys, ngram_hashes, torch.tensor([10, 11, 12]))
+    new = ops.write_lexical(old, torch.tensor([0, 1, 0]), keys, ngram_hashes, torch.tensor([10, 11, 12]))
     assert new.ages.tolist() == [[4, 5, 6], [5, 7, 6], [1, 2, 3]]
     assert new.tokens.tolist() == [[9, 10, 12], [9, 11, 9], [9, 9, 9]]
     assert new.ngram_hashes[..., 0].tolist() == [[8, 4, 6], [8, 5, 8], [8, 8, 8]]
@@ -316,7 +315,7 @@ def test_a_token_takes_at_most_one_row(n: int) -> None:
     """A cell keeps its youngest rows, in order (law 6)."""
     old, at = random_rows(4, 6, width=3, seed=1), torch.randint(0, 4, (n,), generator=noise(3))
     targets = torch.arange(100, 100 + n)
-    new = torch_backend.write_lexical(old, at, torch.zeros(n, 3, dtype=torch.int8), random_context(n, seed=5), targets)
+    new = ops.write_lexical(old, at, torch.zeros(n, 3, dtype=torch.int8), random_context(n, seed=5), targets)
     changed = torch.stack([(x != y).flatten(2).any(-1) for x, y in zip(_deep(new), _deep(old), strict=True)]).any(0)
     assert int(changed.sum()) == sum(min(6, int((at == u).sum())) for u in range(4)) <= n
     for u in range(4):
@@ -340,7 +339,7 @@ def test_the_mixture_equals_the_reference_and_sums_to_one(dtype: torch.dtype, sp
     base, tokens, shares, gamma = random_mixture(dtype, spread)
     known = gamma > 0
     assert 0 < known.sum() < len(known)
-    mixed = torch_backend.mix(base, tokens, shares, gamma)
+    mixed = ops.mix(base, tokens, shares, gamma)
     expected = reference.mix(base_prediction(base.logits.double()), tokens, shares.double(), gamma.double())
     torch.testing.assert_close(expected[known].exp().sum(-1), torch.ones(int(known.sum()), dtype=torch.float64))
     assert_close(mixed[known].log_softmax(-1), expected[known].to(dtype))
@@ -350,12 +349,12 @@ def test_the_mixture_equals_the_reference_and_sums_to_one(dtype: torch.dtype, sp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_probability_of_a_target_is_that_of_the_mixture(dtype: torch.dtype) -> None:
     base, tokens, shares, gamma = random_mixture(dtype, 3.0)
-    mixed, p_mem = torch_backend.mix(base, tokens, shares, gamma).log_softmax(-1), torch.zeros(65, VOCAB, dtype=dtype)
+    mixed, p_mem = ops.mix(base, tokens, shares, gamma).log_softmax(-1), torch.zeros(65, VOCAB, dtype=dtype)
     p_mem.scatter_add_(1, tokens, shares)
     for token in range(VOCAB):
         targets = torch.full((65,), token)
-        frozen, memory_probs = base.log_prob(targets), torch_backend.memory_prob(targets, tokens, shares)
-        adapted = torch_backend.target_log_prob(frozen, memory_probs, gamma)
+        frozen, memory_probs = base.log_prob(targets), ops.memory_prob(targets, tokens, shares)
+        adapted = ops.target_log_prob(frozen, memory_probs, gamma)
         assert_close(memory_probs, p_mem[:, token])
         assert_close(adapted, mixed[:, token])
         assert torch.equal(adapted[gamma == 0], frozen[gamma == 0])
@@ -366,22 +365,22 @@ def test_the_probability_of_a_target_is_that_of_the_mixture(dtype: torch.dtype) 
 def test_a_memory_of_any_strength_leaves_probabilities(gamma: float, share: float) -> None:
     tokens, shares = torch.tensor([[4, 0]]), torch.tensor([[share, 1.0 - share]])
     base = random_base(1, 0, spread=30.0)
-    mixed = torch_backend.mix(base, tokens, shares, torch.tensor([gamma]))
+    mixed = ops.mix(base, tokens, shares, torch.tensor([gamma]))
     assert mixed.isfinite().all(), "no token becomes impossible"
-    adapted = torch_backend.target_log_prob(base.log_prob(tokens[:, 0]), shares[:, 0], torch.tensor([gamma]))
+    adapted = ops.target_log_prob(base.log_prob(tokens[:, 0]), shares[:, 0], torch.tensor([gamma]))
     assert_close(mixed.log_softmax(-1)[:, 4], adapted)
 
 
 def test_a_step_of_trust_is_the_gradient_of_the_log_probability() -> None:
     base, tokens, shares, _ = random_mixture(torch.float64, 2.0)
     targets = torch.randint(0, VOCAB, (65,), generator=noise(4))
-    frozen, memory_probs = base.log_prob(targets), torch_backend.memory_prob(targets, tokens, shares)
+    frozen, memory_probs = base.log_prob(targets), ops.memory_prob(targets, tokens, shares)
     bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     gamma = torch.sigmoid(torch.linspace(-4, 4, 65).double() + bias)
     log_p = ((1 - gamma) * frozen.exp() + gamma * memory_probs).log()
     log_p.sum().backward()
     assert bias.grad is not None
-    step = torch_backend.trust_gradient(frozen, log_p.detach(), memory_probs, gamma.detach())
+    step = ops.trust_gradient(frozen, log_p.detach(), memory_probs, gamma.detach())
     torch.testing.assert_close(step.sum(), bias.grad)
 
 
@@ -390,27 +389,29 @@ def test_a_step_of_trust_is_the_gradient_of_the_log_probability() -> None:
 
 def run_guard(gains: list[tuple[float, int]]) -> tuple[list[float], list[bool]]:
     """Return the balance and whether the gate is closed after each block of (gain, tokens)."""
-    balance, shut = torch.zeros(()), torch.zeros(())
+    balance, closed = torch.zeros(()), torch.zeros(())
     balances, states = [], []
     for gain, tokens in gains:
-        balance, shut = guard_step(balance, shut, torch.tensor(gain), torch.tensor(tokens))
+        balance, closed = guard_step(balance, closed, torch.tensor(gain), torch.tensor(tokens))
         balances.append(float(balance))
-        states.append(bool(shut))
+        states.append(bool(closed))
     return balances, states
 
 
 def test_the_gate_shuts_below_the_limit_and_opens_above_zero() -> None:
-    _, shut = run_guard(
+    _, closed = run_guard(
         [(0.1 - GUARD_LIMIT_NATS, 1), (-0.2, 1), (GUARD_LIMIT_NATS - 0.1, 1), (0.5, 1), (-GUARD_LIMIT_NATS - 0.3, 1)]
     )
-    assert shut == [False, True, True, False, False]
+    assert closed == [False, True, True, False, False]
 
 
 def test_losses_and_gains_fade() -> None:
-    balances, shut = run_guard([(-0.9 * GUARD_LIMIT_NATS, 1), (0.0, GUARD_DECAY_TOKENS), (-0.9 * GUARD_LIMIT_NATS, 1)])
+    balances, closed = run_guard(
+        [(-0.9 * GUARD_LIMIT_NATS, 1), (0.0, GUARD_DECAY_TOKENS), (-0.9 * GUARD_LIMIT_NATS, 1)]
+    )
     assert balances[1] == pytest.approx(-0.9 * GUARD_LIMIT_NATS / math.e, rel=1e-2)
-    assert not any(shut[:2])
-    assert shut[2]
+    assert not any(closed[:2])
+    assert closed[2]
 
 
 @settings(max_examples=200, deadline=None)
@@ -418,7 +419,7 @@ def test_losses_and_gains_fade() -> None:
 def test_the_loss_of_an_open_gate_is_bounded_for_any_gain_before(gains: list[float]) -> None:
     """Between two closings a gate loses its credit, the limit, and the last loss; in 50 tokens little fades."""
     was_open, lost = True, 0.0
-    for gain, shut in zip(gains, run_guard([(gain, 1) for gain in gains])[1], strict=True):
+    for gain, closed in zip(gains, run_guard([(gain, 1) for gain in gains])[1], strict=True):
         lost = max(0.0, lost - gain) if was_open else 0.0
         assert lost <= 2 * GUARD_LIMIT_NATS + 30.0 + 1.0
-        was_open = not shut
+        was_open = not closed

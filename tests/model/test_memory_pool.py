@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, SESSION_SCALARS_SUFFIX
+from model.memory import Draft, MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows, choose_backend
+from model.memory.config import GATE_CLOSED, SESSION_SCALARS_SUFFIX
+from model.memory.lexical.types import NGRAM_SIZES
 
 SLOTS, P, SESSIONS, R = 16, 4, 4, len(NGRAM_SIZES)
 ROWS = 22  # not a multiple of P: room for 6 cells of words, and for 22 states
 NAMES = ("words", "states")
+BACKEND = choose_backend(torch.device("cpu"))
 CELLS, CAPACITY, CELL = {"words": 4, "states": 16}, {"words": 6, "states": 22}, {"words": P, "states": 1}
 CONFIG = MemoryConfig(
     hidden_size=8,
@@ -30,7 +32,7 @@ Image = dict[str, dict[int, bytes]]  # site → slot → the row's bytes; <site>
 
 
 def new_pool(rows: int = ROWS, sessions: int = SESSIONS) -> Pool:
-    return Pool(CONFIG, rows=rows, sessions=sessions)
+    return Pool(CONFIG, rows=rows, sessions=sessions, backend=BACKEND)
 
 
 def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
@@ -52,9 +54,9 @@ def put(draft: Draft, name: str, cells: list[int], seed: int) -> None:
     draft.put(name, torch.tensor(cells), fields)
 
 
-def numbers(trust: float, balance: float, shut: float) -> Tensor:
+def numbers(trust: float, balance: float, closed: float) -> Tensor:
     """Return session scalars [3, R + 1] that differ a little for each number of n-gram matches."""
-    return torch.tensor([[trust], [balance], [shut]]) * torch.linspace(1.0, 0.5, R + 1)
+    return torch.tensor([[trust], [balance], [closed]]) * torch.linspace(1.0, 0.5, R + 1)
 
 
 def _like(mask: Tensor, field: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ class PoolMachine(RuleBasedStateMachine):
     @property
     def idle(self) -> list[int]:
         """Return the sessions without a draft."""
-        return [index for index in self.model if all(one.base != index for one, _ in self.open.values())]
+        return [index for index in self.model if all(one.base_index != index for one, _ in self.open.values())]
 
     @precondition(lambda self: not self.full)
     @rule()
@@ -180,7 +182,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def draft(self, data: st.DataObject) -> None:
         draft = self.pool.draft(data.draw(st.sampled_from(self.idle)))
-        self.open[draft.index] = (draft, self.model[draft.base])
+        self.open[draft.index] = (draft, self.model[draft.base_index])
         self.held[draft.index] = {name: set() for name in NAMES}
 
     @precondition(lambda self: self.open)
@@ -214,8 +216,8 @@ class PoolMachine(RuleBasedStateMachine):
     def commit(self, data: st.DataObject) -> None:
         one, state = self.open.pop(data.draw(st.sampled_from(sorted(self.open))))
         for name, cells in self.held.pop(one.index).items():
-            self.held[one.base][name] |= cells
-        self.model[one.base] = state
+            self.held[one.base_index][name] |= cells
+        self.model[one.base_index] = state
         one.commit()
 
     @precondition(lambda self: self.open)
@@ -236,10 +238,10 @@ class PoolMachine(RuleBasedStateMachine):
     def pool_equals_model(self) -> None:
         for index, state in self.model.items():
             assert rows_by_slot(self.pool.dump(index)) == state
-            assert self.pool.rows(index) == {name: len(state.get(name, {})) for name in NAMES}
+            assert self.pool.num_rows(index) == {name: len(state.get(name, {})) for name in NAMES}
         for index, (one, state) in self.open.items():
             assert rows_by_slot(self.pool.dump(index)) == state
-            assert rows_by_slot(one.touched()) == changed(state, self.model[one.base])
+            assert rows_by_slot(one.touched()) == changed(state, self.model[one.base_index])
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -321,7 +323,7 @@ def test_session_scalars_are_stored_even_if_no_row_changed() -> None:
     assert set(touched) == {"words" + SESSION_SCALARS_SUFFIX}
     draft.commit()
     assert pool.sites["words"].session_scalars[pool.open(touched)].tolist() == numbers(0.0, -2.5, 0.0).tolist()
-    assert pool.rows(index) == {"words": 0, "states": 0}
+    assert pool.num_rows(index) == {"words": 0, "states": 0}
 
 
 @pytest.mark.parametrize(("was", "is_now", "counted"), [(0.0, 1.0, 1), (1.0, 0.0, -1), (1.0, 1.0, 0), (0.0, 0.0, 0)])
@@ -331,7 +333,7 @@ def test_a_turn_counts_the_gates_that_it_closed(was: float, is_now: float, count
     pool.sites["words"].session_scalars[index, GATE_CLOSED, 2] = was
     draft = pool.draft(index)
     pool.sites["words"].session_scalars[draft.index, GATE_CLOSED, 2] = is_now
-    assert draft.num_guards_shut() == counted
+    assert draft.num_guards_closed() == counted
 
 
 def test_a_dump_opens_as_the_same_bits_session_scalars_included() -> None:
@@ -386,7 +388,7 @@ def test_a_reused_index_has_no_state() -> None:
 
 def test_a_reused_physical_cell_holds_none_of_its_old_rows() -> None:
     """A stored session has one row in a cell and gets a physical cell that was full of another session's rows."""
-    pool = Pool(CONFIG, rows=2 * P, sessions=2)
+    pool = Pool(CONFIG, rows=2 * P, sessions=2, backend=BACKEND)
     first = pool.open()
     draft = pool.draft(first)
     full = [field.clone().fill_(5) for field in draft.get("words", torch.tensor([0, 1]))]
@@ -396,7 +398,7 @@ def test_a_reused_physical_cell_holds_none_of_its_old_rows() -> None:
     row = SiteRows(torch.tensor([P + 2], dtype=torch.int32), torch.full((1, CONFIG.sites[0].row_bytes), 9).byte())
     again = pool.open({"words": row})
     assert rows_by_slot(pool.dump(again)) == rows_by_slot({"words": row})
-    assert pool.rows(again) == {"words": 1, "states": 0}
+    assert pool.num_rows(again) == {"words": 1, "states": 0}
 
 
 def test_a_state_that_does_not_fit_is_not_opened_in_part() -> None:
@@ -430,7 +432,7 @@ class Evictable:
 
 def test_room_is_made_only_when_needed_and_as_often_as_needed() -> None:
     evictable = Evictable()
-    pool = evictable.pool = Pool(CONFIG, rows=10, sessions=3, make_room=evictable.make_room)
+    pool = evictable.pool = Pool(CONFIG, rows=10, sessions=3, make_room=evictable.make_room, backend=BACKEND)
     cold = [pool.open(), pool.open()]
     for index in cold:
         draft = pool.draft(index)

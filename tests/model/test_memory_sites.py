@@ -22,11 +22,13 @@ from model.memory import (
     MemoryConfigError,
     Pool,
     SiteConfig,
+    choose_backend,
     load_memory,
     save_memory,
 )
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST
-from model.memory.lexical import torch_backend
+from model.memory.config import BALANCE, GATE_CLOSED, TRUST
+from model.memory.lexical import ops
+from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.prediction import base_prediction
 
 LEXICAL = SiteConfig("words", "lexical", slots=15, k=2, width=4, cell=3, surprise=0.1)
@@ -243,7 +245,7 @@ def test_the_bytes_of_a_row_are_those_that_are_stored() -> None:
     """A lexical row is an age, a token, hashes and a key; a delta row is fp32 numbers."""
     assert (LEXICAL.row_bytes, DELTA.row_bytes) == (4 + 4 + 2 * len(NGRAM_SIZES) + 4, 5 * 4)
     assert (LEXICAL.cells, DELTA.cells) == (5, 9)
-    pool = Pool(CONFIG, rows=15, sessions=2)
+    pool = Pool(CONFIG, rows=15, sessions=2, backend=choose_backend(torch.device("cpu")))
     draft = pool.draft(pool.open())
     for name in ("words", "states"):
         draft.put(name, torch.tensor([1]), [torch.ones_like(field) for field in draft.get(name, torch.tensor([1]))])
@@ -291,7 +293,7 @@ def read_and_learn(
 
 
 def new_draft(site: LexicalSite) -> Draft:
-    pool = Pool(MemoryConfig(6, (site.config,)), rows=60, sessions=4)
+    pool = Pool(MemoryConfig(6, (site.config,)), rows=60, sessions=4, backend=choose_backend(torch.device("cpu")))
     return pool.draft(pool.open())
 
 
@@ -327,14 +329,14 @@ def test_a_token_is_written_once_where_there_is_room() -> None:
     draft, targets = new_draft(site), torch.arange(8, 20)
     readout, _ = read_and_learn(site, draft, 4, targets)
     ages, tokens, _, keys = draft.get("words", torch.arange(5))
-    assigned = torch_backend.assign_cells(readout.cells, torch.full_like(readout.cells, 3))
+    assigned = ops.assign_cells(readout.cells, torch.full_like(readout.cells, 3))
     assert readout.num_empty_rows.tolist() == [[3, 3]] * 12
     assert not torch.equal(assigned, readout.cells[:, 0]), "the test can tell"
     for cell in range(5):
         stored = tokens[cell][ages[cell] > 0]
         assert sorted(stored.tolist()) == targets[assigned == cell][-3:].tolist(), "its youngest three alone"
         for token, key in zip(stored, keys[cell][ages[cell] > 0], strict=True):
-            assert torch.equal(key, torch_backend.quantise_keys(readout.keys)[targets == token][0])
+            assert torch.equal(key, ops.quantise_keys(readout.keys)[targets == token][0])
 
 
 @torch.no_grad()
@@ -348,23 +350,19 @@ def test_what_was_expected_better_than_the_threshold_is_not_written(surprise: fl
         draft.pool.sites["words"].session_scalars[draft.index, GATE_CLOSED] = closed
         before = draft.get("words", torch.arange(5))
         readout, frozen = read_and_learn(site, draft, 5 + int(closed), targets)
-        memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
-        adapted = torch_backend.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
+        memory_probs = ops.memory_prob(targets, readout.tokens, readout.shares)
+        adapted = ops.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
         surprising = targets[adapted < -surprise]
         written = len(surprising) / len(targets)
         assert {0.0: written == 1.0, 2.5: 0.0 < written < 1.0, 99.0: written == 0.0}[surprise], "the test can tell"
         after = draft.get("words", torch.arange(5))
-        assigned = torch_backend.assign_cells(
-            readout.cells[adapted < -surprise], readout.num_empty_rows[adapted < -surprise]
-        )
+        assigned = ops.assign_cells(readout.cells[adapted < -surprise], readout.num_empty_rows[adapted < -surprise])
         per_cell = torch.bincount(assigned, minlength=5).clamp_max(3)
         changed = after[0] != before[0]
         assert torch.equal(changed.sum(-1), per_cell)
         for token, key in zip(after[1][changed], after[3][changed], strict=True):
             assert token in surprising
-            assert torch.equal(key, torch_backend.quantise_keys(readout.keys[int(token)])), (
-                "each with the key of its own context"
-            )
+            assert torch.equal(key, ops.quantise_keys(readout.keys[int(token)])), "each with the key of its own context"
 
 
 @torch.no_grad()
@@ -386,9 +384,9 @@ def test_session_scalars_follow_the_gain_of_the_memory() -> None:
     session_scalars = draft.pool.sites["words"].session_scalars[draft.index]
     assert not session_scalars.any(), "nothing was read, nothing was gained"
     readout, frozen = read_and_learn(site, draft, 3, targets)
-    memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
-    adapted = torch_backend.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
-    step = torch_backend.trust_gradient(frozen, adapted, memory_probs, readout.unguarded_gamma).sum()
+    memory_probs = ops.memory_prob(targets, readout.tokens, readout.shares)
+    adapted = ops.target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
+    step = ops.trust_gradient(frozen, adapted, memory_probs, readout.unguarded_gamma).sum()
     expected = torch.stack([0.5 * step, (adapted - frozen).sum(), torch.zeros(())])
     assert float(expected[TRUST]) > 0.1
     torch.testing.assert_close(session_scalars[:, 0], expected)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from model.memory import LexicalSite, Pool
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.config import GATE_CLOSED, TRUST
 from model.memory.lexical import reference
 from model.memory.lexical.numba_backend import NumbaBackend
-from model.memory.lexical.torch_backend import TorchBackend, hash_last_ngrams, score_row_matches
-from model.memory.lexical.types import GatedMixture, HeadParams, LexicalRows
+from model.memory.lexical.ops import hash_last_ngrams, score_row_matches
+from model.memory.lexical.torch_backend import TorchBackend
+from model.memory.lexical.types import NGRAM_SIZES, GatedMixture, HeadParams, LexicalRows
 from model.memory.prediction import Prediction, base_prediction
 from model.numba_support import MIN_ROWS_PER_THREAD
 from tests.model.memory_cases import SIZES, VOCAB, build_pool, build_queries, pool_bits_after_writes

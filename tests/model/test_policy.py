@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.memory import Draft, Pool
+from model.memory import Draft, Pool, choose_backend
 from model.memory.delta import reference as delta_reference
 from model.memory.delta import torch_ops
 from model.policies.config import PolicyConfig, PolicyError
@@ -42,7 +42,7 @@ def label_policy(paths: list[Path]) -> Policy:
 
 
 def build_pool(policy: Policy) -> Pool:
-    return Pool(policy.config.memory, rows=1024, sessions=16)
+    return Pool(policy.config.memory, rows=1024, sessions=16, backend=choose_backend(torch.device("cpu")))
 
 
 def random_inputs(policy: Policy, n: int, seed: int = 0) -> Tensor:
@@ -172,12 +172,12 @@ def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: li
             assert bool(frozen < loss) != helps
             draft.put("memory", slots[0], [rows[0]])
             was_open = act_policy.guard_step(draft, float(frozen - loss))
-            shuts = draft.num_guards_shut()
+            num_closed = draft.num_guards_closed()
             draft.commit()
             decided = act_policy.decide(inputs, pool, torch.tensor([index]))
             same = all(torch.equal(a, b) for a, b in zip(decided, alone, strict=True))
-            assert same == (shuts > 0 or (not was_open and shuts == 0))
-            if shuts:
+            assert same == (num_closed > 0 or (not was_open and num_closed == 0))
+            if num_closed:
                 return count
         raise AssertionError("the guard did not move")
 

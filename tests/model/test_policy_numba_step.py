@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model
-from model.memory import Pool
+from model import memory
 from model.memory.config import BALANCE, GATE_CLOSED
 from model.policies.backend import PolicyBackend, choose_backend
 from model.policies.config import PolicyError
@@ -27,7 +27,9 @@ class PolicySessions:
     def __init__(self, name: str) -> None:
         self.policy = load_policy(FOLDER / f"{name}.safetensors")
         self.numba_policy = NumbaPolicy(self.policy)
-        self.pool = Pool(self.policy.config.memory, rows=1024, sessions=16)
+        self.pool = memory.Pool(
+            self.policy.config.memory, rows=1024, sessions=16, backend=memory.choose_backend(torch.device("cpu"))
+        )
         self.sessions = torch.tensor([self.pool.open() for _ in range(USERS)])
         self.last, self.reward = torch.full((USERS,), -1), torch.full((USERS,), math.nan)
         self.generator = torch.Generator().manual_seed(0)

@@ -15,9 +15,8 @@ import torch
 
 from model.decode.cuda_graphs import CudaGraphLM
 from model.decode.paged_cache import paged_attention
-from model.memory.config import NGRAM_SIZES
 from model.memory.lexical.torch_backend import TorchBackend
-from model.memory.lexical.types import SIMILARITY_STEP, RowMatches
+from model.memory.lexical.types import NGRAM_SIZES, SIMILARITY_STEP, RowMatches
 from tests.model.memory_cases import SIZES, build_pool, build_queries, pool_bits_after_writes
 from tests.model.tiny_lm import (
     BLOCK,

@@ -81,7 +81,7 @@ class RequestReader:
             score=mask,
             learn=learn,
             draft=draft,
-            frozen=frozen,
+            score_frozen=frozen,
             frozen_cache=self.frozen_cache,
             top=top,
         )

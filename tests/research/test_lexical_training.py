@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.memory import Memory, MemoryConfig, Pool, SiteConfig
+from model.memory import Memory, MemoryConfig, Pool, SiteConfig, choose_backend
 from model.memory.initial import random_memory
-from model.memory.lexical import torch_backend
+from model.memory.lexical import ops
 from model.memory.prediction import base_prediction
 from research.training import features, gate_calibration
 from research.training.features import BOS_PLACEHOLDER, Chunk, StreamFeatures
@@ -74,17 +74,17 @@ def served(memory: Memory, chunk: Chunk) -> Tensor:
     """Return −log p [n] of a stream that the site itself reads and writes, with an open guard."""
     site, found = memory.lexical, []
     assert site is not None
-    pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2)
+    pool = Pool(memory.config, rows=2 * SITE.slots, sessions=2, backend=choose_backend(torch.device("cpu")))
     draft = pool.draft(pool.open())
     for request in requests(chunk):
-        ngram_hashes = torch_backend.hash_request_ngrams(request.targets, BOS_PLACEHOLDER)
+        ngram_hashes = ops.hash_request_ngrams(request.targets, BOS_PLACEHOLDER)
         parts = (part.split(BLOCK) for part in (request.states, request.targets, ngram_hashes))
         for states, targets, context in zip(*parts, strict=True):
             base = base_prediction(states @ head().T)
             trust = site.initial_trust().expand(len(targets), -1)
             readout = site.read(pool, torch.full((len(targets),), draft.index), states, context, base, trust)
-            memory_probs = torch_backend.memory_prob(targets, readout.tokens, readout.shares)
-            found.append(-torch_backend.target_log_prob(base.log_prob(targets), memory_probs, readout.unguarded_gamma))
+            memory_probs = ops.memory_prob(targets, readout.tokens, readout.shares)
+            found.append(-ops.target_log_prob(base.log_prob(targets), memory_probs, readout.unguarded_gamma))
             site.learn(draft, readout, targets, base.log_prob(targets))
     return torch.cat(found)
 

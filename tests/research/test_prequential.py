@@ -82,7 +82,7 @@ def test_a_replay_equals_a_read_through_the_base(lm: AdaptiveLM, size: int) -> N
         read_through = read(lm, pool, one, ids, BOS, learn=True)
         replayed = replay(lm, pool, other, passage, BOS, learn=True)
         torch.testing.assert_close(replayed, read_through, atol=5e-5, rtol=0)
-    assert pool.rows(one) == pool.rows(other)
+    assert pool.num_rows(one) == pool.num_rows(other)
 
 
 def test_a_memory_below_the_output_is_read_through_the_base(tiny_base: Path) -> None:

@@ -13,7 +13,7 @@ from model.adaptive_lm import AdaptiveLM
 from model.base.checkpoint import load_backbone
 from model.decode.cuda_graphs import CudaGraphLM
 from model.decode.paged_cache import PAGE_SIZE
-from model.memory import Draft, MemoryConfig, SiteConfig, SiteRows
+from model.memory import Draft, MemoryConfig, Pool, SiteConfig, SiteRows
 from model.memory.initial import random_memory
 from model.text.sampling import SamplingParams
 from model.text.tokenizer import Tokenizer
@@ -171,3 +171,20 @@ async def test_what_a_turn_wrote_is_gathered_while_others_go_on(
         await engine.stop()
     assert JobFinished not in map(type, events["leaves"]), "a cancelled job emits nothing more"
     assert not any(isinstance(event, JobFailed) for each in events.values() for event in each)
+
+
+def test_a_start_raises_the_error_of_a_failed_preparation(
+    plain: AdaptiveLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pool: Pool) -> None:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(plain, "prepare", fail)
+
+    async def run_engine() -> None:
+        engine = new_engine(plain, tokenizer)
+        with pytest.raises(RuntimeError, match="no kernel"):
+            await engine.start()
+        await engine.stop()
+
+    asyncio.run(run_engine())

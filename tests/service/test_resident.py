@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
-from model.memory import MemoryConfig, Pool, PoolFullError, SiteConfig, SiteRows
+from model.memory import MemoryConfig, PoolFullError, SiteConfig, SiteRows, choose_backend
 from service.engine.resident import ResidentSessions
 from service.engine.types import StateId
 
 SITE = SiteConfig("states", "hidden", slots=16, k=1, width=2)
 ROWS, SESSIONS = 8, 3
+CPU = torch.device("cpu")
 A, B, C, D = (("tenant", name) for name in "abcd")
 
 
@@ -23,7 +24,12 @@ class CountingResidentSessions(ResidentSessions):
         self.evicted = 0
         config = MemoryConfig(hidden_size=4, sites=(SITE,))
         super().__init__(
-            lambda make_room: Pool(config, rows=rows, sessions=sessions, make_room=make_room), on_evict=self._count
+            config,
+            rows=rows,
+            sessions=sessions,
+            device=CPU,
+            backend=choose_backend(CPU),
+            on_evict=self._count,
         )
 
     def _count(self) -> None:
@@ -76,7 +82,7 @@ def test_loading_again_replaces_the_rows() -> None:
     resident = CountingResidentSessions()
     resident.use(A, at(1), rows=3)
     index = resident.acquire(A, at(2), stored(5, value=7.0))
-    assert resident.pool.rows(index) == {"states": 5}
+    assert resident.pool.num_rows(index) == {"states": 5}
     assert len(resident) == 1
     assert resident.free == (SESSIONS - 1, ROWS - 5)
     assert resident.evicted == 0, "a replacement is no eviction"
@@ -120,7 +126,7 @@ def test_a_pinned_session_is_never_evicted_before_its_last_pin_is_gone() -> None
     resident.acquire(C, at(1), stored(3))
     assert resident.evicted == 2
     assert not resident.pin(A, at(1))
-    assert resident.pool.rows(index) != {"states": 6}
+    assert resident.pool.num_rows(index) != {"states": 6}
 
 
 def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
@@ -133,7 +139,7 @@ def test_a_draft_of_a_pinned_session_gets_room_from_the_others() -> None:
     with pytest.raises(PoolFullError):
         draft.put("states", torch.tensor([9]), [torch.zeros(1, 2)])
     draft.rollback()
-    assert resident.pool.rows(index) == {"states": 4}
+    assert resident.pool.num_rows(index) == {"states": 4}
 
 
 def test_a_dropped_session_is_gone_at_once() -> None:
@@ -152,9 +158,9 @@ def test_a_session_that_is_dropped_while_in_use_goes_with_its_last_pin() -> None
     assert resident.pin(A, at(1))
     resident.drop(A)
     assert not resident.pin(A, at(1)), "no new turn gets the session"
-    assert resident.pool.rows(index) == {"states": 2}, "the running turns keep it"
+    assert resident.pool.num_rows(index) == {"states": 2}, "the running turns keep it"
     resident.release(A)
-    assert resident.pool.rows(index) == {"states": 2}
+    assert resident.pool.num_rows(index) == {"states": 2}
     resident.release(A)
     assert (len(resident), resident.free) == (0, (SESSIONS, ROWS))
     assert resident.use(A, at(1)) == index, "a new session of the same name may follow"

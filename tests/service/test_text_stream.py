@@ -68,17 +68,17 @@ def test_nothing_of_a_stop_string_is_ever_shown_at_any_split(
         cut = first_stop(text, stops)
         assert stopped == (cut is not None)
         visible = text[:cut] if cut is not None else text[: len(text) - num_held_back(text, stops)]
-        assert stream.text[: stream.released] == visible
+        assert stream.text[: stream.num_released_chars] == visible
         assert visible.startswith(shown), "shown text stays"
         shown = visible
-        assert stream.tokens_released == complete(tokenizer, ids[:n], visible)
+        assert stream.num_released_tokens == complete(tokenizer, ids[:n], visible)
         if stopped:
             break
     else:
         stream.finish()
-        assert stream.released == len(stream.text)
+        assert stream.num_released_chars == len(stream.text)
         assert stream.text == "".join(pieces[: len(bytewise)])
-        assert stream.tokens_released == len(ids)
+        assert stream.num_released_tokens == len(ids)
     assert first_stop(stream.text, stops) is None
     assert "\ufffd" not in stream.text
 
@@ -105,7 +105,7 @@ def push_all(stream: TextStream, ids: list[int]) -> list[str]:
     shown = []
     for token in ids:
         stream.push(token)
-        shown.append(stream.text[: stream.released])
+        shown.append(stream.text[: stream.num_released_chars])
     return shown
 
 
@@ -113,14 +113,14 @@ def test_a_character_is_shown_whole_or_not_at_all(tokenizer: Tokenizer, token_of
     stream = TextStream(tokenizer.stream(), ())
     ids = [token_of[bytes([b])] for b in "a🐈b".encode()]
     assert push_all(stream, ids) == ["a", "a", "a", "a", "a🐈", "a🐈b"]
-    assert stream.tokens_released == 6
+    assert stream.num_released_tokens == 6
 
 
 def test_the_tokens_of_a_character_are_released_with_its_last(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     stream, counts = TextStream(tokenizer.stream(), ()), []
     for b in "a猫".encode():
         stream.push(token_of[bytes([b])])
-        counts.append(stream.tokens_released)
+        counts.append(stream.num_released_tokens)
     assert counts == [1, 1, 1, 4]
 
 
@@ -130,14 +130,14 @@ def test_a_token_that_is_partly_in_a_stop_string_is_not_released(tokenizer: Toke
     stream = TextStream(tokenizer.stream(), ("ick",))
     assert [stream.push(token) for token in ids[: quick + 1]] == [False] * quick + [True]
     assert stream.text == "The qu"
-    assert stream.tokens_released == quick
+    assert stream.num_released_tokens == quick
 
 
 def test_the_stop_string_that_begins_first_wins(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     stream = TextStream(tokenizer.stream(), ("n f", "own", "brown f"))
     for token in tokenizer.encode("quick brow"):
         assert not stream.push(token)
-    assert stream.text[: stream.released] == "quick "
+    assert stream.text[: stream.num_released_chars] == "quick "
     assert stream.push(token_of[b"n"])
     assert stream.text == "quick br"
 
@@ -146,10 +146,10 @@ def test_the_end_releases_the_text_that_was_held_back(tokenizer: Tokenizer, toke
     stream = TextStream(tokenizer.stream(), ("END!",))
     ids = [token_of[c.encode()] for c in "aEND"]
     assert push_all(stream, ids) == ["a"] * 4
-    assert stream.tokens_released == 1
+    assert stream.num_released_tokens == 1
     stream.finish()
     assert stream.text == "aEND"
-    assert (stream.released, stream.tokens_released) == (4, 4)
+    assert (stream.num_released_chars, stream.num_released_tokens) == (4, 4)
 
 
 def test_an_end_within_a_character_shows_a_replacement_character(
@@ -160,14 +160,14 @@ def test_an_end_within_a_character_shows_a_replacement_character(
     assert push_all(stream, ids) == ["a"] * 4
     stream.finish()
     assert stream.text == tokenizer.decode(ids) == "a\ufffd"
-    assert stream.tokens_released == 4
+    assert stream.num_released_tokens == 4
 
 
 def test_invalid_bytes_are_shown_as_replacement_characters(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
     ids = [token_of[b] for b in (b"\xf0", b"a", b"\xff", b"b")]
     stream = TextStream(tokenizer.stream(), ("b",))
     assert push_all(stream, ids) == ["", "\ufffda", "\ufffda\ufffd", "\ufffda\ufffd"]
-    assert stream.tokens_released == 3
+    assert stream.num_released_tokens == 3
 
 
 def test_special_tokens_show_nothing_and_stop_nothing(tokenizer: Tokenizer, token_of: dict[bytes, int]) -> None:
@@ -180,10 +180,10 @@ def test_special_tokens_show_nothing_and_stop_nothing(tokenizer: Tokenizer, toke
     end = TextStream(tokenizer.stream(), ())
     assert push_all(end, [token_of[b"a"], special]) == ["a", "a"]
     end.finish()
-    assert end.tokens_released == 2
+    assert end.num_released_tokens == 2
 
 
 def test_an_empty_sequence_has_no_text(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer.stream(), ("x",))
     stream.finish()
-    assert (stream.text, stream.released, stream.tokens_released) == ("", 0, 0)
+    assert (stream.text, stream.num_released_chars, stream.num_released_tokens) == ("", 0, 0)

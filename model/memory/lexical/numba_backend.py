@@ -1,4 +1,4 @@
-"""The Numba backend of the lexical memory, for CPUs: the equations of `torch_backend.py`, compiled.
+"""The Numba backend of the lexical memory, for CPUs: the equations of `ops.py`, compiled.
 
 Numba keeps the machine code of a function beside this file or in the user's cache. Each row is computed alone and in
 one order, so its bits depend neither on the other rows of the batch nor on the number of threads (law 4).
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
+from model.memory.config import GATE_CLOSED, TRUST
 from model.memory.lexical.types import (
     HASH_MULTIPLIER,
     MAX_GAMMA,
+    NGRAM_SIZES,
     QUERY_SCALE,
     SIMILARITY_STEP,
     AddressWeights,
@@ -53,14 +54,14 @@ class NumbaBackend:
         cells: Tensor,
         query: Tensor,
         context: Tensor,
-        base: Prediction,
+        prediction: Prediction,
         head_params: HeadParams,
     ) -> tuple[Candidates, Tensor]:
         n, K, (H, R) = len(cells), cells.shape[1] * fields[0].shape[1], head_params.bonus.shape
         tokens, ngram_matches = torch.empty(n, K, dtype=torch.long), torch.empty(n, dtype=torch.long)
         num_empty_rows = torch.empty(cells.shape, dtype=torch.long)
-        shares, gate_features = (torch.zeros(n, H, size, dtype=base.logits.dtype) for size in (K, 4 + R))
-        inputs = (tables, *fields, session, cells, query, context, base.logits, base.log_z, *head_params)
+        shares, gate_features = (torch.zeros(n, H, size, dtype=prediction.logits.dtype) for size in (K, 4 + R))
+        inputs = (tables, *fields, session, cells, query, context, prediction.logits, prediction.log_z, *head_params)
         outputs = (tokens, shares, gate_features, ngram_matches, num_empty_rows)
         parallel_rows(_find, n, *as_arrays(*inputs, *outputs))
         return Candidates(tokens, shares, gate_features.flatten(1), ngram_matches), num_empty_rows

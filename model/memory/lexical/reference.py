@@ -11,11 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from model.memory.config import GATE_CLOSED, NGRAM_SIZES, TRUST
-from model.memory.lexical.torch_backend import scale_query
+from model.memory.config import GATE_CLOSED, TRUST
 from model.memory.lexical.types import (
     HASH_MULTIPLIER,
     MAX_GAMMA,
+    NGRAM_SIZES,
+    QUERY_SCALE,
     SIMILARITY_STEP,
     Candidates,
     GatedMixture,
@@ -27,7 +28,7 @@ from model.memory.prediction import Prediction
 
 def hash_ngrams(token_ids: Tensor) -> Tensor:
     """Return the hashes [n, R] of the n-grams at each position, in Python's own integers (equation L1); the argument is
-    that of `torch_backend.hash_ngrams`."""
+    that of `ops.hash_ngrams`."""
     out = []
     for end in range(max(NGRAM_SIZES), len(token_ids) + 1):
         ngram_hashes = []
@@ -52,22 +53,28 @@ def nearest_cells(keys: Tensor, centres: Tensor, k: int) -> Tensor:
 
 
 def read_lexical(
-    rows: LexicalRows, query: Tensor, context: Tensor, base: Prediction, sharpness: Tensor, prior: Tensor, bonus: Tensor
+    rows: LexicalRows,
+    query: Tensor,
+    context: Tensor,
+    prediction: Prediction,
+    sharpness: Tensor,
+    prior: Tensor,
+    bonus: Tensor,
 ) -> Candidates:
-    """Return the candidates, row by row (equations L3 and L4); arguments and result as in `torch_backend.match_rows`
-    and `torch_backend.score_candidates`."""
+    """Return the candidates, row by row (equations L3 and L4); arguments and result as in `ops.match_rows`
+    and `ops.score_candidates`."""
     n, k, P = rows.tokens.shape
-    heads, log_probs = len(sharpness), base.logits.log_softmax(-1)
+    heads, log_probs = len(sharpness), prediction.logits.log_softmax(-1)
     tokens, shares = rows.tokens.flatten(1).long(), torch.zeros(n, heads, k * P, dtype=query.dtype)
     num_ngrams, ngram_matches = context.shape[1], torch.zeros(n, dtype=torch.long)
     gate_features = torch.zeros(n, heads, 4 + num_ngrams, dtype=query.dtype)
     gate_features[:, :, 3] = math.log(1e-4) / 3
     for t, h in itertools.product(range(n), range(heads)):
-        found = []
+        scaled_query, found = (query[t].float() * QUERY_SCALE).round(), []
         for candidate in range(k * P):
             i, row = divmod(candidate, P)
             if rows.ages[t, i, row] > 0:
-                cosine = float(scale_query(query[t]) @ rows.keys[t, i, row].float()) * SIMILARITY_STEP
+                cosine = float(scaled_query @ rows.keys[t, i, row].float()) * SIMILARITY_STEP
                 pairs = zip(rows.ngram_hashes[t, i, row].tolist(), context[t].tolist(), strict=True)
                 matches = sum(stored == wanted and wanted != 0 for stored, wanted in pairs)
                 score = float(sharpness[h]) * cosine + float(prior[h]) * float(log_probs[t, tokens[t, candidate]])
@@ -125,20 +132,20 @@ def gate_mixture(
     return GatedMixture(shares, gamma, unguarded_gamma)
 
 
-def mix(base: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
+def mix(prediction: Prediction, tokens: Tensor, shares: Tensor, gamma: Tensor) -> Tensor:
     """Return log p [n, V] over the whole vocabulary, one token at a time (equation L6)."""
-    out = base.logits.clone()
+    out = prediction.logits.clone()
     for t in range(len(out)):
         if gamma[t] > 0:
             memory = torch.zeros_like(out[t])
             for token, share in zip(tokens[t].tolist(), shares[t], strict=True):
                 memory[token] += share
-            out[t] = ((1 - gamma[t]) * torch.softmax(base.logits[t], -1) + gamma[t] * memory).log()
+            out[t] = ((1 - gamma[t]) * torch.softmax(prediction.logits[t], -1) + gamma[t] * memory).log()
     return out
 
 
 def assign_cells(cells: Tensor, num_empty_rows: Tensor) -> Tensor:
-    """Return the cell of each token, token by token (equation L7); arguments as in `torch_backend.assign_cells`."""
+    """Return the cell of each token, token by token (equation L7); arguments as in `ops.assign_cells`."""
     chosen: list[int] = []
     for near, num_empty in zip(cells.tolist(), num_empty_rows.tolist(), strict=True):
         empty = [cell for cell, rows in zip(near, num_empty, strict=True) if chosen.count(cell) < rows]
@@ -147,7 +154,7 @@ def assign_cells(cells: Tensor, num_empty_rows: Tensor) -> Tensor:
 
 
 def write_lexical(old: LexicalRows, at: Tensor, keys: Tensor, ngram_hashes: Tensor, targets: Tensor) -> LexicalRows:
-    """Return the cells [U, P] after each token's write (equation L7); arguments as in `torch_backend.write_lexical`."""
+    """Return the cells [U, P] after each token's write (equation L7); arguments as in `ops.write_lexical`."""
     new = LexicalRows(*(part.clone() for part in old))
     for t in range(len(at)):
         ages = new.ages[at[t]].tolist()

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.memory.backend import MemoryBackend
-from model.memory.config import BALANCE, GATE_CLOSED, NGRAM_SIZES, TRUST, SiteConfig
+from model.memory.config import BALANCE, GATE_CLOSED, TRUST, SiteConfig
 from model.memory.guard import guard_step
-from model.memory.lexical.torch_backend import (
+from model.memory.lexical.ops import (
     assign_cells,
     context_keys,
     gate_inputs,
@@ -25,14 +24,14 @@ from model.memory.lexical.torch_backend import (
     target_log_prob,
     trust_gradient,
 )
-from model.memory.lexical.types import AddressWeights, Candidates, GateWeights, HeadParams
+from model.memory.lexical.types import NGRAM_SIZES, AddressWeights, Candidates, GateWeights, HeadParams
 from model.memory.pool import Draft, Pool, SitePool
 from model.memory.prediction import Prediction
 from model.memory.site import MemorySite
 
 GATE_WIDTH = 32  # G
 NUM_HEADS = 2  # H: a sharp and a broad head
-TRUST_LIMITS = (-4.0, 1.0)  # the upper limit keeps text that was read over and over from drowning the base
+TRUST_LIMITS = (-4.0, 1.0)  # without the upper limit, p_mem would replace p_LM after many repeats of one text
 
 
 class FoundCandidates(NamedTuple):
@@ -76,10 +75,10 @@ class LexicalSite(MemorySite):
     """Rows of (token, key), read into the output distribution.
 
     A token is written under the key of the final hidden state that predicts it, to the nearest of its cells that has an
-    empty row; like contexts crowd in a few cells and need this room. The gate has one trust for each number of n-grams
-    that the best match repeats, since a chance similarity and a repeated sentence deserve different trust. One part of
-    the trust belongs to the session: it is learned slowly and stored. The other part belongs to the request: it begins
-    in doubt and learns fast how much the memory is worth to this text.
+    empty row, because similar contexts share a few cells. The gate has one trust per number of n-grams that the best
+    match repeats, since a similar context predicts less reliably than a repeated sentence. The session's part of the
+    trust is learned slowly and stored. The request's part starts at `request_trust` (−0.5 before training), adapts
+    within the request and is not stored.
     """
 
     def __init__(self, config: SiteConfig, hidden_size: int) -> None:
@@ -133,14 +132,14 @@ class LexicalSite(MemorySite):
     # --- read ------------------------------------------------------------------------------------------------------
 
     def find_candidates(
-        self, pool: Pool, session: Tensor, hidden: Tensor, ngram_hashes: Tensor, base: Prediction
+        self, pool: Pool, session: Tensor, hidden: Tensor, ngram_hashes: Tensor, prediction: Prediction
     ) -> FoundCandidates:
         """Return the candidates of sessions [n] for final hidden states [n, d] and n-gram hashes [n, R] (L1–L4)."""
         keys = self.keys(hidden)
         cells = self.address(keys)
-        rows, backend = self._rows(pool)
-        candidates, num_empty_rows = backend.find_candidates(
-            rows.tables, rows.fields, session, cells, keys, ngram_hashes, base, self.head_params
+        site_pool = self._site_pool(pool)
+        candidates, num_empty_rows = site_pool.backend.find_candidates(
+            site_pool.tables, site_pool.fields, session, cells, keys, ngram_hashes, prediction, self.head_params
         )
         return FoundCandidates(keys, cells, num_empty_rows, candidates)
 
@@ -149,15 +148,15 @@ class LexicalSite(MemorySite):
         pool: Pool,
         session: Tensor,
         ngram_hashes: Tensor,
-        base: Prediction,
+        prediction: Prediction,
         trust: Tensor,
         found: FoundCandidates,
     ) -> LexicalReadout:
         """Return the readout of candidates that were found (equation L5); the other arguments are those of `read`."""
         keys, cells, num_empty_rows, candidates = found
-        rows, backend = self._rows(pool)
-        gated = backend.gate_mixture(
-            candidates, base.entropy, keys, self.gate_weights, rows.session_scalars, session, trust
+        site_pool = self._site_pool(pool)
+        gated = site_pool.backend.gate_mixture(
+            candidates, prediction.entropy, keys, self.gate_weights, site_pool.session_scalars, session, trust
         )
         return LexicalReadout(
             ngram_hashes, keys, cells, num_empty_rows, candidates.ngram_matches, candidates.tokens, *gated
@@ -169,28 +168,28 @@ class LexicalSite(MemorySite):
         session: Tensor,
         hidden: Tensor,
         ngram_hashes: Tensor,
-        base: Prediction,
+        prediction: Prediction,
         trust: Tensor,
     ) -> LexicalReadout:
-        """Return the readout of sessions [n] for contexts that the base predicts as `base` (equations L1–L5).
+        """Return the readout of sessions [n] for contexts with the base's `prediction` (equations L1–L5).
 
         hidden: final hidden states [n, d]. ngram_hashes: [n, R]. trust: [n, R + 1] of the requests.
         """
-        found = self.find_candidates(pool, session, hidden, ngram_hashes, base)
-        return self.gate_mixture(pool, session, ngram_hashes, base, trust, found)
+        found = self.find_candidates(pool, session, hidden, ngram_hashes, prediction)
+        return self.gate_mixture(pool, session, ngram_hashes, prediction, trust, found)
 
     def mixture(
         self, pool: Pool, session: Tensor, hidden: Tensor, last_tokens: Tensor, logits: Tensor, trust: Tensor
     ) -> Tensor:
-        """Return log p [n, V] of the next tokens up to a constant a row, with the memory of sessions [n] (L1–L6).
+        """Return log p [n, V] of the next tokens up to a constant per row, with the memory of sessions [n] (L1–L6).
 
         logits: [n, V] of the base; they may be overwritten. last_tokens: [n, 8]. The rest is as in `read`.
         """
-        rows, backend = self._rows(pool)
-        return backend.mixture(
-            rows.tables,
-            rows.fields,
-            rows.session_scalars,
+        site_pool = self._site_pool(pool)
+        return site_pool.backend.mixture(
+            site_pool.tables,
+            site_pool.fields,
+            site_pool.session_scalars,
             self.address_weights,
             self.config.k,
             self.head_params,
@@ -202,46 +201,47 @@ class LexicalSite(MemorySite):
             logits,
         )
 
-    def _rows(self, pool: Pool) -> tuple[SitePool, MemoryBackend]:
-        site_pool = pool.sites[self.config.name]
-        return site_pool, site_pool.backend
+    def _site_pool(self, pool: Pool) -> SitePool:
+        return pool.sites[self.config.name]
 
     # --- write -----------------------------------------------------------------------------------------------------
 
     def log_probs_and_trust_gradient(
-        self, readout: LexicalReadout, targets: Tensor, frozen: Tensor
+        self, readout: LexicalReadout, targets: Tensor, unmixed_log_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return log p [n] of targets [n] as if the guards were open, and the gradient of trust [R + 1] (S1).
 
-        frozen: log-probabilities [n] of the targets without this site.
+        unmixed_log_probs: log-probabilities [n] of the targets without this site.
         """
         memory_probs = memory_prob(targets, readout.tokens, readout.shares)
-        adapted = target_log_prob(frozen, memory_probs, readout.unguarded_gamma)
-        gradient = trust_gradient(frozen, adapted, memory_probs, readout.unguarded_gamma)
+        adapted = target_log_prob(unmixed_log_probs, memory_probs, readout.unguarded_gamma)
+        gradient = trust_gradient(unmixed_log_probs, adapted, memory_probs, readout.unguarded_gamma)
         return adapted, readout.sum_by_ngram_matches(gradient)
 
-    def updated_trust(self, trust: Tensor, readout: LexicalReadout, targets: Tensor, frozen: Tensor) -> Tensor:
+    def updated_trust(
+        self, trust: Tensor, readout: LexicalReadout, targets: Tensor, unmixed_log_probs: Tensor
+    ) -> Tensor:
         """Return a request's trust [R + 1] after a block (S1); the other arguments are those of `learn`."""
-        _, gradient = self.log_probs_and_trust_gradient(readout, targets, frozen)
+        _, gradient = self.log_probs_and_trust_gradient(readout, targets, unmixed_log_probs)
         return (trust + self.request_trust_rate * gradient).clamp(*TRUST_LIMITS)
 
-    def learn(self, draft: Draft, readout: LexicalReadout, targets: Tensor, frozen: Tensor) -> None:
+    def learn(self, draft: Draft, readout: LexicalReadout, targets: Tensor, unmixed_log_probs: Tensor) -> None:
         """Write one block of n tokens to the draft: rows (L7), the session's trust (S1) and its guards (S2).
 
-        readout: of the n contexts. targets: [n]. frozen: log-probabilities [n] of the targets without this site.
-        Raises PoolFullError: roll the draft back.
+        readout: of the n contexts. targets: [n]. unmixed_log_probs: log-probabilities [n] of the targets without this
+        site. Raises PoolFullError: roll the draft back.
         """
-        rows, backend = self._rows(draft.pool)
-        adapted, gradient = self.log_probs_and_trust_gradient(readout, targets, frozen)
-        scalars = rows.session_scalars[draft.index]
+        site_pool = self._site_pool(draft.pool)
+        adapted, gradient = self.log_probs_and_trust_gradient(readout, targets, unmixed_log_probs)
+        scalars = site_pool.session_scalars[draft.index]
         trust = (scalars[TRUST] + self.trust_rate * gradient).clamp(*TRUST_LIMITS)
-        gain = readout.sum_by_ngram_matches(adapted - frozen)
+        gain = readout.sum_by_ngram_matches(adapted - unmixed_log_probs)
         tokens = readout.sum_by_ngram_matches(torch.ones_like(adapted))
         balance, closed = guard_step(scalars[BALANCE], scalars[GATE_CLOSED], gain, tokens)
-        rows.session_scalars[draft.index] = torch.stack([trust, balance, closed])
+        site_pool.session_scalars[draft.index] = torch.stack([trust, balance, closed])
         surprising = adapted < -self.config.surprise
         chosen = assign_cells(readout.cells[surprising], readout.num_empty_rows[surprising])
         touched, at = torch.unique(chosen, return_inverse=True)
-        keys = quantise_keys(readout.keys[surprising])
+        keys, ngram_hashes = quantise_keys(readout.keys[surprising]), readout.ngram_hashes[surprising]
         old, new = draft.copy_on_write(self.config.name, touched)
-        backend.write(rows.fields, old, new, at, keys, readout.ngram_hashes[surprising], targets[surprising])
+        site_pool.backend.write(site_pool.fields, old, new, at, keys, ngram_hashes, targets[surprising])

@@ -1,7 +1,7 @@
 """The Triton backend of the lexical memory, for GPUs.
 
 Two kernels replace torch operators: the comparison of rows (equation L3), which copies no keys, and the write (L7). The
-reference of both is `torch_backend.py`. The tests run the kernels in Triton's interpreter, on a CPU.
+kernels are compared with `ops.py`. The tests run them in Triton's interpreter, on a CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.memory.lexical.torch_backend import TorchBackend, scale_query
+from model.memory.lexical.ops import scale_query
+from model.memory.lexical.torch_backend import TorchBackend
 from model.memory.lexical.types import SIMILARITY_STEP, RowMatches
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.memory.config import NGRAM_SIZES
 from model.memory.lexical.torch_backend import TorchBackend
 from model.memory.lexical.triton_backend import TritonBackend
+from model.memory.lexical.types import NGRAM_SIZES
 from model.triton_check import assert_close
 
 POOL_CELLS, P, D, R = 7, 5, 16, len(NGRAM_SIZES)

@@ -1,7 +1,7 @@
 """The tensors that the equations of the lexical memory pass to one another, and the constants that all backends share.
 
-Letters in shapes are those of model/memory/README.md: n tokens, k cells a token, P rows a cell, K = k·P candidates a
-token, d hidden size, d_k numbers in a key, R n-gram sizes, H heads, V vocabulary, C cells, S sessions.
+Letters in shapes are those of model/memory/README.md: n tokens, k cells per token, P rows per cell, K = k·P candidates
+per token, d hidden size, d_k numbers in a key, R n-gram sizes, H heads, V vocabulary, C cells, S sessions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NGRAM_SIZES = (2, 4, 8)  # a row has one hash for the last 2, one for the last 4, one for the last 8 tokens
 MAX_GAMMA = 1.0 - 1e-6  # γ stays below 1: no memory makes a token impossible
 KEY_SCALE = 254  # integer steps in 1.0; the components of a key lie between −0.5 and 0.5
 QUERY_SCALE = 32767  # integer steps in 1.0; products of queries and keys, and their sums, are whole and below 2²⁴
