@@ -158,7 +158,7 @@ async def _serve(
             engine = loaded_model.engine
             await engine.start()
             if sessions.state == "loading":  # no signal has come meanwhile
-                sessions.begin(loaded_model)
+                sessions.set_ready(loaded_model)
                 host, port, *_ = listener.getsockname()
                 log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
         await _first_done(serving, check=checking)

@@ -14,7 +14,7 @@ from service.errors import BadRequest
 from service.http.schemas import SessionId
 from service.metrics import Metrics
 from service.turns.idempotency import RequestContext
-from service.turns.policy_turns import PolicyTurns
+from service.turns.policy_turns import PolicyOperations
 from service.turns.sessions import Sessions
 from service.versions.operations import Versions
 from service.versions.views import Views
@@ -56,9 +56,9 @@ async def get_views(request: Request) -> Views:
     return Views(request.app.state.sessions)
 
 
-async def get_policies(request: Request) -> PolicyTurns:
+async def get_policies(request: Request) -> PolicyOperations:
     """Return the turns of policies."""
-    return PolicyTurns(request.app.state.sessions)
+    return PolicyOperations(request.app.state.sessions)
 
 
 async def get_request_context(request: Request) -> RequestContext:
@@ -145,6 +145,6 @@ SessionsDep = Annotated[Sessions, Depends(get_sessions)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 VersionsDep = Annotated[Versions, Depends(get_versions)]
 ViewsDep = Annotated[Views, Depends(get_views)]
-PoliciesDep = Annotated[PolicyTurns, Depends(get_policies)]
+PoliciesDep = Annotated[PolicyOperations, Depends(get_policies)]
 RequestContextDep = Annotated[RequestContext, Depends(get_request_context)]
 LearningRequestDep = Annotated[LearningRequest, Depends(get_learning_request)]

@@ -45,7 +45,7 @@ class SessionMeta:
         proof_tokens: number of tokens that both loss sums below cover.
         loss_sum: loss in nats over the proof tokens, with the session's memory.
         frozen_loss_sum: loss in nats over the proof tokens, without the memory.
-        requests: number of requests that the session has learned from.
+        requests: number of segments that the session has learned from; a long text has several.
         options: the session's own defaults; only `SessionStore.configure` replaces the options of a stored session.
         digests: digests of the chat messages that the session has learned, newest last; 16 hex digits each.
         actions: the highest number that an action of the session ever had; no rollback lowers the number.
@@ -177,12 +177,12 @@ class CommitMetadata:
 
     Attributes:
         log: the log entry, of JSON types; the store adds the key `version`. Empty = no entry.
-        text: the learned tokens, packed, which unlearning needs; empty = not kept.
+        packed_tokens: the learned tokens, packed, which unlearning needs; empty = not kept.
         idempotency_record: the answer to store; None = none.
     """
 
     log: Mapping[str, Any] = field(default_factory=dict)
-    text: bytes = b""
+    packed_tokens: bytes = b""
     idempotency_record: IdempotencyRecord | None = None
 
 
@@ -198,14 +198,14 @@ class UndoStep:
         sites: by site, the rows that the commit replaced; each site that the commit touched is a key.
         cleared_slots: by site, `[n]` int32: the slots that were empty before the commit.
         meta: by name, the fields of `SessionMeta` that the commit replaced; empty for the first commit.
-        text: `CommitMetadata.text` of the commit.
+        packed_tokens: `CommitMetadata.packed_tokens` of the commit.
     """
 
     version: int
     sites: dict[str, RowBatch]
     cleared_slots: dict[str, Slots]
     meta: dict[str, Any]
-    text: bytes
+    packed_tokens: bytes
 
 
 @dataclass(frozen=True, eq=False)

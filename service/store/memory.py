@@ -68,17 +68,19 @@ class _Undo:
     sites: dict[str, _Site]
     cleared_slots: dict[str, list[int]]
     meta: dict[str, Any]
-    text: bytes
+    packed_tokens: bytes
 
     @property
     def num_bytes(self) -> int:
         slots = sum(SLOT_BYTES * len(cleared) for cleared in self.cleared_slots.values())
-        return sum(site.num_bytes for site in self.sites.values()) + slots + len(self.text) + len(str(self.meta))
+        return (
+            sum(site.num_bytes for site in self.sites.values()) + slots + len(self.packed_tokens) + len(str(self.meta))
+        )
 
     def step(self) -> UndoStep:
         cleared = {name: np.array(slots, np.int32) for name, slots in self.cleared_slots.items()}
         sites = {name: site.batch() for name, site in self.sites.items()}
-        return UndoStep(self.version, sites, cleared, dict(self.meta), self.text)
+        return UndoStep(self.version, sites, cleared, dict(self.meta), self.packed_tokens)
 
 
 @dataclass
@@ -263,7 +265,7 @@ class MemoryStore:
         _require_row_sizes(record, meta.id, sites)
         if not even_if_full:
             self._database.require_room()
-        undo = _Undo(meta.version, {}, {}, _replaced_values(record.meta, meta), commit_metadata.text)
+        undo = _Undo(meta.version, {}, {}, _replaced_values(record.meta, meta), commit_metadata.packed_tokens)
         for name, batch in sites.items():
             emptied = () if cleared_slots is None or name not in cleared_slots else cleared_slots[name].tolist()
             undo.sites[name], undo.cleared_slots[name] = _write_site(record, name, batch, emptied)

@@ -28,7 +28,7 @@ class TurnPlan:
         segments: requests of the base, one after the other; side by side where there is no session.
         policy_request: the request of a policy, instead of segments.
         state_delta: the content that the session begins with, instead of its own.
-        digests: digests of the messages that the session has seen after this turn.
+        digests: digests of the messages that this turn adds to what the session has seen.
         writes: whether the turn may learn.
         score_frozen: whether every score is also taken without memory.
         kind, origin: the log entry's kind and what the entry refers to.
@@ -80,7 +80,7 @@ class Commit:
         meta: the session's meta at the new version.
         state_delta: the rows to write and the slots to clear.
         log: the log entry, without its version.
-        text: the learned tokens, where unlearning needs them; empty = not kept.
+        packed_tokens: the learned tokens, where unlearning needs them; empty = not kept.
         tokens: number of tokens learned.
         even_if_full: whether a store that has no room takes the commit, too.
     """
@@ -88,7 +88,7 @@ class Commit:
     meta: SessionMeta
     state_delta: StateDelta
     log: dict[str, Any]
-    text: bytes
+    packed_tokens: bytes
     tokens: int
     even_if_full: bool = False
 

@@ -143,10 +143,10 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         return TurnPlan(meta, segments, digests=digests, writes=policy.writes)
 
     def outputs(self, segment: int, event: Event) -> Iterator[Delta]:
-        return self._kept(self._output.deltas(segment, event))
+        return self._recorded(self._output.deltas(segment, event))
 
     def remaining_outputs(self) -> Iterator[Delta]:
-        return self._kept(self._output.remaining())
+        return self._recorded(self._output.remaining())
 
     def reply_digests(self) -> Sequence[str]:
         chat = self._job.prompts[0]
@@ -162,7 +162,7 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         assert isinstance(last, TurnEnd)
         return pack_answer(self._sent, last)
 
-    def _kept(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
+    def _recorded(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
         """Yield the deltas; keep them for the record if the turn may commit one."""
         for delta in deltas:
             if self._policy.writes:

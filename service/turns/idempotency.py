@@ -65,17 +65,14 @@ class RequestContext:
         record = dump_json(payload) if large else json.dumps(payload, separators=(",", ":"))
         return IdempotencyRecord(self._name, ttl_s, zlib.compress(record.encode(), 1))
 
-    def replay(self, record: bytes) -> Json | None:
-        """Return the remembered result; None if the record is of another, equal request.
+    def adopt_replay(self, record: bytes) -> Json | None:
+        """Return the remembered result and take over the id and the time of its answer; mark this context as replayed.
 
-        Raises KeyReused if the key belongs to a request with another route or body.
+        Returns None, and changes nothing, if the record belongs to another request with an equal body. Raises
+        KeyReused if the key belongs to a request with another route or body.
         """
         stored = json.loads(zlib.decompress(record))
-        if (
-            self.key is None
-            and not self.attempt
-            and (self.start_version is None or self.start_version >= stored["version"])
-        ):
+        if not self._is_same_request(stored["version"]):
             return None
         if stored["request"] != self.digest:
             raise KeyReused(
@@ -87,8 +84,20 @@ class RequestContext:
         result: Json = stored["result"]
         return result
 
+    def _is_same_request(self, stored_version: int) -> bool:
+        """Return whether a remembered answer belongs to this request.
+
+        Without a key or an attempt number, an equal body is a retry only if its commit came after this turn began.
+        """
+        if self.key is not None or self.attempt:
+            return True
+        return self.start_version is not None and self.start_version < stored_version
+
     def has_later_attempt(self, record: bytes) -> bool:
-        """Return whether a retry of an equal request was answered: this request may be the first try, given up."""
+        """Return whether a retry of an equal request was answered.
+
+        The client may then have abandoned this connection and sent the request again on another one.
+        """
         return bool(json.loads(zlib.decompress(record))["attempt"])
 
     @property

@@ -34,21 +34,21 @@ class LoadedModel:
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
-    def slow_weights(self) -> str:
+    def text_fingerprint(self) -> str:
         """One fingerprint of everything that the rows of a text session depend on."""
         return "sha256:" + hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
 
-    def policy_of(self, model: str) -> str | None:
-        """Return the policy that has the fingerprint `model`; "" for the model of text; None if neither has it."""
-        if model == self.slow_weights:
+    def policy_with_fingerprint(self, fingerprint: str) -> str | None:
+        """Return the policy that has the fingerprint; "" for the model of text; None if neither has it."""
+        if fingerprint == self.text_fingerprint:
             return ""
-        return next((name for name, own in self.policy_fingerprints.items() if own == model), None)
+        return next((name for name, own in self.policy_fingerprints.items() if own == fingerprint), None)
 
     def require_model(self, meta: SessionMeta, policy: str = "") -> None:
         """Raise Conflict unless the slow weights of `policy` (or of text, for "") wrote the session."""
-        expected = self.policy_fingerprints[policy] if policy else self.slow_weights
+        expected = self.policy_fingerprints[policy] if policy else self.text_fingerprint
         if meta.model != expected:
-            other = self.policy_of(meta.model)
+            other = self.policy_with_fingerprint(meta.model)
             trained_by = f"policy {other!r}" if other else "the model of text" if other == "" else "other slow weights"
             asked = f"policy {policy!r}" if policy else "the model of text"
             raise Conflict(
@@ -59,7 +59,7 @@ class LoadedModel:
 
     def require_loaded_model(self, meta: SessionMeta) -> str:
         """Return the policy of a session ("" for text). Raise Conflict if its slow weights are not loaded."""
-        policy = self.policy_of(meta.model)
+        policy = self.policy_with_fingerprint(meta.model)
         if policy is None:
             self.require_model(meta)
         return policy or ""
@@ -74,7 +74,7 @@ class LoadedModel:
         return SessionMeta(
             id=name,
             version=0,
-            model=self.policy_fingerprints[policy] if policy else self.slow_weights,
+            model=self.policy_fingerprints[policy] if policy else self.text_fingerprint,
             tokens_learned=0,
             rows=0,
             bytes=0,

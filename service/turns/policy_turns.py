@@ -98,7 +98,9 @@ class PolicyTurn(Turn[R]):
         if name is None:
             name = model.require_loaded_model(meta)
             if not name:
-                raise Conflict(f"Session {meta.id!r} is one of text, not of a policy.", code="model_mismatch")
+                raise Conflict(
+                    f"Session {meta.id!r} belongs to the language model, not to a policy.", code="model_mismatch"
+                )
         else:
             model.require_model(meta, name)
         _require_task(model, name, self.task)
@@ -262,7 +264,7 @@ def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
     )
 
 
-class PolicyTurns:
+class PolicyOperations:
     """The operations of policies that routes call.
 
     Every method raises NotFound for a policy that is not loaded and Conflict for a session of another model; `model`

@@ -1,4 +1,4 @@
-"""Run one turn: acquire → load → stream → commit → last event. Nothing else knows what a turn is.
+"""Run one turn: acquire → plan → quota → load → stream → commit → last event. Nothing else knows what a turn is.
 
 A turn that ends early, for whatever reason, leaves its session at the version that the turn found.
 """
@@ -31,9 +31,9 @@ NO_STATE_ID: StateId = (-1.0, -1.0, -1)  # of rows that no stored version has
 
 
 class Turn(ABC, Generic[E]):
-    """The one object by which kinds of turns differ: what to run, what to tell, what to remember.
+    """The one object by which kinds of turns differ: what to run, what to yield to the client, what to remember.
 
-    `run_turn` calls the methods in this order; `plan` begins anew, so that a turn can run twice.
+    `run_turn` calls the methods in this order. `plan` resets the turn's state, because a turn may run twice.
     """
 
     target: SessionTarget | None = None  # the session to acquire; None = no session
@@ -47,11 +47,11 @@ class Turn(ABC, Generic[E]):
         """Return what to run. Raises the error of a request that cannot be honoured."""
 
     def outputs(self, segment: int, event: Event) -> Iterable[E]:
-        """Return what the client is told of an event of segment number `segment`."""
+        """Return what to yield to the client for an event of segment number `segment`."""
         return ()
 
     def remaining_outputs(self) -> Iterable[E]:
-        """Return what the client is told after the engine's last event, before the last event of the turn."""
+        """Return what to yield to the client after the engine's last event, before the last event of the turn."""
         return ()
 
     def reply_digests(self) -> Sequence[str]:
@@ -60,7 +60,7 @@ class Turn(ABC, Generic[E]):
 
     @abstractmethod
     def last_event(self, outcome: TurnOutcome) -> E:
-        """Return the last event of the turn, which the client is told after the commit."""
+        """Return the last event of the turn, which the client gets after the commit."""
 
     @abstractmethod
     def record(self, last: E) -> Json:
@@ -74,7 +74,7 @@ class TurnRestarted:
 
 @dataclass(frozen=True)
 class TurnRunner:
-    """Runs turns, with everything that they need beside themselves.
+    """Runs turns with the gate, the store, the quotas and the metrics that a turn needs.
 
     proof_rate: share of the learned segments that are scored without memory too.
     """

@@ -1,4 +1,4 @@
-"""The way of a turn into its session and out again: queue, lock, lease, replay of an earlier answer, commit."""
+"""Admission, locking, lease, replay and commit of a turn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from service.turns.commit import Commit
 from service.turns.idempotency import RequestContext
 from service.turns.quotas import Quotas
 
-# A client that gave a request up and sent it again leaves the first connection; the server notices within this time.
+# A client may abandon a connection and send the request again on another one. The server notices the abandoned
+# connection and cancels its turn within this time, so that the text of the retry is not learned twice.
 CANCEL_GRACE_S = 1.0
 
 
@@ -105,7 +106,9 @@ class SessionGate:
         if self.state != "ready":
             raise NotReady(f"The server is {self.state}; try again later.", code=self.state)
         if self.in_flight >= self.limits.max_queue:
-            raise Overloaded(f"The server has {self.in_flight} requests in hand and takes no more than that.")
+            raise Overloaded(
+                f"The queue is full: {self.in_flight} requests run or wait, at most {self.limits.max_queue} may."
+            )
         self.in_flight += 1
         try:
             yield
@@ -120,10 +123,9 @@ class SessionGate:
 
     @asynccontextmanager
     async def acquire(self, ctx: RequestContext, target: SessionTarget | None) -> AsyncIterator[SessionHandle]:
-        """Hold a session for one turn: against this server's other turns and, if the turn writes, against all others.
+        """Lock a session on this server for one turn; if the turn may write, take the store's lease too.
 
-        A new session gets a place in its tenant's account if the turn may write. Without a target there is nothing to
-        hold.
+        A new session then gets a place in its tenant's account. Without a target, yield an empty handle.
         Raises NotFound for a session that does not exist and may not be created, PreconditionFailed, QuotaExceeded.
         """
         if target is None:
@@ -175,7 +177,7 @@ class SessionGate:
             turn_start = await self._begin_in_store(ctx, target, ctx.names)
             if turn_start.record is None:
                 return turn_start, None
-            replay = await run_off_loop(len(turn_start.record), ctx.replay, turn_start.record)
+            replay = await run_off_loop(len(turn_start.record), ctx.adopt_replay, turn_start.record)
             if replay is None:
                 if ctx.has_later_attempt(turn_start.record):
                     await asyncio.sleep(CANCEL_GRACE_S)
@@ -226,7 +228,7 @@ class SessionGate:
                     commit.state_delta.sites,
                     cleared_slots=commit.state_delta.cleared_slots,
                     lease=handle.lease,
-                    commit_metadata=CommitMetadata(commit.log, commit.text, record),
+                    commit_metadata=CommitMetadata(commit.log, commit.packed_tokens, record),
                     even_if_full=commit.even_if_full,
                 )
             await self._quotas.record_commit(ctx.tenant, new.id, new.bytes, commit.tokens)
@@ -257,7 +259,7 @@ class SessionGate:
 
 def session_changed() -> SessionBusy:
     """Return the error of a turn that lost its session to another replica twice."""
-    return SessionBusy("Another replica changed the session during this request, of which nothing was learned.")
+    return SessionBusy("Another replica changed the session during this request; nothing was learned.")
 
 
 def session_not_found(session: str) -> NotFound:

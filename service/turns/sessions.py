@@ -78,7 +78,7 @@ class Sessions:
         """Number of turns that run or wait."""
         return self.gate.in_flight
 
-    def begin(self, loaded_model: LoadedModel) -> None:
+    def set_ready(self, loaded_model: LoadedModel) -> None:
         """Take turns from now on, with the model that has been loaded."""
         self._loaded = loaded_model
         self.gate.state = "ready"

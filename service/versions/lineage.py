@@ -26,7 +26,7 @@ def with_text(
 
 def kept_tokens_of(history: History) -> dict[int, bytes]:
     """Return the packed learned tokens that are kept, by version."""
-    return {undo.version: undo.text for undo in history.undo if undo.text}
+    return {undo.version: undo.packed_tokens for undo in history.undo if undo.packed_tokens}
 
 
 def prompt_tokens_of(history: History, completion_key: str) -> list[int]:
@@ -61,7 +61,7 @@ def plan_unlearn(history: History, version: int) -> tuple[int, list[bytes]]:
         )
     remaining = [other for other in now if other != version]
     base = max((v for v, line in lines.items() if line == remaining[: len(line)]), key=lambda v: (len(lines[v]), v))
-    texts = {undo.version: undo.text for undo in history.undo}
+    texts = {undo.version: undo.packed_tokens for undo in history.undo}
     kept_tokens = []
     for later in remaining[len(lines[base]) :]:
         if not texts[later]:

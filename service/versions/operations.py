@@ -41,13 +41,15 @@ class Versions:
         self, ctx: RequestContext, session: str, version: int, *, if_match: str | None = None
     ) -> SessionMeta:
         """Make a version with the content of an earlier version. Raises Conflict for a version that is not kept."""
-        return await self._sessions.run(ctx, RollbackTurn(self._store, session, version, if_match))
+        meta, _ = await self._sessions.run(ctx, RollbackTurn(self._store, session, version, if_match))
+        return meta
 
     async def unlearn(
         self, ctx: RequestContext, session: str, version: int, *, if_match: str | None = None
     ) -> SessionMeta:
         """Make a version as if `version` had never been learned. Raises Conflict where what this needs is not kept."""
-        return await self._sessions.run(ctx, UnlearnTurn(self._store, session, version, if_match))
+        meta, _ = await self._sessions.run(ctx, UnlearnTurn(self._store, session, version, if_match))
+        return meta
 
     async def learn_kept_text(
         self, ctx: RequestContext, session: str, completion_key: str, text: str, *, if_match: str | None = None
@@ -57,7 +59,8 @@ class Versions:
 
     async def fork(self, ctx: RequestContext, session: str, new: str, *, if_match: str | None = None) -> SessionMeta:
         """Make a new session that has learned the same. Raises Conflict if a session `new` exists."""
-        return await self._sessions.run(ctx, ForkTurn(self._store, ctx.tenant, session, new, if_match))
+        meta, _ = await self._sessions.run(ctx, ForkTurn(self._store, ctx.tenant, session, new, if_match))
+        return meta
 
     async def export(self, tenant: Tenant, session: str) -> tuple[bytes, SessionMeta]:
         """Return the session as a file that `import_session` reads."""
@@ -75,6 +78,4 @@ class Versions:
         Raises BadRequest for a file that is no sound export, Conflict for a file of other slow weights.
         """
         key = self._sessions.gate.limits.export_key
-        turn = ImportTurn(self._store, ctx.tenant, session, data, key, if_match)
-        meta = await self._sessions.run(ctx, turn)
-        return meta, turn.created
+        return await self._sessions.run(ctx, ImportTurn(self._store, ctx.tenant, session, data, key, if_match))

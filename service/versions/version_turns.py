@@ -25,22 +25,26 @@ from service.versions.export_file import read_export, unpack_session
 from service.versions.lineage import plan_unlearn, prompt_tokens_of
 
 
-class VersionTurn(Turn[SessionMeta]):
-    """A turn whose only event is the session's meta after the turn; a subclass plans the new content."""
+class VersionTurn(Turn[tuple[SessionMeta, bool]]):
+    """A turn whose only event is the session's meta after the turn, and whether the turn created the session.
+
+    A subclass plans the new content.
+    """
 
     def __init__(self, store: SessionStore, target: SessionTarget) -> None:
         self.target = target
-        self._store, self._session = store, target.session
+        self._store, self._session, self._created = store, target.session, False
 
-    def replayed(self, record: Json) -> Iterable[SessionMeta]:
-        return [SessionMeta(**record["session"] | {"digests": ()})]
+    def replayed(self, record: Json) -> Iterable[tuple[SessionMeta, bool]]:
+        meta = SessionMeta(**record["session"] | {"digests": ()})
+        return [(meta, meta.version == 1)]
 
-    def last_event(self, outcome: TurnOutcome) -> SessionMeta:
+    def last_event(self, outcome: TurnOutcome) -> tuple[SessionMeta, bool]:
         assert outcome.meta is not None
-        return outcome.meta
+        return outcome.meta, self._created
 
-    def record(self, last: SessionMeta) -> Json:
-        return {"session": asdict(replace(last, digests=()))}
+    def record(self, last: tuple[SessionMeta, bool]) -> Json:
+        return {"session": asdict(replace(last[0], digests=()))}
 
 
 class RollbackTurn(VersionTurn):
@@ -106,11 +110,6 @@ class ImportTurn(VersionTurn):
     ) -> None:
         super().__init__(store, SessionTarget(session, if_match=if_match))
         self._tenant, self._data, self._key = tenant, data, key
-        self.created = False
-
-    def replayed(self, record: Json) -> Iterable[SessionMeta]:
-        self.created = record["session"]["version"] == 1
-        return super().replayed(record)
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         manifest, arrays = await run_off_loop(len(self._data), read_export, self._data, self._key)
@@ -119,8 +118,8 @@ class ImportTurn(VersionTurn):
         config = model.engine.memory_config(policy)
         vocab_size = model.row_vocab_size(policy)
         manifest, sites = await run_off_loop(len(self._data), unpack_session, manifest, arrays, config, vocab_size)
-        self.created = handle.meta is None
-        stored = None if self.created else await self._store.load(self._tenant.name, self._session)
+        self._created = handle.meta is None
+        stored = None if self._created else await self._store.load(self._tenant.name, self._session)
         meta = handle.meta or model.new_meta(self._session, {}, policy)
         model.require_model(meta, policy)
         tags = inherited_tags(manifest["id"], manifest["created"], manifest["actions"], manifest["action_tags"])

@@ -40,7 +40,7 @@ class InProcessServer:
         app = create_app(sessions, metrics, self._settings, ApiKeys(self._settings))
         model = load_model(self._settings, metrics)
         await model.engine.start()
-        sessions.begin(model)
+        sessions.set_ready(model)
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
         serving = asyncio.create_task(self._server.serve())
         while not self._server.started:

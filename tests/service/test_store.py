@@ -278,7 +278,7 @@ async def test_history_undoes_each_version(store: SessionStore, tenant: str) -> 
     assert history is not None and history.meta == second
     assert history.log == [{"version": 1, "kind": "learn"}, {"version": 2, "kind": "rollback", "of": 1}]
     last, earlier = history.undo
-    assert (last.version, last.text, earlier.version, earlier.text) == (2, b"", 1, b"one")
+    assert (last.version, last.packed_tokens, earlier.version, earlier.packed_tokens) == (2, b"", 1, b"one")
     assert_same_rows(last.sites, {"a": rows([1, 2], 1), "b": rows([])})
     assert {site: slots.tolist() for site, slots in last.cleared_slots.items()} == {"a": [3, 7], "b": [0]}
     changed = ("version", "tokens_learned", "updated", "requests", "digests")

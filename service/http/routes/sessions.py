@@ -46,7 +46,7 @@ from service.http.schemas import (
 )
 from service.http.sse import until_disconnect
 from service.store.base import SessionMeta
-from service.turns.policy_turns import PolicyTurns
+from service.turns.policy_turns import PolicyOperations
 from service.turns.prompts import ChatPrompt, TextPrompt
 from service.turns.text_turns import ObserveResult, ScoreResult
 
@@ -113,7 +113,7 @@ async def delete_session(
 async def observe(session: PathId, body: ObserveRequest, learning: LearningRequestDep) -> Observed:
     """Learn a text or a chat of any length without generating; or learn the label of an example (policies)."""
     if body.features is not None and body.label is not None:
-        policies = PolicyTurns(learning.sessions)
+        policies = PolicyOperations(learning.sessions)
         work = policies.observe(
             learning.ctx, session, body.model, body.features, body.label, if_match=learning.if_match
         )
