@@ -37,7 +37,7 @@ from service.http.protocol import Connection
 from service.metrics import Metrics
 from service.model_loading import LOADER_THREAD, StartError, load_in_thread
 from service.settings import Settings
-from service.stopping import StopSignals, end_tasks, exit_within, first_line
+from service.stopping import StopSignals, end_tasks, first_line
 from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
 from service.store.redis.codec import DEFAULT_PREFIX
@@ -102,7 +102,7 @@ def _report_failure(error: Exception, signals: StopSignals) -> int:
         unexpected = "" if isinstance(error, STARTUP_ERRORS) else f"cannot start: {type(error).__name__}: "
         print(f"imprint: {unexpected}{first_line(error)}", file=sys.stderr, flush=True)
         log.debug("the start failed", exc_info=error)
-    exit_within(code)
+    signals.end_within(code)
     return code
 
 

@@ -28,6 +28,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._end_timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -37,6 +38,20 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._end_timer is not None:
+            self._end_timer.cancel()  # the start has ended by itself
+
+    def end_within(self, code: int, seconds: float = END_LIMIT_S) -> None:
+        """End the process with an exit code after `seconds`, unless the start has ended by itself until then."""
+
+        def end() -> None:
+            sys.stderr.flush()
+            os._exit(code)
+
+        if self._end_timer is None:
+            self._end_timer = threading.Timer(seconds, end)
+            self._end_timer.daemon = True
+            self._end_timer.start()
 
     def is_set(self) -> bool:
         """Return whether a signal has come."""
@@ -50,18 +65,6 @@ def exit_at_signals() -> None:
     """Make SIGTERM and SIGINT end the process at once and silently, for the time before it has children."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(0))
-
-
-def exit_within(code: int, seconds: float = END_LIMIT_S) -> None:
-    """End the process after `seconds` at the latest, whatever its threads and tasks are doing then."""
-
-    def end() -> None:
-        sys.stderr.flush()
-        os._exit(code)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]], timeout_s: float = 3.0) -> None:

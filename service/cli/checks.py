@@ -27,7 +27,7 @@ from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
 from model.text.tokenizer import Tokenizer
 from service.base_cache import PACKAGED_MODELS, BaseError, cached_base, unconverted_config
-from service.errors import StoreUnavailable
+from service.errors import StoreRefused, StoreUnavailable
 from service.model_loading import SHIPPED_MEMORIES, StartError, choose_memory, choose_policies
 from service.settings import Settings
 from service.stopping import first_line
@@ -234,7 +234,7 @@ async def _check_redis(url: str) -> str:
         await store.ping()
         used, limit = await store.memory()
         redis_config = await store.configuration("appendonly", "maxmemory-policy")
-    except (StoreUnavailable, RedisError) as error:
+    except (StoreUnavailable, StoreRefused, RedisError) as error:
         raise CheckFailed(
             f"the Redis of IMPRINT_REDIS_URL does not answer: {error.__cause__ or error}",
             "is it up, and do address and password hold?",

@@ -232,7 +232,7 @@ def test_a_half_closed_client_of_http_1_0_gets_what_it_reads(strict: Server) -> 
     with connect(strict) as connection:
         connection.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
         connection.shutdown(socket.SHUT_WR)
-        assert json.loads(read_all(connection).partition(b"\r\n\r\n")[2]) == {"status": "ready"}
+        assert json.loads(read_all(connection).partition(b"\r\n\r\n")[2]) == {"status": "ready", "store": "ok"}
 
 
 def test_a_client_that_goes_is_still_noticed(strict: Server) -> None:

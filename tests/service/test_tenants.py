@@ -16,12 +16,12 @@ from tests.live import NO_EOS, Client, Json, assert_error, assert_success, store
 from tests.service.test_keys import imprint
 from tests.tiny import TEXT
 
-OWNERS = ("acme", "bo", "bookish", "few", "laden", "slow", "single", OPERATOR)
+OWNERS = ("acme", "bo", "bookish", "few", "laden", "thrifty", "single", OPERATOR)
 LIMITS = {
     "bookish": "bytes=1000000000",
     "few": "sessions=1",
     "laden": "bytes=1",
-    "slow": "tokens_per_minute=20",
+    "thrifty": "tokens_per_minute=20",
     "single": "requests=1",
 }
 
@@ -356,7 +356,7 @@ def test_the_usage_record_equals_the_bytes_of_the_sessions(
 
 
 def test_learned_tokens_are_told_and_bounded(server_with_keys: Server, keys: dict[str, str]) -> None:
-    with openai.OpenAI(base_url=f"{server_with_keys.url}/v1", api_key=keys["slow"], max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server_with_keys.url}/v1", api_key=keys["thrifty"], max_retries=0) as client:
 
         def complete(**fields: str) -> Any:
             create = client.completions.with_raw_response.create
