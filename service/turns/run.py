@@ -22,7 +22,7 @@ from service.turns.commit import Commit, TurnOutcome, TurnPlan, build_commit, ou
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
 from service.turns.quotas import Quotas
-from service.turns.session_gate import SessionGate, SessionHandle, SessionTarget, session_changed
+from service.turns.session_gate import SessionGate, SessionHandle, SessionTarget, session_changed, version_conflict
 
 Json = dict[str, Any]
 E = TypeVar("E")
@@ -164,7 +164,7 @@ class TurnRunner:
         with self.metrics.load_seconds.time():
             stored = await self.store.load(ctx.tenant.name, meta.id)
         if stored is None or stored.meta.state_id != meta.state_id:
-            raise VersionConflict(f"Session {meta.id!r} was changed by somebody else during this turn.")
+            raise version_conflict(meta.id)
         sites, config, vocab_size = stored.sites, model.engine.memory_config(policy), model.row_vocab_size(policy)
         if not all(is_valid_site(name, batch, config, vocab_size) for name, batch in sites.items()):
             raise damaged_session(meta.id)
@@ -174,7 +174,7 @@ class TurnRunner:
         return MemoryAccess(key, NO_STATE_ID, plan.writes, rows, policy)
 
     def _submit(self, plan: TurnPlan, memory: MemoryAccess | None, stream: JobStream) -> None:
-        """Submit one job for a session, whose segments may learn; without a session one job a segment."""
+        """Submit one job for a session, whose segments may learn; without a session, one job per segment."""
         if plan.start_meta is None:
             for segment in plan.segments:
                 stream.submit(JobRequest([segment], stream.emit, frozen=plan.score_frozen))

@@ -262,6 +262,11 @@ def session_changed() -> SessionBusy:
     return SessionBusy("Another replica changed the session during this request; nothing was learned.")
 
 
+def version_conflict(session: str) -> VersionConflict:
+    """Return the error of a turn whose session another replica has changed meanwhile; such a turn may run again."""
+    return VersionConflict(f"Session {session!r} was changed by somebody else during this turn.")
+
+
 def session_not_found(session: str) -> NotFound:
     """Return the error for a session that does not exist."""
     return NotFound(f"Session {session!r} does not exist.", param="id", code="session_not_found")

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 from service.concurrency import run_off_loop
 from service.engine import Segment
-from service.errors import BadRequest, Conflict, VersionConflict
+from service.errors import BadRequest, Conflict
 from service.store.base import History, SessionMeta, SessionStore
 from service.tenants import Tenant
 from service.turns.action_ids import inherited_tags
@@ -18,7 +18,7 @@ from service.turns.commit import TurnOutcome, TurnPlan
 from service.turns.loaded_model import LoadedModel
 from service.turns.prompts import TextPrompt, message_digests, require_fits
 from service.turns.run import Json, Turn
-from service.turns.session_gate import SessionHandle, SessionTarget, require_match, session_not_found
+from service.turns.session_gate import SessionHandle, SessionTarget, require_match, session_not_found, version_conflict
 from service.turns.state_delta import full_state_delta, state_delta_at, unpack_learned_tokens
 from service.turns.text_turns import LearningTurn
 from service.versions.export_file import read_export, unpack_session
@@ -160,5 +160,5 @@ async def load_history(store: SessionStore, handle: SessionHandle) -> History:
     assert handle.meta is not None
     history = await store.history(handle.ctx.tenant.name, handle.meta.id, undo=True)
     if history is None or history.meta.state_id != handle.meta.state_id:
-        raise VersionConflict(f"Session {handle.meta.id!r} was changed by somebody else during this turn.")
+        raise version_conflict(handle.meta.id)
     return history
