@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.base.backbone import Backbone
 from model.base.kv_cache import KVCache
-from model.memory import Draft, LexicalReadout, Memory, Pool, choose_backend
+from model.episodes import Episodes, episodic_site
+from model.memory import Draft, LexicalReadout, Memory, MemoryConfig, Pool, choose_backend
 from model.memory.lexical.ops import hash_ngrams, memory_prob, mix, target_log_prob
 from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.prediction import Prediction, base_prediction
@@ -157,12 +158,21 @@ class AdaptiveLM:
     """Steps over slow weights, fast weights and tokens, without state of its own. Call under `torch.inference_mode`.
 
     decoder: the base as it generates, if it differs from the base that reads, scores and learns (`backbone`).
+    episodes: the episodic memory; None = sessions keep no episodes.
     """
 
-    def __init__(self, backbone: Backbone, memory: Memory, *, decoder: Backbone | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        memory: Memory,
+        *,
+        decoder: Backbone | None = None,
+        episodes: Episodes | None = None,
+    ) -> None:
         self.backbone = backbone
         self.decoder = backbone if decoder is None else decoder
         self.memory = memory
+        self.episodes = episodes
         self.needs_frozen_cache = any(layer != OUTPUT_LAYER for layer in memory.residual)
 
     @property
@@ -170,11 +180,17 @@ class AdaptiveLM:
         """Return the device of the weights."""
         return self.backbone.embedding.device
 
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """Return the configuration of the sites that a session of this model has."""
+        config = self.memory.config
+        return config if self.episodes is None else replace(config, sites=(*config.sites, episodic_site()))
+
     def new_pool(self, *, rows: int, sessions: int, make_room: Callable[[], bool] = lambda: False) -> Pool:
         """Return an empty pool on the model's device with its backend; the arguments are those of `Pool`."""
         backend = choose_backend(self.device)
         return Pool(
-            self.memory.config, rows=rows, sessions=sessions, backend=backend, device=self.device, make_room=make_room
+            self.memory_config, rows=rows, sessions=sessions, backend=backend, device=self.device, make_room=make_room
         )
 
     def new_cache(self, capacity: int) -> KVCache:

@@ -20,7 +20,9 @@ from model.base.backbone import Backbone
 from model.base.checkpoint import fingerprint, load_backbone
 from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import wrap_for_serving
+from model.episodes import Episodes
 from model.memory import Memory, load_memory
+from model.memory.episodic.words import build_tables
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
 from model.text.tokenizer import Tokenizer
@@ -30,6 +32,7 @@ from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
 from service.turns.loaded_model import LoadedModel
+from service.turns.recall import RecallPlan
 
 LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
 KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
@@ -81,7 +84,9 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
-    lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone))
+    tables = build_tables([tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
+    episodes = Episodes(backbone, tables, hot_bytes=settings.recall_hot_bytes)
+    lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone), episodes=episodes)
     engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
     fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
     metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
@@ -94,7 +99,14 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     return LoadedModel(
-        engine, tokenizer, fingerprints, context, backbone.config.vocab_size, policies, policy_fingerprints
+        engine,
+        tokenizer,
+        fingerprints,
+        context,
+        backbone.config.vocab_size,
+        RecallPlan.of(tokenizer, settings.recall_tokens),
+        policies,
+        policy_fingerprints,
     )
 
 

@@ -286,6 +286,18 @@ class Settings(BaseSettings):
         description="Number of sessions whose fast weights are kept on the device. The others are loaded from the"
         " store when they are used.",
     )
+    recall_tokens: int = Field(
+        256,
+        ge=0,
+        le=4096,
+        description="Most tokens of a session's episodes (spans of what it was taught) that a generated reply may read;"
+        " 0 = replies read none, and no session keeps any.",
+    )
+    recall_hot_bytes: int = Field(
+        256 * 2**20,
+        ge=0,
+        description="Most bytes of keys and values of episodes that are kept; others are made again when they are read.",
+    )
     proof_rate: float = Field(
         1.0,
         ge=0,

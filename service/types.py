@@ -1,11 +1,28 @@
 """Types that requests, turns and answers share. The client imports them, so this module must not import torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 AdaptMode = Literal["both", "observe", "predict"]
 LearnMode = Literal["prompt", "completion", "all"]
 StoreStatus = Literal["ok", "read_only", "away"]  # read_only: what was learned can be used, nothing can be learned
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """An episode that a reply has read.
+
+    Attributes:
+        version: the version that learned the episode.
+        offset: number of tokens of its request before the episode.
+        score: how well its words match the question's; comparable within one reply only.
+        text: the episode.
+    """
+
+    version: int
+    offset: int
+    score: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -18,6 +35,7 @@ class Adaptation:
         loss: nats per learned token, before the token was learned; None if no token was learned.
         version_from: the session's version before the turn.
         version_to: the session's version after the turn.
+        recalled: the episodes of the session that the reply has read, the oldest first.
     """
 
     tokens_learned: int
@@ -25,3 +43,9 @@ class Adaptation:
     loss: float | None
     version_from: int
     version_to: int
+    recalled: list[Recalled] = field(default_factory=list)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Adaptation":
+        """Return the adaptation of which `asdict` made a record; a record of an earlier release has no episodes."""
+        return cls(**record | {"recalled": [Recalled(**entry) for entry in record.get("recalled", [])]})

@@ -40,6 +40,13 @@ class KVCache(ABC):
         """Return an independent copy of the stored tokens. Raises `ValueError` if they exceed `capacity`."""
 
     @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the rotated keys and the values of T tokens, each `[L, H_kv, T, hd]`, and advance `length`.
+
+        Raises `ValueError` if the cache has no room for them.
+        """
+
+    @abstractmethod
     def attention(self, caches: Sequence[Any], T: int) -> AttentionFn:
         """Return the attention of one forward pass, in which row `b` extends `caches[b]` by `T` tokens.
 
@@ -99,6 +106,13 @@ class DenseCache(KVCache):
         copied.values[:, :, : self.length] = self.values[:, :, : self.length]
         copied.length = self.length
         return copied
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        T = keys.shape[2]
+        self.check_capacity(T)
+        self.keys[:, :, self.length : self.length + T] = keys
+        self.values[:, :, self.length : self.length + T] = values
+        self.length += T
 
     def attention(self, caches: Sequence[DenseCache], T: int) -> AttentionFn:
         return _DenseCacheAttention(caches, T)

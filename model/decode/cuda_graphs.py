@@ -131,13 +131,14 @@ class CudaGraphLM(AdaptiveLM):
     ) -> None:
         """kv_tokens: tokens that all caches together may hold. max_batch: sequences of one step, at most. attend: by
         default the fastest on the device."""
-        super().__init__(lm.backbone, lm.memory, decoder=lm.decoder)
+        super().__init__(lm.backbone, lm.memory, decoder=lm.decoder, episodes=lm.episodes)
         # With memory below the output, each sequence has a second cache, without memory, of the same size.
         num_caches = 2 if self.needs_frozen_cache else 1
         self.pages = PagePool(
             lm.backbone.config,
             tokens=num_caches * kv_tokens,
-            sequences=num_caches * max_batch,
+            # A request that recalls has one cache to learn from and one with episodes; `num_tokens` of its job has both.
+            sequences=(num_caches + (self.episodes is not None)) * max_batch,
             device=lm.device,
             dtype=lm.backbone.embedding.dtype,
             attend=attend,

@@ -146,6 +146,19 @@ class PagedCache(KVCache):
             by_page[:, destination] = by_page[:, source]
         return copy
 
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        T = keys.shape[2]
+        self.check_capacity(T)
+        slots = upload(self._slots(self.length + T)[-T:], self.pages.device)
+        for field, new in ((self.pages.keys, keys), (self.pages.values, values)):
+            field.index_copy_(1, slots, new.transpose(1, 2).to(field.dtype))
+        self.length += T
+
+    def _slots(self, end: int) -> CellIndices:
+        """Return the slots of the first `end` tokens."""
+        pages = self.page_ids[: -(-end // PAGE_SIZE), None]
+        return (pages * PAGE_SIZE + np.arange(PAGE_SIZE)).flatten()[:end]
+
     def attention(self, caches: Sequence[PagedCache], T: int) -> AttentionFn:
         for cache in caches:
             cache.check_capacity(T)
@@ -219,8 +232,7 @@ class _Prefill:
 
     def __init__(self, cache: PagedCache, T: int) -> None:
         end, pages = cache.length + T, cache.pages
-        slots = (cache.page_ids[: -(-end // PAGE_SIZE), None] * PAGE_SIZE + np.arange(PAGE_SIZE)).flatten()[:end]
-        self._pages, self._slots = pages, upload(slots, pages.device)
+        self._pages, self._slots = pages, upload(cache._slots(end), pages.device)
         self._new_slots = self._slots[-T:]
         self._mask = causal_mask(pages.keys.new_empty(1, 1, end, 0), T)
 

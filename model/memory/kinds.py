@@ -14,5 +14,6 @@ from model.site_kind import SiteKind
 SITES: dict[SiteKind, Callable[[SiteConfig, int], MemorySite] | None] = {
     "lexical": LexicalSite,
     "hidden": DeltaSite,
+    "episodic": None,
     "journal": None,
 }

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.device import copy_to_host, upload
-from model.memory.backend import MemoryBackend
+from model.memory.backend import MemoryBackend, choose_backend
 from model.memory.config import GATE_CLOSED, SESSION_SCALARS_SUFFIX, MemoryConfig, SiteConfig
 from model.memory.lexical.types import NGRAM_SIZES
 from model.memory.rows import SiteRows, as_bytes
 
 CellIndices = NDArray[np.integer[Any]]  # cells or physical cells, on the host
 CellMask = NDArray[np.bool_]  # [cells]
+HOST = torch.device("cpu")
 
 
 class PoolFullError(RuntimeError):
@@ -163,7 +164,12 @@ class Pool:
         self.backend = backend
         self.sites = {
             site.name: SitePool(
-                site, rows=rows, sessions=sessions, device=self.device, make_room=make_room, backend=self.backend
+                site,
+                rows=max(site.slots, rows // site.layout.rows_divisor) if site.layout.on_host else rows,
+                sessions=sessions,
+                device=HOST if site.layout.on_host else self.device,
+                make_room=make_room,
+                backend=choose_backend(HOST) if site.layout.on_host else self.backend,
             )
             for site in config.sites
         }
@@ -177,7 +183,7 @@ class Pool:
                 if name.endswith(SESSION_SCALARS_SUFFIX):
                     site = self.sites[name.removesuffix(SESSION_SCALARS_SUFFIX)]
                     session_scalars = batch.data[0].view(torch.float32).view_as(site.session_scalars[index])
-                    site.session_scalars[index] = upload(session_scalars, self.device)
+                    site.session_scalars[index] = upload(session_scalars, site.device)
                 else:
                     self.sites[name].load_rows(index, batch)
         except PoolFullError:

@@ -33,7 +33,14 @@ class SiteSizes(Protocol):
 
 
 class RowLayout(ABC):
-    """The row format of one kind of memory, and the limits of its sites. A layout has no state."""
+    """The row format of one kind of memory, and the limits of its sites. A layout has no state.
+
+    on_host: whether the rows stay on the host, whatever the device: a kind that no kernel on the device reads.
+    rows_divisor: the pool has room for so many times fewer rows of this kind.
+    """
+
+    on_host = False
+    rows_divisor = 1
 
     @abstractmethod
     def cell_fields(self, config: SiteSizes) -> list[tuple[tuple[int, ...], torch.dtype]]:

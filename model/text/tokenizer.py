@@ -124,7 +124,7 @@ class Tokenizer:
 
         Special tokens and ids beyond the vocabulary are skipped. Bytes that are not UTF-8 become U+FFFD.
         """
-        return b"".join(map(self._visible_bytes, ids)).decode("utf-8", errors="replace")
+        return b"".join(map(self.text_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes of a token: for special tokens their text, for unknown ids no bytes."""
@@ -205,7 +205,8 @@ class Tokenizer:
         # Unlike `encode`, `encode_batch` releases the interpreter's lock.
         return self._pipeline.encode_batch([text], add_special_tokens=False)[0]
 
-    def _visible_bytes(self, token_id: int) -> bytes:
+    def text_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds to a decoded text: none for a special token."""
         return b"" if token_id in self._special else self.token_bytes(token_id)
 
 
@@ -213,12 +214,12 @@ class DecodeStream:
     """An incremental decoder, which returns characters as soon as they are complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._visible_bytes = tokenizer._visible_bytes
+        self._text_bytes = tokenizer.text_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def step(self, token_id: int) -> str:
         """Return the characters that this token completes, possibly none."""
-        return self._utf8.decode(self._visible_bytes(token_id))
+        return self._utf8.decode(self._text_bytes(token_id))
 
     def flush(self) -> str:
         """Return the text of an unfinished character at the end."""

@@ -69,6 +69,7 @@ class Options(TypedDict, total=False):
     session: str | None  # the session whose memory is read and taught; none = the frozen base
     adapt: AdaptMode | None
     learn: LearnMode | None
+    recall: bool | None  # False: read and keep no episodes
     model: str | None  # default: the served model
     max_tokens: int | None
     temperature: float | None
@@ -111,6 +112,7 @@ def create(
     *,
     adapt: AdaptMode | None = None,
     learn: LearnMode | None = None,
+    recall: bool | None = None,
     keep_text: bool | None = None,
     ttl_s: int | None = None,
     model: str | None = None,
@@ -122,12 +124,13 @@ def create(
         session: id of the session.
         adapt: the session's default for the option `adapt` of a request.
         learn: the session's default for the option `learn` of a request.
+        recall: False: the session keeps no episodes, and its replies read none.
         keep_text: keep the learned texts, so that they can be unlearned.
         ttl_s: seconds after its last use at which the session is erased; 0 = never.
         model: the policy that the session belongs to; none = the language model.
         if_match: the version that the session must have.
     """
-    body = _drop_none(adapt=adapt, learn=learn, keep_text=keep_text, ttl_s=ttl_s, model=model)
+    body = _drop_none(adapt=adapt, learn=learn, recall=recall, keep_text=keep_text, ttl_s=ttl_s, model=model)
     return Operation("PUT", _path(session), Session.model_validate_json, body, _if_match_header(if_match))
 
 
@@ -157,6 +160,7 @@ def observe(
     features: Sequence[float] | None = None,
     label: int | None = None,
     model: str | None = None,
+    recall: bool | None = None,
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
@@ -170,12 +174,13 @@ def observe(
         features: the example of a policy that predicts labels, with its `label`.
         label: the example's label.
         model: the policy of a new session.
+        recall: False: the text is not kept as episodes.
         on_disconnect: what becomes of the turn if the connection breaks.
         idempotency_key: a key under which the server applies the operation at most once.
         if_match: the version that the session must have.
     """
     body = _drop_none(text=text, messages=messages, features=features, label=label, model=model)
-    body |= _drop_none(on_disconnect=on_disconnect)
+    body |= _drop_none(recall=recall, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/observe", Observed.model_validate_json, body, headers)
 

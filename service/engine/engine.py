@@ -76,7 +76,8 @@ class Engine:
         self._lm, self._tokenizer = lm, tokenizer
         self._threads = threads
         self._metrics = metrics
-        self._resident = new_resident(lm.memory.config, rows=hot_rows)
+        forget = lm.episodes.forget if lm.episodes is not None else lambda key: None
+        self._resident = new_resident(lm.memory_config, rows=hot_rows, on_close=forget)
         # A session of a policy has a few rows, where a session of text has thousands.
         policy_rows = math.ceil(hot_rows / POLICY_ROWS_DIVISOR)
         self._policies = {

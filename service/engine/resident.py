@@ -37,11 +37,15 @@ class ResidentSessions:
         device: torch.device,
         backend: MemoryBackend,
         on_evict: Callable[[], None],
+        on_close: Callable[[SessionKey], None] = lambda key: None,
     ) -> None:
-        """Make an empty pool; the arguments are those of `Pool`. `on_evict` is called after each eviction."""
+        """Make an empty pool; the arguments are those of `Pool`.
+
+        `on_evict` is called after each eviction, and `on_close` whenever the pool forgets a session's rows.
+        """
         self._sessions: OrderedDict[SessionKey, _Resident] = OrderedDict()
         self._lock = threading.Lock()
-        self._on_evict = on_evict
+        self._on_evict, self._on_close = on_evict, on_close
         self.pool = Pool(config, rows=rows, sessions=sessions, device=device, backend=backend, make_room=self._evict)
 
     def __len__(self) -> int:
@@ -120,6 +124,7 @@ class ResidentSessions:
                 return
             del self._sessions[key]
         self.pool.close(resident.index)
+        self._on_close(key)
 
 
 class MemoryJob:
@@ -134,6 +139,7 @@ class MemoryJob:
         self._index = EMPTY_SESSION
         self._draft: Draft | None = None
         self._acquired = False
+        self._pool: Pool | None = None
 
     @property
     def index(self) -> int:
@@ -149,6 +155,7 @@ class MemoryJob:
         """Acquire the session's memory. Raises PoolFullError."""
         memory = self.request.memory
         if memory is not None:
+            self._pool = resident.pool
             self._index = resident.acquire(memory.key, memory.state_id, memory.stored)
             self._acquired = True
             if memory.write:

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.kv_cache import KVCache
 from model.decode.prompt_lookup import PromptLookup
+from model.episodes import Episode, RecallRequest
 from model.memory import Pool
 from model.text.sampling import Sampler, predraw
 from model.text.tokenizer import Tokenizer
@@ -46,7 +47,10 @@ class TextSequence:
         prompt: Sequence[int],
         options: GenerationParams,
         tokenizer: Tokenizer,
+        learn_from: tuple[KVCache, DecodeState] | None = None,
     ) -> None:
+        """learn_from: the cache and the state after the prompt to learn from, if the sequence reads episodes, which
+        what is learned must not depend on."""
         self.choice = choice
         self.cache = cache
         self.decode_state = decode_state
@@ -55,7 +59,7 @@ class TextSequence:
         self.finish: FinishReason | None = None
         self.text = TextStream(tokenizer.stream(), options.stop)
         self.num_learned = 0
-        self.learn_decode_state = decode_state
+        self.learn_cache, self.learn_decode_state = learn_from or (cache, decode_state)
         self._options = options
         self._eos = tokenizer.eos_token_ids
         self.sampler = Sampler(options.sampling, choice=choice)
@@ -101,6 +105,22 @@ class TextSequence:
         return TokenOutput(segment, self.choice, text, tokens, self.finish)
 
 
+class _Reading:
+    """The second pass over a prompt, from the block on in which its episodes are read: nothing is learned from it.
+
+    cache: of the prompt with the episodes. position: number of tokens of the prompt that the cache has.
+    """
+
+    def __init__(self, episodes: list[Episode], recall: RecallRequest, block: int) -> None:
+        self.episodes = episodes
+        self.recall = recall
+        self.start = recall.at // block * block
+        self.num_tokens = sum(len(episode.token_ids) + len(recall.separator) for episode in episodes)
+        self.position = self.start
+        self.cache: KVCache | None = None
+        self.decode_state: DecodeState | None = None
+
+
 class TextJob(MemoryJob):
     """A text request on the engine. Methods raise what the model raises; `close` cleans up after any error.
 
@@ -114,7 +134,10 @@ class TextJob(MemoryJob):
         super().__init__(request)
         counts = [segment.generate.n if segment.generate else 1 for segment in request.segments]
         self.num_sequences = max(counts)
-        self.num_tokens = max(_capacity(segment) * n for segment, n in zip(request.segments, counts, strict=True))
+        self.num_tokens = max(
+            _capacity(segment) * n + _reading_capacity(segment, n)
+            for segment, n in zip(request.segments, counts, strict=True)
+        )
         self.sequences: list[TextSequence] = []
         self._lm = lm
         self._tokenizer = tokenizer
@@ -125,6 +148,8 @@ class TextJob(MemoryJob):
         self._frozen_cache: KVCache | None = None
         self._decode_state: DecodeState | None = None
         self._learned_completions: dict[int, list[int]] = {}
+        self._reading: _Reading | None = None
+        self._recalled: list[Episode] = []
 
     @property
     def wants_block(self) -> bool:
@@ -144,11 +169,11 @@ class TextJob(MemoryJob):
     def close(self, resident: ResidentSessions, *, commit: bool) -> None:
         """Commit the draft or roll the draft back, release the session, and free the caches."""
         super().close(resident, commit=commit)
-        self._cache = self._frozen_cache = None
+        self._cache = self._frozen_cache = self._reading = None
         self.sequences = []
 
     def finished(self) -> JobFinished:
-        return replace(super().finished(), learned_completions=self._learned_completions)
+        return replace(super().finished(), learned_completions=self._learned_completions, recalled=self._recalled)
 
     def block(self, resident: ResidentSessions) -> Iterator[Event]:
         """Run one block of the prompt, or learn one block of a completion; yield the events."""
@@ -194,7 +219,10 @@ class TextJob(MemoryJob):
 
     @property
     def _prefilling(self) -> bool:
-        return 0 <= self._segment < len(self.request.segments) and self._position < len(self._current_segment.token_ids)
+        if not 0 <= self._segment < len(self.request.segments):
+            return False
+        reading, length = self._reading, len(self._current_segment.token_ids)
+        return self._position < length or (reading is not None and reading.position < length)
 
     @property
     def _current_segment(self) -> Segment:
@@ -203,12 +231,15 @@ class TextJob(MemoryJob):
     def _next_segment(self) -> None:
         for sequence in self.sequences:
             if sequence.num_learned:
-                self._learned_completions[self._segment] = sequence.tokens[: sequence.num_learned]
+                learned = sequence.tokens[: sequence.num_learned]
+                self._learned_completions[self._segment] = learned
+                self._keep_episodes(learned, [True] * len(learned), len(self._current_segment.token_ids))
         self._segment += 1
         self._position = 0
         self._decode_state, self.sequences = None, []
-        self._cache = self._frozen_cache = None
+        self._cache = self._frozen_cache = self._reading = None
         if not self.done:
+            self._reading = self._recall(self._current_segment)
             self._cache = self._lm.new_cache(_capacity(self._current_segment))
             if self._wants_frozen and self._lm.needs_frozen_cache:
                 self._frozen_cache = self._lm.new_cache(_capacity(self._current_segment))
@@ -220,7 +251,69 @@ class TextJob(MemoryJob):
         )
 
     def _prefill(self, resident: ResidentSessions) -> Iterator[Event]:
+        """Run one block of the prompt; then one block of the second pass, if the prompt reads episodes."""
+        if self._position < len(self._current_segment.token_ids):
+            yield from self._prefill_block(resident)
+            if self._position == len(self._current_segment.token_ids):
+                self._prompt_learned(self._current_segment)
+        else:
+            self._read_block(resident)
+        generate = self._current_segment.generate
+        if not self._prefilling and generate is not None and generate.max_tokens:
+            self.sequences = self._start_sequences(generate)
+
+    def _prompt_learned(self, segment: Segment) -> None:
+        if segment.learn is not None and any(segment.learn):
+            self.stats.segments_learned += 1
+            self._keep_episodes(segment.token_ids, segment.learn, 0)
+
+    def _keep_episodes(self, token_ids: Sequence[int], learn: Sequence[bool], offset: int) -> None:
+        """Keep the learned runs of a token sequence, whose first token is number `offset` of the segment."""
+        segment = self._current_segment
+        keeps = self.request.keep_episodes and segment.keep_episodes
+        if self._lm.episodes is not None and self._draft is not None and keeps:
+            version = segment.version or self.request.version
+            self._lm.episodes.learn(self._draft, token_ids, learn, version=version, offset=offset)
+
+    def _recall(self, segment: Segment) -> _Reading | None:
+        """Choose the episodes that a segment reads, of those that the session has before the turn."""
+        recall, memory = segment.recall, self.request.memory
+        if recall is None or memory is None or self._lm.episodes is None or self._pool is None:
+            return None
+        room = self._lm.backbone.config.max_context - _capacity(segment)
+        recall = replace(recall, max_tokens=min(recall.max_tokens, room))
+        index = self._index if self._draft is None else self._draft.base_index
+        episodes = self._lm.episodes.find(self._pool, index, segment.token_ids, recall)
+        self._recalled += episodes
+        return _Reading(episodes, recall, self._block) if episodes else None
+
+    def _read_block(self, resident: ResidentSessions) -> None:
+        """Run one block of the second pass, and append the episodes where the pass has reached their place."""
+        reading, token_ids = self._reading, self._current_segment.token_ids
+        assert reading is not None and reading.cache is not None and self.request.memory is not None
+        stop = min(reading.position + self._block, len(token_ids))
+        at = reading.recall.at
+        if reading.position == at:
+            assert self._lm.episodes is not None
+            owner = self.request.memory.key
+            self._lm.episodes.append(reading.cache, owner, reading.episodes, reading.recall)
+        elif reading.position < at:
+            stop = min(stop, at)
+        reading.decode_state, _ = self._lm.block(
+            token_ids[reading.position : stop],
+            reading.cache,
+            resident.pool,
+            self._index,
+            decode_state=reading.decode_state,
+        )
+        reading.position = stop
+
+    def _prefill_block(self, resident: ResidentSessions) -> Iterator[Event]:
         assert self._cache is not None
+        reading = self._reading
+        if reading is not None and self._position == reading.start:
+            capacity = _capacity(self._current_segment) + reading.num_tokens
+            reading.cache, reading.decode_state = self._cache.fork(capacity), self._decode_state
         segment, start = self._current_segment, self._position
         part = slice(start, min(start + self._block, len(segment.token_ids)))
         self._decode_state, scores = self._lm.block(
@@ -242,10 +335,6 @@ class TextJob(MemoryJob):
             self._count(scores)
             if segment.score is not None:
                 yield self._token_scores(part, segment.score, scores)
-        if not self._prefilling:
-            self.stats.segments_learned += int(segment.learn is not None and any(segment.learn))
-            if segment.generate is not None and segment.generate.max_tokens:
-                self.sequences = self._start_sequences(segment.generate)
 
     def _token_scores(self, part: slice, score: Sequence[bool], scores: Scores) -> TokenScores:
         positions = [i for i in range(part.start, part.stop) if score[i] and i > 0]
@@ -263,11 +352,17 @@ class TextJob(MemoryJob):
 
     def _start_sequences(self, options: GenerationParams) -> list[TextSequence]:
         assert self._cache is not None and self._decode_state is not None
-        capacity = _capacity(self._current_segment)
-        caches = [self._cache, *(self._cache.fork(capacity) for _ in range(options.n - 1))]
+        cache, decode_state, learn_from = self._cache, self._decode_state, None
+        capacity, reading = _capacity(self._current_segment), self._reading
+        if reading is not None:
+            assert reading.cache is not None and reading.decode_state is not None
+            learn_from = (cache, decode_state)
+            capacity += reading.num_tokens
+            cache, decode_state = reading.cache, replace(reading.decode_state, trust=decode_state.trust)
+        caches = [cache, *(cache.fork(capacity) for _ in range(options.n - 1))]
         prompt = self._current_segment.token_ids
         return [
-            TextSequence(i, cache, self._decode_state, prompt, options, self._tokenizer)
+            TextSequence(i, cache, decode_state, prompt, options, self._tokenizer, learn_from)
             for i, cache in enumerate(caches)
         ]
 
@@ -286,7 +381,7 @@ class TextJob(MemoryJob):
         depend on the batch.
         """
         count = min(self._block, sequence.text.num_released_tokens - sequence.num_learned)
-        cache, length = sequence.cache, sequence.cache.length
+        cache, length = sequence.learn_cache, sequence.learn_cache.length
         cache.truncate(len(self._current_segment.token_ids) + sequence.num_learned)
         decode_state, scores = self._lm.block(
             sequence.tokens[sequence.num_learned : sequence.num_learned + count],
@@ -304,7 +399,7 @@ class TextJob(MemoryJob):
         sequence.num_learned += count
         sequence.learn_decode_state = decode_state
         cache.length = max(cache.length, length)
-        if sequence.num_learned == len(sequence.tokens):
+        if cache is sequence.cache and sequence.num_learned == len(sequence.tokens):
             sequence.decode_state, sequence.pending = decode_state, None
 
     def _count(self, scores: Scores) -> None:
@@ -379,6 +474,11 @@ def _scores_by_sequence(
 
 def _capacity(segment: Segment) -> int:
     return len(segment.token_ids) + (segment.generate.max_tokens if segment.generate else 0)
+
+
+def _reading_capacity(segment: Segment, n: int) -> int:
+    """Return the number of tokens of the caches that read episodes, n of them; the prompt is learned from another."""
+    return 0 if segment.recall is None else (_capacity(segment) + segment.recall.max_tokens) * n
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.episodes import Episode, RecallRequest
 from model.memory import SiteRows
 from model.text.sampling import SamplingParams
 
@@ -44,6 +45,9 @@ class Segment:
         score: for each position, whether the token is scored; None = no token is scored. Where both masks are given,
             every learned token is scored.
         top: number of alternatives to report for each scored token.
+        recall: what the generation may read of the session's episodes; None = nothing.
+        version: the version that first learned the tokens, if it is not the turn's.
+        keep_episodes: whether the learned tokens are kept as episodes, if the job keeps episodes.
     """
 
     token_ids: Sequence[int]
@@ -51,6 +55,9 @@ class Segment:
     score: Sequence[bool] | None = None
     top: int = 0
     generate: GenerationParams | None = None
+    recall: RecallRequest | None = None
+    version: int | None = None
+    keep_episodes: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ class JobRequest:
         proof_from: number of segments that the session learned before.
         proof_rate: share of the learned segments, counted from `proof_from`, that are scored without memory too.
         policy_request: a request of a policy, instead of segments.
+        keep_episodes: whether what the job learns is kept as episodes.
+        version: the version that the turn makes.
     """
 
     segments: Sequence[Segment]
@@ -120,6 +129,8 @@ class JobRequest:
     proof_from: int = 0
     proof_rate: float = 0.0
     policy_request: PolicyRequest | None = None
+    keep_episodes: bool = False
+    version: int = 0
 
     def in_proof_sample(self, segment: int) -> bool:
         """Return whether a segment is in the sampled share.
@@ -225,6 +236,7 @@ class JobFinished:
         rows_held, bytes_held: number of rows and bytes that the session holds after the job.
         num_guards_closed: number of guards that the job closed, minus the number that the job opened.
         learned_completions: the generated tokens that were learned, by segment.
+        recalled: the episodes that generations read.
     """
 
     stats: JobStats
@@ -234,6 +246,7 @@ class JobFinished:
     bytes_held: int = 0
     num_guards_closed: int = 0
     learned_completions: dict[int, list[int]] = field(default_factory=dict)
+    recalled: list[Episode] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ TokenIds = Annotated[
 ON_DISCONNECT = Field(
     None, description="The end of the turn if its client disconnects; default `rollback`: the turn has no effect."
 )
+RECALL = Field(
+    None,
+    description="False: the reply reads no episodes of the session, and the text is not kept as an episode. Default: the"
+    " session's, else true.",
+)
 MODEL = Field(None, description="The policy; required for a session that does not exist yet.")
 REGRET = Field(None, description="The regret of that action, if it is known; only counted in the metrics, not learned.")
 Observation = Annotated[
@@ -233,6 +238,7 @@ class GenerationRequest(Body):
     learn: LearnMode | None = Field(
         None, description="The part that is learned; default: the session's, else `prompt`."
     )
+    recall: bool | None = RECALL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
@@ -343,6 +349,9 @@ class SessionOptions(Body):
 
     adapt: AdaptMode | None = None
     learn: LearnMode | None = None
+    recall: bool | None = Field(
+        None, description="False: the session keeps no episodes, and its replies read none. Default: true."
+    )
     keep_text: bool | None = Field(None, description="Keep the learned texts while their commits can be undone.")
     model: str | None = Field(None, description="The policy of a new session; default: the language model.")
     ttl_s: Annotated[Integer, Field(ge=0, le=315_360_000)] | None = Field(
@@ -376,6 +385,7 @@ class ObserveRequest(Body):
     features: Observation | None = None
     label: Annotated[Integer, Field(ge=0, le=INT32)] | None = None
     model: str | None = MODEL
+    recall: bool | None = RECALL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")

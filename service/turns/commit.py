@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from service.store.base import SessionMeta
 from service.turns import prompts
 from service.turns.idempotency import RequestContext
 from service.turns.state_delta import StateDelta, digest, pack_learned_tokens
-from service.types import Adaptation
+from service.types import Adaptation, Recalled
 
 TurnKind = Literal["learn", "rollback", "unlearn", "fork", "import"]
 
@@ -32,6 +32,7 @@ class TurnPlan:
         writes: whether the turn may learn.
         score_frozen: whether every score is also taken without memory.
         kind, origin: the log entry's kind and what the entry refers to.
+        keep_episodes: whether what the turn learns is kept as episodes.
     """
 
     meta: SessionMeta | None
@@ -43,6 +44,7 @@ class TurnPlan:
     score_frozen: bool = False
     kind: TurnKind = "learn"
     origin: int | str | None = None
+    keep_episodes: bool = False
 
     @property
     def policy(self) -> str:
@@ -124,6 +126,8 @@ def build_commit(
         "loss": _mean_loss(stats),
         "request_id": ctx.request_id,
     }
+    if not plan.keep_episodes and plan.segments:
+        log["recall"] = False
     if plan.origin is not None:
         log["of"] = plan.origin
     if stats.completion_tokens and len(plan.segments) == 1:
@@ -157,14 +161,19 @@ def next_meta(meta: SessionMeta, done: JobFinished, digests: tuple[str, ...]) ->
     )
 
 
-def outcome_of(plan: TurnPlan, jobs: Sequence[JobFinished], commit: Commit | None) -> TurnOutcome:
-    """Return what a turn did, as its last event tells it."""
+def outcome_of(
+    plan: TurnPlan, jobs: Sequence[JobFinished], commit: Commit | None, decode: Callable[[Sequence[int]], str]
+) -> TurnOutcome:
+    """Return what a turn did, as its last event tells it. decode: returns the text of tokens."""
     done, completion_tokens = _session_job(jobs), sum(job.stats.completion_tokens for job in jobs)
     before = 0 if plan.meta is None else plan.meta.version
     meta = plan.meta if commit is None else commit.meta
     after = before if meta is None else meta.version
     learned = done.stats.tokens_learned
-    adaptation = Adaptation(learned, done.rows_written, _mean_loss(done.stats), before, after)
+    recalled = [
+        Recalled(episode.version, episode.offset, episode.score, decode(episode.token_ids)) for episode in done.recalled
+    ]
+    adaptation = Adaptation(learned, done.rows_written, _mean_loss(done.stats), before, after, recalled)
     return TurnOutcome(meta, adaptation, completion_tokens)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from model.text.sampling import SamplingParams
@@ -48,6 +48,7 @@ class CompletionJob:
     generation: GenerationOptions
     if_match: str | None = None
     stream: bool = False
+    recall: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +135,17 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
             model.require_model(meta)
         policy, known_digests = AdaptPolicy.of(job, meta), () if meta is None else meta.digests
         encoded = [await prompts.encode_async(p, model.tokenizer, known_digests, reply=True) for p in job.prompts]
-        pairs = zip(job.prompts, encoded, strict=True)
+        pairs = list(zip(job.prompts, encoded, strict=True))
         segments = [build_segment(job.generation, p, e, policy, model.context) for p, e in pairs]
         self._policy, self._sent = policy, list[Delta]()
         self._output = OutputProcessor(job.generation, encoded, model.tokenizer)
         self._prompt_tokens = sum(len(e.token_ids) for e in encoded)
+        recalls = meta is not None and model.recall.keeps(meta.options, job.recall)
+        if recalls:
+            requests = [model.recall.request(e, chat=isinstance(p, ChatPrompt)) for p, e in pairs]
+            segments = [replace(s, recall=request) for s, request in zip(segments, requests, strict=True)]
         digests = [digest for e in encoded for digest in e.digests] if policy.learn_prompt else []
-        return TurnPlan(meta, segments, digests=digests, writes=policy.writes)
+        return TurnPlan(meta, segments, digests=digests, writes=policy.writes, keep_episodes=recalls)
 
     def outputs(self, segment: int, event: Event) -> Iterator[Delta]:
         return self._recorded(self._output.deltas(segment, event))
@@ -278,7 +283,7 @@ def unpack_answer(packed: dict[str, Any]) -> list[Delta | TurnEnd]:
         for choice, (text, tokens) in packed["choices"].items()
     ]
     end = packed["end"]
-    adaptation = None if end["adaptation"] is None else Adaptation(**end["adaptation"])
+    adaptation = None if end["adaptation"] is None else Adaptation.from_record(end["adaptation"])
     return [*deltas, TurnEnd(**{**end, "adaptation": adaptation})]
 
 

@@ -12,6 +12,7 @@ from model.text.tokenizer import Tokenizer
 from service.engine import Engine
 from service.errors import Conflict
 from service.store.base import Option, SessionMeta
+from service.turns.recall import RecallPlan
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LoadedModel:
         fingerprints: fingerprints of the base and of the memory's slow weights, by part.
         policies: the policies by name.
         policy_fingerprints: the fingerprint of each policy's slow weights, by name.
+        recall: how replies read episodes.
     """
 
     engine: Engine
@@ -30,6 +32,7 @@ class LoadedModel:
     fingerprints: dict[str, str]
     context: int
     vocab_size: int
+    recall: RecallPlan
     policies: dict[str, Policy] = field(default_factory=dict)
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
 

@@ -125,7 +125,7 @@ class ActTurn(PolicyTurn[ActResult]):
         self._observation, self._reward, self._sampling = observation, reward, sampling
 
     def replayed(self, record: Json) -> Iterable[ActResult]:
-        return [ActResult(**record | {"adaptation": Adaptation(**record["adaptation"])})]
+        return [ActResult(**record | {"adaptation": Adaptation.from_record(record["adaptation"])})]
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta, policy = self._find_policy(handle, model)

@@ -77,11 +77,16 @@ def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """The tokens of a prompt. learn: which tokens are new to the session; digests: one a message of a chat."""
+    """The tokens of a prompt.
+
+    learn: which tokens are new to the session. digests: one a message of a chat. question: the tokens [start, stop) of
+    a chat's last message of the user; None where there is none.
+    """
 
     token_ids: list[int]
     learn: list[bool]
     digests: list[str] = field(default_factory=list)
+    question: tuple[int, int] | None = None
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
@@ -125,7 +130,8 @@ def _encode_chat(
     for digest, (start, end) in zip(digests, chat.spans, strict=True):
         if digest not in known:
             learn[start:end] = [True] * (end - start)
-    return EncodedPrompt(chat.token_ids, learn, digests)
+    asked = [span for message, span in zip(messages, chat.spans, strict=True) if message["role"] == "user"]
+    return EncodedPrompt(chat.token_ids, learn, digests, asked[-1] if asked and asked[-1][0] < asked[-1][1] else None)
 
 
 def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -108,7 +108,7 @@ class TurnRunner:
                             yield output
                 record_jobs(self.metrics, stream.finished)
                 size = plan.num_tokens + sum(OUTPUT_COST * job.stats.completion_tokens for job in stream.finished)
-                remaining, commit, last = await run_off_loop(size, _conclude, ctx, turn, plan, stream.finished)
+                remaining, commit, last = await run_off_loop(size, _conclude, ctx, turn, plan, stream.finished, model)
                 await self._commit(handle, plan, commit, stream.finished, turn.record, last, size)
                 stream.settle(None if commit is None else commit.meta.state_id)
             if commit is not None and not plan.runs_jobs:
@@ -188,6 +188,8 @@ class TurnRunner:
                     plan.start_meta.requests,
                     self.proof_rate,
                     plan.policy_request,
+                    plan.keep_episodes,
+                    plan.start_meta.version + 1,
                 )
             )
 
@@ -213,9 +215,9 @@ class TurnRunner:
 
 
 def _conclude(
-    ctx: RequestContext, turn: Turn[E], plan: TurnPlan, jobs: Sequence[JobFinished]
+    ctx: RequestContext, turn: Turn[E], plan: TurnPlan, jobs: Sequence[JobFinished], model: LoadedModel
 ) -> tuple[list[E], Commit | None, E]:
     """Return the outputs that remain, what to commit, and the last event of a turn whose jobs have finished."""
     remaining = list(turn.remaining_outputs())
     commit = build_commit(ctx, plan, jobs, turn.reply_digests())
-    return remaining, commit, turn.last_event(outcome_of(plan, jobs, commit))
+    return remaining, commit, turn.last_event(outcome_of(plan, jobs, commit, model.tokenizer.decode))

@@ -109,10 +109,19 @@ class Sessions:
         return _prepend(await anext(events), events)
 
     async def observe(
-        self, ctx: RequestContext, session: str, prompt: TextPrompt | ChatPrompt, *, if_match: str | None = None
+        self,
+        ctx: RequestContext,
+        session: str,
+        prompt: TextPrompt | ChatPrompt,
+        *,
+        if_match: str | None = None,
+        recall: bool | None = None,
     ) -> ObserveResult:
-        """Learn a text of any length as one turn; of a chat, only what the session has not seen."""
-        return await self.run(ctx, ObserveTurn(session, prompt, if_match))
+        """Learn a text of any length as one turn; of a chat, only what the session has not seen.
+
+        recall: False keeps no episodes of the text; None is the session's option.
+        """
+        return await self.run(ctx, ObserveTurn(session, prompt, if_match, recall))
 
     async def score(
         self, ctx: RequestContext, session: str, text: str, *, learn: bool, if_match: str | None = None

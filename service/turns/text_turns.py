@@ -58,9 +58,11 @@ class LearningTurn(Turn[ObserveResult]):
 class ObserveTurn(LearningTurn):
     """Learns a text; of a chat, only the messages that the session has not seen."""
 
-    def __init__(self, session: str, prompt: TextPrompt | ChatPrompt, if_match: str | None) -> None:
+    def __init__(
+        self, session: str, prompt: TextPrompt | ChatPrompt, if_match: str | None, recall: bool | None = None
+    ) -> None:
         self.target = SessionTarget(session, if_match=if_match)
-        self._session, self._prompt = session, prompt
+        self._session, self._prompt, self._recall = session, prompt, recall
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta = handle.meta or model.new_meta(self._session, {})
@@ -68,7 +70,8 @@ class ObserveTurn(LearningTurn):
         encoded = await prompts.encode_text(self._prompt, model.tokenizer, meta.digests)
         start = model.tokenizer.start_token_id
         segments = await prompts.segments_async(encoded, model.context, start, learn=True, score=False)
-        return TurnPlan(meta, segments, digests=encoded.digests)
+        keep = model.recall.keeps(meta.options, self._recall)
+        return TurnPlan(meta, segments, digests=encoded.digests, keep_episodes=keep)
 
 
 class ScoreTurn(Turn[ScoreResult]):
@@ -89,7 +92,8 @@ class ScoreTurn(Turn[ScoreResult]):
         segments = await prompts.segments_async(encoded, model.context, start, learn=self._learn, score=True)
         self._scores = list[TokenScores]()
         self._token_ids, self._token_bytes = encoded.token_ids, model.tokenizer.token_bytes
-        return TurnPlan(meta, segments, writes=self._learn, score_frozen=True)
+        keep = model.recall.keeps(meta.options, None)
+        return TurnPlan(meta, segments, writes=self._learn, score_frozen=True, keep_episodes=keep)
 
     def outputs(self, segment: int, event: Event) -> Iterator[ScoreResult]:
         if isinstance(event, TokenScores):

@@ -46,8 +46,9 @@ def prompt_tokens_of(history: History, completion_key: str) -> list[int]:
     )
 
 
-def plan_unlearn(history: History, version: int) -> tuple[int, list[bytes]]:
-    """Return how to unlearn a version: the kept version to start from, and the packed tokens to learn again.
+def plan_unlearn(history: History, version: int) -> tuple[int, list[tuple[int, bytes]]]:
+    """Return how to unlearn a version: the kept version to start from, and the later versions with the packed tokens
+    to learn again.
 
     Raises Conflict if the session does not consist of the version, or if tokens that are needed are not kept.
     """
@@ -71,7 +72,7 @@ def plan_unlearn(history: History, version: int) -> tuple[int, list[bytes]]:
                 param="version",
                 code="text_not_kept",
             )
-        kept_tokens.append(texts[later])
+        kept_tokens.append((later, texts[later]))
     return base, kept_tokens
 
 

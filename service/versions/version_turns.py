@@ -76,8 +76,16 @@ class UnlearnTurn(VersionTurn):
         base, kept_tokens = plan_unlearn(history, self._version)
         delta = state_delta_at(history, base)
         delta = replace(delta, meta=delta.meta | {"digests": history.meta.digests})
-        segments = [segment for packed in kept_tokens for segment in unpack_learned_tokens(packed)]
-        return TurnPlan(handle.meta, segments, state_delta=delta, kind="unlearn", origin=self._version)
+        without_episodes = {entry["version"] for entry in history.log if entry.get("recall") is False}
+        segments = [
+            replace(segment, version=version, keep_episodes=version not in without_episodes)
+            for version, packed in kept_tokens
+            for segment in unpack_learned_tokens(packed)
+        ]
+        keep = model.recall.keeps(history.meta.options, None)
+        return TurnPlan(
+            handle.meta, segments, state_delta=delta, kind="unlearn", origin=self._version, keep_episodes=keep
+        )
 
 
 class ForkTurn(VersionTurn):
@@ -152,7 +160,8 @@ class KeptCompletionTurn(LearningTurn):
         prompt = prompt[len(learned) - max_tokens - 1 :]
         segment = Segment(prompt + learned, learn=[False] * len(prompt) + [True] * len(learned))
         digests = list(message_digests([{"role": "assistant", "content": self._text}]))
-        return TurnPlan(handle.meta, [segment], digests=digests)
+        keep = model.recall.keeps(handle.meta.options, None)
+        return TurnPlan(handle.meta, [segment], digests=digests, keep_episodes=keep)
 
 
 async def load_history(store: SessionStore, handle: SessionHandle) -> History:

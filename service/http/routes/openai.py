@@ -243,7 +243,8 @@ def _completion_job(
     if session is None and body.user is not None:
         session = session_id(body.user, "user")
     if session is None:
-        for param, value in (("adapt", body.adapt), ("learn", body.learn), ("If-Match", if_match)):
+        given = {"adapt": body.adapt, "learn": body.learn, "recall": body.recall, "If-Match": if_match}
+        for param, value in given.items():
             if value is not None:
                 raise BadRequest(f"'{param}' needs a session; name one in 'session'.", param=param)
     choices = len(prompts) * generation.n
@@ -262,6 +263,7 @@ def _completion_job(
         generation=generation,
         if_match=if_match,
         stream=bool(body.stream),
+        recall=body.recall,
     )
 
 

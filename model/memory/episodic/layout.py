@@ -1,0 +1,53 @@
+"""The row format of the episodic memory: a row is an episode, a span of the session's past as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.memory.row_layout import MemoryConfigError, RowLayout, SiteSizes
+
+HEADER = 4  # int32 numbers before the tokens
+ORDINAL, LENGTH, VERSION, OFFSET = range(HEADER)  # 1, 2, 3 …; number of tokens; where the episode was learned
+HEADER_BYTES = 4 * HEADER
+
+
+class EpisodicLayout(RowLayout):
+    """A row has a header (`ORDINAL` and the fields after it) and `width` token ids, of which the first `LENGTH` count.
+
+    A slot is (ordinal − 1) modulo the number of slots, so the newest episode replaces the oldest.
+    """
+
+    on_host = True
+    rows_divisor = 8  # a span has many tokens, of which each may be a row of another kind
+
+    def cell_fields(self, config: SiteSizes) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [((HEADER,), torch.int32), ((config.width,), torch.int32)]
+
+    def are_valid_rows(self, data: NDArray[np.uint8], *, vocab_size: int) -> bool:
+        rows = np.ascontiguousarray(data).view("<i4")
+        header, tokens = rows[:, :HEADER], rows[:, HEADER:]
+        lengths = header[:, LENGTH]
+        return bool(
+            (header[:, ORDINAL] > 0).all()
+            and (lengths > 0).all()
+            and (lengths <= tokens.shape[1]).all()
+            and (header[:, VERSION:] >= 0).all()
+            and (tokens >= 0).all()
+            and (tokens < vocab_size).all()
+        )
+
+    def check_addresses(self, config: SiteSizes) -> None:
+        if config.cell != 1:
+            raise MemoryConfigError(f"{config.name}.cell must be 1 in an episodic site, got {config.cell}")
+
+    def check_layer(self, config: SiteSizes) -> None:
+        if config.layer != -1:
+            raise MemoryConfigError(f"{config.name}.layer must be -1 for an episodic site, got {config.layer}")
+
+    def check_together(self, sites: Sequence[SiteSizes]) -> None:
+        if len(sites) > 1:
+            raise MemoryConfigError("at most one episodic site")

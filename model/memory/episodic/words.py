@@ -1,0 +1,130 @@
+"""Words from token ids, without decoding: the hash of a word does not depend on how the tokenizer cuts the word.
+
+A word is a run of letters, digits and bytes beyond ASCII. Its hash is a polynomial over its bytes, in lower case and
+without a final "s", so that "cat", " Cat" and " cats" are one word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BASE = 16_777_619  # an odd number: the base of the polynomial, modulo 2³²
+MASK = 0xFFFFFFFF
+FIRST_IDEOGRAPH = 0x2E80  # scripts from this code point on put no spaces between words: each token is a word
+NO_BREAK, SENTENCE_END, LINE_END, PARAGRAPH_END = range(4)
+
+Array = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class WordTables:
+    """What each token of a vocabulary of V tokens means for words; every array is [V].
+
+    is_word: whether the token is part of a word. starts: whether it begins a word. hashes, powers: of its bytes, so
+    that a word's hash is `hash * power + hash of the next token`. stem_hashes, stem_powers: without a final "s".
+    breaks: `NO_BREAK` to `PARAGRAPH_END`, the end of a text's unit after the token. asks: whether the token ends with a
+    question mark.
+    """
+
+    is_word: NDArray[np.bool_]
+    starts: NDArray[np.bool_]
+    hashes: Array
+    powers: Array
+    stem_hashes: Array
+    stem_powers: Array
+    breaks: NDArray[np.uint8]
+    asks: NDArray[np.bool_]
+
+
+def build_tables(vocabulary: Sequence[bytes]) -> WordTables:
+    """Return the tables of a vocabulary, given the bytes of each token; a special token has no bytes."""
+    size = len(vocabulary)
+    flags, numbers = np.zeros((3, size), np.bool_), np.zeros((4, size), np.uint32)
+    hashes, powers, stem_hashes, stem_powers = numbers
+    breaks = np.zeros(size, np.uint8)
+    tables = WordTables(flags[0], flags[1], hashes, powers, stem_hashes, stem_powers, breaks, flags[2])
+    for token, text in enumerate(vocabulary):
+        word = text.lstrip().lower()
+        tables.breaks[token] = _break_after(text)
+        tables.asks[token] = text.rstrip().endswith((b"?", "？".encode()))
+        if not word or not all(byte >= 128 or chr(byte).isalnum() for byte in word):
+            continue
+        tables.is_word[token] = True
+        tables.starts[token] = text[:1].isspace() or _is_ideograph(word)
+        tables.hashes[token], tables.powers[token] = hash_bytes(word)
+        tables.stem_hashes[token], tables.stem_powers[token] = hash_bytes(word.removesuffix(b"s"))
+    return tables
+
+
+def hash_bytes(text: bytes) -> tuple[int, int]:
+    """Return the polynomial of a text and the power of `BASE` that shifts a polynomial before it."""
+    value, power = 0, 1
+    for byte in text:
+        value, power = (value * BASE + byte + 1) & MASK, (power * BASE) & MASK
+    return value, power
+
+
+def words_of(token_ids: Sequence[int], tables: WordTables) -> list[tuple[int, int]]:
+    """Return the hash of each word of a token sequence, and the smallest token id of the word's tokens if the word is
+    one token, else the vocabulary's size: how common the word is, since a tokenizer numbers its merges by frequency."""
+    words: list[tuple[int, int]] = []
+    stem, value, count, last = 0, 0, 0, 0
+    for token in token_ids:
+        ends = not tables.is_word[token] or tables.starts[token]
+        if ends and count:
+            words.append((stem, last if count == 1 else len(tables.is_word)))
+        if ends:
+            value, count = 0, 0
+        if tables.is_word[token]:
+            stem = (value * int(tables.stem_powers[token]) + int(tables.stem_hashes[token])) & MASK
+            value = (value * int(tables.powers[token]) + int(tables.hashes[token])) & MASK
+            count, last = count + 1, token
+    if count:
+        words.append((stem, last if count == 1 else len(tables.is_word)))
+    return words
+
+
+def cut_spans(
+    token_ids: Sequence[int], start: int, stop: int, tables: WordTables, width: int
+) -> list[tuple[int, int]]:
+    """Return the spans [start, stop) of at most `width` tokens into which a text is cut.
+
+    A span ends at the strongest boundary that lies in its second half, the last of several; without a boundary it is
+    full.
+    """
+    spans = []
+    while start < stop:
+        end = min(start + width, stop)
+        if end < stop:
+            breaks = tables.breaks[np.asarray(token_ids[start:end])]
+            later = breaks[width // 2 :]
+            if later.max(initial=NO_BREAK):
+                end = start + width // 2 + int(np.flatnonzero(later == later.max())[-1]) + 1
+        spans.append((start, end))
+        start = end
+    return spans
+
+
+def is_question(token_ids: Sequence[int], tables: WordTables) -> bool:
+    """Return whether a text is one sentence that asks: it ends with a question mark, and no sentence ends before."""
+    tokens = np.asarray(token_ids)
+    visible = np.flatnonzero(tables.is_word[tokens] | (tables.breaks[tokens] > NO_BREAK) | tables.asks[tokens])
+    if not len(visible) or not tables.asks[tokens[visible[-1]]]:
+        return False
+    return not (tables.breaks[tokens[visible[:-1]]] > NO_BREAK).any()
+
+
+def _break_after(text: bytes) -> int:
+    if text.count(b"\n") > 1:
+        return PARAGRAPH_END
+    if b"\n" in text:
+        return LINE_END
+    return SENTENCE_END if text.rstrip().endswith((b".", b"!", b"?", *map(str.encode, "。！？"))) else NO_BREAK
+
+
+def _is_ideograph(word: bytes) -> bool:
+    return any(ord(character) >= FIRST_IDEOGRAPH for character in word.decode(errors="ignore"))

@@ -1,0 +1,61 @@
+"""What a reply may recall of its session's episodes: the place in the prompt where they are read, and the question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from model.episodes import RecallRequest
+from model.text.tokenizer import Tokenizer
+from service.store.base import Option
+from service.turns.prompts import EncodedPrompt
+
+TEXT_QUERY_TOKENS = 64  # of a plain text, the tokens at its end that ask
+BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class RecallPlan:
+    """How the served model reads episodes.
+
+    Attributes:
+        max_tokens: most tokens of episodes that a reply reads; 0 = sessions keep no episodes.
+        chat_header: the tokens of a chat before its first message of the user. Keys and values of an episode that are
+            made after it fit a chat; made after BOS alone, they answer less than half of the questions.
+        text_header: the token before a text.
+        separator: the tokens after each episode.
+    """
+
+    max_tokens: int
+    chat_header: tuple[int, ...]
+    text_header: tuple[int, ...]
+    separator: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, max_tokens: int) -> RecallPlan:
+        """Return the plan for a model's tokenizer."""
+        start = (tokenizer.start_token_id,)
+        chat_header: tuple[int, ...] = ()
+        if tokenizer.has_chat_template:
+            chat = tokenizer.encode_chat([{"role": "user", "content": BLANK_LINE.join("ab")}])
+            chat_header = tuple(chat.token_ids[: chat.spans[0][0]])
+        separator = [token for token in tokenizer.encode(BLANK_LINE) if token != tokenizer.bos_token_id]
+        return cls(max_tokens, chat_header or start, start, tuple(separator))
+
+    def keeps(self, options: Mapping[str, Option], requested: bool | None) -> bool:
+        """Return whether a turn keeps and reads episodes: unless the server, the session or the request forbids it."""
+        return self.max_tokens > 0 and options.get("recall") is not False and requested is not False
+
+    def request(self, encoded: EncodedPrompt, *, chat: bool) -> RecallRequest | None:
+        """Return what the reply to a prompt may recall; None for a prompt that asks nothing.
+
+        The episodes stand at the beginning of the user's last message, or after the first token of a text.
+        """
+        if not chat:
+            stop = len(encoded.token_ids)
+            query, header = (max(0, stop - TEXT_QUERY_TOKENS), stop), self.text_header
+            return RecallRequest(1, query, self.max_tokens, header, self.separator) if stop > 1 else None
+        if encoded.question is None:
+            return None
+        at = max(1, encoded.question[0])
+        return RecallRequest(at, encoded.question, self.max_tokens, self.chat_header, self.separator)
