@@ -165,7 +165,7 @@ class Pool:
         self.sites = {
             site.name: SitePool(
                 site,
-                rows=max(site.slots, rows // site.layout.rows_divisor) if site.layout.on_host else rows,
+                rows=max(2 * site.slots, rows // site.layout.rows_divisor) if site.layout.on_host else rows,
                 sessions=sessions,
                 device=HOST if site.layout.on_host else self.device,
                 make_room=make_room,

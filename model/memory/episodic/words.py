@@ -111,11 +111,9 @@ def cut_spans(
 
 def is_question(token_ids: Sequence[int], tables: WordTables) -> bool:
     """Return whether a text is one sentence that asks: it ends with a question mark, and no sentence ends before."""
-    tokens = np.asarray(token_ids)
-    visible = np.flatnonzero(tables.is_word[tokens] | (tables.breaks[tokens] > NO_BREAK) | tables.asks[tokens])
-    if not len(visible) or not tables.asks[tokens[visible[-1]]]:
-        return False
-    return not (tables.breaks[tokens[visible[:-1]]] > NO_BREAK).any()
+    breaks, asks = (table[np.asarray(token_ids, np.int64)] for table in (tables.breaks, tables.asks))
+    (text,) = np.nonzero(breaks < LINE_END)
+    return bool(len(text)) and bool(asks[text[-1]]) and not (breaks[: text[-1]] > NO_BREAK).any()
 
 
 def _break_after(text: bytes) -> int:

@@ -1,0 +1,212 @@
+"""The episodic memory: words without decoding, search, what a request reads, and keys and values hot or cold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.adaptive_lm import AdaptiveLM
+from model.base.kv_cache import DenseCache
+from model.base.rotary import apply_rotary
+from model.episodes import MAX_EPISODES, SITE, SLOTS, SPAN_TOKENS, Episode, Episodes, RecallRequest
+from model.memory import Pool
+from model.memory.episodic.layout import LENGTH, ORDINAL
+from model.memory.episodic.search import count_words, counts_reference, query_words
+from model.memory.episodic.words import build_tables, cut_spans, is_question, words_of
+from tests.model.tiny_lm import LEXICAL, VOCAB, build, new_pool, text, tiny_backbone
+
+WORDS = (
+    "my|cat|is|called|pixel|luna|dog|rex|now|what|the|lives|in|oslo|rome|anna|ben|a|colour|teal|bus|leaves|at|nine|hat"
+).split("|")
+MARKS = (".", "?", "\n", "\n\n", "!", ",", "s", "'")
+# Every word with and without a space before it, as a tokenizer has them, then the marks.
+VOCABULARY = [b"", *(f"{space}{word}".encode() for word in WORDS for space in ("", " ")), *map(str.encode, MARKS)]
+TABLES = build_tables([*VOCABULARY, *([b""] * (VOCAB - len(VOCABULARY)))])
+IDS = {token: number for number, token in enumerate(VOCABULARY)}
+HEADER = (90, 91, 92)
+
+tokens = st.lists(st.integers(0, VOCAB - 1), max_size=SPAN_TOKENS)
+
+
+def ids(sentence: str) -> list[int]:
+    """Return the tokens of words and marks with spaces between."""
+    return [IDS[part.encode()] if part in MARKS else IDS[b" " + part.encode()] for part in sentence.split(" ")]
+
+
+@pytest.fixture(scope="module")
+def lm() -> AdaptiveLM:
+    backbone = tiny_backbone()
+    lm = build(backbone, LEXICAL)
+    return AdaptiveLM(backbone, lm.memory, episodes=Episodes(backbone, TABLES, hot_bytes=2**20))
+
+
+@pytest.fixture
+def pool(lm: AdaptiveLM) -> Pool:
+    return new_pool(lm)
+
+
+def episodes_of(lm: AdaptiveLM) -> Episodes:
+    assert lm.episodes is not None
+    return lm.episodes
+
+
+def teach(lm: AdaptiveLM, pool: Pool, session: int, *sentences: str) -> None:
+    """Keep each sentence as an episode of a version of its own."""
+    for version, sentence in enumerate(sentences, 1):
+        draft, token_ids = pool.draft(session), ids(sentence)
+        episodes_of(lm).learn(draft, token_ids, [True] * len(token_ids), version=version)
+        draft.commit()
+
+
+def ask(lm: AdaptiveLM, pool: Pool, session: int, sentence: str, max_tokens: int = 64) -> list[list[int]]:
+    question = ids(sentence)
+    request = RecallRequest(1, (0, len(question)), max_tokens, HEADER)
+    return [list(episode.token_ids) for episode in episodes_of(lm).find(pool, session, question, request)]
+
+
+def test_a_word_is_the_same_however_its_tokens_are_cut_and_written() -> None:
+    def hashes(*parts: bytes) -> list[int]:
+        tables = build_tables(parts)
+        return [word for word, _ in words_of(range(len(parts)), tables)]
+
+    assert hashes(b" Pixel") == hashes(b"pi", b"xel") == hashes(b" P", b"ixels")
+    assert hashes(b"cat", b"'", b"s") == [*hashes(b"cat"), *hashes(b"s")]
+    assert hashes(b" cat", b" dog") == [*hashes(b"cat"), *hashes(b"dog")]
+    assert len(set(hashes(b" 12", b" 21", b" 1", b"2"))) == 2
+
+
+@settings(deadline=None)
+@given(st.lists(tokens, min_size=1, max_size=8), st.lists(st.integers(1, len(VOCABULARY) - 1), min_size=1))
+def test_the_compiled_word_counts_equal_the_reference(rows: list[list[int]], asked: list[int]) -> None:
+    query, prior = query_words(asked, TABLES)
+    padded = np.array([row + [0] * (SPAN_TOKENS - len(row)) for row in rows], np.int32)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    counts, sizes = count_words(padded, lengths, query, TABLES)
+    expected_counts, expected_sizes = counts_reference(padded, lengths, query, TABLES)
+    assert (counts == expected_counts).all() and (sizes == expected_sizes).all()
+    assert len(prior) == len(query) and ((prior > 0) & (prior < 1)).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, VOCAB - 1), max_size=300))
+def test_spans_cover_a_text_in_order_and_are_bounded(token_ids: list[int]) -> None:
+    spans = cut_spans(token_ids, 0, len(token_ids), TABLES, SPAN_TOKENS)
+    assert [i for start, stop in spans for i in range(start, stop)] == list(range(len(token_ids)))
+    assert all(0 < stop - start <= SPAN_TOKENS for start, stop in spans)
+
+
+def test_a_span_ends_where_a_paragraph_does() -> None:
+    token_ids = ids(" ".join(["my cat is called pixel ."] * 8 + ["\n\n"] + ["a dog lives in oslo ."] * 4))
+    assert cut_spans(token_ids, 0, len(token_ids), TABLES, SPAN_TOKENS)[0] == (0, token_ids.index(IDS[b"\n\n"]) + 1)
+
+
+def test_only_a_single_sentence_that_asks_is_a_question() -> None:
+    assert is_question(ids("what is the cat called ?"), TABLES)
+    assert is_question(ids("what is the cat called ? \n"), TABLES)
+    assert not is_question(ids("my cat is called pixel ."), TABLES)
+    assert not is_question(ids("my cat is called pixel . what is the dog called ?"), TABLES)
+
+
+def test_a_question_finds_the_episode_that_has_its_words(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "my cat is called pixel .", "the bus leaves at nine .", "anna lives in oslo .")
+    assert ask(lm, pool, session, "what is my cat called ?") == [ids("my cat is called pixel .")]
+    assert ask(lm, pool, session, "the bus ?") == [ids("the bus leaves at nine .")]
+    assert ask(lm, pool, session, "hat ?") == []
+    assert ask(lm, pool, 0, "what is my cat called ?") == []
+
+
+def test_of_statements_under_one_cue_the_newest_is_read(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "my cat is called pixel .", "anna lives in oslo .", "my cat is called luna now .")
+    assert ask(lm, pool, session, "what is my cat called ?") == [ids("my cat is called luna now .")]
+
+
+def test_neither_a_question_nor_what_the_prompt_has_is_read(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "what is my cat called ?", "my cat is called pixel .")
+    assert ask(lm, pool, session, "what is my cat called ?") == [ids("my cat is called pixel .")]
+    assert ask(lm, pool, session, "my cat is called pixel . what is my cat called ?") == []
+
+
+def test_what_is_read_is_bounded(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, *(f"the cat {rest} ." for rest in ("in oslo", "is teal now", "leaves a bus", "lives at nine", "called ben rex")))
+    assert 1 < len(ask(lm, pool, session, "the cat ?")) <= MAX_EPISODES
+    assert sum(map(len, ask(lm, pool, session, "the cat ?", max_tokens=9))) <= 9
+    assert ask(lm, pool, session, "the cat ?", max_tokens=0) == []
+
+
+def test_the_newest_episode_replaces_the_oldest(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    for count in (SLOTS - 1, 3):
+        draft, token_ids = pool.draft(session), ids("my cat .") * count
+        mask = [token != IDS[b"."] for token in token_ids]
+        episodes_of(lm).learn(draft, token_ids, mask, version=1)
+        draft.commit()
+    rows = pool.dump(session)[SITE]
+    ordinals = rows.data.numpy().view("<i4")[:, ORDINAL]
+    assert len(rows.slots) == SLOTS and ordinals.min() == 3 and ordinals.max() == SLOTS + 2
+
+
+def test_only_learned_runs_become_episodes_and_a_rollback_drops_them(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    draft, token_ids = pool.draft(session), ids("my cat is called pixel . the dog")
+    episodes_of(lm).learn(draft, token_ids, [False] * 3 + [True] * 3 + [False] + [True], version=4)
+    kept = draft.touched()[SITE].data.numpy().view("<i4")
+    assert kept[:, LENGTH].tolist() == [3, 1]
+    assert kept[0, 4:7].tolist() == token_ids[3:6]
+    draft.rollback()
+    assert SITE not in pool.dump(session)
+
+
+def cache_with(lm: AdaptiveLM, episodes: Episodes, *sentences: str, place: int = 5) -> DenseCache:
+    """Return a cache of `place` tokens and then the episodes."""
+    cache = lm.backbone.new_cache(100)
+    assert isinstance(cache, DenseCache)
+    lm.backbone(torch.tensor([text(1)[:place]]), [cache])
+    request = RecallRequest(place, (0, 1), 64, HEADER)
+    found = [Episode(tuple(ids(sentence)), 1, 1, 0, 1.0) for sentence in sentences]
+    episodes.append(cache, "owner", found, request)
+    return cache
+
+
+@torch.inference_mode()
+def test_hot_and_cold_episodes_have_the_same_bits_beside_any_others(lm: AdaptiveLM) -> None:
+    cold = Episodes(lm.backbone, TABLES, hot_bytes=0)
+    hot = Episodes(lm.backbone, TABLES, hot_bytes=2**20)
+    cache_with(lm, hot, "anna lives in oslo .", "my cat is called pixel .")
+    one = cache_with(lm, hot, "my cat is called pixel .")
+    other = cache_with(lm, cold, "my cat is called pixel .")
+    assert torch.equal(one.keys[:, :, : one.length], other.keys[:, :, : one.length])
+    assert torch.equal(one.values[:, :, : one.length], other.values[:, :, : one.length])
+    hot.forget("owner")
+    assert not hot._hot and hot._bytes_held == 0
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("place", [3, 2, 40])
+def test_keys_and_values_are_those_of_the_base_after_the_header(lm: AdaptiveLM, place: int) -> None:
+    sentence = "my cat is called pixel ."
+    cache = cache_with(lm, episodes_of(lm), sentence, place=min(place, 27))
+    start = min(place, 27)
+    expected = lm.backbone.new_cache(64)
+    assert isinstance(expected, DenseCache)
+    lm.backbone(torch.tensor([[*HEADER, *ids(sentence)]]), [expected])
+    keys, values = (field[:, :, len(HEADER) : expected.length] for field in (expected.keys, expected.values))
+    shift = start - len(HEADER)
+    cos, sin = lm.backbone.cos[abs(shift)], lm.backbone.sin[abs(shift)]
+    keys = apply_rotary(keys, cos, sin if shift >= 0 else -sin)
+    for got, want in ((cache.keys, keys), (cache.values, values)):
+        error = (got[:, :, start : cache.length] - want).abs().amax(-1)
+        assert bool((error <= want.abs().amax(-1) / 127).all())
+
+
+def test_a_configuration_of_episodes_is_part_of_the_served_memory_only(lm: AdaptiveLM) -> None:
+    assert SITE in [site.name for site in lm.memory_config.sites]
+    assert replace(lm.memory_config, sites=lm.memory.config.sites) == lm.memory.config
