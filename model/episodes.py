@@ -1,8 +1,8 @@
 """The episodic memory on a base: which episodes a request reads, and their keys and values at every layer.
 
 Rows (`model.memory.episodic`) are durable token ids. The keys and values of an episode are its fast weights at each
-layer: the frozen base makes them from the episode alone, after a fixed header, so that they depend on nothing else; they
-are kept in int8 while they are hot and made again when they are not, with the same bits.
+layer. The frozen base makes them from the episode alone, after a fixed header, so that they depend on nothing else.
+They are kept in int8 while the episode is hot, and made again with the same bits when it is not.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Episodes:
 
     def _make(self, header: tuple[int, ...], token_ids: tuple[int, ...]) -> _KeysAndValues:
         """Run the base over an episode after its header; return the keys and values of the episode's tokens."""
-        backbone, start = self._backbone, len(header)
+        start = len(header)
         if self._header is None or self._header[0] != header:
             cache = self._new_cache(start)
             self._forward(header, cache)

@@ -296,7 +296,7 @@ class Settings(BaseSettings):
     recall_hot_bytes: int = Field(
         256 * 2**20,
         ge=0,
-        description="Most bytes of keys and values of episodes that are kept; others are made again when they are read.",
+        description="Most bytes of keys and values of episodes that are kept; others are made again when read.",
     )
     proof_rate: float = Field(
         1.0,

@@ -137,7 +137,7 @@ class CudaGraphLM(AdaptiveLM):
         self.pages = PagePool(
             lm.backbone.config,
             tokens=num_caches * kv_tokens,
-            # A request that recalls has one cache to learn from and one with episodes; `num_tokens` of its job has both.
+            # A request that recalls has two caches: one to learn from and one with episodes. Its job counts both.
             sequences=(num_caches + (self.episodes is not None)) * max_batch,
             device=lm.device,
             dtype=lm.backbone.embedding.dtype,

@@ -26,9 +26,9 @@ class SiteConfig:
 
     name: an identifier that is unique in the memory; part of the store's keys.
     kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution), "hidden" (a
-        delta site: rows are vectors of `width` numbers, read into the residual stream), "episodic" (rows are spans of the
-        session's past, whose keys and values attention reads) or "journal" (vectors without slow weights: what a policy
-        keeps of its session besides what it has learned).
+        delta site: rows are vectors of `width` numbers, read into the residual stream), "episodic" (rows are spans of
+        the session's past, whose keys and values attention reads) or "journal" (vectors without slow weights: what a
+        policy keeps of its session besides what it has learned).
     layer: index of the decoder layer whose output a delta site reads and rewrites; -1 is the output, before the head.
         A lexical site is always at the output.
     slots: number of rows that a session can hold (N): a perfect square in a delta site (product keys), a multiple of

@@ -67,8 +67,8 @@ ON_DISCONNECT = Field(
 )
 RECALL = Field(
     None,
-    description="False: the reply reads no episodes of the session, and the text is not kept as an episode. Default: the"
-    " session's, else true.",
+    description="False: the reply reads no episodes of the session, and the text is not kept as an episode. Default:"
+    " the session's, else true.",
 )
 MODEL = Field(None, description="The policy; required for a session that does not exist yet.")
 REGRET = Field(None, description="The regret of that action, if it is known; only counted in the metrics, not learned.")

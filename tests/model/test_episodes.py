@@ -20,9 +20,24 @@ from model.memory.episodic.search import count_words, counts_reference, query_wo
 from model.memory.episodic.words import build_tables, cut_spans, is_question, words_of
 from tests.model.tiny_lm import LEXICAL, VOCAB, build, new_pool, text, tiny_backbone
 
-WORDS = (
-    "my|cat|is|called|pixel|luna|dog|rex|now|what|the|lives|in|oslo|rome|anna|ben|a|colour|teal|bus|leaves|at|nine|hat"
-).split("|")
+WORDS = [
+    "my",
+    "cat",
+    "is",
+    "called",
+    "pixel",
+    "luna",
+    "dog",
+    "rex",
+    "now",
+    "what",
+    "the",
+    "lives",
+    "in",
+    "oslo",
+    "rome",
+]
+WORDS += ["anna", "ben", "a", "colour", "teal", "bus", "leaves", "at", "nine", "hat"]
 MARKS = (".", "?", "\n", "\n\n", "!", ",", "s", "'")
 # Every word with and without a space before it, as a tokenizer has them, then the marks.
 VOCABULARY = [b"", *(f"{space}{word}".encode() for word in WORDS for space in ("", " ")), *map(str.encode, MARKS)]
@@ -136,7 +151,15 @@ def test_neither_a_question_nor_what_the_prompt_has_is_read(lm: AdaptiveLM, pool
 
 def test_what_is_read_is_bounded(lm: AdaptiveLM, pool: Pool) -> None:
     session = pool.open()
-    teach(lm, pool, session, *(f"the cat {rest} ." for rest in ("in oslo", "is teal now", "leaves a bus", "lives at nine", "called ben rex")))
+    teach(
+        lm,
+        pool,
+        session,
+        *(
+            f"the cat {rest} ."
+            for rest in ("in oslo", "is teal now", "leaves a bus", "lives at nine", "called ben rex")
+        ),
+    )
     assert 1 < len(ask(lm, pool, session, "the cat ?")) <= MAX_EPISODES
     assert sum(map(len, ask(lm, pool, session, "the cat ?", max_tokens=9))) <= 9
     assert ask(lm, pool, session, "the cat ?", max_tokens=0) == []

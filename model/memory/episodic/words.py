@@ -88,9 +88,7 @@ def words_of(token_ids: Sequence[int], tables: WordTables) -> list[tuple[int, in
     return words
 
 
-def cut_spans(
-    token_ids: Sequence[int], start: int, stop: int, tables: WordTables, width: int
-) -> list[tuple[int, int]]:
+def cut_spans(token_ids: Sequence[int], start: int, stop: int, tables: WordTables, width: int) -> list[tuple[int, int]]:
     """Return the spans [start, stop) of at most `width` tokens into which a text is cut.
 
     A span ends at the strongest boundary that lies in its second half, the last of several; without a boundary it is

@@ -123,9 +123,7 @@ async def observe(session: PathId, body: ObserveRequest, learning: LearningReque
         if body.text is not None
         else ChatPrompt([message.plain() for message in body.messages or []])
     )
-    work = learning.sessions.observe(
-        learning.ctx, session, prompt, if_match=learning.if_match, recall=body.recall
-    )
+    work = learning.sessions.observe(learning.ctx, session, prompt, if_match=learning.if_match, recall=body.recall)
     return _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)
 
 
