@@ -35,7 +35,7 @@ SAME_CUE = 0.5  # episodes that share so much of their words say the same of the
 
 @dataclass(frozen=True)
 class RecallRequest:
-    """What a segment may recall: at most `max_tokens` tokens of episodes, which its attention reads from `at` on.
+    """The bounds of what a segment may recall: at most `max_tokens` tokens of episodes, which stand before token `at`.
 
     query: the tokens [start, stop) of the segment that ask. header: the tokens before an episode when its keys and
     values are made. separator: the tokens after each episode.

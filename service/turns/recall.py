@@ -1,4 +1,4 @@
-"""What a reply may recall of its session's episodes: the place in the prompt where they are read, and the question."""
+"""The recall of a reply: which part of the prompt asks, and where in the prompt the session's episodes are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLANK_LINE = "\n\n"
 
 @dataclass(frozen=True)
 class RecallPlan:
-    """How the served model reads episodes.
+    """The tokens between which the served model reads episodes, and how many of them.
 
     Attributes:
         max_tokens: most tokens of episodes that a reply reads; 0 = sessions keep no episodes.

@@ -22,7 +22,7 @@ Array = NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class WordTables:
-    """What each token of a vocabulary of V tokens means for words; every array is [V].
+    """The part that each token of a vocabulary of V tokens has in words; every array is [V].
 
     is_word: whether the token is part of a word. starts: whether it begins a word. hashes, powers: of its bytes, so
     that a word's hash is `hash * power + hash of the next token`. stem_hashes, stem_powers: without a final "s".
