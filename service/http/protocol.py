@@ -90,11 +90,9 @@ class Connection(HttpToolsProtocol):
         """Keep the connection of a client that only ended its sending side open until the last answer.
 
         The end of a client looks the same. What tells the two apart is that a client that is gone refuses what the
-        server sends. HTTP/1.1 clients skip `100 Continue`; HTTP/1.0 has no such answer, so there a POST counts as gone.
+        server sends: `100 Continue`, which HTTP/1.1 clients skip, or the first bytes of the answer.
         """
         if self.phase != "answer" or self._refused:
-            return False
-        if self.cycle.scope["http_version"] == "1.0" and self.cycle.scope["method"] not in ("GET", "HEAD"):
             return False
         self.cycle.keep_alive = False
         self._probe(0)
