@@ -12,6 +12,10 @@ from service.settings import Settings
 
 RESERVED_FILES = 256  # open files kept for everything but connections
 LOG_EVERY_S = 10.0
+REASONS = (
+    *("head", "headers", "framing", "invalid HTTP", "head timeout", "body timeout"),
+    *("a client that does not read", "room for others", "connections"),
+)  # for which the server ends a connection
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,10 @@ class ConnectionReport:
     metrics: Metrics | None = None
     _logged: dict[str, float] = field(default_factory=dict)
     _unlogged: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for reason in REASONS if self.metrics is not None else ():
+            self.metrics.connections_ended_total.labels(reason)
 
     def opened(self, connections: int) -> None:
         """Set the number of open connections."""
