@@ -323,7 +323,7 @@ STATE = {
         ),
         Panel(
             "Store at fault",
-            "1 if the store may evict keys; sessions an hour that it had lost from the list; and changes an hour of which a "
+            "1 if the store may evict keys; sessions an hour that it had lost from the list; changes an hour of which a "
             "later step failed.",
             "short",
             {
