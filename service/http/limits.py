@@ -64,8 +64,9 @@ class ConnectionReport:
     _unlogged: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for reason in REASONS if self.metrics is not None else ():
-            self.metrics.connections_ended_total.labels(reason)
+        if self.metrics is not None:
+            for reason in REASONS:
+                self.metrics.connections_ended_total.labels(reason)  # at 0, so that an alert sees the first one
 
     def opened(self, connections: int) -> None:
         """Set the number of open connections."""
