@@ -323,8 +323,8 @@ STATE = {
         ),
         Panel(
             "Store at fault",
-            "1 if the store may evict keys; sessions an hour that it had lost from the list; changes an hour that a later "
-            "step did not follow.",
+            "1 if the store may evict keys; sessions an hour that the list had lost; changes an hour of which a "
+            "later step failed.",
             "short",
             {
                 "may evict, {{instance}}": "imprint_store_evicts{@}",

@@ -6,16 +6,24 @@ import logging
 import resource
 import time
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from service.metrics import Metrics
 from service.settings import Settings
 
 RESERVED_FILES = 256  # open files kept for everything but connections
 LOG_EVERY_S = 10.0
-REASONS = (
-    *("head", "headers", "framing", "invalid HTTP", "head timeout", "body timeout"),
-    *("a client that does not read", "room for others", "connections"),
-)  # for which the server ends a connection
+Reason = Literal[  # for which the server ends a connection
+    "head",
+    "headers",
+    "framing",
+    "invalid HTTP",
+    "head timeout",
+    "body timeout",
+    "a client that does not read",
+    "room for others",
+    "connections",
+]
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +73,7 @@ class ConnectionReport:
 
     def __post_init__(self) -> None:
         if self.metrics is not None:
-            for reason in REASONS:
+            for reason in get_args(Reason):
                 self.metrics.connections_ended_total.labels(reason)  # at 0, so that an alert sees the first one
 
     def opened(self, connections: int) -> None:
@@ -73,7 +81,7 @@ class ConnectionReport:
         if self.metrics is not None:
             self.metrics.connections.set(connections)
 
-    def ended(self, reason: str, client: object) -> None:
+    def ended(self, reason: Reason, client: object) -> None:
         """Count a connection that the server ended for `reason`, and log the first of each 10 seconds."""
         if self.metrics is not None:
             self.metrics.connections_ended_total.labels(reason).inc()
