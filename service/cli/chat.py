@@ -27,7 +27,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, max=2, help="0 = always the likeliest token; default: what the server suggests."),
+        typer.Option(min=0, max=2, help="0 = always the likeliest token; default: as the server suggests."),
     ] = None,
     url: Url = DEFAULT_URL,
 ) -> None:

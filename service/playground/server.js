@@ -7,7 +7,9 @@ export class Refused extends Error {
   }
 }
 
+const visit = crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
 let apiKey = "";
+let asked = 0;
 export const useKey = (key) => {
   apiKey = key;
 };
@@ -24,7 +26,8 @@ function unreadable(error) {
 
 /** The answer to a request; throws `Refused` with the server's own words for one that is none. */
 export async function call(path, { body, method = body ? "POST" : "GET", headers = {}, signal } = {}) {
-  const given = { ...headers };
+  // An error may tell under which id the server's log has the request: one that a person can read out.
+  const given = { "X-Request-Id": `page-${visit}-${++asked}`, ...headers };
   if (apiKey) given.Authorization = `Bearer ${encodeURI(apiKey)}`;
   if (body) given["Content-Type"] = "application/json";
   const response = await fetch(path, { method, headers: given, body: body && JSON.stringify(body), signal }).catch(
