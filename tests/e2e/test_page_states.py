@@ -133,6 +133,7 @@ def test_sessions_that_write_no_text_are_not_offered(page: Page, server: Server)
     learn(page, TEXT)
     wait_for_version(page, 1)
     page.reload()
+    expect(page.locator("#version")).to_have_text("1")
     for place in ("#sessions", "#left", "#right"):
         names = page.locator(f"{place} option").evaluate_all("all => all.map((one) => one.value)")
         assert "talker" in names and "gambler" not in names
