@@ -52,12 +52,13 @@ MESSAGES = (
     "Thank you, goodbye!",
 )
 ARMS: dict[str, ChatOptions] = {
-    "the API's defaults": {},
+    "api": {},
     "greedy": {"temperature": 0},
-    "t0.3 p0.9": {"temperature": 0.3, "top_p": 0.9},
-    "t0.3 p0.9 f0.2": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.2},
-    "t0.3 p0.9 f0.4": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.4},
-    "t0.6 p0.9 f0.4": {"temperature": 0.6, "top_p": 0.9, "frequency_penalty": 0.4},
+    "0.3": {"temperature": 0.3, "top_p": 0.9},
+    "0.3-f0.2": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.2},
+    "0.3-f0.4": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.4},
+    "0.3-f0.6": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.6},
+    "0.6-f0.4": {"temperature": 0.6, "top_p": 0.9, "frequency_penalty": 0.4},
 }
 
 
@@ -84,7 +85,7 @@ def loops(text: str) -> bool:
 
 async def ask(client: AsyncClient, options: ChatOptions) -> list[Reply]:
     """Return the replies to all messages, each of which begins a chat of its own."""
-    limit = asyncio.Semaphore(CONCURRENCY)
+    limit = asyncio.Semaphore(CONCURRENCY if options.get("session") is None else 1)  # a session learns in order
 
     async def one(number: int, message: str) -> Reply:
         async with limit:
@@ -101,7 +102,8 @@ def row(name: str, replies: list[Reply]) -> str:
     cut, looping = sum(reply.cut for reply in replies), sum(reply.loops for reply in replies)
     away = sum(reply.cut or reply.loops for reply in replies)
     tokens = statistics.median(reply.tokens for reply in replies)
-    return f"| {name} | {cut} | {looping} | {away} | {tokens:.0f} |"
+    options = ", ".join(f"{option.replace('_', ' ')} {value}" for option, value in ARMS[name].items())
+    return f"| {options or 'the defaults of the API'} | {cut} | {looping} | {away} | {tokens:.0f} |"
 
 
 async def measure(url: str | None, names: list[str], session: str | None, read: bool) -> None:
