@@ -14,7 +14,8 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 
-from imprint import AsyncClient, ChatOptions, NotFound
+from service.client import AsyncClient, ChatOptions
+from service.errors import NotFound
 
 MAX_TOKENS = 512  # of a reply, as in `imprint chat`
 CONCURRENCY = 6

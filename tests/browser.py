@@ -1,4 +1,4 @@
-"""What tests of the page at `/` in a real browser share: finding its parts, and acting as a reader does."""
+"""Helpers for tests of the page at `/` in a real browser: they find its parts and act as a reader does."""
 
 from __future__ import annotations
 
