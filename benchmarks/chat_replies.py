@@ -59,6 +59,7 @@ ARMS: dict[str, ChatOptions] = {
     "0.3-f0.2": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.2},
     "0.3-f0.4": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.4},
     "0.3-f0.6": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.6},
+    "0.4-f0.5": {"temperature": 0.4, "top_p": 0.9, "frequency_penalty": 0.5},
     "0.6-f0.4": {"temperature": 0.6, "top_p": 0.9, "frequency_penalty": 0.4},
 }
 
