@@ -19,7 +19,7 @@ class Sampling:
 
 # What Imprint's own clients send unless the user says otherwise; docs/decisions/clients.md has the measurement. The
 # API's defaults are OpenAI's, temperature 1 without a penalty, with which a small model soon writes nonsense.
-SUGGESTED_SAMPLING = Sampling(temperature=0.3, top_p=0.9, frequency_penalty=0.2)
+SUGGESTED_SAMPLING = Sampling(temperature=0.4, top_p=0.9, frequency_penalty=0.5)
 
 
 @dataclass(frozen=True)
