@@ -25,6 +25,7 @@ from service.http.sse import EventStream, until_disconnect
 from service.turns.completion import CompletionJob, GenerationOptions
 from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
+from service.types import SUGGESTED_SAMPLING
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat completions have none
 STARTED = int(time.time())
@@ -142,7 +143,8 @@ def _model(sessions: Sessions) -> Model:
         object="model",
         created=STARTED,
         owned_by="imprint",
-        fingerprints=dict(sessions.fingerprints),
+        fingerprints=sessions.fingerprints | {"session": sessions.loaded_model.text_fingerprint},
+        sampling=SUGGESTED_SAMPLING,
     )
 
 

@@ -235,7 +235,9 @@ def _session_reply(meta: SessionMeta, learning: LearningRequest) -> Session:
 
 
 def _session(meta: SessionMeta) -> Session:
-    gain = (meta.frozen_loss_sum - meta.loss_sum) / meta.proof_tokens if meta.proof_tokens else None
+    # An empty memory predicts exactly as the frozen base does: equal sums measure nothing.
+    gain_sum = meta.frozen_loss_sum - meta.loss_sum
+    gain = gain_sum / meta.proof_tokens if gain_sum else None
     return Session(
         id=meta.id,
         object="session",
