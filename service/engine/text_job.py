@@ -247,7 +247,7 @@ class TextJob(MemoryJob):
             if segment.generate is not None and segment.generate.max_tokens:
                 self.sequences = self._start_sequences(segment.generate)
 
-    def _token_scores(self, part: slice, score: Sequence[bool], scores: Scores) -> TokenScores:
+    def _token_scores(self, part: slice, score: Sequence[int], scores: Scores) -> TokenScores:
         positions = [i for i in range(part.start, part.stop) if score[i] and i > 0]
         tokens = [self._current_segment.token_ids[i] for i in positions]
         adapted = scores.adapted.tolist()

@@ -40,15 +40,15 @@ class Segment:
     """A token sequence with its own attention, which a generation may follow.
 
     Attributes:
-        learn: for each position, whether the token is learned; None = no token is learned.
-        score: for each position, whether the token is scored; None = no token is scored. Where both masks are given,
-            every learned token is scored.
+        learn: for each position, 1 or True where the token is learned; None = no token is learned.
+        score: for each position, 1 or True where the token is scored; None = no token is scored. Where both masks are
+            given, every learned token is scored.
         top: number of alternatives to report for each scored token.
     """
 
     token_ids: Sequence[int]
-    learn: Sequence[bool] | None = None
-    score: Sequence[bool] | None = None
+    learn: Sequence[int] | None = None
+    score: Sequence[int] | None = None
     top: int = 0
     generate: GenerationParams | None = None
 
