@@ -15,6 +15,7 @@ from service.engine import Segment
 from service.errors import BadRequest
 
 MAX_DIGESTS = 1024  # a chat may have this many messages: a session could not know more of them again
+MAX_LOGPROBS = 2**18  # tokens of an answer that come with their log-probabilities
 MESSAGE_CHARS = 64  # the work on a message, in characters, that comes on top of the work on its content
 
 
@@ -73,6 +74,20 @@ def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str 
             f"got {param} of at least {fewest} tokens.",
             param=param,
             code="context_length_exceeded",
+        )
+
+
+def require_few_logprobs(tokens: int, param: str) -> None:
+    """Refuse a request whose answer would hold the log-probabilities of more than `MAX_LOGPROBS` tokens.
+
+    Raises:
+        BadRequest: `tokens`, of which `param` asks for the log-probabilities, is more.
+    """
+    if tokens > MAX_LOGPROBS:
+        raise BadRequest(
+            f"One answer may hold the log-probabilities of {MAX_LOGPROBS} tokens, '{param}' asks for {tokens}.",
+            param=param,
+            code="too_many_logprobs",
         )
 
 
