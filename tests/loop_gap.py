@@ -1,6 +1,7 @@
 """Measure how long the server is silent while large bodies arrive: `python -m tests.loop_gap` prints a table.
 
-Each row is one request. The gap is the longest time between two answers of `/livez` during the request. The growth is
+Each row is one request. The gap is the longest time between two answers of `/livez` during the request, and the CPU time
+the most that the server worked between two answers: on a busy machine, no more of the gap is the server's own. The growth is
 the server's peak of resident memory during the request, minus its resident memory before. A client gives up on a
 request that takes longer than `--seconds`: a text of 15 MB takes hours to learn, but it is tokenised within seconds.
 """
@@ -32,27 +33,33 @@ CHINESE = "天地玄黃宇宙洪荒日月盈昃辰宿列張。"
 
 @dataclass
 class Gap:
-    """The longest time between two answers of `/livez`, in seconds."""
+    """The longest time between two answers of `/livez`, and the server's most CPU time between two, in seconds."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @contextmanager
-def measured_gap(url: str) -> Iterator[Gap]:
-    """Ask `/livez` on one connection again and again, and keep the longest time between two answers."""
+def measured_gap(url: str, pid: int = 0) -> Iterator[Gap]:
+    """Ask `/livez` on one connection again and again, and keep the longest time between two answers.
+
+    pid: the server's process, whose CPU time is kept as well; 0 = this process.
+    """
+    clock = (~pid << 3) | 2 if pid else time.CLOCK_PROCESS_CPUTIME_ID  # Linux' clock of another process
     gap, over, address = Gap(), threading.Event(), urlsplit(url)
 
     def probe() -> None:
         with socket.create_connection((address.hostname or "", address.port or 80), timeout=300) as connection:
-            answered = time.perf_counter()
+            answered, worked = time.perf_counter(), time.clock_gettime(clock)
             while not over.is_set():
                 connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 answer = b""
                 while not answer.endswith(b"}"):
                     answer += connection.recv(65536)
                 assert answer.startswith(b"HTTP/1.1 200"), answer
-                now = time.perf_counter()
+                now, work = time.perf_counter(), time.clock_gettime(clock)
                 gap.seconds, answered = max(gap.seconds, now - answered), now
+                gap.cpu_seconds, worked = max(gap.cpu_seconds, work - worked), work
                 over.wait(PROBE_EVERY_S)
 
     prober = threading.Thread(target=probe)
@@ -144,7 +151,7 @@ def bodies(model: str, megabytes: int) -> dict[str, tuple[str, Any]]:
 class Row:
     """The measurements of one request: gap and duration in seconds, growth of resident memory in MiB."""
 
-    gap_s: float
+    gap: Gap
     duration_s: float
     growth_mb: float
     outcome: str
@@ -152,7 +159,7 @@ class Row:
 
 def measure(url: str, pid: int, seconds: float, send: Callable[[httpx.Client], httpx.Response]) -> Row:
     """Send a request and give up after `seconds`; the outcome is the status and the start of its error."""
-    with httpx.Client(base_url=url, timeout=seconds) as client, measured_gap(url) as gap:
+    with httpx.Client(base_url=url, timeout=seconds) as client, measured_gap(url, pid) as gap:
         time.sleep(0.1)
         reset_peak(pid)
         before, began = resident_mb(pid, "VmRSS"), time.perf_counter()
@@ -162,7 +169,7 @@ def measure(url: str, pid: int, seconds: float, send: Callable[[httpx.Client], h
         except httpx.TransportError as error:
             outcome = type(error).__name__
         duration = time.perf_counter() - began
-    return Row(gap.seconds, duration, resident_mb(pid, "VmHWM") - before, outcome)
+    return Row(gap, duration, resident_mb(pid, "VmHWM") - before, outcome)
 
 
 def requests(server: Server, megabytes: int) -> Iterator[tuple[str, bytes, Callable[[httpx.Client], httpx.Response]]]:
@@ -195,13 +202,14 @@ def main() -> None:
         server = Server(str(base), Path(folder) / "data").start()
         assert server.process is not None
         try:
-            print("| request | MB | gap (ms) | growth (MB) | duration (s) | answer |")
-            print("| --- | --- | --- | --- | --- | --- |")
+            print("| request | MB | gap (ms) | CPU (ms) | growth (MB) | duration (s) | answer |")
+            print("| --- | --- | --- | --- | --- | --- | --- |")
             for name, content, send in requests(server, arguments.megabytes):
                 if arguments.only in name:
                     row = measure(server.url, server.process.pid, arguments.seconds, send)
                     print(
-                        f"| {name} | {len(content) / MB:.1f} | {row.gap_s * 1000:.0f} | {row.growth_mb:.0f} "
+                        f"| {name} | {len(content) / MB:.1f} | {row.gap.seconds * 1000:.0f} "
+                        f"| {row.gap.cpu_seconds * 1000:.0f} | {row.growth_mb:.0f} "
                         f"| {row.duration_s:.2f} | {row.outcome} |",
                         flush=True,
                     )
