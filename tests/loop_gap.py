@@ -1,9 +1,9 @@
 """Measure how long the server is silent while large bodies arrive: `python -m tests.loop_gap` prints a table.
 
-Each row is one request. The gap is the longest time between two answers of `/livez` during the request, and the CPU time
-the most that the server worked between two answers: on a busy machine, no more of the gap is the server's own. The growth is
-the server's peak of resident memory during the request, minus its resident memory before. A client gives up on a
-request that takes longer than `--seconds`: a text of 15 MB takes hours to learn, but it is tokenised within seconds.
+Each row is one request. The gap is the longest time between two answers of `/livez` during the request. The CPU time is
+the most that the server worked between two answers: on a busy machine, the rest of the gap is the work of others. The
+growth is the server's peak of resident memory during the request, minus its resident memory before. A client gives up
+on a request that takes longer than `--seconds`: a text of 15 MB takes hours to learn, but it is tokenised in seconds.
 """
 
 from __future__ import annotations
