@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import socket
 import tempfile
 import threading
@@ -192,7 +193,7 @@ def requests(server: Server, megabytes: int) -> Iterator[tuple[str, bytes, Calla
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument("--only", default="", help="regular expression that the rows' names contain")
     parser.add_argument("--megabytes", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60.0, help="a client gives up after so many")
     parser.add_argument("--base", help="folder of a base; default: a tiny one with random weights")
@@ -205,7 +206,7 @@ def main() -> None:
             print("| request | MB | gap (ms) | CPU (ms) | growth (MB) | duration (s) | answer |")
             print("| --- | --- | --- | --- | --- | --- | --- |")
             for name, content, send in requests(server, arguments.megabytes):
-                if arguments.only in name:
+                if re.search(arguments.only, name):
                     row = measure(server.url, server.process.pid, arguments.seconds, send)
                     print(
                         f"| {name} | {len(content) / MB:.1f} | {row.gap.seconds * 1000:.0f} "
