@@ -368,9 +368,12 @@ def test_no_part_of_a_text_that_is_tokenised_at_once_is_long(
 ) -> None:
     lengths: list[int] = []
     encode = Tokenizer._encode
-    monkeypatch.setattr(
-        Tokenizer, "_encode", lambda self, t, start=0: (lengths.append(len(t)), encode(self, t, start))[1]
-    )
+
+    def encode_and_note(self: Tokenizer, part: str, start: int = 0) -> Any:
+        lengths.append(len(part))
+        return encode(self, part, start)
+
+    monkeypatch.setattr(Tokenizer, "_encode", encode_and_note)
     ids = tokenizer.encode(text)
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
     assert max(lengths) <= PIECE_CHARS
