@@ -177,7 +177,7 @@ class Replay:
     def _prefill(
         self,
         tokens: Sequence[int],
-        learn: Sequence[bool] | None,
+        learn: Sequence[int] | None,
         extra_tokens: int,
         draft: Draft,
         learned: _LearnedCounts,
