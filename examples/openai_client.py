@@ -6,7 +6,8 @@ from openai import OpenAI
 
 url = os.environ.get("IMPRINT_URL", "http://127.0.0.1:8000")
 client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("IMPRINT_API_KEY", "none"))
-model = client.models.list().data[0].id
+served = client.models.list().data[0]
+model, sampling = served.id, (served.model_extra or {})["sampling"]  # temperature and penalty that suit the model
 
 stream = client.chat.completions.create(
     model=model,
@@ -14,6 +15,7 @@ stream = client.chat.completions.create(
     max_tokens=60,  # without a limit a reply may fill the context, as with OpenAI
     extra_body={"session": "openai"},  # or the header X-Imprint-Session, or OpenAI's `user`
     stream=True,
+    **sampling,
 )
 for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)

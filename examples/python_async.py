@@ -12,12 +12,13 @@ async def main() -> None:
     async with AsyncClient() as client:
 
         async def teach_and_ask(user: str, cat: str) -> None:
-            await client.observe(f"async-{user}", f"My cat is called {cat}. I said {cat}!")
-            stream = client.stream("My cat is called", session=f"async-{user}", adapt="predict", max_tokens=4)
+            session = f"async-{user}"
+            await client.observe(session, f"My cat is called {cat}. I said {cat}!")
+            stream = client.stream("My cat is called", session=session, adapt="predict", max_tokens=4, temperature=0)
             async for chunk in stream:
                 assert chunk.text is not None
             print(f"{user}:{stream.text}")
-            await client.delete(f"async-{user}")
+            await client.delete(session)
 
         await asyncio.gather(*(teach_and_ask(user, cat) for user, cat in CATS.items()))
 

@@ -1,5 +1,7 @@
 """The Python client: learn a text, complete, stream, score and roll back."""
 
+from dataclasses import asdict
+
 from imprint import Client
 
 with Client() as client:  # IMPRINT_URL and IMPRINT_API_KEY, or Client("http://…", api_key="…")
@@ -9,7 +11,9 @@ with Client() as client:  # IMPRINT_URL and IMPRINT_API_KEY, or Client("http://�
     print(client.complete("My cat is called", session="python", adapt="predict", max_tokens=8, temperature=0).text)
 
     question = [{"role": "user", "content": "Where does Miso sleep?"}]
-    with client.stream_chat(question, session="python", learn="all", max_tokens=40) as stream:
+    suggested = client.model().sampling  # temperature and penalty that suit the model
+    sampling = asdict(suggested) if suggested else {}
+    with client.stream_chat(question, session="python", learn="all", max_tokens=40, **sampling) as stream:
         for chunk in stream:
             print(chunk.text, end="", flush=True)
     print(f"\n{stream.adaptation}")

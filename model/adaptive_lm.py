@@ -214,8 +214,8 @@ class AdaptiveLM:
         index: int = EMPTY_SESSION,
         *,
         decode_state: DecodeState | None = None,
-        score: Sequence[bool] | None = None,
-        learn: Sequence[bool] | None = None,
+        score: Sequence[int] | None = None,
+        learn: Sequence[int] | None = None,
         draft: Draft | None = None,
         score_frozen: bool = False,
         frozen_cache: KVCache | None = None,
@@ -383,7 +383,7 @@ class AdaptiveLM:
         site = self.memory.lexical
         return torch.zeros(len(NGRAM_SIZES) + 1, device=self.device) if site is None else site.initial_trust()
 
-    def _mask(self, mask: Sequence[bool] | None, length: int) -> Tensor:
+    def _mask(self, mask: Sequence[int] | None, length: int) -> Tensor:
         if mask is None:
             return torch.zeros(length, dtype=torch.bool, device=self.device)
         return torch.tensor(mask, dtype=torch.bool, device=self.device)

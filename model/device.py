@@ -1,5 +1,7 @@
-"""Transfers between host and device, and streams beside the device's default stream. Which kernels run is chosen beside
-the kernels: `model.memory.backend`, `model.decode`."""
+"""Transfers between host and device, and streams other than the device's default stream.
+
+Which kernels run is chosen in the packages of the kernels: `model.memory.backend`, `model.decode`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def upload(data: Tensor | NDArray[Any], device: torch.device) -> Tensor:
 def upload_on_side_stream(data: Tensor, device: torch.device) -> Tensor:
     """Copy a large amount of the host's data to the device on a stream of its own.
 
-    The host does not wait, and work that was launched earlier goes on beside the copy. Work that is launched later
+    The host does not wait, and work that was launched earlier goes on during the copy. Work that is launched later
     waits for the copy, on the device.
     """
     if device.type != "cuda":
@@ -56,7 +58,7 @@ def copy_to_host(data: Tensor) -> Tensor:
 def on_side_stream(device: torch.device) -> AbstractContextManager[None]:
     """Return a context for a second thread, within which the thread launches its work on a stream of its own.
 
-    The work waits for all that was launched before this call, and runs beside all that is launched later.
+    The work waits for all that was launched before this call, and runs at the same time as all that is launched later.
     """
     if device.type != "cuda":
         return nullcontext()
@@ -66,7 +68,7 @@ def on_side_stream(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def _on_side_stream(device: torch.device, launched: torch.cuda.Event) -> Iterator[None]:
-    stream = _stream(device, "beside")
+    stream = _stream(device, "side")
     stream.wait_event(launched)
     with torch.cuda.stream(stream):
         yield

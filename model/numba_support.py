@@ -1,7 +1,7 @@
 """Parts that the compiled kernels for CPUs share: the compiler's options, threads, and functions that LLVM vectorises.
 
-The kernels lie beside what they replace: `model.decode.numba_step`, `model.memory.lexical.numba_backend`,
-`model.policies.numba_step`.
+Each kernel is in the package of the code that it replaces: `model.decode.numba_step`,
+`model.memory.lexical.numba_backend`, `model.policies.numba_step`.
 """
 
 from __future__ import annotations

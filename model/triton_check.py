@@ -1,6 +1,6 @@
 """The acceptance of Triton kernels on a GPU: Triton is installed, and a check on small random inputs passes.
 
-A check compares each kernel with its reference in torch operators; the checks lie beside the kernels.
+A check compares each kernel with its reference in torch operators; each check is in the package of its kernels.
 """
 
 from __future__ import annotations

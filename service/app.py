@@ -190,7 +190,7 @@ async def _no_check() -> None:
 def _background_tasks(
     store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys, embedded: EmbeddedValkey | None
 ) -> list[asyncio.Task[None]]:
-    """Start the tasks that run beside the server until its end."""
+    """Start the background tasks, which run until the server ends."""
     report = store_reporter(sessions, metrics)
     watch = partial(watch_store, store, sessions, metrics, keys, None if embedded else report)
     forever: dict[str, Callable[[], Awaitable[None]]] = {"watch_store": watch, "drop_erased": sessions.drop_erased}

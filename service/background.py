@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 async def keep_running(name: str, task: Callable[[], Awaitable[None]], metrics: Metrics) -> None:
     """Run a task until this call is cancelled; log and count each end of the task, and run the task again."""
     loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_S
+    restarts = metrics.background_restarts_total.labels(name)  # at 0, so that an alert sees the first restart
     while True:
         started = loop.time()
         try:
@@ -23,6 +24,6 @@ async def keep_running(name: str, task: Callable[[], Awaitable[None]], metrics: 
             log.error("the background task %s has ended; it is started again", name)
         except Exception:
             log.exception("the background task %s has failed; it is started again", name)
-        metrics.background_restarts_total.labels(name).inc()
+        restarts.inc()
         pause = FIRST_PAUSE_S if loop.time() - started > MAX_PAUSE_S else min(2 * pause, MAX_PAUSE_S)
         await asyncio.sleep(pause)

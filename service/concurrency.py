@@ -71,13 +71,39 @@ async def run_off_loop(size: int, work: Callable[P, T], /, *args: P.args, **kwar
 
 
 def dump_json(value: Any) -> str:
-    """Return `value` as compact JSON; NaN and infinity become `NaN` and `Infinity`, as `json.loads` reads them."""
+    """Return `value` as compact JSON; NaN and infinity become `NaN` and `Infinity`, as `json.loads` reads them.
+
+    An iterator becomes a list; `value` need not be in memory as a whole.
+    """
     return "".join(_parts(value))
 
 
+def dump_json_pieces(value: Any) -> list[bytes]:
+    """Return `value` as `dump_json` does, in UTF-8 and in pieces of at least `LARGE` bytes, the last one first.
+
+    A client of the list can thus free each piece once it is sent.
+    """
+    pieces, buffer = list[bytes](), bytearray()
+    for part in _parts(value):
+        buffer += part.encode()
+        if len(buffer) >= LARGE:
+            pieces.append(bytes(buffer))
+            buffer.clear()
+    return [*pieces, bytes(buffer)][::-1]
+
+
 def _parts(value: Any) -> Iterator[str]:
-    """Yield the text of a value in parts. An object is taken apart; so is a short list, which may hold long lists."""
+    """Yield the text of a value in parts.
+
+    An object and an iterator are taken apart; so is a short list, which may hold long lists.
+    """
     match value:
+        case Iterator():
+            separator = "["
+            for elements in _elements(value):
+                yield separator + elements
+                separator = ","
+            yield "]" if separator == "," else "[]"
         case Mapping():
             separator = "{"
             for key, item in value.items():
@@ -99,6 +125,21 @@ def _parts(value: Any) -> Iterator[str]:
             yield "]"
         case _:
             yield _dump(value)
+
+
+def _elements(values: Iterator[Any]) -> Iterator[str]:
+    """Yield the text of the elements of a list: each object by itself, other elements in steps."""
+    waiting = list[Any]()
+    for value in values:
+        if isinstance(value, Mapping):
+            yield "".join(_parts(value))
+            continue
+        waiting.append(value)
+        if len(waiting) == STEP:
+            yield _dump(waiting)[1:-1]
+            waiting.clear()
+    if waiting:
+        yield _dump(waiting)[1:-1]
 
 
 def _dump(value: Any) -> str:

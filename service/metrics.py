@@ -230,6 +230,8 @@ class Metrics:
             " from the list until the list is restored) or `untold` (other servers were not told of an erasure).",
             ("fault",),
         )
+        for fault in ("unlisted", "untold"):
+            self.store_faults_total.labels(fault)  # an alert sees no increase of a series that begins with its fault
         self.sessions_relisted_total = self._counter(
             "sessions_relisted_total", "Sessions that the store had lost from the list and that are listed again."
         )

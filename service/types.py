@@ -26,6 +26,20 @@ class Recalled:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Options of sampling, by OpenAI's names."""
+
+    temperature: float
+    top_p: float
+    frequency_penalty: float
+
+
+# What Imprint's own clients send unless the user says otherwise; docs/decisions/clients.md has the measurement. The
+# API's defaults are OpenAI's, temperature 1 without a penalty, with which a small model soon writes nonsense.
+SUGGESTED_SAMPLING = Sampling(temperature=0.4, top_p=0.9, frequency_penalty=0.5)
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """The effect of a turn on its session.
 

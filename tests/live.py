@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 EOS = "2"  # end-of-text token of the tiny base, as a key of `logit_bias`
+HASH = re.compile(r"sha256:|\b[0-9a-f]{16,}")  # no message to a client shows one
+QUOTED = re.compile(r"'[^']*'")  # a name that the client gave; tests give random ones
 NO_EOS = {EOS: -100}  # a `logit_bias` that forbids the end of text
 # Fields of a stored session that differ between sessions that have learned the same.
 VOLATILE_FIELDS = {b"once_until", b"id", b"nonce", b"created", b"updated", b"undo_from", b"undo_bytes"}
@@ -136,6 +139,8 @@ def assert_error(response: httpx.Response, status: int, code: str) -> Json:
     error: Json = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == code
+    own_words = QUOTED.sub("", error["message"].replace(response.headers["x-request-id"], ""))
+    assert not HASH.search(own_words), error["message"]
     assert ("retry-after" in response.headers) == (status in (429, 503))
     return error
 

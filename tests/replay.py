@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ import torch
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.checkpoint import load_backbone
 from model.decode.backend import choose_decode_step
+from model.episodes import Episodes
 from model.memory import Draft, SiteRows
+from model.memory.episodic.words import build_tables
 from model.memory.initial import default_config, random_memory
 from model.text.sampling import Sampler, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service.engine.text_stream import TextStream
+from service.settings import Settings
 from service.turns import prompts
 from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt, TextPrompt
+from service.turns.recall import RecallPlan
 
 Json = dict[str, Any]
 Rows = dict[str, dict[int, bytes]]
@@ -96,8 +101,12 @@ class ReferenceModel:
         backbone = load_backbone(folder)
         hidden_size = backbone.config.hidden_size
         memory = random_memory(default_config(hidden_size), seed=0)
-        self.lm = AdaptiveLM(backbone, memory, decoder=backbone.fp16_decoder(choose_decode_step(backbone)))
         self.tokenizer = Tokenizer.load(folder)
+        tables = build_tables([self.tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
+        self.episodes = Episodes(backbone, tables, hot_bytes=0)
+        self.recall = RecallPlan.of(self.tokenizer, Settings.model_fields["recall_tokens"].default)
+        decoder = backbone.fp16_decoder(choose_decode_step(backbone))
+        self.lm = AdaptiveLM(backbone, memory, decoder=decoder, episodes=self.episodes)
         self.context = backbone.config.max_context
         self.block = self.lm.memory.config.block
         self.pool = self.lm.new_pool(rows=ROWS, sessions=4)
@@ -159,6 +168,7 @@ class Replay:
         )
         output = None
         if learns_reply or is_chat:
+            reading = self._with_episodes(encoded, extra_tokens, isinstance(prompt, ChatPrompt), draft, decode_state)
             output = self._generate(
                 body,
                 encoded,
@@ -167,6 +177,7 @@ class Replay:
                 draft,
                 learned if learns_reply else None,
                 scores_frozen=learns_prompt,
+                reading=reading,
             )
         digests = list(encoded.digests) if learns_prompt else []
         if is_chat and output is not None:
@@ -177,7 +188,7 @@ class Replay:
     def _prefill(
         self,
         tokens: Sequence[int],
-        learn: Sequence[bool] | None,
+        learn: Sequence[int] | None,
         extra_tokens: int,
         draft: Draft,
         learned: _LearnedCounts,
@@ -199,9 +210,38 @@ class Replay:
                 score_frozen=True,
             )
             learned.add(scores)
-        learned.segments += int(learn is not None and any(learn))
+        if learn is not None and any(learn):
+            learned.segments += 1
+            self._keep_episodes(tokens, learn, draft)
         assert decode_state is not None
         return cache, decode_state
+
+    def _keep_episodes(self, tokens: Sequence[int], learn: Sequence[bool], draft: Draft, offset: int = 0) -> None:
+        self._model.episodes.learn(draft, tokens, learn, version=len(self.versions), offset=offset)
+
+    def _with_episodes(
+        self, encoded: EncodedPrompt, extra_tokens: int, is_chat: bool, draft: Draft, after_prompt: DecodeState
+    ) -> tuple[Any, DecodeState] | None:
+        """Return a cache and the state after a prompt that reads episodes; None if it finds none."""
+        model, tokens = self._model, encoded.token_ids
+        request = model.recall.request(encoded, chat=is_chat)
+        if request is None:
+            return None
+        room = model.lm.backbone.config.max_context - len(tokens) - extra_tokens
+        request = replace(request, max_tokens=min(request.max_tokens, room))
+        found = model.episodes.find(model.pool, self._index, tokens, request)
+        if not found:
+            return None
+        cache, state = model.lm.backbone.new_cache(model.lm.backbone.config.max_context), None
+        first = request.at // model.block * model.block
+        cuts = sorted({*range(0, first + 1, model.block), request.at, *range(request.at, len(tokens), model.block)})
+        for start, stop in pairwise([*cuts, len(tokens)]):
+            if start == request.at:
+                model.episodes.append(cache, None, found, request)
+            part = tokens[start:stop]
+            state, _ = model.lm.block(part, cache, model.pool, draft.index, decode_state=state)
+        assert state is not None
+        return cache, replace(state, trust=after_prompt.trust)
 
     def _generate(
         self,
@@ -213,14 +253,17 @@ class Replay:
         learned: _LearnedCounts | None,
         *,
         scores_frozen: bool,
+        reading: tuple[Any, DecodeState] | None,
     ) -> str:
-        """Generate a reply token by token.
+        """Generate a reply token by token, from `reading` if the prompt reads episodes.
 
         With `learned`, each block is learned as soon as its text can no longer become a stop string.
         """
         model, text = self._model, TextStream(self._model.tokenizer.stream(), tuple(body.get("stop", ())))
         sampler = Sampler(SamplingParams(temperature=body["temperature"], seed=body["seed"]))
         output, num_learned, finished, learned_state = list[int](), 0, False, decode_state
+        learned_cache = cache
+        cache, decode_state = reading or (cache, decode_state)
         while not finished:
             token = sampler.draw(model.lm.predict([decode_state], model.pool, [draft.index])[0])
             if token in model.tokenizer.eos_token_ids:
@@ -236,13 +279,13 @@ class Replay:
             while learned is not None and (count := min(model.block, text.num_released_tokens - num_learned)) > 0:
                 if count < model.block and not finished:
                     break
-                length = cache.length
-                cache.truncate(len(encoded.token_ids) + num_learned)
+                length = learned_cache.length
+                learned_cache.truncate(len(encoded.token_ids) + num_learned)
                 part = output[num_learned : num_learned + count]
                 mask = [True] * count
                 learned_state, scores = model.lm.block(
                     part,
-                    cache,
+                    learned_cache,
                     model.pool,
                     draft.index,
                     decode_state=learned_state,
@@ -252,11 +295,13 @@ class Replay:
                 )
                 learned.add(scores)
                 num_learned += count
-                cache.length = max(cache.length, length)
-                if num_learned == len(output):
+                learned_cache.length = max(learned_cache.length, length)
+                if learned_cache is cache and num_learned == len(output):
                     decode_state, pending = learned_state, False
             if pending:
                 decode_state = model.lm.decode([output[-1]], [cache], [decode_state], model.pool, [draft.index])[0]
+        if num_learned:
+            self._keep_episodes(output[:num_learned], [True] * num_learned, draft, len(encoded.token_ids))
         return text.text
 
     def _commit(self, draft: Draft, learned: _LearnedCounts, new_digests: Sequence[str]) -> None:

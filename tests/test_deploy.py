@@ -140,6 +140,34 @@ def test_compose_accepts_the_files_and_starts_every_service() -> None:
     )
 
 
+def test_no_container_of_compose_may_more_than_it_needs() -> None:
+    services = yaml.safe_load(tool("docker-compose", "-f", "docker-compose.yml", "config"))["services"]
+    for name, service in services.items():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert int(service["user"].split(":")[0]) > 0, name
+        assert int(service["mem_limit"]) > 0 and service["pids_limit"] > 0, name
+        assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices"}, name
+        written = [volume["target"] for volume in service["volumes"] if not volume.get("read_only")]
+        assert written, f"{name} has no volume to write to"
+        assert not [key for key in service.get("environment", {}) if re.search("PASSWORD|SECRET|TOKEN", key)], name
+    # A store without a password is for the server alone, and has no way out.
+    assert [name for name, service in services.items() if "store" in service["networks"]] == ["redis", "server"]
+    assert services["redis"]["networks"].keys() == {"store"}
+    assert read("docker-compose.yml")["networks"] == {"store": {"internal": True}}
+    grafana = services["grafana"]["environment"]
+    assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == grafana["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert grafana["GF_AUTH_BASIC_ENABLED"] == "false" and grafana["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+
+
+def test_a_store_with_a_limit_fits_its_container(rendered: list[Any]) -> None:
+    """Valkey refuses writes at `maxmemory`; without it the kernel would kill Valkey at the container's limit."""
+    (container,) = find(rendered, "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"]
+    assert "--maxmemory 3gb" in container["args"] and container["resources"]["limits"]["memory"] == "4Gi"
+    store = read("docker-compose.yml")["services"]["redis"]
+    assert store["command"][2:] == ["--maxmemory", "3gb"] and store["mem_limit"] == "4g"
+
+
 def test_the_services_of_compose_can_reach_each_other() -> None:
     services = read("docker-compose.yml")["services"]
 
@@ -223,12 +251,19 @@ def test_every_selector_finds_its_pods_and_no_pod_may_more_than_it_needs(rendere
             assert selector.get("matchLabels", selector) in labels, resource["metadata"]
     for pod in pods:
         spec = pod["spec"]["template"]["spec"]
-        assert spec["securityContext"]["runAsNonRoot"] and not spec["automountServiceAccountToken"]
+        security = spec["securityContext"]
+        assert security["runAsNonRoot"] and security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not spec["automountServiceAccountToken"]
         for container in spec["containers"]:
             security = container["securityContext"]
             assert security["readOnlyRootFilesystem"] and not security["allowPrivilegeEscalation"]
             assert security["capabilities"] == {"drop": ["ALL"]}
             assert "memory" in container["resources"]["limits"]
+            assert not [entry for entry in container.get("env", ()) if "PASSWORD" in entry["name"] and "value" in entry]
+    policies = [resource["spec"] for resource in rendered if resource["kind"] == "NetworkPolicy"]
+    for pod in labels:
+        (policy,) = [each for each in policies if each["podSelector"]["matchLabels"] == pod]
+        assert policy["policyTypes"] == ["Ingress", "Egress"] and policy["ingress"]
 
 
 def test_the_examples_valkey_is_configured_like_dockers(rendered: list[Any]) -> None:

@@ -122,7 +122,7 @@ def test_compose_starts_a_server_with_a_store_of_its_own() -> None:
     assert server["depends_on"]["redis"]["condition"] == "service_healthy"
     assert server["healthcheck"]["test"][1:] == json.loads(of("HEALTHCHECK")[0].split("CMD", 1)[1])
     assert "valkey-cli ping" in store["healthcheck"]["test"][1]
-    assert store["command"][-1] == "/etc/valkey/redis.conf"
+    assert store["command"][:2] == ["valkey-server", "/etc/valkey/redis.conf"]
     named = {mount.split(":")[0] for service in (server, store) for mount in service["volumes"]}
     assert named - {"./docker/redis.conf"} <= set(page["volumes"])
     assert set(json.loads(of("VOLUME")[0])) < {mount.split(":")[1] for mount in server["volumes"]}

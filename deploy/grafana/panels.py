@@ -140,6 +140,22 @@ SERVICE = {
             | {"mean": ratio("imprint_batch_size_sum", "imprint_batch_size_count")},
         ),
     ],
+    "Connections": [
+        Panel(
+            "Connections",
+            "Open connections of each server.",
+            "short",
+            {"{{instance}}": "imprint_connections{@}"},
+            "stack",
+        ),
+        Panel(
+            "Connections ended",
+            "Connections that the server ended because they broke a limit, or because others needed room, by reason.",
+            "ops",
+            {"{{reason}}": "sum by (reason) (rate(imprint_connections_ended_total{@}[]))"},
+            "stack",
+        ),
+    ],
 }
 
 ADAPTATION = {
@@ -305,6 +321,17 @@ STATE = {
         Panel(
             "Store answers", "1 while each server reaches the store.", "short", {"{{instance}}": "imprint_store_up{@}"}
         ),
+        Panel(
+            "Store at fault",
+            "1 if the store may evict keys; sessions an hour that the list had lost; changes an hour of which a "
+            "later step failed.",
+            "short",
+            {
+                "may evict, {{instance}}": "imprint_store_evicts{@}",
+                "listed again": rate("imprint_sessions_relisted_total") + " * 3600",
+                "{{fault}}": "sum by (fault) (rate(imprint_store_faults_total{@}[])) * 3600",
+            },
+        ),
     ],
     "Leases": [
         Panel(
@@ -354,6 +381,12 @@ DEVICE = {
             "1 while a server takes requests, 0 while it loads or drains.",
             "short",
             {"{{instance}}": "imprint_ready_state{@}"},
+        ),
+        Panel(
+            "Background tasks started again",
+            "Restarts an hour, by task. Each has a traceback in the log.",
+            "short",
+            {"{{task}}": "sum by (task) (rate(imprint_background_restarts_total{@}[])) * 3600"},
         ),
     ],
     "Engine": [

@@ -40,7 +40,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
 ) -> Backbone:
-    """Load `config.json` and the safetensors beside it, in one file or in shards. Raises `CheckpointError`.
+    """Load `config.json` and the safetensors of its folder, in one file or in shards. Raises `CheckpointError`.
 
     trainable: keep the linear maps in a layout that gradients can pass. The weights themselves are always frozen.
     """

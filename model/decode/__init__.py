@@ -1,1 +1,1 @@
-"""Decode steps: fast paths, each with its reference beside it, paged caches, and drafts of next tokens."""
+"""Decode steps: fast paths, each with its reference, paged caches, and drafts of next tokens."""

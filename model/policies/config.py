@@ -69,7 +69,7 @@ class PolicyConfig:
             raise PolicyError(f"lowest must be below highest ({self.highest}), got {self.lowest}")
         if self.detects_changes and any(site.kind == "lexical" and site.cells > 1 for site in self.memory.sites):
             raise PolicyError(
-                f"cells must be 1 beside the site {CHANGE_POINT_SITE!r}: change points need one order over all labels"
+                f"cells must be 1 where the memory has a site {CHANGE_POINT_SITE!r}: its order is over all labels"
             )
         if self.memory.hidden_size != self.state_size:
             raise PolicyError(f"memory.hidden_size must be {self.state_size}, got {self.memory.hidden_size}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -33,7 +33,7 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         """Compile a template. Raises `ChatTemplateError` if the source does not compile.
 
-        variables: values that the template may use beside the messages, such as `bos_token`.
+        variables: values that the template may use besides the messages, such as `bos_token`.
         """
         self._variables = dict(variables)
         try:
@@ -65,7 +65,7 @@ class ChatTemplate:
         Raises `ChatTemplateError`.
         """
         text = self.render(messages, add_generation_prompt=add_generation_prompt)
-        mark = _unused_character(text + "".join(message.get("content", "") for message in messages))
+        mark = next(unused_characters([text, *(message.get("content", "") for message in messages)]))
         for edges in (_whole, _trimmed):
             marked = [_mark(message, f"{mark}{i}{mark}", edges) for i, message in enumerate(messages)]
             try:
@@ -111,9 +111,15 @@ def _find(rendered: str, mark: str, messages: int) -> tuple[str, list[Span | Non
     return "".join(pieces), [(found[0], found[1]) if len(found) == 2 else None for found in positions]
 
 
-def _unused_character(text: str) -> str:
-    """Return a private-use character that the text does not contain."""
-    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+def unused_characters(texts: Sequence[str]) -> Iterator[str]:
+    """Yield characters that no text contains and that templates leave as they are.
+
+    Control characters of Latin-1 come first, because a character outside of Latin-1 doubles the memory of most texts.
+    """
+    for code in (*range(0x80, 0x85), *range(0x86, 0xA0), *range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)):
+        character = chr(code)
+        if not any(character in text for text in texts):
+            yield character
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

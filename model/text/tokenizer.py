@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -13,20 +14,19 @@ from typing import Any
 import tokenizers
 
 from model.base.checkpoint import CheckpointError, read_json
-from model.text.chat_template import ChatTemplate, ChatTemplateError, Message, Span
+from model.text.chat_template import ChatTemplate, ChatTemplateError, Message, Span, unused_characters
 
-# A text is tokenised in pieces of about this many characters: the memory that `tokenizers` takes is some 100 bytes a
-# token, and it holds the interpreter's lock while it hands over lists.
-PIECE_CHARS = 65_536
-CUT_WINDOW_CHARS = 4096
-# Where GPT-2's rule and its descendants end a word whatever surrounds it: before the space between two words, and
-# between the end of a line and a word.
-_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W\d_])")
-_CUT_SAMPLES = (
-    ("One word", " two words."),
-    ("a (line);\n", "Another line"),
-    ("don't", " stop.  Now\n"),
-    ("12\n", "x = 1"),
+# A text is tokenised in pieces of this many characters. `tokenizers` takes 100 to 250 bytes a token, and it holds the
+# interpreter's lock while it hands lists over and while it frees them.
+PIECE_CHARS = 32_768
+WHOLE_CHARS = 262_144  # of a piece of a tokenizer that does not find the words of a text without what comes before
+MARGIN_CHARS = 16  # right of a cut, on which the words left of the cut may depend; the longest added token comes on top
+CALL_CHARS = 4096  # of a text that `encode`, which holds the lock for all of its work, is given
+SEARCH_CHARS = 2**20  # that one search looks through
+# Boundaries of words of each kind that rules of words distinguish.
+_CUT_SAMPLE = (
+    "One word, don't stop; WE'LL (a line);\n\nAnother  line\t12 345x = y1 [ 7 ]\r\n  indented 天地玄黃，宇宙。 été’s "
+    "naïve … 👍🏽 ok\u00a0no-break x² ١٢٣ end.\n"
 )
 
 
@@ -34,8 +34,26 @@ _CUT_SAMPLES = (
 class ChatTokens:
     """A rendered chat. `spans[i]` is the half-open range of tokens that lie completely in message i's content."""
 
-    token_ids: list[int]
+    token_ids: array[int]
     spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The tokens of one piece of a text.
+
+    start, end: the piece's half-open range of characters in the text. encoding: has the tokens' characters, and perhaps
+    more tokens; None if all tokens stand for one character.
+    """
+
+    start: int
+    end: int
+    ids: list[int]
+    encoding: tokenizers.Encoding | None
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """Return the half-open range of characters of each token in the piece."""
+        return [(0, 1)] * len(self.ids) if self.encoding is None else self.encoding.offsets[: len(self.ids)]
 
 
 class Tokenizer:
@@ -64,7 +82,10 @@ class Tokenizer:
         self._special = {i for i, token in pipeline.get_added_tokens_decoder().items() if token.special}
         self._plain_ids = {} if special_in_messages else _plain_ids(pipeline, self._special)
         self._plain_pattern = re.compile("|".join(map(re.escape, sorted(self._plain_ids, key=len, reverse=True))))
-        self._may_cut = _may_cut(pipeline)
+        added = pipeline.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._margin = MARGIN_CHARS + max((len(token.content) for token in added.values()), default=0)
+        self._finds_words = _finds_words(pipeline)
         self._longest_token = _longest_token(pipeline, self._bytes)
         self.vocab_size = pipeline.get_vocab_size()
         self.bos_token_id = bos_token_id
@@ -73,7 +94,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, *, special_in_messages: bool = False) -> Tokenizer:
-        """Read `tokenizer.json` and the settings beside it. Raises `CheckpointError`."""
+        """Read `tokenizer.json` and the settings in the same folder. Raises `CheckpointError`."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{folder}: tokenizer.json is missing")
@@ -110,9 +131,19 @@ class Tokenizer:
 
         Raises `ValueError` if the text is not valid Unicode.
         """
-        ids = [self.bos_token_id] if self.add_bos and self.bos_token_id is not None else []
-        for _, piece in self._pieces(text):
-            ids += self._encode(piece).ids
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> array[int]:
+        """Return the token ids of a text as `encode` does, in four bytes each.
+
+        The memory beyond the ids does not grow with the text: the text is tokenised in pieces that end between two
+        words. A word of more than `PIECE_CHARS` characters is cut there, and its tokens at the cut may differ from
+        those of the whole word; so may the tokens at each multiple of `WHOLE_CHARS` characters of a tokenizer whose
+        words depend on what comes before them.
+        """
+        ids = array("i", [self.bos_token_id] if self.add_bos and self.bos_token_id is not None else [])
+        for piece in self._pieces(text):
+            ids.extend(piece.ids)
         return ids
 
     def fewest_tokens(self, num_bytes: int) -> int:
@@ -140,67 +171,79 @@ class Tokenizer:
             raise ChatTemplateError("the model has no chat template")
         messages, plain_ids = self._without_special(messages)
         text, spans = self._chat_template.render_with_spans(messages, add_generation_prompt=add_generation_prompt)
-        ids: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        for start, piece in self._chat_pieces(text, plain_ids):
-            if piece in plain_ids:
-                ids += plain_ids[piece]
-                starts += [start] * len(plain_ids[piece])
-                ends += [start + 1] * len(plain_ids[piece])
-            else:
-                encoding = self._encode(piece)
-                ids += encoding.ids
-                for token_start, token_end in encoding.offsets:
-                    starts.append(start + token_start)
-                    ends.append(start + token_end)
-        return ChatTokens(ids, _token_spans(starts, ends, spans))
+        ids = array("i")
+        counts = _TokenCounts(spans)
+        for piece in self._chat_pieces(text, plain_ids):
+            counts.add(piece, len(ids))
+            ids.extend(piece.ids)
+        return ChatTokens(ids, counts.ranges(spans, len(ids)))
 
     def _without_special(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, list[int]]]:
         """Return the messages with one character in place of each special token's text, and the ids of its plain text.
 
         The template cannot tell such a character from other text, and `_encode` never makes a special token of it.
         """
-        values = "".join(value for message in messages for value in message.values())
-        if not self._plain_ids or not self._plain_pattern.search(values):
+        values = [value for message in messages for value in message.values()]
+        if not self._plain_ids or not any(map(self._has_special, values)):
             return messages, {}
-        unused = (character for character in map(chr, range(0x100000, 0x10FFFE)) if character not in values)
-        characters = {token: next(unused) for token in self._plain_ids}
-
-        def replace(match: re.Match[str]) -> str:
-            return characters[match[0]]
-
-        plain = [{key: self._plain_pattern.sub(replace, value) for key, value in each.items()} for each in messages]
+        unused = unused_characters(values)
+        characters = {token: next(unused) for token in sorted(self._plain_ids, key=len, reverse=True)}
+        plain = [{key: _replaced(value, characters) for key, value in each.items()} for each in messages]
         return plain, {characters[token]: ids for token, ids in self._plain_ids.items()}
 
-    def _chat_pieces(self, text: str, plain_ids: Mapping[str, list[int]]) -> Iterator[tuple[int, str]]:
-        """Yield the pieces of a rendered chat, and each character of `plain_ids` by itself; each with its start."""
+    def _has_special(self, text: str) -> bool:
+        """Return whether a text has a special token's text; no search holds the interpreter's lock for long."""
+        search = self._plain_pattern.search
+        starts = range(0, len(text), SEARCH_CHARS)
+        return any(search(text, start, start + SEARCH_CHARS + self._margin) for start in starts)
+
+    def _chat_pieces(self, text: str, plain_ids: Mapping[str, list[int]]) -> Iterator[_Piece]:
+        """Yield the pieces of a rendered chat, and each character of `plain_ids` by itself."""
         start = 0
         for match in re.finditer(f"[{''.join(plain_ids)}]", text) if plain_ids else ():
-            if match.start() > start:
-                yield from self._pieces(text[start : match.start()], start)
-            yield match.start(), match[0]
+            yield from self._pieces(text, start, match.start())
             start = match.end()
-        yield from self._pieces(text[start:], start)
+            yield _Piece(match.start(), start, plain_ids[match[0]], None)
+        yield from self._pieces(text, start)
 
-    def _pieces(self, text: str, offset: int = 0) -> Iterator[tuple[int, str]]:
-        """Yield the parts of a text that are tokenised one by one, with their starts, to the same tokens as in one."""
-        start, search_from = 0, PIECE_CHARS
-        while self._may_cut and search_from < len(text):
-            if cut := _CUT.search(text, search_from, search_from + CUT_WINDOW_CHARS):
-                yield offset + start, text[start : cut.start()]
-                start = cut.start()
-                search_from = start
-            search_from += PIECE_CHARS
-        yield offset + start, text[start:]
+    def _pieces(self, text: str, start: int = 0, stop: int | None = None) -> Iterator[_Piece]:
+        """Yield the tokens of the characters from `start` to `stop`, piece by piece."""
+        stop = len(text) if stop is None else stop
+        size = PIECE_CHARS if self._finds_words else WHOLE_CHARS
+        while start < stop:
+            piece = text[start : min(start + size, stop)]
+            encoding = self._encode(piece, start)
+            ids, length = encoding.ids, len(piece)
+            if self._finds_words and start + length < stop:
+                count, length = self._last_cut(piece, encoding, ids)
+                del ids[count:]
+            yield _Piece(start, start + length, ids, encoding)
+            start += length
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
+    def _last_cut(self, piece: str, encoding: tokenizers.Encoding, ids: Sequence[int]) -> tuple[int, int]:
+        """Return how many tokens and characters of a piece do not depend on what follows the piece; all, if unknown.
+
+        The text may be cut there: between two words, next to a letter, a digit or an added token, where no rule looks
+        over the cut.
+        """
+        limit = len(piece) - self._margin
+        for index in range(len(ids) - 1, 0, -1):
+            if encoding.token_to_word(index) == encoding.token_to_word(index - 1):
+                continue
+            start, _ = encoding.token_to_chars(index) or (0, 0)
+            by_token = ids[index] in self._added or ids[index - 1] in self._added
+            if 0 < start <= limit and (by_token or _may_end(piece, start)):
+                return index, start
+        return len(ids), len(piece)
+
+    def _encode(self, text: str, start: int = 0) -> tokenizers.Encoding:
+        """Return the tokens of a text that begins at `start` of a longer text."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            where = f"a lone surrogate at position {error.start}"
+            where = f"a lone surrogate at position {start + error.start}"
             raise ValueError(f"text must be Unicode, got {where}") from None
-        if len(text) < CUT_WINDOW_CHARS:
+        if len(text) < CALL_CHARS:
             return self._pipeline.encode(text, add_special_tokens=False)
         # Unlike `encode`, `encode_batch` releases the interpreter's lock.
         return self._pipeline.encode_batch([text], add_special_tokens=False)[0]
@@ -303,17 +346,26 @@ def _plain_ids(pipeline: tokenizers.Tokenizer, special: Set[int]) -> dict[str, l
     return plain
 
 
-def _may_cut(pipeline: tokenizers.Tokenizer) -> bool:
-    """Return whether texts cut at `_CUT` have the tokens of the whole texts."""
+def _may_end(text: str, position: int) -> bool:
+    """Return whether a text may be cut at the start of a word: the word begins with a letter or a digit, perhaps after
+    one other character."""
+    return any(character.isalnum() for character in text[position : position + 2])
+
+
+def _finds_words(pipeline: tokenizers.Tokenizer) -> bool:
+    """Return whether the words of a text depend neither on the text before a cut nor on text far behind the cut."""
     added = pipeline.get_added_tokens_decoder().values()
     if pipeline.normalizer is not None or pipeline.pre_tokenizer is None or any(map(_takes_neighbours, added)):
         return False
-    words = pipeline.pre_tokenizer.pre_tokenize_str
-    return all(
-        [word for word, _ in words(left)] + [word for word, _ in words(right)]
-        == [word for word, _ in words(left + right)]
-        for left, right in _CUT_SAMPLES
-    )
+    words, text = pipeline.pre_tokenizer.pre_tokenize_str, _CUT_SAMPLE
+    whole = words(text)
+    cuts = [start for _, (start, _) in whole if _may_end(text, start)]
+    for cut in cuts:
+        left = [word for word in whole if word[1][1] <= cut]
+        right = [(word, (start - cut, end - cut)) for word, (start, end) in whole if start >= cut]
+        if words(text[cut:]) != right or words(text[: cut + MARGIN_CHARS])[: len(left)] != left:
+            return False
+    return len(cuts) > 1
 
 
 def _longest_token(pipeline: tokenizers.Tokenizer, token_bytes: Mapping[int, bytes]) -> int:
@@ -325,8 +377,8 @@ def _longest_token(pipeline: tokenizers.Tokenizer, token_bytes: Mapping[int, byt
 
 
 def _takes_neighbours(token: tokenizers.AddedToken) -> bool:
-    """Return whether an added token takes spaces around it, or a place where a text may be cut."""
-    return token.lstrip or token.rstrip or " " in token.content or "\n" in token.content
+    """Return whether an added token takes spaces around it, or depends on the character before it."""
+    return token.lstrip or token.rstrip or token.single_word
 
 
 def _is_byte_level(pipeline: tokenizers.Tokenizer) -> bool:
@@ -344,12 +396,40 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_ALPHABET = _byte_alphabet()
 
 
-def _token_spans(starts: Sequence[int], ends: Sequence[int], spans: Sequence[Span | None]) -> list[tuple[int, int]]:
-    """Return the range of tokens inside each range of characters. An empty range starts where the last one ends."""
-    ranges: list[tuple[int, int]] = []
-    for span in spans:
-        first = bisect_left(starts, span[0]) if span else 0
-        last = bisect_right(ends, span[1]) if span else 0
-        previous = ranges[-1][1] if ranges else 0
-        ranges.append((first, last) if first < last else (previous, previous))
-    return ranges
+def _replaced(text: str, characters: Mapping[str, str]) -> str:
+    """Return a text with a character in place of each token; the longest tokens come first in `characters`."""
+    for token, character in characters.items():
+        text = text.replace(token, character)
+    return text
+
+
+class _TokenCounts:
+    """The numbers of tokens before the edges of spans, taken piece by piece: the offsets of all tokens are large."""
+
+    def __init__(self, spans: Sequence[Span | None]) -> None:
+        self._edges = sorted({edge for span in spans if span for edge in span}, reverse=True)  # that are to come
+        self._begun: dict[int, int] = {}  # number of tokens that begin before an edge
+        self._ended: dict[int, int] = {}  # number of tokens that end at an edge or before
+
+    def add(self, piece: _Piece, count: int) -> None:
+        """Take the next piece, which comes after `count` tokens."""
+        if not self._edges or self._edges[-1] >= piece.end:
+            return
+        starts, ends = zip(*piece.offsets(), strict=True) if piece.ids else ((), ())
+        while self._edges and self._edges[-1] < piece.end:
+            edge = self._edges.pop()
+            self._begun[edge] = count + bisect_left(starts, edge - piece.start)
+            self._ended[edge] = count + bisect_right(ends, edge - piece.start)
+
+    def ranges(self, spans: Sequence[Span | None], count: int) -> list[tuple[int, int]]:
+        """Return the range of tokens inside each span of a text with `count` tokens.
+
+        An empty range starts where the last one ends.
+        """
+        ranges: list[tuple[int, int]] = []
+        for span in spans:
+            first = self._begun.get(span[0], count) if span else 0
+            last = self._ended.get(span[1], count) if span else 0
+            previous = ranges[-1][1] if ranges else 0
+            ranges.append((first, last) if first < last else (previous, previous))
+        return ranges

@@ -25,16 +25,19 @@ def chat(
     ] = None,
     once: Annotated[str | None, typer.Option(help="Send this message, print the reply, and exit.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 = always the likeliest token.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, max=2, help="0 = always the likeliest token; default: as the server suggests."),
+    ] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Talk with the model; it learns what you say.
 
     Ctrl-D ends the chat. Without a terminal, standard input is the one message.
     """
-    options: ChatOptions = {"session": session, "max_tokens": max_tokens, "temperature": temperature}
     interactive = once is None and sys.stdin.isatty()
     with connect(url) as client:
+        options: ChatOptions = {"session": session, "max_tokens": max_tokens, **_sampling(client, temperature)}
         conversation: list[dict[str, str]] = []
         for text in _read_interactive() if interactive else [_read_stdin() if once is None else once]:
             pending_messages = [*conversation, {"role": "user", "content": text}]
@@ -46,6 +49,19 @@ def chat(
                 err.print(escape(str(error)), style="red")
             else:
                 conversation = [*pending_messages, {"role": "assistant", "content": reply}]
+
+
+def _sampling(client: Client, temperature: float | None) -> ChatOptions:
+    """Return the options of sampling that the server suggests, with the given temperature."""
+    suggested = client.model().sampling
+    options: ChatOptions = {}
+    if suggested is not None:
+        options = {
+            "temperature": suggested.temperature,
+            "top_p": suggested.top_p,
+            "frequency_penalty": suggested.frequency_penalty,
+        }
+    return options if temperature is None else options | {"temperature": temperature}
 
 
 def _read_interactive() -> Iterator[str]:

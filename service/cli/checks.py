@@ -197,7 +197,7 @@ def _check_policies(settings: Settings) -> str:
 
 def _check_store(settings: Settings) -> str:
     if settings.redis_url is not None:
-        return asyncio.run(_check_redis(settings.redis_url))
+        return asyncio.run(_check_redis(settings.redis_url, settings.redis_prefix))
     try:
         binary = valkey_binary()
     except StoreError as error:
@@ -224,20 +224,21 @@ def _check_store(settings: Settings) -> str:
     return f"an embedded Valkey in {settings.data_dir}"
 
 
-async def _check_redis(url: str) -> str:
-    """Check that a Redis answers, evicts nothing and writes to its disk."""
+async def _check_redis(url: str, prefix: str) -> str:
+    """Check that a Redis answers, lets the server do what it needs, evicts nothing and writes to its disk."""
     try:
-        store = RedisStore.from_url(url)
+        store = RedisStore.from_url(url, prefix=prefix)
     except ValueError as error:
         raise CheckFailed(f"IMPRINT_REDIS_URL: {error}", "see docs/settings.md") from error
     try:
-        await store.ping()
+        await store.check_rights()
         used, limit = await store.memory()
         redis_config = await store.configuration("appendonly", "maxmemory-policy")
     except (StoreUnavailable, StoreRefused, RedisError) as error:
+        what = "refuses what the server needs" if isinstance(error, StoreRefused) else "does not answer"
         raise CheckFailed(
-            f"the Redis of IMPRINT_REDIS_URL does not answer: {error.__cause__ or error}",
-            "is it up, and do address and password hold?",
+            f"the Redis of IMPRINT_REDIS_URL {what}: {error.__cause__ or error}",
+            "is it up, and do address, password and rights (docs/security.md) hold?",
         ) from error
     finally:
         await store.close()

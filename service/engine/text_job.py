@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -336,19 +337,19 @@ class TextJob(MemoryJob):
             if segment.score is not None:
                 yield self._token_scores(part, segment.score, scores)
 
-    def _token_scores(self, part: slice, score: Sequence[bool], scores: Scores) -> TokenScores:
+    def _token_scores(self, part: slice, score: Sequence[int], scores: Scores) -> TokenScores:
         positions = [i for i in range(part.start, part.stop) if score[i] and i > 0]
         tokens = [self._current_segment.token_ids[i] for i in positions]
-        adapted = scores.adapted.tolist()
-        frozen = scores.frozen.tolist() if self.request.frozen and scores.frozen is not None else None
-        alternatives = []
-        if scores.top is not None:
-            values, ids = scores.top[0].tolist(), scores.top[1].tolist()
-            alternatives = [
-                Alternatives(token, logprob, list(zip(ids[n], values[n], strict=True)))
-                for n, (token, logprob) in enumerate(zip(tokens, adapted, strict=True))
-            ]
-        return TokenScores(self._segment, tokens, adapted, frozen, alternatives)
+        has_frozen = self.request.frozen and scores.frozen is not None
+        top_logprobs, top_ids = scores.top or (None, None)
+        return TokenScores(
+            self._segment,
+            array("i", tokens),
+            _floats(scores.adapted),
+            _floats(scores.frozen) if has_frozen else None,
+            array("i", () if top_ids is None else top_ids.flatten().tolist()),
+            _floats(top_logprobs),
+        )
 
     def _start_sequences(self, options: GenerationParams) -> list[TextSequence]:
         assert self._cache is not None and self._decode_state is not None
@@ -470,6 +471,10 @@ def _scores_by_sequence(
         predraw([sequence.sampler for _, sequence, _ in inputs], predictions)
     rows = iter(predictions)
     return [list(islice(rows, len(states))) for states in decode_states]
+
+
+def _floats(values: Tensor | None) -> array[float]:
+    return array("d", () if values is None else values.flatten().tolist())
 
 
 def _capacity(segment: Segment) -> int:

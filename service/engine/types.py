@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -41,9 +42,9 @@ class Segment:
     """A token sequence with its own attention, which a generation may follow.
 
     Attributes:
-        learn: for each position, whether the token is learned; None = no token is learned.
-        score: for each position, whether the token is scored; None = no token is scored. Where both masks are given,
-            every learned token is scored.
+        learn: for each position, 1 or True where the token is learned; None = no token is learned.
+        score: for each position, 1 or True where the token is scored; None = no token is scored. Where both masks are
+            given, every learned token is scored.
         top: number of alternatives to report for each scored token.
         recall: what the generation may read of the session's episodes; None = nothing.
         version: the version that first learned the tokens, if it is not the turn's.
@@ -51,8 +52,8 @@ class Segment:
     """
 
     token_ids: Sequence[int]
-    learn: Sequence[bool] | None = None
-    score: Sequence[bool] | None = None
+    learn: Sequence[int] | None = None
+    score: Sequence[int] | None = None
     top: int = 0
     generate: GenerationParams | None = None
     recall: RecallRequest | None = None
@@ -180,17 +181,21 @@ class Alternatives:
 class TokenScores:
     """The scores of a block's targets, in order.
 
+    Arrays take a tenth of the memory of lists: a request may have hundreds of thousands of targets.
+
     Attributes:
         adapted: log-probabilities with memory.
         frozen: log-probabilities without memory, if the request wants them.
-        alternatives: one entry for each target, if the segment wants alternatives.
+        top_ids, top_logprobs: the most probable tokens in place of the targets, `Segment.top` for each target, one
+            target after the other.
     """
 
     segment: int
-    token_ids: list[int]
-    adapted: list[float]
-    frozen: list[float] | None
-    alternatives: list[Alternatives]
+    token_ids: array[int]
+    adapted: array[float]
+    frozen: array[float] | None
+    top_ids: array[int]
+    top_logprobs: array[float]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Header, Path, Request, Response
+from starlette.types import Receive, Scope, Send
 
 from service.errors import BadRequest
 from service.http.schemas import SessionId
@@ -124,9 +125,26 @@ class LearningRequest:
         self.response.headers.update({"ETag": etag(version)} | idempotency_headers(self.ctx))
 
 
-def large_reply(text: str, response: Response) -> Response:
-    """Return the response of a reply that is JSON text already, with the headers that the route has set."""
-    return Response(text, headers=dict(response.headers), media_type="application/json")
+class LargeReply(Response):
+    """A reply that is JSON text already, in pieces; each piece is freed once it is sent.
+
+    Args:
+        pieces: the text, the last piece first; sending empties the list.
+        response: has the headers that the route has set.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: list[bytes], response: Response) -> None:
+        length = str(sum(map(len, pieces)))
+        super().__init__(headers=dict(response.headers) | {"Content-Length": length})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while self._pieces:
+            piece = self._pieces.pop()
+            await send({"type": "http.response.body", "body": piece, "more_body": bool(self._pieces)})
 
 
 async def get_learning_request(

@@ -6,12 +6,24 @@ import logging
 import resource
 import time
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from service.metrics import Metrics
 from service.settings import Settings
 
 RESERVED_FILES = 256  # open files kept for everything but connections
 LOG_EVERY_S = 10.0
+Reason = Literal[  # for which the server ends a connection
+    "head",
+    "headers",
+    "framing",
+    "invalid HTTP",
+    "head timeout",
+    "body timeout",
+    "a client that does not read",
+    "room for others",
+    "connections",
+]
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +71,17 @@ class ConnectionReport:
     _logged: dict[str, float] = field(default_factory=dict)
     _unlogged: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.metrics is not None:
+            for reason in get_args(Reason):
+                self.metrics.connections_ended_total.labels(reason)  # at 0, so that an alert sees the first one
+
     def opened(self, connections: int) -> None:
         """Set the number of open connections."""
         if self.metrics is not None:
             self.metrics.connections.set(connections)
 
-    def ended(self, reason: str, client: object) -> None:
+    def ended(self, reason: Reason, client: object) -> None:
         """Count a connection that the server ended for `reason`, and log the first of each 10 seconds."""
         if self.metrics is not None:
             self.metrics.connections_ended_total.labels(reason).inc()

@@ -3,7 +3,10 @@
 The examples of request bodies stand next to the schemas in `service/http/schemas.py`.
 """
 
+from dataclasses import asdict
 from typing import Any
+
+from service.types import SUGGESTED_SAMPLING
 
 Json = dict[str, Any]
 
@@ -17,13 +20,18 @@ MODEL: Json = {
     "object": "model",
     "created": 1767225600,
     "owned_by": "imprint",
-    "fingerprints": {"base": "sha256:5a1395716f79…", "memory": "sha256:b1f6b34e040f…"},
+    "fingerprints": {
+        "base": "sha256:5a1395716f79…",
+        "memory": "sha256:b1f6b34e040f…",
+        "session": "sha256:c2e04d6b917a…",
+    },
+    "sampling": asdict(SUGGESTED_SAMPLING),
 }
 SESSION: Json = {
     "id": "alice",
     "object": "session",
     "version": 4,
-    "model": "sha256:b1f6b34e040f…",
+    "model": "sha256:c2e04d6b917a…",
     "tokens_learned": 784,
     "rows": 698,
     "bytes": 54444,

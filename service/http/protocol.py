@@ -17,7 +17,7 @@ from typing import Any, Literal
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.http.limits import ConnectionLimits, ConnectionReport
+from service.http.limits import ConnectionLimits, ConnectionReport, Reason
 
 SWEEP_EVERY_S = 0.5
 LINGER_S = 2.0  # for which a refused client may go on sending
@@ -90,11 +90,9 @@ class Connection(HttpToolsProtocol):
         """Keep the connection of a client that only ended its sending side open until the last answer.
 
         The end of a client looks the same. What tells the two apart is that a client that is gone refuses what the
-        server sends. HTTP/1.1 clients skip `100 Continue`; HTTP/1.0 has no such answer, so there a POST counts as gone.
+        server sends: `100 Continue`, which HTTP/1.1 clients skip, or the first bytes of the answer.
         """
         if self.phase != "answer" or self._refused:
-            return False
-        if self.cycle.scope["http_version"] == "1.0" and self.cycle.scope["method"] not in ("GET", "HEAD"):
             return False
         self.cycle.keep_alive = False
         self._probe(0)
@@ -220,10 +218,11 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         else:
             limits = self.limits
+            reason: Reason = "head timeout" if self.phase == "head" else "body timeout"
             timeout_s = limits.head_timeout_s if self.phase == "head" else limits.body_timeout_s
-            self._refuse(408, f"{self.phase} timeout", f"The {self.phase} of a request must come within {timeout_s} s.")
+            self._refuse(408, reason, f"The {self.phase} of a request must come within {timeout_s} s.")
 
-    def _refuse(self, status: int, reason: str, message: str, retry_after: int | None = None) -> None:
+    def _refuse(self, status: int, reason: Reason, message: str, retry_after: int | None = None) -> None:
         """Answer with an error in OpenAI's shape, unless an answer has begun, and close the connection.
 
         To close a connection on which bytes arrive would destroy the answer: the server first takes them for a while.

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.site_kind import SiteKind
-from service.types import Adaptation, StoreStatus
+from service.types import Adaptation, Sampling, StoreStatus
 
 
 class ErrorDetail(BaseModel):
@@ -206,7 +206,12 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, str] = Field(
+        description="Of the weights; `session` or `policy` is the `model` of the sessions that this model can read."
+    )
+    sampling: Sampling | None = Field(
+        None, description="Options suggested for completions; Imprint's own clients send them. Null for a policy."
+    )
     policy: PolicyShape | None = None
 
 
@@ -228,7 +233,8 @@ class Session(BaseModel):
     rows: int
     bytes: int
     gain: float | None = Field(
-        description="Nats per token by which the memory lowers the loss of the frozen base; null = not measured."
+        description="Nats per token by which the memory lowers the loss of the frozen base; null = not measured: so far"
+        " nothing was learned, or the memory was empty when it was."
     )
     created: int = Field(description="Unix time in seconds.")
     updated: int = Field(description="Unix time in seconds.")

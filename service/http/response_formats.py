@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
-from service.concurrency import LARGE, dump_json, run_off_loop
+from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.http.schemas import GenerationRequest
 from service.metrics import Metrics
 from service.turns.completion import CompletionJob, Delta, TokenLogprob, TurnEnd
@@ -71,8 +72,8 @@ class ResponseFormatter(ABC):
             "system_fingerprint": _system_fingerprint(sessions.fingerprints),
         }
 
-    async def reply(self, events: AsyncIterator[Delta | TurnRestarted | TurnEnd]) -> Json | str:
-        """Return the whole reply to a turn with these events; as JSON text if the reply is large."""
+    async def reply(self, events: AsyncIterator[Delta | TurnRestarted | TurnEnd]) -> Json | list[bytes]:
+        """Return the whole reply to a turn with these events; pieces of JSON, the last one first, if it is large."""
         deltas: list[Delta] = []
         end: TurnEnd | None = None
         async for event in events:
@@ -85,8 +86,9 @@ class ResponseFormatter(ABC):
                 deltas.append(event)
         assert end is not None, "a turn ends with a TurnEnd"
         if sum(len(delta.logprobs) for delta in deltas) < LARGE_REPLY:
-            return self._reply_json(deltas, end)
-        return await run_off_loop(LARGE, self._reply_text, deltas, end)
+            reply = self._reply_json(deltas, end)
+            return reply | {"choices": list(reply["choices"])}
+        return await run_off_loop(LARGE, self._reply_pieces, deltas, end)
 
     async def stream(self, events: AsyncGenerator[Delta | TurnRestarted | TurnEnd, None]) -> AsyncGenerator[str, None]:
         """Yield the chunks of a stream as JSON, and close `events` at the end."""
@@ -112,27 +114,28 @@ class ResponseFormatter(ABC):
         """Return a choice of a chunk; the last chunk of a choice has a `finish_reason` and no text."""
 
     @abstractmethod
-    def logprobs_json(self, tokens: list[TokenLogprob]) -> Json:
+    def logprobs_json(self, tokens: Iterable[TokenLogprob]) -> Json:
         """Return the log-probabilities of a choice's tokens, in nats."""
 
-    def _reply_json(self, deltas: Iterable[Delta], end: TurnEnd) -> Json:
-        texts: list[list[str]] = [[] for _ in range(self._num_choices)]
-        tokens: list[list[TokenLogprob]] = [[] for _ in range(self._num_choices)]
+    def _reply_json(self, deltas: list[Delta], end: TurnEnd) -> Json:
+        """Return the reply with an iterator for its choices, and empty `deltas`."""
+        by_choice: list[list[Delta]] = [[] for _ in range(self._num_choices)]
         for delta in deltas:
-            texts[delta.choice].append(delta.text)
-            tokens[delta.choice] += delta.logprobs
-        logprobs = [self.logprobs_json(one) if self._with_logprobs else None for one in tokens]
-        choices = [
-            self.choice_json(i, "".join(texts[i]), logprobs[i], reason) for i, reason in enumerate(end.finish_reasons)
-        ]
-        body = {"object": self.object, "choices": choices, "usage": _usage(end)}
+            by_choice[delta.choice].append(delta)
+        deltas.clear()
+        body = {"object": self.object, "choices": self._choices(by_choice, end), "usage": _usage(end)}
         return self._head() | body | {"adaptation": end.adaptation and asdict(end.adaptation)}
 
-    def _reply_text(self, deltas: list[Delta], end: TurnEnd) -> str:
-        """Return the reply as JSON text, and free the deltas: freeing a million objects takes the loop 0.1 s."""
-        text = dump_json(self._reply_json(deltas, end))
-        deltas.clear()
-        return text
+    def _choices(self, by_choice: list[list[Delta]], end: TurnEnd) -> Iterator[Json]:
+        """Yield the choices; free the deltas of each before the next, because freeing all at once takes 0.1 s."""
+        for index, reason in enumerate(end.finish_reasons):
+            deltas, by_choice[index] = by_choice[index], []
+            tokens = chain.from_iterable(delta.logprobs for delta in deltas)
+            logprobs = self.logprobs_json(tokens) if self._with_logprobs else None
+            yield self.choice_json(index, "".join(delta.text for delta in deltas), logprobs, reason)
+
+    def _reply_pieces(self, deltas: list[Delta], end: TurnEnd) -> list[bytes]:
+        return dump_json_pieces(self._reply_json(deltas, end))
 
     def _chunks(self, event: Delta | TurnEnd) -> Iterator[str]:
         if isinstance(event, Delta):
@@ -169,13 +172,14 @@ class CompletionFormatter(ResponseFormatter):
     def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def logprobs_json(self, tokens: list[TokenLogprob]) -> Json:
-        return {
-            "tokens": [_token_text(one.token) for one in tokens],
-            "token_logprobs": [None if one.logprob is None else _finite(one.logprob) for one in tokens],
-            "top_logprobs": [_alternatives(one) for one in tokens],
-            "text_offset": [one.text_offset for one in tokens],
-        }
+    def logprobs_json(self, tokens: Iterable[TokenLogprob]) -> Json:
+        columns: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for one in tokens:
+            columns["tokens"].append(_token_text(one.token))
+            columns["token_logprobs"].append(None if one.logprob is None else _finite(one.logprob))
+            columns["top_logprobs"].append(_alternatives(one))
+            columns["text_offset"].append(one.text_offset)
+        return columns
 
 
 class ChatFormatter(ResponseFormatter):
@@ -198,7 +202,7 @@ class ChatFormatter(ResponseFormatter):
         delta = {"content": text} if finish_reason is None else {}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def logprobs_json(self, tokens: list[TokenLogprob]) -> Json:
+    def logprobs_json(self, tokens: Iterable[TokenLogprob]) -> Json:
         content = []
         for one in tokens:
             top = [_chat_token(token, logprob) for _, token, logprob in one.top]

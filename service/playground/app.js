@@ -3,14 +3,15 @@
 import { makeCells, makeCurve, smoothed } from "./charts.js";
 import { choices, compare, FROZEN } from "./compare.js";
 import { makeDraft } from "./draft.js";
+import { makeGuide } from "./guide.js";
 import { difference, lineage, list, undoes } from "./history.js";
 import { makeManuscript } from "./manuscript.js";
-import { events, find, json, names, readiness, sessionPath, stopped, useKey } from "./server.js";
+import { events, find, json, readiness, sessionPath, sessions, stopped, useKey, whyUnusable } from "./server.js";
 import { count, nats, number, whole } from "./tokens.js";
-import { pieces, sample, Watch } from "./watch.js";
+import { pieces, Watch } from "./watch.js";
 
 const RETRY_MS = 1000;
-const PREVIEW = 4000; // characters of the draft that are shown while it is learned
+const PREVIEW = 4000; // characters that are shown of a text while it is learned
 const POINTS = 24; // of the watched text's curve, at most, while one text is learned
 const GHOST = 24; // tokens of a suggestion
 const STATES = { loading: "The server is loading the model.", draining: "The server is shutting down." };
@@ -29,7 +30,8 @@ const curve = makeCurve($("curve"));
 const drawCells = makeCells($("cells"));
 const watch = new Watch();
 
-let model = null;
+let model = null; // its id, while the server is ready
+let served = []; // the model, then the policies
 let asked = 0;
 let timer;
 let busy = null; // what runs now, to be aborted
@@ -48,11 +50,13 @@ const note = document.querySelector("#teach .note");
 // --- the session ---
 
 function sessionIsValid() {
-  const { valid } = session.validity;
+  const { valid, customError } = session.validity;
   session.setAttribute("aria-invalid", !valid);
-  $("session-fault").textContent = valid
-    ? ""
-    : "A session’s name has 1 to 128 letters, digits or . _ ~ : @ + = - and starts with a letter or a digit.";
+  if (valid) $("session-fault").textContent = "";
+  else if (customError) $("session-fault").textContent = session.validationMessage;
+  else
+    $("session-fault").textContent =
+      "A session’s name has 1 to 128 letters, digits or . _ ~ : @ + = - and starts with a letter or a digit.";
   return valid;
 }
 
@@ -64,7 +68,7 @@ async function ensure(name) {
 
 function showFacts() {
   const { version, tokens_learned, rows, bytes, gain } = meta ?? {
-    version: "new",
+    version: session.validity.valid ? "new" : "–",
     tokens_learned: 0,
     rows: 0,
     bytes: 0,
@@ -74,13 +78,16 @@ function showFacts() {
   $("tokens-learned").textContent = number(tokens_learned);
   $("rows").textContent = number(rows);
   $("bytes").textContent = `${number(bytes / 1000, { maximumFractionDigits: 1 })} kB`;
+  // What was learned first was predicted by an empty memory, so that it says nothing about the memory's worth.
+  const unmeasured = tokens_learned ? "from the next text on" : "not measured";
   $("gain").textContent =
-    gain === null ? "not measured" : number(gain, { maximumFractionDigits: 3, signDisplay: "exceptZero" });
+    gain === null ? unmeasured : number(gain, { maximumSignificantDigits: 3, signDisplay: "exceptZero" });
 }
 
 function enable() {
   for (const button of document.querySelectorAll("button:not(#guide-step)"))
     button.disabled = model === null || (busy !== null && !button.stops);
+  session.readOnly = busy !== null;
   if (busy) return;
   $("undo").disabled ||= !meta || undoes(log, meta.version) === undefined;
   $("watch").disabled ||= !field.value.trim();
@@ -99,9 +106,11 @@ async function refresh() {
   try {
     const status = await readiness();
     if (status !== "ready") throw new Error(STATES[status]);
-    const served = (await json("v1/models")).data[0].id;
+    const models = (await json("v1/models")).data;
     if (turn !== asked) return;
-    model = $("model").textContent = served;
+    served = models;
+    model = $("model").textContent = served[0].id;
+    if (!$("temperature").value) $("temperature").value = served[0].sampling.temperature;
     $("door").hidden = true;
     announce("");
     await showSession(session.value, turn);
@@ -117,11 +126,16 @@ async function refresh() {
 }
 
 async function showSession(name, turn) {
-  const everyone = await names();
-  const found = session.validity.valid ? await find(name) : undefined;
+  const everyone = await sessions();
+  const named = !session.validity.patternMismatch && !session.validity.valueMissing;
+  const stored = named ? await find(name) : undefined;
+  const fault = stored ? whyUnusable(stored, served) : "";
+  const found = fault ? undefined : stored;
   const told = found ? await json(sessionPath(name, "log?limit=1000")) : { data: [] };
   const seen = found ? await json(sessionPath(name, "cells")) : { sites: [] };
   if (turn !== asked) return;
+  session.setCustomValidity(fault);
+  sessionIsValid();
   const other = !meta || !found || meta.id !== found.id || meta.created !== found.created;
   meta = found;
   if (other) forget();
@@ -147,12 +161,14 @@ function forget() {
 }
 
 function showNames(everyone) {
-  $("sessions").replaceChildren(...everyone.map((name) => new Option(name)));
-  choices($("left"), everyone, $("left").value && everyone.includes($("left").value) ? undefined : session.value);
-  choices($("right"), everyone);
+  const names = everyone.filter((one) => !whyUnusable(one, served)).map((one) => one.id);
+  $("sessions").replaceChildren(...names.map((name) => new Option(name)));
+  choices($("left"), names, $("left").value && names.includes($("left").value) ? undefined : session.value);
+  choices($("right"), names);
   const { value, dataset } = $("fork-name");
-  if (dataset.of !== session.value || everyone.includes(value)) $("fork-name").value = free(session.value, everyone);
-  dataset.of = session.value;
+  if (value && value !== dataset.proposed) return; // somebody writes a name
+  const taken = everyone.map((one) => one.id);
+  $("fork-name").value = dataset.proposed = free(session.value, taken);
 }
 
 function free(name, everyone) {
@@ -221,37 +237,46 @@ async function alone(button, place, work) {
 
 async function learn(signal) {
   const name = session.value;
-  let rest = draft.text;
-  const work = pieces(rest);
-  const progress = $("teach").querySelector("progress");
+  let rest = draft.take();
+  const work = pieces(rest, pending?.session === name ? pending.text : "");
+  const progress = $("learning").querySelector("progress");
   const job = crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
   const pause = Math.ceil(work.length / POINTS);
   const sum = { tokens: 0, adapted: 0, frozen: 0 };
-  field.readOnly = true;
+  const show = () => {
+    $("learning-text").textContent = rest.slice(0, PREVIEW);
+  };
   try {
+    show();
+    Object.assign(progress, { max: work.length, value: 0 });
+    $("learning").hidden = false;
     await ensure(name);
     if (!watch.text) watch.turn(rest, "the end of the first text learned here", { end: true });
-    Object.assign(progress, { max: work.length, value: 0, hidden: false });
     if (!watch.begun) await measure(signal);
     for (const [i, text] of work.entries()) {
       const scored = await commit(name, text, `page.${job}.${i}`, signal);
       rest = rest.slice(text.length);
-      draft.text = rest.slice(0, PREVIEW);
+      show();
       keep(text, scored, sum);
       progress.value = i + 1;
       say(
         note,
         `${name} learned ${count(sum.tokens, "token")}, ${number(i + 1)} of ${count(work.length, "piece")}; ` +
-          `perplexity ${nats(Math.exp(sum.adapted / sum.tokens))} before they were learned, ` +
-          `${nats(Math.exp(sum.frozen / sum.tokens))} for the frozen base; version ${scored.version}.`,
+          `${surprise(sum)}; version ${scored.version}.`,
       );
       if (i % pause === 0 || i === work.length - 1) await measure(signal);
     }
   } finally {
-    draft.text = rest;
-    progress.hidden = true;
-    field.readOnly = false;
+    $("learning").hidden = true;
+    draft.putBack(rest);
   }
+}
+
+/** How well tokens were predicted before they were learned. An empty memory predicts as the frozen base does. */
+function surprise({ tokens, adapted, frozen }) {
+  const [own, base] = [adapted, frozen].map((sum) => nats(Math.exp(sum / tokens)));
+  if (adapted === frozen) return `perplexity ${base} before, as the memory was empty; the curve shows what it has learned`;
+  return `perplexity ${own} before they were learned, ${base} for the frozen base`;
 }
 
 /** Learns a piece, once: one whose answer never came is asked for again under its old key. */
@@ -314,51 +339,6 @@ function showVersions() {
   }
 }
 
-// --- the first minute ---
-
-/** One line that says what to do next. */
-function guide() {
-  const learned = meta && lineage(log, meta.version).length > 0;
-  const steps = [
-    [
-      !learned && !draft.text,
-      "New here? Begin with a page of a story that no model has read.",
-      "Put in the page",
-      async () => {
-        const next = await sample("keeper-2");
-        watch.turn(
-          next.slice(0, next.lastIndexOf("\n\n", 700)),
-          "the beginning of the next page, which it never reads",
-        );
-        draft.text = await sample("keeper-1");
-        showCurve();
-      },
-    ],
-    [
-      !learned,
-      "Underlined blue is what the memory predicts better, dotted orange what it predicts worse. It knows nothing yet: let it learn the page.",
-    ],
-    [
-      !draft.text,
-      "Write on, and take what it suggests; or see what it has learned.",
-      "Try a line",
-      async () => {
-        draft.text = $("prompt").value = "Osric Pell has a stone in the churchyard at";
-        field.focus();
-        field.setSelectionRange(field.value.length, field.value.length);
-        draft.look();
-      },
-    ],
-    [true, ""],
-  ];
-  const [, text, label, work] = steps.find(([applies]) => applies);
-  const button = $("guide-step");
-  if ($("guide-text").textContent !== text) $("guide-text").textContent = text;
-  button.hidden = !label;
-  button.textContent = label ?? "";
-  button.onclick = work;
-}
-
 // --- what one can do ---
 
 const manuscript = makeManuscript($("manuscript"), show);
@@ -374,6 +354,7 @@ const draft = makeDraft({
       model,
       prompt,
       max_tokens: GHOST,
+      ...served[0].sampling,
       temperature: 0,
       stop: ["\n\n"],
       stream: true,
@@ -394,13 +375,26 @@ const draft = makeDraft({
     $("learn").disabled ||= !busy && !field.value.trim();
   },
 });
+const guide = makeGuide({
+  place: $("guide-text"),
+  button: $("guide-step"),
+  busy: () => busy !== null,
+  learned: () => meta && lineage(log, meta.version).length > 0,
+  draft,
+  field,
+  prompt: $("prompt"),
+  watched(text, what) {
+    watch.turn(text, what);
+    showCurve();
+  },
+});
 
 $("teach").addEventListener("submit", (event) => {
   event.preventDefault();
   if (busy || draft.text.trim()) alone($("learn"), note, learn);
 });
 field.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("teach").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !busy) $("teach").requestSubmit();
 });
 $("suggest").addEventListener("change", () => draft.look());
 $("undo").addEventListener("click", () => back(undoes(log, meta.version)));
@@ -420,6 +414,7 @@ $("fork").addEventListener("submit", (event) => {
     session.value = kept.session = to;
     choices($("left"), [from, to], to);
     choices($("right"), [from, to], from);
+    if ($("fork-name").value === to) $("fork-name").value = "";
     say($("versions-note"), `${to} has learned what ${from} has; from here on they go their own ways.`);
   });
 });
@@ -444,6 +439,7 @@ $("compare").addEventListener("submit", (event) => {
     model,
     prompt: $("prompt").value,
     max_tokens: $("length").valueAsNumber,
+    ...served[0].sampling,
     temperature: $("temperature").valueAsNumber,
   };
   const place = event.target.querySelector(".note");
@@ -464,7 +460,10 @@ key.addEventListener("change", () => {
   useKey(key.value);
   refresh();
 });
-session.addEventListener("input", sessionIsValid);
+session.addEventListener("input", () => {
+  session.setCustomValidity("");
+  sessionIsValid();
+});
 session.addEventListener("change", () => {
   if (!sessionIsValid()) return;
   kept.session = session.value;

@@ -5,16 +5,18 @@ import { count, nats } from "./tokens.js";
 
 export const FROZEN = "";
 
-/** Streams a completion into `place`, the prompt before it. */
-async function complete(place, prompt, stream) {
+/** Streams a completion into the side's text, the prompt before it; its note says if nothing came. */
+async function complete({ text, note }, prompt, stream) {
   const given = Object.assign(document.createElement("span"), { className: "given", textContent: prompt });
   const said = document.createTextNode("");
-  place.replaceChildren(given, said);
-  place.setAttribute("aria-busy", true);
+  text.replaceChildren(given, said);
+  text.setAttribute("aria-busy", true);
   try {
     for await (const event of stream) said.appendData(event.choices[0].text);
+    if (said.data === "") note.textContent = "Nothing to add: here the model ends the text. ";
+    else if (!said.data.trim()) note.textContent = "Added nothing but white space. ";
   } finally {
-    place.setAttribute("aria-busy", false);
+    text.setAttribute("aria-busy", false);
   }
 }
 
@@ -34,10 +36,10 @@ export async function compare(sides, request, signal) {
   const seed = Math.floor(Math.random() * 2 ** 31);
   for (const side of sides) side.note.textContent = "";
   await Promise.all(
-    sides.map(({ name, text }) => {
-      const use = name === FROZEN ? {} : { session: name, adapt: "predict" };
+    sides.map((side) => {
+      const use = side.name === FROZEN ? {} : { session: side.name, adapt: "predict" };
       return complete(
-        text,
+        side,
         request.prompt,
         events("v1/completions", { body: { ...request, ...use, seed, stream: true }, signal }),
       );
@@ -50,7 +52,7 @@ export async function compare(sides, request, signal) {
   );
   for (const { name, note } of sides) {
     const loss = losses.get(name);
-    if (loss !== undefined) note.textContent = `Perplexity of the prompt: ${nats(Math.exp(loss))}.`;
+    if (loss !== undefined) note.append(`Perplexity of the prompt: ${nats(Math.exp(loss))}.`);
   }
   return count(sides.length, "completion");
 }

@@ -70,6 +70,7 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
     }
     if (blank) ghost.textContent = ghost.textContent.slice(1);
     if (ghost.textContent) announce.textContent = `Suggestion: ${ghost.textContent}. Tab takes it, Escape drops it.`;
+    else show("No suggestion: here the model ends the paragraph.");
   }
 
   async function look() {
@@ -145,6 +146,21 @@ export function makeDraft({ field, backdrop, announce, ready, suggests, ask, sco
     },
     set text(value) {
       field.value = value;
+      unseen = true;
+      repaint();
+      changed();
+    },
+    /** Takes the text away, to be worked on while one writes the next. */
+    take() {
+      const text = field.value;
+      this.text = "";
+      return text;
+    },
+    /** Puts a text back before what was written since; the caret stays where it is. */
+    putBack(text) {
+      if (!text) return;
+      const gap = field.value && !/\s$/.test(text) ? "\n" : "";
+      field.setRangeText(text + gap, 0, 0, "preserve");
       unseen = true;
       repaint();
       changed();

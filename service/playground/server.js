@@ -7,7 +7,9 @@ export class Refused extends Error {
   }
 }
 
+const visit = crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
 let apiKey = "";
+let asked = 0;
 export const useKey = (key) => {
   apiKey = key;
 };
@@ -18,9 +20,14 @@ function broken(error) {
   throw stopped(error) ? error : new Error("The server does not answer.");
 }
 
+function unreadable(error) {
+  throw stopped(error) ? error : new Error("Something answered that is not the server; a proxy may be in between.");
+}
+
 /** The answer to a request; throws `Refused` with the server's own words for one that is none. */
 export async function call(path, { body, method = body ? "POST" : "GET", headers = {}, signal } = {}) {
-  const given = { ...headers };
+  // An error may tell under which id the server's log has the request: one that a person can read out.
+  const given = { "X-Request-Id": `page-${visit}-${++asked}`, ...headers };
   if (apiKey) given.Authorization = `Bearer ${encodeURI(apiKey)}`;
   if (body) given["Content-Type"] = "application/json";
   const response = await fetch(path, { method, headers: given, body: body && JSON.stringify(body), signal }).catch(
@@ -35,10 +42,10 @@ export async function call(path, { body, method = body ? "POST" : "GET", headers
   throw new Refused(message, response.status);
 }
 
-export const json = async (path, options) => (await call(path, options)).json();
+export const json = async (path, options) => (await call(path, options)).json().catch(unreadable);
 
 /** What /readyz says, whatever its status. */
-export const readiness = async () => (await (await fetch("readyz").catch(broken)).json()).status;
+export const readiness = async () => (await (await fetch("readyz").catch(broken)).json().catch(unreadable)).status;
 
 /** The JSON of each server-sent event of a streamed answer. */
 export async function* events(path, options) {
@@ -46,7 +53,7 @@ export async function* events(path, options) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ;) {
     const { value, done } = await reader.read().catch(broken);
-    if (done) throw new Error("The server broke off its answer.");
+    if (done) throw new Error("The server broke off its answer; try again.");
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const data of parts.map((part) => part.slice("data: ".length))) {
@@ -58,8 +65,8 @@ export async function* events(path, options) {
   }
 }
 
-/** The ids of sessions to choose from. */
-export const names = async () => (await json("v1/sessions?limit=1000")).data.map((one) => one.id);
+/** The first sessions, in the order of their ids. */
+export const sessions = async () => (await json("v1/sessions?limit=1000")).data;
 
 /** The session, or undefined; by way of the list, since browsers report a 404 for a new name as an error. */
 export async function find(name) {
@@ -69,4 +76,12 @@ export async function find(name) {
     if (next) return next.id === name ? next : undefined;
     after = page.next;
   }
+}
+
+/** Why the model of text cannot read a session, as a sentence; "" if it can. models: the model of text, then policies. */
+export function whyUnusable({ id, model }, [text, ...policies]) {
+  if (model === text.fingerprints.session) return "";
+  const policy = policies.find(({ fingerprints }) => fingerprints.policy === model);
+  const whose = policy ? `the policy ${policy.id}, which writes no text` : "other slow weights than the server has now";
+  return `${id} is a session of ${whose}. Choose another name.`;
 }

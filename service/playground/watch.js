@@ -6,8 +6,9 @@ import { nats } from "./tokens.js";
 const WATCHED = 700; // characters of a text that is watched
 const SHORT = 12_000; // characters up to which a text is learned in small pieces, to be watched
 
-/** The pieces that a text is learned in. */
-export function pieces(text) {
+/** The pieces that a text is learned in. One whose answer was lost comes again as it was, so that it is learned once. */
+export function pieces(text, lost = "") {
+  if (lost && text.startsWith(lost)) return [lost, ...pieces(text.slice(lost.length))];
   const [least, most] = text.length > SHORT ? [2000, 4000] : [300, 600];
   const some = `[^]{${least},${most}}`; // up to a blank line, else the end of a sentence, a space or the limit
   const ends = ["(?:\\n\\s*\\n|$)", "(?:\\n|[.!?][\"'”’)]*\\s)", "\\s"];

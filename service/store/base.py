@@ -476,10 +476,10 @@ class SessionStore(Protocol):
         ...
 
     async def check_rights(self) -> None:
-        """Use each right that the other methods need, on a session of a tenant of its own.
+        """Return if the server has every right that the other methods need; write nothing.
 
         Raises:
-            StoreRefused: the store refuses a command; `__cause__` names the command.
+            StoreRefused: a right is missing; `__cause__` names the command.
         """
         ...
 

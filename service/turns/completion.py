@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 from model.text.sampling import SamplingParams
@@ -66,12 +67,48 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class EchoLogprobs:
+    """The log-probabilities of the tokens of an echoed prompt.
+
+    Each is made when it is read: all of them, as objects, take twenty times the memory of `scores`, and hold the
+    interpreter's lock while they are freed.
+
+    Attributes:
+        first: the first token, which nothing predicts.
+        scores: of the other tokens.
+        top: number of alternatives for each token in `scores`.
+        shown: number of them to show.
+        token_bytes: returns the bytes of a token.
+    """
+
+    first: int
+    scores: Sequence[TokenScores]
+    top: int
+    shown: int
+    token_bytes: Callable[[int], bytes]
+
+    def __len__(self) -> int:
+        return 1 + sum(len(block.token_ids) for block in self.scores)
+
+    def __iter__(self) -> Iterator[TokenLogprob]:
+        token = self.token_bytes(self.first)
+        yield TokenLogprob(self.first, token, None, [], 0)
+        offset = len(token.decode(errors="ignore"))
+        for block in self.scores:
+            for number, token_id in enumerate(block.token_ids):
+                token, likeliest = self.token_bytes(token_id), range(number * self.top, number * self.top + self.shown)
+                top = [(block.top_ids[i], self.token_bytes(block.top_ids[i]), block.top_logprobs[i]) for i in likeliest]
+                yield TokenLogprob(token_id, token, block.adapted[number], top, offset)
+                offset += len(token.decode(errors="ignore"))
+
+
+@dataclass(frozen=True)
 class Delta:
     """New text of a choice; `choice` is prompt · n + index."""
 
     choice: int
     text: str
-    logprobs: list[TokenLogprob]
+    logprobs: Sequence[TokenLogprob] | EchoLogprobs
 
 
 @dataclass(frozen=True)
@@ -135,6 +172,7 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
             model.require_model(meta)
         policy, known_digests = AdaptPolicy.of(job, meta), () if meta is None else meta.digests
         encoded = [await prompts.encode_async(p, model.tokenizer, known_digests, reply=True) for p in job.prompts]
+        prompts.require_few_logprobs(num_logprobs(job.generation, encoded, model.context), "logprobs")
         pairs = list(zip(job.prompts, encoded, strict=True))
         segments = [build_segment(job.generation, p, e, policy, model.context) for p, e in pairs]
         self._policy, self._sent = policy, list[Delta]()
@@ -182,7 +220,7 @@ class OutputProcessor:
         self._options = options
         self._prompts = prompts
         self._tokenizer = tokenizer
-        self._scores: list[list[Alternatives]] = [[] for _ in prompts]
+        self._scores: list[list[TokenScores]] = [[] for _ in prompts]
         self._echoed = [not options.echo] * len(prompts)
         choices = len(prompts) * options.n
         self.texts = [""] * choices
@@ -191,7 +229,7 @@ class OutputProcessor:
     def deltas(self, prompt: int, event: Event) -> Iterator[Delta]:
         """Yield what an event of prompt number `prompt` adds."""
         if isinstance(event, TokenScores):
-            self._scores[prompt] += event.alternatives
+            self._scores[prompt].append(event)
         elif isinstance(event, TokenOutput):
             yield from self._echo(prompt)
             choice = prompt * self._options.n + event.choice
@@ -209,13 +247,14 @@ class OutputProcessor:
         if self._echoed[prompt]:
             return
         self._echoed[prompt] = True
-        token_ids = self._prompts[prompt].token_ids
-        scores: list[Alternatives] = []
-        if self._options.logprobs is not None:
-            scores = [Alternatives(token_ids[0], None), *self._scores[prompt]]
-            self._scores[prompt] = []  # a million objects are freed here, off the loop, not at the end of the turn
+        token_ids, shown = self._prompts[prompt].token_ids, self._options.logprobs
+        text, logprobs = self._tokenizer.decode(token_ids), list[TokenLogprob]()
+        echo: EchoLogprobs | list[TokenLogprob] = logprobs
+        if shown is not None:
+            echo = EchoLogprobs(token_ids[0], self._scores[prompt], max(1, shown), shown, self._tokenizer.token_bytes)
         for choice in range(prompt * self._options.n, (prompt + 1) * self._options.n):
-            yield self._delta(choice, self._tokenizer.decode(token_ids), scores)
+            self.texts[choice] = text
+            yield Delta(choice, text, echo)
 
     def _delta(self, choice: int, text: str, tokens: Sequence[Alternatives]) -> Delta:
         offset, logprobs = len(self.texts[choice]), []
@@ -226,6 +265,16 @@ class OutputProcessor:
             offset += len(token.decode(errors="ignore"))
         self.texts[choice] += text
         return Delta(choice, text, logprobs)
+
+
+def num_logprobs(options: GenerationOptions, encoded: Sequence[EncodedPrompt], context: int) -> int:
+    """Return the largest number of tokens whose log-probabilities the answer to a request may hold."""
+    if options.logprobs is None:
+        return 0
+    lengths = [len(prompt.token_ids) for prompt in encoded]
+    most = context if options.max_tokens is None else options.max_tokens
+    generated = sum(min(most, max(0, context - length)) for length in lengths)
+    return options.n * (generated + (sum(lengths) if options.echo else 0))
 
 
 def build_segment(
@@ -266,13 +315,13 @@ def build_segment(
 
 
 def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:
-    """Return a completion's answer as JSON, with the deltas of each choice joined."""
+    """Return a completion's answer as JSON, with the deltas of each choice joined; iterators stand for long lists."""
     texts: dict[int, str] = {}
-    tokens: dict[int, list[TokenLogprob]] = {}
+    logprobs: dict[int, list[Sequence[TokenLogprob] | EchoLogprobs]] = {}
     for delta in deltas:
         texts[delta.choice] = texts.get(delta.choice, "") + delta.text
-        tokens.setdefault(delta.choice, []).extend(delta.logprobs)
-    packed = {choice: [texts[choice], [_pack_token(token) for token in tokens[choice]]] for choice in texts}
+        logprobs.setdefault(delta.choice, []).append(delta.logprobs)
+    packed = {choice: [texts[choice], map(_pack_token, chain(*logprobs[choice]))] for choice in texts}
     return {"choices": packed, "end": asdict(end)}
 
 

@@ -55,14 +55,15 @@ class RequestContext:
     ) -> IdempotencyRecord | None:
         """Return the record to store with the commit of `version`; None if the answer is not to be remembered.
 
-        large: whether the JSON is to be written step by step, which is slower and lets other threads run.
+        result: JSON, in which an iterator may stand for a list. large: whether the JSON is to be written step by step,
+        which is slower and lets other threads run.
         """
         ttl_s = retry_ttl_s if self.key is None else key_ttl_s
         if not self.digest or not ttl_s:
             return None
         payload = {"request": self.digest, "version": version, "attempt": self.attempt or 0, "result": result}
         payload |= {"id": self.id, "created": self.created}
-        record = dump_json(payload) if large else json.dumps(payload, separators=(",", ":"))
+        record = dump_json(payload) if large else json.dumps(payload, separators=(",", ":"), default=list)
         return IdempotencyRecord(self._name, ttl_s, zlib.compress(record.encode(), 1))
 
     def adopt_replay(self, record: bytes) -> Json | None:

@@ -55,8 +55,8 @@ class LoadedModel:
             trained_by = f"policy {other!r}" if other else "the model of text" if other == "" else "other slow weights"
             asked = f"policy {policy!r}" if policy else "the model of text"
             raise Conflict(
-                f"Session {meta.id!r} was learned by {trained_by} ({meta.model[:23]}…), not by {asked} "
-                f"({expected[:23]}…), and cannot be read with the latter.",
+                f"Session {meta.id!r} was learned by {trained_by}, and {asked} of this server cannot read it; "
+                "use another session.",
                 code="model_mismatch",
             )
 

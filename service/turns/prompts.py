@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from service.engine import Segment
 from service.errors import BadRequest
 
 MAX_DIGESTS = 1024  # a chat may have this many messages: a session could not know more of them again
-MESSAGE_CHARS = 64  # a message costs as much work as so many characters beside its own
+MAX_LOGPROBS = 2**18  # tokens of an answer that come with their log-probabilities
+MESSAGE_CHARS = 64  # the work on a message, in characters, that comes on top of the work on its content
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,33 @@ def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str 
         )
 
 
+def require_few_logprobs(tokens: int, param: str) -> None:
+    """Refuse a request whose answer would hold the log-probabilities of more than `MAX_LOGPROBS` tokens.
+
+    Raises:
+        BadRequest: `tokens`, of which `param` asks for the log-probabilities, is more.
+    """
+    if tokens > MAX_LOGPROBS:
+        raise BadRequest(
+            f"One answer may hold the log-probabilities of {MAX_LOGPROBS} tokens, '{param}' asks for {tokens}.",
+            param=param,
+            code="too_many_logprobs",
+        )
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """The tokens of a prompt.
 
-    learn: which tokens are new to the session. digests: one a message of a chat. question: the tokens [start, stop) of
-    a chat's last message of the user; None where there is none.
+    learn: 1 for each token that is new to the session. digests: one a message of a chat. question: the tokens
+    [start, stop) of a chat's last message of the user; None where there is none.
+
+    The ids of a long text are an array, and `learn` has a byte a token: lists would take ten times the memory, and
+    freeing them would hold the interpreter's lock.
     """
 
-    token_ids: list[int]
-    learn: list[bool]
+    token_ids: Sequence[int]
+    learn: bytearray
     digests: list[str] = field(default_factory=list)
     question: tuple[int, int] | None = None
 
@@ -98,10 +117,10 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
     """
     if isinstance(prompt, ChatPrompt):
         return _encode_chat(prompt.messages, tokenizer, frozenset(known), reply=reply)
-    token_ids = prompt.token_ids if isinstance(prompt, TokenPrompt) else tokenizer.encode(prompt.text)
+    token_ids = prompt.token_ids if isinstance(prompt, TokenPrompt) else tokenizer.encode_array(prompt.text)
     if not token_ids:
         raise BadRequest("'prompt' must have at least one token, got none.", param="prompt")
-    return EncodedPrompt(token_ids, [True] * len(token_ids))
+    return EncodedPrompt(token_ids, bytearray(b"\1") * len(token_ids))
 
 
 async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
@@ -112,7 +131,7 @@ async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str
 async def encode_text(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer, known: Sequence[str]) -> EncodedPrompt:
     """Return the tokens of a text or a chat, which may be empty, without BOS."""
     if isinstance(prompt, TextPrompt) and not prompt.text:
-        return EncodedPrompt([], [])
+        return EncodedPrompt([], bytearray())
     encoded = await encode_async(prompt, tokenizer, known, reply=False)
     return without_bos(encoded, tokenizer.start_token_id)
 
@@ -125,11 +144,11 @@ def _encode_chat(
         chat = tokenizer.encode_chat(messages, add_generation_prompt=reply)
     except ChatTemplateError as error:
         raise BadRequest(f"The chat template refuses 'messages': {error}.", param="messages") from error
-    learn = [False] * len(chat.token_ids)
+    learn = bytearray(len(chat.token_ids))
     digests = list(message_digests(messages))
     for digest, (start, end) in zip(digests, chat.spans, strict=True):
         if digest not in known:
-            learn[start:end] = [True] * (end - start)
+            learn[start:end] = b"\1" * (end - start)
     asked = [span for message, span in zip(messages, chat.spans, strict=True) if message["role"] == "user"]
     return EncodedPrompt(chat.token_ids, learn, digests, asked[-1] if asked and asked[-1][0] < asked[-1][1] else None)
 
@@ -161,18 +180,20 @@ def merge_digests(known: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
 
 def without_bos(encoded: EncodedPrompt, bos: int) -> EncodedPrompt:
     """Return the prompt without a leading BOS; `windows` puts a BOS before each window."""
-    if encoded.token_ids[:1] != [bos]:
+    if not encoded.token_ids or encoded.token_ids[0] != bos:
         return encoded
     return EncodedPrompt(encoded.token_ids[1:], encoded.learn[1:], encoded.digests)
 
 
-def windows(token_ids: Sequence[int], size: int, bos: int) -> Iterator[tuple[list[int], int]]:
+def windows(token_ids: Sequence[int], size: int, bos: int) -> Iterator[tuple[array[int], int]]:
     """Cut a text of any length into windows of at most `size` tokens; yield each window and its start in the text.
 
     BOS stands before each window, so that each token of the text has a predictor.
     """
     for start in range(0, len(token_ids), size - 1):
-        yield [bos, *token_ids[start : start + size - 1]], start
+        window = array("i", [bos])
+        window.extend(token_ids[start : start + size - 1])
+        yield window, start
 
 
 async def segments_async(encoded: EncodedPrompt, size: int, bos: int, *, learn: bool, score: bool) -> list[Segment]:
@@ -185,8 +206,8 @@ def segments(encoded: EncodedPrompt, size: int, bos: int, *, learn: bool, score:
     return [
         Segment(
             part,
-            learn=[False, *encoded.learn[start : start + size - 1]] if learn else None,
-            score=[False] + [True] * (len(part) - 1) if score else None,
+            learn=bytearray(1) + encoded.learn[start : start + size - 1] if learn else None,
+            score=bytearray(1) + b"\1" * (len(part) - 1) if score else None,
         )
         for part, start in windows(encoded.token_ids, size, bos)
     ]

@@ -126,7 +126,10 @@ class Sessions:
     async def score(
         self, ctx: RequestContext, session: str, text: str, *, learn: bool, if_match: str | None = None
     ) -> ScoreResult:
-        """Score a text of any length, with memory and without; with `learn`, learn each block after its score."""
+        """Score a text of up to `MAX_LOGPROBS` tokens, with memory and without.
+
+        With `learn`, learn each block after its score.
+        """
         return await self.run(ctx, ScoreTurn(session, text, learn, if_match))
 
     async def run(self, ctx: RequestContext, turn: Turn[E]) -> E:

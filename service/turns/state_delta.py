@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,12 +133,12 @@ def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[i
     """
     kept = []
     for number, part in enumerate(parts):
-        reply, learn = learned_completions.get(number, ()), part.learn or [False] * len(part.token_ids)
+        reply, learn = learned_completions.get(number, ()), part.learn or bytearray(len(part.token_ids))
         if any(learn) or reply:
-            tokens = [token if new else ~token for token, new in zip(part.token_ids, learn, strict=True)]
-            kept.append([*tokens, *reply])
-    head = [len(kept), *map(len, kept)]
-    return np.concatenate([np.array(part, "<i4") for part in (head, *kept)]).tobytes()
+            tokens = np.array(part.token_ids, "<i4")
+            kept += [np.concatenate([np.where(np.array(learn, bool), tokens, ~tokens), np.array(reply, "<i4")])]
+    head = np.array([len(kept), *map(len, kept)], "<i4")
+    return np.concatenate([head, *kept]).tobytes()
 
 
 def unpack_learned_tokens(packed: bytes) -> list[Segment]:
@@ -147,7 +148,8 @@ def unpack_learned_tokens(packed: bytes) -> list[Segment]:
     segments = []
     for end, length in zip(ends.tolist(), numbers[1 : 1 + numbers[0]].tolist(), strict=True):
         tokens = numbers[end - length : end]
-        segments.append(Segment(np.where(tokens < 0, ~tokens, tokens).tolist(), learn=(tokens >= 0).tolist()))
+        token_ids = array("i", np.where(tokens < 0, ~tokens, tokens).astype("i").tobytes())
+        segments.append(Segment(token_ids, learn=bytearray((tokens >= 0).tobytes())))
     return segments
 
 

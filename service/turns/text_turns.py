@@ -87,7 +87,9 @@ class ScoreTurn(Turn[ScoreResult]):
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta = handle.meta or model.new_meta(self._session, {})
         model.require_model(meta)
+        prompts.require_few_logprobs(model.tokenizer.fewest_tokens(len(self._text)), "text")
         encoded = await prompts.encode_text(TextPrompt(self._text), model.tokenizer, meta.digests)
+        prompts.require_few_logprobs(len(encoded.token_ids), "text")
         start = model.tokenizer.start_token_id
         segments = await prompts.segments_async(encoded, model.context, start, learn=self._learn, score=True)
         self._scores = list[TokenScores]()

@@ -116,5 +116,5 @@ def test_a_forged_row_of_hypotheses_still_gives_probabilities(policy: Policy) ->
 
 def test_change_points_need_a_site_with_one_cell() -> None:
     several = dataclasses.replace(LEXICAL, cell=8)
-    with pytest.raises(PolicyError, match="cells must be 1 beside the site 'since'"):
+    with pytest.raises(PolicyError, match="cells must be 1 where the memory has a site 'since'"):
         PolicyConfig("changing", "label", 6, 5, MemoryConfig(16, (several, change_point_site())), width=16)

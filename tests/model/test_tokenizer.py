@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import Any
 
 import pytest
 import regex  # type: ignore[import-untyped]
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Pipeline
 from transformers import AutoTokenizer
 
 from model.base.checkpoint import CheckpointError
 from model.text.chat_template import ChatTemplateError
-from model.text.tokenizer import Tokenizer
+from model.text.tokenizer import PIECE_CHARS, WHOLE_CHARS, Tokenizer
 from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, build_tiny_base
 
@@ -39,6 +40,26 @@ SAMPLES = {
     "control": "\x00\x01\x7f\u200b\ufeff\ufffd",
 }
 MIXED = "".join(SAMPLES.values())
+PARTS = [
+    "a",
+    "Word",
+    " two",
+    "'s",
+    "'T",
+    "1",
+    "23",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\u00a0",
+    "-",
+    "...",
+    "_",
+    "<|im_end|>",
+    "<|im_",
+]
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +260,7 @@ def test_the_real_chat_template_renders_as_in_transformers(
     chat = [{"role": "user", "content": MIXED}, {"role": "assistant", "content": TEXT}]
     for messages in (chat, [{"role": "system", "content": "Be brief."}, *chat]):
         encoded = ours.encode_chat(messages, add_generation_prompt=add_generation_prompt)
-        assert encoded.token_ids == theirs.apply_chat_template(
+        assert encoded.token_ids.tolist() == theirs.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, return_dict=False
         )
         for message, (start, end) in zip(messages, encoded.spans, strict=True):
@@ -254,10 +275,122 @@ def test_a_real_text_in_pieces_has_the_tokens_of_the_whole_text(
     ours, _, _ = real
     text = "\n".join([TEXT, *SAMPLES.values(), MIXED] * 3)
     whole = ours.encode(text)
-    for piece_chars in (1, 7, 40, 300):
+    for piece_chars in (150, 200, 300):
         monkeypatch.setattr("model.text.tokenizer.PIECE_CHARS", piece_chars)
         assert len(list(ours._pieces(text))) > 2
         assert ours.encode(text) == whole
+
+
+def with_words(pre_tokenizer: Any) -> Pipeline:
+    """Return a byte-level BPE whose words are those of a pre-tokenizer."""
+    pipeline = Pipeline.from_str(byte_level_bpe().to_str())
+    pipeline.pre_tokenizer = pre_tokenizer
+    return pipeline
+
+
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORD_RULES = {
+    "GPT-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "SmolLM2": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "Llama 3": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=WORD_RULES)
+def worded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write(tmp_path_factory.mktemp("words"), with_words(WORD_RULES[request.param])))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.sampled_from([*PARTS, *SAMPLES.values()]) | st.text(max_size=8), max_size=120), st.integers(160, 400)
+)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(worded: Tokenizer, parts: list[str], size: int) -> None:
+    # No word is longer than a piece: white space and signs are where runs could come from.
+    text = re.sub(r"([^\w<|]|_)\1{9,}", r"\1", "".join(parts))
+    whole = worded.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.text.tokenizer.PIECE_CHARS", size)
+        pieces = list(worded._pieces(text))
+        cut_in_words = [piece for piece in pieces[:-1] if piece.end - piece.start == size]
+        assume(not cut_in_words)
+        assert worded.encode(text) == whole
+    assert len(pieces) >= len(text) / size
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from([*PARTS, *SAMPLES.values()]), max_size=30), st.integers(160, 400))
+def test_a_chat_in_pieces_has_the_tokens_and_spans_of_the_whole_chat(
+    worded: Tokenizer, contents: list[str], size: int
+) -> None:
+    chat = [{"role": "user", "content": content * 3} for content in contents]
+    whole = worded.encode_chat(chat)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.text.tokenizer.PIECE_CHARS", size)
+        assert worded.encode_chat(chat) == whole
+    for message, (start, end) in zip(chat, whole.spans, strict=True):
+        assert b"".join(map(worded.token_bytes, whole.token_ids[start:end])).decode() == message["content"]
+
+
+def test_rules_that_look_back_are_not_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rules = {
+        "prefix space": with_words(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "lookbehind": with_words(
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(r"(?<=a) ?\w"), "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False),
+                ]
+            )
+        ),
+        "normalizer": sentencepiece_like(),
+    }
+    assert tokenizer._finds_words
+    for pipeline in rules.values():
+        assert not Tokenizer.load(write(tmp_path, pipeline))._finds_words
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 300_000, "<|im_end|>" * 30_000, "!?" * 100_000, "天地" * 100_000, " " * 300_000]
+)
+def test_no_part_of_a_text_that_is_tokenised_at_once_is_long(
+    tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    encode = Tokenizer._encode
+
+    def encode_and_note(self: Tokenizer, part: str, start: int = 0) -> Any:
+        lengths.append(len(part))
+        return encode(self, part, start)
+
+    monkeypatch.setattr(Tokenizer, "_encode", encode_and_note)
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    assert max(lengths) <= PIECE_CHARS
+    if text[0] == "<":
+        assert ids == tokenizer.encode(text[:10]) * 30_000
+
+
+def test_a_text_of_a_tokenizer_that_may_not_be_cut_is_cut_at_a_fixed_length(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write(tmp_path, sentencepiece_like()))
+    part = ("the cat sat on " * WHOLE_CHARS)[:WHOLE_CHARS]
+    ids = tokenizer.encode(part)
+    assert tokenizer.encode(part + "the cat") == ids + tokenizer.encode("the cat")
+
+
+def test_where_a_surrogate_stands_is_told_of_the_whole_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="a lone surrogate at position 90000"):
+        tokenizer.encode("ab " * 30_000 + "\ud800")
 
 
 @pytest.mark.real

@@ -20,7 +20,17 @@ from service.cli import main
 from service.client import Client, text_files
 from service.client.transport import SSEDecoder
 from service.errors import CommandError
-from tests.service.scripted_server import MODELS, OBSERVED, Answer, ScriptedServer, error_answer, ok, stream, text_chunk
+from tests.service.scripted_server import (
+    MODEL,
+    MODELS,
+    OBSERVED,
+    Answer,
+    ScriptedServer,
+    error_answer,
+    ok,
+    stream,
+    text_chunk,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STORY = "The cat sat on the mat. The cat sat on the hat.\n\n" * 20
@@ -288,6 +298,18 @@ def test_the_reply_reaches_a_pipe_unchanged(scripted_server: Callable[..., Scrip
     reply = "a\u2028b\x85 [bold]c[/] :smile: \x1b[31m é"
     server = scripted_server(MODELS, stream(text_chunk(reply), "[DONE]"))
     assert imprint("chat", "--once", "hi", url=server.url).stdout == reply + "\n"
+
+
+@pytest.mark.parametrize(("given", "temperature"), [((), 0.7), (("--temperature", "0"), 0)])
+def test_a_chat_samples_as_the_server_suggests(
+    scripted_server: Callable[..., ScriptedServer], given: tuple[str, ...], temperature: float
+) -> None:
+    suggested = {"temperature": 0.7, "top_p": 0.8, "frequency_penalty": 0.5}
+    models = ok({"object": "list", "data": [MODEL | {"sampling": suggested}]})
+    server = scripted_server(models, stream(text_chunk("Hello."), "[DONE]"))
+    assert imprint("chat", "--once", "hi", *given, url=server.url).returncode == 0
+    path, _, body = server.requests[-1]
+    assert path == "/v1/chat/completions" and body == body | suggested | {"temperature": temperature}
 
 
 def test_ctrl_c_ends_the_command_quietly(scripted_server: Callable[..., ScriptedServer]) -> None:

@@ -135,6 +135,8 @@ def test_a_redis_that_loses_data_is_a_fault(settings: dict[str, Any], redis: int
         assert found.status == "ok" and "104.9 MB" in found.found
         client.config_set("maxmemory-policy", "allkeys-lru")
         assert "noeviction" in failed(settings, redis_url=url)["store"]
+        client.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "&*", "+@all", "-scan")
+        assert "SCAN" in failed(settings, redis_url=f"redis://limited:pw@127.0.0.1:{redis}/0")["store"]
         client.config_set("requirepass", "secret")
     assert "password" in failed(settings, redis_url=url)["store"]
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,17 +20,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.concurrency import LARGE, STEP, dump_json, run_off_loop
+from model.text.tokenizer import Tokenizer
+from service.concurrency import LARGE, STEP, dump_json, dump_json_pieces, run_off_loop
 from service.errors import BadRequest
 from service.http import json_route
 from service.http.json_route import count_values, parse_json
 from service.http.schemas import MAX_MESSAGES, MAX_PARTS
-from service.turns.prompts import MAX_DIGESTS
+from service.turns.prompts import MAX_DIGESTS, MAX_LOGPROBS, ChatPrompt, TextPrompt, encode, segments
 from tests.conftest import Server
 from tests.live import Client, assert_error, assert_success
-from tests.loop_gap import bodies, deep_manifest, measured_gap
+from tests.loop_gap import MB, bodies, deep_manifest, measured_gap, reset_peak, resident_mb
 
 MAX_GAP_S = 3.0
+MAX_GROWTH = 20  # bytes of memory for each byte of a text
 REFUSED = (
     "chat of one 5 MB message",
     "chat of one largest message",
@@ -121,6 +126,33 @@ def test_the_large_body_of_a_good_request_is_taken(server: Server) -> None:
         assert response.json() == small.json()
 
 
+def test_an_answer_holds_the_log_probabilities_of_so_many_tokens(server: Server) -> None:
+    with Client(server.url) as client:
+        echo = client.completion([[7] * 400] * 128, max_tokens=0, echo=True, logprobs=5, n=8)
+        error = assert_error(client.post("completions", echo), 400, "too_many_logprobs")
+        assert error["param"] == "logprobs"
+        assert str(MAX_LOGPROBS) in error["message"] and str(400 * 128 * 8) in error["message"]
+        text = {"text": "The quick fox. " * MAX_LOGPROBS}
+        assert_error(client.post("sessions/long-score/score", text), 400, "too_many_logprobs")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("text", ["a", "<|im_end|>", "天", "The quick brown fox. "])
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_text_takes_at_most_twenty_times_its_bytes(text: str, kind: str, tiny_base: Path) -> None:
+    def prompt_of(content: str) -> TextPrompt | ChatPrompt:
+        return TextPrompt(content) if kind == "text" else ChatPrompt([{"role": "user", "content": content}])
+
+    tokenizer, size = Tokenizer.load(tiny_base), MB
+    prompt = prompt_of(text * (size // len(text.encode())))
+    encode(prompt_of(text * 10_000), tokenizer, [], reply=False)  # what the library keeps for itself
+    reset_peak(os.getpid())
+    before = resident_mb(os.getpid(), "VmRSS")
+    parts = segments(encode(prompt, tokenizer, [], reply=False), 512, 1, learn=True, score=True)
+    assert sum(len(part.token_ids) - 1 for part in parts) >= tokenizer.fewest_tokens(size)
+    assert resident_mb(os.getpid(), "VmHWM") - before < MAX_GROWTH * size / MB
+
+
 def test_large_work_runs_on_another_thread_and_small_work_at_once() -> None:
     async def threads() -> list[int]:
         return [await run_off_loop(size, threading.get_ident) for size in (0, LARGE - 1, LARGE)]
@@ -183,3 +215,5 @@ def test_json_in_steps_is_json(value: Any) -> None:
     values = [value] * (STEP + 2)
     for one in (value, values, {"a": values, "b": {"c": [values]}}):
         assert json.loads(dump_json(one)) == json.loads(json.dumps(one))
+        assert json.loads(b"".join(reversed(dump_json_pieces(one)))) == json.loads(json.dumps(one))
+    assert json.loads(dump_json({"a": iter(values), "b": iter([])})) == {"a": values, "b": []}

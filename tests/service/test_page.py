@@ -84,6 +84,24 @@ def test_the_page_accepts_reads_only(client: httpx.Client) -> None:
     assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
 
 
+def test_a_page_of_another_site_changes_nothing_at_a_server_without_keys(client: httpx.Client) -> None:
+    """A browser sends without asking only GET, HEAD and POST, and no type but these; before the rest it asks."""
+    from_afar = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+    body = json.dumps({"model": "tiny", "prompt": "The fox", "text": "The fox", "session": "forged", "name": "forged"})
+    simple = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None)
+    posts = [path for path, methods in client.get("/openapi.json").json()["paths"].items() if "post" in methods]
+    assert len(posts) > 5
+    for path in (path.replace("{id}", "forged") for path in posts):
+        for content_type in simple:
+            headers = from_afar | ({"Content-Type": content_type} if content_type else {})
+            assert client.post(path, content=body, headers=headers).status_code == 415, (path, content_type)
+        assert client.post(path, headers=from_afar).status_code in (400, 404, 422), path
+        asked = from_afar | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        answer = client.options(path, headers=asked)
+        assert not [name for name in answer.headers if name.startswith("access-control-")], path
+    assert client.get("/v1/sessions/forged").status_code == 404
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -25,7 +25,7 @@ from service.http.middleware import SMALL_BODY_BYTES, BodyMiddleware
 from service.http.protocol import Connection
 from service.tenants import new_key
 from tests.conftest import Server
-from tests.live import NO_EOS, Client, wait_until
+from tests.live import NO_EOS, Client, find_valkey, wait_until
 
 TIMEOUT_S = 120.0
 LIMITS: dict[str, object] = {
@@ -216,16 +216,19 @@ def test_an_answer_is_whole_in_either_version(strict: Server, stream: bool, vers
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_half_closed_client_gets_its_whole_answer(strict: Server, stream: bool) -> None:
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_half_closed_client_gets_its_whole_answer(strict: Server, stream: bool, version: bytes) -> None:
     body = completion(stream=stream, max_tokens=40, logit_bias=NO_EOS)
     with connect(strict) as connection:
-        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        connection.sendall(HEAD.replace(b"1.1", version) + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         connection.shutdown(socket.SHUT_WR)
         answer = read_all(connection)
+    assert version == b"1.1" or b" 100 " not in answer
     while answer.startswith(b"HTTP/1.1 100 "):
         answer = answer.partition(b"\r\n\r\n")[2]
     assert answer.startswith(b"HTTP/1.1 200 ")
-    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}")
+    end_of_stream = b"data: [DONE]\n\n" + (b"\r\n0\r\n\r\n" if version == b"1.1" else b"")
+    assert answer.endswith(end_of_stream if stream else b"}")
 
 
 def test_a_half_closed_client_of_http_1_0_gets_what_it_reads(strict: Server) -> None:
@@ -235,15 +238,44 @@ def test_a_half_closed_client_of_http_1_0_gets_what_it_reads(strict: Server) -> 
         assert json.loads(read_all(connection).partition(b"\r\n\r\n")[2]) == {"status": "ready", "store": "ok"}
 
 
-def test_a_client_that_goes_is_still_noticed(strict: Server) -> None:
+@pytest.mark.parametrize(("version", "stream"), [(b"1.1", False), (b"1.1", True), (b"1.0", True)])
+def test_a_client_that_goes_is_still_noticed(strict: Server, version: bytes, stream: bool) -> None:
     """The end of a client looks like a half-closed one, and yet its turn is rolled back."""
-    body = completion(session="gone", max_tokens=400, logit_bias=NO_EOS)
+    session = f"gone-{version.decode()}-{stream}"
+    body = completion(session=session, max_tokens=400, logit_bias=NO_EOS, stream=stream)
     with Client(strict.url) as client:
         with connect(strict) as connection:
-            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            connection.sendall(HEAD.replace(b"1.1", version) + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             wait_until(lambda: client.metric("requests_in_flight") > 0)
         wait_until(client.idle)
-        assert client.version("gone") == 0
+        assert client.version(session) == 0
+
+
+def test_a_connection_more_than_can_be_answered_is_a_503(make_server: Callable[..., Server]) -> None:
+    """Two streams of a server of two connections wait for a store that stands still; then the store goes on."""
+    server = make_server(max_connections=2).start()
+    store = find_valkey(server.data_dir)
+    assert store is not None
+    with ExitStack() as stack:
+        answered = [stack.enter_context(connect(server)) for _ in range(2)]
+        for number, connection in enumerate(answered):
+            body = completion(session=f"busy-{number}", stream=True, max_tokens=400, logit_bias=NO_EOS)
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        for connection in answered:
+            assert connection.recv(17) == b"HTTP/1.1 200 OK\r\n"
+        store.suspend()  # a stream ends with its commit
+        try:
+            with connect(server) as refused:
+                answer = read_all(refused)
+            assert "2 connections" in assert_refused(answer, 503) and b"\r\nretry-after: 1\r\n" in answer
+        finally:
+            store.resume()
+        for connection in answered:
+            connection.shutdown(socket.SHUT_WR)
+            assert read_all(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    with Client(server.url) as client:
+        assert ended(client) == 1
+        assert client.version("busy-0") == client.version("busy-1") == 1
 
 
 def test_pipelined_requests_are_answered_in_order(strict: Server) -> None:

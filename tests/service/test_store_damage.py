@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,10 @@ from service.metrics import Metrics
 from service.model_loading import StartError
 from service.settings import Settings
 from service.store import CommitMetadata, IdempotencyRecord
+from service.store.redis import store as store_module
+from service.store.redis.codec import Keys
+from service.store.redis.heartbeat import BEAT
+from service.store.redis.rights import OPTIONAL, needed_calls
 from service.store.redis.store import RedisStore
 from service.store_watch import check_store
 from tests.service.store_backends import new_meta, rows
@@ -175,16 +181,73 @@ async def test_a_server_refuses_a_store_that_evicts_unless_it_is_told_to(
 # --- rights -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lacking", ["", "hset", "evalsha", "publish", "subscribe", "zadd", "incr", "hgetall"])
-async def test_the_rights_are_checked_by_name(port: int, raw: Any, lacking: str) -> None:
-    raw.execute_command("ACL", "SETUSER", "limited", "reset", *ALL.split(), *([f"-{lacking}"] if lacking else []))
-    store = RedisStore.from_url(f"redis://limited:pw@127.0.0.1:{port}")
-    if lacking:
+NEEDED = {call[0] for call in needed_calls(Keys())}
+NOT_SENT = {"pipeline", "pubsub", "register_script", "execute", "initialize", "aclose", "get_message"}
+SENT_AS = {"scan_iter": "SCAN", "config_get": "CONFIG"}  # what methods of the client send, if not their own name
+SENT_FOR_SCRIPTS = {"EVALSHA", "SCRIPT"}
+
+
+def limited(raw: Any, port: int, *rules: str) -> RedisStore:
+    """Return a store whose user has all rights but what the rules take away."""
+    raw.execute_command("ACL", "SETUSER", "limited", "reset", *ALL.split(), *rules)
+    return RedisStore.from_url(f"redis://limited:pw@127.0.0.1:{port}")
+
+
+def test_the_rights_that_are_checked_are_those_that_are_used() -> None:
+    """Every command of the scripts and every call of the client, in turns and in background tasks alike."""
+    package = Path(store_module.__file__).parent
+    scripts = "".join(path.read_text() for path in package.rglob("*.lua")) + BEAT
+    code = "".join(path.read_text() for path in package.glob("*.py"))
+    calls = re.findall(r"\bredis\.p?call\(", scripts)
+    commands = re.findall(r"\bredis\.p?call\('(\w+)'", scripts)
+    assert len(calls) == len(commands) > 40, "a script computes the name of a command"
+    methods = set(re.findall(r"\b(?:client|_client|pipeline|channel)\.(\w+)\(", code)) - NOT_SENT - {"execute_command"}
+    commands += [SENT_AS.get(method, method.upper()) for method in methods]
+    by_name = re.findall(r"execute_command\(\s*\"(\w+)\"", code)
+    assert len(by_name) == code.count("execute_command("), "the code computes the name of a command"
+    commands += by_name
+    assert set(commands) | SENT_FOR_SCRIPTS == NEEDED | set(OPTIONAL)
+
+
+async def test_the_rights_are_checked_by_name(port: int, raw: Any) -> None:
+    for lacking in sorted(NEEDED):
+        store = limited(raw, port, f"-{lacking.lower()}")
         with pytest.raises(StoreRefused) as refused:
             await store.check_rights()
-        assert lacking in str(refused.value.__cause__)
-    else:
-        await store.check_rights()
+        assert lacking.lower() in str(refused.value.__cause__).lower(), lacking
+        await store.close()
+    for rules in (["resetkeys", "~other:*"], ["resetkeys", "%R~imprint:*"], ["resetchannels", "&other"]):
+        store = limited(raw, port, *rules)
+        with pytest.raises(StoreRefused):
+            await store.check_rights()
+        await store.close()
+
+
+async def test_the_rights_that_are_checked_suffice(port: int, raw: Any, tenant: str) -> None:
+    """Those that docs/security.md lists, without the optional ones."""
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    rules = page.partition("ACL SETUSER imprint on >PASSWORD ")[2].partition("```")[0].split()
+    optional = ["+info", "+config|get"]
+    assert {rule.upper() for rule in rules if rule.startswith("+")} == {
+        f"+{name}" for name in (*NEEDED, "INFO", "CONFIG|GET")
+    }
+    keys = raw.dbsize()
+    store = limited(raw, port, *(rule for rule in rules if rule not in optional))
+    await store.check_rights()
+    assert raw.dbsize() == keys, "the check writes nothing"
+    await make_session(store, tenant)
+    await store.load(tenant, "s")
+    await store.history(tenant, "s", undo=True)
+    turn = await store.begin_turn(tenant, "s", write="always")
+    assert turn.lease is not None and await store.renew(turn.lease)
+    await store.release(turn.lease)
+    await store.ledger.reserve(tenant, "s", 1)
+    await store.ledger.record(tenant, "s", num_bytes=10, rate=10, tokens=1)
+    assert await store.ledger.session_ids(tenant) == {"s"}
+    assert await store.restore_list() == 0 and len(await store.list(tenant)) == await store.count(tenant) == 1
+    assert await store.memory() == (0, 0) and not await store.may_evict()
+    await store.ping()
+    assert await store.delete(tenant, "s")
     await store.close()
 
 

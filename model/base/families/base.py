@@ -1,6 +1,6 @@
 """The interface of a family of decoders: all that differs between the families that `Backbone` can run.
 
-A family has one file beside this one and one line in the registry, `model.base.families.FAMILIES`.
+A family has one file in this folder and one line in the registry, `model.base.families.FAMILIES`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Numba backend of the lexical memory, for CPUs: the equations of `ops.py`, compiled.
 
-Numba keeps the machine code of a function beside this file or in the user's cache. Each row is computed alone and in
-one order, so its bits depend neither on the other rows of the batch nor on the number of threads (law 4).
+Numba keeps the machine code of a function in this file's folder or in the user's cache. Each row is computed alone and
+in one order, so its bits depend neither on the other rows of the batch nor on the number of threads (law 4).
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Header, Path, Response
 from model.text.sampling import SamplingParams
 from service.errors import BadRequest, NotFound
 from service.http.dependencies import (
+    LargeReply,
     LearningRequest,
     LearningRequestDep,
     SessionsDep,
     idempotency_headers,
-    large_reply,
 )
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, streamed_responses
@@ -25,6 +25,7 @@ from service.http.sse import EventStream, until_disconnect
 from service.turns.completion import CompletionJob, GenerationOptions
 from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
+from service.types import SUGGESTED_SAMPLING
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat completions have none
 STARTED = int(time.time())
@@ -124,14 +125,14 @@ async def _generate(
         return EventStream(learning.request, formatter.stream(events), headers=headers, on_disconnect=on_disconnect)
     reply = await until_disconnect(receive, _whole_reply(learning, completion_job, formatter), on_disconnect)
     learning.response.headers.update(idempotency_headers(learning.ctx))
-    if isinstance(reply, str):
-        return large_reply(reply, learning.response)
+    if isinstance(reply, list):
+        return LargeReply(reply, learning.response)
     return reply
 
 
 async def _whole_reply(
     learning: LearningRequest, completion_job: CompletionJob, formatter: ResponseFormatter
-) -> Json | str:
+) -> Json | list[bytes]:
     async with aclosing(await learning.sessions.generate(learning.ctx, completion_job)) as events:
         return await formatter.reply(events)
 
@@ -142,7 +143,8 @@ def _model(sessions: Sessions) -> Model:
         object="model",
         created=STARTED,
         owned_by="imprint",
-        fingerprints=dict(sessions.fingerprints),
+        fingerprints=sessions.fingerprints | {"session": sessions.loaded_model.text_fingerprint},
+        sampling=SUGGESTED_SAMPLING,
     )
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 from fastapi import APIRouter, Request, Response
 
 TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
-SCRIPTS = ("app", "charts", "compare", "draft", "history", "manuscript", "server", "tokens", "watch")
+SCRIPTS = ("app", "charts", "compare", "draft", "guide", "history", "manuscript", "server", "tokens", "watch")
 PARTS = (
     *(f"{name}.js" for name in SCRIPTS),
     *("style.css", "icon.svg", "samples/keeper-1.txt", "samples/keeper-2.txt"),

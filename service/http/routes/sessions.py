@@ -1,14 +1,16 @@
 """Imprint's own routes: sessions, their versions, and observing and scoring text with their memory."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import isfinite
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from service.concurrency import LARGE, dump_json, run_off_loop
+from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.http.dependencies import (
     IfMatch,
+    LargeReply,
     LearningRequest,
     LearningRequestDep,
     PathId,
@@ -17,7 +19,6 @@ from service.http.dependencies import (
     VersionsDep,
     ViewsDep,
     etag,
-    large_reply,
 )
 from service.http.json_route import FileRoute, JsonRoute
 from service.http.openapi import ERROR_RESPONSES, ETAG_HEADER, ETAG_RESPONSES, FILE_CONTENT, FILE_TYPE, Responses
@@ -134,9 +135,9 @@ async def score(session: PathId, body: ScoreRequest, learning: LearningRequestDe
     work = learning.sessions.score(learning.ctx, session, body.text, learn=body.learn, if_match=learning.if_match)
     done = await until_disconnect(learning.request.receive, work, body.on_disconnect)
     learning.set_reply_headers(done.version)
-    if len(done.tokens) < LARGE_SCORE:
-        return Scored(**asdict(done))
-    return large_reply(await run_off_loop(LARGE, _large_score, done), learning.response)
+    if len(done.logprobs) < LARGE_SCORE:
+        return Scored(**vars(done))
+    return LargeReply(await run_off_loop(LARGE, _large_score, done), learning.response)
 
 
 @router.get("/{id}/log", summary="List the commits of a session")
@@ -218,10 +219,13 @@ async def bring(session: PathId, versions: VersionsDep, learning: LearningReques
     return _session_reply(meta, learning)
 
 
-def _large_score(done: ScoreResult) -> str:
-    """Return a score as JSON text, with null for what is no finite number, as pydantic does."""
-    finite = {name: [value if isfinite(value) else None for value in getattr(done, name)] for name in LOGPROBS}
-    return dump_json(vars(done) | finite)
+def _large_score(done: ScoreResult) -> list[bytes]:
+    """Return the pieces of a score as JSON, with null for what is no finite number, as pydantic does."""
+
+    def finite(values: Sequence[float]) -> Iterator[float | None]:
+        return (value if isfinite(value) else None for value in values)
+
+    return dump_json_pieces(vars(done) | {name: finite(getattr(done, name)) for name in LOGPROBS})
 
 
 def _observed(done: ObserveResult, learning: LearningRequest) -> Observed:
@@ -235,7 +239,9 @@ def _session_reply(meta: SessionMeta, learning: LearningRequest) -> Session:
 
 
 def _session(meta: SessionMeta) -> Session:
-    gain = (meta.frozen_loss_sum - meta.loss_sum) / meta.proof_tokens if meta.proof_tokens else None
+    # An empty memory predicts exactly as the frozen base does: equal sums measure nothing.
+    gain_sum = meta.frozen_loss_sum - meta.loss_sum
+    gain = gain_sum / meta.proof_tokens if gain_sum else None
     return Session(
         id=meta.id,
         object="session",

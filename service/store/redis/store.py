@@ -31,11 +31,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import RedisError
@@ -48,7 +46,6 @@ from service.store.base import (
     NO_COMMIT_METADATA,
     CommitMetadata,
     History,
-    IdempotencyRecord,
     Lease,
     Option,
     RetentionConfig,
@@ -65,6 +62,7 @@ from service.store.redis.connect import AnyRedis, connect
 from service.store.redis.heartbeat import BEATING, Heartbeat
 from service.store.redis.index import SessionIndex
 from service.store.redis.ledger import RedisLedger
+from service.store.redis.rights import Rights
 from service.store.redis.scripts import (
     COMMIT_RETRY_S,
     SessionScripts,
@@ -80,8 +78,6 @@ CONTENT_FIELDS = (b"format", b"created", b"version", b"nonce")  # of the meta ha
 CHANNEL_TIMEOUT_S = 5.0
 RECONNECT_S = 1.0
 NO_EVICTION = "noeviction"
-PROBE_TENANT = "imprint-probe"
-PROBE_META = SessionMeta("", 1, "", 0, 1, 1, 0.0, 0.0, 0, 0.0, 0.0, 0, {"ttl_s": 60}, ())
 
 log = logging.getLogger(__name__)
 
@@ -395,36 +391,7 @@ class RedisStore:
         return await retry_while_away(self._index.restore)
 
     async def check_rights(self) -> None:
-        sid, meta = secrets.token_hex(8), PROBE_META
-        try:
-            await self.begin_turn(PROBE_TENANT, sid, write="always", even_if_full=True)
-            record = IdempotencyRecord("probe", 60, b"probe")
-            sites = {"probe": RowBatch(np.zeros(1, np.int32), np.zeros((1, 1), np.uint8))}
-            await self.commit(
-                PROBE_TENANT,
-                replace(meta, id=sid),
-                sites,
-                commit_metadata=CommitMetadata({"kind": "probe"}, b"probe", record),
-                even_if_full=True,
-            )
-            await self.load(PROBE_TENANT, sid)
-            await self.history(PROBE_TENANT, sid, undo=True)
-            await self._index.list_sessions(PROBE_TENANT, "", 1)
-            await self._index.count(PROBE_TENANT)
-            await self.ledger.reserve(PROBE_TENANT, sid, 0)
-            await self.ledger.drop(PROBE_TENANT, sid)
-            await self._publish("/")
-            await retry_while_away(self._subscribe_once)
-        finally:
-            await self.delete(PROBE_TENANT, sid)
-
-    async def _publish(self, message: str) -> None:
-        await retry_while_away(lambda: self._client.execute_command("PUBLISH", self._keys.erased_channel, message))
-
-    async def _subscribe_once(self) -> None:
-        async with await self._pubsub() as channel:
-            await channel.subscribe(self._keys.erased_channel)
-            await channel.get_message(timeout=CHANNEL_TIMEOUT_S)
+        await Rights(self._client, self._keys).check()
 
     async def _pubsub(self) -> PubSub:
         """Return a new subscriber. A message to any server of a cluster reaches the subscribers of all servers."""

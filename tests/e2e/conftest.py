@@ -1,0 +1,63 @@
+"""Fixtures of the tests in a real browser. There must be no warning or error, and no request to another host."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.browser import WAIT_TIMEOUT_MS, OpenPage, button
+from tests.conftest import Server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = shutil.which("chromium")
+    if executable is None:
+        pytest.skip("chromium is not installed")
+    expect.set_options(timeout=WAIT_TIMEOUT_MS)
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+
+
+@pytest.fixture
+def faults() -> list[str]:
+    """Return the list of the browser's warnings and errors."""
+    return []
+
+
+@pytest.fixture
+def open_page(browser: Browser, faults: list[str]) -> Iterator[OpenPage]:
+    """Yield a function that opens a server's page in a fresh browser context.
+
+    At the end there must be no warning or error, and no request to another host.
+    """
+    pages: list[tuple[str, Page, list[str]]] = []
+
+    def open_url(url: str) -> Page:
+        page, requests = browser.new_page(), list[str]()
+        page.on(
+            "console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        pages.append((url, page, requests))
+        page.goto(url)
+        expect(page.locator("#model")).not_to_have_text("…")
+        return page
+
+    yield open_url
+    for url, page, requests in pages:
+        page.close()
+        assert requests and all(request.startswith(f"{url}/") for request in requests)
+    assert not faults
+
+
+@pytest.fixture
+def page(open_page: OpenPage, server: Server) -> Page:
+    page = open_page(server.url)
+    expect(button(page, "Complete both")).to_be_enabled()
+    expect(page.get_by_label("API key")).to_be_hidden()
+    return page
