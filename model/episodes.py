@@ -93,7 +93,7 @@ class Episodes:
     # --- write -----------------------------------------------------------------------------------------------------
 
     def learn(
-        self, draft: Draft, token_ids: Sequence[int], learn: Sequence[bool], *, version: int, offset: int = 0
+        self, draft: Draft, token_ids: Sequence[int], learn: Sequence[int], *, version: int, offset: int = 0
     ) -> None:
         """Write the learned runs of a token sequence as episodes. Raises PoolFullError: roll the draft back.
 
@@ -230,9 +230,9 @@ class Episodes:
         self._backbone(torch.tensor([list(token_ids)], device=self._backbone.embedding.device), [cache])
 
 
-def _runs(mask: Sequence[bool]) -> list[tuple[int, int]]:
-    """Return the ranges [start, stop) in which a mask is true."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask, np.int8), [0]])))
+def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the ranges [start, stop) in which a mask is not 0."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask).astype(np.bool_).astype(np.int8), [0]])))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 

@@ -216,7 +216,7 @@ class Replay:
         assert decode_state is not None
         return cache, decode_state
 
-    def _keep_episodes(self, tokens: Sequence[int], learn: Sequence[bool], draft: Draft, offset: int = 0) -> None:
+    def _keep_episodes(self, tokens: Sequence[int], learn: Sequence[int], draft: Draft, offset: int = 0) -> None:
         self._model.episodes.learn(draft, tokens, learn, version=len(self.versions), offset=offset)
 
     def _with_episodes(

@@ -268,7 +268,7 @@ class TextJob(MemoryJob):
             self.stats.segments_learned += 1
             self._keep_episodes(segment.token_ids, segment.learn, 0)
 
-    def _keep_episodes(self, token_ids: Sequence[int], learn: Sequence[bool], offset: int) -> None:
+    def _keep_episodes(self, token_ids: Sequence[int], learn: Sequence[int], offset: int) -> None:
         """Keep the learned runs of a token sequence, whose first token is number `offset` of the segment."""
         segment = self._current_segment
         keeps = self.request.keep_episodes and segment.keep_episodes
