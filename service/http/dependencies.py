@@ -15,15 +15,20 @@ from service.http.schemas import SessionId
 from service.metrics import Metrics
 from service.turns.idempotency import RequestContext
 from service.turns.policy_turns import PolicyOperations
+from service.turns.session_gate import IF_MATCH
 from service.turns.sessions import Sessions
 from service.versions.operations import Versions
 from service.versions.views import Views
+
+# HTTP removes the spaces at both ends of a header's value.
+IDEMPOTENCY_KEY = r"^[!-~]([ -~]{0,253}[!-~])?$"
 
 PathId = Annotated[SessionId, Path(alias="id", description="The session's id.", examples=["alice"])]
 IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
+        json_schema_extra={"pattern": IDEMPOTENCY_KEY},
         description="The server learns from a request with this key once, and repeats the first answer afterwards.",
     ),
 ]
@@ -31,6 +36,7 @@ IfMatch = Annotated[
     str | None,
     Header(
         alias="If-Match",
+        json_schema_extra={"pattern": IF_MATCH},
         description='The `ETag` that the session must still have, such as `"v3"`; else the answer is 412.',
     ),
 ]
@@ -70,7 +76,7 @@ async def get_request_context(request: Request) -> RequestContext:
         BadRequest: the `Idempotency-Key` is empty, too long or not printable.
     """
     key = request.headers.get("idempotency-key")
-    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,255}", key):
+    if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
         raise BadRequest(
             f"'Idempotency-Key' must have 1 to 255 printable ASCII characters, got {key[:80]!r}.",
             param="Idempotency-Key",
