@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.http.schemas import INT64, SESSION_ID
+from service.http.schemas import SAFE_INTEGER, SESSION_ID
 
 
 class Page(BaseModel):
@@ -23,7 +23,7 @@ class LogPage(BaseModel):
 
     limit: int = Field(100, ge=1, le=1000, description="Largest number of commits to return.")
     before: int | None = Field(
-        None, ge=1, le=INT64, description="Only versions before this one: `next` of the page before."
+        None, ge=1, le=SAFE_INTEGER, description="Only versions before this one: `next` of the page before."
     )
 
 
@@ -33,6 +33,6 @@ class Span(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     start: int = Field(
-        alias="from", ge=0, le=INT64, examples=[1], description="The first version; 0 = nothing learned."
+        alias="from", ge=0, le=SAFE_INTEGER, examples=[1], description="The first version; 0 = nothing learned."
     )
-    end: int = Field(alias="to", ge=0, le=INT64, examples=[2], description="The second version.")
+    end: int = Field(alias="to", ge=0, le=SAFE_INTEGER, examples=[2], description="The second version.")

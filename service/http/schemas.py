@@ -19,6 +19,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     StringConstraints,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -37,6 +38,7 @@ MAX_PARTS = 1024  # of a message
 MAX_CHOICES = 8
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
+SAFE_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON has
 
 
 def _integer(value: Any) -> Any:
@@ -56,6 +58,8 @@ def _without_bom(text: str) -> str:
 
 SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID)]
 WHOLE = BeforeValidator(_integer)
+# OpenAPI writes bounds as floats, which cannot hold these.
+Seed = Annotated[int, Field(ge=-INT64 - 1, le=INT64), WHOLE, WithJsonSchema({"type": "integer", "format": "int64"})]
 Text = Annotated[str, AfterValidator(_without_bom)]
 OnDisconnect = Literal["rollback", "commit"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -216,7 +220,7 @@ class GenerationRequest(Body):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64), WHOLE] | None = None
+    seed: Seed | None = None
     stop: Stop | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -361,7 +365,7 @@ class Rollback(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}]})
 
-    version: Annotated[int, Field(ge=0, le=INT64), WHOLE]
+    version: Annotated[int, Field(ge=0, le=SAFE_INTEGER), WHOLE]
 
 
 class Fork(Body):
@@ -425,7 +429,7 @@ class ActRequest(Body):
         None,
         description="0 = the best action, 1 = by the probability of being the best; default: the policy's.",
     )
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64), WHOLE] | None = None
+    seed: Seed | None = None
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
