@@ -3,8 +3,8 @@
     .venv/bin/python -m tests.fuzz_http --cases 20000
 
 Two tenants with quotas send to one server of a tiny base and two tiny policies at once: examples, bounds, random
-requests and sequences of requests. Each answer must be one that the description knows, in time, and the server must take what the
-description allows and refuse what the description forbids.
+requests and sequences of requests. Each answer must be one that the description knows, and in time; the server must
+take what the description allows and refuse what the description forbids.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import re
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
 import schemathesis
 from schemathesis.config import SchemathesisConfig
 from schemathesis.core.failures import Failure
-from schemathesis.core.parameters import ParameterLocation
 from schemathesis.core.transport import Response
 from schemathesis.engine import Status, events, from_schema
 from schemathesis.engine.recorder import ScenarioRecorder
+from schemathesis.generation.meta import negated_parameters
 
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
@@ -113,33 +113,47 @@ def fuzz(url: str, keys: dict[str, str], tenant: str, seed: int, examples: int, 
     schema = schemathesis.openapi.from_url(
         f"{url}/openapi.json", config=configuration(keys, tenant, seed, examples, phases)
     )
-    exported = export_of(url, keys[tenant], f"{tenant}-text")
-    report = Report()
+    report, known = Report(), Known(tenant, export_of(url, keys[tenant], f"{tenant}-text"), Random(seed))
+    with hooks(known, report):
+        for event in from_schema(schema).execute():
+            if isinstance(event, events.ScenarioFinished):
+                count(report, event.recorder)
+            elif isinstance(event, events.NonFatalError | events.FatalError):
+                error = event.value if isinstance(event, events.NonFatalError) else event.exception
+                report.faults[f"{getattr(event, 'label', '')}: {type(error).__name__}: {error}"] += 1
+    return report
 
-    @schema.hook
-    def map_case(context: Any, case: Any) -> Any:
-        return sensible(case, tenant, exported)
 
-    @schema.hook
+@contextmanager
+def hooks(known: Known, report: Report) -> Iterator[None]:
+    """Let `known` change requests, and the report count the refusals that are not faults."""
+
+    def before_call(context: Any, case: Any, kwargs: Any) -> None:
+        known.improve(case)
+
+    def after_call(context: Any, case: Any, response: Response) -> None:
+        known.learn(case, response)
+
     def filter_failure(context: Any, failure: Failure, case: Any, response: Response) -> bool:
         reason = unstated(failure, response)
         report.refused.update([reason] if reason else [])
         return reason is None
 
-    for event in from_schema(schema).execute():
-        if isinstance(event, events.ScenarioFinished):
-            count(report, event.recorder)
-        elif isinstance(event, events.NonFatalError | events.FatalError):
-            error = event.value if isinstance(event, events.NonFatalError) else event.exception
-            report.faults[f"{getattr(event, 'label', '')}: {type(error).__name__}: {error}"] += 1
-    return report
+    registered = (before_call, after_call, filter_failure)
+    for hook in registered:
+        schemathesis.hook(hook)  # Schemathesis has these for all schemas of a process only
+    try:
+        yield
+    finally:
+        for hook in registered:
+            schemathesis.hooks.unregister(hook)
 
 
 def configuration(
     keys: dict[str, str], tenant: str, seed: int, examples: int, phases: Sequence[str]
 ) -> SchemathesisConfig:
     """Return the settings of Schemathesis."""
-    sessions = [f"{tenant}-{name}" for name in ("text", "kept", "act", "label", "a", "b")]
+    sessions = [f"{tenant}-{name}" for name in ("text", "kept", "a", "b", "chooser", "namer")]
     config = SchemathesisConfig.from_dict(
         {
             "seed": seed,
@@ -170,29 +184,75 @@ def export_of(url: str, key: str, session: str) -> bytes:
         return client.get(f"{session}/export").raise_for_status().content
 
 
-def sensible(case: Any, tenant: str, exported: bytes) -> Any:
-    """Return a case with what random values never hit: names of models, observations of their length, a file."""
-    draw = zlib.crc32(repr((case.path_parameters, case.body)).encode())
-    path, body = case.operation.path, case.body
-    if draw % 4 and not case.meta.is_negative_at(ParameterLocation.HEADER):  # these make most requests a 412 or a 422
-        case.headers.pop("If-Match", None)
-        case.headers.pop("Idempotency-Key", None)
-    if not case.meta.generation.mode.is_positive:
-        return case
-    if path.endswith("/import") and draw % 2:
-        case.body = exported
-    if not isinstance(body, dict) or draw % 8 == 0:
-        return case
-    if "completions" in path and isinstance(body.get("model"), str):
-        case.body = body | {"model": "tiny"}
-    for name in ("observation", "features"):
-        numbers = body.get(name)
-        if isinstance(numbers, list) and numbers and all(type(number) in (int, float) for number in numbers):
-            policy, kind = ("chooser", "act") if name == "observation" else ("namer", "label")
-            size = OBSERVATION[policy]
-            case.body = body | {"model": policy, name: (numbers * size)[:size]}
-            case.path_parameters = case.path_parameters | {"id": f"{tenant}-{kind}"}
-    return case
+class Known:
+    """What random requests never hit: names of models, a file, and what earlier answers named.
+
+    Args:
+        tenant: the sender.
+        exported: an export of a session.
+        random: decides which requests are changed.
+    """
+
+    def __init__(self, tenant: str, exported: bytes, random: Random) -> None:
+        self._tenant = tenant
+        self._exported = exported
+        self._random = random
+        self._versions: dict[str, int] = {}
+        self._actions: list[tuple[str, str]] = []
+        self._completions: list[tuple[str, str]] = []
+
+    def learn(self, case: Any, response: Response) -> None:
+        """Take the version of a session, the name of an action or the name of a completion from an answer."""
+        if response.status_code not in (200, 201):
+            return
+        if etag := response.headers.get("etag"):
+            self._versions[case.path_parameters["id"]] = int(etag[0].strip('"v'))
+        if case.operation.path.endswith("/act") and (name := response.json()["action_id"]):
+            self._actions.append((case.path_parameters["id"], name))
+        if "completions" in case.operation.path and isinstance(case.body, dict) and case.body.get("session"):
+            found = re.search(r'"id":"([a-z]+-[0-9a-f]{32})"', response.text)
+            self._completions += [(case.body["session"], found[1])] if found else []
+
+    def improve(self, case: Any) -> None:
+        """Change a request so that the server has work with it; leave some, and all that are to be refused."""
+        negated = {name for name, _ in negated_parameters(case.meta)}
+        for header in ("If-Match", "Idempotency-Key"):
+            if header not in negated and self._random.random() < 0.8:  # most requests would be a 412 or a 422
+                case.headers.pop(header, None)
+        if case.meta.generation.mode.is_positive and self._random.random() < 0.8:
+            self._improve_body(case, case.operation.path.rpartition("/")[2])
+
+    def _improve_body(self, case: Any, route: str) -> None:
+        random, session = self._random, case.path_parameters.get("id")
+        match route:
+            case "import":
+                case.body = self._exported
+            case "completions":
+                case.body |= {"model": "tiny"} | ({"session": f"{self._tenant}-kept"} if random.random() < 0.3 else {})
+            case "act":
+                self._give_policy(case, "chooser", "observation")
+            case "predict":
+                self._give_policy(case, "namer", "features")
+            case "observe" if case.body.get("features"):
+                self._give_policy(case, "namer", "features")
+            case "rollback" | "unlearn" if session in self._versions:
+                case.body = {"version": random.randint(0, self._versions[session])}
+            case "diff" if session in self._versions:
+                ends = sorted(random.randint(0, self._versions[session]) for _ in range(2))
+                case.query = dict(zip(("from", "to"), ends, strict=True))
+            case "fork":
+                case.body = {"id": f"{self._tenant}-fork-{random.randrange(50)}"}
+            case "feedback" if self._actions and "reward" in case.body:
+                case.path_parameters["id"], name = random.choice(self._actions)
+                case.body = {"action_id": name, "reward": random.random()}
+            case "feedback" if self._completions and "text" in case.body:
+                case.path_parameters["id"], name = random.choice(self._completions)
+                case.body |= {"completion_id": name}
+
+    def _give_policy(self, case: Any, policy: str, name: str) -> None:
+        size = OBSERVATION[policy]
+        case.body |= {"model": policy, name: (case.body[name] * size)[:size]}
+        case.path_parameters["id"] = f"{self._tenant}-{policy}"
 
 
 def unstated(failure: Failure, response: Response) -> str | None:
