@@ -43,6 +43,7 @@ QUOTAS = {
     "bo": "sessions=12 bytes=200000 tokens_per_minute=2000 requests=2",
 }
 TIMEOUT_S = 10.0
+PHASES = ("examples", "coverage", "fuzzing", "stateful")
 OBSERVATION = {"chooser": 8, "namer": 6}  # numbers that the tiny policies take
 
 # Refusals of requests that the description allows, because no JSON Schema can state the rule.
@@ -108,7 +109,7 @@ def fuzz(url: str, keys: dict[str, str], tenant: str, seed: int, examples: int, 
         tenant: the tenant whose key is sent.
         seed: equal seeds send equal requests.
         examples: number of random requests for each operation, and of sequences.
-        phases: of Schemathesis's "examples", "coverage", "fuzzing" and "stateful".
+        phases: of `PHASES`.
     """
     schema = schemathesis.openapi.from_url(
         f"{url}/openapi.json", config=configuration(keys, tenant, seed, examples, phases)
@@ -161,7 +162,7 @@ def configuration(
             "request-timeout": TIMEOUT_S,
             "auth": {"openapi": {"tenant": {"bearer": keys[tenant]}, "operator": {"bearer": keys[OPERATOR]}}},
             "generation": {"max-examples": examples, "database": "none", "no-shrink": True},
-            "phases": {name: {"enabled": name in phases} for name in ("examples", "coverage", "fuzzing", "stateful")},
+            "phases": {name: {"enabled": name in phases} for name in PHASES},
             "dictionaries": {"sessions": {"values": sessions}},
             "parameters": {"path.id": {"dictionary": "sessions", "probability": 0.7}},
             "checks": {
@@ -285,7 +286,7 @@ def fuzz_until(url: str, keys: dict[str, str], tenant: str, seed: int, cases: in
     """Send rounds of requests as `tenant` until there were `cases`; print the progress."""
     report, started = Report(), time.monotonic()
     while report.cases < cases:
-        report.add(fuzz(url, keys, tenant, seed, 40, ("examples", "coverage", "fuzzing", "stateful")))
+        report.add(fuzz(url, keys, tenant, seed, 40, PHASES))
         seed += 1
         took = time.monotonic() - started
         print(f"{tenant}: {report.cases} cases, {len(report.faults)} faults, {took:.0f} s", file=sys.stderr, flush=True)
