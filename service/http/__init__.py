@@ -13,8 +13,8 @@ How to add a route:
    fields also goes into `field_rules.py`, which describes the rule in JSON Schema.
 3. `replies.py`: the body of the reply.
 4. `openapi_examples.py`: an example of the reply, under the name of its class.
-5. `tests/service/`: a test. `test_openapi.py` checks the words and the examples of every route without being changed, and
-   `tests/fuzz_http.py` compares server and description.
+5. `tests/service/`: a test. `test_openapi.py` checks the words and the examples of every route without being changed,
+   and `tests/fuzz_http.py` compares server and description.
 
 Then print the page of the routes anew: `.venv/bin/python -m service.http.reference > docs/http.md`.
 """

@@ -75,8 +75,9 @@ def describe_api(app: FastAPI, *, keys_required: bool, public_paths: Container[s
 
 def _add_chunks(spec: Json) -> None:
     """Add the schemas of the events of streams, which are no reply of a route."""
-    chunks = [(model, "serialization") for model in (CompletionChunk, ChatChunk)]
-    _, definitions = models_json_schema(chunks, ref_template=SCHEMAS + "{model}")
+    _, definitions = models_json_schema(
+        [(CompletionChunk, "serialization"), (ChatChunk, "serialization")], ref_template=SCHEMAS + "{model}"
+    )
     spec["components"]["schemas"] = definitions["$defs"] | spec["components"]["schemas"]
 
 

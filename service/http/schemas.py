@@ -267,9 +267,9 @@ class CompletionRequest(GenerationRequest):
                     "session": "alice",
                     "learn": "prompt",
                 },
-            ]
+            ],
+            **field_rules.COMPLETION,
         }
-        | field_rules.COMPLETION
     )
 
     prompt: Prompt
@@ -306,9 +306,9 @@ class ChatCompletionRequest(GenerationRequest):
                     "session": "alice",
                     "stream": True,
                 }
-            ]
+            ],
+            **field_rules.CHAT,
         }
-        | field_rules.CHAT
     )
 
     messages: Messages
@@ -380,7 +380,7 @@ class ObserveRequest(Body):
     """The body of `POST /v1/sessions/{id}/observe`: `text`, `messages`, or (policies) `features` with `label`."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"text": "My cat is called Miso."}]} | field_rules.OBSERVE
+        json_schema_extra={"examples": [{"text": "My cat is called Miso."}], **field_rules.OBSERVE}
     )
 
     text: Text | None = None
@@ -417,7 +417,7 @@ class ActRequest(Body):
     """The body of `POST /v1/sessions/{id}/act`."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}]} | field_rules.ACT
+        json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}], **field_rules.ACT}
     )
 
     observation: Observation = Field(description="The numbers of the context, then the numbers of each action.")
@@ -444,7 +444,7 @@ class FeedbackRequest(Body):
     """The body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and the kept text."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"action_id": "act-1-5f2b9c04d1e7", "reward": 1.0}]} | field_rules.FEEDBACK
+        json_schema_extra={"examples": [{"action_id": "act-1-5f2b9c04d1e7", "reward": 1.0}], **field_rules.FEEDBACK}
     )
 
     action_id: ActionId | None = None
