@@ -202,7 +202,7 @@ def export_of(url: str, key: str) -> bytes:
 
 
 class Known:
-    """What random requests never hit: names of models, a file, and what earlier answers named.
+    """Values that random requests never hit: names of models, a file, and names that earlier answers gave.
 
     Args:
         tenant: the sender.
