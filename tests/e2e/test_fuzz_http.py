@@ -21,7 +21,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 @pytest.mark.parametrize(("tenant", "phases"), [("acme", PHASES[1:2]), ("bo", PHASES[2:])])
 def test_every_answer_is_one_that_the_description_knows(fuzzed: Target, tenant: str, phases: tuple[str, ...]) -> None:
-    report = fuzz(fuzzed, tenant, seed=1, examples=3, phases=phases)
+    report = fuzz(fuzzed, tenant, seed=1, examples=2, phases=phases)
     assert not report.faults, summary({tenant: report})
     assert len({operation for operation, _ in report.statuses}) == NUM_OPERATIONS
-    assert report.cases > 100
+    assert report.cases > 50
