@@ -26,8 +26,7 @@ from tests.loop_gap import MB, deep_manifest, messages
 ANSWER_TIMEOUT_S = 90.0
 HELD_AT_ONCE = 25  # connections that one attack leaves unfinished
 MAX_HELD = 500  # of one client; five clients together have more than the server takes
-PAUSE_S = 0.2  # mean time between two attacks of one client
-NICENESS = 5  # in earnest these clients would take no time of the server's machine
+NICENESS = 19  # in earnest these clients would take no time of the server's machine
 
 Address = tuple[str, int]
 
@@ -74,13 +73,23 @@ class AbusiveClient:
         rng: what it draws attacks from.
         refused: requests that the server has to refuse.
         counts: number of attacks by name and outcome.
+        pause_s: mean time between two attacks.
     """
 
-    def __init__(self, address: Address, rng: random.Random, refused: dict[str, bytes], counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        address: Address,
+        rng: random.Random,
+        refused: dict[str, bytes],
+        counts: Counter[str],
+        *,
+        pause_s: float,
+    ) -> None:
         self._address = address
         self._rng = rng
         self._refused = refused
         self._counts = counts
+        self._pause_s = pause_s
         self._held: deque[socket.socket] = deque()
         self._others: dict[str, Callable[[], str]] = {
             "half-sent bodies": lambda: self._hold(request("/v1/completions", bytes(1000))[:-990]),
@@ -109,7 +118,7 @@ class AbusiveClient:
             except OSError as error:
                 outcome = type(error).__name__
             self._counts[f"{name}: {outcome}"] += 1
-            over.wait(self._rng.expovariate(1 / PAUSE_S))
+            over.wait(self._rng.expovariate(1 / self._pause_s))
         self._let_go(0)
 
     def _exchange(self, data: bytes, *, half_close: bool = False, answer: bool = True) -> str:
@@ -172,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.abuse", description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--clients", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=1, help="mean seconds between a client's attacks (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.nice(NICENESS)
@@ -181,7 +191,8 @@ def main() -> None:
     address = (parts.hostname or "", parts.port or 80)
     active, over, counts = threading.Event(), threading.Event(), Counter[str]()
     clients = [
-        AbusiveClient(address, random.Random(f"{options.seed}/{n}"), refused, counts) for n in range(options.clients)
+        AbusiveClient(address, random.Random(f"{options.seed}/{n}"), refused, counts, pause_s=options.pause)
+        for n in range(options.clients)
     ]
     threads = [threading.Thread(target=client.run, args=(active, over), daemon=True) for client in clients]
     for thread in threads:
