@@ -1,7 +1,7 @@
 """Abusive clients: each does again and again what a server may not be stopped or held by.
 
-`python -m tests.abuse URL` reads lines from its input: `go` starts the clients, `rest` makes them end what they hold and
-wait. At the end of the input the program prints, as JSON, how often each attack ended in which way.
+`python -m tests.abuse URL` reads lines from its input: `go` starts the clients, `rest` makes them end what they hold
+and wait. At the end of the input the program prints, as JSON, how often each attack ended in which way.
 """
 
 from __future__ import annotations

@@ -80,7 +80,126 @@ class Endurance(Soak):
         self._options = ["--clients", str(abusers), "--pause", str(pause_s), "--seed", str(seed)]
         self._began = 0.0
 
-    def main() -> int:
+    def endure(self, seconds: float, window_s: float) -> None:
+        """Run the users for `seconds`, and the abusive clients in every second window of `window_s`."""
+        with self._users(), self._abuse() as abuse:
+            self._began = time.monotonic()
+            while (start := time.monotonic()) < self._began + seconds and len(self.faults) < MAX_FAULTS:
+                abusive = len(self.windows) % 2 == 1
+                print("go" if abusive else "rest", file=abuse.stdin, flush=True)
+                while time.monotonic() < start + window_s:
+                    self._sample()
+                    time.sleep(min(SAMPLE_EVERY_S, window_s / 4))
+                self.windows.append(Window(start, time.monotonic(), abusive))
+                self._print_window()
+        bad = {
+            name: count
+            for name, count in self.outcomes.items()
+            if name.endswith("no answer") or (name[-3] == "5" and name[-3:] not in ALLOWED_5XX and name[-3:].isdigit())
+        }
+        self.faults += [f"{name}, {count} times" for name, count in bad.items()]
+
+    @contextmanager
+    def _abuse(self) -> Iterator[subprocess.Popen[str]]:
+        """Run the abusive clients in a process of their own, which waits for "go"."""
+        command = [sys.executable, "-m", "tests.abuse", self.server.url]
+        with subprocess.Popen(
+            [*command, *self._options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as abuse:
+            assert abuse.stdout is not None
+            assert abuse.stdout.readline() == "ready\n"
+            yield abuse
+            answer, _ = abuse.communicate()
+            self.outcomes = json.loads(answer)
+
+    def _sample(self) -> None:
+        super()._sample()
+        valkey = find_valkey(self.server.data_dir)
+        files = (self.server.data_dir / "valkey" / "appendonlydir").glob("*.aof")
+        self.samples[-1][-1] |= {
+            "seconds": round(time.monotonic() - self._began),
+            "store_rss": valkey.memory_info().rss if valkey is not None else 0,
+            "aof": sum(path.stat().st_size for path in files),
+            "connections": sum(c.status == psutil.CONN_ESTABLISHED for c in self._process.net_connections("tcp")),
+        }
+
+    # --- the report -----------------------------------------------------------------------------------------------
+
+    def percentiles(self, *, abusive: bool) -> tuple[float, float, float]:
+        """Return the median, the 95th and the 99th percentile, in seconds, of all turns in windows of one kind."""
+        own = [w.seconds_of(self.latencies) for w in self.windows if w.abusive == abusive]
+        p50, p95, p99 = np.percentile([seconds for window in own for seconds in window], [50, 95, 99])
+        return float(p50), float(p95), float(p99)
+
+    def ratio(self) -> tuple[float, float, float]:
+        """Return the ratio of the 99th percentiles with and without abuse, and its 95% interval over pairs of windows.
+
+        A pair is a window with abuse and the window before it; the interval draws pairs again (bootstrap).
+        """
+        off = [w.seconds_of(self.latencies) for w in self.windows if not w.abusive]
+        on = [w.seconds_of(self.latencies) for w in self.windows if w.abusive]
+        pairs, rng = min(len(off), len(on)), np.random.default_rng(0)
+
+        def ratio_of(drawn: Sequence[int]) -> float:
+            both = [np.concatenate([windows[pair] for pair in drawn]) for windows in (on, off)]
+            return float(np.percentile(both[0], 99) / np.percentile(both[1], 99))
+
+        drawn = [ratio_of(rng.integers(0, pairs, pairs).tolist()) for _ in range(500)]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        return ratio_of(range(pairs)), float(low), float(high)
+
+    def _print_window(self) -> None:
+        window = self.windows[-1]
+        seconds = window.seconds_of(self.latencies)
+        p50, p99 = np.percentile(seconds, [50, 99]) * 1000 if seconds else (0, 0)
+        kind = "with abuse" if window.abusive else "without"
+        aof = self.samples[-1][-1]["aof"] >> 20
+        label = f"{window.end - self._began:5.0f} s {kind}: p50 {p50:.0f} ms, p99 {p99:.0f} ms, AOF {aof} MiB"
+        self._print_progress(label)
+
+    def report(self) -> bool:
+        """Print the tables and the verdict; return whether there was no fault."""
+        samples = self.samples[0]
+        table = Table(*(name for name, _, _ in COLUMNS.values()), title="Over time")
+        for sample in samples[:: max(1, len(samples) // SHOWN_SAMPLES)]:
+            table.add_row(*(f"{sample[key] // size}" for key, (_, _, size) in COLUMNS.items()))
+        console.print(table)
+        table = Table("windows", "turns", "p50 ms", "p95 ms", "p99 ms", title="Users")
+        for abusive in (False, True):
+            turns = sum(len(w.seconds_of(self.latencies)) for w in self.windows if w.abusive == abusive)
+            shown = (f"{1000 * value:.0f}" for value in self.percentiles(abusive=abusive))
+            table.add_row("with abuse" if abusive else "without", str(turns), *shown)
+        console.print(table)
+        console.print("p99 with abuse ÷ without: {:.2f} ({:.2f} to {:.2f})".format(*self.ratio()), highlight=False)
+        table = Table("attack: outcome", "times", title="Abusive clients")
+        for name, count in self.outcomes.items():
+            table.add_row(name, str(count))
+        console.print(table)
+        return super().report()
+
+    def draw(self, path: Path) -> None:
+        """Draw memory, files, and the latencies by window. Raises PlotsMissingError."""
+        figure, axes = load_pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained")
+        minutes = [sample["seconds"] / 60 for sample in self.samples[0]]
+        for keys, place in ((("rss", "store_rss", "aof"), axes[0]), (("fds", "connections", "threads"), axes[1])):
+            for key in keys:
+                name, unit, size = COLUMNS[key]
+                place.plot(minutes, [sample[key] / size for sample in self.samples[0]], label=name, linewidth=0.8)
+            place.set(xlabel="minutes", ylabel=unit or "number", ylim=(0, None))
+            place.legend(fontsize=8)
+        for abusive, colour in ((False, "tab:blue"), (True, "tab:red")):
+            own = [w for w in self.windows if w.abusive == abusive]
+            middles = [((w.start + w.end) / 2 - self._began) / 60 for w in own]
+            for percent, style in ((50, "--"), (99, "-")):
+                values = [1000 * np.percentile(w.seconds_of(self.latencies), percent) for w in own]
+                label = f"p{percent} {'with abuse' if abusive else 'without'}"
+                axes[2].plot(middles, values, style, color=colour, marker=".", label=label)
+        axes[2].set(xlabel="minutes", ylabel="ms until the answer's end", ylim=(0, None))
+        axes[2].legend(fontsize=8)
+        figure.savefig(path, dpi=110)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.endurance", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="duration of the load (default 60)")
     parser.add_argument("--window", type=float, default=90, help="seconds of a window (default 90)")
@@ -94,9 +213,7 @@ class Endurance(Soak):
     abusers = max(1, round(options.clients * options.abusive))
     with tempfile.TemporaryDirectory(prefix="imprint-endurance-") as name:
         model, streams = str(build_tiny_base(Path(name) / "tiny")), options.clients - abusers
-        run = Endurance(
-            Path(name), model, streams=streams, abusers=abusers, pause_s=options.pause, seed=options.seed
-        )
+        run = Endurance(Path(name), model, streams=streams, abusers=abusers, pause_s=options.pause, seed=options.seed)
         try:
             run.endure(60 * options.minutes, options.window)
             run.verify(60 * options.replay)
