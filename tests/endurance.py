@@ -73,8 +73,9 @@ class Endurance(Soak):
     num_replicas = 2
 
     def __init__(self, folder: Path, model: str, *, streams: int, abusers: int, pause_s: float, seed: int) -> None:
-        # The server's own limits face the abusive clients. Few enough sessions stay in memory that some are loaded.
-        super().__init__(folder, model, streams=streams, seed=seed, hot_sessions=32, max_queue=256)
+        # The server's own limits face the abusive clients. Two sessions per place in the queue stay in memory: with
+        # fewer places than by default some sessions are loaded from the store.
+        super().__init__(folder, model, streams=streams, seed=seed, hot_sessions=32, max_queue=100)
         self.windows: list[Window] = []
         self.outcomes: dict[str, int] = {}
         self._options = ["--clients", str(abusers), "--pause", str(pause_s), "--seed", str(seed)]
