@@ -154,7 +154,7 @@ def test_a_server_killed_in_the_midst_of_turns_has_each_of_them_wholly_or_not_at
 # --- the store dies ---------------------------------------------------------------------------------------------------
 
 
-def test_the_embedded_store_keeps_no_names_of_expired_sessions(make_server: Callable[..., Server]) -> None:
+def test_the_embedded_store_keeps_no_names_of_expired_sessions(make_server: Callable[..., Any]) -> None:
     server = make_server().start()
     with Client(server.url) as client:
         for name, options in {"kept": {}, "expired": {"ttl_s": 1}}.items():
