@@ -21,8 +21,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.loop_gap import MB, deep_manifest, messages
-
+MB = 2**20
 ANSWER_TIMEOUT_S = 90.0
 HELD_AT_ONCE = 25  # connections that one attack leaves unfinished
 MAX_HELD = 500  # of one client; five clients together have more than the server takes
@@ -42,10 +41,21 @@ def chat(content: Any, **fields: Any) -> bytes:
     return json.dumps({"model": "tiny", "max_tokens": 8, "messages": content} | fields).encode()
 
 
+def messages(count: int, content: str = "") -> list[dict[str, str]]:
+    """Return a chat of `count` messages of a user."""
+    return [{"role": "user", "content": content}] * count
+
+
+def deep_manifest() -> bytes:
+    """Return a safetensors file whose manifest is nested 200,000 deep."""
+    header = json.dumps({"__metadata__": {"imprint": "[" * 200_000}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 def refused_requests() -> dict[str, bytes]:
     """Return requests that the server has to refuse, by name."""
     chats, completions = "/v1/chat/completions", "/v1/completions"
-    bomb = gzip.compress(bytes(200 * MB), 9)
+    bomb = gzip.compress(bytes(200 * MB), 1)
     return {
         "chat of one 5 MB message": request(chats, chat(messages(1, "x" * 5 * MB))),
         "chat of one 15 MB message": request(chats, chat(messages(1, "The fox. " * (15 * MB // 9)))),

@@ -26,12 +26,15 @@ from rich.table import Table
 
 from research.plots import load_pyplot
 from tests.live import find_valkey
-from tests.soak import MAX_FAULTS, Soak, console
+from tests.soak import GROWTH, MAX_FAULTS, Soak, console
 from tests.tiny import build_tiny_base
 
 SAMPLE_EVERY_S = 2.0
 SETTLE = 0.1  # share of a window at its beginning that counts for neither kind
 SHOWN_SAMPLES = 13
+# The limits that face the abusive clients are the server's own. Two sessions for each place in the queue stay in
+# memory; with fewer places than by default, some sessions have to be loaded from the store.
+SETTINGS: dict[str, object] = {"hot_sessions": 32, "max_queue": 100}
 ALLOWED_5XX = ("503", "507")  # answers with which a server may defend itself
 COLUMNS = {  # of a sample: name, unit, divisor
     "rss": ("server", "MiB", 2**20),
@@ -60,6 +63,8 @@ class Window:
 class Endurance(Soak):
     """One run: users and abusive clients, samples, windows, replay and report.
 
+    Valkey rewrites its file once the file has 64 MiB and twice what it had after the last rewrite.
+
     Args:
         folder: where the servers keep their data.
         model: the base.
@@ -67,15 +72,16 @@ class Endurance(Soak):
         abusers: number of abusive clients.
         pause_s: mean seconds between two attacks of one of them.
         seed: seed of the behaviour of both.
+        replicas: servers that replay at the same time, each one session after another.
     """
 
     turns_per_s = 6  # about half of what two cores can do: a full server's latency is the length of its queue
-    num_replicas = 2
 
-    def __init__(self, folder: Path, model: str, *, streams: int, abusers: int, pause_s: float, seed: int) -> None:
-        # The server's own limits face the abusive clients. Two sessions per place in the queue stay in memory: with
-        # fewer places than by default some sessions are loaded from the store.
-        super().__init__(folder, model, streams=streams, seed=seed, hot_sessions=32, max_queue=100)
+    def __init__(
+        self, folder: Path, model: str, *, streams: int, abusers: int, pause_s: float, seed: int, replicas: int = 2
+    ) -> None:
+        super().__init__(folder, model, streams=streams, seed=seed, replicas=replicas, **SETTINGS)
+        self.growth = {"rss": GROWTH["rss"], "threads": GROWTH["threads"], "aof": 64 * 2**20}
         self.windows: list[Window] = []
         self.outcomes: dict[str, int] = {}
         self._options = ["--clients", str(abusers), "--pause", str(pause_s), "--seed", str(seed)]
@@ -83,7 +89,7 @@ class Endurance(Soak):
 
     def endure(self, seconds: float, window_s: float) -> None:
         """Run the users for `seconds`, and the abusive clients in every second window of `window_s`."""
-        with self._users(), self._abuse() as abuse:
+        with self._abuse() as abuse, self._users():
             self._began = time.monotonic()
             while (start := time.monotonic()) < self._began + seconds and len(self.faults) < MAX_FAULTS:
                 abusive = len(self.windows) % 2 == 1
@@ -93,6 +99,10 @@ class Endurance(Soak):
                     time.sleep(min(SAMPLE_EVERY_S, window_s / 4))
                 self.windows.append(Window(start, time.monotonic(), abusive))
                 self._print_window()
+            print("rest", file=abuse.stdin, flush=True)
+        first, last = self.samples[0][0], self.samples[0][-1]
+        if last["connections"] or last["fds"] > first["fds"] + GROWTH["fds"]:
+            self.faults.append(f"{last['connections']} connections and {last['fds']} open files remain")
         bad = {
             name: count
             for name, count in self.outcomes.items()

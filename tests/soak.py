@@ -136,18 +136,21 @@ class Soak:
 
     Attributes:
         faults: one sentence for each fault.
+        growth: allowed growth of each resource from a process's first half to its end.
         latencies: when each answered turn began, and the seconds until the end of its answer.
     """
 
     turns_per_s = 12  # of all users together; low enough for the sequential replay to end in time
-    num_replicas = 1  # servers that replay at the same time, each one session after another
 
-    def __init__(self, folder: Path, model: str, *, streams: int, seed: int, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, model: str, *, streams: int, seed: int, replicas: int = 1, **settings: object
+    ) -> None:
         # A user may have two turns in flight: one that it abandoned, and the next.
         self.server = Server(model, folder / "data", **{"hot_sessions": 1, "max_queue": 2 * streams} | settings)
-        self.replicas = [Server(model, folder / f"replay-{n}") for n in range(self.num_replicas)]
+        self.replicas = [Server(model, folder / f"replay-{n}") for n in range(replicas)]
         self.histories = [SessionHistory(f"s{n}", random.Random(f"{seed}/{n}")) for n in range(streams * SESSIONS)]
         self._streams = streams
+        self.growth = GROWTH
         self.faults: list[str] = []
         self.latencies: list[tuple[float, float]] = []
         self.counts: Counter[str] = Counter()
@@ -307,7 +310,7 @@ class Soak:
 
     def _leaks(self) -> Iterator[tuple[str, int, int]]:
         for samples in self.samples:
-            for resource, allowed in GROWTH.items():
+            for resource, allowed in self.growth.items():
                 values = [sample[resource] for sample in samples]
                 first, last = max(values[: len(values) // 2 + 1]), int(median(values[-5:]))
                 if last > first + allowed:
@@ -397,10 +400,10 @@ class Soak:
             table.add_row(name, str(count))
         table.add_row("versions", str(sum(history.version for history in self.histories)))
         for number, samples in enumerate(self.samples):
-            for resource in GROWTH:
+            for resource in self.growth:
                 values = [sample[resource] for sample in samples]
                 shown = [
-                    f"{value >> 20} MiB" if resource == "rss" else str(value)
+                    f"{value >> 20} MiB" if value >= 2**20 else str(value)
                     for value in (values[0], values[-1], max(values))
                 ]
                 table.add_row(f"process {number}: {resource}", "{} at first, {} at last, {} at most".format(*shown))
