@@ -83,7 +83,7 @@ class ManySessions:
     def _create(self) -> None:
         """Fork a session that has learned a text, again and again."""
         with Client(self.server.url) as client:
-            client.observe("s", " ".join(random.Random(0).choices(WORDS, k=300)))
+            client.observe("s", " ".join(random.Random(0).choices(WORDS, k=100)))
             wait_until(client.idle)
         empty = self._store_bytes()
         body = {"id": ""}

@@ -221,8 +221,11 @@ class Soak:
     def _sync_version(self, client: Client, history: SessionHistory, turn: Turn, received: Json) -> None:
         """Read the session's version, and record the turn if the session committed it.
 
-        An empty turn waits for the session's last turn and returns the version after it.
+        An empty turn waits for the session's last turn and returns the version after it. The server must have read the
+        abandoned request before: it has read all that came before the second of two requests in a row.
         """
+        for _ in range(3):
+            retry_until_success(lambda: client.http.get("/livez"))
         version = retry_until_success(lambda: client.score(history.name, "")["version"])
         assert version - history.version in (0, 1), f"version {version} after {history.version}"
         if version > history.version:
