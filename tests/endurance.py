@@ -126,7 +126,7 @@ class Endurance(Soak):
     def _sample(self) -> None:
         super()._sample()
         valkey = find_valkey(self.server.data_dir)
-        files = (self.server.data_dir / "valkey" / "appendonlydir").glob("*.aof")
+        files = (self.server.data_dir / "valkey" / "appendonlydir").glob("*")
         self.samples[-1][-1] |= {
             "seconds": round(time.monotonic() - self._began),
             "store_rss": valkey.memory_info().rss if valkey is not None else 0,

@@ -234,7 +234,7 @@ class ManySessions:
         return int(valkey.memory_info().rss)
 
     def _file_bytes(self) -> int:
-        return sum(path.stat().st_size for path in (self.server.data_dir / "valkey/appendonlydir").glob("*.aof"))
+        return sum(path.stat().st_size for path in (self.server.data_dir / "valkey/appendonlydir").glob("*"))
 
     def _note(self, name: str, value: str) -> None:
         self.rows.append((name, value))
