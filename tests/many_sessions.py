@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.conftest import Server
+from tests.endurance import append_only_bytes
 from tests.live import Client, Json, connect_redis, find_valkey, state, wait_until
 from tests.loop_gap import measured_gap
 from tests.soak import WORDS
@@ -138,12 +139,12 @@ class ManySessions:
         """Rewrite the append-only file while users teach; compare their latencies with those before."""
         with self._load(), connect_redis(self.server.data_dir) as redis:
             time.sleep(LOAD_S)
-            size, began = self._file_bytes(), time.monotonic()
+            size, began = append_only_bytes(self.server.data_dir), time.monotonic()
             redis.bgrewriteaof()
             wait_until(lambda: not info(redis, "persistence")["aof_rewrite_in_progress"])
             ended = time.monotonic()
             fork_ms = info(redis, "stats")["latest_fork_usec"] / 1000
-            after = self._file_bytes()
+            after = append_only_bytes(self.server.data_dir)
         before = [s for at, s in self._latencies if at < began]
         during = [s for at, s in self._latencies if began <= at < ended]
         self._note("the rewrite", f"{ended - began:.1f} s; {size >> 20} to {after >> 20} MiB; fork {fork_ms:.0f} ms")
@@ -232,9 +233,6 @@ class ManySessions:
         valkey = find_valkey(self.server.data_dir)
         assert valkey is not None
         return int(valkey.memory_info().rss)
-
-    def _file_bytes(self) -> int:
-        return sum(path.stat().st_size for path in (self.server.data_dir / "valkey/appendonlydir").glob("*"))
 
     def _note(self, name: str, value: str) -> None:
         self.rows.append((name, value))
