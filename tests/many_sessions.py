@@ -2,8 +2,8 @@
 
     python -m tests.many_sessions --sessions 50000
 
-Each session is a fork of one that has learned a text, so it has rows, a log and versions of its own. The program prints
-a table of what they cost, and fails if a session is lost or if an acknowledged turn is.
+Each session has learned a text: the first and the last thousand are forks, made by requests, and the others are copied
+in the store. The program prints a table of what they cost, and fails if a session or an acknowledged turn is lost.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,9 +37,12 @@ from tests.loop_gap import measured_gap
 from tests.soak import WORDS
 from tests.tiny import build_tiny_base
 
+CREATED = 1000  # by requests, at first and at last
+COPIED_AT_ONCE = 200
 WORKERS = 4  # connections that create sessions
 USERS = 8  # of the load during the rewrite
 COMPARED = 200  # sessions whose every stored byte is compared before and after a kill -9
+EXPIRES_S = 10
 LOAD_S = 20.0  # of load before the rewrite, to compare its latencies with
 
 console = Console(soft_wrap=True)
@@ -66,7 +70,7 @@ class ManySessions:
         self._note("start with an empty store", seconds(self.server.start))
         self._note("a turn among no sessions", self._turns(["alone"] * 50))
         self._create()
-        names = [f"s{n}" for n in random.Random(0).sample(range(self.number), min(COMPARED, self.number))]
+        names = [f"s{n}" for n in random.Random(0).sample(range(self.number), COMPARED)]
         self._note("a turn of a session that was not in memory", self._turns(names))
         self._list()
         self._scrape()
@@ -75,6 +79,7 @@ class ManySessions:
         self._rewrite()
         self.server.kill()
         self._note("start after a kill -9", seconds(self.server.start))
+        self._forgotten()
         self._compare(before)
         self._note("stop", seconds(self.server.stop))
         self._note("start after a stop", seconds(self.server.start))
@@ -82,17 +87,37 @@ class ManySessions:
     # --- the parts ------------------------------------------------------------------------------------------------
 
     def _create(self) -> None:
-        """Fork a session that has learned a text, again and again."""
+        """Fork a session that has learned a text, copy a fork in the store, and fork again."""
         with Client(self.server.url) as client:
             client.observe("s", " ".join(random.Random(0).choices(WORDS, k=100)))
-            wait_until(client.idle)
         empty = self._store_bytes()
-        body = {"id": ""}
-        times = self._post(self.number, lambda n: ("POST", "/v1/sessions/s/fork", body | {"id": f"s{n}"}))
-        self._note("create a session (fork)", percentiles(times))
+        numbers = list(range(self.number))
+        first, copied, last = numbers[:CREATED], numbers[CREATED:-CREATED], numbers[CREATED:][-CREATED:]
+        self._note(f"create a session among the first {len(first):,}", percentiles(self._fork(first)))
+        self._copy("s0", copied)
+        self._note(f"create a session after {self.number - len(last):,} others", percentiles(self._fork(last)))
         used = self._store_bytes()
         self._note("store", f"{used >> 20} MiB, {(used - empty) / self.number / 1024:.1f} KiB a session")
+        self._note("append-only file", f"{append_only_bytes(self.server.data_dir) >> 20} MiB")
         self._note("server", f"{self._process().memory_info().rss >> 20} MiB")
+
+    def _fork(self, numbers: Sequence[int]) -> list[float]:
+        return self._send(("POST", "/v1/sessions/s/fork", {"id": f"s{n}"}) for n in numbers)
+
+    def _copy(self, name: str, numbers: Sequence[int]) -> None:
+        """Copy all keys of a session under other names, and list the new sessions."""
+        home = "imprint:{{default/{}}}:"
+        with connect_redis(self.server.data_dir) as redis:
+            keys: list[bytes] = list(redis.scan_iter(match=f"{home.format(name)}*"))
+            dumps = {key.decode().removeprefix(home.format(name)): redis.dump(key) for key in keys}
+            for start in range(0, len(numbers), COPIED_AT_ONCE):
+                pipeline = redis.pipeline(transaction=False)
+                for new in (f"s{n}" for n in numbers[start : start + COPIED_AT_ONCE]):
+                    for key, dump in dumps.items():
+                        pipeline.restore(home.format(new) + key, 0, dump)
+                    pipeline.hset(f"{home.format(new)}meta", "id", json.dumps(new))
+                    pipeline.zadd("imprint:sessions:default", {new: 0})
+                pipeline.execute()
 
     def _list(self) -> None:
         """List all sessions in pages of 100 and of 1,000, and look how long the server is silent meanwhile."""
@@ -121,19 +146,21 @@ class ManySessions:
         self._note("/metrics", f"{percentiles(times)}; {size / 1024:.0f} KiB")
 
     def _expire(self) -> None:
-        """Create sessions that expire at about the same time, and wait until they are gone."""
-        number, ttl_s = max(1, self.number // 10), 5
-        self._post(number, lambda n: ("PUT", f"/v1/sessions/t{n}", {"ttl_s": ttl_s}))
-        began = time.monotonic()
+        """Create sessions that expire at about the same time, and look at the others meanwhile."""
+        number = min(2 * CREATED, self.number)
+        self._send(("PUT", f"/v1/sessions/t{n}", {"ttl_s": EXPIRES_S}) for n in range(number))
+        until = time.monotonic() + EXPIRES_S + 2
+        meanwhile = iter(lambda: time.monotonic() > until, True)
+        self._note(f"a turn while {number:,} sessions expire", self._turns("s0" for _ in meanwhile))
+
+    def _forgotten(self) -> None:
+        """Wait until the list has no names of expired sessions."""
         with connect_redis(self.server.data_dir) as redis:
-            keys_before = redis.dbsize()
-            meanwhile = iter(lambda: time.monotonic() > began + ttl_s + 2, True)
-            self._note(f"a turn while {number:,} sessions expire", self._turns("s0" for _ in meanwhile))
-            self._note("keys that expired", f"{keys_before - redis.dbsize():,}")
+            index, expected = "imprint:sessions:default", self.number + 1 + USERS
+            self._note("names in the list at a start, of sessions and expired ones", f"{redis.zcard(index):,}")
             began = time.monotonic()
-            index = "imprint:sessions:default"
-            wait_until(lambda: int(redis.zcard(index)) <= self.number + 2)
-            self._note("names of expired sessions gone after", f"{time.monotonic() - began:.0f} s")
+            wait_until(lambda: redis.zcard(index) == expected)
+            self._note("no name of an expired one after", f"{time.monotonic() - began:.1f} s")
 
     def _rewrite(self) -> None:
         """Rewrite the append-only file while users teach; compare their latencies with those before."""
@@ -198,27 +225,22 @@ class ManySessions:
                 times.append(time.monotonic() - began)
         return percentiles(times)
 
-    def _post(self, number: int, request: Callable[[int], tuple[str, str, Json]]) -> list[float]:
+    def _send(self, requests: Iterable[tuple[str, str, Json]]) -> list[float]:
         """Send many requests on a few connections; return the seconds of each."""
-        numbers, address = iter(range(number)), urlsplit(self.server.url)
-        lock, times = threading.Lock(), list[float]()
+        pending, address = deque(requests), urlsplit(self.server.url)
+        times: list[float] = []
 
         def work() -> None:
             connection = http.client.HTTPConnection(address.hostname or "", address.port)
-            while True:
-                with lock:
-                    n = next(numbers, None)
-                if n is None:
-                    return
-                if n and n % 5000 == 0:
-                    console.print(f"{n:,} of {number:,}", highlight=False)
-                method, path, body = request(n)
-                began = time.monotonic()
-                connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
-                response = connection.getresponse()
-                content = response.read()
-                times.append(time.monotonic() - began)
-                assert response.status == 201, content
+            with suppress(IndexError):
+                while True:
+                    method, path, body = pending.popleft()
+                    began = time.monotonic()
+                    connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+                    response = connection.getresponse()
+                    content = response.read()
+                    times.append(time.monotonic() - began)
+                    assert response.status == 201, content
 
         with ThreadPoolExecutor(WORKERS) as pool:
             for worker in [pool.submit(work) for _ in range(WORKERS)]:
