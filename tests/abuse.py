@@ -36,35 +36,28 @@ def request(path: str, body: bytes = b"", *headers: str, method: str = "POST") -
     return "\r\n".join([f"{method} {path} HTTP/1.1", *fields, *headers, "", ""]).encode() + body
 
 
-def chat(content: Any, **fields: Any) -> bytes:
+def chat(messages: list[dict[str, str]]) -> bytes:
     """Return the body of a chat with the served tiny base."""
-    return json.dumps({"model": "tiny", "max_tokens": 8, "messages": content} | fields).encode()
-
-
-def messages(count: int, content: str = "") -> list[dict[str, str]]:
-    """Return a chat of `count` messages of a user."""
-    return [{"role": "user", "content": content}] * count
-
-
-def deep_manifest() -> bytes:
-    """Return a safetensors file whose manifest is nested 200,000 deep."""
-    header = json.dumps({"__metadata__": {"imprint": "[" * 200_000}}).encode()
-    return len(header).to_bytes(8, "little") + header
+    return json.dumps({"model": "tiny", "max_tokens": 8, "messages": messages}).encode()
 
 
 def refused_requests() -> dict[str, bytes]:
     """Return requests that the server has to refuse, by name."""
     chats, completions = "/v1/chat/completions", "/v1/completions"
+    empty = {"role": "user", "content": ""}
+    manifest = json.dumps({"__metadata__": {"imprint": "[" * 200_000}}).encode()
     bomb = gzip.compress(bytes(200 * MB), 1)
     return {
-        "chat of one 5 MB message": request(chats, chat(messages(1, "x" * 5 * MB))),
-        "chat of one 15 MB message": request(chats, chat(messages(1, "The fox. " * (15 * MB // 9)))),
-        "20,000 empty messages": request(chats, chat(messages(20_000))),
-        "200,000 empty messages": request(chats, chat(messages(200_000))),
+        "chat of one 5 MB message": request(chats, chat([empty | {"content": "x" * 5 * MB}])),
+        "chat of one 15 MB message": request(chats, chat([empty | {"content": "The fox. " * (15 * MB // 9)}])),
+        "20,000 empty messages": request(chats, chat([empty] * 20_000)),
+        "200,000 empty messages": request(chats, chat([empty] * 200_000)),
         "prompt of 15 MB": request(completions, json.dumps({"model": "tiny", "prompt": "fox " * 4_000_000}).encode()),
         "body over the limit": request(completions, b" " * 17 * MB),
         "deep JSON": request(completions, b'{"prompt": ' + b"[" * 5 * MB),
-        "deep manifest": request("/v1/sessions/abuse/import", deep_manifest(), method="PUT"),
+        "deep manifest": request(
+            "/v1/sessions/abuse/import", len(manifest).to_bytes(8, "little") + manifest, method="PUT"
+        ),
         "gzip bomb": request(completions, bomb, "Content-Encoding: gzip"),
         "one endless header": b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 5 * MB,
         "endless headers": b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 300_000,

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.abuse import deep_manifest, messages
 from tests.conftest import Server
 from tests.tiny import TEXT, build_tiny_base
 
@@ -60,6 +59,11 @@ def measured_gap(url: str) -> Iterator[Gap]:
     finally:
         over.set()
         prober.join()
+
+
+def messages(count: int, content: str = "") -> list[dict[str, str]]:
+    """Return a chat of `count` messages of a user."""
+    return [{"role": "user", "content": content}] * count
 
 
 def bodies(model: str, megabytes: int) -> dict[str, tuple[str, Any]]:
@@ -151,6 +155,12 @@ def main() -> None:
                 print(f"| {name} | {len(content) / MB:.1f} | {gap * 1000:.0f} | {duration:.2f} | {outcome} |")
         finally:
             server.stop()
+
+
+def deep_manifest() -> bytes:
+    """Return a safetensors file whose manifest is nested 200,000 deep."""
+    header = json.dumps({"__metadata__": {"imprint": "[" * 200_000}}).encode()
+    return len(header).to_bytes(8, "little") + header
 
 
 if __name__ == "__main__":
