@@ -129,6 +129,38 @@ async def test_sessions_lost_from_the_list_are_listed_again(store: RedisStore, r
     assert await store.restore_list() == 0
 
 
+async def test_names_of_expired_sessions_leave_the_list_although_nobody_reads_it(
+    store: RedisStore, raw: Any, tenant: str
+) -> None:
+    for n in range(2500):  # more than one page
+        raw.zadd(f"imprint:sessions:{tenant}", {f"expired-{n}": 0})
+    await make_session(store, tenant)
+    assert await store.count(tenant) == 2501
+    assert await store.restore_list() == 0
+    assert await store.count(tenant) == 1
+    assert await store.list(tenant) == [new_meta("s", 2)]
+
+
+async def test_a_session_that_is_created_while_its_name_is_removed_stays_listed(
+    store: RedisStore, raw: Any, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.zadd(f"imprint:sessions:{tenant}", {"s": 0})
+    absent, found = store._index._absent, list[list[str]]()
+
+    async def create_after_the_look(owner: str, ids: list[str]) -> list[str]:
+        if owner != tenant:  # of another test
+            return await absent(owner, ids)
+        found.append(await absent(tenant, ids))
+        if len(found) == 1:
+            await make_session(store, tenant)
+        return found[-1]
+
+    monkeypatch.setattr(store._index, "_absent", create_after_the_look)
+    await store.restore_list()
+    assert found == [["s"], []]
+    assert await store.list(tenant) == [new_meta("s", 2)]
+
+
 async def test_a_damaged_session_does_not_hide_the_others(store: RedisStore, raw: Any, tenant: str) -> None:
     for sid in ("a", "b"):
         await store.create(tenant, new_meta(sid))
