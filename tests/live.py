@@ -27,7 +27,7 @@ T = TypeVar("T")
 EOS = "2"  # end-of-text token of the tiny base, as a key of `logit_bias`
 NO_EOS = {EOS: -100}  # a `logit_bias` that forbids the end of text
 # Fields of a stored session that differ between sessions that have learned the same.
-VOLATILE_FIELDS = {b"once_until", b"id", b"nonce", b"created", b"updated", b"undo_from", b"undo_bytes"}
+VOLATILE_FIELDS = {b"once_until", b"id", b"nonce", b"created", b"updated", b"undo_from", b"undo_bytes", b"logged"}
 WAIT_TIMEOUT_S = 300.0
 
 

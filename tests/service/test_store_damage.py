@@ -70,6 +70,7 @@ DAMAGES: dict[str, tuple[Any, str, bool]] = {  # what happens, what the error na
     "page": (lose_page, "2 of 3", True),
     "bit": (flip_bit, "checksum", False),
     "meta": (lambda raw, home: raw.delete(f"{home}meta"), "its meta", True),
+    "log": (lambda raw, home: raw.delete(f"{home}log"), "entries of its log", True),
     "value": (lambda raw, home: raw.hdel(f"{home}meta", "loss_sum"), "loss_sum", True),
     "undo": (lambda raw, home: raw.delete(f"{home}undo"), "undo steps of the versions 1 to 2", False),
     "type": (lambda raw, home: (raw.delete(f"{home}rows:a"), raw.set(f"{home}rows:a", "x")), "another type", True),
@@ -82,8 +83,10 @@ async def test_a_session_that_lost_a_part_says_which(store: RedisStore, raw: Any
     harm, name, by_every_turn = DAMAGES[damage]
     harm(raw, f"imprint:{{{tenant}/s}}:")
     calls: list[Awaitable[Any]] = [
-        store.history(tenant, "s", undo=True) if damage == "undo" else store.load(tenant, "s")
+        store.history(tenant, "s", undo=True) if damage in ("undo", "log") else store.load(tenant, "s")
     ]
+    if damage == "meta":
+        calls += [store.meta(tenant, "s"), store.history(tenant, "s", undo=False)]
     if by_every_turn:
         calls += [store.begin_turn(tenant, "s", write="always"), store.begin_turn(tenant, "s", write="never")]
         if damage not in ("meta", "value"):
@@ -92,7 +95,7 @@ async def test_a_session_that_lost_a_part_says_which(store: RedisStore, raw: Any
         with pytest.raises(EngineError, match=name) as damaged:
             await call
         assert damaged.value.code == "damaged_session"
-    await store.delete(tenant, "s")
+    assert await store.delete(tenant, "s"), "there was a session"
     assert raw.keys(f"imprint:{{{tenant}/s}}:rows:*") == []
     await make_session(store, tenant)
     assert await store.load(tenant, "s")

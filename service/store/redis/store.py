@@ -7,7 +7,8 @@ Keys, all of a session's in one hash slot of a cluster (`imprint` is the default
                                          site whole: `pages:<name>` and `sum:<name>`, see pages.lua,
                                          once_until: when the last name of :onces expires, and once_lost: until
                                          when :onces may lack names, because the key was lost, and
-                                         undo_from, undo_bytes: the oldest version kept, and the size of :undo
+                                         undo_from, undo_bytes: the oldest version kept, and the size of :undo,
+                                         logged: the number of entries of :log
                         …:rows:<site>    hash: pages of rows, see pages.lua
                         …:log            list: one JSON object a commit
                         …:undo           hash: <version>:rows, :meta and :text = what undoes the version
@@ -188,13 +189,11 @@ class RedisStore:
         """Return the session, or None; take over a session of an older format first."""
         for _ in range(MAX_READS):
             sites = self._known_sites
-            meta_hash, *pages, still, remains = await retry_while_away(partial(self._read, tenant, sid, sites))
-            if not meta_hash:
-                if remains:
-                    raise errors.damaged_session(sid, "missing are its meta")
-                return None
+            meta_hash, *pages, still = await retry_while_away(partial(self._read, tenant, sid, sites))
             if not _is_same_content(meta_hash, still):
                 continue  # a commit came between the reads
+            if not meta_hash:
+                return await self._absent(tenant, sid)
             if meta_hash.get(b"format") in codec.OLD_FORMATS:
                 await retry_while_away(
                     lambda: self._scripts.upgrade([self._keys.meta(tenant, sid)], [self._retention.ttl_s])
@@ -222,7 +221,7 @@ class RedisStore:
         return StoredSession(meta, rows)
 
     async def _read(self, tenant: str, sid: str, sites: Sequence[str]) -> list[Any]:
-        """Return the meta hash, the pages of these sites, the meta hash once more, and whether a log exists.
+        """Return the meta hash, the pages of these sites, and the meta hash once more.
 
         The pages are those of the meta hash if both meta hashes are of one commit. A transaction is refused by a full
         server; a script would have to copy every row twice, and the server would answer nobody else meanwhile.
@@ -232,8 +231,19 @@ class RedisStore:
         for site in sites:
             pipeline.hgetall(self._keys.session(tenant, sid, f"rows:{site}"))
         pipeline.hgetall(self._keys.meta(tenant, sid))
-        pipeline.exists(self._keys.session(tenant, sid, "log"))
         return list(await pipeline.execute())
+
+    async def _absent(self, tenant: str, sid: str) -> None:
+        """Return None for a session whose meta hash was not found; raise EngineError if the store has lost it."""
+        meta, log_key = self._keys.meta(tenant, sid), self._keys.session(tenant, sid, "log")
+
+        async def read() -> list[Any]:
+            pipeline = self._client.pipeline(transaction=False)
+            return list(await pipeline.exists(meta).exists(log_key).exists(meta).execute())
+
+        before, has_log, after = await retry_while_away(read)
+        if has_log and not before and not after:  # else the session was created or erased meanwhile
+            raise errors.damaged_session(sid, "missing are its meta")
 
     async def commit(
         self,
@@ -296,7 +306,7 @@ class RedisStore:
     async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
         key = self._keys.meta(tenant, sid)
         meta_hash = await retry_while_away(lambda: self._client.hgetall(key))
-        return decode(sid, cast(dict[bytes, bytes], meta_hash)) if meta_hash else None
+        return decode(sid, cast(dict[bytes, bytes], meta_hash)) if meta_hash else await self._absent(tenant, sid)
 
     async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
         key = self._keys.meta(tenant, meta.id)
@@ -354,7 +364,9 @@ class RedisStore:
         key, args = self._keys.meta(tenant, sid), [entries, int(undo)]
         meta_hash, log_entries, steps = await retry_while_away(lambda: self._scripts.history([key], args))
         if not meta_hash:
-            return None
+            return await self._absent(tenant, sid)
+        if len(log_entries) < min(entries, logged := int(pairs(meta_hash).get(b"logged", 0))):
+            raise errors.damaged_session(sid, f"its log has {len(log_entries)} of {logged} entries")
         if lost := [step[0] for step in steps if step[1] is None or step[2] is None]:
             raise errors.damaged_session(sid, f"missing are the undo steps of the versions {min(lost)} to {max(lost)}")
         return History(
