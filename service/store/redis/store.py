@@ -366,7 +366,7 @@ class RedisStore:
         if not meta_hash:
             return await self._absent(tenant, sid)
         if len(log_entries) < min(entries, logged := int(pairs(meta_hash).get(b"logged", 0))):
-            raise errors.damaged_session(sid, f"its log has {len(log_entries)} of {logged} entries")
+            raise errors.damaged_session(sid, f"entries of its log: it has {len(log_entries)} of {logged}")
         if lost := [step[0] for step in steps if step[1] is None or step[2] is None]:
             raise errors.damaged_session(sid, f"missing are the undo steps of the versions {min(lost)} to {max(lost)}")
         return History(
