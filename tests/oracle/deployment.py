@@ -38,7 +38,7 @@ class Fault(ABC):
             ContractViolation: the deployment did not bear the fault.
         """
 
-    async def settle(self, run: Run) -> None:
+    async def settle(self, run: Run) -> None:  # noqa: B027
         """Bring the deployment back into its usual state after the last fault."""
 
 

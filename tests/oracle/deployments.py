@@ -21,23 +21,23 @@ from tests.service.valkeys import free_ports, valkey
 # Faults of each kind in a run of 1,000.
 SHARES: dict[str, dict[str, int]] = {
     "embedded": {
-        "kill of the server": 50,
-        "kill of the store": 60,
-        "kill of both": 50,
-        "full disk": 50,
-        "frozen reader": 80,
-        "key lost": 80,
+        "kill of the server": 20,
+        "kill of the store": 80,
+        "kill of both": 20,
+        "full disk": 60,
+        "frozen reader": 90,
+        "key lost": 90,
     },
     "shared": {
         "pause of a replica": 80,
         "line dropped": 80,
         "line delayed": 80,
-        "line half-closed": 90,
-        "frozen reader": 80,
-        "key lost": 80,
+        "line half-closed": 80,
+        "frozen reader": 90,
+        "key lost": 90,
     },
-    "sentinel": {"failover of the Sentinel": 70},
-    "cluster": {"failover of the cluster": 70},
+    "sentinel": {"failover (sentinel)": 70},
+    "cluster": {"failover (cluster)": 70},
 }
 LIMITS: dict[str, object] = {"max_queue": 200, "send_timeout_s": SEND_TIMEOUT_S}
 REPLICA = LIMITS | {"lease_s": LEASE_S, "lease_wait_s": 5}
@@ -101,24 +101,22 @@ def shared(folder: Path, model: str) -> Iterator[Deployment]:
 @contextmanager
 def sentinel(folder: Path, model: str) -> Iterator[Deployment]:
     """Yield two replicas on a master under a Sentinel."""
-    with replicated(
-        "sentinel", SentinelStore(folder / "nodes"), "failover of the Sentinel", folder, model
-    ) as deployment:
+    with replicated("sentinel", SentinelStore(folder / "nodes"), folder, model) as deployment:
         yield deployment
 
 
 @contextmanager
 def cluster(folder: Path, model: str) -> Iterator[Deployment]:
     """Yield two replicas on a cluster of three masters, each with a replica."""
-    with replicated("cluster", ClusterStore(folder / "nodes"), "failover of the cluster", folder, model) as deployment:
+    with replicated("cluster", ClusterStore(folder / "nodes"), folder, model) as deployment:
         yield deployment
 
 
 @contextmanager
-def replicated(name: str, store: ReplicatedStore, kind: str, folder: Path, model: str) -> Iterator[Deployment]:
+def replicated(name: str, store: ReplicatedStore, folder: Path, model: str) -> Iterator[Deployment]:
     """Yield two replicas on a store whose masters fail over."""
     with store.running(), replicas(folder, model, [store.url] * 2) as servers:
-        lanes = [[Failover(kind, store)]]
+        lanes = [[Failover(name, store)]]
         yield Deployment(
             name,
             servers,

@@ -1,8 +1,8 @@
 """Masters that die under a Sentinel or in a cluster.
 
 Redis replicates asynchronously, so a master that dies may lose commits that it has acknowledged
-(docs/reliability.md). The oracle asks what else is lost: it holds writes back (`CLIENT PAUSE … WRITE`) until the replicas have
-everything, and kills the master then. Turns that run meanwhile meet the dead master.
+(docs/reliability.md). The oracle asks what else is lost: it holds writes back (`CLIENT PAUSE … WRITE`) until the
+replicas have everything, and kills the master then. Turns that run meanwhile meet the dead master.
 """
 
 from __future__ import annotations
@@ -148,16 +148,16 @@ class ClusterStore(ReplicatedStore):
 
     def master_of(self, session: str) -> int:
         slot = key_slot(f"{{default/{session}}}".encode())
-        return next(ports[0] for first, last, ports in self._slots() if first <= slot <= last)
+        return next(ports[0] for first, last, ports in self._slots(next(iter(self._buses))) if first <= slot <= last)
 
     def fail_over(self, session: str) -> None:
         master = self.master_of(session)
-        _, _, (_, *replicas) = next(each for each in self._slots() if each[2][0] == master)
+        _, _, (_, *replicas) = next(each for each in self._slots(master) if each[2][0] == master)
         self._kill(master, replicas)
         others = [port for port in self._buses if port != master]
         _until(lambda: role(replicas[0]) == "master" and all(map(self._is_complete, others)))
         self._start_node(master)
-        _until(lambda: all(map(self._is_complete, self._buses)) and role(master) == "slave" and is_linked(master))
+        _until(lambda: role(master) == "slave" and is_linked(master) and self._agree())
 
     def _start_node(self, port: int) -> None:
         timing = ("--cluster-node-timeout", DOWN_AFTER_MS, "--cluster-replica-validity-factor", 0)
@@ -174,28 +174,31 @@ class ClusterStore(ReplicatedStore):
         _until(lambda: all(map(self._is_complete, nodes)))
         for master, replica in zip(nodes[:NODES], nodes[NODES:], strict=True):
             ask(replica, "CLUSTER", "REPLICATE", ask(master, "CLUSTER", "MYID").decode())
-        _until(lambda: all(map(is_linked, nodes[NODES:])) and len(self._slots()) == NODES)
-        _until(lambda: all(len(ports) == 2 for _, _, ports in self._slots()))
+        _until(lambda: all(map(is_linked, nodes[NODES:])) and self._agree())
 
     def _is_complete(self, port: int) -> bool:
         info = ask(port, "CLUSTER", "INFO").decode()
         return "cluster_state:ok" in info and f"cluster_known_nodes:{2 * NODES}" in info
 
-    def _slots(self) -> list[tuple[int, int, list[int]]]:
-        """Return the ranges of slots as the first node that answers knows them: first, last, and ports."""
-        for port in self._buses:
-            with suppress(RedisError):
-                return [
-                    (first, last, [node[1] for node in nodes]) for first, last, *nodes in ask(port, "CLUSTER", "SLOTS")
-                ]
-        raise ContractViolation("no node of the cluster answers")
+    def _agree(self) -> bool:
+        """Return whether all nodes know the cluster to be whole, and every range to have a master and a replica."""
+        views = [self._slots(port) for port in self._buses]
+        return all(map(self._is_complete, self._buses)) and all(
+            len(view) == NODES and all(len(ports) == 2 for _, _, ports in view) for view in views
+        )
+
+    @staticmethod
+    def _slots(port: int) -> list[tuple[int, int, list[int]]]:
+        """Return the ranges of slots as a node knows them: first, last, and the ports of master and replicas."""
+        ranges = ask(port, "CLUSTER", "SLOTS")
+        return [(first, last, [node[1] for node in nodes]) for first, last, *nodes in ranges]
 
 
 class Failover(Fault):
     """Kills the master that has a random client's session, and waits until the store is whole again."""
 
     def __init__(self, kind: str, store: ReplicatedStore) -> None:
-        self.kind, self._store = kind, store
+        self.kind, self._store = f"failover ({kind})", store
 
     async def inject(self, run: Run) -> None:
         await run.pause(0.2, 1)
