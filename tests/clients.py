@@ -24,6 +24,7 @@ WORDS = TEXT.split()
 CHAT_WINDOW = 3  # messages of a chat that a client resends
 TURNS_PER_SESSION = 300  # the log of a session must hold them all
 MAX_ROLLBACK = 6  # versions that a client rolls back at most
+IMPATIENT_ATTEMPTS = 5  # after which a client waits longer for the next attempt
 RETRYABLE_STATUSES = (429, 503)  # statuses after which a turn is sent again
 HANG_UP_PROBABILITY = 0.12  # share of turns that the client abandons before their end
 TURNS_AFTER_LOSS = 8  # turns of a session whose store lost a key, before a new session follows
@@ -232,7 +233,7 @@ class SessionClient:
                 return
             attempt += 1
             self._counts["retries"] += 1
-            await asyncio.sleep(rng.uniform(0.05, 0.5))
+            await asyncio.sleep(rng.uniform(0.05, 0.5) * (1 if attempt < IMPATIENT_ATTEMPTS else 4))
         self._counts["replays"] += response.headers.get("Idempotent-Replayed") == "true"
         if record:
             self._counts["acknowledged"] += 1

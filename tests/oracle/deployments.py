@@ -21,12 +21,12 @@ from tests.service.valkeys import free_ports, valkey
 # Faults of each kind in a run of 1,000.
 SHARES: dict[str, dict[str, int]] = {
     "embedded": {
-        "kill of the server": 20,
+        "kill of the server": 10,
         "kill of the store": 80,
-        "kill of both": 20,
+        "kill of both": 10,
         "full disk": 60,
         "frozen reader": 90,
-        "key lost": 90,
+        "key lost": 110,
     },
     "shared": {
         "pause of a replica": 80,

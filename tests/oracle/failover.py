@@ -26,7 +26,7 @@ from tests.oracle.deployment import RECOVERY_S, Fault, Run
 from tests.service.valkeys import free_ports
 
 NODES = 3  # a master and two replicas under Sentinel; three masters with a replica each in the cluster
-DOWN_AFTER_MS = 700
+DOWN_AFTER_MS = 2000  # longer than a node waits for its turn on a busy machine
 HOLD_MS = 10_000  # for which writes are held back at most
 
 
@@ -36,6 +36,7 @@ class ReplicatedStore(ABC):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._masters: list[int] = []  # after the last failover
 
     @property
     @abstractmethod
@@ -66,7 +67,8 @@ class ReplicatedStore(ABC):
     def _start(self, port: int, *options: object) -> None:
         home = self._folder / str(port)
         home.mkdir(parents=True, exist_ok=True)
-        common = ("--port", port, "--bind", "127.0.0.1", "--dir", home, "--save", "", "--repl-diskless-sync-delay", 0)
+        common = ("--port", port, "--bind", "127.0.0.1", "--dir", home, "--save", "")
+        common = (*common, "--repl-diskless-sync-delay", 0, "--logfile", self._folder / f"{port}.log")
         command = [valkey_binary(), *map(str, (*common, *options))]
         self._processes[port] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _until(lambda: bool(ask(port, "PING")))
@@ -77,6 +79,11 @@ class ReplicatedStore(ABC):
         _until(lambda: {replication(port)["master_repl_offset"] for port in (master, *replicas)} == {self._end(master)})
         self._processes[master].kill()
         self._processes[master].wait()
+
+    def _check_undisturbed(self, masters: list[int]) -> None:
+        """Raise ContractViolation if a master was replaced that the oracle did not kill: commits may be lost then."""
+        if masters != self._masters:
+            raise ContractViolation(f"{self._masters} were replaced by {masters}: the machine is too busy")
 
     @staticmethod
     def _end(master: int) -> int:
@@ -99,20 +106,23 @@ class SentinelStore(ReplicatedStore):
 
     def fail_over(self, session: str) -> None:
         master = self.master_of(session)
+        self._check_undisturbed([master])
         replicas = [port for port in self._nodes if port != master]
         self._kill(master, replicas)
         _until(lambda: self.master_of(session) != master and role(self.master_of(session)) == "master")
+        self._masters = [self.master_of(session)]
         self._start(master, "--replicaof", f"127.0.0.1 {self.master_of(session)}")
         self._wait_for_replicas()
 
     def _start_all(self) -> None:
         master, *replicas = self._nodes
         self._start(master)
+        self._masters = [master]
         for port in replicas:
             self._start(port, "--replicaof", f"127.0.0.1 {master}")
         config = self._folder / "sentinel.conf"
         config.write_text(
-            f"port {self._sentinel}\nbind 127.0.0.1\ndir {self._folder}\n"
+            f"port {self._sentinel}\nbind 127.0.0.1\ndir {self._folder}\nlogfile {self._folder / 'sentinel.log'}\n"
             f"sentinel monitor mymaster 127.0.0.1 {master} 1\n"
             f"sentinel down-after-milliseconds mymaster {DOWN_AFTER_MS}\nsentinel failover-timeout mymaster 1000\n"
         )
@@ -152,12 +162,14 @@ class ClusterStore(ReplicatedStore):
 
     def fail_over(self, session: str) -> None:
         master = self.master_of(session)
+        self._check_undisturbed(self._present_masters())
         _, _, (_, *replicas) = next(each for each in self._slots(master) if each[2][0] == master)
         self._kill(master, replicas)
         others = [port for port in self._buses if port != master]
         _until(lambda: role(replicas[0]) == "master" and all(map(self._is_complete, others)))
         self._start_node(master)
         _until(lambda: role(master) == "slave" and is_linked(master) and self._agree())
+        self._masters = self._present_masters()
 
     def _start_node(self, port: int) -> None:
         timing = ("--cluster-node-timeout", DOWN_AFTER_MS, "--cluster-replica-validity-factor", 0)
@@ -175,10 +187,14 @@ class ClusterStore(ReplicatedStore):
         for master, replica in zip(nodes[:NODES], nodes[NODES:], strict=True):
             ask(replica, "CLUSTER", "REPLICATE", ask(master, "CLUSTER", "MYID").decode())
         _until(lambda: all(map(is_linked, nodes[NODES:])) and self._agree())
+        self._masters = self._present_masters()
 
     def _is_complete(self, port: int) -> bool:
         info = ask(port, "CLUSTER", "INFO").decode()
         return "cluster_state:ok" in info and f"cluster_known_nodes:{2 * NODES}" in info
+
+    def _present_masters(self) -> list[int]:
+        return sorted(ports[0] for _, _, ports in self._slots(next(iter(self._buses))))
 
     def _agree(self) -> bool:
         """Return whether all nodes know the cluster to be whole, and every range to have a master and a replica."""
