@@ -21,9 +21,9 @@ from tests.service.valkeys import free_ports, valkey
 # Faults of each kind in a run of 1,000.
 SHARES: dict[str, dict[str, int]] = {
     "embedded": {
-        "kill of the server": 10,
-        "kill of the store": 80,
-        "kill of both": 10,
+        "kill of the server": 8,
+        "kill of the store": 85,
+        "kill of both": 7,
         "full disk": 60,
         "frozen reader": 90,
         "key lost": 110,

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from tests.clients import ContractViolation, Turn
 from tests.conftest import Server
 from tests.live import find_valkey
-from tests.oracle.deployment import LEASE_S, SEND_TIMEOUT_S, Fault, Run, wait_ready
+from tests.oracle.deployment import LEASE_S, RECOVERY_S, Fault, Run, wait_ready
 from tests.service.small_disk import fill
 from tests.tiny import TEXT
 
@@ -111,7 +111,7 @@ class FrozenReader(Fault):
             head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
             connection.sendall(head.encode() + content)
             await asyncio.sleep(0.2)
-            async with asyncio.timeout(30 * SEND_TIMEOUT_S):
+            async with asyncio.timeout(RECOVERY_S):
                 await client.send_until_acknowledged(following)
 
     @staticmethod
@@ -126,7 +126,7 @@ class FrozenReader(Fault):
 
     @staticmethod
     def _body(run: Run, session: str) -> dict[str, object]:
-        fields = {"model": run.model, "session": session, "prompt": f"0 {TEXT[:80]}", "max_tokens": 400}
+        fields = {"model": run.model, "session": session, "prompt": f"0 {TEXT[:80]}", "max_tokens": 250}
         choices = {"stream": True, "logprobs": 5, "temperature": 1, "seed": run.random.randrange(2**31)}
         return fields | choices | {"adapt": "both", "learn": run.random.choice(("prompt", "all"))}
 
