@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import tests.oracle
@@ -13,22 +16,28 @@ from tests.oracle.result import Result, markdown
 from tests.oracle.run import run_faults
 from tests.tiny import build_tiny_base
 
+AT_A_TIME = 2  # deployments
+
+
+def run_deployment(name: str, faults: Counter[str], base: Path, seed: int) -> Result:
+    """Set up a deployment beside the base, and run its faults."""
+    folder = base.parent / name
+    folder.mkdir()
+    with DEPLOYMENTS[name](folder, str(base)) as deployment:
+        return run_faults(deployment, faults, base, seed=seed)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=tests.oracle.__doc__)
     parser.add_argument("--faults", type=int, default=1000, help="number of faults over all kinds (default 1000)")
-    parser.add_argument("--on", choices=DEPLOYMENTS, help="only the faults of this deployment")
     parser.add_argument("--seed", type=int, default=0, help="seed of the clients and of the faults (default 0)")
     options = parser.parse_args()
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory(prefix="imprint-oracle-") as name:
+    workers = ProcessPoolExecutor(AT_A_TIME, multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory(prefix="imprint-oracle-") as name, workers:
         base = build_tiny_base(Path(name) / "tiny")
-        for deployment, faults in plan(options.faults).items():
-            if options.on in (None, deployment) and faults.total():
-                folder = Path(name) / deployment
-                folder.mkdir()
-                with DEPLOYMENTS[deployment](folder, str(base)) as running:
-                    results.append(run_faults(running, faults, base, seed=options.seed))
+        planned = {deployment: faults for deployment, faults in plan(options.faults).items() if faults.total()}
+        runs = [workers.submit(run_deployment, name, faults, base, options.seed) for name, faults in planned.items()]
+        results = [run.result() for run in runs]
     print(markdown(results))
     return 0 if all(result.passed for result in results) else 1
 

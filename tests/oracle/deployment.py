@@ -60,7 +60,7 @@ class Deployment:
     store_of: Callable[[str], Path | str]
     lanes: Sequence[Sequence[Fault]]
     timeout_s: float = 20.0
-    num_clients: int = 20
+    num_clients: int = 10
 
     @property
     def urls(self) -> list[str]:

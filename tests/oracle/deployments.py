@@ -25,16 +25,16 @@ SHARES: dict[str, dict[str, int]] = {
         "kill of the store": 85,
         "kill of both": 7,
         "full disk": 60,
-        "frozen reader": 90,
-        "key lost": 110,
+        "frozen reader": 60,
+        "key lost": 120,
     },
     "shared": {
         "pause of a replica": 80,
-        "line dropped": 80,
-        "line delayed": 80,
-        "line half-closed": 80,
-        "frozen reader": 90,
-        "key lost": 90,
+        "line dropped": 90,
+        "line delayed": 90,
+        "line half-closed": 90,
+        "frozen reader": 60,
+        "key lost": 110,
     },
     "sentinel": {"failover (sentinel)": 70},
     "cluster": {"failover (cluster)": 70},
@@ -123,7 +123,6 @@ def replicated(name: str, store: ReplicatedStore, folder: Path, model: str) -> I
             lambda session: f"redis://127.0.0.1:{store.master_of(session)}/0",
             lanes,
             timeout_s=5.0,
-            num_clients=10,
         )
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tests.clients import ContractViolation
 from tests.live import Client, assert_success, connect_redis, stored, wait_until
@@ -22,10 +20,8 @@ from tests.oracle.eviction import check_losses, log_of, lost_content
 from tests.oracle.result import Result
 from tests.replay import ReferenceModel
 
-PAUSE_S = 0.5  # mean pause of a client between two turns
+PAUSE_S = 1.0  # mean pause of a client between two turns
 LAST_TURN_TIMEOUT_S = 120.0
-
-console = Console(stderr=True)
 
 
 def run_faults(deployment: Deployment, faults: Counter[str], base: Path, *, seed: int) -> Result:
@@ -33,11 +29,11 @@ def run_faults(deployment: Deployment, faults: Counter[str], base: Path, *, seed
     result, began = Result(deployment.name), time.monotonic()
     evidence = collect_evidence(deployment, faults, base.name, result, seed=seed)
     ended = time.monotonic()
-    with progress(f"{deployment.name}: sessions compared", len(evidence.histories)) as step:
-        verify(evidence, ReferenceModel(base), result, step)
+    step = progress(f"{deployment.name}: sessions compared", len(evidence.histories))
+    verify(evidence, ReferenceModel(base), result, step)
     result.seconds = (ended - began, time.monotonic() - ended)
     for finding in result.findings:
-        console.print(finding)
+        print(finding, file=sys.stderr, flush=True)
     return result
 
 
@@ -68,11 +64,11 @@ async def _run_clients(run: Run, faults: Counter[str], seed: int) -> None:
     finished = asyncio.Event()
     run.session_clients = [run.new_client(f"s{seed}-{number}") for number in range(run.deployment.num_clients)]
     tasks = [asyncio.create_task(client.run(finished.is_set, PAUSE_S)) for client in run.session_clients]
-    with progress(f"{run.deployment.name}: faults", faults.total()) as step:
-        lanes = (_inject(run, lane, faults, step) for lane in run.deployment.lanes)
-        for outcome in await asyncio.gather(*lanes, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                run.result.add_wrong(repr(outcome))
+    step = progress(f"{run.deployment.name}: faults", faults.total())
+    lanes = (_inject(run, lane, faults, step) for lane in run.deployment.lanes)
+    for outcome in await asyncio.gather(*lanes, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            run.result.add_wrong(repr(outcome))
     finished.set()
     for client, task in zip(run.session_clients, tasks, strict=True):
         try:
@@ -93,13 +89,16 @@ async def _inject(run: Run, lane: Any, faults: Counter[str], step: Callable[[], 
         await fault.settle(run)
 
 
-@contextmanager
-def progress(label: str, steps: int) -> Iterator[Callable[[], None]]:
-    """Show the progress of so many steps; yield the function to call after each."""
-    counted = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), BarColumn(), *counted, console=console) as shown:
-        task = shown.add_task(label, total=steps)
-        yield lambda: shown.advance(task)
+def progress(label: str, steps: int) -> Callable[[], None]:
+    """Return a function to call after each step; it tells now and then how far the work is."""
+    done, began = count(1), time.monotonic()
+
+    def step() -> None:
+        number = next(done)
+        if number == steps or number % max(1, steps // 20) == 0:
+            print(f"{label} {number} of {steps} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+    return step
 
 
 def _log(client: Client, session: str) -> list[Json]:
