@@ -6,25 +6,16 @@ import argparse
 import multiprocessing
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import tests.oracle
-from tests.oracle.deployments import DEPLOYMENTS, plan
-from tests.oracle.result import Result, markdown
-from tests.oracle.run import run_faults
+from tests.oracle.deployments import plan
+from tests.oracle.result import markdown
+from tests.oracle.run import run_deployment
 from tests.tiny import build_tiny_base
 
 AT_A_TIME = 2  # deployments
-
-
-def run_deployment(name: str, faults: Counter[str], base: Path, seed: int) -> Result:
-    """Set up a deployment beside the base, and run its faults."""
-    folder = base.parent / name
-    folder.mkdir()
-    with DEPLOYMENTS[name](folder, str(base)) as deployment:
-        return run_faults(deployment, faults, base, seed=seed)
 
 
 def main() -> int:

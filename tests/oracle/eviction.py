@@ -41,7 +41,7 @@ class LostKey(Fault):
         while True:
             histories = [client.history for client in run.session_clients]
             whole = [history for history in histories if history.known_versions and history.lost_key is None]
-            if whole and await asyncio.to_thread(self._take, run, run.random.choice(whole)):
+            if whole and await asyncio.to_thread(lambda: self._take(run, run.random.choice(whole))):  # noqa: B023
                 return
             await asyncio.sleep(0.2)
 
@@ -77,7 +77,7 @@ class LostKey(Fault):
 
     @staticmethod
     def _choose(redis: Redis, session: str, rng: random.Random) -> str:
-        names = [key.decode() for key in redis.scan_iter(match=f"{home_of(session)}*", count=10_000)]
+        names = [str(key.decode()) for key in redis.scan_iter(match=f"{home_of(session)}*", count=10_000)]
         kinds = sorted({name.removeprefix(home_of(session)).partition(":")[0] for name in names})
         kind = rng.choice(kinds or ["none"])
         return rng.choice(sorted(name for name in names if name.startswith(f"{home_of(session)}{kind}")) or [""])

@@ -68,8 +68,8 @@ class ReplicatedStore(ABC):
         home = self._folder / str(port)
         home.mkdir(parents=True, exist_ok=True)
         common = ("--port", port, "--bind", "127.0.0.1", "--dir", home, "--save", "")
-        common = (*common, "--repl-diskless-sync-delay", 0, "--logfile", self._folder / f"{port}.log")
-        command = [valkey_binary(), *map(str, (*common, *options))]
+        replicating = ("--repl-diskless-sync-delay", 0)
+        command = [valkey_binary(), *map(str, (*common, *replicating, *options))]
         self._processes[port] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _until(lambda: bool(ask(port, "PING")))
 
@@ -122,7 +122,7 @@ class SentinelStore(ReplicatedStore):
             self._start(port, "--replicaof", f"127.0.0.1 {master}")
         config = self._folder / "sentinel.conf"
         config.write_text(
-            f"port {self._sentinel}\nbind 127.0.0.1\ndir {self._folder}\nlogfile {self._folder / 'sentinel.log'}\n"
+            f"port {self._sentinel}\nbind 127.0.0.1\ndir {self._folder}\n"
             f"sentinel monitor mymaster 127.0.0.1 {master} 1\n"
             f"sentinel down-after-milliseconds mymaster {DOWN_AFTER_MS}\nsentinel failover-timeout mymaster 1000\n"
         )

@@ -16,12 +16,21 @@ from tests.clients import ContractViolation
 from tests.live import Client, assert_success, connect_redis, stored, wait_until
 from tests.oracle.comparison import Evidence, Json, verify
 from tests.oracle.deployment import Deployment, Fault, Run
+from tests.oracle.deployments import DEPLOYMENTS
 from tests.oracle.eviction import check_losses, log_of, lost_content
 from tests.oracle.result import Result
 from tests.replay import ReferenceModel
 
 PAUSE_S = 1.0  # mean pause of a client between two turns
 LAST_TURN_TIMEOUT_S = 120.0
+
+
+def run_deployment(name: str, faults: Counter[str], base: Path, seed: int) -> Result:
+    """Set up a deployment in a new folder beside the base, and run its faults."""
+    folder = base.parent / name
+    folder.mkdir()
+    with DEPLOYMENTS[name](folder, str(base)) as deployment:
+        return run_faults(deployment, faults, base, seed=seed)
 
 
 def run_faults(deployment: Deployment, faults: Counter[str], base: Path, *, seed: int) -> Result:

@@ -193,7 +193,8 @@ class RedisStore:
             if not _is_same_content(meta_hash, still):
                 continue  # a commit came between the reads
             if not meta_hash:
-                return await self._absent(tenant, sid)
+                await self._check_absent(tenant, sid)
+                return None
             if meta_hash.get(b"format") in codec.OLD_FORMATS:
                 await retry_while_away(
                     lambda: self._scripts.upgrade([self._keys.meta(tenant, sid)], [self._retention.ttl_s])
@@ -233,13 +234,15 @@ class RedisStore:
         pipeline.hgetall(self._keys.meta(tenant, sid))
         return list(await pipeline.execute())
 
-    async def _absent(self, tenant: str, sid: str) -> None:
-        """Return None for a session whose meta hash was not found; raise EngineError if the store has lost it."""
+    async def _check_absent(self, tenant: str, sid: str) -> None:
+        """Raise EngineError (`damaged_session`) if the meta hash that was not found is one that the store has lost."""
         meta, log_key = self._keys.meta(tenant, sid), self._keys.session(tenant, sid, "log")
 
         async def read() -> list[Any]:
             pipeline = self._client.pipeline(transaction=False)
-            return list(await pipeline.exists(meta).exists(log_key).exists(meta).execute())
+            for key in (meta, log_key, meta):
+                pipeline.exists(key)
+            return list(await pipeline.execute())
 
         before, has_log, after = await retry_while_away(read)
         if has_log and not before and not after:  # else the session was created or erased meanwhile
@@ -306,7 +309,10 @@ class RedisStore:
     async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
         key = self._keys.meta(tenant, sid)
         meta_hash = await retry_while_away(lambda: self._client.hgetall(key))
-        return decode(sid, cast(dict[bytes, bytes], meta_hash)) if meta_hash else await self._absent(tenant, sid)
+        if not meta_hash:
+            await self._check_absent(tenant, sid)
+            return None
+        return decode(sid, cast(dict[bytes, bytes], meta_hash))
 
     async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
         key = self._keys.meta(tenant, meta.id)
@@ -364,7 +370,8 @@ class RedisStore:
         key, args = self._keys.meta(tenant, sid), [entries, int(undo)]
         meta_hash, log_entries, steps = await retry_while_away(lambda: self._scripts.history([key], args))
         if not meta_hash:
-            return await self._absent(tenant, sid)
+            await self._check_absent(tenant, sid)
+            return None
         if len(log_entries) < min(entries, logged := int(pairs(meta_hash).get(b"logged", 0))):
             raise errors.damaged_session(sid, f"entries of its log: it has {len(log_entries)} of {logged}")
         if lost := [step[0] for step in steps if step[1] is None or step[2] is None]:
