@@ -20,6 +20,8 @@ from tests.service.valkeys import free_ports, valkey
 
 # Faults of each kind in a run of 1,000.
 SHARES: dict[str, dict[str, int]] = {
+    "sentinel": {"failover (sentinel)": 70},
+    "cluster": {"failover (cluster)": 70},
     "embedded": {
         "kill of the server": 8,
         "kill of the store": 85,
@@ -36,8 +38,6 @@ SHARES: dict[str, dict[str, int]] = {
         "frozen reader": 60,
         "key lost": 110,
     },
-    "sentinel": {"failover (sentinel)": 70},
-    "cluster": {"failover (cluster)": 70},
 }
 LIMITS: dict[str, object] = {"max_queue": 200, "send_timeout_s": SEND_TIMEOUT_S}
 REPLICA = LIMITS | {"lease_s": LEASE_S, "lease_wait_s": 5}
