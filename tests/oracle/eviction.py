@@ -77,10 +77,12 @@ class LostKey(Fault):
 
     @staticmethod
     def _choose(redis: Redis, session: str, rng: random.Random) -> str:
-        names = [str(key.decode()) for key in redis.scan_iter(match=f"{home_of(session)}*", count=10_000)]
-        kinds = sorted({name.removeprefix(home_of(session)).partition(":")[0] for name in names})
-        kind = rng.choice(kinds or ["none"])
-        return rng.choice(sorted(name for name in names if name.startswith(f"{home_of(session)}{kind}")) or [""])
+        """Return a random key of a random kind; "" if the session has none."""
+        by_kind: dict[str, list[str]] = {}
+        for key in sorted(redis.scan_iter(match=f"{home_of(session)}*", count=10_000)):
+            kind = key.decode().removeprefix(home_of(session)).partition(":")[0]
+            by_kind.setdefault(kind, []).append(key.decode())
+        return rng.choice(by_kind[rng.choice(sorted(by_kind))]) if by_kind else ""
 
     @staticmethod
     def _rename(store: Path | str, key: str) -> bool:

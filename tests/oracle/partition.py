@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 
 from tests.oracle.deployment import LEASE_S, Fault, Run
 from tests.service.stalling_proxy import StallingProxy
@@ -23,8 +24,8 @@ class Partition(Fault):
         finally:
             await asyncio.to_thread(proxy.restore)
 
-    def _break(self, proxy: StallingProxy, run: Run) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _break(self, proxy: StallingProxy, run: Run) -> None: ...
 
 
 class Dropped(Partition):

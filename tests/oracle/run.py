@@ -7,10 +7,9 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from tests.clients import ContractViolation
 from tests.live import Client, assert_success, connect_redis, stored, wait_until
@@ -83,9 +82,9 @@ async def _run_clients(run: Run, faults: Counter[str], seed: int) -> None:
             run.result.add_wrong(f"{client.history.name}: {error!r}")
 
 
-async def _inject(run: Run, lane: Any, faults: Counter[str], step: Callable[[], None]) -> None:
+async def _inject(run: Run, lane: Sequence[Fault], faults: Counter[str], step: Callable[[], None]) -> None:
     """Inject the faults of a lane one after the other, in random order."""
-    order: list[Fault] = [fault for fault in lane for _ in range(faults[fault.kind])]
+    order = [fault for fault in lane for _ in range(faults[fault.kind])]
     random.Random(f"{run.deployment.name}/{len(order)}").shuffle(order)
     for fault in order:
         try:
