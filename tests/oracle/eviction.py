@@ -38,15 +38,16 @@ class LostKey(Fault):
 
     async def inject(self, run: Run) -> None:
         await run.pause(0, 1)
-        while True:
-            histories = [client.history for client in run.session_clients]
-            whole = [history for history in histories if history.known_versions and history.lost_key is None]
-            if whole and await asyncio.to_thread(lambda: self._take(run, run.random.choice(whole))):  # noqa: B023
-                return
+        while not await asyncio.to_thread(self._take, run):
             await asyncio.sleep(0.2)
 
-    def _take(self, run: Run, history: SessionHistory) -> bool:
-        """Take a key; return False if the store is away and it was surely not taken."""
+    def _take(self, run: Run) -> bool:
+        """Take a key of a session that has all of them; return False if none was taken."""
+        histories = [client.history for client in run.session_clients]
+        whole = [history for history in histories if history.known_versions and history.lost_key is None]
+        if not whole:
+            return False
+        history = run.random.choice(whole)
         store = run.deployment.store_of(history.name)
         if run.random.random() < INDEX_PROBABILITY:
             return self._take_index(run, store)
@@ -55,10 +56,8 @@ class LostKey(Fault):
                 key = self._choose(redis, history.name, run.random)
         except STORE_AWAY:
             return False
-        if not key:
-            return False
-        history.lost_key = key.removeprefix(home_of(history.name))
-        if not self._rename(store, key):
+        history.lost_key = key.removeprefix(home_of(history.name)) or None
+        if history.lost_key is None or not self._rename(store, key):
             history.lost_key = None
             return False
         history.lost_at = len(history.turns)
