@@ -75,8 +75,13 @@ class ReplicatedStore(ABC):
 
     def _kill(self, master: int, replicas: list[int]) -> None:
         """Kill a master that has replicated everything that it has acknowledged."""
-        ask(master, "CLIENT", "PAUSE", HOLD_MS, "WRITE")
-        _until(lambda: {replication(port)["master_repl_offset"] for port in (master, *replicas)} == {self._end(master)})
+
+        def is_level() -> bool:
+            ask(master, "CLIENT", "PAUSE", HOLD_MS, "WRITE")  # each time anew: the pause must outlast the comparison
+            end = replication(master)["master_repl_offset"]
+            return all(replication(port)["master_repl_offset"] == end for port in replicas)
+
+        _until(is_level)
         self._processes[master].kill()
         self._processes[master].wait()
 
@@ -84,10 +89,6 @@ class ReplicatedStore(ABC):
         """Raise ContractViolation if a master was replaced that the oracle did not kill: commits may be lost then."""
         if masters != self._masters:
             raise ContractViolation(f"{self._masters} were replaced by {masters}: the machine is too busy")
-
-    @staticmethod
-    def _end(master: int) -> int:
-        return int(replication(master)["master_repl_offset"])
 
 
 class SentinelStore(ReplicatedStore):

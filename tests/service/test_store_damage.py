@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.asyncio.connection import Connection
 from redis.exceptions import ResponseError
 
 from service.errors import EngineError, StoreRefused, Unavailable
@@ -16,6 +17,7 @@ from service.metrics import Metrics
 from service.model_loading import StartError
 from service.settings import Settings
 from service.store import CommitMetadata, IdempotencyRecord
+from service.store.redis.scripts import retry_while_away
 from service.store.redis.store import RedisStore
 from service.store_watch import check_store
 from tests.service.store_backends import new_meta, rows
@@ -218,3 +220,31 @@ async def test_every_error_of_redis_has_an_answer(
     monkeypatch.setattr(store._client, "hgetall", fail)
     with pytest.raises(Unavailable):
         await store.meta("t", "s")
+
+
+async def test_a_connection_that_is_dropped_while_it_opens_is_opened_again(
+    store: RedisStore, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of a cluster does this to its connections when it asks for the nodes anew."""
+    opened = 0
+    open_whole = Connection.on_connect_check_health
+
+    async def open_and_drop(connection: Connection, check_health: bool = True) -> None:
+        nonlocal opened
+        opened += 1
+        if opened == 1:
+            await connection.disconnect(nowait=True)
+        await open_whole(connection, check_health)
+
+    monkeypatch.setattr(Connection, "on_connect_check_health", open_and_drop)
+    await make_session(store, tenant)
+    assert opened > 1
+
+
+async def test_an_error_of_ours_is_not_taken_for_a_lost_connection() -> None:
+    async def call() -> None:
+        nothing: Any = None
+        nothing.writelines()
+
+    with pytest.raises(AttributeError):
+        await retry_while_away(call)

@@ -39,7 +39,6 @@ from typing import Any, cast
 import numpy as np
 from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import RedisError
 
 from service.errors import StoreRefused, StoreUnavailable, Unavailable
 from service.store import errors
@@ -67,6 +66,7 @@ from service.store.redis.heartbeat import BEATING, Heartbeat
 from service.store.redis.index import SessionIndex
 from service.store.redis.ledger import RedisLedger
 from service.store.redis.scripts import (
+    CLIENT_ERRORS,
     COMMIT_RETRY_S,
     SessionScripts,
     is_lost_connection,
@@ -360,8 +360,8 @@ class RedisStore:
                             tenant, _, sid = message["data"].decode().partition("/")
                             if sid:
                                 yield tenant, sid
-            except (RedisError, OSError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not is_lost_connection(error):
+            except CLIENT_ERRORS as error:
+                if isinstance(error, RuntimeError | AttributeError) and not is_lost_connection(error):
                     raise
                 log.debug("waiting for the session store: %s", error)
                 await asyncio.sleep(RECONNECT_S)
