@@ -39,7 +39,7 @@ class Dropped(Partition):
 
 
 class Delayed(Partition):
-    """What is sent arrives late, in either direction."""
+    """Bytes arrive late, in either direction."""
 
     kind = "line delayed"
 
