@@ -1,4 +1,4 @@
-"""What a run is made of: servers on a store, the faults that can hit them, and the clients."""
+"""The parts of a run: servers on a store, the faults that can hit them, and the clients."""
 
 from __future__ import annotations
 
