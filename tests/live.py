@@ -239,7 +239,7 @@ def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str
     """
     prefix = f"imprint:{{{tenant}/{session}}}:"
     with connect_redis(store) as redis:
-        keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
+        keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*", count=10_000))
         return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
 
 
