@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from service.errors import Conflict, EngineError, StoreUnavailable, VersionConflict
 from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig
 from service.store.embedded import EmbeddedValkey
-from service.store.redis import index
+from service.store.redis import codec, index
 from service.store.redis import store as redis_store
 from service.store.redis.codec import PAGE_ROWS, encode
 from service.store.redis.scripts import retry_while_away
@@ -145,7 +145,7 @@ async def test_a_long_list_keeps_the_event_loop_for_a_few_sessions_at_a_time(
 ) -> None:
     for n in range(250):
         await store.create(tenant, new_meta(f"s{n:03}", 1))
-    steps, decode = list[int](), index.decode
+    steps, decode = list[int](), codec.decode
     ended = False
 
     async def other_request() -> None:
