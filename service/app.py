@@ -193,10 +193,13 @@ def _background_tasks(
     """Start the background tasks, which run until the server ends."""
     report = store_reporter(sessions, metrics)
     watch = partial(watch_store, store, sessions, metrics, keys, None if embedded else report)
-    forever: dict[str, Callable[[], Awaitable[None]]] = {"watch_store": watch, "drop_erased": sessions.drop_erased}
+    forever: dict[str, Callable[[], Awaitable[None]]] = {
+        "watch_store": watch,
+        "drop_erased": sessions.drop_erased,
+        "restore_list": partial(restore_list, store, metrics),
+    }
     if embedded is None:
         forever["heartbeat"] = store.heartbeat
-        forever["restore_list"] = partial(restore_list, store, metrics)
     tasks = [asyncio.create_task(keep_running(name, task, metrics)) for name, task in forever.items()]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise(report)))

@@ -80,7 +80,7 @@ async def check_store(store: SessionStore, settings: Settings, metrics: Metrics)
 
 
 async def restore_list(store: SessionStore, metrics: Metrics) -> None:
-    """List sessions again that the store has lost from the list, every few minutes, for ever."""
+    """Make the list of sessions right, every few minutes, for ever: some may be lost from it, others have expired."""
     while True:
         with suppress(Unavailable):
             if restored := await store.restore_list():

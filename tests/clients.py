@@ -10,7 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import httpx
@@ -24,13 +24,20 @@ WORDS = TEXT.split()
 CHAT_WINDOW = 3  # messages of a chat that a client resends
 TURNS_PER_SESSION = 300  # the log of a session must hold them all
 MAX_ROLLBACK = 6  # versions that a client rolls back at most
+IMPATIENT_ATTEMPTS = 5  # after which a client waits longer for the next attempt
 RETRYABLE_STATUSES = (429, 503)  # statuses after which a turn is sent again
 HANG_UP_PROBABILITY = 0.12  # share of turns that the client abandons before their end
+TURNS_AFTER_LOSS = 8  # turns of a session whose store lost a key, before a new session follows
+UNUSABLE_WITHOUT = ("meta", "rows", "log")  # keys without which every turn of their session must be refused
 EARLY_RETRY_PROBABILITY = 0.15  # share of attempts that the client gives up after a moment, to try again
 
 
 class ContractViolation(AssertionError):
     """A server's answer contradicts its API or its earlier answers."""
+
+
+class DamagedSession(Exception):
+    """The server refused a turn because the session's store has lost a key."""
 
 
 @dataclass
@@ -67,13 +74,31 @@ class Turn:
 
 @dataclass
 class SessionHistory:
-    """A client's record of one session."""
+    """A client's record of one session.
+
+    Attributes:
+        lost_key: the last part of the name of the key that the store loses; a turn may be refused from then on.
+        lost_at: number of turns that had begun when the key was surely gone.
+    """
 
     name: str
     random: random.Random
+    lost_key: str | None = None
+    lost_at: int | None = None
     turns: list[Turn] = field(default_factory=list)
     known_versions: list[int] = field(default_factory=list)  # versions that the server acknowledged
     chat: list[Json] = field(default_factory=list)
+
+    @property
+    def is_unusable(self) -> bool:
+        """Return whether every turn must be refused, because the session cannot be used without the lost key."""
+        return self.lost_at is not None and str(self.lost_key).partition(":")[0] in UNUSABLE_WITHOUT
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether a new session is to follow."""
+        last = TURNS_PER_SESSION if self.lost_at is None else self.lost_at + TURNS_AFTER_LOSS
+        return len(self.turns) >= min(last, TURNS_PER_SESSION)
 
     def next_turn(self, model: str) -> Turn:
         """Draw the next turn. Its body is unlike any before: without a key, an equal body would pass for a retry."""
@@ -162,19 +187,35 @@ class SessionClient:
         """Send turns until `finished`, with a mean pause of `pause_s` seconds. Raises ContractViolation."""
         async with self._http:
             while not finished():
-                if len(self.history.turns) == TURNS_PER_SESSION:
+                if self.history.is_over:
+                    await self._repeat_last_answer()
                     name = f"{self._name}.{len(self.histories)}"
                     self.histories.append(SessionHistory(name, random.Random(name)))
-                turn = self.history.next_turn(self._model)
+                unusable, turn = self.history.is_unusable, self.history.next_turn(self._model)
                 self._counts["turns"] += 1
                 if turn.on_disconnect is None:
-                    await self._send_until_acknowledged(turn)
+                    await self.send_until_acknowledged(turn)
                 else:
                     await self._send_and_hang_up(turn)
+                if unusable and turn.acknowledged:
+                    raise ContractViolation(f"{turn.describe()}, without {self.history.lost_key}")
                 await asyncio.sleep(self.history.random.expovariate(1 / pause_s))
 
-    async def _send_until_acknowledged(self, turn: Turn) -> None:
-        """Send a turn until it is acknowledged."""
+    async def _repeat_last_answer(self) -> None:
+        """Send the last turn with a key once more: it must get the answer that it got, unless that answer is lost."""
+        keyed = [turn for turn in self.history.turns if turn.has_key and turn.version is not None]
+        if not keyed:
+            return
+        repeated = replace(keyed[-1], acknowledged=False, version=None, output=None)
+        await self.send_until_acknowledged(repeated, record=False)
+        if repeated.acknowledged and (repeated.version, repeated.output) != (keyed[-1].version, keyed[-1].output):
+            raise ContractViolation(f"{keyed[-1].describe()} was then answered {repeated.version} {repeated.output!r}")
+
+    async def send_until_acknowledged(self, turn: Turn, *, record: bool = True) -> None:
+        """Send a turn until it is acknowledged, or refused because the store has lost a key of the session.
+
+        record: whether the answer becomes part of the session's history.
+        """
         attempt, rng = 0, self.history.random
         while True:
             timeout_s = rng.uniform(0, 0.3) if rng.random() < EARLY_RETRY_PROBABILITY else self._timeout_s
@@ -187,12 +228,18 @@ class SessionClient:
                 self._counts["given up"] += 1
             except httpx.TransportError:
                 self._counts["broken"] += 1
+            except DamagedSession:
+                self._counts["refused damaged"] += 1
+                return
             attempt += 1
             self._counts["retries"] += 1
-            await asyncio.sleep(rng.uniform(0.05, 0.5))
-        self._counts["acknowledged"] += 1
+            await asyncio.sleep(rng.uniform(0.05, 0.5) * (1 if attempt < IMPATIENT_ATTEMPTS else 4))
         self._counts["replays"] += response.headers.get("Idempotent-Replayed") == "true"
-        self.history.record_answer(turn, answer)
+        if record:
+            self._counts["acknowledged"] += 1
+            self.history.record_answer(turn, answer)
+        else:
+            turn.acknowledged, turn.version, turn.output = True, answer["to"], answer.get("output")
 
     async def _send_and_hang_up(self, turn: Turn) -> None:
         """Send a turn and disconnect at a random moment, mostly before its end."""
@@ -221,6 +268,7 @@ class SessionClient:
             return None
         if response.status_code != 200:
             await response.aread()
+            self._raise_if_damaged(response.json()["error"])
             raise ContractViolation(
                 f"{turn.path} {json.dumps(turn.body)[:200]}: {response.status_code} {response.text[:300]}"
             )
@@ -234,11 +282,17 @@ class SessionClient:
         output = choice["text"] if "text" in choice else choice["message"]["content"]
         return version_range(body["adaptation"]) | {"output": output}
 
+    def _raise_if_damaged(self, error: Json) -> None:
+        """Raise DamagedSession if that is what an error says, and the store has lost a key of the session."""
+        if error["code"] == "damaged_session" and self.history.lost_key is not None:
+            raise DamagedSession
+
     async def _streamed(self, response: httpx.Response) -> Json | None:
         """Return the acknowledgement in the final chunk (with or without [DONE]), or None if the stream broke."""
         output, last = "", None
         async for chunk in events(response):
             if "error" in chunk:
+                self._raise_if_damaged(chunk["error"])
                 if chunk["error"]["type"] != "server_error" or chunk["error"]["code"] == "internal_error":
                     raise ContractViolation(f"in a stream: {chunk}")
                 self._counts["broken streams"] += 1

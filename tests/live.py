@@ -30,7 +30,7 @@ HASH = re.compile(r"sha256:|\b[0-9a-f]{16,}")  # no message to a client shows on
 QUOTED = re.compile(r"'[^']*'")  # a name that the client gave; tests give random ones
 NO_EOS = {EOS: -100}  # a `logit_bias` that forbids the end of text
 # Fields of a stored session that differ between sessions that have learned the same.
-VOLATILE_FIELDS = {b"once_until", b"id", b"nonce", b"created", b"updated", b"undo_from", b"undo_bytes"}
+VOLATILE_FIELDS = {b"once_until", b"id", b"nonce", b"created", b"updated", b"undo_from", b"undo_bytes", b"logged"}
 WAIT_TIMEOUT_S = 300.0
 
 
@@ -244,7 +244,7 @@ def stored(store: Path | str, session: str, tenant: str = "default") -> dict[str
     """
     prefix = f"imprint:{{{tenant}/{session}}}:"
     with connect_redis(store) as redis:
-        keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*"))
+        keys: list[bytes] = sorted(redis.scan_iter(match=f"{prefix}*", count=10_000))
         return {key.decode().removeprefix(prefix): _content(redis, key) for key in keys}
 
 

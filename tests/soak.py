@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,12 @@ from tests.live import Client, Json, assert_success, chunks, find_valkey, retry_
 from tests.tiny import TEXT, build_tiny_base
 
 WORDS = TEXT.split()
-TURNS_PER_S = 12  # of all users together; low enough for the sequential replay to end in time
 SESSIONS = 6  # per user; together more than the device keeps
 HANG_UP_PROBABILITY = 0.15  # share of turns that the client abandons before their end
 MAX_FAULTS = 20
 GROWTH = {"rss": 64 * 2**20, "fds": 24, "threads": 8}  # allowed growth from a process's first half to its end
+
+Stored = dict[str, dict[bytes, bytes]]
 
 console = Console(soft_wrap=True)
 
@@ -130,15 +132,27 @@ def versions(received: Json, before: int) -> tuple[int, int]:
 
 
 class Soak:
-    """One run of the load test: users, server, replay and report. `faults` has one sentence for each fault."""
+    """One run of the load test: users, server, replay and report.
 
-    def __init__(self, folder: Path, model: str, *, streams: int, seed: int) -> None:
+    Attributes:
+        faults: one sentence for each fault.
+        growth: allowed growth of each resource from a process's first half to its end.
+        latencies: when each answered turn began, and the seconds until the end of its answer.
+    """
+
+    turns_per_s = 12  # of all users together; low enough for the sequential replay to end in time
+
+    def __init__(
+        self, folder: Path, model: str, *, streams: int, seed: int, replicas: int = 1, **settings: object
+    ) -> None:
         # A user may have two turns in flight: one that it abandoned, and the next.
-        self.server = Server(model, folder / "data", hot_sessions=1, max_queue=2 * streams)
-        self.replica = Server(model, folder / "replay")
+        self.server = Server(model, folder / "data", **{"hot_sessions": 1, "max_queue": 2 * streams} | settings)
+        self.replicas = [Server(model, folder / f"replay-{n}") for n in range(replicas)]
         self.histories = [SessionHistory(f"s{n}", random.Random(f"{seed}/{n}")) for n in range(streams * SESSIONS)]
         self._streams = streams
+        self.growth = GROWTH
         self.faults: list[str] = []
+        self.latencies: list[tuple[float, float]] = []
         self.counts: Counter[str] = Counter()
         self.samples: list[list[dict[str, int]]] = []
         self.replayed = 0
@@ -150,7 +164,7 @@ class Soak:
     def _run_user(self, histories: list[SessionHistory], rng: random.Random) -> None:
         """Act as one user, on a thread of its own, until the run ends."""
         with Client(self.server.url, self.server.model) as client:
-            while not self._finished.wait(rng.expovariate(TURNS_PER_S / self._streams)):
+            while not self._finished.wait(rng.expovariate(self.turns_per_s / self._streams)):
                 history = rng.choice(histories)
                 turn, began = history.next_turn(), time.monotonic()
                 self.counts["turns"] += 1
@@ -181,6 +195,7 @@ class Soak:
             f"from {before} to {after}, not {history.version}"
         )
         history.version = after
+        self.latencies.append((began, time.monotonic() - began))
         history.record_answer(turn, received, is_complete=True)
         self.counts["answered"] += 1
 
@@ -206,8 +221,11 @@ class Soak:
     def _sync_version(self, client: Client, history: SessionHistory, turn: Turn, received: Json) -> None:
         """Read the session's version, and record the turn if the session committed it.
 
-        An empty turn waits for the session's last turn and returns the version after it.
+        An empty turn waits for the session's last turn and returns the version after it. The server must have read the
+        abandoned request before: it has read all that came before the second of two requests in a row.
         """
+        for _ in range(3):
+            retry_until_success(lambda: client.http.get("/livez"))
         version = retry_until_success(lambda: client.score(history.name, "")["version"])
         assert version - history.version in (0, 1), f"version {version} after {history.version}"
         if version > history.version:
@@ -244,8 +262,9 @@ class Soak:
             {"rss": process.memory_info().rss, "fds": process.num_fds(), "threads": process.num_threads()}
         )
 
-    def run(self, seconds: float, *, kill: bool) -> None:
-        """Run the users for `seconds`, with a restart halfway and, with `kill`, a kill -9 after three quarters."""
+    @contextmanager
+    def _users(self) -> Iterator[None]:
+        """Start the server, run the users during the block, and look at the server when it is idle again."""
         self.server.start()
         self._track_process()
         threads = [
@@ -256,16 +275,7 @@ class Soak:
         ]
         for thread in threads:
             thread.start()
-        began = last_report = time.monotonic()
-        disruptions = [(0.5, self._restart), *([(0.75, self._kill)] if kill else [])]
-        while (elapsed := time.monotonic() - began) < seconds and len(self.faults) < MAX_FAULTS:
-            if disruptions and elapsed > disruptions[0][0] * seconds:
-                disruptions.pop(0)[1]()
-            self._sample()
-            if time.monotonic() - last_report > 10:
-                last_report = time.monotonic()
-                self._print_progress(f"{elapsed:5.0f} s")
-            time.sleep(0.5)
+        yield
         self._finished.set()
         for thread in threads:
             thread.join(120)
@@ -274,6 +284,20 @@ class Soak:
             self.counts["evictions"] = int(client.metric("session_evictions_total"))
         self._sample()
         self.faults += [f"{resource} grew from {first} to {last}" for resource, first, last in self._leaks()]
+
+    def run(self, seconds: float, *, kill: bool) -> None:
+        """Run the users for `seconds`, with a restart halfway and, with `kill`, a kill -9 after three quarters."""
+        with self._users():
+            began = last_report = time.monotonic()
+            disruptions = [(0.5, self._restart), *([(0.75, self._kill)] if kill else [])]
+            while (elapsed := time.monotonic() - began) < seconds and len(self.faults) < MAX_FAULTS:
+                if disruptions and elapsed > disruptions[0][0] * seconds:
+                    disruptions.pop(0)[1]()
+                self._sample()
+                if time.monotonic() - last_report > 10:
+                    last_report = time.monotonic()
+                    self._print_progress(f"{elapsed:5.0f} s")
+                time.sleep(0.5)
 
     def _restart(self) -> None:
         self._print_progress("restarting")
@@ -289,7 +313,7 @@ class Soak:
 
     def _leaks(self) -> Iterator[tuple[str, int, int]]:
         for samples in self.samples:
-            for resource, allowed in GROWTH.items():
+            for resource, allowed in self.growth.items():
                 values = [sample[resource] for sample in samples]
                 first, last = max(values[: len(values) // 2 + 1]), int(median(values[-5:]))
                 if last > first + allowed:
@@ -302,21 +326,30 @@ class Soak:
         stored = {history.name: state(self.server.data_dir, history.name) for history in self.histories}
         if (code := self.server.stop()) != 0:
             self.faults.append(f"the server ended with exit code {code}")
-        self.replica.start()
+        deadline, pending = time.monotonic() + seconds, list(self.histories)
+        with ThreadPoolExecutor(len(self.replicas)) as pool:
+            replays = [pool.submit(self._replay_on, replica, pending, stored, deadline) for replica in self.replicas]
+        for replay in replays:
+            replay.result()
+
+    def _replay_on(
+        self, replica: Server, pending: list[SessionHistory], stored: dict[str, Stored], deadline: float
+    ) -> None:
+        """Replay one pending session after another on a server of its own, until none is left or the time is over."""
+        replica.start()
         last_report = time.monotonic()
-        deadline = last_report + seconds
-        with Client(self.replica.url, self.replica.model) as client:
-            for history in self.histories:
-                if time.monotonic() > deadline:
-                    break
-                difference = self._replay(client, history) or self._compare(client, history, stored[history.name])
+        with Client(replica.url, replica.model) as client:
+            while pending and time.monotonic() < deadline:
+                history = pending.pop()
+                alone = self._replay(client, history)
+                difference = alone or self._compare(client, history, stored[history.name], replica.data_dir)
                 self.replayed += 1
                 if difference is not None:
                     self.faults.append(f"{history.name}: {difference}")
                 if time.monotonic() - last_report > 10:
                     last_report = time.monotonic()
                     self._print_progress(f"replayed {self.replayed} of {len(self.histories)}")
-        self.replica.stop()
+        replica.stop()
 
     def _replay(self, client: Client, history: SessionHistory) -> str | None:
         """Send a session's turns again, alone; return a description of the first answer that differs, or None."""
@@ -332,11 +365,11 @@ class Soak:
                 return f"turn {number}, {completed.turn.path}: began {began}, alone {str(answer)[:200]}"
         return None
 
-    def _compare(self, client: Client, history: SessionHistory, stored: dict[str, dict[bytes, bytes]]) -> str | None:
+    def _compare(self, client: Client, history: SessionHistory, stored: Stored, alone_dir: Path) -> str | None:
         """Compare the stored bytes of the session and of its replay; return a description of a difference, or None."""
         if history.version == 0:  # the read of a session's version has created the session
             return None
-        alone = state(self.replica.data_dir, history.name)
+        alone = state(alone_dir, history.name)
         if (version := client.version(history.name)) != history.version:
             return f"version {history.version}, alone {version}"
         differing = [
@@ -349,7 +382,7 @@ class Soak:
 
     def end(self) -> None:
         """Stop both servers and their stores."""
-        for server in (self.server, self.replica):
+        for server in (self.server, *self.replicas):
             if server.process is not None:
                 server.stop()
             if (valkey := find_valkey(server.data_dir)) is not None:
@@ -370,10 +403,10 @@ class Soak:
             table.add_row(name, str(count))
         table.add_row("versions", str(sum(history.version for history in self.histories)))
         for number, samples in enumerate(self.samples):
-            for resource in GROWTH:
+            for resource in self.growth:
                 values = [sample[resource] for sample in samples]
                 shown = [
-                    f"{value >> 20} MiB" if resource == "rss" else str(value)
+                    f"{value >> 20} MiB" if value >= 2**20 else str(value)
                     for value in (values[0], values[-1], max(values))
                 ]
                 table.add_row(f"process {number}: {resource}", "{} at first, {} at last, {} at most".format(*shown))

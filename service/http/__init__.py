@@ -9,10 +9,12 @@ How to add a route:
 
 1. `routes/<subject>.py`: the route function. Its name is the operation id, its docstring is the description. A new
    subject's router also goes into `ROUTERS` of `routes/__init__.py`.
-2. `schemas.py`: the body of the request, with an example.
+2. `schemas.py`: the body of the request, with an example; `queries.py`: the parameters of a query. A rule about several
+   fields also goes into `field_rules.py`, which describes the rule in JSON Schema.
 3. `replies.py`: the body of the reply.
 4. `openapi_examples.py`: an example of the reply, under the name of its class.
-5. `tests/service/`: a test. `test_openapi.py` checks the words and the examples of every route without being changed.
+5. `tests/service/`: a test. `test_openapi.py` checks the words and the examples of every route without being changed,
+   and `tests/fuzz_http.py` compares server and description.
 
 Then print the page of the routes anew: `.venv/bin/python -m service.http.reference > docs/http.md`.
 """

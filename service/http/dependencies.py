@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Header, Path, Request, Response
+from pydantic import AfterValidator
 from starlette.types import Receive, Scope, Send
 
-from service.errors import BadRequest
+from service.errors import BadRequest, PreconditionFailed
 from service.http.schemas import SessionId
 from service.metrics import Metrics
 from service.turns.idempotency import RequestContext
@@ -20,18 +21,40 @@ from service.turns.sessions import Sessions
 from service.versions.operations import Versions
 from service.versions.views import Views
 
+IF_MATCH = r'^(\*|(W/)?"[!#-~]*"([ \t]*,[ \t]*(W/)?"[!#-~]*")*)$'  # RFC 9110 §13.1.1: `*`, or a list of entity tags
+IDEMPOTENCY_KEY = r"^[!-~]([ -~]{0,253}[!-~])?$"  # HTTP removes the spaces at both ends
+
+
+def _entity_tags(value: str | None) -> str | None:
+    """Return an `If-Match`. Raises PreconditionFailed for a malformed one, also for a request that was answered before.
+
+    The routes' own check comes after the remembered answers.
+    """
+    if value is not None and not re.fullmatch(IF_MATCH, value):
+        raise PreconditionFailed(
+            f"'If-Match' must be the session's ETag, such as \"v3\" with its quotes, or *, got {value[:80]}.",
+            param="If-Match",
+        )
+    return value
+
+
 PathId = Annotated[SessionId, Path(alias="id", description="The session's id.", examples=["alice"])]
 IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
+        json_schema_extra={"pattern": IDEMPOTENCY_KEY},
+        examples=["5f2b9c04d1e7"],
         description="The server learns from a request with this key once, and repeats the first answer afterwards.",
     ),
 ]
 IfMatch = Annotated[
     str | None,
+    AfterValidator(_entity_tags),
     Header(
         alias="If-Match",
+        json_schema_extra={"pattern": IF_MATCH},
+        examples=['"v3"'],
         description='The `ETag` that the session must still have, such as `"v3"`; else the answer is 412.',
     ),
 ]
@@ -71,7 +94,7 @@ async def get_request_context(request: Request) -> RequestContext:
         BadRequest: the `Idempotency-Key` is empty, too long or not printable.
     """
     key = request.headers.get("idempotency-key")
-    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,255}", key):
+    if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
         raise BadRequest(
             f"'Idempotency-Key' must have 1 to 255 printable ASCII characters, got {key[:80]!r}.",
             param="Idempotency-Key",

@@ -57,6 +57,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._reads_head = True
+        self._head_begun = False
         self._head_bytes = self._framing_bytes = self._send_mark = 0
         self._send_deadline = math.inf
         self._refused = False
@@ -111,6 +112,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._head_begun = True
         if self.phase == "idle":
             self._enter("head", self.limits.head_timeout_s)
 
@@ -126,7 +128,7 @@ class Connection(HttpToolsProtocol):
         if self._refused:
             return
         super().on_headers_complete()
-        self._reads_head, self._head_bytes, self._framing_bytes = False, 0, 0
+        self._reads_head, self._head_begun, self._head_bytes, self._framing_bytes = False, False, 0, 0
         if self.phase != "answer":
             self._enter("body", self.limits.body_timeout_s)
 
@@ -138,7 +140,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._refused:
             return
-        self._reads_head = True
+        self._reads_head, self._message_ended = True, True
         if self.phase == "body" and self.cycle.response_complete:
             self._enter("idle", self.limits.idle_timeout_s)
         elif self.phase == "body":
@@ -152,7 +154,7 @@ class Connection(HttpToolsProtocol):
             return  # the rest of the body is still to come
         if pipelined and not self.pipeline and self.cycle.more_body:
             self._enter("body", self.limits.body_timeout_s)
-        elif not pipelined and self._head_bytes:
+        elif not pipelined and self._head_begun:
             self._enter("head", self.limits.head_timeout_s)
         elif not pipelined:
             self._enter("idle", self.limits.idle_timeout_s)
@@ -163,13 +165,14 @@ class Connection(HttpToolsProtocol):
     def _feed(self, part: bytes) -> bool:
         """Feed a part of what came in; return whether the connection goes on."""
         limit, read_head = self.limits.max_head_bytes, self._reads_head
+        self._message_ended = False
         if not read_head:
             self._framing_bytes += len(part)
         super().data_received(part)
         if self._refused or self.transport.is_closing():
             return False
         self._framing_bytes = max(0, self._framing_bytes)
-        if read_head and self._reads_head:
+        if read_head and self._reads_head and not self._message_ended:
             self._head_bytes += len(part)
             if self._head_bytes > limit:
                 self._refuse(431, "head", f"The request line and the headers may have {limit} bytes, got more.")
@@ -214,7 +217,7 @@ class Connection(HttpToolsProtocol):
         if now < self.deadline:
             return
         answered = self.cycle is None or self.cycle.response_complete
-        if self._refused or self.phase == "idle" or (answered and not self._head_bytes):
+        if self._refused or self.phase == "idle" or (answered and not self._head_begun):
             self.transport.abort()
         else:
             limits = self.limits

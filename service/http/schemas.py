@@ -1,4 +1,4 @@
-"""The bodies and the query parameters of requests, OpenAI's and Imprint's own.
+"""The bodies of requests, OpenAI's and Imprint's own.
 
 The bodies are strict: unknown fields are refused, and a boolean, a string or NaN is no number. A field of OpenAI's that
 the server cannot honour is declared with `Unsupported`: the field is refused unless its value changes nothing.
@@ -19,12 +19,14 @@ from pydantic import (
     GetJsonSchemaHandler,
     StringConstraints,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from service.errors import BadRequest
+from service.http import field_rules
 from service.types import AdaptMode, LearnMode
 
 SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
@@ -36,6 +38,7 @@ MAX_PARTS = 1024  # of a message
 MAX_CHOICES = 8
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
+SAFE_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON has
 
 
 def _integer(value: Any) -> Any:
@@ -54,7 +57,9 @@ def _without_bom(text: str) -> str:
 
 
 SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID)]
-Integer = Annotated[int, BeforeValidator(_integer)]
+WHOLE = BeforeValidator(_integer)
+# OpenAPI writes bounds as floats, which cannot hold these.
+Seed = Annotated[int, Field(ge=-INT64 - 1, le=INT64), WHOLE, WithJsonSchema({"type": "integer", "format": "int64"})]
 Text = Annotated[str, AfterValidator(_without_bom)]
 OnDisconnect = Literal["rollback", "commit"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -143,7 +148,7 @@ Prompt = Annotated[
     Annotated[Text, Tag("<text>")]
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")]
     | Annotated[TokenIds, Tag("<tokens>")]
-    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<token lists>")],
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<token lists>")],
     Discriminator(
         _prompt_kind,
         custom_error_type="prompt_type",
@@ -163,6 +168,7 @@ LogitBias = Annotated[
         Annotated[str, StringConstraints(pattern="^[0-9]{1,10}$")],
         Annotated[float, Field(ge=-100, le=100)],
     ],
+    Field(json_schema_extra={"additionalProperties": False, "maxProperties": MAX_BIASES}),
     BeforeValidator(lambda value: _limit_entries(value, MAX_BIASES)),
 ]
 
@@ -219,9 +225,9 @@ class GenerationRequest(Body):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[Integer, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    seed: Seed | None = None
     stop: Stop | None = None
-    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
@@ -267,17 +273,20 @@ class CompletionRequest(GenerationRequest):
                     "session": "alice",
                     "learn": "prompt",
                 },
-            ]
+            ],
+            **field_rules.COMPLETION,
         }
     )
 
     prompt: Prompt
-    max_tokens: Annotated[Integer, Field(ge=0, le=INT32)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = Field(
         None, description="Default: 16, as for OpenAI."
     )
     echo: bool | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
-    best_of: Annotated[Integer, Field(ge=1, le=8)] | None = Field(None, description="Only accepted when equal to `n`.")
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=8), WHOLE] | None = Field(
+        None, description="Only accepted when equal to `n`."
+    )
     suffix: Annotated[Any, Unsupported()] = None
 
     @model_validator(mode="after")
@@ -303,15 +312,16 @@ class ChatCompletionRequest(GenerationRequest):
                     "session": "alice",
                     "stream": True,
                 }
-            ]
+            ],
+            **field_rules.CHAT,
         }
     )
 
     messages: Messages
-    max_tokens: Annotated[Integer, Field(ge=1, le=INT32)] | None = None
-    max_completion_tokens: Annotated[Integer, Field(ge=1, le=INT32)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT32), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[Any, Unsupported(([],))] = None
     tool_choice: Annotated[Any, Unsupported(("none",))] = None
     parallel_tool_calls: Annotated[Any, Unsupported((True, False))] = None
@@ -354,7 +364,7 @@ class SessionOptions(Body):
     )
     keep_text: bool | None = Field(None, description="Keep the learned texts while their commits can be undone.")
     model: str | None = Field(None, description="The policy of a new session; default: the language model.")
-    ttl_s: Annotated[Integer, Field(ge=0, le=315_360_000)] | None = Field(
+    ttl_s: Annotated[int, Field(ge=0, le=315_360_000), WHOLE] | None = Field(
         None, description="Seconds after the last use until the session is erased; 0 = never. Default: the server's."
     )
 
@@ -364,7 +374,7 @@ class Rollback(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}]})
 
-    version: Annotated[Integer, Field(ge=0, le=INT64)]
+    version: Annotated[int, Field(ge=0, le=SAFE_INTEGER), WHOLE]
 
 
 class Fork(Body):
@@ -378,12 +388,14 @@ class Fork(Body):
 class ObserveRequest(Body):
     """The body of `POST /v1/sessions/{id}/observe`: `text`, `messages`, or (policies) `features` with `label`."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "My cat is called Miso."}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text": "My cat is called Miso."}], **field_rules.OBSERVE}
+    )
 
     text: Text | None = None
     messages: Messages | None = None
     features: Observation | None = None
-    label: Annotated[Integer, Field(ge=0, le=INT32)] | None = None
+    label: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = None
     model: str | None = MODEL
     recall: bool | None = RECALL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
@@ -414,7 +426,9 @@ class PredictRequest(Body):
 class ActRequest(Body):
     """The body of `POST /v1/sessions/{id}/act`."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}], **field_rules.ACT}
+    )
 
     observation: Observation = Field(description="The numbers of the context, then the numbers of each action.")
     reward: float | None = Field(None, description="The reward of the last action, or of `action_id`.")
@@ -425,7 +439,7 @@ class ActRequest(Body):
         None,
         description="0 = the best action, 1 = by the probability of being the best; default: the policy's.",
     )
-    seed: Annotated[Integer, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    seed: Seed | None = None
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")
@@ -439,7 +453,9 @@ class ActRequest(Body):
 class FeedbackRequest(Body):
     """The body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and the kept text."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"action_id": "act-1-5f2b9c04d1e7", "reward": 1.0}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"action_id": "act-1-5f2b9c04d1e7", "reward": 1.0}], **field_rules.FEEDBACK}
+    )
 
     action_id: ActionId | None = None
     reward: float | None = None
@@ -469,32 +485,3 @@ class ScoreRequest(Body):
     text: Text
     learn: bool = False
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
-
-
-class Page(BaseModel):
-    """The query of `GET /v1/sessions`: a page of the list."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    limit: int = Field(100, ge=1, le=1000, description="Largest number of sessions to return.")
-    after: str = Field(
-        "", pattern=rf"^$|{SESSION_ID}", description="Only ids after this one: `next` of the page before."
-    )
-
-
-class LogPage(BaseModel):
-    """The query of `GET /v1/sessions/{id}/log`: a page of the log."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    limit: int = Field(100, ge=1, le=1000, description="Largest number of commits to return.")
-    before: int | None = Field(None, ge=1, description="Only versions before this one: `next` of the page before.")
-
-
-class Span(BaseModel):
-    """The query of `GET /v1/sessions/{id}/diff`: two versions of a session."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    start: int = Field(alias="from", ge=0, examples=[1], description="The first version; 0 = nothing learned.")
-    end: int = Field(alias="to", ge=0, examples=[2], description="The second version.")

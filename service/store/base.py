@@ -464,7 +464,7 @@ class SessionStore(Protocol):
         ...
 
     async def count(self, tenant: str) -> int:
-        """Return the number of the tenant's sessions; may include expired sessions until `list` has passed them."""
+        """Return the number of the tenant's sessions; may include expired sessions until `list` or `restore_list`."""
         ...
 
     async def memory(self) -> tuple[int, int]:
@@ -472,7 +472,7 @@ class SessionStore(Protocol):
         ...
 
     async def restore_list(self) -> int:
-        """List all sessions that exist and are not listed, for example after a loss of keys; return their number."""
+        """Make the list name the sessions that exist, and no others; return how many it had lost, say, with keys."""
         ...
 
     async def check_rights(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-from service.errors import QuotaExceeded, RateLimited, Unavailable
+from service.errors import EngineError, QuotaExceeded, RateLimited, Unavailable
 from service.store.base import SessionStore
 from service.tenants import Tenant
 
@@ -64,7 +64,7 @@ class Quotas:
         try:
             yield
         except BaseException:
-            with suppress(Unavailable):
+            with suppress(Unavailable, EngineError):
                 if await self._store.meta(tenant.name, session) is None:
                     await self._ledger.drop(tenant.name, session)
             raise

@@ -370,6 +370,15 @@ def test_a_stale_if_match_is_a_412(client: httpx.Client, route: str) -> None:
         check(response, 412, "If-Match")
 
 
+def test_a_malformed_if_match_is_a_412_though_the_request_was_answered_before(client: httpx.Client) -> None:
+    key = {"Idempotency-Key": "answered"}
+    observe = "/v1/sessions/bad-etag-again/observe"
+    assert client.post(observe, json={"text": "a"}, headers=key).is_success
+    assert client.post(observe, json={"text": "a"}, headers=key | {"If-Match": '"v0"'}).is_success
+    for malformed in ("null", "v0", '"v0', '"v0" "v1"', "", '"v0", *'):
+        check(client.post(observe, json={"text": "a"}, headers=key | {"If-Match": malformed}), 412, "If-Match")
+
+
 def test_the_error_names_field_limit_and_value(client: httpx.Client, server: Any) -> None:
     body = {"model": server.model, "prompt": "hi", "temperature": 2.25}
     message = check(client.post("/v1/completions", json=body), 400, "temperature")

@@ -6,6 +6,7 @@ import fcntl
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from tests.live import (
     Json,
     assert_error,
     assert_success,
+    connect_redis,
     find_valkey,
     in_background,
     retry_until_success,
@@ -150,6 +152,18 @@ def test_a_server_killed_in_the_midst_of_turns_has_each_of_them_wholly_or_not_at
 
 
 # --- the store dies ---------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_store_keeps_no_names_of_expired_sessions(make_server: Callable[..., Any]) -> None:
+    server = make_server().start()
+    with Client(server.url) as client:
+        for name, options in {"kept": {}, "expired": {"ttl_s": 1}}.items():
+            assert_success(client.http.put(f"/v1/sessions/{name}", json=options))
+    server.stop()
+    time.sleep(1.1)
+    server.start()
+    with connect_redis(server.data_dir) as redis:
+        wait_until(lambda: redis.zrange("imprint:sessions:default", 0, -1) == [b"kept"])
 
 
 def test_without_its_store_a_server_refuses_sessions_until_it_has_restarted_it(

@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from service.http import reference, replies
+from service.http.schemas import SAFE_INTEGER
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
 from tests.live import Client
@@ -42,7 +43,9 @@ def check(page: Json, schema: Json, value: Any) -> None:
 
 
 def examples(page: Json, media: Json) -> list[Any]:
-    """Return the examples of a body: its own, or those of its schema."""
+    """Return the examples of a body, its own or those of its schema; of a stream, the examples of its events."""
+    if "itemSchema" in media:
+        return [{"data": event.removeprefix("data: ")} for event in media["example"].split("\n\n") if event]
     schema = media["schema"]
     for option in schema.get("anyOf", []):
         if "$ref" in option:
@@ -78,7 +81,7 @@ def test_every_route_has_a_description_and_examples_that_match_its_schemas(page:
                 media_examples = examples(page, media)
                 assert media_examples, f"{route}: {media_type} has no example"
                 for example in media_examples:
-                    check(page, media["schema"], example)
+                    check(page, media.get("schema") or media["itemSchema"], example)
         for parameter in operation.get("parameters", []):
             assert parameter["description"], route
 
@@ -101,12 +104,51 @@ def test_every_row_of_the_pages_tables_is_complete() -> None:
 
 def test_the_examples_of_streams_are_events_of_chunks(page: Json) -> None:
     for path, chunk in (("/v1/completions", "CompletionChunk"), ("/v1/chat/completions", "ChatChunk")):
-        stream = page["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["example"]
-        *events, done = [event.removeprefix("data: ") for event in stream.split("\n\n") if event]
+        stream = page["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+        *events, done = [event["data"] for event in examples(page, stream)]
         assert done == "[DONE]"
         for event in events:
             getattr(replies, chunk).model_validate_json(event, strict=True)
         assert json.loads(events[-1])["adaptation"]
+        _, described = stream["itemSchema"]["properties"]["data"]["anyOf"]
+        for event in events:
+            check(page, described["contentSchema"], json.loads(event))
+
+
+def test_every_answer_of_the_middleware_is_described(page: Json) -> None:
+    for method, path, operation in operations(page):
+        assert operation["responses"].keys() >= {"4XX", "5XX"}, (method, path)
+
+
+def schemas(value: Any) -> Iterator[Json]:
+    """Yield each JSON Schema within a part of the page."""
+    if isinstance(value, list):
+        for item in value:
+            yield from schemas(item)
+    elif isinstance(value, dict):
+        if isinstance(value.get("type"), str) or "anyOf" in value or "enum" in value:
+            yield value
+        for name, item in value.items():
+            if name not in ("example", "examples"):
+                yield from schemas(item)
+
+
+def test_every_limit_of_a_field_is_a_word_of_json_schema_and_exact(page: Json) -> None:
+    """pydantic writes a limit that it cannot express as `ge`, and FastAPI writes limits as floats."""
+    found = list(schemas({name: page[name] for name in ("paths", "components")}))
+    assert len(found) > 200
+    for schema in found:
+        assert not schema.keys() & {"ge", "gt", "le", "lt", "max_length", "min_length"}, schema
+        for limit in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            assert abs(schema.get(limit, 0)) <= SAFE_INTEGER, schema
+
+
+def test_no_parameter_can_be_null_and_each_header_has_its_format(page: Json) -> None:
+    for method, path, operation in operations(page):
+        for parameter in operation.get("parameters", []):
+            assert {"type": "null"} not in parameter["schema"].get("anyOf", []), (method, path, parameter["name"])
+            if parameter["in"] == "header":
+                assert "pattern" in parameter["schema"], (method, path, parameter["name"])
 
 
 def test_a_server_answers_the_examples_as_described(page: Json, server: Server) -> None:

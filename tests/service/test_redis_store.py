@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from service.errors import Conflict, EngineError, StoreUnavailable, VersionConflict
 from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig
 from service.store.embedded import EmbeddedValkey
+from service.store.redis import codec, index
 from service.store.redis import store as redis_store
 from service.store.redis.codec import PAGE_ROWS, encode
 from service.store.redis.scripts import retry_while_away
@@ -137,6 +138,33 @@ async def test_a_format_of_a_later_release_is_refused(store: RedisStore, raw: Re
             await call
         assert refused.value.code == "unknown_store_format"
     assert snapshot(raw, tenant) == before
+
+
+async def test_a_long_list_keeps_the_event_loop_for_a_few_sessions_at_a_time(
+    store: RedisStore, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(250):
+        await store.create(tenant, new_meta(f"s{n:03}", 1))
+    steps, decode = list[int](), codec.decode
+    ended = False
+
+    async def other_request() -> None:
+        while not ended:
+            steps.append(0)
+            await asyncio.sleep(0)
+
+    def counted(sid: str, meta_hash: dict[bytes, bytes]) -> Any:
+        steps[-1] += 1
+        return decode(sid, meta_hash)
+
+    monkeypatch.setattr(index, "decode", counted)
+    other = asyncio.create_task(other_request())
+    await asyncio.sleep(0)
+    listed = await store.list(tenant, limit=250)
+    ended = True
+    await other
+    assert [meta.id for meta in listed] == [f"s{n:03}" for n in range(250)]
+    assert max(steps) <= 100
 
 
 async def test_list_skips_and_removes_names_without_a_session(store: RedisStore, raw: Redis, tenant: str) -> None:

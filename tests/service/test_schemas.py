@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from openai.types import completion_create_params
 from openai.types.chat import (
     ChatCompletionAssistantMessageParam,
@@ -21,11 +22,14 @@ from pydantic import ValidationError
 from service.errors import BadRequest
 from service.http.error_responses import explain
 from service.http.schemas import (
+    ActRequest,
     Body,
     ChatCompletionRequest,
     CompletionRequest,
+    FeedbackRequest,
     Message,
     ObserveRequest,
+    Rollback,
     ScoreRequest,
     SessionOptions,
 )
@@ -201,3 +205,55 @@ def test_any_json_is_accepted_or_refused_with_a_message(request_type: type[Body]
 def test_models_have_docstrings_for_the_openapi_page() -> None:
     for request_type in REQUESTS:
         assert inspect.getdoc(request_type)
+
+
+ONE_FIELD_NEEDS_ANOTHER: list[tuple[type[Body], dict[str, Any]]] = [
+    (CompletionRequest, {"stream_options": {"include_usage": True}}),
+    (CompletionRequest, {"stream_options": {"include_usage": True}, "stream": False}),
+    (CompletionRequest, {"stream_options": {"include_usage": True}, "stream": True}),
+    (CompletionRequest, {"stream_options": None}),
+    (ChatCompletionRequest, {"stream_options": {}, "stream": None}),
+    (ChatCompletionRequest, {"top_logprobs": 1}),
+    (ChatCompletionRequest, {"top_logprobs": 0.0, "logprobs": False}),
+    (ChatCompletionRequest, {"top_logprobs": 1, "logprobs": True}),
+    (ObserveRequest, {}),
+    (ObserveRequest, {"text": "a", "messages": None}),
+    (ObserveRequest, {"text": "a", "messages": HELLO}),
+    (ObserveRequest, {"text": "a", "model": "m"}),
+    (ObserveRequest, {"messages": HELLO, "label": 0}),
+    (ObserveRequest, {"messages": HELLO}),
+    (ObserveRequest, {"features": [1.0]}),
+    (ObserveRequest, {"features": [1.0], "label": 0.0, "model": "m"}),
+    (ActRequest, {"regret": 0.5}),
+    (ActRequest, {"action_id": "act-1", "reward": None}),
+    (ActRequest, {"action_id": "act-1", "regret": 0.5, "reward": 1}),
+    (FeedbackRequest, {"action_id": "act-1"}),
+    (FeedbackRequest, {"action_id": "act-1", "reward": 1, "text": None}),
+    (FeedbackRequest, {"action_id": "act-1", "reward": 1, "text": "a"}),
+    (FeedbackRequest, {"completion_id": "cmpl-" + "0" * 32}),
+    (FeedbackRequest, {"completion_id": "cmpl-" + "0" * 32, "text": "a"}),
+    (FeedbackRequest, {"completion_id": "cmpl-" + "0" * 32, "text": "a", "regret": 1}),
+    (CompletionRequest, {"logit_bias": {"a": 1}}),
+    (CompletionRequest, {"logit_bias": {str(token): 1 for token in range(1025)}}),
+    (CompletionRequest, {"prompt": []}),
+    (SessionOptions, {"ttl_s": 0.0}),
+    (SessionOptions, {"ttl_s": -1}),
+    (Rollback, {"version": 2**53}),
+]
+REQUIRED: dict[type[Body], dict[str, Any]] = {
+    CompletionRequest: {"model": "m", "prompt": "hello"},
+    ChatCompletionRequest: {"model": "m", "messages": HELLO},
+    ActRequest: {"observation": [1.0]},
+}
+
+
+@pytest.mark.parametrize(("request_type", "fields"), ONE_FIELD_NEEDS_ANOTHER, ids=lambda value: str(value)[:60])
+def test_the_description_allows_what_the_validator_takes(request_type: type[Body], fields: dict[str, Any]) -> None:
+    body = REQUIRED.get(request_type, {}) | fields
+    try:
+        request_type.model_validate(body)
+        is_taken = True
+    except (ValidationError, BadRequest):
+        is_taken = False
+    validator = Draft202012Validator(request_type.model_json_schema())
+    assert validator.is_valid(body) == is_taken

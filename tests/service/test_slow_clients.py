@@ -159,6 +159,24 @@ def test_a_silent_connection_is_closed(strict: Server) -> None:
         assert read_all(connection) == b""
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_connection_between_two_requests_is_idle(strict: Server, method: str) -> None:
+    """A client that waits longer than a head may take finds its connection as it left it."""
+    body = completion() if method == "POST" else b""
+    path = b"/v1/completions" if method == "POST" else b"/livez"
+    fields = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    request = method.encode() + b" " + path + b" HTTP/1.1\r\n" + fields + body
+    with connect(strict) as connection:
+        for _ in range(2):
+            connection.sendall(request)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            with suppress(TimeoutError):  # the rest of the answer, and then nothing
+                connection.settimeout(2.5)
+                while part := connection.recv(65536):
+                    assert not part.startswith(b"HTTP/1.1 "), part
+                raise AssertionError("the server has closed the connection")
+
+
 def test_slow_clients_take_no_places_of_fast_ones(strict: Server) -> None:
     """Three times as many half requests as the server has room for, renewed for ever, and one user."""
     over = threading.Event()

@@ -28,24 +28,12 @@ from service.settings import Settings
 from service.store.embedded import EmbeddedValkey
 from tests.conftest import Server
 from tests.live import Client, find_valkey, wait_until
+from tests.service.small_disk import can_mount, fill, mounted
 
 # A failed start ends within 5 s, and importing takes as long again; the machine of the tests may be ten times slower.
 END_TIMEOUT_S = 100.0
 NEEDS_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems end no child with its parent")
-NEEDS_ROOT = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root mounts file systems")
-
-
-@contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """Mount an empty file system in memory on the folder, unless this machine does not let us."""
-    folder.mkdir(exist_ok=True)
-    ran = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
-    if ran.returncode:
-        pytest.skip(f"no mount: {ran.stderr}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+NEEDS_MOUNT = pytest.mark.skipif(not can_mount(), reason="only root mounts file systems")
 
 
 def processes_with(text: str) -> list[psutil.Process]:
@@ -172,7 +160,7 @@ def test_a_data_folder_in_use_ends_the_start(make_server: Callable[..., Any]) ->
     assert first.process.poll() is None
 
 
-@NEEDS_ROOT
+@NEEDS_MOUNT
 def test_a_read_only_folder_ends_the_start(make_server: Callable[..., Any], tmp_path: Path) -> None:
     with mounted(tmp_path / "mount", "-o", "ro") as folder:
         server = make_server("mount/data")
@@ -181,7 +169,7 @@ def test_a_read_only_folder_ends_the_start(make_server: Callable[..., Any], tmp_
         assert_doctor_fails(server, "disk", "read-only")
 
 
-@NEEDS_ROOT
+@NEEDS_MOUNT
 def test_a_full_disk_ends_a_first_start(make_server: Callable[..., Any], tmp_path: Path) -> None:
     with mounted(tmp_path / "mount", "-o", "size=1m") as folder:
         fill(folder)
@@ -190,17 +178,6 @@ def test_a_full_disk_ends_a_first_start(make_server: Callable[..., Any], tmp_pat
         assert_start_fails(server, str(folder / "data"))
         assert "full" in server.log.read_text() or "No space left" in server.log.read_text()
         assert_doctor_fails(server, "disk", "free for")
-
-
-def fill(folder: Path) -> Path:
-    """Fill the disk of the folder to the last byte, and return the file that fills it."""
-    path = folder / "filler"
-    with path.open("wb", buffering=0) as filler:
-        try:
-            while True:
-                filler.write(bytes(2**12))
-        except OSError:
-            return path
 
 
 # --- a start that is stopped ---
@@ -286,7 +263,7 @@ def test_a_child_gets_its_arguments_files_and_exit_status() -> None:
 # --- a full disk ---
 
 
-@NEEDS_ROOT
+@NEEDS_MOUNT
 def test_a_full_disk_leaves_reading_alone(make_server: Callable[..., Any], tmp_path: Path) -> None:
     """The disk fills up while the server learns; the server is also started on the full disk."""
     with mounted(tmp_path / "mount", "-o", "size=32m") as folder:

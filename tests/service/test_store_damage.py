@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.asyncio.connection import Connection
 from redis.exceptions import ResponseError
 
 from service.errors import EngineError, StoreRefused, Unavailable
@@ -22,6 +23,7 @@ from service.store.redis import store as store_module
 from service.store.redis.codec import Keys
 from service.store.redis.heartbeat import BEAT
 from service.store.redis.rights import OPTIONAL, needed_calls
+from service.store.redis.scripts import retry_while_away
 from service.store.redis.store import RedisStore
 from service.store_watch import check_store
 from tests.service.store_backends import new_meta, rows
@@ -76,6 +78,7 @@ DAMAGES: dict[str, tuple[Any, str, bool]] = {  # what happens, what the error na
     "page": (lose_page, "2 of 3", True),
     "bit": (flip_bit, "checksum", False),
     "meta": (lambda raw, home: raw.delete(f"{home}meta"), "its meta", True),
+    "log": (lambda raw, home: raw.delete(f"{home}log"), "entries of its log", True),
     "value": (lambda raw, home: raw.hdel(f"{home}meta", "loss_sum"), "loss_sum", True),
     "undo": (lambda raw, home: raw.delete(f"{home}undo"), "undo steps of the versions 1 to 2", False),
     "type": (lambda raw, home: (raw.delete(f"{home}rows:a"), raw.set(f"{home}rows:a", "x")), "another type", True),
@@ -88,8 +91,10 @@ async def test_a_session_that_lost_a_part_says_which(store: RedisStore, raw: Any
     harm, name, by_every_turn = DAMAGES[damage]
     harm(raw, f"imprint:{{{tenant}/s}}:")
     calls: list[Awaitable[Any]] = [
-        store.history(tenant, "s", undo=True) if damage == "undo" else store.load(tenant, "s")
+        store.history(tenant, "s", undo=True) if damage in ("undo", "log") else store.load(tenant, "s")
     ]
+    if damage == "meta":
+        calls += [store.meta(tenant, "s"), store.history(tenant, "s", undo=False)]
     if by_every_turn:
         calls += [store.begin_turn(tenant, "s", write="always"), store.begin_turn(tenant, "s", write="never")]
         if damage not in ("meta", "value"):
@@ -98,7 +103,7 @@ async def test_a_session_that_lost_a_part_says_which(store: RedisStore, raw: Any
         with pytest.raises(EngineError, match=name) as damaged:
             await call
         assert damaged.value.code == "damaged_session"
-    await store.delete(tenant, "s")
+    assert await store.delete(tenant, "s"), "there was a session"
     assert raw.keys(f"imprint:{{{tenant}/s}}:rows:*") == []
     await make_session(store, tenant)
     assert await store.load(tenant, "s")
@@ -127,6 +132,38 @@ async def test_sessions_lost_from_the_list_are_listed_again(store: RedisStore, r
     assert await store.restore_list() == 1
     assert await store.list(tenant) == [new_meta("s", 2)]
     assert await store.restore_list() == 0
+
+
+async def test_names_of_expired_sessions_leave_the_list_although_nobody_reads_it(
+    store: RedisStore, raw: Any, tenant: str
+) -> None:
+    for n in range(2500):  # more than one page
+        raw.zadd(f"imprint:sessions:{tenant}", {f"expired-{n}": 0})
+    await make_session(store, tenant)
+    assert await store.count(tenant) == 2501
+    assert await store.restore_list() == 0
+    assert await store.count(tenant) == 1
+    assert await store.list(tenant) == [new_meta("s", 2)]
+
+
+async def test_a_session_that_is_created_while_its_name_is_removed_stays_listed(
+    store: RedisStore, raw: Any, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.zadd(f"imprint:sessions:{tenant}", {"s": 0})
+    absent, found = store._index._absent, list[list[str]]()
+
+    async def create_after_the_look(owner: str, ids: list[str]) -> list[str]:
+        if owner != tenant:  # of another test
+            return await absent(owner, ids)
+        found.append(await absent(tenant, ids))
+        if len(found) == 1:
+            await make_session(store, tenant)
+        return found[-1]
+
+    monkeypatch.setattr(store._index, "_absent", create_after_the_look)
+    await store.restore_list()
+    assert found == [["s"], []]
+    assert await store.list(tenant) == [new_meta("s", 2)]
 
 
 async def test_a_damaged_session_does_not_hide_the_others(store: RedisStore, raw: Any, tenant: str) -> None:
@@ -278,3 +315,31 @@ async def test_every_error_of_redis_has_an_answer(
     monkeypatch.setattr(store._client, "hgetall", fail)
     with pytest.raises(Unavailable):
         await store.meta("t", "s")
+
+
+async def test_a_connection_that_is_dropped_while_it_opens_is_opened_again(
+    store: RedisStore, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of a cluster does this to its connections when it asks for the nodes anew."""
+    opened = 0
+    open_whole = Connection.on_connect_check_health
+
+    async def open_and_drop(connection: Connection, check_health: bool = True) -> None:
+        nonlocal opened
+        opened += 1
+        if opened == 1:
+            await connection.disconnect(nowait=True)
+        await open_whole(connection, check_health)
+
+    monkeypatch.setattr(Connection, "on_connect_check_health", open_and_drop)
+    await make_session(store, tenant)
+    assert opened > 1
+
+
+async def test_an_error_of_ours_is_not_taken_for_a_lost_connection() -> None:
+    async def call() -> None:
+        nothing: Any = None
+        nothing.writelines()
+
+    with pytest.raises(AttributeError):
+        await retry_while_away(call)

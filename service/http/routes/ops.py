@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from service.http.dependencies import MetricsDep, SessionsDep
-from service.http.openapi import Responses
+from service.http.openapi import ERROR_RESPONSES, Responses
 from service.http.replies import Live, Ready
 
 RETRY_AFTER_S = 1
@@ -16,7 +16,7 @@ EXPOSITION: Responses = {
     }
 }
 
-router = APIRouter(tags=["Operations"])
+router = APIRouter(responses=ERROR_RESPONSES, tags=["Operations"])
 
 
 @router.get("/livez", summary="Check that the process is alive")

@@ -22,6 +22,7 @@ from service.http.dependencies import (
 )
 from service.http.json_route import FileRoute, JsonRoute
 from service.http.openapi import ERROR_RESPONSES, ETAG_HEADER, ETAG_RESPONSES, FILE_CONTENT, FILE_TYPE, Responses
+from service.http.queries import LogPage, Page, Span
 from service.http.replies import (
     LogEntry,
     Observed,
@@ -37,13 +38,10 @@ from service.http.replies import (
 )
 from service.http.schemas import (
     Fork,
-    LogPage,
     ObserveRequest,
-    Page,
     Rollback,
     ScoreRequest,
     SessionOptions,
-    Span,
 )
 from service.http.sse import until_disconnect
 from service.store.base import SessionMeta

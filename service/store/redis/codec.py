@@ -58,6 +58,15 @@ class Keys:
         """Return the glob pattern of the names of all meta hashes."""
         return f"{self.prefix}:{{*}}:meta"
 
+    @property
+    def index_pattern(self) -> str:
+        """Return the glob pattern of the names of all indexes."""
+        return f"{self.prefix}:sessions:*"
+
+    def tenant_of_index(self, key: bytes) -> str:
+        """Return the tenant that an index belongs to."""
+        return key.decode().removeprefix(f"{self.prefix}:sessions:")
+
     def session(self, tenant: str, sid: str, suffix: str) -> str:
         """Return the name of one key of a session. A cluster hashes what stands in the braces."""
         return f"{self.prefix}:{{{check_name('tenant', tenant)}/{check_name('session id', sid)}}}:{suffix}"

@@ -1,13 +1,13 @@
 """The index of each tenant's sessions. It lies in another hash slot than the sessions, so no script can change both.
 
 The index may name sessions that do not exist, and misses none: a name is added before its session is created, and
-readers skip and remove the names of sessions that have gone.
+readers skip and remove the names of sessions that have gone, and `restore` removes those that nobody reads.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import cast
@@ -19,6 +19,7 @@ from service.store.redis.connect import AnyRedis
 from service.store.redis.scripts import retry_while_away
 
 SCAN_KEYS = 1000
+LISTED_AT_ONCE = 100  # sessions whose values are decoded before other requests have their turn: 25 ms at most
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class SessionIndex:
         """Return up to `limit` sessions with ids after `after`, in order; remove names of sessions that have gone."""
         sessions: list[SessionMeta] = []
         while len(sessions) < limit:
-            page = await retry_while_away(partial(self._page, tenant, after, limit - len(sessions)))
+            num_names = min(LISTED_AT_ONCE, limit - len(sessions))
+            page = await retry_while_away(partial(self._page, tenant, after, num_names))
             if not page:
                 break
             for sid, meta_hash in page:
@@ -70,7 +72,9 @@ class SessionIndex:
         return count
 
     async def restore(self) -> int:
-        """Name all sessions that exist; return how many had no name."""
+        """Make the index name the sessions that exist, and no others; return how many had no name."""
+        async for key in self._client.scan_iter(match=self._keys.index_pattern, count=SCAN_KEYS):
+            await self._remove_gone(self._keys.tenant_of_index(key))
         restored, ids = 0, dict[str, dict[str, float]]()
         async for key in self._client.scan_iter(match=self._keys.meta_pattern, count=SCAN_KEYS):
             tenant, sid = tenant_and_session(key)
@@ -79,7 +83,25 @@ class SessionIndex:
                 restored += await self._name_all(tenant, ids.pop(tenant))
         return restored + sum([await self._name_all(tenant, names) for tenant, names in ids.items()])
 
-    async def _name_all(self, tenant: str, names: dict[str, float]) -> int:
+    async def _remove_gone(self, tenant: str) -> None:
+        """Remove the names of sessions that have gone: nothing else does where sessions expire and nobody lists."""
+        after = ""
+        while names := await retry_while_away(partial(self._names, tenant, after, SCAN_KEYS)):
+            if gone := await retry_while_away(partial(self._absent, tenant, names)):
+                await retry_while_away(partial(self._client.zrem, self._keys.index(tenant), *gone))
+                # A session may have been created since.
+                if created := set(gone) - set(await retry_while_away(partial(self._absent, tenant, gone))):
+                    await self._name_all(tenant, dict.fromkeys(created, 0))
+            after = names[-1]
+
+    async def _absent(self, tenant: str, ids: Sequence[str]) -> list[str]:
+        """Return the ids of which there is no session."""
+        pipeline = self._client.pipeline(transaction=False)
+        for sid in ids:
+            pipeline.exists(self._keys.meta(tenant, sid))
+        return [sid for sid, exists in zip(ids, await pipeline.execute(), strict=True) if not exists]
+
+    async def _name_all(self, tenant: str, names: Mapping[str, float]) -> int:
         return int(await retry_while_away(lambda: self._client.zadd(self._keys.index(tenant), names)) or 0)
 
     async def _add(self, tenant: str, sid: str) -> None:
@@ -87,10 +109,13 @@ class SessionIndex:
 
     async def _page(self, tenant: str, after: str, limit: int) -> Sequence[tuple[str, dict[bytes, bytes]]]:
         """Return the next ids with their meta hashes, which are empty for a session that does not exist."""
-        start = f"({after}" if after else "-"
-        names = await self._client.zrangebylex(self._keys.index(tenant), start, "+", 0, limit)
-        ids = [name.decode() for name in cast(list[bytes], names)]
+        ids = await self._names(tenant, after, limit)
         pipeline = self._client.pipeline(transaction=False)
         for sid in ids:
             pipeline.hgetall(self._keys.meta(tenant, sid))
         return list(zip(ids, await pipeline.execute(), strict=True))
+
+    async def _names(self, tenant: str, after: str, limit: int) -> list[str]:
+        start = f"({after}" if after else "-"
+        names = await self._client.zrangebylex(self._keys.index(tenant), start, "+", 0, limit)
+        return [name.decode() for name in cast(list[bytes], names)]

@@ -44,6 +44,7 @@ UNAVAILABLE_ERRORS = (
     ReadOnlyError,
     OSError,
 )
+CLIENT_ERRORS = (RedisError, RedisClusterException, OSError, RuntimeError, AttributeError)  # all that a call may raise
 UNAVAILABLE_REPLIES = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ async def retry_while_away(call: Callable[[], Awaitable[T]], retry_s: float = RE
         cause: Exception | None = None
         try:
             result = await call()
-        except (RedisError, RedisClusterException, OSError, RuntimeError) as error:
+        except CLIENT_ERRORS as error:
             if _is_full(error):
                 raise store_full() from error
             if not _is_away(error):
@@ -101,9 +102,19 @@ def _refusal(error: Exception) -> Exception:
     return store_refused()
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether uvloop reports a write to a lost connection; redis-py does not translate the error."""
-    return "handler is closed" in str(error)
+def is_lost_connection(error: RuntimeError | AttributeError) -> bool:
+    """Return whether a connection was closed while a command was being sent, an error that redis-py does not translate.
+
+    uvloop refuses to write to such a connection. The client of a cluster drops the streams of all connections when it
+    asks for the nodes anew, so that a command which is being sent finds None in place of its stream.
+    """
+    if isinstance(error, RuntimeError):
+        return "handler is closed" in str(error)
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    module = innermost.tb_frame.f_globals.get("__name__", "") if innermost else ""
+    return error.obj is None and str(module).startswith("redis.")
 
 
 def _unavailable_message(cause: Exception) -> str:
@@ -123,7 +134,7 @@ def _is_away(error: Exception) -> bool:
         return True
     if isinstance(error, ResponseError):
         return str(error).startswith(UNAVAILABLE_REPLIES)
-    return isinstance(error, RuntimeError) and is_lost_connection(error)
+    return isinstance(error, RuntimeError | AttributeError) and is_lost_connection(error)
 
 
 ALLOW_OOM = "#!lua flags=allow-oom\n"  # the first line of a script that runs although the server has no memory left

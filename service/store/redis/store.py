@@ -7,7 +7,8 @@ Keys, all of a session's in one hash slot of a cluster (`imprint` is the default
                                          site whole: `pages:<name>` and `sum:<name>`, see pages.lua,
                                          once_until: when the last name of :onces expires, and once_lost: until
                                          when :onces may lack names, because the key was lost, and
-                                         undo_from, undo_bytes: the oldest version kept, and the size of :undo
+                                         undo_from, undo_bytes: the oldest version kept, and the size of :undo,
+                                         logged: the number of entries of :log
                         …:rows:<site>    hash: pages of rows, see pages.lua
                         …:log            list: one JSON object a commit
                         …:undo           hash: <version>:rows, :meta and :text = what undoes the version
@@ -36,7 +37,6 @@ from typing import Any, cast
 
 from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import RedisError
 
 from service.errors import StoreRefused, StoreUnavailable, Unavailable
 from service.store import errors
@@ -64,6 +64,7 @@ from service.store.redis.index import SessionIndex
 from service.store.redis.ledger import RedisLedger
 from service.store.redis.rights import Rights
 from service.store.redis.scripts import (
+    CLIENT_ERRORS,
     COMMIT_RETRY_S,
     SessionScripts,
     is_lost_connection,
@@ -184,13 +185,12 @@ class RedisStore:
         """Return the session, or None; take over a session of an older format first."""
         for _ in range(MAX_READS):
             sites = self._known_sites
-            meta_hash, *pages, still, remains = await retry_while_away(partial(self._read, tenant, sid, sites))
-            if not meta_hash:
-                if remains:
-                    raise errors.damaged_session(sid, "missing are its meta")
-                return None
+            meta_hash, *pages, still = await retry_while_away(partial(self._read, tenant, sid, sites))
             if not _is_same_content(meta_hash, still):
                 continue  # a commit came between the reads
+            if not meta_hash:
+                await self._check_absent(tenant, sid)
+                return None
             if meta_hash.get(b"format") in codec.OLD_FORMATS:
                 await retry_while_away(
                     lambda: self._scripts.upgrade([self._keys.meta(tenant, sid)], [self._retention.ttl_s])
@@ -218,7 +218,7 @@ class RedisStore:
         return StoredSession(meta, rows)
 
     async def _read(self, tenant: str, sid: str, sites: Sequence[str]) -> list[Any]:
-        """Return the meta hash, the pages of these sites, the meta hash once more, and whether a log exists.
+        """Return the meta hash, the pages of these sites, and the meta hash once more.
 
         The pages are those of the meta hash if both meta hashes are of one commit. A transaction is refused by a full
         server; a script would have to copy every row twice, and the server would answer nobody else meanwhile.
@@ -228,8 +228,21 @@ class RedisStore:
         for site in sites:
             pipeline.hgetall(self._keys.session(tenant, sid, f"rows:{site}"))
         pipeline.hgetall(self._keys.meta(tenant, sid))
-        pipeline.exists(self._keys.session(tenant, sid, "log"))
         return list(await pipeline.execute())
+
+    async def _check_absent(self, tenant: str, sid: str) -> None:
+        """Raise EngineError (`damaged_session`) if the meta hash that was not found is one that the store has lost."""
+        meta, log_key = self._keys.meta(tenant, sid), self._keys.session(tenant, sid, "log")
+
+        async def read() -> list[Any]:
+            pipeline = self._client.pipeline(transaction=False)
+            for key in (meta, log_key, meta):
+                pipeline.exists(key)
+            return list(await pipeline.execute())
+
+        before, has_log, after = await retry_while_away(read)
+        if has_log and not before and not after:  # else the session was created or erased meanwhile
+            raise errors.damaged_session(sid, "missing are its meta")
 
     async def commit(
         self,
@@ -292,7 +305,10 @@ class RedisStore:
     async def meta(self, tenant: str, sid: str) -> SessionMeta | None:
         key = self._keys.meta(tenant, sid)
         meta_hash = await retry_while_away(lambda: self._client.hgetall(key))
-        return decode(sid, cast(dict[bytes, bytes], meta_hash)) if meta_hash else None
+        if not meta_hash:
+            await self._check_absent(tenant, sid)
+            return None
+        return decode(sid, cast(dict[bytes, bytes], meta_hash))
 
     async def create(self, tenant: str, meta: SessionMeta, lease: Lease | None = None) -> SessionMeta:
         key = self._keys.meta(tenant, meta.id)
@@ -340,8 +356,8 @@ class RedisStore:
                             tenant, _, sid = message["data"].decode().partition("/")
                             if sid:
                                 yield tenant, sid
-            except (RedisError, OSError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not is_lost_connection(error):
+            except CLIENT_ERRORS as error:
+                if isinstance(error, RuntimeError | AttributeError) and not is_lost_connection(error):
                     raise
                 log.debug("waiting for the session store: %s", error)
                 await asyncio.sleep(RECONNECT_S)
@@ -350,7 +366,10 @@ class RedisStore:
         key, args = self._keys.meta(tenant, sid), [entries, int(undo)]
         meta_hash, log_entries, steps = await retry_while_away(lambda: self._scripts.history([key], args))
         if not meta_hash:
+            await self._check_absent(tenant, sid)
             return None
+        if len(log_entries) < min(entries, logged := int(pairs(meta_hash).get(b"logged", 0))):
+            raise errors.damaged_session(sid, f"entries of its log: it has {len(log_entries)} of {logged}")
         if lost := [step[0] for step in steps if step[1] is None or step[2] is None]:
             raise errors.damaged_session(sid, f"missing are the undo steps of the versions {min(lost)} to {max(lost)}")
         return History(

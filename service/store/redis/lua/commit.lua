@@ -174,6 +174,7 @@ redis.call('HSET', KEYS[1], 'undo_from', from, 'undo_bytes', bytes)
 if entry ~= '' then
   redis.call('RPUSH', LOG, entry)
   redis.call('LTRIM', LOG, '-' .. keep_log, -1)
+  redis.call('HSET', KEYS[1], 'logged', redis.call('LLEN', LOG))
 end
 local now = tonumber(redis.call('TIME')[1])
 local until_s = tonumber(redis.call('HGET', KEYS[1], 'once_until') or 0)

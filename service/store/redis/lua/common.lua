@@ -40,6 +40,11 @@ local function missing()
       end
     end
   end
+  local logged = tonumber(redis.call('HGET', KEYS[1], 'logged') or 0)
+  local found = redis.call('LLEN', LOG)
+  if found < logged then
+    return 'entries of its log: it has ' .. found .. ' of ' .. logged
+  end
 end
 
 -- Restart the time after which all keys of the session expire: its own option `ttl_s`, else `default`; 0 = never.

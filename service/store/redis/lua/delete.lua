@@ -11,6 +11,7 @@ end
 if ARGV[1] ~= '' and (stored[2] or '0') ~= ARGV[1] then
   return {'conflict', stored[2] or '0'}
 end
+local existed = redis.call('EXISTS', KEYS[1], LOG) > 0 -- a damaged session has no meta hash
 redis.call('SET', ERASED, redis.call('INCR', FENCE), 'EX', DAY_S)
 redis.call('EXPIRE', FENCE, DAY_S)
 for _, key in ipairs(rows_keys()) do
@@ -22,5 +23,5 @@ end
 for _, once in ipairs(redis.call('ZRANGE', ONCES, 0, -1)) do
   redis.call('UNLINK', HOME .. 'once:' .. once)
 end
-redis.call('UNLINK', LOG, UNDO, ONCES, LEASE)
-return {'done', tostring(redis.call('UNLINK', KEYS[1]))}
+redis.call('UNLINK', LOG, UNDO, ONCES, LEASE, KEYS[1])
+return {'done', existed and '1' or '0'}

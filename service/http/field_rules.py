@@ -1,0 +1,42 @@
+"""JSON Schema of the rules of a body that involve several fields; the validators in `service/http/schemas.py` enforce
+the same rules, and `tests/fuzz_http.py` compares the two.
+
+A field that is null counts as absent. What JSON Schema cannot state (two fields are equal, a field needs a header) is
+left to descriptions.
+"""
+
+from typing import Any
+
+Json = dict[str, Any]
+
+NULL: Json = {"type": "null"}
+STRING: Json = {"type": "string"}
+ARRAY: Json = {"type": "array"}
+INTEGER: Json = {"type": "integer"}
+NUMBER: Json = {"type": "number"}
+TRUE: Json = {"const": True}
+
+
+def _fields(*absent: str, **given: Json) -> Json:
+    """Return the schema of an object with all fields of `given` and without the fields of `absent`."""
+    return {"required": list(given), "properties": given | dict.fromkeys(absent, NULL)}
+
+
+STREAMED: Json = {"anyOf": [{"properties": {"stream_options": NULL}}, _fields(stream=TRUE)]}
+WITH_LOGPROBS: Json = {"anyOf": [{"properties": {"top_logprobs": {"enum": [None, 0]}}}, _fields(logprobs=TRUE)]}
+COMPLETION = STREAMED
+CHAT: Json = {"allOf": [STREAMED, WITH_LOGPROBS]}
+OBSERVE: Json = {
+    "oneOf": [
+        _fields("messages", "features", "label", "model", text=STRING),
+        _fields("text", "features", "label", "model", messages=ARRAY),
+        _fields("text", "messages", features=ARRAY, label=INTEGER),
+    ]
+}
+ACT: Json = {"anyOf": [{"properties": {"action_id": NULL, "regret": NULL}}, _fields(reward=NUMBER)]}
+FEEDBACK: Json = {
+    "oneOf": [
+        _fields("completion_id", "text", action_id=STRING, reward=NUMBER),
+        _fields("action_id", "reward", "regret", completion_id=STRING, text=STRING),
+    ]
+}

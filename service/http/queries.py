@@ -1,0 +1,38 @@
+"""The query parameters of requests."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.http.schemas import SAFE_INTEGER, SESSION_ID
+
+
+class Page(BaseModel):
+    """The query of `GET /v1/sessions`: a page of the list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000, description="Largest number of sessions to return.")
+    after: str = Field(
+        "", pattern=rf"^$|{SESSION_ID}", description="Only ids after this one: `next` of the page before."
+    )
+
+
+class LogPage(BaseModel):
+    """The query of `GET /v1/sessions/{id}/log`: a page of the log."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000, description="Largest number of commits to return.")
+    before: int | None = Field(
+        None, ge=1, le=SAFE_INTEGER, description="Only versions before this one: `next` of the page before."
+    )
+
+
+class Span(BaseModel):
+    """The query of `GET /v1/sessions/{id}/diff`: two versions of a session."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int = Field(
+        alias="from", ge=0, le=SAFE_INTEGER, examples=[1], description="The first version; 0 = nothing learned."
+    )
+    end: int = Field(alias="to", ge=0, le=SAFE_INTEGER, examples=[2], description="The second version.")
