@@ -58,7 +58,5 @@ class MemoryArm:
         cache = self._lm.backbone.new_cache(len(ids))
         for start in range(0, len(ids), block):
             part, mask = ids[start : start + block], learn[start : start + block]
-            state, _ = self._lm.block(
-                part, cache, self._pool, draft.index, decode_state=state, learn=mask, draft=draft
-            )
+            state, _ = self._lm.block(part, cache, self._pool, draft.index, decode_state=state, learn=mask, draft=draft)
         draft.commit()

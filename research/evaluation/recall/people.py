@@ -235,8 +235,7 @@ def _questions(fact: Fact, facts: list[Fact], split: Split) -> list[Question]:
     evidence = _correction(fact, split) if fact.old else _statement(fact, split, fact.value)
     same = [other for other in facts if other.attribute is fact.attribute and other.owner != fact.owner]
     others = tuple(value for other in same for value in (other.value, other.old) if value not in ("", fact.value))
-    about = "oneself" if fact.owner == "my" else "another person"
-    label = f"{about}, corrected" if fact.old else about
+    label = ("self" if fact.owner == "my" else "other") + (" corrected" if fact.old else "")
 
     def question(text: str, number: int) -> Question:
         name = f"{fact.attribute.name}/{number}"
@@ -244,7 +243,7 @@ def _questions(fact: Fact, facts: list[Fact], split: Split) -> list[Question]:
 
     found = [question(_fill(text, fact.owner), number) for number, text in enumerate(wording.questions)]
     cue = _fill(wording.cue, fact.owner)
-    return [*found, Question(cue, fact.value, evidence, f"{label}, cue", others, fact.old, "cue", is_cue=True)]
+    return [*found, Question(cue, fact.value, evidence, f"{label} cue", others, fact.old, "cue", is_cue=True)]
 
 
 def _fill(template: str, owner: str, value: str = "") -> str:

@@ -69,11 +69,11 @@ class Speaker:
         hidden = self.lm.backbone(torch.tensor([ids[start:]]), [cache])[0, -1]
         found: list[int] = []
         while len(found) < max_tokens:
-            token = int(self.lm.backbone.logits(hidden[None])[0].argmax())
+            token = int(self.lm.decoder.logits(hidden[None])[0].argmax())
             if token in self._end:
                 break
             found.append(token)
-            hidden = self.lm.backbone(torch.tensor([[token]]), [cache])[0, -1]
+            hidden = self.lm.decoder(torch.tensor([[token]]), [cache])[0, -1]
         cache.truncate(len(ids))
         self._cached = ids
         return found
@@ -115,5 +115,3 @@ class Speaker:
     def _sentence(self, ids: Sequence[int]) -> str:
         text = self._text(ids).split("\n")[0]
         return text.split(". ")[0].strip()
-
-
