@@ -91,6 +91,9 @@ class OracleArm(FrozenArm):
     def __init__(self, speaker: Speaker, wording: str = BEST) -> None:
         super().__init__(speaker)
         self.wording = wording
+        if wording != BEST:
+            self.name = f"oracle-{wording.replace(' ', '-')}"
+            self.title = f"the fact itself in the prompt, {wording}"
         self.evidence: Mapping[str, str] = {}
         self.identity = wording
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from research.evaluation.recall.scenes import Question
 
 ARTICLES = ("a", "an", "the")
-# Capitalised words that answers contain without naming a value.
-COMMON = frozenset(
-    """i you your my his her their it its he she they we our this that these those as sorry yes no sure of course dr mr mrs
-    ms monday tuesday wednesday thursday friday saturday sunday ai smollm hugging face please thank thanks""".split()  # noqa: SIM905
-)
+_COMMON = """
+    i you your my his her their it its he she they we our this that these those as sorry yes no sure of course dr mr mrs
+    ms monday tuesday wednesday thursday friday saturday sunday ai smollm hugging face please thank thanks
+"""
+COMMON = frozenset(_COMMON.split())  # in lower case: words that answers capitalise without naming a value
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,14 @@ import numpy as np
 K1, B = 1.2, 0.75  # the parameters of BM25 (Robertson and Zaragoza 2009)
 FUSION_OFFSET = 60  # of reciprocal rank fusion (Cormack et al. 2009)
 FUSED_RANKS = 100  # ranks of each index that a fusion takes into account
-STOP_WORDS = frozenset(
-    # fmt: off
-    """a about after all also am an and any are as at be been before being but by can could d did do does for from get had
+_STOP_WORDS = """
+    a about after all also am an and any are as at be been before being but by can could d did do does for from get had
     has have having he her here hers him his how i if in into is it its itself just ll m me more most my no not now of
     on one only or other our out over re s she should so some such t than that the their them then there these they this
     those through to too under until up ve very was we were what when where which while who whom why will with would you
-    your yours""".split()  # noqa: SIM905
-    # fmt: on
-)
+    your yours
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 
 class Index(Protocol):
