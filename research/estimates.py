@@ -33,7 +33,10 @@ def half_width(values: Sequence[float] | NDArray[np.float64]) -> float:
 
 
 def proportion(successes: int, n: int) -> tuple[float, float]:
-    """Return the ends of Wilson's 95% interval (1927) of a share of `n` independent trials. Raises ValueError for n < 1."""
+    """Return the ends of Wilson's 95% interval (1927) of a share of `n` independent trials.
+
+    Raises ValueError without trials, or for a share that is not between 0 and 1.
+    """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"successes must be between 0 and n, and n at least 1, got {successes} of {n}")
     z = 1.96

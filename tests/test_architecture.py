@@ -136,7 +136,7 @@ LIBRARIES = {
     "triton": ("model",),
     "safetensors": ("model", "service.versions.export_file", "research", "benchmarks"),
     "gguf": ("model.base",),
-    "tokenizers": ("model.base", "model.text"),
+    "tokenizers": ("model.base", "model.text", "research.evaluation.recall.embedder"),
     "jinja2": ("model.text",),
     "fastapi": ("service.http", "service.app"),
     "starlette": ("service.http", "benchmarks.http_protocols"),

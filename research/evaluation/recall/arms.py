@@ -13,6 +13,7 @@ from research.evaluation.recall.spans import cut_text
 from research.evaluation.recall.speaker import Speaker
 
 RECALL_TOKENS = 256
+SUMMARISED_TOKENS = 512  # of new text, after which a running summary is written again
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class RetrievalArm:
 
     def forget(self) -> None:
         self._texts: list[str] = []
+        self._sizes: list[int] = []
         self._index = self._new_index()
 
     def teach(self, messages: Sequence[Message]) -> None:
@@ -152,16 +154,66 @@ class RetrievalArm:
     def _add(self, text: str) -> None:
         for span in cut_text(text, self._speaker.count):
             self._texts.append(span)
+            self._sizes.append(self._speaker.count(span))
             self._index.add(span)
 
     def _chosen(self, query: str) -> tuple[str, ...]:
-        """Return the best texts within the budget, in the order in which they were learned."""
-        left, numbers, taken = self._tokens, [], set()
+        """Return the best texts within the budget, in the order in which they were learned, each once."""
+        left, numbers, taken = self._tokens, list[int](), set[str]()
         for number in self._index.rank(query, self._tokens):
             text = self._texts[number]
-            size = self._speaker.count(text)
-            if text not in taken and size <= left and len(numbers) < self._limit:
+            if text not in taken and self._sizes[number] <= left and len(numbers) < self._limit:
                 numbers.append(number)
                 taken.add(text)
-                left -= size
+                left -= self._sizes[number]
         return tuple(self._texts[number] for number in sorted(numbers))
+
+
+class SummaryArm(FrozenArm):
+    """The base with a summary of the past in the prompt, which the base itself writes and keeps up to date.
+
+    tokens: tokens of the summary, at most
+    """
+
+    name, title = "summary", "a running summary by the base, in the prompt"
+
+    def __init__(self, speaker: Speaker, tokens: int = RECALL_TOKENS) -> None:
+        super().__init__(speaker)
+        self._tokens, self.identity = tokens, tokens
+        self.forget()
+
+    def forget(self) -> None:
+        self._summary = ""
+        self._unread: list[str] = []
+        self._unread_tokens = 0
+
+    def teach(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self.teach_text(message["content"])
+
+    def teach_text(self, text: str) -> None:
+        for span in cut_text(text, self._speaker.count):
+            self._unread.append(span)
+            self._unread_tokens += self._speaker.count(span)
+            if self._unread_tokens >= SUMMARISED_TOKENS:
+                self._update()
+
+    def ask(self, question: str, max_tokens: int) -> Answer:
+        texts = self._texts()
+        return Answer(self._speaker.answer(with_texts(texts, question), max_tokens), texts)
+
+    def complete(self, cue: str, max_tokens: int) -> Answer:
+        texts = self._texts()
+        return Answer(self._speaker.complete(before_cue(texts, cue), max_tokens), texts)
+
+    def _texts(self) -> tuple[str, ...]:
+        if self._unread:
+            self._update()
+        return (self._summary,) if self._summary else ()
+
+    def _update(self) -> None:
+        """Replace the summary by one of the summary and the unread texts."""
+        lines = "\n".join(filter(None, [self._summary, *self._unread]))
+        task = f"{lines}\n\nList the most important facts above in short sentences, with all names and numbers."
+        self._summary = self._speaker.answer([{"role": "user", "content": task}], self._tokens)
+        self._unread, self._unread_tokens = [], 0

@@ -114,7 +114,7 @@ ATTRIBUTES = (
                 ("What food is {p} favourite?", "What should I cook for {p} birthday?",
                  "Which dish is {p} favourite one?")),
         Wording("Nothing makes {p} mouth water like {v}.", "These days nothing makes {p} mouth water like {v}.",
-                ("What is {p} best-loved food?", "Which dish makes {p} mouth water?", "What would be {p} dinner wish?")),
+                ("What is {p} best-loved food?", "Which dish makes {p} mouth water?", "What is {p} dinner wish?")),
     ),
     _attribute(
         "allergy", Inventor.allergy,

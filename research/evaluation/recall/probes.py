@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from research.evaluation.recall import people
+from research.evaluation.recall import people, statements, support
 from research.evaluation.recall.scenes import SPLITS, Scene, Split
 
 
@@ -29,11 +29,6 @@ class ProbeOptions:
         return SPLITS[SPLITS.index(self.split)]  # type: ignore[arg-type]
 
 
-def personal(options: ProbeOptions) -> list[Scene]:
-    """Return the scenes of personal facts."""
-    return limited(people.invent_scenes(options.size, options.seed, options.checked_split), options.questions)
-
-
 def limited(scenes: list[Scene], questions: int) -> list[Scene]:
     """Return the scenes with at most `questions` questions in all, spread evenly over the scenes."""
     each, more = divmod(questions, len(scenes))
@@ -42,4 +37,16 @@ def limited(scenes: list[Scene], questions: int) -> list[Scene]:
     return [scene for scene in chosen if scene.questions]
 
 
-PROBES: Mapping[str, Callable[[ProbeOptions], list[Scene]]] = {"people": personal}
+def _probe(invent: Callable[[int, int, Split], list[Scene]]) -> Callable[[ProbeOptions], list[Scene]]:
+    def make(options: ProbeOptions) -> list[Scene]:
+        return limited(invent(options.size, options.seed, options.checked_split), options.questions)
+
+    return make
+
+
+PROBES: Mapping[str, Callable[[ProbeOptions], list[Scene]]] = {
+    "people": _probe(people.invent_scenes),
+    "numbers": _probe(statements.number_scenes),
+    "corrections": _probe(statements.correction_scenes),
+    "support": _probe(support.support_scenes),
+}

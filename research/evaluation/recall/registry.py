@@ -4,36 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from research.evaluation.recall.arms import FrozenArm, OracleArm, RecallArm, RetrievalArm
+from research.evaluation.recall.arms import FrozenArm, OracleArm, RecallArm, RetrievalArm, SummaryArm
+from research.evaluation.recall.embedder import load_embedder
 from research.evaluation.recall.memory import MemoryArm
 from research.evaluation.recall.prompt import BEST, WORDINGS
-from research.evaluation.recall.search import BM25
+from research.evaluation.recall.search import BM25, Embeddings, Fused, Index, Newest
 from research.evaluation.recall.speaker import Speaker
 
 NewArm = Callable[[Speaker, int], RecallArm]
 
 
-def _bm25_one(speaker: Speaker, tokens: int) -> RecallArm:
-    return RetrievalArm(speaker, "bm25-1", "BM25, best text in the prompt", BM25, limit=1, tokens=tokens)
+PROMPT_RESERVE = 512  # tokens of the context that full history leaves for the question and the answer
 
 
-def _bm25(speaker: Speaker, tokens: int) -> RecallArm:
-    return RetrievalArm(speaker, "bm25", "BM25, best texts in the prompt", BM25, tokens=tokens)
+def _retrieval(name: str, title: str, new_index: Callable[[], Index], limit: int = 10_000) -> NewArm:
+    return lambda speaker, tokens: RetrievalArm(speaker, name, title, new_index, limit=limit, tokens=tokens)
+
+
+def _full_history(speaker: Speaker, tokens: int) -> RecallArm:
+    room = max(tokens, speaker.max_context - PROMPT_RESERVE)
+    return RetrievalArm(speaker, "full-history", "all texts that the context holds", Newest, tokens=room)
 
 
 def _oracle(wording: str) -> NewArm:
     return lambda speaker, tokens: OracleArm(speaker, wording)
 
 
+def _embeddings() -> Index:
+    return Embeddings(load_embedder())
+
+
 ARMS: Mapping[str, NewArm] = {
     "frozen": lambda speaker, tokens: FrozenArm(speaker),
     "memory": lambda speaker, tokens: MemoryArm(speaker),
-    "bm25-1": _bm25_one,
-    "bm25": _bm25,
+    "bm25-1": _retrieval("bm25-1", "BM25, best text in the prompt", BM25, limit=1),
+    "bm25": _retrieval("bm25", "BM25, best texts in the prompt", BM25),
+    "embedder-1": _retrieval("embedder-1", "sentence embedder, best text in the prompt", _embeddings, limit=1),
+    "embedder": _retrieval("embedder", "sentence embedder, best texts in the prompt", _embeddings),
+    "fused-1": _retrieval("fused-1", "BM25 and embedder, best text", lambda: Fused([BM25(), _embeddings()]), limit=1),
+    "fused": _retrieval("fused", "BM25 and embedder, best texts", lambda: Fused([BM25(), _embeddings()])),
+    "last-tokens": _retrieval("last-tokens", "the last texts in the prompt", Newest),
+    "summary": SummaryArm,
+    "full-history": _full_history,
     **{f"oracle-{wording.replace(' ', '-')}": _oracle(wording) for wording in WORDINGS if wording != BEST},
     "oracle": _oracle(BEST),
 }
-NOT_BY_DEFAULT = tuple(name for name in ARMS if name.startswith("oracle-"))
+COSTLY = ("summary", "full-history")
+NOT_BY_DEFAULT = (*COSTLY, *(name for name in ARMS if name.startswith("oracle-")))
 
 
 def new_arms(speaker: Speaker, names: Sequence[str], tokens: int) -> list[RecallArm]:

@@ -67,6 +67,19 @@ class BM25:
         return sorted(scores, key=lambda number: (-scores[number], -number))[:limit]
 
 
+class Newest:
+    """Texts from the newest to the oldest, whatever the query."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, text: str) -> None:
+        self._count += 1
+
+    def rank(self, query: str, limit: int) -> list[int]:
+        return list(range(self._count - 1, -1, -1))[:limit]
+
+
 class Embedder(Protocol):
     """A function from texts to unit vectors [n, d]."""
 

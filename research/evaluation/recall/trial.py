@@ -15,7 +15,7 @@ from research.runs import ResultCache, code_hash, content_hash
 
 SOURCES = tuple(
     f"evaluation/recall/{name}.py"
-    for name in ("arms", "memory", "prompt", "scenes", "search", "spans", "speaker", "trial")
+    for name in ("arms", "embedder", "memory", "prompt", "scenes", "search", "spans", "speaker", "trial")
 )
 
 Advance = Callable[[int], None]
