@@ -40,6 +40,9 @@ def evaluate(
     recall_size: Annotated[int, typer.Option(min=1, help="People, numbers and so on of a recall probe.")] = 100,
     recall_questions: Annotated[int, typer.Option(min=1, help="Questions of a recall probe, at most.")] = 1000,
     recall_split: Annotated[str, typer.Option(help="Wordings and names: train, dev or review.")] = "dev",
+    recall_locomo: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="LoCoMo's conversations, for the probe locomo.")
+    ] = None,
     recall_seed: Annotated[int, typer.Option(help="Seed of the recall probes.")] = 0,
 ) -> None:
     """Measure what the memory is worth on texts, compared with every alternative; needs no server.
@@ -54,7 +57,7 @@ def evaluate(
         from research.evaluation.recall.command import RecallOptions, evaluate_recall
         from research.evaluation.recall.probes import ProbeOptions
 
-        data = ProbeOptions(recall_split, recall_seed, recall_size, recall_questions)
+        data = ProbeOptions(recall_split, recall_seed, recall_size, recall_questions, recall_locomo)
         distances = _numbers(recall_after, "recall-after")
         names, chosen = split_commas(recall), split_commas(arms)
         evaluate_recall(Settings.load(), paths or [], RecallOptions(names, chosen, distances, recall_tokens, data, out))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from research.evaluation.recall.prompt import BEST, before_cue, with_texts
-from research.evaluation.recall.scenes import Message
+from research.evaluation.recall.scenes import Message, user
 from research.evaluation.recall.search import Index
 from research.evaluation.recall.spans import cut_text
 from research.evaluation.recall.speaker import Speaker
 
 RECALL_TOKENS = 256
+BLOCK = 64  # tokens typed, after which the texts of the prompt are chosen anew
 SUMMARISED_TOKENS = 512  # of new text, after which a running summary is written again
 
 
@@ -56,7 +58,59 @@ class RecallArm(Protocol):
         ...
 
 
-class FrozenArm:
+@runtime_checkable
+class BatchArm(Protocol):
+    """An arm that answers several questions faster together, each in a request of its own."""
+
+    def ask_all(self, questions: Sequence[str], max_tokens: int) -> list[Answer]:
+        """Return what `ask` returns for each question."""
+        ...
+
+    def complete_all(self, cues: Sequence[str], max_tokens: int) -> list[Answer]:
+        """Return what `complete` returns for each cue."""
+        ...
+
+
+@runtime_checkable
+class Finder(Protocol):
+    """An arm that can name the texts it would read."""
+
+    name: str
+
+    def forget(self) -> None: ...
+
+    def teach(self, messages: Sequence[Message]) -> None: ...
+
+    def find(self, query: str, limit: int) -> list[str]:
+        """Return at most `limit` learned texts, best first."""
+        ...
+
+
+@runtime_checkable
+class Suggester(Protocol):
+    """An arm that can complete what a person types."""
+
+    def guess(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the likeliest token at each position of a request, which is not learned.
+
+        What is put before a token depends on the tokens before it only.
+        """
+        ...
+
+
+class OneByOne:
+    """The questions of a `BatchArm`, one by one."""
+
+    def ask(self: BatchArm, question: str, max_tokens: int) -> Answer:
+        """Return the greedy reply to a question in a new request."""
+        return self.ask_all([question], max_tokens)[0]
+
+    def complete(self: BatchArm, cue: str, max_tokens: int) -> Answer:
+        """Return the greedy continuation of the beginning of a sentence, in a new request."""
+        return self.complete_all([cue], max_tokens)[0]
+
+
+class FrozenArm(OneByOne):
     """The frozen base, which remembers nothing."""
 
     name, title = "frozen", "frozen base"
@@ -74,14 +128,55 @@ class FrozenArm:
     def teach_text(self, text: str) -> None:
         pass
 
-    def ask(self, question: str, max_tokens: int) -> Answer:
-        return Answer(self._speaker.answer(with_texts((), question), max_tokens))
+    def ask_all(self, questions: Sequence[str], max_tokens: int) -> list[Answer]:
+        chats = [with_texts((), question) for question in questions]
+        return [Answer(text) for text in self._speaker.answers(chats, max_tokens)]
 
-    def complete(self, cue: str, max_tokens: int) -> Answer:
-        return Answer(self._speaker.complete(cue, max_tokens))
+    def complete_all(self, cues: Sequence[str], max_tokens: int) -> list[Answer]:
+        return [Answer(text) for text in self._speaker.sentences(cues, max_tokens)]
+
+    def guess(self, token_ids: Sequence[int]) -> list[int]:
+        return self._speaker.likeliest(self._speaker.text_ids(""), token_ids)
 
 
-class OracleArm(FrozenArm):
+class PromptArm(OneByOne, ABC):
+    """The base with texts of the past in the prompt, in one wording."""
+
+    name: str
+    title: str
+    identity: object = None
+    wording = BEST
+
+    def __init__(self, speaker: Speaker) -> None:
+        self._speaker = speaker
+        self.forget()
+
+    @abstractmethod
+    def forget(self) -> None: ...
+
+    @abstractmethod
+    def teach_text(self, text: str) -> None: ...
+
+    @abstractmethod
+    def chosen(self, query: str) -> tuple[str, ...]:
+        """Return the texts that are put before a question or a cue, oldest first."""
+
+    def teach(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self.teach_text(message["content"])
+
+    def ask_all(self, questions: Sequence[str], max_tokens: int) -> list[Answer]:
+        chosen = [self.chosen(question) for question in questions]
+        chats = [with_texts(texts, question, self.wording) for texts, question in zip(chosen, questions, strict=True)]
+        return [Answer(*both) for both in zip(self._speaker.answers(chats, max_tokens), chosen, strict=True)]
+
+    def complete_all(self, cues: Sequence[str], max_tokens: int) -> list[Answer]:
+        chosen = [self.chosen(cue) for cue in cues]
+        prompts = [before_cue(texts, cue) for texts, cue in zip(chosen, cues, strict=True)]
+        return [Answer(*both) for both in zip(self._speaker.sentences(prompts, max_tokens), chosen, strict=True)]
+
+
+class OracleArm(PromptArm):
     """The base with the one text in the prompt that holds the answer: the bound of finding.
 
     evidence: the text of each question or cue; set for each scene
@@ -91,23 +186,22 @@ class OracleArm(FrozenArm):
 
     def __init__(self, speaker: Speaker, wording: str = BEST) -> None:
         super().__init__(speaker)
-        self.wording = wording
+        self.wording = self.identity = wording
         if wording != BEST:
             self.name = f"oracle-{wording.replace(' ', '-')}"
             self.title = f"the fact itself in the prompt, {wording}"
+
+    def forget(self) -> None:
         self.evidence: Mapping[str, str] = {}
-        self.identity = wording
 
-    def ask(self, question: str, max_tokens: int) -> Answer:
-        texts = (self.evidence[question],)
-        return Answer(self._speaker.answer(with_texts(texts, question, self.wording), max_tokens), texts)
+    def teach_text(self, text: str) -> None:
+        pass
 
-    def complete(self, cue: str, max_tokens: int) -> Answer:
-        texts = (self.evidence[cue],)
-        return Answer(self._speaker.complete(before_cue(texts, cue), max_tokens), texts)
+    def chosen(self, query: str) -> tuple[str, ...]:
+        return (self.evidence[query],)
 
 
-class RetrievalArm:
+class RetrievalArm(PromptArm):
     """The base with the best texts in the prompt that an index finds.
 
     limit: texts at most. tokens: tokens of the texts together, at most.
@@ -124,40 +218,25 @@ class RetrievalArm:
         tokens: int = RECALL_TOKENS,
     ) -> None:
         self.name, self.title, self.identity = name, title, (limit, tokens)
-        self._speaker, self._new_index, self._limit, self._tokens = speaker, new_index, limit, tokens
-        self.forget()
+        self._new_index, self._limit, self._tokens = new_index, limit, tokens
+        super().__init__(speaker)
 
     def forget(self) -> None:
         self._texts: list[str] = []
         self._sizes: list[int] = []
         self._index = self._new_index()
 
-    def teach(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            self._add(message["content"])
-
     def teach_text(self, text: str) -> None:
-        self._add(text)
-
-    def find(self, query: str, limit: int) -> list[str]:
-        """Return at most `limit` texts, best first."""
-        return [self._texts[number] for number in self._index.rank(query, limit)]
-
-    def ask(self, question: str, max_tokens: int) -> Answer:
-        texts = self._chosen(question)
-        return Answer(self._speaker.answer(with_texts(texts, question), max_tokens), texts)
-
-    def complete(self, cue: str, max_tokens: int) -> Answer:
-        texts = self._chosen(cue)
-        return Answer(self._speaker.complete(before_cue(texts, cue), max_tokens), texts)
-
-    def _add(self, text: str) -> None:
         for span in cut_text(text, self._speaker.count):
             self._texts.append(span)
             self._sizes.append(self._speaker.count(span))
             self._index.add(span)
 
-    def _chosen(self, query: str) -> tuple[str, ...]:
+    def find(self, query: str, limit: int) -> list[str]:
+        """Return at most `limit` texts, best first."""
+        return [self._texts[number] for number in self._index.rank(query, limit)]
+
+    def chosen(self, query: str) -> tuple[str, ...]:
         """Return the best texts within the budget, in the order in which they were learned, each once."""
         left, numbers, taken = self._tokens, list[int](), set[str]()
         for number in self._index.rank(query, self._tokens):
@@ -168,8 +247,18 @@ class RetrievalArm:
                 left -= self._sizes[number]
         return tuple(self._texts[number] for number in sorted(numbers))
 
+    def guess(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the likeliest tokens; before each block, texts are found by the block before it."""
+        found = list[int]()
+        for start in range(0, len(token_ids), BLOCK):
+            query = self._speaker.tokenizer.decode(token_ids[max(0, start - BLOCK) : start])
+            texts = self.chosen(query) if start else ()
+            before = self._speaker.text_ids("".join(f"{text}\n" for text in texts))
+            found += self._speaker.likeliest(before, token_ids[: start + BLOCK])[start:]
+        return found
 
-class SummaryArm(FrozenArm):
+
+class SummaryArm(PromptArm):
     """The base with a summary of the past in the prompt, which the base itself writes and keeps up to date.
 
     tokens: tokens of the summary, at most
@@ -178,18 +267,13 @@ class SummaryArm(FrozenArm):
     name, title = "summary", "a running summary by the base, in the prompt"
 
     def __init__(self, speaker: Speaker, tokens: int = RECALL_TOKENS) -> None:
+        self._tokens = self.identity = tokens
         super().__init__(speaker)
-        self._tokens, self.identity = tokens, tokens
-        self.forget()
 
     def forget(self) -> None:
         self._summary = ""
         self._unread: list[str] = []
         self._unread_tokens = 0
-
-    def teach(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            self.teach_text(message["content"])
 
     def teach_text(self, text: str) -> None:
         for span in cut_text(text, self._speaker.count):
@@ -198,15 +282,7 @@ class SummaryArm(FrozenArm):
             if self._unread_tokens >= SUMMARISED_TOKENS:
                 self._update()
 
-    def ask(self, question: str, max_tokens: int) -> Answer:
-        texts = self._texts()
-        return Answer(self._speaker.answer(with_texts(texts, question), max_tokens), texts)
-
-    def complete(self, cue: str, max_tokens: int) -> Answer:
-        texts = self._texts()
-        return Answer(self._speaker.complete(before_cue(texts, cue), max_tokens), texts)
-
-    def _texts(self) -> tuple[str, ...]:
+    def chosen(self, query: str) -> tuple[str, ...]:
         if self._unread:
             self._update()
         return (self._summary,) if self._summary else ()
@@ -215,5 +291,5 @@ class SummaryArm(FrozenArm):
         """Replace the summary by one of the summary and the unread texts."""
         lines = "\n".join(filter(None, [self._summary, *self._unread]))
         task = f"{lines}\n\nList the most important facts above in short sentences, with all names and numbers."
-        self._summary = self._speaker.answer([{"role": "user", "content": task}], self._tokens)
+        (self._summary,) = self._speaker.answers([[user(task)]], self._tokens)
         self._unread, self._unread_tokens = [], 0

@@ -50,6 +50,11 @@ class MiniLM:
         return torch.cat(found).numpy()
 
 
+def is_installed() -> bool:
+    """Return whether the package of the embedder is installed."""
+    return find_spec("all_minilm_l6_v2") is not None
+
+
 @cache
 def load_embedder() -> MiniLM:
     """Return the embedder. Raises CommandError if the package is missing."""

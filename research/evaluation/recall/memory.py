@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
+from research.evaluation.keystrokes import greedy_predictions
 from research.evaluation.prequential import new_pool
-from research.evaluation.recall.arms import Answer
+from research.evaluation.recall.arms import Answer, OneByOne
 from research.evaluation.recall.prompt import with_texts
 from research.evaluation.recall.scenes import Message
 from research.evaluation.recall.speaker import Speaker
 
 
-class MemoryArm:
+class MemoryArm(OneByOne):
     """The base with the session memory. Nothing is put in the prompt."""
 
     name, title = "memory", "today's memory (lexical site)"
@@ -44,12 +45,16 @@ class MemoryArm:
         ids = self._speaker.text_ids(text)
         self._learn(ids, [False] + [True] * (len(ids) - 1))
 
-    def ask(self, question: str, max_tokens: int) -> Answer:
-        ids = self._speaker.chat_ids(with_texts((), question))
-        return Answer(self._speaker.recall(ids, max_tokens, self._pool, self._session))
+    def ask_all(self, questions: Sequence[str], max_tokens: int) -> list[Answer]:
+        chats = [with_texts((), question) for question in questions]
+        return [Answer(text) for text in self._speaker.recalled_answers(chats, max_tokens, self._pool, self._session)]
 
-    def complete(self, cue: str, max_tokens: int) -> Answer:
-        return Answer(self._speaker.recall_sentence(cue, max_tokens, self._pool, self._session))
+    def complete_all(self, cues: Sequence[str], max_tokens: int) -> list[Answer]:
+        return [Answer(text) for text in self._speaker.recalled_sentences(cues, max_tokens, self._pool, self._session)]
+
+    def guess(self, token_ids: Sequence[int]) -> list[int]:
+        bos = self._speaker.tokenizer.start_token_id
+        return greedy_predictions(self._lm, self._pool, self._session, token_ids, bos)
 
     @torch.inference_mode()
     def _learn(self, ids: Sequence[int], learn: Sequence[bool]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from research.evaluation.recall.arms import FrozenArm, OracleArm, RecallArm, RetrievalArm, SummaryArm
-from research.evaluation.recall.embedder import load_embedder
+from research.evaluation.recall.embedder import is_installed, load_embedder
 from research.evaluation.recall.memory import MemoryArm
 from research.evaluation.recall.prompt import BEST, WORDINGS
 from research.evaluation.recall.search import BM25, Embeddings, Fused, Index, Newest
@@ -50,13 +50,17 @@ ARMS: Mapping[str, NewArm] = {
     "oracle": _oracle(BEST),
 }
 COSTLY = ("summary", "full-history")
+EMBEDDER = ("embedder-1", "embedder", "fused-1", "fused")
 NOT_BY_DEFAULT = (*COSTLY, *(name for name in ARMS if name.startswith("oracle-")))
 
 
 def new_arms(speaker: Speaker, names: Sequence[str], tokens: int) -> list[RecallArm]:
     """Return the arms of the given names, in the order of ARMS; without names all but NOT_BY_DEFAULT.
 
+    Without names and without the embedder's package, the arms with the embedder are left out too. Raises CommandError.
+
     tokens: tokens of past text that an arm may put in the prompt
     """
-    chosen = names or [name for name in ARMS if name not in NOT_BY_DEFAULT]
+    left_out = NOT_BY_DEFAULT if is_installed() else (*NOT_BY_DEFAULT, *EMBEDDER)
+    chosen = names or [name for name in ARMS if name not in left_out]
     return [new_arm(speaker, tokens) for name, new_arm in ARMS.items() if name in chosen]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from research.estimates import half_width, proportion
+from research.evaluation.recall.chapter import TypedWord
 from research.evaluation.recall.trial import Record
 from research.evaluation.report import TableData
 from research.plots import load_pyplot
@@ -69,6 +70,37 @@ def tables(groups: Sequence[Mapping[str, Any]]) -> list[TableData]:
             split = [[arm, *(_count(by_key.get((arm, label))) for label in labels)] for arm in arms]
             found.append((f"{probe}, after {distance:,} other tokens: right answers", ["arm", *labels], split))
     return found
+
+
+def evidence_table(found: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> TableData:
+    """Return the mean share of evidence among the best texts, by arm, category and number of texts."""
+    rows = []
+    for arm, categories in found.items():
+        for category, by_best in categories.items():
+            means = (sum(shares) / max(1, len(shares)) for shares in by_best.values())
+            size = len(next(iter(by_best.values())))
+            rows.append([arm, f"{category} ({size})", *(f"{mean:.3f}" for mean in means)])
+    best = list(next(iter(next(iter(found.values())).values())))
+    return "LoCoMo: evidence among the best texts", ["arm", "category (questions)", *best], rows
+
+
+def suggestion_table(name: str, found: Mapping[str, Mapping[str, Sequence[TypedWord]]]) -> TableData:
+    """Return the suggestions of names that are accepted, and the keys saved on names and on all words, by distance."""
+    rows = []
+    for arm, by_distance in found.items():
+        for distance, typed in by_distance.items():
+            accepted = [saved > 0 for is_name, _, saved in typed if is_name]
+            low, high = proportion(sum(accepted), max(1, len(accepted)))
+            share = {"value": sum(accepted) / max(1, len(accepted)), "low": low, "high": high}
+            names, everything = (_saved(chosen) for chosen in ([word for word in typed if word[0]], typed))
+            rows.append([arm, f"{int(distance):,}", f"{len(accepted)}", _share(share), names, everything])
+    heading = f"Names in a held-out chapter of {name}: suggestions accepted, keys saved (percent)"
+    return heading, ["arm", "other tokens", "names", "accepted", "keys, names", "keys, all"], rows
+
+
+def _saved(typed: Sequence[TypedWord]) -> str:
+    total = sum(size for _, size, _ in typed)
+    return f"{100 * sum(saved for _, _, saved in typed) / total:.0f}" if total else "–"
 
 
 def draw(groups: Sequence[Mapping[str, Any]], path: Path) -> None:

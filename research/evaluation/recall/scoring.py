@@ -25,7 +25,7 @@ class Verdict:
     fluent_error: the answer is not right and names another value of the same sort
     others_value: the answer contains a value that belongs to another person
     outdated: the answer contains the value that a correction replaced
-    found: a text that was put before the model holds the value; None for an arm that puts none
+    found: a text that was put before the model is the evidence or holds the value; None for an arm that puts none
     f1: F1 of the words of the answer against those of the value
     """
 
@@ -61,7 +61,9 @@ def score_answer(question: Question, answer: str, spans: tuple[str, ...] | None 
     right = contains(answer, question.answer) and not outdated
     others_value = any(contains(answer, value) for value in question.others if value != question.answer)
     fluent_error = not right and (others_value or outdated or names_value(question, answer))
-    found = None if spans is None else any(contains(span, question.answer) for span in spans)
+    found = None
+    if spans is not None:
+        found = any(span in question.evidence or contains(span, question.answer) for span in spans)
     return Verdict(right, fluent_error, others_value, outdated, found, f1(answer, question.answer))
 
 

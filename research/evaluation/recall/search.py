@@ -105,7 +105,8 @@ class Embeddings:
         if self._vectors is None:
             return []
         scores = self._vectors @ self._embed([query])[0]
-        return np.lexsort((-np.arange(len(scores)), -scores))[:limit].tolist()
+        order = np.lexsort((-np.arange(len(scores)), -scores))
+        return [int(number) for number in order[:limit]]
 
 
 class Fused:
