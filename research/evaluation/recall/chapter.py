@@ -14,7 +14,7 @@ from research.corpus import read_text, text_files
 from research.evaluation.keystrokes import accepted_keys
 from research.evaluation.prequential import cut
 from research.evaluation.recall.arms import RecallArm, Suggester
-from research.evaluation.recall.filler import FILLER_WINDOW, SUBJECTS, generated_text
+from research.evaluation.recall.filler import SUBJECTS, generated_text
 from research.evaluation.recall.scenes import Split
 from research.evaluation.recall.values import Inventor
 from service.errors import CommandError
@@ -39,9 +39,10 @@ class Chapter:
 TypedWord = tuple[bool, int, int]  # is a name of the earlier chapters, characters, keys saved
 
 
-def chapter(paths: Sequence[Path], tokenizer: Tokenizer, seed: int, split: Split) -> Chapter:
+def chapter(paths: Sequence[Path], tokenizer: Tokenizer, window: int, seed: int, split: Split) -> Chapter:
     """Return the first text with enough names that can be replaced, or a generated text without paths.
 
+    window: tokens of a request
     Raises CommandError if no text serves.
     """
     inventor = Inventor(seed, split)
@@ -50,10 +51,10 @@ def chapter(paths: Sequence[Path], tokenizer: Tokenizer, seed: int, split: Split
         text = generated_text(random.Random(f"chapter {seed}"), 600)
         for subject, name in zip(SUBJECTS, names, strict=True):
             text = re.sub(subject, name, text, flags=re.IGNORECASE)
-        return _cut("generated", text, names, tokenizer)
+        return _cut("generated text", text, names, tokenizer, window)
     for file, _ in text_files(paths):
         text, names = renamed(read_text(file)[:MAX_CHARS], inventor)
-        found = _cut(file.stem, text, names, tokenizer)
+        found = _cut(file.stem, text, names, tokenizer, window)
         if len(found.names) >= MIN_NAMES and len(found.typed) == TYPED_REQUESTS:
             return found
     raise CommandError(f"no text has {MIN_NAMES} names and {TAUGHT_REQUESTS + TYPED_REQUESTS} requests")
@@ -87,10 +88,10 @@ def typed_words(arm: RecallArm, book: Chapter, tokenizer: Tokenizer) -> list[Typ
     return found
 
 
-def _cut(name: str, text: str, names: Sequence[str], tokenizer: Tokenizer) -> Chapter:
+def _cut(name: str, text: str, names: Sequence[str], tokenizer: Tokenizer, window: int) -> Chapter:
     """Return the text as requests; names that the earlier chapters lack are left out."""
     ids = tokenizer.encode(text)[int(tokenizer.add_bos) :]
-    requests = cut(ids, FILLER_WINDOW, TAUGHT_REQUESTS + TYPED_REQUESTS)
+    requests = cut(ids, window, TAUGHT_REQUESTS + TYPED_REQUESTS)
     taught = requests[:TAUGHT_REQUESTS]
     known = set(re.findall(r"\w+", " ".join(tokenizer.decode(request) for request in taught)))
     return Chapter(name, taught, requests[TAUGHT_REQUESTS:], frozenset(known & set(names)))

@@ -18,8 +18,8 @@ from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder, console, load_model, progress_bar
 from research.evaluation.recall import report
 from research.evaluation.recall.arms import Finder, RecallArm, Suggester
-from research.evaluation.recall.chapter import chapter
-from research.evaluation.recall.filler import fillers
+from research.evaluation.recall.chapter import Chapter, chapter
+from research.evaluation.recall.filler import FILLER_WINDOW, fillers
 from research.evaluation.recall.probes import CHAPTER, NAMES, PROBES, ProbeOptions, conversations
 from research.evaluation.recall.registry import ARMS, new_arms
 from research.evaluation.recall.scenes import SPLITS
@@ -68,7 +68,11 @@ def evaluate_recall(settings: Settings, paths: Sequence[Path], options: RecallOp
     base = fingerprint(base_folder(settings))
     trial = RecallTrial(base, lm.device, ResultCache(options.out / "runs"), other, options.distances)
     groups, records = _answers(trial, arms, options)
-    extras = _extras(trial, arms, tokenizer, paths, options)
+    window = min(FILLER_WINDOW, speaker.max_context // 2)
+    book = None
+    if CHAPTER in options.probes:
+        book = chapter(paths, tokenizer, window, options.data.seed, options.data.checked_split)
+    extras = _extras(trial, arms, tokenizer, book, options)
     about = {
         "model": Path(settings.model).name,
         "base": base,
@@ -116,7 +120,7 @@ def _extras(
     trial: RecallTrial,
     arms: Sequence[RecallArm],
     tokenizer: Tokenizer,
-    paths: Sequence[Path],
+    book: Chapter | None,
     options: RecallOptions,
 ) -> dict[str, Any]:
     """Return what is no answer: evidence found in LoCoMo, and suggestions in a held-out chapter, by arm."""
@@ -130,8 +134,7 @@ def _extras(
                 talks = conversations(options.data)
                 found["evidence"][arm.name] = trial.evidence(arm, talks)
                 bar.advance(task)
-        if CHAPTER in options.probes:
-            book = chapter(paths, tokenizer, options.data.seed, options.data.checked_split)
+        if book is not None:
             suggesters = [arm for arm in arms if isinstance(arm, Suggester)]
             task = bar.add_task("chapter", total=len(suggesters))
             found["chapter"], found["suggestions"] = book.name, {}

@@ -42,8 +42,11 @@ class MemoryArm(OneByOne):
         self._learn(chat.token_ids, learn)
 
     def teach_text(self, text: str) -> None:
-        ids = self._speaker.text_ids(text)
-        self._learn(ids, [False] + [True] * (len(ids) - 1))
+        """Learn a document, in requests as long as the context allows."""
+        ids, step = self._speaker.encode(text), self._speaker.max_context - 1
+        for start in range(0, len(ids), step):
+            part = [self._speaker.tokenizer.start_token_id, *ids[start : start + step]]
+            self._learn(part, [False] + [True] * (len(part) - 1))
 
     def ask_all(self, questions: Sequence[str], max_tokens: int) -> list[Answer]:
         chats = [with_texts((), question) for question in questions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from research.evaluation.recall.scenes import SPLITS, Split
@@ -24,15 +25,22 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
           "December")  # fmt: skip
 ALLERGIES = ("peanuts", "shellfish", "pollen", "celery", "mustard", "sesame", "strawberries", "latex", "penicillin",
              "wasp stings", "cat hair", "lupins", "kiwi fruit", "hazelnuts", "soya", "aspirin", "mould", "nickel",
-             "walnuts", "tomatoes", "dust mites")  # fmt: skip
+             "walnuts", "tomatoes", "dust mites", "egg white", "wool", "horse hair", "rye flour", "apricots", "iodine",
+             "birch bark", "mussels", "garlic", "chlorine", "bee venom", "cashews", "oats", "ragweed", "paprika",
+             "sulphites", "mango skin", "hay", "goose down", "lanolin", "cinnamon")  # fmt: skip
 INSTRUMENTS = ("cello", "oboe", "banjo", "accordion", "harp", "tuba", "clarinet", "mandolin", "bassoon", "zither",
                "viola", "trombone", "bagpipes", "ukulele", "harmonica", "lute", "piccolo", "saxophone", "sitar",
                "double bass", "French horn")  # fmt: skip
+VOICES = ("bass", "alto", "tenor", "soprano")
 DISH_STYLES = ("smoked", "braised", "pickled", "curried", "roasted", "spiced", "stuffed", "fried", "glazed", "creamed",
                "grilled", "baked")  # fmt: skip
 DISHES = ("turnips", "lentils", "aubergines", "trout", "quinces", "dumplings", "leeks", "chestnuts", "mackerel",
           "pumpkin", "cabbage", "mushrooms", "parsnips", "herring", "chickpeas", "fennel", "duck", "plums",
           "rabbit", "artichokes", "beetroot")  # fmt: skip
+
+
+NOT_AGAIN = 10  # values of a sort, as many as a scene of five people has at most
+MAX_DRAWS = 10_000
 
 
 def in_split(value: str, split: Split) -> bool:
@@ -41,12 +49,13 @@ def in_split(value: str, split: Split) -> bool:
 
 
 class Inventor:
-    """Draws values of one split, reproducibly. No value is drawn twice unless a list is exhausted."""
+    """Draws values of one split, reproducibly. Names and numbers are drawn once only, other values not soon again."""
 
     def __init__(self, seed: int, split: Split) -> None:
         self.rng = random.Random(f"{split} {seed}")
         self.split = split
         self._used: set[str] = set()
+        self._recent: dict[str, deque[str]] = {}
 
     def person(self) -> str:
         """Return a first name and a family name."""
@@ -78,30 +87,34 @@ class Inventor:
 
     def day(self) -> str:
         """Return a day of the year."""
-        return f"{self.rng.randrange(1, 29)} {self.rng.choice(MONTHS)}"
+        return self._choose("day", [f"{day} {month}" for month in MONTHS for day in range(1, 29)])
 
     def dish(self) -> str:
         """Return a dish."""
-        return self._fresh(lambda: f"{self.rng.choice(DISH_STYLES)} {self.rng.choice(DISHES)}")
+        return self._choose("dish", [f"{style} {dish}" for style in DISH_STYLES for dish in DISHES])
 
     def allergy(self) -> str:
         """Return a substance that people are allergic to."""
-        return self.choose(ALLERGIES)
+        return self._choose("allergy", ALLERGIES)
 
     def instrument(self) -> str:
         """Return a musical instrument."""
-        return self.choose(INSTRUMENTS)
+        return self._choose("instrument", [f"{voice} {name}" for voice in VOICES for name in INSTRUMENTS])
 
-    def choose(self, values: Sequence[str]) -> str:
-        """Return one of the values that belong to the split; all count if none does."""
-        return self.rng.choice([value for value in values if in_split(value, self.split)] or list(values))
+    def _choose(self, sort: str, values: Sequence[str]) -> str:
+        """Return a value of the split that is not among the last NOT_AGAIN of its sort."""
+        recent = self._recent.setdefault(sort, deque(maxlen=NOT_AGAIN))
+        value = self.rng.choice([value for value in values if in_split(value, self.split) and value not in recent])
+        recent.append(value)
+        return value
 
     def _name(self, ends: Sequence[str]) -> str:
         return self._fresh(lambda: self.rng.choice(STARTS) + self.rng.choice(MIDDLES) + self.rng.choice(ends))
 
     def _fresh(self, draw: Callable[[], str]) -> str:
-        """Return a value of the split that was not drawn before."""
-        while (value := draw()) in self._used or not in_split(value, self.split):
-            pass
-        self._used.add(value)
-        return value
+        """Return a value of the split that was not drawn before. Raises ValueError if it finds none."""
+        for _ in range(MAX_DRAWS):
+            if (value := draw()) not in self._used and in_split(value, self.split):
+                self._used.add(value)
+                return value
+        raise ValueError(f"the split {self.split} has too few names")
