@@ -44,7 +44,7 @@ class Scene:
     name: str
     requests: tuple[tuple[Message, ...], ...]
     questions: tuple[Question, ...] = field(default=())
-    max_tokens: int = 24
+    max_tokens: int = 32
 
 
 def user(content: str) -> Message:
