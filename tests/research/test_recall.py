@@ -312,7 +312,7 @@ def test_names_of_a_text_are_replaced_by_invented_ones() -> None:
 def test_a_chapter_and_fillers_are_made_without_texts(speaker: Speaker) -> None:
     book = chapter([], speaker.tokenizer, 256, 0, "dev")
     assert len(book.names) > 5
-    assert len(book.typed) == 2
+    assert len(book.typed) == 4
     made = fillers([], speaker.tokenizer, 1000, 0)
     assert sum(filler.tokens for filler in made) >= 1000
     assert made == fillers([], speaker.tokenizer, 1000, 0)

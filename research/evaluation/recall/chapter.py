@@ -20,9 +20,9 @@ from research.evaluation.recall.values import Inventor
 from service.errors import CommandError
 
 TAUGHT_REQUESTS = 8
-TYPED_REQUESTS = 2
+TYPED_REQUESTS = 4
 MIN_OCCURRENCES = 4  # of a name that is replaced
-MIN_NAMES = 5  # of a text that serves
+MIN_NAMES = 20  # in the held-out requests of a text that serves
 MAX_CHARS = 60_000
 
 
@@ -43,7 +43,7 @@ def chapter(paths: Sequence[Path], tokenizer: Tokenizer, window: int, seed: int,
     """Return the first text with enough names that can be replaced, or a generated text without paths.
 
     window: tokens of a request
-    Raises CommandError if no text serves.
+    Raises CommandError if no text has both.
     """
     inventor = Inventor(seed, split)
     if not paths:
@@ -55,9 +55,13 @@ def chapter(paths: Sequence[Path], tokenizer: Tokenizer, window: int, seed: int,
     for file, _ in text_files(paths):
         text, names = renamed(read_text(file)[:MAX_CHARS], inventor)
         found = _cut(file.stem, text, names, tokenizer, window)
-        if len(found.names) >= MIN_NAMES and len(found.typed) == TYPED_REQUESTS:
+        typed = re.findall(r"\w+", " ".join(tokenizer.decode(request) for request in found.typed))
+        if sum(word in found.names for word in typed) >= MIN_NAMES and len(found.typed) == TYPED_REQUESTS:
             return found
-    raise CommandError(f"no text has {MIN_NAMES} names and {TAUGHT_REQUESTS + TYPED_REQUESTS} requests")
+    raise CommandError(
+        f"no text has {TAUGHT_REQUESTS + TYPED_REQUESTS} requests of {window} tokens and {MIN_NAMES} names in the last"
+        f" {TYPED_REQUESTS}"
+    )
 
 
 def renamed(text: str, inventor: Inventor) -> tuple[str, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from model.text.tokenizer import Tokenizer
-from research.evaluation.recall.arms import Answer, BatchArm, Finder, OracleArm, RecallArm
+from research.evaluation.recall.arms import Answer, BatchArm, Finder, FrozenArm, OracleArm, RecallArm
 from research.evaluation.recall.chapter import Chapter, TypedWord, typed_words
 from research.evaluation.recall.filler import Filler
 from research.evaluation.recall.locomo import Conversation, evidence_shares
@@ -33,8 +33,6 @@ SOURCES = tuple(
         "trial",
     )
 )
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,9 @@ class RecallTrial:
         self._base, self._device, self._runs = base, device, runs
         self._fillers, self._distances = fillers, sorted(distances)
 
-    def run(self, probe: str, scene: Scene, arm: RecallArm, advance: Advance = lambda _: None) -> list[Record]:
-        """Return the answers of an arm to all questions of a scene at all distances.
-
-        `advance` gets 1 for each distance. Distances beyond the fillers are left out.
-        """
-        answers = self.cached(arm, asdict(scene), lambda: self._answers(scene, arm, advance))
+    def run(self, probe: str, scene: Scene, arm: RecallArm) -> list[Record]:
+        """Return the answers of an arm to all questions of a scene at all distances that the fillers reach."""
+        answers = self.cached(arm, asdict(scene), lambda: self._answers(scene, arm))
         found = []
         for distance, its_answers in answers.items():
             for question, (text, spans) in zip(scene.questions, its_answers, strict=True):
@@ -115,20 +110,20 @@ class RecallTrial:
             self._runs.save(key, *found)
         return found[1]
 
-    def _answers(
-        self, scene: Scene, arm: RecallArm, advance: Advance
-    ) -> dict[str, list[tuple[str, tuple[str, ...] | None]]]:
+    def _answers(self, scene: Scene, arm: RecallArm) -> dict[str, list[tuple[str, tuple[str, ...] | None]]]:
         """Return the text and the spans of each answer, by distance."""
         arm.forget()
         if isinstance(arm, OracleArm):
             arm.evidence = {question.text: question.evidence for question in scene.questions}
         for messages in scene.requests:
             arm.teach(messages)
-        found = {}
+        found: dict[str, list[tuple[str, tuple[str, ...] | None]]] = {}
         for distance in self._teach_fillers(arm):
+            if found and isinstance(arm, FrozenArm | OracleArm):  # the answers are the same at every distance
+                found[str(distance)] = next(iter(found.values()))
+                continue
             answers = answer_all(arm, scene.questions, scene.max_tokens)
             found[str(distance)] = [(answer.text, answer.spans) for answer in answers]
-            advance(1)
         return found
 
     def _teach_fillers(self, arm: RecallArm) -> Iterator[int]:
