@@ -1,4 +1,4 @@
-"""How texts of the past are put before a question: four wordings, of which every arm uses the same one."""
+"""The wording in which texts of the past stand before a question: four were tried, and every arm uses the best."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Lines = tuple[str, str, str]  # statement, correction, question
 
 @dataclass(frozen=True)
 class Topic:
-    """What is said of things of one sort, with the lines of each split in the order of SPLITS."""
+    """Statements about things of one sort, with the lines of each split in the order of SPLITS."""
 
     name: str
     draw: Callable[[Inventor], str]
