@@ -18,7 +18,7 @@ PEOPLE_IN_A_SCENE = 5
 
 @dataclass(frozen=True)
 class Wording:
-    """The templates of one split for an attribute: statement, correction, three questions and the beginning of a sentence."""
+    """The templates of one split for an attribute: a statement, a correction and three questions."""
 
     statement: str
     correction: str
