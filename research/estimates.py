@@ -32,6 +32,20 @@ def half_width(values: Sequence[float] | NDArray[np.float64]) -> float:
     return STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
+def proportion(successes: int, n: int) -> tuple[float, float]:
+    """Return the ends of Wilson's 95% interval (1927) of a share of `n` independent trials.
+
+    Raises ValueError without trials, or for a share that is not between 0 and 1.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes must be between 0 and n, and n at least 1, got {successes} of {n}")
+    z = 1.96
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def mean(values: Sequence[float]) -> GeometricMeanEstimate:
     """Return the geometric mean of positive values, with Student's interval of their logarithms.
 

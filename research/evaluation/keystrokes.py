@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from model.adaptive_lm import AdaptiveLM
@@ -20,16 +20,19 @@ def keystrokes(typed: Sequence[bytes], shown: Sequence[bytes]) -> tuple[int, int
     with one key; the tokens before it, and the last word of the text, are typed in full. A greedy completion that is
     right so far is conditioned on the true text, so no decoding is needed.
     """
+    saved = sum(keys for _, keys in accepted_keys(typed, shown))
+    return saved, _characters(b"".join(typed))
+
+
+def accepted_keys(typed: Sequence[bytes], shown: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Yield each word of a text but the last, and the keys that a completion saves there, as in `keystrokes`."""
     starts = [i for i, piece in enumerate(typed) if i == 0 or not _continues_word(piece)]
-    saved, total = 0, _characters(b"".join(typed))
     for start, end in pairwise(starts):
-        if _continues_word(shown[end]):
-            continue  # the completion continues after the end of the word
         first = end
-        while first > start and shown[first - 1] == typed[first - 1]:
+        # A completion that continues after the end of the word is not accepted.
+        while not _continues_word(shown[end]) and first > start and shown[first - 1] == typed[first - 1]:
             first -= 1
-        saved += max(0, _characters(b"".join(typed[first:end])) - 1)
-    return saved, total
+        yield b"".join(typed[start:end]), max(0, _characters(b"".join(typed[first:end])) - 1)
 
 
 def greedy_predictions(lm: AdaptiveLM, pool: Pool, session: int, token_ids: Sequence[int], bos: int) -> list[int]:

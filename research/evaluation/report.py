@@ -26,7 +26,12 @@ def tables(results: Results) -> list[TableData]:
 
 def print_report(results: Results) -> None:
     """Print every table."""
-    for heading, columns, rows in tables(results):
+    print_tables(tables(results))
+
+
+def print_tables(given: Sequence[TableData]) -> None:
+    """Print tables on the commands' console."""
+    for heading, columns, rows in given:
         table = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
@@ -50,10 +55,16 @@ def write_markdown(results: Results, path: Path) -> None:
         " variants' count the head twice.\n\n"
         f"{titles}\n"
     )
-    for heading, columns, rows in tables(results):
+    path.write_text(text + markdown(tables(results)))
+
+
+def markdown(given: Sequence[TableData]) -> str:
+    """Return tables as Markdown, each below its heading."""
+    text = ""
+    for heading, columns, rows in given:
         lines = [columns, ["---"] * len(columns), *rows]
         text += f"\n**{heading}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    path.write_text(text)
+    return text
 
 
 def _arms(results: Results) -> TableData:
