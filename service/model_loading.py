@@ -25,6 +25,7 @@ from model.memory import Memory, load_memory
 from model.memory.episodic.words import build_tables
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
+from model.recall import RecallPlan
 from model.text.tokenizer import Tokenizer
 from service.base_cache import resolve_base
 from service.engine import Engine
@@ -32,7 +33,6 @@ from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
 from service.turns.loaded_model import LoadedModel
-from service.turns.recall import RecallPlan
 
 LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
 KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets

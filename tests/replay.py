@@ -21,13 +21,13 @@ from model.episodes import Episodes
 from model.memory import Draft, SiteRows
 from model.memory.episodic.words import build_tables
 from model.memory.initial import default_config, random_memory
+from model.recall import RecallPlan
 from model.text.sampling import Sampler, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service.engine.text_stream import TextStream
 from service.settings import Settings
 from service.turns import prompts
 from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt, TextPrompt
-from service.turns.recall import RecallPlan
 
 Json = dict[str, Any]
 Rows = dict[str, dict[int, bytes]]
@@ -224,7 +224,7 @@ class Replay:
     ) -> tuple[Any, DecodeState] | None:
         """Return a cache and the state after a prompt that reads episodes; None if it finds none."""
         model, tokens = self._model, encoded.token_ids
-        request = model.recall.request(encoded, chat=is_chat)
+        request = model.recall.request(encoded.token_ids, encoded.question, chat=is_chat)
         if request is None:
             return None
         room = model.lm.backbone.config.max_context - len(tokens) - extra_tokens

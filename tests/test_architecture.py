@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "model.memory": (*MODEL_TOOLS, "model.site_kind", "model.weights"),
     "model.text": ("model.base.checkpoint", "model.device"),
     "model.episodes": ("model.base", "model.memory"),
+    "model.recall": ("model.episodes", "model.text"),
     "model.adaptive_lm": ("model.base", "model.episodes", "model.memory"),
     "model.decode": ("model.adaptive_lm", "model.base", "model.memory", *MODEL_TOOLS),
     "model.policies": ("model.adaptive_lm", "model.memory", "model.weights", *MODEL_TOOLS),

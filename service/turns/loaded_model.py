@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from model.policies.network import Policy
+from model.recall import RecallPlan
 from model.text.tokenizer import Tokenizer
 from service.engine import Engine
 from service.errors import Conflict
 from service.store.base import Option, SessionMeta
-from service.turns.recall import RecallPlan
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class LoadedModel:
         if fingerprint == self.text_fingerprint:
             return ""
         return next((name for name, own in self.policy_fingerprints.items() if own == fingerprint), None)
+
+    def keeps_episodes(self, options: Mapping[str, Option], requested: bool | None = None) -> bool:
+        """Return whether a turn keeps and reads episodes: unless the server, the session or the request forbids it."""
+        return self.recall.max_tokens > 0 and options.get("recall") is not False and requested is not False
 
     def require_model(self, meta: SessionMeta, policy: str = "") -> None:
         """Raise Conflict unless the slow weights of `policy` (or of text, for "") wrote the session."""

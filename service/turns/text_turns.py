@@ -70,7 +70,7 @@ class ObserveTurn(LearningTurn):
         encoded = await prompts.encode_text(self._prompt, model.tokenizer, meta.digests)
         start = model.tokenizer.start_token_id
         segments = await prompts.segments_async(encoded, model.context, start, learn=True, score=False)
-        keep = model.recall.keeps(meta.options, self._recall)
+        keep = model.keeps_episodes(meta.options, self._recall)
         return TurnPlan(meta, segments, digests=encoded.digests, keep_episodes=keep)
 
 
@@ -94,7 +94,7 @@ class ScoreTurn(Turn[ScoreResult]):
         segments = await prompts.segments_async(encoded, model.context, start, learn=self._learn, score=True)
         self._scores = list[TokenScores]()
         self._token_ids, self._token_bytes = encoded.token_ids, model.tokenizer.token_bytes
-        keep = model.recall.keeps(meta.options, None)
+        keep = model.keeps_episodes(meta.options)
         return TurnPlan(meta, segments, writes=self._learn, score_frozen=True, keep_episodes=keep)
 
     def outputs(self, segment: int, event: Event) -> Iterator[ScoreResult]:

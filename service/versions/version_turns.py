@@ -82,7 +82,7 @@ class UnlearnTurn(VersionTurn):
             for version, packed in kept_tokens
             for segment in unpack_learned_tokens(packed)
         ]
-        keep = model.recall.keeps(history.meta.options, None)
+        keep = model.keeps_episodes(history.meta.options)
         return TurnPlan(
             handle.meta, segments, state_delta=delta, kind="unlearn", origin=self._version, keep_episodes=keep
         )
@@ -160,7 +160,7 @@ class KeptCompletionTurn(LearningTurn):
         prompt = prompt[len(learned) - max_tokens - 1 :]
         segment = Segment(prompt + learned, learn=[False] * len(prompt) + [True] * len(learned))
         digests = list(message_digests([{"role": "assistant", "content": self._text}]))
-        keep = model.recall.keeps(handle.meta.options, None)
+        keep = model.keeps_episodes(handle.meta.options)
         return TurnPlan(handle.meta, [segment], digests=digests, keep_episodes=keep)
 
 

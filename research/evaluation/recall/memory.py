@@ -21,7 +21,7 @@ class MemoryArm(OneByOne):
 
     def __init__(self, speaker: Speaker) -> None:
         self._speaker, self._lm = speaker, speaker.lm
-        self.identity = self._lm.memory.fingerprint()
+        self.identity: object = self._lm.memory.fingerprint()
         self._pool = new_pool(self._lm)
         self._session = self._pool.open()
 

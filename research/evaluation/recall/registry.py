@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from research.evaluation.recall.arms import FrozenArm, OracleArm, RecallArm, RetrievalArm, SummaryArm
 from research.evaluation.recall.embedder import is_installed, load_embedder
+from research.evaluation.recall.episodes import EpisodesArm
 from research.evaluation.recall.memory import MemoryArm
 from research.evaluation.recall.prompt import BEST, WORDINGS
 from research.evaluation.recall.search import BM25, Embeddings, Fused, Index, Newest
@@ -37,6 +38,7 @@ def _embeddings() -> Index:
 ARMS: Mapping[str, NewArm] = {
     "frozen": lambda speaker, tokens: FrozenArm(speaker),
     "memory": lambda speaker, tokens: MemoryArm(speaker),
+    "episodes": EpisodesArm,
     "bm25-1": _retrieval("bm25-1", "BM25, best text in the prompt", BM25, limit=1),
     "bm25": _retrieval("bm25", "BM25, best texts in the prompt", BM25),
     "embedder-1": _retrieval("embedder-1", "sentence embedder, best text in the prompt", _embeddings, limit=1),

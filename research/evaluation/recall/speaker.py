@@ -16,6 +16,7 @@ BATCH_TOKENS = 8192  # of requests that are decoded together, with their answers
 MIN_REUSED = 256  # tokens at the beginning of two prompts, whose keys and values are worth a copy
 
 Prefilled = tuple[KVCache, DecodeState]
+Prefill = Callable[[list[int], int], Prefilled]  # from a prompt and the capacity of its cache
 
 
 class Speaker:
@@ -39,7 +40,7 @@ class Speaker:
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a chat, ready for the reply. A base without a chat template gets lines of text."""
         if self.tokenizer.has_chat_template:
-            return self.tokenizer.encode_chat(messages).token_ids
+            return list(self.tokenizer.encode_chat(messages).token_ids)
         lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
         return self.text_ids("\n".join([*lines, "Assistant:"]))
 
@@ -55,7 +56,14 @@ class Speaker:
     def sentences(self, texts: Sequence[str], max_tokens: int) -> list[str]:
         """Return the continuations of texts by the base without memory, to the end of the sentence or line."""
         prompts = [self.text_ids(text) for text in texts]
-        return [_first_sentence(text) for text in self._without_memory(prompts, max_tokens)]
+        return [first_sentence(text) for text in self._without_memory(prompts, max_tokens)]
+
+    @torch.inference_mode()
+    def prefilled_texts(
+        self, prompts: Sequence[list[int]], max_tokens: int, prefill: Prefill, pool: Pool, session: int
+    ) -> list[str]:
+        """Return the continuations of prompts that `prefill` reads, with the memory of a session."""
+        return self._decoded(prompts, max_tokens, prefill, pool, session)
 
     def recalled_answers(
         self, chats: Sequence[Sequence[Message]], max_tokens: int, pool: Pool, session: int
@@ -67,7 +75,7 @@ class Speaker:
     def recalled_sentences(self, texts: Sequence[str], max_tokens: int, pool: Pool, session: int) -> list[str]:
         """Return the same as `sentences`, with the memory of a session."""
         prompts = [self.text_ids(text) for text in texts]
-        return [_first_sentence(text) for text in self._with_memory(prompts, max_tokens, pool, session)]
+        return [first_sentence(text) for text in self._with_memory(prompts, max_tokens, pool, session)]
 
     @torch.inference_mode()
     def likeliest(self, before: Sequence[int], ids: Sequence[int]) -> list[int]:
@@ -115,7 +123,7 @@ class Speaker:
         self,
         prompts: Sequence[list[int]],
         max_tokens: int,
-        prefill: Callable[[list[int], int], Prefilled],
+        prefill: Prefill,
         pool: Pool,
         session: int,
     ) -> list[str]:
@@ -160,5 +168,5 @@ def _batches(prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[lis
         yield batch
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     return text.split("\n")[0].split(". ")[0].strip()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.episodes import RecallRequest
 from model.text.tokenizer import Tokenizer
-from service.store.base import Option
-from service.turns.prompts import EncodedPrompt
 
 TEXT_QUERY_TOKENS = 64  # of a plain text, the tokens at its end that ask
 BLANK_LINE = "\n\n"
@@ -42,20 +40,18 @@ class RecallPlan:
         separator = [token for token in tokenizer.encode(BLANK_LINE) if token != tokenizer.bos_token_id]
         return cls(max_tokens, chat_header or start, start, tuple(separator))
 
-    def keeps(self, options: Mapping[str, Option], requested: bool | None) -> bool:
-        """Return whether a turn keeps and reads episodes: unless the server, the session or the request forbids it."""
-        return self.max_tokens > 0 and options.get("recall") is not False and requested is not False
-
-    def request(self, encoded: EncodedPrompt, *, chat: bool) -> RecallRequest | None:
+    def request(
+        self, token_ids: Sequence[int], question: tuple[int, int] | None, *, chat: bool
+    ) -> RecallRequest | None:
         """Return what the reply to a prompt may recall; None for a prompt that asks nothing.
 
-        The episodes stand at the beginning of the user's last message, or after the first token of a text.
+        question: the tokens [start, stop) of a chat's last message of the user. The episodes stand at its beginning, or
+        after the first token of a text.
         """
         if not chat:
-            stop = len(encoded.token_ids)
-            query, header = (max(0, stop - TEXT_QUERY_TOKENS), stop), self.text_header
-            return RecallRequest(1, query, self.max_tokens, header, self.separator) if stop > 1 else None
-        if encoded.question is None:
+            stop = len(token_ids)
+            query = (max(0, stop - TEXT_QUERY_TOKENS), stop)
+            return RecallRequest(1, query, self.max_tokens, self.text_header, self.separator) if stop > 1 else None
+        if question is None:
             return None
-        at = max(1, encoded.question[0])
-        return RecallRequest(at, encoded.question, self.max_tokens, self.chat_header, self.separator)
+        return RecallRequest(max(1, question[0]), question, self.max_tokens, self.chat_header, self.separator)
