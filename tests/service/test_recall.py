@@ -1,0 +1,136 @@
+"""Recall through the HTTP interface: a reply reads what the session was taught, and nothing that it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from safetensors.numpy import load
+
+from model.episodes import SITE
+from tests.live import Client, Json, assert_error, assert_success
+
+HARBOUR = "The harbour of Vorlund is red."
+MILL = "Nine wheels turn Tessadon mill."
+ASKS_HARBOUR = "Which colour has the harbour of Vorlund?"
+ASKS_MILL = "How many wheels turn Tessadon mill?"
+
+
+@pytest.fixture
+def session() -> str:
+    return uuid4().hex
+
+
+def ask(client: Client, session: str, question: str, **fields: Any) -> Json:
+    """Ask in a new chat without learning; return what the reply's last event tells."""
+    reply = client.chat([{"role": "user", "content": question}], session=session, adapt="predict", **fields)
+    adaptation: Json = reply["adaptation"]
+    return adaptation
+
+
+def recalled(client: Client, session: str, question: str = ASKS_HARBOUR, **fields: Any) -> list[str]:
+    return [episode["text"] for episode in ask(client, session, question, **fields)["recalled"]]
+
+
+def arrays(client: Client, session: str) -> dict[str, bytes]:
+    """Return the stored rows of a session by name, from its export."""
+    exported = client.http.get(f"/v1/sessions/{session}/export")
+    assert exported.status_code == 200
+    return {name: array.tobytes() for name, array in load(exported.content).items()}
+
+
+def test_a_reply_reads_what_was_taught_and_says_where_it_is_from(client: Client, session: str) -> None:
+    client.observe(session, MILL)
+    client.observe(session, HARBOUR)
+    assert ask(client, session, ASKS_HARBOUR)["recalled"] == [
+        {"version": 2, "offset": 1, "score": pytest.approx(0, abs=1000), "text": HARBOUR}
+    ]
+    assert recalled(client, session, ASKS_MILL) == [MILL]
+    assert recalled(client, session, "Zzz?") == []
+    assert recalled(client, uuid4().hex) == []
+
+
+def test_a_streamed_reply_and_a_completion_recall_too(client: Client, session: str) -> None:
+    client.observe(session, HARBOUR)
+    chat = {"session": session, "messages": [{"role": "user", "content": ASKS_HARBOUR}], "max_tokens": 4}
+    with client.stream("chat/completions", **chat) as events:
+        last = [event for event in events if event.get("adaptation")][-1]
+    assert [episode["text"] for episode in last["adaptation"]["recalled"]] == [HARBOUR]
+    completion = client.complete("The colour of the harbour of Vorlund", session=session, max_tokens=4)
+    assert HARBOUR in [episode["text"] for episode in completion["adaptation"]["recalled"]]
+
+
+def test_recall_changes_the_reply_and_nothing_that_is_learned(client: Client, session: str) -> None:
+    other, chats = uuid4().hex, [ASKS_HARBOUR, "Is the harbour of Vorlund large? " * 12, HARBOUR * 5, MILL]
+    replies = {}
+    for name, recall in ((session, True), (other, False)):
+        client.observe(name, HARBOUR * 3)
+        fields: Json = {"session": name, "learn": "all", "recall": recall, "seed": 1, "logit_bias": {"1": -100}}
+        replies[name] = [client.chat([{"role": "user", "content": text}], **fields) for text in chats]
+    assert any(reply["adaptation"]["recalled"] for reply in replies[session])
+    assert not any(reply["adaptation"]["recalled"] for reply in replies[other])
+
+    # The replies differ, so both learn the same replies here.
+    same = uuid4().hex
+    for name, recall in ((session + "-2", True), (same, False)):
+        client.observe(name, HARBOUR * 3)
+        for text in chats:
+            client.chat([{"role": "user", "content": text}], session=name, learn="prompt", recall=recall)
+    learned, without = arrays(client, session + "-2"), arrays(client, same)
+    for name in without:
+        if not name.startswith(SITE):
+            assert learned[name] == without[name], name
+
+
+def test_neither_a_request_nor_a_session_without_recall_keeps_a_text(client: Client, session: str) -> None:
+    body = {"text": HARBOUR, "recall": False}
+    assert_success(client.post(f"sessions/{session}/observe", body))
+    assert recalled(client, session) == []
+    assert not any(name.startswith(SITE) for name in arrays(client, session))
+    client.observe(session, HARBOUR)
+    assert recalled(client, session) == [HARBOUR]
+    assert recalled(client, session, recall=False) == []
+
+    private = uuid4().hex
+    assert_success(client.http.put(f"/v1/sessions/{private}", json={"recall": False}))
+    client.observe(private, HARBOUR)
+    assert recalled(client, private) == recalled(client, private, recall=True) == []
+    assert not any(name.startswith(SITE) for name in arrays(client, private))
+
+
+def test_what_is_unlearned_or_rolled_back_is_not_recalled(client: Client, session: str) -> None:
+    assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
+    client.observe(session, HARBOUR)
+    client.observe(session, MILL)
+    client.observe(session, "Nothing else happened.")
+    assert_success(client.post(f"sessions/{session}/unlearn", {"version": 1}))
+    assert recalled(client, session) == []
+    mill = ask(client, session, ASKS_MILL)["recalled"]
+    assert [(episode["version"], episode["text"]) for episode in mill] == [(2, MILL)]
+    assert_success(client.post(f"sessions/{session}/rollback", {"version": 1}))
+    assert recalled(client, session) == [HARBOUR]
+    assert recalled(client, session, ASKS_MILL) == []
+
+
+def test_forks_and_imports_recall_and_erased_sessions_do_not(client: Client, session: str) -> None:
+    client.observe(session, HARBOUR)
+    fork, imported = uuid4().hex, uuid4().hex
+    assert_success(client.post(f"sessions/{session}/fork", {"id": fork}))
+    exported = client.http.get(f"/v1/sessions/{session}/export").content
+    assert_success(client.http.put(f"/v1/sessions/{imported}/import", content=exported))
+    assert_success(client.http.delete(f"/v1/sessions/{session}"))
+    assert recalled(client, fork) == recalled(client, imported) == [HARBOUR]
+    client.observe(session, MILL)
+    assert recalled(client, session) == []
+
+
+def test_a_correction_is_recalled_instead_of_what_it_corrects(client: Client, session: str) -> None:
+    client.observe(session, HARBOUR)
+    client.observe(session, "The harbour of Vorlund is blue now.")
+    assert recalled(client, session) == ["The harbour of Vorlund is blue now."]
+
+
+def test_recall_without_a_session_is_refused(client: Client) -> None:
+    body = client.completion("The harbour", recall=True)
+    assert assert_error(client.post("completions", body), 400, "invalid_request_error")["param"] == "recall"
