@@ -22,7 +22,7 @@ from model.base.rotary import apply_rotary
 from model.memory import Draft, Pool, SiteConfig
 from model.memory.episodic.layout import LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.search import Ints, query_words, score_episodes
-from model.memory.episodic.words import WordTables, cut_spans, is_question, words_of
+from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, words_of
 
 SITE = "episodes"
 SLOTS = 16_384  # a million tokens in full spans

@@ -136,6 +136,9 @@ class Metrics:
         )
         self.tokens_predicted_total = self._counter("tokens_predicted_total", "Tokens generated.")
         self.tokens_prefilled_total = self._counter("tokens_prefilled_total", "Prompt tokens processed.")
+        self.episodes_recalled_total = self._counter(
+            "episodes_recalled_total", "Episodes of their sessions that replies have read."
+        )
 
     def _learning(self) -> None:
         self.tokens_learned_total = self._counter("tokens_learned_total", "Text tokens learned and committed.")

@@ -182,6 +182,7 @@ def record_jobs(metrics: Metrics, jobs: Sequence[JobFinished]) -> None:
     for done in jobs:
         metrics.tokens_prefilled_total.inc(done.stats.prompt_tokens)
         metrics.tokens_predicted_total.inc(done.stats.completion_tokens)
+        metrics.episodes_recalled_total.inc(len(done.recalled))
 
 
 def record_commit(

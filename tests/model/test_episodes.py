@@ -17,7 +17,7 @@ from model.episodes import MAX_EPISODES, SITE, SLOTS, SPAN_TOKENS, Episode, Epis
 from model.memory import Pool
 from model.memory.episodic.layout import LENGTH, ORDINAL
 from model.memory.episodic.search import count_words, counts_reference, query_words
-from model.memory.episodic.words import build_tables, cut_spans, is_question, words_of
+from model.memory.episodic.word_tables import build_tables, cut_spans, is_question, words_of
 from tests.model.tiny_lm import LEXICAL, VOCAB, build, new_pool, text, tiny_backbone
 
 WORDS = [

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load
 
 from model.episodes import SITE
-from tests.live import Client, Json, assert_error, assert_success
+from tests.live import Client, Json, assert_success
 
 HARBOUR = "The harbour of Vorlund is red."
 MILL = "Nine wheels turn Tessadon mill."
@@ -133,4 +133,5 @@ def test_a_correction_is_recalled_instead_of_what_it_corrects(client: Client, se
 
 def test_recall_without_a_session_is_refused(client: Client) -> None:
     body = client.completion("The harbour", recall=True)
-    assert assert_error(client.post("completions", body), 400, "invalid_request_error")["param"] == "recall"
+    response = client.post("completions", body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "recall"

@@ -9,7 +9,7 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.episodes import Episode, Episodes, RecallRequest
-from model.memory.episodic.words import build_tables
+from model.memory.episodic.word_tables import build_tables
 from model.recall import RecallPlan
 from research.evaluation.prequential import new_pool
 from research.evaluation.recall.arms import Answer
