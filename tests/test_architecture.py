@@ -417,7 +417,10 @@ MAX_ENTRIES = 3
 MORE_ENTRIES = {
     "service/http/schemas.py": (7, "pydantic calls one validator a field"),
     "service/turns/completion.py": (7, "the object of this kind of turn: `run_turn` calls one method a step"),
-    "service/turns/prompts.py": (5, "encodes a prompt and says how large it is; the digests of messages"),
+    "service/turns/prompts.py": (
+        6,
+        "encodes a prompt, says how large prompt and answer are; digests of messages",
+    ),
     "service/turns/commit.py": (4, "builds the commit and the outcome, and counts both"),
     "service/store/redis/store.py": (
         6,

@@ -22,4 +22,4 @@ def test_abusive_clients_harm_no_session_and_hold_nothing(tiny_base: Path, tmp_p
     assert run.replayed == len(run.histories)
     assert [window.abusive for window in run.windows] == [False, True, False, True]
     assert sum(run.outcomes.values()) > 20
-    assert max(sample["connections"] for sample in run.samples[0]) > 50
+    assert max(sample["connections"] for sample in run.samples[0]) > 4 + 4  # those of users, and abandoned ones

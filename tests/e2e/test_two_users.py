@@ -15,6 +15,7 @@ from typing import Unpack
 import pytest
 
 from imprint import Client, Completion, CompletionOptions
+from service.types import SUGGESTED_SAMPLING
 from tests.conftest import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real]
@@ -86,7 +87,10 @@ def test_what_the_tour_teaches_is_completed_as_it_shows(example_run: ExampleRun)
     for row in table.splitlines()[2:]:
         prompt, adapted, frozen = (cell.strip() for cell in row.strip("|").split("|"))
         for shown, session in ((adapted, "visitor"), (frozen, None)):
-            output = complete_greedily(example_run.client, session, prompt, max_tokens=12).text
+            penalty = SUGGESTED_SAMPLING.frequency_penalty  # as the page has it
+            output = complete_greedily(
+                example_run.client, session, prompt, max_tokens=12, frequency_penalty=penalty
+            ).text
             assert " ".join(output.split()).startswith(shown)
 
 

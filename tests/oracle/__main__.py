@@ -15,7 +15,7 @@ from tests.oracle.result import markdown
 from tests.oracle.run import run_deployment
 from tests.tiny import build_tiny_base
 
-AT_A_TIME = 2  # deployments
+AT_A_TIME = 4  # deployments
 
 
 def main() -> int:

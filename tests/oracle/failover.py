@@ -88,7 +88,8 @@ class ReplicatedStore(ABC):
     def _check_undisturbed(self, masters: list[int]) -> None:
         """Raise ContractViolation if a master was replaced that the oracle did not kill: commits may be lost then."""
         if masters != self._masters:
-            raise ContractViolation(f"{self._masters} were replaced by {masters}: the machine is too busy")
+            expected, self._masters = self._masters, masters
+            raise ContractViolation(f"{expected} were replaced by {masters}: the machine is too busy")
 
 
 class SentinelStore(ReplicatedStore):

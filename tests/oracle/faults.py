@@ -7,6 +7,8 @@ import json
 import random
 import signal
 import socket
+from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Literal
 from urllib.parse import urlsplit
@@ -39,11 +41,11 @@ class Kill(Fault):
             await asyncio.sleep(0.01)
 
     async def settle(self, run: Run) -> None:
-        await wait_ready(self._server.url, READY, self._restart_if_ended)
+        await wait_ready(self._server.url, READY, partial(restart_if_ended, self._server))
 
     async def _kill(self, rng: random.Random) -> bool:
         """Kill the victim and restart a killed server at once; return False if there was nothing to kill."""
-        self._restart_if_ended()
+        restart_if_ended(self._server)
         server, store = self._server.process, find_valkey(self._server.data_dir)
         assert server is not None
         if self._victim != "server" and store is None:
@@ -58,15 +60,16 @@ class Kill(Fault):
             self._server.start(wait=False)
         return True
 
-    def _restart_if_ended(self) -> None:
-        """Restart a server that ended because its store was killed during the start, as a supervisor would."""
-        assert self._server.process is not None
-        if self._server.process.poll() is None:
-            return
-        output = self._server.log.read_text()[-2000:]
-        if "valkey did not start (status -9)" not in output.splitlines()[-1]:
-            raise ContractViolation(f"the server ended by itself: {output}")
-        self._server.start(wait=False)
+
+def restart_if_ended(server: Server) -> None:
+    """Restart a server that ended because its store was killed during the start, as a supervisor would."""
+    assert server.process is not None
+    if server.process.poll() is None:
+        return
+    output = server.log.read_text()[-2000:]
+    if "valkey did not start (status -9)" not in output.splitlines()[-1]:
+        raise ContractViolation(f"the server ended by itself: {output}")
+    server.start(wait=False)
 
 
 class FullDisk(Fault):
@@ -78,14 +81,14 @@ class FullDisk(Fault):
         self._server = server
 
     async def inject(self, run: Run) -> None:
-        await wait_ready(self._server.url, OK)
+        await wait_ready(self._server.url, OK, partial(restart_if_ended, self._server))
         await run.pause(0, 0.5)
         filler = await asyncio.to_thread(fill, self._server.data_dir.parent)
         try:
             await run.pause(0.2, 1.5)
         finally:
             filler.unlink()
-        await wait_ready(self._server.url, OK)
+        await wait_ready(self._server.url, OK, partial(restart_if_ended, self._server))
 
 
 class FrozenReader(Fault):
@@ -105,24 +108,31 @@ class FrozenReader(Fault):
         stream.on_disconnect = stream.body["on_disconnect"] = run.random.choice(("rollback", "commit"))
         following = Turn(1, path, {"text": f"1 {TEXT[:60]}"}, has_key=True)
         history.turns += [stream, following]
-        with self._connect(run) as connection:
+        with await self._connect(run) as connection:
             content = json.dumps(stream.body).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {history.name}/0/0\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-            connection.sendall(head.encode() + content)
+            with suppress(OSError):  # a server that is killed now has not begun
+                connection.sendall(head.encode() + content)
             await asyncio.sleep(0.2)
             async with asyncio.timeout(RECOVERY_S):
                 await client.send_until_acknowledged(following)
 
     @staticmethod
-    def _connect(run: Run) -> socket.socket:
-        """Connect with the smallest buffers: what the kernel takes in the client's place counts as read."""
+    async def _connect(run: Run) -> socket.socket:
+        """Connect once a server listens, with the smallest buffers: what the kernel takes counts as read."""
         address = urlsplit(run.random.choice(run.deployment.urls))
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-        connection.connect((address.hostname, address.port))
-        return connection
+        for _ in range(int(RECOVERY_S)):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            try:
+                connection.connect((address.hostname, address.port))
+                return connection
+            except ConnectionRefusedError:
+                connection.close()
+                await asyncio.sleep(1)
+        raise ContractViolation(f"nothing listens at {address.netloc}")
 
     @staticmethod
     def _body(run: Run, session: str) -> dict[str, object]:

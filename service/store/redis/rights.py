@@ -16,7 +16,21 @@ from service.store.redis.scripts import NO_WRITES, load_script, retry_while_away
 
 ON_KEYS = (
     *("DEL", "EXISTS", "EXPIRE", "GET", "HDEL", "HEXISTS", "HGET", "HGETALL", "HINCRBY", "HKEYS", "HLEN", "HMGET"),
-    *("HSET", "HSETNX", "HSTRLEN", "INCR", "LRANGE", "LTRIM", "PERSIST", "PEXPIRE", "PTTL", "RPUSH", "SET", "TTL"),
+    *(
+        "HSET",
+        "HSETNX",
+        "HSTRLEN",
+        "INCR",
+        "LLEN",
+        "LRANGE",
+        "LTRIM",
+        "PERSIST",
+        "PEXPIRE",
+        "PTTL",
+        "RPUSH",
+        "SET",
+        "TTL",
+    ),
     *("UNLINK", "ZADD", "ZCARD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZREMRANGEBYSCORE", "ZSCORE"),
 )
 WITHOUT_KEYS = ("PING", "SCAN", "TIME")
