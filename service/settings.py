@@ -287,11 +287,11 @@ class Settings(BaseSettings):
         " store when they are used.",
     )
     recall_tokens: int = Field(
-        256,
+        0,
         ge=0,
         le=4096,
-        description="Most tokens of a session's episodes (spans of what it was taught) that a generated reply may read;"
-        " 0 = replies read none, and no session keeps any.",
+        description="Most tokens of a session's episodes (spans of what it was taught) that a generated reply may read,"
+        " 256 for example; 0 = replies read none, and no session keeps any.",
     )
     recall_hot_bytes: int = Field(
         256 * 2**20,

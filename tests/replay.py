@@ -217,7 +217,8 @@ class Replay:
         return cache, decode_state
 
     def _keep_episodes(self, tokens: Sequence[int], learn: Sequence[int], draft: Draft, offset: int = 0) -> None:
-        self._model.episodes.learn(draft, tokens, learn, version=len(self.versions), offset=offset)
+        if self._model.recall.max_tokens:
+            self._model.episodes.learn(draft, tokens, learn, version=len(self.versions), offset=offset)
 
     def _with_episodes(
         self, encoded: EncodedPrompt, extra_tokens: int, is_chat: bool, draft: Draft, after_prompt: DecodeState

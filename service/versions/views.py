@@ -76,7 +76,7 @@ class Views:
         self._sessions = sessions
 
     async def cells(self, tenant: Tenant, session: str) -> tuple[SessionMeta, list[SiteFill]]:
-        """Return the session's meta and the fill of each site."""
+        """Return the session's meta and the fill of each site; an episodic site only where the session has episodes."""
         stored = await self._sessions.store.load(tenant.name, session)
         if stored is None:
             raise session_not_found(session)
@@ -85,7 +85,8 @@ class Views:
         sites = loaded_model.engine.memory_config(loaded_model.require_loaded_model(meta)).sites
         if any(site_slots[-1] >= site.slots for site in sites if len(site_slots := slots.get(site.name, NO_SLOTS))):
             raise damaged_session(session)
-        return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in sites]
+        filled = [site for site in sites if site.kind != "episodic" or site.name in slots]
+        return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in filled]
 
     async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, VersionDiff]:
         """Return the difference between two kept versions. Raises Conflict for a version that is not kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -20,9 +21,10 @@ from tests.conftest import START_TIMEOUT_S
 class InProcessServer:
     """A server in a thread, without a process and without a store of its own."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, **settings: Any) -> None:
+        """settings: of the server, by name."""
         self.model = base.name
-        self._settings = Settings(model=str(base), threads=1)
+        self._settings = Settings(model=str(base), threads=1, **settings)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()

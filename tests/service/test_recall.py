@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -10,11 +12,25 @@ from safetensors.numpy import load
 
 from model.episodes import SITE
 from tests.live import Client, Json, assert_success
+from tests.service.in_process import InProcessServer
 
 HARBOUR = "The harbour of Vorlund is red."
 MILL = "Nine wheels turn Tessadon mill."
 ASKS_HARBOUR = "Which colour has the harbour of Vorlund?"
 ASKS_MILL = "How many wheels turn Tessadon mill?"
+
+
+@pytest.fixture(scope="module")
+def recalling_server(tiny_base: Path) -> Iterator[InProcessServer]:
+    server = InProcessServer(tiny_base, recall_tokens=64)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(recalling_server: InProcessServer) -> Iterator[Client]:
+    with Client(recalling_server.url, recalling_server.model) as client:
+        yield client
 
 
 @pytest.fixture
