@@ -412,7 +412,7 @@ def test_a_server_loads_no_research() -> None:
 
 MAX_SERVICE_FILES_HANDING_ON = 21
 MAX_SERVICE_FILES = 35
-MAX_MODEL_FILES = 25
+MAX_MODEL_FILES = 26
 MAX_ENTRIES = 3
 MORE_ENTRIES = {
     "service/http/schemas.py": (7, "pydantic calls one validator a field"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from model.episodes import SITE
 from model.memory.config import MemoryConfig, SiteConfig
 from model.site_kind import SiteKind
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
@@ -129,7 +130,8 @@ def _row_changes(
     """Return the changed rows from one version to the other, by site, and the change of the learned tokens."""
     old, new = state_delta_at(history, start, "from"), state_delta_at(history, end, "to")
     before, after = old.apply_to_rows(stored.sites), new.apply_to_rows(stored.sites)
-    names = [site.name for site in config.sites]
+    has_episodes = SITE in before or SITE in after
+    names = [site.name for site in config.sites if site.kind != "episodic" or has_episodes]
     tokens: int = new.meta["tokens_learned"] - old.meta["tokens_learned"]
     return {name: _changes(name, before, after) for name in names}, tokens
 
