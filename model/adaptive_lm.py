@@ -203,6 +203,8 @@ class AdaptiveLM:
         cache = self.new_cache(3)
         decode_state, _ = self.block([0, 0], cache, pool, draft.index, learn=[False, True], draft=draft)
         self.predict(self.decode([0], [cache], [decode_state], pool, [draft.index]), pool, [draft.index])
+        if self.episodes is not None:
+            self.episodes.prepare()
         pool.close(pool.open(draft.touched()))
         draft.rollback()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,8 @@ from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
 from model.base.rotary import apply_rotary
 from model.memory import Draft, Pool, SiteConfig
-from model.memory.episodic.layout import LENGTH, OFFSET, ORDINAL, VERSION
-from model.memory.episodic.search import Ints, query_words, score_episodes
+from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
+from model.memory.episodic.search import Floats, Ints, count_words, query_words, score_episodes
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, words_of
 
 SITE = "episodes"
@@ -46,6 +47,15 @@ class RecallRequest:
     max_tokens: int
     header: tuple[int, ...]
     separator: tuple[int, ...] = ()
+
+    def num_tokens(self, episodes: Sequence[Episode]) -> int:
+        """Return the number of tokens that episodes take in a cache."""
+        return sum(len(episode.token_ids) + len(self.separator) for episode in episodes)
+
+    def parts(self, start: int, length: int, block: int) -> list[tuple[int, int]]:
+        """Return the parts [start, stop) of a prompt of `length` tokens, from token `start` on, that are run one after
+        the other: blocks, of which one begins at `at`."""
+        return list(pairwise([*range(start, self.at, block), *range(self.at, length, block), length]))
 
 
 class Episode(NamedTuple):
@@ -90,6 +100,13 @@ class Episodes:
         self._bytes_held = 0
         self._header: tuple[tuple[int, ...], DenseCache] | None = None
 
+    def prepare(self) -> None:
+        """Run the search once if there are tables: its kernel is compiled at its first call."""
+        if len(self._tables.is_word):
+            count_words(
+                np.zeros((1, SPAN_TOKENS), np.int32), np.ones(1, np.int32), np.zeros(1, np.uint32), self._tables
+            )
+
     # --- write -----------------------------------------------------------------------------------------------------
 
     def learn(
@@ -109,7 +126,7 @@ class Episodes:
             return
         first = self._last_ordinal(draft.pool, draft.index) + 1
         ordinals = np.arange(first, first + len(spans))
-        header = np.zeros((len(spans), 4), np.int32)
+        header = np.zeros((len(spans), HEADER), np.int32)
         tokens = np.zeros((len(spans), SPAN_TOKENS), np.int32)
         header[:, ORDINAL], header[:, VERSION] = ordinals, version
         for row, (start, stop) in enumerate(spans):
@@ -127,37 +144,23 @@ class Episodes:
         the same cue, the newest is read.
         """
         header, tokens = self._rows(pool, index)
-        if not len(header) or request.max_tokens <= 0:
-            return []
         query, prior = query_words(token_ids[slice(*request.query)], self._tables)
-        if not len(query):
+        if not len(header) or not len(query):
             return []
         scores, cover = score_episodes(tokens, header[:, LENGTH], query, prior, self._tables)
-        scores = np.where(cover >= MIN_COVER, scores, 0.0)
-        best = float(scores.max())
-        if best <= 0:
-            return []
-        present, found, used = _text(token_ids), list[Episode](), 0
-        candidates = np.flatnonzero(scores >= MIN_RELATIVE * best)
-        for row in sorted(candidates, key=lambda i: (-scores[i], -header[i, ORDINAL])):
+        present, found = _text(token_ids), list[Episode]()
+        for row in _best_rows(np.where(cover >= MIN_COVER, scores, 0.0), header[:, ORDINAL]):
             ids = tuple(tokens[row, : header[row, LENGTH]].tolist())
-            cost = len(ids) + len(request.separator)
-            if used + cost > request.max_tokens or _text(ids) in present or is_question(ids, self._tables):
+            ordinal, version, offset = header[row, [ORDINAL, VERSION, OFFSET]].tolist()
+            episode = Episode(ids, ordinal, version, offset, float(scores[row]))
+            if _text(ids) in present or is_question(ids, self._tables):
                 continue
-            episode = Episode(
-                ids,
-                int(header[row, ORDINAL]),
-                int(header[row, VERSION]),
-                int(header[row, OFFSET]),
-                float(scores[row]),
-            )
             rival = next((other for other in found if self._same_cue(other.token_ids, ids)), None)
-            if rival is not None:
-                if rival.ordinal < episode.ordinal:
-                    found[found.index(rival)] = episode
+            if rival is not None and rival.ordinal > episode.ordinal:
                 continue
-            found.append(episode)
-            used += cost
+            chosen = [*(other for other in found if other is not rival), episode]
+            if request.num_tokens(chosen) <= request.max_tokens:
+                found = chosen
             if len(found) == MAX_EPISODES:
                 break
         return sorted(found, key=lambda episode: episode.ordinal)
@@ -168,14 +171,16 @@ class Episodes:
 
     def _rows(self, pool: Pool, index: int) -> tuple[Ints, Ints]:
         """Return the headers [n, 4] and the tokens [n, W] of a session's episodes."""
-        site = pool.sites[SITE]
-        cells = site.physical_cells[index]
-        header, tokens = (field.numpy()[cells[cells > 0]] for field in site.fields)
+        header, tokens = (field.numpy()[self._cells(pool, index)] for field in pool.sites[SITE].fields)
         return header, tokens
 
     def _last_ordinal(self, pool: Pool, index: int) -> int:
-        header, _ = self._rows(pool, index)
-        return int(header[:, ORDINAL].max(initial=0))
+        header = pool.sites[SITE].fields[0].numpy()[self._cells(pool, index), ORDINAL]
+        return int(header.max(initial=0))
+
+    def _cells(self, pool: Pool, index: int) -> Ints:
+        cells: Ints = pool.sites[SITE].physical_cells[index]
+        return cells[cells > 0]
 
     # --- read ------------------------------------------------------------------------------------------------------
 
@@ -228,6 +233,12 @@ class Episodes:
 
     def _forward(self, token_ids: Sequence[int], cache: KVCache) -> None:
         self._backbone(torch.tensor([list(token_ids)], device=self._backbone.embedding.device), [cache])
+
+
+def _best_rows(scores: Floats, ordinals: Ints) -> list[int]:
+    """Return the rows whose score is near the best, the best first; of equal scores the newest row first."""
+    rows = np.flatnonzero((scores > 0) & (scores >= MIN_RELATIVE * scores.max()))
+    return sorted(rows.tolist(), key=lambda row: (-scores[row], -ordinals[row]))
 
 
 def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:

@@ -84,7 +84,9 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
-    tables = build_tables([tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
+    # Without recall nothing reads the tables, and they take a while to build.
+    vocab_size = backbone.config.vocab_size if settings.recall_tokens else 0
+    tables = build_tables([tokenizer.text_bytes(token) for token in range(vocab_size)])
     episodes = Episodes(backbone, tables, hot_bytes=settings.recall_hot_bytes)
     lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone), episodes=episodes)
     engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)

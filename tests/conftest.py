@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -75,6 +76,18 @@ class Server:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+
+@contextmanager
+def started(servers: Sequence[Server]) -> Iterator[None]:
+    """Start servers side by side, and stop them when the block ends."""
+    with ExitStack() as stack:
+        for server in servers:
+            server.start(wait=False)
+            stack.callback(server.stop)
+        for server in servers:
+            server.wait_until_ready()
+        yield
 
 
 @pytest.fixture(scope="session")

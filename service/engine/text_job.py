@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -109,15 +110,16 @@ class TextSequence:
 class _Reading:
     """The second pass over a prompt, from the block on in which its episodes are read: nothing is learned from it.
 
-    cache: of the prompt with the episodes. position: number of tokens of the prompt that the cache has.
+    start: the first token of that block. parts: the ranges of tokens that the pass has still to run. cache: of the
+    prompt with the episodes.
     """
 
-    def __init__(self, episodes: list[Episode], recall: RecallRequest, block: int) -> None:
+    def __init__(self, episodes: list[Episode], recall: RecallRequest, length: int, block: int) -> None:
         self.episodes = episodes
         self.recall = recall
         self.start = recall.at // block * block
-        self.num_tokens = sum(len(episode.token_ids) + len(recall.separator) for episode in episodes)
-        self.position = self.start
+        self.num_tokens = recall.num_tokens(episodes)
+        self.parts = deque(recall.parts(self.start, length, block))
         self.cache: KVCache | None = None
         self.decode_state: DecodeState | None = None
 
@@ -222,8 +224,8 @@ class TextJob(MemoryJob):
     def _prefilling(self) -> bool:
         if not 0 <= self._segment < len(self.request.segments):
             return False
-        reading, length = self._reading, len(self._current_segment.token_ids)
-        return self._position < length or (reading is not None and reading.position < length)
+        reading = self._reading
+        return self._position < len(self._current_segment.token_ids) or (reading is not None and bool(reading.parts))
 
     @property
     def _current_segment(self) -> Segment:
@@ -278,36 +280,30 @@ class TextJob(MemoryJob):
 
     def _recall(self, segment: Segment) -> _Reading | None:
         """Choose the episodes that a segment reads, of those that the session has before the turn."""
-        recall, memory = segment.recall, self.request.memory
-        if recall is None or memory is None or self._lm.episodes is None or self._pool is None:
+        recall = segment.recall
+        if recall is None or self._pool is None or self._lm.episodes is None or not _max_tokens(segment):
             return None
         room = self._lm.backbone.config.max_context - _capacity(segment)
         recall = replace(recall, max_tokens=min(recall.max_tokens, room))
         index = self._index if self._draft is None else self._draft.base_index
         episodes = self._lm.episodes.find(self._pool, index, segment.token_ids, recall)
         self._recalled += episodes
-        return _Reading(episodes, recall, self._block) if episodes else None
+        return _Reading(episodes, recall, len(segment.token_ids), self._block) if episodes else None
 
     def _read_block(self, resident: ResidentSessions) -> None:
         """Run one block of the second pass, and append the episodes where the pass has reached their place."""
-        reading, token_ids = self._reading, self._current_segment.token_ids
-        assert reading is not None and reading.cache is not None and self.request.memory is not None
-        stop = min(reading.position + self._block, len(token_ids))
-        at = reading.recall.at
-        if reading.position == at:
-            assert self._lm.episodes is not None
-            owner = self.request.memory.key
-            self._lm.episodes.append(reading.cache, owner, reading.episodes, reading.recall)
-        elif reading.position < at:
-            stop = min(stop, at)
+        reading, memory, episodes = self._reading, self.request.memory, self._lm.episodes
+        assert reading is not None and reading.cache is not None and memory is not None and episodes is not None
+        start, stop = reading.parts.popleft()
+        if start == reading.recall.at:
+            episodes.append(reading.cache, memory.key, reading.episodes, reading.recall)
         reading.decode_state, _ = self._lm.block(
-            token_ids[reading.position : stop],
+            self._current_segment.token_ids[start:stop],
             reading.cache,
             resident.pool,
             self._index,
             decode_state=reading.decode_state,
         )
-        reading.position = stop
 
     def _prefill_block(self, resident: ResidentSessions) -> Iterator[Event]:
         assert self._cache is not None
@@ -478,7 +474,11 @@ def _floats(values: Tensor | None) -> array[float]:
 
 
 def _capacity(segment: Segment) -> int:
-    return len(segment.token_ids) + (segment.generate.max_tokens if segment.generate else 0)
+    return len(segment.token_ids) + _max_tokens(segment)
+
+
+def _max_tokens(segment: Segment) -> int:
+    return segment.generate.max_tokens if segment.generate else 0
 
 
 def _reading_capacity(segment: Segment, n: int) -> int:

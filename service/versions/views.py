@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from model.episodes import SITE
 from model.memory.config import MemoryConfig, SiteConfig
 from model.site_kind import SiteKind
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
@@ -86,8 +85,7 @@ class Views:
         sites = loaded_model.engine.memory_config(loaded_model.require_loaded_model(meta)).sites
         if any(site_slots[-1] >= site.slots for site in sites if len(site_slots := slots.get(site.name, NO_SLOTS))):
             raise damaged_session(session)
-        filled = [site for site in sites if site.kind != "episodic" or site.name in slots]
-        return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in filled]
+        return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in _shown_sites(sites, slots)]
 
     async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, VersionDiff]:
         """Return the difference between two kept versions. Raises Conflict for a version that is not kept."""
@@ -117,6 +115,11 @@ class Views:
         raise session_changed()
 
 
+def _shown_sites(sites: Iterable[SiteConfig], with_rows: Container[str]) -> list[SiteConfig]:
+    """Return the sites to show: an episodic site only if it is among those `with_rows`, by name."""
+    return [site for site in sites if site.kind != "episodic" or site.name in with_rows]
+
+
 def _fill(site: SiteConfig, slots: Slots) -> SiteFill:
     bin_cells = -(-site.cells // MAX_BINS)
     bin_rows, bins = bin_cells * site.cell, -(-site.cells // bin_cells)
@@ -130,8 +133,7 @@ def _row_changes(
     """Return the changed rows from one version to the other, by site, and the change of the learned tokens."""
     old, new = state_delta_at(history, start, "from"), state_delta_at(history, end, "to")
     before, after = old.apply_to_rows(stored.sites), new.apply_to_rows(stored.sites)
-    has_episodes = SITE in before or SITE in after
-    names = [site.name for site in config.sites if site.kind != "episodic" or has_episodes]
+    names = [site.name for site in _shown_sites(config.sites, before.keys() | after.keys())]
     tokens: int = new.meta["tokens_learned"] - old.meta["tokens_learned"]
     return {name: _changes(name, before, after) for name in names}, tokens
 

@@ -165,6 +165,13 @@ def test_what_is_read_is_bounded(lm: AdaptiveLM, pool: Pool) -> None:
     assert ask(lm, pool, session, "the cat ?", max_tokens=0) == []
 
 
+def test_a_newer_statement_that_does_not_fit_is_not_read(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "my cat is called pixel .", "my cat is called luna now anna .")
+    assert ask(lm, pool, session, "what is my cat called ?", max_tokens=8) == [ids("my cat is called luna now anna .")]
+    assert all(len(found) <= 6 for found in ask(lm, pool, session, "what is my cat called ?", max_tokens=6))
+
+
 def test_the_newest_episode_replaces_the_oldest(lm: AdaptiveLM, pool: Pool) -> None:
     session = pool.open()
     for count in (SLOTS - 1, 3):

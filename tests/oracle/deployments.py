@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from tests.conftest import Server
+from tests.conftest import Server, started
 from tests.live import find_valkey
 from tests.oracle.deployment import LEASE_S, SEND_TIMEOUT_S, Deployment, Fault
 from tests.oracle.eviction import LostKey
@@ -130,12 +130,7 @@ def replicated(name: str, store: ReplicatedStore, folder: Path, model: str) -> I
 def replicas(folder: Path, model: str, urls: list[str]) -> Iterator[list[Server]]:
     """Yield servers, each on one of the stores."""
     servers = [Server(model, folder / f"replica-{number}", redis_url=url, **REPLICA) for number, url in enumerate(urls)]
-    with ExitStack() as stack:
-        for server in servers:
-            server.start(wait=False)
-            stack.callback(server.stop)
-        for server in servers:
-            server.wait_until_ready()
+    with started(servers):
         yield servers
 
 

@@ -9,7 +9,6 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from service.store.embedded import EmbeddedValkey
 from service.store.redis import connect
 from service.store.redis.codec import PAGE_ROWS
 from service.store.redis.store import RedisStore
-from tests.conftest import Server
+from tests.conftest import Server, started
 from tests.live import (
     Client,
     Json,
@@ -169,15 +168,10 @@ def servers(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Two replicas whose leases last a second."""
     folder, (port,) = tmp_path_factory.mktemp("replicas"), free_ports(1)
     url = f"redis://127.0.0.1:{port}/0"
-    with valkey(folder / "valkey", port), ExitStack() as stack:
-        replicas = [
-            Server(str(tiny_base), folder / name, redis_url=url, lease_s=1, lease_wait_s=10) for name in ("one", "two")
-        ]
-        for server in replicas:
-            server.start(wait=False)
-            stack.callback(server.stop)
-        for server in replicas:
-            server.wait_until_ready()
+    replicas = [
+        Server(str(tiny_base), folder / name, redis_url=url, lease_s=1, lease_wait_s=10) for name in ("one", "two")
+    ]
+    with valkey(folder / "valkey", port), started(replicas):
         yield replicas
 
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from service.store.redis.store import RedisStore
-from tests.conftest import Server
+from tests.conftest import Server, started
 from tests.live import NO_EOS, Client, Json, assert_error, assert_success, state, wait_until
 from tests.service.stalling_proxy import StallingProxy
 from tests.service.valkeys import free_ports, valkey
@@ -48,11 +48,7 @@ def replicas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with valkey(folder / "valkey", port), StallingProxy(port).open() as proxy, ExitStack() as stack:
         urls = [f"redis://127.0.0.1:{each}/0" for each in (proxy.port, port)]
         servers = [Server(str(tiny_base), folder / f"{n}", redis_url=url, lease_s=1) for n, url in enumerate(urls)]
-        for server in servers:
-            server.start(wait=False)
-            stack.callback(server.stop)
-        for server in servers:
-            server.wait_until_ready()
+        stack.enter_context(started(servers))
         isolated_client, connected_client = (stack.enter_context(Client(server.url)) for server in servers)
         yield PartitionedReplicas(urls[1], proxy, isolated_client, connected_client)
 

@@ -21,16 +21,11 @@ ASKS_MILL = "How many wheels turn Tessadon mill?"
 
 
 @pytest.fixture(scope="module")
-def recalling_server(tiny_base: Path) -> Iterator[InProcessServer]:
+def memory_server(tiny_base: Path) -> Iterator[InProcessServer]:
+    """Yield a server that recalls, for `client`."""
     server = InProcessServer(tiny_base, recall_tokens=64)
     yield server
     server.stop()
-
-
-@pytest.fixture
-def client(recalling_server: InProcessServer) -> Iterator[Client]:
-    with Client(recalling_server.url, recalling_server.model) as client:
-        yield client
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 
@@ -87,13 +86,12 @@ class EpisodesArm(MemoryArm):
         self, ids: list[int], capacity: int, request: RecallRequest | None, episodes: Sequence[Episode]
     ) -> Prefilled:
         """Run a prompt block by block, with the episodes in their place, as a server does."""
-        block, state = self._lm.memory.config.block, None
-        at = request.at if request is not None and episodes else len(ids)
-        room = sum(len(episode.token_ids) + len(self._plan.separator) for episode in episodes)
-        cache = self._lm.new_cache(capacity + room)
-        cuts = sorted({*range(0, min(at + 1, len(ids)), block), min(at, len(ids)), *range(at, len(ids), block)})
-        for start, stop in pairwise([*(cut for cut in cuts if cut < len(ids)), len(ids)]):
-            if request is not None and episodes and start == at:
+        state = None
+        if request is None or not episodes:
+            request = RecallRequest(len(ids), query=(0, 0), max_tokens=0, header=())  # reads nothing, at the end
+        cache = self._lm.new_cache(capacity + request.num_tokens(episodes))
+        for start, stop in request.parts(0, len(ids), self._lm.memory.config.block):
+            if start == request.at:
                 self._episodes.append(cache, None, episodes, request)
             state, _ = self._lm.block(ids[start:stop], cache, self._pool, self._session, decode_state=state)
         assert state is not None

@@ -5,7 +5,7 @@ A topic has one line a split: a statement, a correction and a question. {s} stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from research.evaluation.recall.scenes import SPLITS, Question, Scene, Split, user
@@ -22,7 +22,6 @@ class Topic:
     """Statements about things of one sort, with the lines of each split in the order of SPLITS."""
 
     name: str
-    draw: Callable[[Inventor], str]
     lines: tuple[Lines, Lines, Lines]
 
     def of(self, split: Split) -> Lines:
@@ -30,43 +29,39 @@ class Topic:
         return self.lines[SPLITS.index(split)]
 
 
-def _no_value(inventor: Inventor) -> str:
-    raise NotImplementedError("numbers are drawn by their digits")
-
-
 NUMBERS = (
-    Topic("gate", _no_value, (
+    Topic("gate", (
         ("The {s} gate opens with {v}.", "The {s} gate opens with {v}, not as before.", "How do I open the {s} gate?"),
         ("The code of the {s} gate is {v}.", "The code of the {s} gate is {v} from today.",
          "Which code opens the gate at {s}?"),
         ("To get past the {s} gate, type {v}.", "To get past the {s} gate, type {v}; the old one is void.",
          "What must be typed at the {s} gate?"))),
-    Topic("invoice", _no_value, (
+    Topic("invoice", (
         ("{s} sent invoice {v}.", "{s} sent invoice {v} instead.", "Which invoice did {s} send?"),
         ("The invoice from {s} has the number {v}.", "The invoice from {s} has the number {v} after the change.",
          "What is the number of the {s} invoice?"),
         ("On the bill of {s} stands the reference {v}.", "On the bill of {s} stands the reference {v} now.",
          "Which reference is on the bill of {s}?"))),
-    Topic("telephone", _no_value, (
+    Topic("telephone", (
         ("{s} can be called on {v}.", "{s} can be called on {v} since the move.", "How can I call {s}?"),
         ("The telephone number of {s} is {v}.", "The telephone number of {s} is {v} by now.",
          "Which number do I dial for {s}?"),
         ("Ring {s} at {v}.", "Ring {s} at {v} from Monday.", "At which number does {s} answer?"))),
-    Topic("serial", _no_value, (
+    Topic("serial", (
         ("Serial number of the {s} pump: {v}.", "Serial number of the {s} pump: {v} (replaced).",
          "What is the serial number of the {s} pump?"),
         ("The {s} pump bears the serial number {v}.", "The {s} pump bears the serial number {v} since its repair.",
          "Which serial number does the pump from {s} have?"),
         ("Engraved on the {s} pump is {v}.", "Engraved on the {s} pump is {v}, as I saw today.",
          "What is engraved on the pump of {s}?"))),
-    Topic("parcel", _no_value, (
+    Topic("parcel", (
         ("The parcel for {s} is tracked under {v}.", "The parcel for {s} is tracked under {v} again.",
          "Under what number is the parcel for {s} tracked?"),
         ("The tracking number of the {s} parcel is {v}.", "The tracking number of the {s} parcel is {v} after all.",
          "How do I track the parcel to {s}?"),
         ("Look for the {s} box with label {v}.", "Look for the {s} box with label {v}, the new one.",
          "Which label is on the {s} box?"))),
-    Topic("members", _no_value, (
+    Topic("members", (
         ("The {s} society counts {v} members.", "The {s} society counts {v} members this year.",
          "How many members does the {s} society count?"),
         ("The number of visitors of the {s} museum was {v}.", "The number of visitors of the {s} museum was {v}, as"
@@ -75,44 +70,54 @@ NUMBERS = (
          "How many tickets were sold for the games in {s}?"))),
 )  # fmt: skip
 CORRECTIONS = (
-    Topic("lead", Inventor.person, (
+    Topic("lead", (
         ("Project {s} is led by {v}.", "Project {s} is led by {v} now.", "Who leads project {s}?"),
         ("The head of project {s} is {v}.", "The head of project {s} is {v} since today.",
          "Who is in charge of project {s}?"),
         ("Reports about project {s} go to {v}.", "Reports about project {s} go to {v} from now on.",
          "Who gets the reports about project {s}?"))),
-    Topic("deadline", Inventor.day, (
+    Topic("deadline", (
         ("The work on {s} must end on {v}.", "The work on {s} must end on {v} instead.", "When must {s} be done?"),
         ("The deadline for {s} is {v}.", "The deadline for {s} is {v} after the delay.",
          "By which day does {s} have to be finished?"),
         ("Hand in the papers for {s} on {v}.", "Hand in the papers for {s} on {v}, as was decided today.",
          "When are the papers for {s} due?"))),
-    Topic("venue", Inventor.town, (
+    Topic("venue", (
         ("The {s} meeting takes place in {v}.", "The {s} meeting takes place in {v} this time.",
          "Where does the {s} meeting take place?"),
         ("The {s} conference will be held in {v}.", "The {s} conference will be held in {v}, not where I said before.",
          "In which town is the {s} conference?"),
         ("For the {s} congress we travel to {v}.", "For the {s} congress we travel to {v} after all.",
          "Where do we travel for the {s} congress?"))),
-    Topic("supplier", Inventor.company, (
+    Topic("supplier", (
         ("Parts for the {s} come from {v}.", "Parts for the {s} come from {v} now.", "Who delivers parts for the {s}?"),
         ("The supplier of the {s} plant is {v}.", "The supplier of the {s} plant is {v} by the new contract.",
          "Which company supplies the {s} plant?"),
         ("The {s} works buy from {v}.", "The {s} works buy from {v} since last month.",
          "Where do the {s} works buy?"))),
-    Topic("price", lambda inventor: inventor.number(4), (
+    Topic("price", (
         ("One {s} costs {v} crowns.", "One {s} costs {v} crowns now.", "What does one {s} cost?"),
         ("The price of the {s} boat is {v} crowns.", "The price of the {s} boat is {v} crowns as of today.",
          "How much does the {s} boat cost?"),
         ("They ask for the {s} carpet {v} crowns.", "They ask for the {s} carpet {v} crowns at present.",
          "How much is asked for the {s} carpet?"))),
-    Topic("address", Inventor.street, (
+    Topic("address", (
         ("The {s} office is at {v}.", "The {s} office is at {v} after the move.", "Where is the {s} office?"),
         ("The address of the {s} clinic is {v}.", "The address of the {s} clinic is {v} since it moved.",
          "In which street is the {s} clinic?"),
         ("You find the {s} bakery in {v}.", "You find the {s} bakery in {v} from this week.",
          "What street is the {s} bakery in?"))),
 )  # fmt: skip
+
+# The values of the topics of CORRECTIONS.
+DRAWS: Mapping[str, Callable[[Inventor], str]] = {
+    "lead": Inventor.person,
+    "deadline": Inventor.day,
+    "venue": Inventor.town,
+    "supplier": Inventor.company,
+    "price": lambda inventor: inventor.number(4),
+    "address": Inventor.street,
+}
 
 
 def number_scenes(count: int, seed: int, split: Split) -> list[Scene]:
@@ -132,9 +137,10 @@ def correction_scenes(count: int, seed: int, split: Split) -> list[Scene]:
     items = []
     for number in range(count):
         topic = CORRECTIONS[number % len(CORRECTIONS)]
-        values = [topic.draw(inventor)]
+        draw = DRAWS[topic.name]
+        values = [draw(inventor)]
         while len(values) < (3 if number % 3 == 2 else 2):
-            if (value := topic.draw(inventor)) not in values:
+            if (value := draw(inventor)) not in values:
                 values.append(value)
         label = "corrected twice" if len(values) == 3 else "corrected"
         items.append((topic, inventor.town(), values, label))
