@@ -109,6 +109,9 @@ class Metrics:
             "Time from a turn's arrival at the engine to its first step. If it grows, the server is overloaded.",
             LATENCY_BUCKETS_S,
         )
+        self.turns_in_flight = self._gauge(
+            "turns_in_flight", "Turns that run or wait. At `IMPRINT_MAX_QUEUE`, further ones are refused."
+        )
         self.queue_depth = self._gauge("queue_depth", "Turns that wait for the engine.")
         self.batch_size = self._histogram("batch_size", "Sequences decoded in one step.", SEQUENCE_BUCKETS)
         self.guessed_tokens_total = self._counter(

@@ -224,7 +224,7 @@ class Settings(BaseSettings):
         256,
         ge=1,
         description="Number of requests that run or wait; a further one is answered 429 with `Retry-After`. Watch"
-        " `imprint_queue_depth`.",
+        " `imprint_turns_in_flight`.",
     )
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="Largest request body, in bytes; a larger one is answered 413."

@@ -213,11 +213,16 @@ def background_load(url: str, size: int = 8) -> Iterator[None]:
         assert all(user.result() for user in users)
 
 
-def in_background(pool: ThreadPoolExecutor, client: Client, work: Callable[[], Any]) -> Future[Any]:
-    """Start a request on the pool, and return once the server works on the request."""
-    before = client.metric("requests_in_flight")
+def in_background(
+    pool: ThreadPoolExecutor, client: Client, work: Callable[[], Any], gauge: str = "turns_in_flight"
+) -> Future[Any]:
+    """Start a request on the pool, and return once the request has its place in the queue, by a gauge that counts it.
+
+    A request is in flight earlier, while its body still comes; another one may then overtake it.
+    """
+    before = client.metric(gauge)
     future = pool.submit(work)
-    wait_until(lambda: future.done() or client.metric("requests_in_flight") > before)
+    wait_until(lambda: future.done() or client.metric(gauge) > before)
     return future
 
 

@@ -110,10 +110,12 @@ class SessionGate:
                 f"The queue is full: {self.in_flight} requests run or wait, at most {self.limits.max_queue} may."
             )
         self.in_flight += 1
+        self._metrics.turns_in_flight.inc()
         try:
             yield
         finally:
             self.in_flight -= 1
+            self._metrics.turns_in_flight.dec()
 
     @asynccontextmanager
     async def lock_session(self, tenant: Tenant, session: str) -> AsyncIterator[None]:

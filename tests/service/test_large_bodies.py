@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.text.tokenizer import Tokenizer
+from model.text.tokenizer import PIECE_CHARS, Tokenizer
 from service.concurrency import LARGE, STEP, dump_json, dump_json_pieces, run_off_loop
 from service.errors import BadRequest
 from service.http import json_route
@@ -143,9 +143,9 @@ def test_a_text_takes_at_most_twenty_times_its_bytes(text: str, kind: str, tiny_
     def prompt_of(content: str) -> TextPrompt | ChatPrompt:
         return TextPrompt(content) if kind == "text" else ChatPrompt([{"role": "user", "content": content}])
 
-    tokenizer, size = Tokenizer.load(tiny_base), MB
+    tokenizer, size = Tokenizer.load(tiny_base), 3 * MB  # many pieces, so that the memory of one piece counts little
     prompt = prompt_of(text * (size // len(text.encode())))
-    encode(prompt_of(text * 10_000), tokenizer, [], reply=False)  # what the library keeps for itself
+    encode(prompt_of(text * 2 * PIECE_CHARS), tokenizer, [], reply=False)  # what the library keeps for itself
     reset_peak(os.getpid())
     before = resident_mb(os.getpid(), "VmRSS")
     parts = segments(encode(prompt, tokenizer, [], reply=False), 512, 1, learn=True, score=True)

@@ -439,7 +439,8 @@ def test_a_session_is_erased_between_two_turns(client: Client, tokenizer: Tokeni
     with ThreadPoolExecutor(3) as pool:
         first = in_background(pool, client, lambda: client.observe(session, LONG * 6))
         wait_until(lambda: first.done() or client.metric("kv_tokens_reserved") > 0)  # it has its session
-        erased = in_background(pool, client, lambda: client.http.delete(f"/v1/sessions/{session}"))
+        path = f"/v1/sessions/{session}"
+        erased = in_background(pool, client, lambda: client.http.delete(path), gauge="requests_in_flight")
         second = in_background(pool, client, lambda: client.observe(session, SHORT))
         assert first.result()["version"] == 1
         assert erased.result().status_code == 200
