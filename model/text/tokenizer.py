@@ -188,7 +188,7 @@ class Tokenizer:
             return messages, {}
         unused = unused_characters(values)
         characters = {token: next(unused) for token in sorted(self._plain_ids, key=len, reverse=True)}
-        plain = [{key: _replaced(value, characters) for key, value in each.items()} for each in messages]
+        plain = [{key: replace_tokens(value, characters) for key, value in each.items()} for each in messages]
         return plain, {characters[token]: ids for token, ids in self._plain_ids.items()}
 
     def _has_special(self, text: str) -> bool:
@@ -396,11 +396,21 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_ALPHABET = _byte_alphabet()
 
 
-def _replaced(text: str, characters: Mapping[str, str]) -> str:
-    """Return a text with a character in place of each token; the longest tokens come first in `characters`."""
-    for token, character in characters.items():
-        text = text.replace(token, character)
-    return text
+def replace_tokens(text: str, characters: Mapping[str, str], size: int = WHOLE_CHARS) -> str:
+    """Return a text with a character in place of each token; the longest tokens come first in `characters`.
+
+    size: fewest characters of a part; the text is replaced in parts, since a call holds the interpreter's lock.
+    """
+    parts, start = [], 0
+    while start < len(text):
+        end = start + size
+        while any(text.find(token, max(0, end - len(token) + 1), end + len(token) - 1) >= 0 for token in characters):
+            end += 1  # a token would be cut here
+        part, start = text[start:end], end
+        for token, character in characters.items():
+            part = part.replace(token, character)
+        parts.append(part)
+    return "".join(parts)
 
 
 class _TokenCounts:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from model.base.checkpoint import CheckpointError
 from model.text.chat_template import ChatTemplateError
-from model.text.tokenizer import PIECE_CHARS, WHOLE_CHARS, Tokenizer
+from model.text.tokenizer import PIECE_CHARS, WHOLE_CHARS, Tokenizer, replace_tokens
 from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, build_tiny_base
 
@@ -399,6 +399,15 @@ def test_a_size_tells_no_more_tokens_than_a_real_text_has(real: tuple[Tokenizer,
     assert ours.fewest_tokens(0) == 0
     for text in [TEXT, *SAMPLES.values(), MIXED, " " * 5000, "<|im_end|>" * 50]:
         assert ours.fewest_tokens(len(text.encode())) <= len(ours.encode(text))
+
+
+@given(st.lists(st.sampled_from(["<", "<a", "a>", "<a>", "<<a>>", "b"]), max_size=30).map("".join), st.integers(1, 9))
+def test_tokens_are_replaced_in_parts_as_in_the_whole_text(text: str, size: int) -> None:
+    characters = {"<<a>>": "1", "<a>": "2", "<a": "3"}
+    whole = text
+    for token, character in characters.items():
+        whole = whole.replace(token, character)
+    assert replace_tokens(text, characters, size) == whole
 
 
 def test_special_tokens_in_messages_are_text(tmp_path: Path) -> None:
