@@ -8,7 +8,7 @@ They are kept in int8 while the episode is hot, and made again with the same bit
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -21,17 +21,17 @@ from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
 from model.base.rotary import apply_rotary
 from model.memory import Draft, Pool, SiteConfig
+from model.memory.episodic.addresses import Addresses
+from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
-from model.memory.episodic.search import Floats, Ints, count_words, query_words, score_episodes
-from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, words_of
+from model.memory.episodic.search import Ints, match_words, query_words
+from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
+from model.memory.episodic.words import Lexicon
 
 SITE = "episodes"
 SLOTS = 16_384  # a million tokens in full spans
 SPAN_TOKENS = 64
 MAX_EPISODES = 4  # that a request reads
-MIN_COVER = 0.2  # share of the query's weight that an episode's words must have
-MIN_RELATIVE = 0.6  # of the best episode's score
-SAME_CUE = 0.5  # episodes that share so much of their words say the same of the same: the newest counts
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,25 @@ def episodic_site() -> SiteConfig:
 class Episodes:
     """Writes, finds and reads the episodes of sessions. Only the engine's thread uses it.
 
-    tables: of the tokenizer's vocabulary. hot_bytes: most bytes of keys and values that are kept.
+    tables: of the tokenizer's vocabulary. lexicon: frequencies and vectors of words. hot_bytes: most bytes of keys and
+    values that are kept.
     """
 
-    def __init__(self, backbone: Backbone, tables: WordTables, *, hot_bytes: int) -> None:
+    def __init__(self, backbone: Backbone, tables: WordTables, lexicon: Lexicon, *, hot_bytes: int) -> None:
         self._backbone = backbone
-        self._tables = tables
+        self._tables, self._lexicon = tables, lexicon
+        self._addresses = Addresses(tables, lexicon)
         self._hot_bytes = hot_bytes
-        self._hot: OrderedDict[tuple[object, tuple[int, ...], tuple[int, ...]], _KeysAndValues] = OrderedDict()
+        self._hot: OrderedDict[tuple[Hashable, tuple[int, ...], tuple[int, ...]], _KeysAndValues] = OrderedDict()
         self._bytes_held = 0
         self._header: tuple[tuple[int, ...], DenseCache] | None = None
 
     def prepare(self) -> None:
-        """Run the search once if there are tables: its kernel is compiled at its first call."""
+        """Run the search once if there are tables: its kernels are compiled at their first calls."""
         if len(self._tables.is_word):
-            count_words(
-                np.zeros((1, SPAN_TOKENS), np.int32), np.ones(1, np.int32), np.zeros(1, np.uint32), self._tables
-            )
+            tokens, lengths = np.zeros((1, SPAN_TOKENS), np.int32), np.ones(1, np.int32)
+            match_words(tokens, lengths, np.zeros(1, np.uint32), np.zeros(1), self._tables)
+            Addresses(self._tables, self._lexicon).of(None, tokens, lengths)
 
     # --- write -----------------------------------------------------------------------------------------------------
 
@@ -137,42 +139,49 @@ class Episodes:
 
     # --- find ------------------------------------------------------------------------------------------------------
 
-    def find(self, pool: Pool, index: int, token_ids: Sequence[int], request: RecallRequest) -> list[Episode]:
+    def find(
+        self, owner: Hashable, pool: Pool, index: int, token_ids: Sequence[int], request: RecallRequest
+    ) -> list[Episode]:
         """Return the episodes of a session that a segment reads, the oldest first.
 
-        An episode whose words the segment has already, and an episode that only asks, is not read. Of episodes under
-        the same cue, the newest is read.
+        What the segment has already, and what only asks, is not read. owner: the session, which `forget` names.
         """
-        header, tokens = self._rows(pool, index)
-        query, prior = query_words(token_ids[slice(*request.query)], self._tables)
-        if not len(header) or not len(query):
-            return []
-        scores, cover = score_episodes(tokens, header[:, LENGTH], query, prior, self._tables)
+        cells = self._cells(pool, index)
+        header, tokens = (field.numpy()[cells] for field in pool.sites[SITE].fields)
         present, found = _text(token_ids), list[Episode]()
-        for row in _best_rows(np.where(cover >= MIN_COVER, scores, 0.0), header[:, ORDINAL]):
-            ids = tuple(tokens[row, : header[row, LENGTH]].tolist())
+
+        def text(row: int) -> tuple[int, ...]:
+            return tuple(tokens[row, : header[row, LENGTH]].tolist())
+
+        def may_read(row: int) -> bool:
+            return _text(text(row)) not in present and not is_question(text(row), self._tables)
+
+        def words(row: int) -> list[int]:
+            return words_of(text(row), self._tables)
+
+        scores: dict[int, float] = {}
+        for matches in self._matches(owner, header, tokens, token_ids[slice(*request.query)]):
+            for row, score in choose(matches, words, may_read, MAX_EPISODES):
+                scores[row] = max(score, scores.get(row, 0.0))
+        for row, score in sorted(scores.items(), key=lambda item: -item[1]):
             ordinal, version, offset = header[row, [ORDINAL, VERSION, OFFSET]].tolist()
-            episode = Episode(ids, ordinal, version, offset, float(scores[row]))
-            if _text(ids) in present or is_question(ids, self._tables):
-                continue
-            rival = next((other for other in found if self._same_cue(other.token_ids, ids)), None)
-            if rival is not None and rival.ordinal > episode.ordinal:
-                continue
-            chosen = [*(other for other in found if other is not rival), episode]
-            if request.num_tokens(chosen) <= request.max_tokens:
-                found = chosen
-            if len(found) == MAX_EPISODES:
-                break
+            episode = Episode(text(row), ordinal, version, offset, score)
+            if len(found) < MAX_EPISODES and request.num_tokens([*found, episode]) <= request.max_tokens:
+                found.append(episode)
         return sorted(found, key=lambda episode: episode.ordinal)
 
-    def _same_cue(self, one: Sequence[int], other: Sequence[int]) -> bool:
-        a, b = ({word for word, _ in words_of(ids, self._tables)} for ids in (one, other))
-        return len(a & b) >= SAME_CUE * len(a | b)
-
-    def _rows(self, pool: Pool, index: int) -> tuple[Ints, Ints]:
-        """Return the headers [n, 4] and the tokens [n, W] of a session's episodes."""
-        header, tokens = (field.numpy()[self._cells(pool, index)] for field in pool.sites[SITE].fields)
-        return header, tokens
+    def _matches(self, owner: Hashable, header: Ints, tokens: Ints, query: Sequence[int]) -> Iterator[Matches]:
+        """Yield how the episodes match each sentence of a query."""
+        words, lengths = query_words(query, self._tables), header[:, LENGTH]
+        if not len(header) or not len(words):
+            return
+        parts, weight = match_words(tokens, lengths, words, self._lexicon.frequencies(words), self._tables)
+        vectors = self._addresses.of(owner, tokens, lengths).astype(np.float32) / 127.0
+        for sentence in sentences(query, self._tables):
+            here = np.isin(words, query_words(sentence, self._tables))
+            if here.any():
+                cosine = (vectors @ self._lexicon.vector(words[here])).astype(np.float64)
+                yield Matches(words[here], weight[here], parts[:, here], cosine, header[:, ORDINAL])
 
     def _last_ordinal(self, pool: Pool, index: int) -> int:
         header = pool.sites[SITE].fields[0].numpy()[self._cells(pool, index), ORDINAL]
@@ -184,7 +193,7 @@ class Episodes:
 
     # --- read ------------------------------------------------------------------------------------------------------
 
-    def append(self, cache: KVCache, owner: object, episodes: Sequence[Episode], request: RecallRequest) -> None:
+    def append(self, cache: KVCache, owner: Hashable, episodes: Sequence[Episode], request: RecallRequest) -> None:
         """Add the keys and values of episodes to a cache, in line, at the positions after its last token.
 
         owner: the session, which `forget` names.
@@ -198,12 +207,13 @@ class Episodes:
             sin = sin if shift >= 0 else -sin
             cache.append(apply_rotary(keys, cos, sin), values)
 
-    def forget(self, owner: object) -> None:
-        """Drop all keys and values of a session."""
+    def forget(self, owner: Hashable) -> None:
+        """Drop the addresses and all keys and values of a session."""
+        self._addresses.forget(owner)
         for key in [key for key in self._hot if key[0] == owner]:
             self._bytes_held -= self._hot.pop(key).nbytes
 
-    def _hot_rows(self, owner: object, header: tuple[int, ...], token_ids: tuple[int, ...]) -> _KeysAndValues:
+    def _hot_rows(self, owner: Hashable, header: tuple[int, ...], token_ids: tuple[int, ...]) -> _KeysAndValues:
         key = (owner, header, token_ids)
         rows = self._hot.get(key)
         if rows is None:
@@ -233,12 +243,6 @@ class Episodes:
 
     def _forward(self, token_ids: Sequence[int], cache: KVCache) -> None:
         self._backbone(torch.tensor([list(token_ids)], device=self._backbone.embedding.device), [cache])
-
-
-def _best_rows(scores: Floats, ordinals: Ints) -> list[int]:
-    """Return the rows whose score is near the best, the best first; of equal scores the newest row first."""
-    rows = np.flatnonzero((scores > 0) & (scores >= MIN_RELATIVE * scores.max()))
-    return sorted(rows.tolist(), key=lambda row: (-scores[row], -ordinals[row]))
 
 
 def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from model.decode.cuda_graphs import wrap_for_serving
 from model.episodes import Episodes
 from model.memory import Memory, load_memory
 from model.memory.episodic.word_tables import build_tables
+from model.memory.episodic.words import shipped_lexicon
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
 from model.recall import RecallPlan
@@ -87,7 +88,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     # Without recall nothing reads the tables, and they take a while to build.
     vocab_size = backbone.config.vocab_size if settings.recall_tokens else 0
     tables = build_tables([tokenizer.text_bytes(token) for token in range(vocab_size)])
-    episodes = Episodes(backbone, tables, hot_bytes=settings.recall_hot_bytes)
+    episodes = Episodes(backbone, tables, shipped_lexicon(), hot_bytes=settings.recall_hot_bytes)
     lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone), episodes=episodes)
     engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
     fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}

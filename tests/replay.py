@@ -20,6 +20,7 @@ from model.decode.backend import choose_decode_step
 from model.episodes import Episodes
 from model.memory import Draft, SiteRows
 from model.memory.episodic.word_tables import build_tables
+from model.memory.episodic.words import shipped_lexicon
 from model.memory.initial import default_config, random_memory
 from model.recall import RecallPlan
 from model.text.sampling import Sampler, SamplingParams
@@ -103,7 +104,7 @@ class ReferenceModel:
         memory = random_memory(default_config(hidden_size), seed=0)
         self.tokenizer = Tokenizer.load(folder)
         tables = build_tables([self.tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
-        self.episodes = Episodes(backbone, tables, hot_bytes=0)
+        self.episodes = Episodes(backbone, tables, shipped_lexicon(), hot_bytes=0)
         self.recall = RecallPlan.of(self.tokenizer, Settings.model_fields["recall_tokens"].default)
         decoder = backbone.fp16_decoder(choose_decode_step(backbone))
         self.lm = AdaptiveLM(backbone, memory, decoder=decoder, episodes=self.episodes)
@@ -230,7 +231,7 @@ class Replay:
             return None
         room = model.lm.backbone.config.max_context - len(tokens) - extra_tokens
         request = replace(request, max_tokens=min(request.max_tokens, room))
-        found = model.episodes.find(model.pool, self._index, tokens, request)
+        found = model.episodes.find(None, model.pool, self._index, tokens, request)
         if not found:
             return None
         cache, state = model.lm.backbone.new_cache(model.lm.backbone.config.max_context), None

@@ -1,13 +1,15 @@
 """Words from token ids, without decoding: the hash of a word does not depend on how the tokenizer cuts the word.
 
-A word is a run of letters, digits and bytes beyond ASCII. Its hash is a polynomial over its bytes, in lower case and
+A word is a run of letters and digits. Its hash is a polynomial over its bytes, in lower case and
 without a final "s", so that "cat", " Cat" and " cats" are one word.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +50,10 @@ def build_tables(vocabulary: Sequence[bytes]) -> WordTables:
     breaks = np.zeros(size, np.uint8)
     tables = WordTables(flags[0], flags[1], hashes, powers, stem_hashes, stem_powers, breaks, flags[2])
     for token, text in enumerate(vocabulary):
-        word = text.lstrip().lower()
+        word = _lower(text.lstrip())
         tables.breaks[token] = _break_after(text)
         tables.asks[token] = text.rstrip().endswith((b"?", "？".encode()))
-        if not word or not all(byte >= 128 or chr(byte).isalnum() for byte in word):
+        if not _is_word(word):
             continue
         tables.is_word[token] = True
         tables.starts[token] = text[:1].isspace() or _is_ideograph(word)
@@ -68,24 +70,20 @@ def hash_bytes(text: bytes) -> tuple[int, int]:
     return value, power
 
 
-def words_of(token_ids: Sequence[int], tables: WordTables) -> list[tuple[int, int]]:
-    """Return the hash of each word of a token sequence, and the smallest token id of the word's tokens if the word is
-    one token, else the vocabulary's size: how common the word is, since a tokenizer numbers its merges by frequency."""
-    words: list[tuple[int, int]] = []
-    stem, value, count, last = 0, 0, 0, 0
+def words_of(token_ids: Sequence[int], tables: WordTables) -> list[int]:
+    """Return the hash of each word of a token sequence."""
+    words: list[int] = []
+    stem, value, is_inside = 0, 0, False
     for token in token_ids:
-        ends = not tables.is_word[token] or tables.starts[token]
-        if ends and count:
-            words.append((stem, last if count == 1 else len(tables.is_word)))
-        if ends:
-            value, count = 0, 0
+        if not tables.is_word[token] or tables.starts[token]:
+            if is_inside:
+                words.append(stem)
+            value, is_inside = 0, False
         if tables.is_word[token]:
             stem = (value * int(tables.stem_powers[token]) + int(tables.stem_hashes[token])) & MASK
             value = (value * int(tables.powers[token]) + int(tables.hashes[token])) & MASK
-            count, last = count + 1, token
-    if count:
-        words.append((stem, last if count == 1 else len(tables.is_word)))
-    return words
+            is_inside = True
+    return [*words, stem] if is_inside else words
 
 
 def cut_spans(token_ids: Sequence[int], start: int, stop: int, tables: WordTables, width: int) -> list[tuple[int, int]]:
@@ -107,6 +105,13 @@ def cut_spans(token_ids: Sequence[int], start: int, stop: int, tables: WordTable
     return spans
 
 
+def sentences(token_ids: Sequence[int], tables: WordTables) -> list[Sequence[int]]:
+    """Return the sentences of a text."""
+    ends = np.flatnonzero(tables.breaks[np.asarray(token_ids, np.int64)] > NO_BREAK) + 1
+    edges = [0, *ends.tolist(), len(token_ids)]
+    return [token_ids[start:stop] for start, stop in pairwise(edges) if start < stop]
+
+
 def is_question(token_ids: Sequence[int], tables: WordTables) -> bool:
     """Return whether a text is one sentence that asks: it ends with a question mark, and no sentence ends before."""
     breaks, asks = (table[np.asarray(token_ids, np.int64)] for table in (tables.breaks, tables.asks))
@@ -120,6 +125,21 @@ def _break_after(text: bytes) -> int:
     if b"\n" in text:
         return LINE_END
     return SENTENCE_END if text.rstrip().endswith((b".", b"!", b"?", *map(str.encode, "。！？"))) else NO_BREAK
+
+
+def _lower(text: bytes) -> bytes:
+    try:
+        return text.decode().lower().encode()
+    except UnicodeDecodeError:  # a part of a character
+        return text.lower()
+
+
+def _is_word(text: bytes) -> bool:
+    """Return whether all characters are letters, marks of letters or digits; parts of characters count as letters."""
+    try:
+        return bool(text) and all(c.isalnum() or unicodedata.category(c)[0] == "M" for c in text.decode())
+    except UnicodeDecodeError:
+        return all(byte >= 128 or chr(byte).isalnum() for byte in text)
 
 
 def _is_ideograph(word: bytes) -> bool:

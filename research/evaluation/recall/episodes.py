@@ -9,6 +9,7 @@ import torch
 from model.adaptive_lm import AdaptiveLM
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.word_tables import build_tables
+from model.memory.episodic.words import shipped_lexicon
 from model.recall import RecallPlan
 from research.evaluation.prequential import new_pool
 from research.evaluation.recall.arms import Answer
@@ -28,7 +29,7 @@ class EpisodesArm(MemoryArm):
         super().__init__(speaker)
         tokenizer, lm = speaker.tokenizer, speaker.lm
         tables = build_tables([tokenizer.text_bytes(token) for token in range(lm.backbone.config.vocab_size)])
-        self._episodes = Episodes(lm.backbone, tables, hot_bytes=HOT_BYTES)
+        self._episodes = Episodes(lm.backbone, tables, shipped_lexicon(), hot_bytes=HOT_BYTES)
         self._lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.decoder, episodes=self._episodes)
         self._plan = RecallPlan.of(tokenizer, tokens)
         self.identity = (self.identity, tokens)
@@ -64,7 +65,7 @@ class EpisodesArm(MemoryArm):
         return ids, self._plan.request(ids, encoded.spans[-1], chat=True)
 
     def _find(self, ids: Sequence[int], request: RecallRequest | None) -> list[Episode]:
-        return [] if request is None else self._episodes.find(self._pool, self._session, ids, request)
+        return [] if request is None else self._episodes.find(None, self._pool, self._session, ids, request)
 
     def _replies(self, texts: Sequence[str], max_tokens: int, *, chat: bool) -> list[tuple[str, tuple[str, ...]]]:
         """Return the reply to each text, and the episodes that it read."""

@@ -1,0 +1,83 @@
+"""What is known of words without any session: how frequent each is, and a vector of its meaning.
+
+A word is known by its hash (`word_tables`), so one file serves the tokenizers of all bases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from model import weights
+
+FREQUENCY_WORDS = 48  # words of the spans in which frequencies are counted
+UNKNOWN = 1e-5  # frequency of a word that is not in the table
+
+Words = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Frequencies and vectors of N words.
+
+    hashes: [N], sorted. frequency: [N], share of the spans of `FREQUENCY_WORDS` words that have the word. vectors:
+    int8 [N, d]. scales: [N]; scale · vector is the word's part in the vector of a text, which is their sum.
+    """
+
+    hashes: Words
+    frequency: NDArray[np.float32]
+    vectors: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    @classmethod
+    def quantised(cls, hashes: Words, frequency: NDArray[np.float32], vectors: NDArray[np.float32]) -> Lexicon:
+        """Return the lexicon of words in any order, with vectors [N, d] of any length; of equal hashes the first."""
+        hashes, first = np.unique(hashes, return_index=True)
+        vectors = vectors[first]
+        scales = np.maximum(np.abs(vectors).max(1), 1e-12) / 127.0
+        quantised = np.rint(vectors / scales[:, None]).astype(np.int8)
+        return cls(hashes, frequency[first].astype(np.float32), quantised, scales.astype(np.float32))
+
+    def frequencies(self, words: Words) -> NDArray[np.float64]:
+        """Return the frequency [Q] of words."""
+        rows, known = self._rows(words)
+        return np.where(known, self.frequency[rows], UNKNOWN).astype(np.float64)
+
+    def vector(self, words: Words) -> NDArray[np.float32]:
+        """Return the unit vector [d] of a text of words; zeros if no word is known."""
+        rows, known = self._rows(words)
+        rows = rows[known]
+        total = (self.vectors[rows] * self.scales[rows, None]).sum(0, dtype=np.float32)
+        length = np.sqrt(np.square(total).sum())
+        return np.asarray(total / max(float(length), 1e-12), np.float32)
+
+    def _rows(self, words: Words) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        rows = np.minimum(np.searchsorted(self.hashes, words), len(self.hashes) - 1)
+        return rows, self.hashes[rows] == words
+
+
+def load_lexicon(path: Path) -> Lexicon:
+    """Return the lexicon of a file. Raises OSError, SafetensorError or KeyError."""
+    _, tensors = weights.read(path)
+    hashes = tensors["hashes"].numpy().view(np.uint32)
+    return Lexicon(hashes, *(tensors[name].numpy() for name in ("frequency", "vectors", "scales")))
+
+
+def save_lexicon(lexicon: Lexicon, path: Path) -> None:
+    """Write a lexicon to a file."""
+    tensors = {name: torch.from_numpy(getattr(lexicon, name)) for name in ("frequency", "vectors", "scales")}
+    save_file(tensors | {"hashes": torch.from_numpy(lexicon.hashes.view(np.int32))}, path)
+
+
+@cache
+def shipped_lexicon() -> Lexicon:
+    """Return the lexicon that comes with the package."""
+    with as_file(files("model") / "checkpoints" / "words.safetensors") as path:
+        return load_lexicon(path)
