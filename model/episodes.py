@@ -21,12 +21,12 @@ from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
 from model.base.rotary import apply_rotary
 from model.memory import Draft, Pool, SiteConfig
-from model.memory.episodic.addresses import Addresses
 from model.memory.episodic.choice import Matches, choose
+from model.memory.episodic.kept_vectors import KeptVectors
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
+from model.memory.episodic.lexicon import Lexicon
 from model.memory.episodic.search import Ints, match_words, query_words
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
-from model.memory.episodic.words import Lexicon
 
 SITE = "episodes"
 SLOTS = 16_384  # a million tokens in full spans
@@ -96,7 +96,7 @@ class Episodes:
     def __init__(self, backbone: Backbone, tables: WordTables, lexicon: Lexicon, *, hot_bytes: int) -> None:
         self._backbone = backbone
         self._tables, self._lexicon = tables, lexicon
-        self._addresses = Addresses(tables, lexicon)
+        self._kept_vectors = KeptVectors(tables, lexicon)
         self._hot_bytes = hot_bytes
         self._hot: OrderedDict[tuple[Hashable, tuple[int, ...], tuple[int, ...]], _KeysAndValues] = OrderedDict()
         self._bytes_held = 0
@@ -107,7 +107,7 @@ class Episodes:
         if len(self._tables.is_word):
             tokens, lengths = np.zeros((1, SPAN_TOKENS), np.int32), np.ones(1, np.int32)
             match_words(tokens, lengths, np.zeros(1, np.uint32), np.zeros(1), self._tables)
-            Addresses(self._tables, self._lexicon).of(None, tokens, lengths)
+            KeptVectors(self._tables, self._lexicon).of(None, tokens, lengths)
 
     # --- write -----------------------------------------------------------------------------------------------------
 
@@ -156,12 +156,12 @@ class Episodes:
         def may_read(row: int) -> bool:
             return _text(text(row)) not in present and not is_question(text(row), self._tables)
 
-        def words(row: int) -> list[int]:
+        def words_at(row: int) -> list[int]:
             return words_of(text(row), self._tables)
 
         scores: dict[int, float] = {}
         for matches in self._matches(owner, header, tokens, token_ids[slice(*request.query)]):
-            for row, score in choose(matches, words, may_read, MAX_EPISODES):
+            for row, score in choose(matches, words_at, may_read, MAX_EPISODES):
                 scores[row] = max(score, scores.get(row, 0.0))
         for row, score in sorted(scores.items(), key=lambda item: -item[1]):
             ordinal, version, offset = header[row, [ORDINAL, VERSION, OFFSET]].tolist()
@@ -176,7 +176,7 @@ class Episodes:
         if not len(header) or not len(words):
             return
         parts, weight = match_words(tokens, lengths, words, self._lexicon.frequencies(words), self._tables)
-        vectors = self._addresses.of(owner, tokens, lengths).astype(np.float32) / 127.0
+        vectors = self._kept_vectors.of(owner, tokens, lengths).astype(np.float32) / 127.0
         for sentence in sentences(query, self._tables):
             here = np.isin(words, query_words(sentence, self._tables))
             if here.any():
@@ -208,8 +208,8 @@ class Episodes:
             cache.append(apply_rotary(keys, cos, sin), values)
 
     def forget(self, owner: Hashable) -> None:
-        """Drop the addresses and all keys and values of a session."""
-        self._addresses.forget(owner)
+        """Drop the vectors and all keys and values of a session."""
+        self._kept_vectors.forget(owner)
         for key in [key for key in self._hot if key[0] == owner]:
             self._bytes_held -= self._hot.pop(key).nbytes
 

@@ -22,8 +22,8 @@ from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import wrap_for_serving
 from model.episodes import Episodes
 from model.memory import Memory, load_memory
+from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
-from model.memory.episodic.words import shipped_lexicon
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
 from model.recall import RecallPlan

@@ -287,7 +287,7 @@ class Settings(BaseSettings):
         " store when they are used.",
     )
     recall_tokens: int = Field(
-        0,
+        256,
         ge=0,
         le=4096,
         description="Most tokens of a session's episodes (spans of what it was taught) that a generated reply may read,"

@@ -19,8 +19,8 @@ from model.base.checkpoint import load_backbone
 from model.decode.backend import choose_decode_step
 from model.episodes import Episodes
 from model.memory import Draft, SiteRows
+from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
-from model.memory.episodic.words import shipped_lexicon
 from model.memory.initial import default_config, random_memory
 from model.recall import RecallPlan
 from model.text.sampling import Sampler, SamplingParams

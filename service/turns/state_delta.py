@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from model.episodes import SITE as EPISODES
+from model.memory.episodic.layout import learned_at
 from service.engine import Segment
 from service.errors import Conflict
 from service.store.base import History, RowBatch, SessionMeta, Slots
@@ -113,15 +115,20 @@ def state_delta_at(history: History, version: int, param: str = "version") -> St
 
 
 def full_state_delta(
-    meta: Mapping[str, Any], sites: Mapping[str, RowBatch], replaced: Mapping[str, RowBatch]
+    meta: Mapping[str, Any], sites: Mapping[str, RowBatch], replaced: Mapping[str, RowBatch], version: int
 ) -> StateDelta:
-    """Return the delta to a content that has the rows `sites` and none of the rows `replaced`."""
+    """Return the delta to a content that has the rows `sites` and none of the rows `replaced`.
+
+    version: the version that this makes. The rows' own versions are those of another session, so that episodes get it.
+    """
     wanted = dict(sites) | {
         site: RowBatch(np.zeros(0, np.int32), np.zeros((0, batch.row_bytes), np.uint8))
         for site, batch in replaced.items()
         if site not in sites
     }
     cleared_slots = {site: np.setdiff1d(batch.slots, wanted[site].slots) for site, batch in replaced.items()}
+    if EPISODES in sites:
+        wanted[EPISODES] = RowBatch(sites[EPISODES].slots, learned_at(sites[EPISODES].data, version))
     return StateDelta({name: meta[name] for name in VERSIONED_FIELDS}, wanted, cleared_slots)
 
 

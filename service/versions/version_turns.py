@@ -106,7 +106,7 @@ class ForkTurn(VersionTurn):
         meta = model.new_meta(self._session, source.options)
         meta = replace(meta, model=source.model, actions=source.actions)
         tags = inherited_tags(source.id, source.created, source.actions, source.action_tags)
-        delta = full_state_delta(asdict(source) | {"action_tags": tags}, stored.sites, {})
+        delta = full_state_delta(asdict(source) | {"action_tags": tags}, stored.sites, {}, meta.version + 1)
         return TurnPlan(meta, state_delta=delta, kind="fork", origin=self._source)
 
 
@@ -134,7 +134,7 @@ class ImportTurn(VersionTurn):
         manifest |= {"action_tags": tags}
         meta = replace(meta, actions=max(meta.actions, manifest["actions"]))
         old_sites = stored.sites if stored else {}
-        delta = await run_off_loop(len(self._data), full_state_delta, manifest, sites, old_sites)
+        delta = await run_off_loop(len(self._data), full_state_delta, manifest, sites, old_sites, meta.version + 1)
         origin = f"{manifest['id']} v{manifest['version']}"
         return TurnPlan(meta, state_delta=delta, kind="import", origin=origin)
 

@@ -16,12 +16,12 @@ from model.base.kv_cache import DenseCache
 from model.base.rotary import apply_rotary
 from model.episodes import MAX_EPISODES, SITE, SLOTS, SPAN_TOKENS, Episode, Episodes, RecallRequest
 from model.memory import Pool
-from model.memory.episodic.addresses import Addresses
 from model.memory.episodic.choice import changed_value
+from model.memory.episodic.kept_vectors import KeptVectors
 from model.memory.episodic.layout import LENGTH, ORDINAL
+from model.memory.episodic.lexicon import Lexicon, load_lexicon, save_lexicon, shipped_lexicon
 from model.memory.episodic.search import count_words, counts_reference, query_words, text_vectors, vectors_reference
 from model.memory.episodic.word_tables import build_tables, cut_spans, is_question, words_of
-from model.memory.episodic.words import Lexicon, load_lexicon, save_lexicon, shipped_lexicon
 from tests.model.tiny_lm import LEXICAL, VOCAB, build, new_pool, text, tiny_backbone
 
 WORDS = [
@@ -202,19 +202,19 @@ def test_the_compiled_vectors_equal_the_reference_hot_or_cold(rows: list[list[in
     lengths = np.array([len(row) for row in rows], np.int32)
     vectors = text_vectors(padded, lengths, TABLES, LEXICON)
     assert np.abs(vectors - vectors_reference(padded, lengths, TABLES, LEXICON)).max() <= 0.51
-    addresses = Addresses(TABLES, LEXICON)
-    assert (addresses.of("one", padded[:3], lengths[:3]) == vectors[:3]).all()
-    assert (addresses.of("one", padded[::-1], lengths[::-1]) == vectors[::-1]).all()
-    addresses.forget("one")
-    assert addresses._bytes_held == 0 and not addresses._kept
+    kept = KeptVectors(TABLES, LEXICON)
+    assert (kept.of("one", padded[:3], lengths[:3]) == vectors[:3]).all()
+    assert (kept.of("one", padded[::-1], lengths[::-1]) == vectors[::-1]).all()
+    kept.forget("one")
+    assert kept._bytes_held == 0 and not kept._kept
 
 
-def test_addresses_take_bounded_memory() -> None:
-    addresses = Addresses(TABLES, LEXICON, max_bytes=200)
+def test_vectors_of_sessions_take_bounded_memory() -> None:
+    kept = KeptVectors(TABLES, LEXICON, max_bytes=200)
     row, length = np.array([ids("my cat") + [0] * (SPAN_TOKENS - 2)], np.int32), np.ones(1, np.int32)
     for owner in range(5):
-        addresses.of(owner, row, length)
-    assert list(addresses._kept) == [3, 4] and addresses._bytes_held <= 200
+        kept.of(owner, row, length)
+    assert list(kept._kept) == [3, 4] and kept._bytes_held <= 200
 
 
 def test_a_lexicon_keeps_its_words(tmp_path: Path) -> None:

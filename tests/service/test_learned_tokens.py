@@ -99,7 +99,7 @@ async def test_every_kept_version_can_be_restored_after_random_changes(url: str)
             case _:
                 stored = await store.load("t", "s")
                 sites = some_rows()
-                state_delta = full_state_delta(values, sites, stored.sites if stored else {})
+                state_delta = full_state_delta(values, sites, stored.sites if stored else {}, 1)
                 expected = as_model(sites)
         meta = replace(new_meta("s", version), **values)
         await store.commit(

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from model.episodes import SPAN_TOKENS
+from model.memory.episodic.layout import HEADER_BYTES, learned_at
+from service.store.redis.codec import PAGE_ROWS
 from tests.live import NO_EOS, Client, Json, assert_error, assert_success, state
 from tests.tiny import TEXT, build_tiny_base
 
@@ -43,17 +46,26 @@ def teach(client: Client, session: str, turn: int) -> Json:
 
 
 def content(server: Any, session: str) -> State:
-    """Return the stored state of a session without its version and options."""
-    stored_state = state(server.data_dir, session)
-    return {
-        key: {name: value for name, value in values.items() if key != "meta" or name not in (b"version", b"options")}
-        for key, values in stored_state.items()
-    }
+    """Return the stored state of a session without its options, its version and the versions of its episodes.
+
+    A version is a number of one session: an equal session may have learned the same under other numbers.
+    """
+    meta = state(server.data_dir, session).get("meta", {})
+    kept = {name: value for name, value in meta.items() if name not in (b"version", b"options", b"sum:episodes")}
+    return rows(server, session) | ({"meta": kept} if meta else {})
 
 
 def rows(server: Any, session: str) -> State:
-    """Return the stored memory of a session, without its metadata."""
-    return {key: values for key, values in state(server.data_dir, session).items() if key != "meta"}
+    """Return the stored memory of a session, without its metadata and the versions of its episodes."""
+    found = {key: values for key, values in state(server.data_dir, session).items() if key != "meta"}
+    if episodes := found.get("rows:episodes"):
+        found["rows:episodes"] = {number: without_versions(page) for number, page in episodes.items()}
+    return found
+
+
+def without_versions(page: bytes) -> bytes:
+    rows = np.frombuffer(page[PAGE_ROWS:], np.uint8).reshape(-1, HEADER_BYTES + 4 * SPAN_TOKENS)
+    return page[:PAGE_ROWS] + learned_at(rows, 0).tobytes()
 
 
 def rollback(client: Client, session: str, version: int, **headers: str) -> httpx.Response:

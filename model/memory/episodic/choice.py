@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model.memory.episodic.lexicon import Words
 from model.memory.episodic.search import Floats, Ints
-from model.memory.episodic.words import Words
 
 MEANING = 0.75  # weight of the cosine of two texts' vectors, beside the share of the BM25 score that words could have
 MIN_RELEVANCE = 0.6  # of the first episode that a sentence reads
@@ -21,7 +21,7 @@ MIN_SCORE = 0.6  # score of a newer episode in the place of an older one, as a s
 
 @dataclass(frozen=True)
 class Matches:
-    """How the n episodes of a session match a sentence of Q words.
+    """The matches of the n episodes of a session to a sentence of Q words.
 
     query: [Q]. weight: [Q]. parts: [n, Q], each word's part in the BM25 score. cosine: [n], of the episode's vector
     and the sentence's. ordinals: [n], of the episodes in time.
@@ -45,17 +45,17 @@ class Matches:
 
 
 def choose(
-    matches: Matches, words: Callable[[int], Sequence[int]], may_read: Callable[[int], bool], most: int
+    matches: Matches, words_at: Callable[[int], Sequence[int]], may_read: Callable[[int], bool], max_episodes: int
 ) -> Iterator[tuple[int, float]]:
-    """Yield the rows of at most `most` episodes to read and their relevance, the best first.
+    """Yield the rows of at most `max_episodes` episodes to read and their relevance, the best first.
 
     The first one fits the whole sentence. Each further one has words of it that the ones before lack. Where a
     newer episode says anew what a chosen one says, the newer one is read.
 
-    words: returns the words of a row. may_read: returns whether a row may be read; asked for few rows.
+    words_at: returns the words of a row. may_read: returns whether a row may be read; asked for few rows.
     """
     is_open, left, count = np.ones(len(matches.query), np.bool_), np.ones(len(matches.ordinals), np.bool_), 0
-    while count < most and left.any() and is_open.any():
+    while count < max_episodes and left.any() and is_open.any():
         relevance = np.where(left, matches.relevance(is_open), -np.inf)
         if count:
             relevance[matches.new_share(is_open) < MIN_NEW] = -np.inf
@@ -65,7 +65,7 @@ def choose(
         left[row] = False
         if not may_read(row):
             continue
-        for chosen in _renewed(matches, row, words, may_read):
+        for chosen in _renewed(matches, row, words_at, may_read):
             left[chosen] = False
             is_open &= matches.parts[chosen] == 0
             count += 1
@@ -73,7 +73,7 @@ def choose(
 
 
 def _renewed(
-    matches: Matches, row: int, words: Callable[[int], Sequence[int]], may_read: Callable[[int], bool]
+    matches: Matches, row: int, words_at: Callable[[int], Sequence[int]], may_read: Callable[[int], bool]
 ) -> list[int]:
     """Return the newest episode that says anew what an episode says, as far as the sentence asks; else the episode.
 
@@ -84,9 +84,9 @@ def _renewed(
     score = matches.relevance(np.ones(len(matches.query), np.bool_))
     newer = (matches.ordinals > matches.ordinals[row]) & (score >= MIN_SCORE * score[row])
     newer &= shared >= MIN_SHARED * (matched @ matches.weight)
-    old, asked = words(row), frozenset(matches.query.tolist())
+    old, asked = words_at(row), frozenset(matches.query.tolist())
     for other in sorted(np.flatnonzero(newer).tolist(), key=lambda other: -int(matches.ordinals[other])):
-        new = frozenset(words(other))
+        new = frozenset(words_at(other))
         value = changed_value(old, new)
         lacking = {place for place, word in enumerate(old) if word in asked - new}
         if value is not None and lacking <= set(value) and may_read(other):

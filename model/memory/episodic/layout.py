@@ -15,6 +15,13 @@ ORDINAL, LENGTH, VERSION, OFFSET = range(HEADER)  # 1, 2, 3 …; number of token
 HEADER_BYTES = 4 * HEADER
 
 
+def learned_at(rows: NDArray[np.uint8], version: int) -> NDArray[np.uint8]:
+    """Return stored rows [n, row_bytes] with another version as the one that learned them."""
+    numbers = np.ascontiguousarray(rows).view("<i4").copy()
+    numbers[:, VERSION] = version
+    return numbers.view(np.uint8)
+
+
 class EpisodicLayout(RowLayout):
     """A row has a header (`ORDINAL` and the fields after it) and `width` token ids, of which the first `LENGTH` count.
 

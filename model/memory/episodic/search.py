@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from model.memory.episodic.lexicon import Lexicon, Words
 from model.memory.episodic.word_tables import MASK, WordTables, words_of
-from model.memory.episodic.words import Lexicon, Words
 from model.numba_support import cached_njit
 
 K1, B = 1.2, 0.4

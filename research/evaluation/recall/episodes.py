@@ -8,8 +8,8 @@ import torch
 
 from model.adaptive_lm import AdaptiveLM
 from model.episodes import Episode, Episodes, RecallRequest
+from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
-from model.memory.episodic.words import shipped_lexicon
 from model.recall import RecallPlan
 from research.evaluation.prequential import new_pool
 from research.evaluation.recall.arms import Answer

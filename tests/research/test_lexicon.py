@@ -1,4 +1,4 @@
-"""`imprint train --words`: the words of texts, their frequencies, and vectors that fit a teacher's."""
+"""`imprint train --lexicon`: the words of texts, their frequencies, and vectors that fit a teacher's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.memory.episodic.lexicon import FREQUENCY_WORDS, shipped_lexicon
 from model.memory.episodic.word_tables import build_tables, words_of
-from model.memory.episodic.words import FREQUENCY_WORDS, shipped_lexicon
 from model.text.tokenizer import Tokenizer
 from research.evaluation.recall import embedder
-from research.training import words
-from research.training.words import train_words, word_hash, words_in
+from research.training import lexicon as training
+from research.training.lexicon import train_lexicon, word_hash, words_in
 from service.errors import CommandError
 
 
@@ -28,19 +28,19 @@ def test_the_words_of_a_text_are_those_of_its_tokens(text: str, tiny_base: Path)
 
 def test_a_frequency_is_the_share_of_spans_that_have_the_word() -> None:
     span = " ".join(["the"] * (FREQUENCY_WORDS - 1))
-    texts = {"kind": [f"{span} cats {span} cat {span} dog"] * words.MIN_SPANS}
-    names, frequency = words._count_words(texts)
+    texts = {"kind": [f"{span} cats {span} cat {span} dog"] * training.MIN_SPANS}
+    names, frequency = training._count_words(texts)
     assert dict(zip(names, frequency.tolist(), strict=True)) == pytest.approx({"the": 1, "cat": 2 / 3, "dog": 1 / 3})
 
 
 def test_word_vectors_learn_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "BATCH", 32)
-    monkeypatch.setattr(words, "HELD_OUT", 50)
+    monkeypatch.setattr(training, "BATCH", 32)
+    monkeypatch.setattr(training, "HELD_OUT", 50)
     rng, names = np.random.default_rng(0), [f"word{number}" for number in range(40)]
     truth = torch.randn(40, 8)
     rows = [rng.choice(40, 5) for _ in range(4000)]
     teacher = F.normalize(torch.stack([truth[row].sum(0) for row in rows]), dim=-1)
-    student = words._Student(truth + torch.randn(40, 8), torch.full((40,), 0.01), names)
+    student = training._Student(truth + torch.randn(40, 8), torch.full((40,), 0.01), names)
     texts = [" ".join(names[word] for word in row) for row in rows]
 
     @torch.no_grad()
@@ -54,11 +54,11 @@ def test_word_vectors_learn_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_texts_or_teacher_the_command_says_so(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="found no texts"):
-        train_words([tmp_path], tmp_path / "out", tmp_path, seed=0)
+        train_lexicon([tmp_path], tmp_path / "out", tmp_path, seed=0)
     if not embedder.is_installed():
         (tmp_path / "a.txt").write_text("My cat is called Pixel. " * 200)
         with pytest.raises(CommandError, match="embedder"):
-            train_words([tmp_path / "a.txt"], tmp_path / "out", tmp_path, seed=0)
+            train_lexicon([tmp_path / "a.txt"], tmp_path / "out", tmp_path, seed=0)
 
 
 def test_the_shipped_words_know_their_language() -> None:

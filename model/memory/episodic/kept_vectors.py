@@ -1,6 +1,6 @@
 """The vectors by which episodes are found by meaning, kept for the sessions that asked last.
 
-An address depends on the tokens of its episode alone, so nothing has to be stored or told: a session whose addresses
+A vector depends on the tokens of its episode alone, so nothing has to be stored or told: a session whose vectors
 are not kept gets the same ones again.
 """
 
@@ -12,18 +12,18 @@ from collections.abc import Hashable
 import numpy as np
 from numpy.typing import NDArray
 
+from model.memory.episodic.lexicon import Lexicon
 from model.memory.episodic.search import Ints, Vectors, text_vectors
 from model.memory.episodic.word_tables import WordTables
-from model.memory.episodic.words import Lexicon
 from model.numba_support import cached_njit
 
 MAX_BYTES = 64 * 2**20  # of all sessions together
 
-_Kept = tuple[NDArray[np.uint64], Vectors]  # the stamps of episodes in ascending order, and their addresses
+_Kept = tuple[NDArray[np.uint64], Vectors]  # the stamps of episodes in ascending order, and their vectors
 
 
-class Addresses:
-    """The addresses of the episodes of sessions, each made once while its session is kept."""
+class KeptVectors:
+    """The vectors of the episodes of sessions, each made once while its session is kept."""
 
     def __init__(self, tables: WordTables, lexicon: Lexicon, max_bytes: int = MAX_BYTES) -> None:
         self._tables, self._lexicon, self._max_bytes = tables, lexicon, max_bytes
@@ -31,7 +31,7 @@ class Addresses:
         self._bytes_held = 0
 
     def of(self, owner: Hashable, tokens: Ints, lengths: Ints) -> Vectors:
-        """Return the addresses [n, d] of a session's episodes, given their tokens [n, W] and lengths [n]."""
+        """Return the vectors [n, d] of a session's episodes, given their tokens [n, W] and lengths [n]."""
         stamps = np.zeros(len(tokens), np.uint64)
         _stamp(tokens, lengths, stamps)
         vectors = np.zeros((len(tokens), self._lexicon.vectors.shape[1]), np.int8)
@@ -48,7 +48,7 @@ class Addresses:
         return vectors
 
     def forget(self, owner: Hashable) -> None:
-        """Drop the addresses of a session."""
+        """Drop the vectors of a session."""
         if (kept := self._kept.pop(owner, None)) is not None:
             self._bytes_held -= sum(part.nbytes for part in kept)
 

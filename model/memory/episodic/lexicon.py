@@ -1,4 +1,4 @@
-"""What is known of words without any session: how frequent each is, and a vector of its meaning.
+"""The lexicon: how frequent each word is in texts, and a vector of its meaning, without any session.
 
 A word is known by its hash (`word_tables`), so one file serves the tokenizers of all bases.
 """
@@ -45,22 +45,22 @@ class Lexicon:
         quantised = np.rint(vectors / scales[:, None]).astype(np.int8)
         return cls(hashes, frequency[first].astype(np.float32), quantised, scales.astype(np.float32))
 
-    def frequencies(self, words: Words) -> NDArray[np.float64]:
-        """Return the frequency [Q] of words."""
-        rows, known = self._rows(words)
+    def frequencies(self, hashes: Words) -> NDArray[np.float64]:
+        """Return the frequency [Q] of words, given their hashes [Q]."""
+        rows, known = self._rows(hashes)
         return np.where(known, self.frequency[rows], UNKNOWN).astype(np.float64)
 
-    def vector(self, words: Words) -> NDArray[np.float32]:
-        """Return the unit vector [d] of a text of words; zeros if no word is known."""
-        rows, known = self._rows(words)
+    def vector(self, hashes: Words) -> NDArray[np.float32]:
+        """Return the unit vector [d] of a text, given the hashes of its words; zeros if no word is known."""
+        rows, known = self._rows(hashes)
         rows = rows[known]
         total = (self.vectors[rows] * self.scales[rows, None]).sum(0, dtype=np.float32)
         length = np.sqrt(np.square(total).sum())
         return np.asarray(total / max(float(length), 1e-12), np.float32)
 
-    def _rows(self, words: Words) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        rows = np.minimum(np.searchsorted(self.hashes, words), len(self.hashes) - 1)
-        return rows, self.hashes[rows] == words
+    def _rows(self, hashes: Words) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        rows = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        return rows, self.hashes[rows] == hashes
 
 
 def load_lexicon(path: Path) -> Lexicon:
@@ -79,5 +79,5 @@ def save_lexicon(lexicon: Lexicon, path: Path) -> None:
 @cache
 def shipped_lexicon() -> Lexicon:
     """Return the lexicon that comes with the package."""
-    with as_file(files("model") / "checkpoints" / "words.safetensors") as path:
+    with as_file(files("model") / "checkpoints" / "lexicon.safetensors") as path:
         return load_lexicon(path)
