@@ -35,20 +35,6 @@ CHARS_OF_A_FILE = 400_000
 SENTENCES = 44_000  # of the texts
 STATEMENTS = 6_000  # invented, with their questions
 INVENTIONS = 10  # seeds
-SHORT_TEXTS = 60_000  # made from the frames below
-NOUNS, VERBS = 3_000, 800  # most frequent words that fill the frames
-FRAMES = """
-    My {n} is {m}. / My {n} is called {m}. / I have a {n}. / I have a {n} and a {m}. / We have two {n}s.
-    I am a {n}. / I like {n}. / My {n} likes {m}. / I {v} a {n}. / I {v} my {n}. / My {n} has a {m}.
-    The {n} of my {m} is new. / I {v} in the {n}. / I want a {n}. / My {n} is in the {m}. / The {n} is a {m}.
-    I hate {n}. / We {v} the {n} on Monday. / My {n} and my {m} are here. / I need {n}. / What is my {n}?
-    What is my {n} called? / Who is my {n}? / Where is my {n}? / When is my {n}? / Do I have a {n}?
-    Which {n} do I have? / Do I have any {n}s? / What do I {v}? / Where do I {v}? / When do I {v}?
-    How old is my {n}? / Which {n} do I like? / Who do I {v}? / What does my {n} like? / How is my {n}?
-    Is my {n} a {m}? / Tell me about my {n}. / What is the {n} of my {m}? / How do I {v} the {n}?
-    Can I {v} the {n}? / Does my {n} {v}? / Where does my {n} {v}? / What {n} is it? / Why do I {v} a {n}?
-    What are my {n}s called?
-"""
 EPOCHS, BATCH = 8, 512
 TEACHER_BATCH = 2_048
 RELATIONS = 5.0  # weight of the cosines between texts, beside those to the teacher's vectors
@@ -61,8 +47,7 @@ def train_lexicon(paths: Sequence[Path], out: Path, work: Path, seed: int) -> No
     torch.manual_seed(seed)
     texts = _texts_by_kind(paths, seed)
     names, frequency = _count_words(texts)
-    made = {*_sentences(texts, seed), *_statements(seed), *_short_texts(texts, seed)}
-    sentences = sorted(made, key=lambda text: (len(text), text))
+    sentences = sorted({*_sentences(texts, seed), *_statements(seed)}, key=lambda text: (len(text), text))
     console.print(f"{len(names):,} words, {len(sentences):,} sentences")
     cache = ResultCache(work / "words")
     teacher = _embed(sentences, cache, "sentences")
@@ -146,24 +131,6 @@ def _statements(seed: int) -> list[str]:
     taught = {message["content"] for scene in scenes for request in scene.requests for message in request}
     texts = sorted(taught | {question.text for scene in scenes for question in scene.questions})
     return random.Random(seed).sample(texts, min(STATEMENTS, len(texts)))
-
-
-def _short_texts(texts: dict[str, list[str]], seed: int) -> list[str]:
-    """Return frames filled with words: nouns are what the texts say after "my" and its like, verbs what they say after
-    "I"."""
-    nouns, verbs = Counter[str](), Counter[str]()
-    for text in (text for parts in texts.values() for text in parts):
-        nouns.update(
-            word.lower() for word in re.findall(r"\b(?:[Mm]y|[Yy]our|[Oo]ur|[Hh]is|[Hh]er) ([a-z]{3,14})\b", text)
-        )
-        verbs.update(re.findall(r"\bI ([a-z]{3,12})\b", text))
-    choices = {"n": [n for n, _ in nouns.most_common(NOUNS)], "v": [v for v, _ in verbs.most_common(VERBS)]}
-    choices["m"], rng = choices["n"], random.Random(f"short {seed}")
-    frames = [frame.strip() for line in FRAMES.split("\n") for frame in line.split(" / ") if frame.strip()]
-    return [
-        rng.choice(frames).format(**{name: rng.choice(some) for name, some in choices.items()})
-        for _ in range(SHORT_TEXTS if all(choices.values()) else 0)
-    ]
 
 
 def _embed(texts: Sequence[str], cache: ResultCache, what: str) -> Tensor:

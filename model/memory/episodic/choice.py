@@ -12,7 +12,7 @@ from model.memory.episodic.lexicon import Words
 from model.memory.episodic.search import Floats, Ints
 
 MEANING = 0.75  # weight of the cosine of two texts' vectors, beside the share of the BM25 score that words could have
-MIN_RELEVANCE = 0.6  # of the first episode that a sentence reads
+MIN_RELEVANCE = 0.5  # of the first episode that a sentence reads
 MIN_FURTHER = 0.4  # of each further one, to the words of the sentence that the ones before it lack
 MIN_NEW = 0.2  # share of the sentence's weight that these words have
 MIN_SHARED = 0.6  # share of the weight of an older episode's matched words that a newer one in its place has
