@@ -73,8 +73,8 @@ class Client:
             assert response.status_code == 200, response.read()
             yield chunks(response)
 
-    def observe(self, session: str, text: str, if_match: str | None = None) -> Json:
-        return assert_success(self.post(f"sessions/{session}/observe", {"text": text}, if_match))
+    def observe(self, session: str, text: str, if_match: str | None = None, **fields: Any) -> Json:
+        return assert_success(self.post(f"sessions/{session}/observe", {"text": text} | fields, if_match))
 
     def score(self, session: str, text: str, learn: bool = False) -> Json:
         return assert_success(self.post(f"sessions/{session}/score", {"text": text, "learn": learn}))

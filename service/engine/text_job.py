@@ -279,7 +279,7 @@ class TextJob(MemoryJob):
             self._lm.episodes.learn(self._draft, token_ids, learn, version=version, offset=offset)
 
     def _recall(self, segment: Segment) -> _Reading | None:
-        """Choose the episodes that a segment reads, of those that the session has before the turn."""
+        """Choose the episodes that a segment reads, of those that the session has before the segment."""
         recall, memory = segment.recall, self.request.memory
         if recall is None or memory is None or self._pool is None or self._lm.episodes is None:
             return None
@@ -287,8 +287,7 @@ class TextJob(MemoryJob):
             return None
         room = self._lm.backbone.config.max_context - _capacity(segment)
         recall = replace(recall, max_tokens=min(recall.max_tokens, room))
-        index = self._index if self._draft is None else self._draft.base_index
-        episodes = self._lm.episodes.find(memory.key, self._pool, index, segment.token_ids, recall)
+        episodes = self._lm.episodes.find(memory.key, self._pool, self._index, segment.token_ids, recall)
         self._recalled += episodes
         return _Reading(episodes, recall, len(segment.token_ids), self._block) if episodes else None
 

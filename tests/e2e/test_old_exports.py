@@ -27,7 +27,7 @@ def test_an_old_text_session_predicts_as_one_that_learns_the_same_text_now(real_
     text, unseen = ((EXAMPLES / f"keeper-{half}.txt").read_text() for half in (1, 2))
     with Client(real_server.url) as client:
         session = import_session(client, "text")
-        client.observe("new-text", text)
+        client.observe("new-text", text, recall=False)  # an old session has no episodes
         old, new = (client.score(name, unseen) for name in (session, "new-text"))
         assert client.session(session)["rows"] == client.session("new-text")["rows"] == 684
     assert old["loss"] == pytest.approx(new["loss"], rel=0.01)  # processors round differently
