@@ -32,6 +32,7 @@ SITE = "episodes"
 SLOTS = 16_384  # a million tokens in full spans
 SPAN_TOKENS = 64
 MAX_EPISODES = 4  # that a request reads
+MAX_SENTENCES = 8  # of a query, from its end, that are searched with
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,13 @@ class Episodes:
         return sorted(found, key=lambda episode: episode.ordinal)
 
     def _matches(self, owner: Hashable, header: Ints, tokens: Ints, query: Sequence[int]) -> Iterator[Matches]:
-        """Yield how the episodes match each sentence of a query."""
+        """Yield how the episodes match each of the last sentences of a query."""
         words, lengths = query_words(query, self._tables), header[:, LENGTH]
         if not len(header) or not len(words):
             return
         parts, weight = match_words(tokens, lengths, words, self._lexicon.frequencies(words), self._tables)
         vectors = self._kept_vectors.of(owner, tokens, lengths).astype(np.float32) / 127.0
-        for sentence in sentences(query, self._tables):
+        for sentence in sentences(query, self._tables)[-MAX_SENTENCES:]:
             here = np.isin(words, query_words(sentence, self._tables))
             if here.any():
                 cosine = (vectors @ self._lexicon.vector(words[here])).astype(np.float64)

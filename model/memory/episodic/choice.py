@@ -59,7 +59,8 @@ def choose(
         relevance = np.where(left, matches.relevance(is_open), -np.inf)
         if count:
             relevance[matches.new_share(is_open) < MIN_NEW] = -np.inf
-        row = int(np.lexsort((-matches.ordinals, -relevance))[0])
+        best = np.flatnonzero(relevance == relevance.max())
+        row = int(best[np.argmax(matches.ordinals[best])])
         if relevance[row] < (MIN_FURTHER if count else MIN_RELEVANCE):
             return
         left[row] = False

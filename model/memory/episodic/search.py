@@ -1,7 +1,7 @@
 """Search of episodes: by words (BM25, Robertson and Zaragoza 2009) and by meaning, over the rows of one session.
 
-`counts_reference` and `vectors_reference` are the definitions. The compiled kernel reads 16,384 episodes in about two
-milliseconds, so that no index has to be kept, stored or made consistent.
+`counts_reference` and `vectors_reference` are the definitions. The compiled kernel reads all rows, so that no
+index has to be kept, stored or made consistent.
 """
 
 from __future__ import annotations
