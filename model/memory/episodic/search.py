@@ -50,20 +50,7 @@ def match_words(
 def text_vectors(tokens: Ints, lengths: Ints, tables: WordTables, lexicon: Lexicon) -> Vectors:
     """Return the vectors [n, d] of episodes: the sums of their words' vectors, of length 127 before rounding."""
     sums = np.zeros((len(tokens), lexicon.vectors.shape[1]), np.float32)
-    _sum_vectors(
-        tokens,
-        lengths,
-        tables.is_word,
-        tables.starts,
-        tables.hashes,
-        tables.powers,
-        tables.stem_hashes,
-        tables.stem_powers,
-        lexicon.hashes,
-        lexicon.vectors,
-        lexicon.scales,
-        sums,
-    )
+    _sum_vectors(*_hash_words(tokens, lengths, tables), lexicon.hashes, lexicon.vectors, lexicon.scales, sums)
     norms = np.sqrt(np.square(sums).sum(1, keepdims=True))
     vectors: Vectors = np.rint(127 * sums / np.maximum(norms, 1e-12)).astype(np.int8)
     return vectors
@@ -81,21 +68,8 @@ def count_words(tokens: Ints, lengths: Ints, query: Words, tables: WordTables) -
     may_match = np.zeros(FILTER_BITS, np.bool_)
     may_match[query % FILTER_BITS] = True
     counts = np.zeros((len(tokens), len(query)), np.uint8)
-    sizes = np.zeros(len(tokens), np.int32)
-    _count(
-        tokens,
-        lengths,
-        query[order],
-        may_match,
-        tables.is_word,
-        tables.starts,
-        tables.hashes,
-        tables.powers,
-        tables.stem_hashes,
-        tables.stem_powers,
-        counts,
-        sizes,
-    )
+    words, sizes = _hash_words(tokens, lengths, tables)
+    _count(words, sizes, query[order], may_match, counts)
     return counts[:, np.argsort(order)], sizes
 
 
@@ -106,9 +80,27 @@ def counts_reference(tokens: Ints, lengths: Ints, query: Words, tables: WordTabl
     return np.array(counts, np.uint8).reshape(len(tokens), len(query)), np.array([len(row) for row in words], np.int32)
 
 
+def _hash_words(tokens: Ints, lengths: Ints, tables: WordTables) -> tuple[Words, Ints]:
+    """Return the words [n, W] of episodes as `words_of` does, and their number [n]."""
+    words, sizes = np.zeros(tokens.shape, np.uint32), np.zeros(len(tokens), np.int32)
+    _hash(
+        tokens,
+        lengths,
+        tables.is_word,
+        tables.starts,
+        tables.hashes,
+        tables.powers,
+        tables.stem_hashes,
+        tables.stem_powers,
+        words,
+        sizes,
+    )
+    return words, sizes
+
+
 @cached_njit
-def _count(  # type: ignore[no-untyped-def]
-    tokens, lengths, query, may_match, is_word, starts, hashes, powers, stem_hashes, stem_powers, counts, sizes
+def _hash(  # type: ignore[no-untyped-def]
+    tokens, lengths, is_word, starts, hashes, powers, stem_hashes, stem_powers, words, sizes
 ):
     mask = np.uint64(MASK)
     for i in range(len(tokens)):
@@ -117,11 +109,8 @@ def _count(  # type: ignore[no-untyped-def]
             token = tokens[i, j] if j < lengths[i] else -1
             part = token >= 0 and is_word[token]
             if (not part or starts[token]) and inside:
+                words[i, sizes[i]] = np.uint32(stem)
                 sizes[i] += 1
-                if may_match[stem % np.uint64(len(may_match))]:
-                    at = np.searchsorted(query, np.uint32(stem))
-                    if at < len(query) and query[at] == np.uint32(stem) and counts[i, at] < 255:
-                        counts[i, at] += 1
             if not part or starts[token]:
                 value, inside = np.uint64(0), False
             if part:
@@ -131,23 +120,21 @@ def _count(  # type: ignore[no-untyped-def]
 
 
 @cached_njit
-def _sum_vectors(  # type: ignore[no-untyped-def]
-    tokens, lengths, is_word, starts, hashes, powers, stem_hashes, stem_powers, words, vectors, scales, sums
-):
-    mask = np.uint64(MASK)
-    for i in range(len(tokens)):
-        stem, value, inside = np.uint64(0), np.uint64(0), False
-        for j in range(lengths[i] + 1):
-            token = tokens[i, j] if j < lengths[i] else -1
-            part = token >= 0 and is_word[token]
-            if (not part or starts[token]) and inside:
-                at = np.searchsorted(words, np.uint32(stem))
-                if at < len(words) and words[at] == np.uint32(stem):
-                    for k in range(vectors.shape[1]):
-                        sums[i, k] += scales[at] * vectors[at, k]
-            if not part or starts[token]:
-                value, inside = np.uint64(0), False
-            if part:
-                stem = (value * np.uint64(stem_powers[token]) + np.uint64(stem_hashes[token])) & mask
-                value = (value * np.uint64(powers[token]) + np.uint64(hashes[token])) & mask
-                inside = True
+def _count(words, sizes, query, may_match, counts):  # type: ignore[no-untyped-def]
+    for i in range(len(words)):
+        for j in range(sizes[i]):
+            word = words[i, j]
+            if may_match[word % np.uint32(len(may_match))]:
+                at = np.searchsorted(query, word)
+                if at < len(query) and query[at] == word and counts[i, at] < 255:
+                    counts[i, at] += 1
+
+
+@cached_njit
+def _sum_vectors(words, sizes, known, vectors, scales, sums):  # type: ignore[no-untyped-def]
+    for i in range(len(words)):
+        for j in range(sizes[i]):
+            at = np.searchsorted(known, words[i, j])
+            if at < len(known) and known[at] == words[i, j]:
+                for k in range(vectors.shape[1]):
+                    sums[i, k] += scales[at] * vectors[at, k]
