@@ -241,7 +241,7 @@ def new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> S
         store,
         Quotas(store),
         metrics,
-        model_id=_model_id(settings.model),
+        model_id=settings.model_names[0] if settings.model_names else _model_id(settings.model),
         limits=limits,
         proof_rate=settings.proof_rate,
     )

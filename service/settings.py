@@ -5,6 +5,7 @@ The descriptions here are the page docs/settings.md: `.venv/bin/python -m servic
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -65,6 +66,14 @@ class Settings(BaseSettings):
         min_length=1,
         description="The frozen base: `smollm2-135m-instruct`, a Hugging Face folder of the Llama family, a `.gguf`"
         " file, or `owner/name` on the Hugging Face hub.",
+    )
+    served_model_name: str = Field(
+        "",
+        description="Names, commas between, by which requests may call the model; replies have the first one."
+        " Default: the name of the base.",
+    )
+    any_model: bool = Field(
+        False, description="Answer requests for any other model too, for clients whose model cannot be set."
     )
     memory: str = Field(
         "default",
@@ -229,6 +238,21 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="Largest request body, in bytes; a larger one is answered 413."
     )
+    strict_fields: bool = Field(
+        False,
+        description="Refuse each field of a completion that has no effect here, instead of ignoring the field and"
+        " naming it in `X-Imprint-Ignored`.",
+    )
+    user_sessions: bool = Field(
+        False,
+        description="OpenAI's `user` names the session of a completion that names none. Front ends send `user` with"
+        " every request, also with those for titles and summaries, which then teach the session.",
+    )
+    cors_origins: str = Field(
+        "",
+        description="Origins, commas between, whose pages may call this server from a browser, such as"
+        " `https://app.example`; none by default.",
+    )
     message_special_tokens: Literal["text", "tokens"] = Field(
         "text",
         description="What the text of a special token, such as `<|im_end|>`, is in a message of a chat: plain `text`,"
@@ -325,6 +349,25 @@ class Settings(BaseSettings):
             raise ValueError(f"scheme must be one of {', '.join(STORE_SCHEMES)}, got {scheme!r}")
         return url
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _exact_origins(cls, origins: str) -> str:
+        """Check that each origin is what browsers send: scheme, host and perhaps a port."""
+        for origin in _names(origins):
+            if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?", origin):
+                raise ValueError(f"each origin must be exact, such as https://app.example:8443, got {origin[:80]!r}")
+        return origins
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins of `cors_origins`."""
+        return _names(self.cors_origins)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of `served_model_name`; () = the name of the base."""
+        return _names(self.served_model_name)
+
     @classmethod
     def load(cls, **overrides: Any) -> Self:
         """Return the settings of the environment. A value in `overrides` that is not None takes precedence.
@@ -338,6 +381,11 @@ class Settings(BaseSettings):
             return cls(**explicit)
         except ValidationError as error:
             raise SettingsError("; ".join(_format_errors(error, explicit))) from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Return the names in a text with commas between them, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _reject_unknown_variables() -> None:

@@ -1,7 +1,8 @@
 """API keys, the tenant of each key, and the limits of each tenant.
 
 A key has 256 random bits, so its SHA-256 reveals nothing about it and needs no salt. Keys are listed one per line; in
-`IMPRINT_API_KEYS`, commas may separate them as well. A limit after a key overrides the setting for the key's tenant:
+`IMPRINT_API_KEYS`, commas may separate them as well. A limit after a key overrides the setting for the key's tenant,
+and `adapt=predict` lets the completions of this key read sessions without teaching them:
 
     # the analysts
     acme:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
@@ -18,9 +19,11 @@ import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import cast
 
 from service.errors import Unauthorized
 from service.settings import Settings
+from service.types import AdaptMode
 
 DEFAULT = "default"  # the tenant of every request to a server without keys
 OPERATOR = "metrics"  # a key of this tenant opens /metrics, which covers all tenants, and nothing else
@@ -28,7 +31,8 @@ OPERATOR = "metrics"  # a key of this tenant opens /metrics, which covers all te
 MAX_FILE_BYTES = 16 * 2**20
 
 _ENTRY = re.compile(
-    r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-9a-f]{64})(?P<limits>(\s+\w+=[0-9]{1,15})*)"
+    r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-9a-f]{64})"
+    r"(?P<options>(\s+(adapt=(both|observe|predict)|\w+=[0-9]{1,15}))*)"
 )
 
 log = logging.getLogger(__name__)
@@ -57,10 +61,14 @@ class TenantLimits:
 
 @dataclass(frozen=True)
 class Tenant:
-    """The owner of a request: the namespace of every session that the request reads or writes."""
+    """The owner of a request: the namespace of every session that the request reads or writes.
+
+    adapt: what the completions of this key do with their session's memory, unless they say otherwise.
+    """
 
     name: str
     limits: TenantLimits = TenantLimits()
+    adapt: AdaptMode | None = None
 
 
 def new_key(tenant: str) -> tuple[str, str]:
@@ -139,6 +147,7 @@ class ApiKeys:
     def _read(self) -> Mapping[str, Tenant]:
         """Return the tenants by the digests of their keys. Raises ApiKeysError."""
         owners: dict[str, str] = {}
+        modes: dict[str, AdaptMode] = {}
         limits: dict[str, dict[str, int]] = {}
         for where, line in [*self._lines, *self._file_lines()]:
             if not (entry := line.partition("#")[0].strip()):
@@ -146,17 +155,23 @@ class ApiKeys:
             parsed = _ENTRY.fullmatch(entry)
             if parsed is None:
                 raise ApiKeysError(
-                    f"{where}: a key is given as TENANT:SHA256 [LIMIT=NUMBER ...], see `imprint keys new`"
+                    f"{where}: a key is given as TENANT:SHA256 [LIMIT=NUMBER ...] [adapt=MODE], see `imprint keys new`"
                 )
             name = parsed["tenant"]
             if owners.setdefault(parsed["digest"], name) != name:
                 raise ApiKeysError(f"{where}: this key belongs to another tenant already")
-            for limit, value in _limits(where, parsed["limits"]):
+            options = dict(pair.split("=") for pair in parsed["options"].split())
+            if mode := options.pop("adapt", None):
+                modes[parsed["digest"]] = cast(AdaptMode, mode)
+            for limit, value in _limits(where, options):
                 if limits.setdefault(name, {}).setdefault(limit, value) != value:
                     raise ApiKeysError(
                         f"{where}: {limit} of {name} was {limits[name][limit]} before, and is {value} here"
                     )
-        return {digest: Tenant(name, replace(self._limits, **limits.get(name, {}))) for digest, name in owners.items()}
+        return {
+            digest: Tenant(name, replace(self._limits, **limits.get(name, {})), modes.get(digest))
+            for digest, name in owners.items()
+        }
 
     def _file_lines(self) -> Iterator[tuple[str, str]]:
         if self._file is None:
@@ -171,10 +186,9 @@ class ApiKeys:
         yield from ((f"{self._file}, line {number}", line) for number, line in enumerate(lines, 1))
 
 
-def _limits(where: str, pairs: str) -> Iterator[tuple[str, int]]:
+def _limits(where: str, options: Mapping[str, str]) -> Iterator[tuple[str, int]]:
     known = [field.name for field in fields(TenantLimits)]
-    for pair in pairs.split():
-        name, _, value = pair.partition("=")
+    for name, value in options.items():
         if name not in known:
             raise ApiKeysError(f"{where}: a limit is one of {', '.join(known)}, got {name}")
         yield name, int(value)

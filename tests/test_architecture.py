@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "service.concurrency": (),
     "service.settings": (),
     "service.metrics": (),
-    "service.tenants": ("service.errors", "service.settings"),
+    "service.tenants": ("service.errors", "service.settings", "service.types"),
     "service.child_process": (),
     "service.stopping": (),
     "service.base_cache": ("model.base", "service.child_process"),

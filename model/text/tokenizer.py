@@ -165,18 +165,39 @@ class Tokenizer:
         """Return a decoder that takes one token at a time. Its pieces concatenate to the result of `decode`."""
         return DecodeStream(self)
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> ChatTokens:
-        """Return the tokens of a chat. Raises `ChatTemplateError`, and `ValueError` if a text is not valid Unicode."""
-        if self._chat_template is None:
-            raise ChatTemplateError("the model has no chat template")
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continues: bool = False
+    ) -> ChatTokens:
+        """Return the tokens of a chat; `continues`: up to the end of the last message's content.
+
+        Raises `ChatTemplateError`, and `ValueError` if a text is not valid Unicode.
+        """
         messages, plain_ids = self._without_special(messages)
-        text, spans = self._chat_template.render_with_spans(messages, add_generation_prompt=add_generation_prompt)
+        text, spans = self._render(messages, add_generation_prompt, continues)
         ids = array("i")
         counts = _TokenCounts(spans)
         for piece in self._chat_pieces(text, plain_ids):
             counts.add(piece, len(ids))
             ids.extend(piece.ids)
         return ChatTokens(ids, counts.ranges(spans, len(ids)))
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continues: bool = False
+    ) -> str:
+        """Return the text of a chat, whose tokens `encode_chat` returns. Raises `ChatTemplateError`."""
+        return self._render(messages, add_generation_prompt, continues)[0]
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, continues: bool
+    ) -> tuple[str, list[Span | None]]:
+        if self._chat_template is None:
+            raise ChatTemplateError("the model has no chat template")
+        text, spans = self._chat_template.render_with_spans(messages, add_generation_prompt=add_generation_prompt)
+        if not continues:
+            return text, spans
+        if (last := spans[-1]) is None:
+            raise ChatTemplateError("the last message is empty or changed, and cannot be continued")
+        return text[: last[1]], spans
 
     def _without_special(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, list[int]]]:
         """Return the messages with one character in place of each special token's text, and the ids of its plain text.

@@ -59,12 +59,11 @@ class TextSequence:
         self.pending: int | None = None
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
-        self.text = TextStream(tokenizer.stream(), options.stop)
+        self.text = TextStream(tokenizer.stream(), options.stop, options.sampling.min_tokens)
         self.num_learned = 0
         self.learn_cache, self.learn_decode_state = learn_from or (cache, decode_state)
         self._options = options
-        self._eos = tokenizer.eos_token_ids
-        self.sampler = Sampler(options.sampling, choice=choice)
+        self.sampler = Sampler(options.sampling, choice=choice, prompt=prompt, eos=tokenizer.eos_token_ids)
         self._lookup = PromptLookup(prompt)
         self._alternatives: list[Alternatives] = []
         self._shown_text = 0
@@ -81,7 +80,7 @@ class TextSequence:
     def draw_next(self, scores: Tensor) -> int:
         """Draw the next token from scores [V]; return the number of tokens added."""
         token = self.sampler.draw(scores)
-        if token in self._eos:
+        if token in self.sampler.ends:
             self.text.finish()
             self.finish = "stop"
             return 0

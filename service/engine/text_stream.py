@@ -13,9 +13,12 @@ class TextStream:
         num_released_chars: number of characters of `text` that may be shown now.
     """
 
-    def __init__(self, decode: DecodeStream, stops: tuple[str, ...]) -> None:
+    def __init__(self, decode: DecodeStream, stops: tuple[str, ...], min_tokens: int = 0) -> None:
+        """min_tokens: number of tokens in whose text no stop string is looked for."""
         self._decode = decode
-        self._stops = stops
+        self._stops = [_StopSearch(stop) for stop in stops]
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         # For each token, the length of the text after the token. A token in the middle of a character ends with the
         # token that completes the character.
         self._text_ends: list[int] = []
@@ -38,6 +41,7 @@ class TextStream:
         """
         piece = self._decode.step(token_id)
         self._num_undecoded += 1
+        self._num_tokens += 1
         return bool(piece) and self._extend(piece)
 
     def finish(self) -> None:
@@ -51,22 +55,43 @@ class TextStream:
         self.text += piece
         self._text_ends += [len(self.text)] * self._num_undecoded
         self._num_undecoded = 0
-        stop = self._find_stop(before)
-        if stop is not None:
-            self.text = self.text[:stop]
-            self.num_released_chars = stop
+        if self._num_tokens <= self._min_tokens:
+            self.num_released_chars = len(self.text)
+            return False
+        ends = [(search, search.find(piece)) for search in self._stops]
+        starts = [before + end - len(search.stop) for search, end in ends if end is not None]
+        if starts:
+            self.text = self.text[: min(starts)]
+            self.num_released_chars = len(self.text)
             return True
-        self.num_released_chars = max(self.num_released_chars, len(self.text) - self._partial_stop_length())
+        held_back = max((search.num_matched for search in self._stops), default=0)
+        self.num_released_chars = max(self.num_released_chars, len(self.text) - held_back)
         return False
 
-    def _find_stop(self, before: int) -> int | None:
-        positions = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops]
-        return min((position for position in positions if position >= 0), default=None)
 
-    def _partial_stop_length(self) -> int:
-        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for size in range(min(longest, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-size:]) for stop in self._stops):
-                return size
-        return 0
+class _StopSearch:
+    """Looks for one stop string in a text that grows, each character once (Knuth, Morris and Pratt 1977).
+
+    Attributes:
+        num_matched: characters at the end of the text that may be the beginning of the stop string.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.num_matched = 0
+        self._borders = [0]  # for each beginning of the string, the longest shorter beginning that is its end too
+        for character in stop[1:]:
+            self._borders.append(self._extended(self._borders[-1], character))
+
+    def find(self, piece: str) -> int | None:
+        """Add a piece of text; return the length of the piece up to the end of the string, if the string is there."""
+        for index, character in enumerate(piece):
+            self.num_matched = self._extended(self.num_matched, character)
+            if self.num_matched == len(self.stop):
+                return index + 1
+        return None
+
+    def _extended(self, matched: int, character: str) -> int:
+        while matched and self.stop[matched] != character:
+            matched = self._borders[matched - 1]
+        return matched + (self.stop[matched] == character)

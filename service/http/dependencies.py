@@ -12,12 +12,13 @@ from fastapi import Depends, Header, Path, Request, Response
 from pydantic import AfterValidator
 from starlette.types import Receive, Scope, Send
 
-from service.errors import BadRequest, PreconditionFailed
-from service.http.schemas import SessionId
+from service.errors import BadRequest, NotFound, PreconditionFailed
+from service.http.schemas import SessionId, session_id
 from service.metrics import Metrics
 from service.turns.idempotency import RequestContext
 from service.turns.policy_turns import PolicyOperations
 from service.turns.sessions import Sessions
+from service.types import AdaptMode
 from service.versions.operations import Versions
 from service.versions.views import Views
 
@@ -59,6 +60,54 @@ IfMatch = Annotated[
     ),
 ]
 
+SessionHeader = Annotated[
+    SessionId | None,
+    Header(alias="X-Imprint-Session", description="Names the session if the body's `session` doesn't."),
+]
+AdaptHeader = Annotated[
+    AdaptMode | None,
+    Header(
+        alias="X-Imprint-Adapt",
+        json_schema_extra={"pattern": "^(both|observe|predict)$"},
+        description="The mode if the body's `adapt` doesn't say it.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ClientRules:
+    """The server's settings that decide how requests of any client are read.
+
+    Attributes:
+        model_names: the names of the language model, the first one for replies.
+        any_model: whether every other name is a name of the language model too.
+        strict_fields: whether a field without effect is refused, and not ignored.
+        user_sessions: whether OpenAI's `user` names a session.
+    """
+
+    model_names: tuple[str, ...]
+    any_model: bool = False
+    strict_fields: bool = False
+    user_sessions: bool = False
+
+    def resolve_model(self, model: str) -> tuple[AdaptMode | None, str | None]:
+        """Return the mode and the session that the name of a model asks for: `NAME`, `NAME:predict`, `NAME@SESSION`.
+
+        Raises:
+            NotFound: the server has no such model.
+            BadRequest: what follows `@` cannot name a session.
+        """
+        for name in self.model_names:
+            asked = re.fullmatch(r"(:predict)?(?:@(.*))?", model.removeprefix(name), re.DOTALL)
+            if model.startswith(name) and asked is not None:
+                session = None if asked[2] is None else session_id(asked[2], "model")
+                return "predict" if asked[1] else None, session
+        if self.any_model:
+            return None, None
+        names = " and ".join(map(repr, self.model_names))
+        message = f"The model {model[:80]!r} does not exist; this server has {names}."
+        raise NotFound(message, param="model", code="model_not_found")
+
 
 async def get_sessions(request: Request) -> Sessions:
     """Return the sessions of this server."""
@@ -68,6 +117,11 @@ async def get_sessions(request: Request) -> Sessions:
 async def get_metrics(request: Request) -> Metrics:
     """Return the metrics of this server."""
     return cast(Metrics, request.app.state.metrics)
+
+
+async def get_rules(request: Request) -> ClientRules:
+    """Return how this server reads the requests of its clients."""
+    return cast(ClientRules, request.app.state.rules)
 
 
 async def get_versions(request: Request) -> Versions:
@@ -134,6 +188,7 @@ class LearningRequest:
         if_match: the `If-Match` header, or None.
         sessions: the sessions of this server.
         metrics: the metrics of this server.
+        rules: how this server reads the requests of its clients.
     """
 
     request: Request
@@ -142,6 +197,7 @@ class LearningRequest:
     if_match: str | None
     sessions: Sessions
     metrics: Metrics
+    rules: ClientRules
 
     def set_reply_headers(self, version: int) -> None:
         """Set the `ETag` of the version that the turn led to, and the headers about retries."""
@@ -170,6 +226,19 @@ class LargeReply(Response):
             await send({"type": "http.response.body", "body": piece, "more_body": bool(self._pieces)})
 
 
+@dataclass(frozen=True)
+class ImprintHeaders:
+    """The headers of a completion, for clients that cannot send Imprint's fields. The fields of the body go first."""
+
+    session: str | None = None
+    adapt: AdaptMode | None = None
+
+
+async def get_imprint_headers(session: SessionHeader = None, adapt: AdaptHeader = None) -> ImprintHeaders:
+    """Return what the headers of a completion say."""
+    return ImprintHeaders(session, adapt)
+
+
 async def get_learning_request(
     request: Request,
     response: Response,
@@ -179,13 +248,15 @@ async def get_learning_request(
     """Return the learning request. Raises BadRequest as `get_request_context` does."""
     ctx = await get_request_context(request)
     parts = request.app.state
-    return LearningRequest(request, response, ctx, if_match, parts.sessions, parts.metrics)
+    return LearningRequest(request, response, ctx, if_match, parts.sessions, parts.metrics, parts.rules)
 
 
 SessionsDep = Annotated[Sessions, Depends(get_sessions)]
+RulesDep = Annotated[ClientRules, Depends(get_rules)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 VersionsDep = Annotated[Versions, Depends(get_versions)]
 ViewsDep = Annotated[Views, Depends(get_views)]
 PoliciesDep = Annotated[PolicyOperations, Depends(get_policies)]
 RequestContextDep = Annotated[RequestContext, Depends(get_request_context)]
+ImprintHeadersDep = Annotated[ImprintHeaders, Depends(get_imprint_headers)]
 LearningRequestDep = Annotated[LearningRequest, Depends(get_learning_request)]

@@ -1,5 +1,5 @@
-"""JSON Schema of the rules of a body that involve several fields; the validators in `service/http/schemas.py` enforce
-the same rules, and `tests/fuzz_http.py` compares the two.
+"""JSON Schema of the rules of a body that involve several fields; the validators in `service/http/schemas.py` and
+`service/http/generation_schemas.py` enforce the same rules, and `tests/fuzz_http.py` compares the two.
 
 A field that is null counts as absent. What JSON Schema cannot state (two fields are equal, a field needs a header) is
 left to descriptions.
@@ -22,10 +22,26 @@ def _fields(*absent: str, **given: Json) -> Json:
     return {"required": list(given), "properties": given | dict.fromkeys(absent, NULL)}
 
 
+def _not_both(first: str, second: str) -> Json:
+    """Return the schema of an object that has at most one of two fields."""
+    return {"anyOf": [{"properties": {first: NULL}}, {"properties": {second: NULL}}]}
+
+
 STREAMED: Json = {"anyOf": [{"properties": {"stream_options": NULL}}, _fields(stream=TRUE)]}
+WHOLE: Json = {
+    "anyOf": [{"properties": {"prompt_logprobs": NULL}}, {"properties": {"stream": {"enum": [None, False]}}}]
+}
+GENERATION = [STREAMED, WHOLE, _not_both("repeat_penalty", "repetition_penalty"), _not_both("n_predict", "max_tokens")]
+N_PROBS: Json = {"anyOf": [{"properties": {"n_probs": {"enum": [None, 0]}}}, {"properties": {"logprobs": NULL}}]}
 WITH_LOGPROBS: Json = {"anyOf": [{"properties": {"top_logprobs": {"enum": [None, 0]}}}, _fields(logprobs=TRUE)]}
-COMPLETION = STREAMED
-CHAT: Json = {"allOf": [STREAMED, WITH_LOGPROBS]}
+CONTINUED: Json = {
+    "anyOf": [
+        {"properties": {"continue_final_message": {"enum": [None, False]}}},
+        {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
+    ]
+}
+COMPLETION: Json = {"allOf": [*GENERATION, N_PROBS]}
+CHAT: Json = {"allOf": [*GENERATION, _not_both("n_predict", "max_completion_tokens"), WITH_LOGPROBS, CONTINUED]}
 OBSERVE: Json = {
     "oneOf": [
         _fields("messages", "features", "label", "model", text=STRING),

@@ -38,10 +38,11 @@ from service.tenants import OPERATOR, ApiKeys, Tenant
 from service.turns.sessions import Sessions
 
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; only the metrics see the status
-PUBLIC_PATHS = {"/livez", "/readyz", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
+PROBES = ("/livez", "/readyz", "/health", "/ping")
+PUBLIC_PATHS = {*PROBES, "/version", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
+UNVERSIONED = re.compile(r"/(models|policies|(chat/)?completions)(/|$)")  # paths of a base URL without /v1
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 SMALL_BODY_BYTES = 65_536
-PROBES = ("/livez", "/readyz")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")
 
 
@@ -80,6 +81,15 @@ class RequestIdMiddleware(HttpMiddleware):
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class BaseUrlMiddleware(HttpMiddleware):
+    """Adds the `/v1` that is missing where a client was given the server's address as the base URL of OpenAI's API."""
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if UNVERSIONED.match(scope["path"]):
+            scope["path"] = f"/v1{scope['path']}"
+        await self._app(scope, receive, send)
 
 
 class MetricsMiddleware(HttpMiddleware):

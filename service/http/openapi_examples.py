@@ -26,6 +26,9 @@ MODEL: Json = {
         "session": "sha256:c2e04d6b917a…",
     },
     "sampling": asdict(SUGGESTED_SAMPLING),
+    "root": "smollm2-135m-instruct",
+    "max_model_len": 2048,
+    "meta": {"n_ctx": 2048, "n_vocab": 49152},
 }
 SESSION: Json = {
     "id": "alice",
@@ -89,7 +92,7 @@ def _chat(kind: str, choice: Json, **more: Any) -> Json:
 
 
 CHAT_MESSAGE: Json = {"role": "assistant", "content": "Hello", "refusal": None}
-ERROR_MESSAGE = "'temperature': input should be less than or equal to 2, got 3."
+ERROR_MESSAGE = "'temperature': input should be less than or equal to 100, got 101."
 
 EXAMPLES: dict[str, list[Json]] = {
     "Acted": [ACTED],
@@ -108,12 +111,16 @@ EXAMPLES: dict[str, list[Json]] = {
     "ErrorReply": [
         {"error": {"message": ERROR_MESSAGE, "type": "invalid_request_error", "param": "temperature", "code": None}}
     ],
+    "Detokenized": [{"prompt": "My cat", "content": "My cat"}],
+    "Health": [{"status": "ok"}],
     "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
     "Live": [{"status": "ok"}],
     "Model": [MODEL],
     "ModelList": [{"object": "list", "data": [MODEL]}],
     "Observed": [{"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version": 4}],
+    "PolicyList": [{"object": "list", "data": []}],
     "Ready": [{"status": "ready"}],
+    "Rendered": [{"prompt": "<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\n"}],
     "Scored": [SCORED],
     "Session": [SESSION],
     "SessionCells": [{"object": "session.cells", "version": 4, "sites": [SITE]}],
@@ -131,4 +138,6 @@ EXAMPLES: dict[str, list[Json]] = {
     ],
     "SessionList": [{"object": "list", "data": [SESSION], "has_more": True, "next": "alice"}],
     "SessionLog": [{"object": "list", "data": [LOG_ENTRY], "has_more": True, "next": 4}],
+    "Tokenized": [{"count": 2, "max_model_len": 2048, "tokens": [4, 7], "token_strs": None}],
+    "Version": [{"version": "0.1.0"}],
 }

@@ -26,12 +26,46 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
+class PromptTokensDetails(BaseModel):
+    """The parts of a prompt."""
+
+    cached_tokens: int = Field(description="Always 0: no prompt is cached.")
+
+
 class Usage(BaseModel):
     """The numbers of tokens of one request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class Timings(BaseModel):
+    """The times of the work on one request, by llama.cpp's names; rates are null where no time was taken."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float = Field(description="From the start of the work to the first text.")
+    prompt_per_token_ms: float | None
+    prompt_per_second: float | None
+    predicted_n: int
+    predicted_ms: float = Field(description="From the first text to the last.")
+    predicted_per_token_ms: float | None
+    predicted_per_second: float | None
+
+
+class PromptLogprob(BaseModel):
+    """A token in the place of a token of the prompt; `frozen_logprob` is the token's own, without memory."""
+
+    logprob: float
+    rank: int | None = Field(description="1 = the likeliest token; null = not among those that are shown.")
+    decoded_token: str
+    frozen_logprob: float | None = None
+
+
+# For each token of a prompt, tokens by their ids: the likeliest, and the token itself.
+PromptTokens = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionLogprobs(BaseModel):
@@ -50,6 +84,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    prompt_logprobs: PromptTokens | None = None
 
 
 class Completion(BaseModel):
@@ -62,6 +97,7 @@ class Completion(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    timings: Timings | None = None
     adaptation: Adaptation | None
 
     @property
@@ -89,6 +125,7 @@ class CompletionChunk(BaseModel):
     system_fingerprint: str
     choices: list[CompletionPiece]
     usage: Usage | None = None
+    timings: Timings | None = None
     adaptation: Adaptation | None = None
 
     @property
@@ -145,6 +182,8 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    timings: Timings | None = None
+    prompt_logprobs: PromptTokens | None = None
     adaptation: Adaptation | None
 
     @property
@@ -179,6 +218,7 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChatPiece]
     usage: Usage | None = None
+    timings: Timings | None = None
     adaptation: Adaptation | None = None
 
     @property
@@ -199,6 +239,13 @@ class PolicyShape(BaseModel):
     highest: float
 
 
+class ModelMeta(BaseModel):
+    """The sizes of the language model, by llama.cpp's names."""
+
+    n_ctx: int = Field(description="Tokens that one request may hold, prompt and reply together.")
+    n_vocab: int
+
+
 class Model(BaseModel):
     """A served model: the language model, or a policy."""
 
@@ -213,6 +260,9 @@ class Model(BaseModel):
         None, description="Options suggested for completions; Imprint's own clients send them. Null for a policy."
     )
     policy: PolicyShape | None = None
+    root: str | None = Field(None, description="The name in replies; null for a policy.")
+    max_model_len: int | None = Field(None, description="vLLM's name of `meta.n_ctx`; null for a policy.")
+    meta: ModelMeta | None = Field(None, description="Null for a policy.")
 
 
 class ModelList(BaseModel):
@@ -220,6 +270,13 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[Model] = Field(min_length=1)
+
+
+class PolicyList(BaseModel):
+    """The reply of `GET /v1/policies`."""
+
+    object: Literal["list"]
+    data: list[Model]
 
 
 class Session(BaseModel):
@@ -383,3 +440,44 @@ class Ready(BaseModel):
         description="`read_only`: the store takes no writes (its disk is full), so sessions can be used and not"
         " taught. `away`: the store does not answer, so only requests without a session are answered.",
     )
+
+
+class Health(BaseModel):
+    """The reply of `GET /health` and `GET /ping`."""
+
+    status: Literal["ok", "loading", "draining"]
+
+
+class Version(BaseModel):
+    """The reply of `GET /version`."""
+
+    version: str
+
+
+class TokenPiece(BaseModel):
+    """A token and its text; a part of a character comes as bytes."""
+
+    id: int
+    piece: str | list[int]
+
+
+class Tokenized(BaseModel):
+    """The reply of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int = Field(description="Tokens that one request may hold, prompt and reply together.")
+    tokens: list[int] | list[TokenPiece]
+    token_strs: list[str] | None = Field(description="The texts of the tokens, with `return_token_strs`.")
+
+
+class Detokenized(BaseModel):
+    """The reply of `POST /detokenize`: the text by vLLM's name and by llama.cpp's."""
+
+    prompt: str
+    content: str
+
+
+class Rendered(BaseModel):
+    """The reply of `POST /apply-template`."""
+
+    prompt: str

@@ -4,16 +4,16 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
-from service.http.schemas import GenerationRequest
+from service.http.generation_schemas import GenerationRequest
 from service.metrics import Metrics
-from service.turns.completion import CompletionJob, Delta, TokenLogprob, TurnEnd
+from service.turns.completion import CompletionJob, Delta, PromptLogprobs, TokenLogprob, TurnEnd
 from service.turns.idempotency import RequestContext
 from service.turns.run import TurnRestarted
 from service.turns.sessions import Sessions
@@ -63,7 +63,8 @@ class ResponseFormatter(ABC):
         latency: LatencyRecorder,
     ) -> None:
         self._latency = latency
-        self._num_choices = len(completion_job.prompts) * completion_job.generation.n
+        self._n = completion_job.generation.n
+        self._num_choices = len(completion_job.prompts) * self._n
         self._with_logprobs = completion_job.generation.logprobs is not None
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._ctx = ctx
@@ -85,7 +86,7 @@ class ResponseFormatter(ABC):
                 self._latency.record(event.choice)
                 deltas.append(event)
         assert end is not None, "a turn ends with a TurnEnd"
-        if sum(len(delta.logprobs) for delta in deltas) < LARGE_REPLY:
+        if sum(map(len, [*(delta.logprobs for delta in deltas), *end.prompt_logprobs])) < LARGE_REPLY:
             reply = self._reply_json(deltas, end)
             return reply | {"choices": list(reply["choices"])}
         return await run_off_loop(LARGE, self._reply_pieces, deltas, end)
@@ -124,7 +125,12 @@ class ResponseFormatter(ABC):
             by_choice[delta.choice].append(delta)
         deltas.clear()
         body = {"object": self.object, "choices": self._choices(by_choice, end), "usage": _usage(end)}
+        body |= self.prompt_logprobs_json(end) | {"timings": _timings(end)}
         return self._head() | body | {"adaptation": end.adaptation and asdict(end.adaptation)}
+
+    def prompt_logprobs_json(self, end: TurnEnd) -> Json:
+        """Return the fields of a reply with the log-probabilities of the prompt, unless the choices have them."""
+        return {}
 
     def _choices(self, by_choice: list[list[Delta]], end: TurnEnd) -> Iterator[Json]:
         """Yield the choices; free the deltas of each before the next, because freeing all at once takes 0.1 s."""
@@ -132,7 +138,12 @@ class ResponseFormatter(ABC):
             deltas, by_choice[index] = by_choice[index], []
             tokens = chain.from_iterable(delta.logprobs for delta in deltas)
             logprobs = self.logprobs_json(tokens) if self._with_logprobs else None
-            yield self.choice_json(index, "".join(delta.text for delta in deltas), logprobs, reason)
+            choice = self.choice_json(index, "".join(delta.text for delta in deltas), logprobs, reason)
+            yield choice | self.choice_prompt_logprobs_json(index // self._n, end)
+
+    def choice_prompt_logprobs_json(self, prompt: int, end: TurnEnd) -> Json:
+        """Return the fields of a choice with the log-probabilities of its prompt, unless the reply has them."""
+        return {}
 
     def _reply_pieces(self, deltas: list[Delta], end: TurnEnd) -> list[bytes]:
         return dump_json_pieces(self._reply_json(deltas, end))
@@ -146,7 +157,8 @@ class ResponseFormatter(ABC):
             return
         adaptation = event.adaptation and asdict(event.adaptation)
         for i, reason in enumerate(event.finish_reasons):
-            yield self._chunk([self.chunk_choice_json(i, "", None, reason)], adaptation=adaptation)
+            choice = self.chunk_choice_json(i, "", None, reason)
+            yield self._chunk([choice], adaptation=adaptation, timings=_timings(event))
         if self._with_usage:
             yield self._chunk([], usage=_usage(event))
 
@@ -181,6 +193,9 @@ class CompletionFormatter(ResponseFormatter):
             columns["text_offset"].append(one.text_offset)
         return columns
 
+    def choice_prompt_logprobs_json(self, prompt: int, end: TurnEnd) -> Json:
+        return {"prompt_logprobs": _prompt_tokens(end.prompt_logprobs[prompt])} if end.prompt_logprobs else {}
+
 
 class ChatFormatter(ResponseFormatter):
     """The format of `/v1/chat/completions`."""
@@ -209,13 +224,34 @@ class ChatFormatter(ResponseFormatter):
             content.append(_chat_token(one.token, one.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
+    def prompt_logprobs_json(self, end: TurnEnd) -> Json:
+        return {"prompt_logprobs": _prompt_tokens(end.prompt_logprobs[0])} if end.prompt_logprobs else {}
+
 
 def _usage(end: TurnEnd) -> Json:
+    """Return the numbers of tokens. No prompt is cached: what a session has learned is no part of the prompt."""
     return {
         "prompt_tokens": end.prompt_tokens,
         "completion_tokens": end.completion_tokens,
         "total_tokens": end.prompt_tokens + end.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
+
+
+def _timings(end: TurnEnd) -> Json:
+    """Return the times of the work by llama.cpp's names; a rate is null where no time was taken."""
+    timings: Json = {"cache_n": 0}
+    for name, count, ms in (
+        ("prompt", end.prompt_tokens, end.prompt_ms),
+        ("predicted", end.completion_tokens, end.predicted_ms),
+    ):
+        timings |= {
+            f"{name}_n": count,
+            f"{name}_ms": ms,
+            f"{name}_per_token_ms": ms / count if count else None,
+            f"{name}_per_second": 1000 * count / ms if ms else None,
+        }
+    return timings
 
 
 def _system_fingerprint(fingerprints: Mapping[str, str]) -> str:
@@ -232,6 +268,25 @@ def _token_text(token: bytes) -> str:
         return token.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _prompt_tokens(tokens: Sequence[TokenLogprob] | PromptLogprobs) -> Iterator[Json | None]:
+    """Yield vLLM's `prompt_logprobs`: for each token the likeliest tokens and the token itself, by their ids.
+
+    `frozen_logprob` is the token's log-probability without memory.
+    """
+    for one in tokens:
+        if one.logprob is None:
+            yield None
+            continue
+        entries = {
+            str(token_id): {"logprob": _finite(logprob), "rank": rank, "decoded_token": _token_text(token)}
+            for rank, (token_id, token, logprob) in enumerate(one.top, 1)
+        }
+        entry = {"logprob": _finite(one.logprob), "rank": None, "decoded_token": _token_text(one.token)}
+        frozen = None if one.frozen is None else _finite(one.frozen)
+        entries[str(one.token_id)] = entry | entries.get(str(one.token_id), {}) | {"frozen_logprob": frozen}
+        yield entries
 
 
 def _alternatives(one: TokenLogprob) -> dict[str, float] | None:

@@ -1,9 +1,10 @@
-"""The bodies of requests, OpenAI's and Imprint's own.
+"""The bodies of requests: what all of them are made of, and Imprint's own.
 
-The bodies are strict: unknown fields are refused, and a boolean, a string or NaN is no number. A field of OpenAI's that
-the server cannot honour is declared with `Unsupported`: the field is refused unless its value changes nothing.
+The bodies are strict: unknown fields are refused, and a boolean, a string or NaN is no number. The bodies of
+completions, which any client of OpenAI's interface sends, are in `service/http/generation_schemas.py`.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -31,11 +32,9 @@ from service.types import AdaptMode, LearnMode
 
 SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
 MAX_FIELDS = 64
-MAX_BIASES = 1024
-MAX_PROMPTS = 128
 MAX_MESSAGES = 1024  # of a chat: as many as a session knows again
 MAX_PARTS = 1024  # of a message
-MAX_CHOICES = 8
+MAX_CHOICES = 16
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 SAFE_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON has
@@ -91,7 +90,13 @@ def session_id(value: str, param: str) -> str:
     return value
 
 
-def _limit_entries(value: Any, limit: int) -> Any:
+def session_of_user(user: str) -> str:
+    """Return the session that OpenAI's `user` names: the text, or a hash of a text that cannot name a session."""
+    is_name = re.fullmatch(SESSION_ID, user) is not None
+    return user if is_name else "user-" + hashlib.sha256(user.encode()).hexdigest()[:32]
+
+
+def limit_entries(value: Any, limit: int) -> Any:
     """Refuse an object with more than `limit` entries at once: each faulty entry would cost an error of its own."""
     if isinstance(value, dict) and len(value) > limit:
         raise PydanticCustomError("too_long", f"should have at most {limit} entries, not {len(value)}")
@@ -127,50 +132,14 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _limit_fields(cls, value: Any) -> Any:
-        return _limit_entries(value, MAX_FIELDS)
+        return limit_entries(value, MAX_FIELDS)
 
 
 # The tags of unions stand in angle brackets, so that `explain` can remove them from the location of an error.
 
 
-def _text_or_list(value: Any) -> str | None:
+def text_or_list(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
-
-
-def _prompt_kind(value: Any) -> str | None:
-    if not isinstance(value, list) or not value:
-        return _text_or_list(value)
-    kinds = {str: "<list>", int: "<tokens>", float: "<tokens>", list: "<token lists>"}
-    return kinds.get(type(value[0]))
-
-
-Prompt = Annotated[
-    Annotated[Text, Tag("<text>")]
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")]
-    | Annotated[TokenIds, Tag("<tokens>")]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<token lists>")],
-    Discriminator(
-        _prompt_kind,
-        custom_error_type="prompt_type",
-        custom_error_message="should be a string or a list of strings, of token ids or of lists of token ids",
-    ),
-]
-Stop = Annotated[
-    Annotated[NonEmpty, Tag("<text>")] | Annotated[list[NonEmpty], Field(max_length=4, fail_fast=True), Tag("<list>")],
-    Discriminator(
-        _text_or_list,
-        custom_error_type="stop_type",
-        custom_error_message="should be a string or a list of strings",
-    ),
-]
-LogitBias = Annotated[
-    dict[
-        Annotated[str, StringConstraints(pattern="^[0-9]{1,10}$")],
-        Annotated[float, Field(ge=-100, le=100)],
-    ],
-    Field(json_schema_extra={"additionalProperties": False, "maxProperties": MAX_BIASES}),
-    BeforeValidator(lambda value: _limit_entries(value, MAX_BIASES)),
-]
 
 
 class TextPart(Body):
@@ -188,7 +157,7 @@ class Message(Body):
         Annotated[Text, Tag("<text>")]
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
         Discriminator(
-            _text_or_list,
+            text_or_list,
             custom_error_type="content_type",
             custom_error_message="should be a string or a list of text parts",
         ),
@@ -210,146 +179,6 @@ class Message(Body):
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class StreamOptions(Body):
-    """The options of a stream."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Annotated[Any, Unsupported((False,))] = None
-
-
-class GenerationRequest(Body):
-    """The fields that completions and chat completions share."""
-
-    model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Seed | None = None
-    stop: Stop | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: LogitBias | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Names the session if neither `session` nor X-Imprint-Session does.")
-    session: SessionId | None = Field(
-        None, description="The session whose memory is used and updated; none = the frozen base."
-    )
-    adapt: AdaptMode | None = Field(
-        None,
-        description="Read and write the memory, only write, or only read; default: the session's, else `both`.",
-    )
-    learn: LearnMode | None = Field(
-        None, description="The part that is learned; default: the session's, else `prompt`."
-    )
-    recall: bool | None = RECALL
-    on_disconnect: OnDisconnect | None = ON_DISCONNECT
-
-    @model_validator(mode="after")
-    def _streaming(self) -> "GenerationRequest":
-        if self.stream_options is not None and not self.stream:
-            raise BadRequest("'stream_options' is only allowed with 'stream': true.", param="stream_options")
-        return self
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Return the stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-
-class CompletionRequest(GenerationRequest):
-    """The body of `POST /v1/completions`."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"model": "smollm2-135m-instruct", "prompt": "The capital of France is", "max_tokens": 8},
-                {
-                    "model": "smollm2-135m-instruct",
-                    "prompt": "My cat is called Miso. She likes",
-                    "max_tokens": 16,
-                    "session": "alice",
-                    "learn": "prompt",
-                },
-            ],
-            **field_rules.COMPLETION,
-        }
-    )
-
-    prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = Field(
-        None, description="Default: 16, as for OpenAI."
-    )
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
-    best_of: Annotated[int, Field(ge=1, le=8), WHOLE] | None = Field(
-        None, description="Only accepted when equal to `n`."
-    )
-    suffix: Annotated[Any, Unsupported()] = None
-
-    @model_validator(mode="after")
-    def _best_of_equals_n(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise BadRequest(
-                f"'best_of' must equal 'n' ({self.n or 1}): no choosing among more, got {self.best_of}.",
-                param="best_of",
-            )
-        return self
-
-
-class ChatCompletionRequest(GenerationRequest):
-    """The body of `POST /v1/chat/completions`."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "smollm2-135m-instruct",
-                    "messages": [{"role": "user", "content": "My cat is called Miso. Say hello to her."}],
-                    "max_completion_tokens": 32,
-                    "session": "alice",
-                    "stream": True,
-                }
-            ],
-            **field_rules.CHAT,
-        }
-    )
-
-    messages: Messages
-    max_tokens: Annotated[int, Field(ge=1, le=INT32), WHOLE] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32), WHOLE] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
-    tools: Annotated[Any, Unsupported(([],))] = None
-    tool_choice: Annotated[Any, Unsupported(("none",))] = None
-    parallel_tool_calls: Annotated[Any, Unsupported((True, False))] = None
-    functions: Annotated[Any, Unsupported(([],))] = None
-    function_call: Annotated[Any, Unsupported(("none",))] = None
-    response_format: Annotated[Any, Unsupported(({"type": "text"},))] = None
-    modalities: Annotated[Any, Unsupported((["text"],))] = None
-    audio: Annotated[Any, Unsupported()] = None
-    prediction: Annotated[Any, Unsupported()] = None
-    reasoning_effort: Annotated[Any, Unsupported(("none",))] = None
-    verbosity: Annotated[Any, Unsupported()] = None
-    service_tier: Annotated[Any, Unsupported(("auto", "default"))] = None
-    store: Annotated[Any, Unsupported((False,))] = None
-    metadata: Annotated[Any, Unsupported(({},))] = None
-    moderation: Annotated[Any, Unsupported()] = None
-    web_search_options: Annotated[Any, Unsupported()] = None
-    prompt_cache_options: Annotated[Any, Unsupported()] = None
-    prompt_cache_retention: Annotated[Any, Unsupported()] = None
-    prompt_cache_key: str | None = Field(None, description="A hint to OpenAI's caches; has no effect here.")
-    safety_identifier: str | None = Field(None, description="A hint to OpenAI's moderators; has no effect here.")
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> "ChatCompletionRequest":
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise BadRequest("Give 'max_completion_tokens' or 'max_tokens', not two of them.", param="max_tokens")
-        if self.top_logprobs and not self.logprobs:
-            raise BadRequest("'top_logprobs' is only allowed with 'logprobs': true.", param="top_logprobs")
-        return self
 
 
 class SessionOptions(Body):

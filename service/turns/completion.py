@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -27,7 +28,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Options of a generation. max_tokens: None fills the context; logprobs: alternatives a token, None = off."""
+    """Options of a generation.
+
+    Attributes:
+        max_tokens: None, or more than the context has room for, fills the context.
+        best_of: number of texts from which the best `n` are returned; None = `n`.
+        logprobs: alternatives for each token; None = no log-probabilities.
+        prompt_logprobs: alternatives for each token of the prompt; None = no log-probabilities of the prompt.
+    """
 
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -35,6 +43,22 @@ class GenerationOptions:
     n: int = 1
     echo: bool = False
     logprobs: int | None = None
+    best_of: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def candidates(self) -> int:
+        """Return the number of texts that are generated for each prompt."""
+        return self.best_of or self.n
+
+    @property
+    def scores_prompt(self) -> bool:
+        return (self.echo and self.logprobs is not None) or self.prompt_logprobs is not None
+
+    @property
+    def scored_top(self) -> int:
+        """Return the number of alternatives that are computed for each scored token of a prompt."""
+        return max(1, self.logprobs or 0, self.prompt_logprobs or 0) if self.scores_prompt else 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,8 @@ class CompletionJob:
 class TokenLogprob:
     """One token and its log-probability (nats; None where nothing predicts the token).
 
-    top: alternatives (id, bytes, nats), the likeliest first.
+    top: alternatives (id, bytes, nats), the likeliest first. frozen: the log-probability without memory, where it is
+    asked for.
     """
 
     token_id: int
@@ -64,11 +89,12 @@ class TokenLogprob:
     logprob: float | None
     top: list[tuple[int, bytes, float]]
     text_offset: int
+    frozen: float | None = None
 
 
 @dataclass(frozen=True)
-class EchoLogprobs:
-    """The log-probabilities of the tokens of an echoed prompt.
+class PromptLogprobs:
+    """The log-probabilities of the tokens of a prompt.
 
     Each is made when it is read: all of them, as objects, take twenty times the memory of `scores`, and hold the
     interpreter's lock while they are freed.
@@ -98,7 +124,8 @@ class EchoLogprobs:
             for number, token_id in enumerate(block.token_ids):
                 token, likeliest = self.token_bytes(token_id), range(number * self.top, number * self.top + self.shown)
                 top = [(block.top_ids[i], self.token_bytes(block.top_ids[i]), block.top_logprobs[i]) for i in likeliest]
-                yield TokenLogprob(token_id, token, block.adapted[number], top, offset)
+                frozen = block.frozen[number] if block.frozen is not None else None
+                yield TokenLogprob(token_id, token, block.adapted[number], top, offset, frozen)
                 offset += len(token.decode(errors="ignore"))
 
 
@@ -108,17 +135,26 @@ class Delta:
 
     choice: int
     text: str
-    logprobs: Sequence[TokenLogprob] | EchoLogprobs
+    logprobs: Sequence[TokenLogprob] | PromptLogprobs
 
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """The last event of a completion, sent after the commit."""
+    """The last event of a completion, sent after the commit.
+
+    Attributes:
+        prompt_ms: milliseconds from the start of the work to the first text.
+        predicted_ms: milliseconds from the first text to the last one.
+        prompt_logprobs: of the tokens of each prompt, if they are asked for.
+    """
 
     finish_reasons: list[FinishReason]
     prompt_tokens: int
     completion_tokens: int
     adaptation: Adaptation | None
+    prompt_ms: float = 0.0
+    predicted_ms: float = 0.0
+    prompt_logprobs: Sequence[Sequence[TokenLogprob] | PromptLogprobs] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +176,7 @@ class AdaptPolicy:
         learn = job.learn or str(options.get("learn", "prompt"))
         writes = meta is not None and adapt != "predict"
         completion = writes and adapt == "both" and learn in ("completion", "all")
-        choices = len(job.prompts) * job.generation.n
+        choices = len(job.prompts) * job.generation.candidates
         if completion and choices > 1:
             raise BadRequest(
                 f"'learn': {learn!r} (the session's option) needs a single completion, got {choices} asked for.",
@@ -172,20 +208,27 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
             model.require_model(meta)
         policy, known_digests = AdaptPolicy.of(job, meta), () if meta is None else meta.digests
         encoded = [await prompts.encode_async(p, model.tokenizer, known_digests, reply=True) for p in job.prompts]
-        prompts.require_few_logprobs(num_logprobs(job.generation, encoded, model.context), "logprobs")
+        asked = "logprobs" if job.generation.prompt_logprobs is None else "prompt_logprobs"
+        prompts.require_few_logprobs(num_logprobs(job.generation, encoded, model.context), asked)
         pairs = list(zip(job.prompts, encoded, strict=True))
         segments = [build_segment(job.generation, p, e, policy, model.context) for p, e in pairs]
         self._policy, self._sent = policy, list[Delta]()
         self._output = OutputProcessor(job.generation, encoded, model.tokenizer)
+        self._times = [time.perf_counter()]
         self._prompt_tokens = sum(len(e.token_ids) for e in encoded)
         recalls = meta is not None and model.keeps_episodes(meta.options, job.recall)
         if recalls:
             requests = [model.recall.request(e.token_ids, e.question, chat=isinstance(p, ChatPrompt)) for p, e in pairs]
             segments = [replace(s, recall=request) for s, request in zip(segments, requests, strict=True)]
         digests = [digest for e in encoded for digest in e.digests] if policy.learn_prompt else []
-        return TurnPlan(meta, segments, digests=digests, writes=policy.writes, keep_episodes=recalls)
+        frozen = job.generation.prompt_logprobs is not None
+        return TurnPlan(
+            meta, segments, digests=digests, writes=policy.writes, score_frozen=frozen, keep_episodes=recalls
+        )
 
     def outputs(self, segment: int, event: Event) -> Iterator[Delta]:
+        if isinstance(event, TokenOutput):
+            self._times[1:] = [*self._times[1:2], time.perf_counter()]  # of the start, the first and the last output
         return self._recorded(self._output.deltas(segment, event))
 
     def remaining_outputs(self) -> Iterator[Delta]:
@@ -195,11 +238,23 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         chat = self._job.prompts[0]
         if self._policy.adapt != "both" or not isinstance(chat, ChatPrompt):
             return ()
+        if chat.ending == "continue":
+            begun = chat.messages[-1]["content"]
+            return prompts.reply_digests(chat.messages[:-1], [begun + text for text in self._output.texts])
         return prompts.reply_digests(chat.messages, self._output.texts)
 
     def last_event(self, outcome: TurnOutcome) -> TurnEnd:
         adaptation = None if outcome.meta is None else outcome.adaptation
-        return TurnEnd(self._output.finish_reasons, self._prompt_tokens, outcome.completion_tokens, adaptation)
+        start, first, last = self._times[0], self._times[min(1, len(self._times) - 1)], self._times[-1]
+        return TurnEnd(
+            self._output.finish_reasons,
+            self._prompt_tokens,
+            outcome.completion_tokens,
+            adaptation,
+            round(1000 * (first - start), 3),
+            round(1000 * (last - first), 3),
+            self._output.prompt_logprobs(),
+        )
 
     def record(self, last: Delta | TurnEnd) -> Json:
         assert isinstance(last, TurnEnd)
@@ -214,7 +269,11 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
 
 
 class OutputProcessor:
-    """Makes the text and the log-probabilities of each choice from the engine's events."""
+    """Makes the text and the log-probabilities of each choice from the engine's events.
+
+    Where more candidates are generated than choices are returned, all deltas come at the end: those of the candidates
+    of the highest log-probability per token, the best candidate first.
+    """
 
     def __init__(self, options: GenerationOptions, prompts: Sequence[EncodedPrompt], tokenizer: Tokenizer) -> None:
         self._options = options
@@ -222,26 +281,67 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._scores: list[list[TokenScores]] = [[] for _ in prompts]
         self._echoed = [not options.echo] * len(prompts)
-        choices = len(prompts) * options.n
-        self.texts = [""] * choices
-        self.finish_reasons: list[FinishReason] = ["length" if options.max_tokens == 0 else "stop"] * choices
+        candidates = len(prompts) * options.candidates
+        self.texts = [""] * candidates
+        self.finish_reasons: list[FinishReason] = ["length" if options.max_tokens == 0 else "stop"] * candidates
+        self._waiting: list[list[Delta]] | None = None
+        if options.candidates > options.n:
+            self._waiting = [[] for _ in range(candidates)]
+        self._token_logprobs: list[list[float]] = [[] for _ in range(candidates)]
 
     def deltas(self, prompt: int, event: Event) -> Iterator[Delta]:
         """Yield what an event of prompt number `prompt` adds."""
         if isinstance(event, TokenScores):
             self._scores[prompt].append(event)
         elif isinstance(event, TokenOutput):
-            yield from self._echo(prompt)
-            choice = prompt * self._options.n + event.choice
-            if event.finish is not None:
-                self.finish_reasons[choice] = event.finish
-            if event.text or event.tokens:
-                yield self._delta(choice, event.text, event.tokens)
+            yield from self._passed(self._outputs(prompt, event))
 
     def remaining(self) -> Iterator[Delta]:
-        """Yield the echoes of the prompts after which nothing was generated."""
+        """Yield the echoes of the prompts after which nothing was generated, and the candidates that were waiting."""
         for prompt in range(len(self._prompts)):
-            yield from self._echo(prompt)
+            yield from self._passed(self._echo(prompt))
+        if self._waiting is not None:
+            yield from self._best_candidates(self._waiting)
+
+    def prompt_logprobs(self) -> list[PromptLogprobs]:
+        """Return the log-probabilities of the tokens of each prompt; an empty list if they are not asked for."""
+        shown, options = self._options.prompt_logprobs, self._options
+        if shown is None:
+            return []
+        return [
+            PromptLogprobs(prompt.token_ids[0], scores, options.scored_top, shown, self._tokenizer.token_bytes)
+            for prompt, scores in zip(self._prompts, self._scores, strict=True)
+        ]
+
+    def _outputs(self, prompt: int, event: TokenOutput) -> Iterator[Delta]:
+        yield from self._echo(prompt)
+        candidate = prompt * self._options.candidates + event.choice
+        if event.finish is not None:
+            self.finish_reasons[candidate] = event.finish
+        if self._waiting is not None:
+            self._token_logprobs[candidate] += [entry.logprob or 0.0 for entry in event.tokens]
+        if event.text or event.tokens:
+            yield self._delta(candidate, event.text, event.tokens)
+
+    def _passed(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
+        """Yield the deltas, or keep them until it is known which candidates are returned."""
+        if self._waiting is None:
+            yield from deltas
+        else:
+            for delta in deltas:
+                self._waiting[delta.choice].append(delta)
+
+    def _best_candidates(self, waiting: list[list[Delta]]) -> Iterator[Delta]:
+        """Choose the candidates of each prompt, and yield their deltas under the numbers of the choices."""
+        means = [sum(each) / max(1, len(each)) for each in self._token_logprobs]
+        options, chosen = self._options, list[int]()
+        for start in range(0, len(waiting), options.candidates):
+            ranked = sorted(range(start, start + options.candidates), key=lambda candidate: -means[candidate])
+            chosen += ranked[: options.n]
+        self.texts = [self.texts[candidate] for candidate in chosen]
+        self.finish_reasons = [self.finish_reasons[candidate] for candidate in chosen]
+        for choice, candidate in enumerate(chosen):
+            yield from (replace(delta, choice=choice) for delta in waiting[candidate])
 
     def _echo(self, prompt: int) -> Iterator[Delta]:
         if self._echoed[prompt]:
@@ -249,16 +349,17 @@ class OutputProcessor:
         self._echoed[prompt] = True
         token_ids, shown = self._prompts[prompt].token_ids, self._options.logprobs
         text, logprobs = self._tokenizer.decode(token_ids), list[TokenLogprob]()
-        echo: EchoLogprobs | list[TokenLogprob] = logprobs
+        echo: PromptLogprobs | list[TokenLogprob] = logprobs
         if shown is not None:
-            echo = EchoLogprobs(token_ids[0], self._scores[prompt], max(1, shown), shown, self._tokenizer.token_bytes)
-        for choice in range(prompt * self._options.n, (prompt + 1) * self._options.n):
+            top, token_bytes = self._options.scored_top, self._tokenizer.token_bytes
+            echo = PromptLogprobs(token_ids[0], self._scores[prompt], top, shown, token_bytes)
+        for choice in range(prompt * self._options.candidates, (prompt + 1) * self._options.candidates):
             self.texts[choice] = text
             yield Delta(choice, text, echo)
 
     def _delta(self, choice: int, text: str, tokens: Sequence[Alternatives]) -> Delta:
-        offset, logprobs = len(self.texts[choice]), []
-        for entry in tokens:
+        offset, logprobs = len(self.texts[choice]), list[TokenLogprob]()
+        for entry in tokens if self._options.logprobs is not None else ():
             token = self._tokenizer.token_bytes(entry.token_id)
             top = [(i, self._tokenizer.token_bytes(i), p) for i, p in entry.top[: self._options.logprobs]]
             logprobs.append(TokenLogprob(entry.token_id, token, entry.logprob, top, offset))
@@ -269,12 +370,13 @@ class OutputProcessor:
 
 def num_logprobs(options: GenerationOptions, encoded: Sequence[EncodedPrompt], context: int) -> int:
     """Return the largest number of tokens whose log-probabilities the answer to a request may hold."""
-    if options.logprobs is None:
-        return 0
     lengths = [len(prompt.token_ids) for prompt in encoded]
+    of_prompts = 0 if options.prompt_logprobs is None else sum(lengths)
+    if options.logprobs is None and options.candidates == options.n:
+        return of_prompts
     most = context if options.max_tokens is None else options.max_tokens
     generated = sum(min(most, max(0, context - length)) for length in lengths)
-    return options.n * (generated + (sum(lengths) if options.echo else 0))
+    return of_prompts + options.candidates * (generated + (sum(lengths) if options.echo else 0))
 
 
 def build_segment(
@@ -282,34 +384,33 @@ def build_segment(
 ) -> Segment:
     """Return the engine's request that answers a prompt.
 
-    Raises BadRequest for a prompt and completion longer than `context` tokens.
+    The completion is as long as there is room for at most. Raises BadRequest for a prompt that leaves no room.
     """
     count, param = len(encoded.token_ids), "messages" if isinstance(prompt, ChatPrompt) else "prompt"
     max_tokens = 0 if policy.adapt == "observe" else options.max_tokens
-    if count + (max_tokens or 0) > context or (max_tokens is None and count == context):
-        asked = f"{count} tokens" if not max_tokens else f"{count} tokens and 'max_tokens' {max_tokens}"
+    room = context - count
+    if room < 0 or (room == 0 and max_tokens != 0):
         raise BadRequest(
             f"'{param}' and completion may hold {context} tokens together (the model's context), "
-            f"got {param} of {asked}.",
+            f"got {param} of {count} tokens.",
             param=param,
             code="context_length_exceeded",
         )
     generate = None
     if policy.adapt != "observe":
         generate = GenerationParams(
-            max_tokens=context - count if max_tokens is None else max_tokens,
+            max_tokens=room if max_tokens is None else min(room, max_tokens),
             sampling=options.sampling,
             stop=options.stop,
-            n=options.n,
-            logprobs=options.logprobs,
+            n=options.candidates,
+            logprobs=0 if options.logprobs is None and options.candidates > options.n else options.logprobs,
             learn=policy.learn_completion,
         )
-    scored = options.echo and options.logprobs is not None
     return Segment(
         encoded.token_ids,
         learn=encoded.learn if policy.learn_prompt else None,
-        score=[True] * count if scored else None,
-        top=max(1, options.logprobs or 0) if scored else 0,
+        score=[True] * count if options.scores_prompt else None,
+        top=options.scored_top,
         generate=generate,
     )
 
@@ -317,12 +418,14 @@ def build_segment(
 def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:
     """Return a completion's answer as JSON, with the deltas of each choice joined; iterators stand for long lists."""
     texts: dict[int, str] = {}
-    logprobs: dict[int, list[Sequence[TokenLogprob] | EchoLogprobs]] = {}
+    logprobs: dict[int, list[Sequence[TokenLogprob] | PromptLogprobs]] = {}
     for delta in deltas:
         texts[delta.choice] = texts.get(delta.choice, "") + delta.text
         logprobs.setdefault(delta.choice, []).append(delta.logprobs)
     packed = {choice: [texts[choice], map(_pack_token, chain(*logprobs[choice]))] for choice in texts}
-    return {"choices": packed, "end": asdict(end)}
+    of_prompts = [map(_pack_token, tokens) for tokens in end.prompt_logprobs]
+    adaptation = end.adaptation and asdict(end.adaptation)
+    return {"choices": packed, "end": vars(end) | {"adaptation": adaptation, "prompt_logprobs": of_prompts}}
 
 
 def unpack_answer(packed: dict[str, Any]) -> list[Delta | TurnEnd]:
@@ -333,15 +436,17 @@ def unpack_answer(packed: dict[str, Any]) -> list[Delta | TurnEnd]:
     ]
     end = packed["end"]
     adaptation = None if end["adaptation"] is None else Adaptation.from_record(end["adaptation"])
-    return [*deltas, TurnEnd(**{**end, "adaptation": adaptation})]
+    of_prompts = [[_unpack_token(token) for token in tokens] for tokens in end.get("prompt_logprobs", ())]
+    return [*deltas, TurnEnd(**{**end, "adaptation": adaptation, "prompt_logprobs": of_prompts})]
 
 
 def _pack_token(entry: TokenLogprob) -> list[Any]:
     top = [[token_id, base64.b64encode(token).decode(), logprob] for token_id, token, logprob in entry.top]
-    return [entry.token_id, base64.b64encode(entry.token).decode(), entry.logprob, top, entry.text_offset]
+    token = base64.b64encode(entry.token).decode()
+    return [entry.token_id, token, entry.logprob, top, entry.text_offset, entry.frozen]
 
 
 def _unpack_token(packed: list[Any]) -> TokenLogprob:
-    token_id, token, logprob, top, text_offset = packed
+    token_id, token, logprob, top, text_offset, *frozen = packed  # a record of an earlier release ends here
     alternatives = [(other, base64.b64decode(text), value) for other, text, value in top]
-    return TokenLogprob(token_id, base64.b64decode(token), logprob, alternatives, text_offset)
+    return TokenLogprob(token_id, base64.b64decode(token), logprob, alternatives, text_offset, *frozen)

@@ -6,7 +6,8 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from model.text.chat_template import ChatTemplateError
 from model.text.tokenizer import Tokenizer
@@ -34,13 +35,25 @@ class TokenPrompt:
 
 
 @dataclass(frozen=True)
+class PartsPrompt:
+    """A prompt of texts and token ids, one after the other."""
+
+    parts: list[str | int]
+
+
+@dataclass(frozen=True)
 class ChatPrompt:
-    """A chat: messages with `role` and `content`."""
+    """A chat: messages with `role` and `content`.
+
+    ending: after the messages the assistant's turn begins ("reply"), the last message goes on ("continue"), or nothing
+    comes ("none").
+    """
 
     messages: list[dict[str, str]]
+    ending: Literal["reply", "continue", "none"] = "reply"
 
 
-Prompt = TextPrompt | TokenPrompt | ChatPrompt
+Prompt = TextPrompt | TokenPrompt | PartsPrompt | ChatPrompt
 
 
 def prompt_size(prompt: Prompt) -> int:
@@ -50,6 +63,8 @@ def prompt_size(prompt: Prompt) -> int:
             return len(text)
         case TokenPrompt(token_ids):
             return len(token_ids)
+        case PartsPrompt(parts):
+            return sum(len(part) if isinstance(part, str) else 1 for part in parts)
         case ChatPrompt(messages):
             return sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
 
@@ -65,6 +80,9 @@ def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str 
             fewest = tokenizer.fewest_tokens(len(text))  # a character has at least one byte
         case TokenPrompt(token_ids):
             fewest = len(token_ids)
+        case PartsPrompt(parts):
+            texts = [part for part in parts if isinstance(part, str)]
+            fewest = len(parts) - len(texts) + tokenizer.fewest_tokens(sum(map(len, texts)))
         case ChatPrompt(messages):  # templates trim the white space around a content
             fewest = tokenizer.fewest_tokens(sum(len(message["content"].strip()) for message in messages))
     param = param or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
@@ -116,8 +134,15 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
     Raises BadRequest for a prompt without tokens and for messages that the chat template refuses.
     """
     if isinstance(prompt, ChatPrompt):
-        return _encode_chat(prompt.messages, tokenizer, frozenset(known), reply=reply)
-    token_ids = prompt.token_ids if isinstance(prompt, TokenPrompt) else tokenizer.encode_array(prompt.text)
+        return _encode_chat(prompt if reply else replace(prompt, ending="none"), tokenizer, frozenset(known))
+    token_ids: Sequence[int]
+    match prompt:
+        case TextPrompt(text):
+            token_ids = tokenizer.encode_array(text)
+        case TokenPrompt(token_ids):
+            pass
+        case PartsPrompt(parts):
+            token_ids = _encode_parts(parts, tokenizer)
     if not token_ids:
         raise BadRequest("'prompt' must have at least one token, got none.", param="prompt")
     return EncodedPrompt(token_ids, bytearray(b"\1") * len(token_ids))
@@ -128,6 +153,21 @@ async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str
     return await run_off_loop(prompt_size(prompt), encode, prompt, tokenizer, known, reply=reply)
 
 
+async def render_async(prompt: ChatPrompt, tokenizer: Tokenizer) -> str:
+    """Return the text of a chat; of a large one from another thread. Raises BadRequest as `encode` does."""
+
+    def render() -> str:
+        ending = prompt.ending
+        return tokenizer.render_chat(
+            prompt.messages, add_generation_prompt=ending == "reply", continues=ending == "continue"
+        )
+
+    try:
+        return await run_off_loop(prompt_size(prompt), render)
+    except ChatTemplateError as error:
+        raise BadRequest(f"The chat template refuses 'messages': {error}.", param="messages") from error
+
+
 async def encode_text(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer, known: Sequence[str]) -> EncodedPrompt:
     """Return the tokens of a text or a chat, which may be empty, without BOS."""
     if isinstance(prompt, TextPrompt) and not prompt.text:
@@ -136,17 +176,33 @@ async def encode_text(prompt: TextPrompt | ChatPrompt, tokenizer: Tokenizer, kno
     return without_bos(encoded, tokenizer.start_token_id)
 
 
-def _encode_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, known: frozenset[str], *, reply: bool
-) -> EncodedPrompt:
-    """Encode a chat. Only the contents of new messages are learned: the template says nothing about the session."""
+def _encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> array[int]:
+    """Return the tokens of texts and token ids, one after the other; only a text at the start may begin with BOS."""
+    token_ids = array("i")
+    for index, part in enumerate(parts):
+        if isinstance(part, int):
+            token_ids.append(part)
+        else:
+            encoded = tokenizer.encode_array(part)
+            token_ids.extend(encoded[1:] if index and tokenizer.add_bos else encoded)
+    return token_ids
+
+
+def _encode_chat(prompt: ChatPrompt, tokenizer: Tokenizer, known: frozenset[str]) -> EncodedPrompt:
+    """Encode a chat. Only the contents of new messages are learned: the template says nothing about the session.
+
+    A last message that goes on is a part of the reply: the message is neither learned nor known again by itself.
+    """
+    messages = prompt.messages
     try:
-        chat = tokenizer.encode_chat(messages, add_generation_prompt=reply)
+        chat = tokenizer.encode_chat(
+            messages, add_generation_prompt=prompt.ending == "reply", continues=prompt.ending == "continue"
+        )
     except ChatTemplateError as error:
         raise BadRequest(f"The chat template refuses 'messages': {error}.", param="messages") from error
     learn = bytearray(len(chat.token_ids))
-    digests = list(message_digests(messages))
-    for digest, (start, end) in zip(digests, chat.spans, strict=True):
+    digests = list(message_digests(messages if prompt.ending != "continue" else messages[:-1]))
+    for digest, (start, end) in zip(digests, chat.spans, strict=False):
         if digest not in known:
             learn[start:end] = b"\1" * (end - start)
     asked = [span for message, span in zip(messages, chat.spans, strict=True) if message["role"] == "user"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.text import sampling
-from model.text.sampling import Sampler, SamplingParams, _draw_batch, _nucleus
+from model.text import sampling, sampling_reference
+from model.text.sampling import Sampler, SamplingParams, _draw_batch, draw_token
 
 SCORES = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 
@@ -81,7 +83,7 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_whose_mass_reaches_top_p(
 def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], top_p: float, u: float) -> None:
     """The random number lies between 0 and 1 − 2⁻⁵³."""
     probabilities = torch.tensor(weights) / sum(weights)
-    assert weights[_nucleus(probabilities, top_p, u)] > 0
+    assert weights[draw_token(probabilities, SamplingParams(top_p=top_p), u)] > 0
 
 
 def test_a_distribution_of_one_token_draws_it() -> None:
@@ -140,6 +142,66 @@ def test_the_scores_that_are_given_stay_as_they_were() -> None:
     assert torch.equal(scores, SCORES)
 
 
+# Against the reference.
+
+CUTS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+        "top_k": st.sampled_from([0, 0, 1, 3, 7, 500]),
+        "top_p": st.sampled_from([1.0, 1.0, 0.0, 0.4, 0.9, 0.999]),
+        "min_p": st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0]),
+        "typical_p": st.sampled_from([1.0, 1.0, 0.2, 0.7, 0.95]),
+    }
+)
+PENALTIES = st.fixed_dictionaries(
+    {
+        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7]),
+        "repetition_window": st.sampled_from([None, 0, 1, 4]),
+        "presence_penalty": st.sampled_from([0.0, 0.5]),
+        "frequency_penalty": st.sampled_from([0.0, 0.3]),
+        "logit_bias": st.sampled_from([{}, {2: 1.5, 9: -3.0}]),
+        "min_tokens": st.sampled_from([0, 0, 4]),
+        "ignore_eos": st.booleans(),
+        "stop_token_ids": st.sampled_from([frozenset(), frozenset({5})]),
+    }
+)
+
+
+@pytest.mark.parametrize("window", [2, sampling.TOP_P_WINDOW])
+@settings(max_examples=150, deadline=None)
+@given(cuts=CUTS, penalties=PENALTIES, seed=st.integers(0, 1000), prompt=st.lists(st.integers(0, 11), max_size=5))
+@example(cuts={"top_k": 3, "typical_p": 0.2, "top_p": 0.4, "min_p": 0.5}, penalties={}, seed=1, prompt=[])
+def test_every_sampler_draws_what_the_reference_draws(
+    window: int, cuts: dict[str, Any], penalties: dict[str, Any], seed: int, prompt: list[int]
+) -> None:
+    """One by one and in a batch, with a search window smaller than the vocabulary and with a larger one."""
+    options, eos = SamplingParams(seed=seed, **cuts, **penalties), frozenset({3})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "TOP_P_WINDOW", window)
+        one, batched = (Sampler(options, prompt=prompt, eos=eos) for _ in range(2))
+        stream, drawn = random.Random(f"{seed}/0"), list[int]()
+        for step in range(6):
+            scores = 3 * torch.randn(12, generator=torch.Generator().manual_seed(seed + step), dtype=torch.float64)
+            adjusted = sampling_reference.adjusted_scores(scores.tolist(), options, prompt, drawn, eos)
+            u = 0.0 if options.is_greedy else stream.random()
+            expected = sampling_reference.draw(adjusted, options, u)
+            (batched._predrawn,) = _draw_batch([batched], scores[None])
+            assert one.draw(scores) == expected == batched.draw(scores)
+            drawn.append(expected)
+
+
+def test_no_end_is_drawn_before_min_tokens_and_none_at_all_with_ignore_eos() -> None:
+    flat, eos = torch.zeros(4), frozenset({1})
+    for seed in range(20):
+        options = SamplingParams(seed=seed, min_tokens=30, stop_token_ids=frozenset({2}))
+        sampler = Sampler(options, eos=eos)
+        assert {sampler.draw(flat) for _ in range(30)} == {0, 3}
+        assert {sampler.draw(flat) for _ in range(60)} == {0, 1, 2, 3}
+        assert sampler.ends == {1, 2}
+        endless = Sampler(SamplingParams(seed=seed, ignore_eos=True), eos=eos)
+        assert {endless.draw(flat) for _ in range(60)} == {0, 2, 3}
+
+
 # Batches.
 
 
@@ -158,6 +220,11 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(
         SamplingParams(seed=4, top_p=0.99, logit_bias={3: 5.0}),
         SamplingParams(seed=5, temperature=0.3, frequency_penalty=1.5),
         SamplingParams(temperature=0.0, presence_penalty=2.0),
+        SamplingParams(seed=6, top_k=4),
+        SamplingParams(seed=7, top_k=50, top_p=0.8, min_p=0.1),
+        SamplingParams(seed=8, min_p=0.02),
+        SamplingParams(seed=9, typical_p=0.5),
+        SamplingParams(seed=10, repetition_penalty=1.5),
     ]
     together, alone = ([Sampler(option) for option in options] for _ in range(2))
     for step in range(30):

@@ -219,4 +219,4 @@ def test_a_server_with_keys_describes_which_key_each_route_takes(
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             answer = httpx.request(method, server.url + path.replace("{id}", "nobody"), headers=headers)
             assert (answer.status_code == 401) == bool(schemes and scheme not in schemes), (method, path, scheme)
-    assert open_to_all == {"/livez", "/readyz"}
+    assert open_to_all == {"/livez", "/readyz", "/health", "/ping", "/version"}

@@ -20,12 +20,12 @@ from openai.types.chat import (
 from pydantic import ValidationError
 
 from service.errors import BadRequest
-from service.http.error_responses import explain
+from service.http.faults import explain
+from service.http.foreign_fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, HINTS
+from service.http.generation_schemas import ChatCompletionRequest, CompletionRequest
 from service.http.schemas import (
     ActRequest,
     Body,
-    ChatCompletionRequest,
-    CompletionRequest,
     FeedbackRequest,
     Message,
     ObserveRequest,
@@ -68,8 +68,9 @@ OPENAI_MESSAGE = fields_of(ChatCompletionAssistantMessageParam, ChatCompletionTo
 
 
 def test_every_field_of_openai_is_known() -> None:
-    assert CompletionRequest.model_fields.keys() >= OPENAI_COMPLETION
-    assert ChatCompletionRequest.model_fields.keys() >= OPENAI_CHAT
+    for request_type, fields in ((CompletionRequest, OPENAI_COMPLETION), (ChatCompletionRequest, OPENAI_CHAT)):
+        assert request_type.model_json_schema()["properties"].keys() >= fields
+        assert not {name for name in request_type.model_fields if name in HINTS or name in request_type.unsupported}
     assert Message.model_fields.keys() >= OPENAI_MESSAGE
 
 
@@ -88,29 +89,64 @@ def test_null_is_fine_for_every_optional_field() -> None:
         ("functions", []),
         ("tool_choice", "none"),
         ("function_call", "none"),
-        ("parallel_tool_calls", True),
         ("response_format", {"type": "text"}),
         ("modalities", ["text"]),
-        ("reasoning_effort", "none"),
-        ("service_tier", "auto"),
-        ("service_tier", "default"),
-        ("prompt_cache_key", "any"),
-        ("safety_identifier", "any"),
+        ("echo", False),
+        ("length_penalty", 1),
+        ("length_penalty", 1.0),
+        ("mirostat", 0),
+        ("guided_json", None),
     ],
 )
-def test_values_that_change_nothing_are_accepted(field: str, value: Any) -> None:
-    chat(**{field: value})
+def test_values_that_change_nothing_are_accepted_without_a_word(field: str, value: Any) -> None:
+    assert chat(**{field: value}).ignored == []
+
+
+@pytest.mark.parametrize("field", [*sorted(HINTS), "some_servers_own_field", "k" * 1_000_000])
+def test_what_changes_no_answer_is_ignored_and_named(field: str) -> None:
+    for value in (True, "high", {"a": "b"}):
+        assert chat(**{field: value}).ignored == [field] == completion(**{field: value}).ignored
+    assert chat(**{field: None}).ignored == []
+
+
+def test_what_other_servers_put_into_messages_is_ignored_and_named() -> None:
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    messages = [*HELLO, {"role": "assistant", "content": [part], "reasoning_content": "hm"}] * 2
+    assert chat(messages=messages).ignored == ["messages.reasoning_content"]
+    with pytest.raises(ValidationError):
+        ObserveRequest.model_validate({"messages": messages})  # only learns: nothing is ignored
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ("sesion", "session"),
+        ("session_id", "session"),
+        ("Session", "session"),
+        ("adpat", "adapt"),
+        ("lern", "learn"),
+        ("recal", "recall"),
+        ("on-disconnect", "on_disconnect"),
+        ("temprature", "temperature"),
+        ("max_token", "max_tokens"),
+        ("stream_option", "stream_options"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_right_name(field: str, meant: str) -> None:
+    with pytest.raises(BadRequest, match=f"'{field}'.*'{meant}'") as error:
+        chat(**{field: "x"})
+    assert error.value.param == field
 
 
 def test_an_unsupported_field_is_refused_by_its_name() -> None:
-    unsupported = {name for name, field in ChatCompletionRequest.model_fields.items() if field.annotation is Any}
-    assert {"tools", "response_format", "audio", "prediction", "store"} <= unsupported
-    for name in unsupported:
-        with pytest.raises(ValidationError) as error:
-            chat(**{name: {"some": "thing"}})
-        bad_request = to_bad_request(error.value)
-        assert bad_request.param == name
-        assert "not supported" in bad_request.message
+    for make, unsupported in ((chat, CHAT_UNSUPPORTED), (completion, COMPLETION_UNSUPPORTED)):
+        for name in unsupported:
+            with pytest.raises(BadRequest, match="not supported") as error:
+                make(**{name: {"some": "thing"}})
+            assert error.value.param == name
+    for wrong in ({"echo": 0}, {"mirostat": False}, {"tools": {}}):
+        with pytest.raises(BadRequest):
+            chat(**wrong)
 
 
 def test_content_parts_are_joined_and_developer_is_system() -> None:
@@ -136,8 +172,9 @@ def test_only_a_number_is_accepted_as_a_number(field: str, value: Any) -> None:
 
 
 def test_limits_are_inclusive() -> None:
-    completion(temperature=0, top_p=1, n=8, logprobs=5, max_tokens=0, presence_penalty=-2, frequency_penalty=2)
-    completion(temperature=2, seed=2**63 - 1, stop=["a"] * 4, logit_bias={"0": -100, "1": 100}, best_of=1)
+    completion(temperature=0, top_p=1, n=16, logprobs=20, max_tokens=0, presence_penalty=-2, frequency_penalty=2)
+    completion(temperature=100, seed=2**63 - 1, stop=["a" * 1024] * 32, logit_bias={"0": -100, "1": 100}, best_of=16)
+    completion(top_k=-1, top_p=0, min_p=1, typical_p=1, repetition_penalty=10, repeat_last_n=-1, prompt_logprobs=20)
     completion(seed=-(2**63), session="a" * 128, prompt=["a"] * 128)
     chat(top_logprobs=20, logprobs=True, max_tokens=5, max_completion_tokens=5)
 
@@ -159,9 +196,10 @@ def test_a_body_of_faults_yields_few_errors() -> None:
     for faulty in (
         {f"unknown{i}": 1 for i in range(10_000)},
         {"stop": [1] * 10_000},
-        {"prompt": ["a"] + [1] * 10_000},
-        {"prompt": [1] + ["a"] * 10_000},
-        {"prompt": [[1] + ["a"] * 10_000]},
+        {"prompt": ["a"] + [True] * 10_000},
+        {"prompt": [1] + [None] * 10_000},
+        {"prompt": ["a", 1] + [True] * 10_000},
+        {"prompt": [["a"] + [None] * 10_000]},
         {"logit_bias": {f"x{i}": 1 for i in range(10_000)}},
     ):
         with pytest.raises(ValidationError) as error:
@@ -236,6 +274,33 @@ ONE_FIELD_NEEDS_ANOTHER: list[tuple[type[Body], dict[str, Any]]] = [
     (CompletionRequest, {"logit_bias": {"a": 1}}),
     (CompletionRequest, {"logit_bias": {str(token): 1 for token in range(1025)}}),
     (CompletionRequest, {"prompt": []}),
+    (CompletionRequest, {"prompt": ["a", 1, "b"]}),
+    (CompletionRequest, {"prompt": ["a", [1, "b"], [2]]}),
+    (CompletionRequest, {"prompt": ["a", True]}),
+    (CompletionRequest, {"prompt": ["a", "b"]}),
+    (CompletionRequest, {"prompt": [1, 2]}),
+    (CompletionRequest, {"prompt": [[1, 2], ["a"]]}),
+    (CompletionRequest, {"prompt": [[1, 2], [[1]]]}),
+    (CompletionRequest, {"prompt": [1, [2], "a"]}),
+    (CompletionRequest, {"prompt_logprobs": 1, "stream": True}),
+    (CompletionRequest, {"prompt_logprobs": 1, "stream": False}),
+    (CompletionRequest, {"repeat_penalty": 1.5, "repetition_penalty": 1.5}),
+    (CompletionRequest, {"n_predict": -1, "max_tokens": 1}),
+    (CompletionRequest, {"n_probs": 0, "logprobs": 1}),
+    (CompletionRequest, {"n_probs": 1, "logprobs": 1}),
+    (CompletionRequest, {"max_tokens": -1}),
+    (CompletionRequest, {"messages": HELLO}),
+    (CompletionRequest, {"suffix": ""}),
+    (CompletionRequest, {"anything": "else"}),
+    (ChatCompletionRequest, {"max_tokens": -1}),
+    (ChatCompletionRequest, {"max_tokens": 0}),
+    (ChatCompletionRequest, {"max_completion_tokens": 0.0}),
+    (ChatCompletionRequest, {"n_predict": 1, "max_completion_tokens": 1}),
+    (ChatCompletionRequest, {"add_generation_prompt": True, "continue_final_message": False}),
+    (ChatCompletionRequest, {"response_format": {"type": "text"}}),
+    (ChatCompletionRequest, {"response_format": {"type": "json_object"}}),
+    (ChatCompletionRequest, {"store": True, "length_penalty": 1.0}),
+    (ChatCompletionRequest, {"length_penalty": True}),
     (SessionOptions, {"ttl_s": 0.0}),
     (SessionOptions, {"ttl_s": -1}),
     (Rollback, {"version": 2**53}),

@@ -1,58 +1,66 @@
 """OpenAI's routes: models, completions and chat completions, streamed or not."""
 
 import time
-from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Annotated, cast
+from typing import Annotated, Any
+from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Path, Response
+from fastapi import APIRouter, Path, Response
 
 from model.text.sampling import SamplingParams
-from service.errors import BadRequest, NotFound
+from service.errors import BadRequest
 from service.http.dependencies import (
+    ClientRules,
+    ImprintHeaders,
+    ImprintHeadersDep,
     LargeReply,
     LearningRequest,
     LearningRequestDep,
+    RulesDep,
     SessionsDep,
     idempotency_headers,
 )
+from service.http.generation_schemas import MAX_NAME_CHARS, ChatCompletionRequest, CompletionRequest, GenerationRequest
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, streamed_responses
-from service.http.replies import ChatCompletion, Completion, Model, ModelList, PolicyShape
+from service.http.replies import ChatCompletion, Completion, Model, ModelList, ModelMeta, PolicyList, PolicyShape
 from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ResponseFormatter
-from service.http.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, SessionId, session_id
+from service.http.schemas import session_of_user
 from service.http.sse import EventStream, until_disconnect
 from service.turns.completion import CompletionJob, GenerationOptions
-from service.turns.prompts import ChatPrompt, TextPrompt, TokenPrompt
+from service.turns.prompts import ChatPrompt, PartsPrompt, Prompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
 from service.types import SUGGESTED_SAMPLING
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat completions have none
+REPEAT_LAST_N = 64  # llama.cpp's default for `repeat_penalty`
+MAX_IGNORED = 16  # names of ignored fields that an answer has
 STARTED = int(time.time())
 
 router = APIRouter(prefix="/v1", route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["OpenAI"])
 
-SessionHeader = Annotated[
-    SessionId | None,
-    Header(alias="X-Imprint-Session", description="Names the session if the body's `session` doesn't."),
-]
 ModelId = Annotated[str, Path(description="The model's id.", examples=["smollm2-135m-instruct"])]
 
 
-@router.get("/models", summary="List the served models")
-async def list_models(sessions: SessionsDep) -> ModelList:
-    """List the language model and the policies that are served."""
-    policies = [_policy(name, sessions) for name in sessions.loaded_model.policies]
-    return ModelList(object="list", data=[_model(sessions), *policies])
+@router.get("/models", summary="List the names of the served model")
+async def list_models(sessions: SessionsDep, rules: RulesDep) -> ModelList:
+    """List the names of the language model, which completions take; `GET /v1/policies` lists the policies."""
+    return ModelList(object="list", data=[_model(name, sessions) for name in rules.model_names])
+
+
+@router.get("/policies", summary="List the served policies")
+async def list_policies(sessions: SessionsDep) -> PolicyList:
+    """List the policies, which `act`, `predict` and `observe` take."""
+    return PolicyList(object="list", data=[_policy(name, sessions) for name in sessions.loaded_model.policies])
 
 
 @router.get("/models/{id:path}", summary="Describe a served model")
-async def get_model(id: ModelId, sessions: SessionsDep) -> Model:
+async def get_model(id: ModelId, sessions: SessionsDep, rules: RulesDep) -> Model:
     """Describe the language model or a policy, by its id."""
     if id in sessions.loaded_model.policies:
         return _policy(id, sessions)
-    _require_model(id, sessions)
-    return _model(sessions)
+    rules.resolve_model(id)
+    return _model(id, sessions)
 
 
 @router.post(
@@ -62,23 +70,23 @@ async def get_model(id: ModelId, sessions: SessionsDep) -> Model:
     responses=streamed_responses("CompletionChunk"),
 )
 async def create_completion(
-    body: CompletionRequest, learning: LearningRequestDep, session: SessionHeader = None
+    body: CompletionRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
 ) -> Json | Response:
     """Continue each prompt; with a session, use the session's memory and update the memory."""
     sessions = learning.sessions
-    _require_model(body.model, sessions)
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = GenerationOptions(
-        max_tokens=_within_context("max_tokens", max_tokens, sessions),
+        max_tokens=_max_tokens(body, DEFAULT_MAX_TOKENS),
         sampling=_sampling(body, sessions),
         stop=body.stops,
         n=body.n or 1,
         echo=bool(body.echo),
-        logprobs=body.logprobs,
+        logprobs=body.logprobs if body.logprobs is not None else body.n_probs or None,
+        best_of=body.best_of,
+        prompt_logprobs=body.prompt_logprobs,
     )
-    completion_job = _completion_job(body, _prompts(body, sessions), generation, session, learning.if_match)
+    completion_job = _completion_job(body, _prompts(body, sessions), generation, learning, headers)
     formatter = CompletionFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
-    return await _generate(learning, completion_job, formatter, body.on_disconnect)
+    return await _generate(learning, body, completion_job, formatter)
 
 
 @router.post(
@@ -88,43 +96,43 @@ async def create_completion(
     responses=streamed_responses("ChatChunk"),
 )
 async def create_chat_completion(
-    body: ChatCompletionRequest, learning: LearningRequestDep, session: SessionHeader = None
+    body: ChatCompletionRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
 ) -> Json | Response:
     """Reply to a chat; with a session, use the session's memory and update the memory with what is new in the chat."""
     sessions = learning.sessions
-    _require_model(body.model, sessions)
-    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     generation = GenerationOptions(
-        max_tokens=_within_context(limit, getattr(body, limit), sessions),
+        max_tokens=_max_tokens(body, None),
         sampling=_sampling(body, sessions),
         stop=body.stops,
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
-    prompt = ChatPrompt([message.plain() for message in body.messages])
-    completion_job = _completion_job(body, [prompt], generation, session, learning.if_match)
+    prompt = ChatPrompt([message.plain() for message in body.messages], body.ending)
+    completion_job = _completion_job(body, [prompt], generation, learning, headers)
     formatter = ChatFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
-    return await _generate(learning, completion_job, formatter, body.on_disconnect)
+    return await _generate(learning, body, completion_job, formatter)
 
 
 async def _generate(
     learning: LearningRequest,
+    body: GenerationRequest,
     completion_job: CompletionJob,
     formatter: ResponseFormatter,
-    on_disconnect: str | None,
 ) -> Json | Response:
     """Run the turn, and answer with a stream or with one reply.
 
     The first event of a stream is awaited here: an error before that event has a status of its own.
     """
-    receive = learning.request.receive
+    receive, on_disconnect = learning.request.receive, body.on_disconnect
+    ignored = _ignored_header(body, learning.rules)
     if completion_job.stream:
         work = learning.sessions.generate(learning.ctx, completion_job)
         events = await until_disconnect(receive, work, on_disconnect)
-        headers = idempotency_headers(learning.ctx)
+        headers = ignored | idempotency_headers(learning.ctx)
         return EventStream(learning.request, formatter.stream(events), headers=headers, on_disconnect=on_disconnect)
     reply = await until_disconnect(receive, _whole_reply(learning, completion_job, formatter), on_disconnect)
-    learning.response.headers.update(idempotency_headers(learning.ctx))
+    learning.response.headers.update(ignored | idempotency_headers(learning.ctx))
     if isinstance(reply, list):
         return LargeReply(reply, learning.response)
     return reply
@@ -137,14 +145,17 @@ async def _whole_reply(
         return await formatter.reply(events)
 
 
-def _model(sessions: Sessions) -> Model:
+def _model(name: str, sessions: Sessions) -> Model:
     return Model(
-        id=sessions.model_id,
+        id=name,
         object="model",
         created=STARTED,
         owned_by="imprint",
         fingerprints=sessions.fingerprints | {"session": sessions.loaded_model.text_fingerprint},
         sampling=SUGGESTED_SAMPLING,
+        root=sessions.model_id,
+        max_model_len=sessions.context,
+        meta=ModelMeta(n_ctx=sessions.context, n_vocab=sessions.vocab_size),
     )
 
 
@@ -169,38 +180,24 @@ def _policy(name: str, sessions: Sessions) -> Model:
     )
 
 
-def _require_model(model: str, sessions: Sessions) -> None:
-    if model != sessions.model_id:
-        raise NotFound(
-            f"The model {model[:80]!r} does not exist; this server has {sessions.model_id!r}.",
-            param="model",
-            code="model_not_found",
-        )
-
-
-def _within_context(param: str, max_tokens: int | None, sessions: Sessions) -> int | None:
-    """Return `max_tokens`. Raises BadRequest if the number exceeds the model's context."""
-    if max_tokens is not None and max_tokens > sessions.context:
+def _require_token(param: str, token_id: int, sessions: Sessions) -> None:
+    """Raise BadRequest unless the vocabulary has the token."""
+    if token_id >= sessions.vocab_size:
         raise BadRequest(
-            f"'{param}' exceeds the context of {sessions.context} tokens, got {max_tokens}.",
+            f"'{param}' must be a token id of the vocabulary, below {sessions.vocab_size}, got {token_id}.",
             param=param,
-            code="context_length_exceeded",
         )
-    return max_tokens
-
-
-def _outside_vocabulary(param: str, token_id: int, sessions: Sessions) -> BadRequest:
-    return BadRequest(
-        f"'{param}' must be a token id of the vocabulary, below {sessions.vocab_size}, got {token_id}.",
-        param=param,
-    )
 
 
 def _sampling(body: GenerationRequest, sessions: Sessions) -> SamplingParams:
     bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
     for token_id in bias:
-        if token_id >= sessions.vocab_size:
-            raise _outside_vocabulary(f"logit_bias.{token_id}", token_id, sessions)
+        _require_token(f"logit_bias.{token_id}", token_id, sessions)
+    for position, token_id in enumerate(body.stop_token_ids or ()):
+        _require_token(f"stop_token_ids.{position}", token_id, sessions)
+    penalty, window = body.repetition_penalty or body.repeat_penalty or 1.0, body.repeat_last_n
+    if window is None:
+        window = -1 if body.repeat_penalty is None else REPEAT_LAST_N
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -208,65 +205,107 @@ def _sampling(body: GenerationRequest, sessions: Sessions) -> SamplingParams:
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=bias,
+        top_k=max(0, body.top_k or 0),
+        min_p=body.min_p or 0.0,
+        typical_p=body.typical_p or 1.0,
+        repetition_penalty=penalty,
+        repetition_window=None if window < 0 else window,
+        min_tokens=body.min_tokens or 0,
+        ignore_eos=bool(body.ignore_eos),
+        stop_token_ids=frozenset(body.stop_token_ids or ()),
     )
 
 
-def _prompts(body: CompletionRequest, sessions: Sessions) -> list[TextPrompt | TokenPrompt | ChatPrompt]:
-    several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
-    prompts = cast(list[str | list[int]], body.prompt if several else [body.prompt])
-    return [
-        TextPrompt(prompt)
-        if isinstance(prompt, str)
-        else _token_prompt(f"prompt.{index}" if several else "prompt", prompt, sessions)
-        for index, prompt in enumerate(prompts)
-    ]
+def _max_tokens(body: CompletionRequest | ChatCompletionRequest, default: int | None) -> int | None:
+    """Return the largest number of tokens to generate; None = as many as fit. Raises BadRequest."""
+    newer = body.max_completion_tokens if isinstance(body, ChatCompletionRequest) else None
+    given = next((value for value in (newer, body.max_tokens, body.n_predict) if value is not None), default)
+    max_tokens = None if given == -1 else given
+    if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+        raise BadRequest(
+            f"'min_tokens' may be {max_tokens} (the most tokens), got {body.min_tokens}.", param="min_tokens"
+        )
+    return max_tokens
 
 
-def _token_prompt(param: str, token_ids: list[int], sessions: Sessions) -> TokenPrompt:
-    for position, token_id in enumerate(token_ids):
-        if token_id >= sessions.vocab_size:
-            raise _outside_vocabulary(f"{param}.{position}", token_id, sessions)
-    return TokenPrompt(token_ids)
+def _prompts(body: CompletionRequest, sessions: Sessions) -> list[Prompt]:
+    """Return the prompts: a list of numbers, or of numbers and texts, is one prompt."""
+    prompt = body.prompt
+    if isinstance(prompt, str) or any(isinstance(part, int) for part in prompt):
+        return [_prompt("prompt", prompt, sessions)]
+    return [_prompt(f"prompt.{index}", one, sessions) for index, one in enumerate(prompt)]
+
+
+def _prompt(param: str, prompt: Any, sessions: Sessions) -> Prompt:
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    for position, part in enumerate(prompt):
+        if isinstance(part, int):
+            _require_token(f"{param}.{position}", part, sessions)
+    return TokenPrompt(prompt) if str not in set(map(type, prompt)) else PartsPrompt(prompt)
 
 
 def _completion_job(
     body: GenerationRequest,
-    prompts: Sequence[TextPrompt | TokenPrompt | ChatPrompt],
+    prompts: list[Prompt],
     generation: GenerationOptions,
-    header: str | None,
-    if_match: str | None,
+    learning: LearningRequest,
+    headers: ImprintHeaders,
 ) -> CompletionJob:
-    """Return the job of the turn. The session is the body's, else the header's, else OpenAI's `user`.
+    """Return the job of the turn.
+
+    The session is the body's, else the header's, else that of the model's name, else OpenAI's `user` where the server's
+    settings say so; the mode likewise, and at last that of the API key.
 
     Raises:
-        BadRequest: the fields contradict each other, or `user` cannot name a session.
+        NotFound: the server has no such model.
+        BadRequest: the fields contradict each other.
     """
-    session = body.session or header
-    if session is None and body.user is not None:
-        session = session_id(body.user, "user")
+    mode_of_model, session_of_model = learning.rules.resolve_model(body.model)
+    session = body.session or headers.session or session_of_model
+    if session is None and body.user and learning.rules.user_sessions:
+        session = session_of_user(body.user)
     if session is None:
-        given = {"adapt": body.adapt, "learn": body.learn, "recall": body.recall, "If-Match": if_match}
+        header = None if headers.adapt == "predict" else headers.adapt
+        given: dict[str, object] = {"adapt": body.adapt, "learn": body.learn, "recall": body.recall}
+        given |= {"X-Imprint-Adapt": header, "If-Match": learning.if_match}
         for param, value in given.items():
             if value is not None:
                 raise BadRequest(f"'{param}' needs a session; name one in 'session'.", param=param)
-    choices = len(prompts) * generation.n
+    adapt = body.adapt or headers.adapt or mode_of_model or learning.ctx.tenant.adapt
+    choices = len(prompts) * generation.candidates
     if choices > 1 and body.learn in ("completion", "all"):
         raise BadRequest(
             f"'learn': '{body.learn}' needs a single completion, this request asks for {choices}.",
             param="learn",
         )
-    if generation.n > 1 and body.adapt == "observe":
-        raise BadRequest(f"'adapt': 'observe' generates nothing, so 'n' must be 1, got {generation.n}.", param="adapt")
+    if generation.candidates > 1 and adapt == "observe":
+        asked = "n" if generation.best_of is None else "best_of"
+        raise BadRequest(
+            f"'adapt': 'observe' generates nothing, so '{asked}' must be 1, got {generation.candidates}.", param="adapt"
+        )
     return CompletionJob(
         session=session,
-        adapt=body.adapt,
+        adapt=adapt,
         learn=body.learn,
-        prompts=list(prompts),
+        prompts=prompts,
         generation=generation,
-        if_match=if_match,
+        if_match=learning.if_match,
         stream=bool(body.stream),
         recall=body.recall,
     )
+
+
+def _ignored_header(body: GenerationRequest, rules: ClientRules) -> dict[str, str]:
+    """Return the header that names the ignored fields of a request. Raises BadRequest if none may be ignored."""
+    ignored = body.ignored
+    if ignored and rules.strict_fields:
+        name = ignored[0]
+        raise BadRequest(f"'{name}' has no effect on this server (IMPRINT_STRICT_FIELDS).", param=name)
+    if body.user is not None and not rules.user_sessions:
+        ignored = [*ignored, "user"]
+    shown = [quote(name[:MAX_NAME_CHARS], safe=".") for name in ignored[:MAX_IGNORED]]
+    return {"X-Imprint-Ignored": ", ".join(shown)} if shown else {}
 
 
 def _latency_recorder(learning: LearningRequest) -> LatencyRecorder:
