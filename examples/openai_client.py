@@ -13,7 +13,7 @@ stream = client.chat.completions.create(
     model=model,
     messages=[{"role": "user", "content": "My cat is called Miso and she sleeps on the radiator."}],
     max_tokens=60,  # without a limit a reply may fill the context, as with OpenAI
-    extra_body={"session": "openai"},  # or the header X-Imprint-Session, or OpenAI's `user`
+    extra_body={"session": "openai"},  # or the header X-Imprint-Session, or the model's name: f"{model}@openai"
     stream=True,
     **sampling,
 )

@@ -51,9 +51,11 @@ OBSERVATION = {"chooser": 8, "namer": 6}  # numbers that the tiny policies take
 # Refusals of requests that the description allows, because no JSON Schema can state the rule.
 UNSTATED = {
     "a limit of the served model": r"exceeds the context|token id of the vocabulary|\d+ tokens|at least one token",
-    "two fields must be equal": r"'best_of' must equal|Give 'max_completion_tokens' or 'max_tokens'",
-    "a field that needs a session in body, header or `user`": r"needs a session; name one|'user' must match",
-    "learning needs a single completion": r"needs a single completion|so 'n' must be 1",
+    "two fields must agree": r"'best_of' must|Give 'max_completion_tokens' or 'max_tokens'|'min_tokens' may be",
+    "a name that looks like a misspelt field": r"did you mean",
+    "a last message that can be continued": r"needs a last message|cannot be continued",
+    "a field that needs a session in body, header or the model's name": r"needs a session; name one",
+    "learning needs a single completion": r"needs a single completion|so '(n|best_of)' must be 1",
     "the past of the session": r"is of an action never taken",
     "the task of the session's model": r"'model' is required to begin|'model' must be a policy"
     r"|'(reward|label)' must be in|must hold \d+ numbers",

@@ -133,7 +133,7 @@ def assert_success(response: httpx.Response) -> Json:
     return body
 
 
-def assert_error(response: httpx.Response, status: int, code: str) -> Json:
+def assert_error(response: httpx.Response, status: int, code: str | None) -> Json:
     """Check that the response is an error of this status and code in OpenAI's shape, and return the error."""
     assert response.status_code == status, response.text
     error: Json = response.json()["error"]

@@ -42,6 +42,13 @@ CONTINUED: Json = {
 }
 COMPLETION: Json = {"allOf": [*GENERATION, N_PROBS]}
 CHAT: Json = {"allOf": [*GENERATION, _not_both("n_predict", "max_completion_tokens"), WITH_LOGPROBS, CONTINUED]}
+TOKENIZE: Json = {
+    "oneOf": [
+        _fields("content", "messages", prompt=STRING),
+        _fields("prompt", "messages", content=STRING),
+        _fields("prompt", "content", messages=ARRAY),
+    ]
+}
 OBSERVE: Json = {
     "oneOf": [
         _fields("messages", "features", "label", "model", text=STRING),

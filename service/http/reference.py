@@ -35,10 +35,22 @@ the server has keys, the key that each route takes. OpenAI's routes are OpenAI's
 | --- | --- |
 {routes}
 
-The body's `session` names the session of a completion, else the header `X-Imprint-Session`, else OpenAI's `user`. The
-replies of a session's routes carry the session's version as their `ETag` (`"v3"`); with `If-Match`, a request is only
-honoured at that version. Completions carry `adaptation`. In a stream, `adaptation` comes with the chunk that has the
-`finish_reason`, and that chunk is sent after the commit.
+The body's `session` names the session of a completion, else the header `X-Imprint-Session`, else the name of the model
+(`NAME@SESSION`). OpenAI's `user` names a session only with `IMPRINT_USER_SESSIONS`: front ends send it with every
+request, also with those for titles and summaries. Such requests should teach nobody: the body's `adapt` says so, else
+the header `X-Imprint-Adapt`, else the name of the model (`NAME:predict`, `NAME:predict@SESSION`), else the API key
+(`adapt=predict` after its entry). The replies of a session's routes carry the session's version as their `ETag`
+(`"v3"`); with `If-Match`, a request is only honoured at that version. Completions carry `adaptation`. In a stream,
+`adaptation` comes with the chunk that has the `finish_reason`, and that chunk is sent after the commit.
+
+## Clients of other servers
+
+A base URL works with `/v1` and without. Completions take the samplers of vLLM and llama.cpp by both names, and they
+draw after the memory is mixed in. Fields that change no answer (`store`, `metadata`, `reasoning_effort`, unknown ones)
+are ignored, and the header `X-Imprint-Ignored` names them; with `IMPRINT_STRICT_FIELDS` they are a 400. A field that
+would change the answer and is not supported is a 400, unless its value changes nothing, and so is a misspelt field
+(`sesion`). More tokens than the context has room for are as many as fit; a prompt that leaves no room is a 400. With
+`prompt_logprobs`, each token of the prompt has its log-probability with the session's memory and without.
 
 ## Idempotency
 

@@ -106,7 +106,7 @@ async function refresh() {
   try {
     const status = await readiness();
     if (status !== "ready") throw new Error(STATES[status]);
-    const models = (await json("v1/models")).data;
+    const models = [...(await json("v1/models")).data, ...(await json("v1/policies")).data];
     if (turn !== asked) return;
     served = models;
     model = $("model").textContent = served[0].id;

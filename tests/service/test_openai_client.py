@@ -55,9 +55,8 @@ def adaptation(reply: Any) -> Any:
 
 
 def test_models_carry_fingerprints(client: openai.OpenAI, server: Any) -> None:
-    model, *policies = client.models.list().data
+    (model,) = client.models.list().data
     assert model.id == server.model
-    assert all(client.models.retrieve(policy.id) == policy for policy in policies)
     assert client.models.retrieve(server.model) == model
     assert model.model_extra is not None
     assert {"base", "memory"} <= model.model_extra["fingerprints"].keys()
@@ -264,7 +263,7 @@ def test_token_ids_are_a_prompt(complete: Any) -> None:
 
 def test_errors_are_the_clients_own(client: openai.OpenAI, complete: Any, chat: Any) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        complete(temperature=3)
+        complete(temperature=101)
     assert bad.value.param == "temperature"
     assert bad.value.type == "invalid_request_error"
     assert "temperature" in bad.value.message
@@ -272,8 +271,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, complete: Any, chat: 
         chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
     assert bad.value.param == "tools"
     with pytest.raises(openai.BadRequestError) as bad:
-        complete("a", stream=True, max_tokens=10**6)
-    assert bad.value.param == "max_tokens"
+        complete([5] * 600, stream=True)
+    assert bad.value.param == "prompt"
     with pytest.raises(openai.NotFoundError) as not_found:
         client.completions.create(model="gpt-4o", prompt="a")
     assert not_found.value.code == "model_not_found"
@@ -340,18 +339,17 @@ def test_observe_learns_without_generating(complete: Any, chat: Any) -> None:
         assert adaptation(reply)["tokens_learned"] > 0
 
 
-def test_the_bodys_session_overrides_the_headers_and_the_headers_overrides_the_user(complete: Any, server: Any) -> None:
+def test_the_bodys_session_overrides_the_headers_and_user_names_none(complete: Any, server: Any) -> None:
     def version(session: str) -> int:
         response = httpx.get(f"{server.url}/v1/sessions/{session}")
         return int(response.json()["version"]) if response.status_code == 200 else 0
 
     header = {"X-Imprint-Session": "of-header"}
-    complete(user="of-user")
-    assert version("of-user") == 1
+    assert adaptation(complete(user="of-user")) is None
     complete(user="of-user", extra_headers=header)
-    assert (version("of-user"), version("of-header")) == (1, 1)
+    assert (version("of-user"), version("of-header")) == (0, 1)
     complete(user="of-user", extra_headers=header, extra_body={"session": "of-body"})
-    assert (version("of-user"), version("of-header"), version("of-body")) == (1, 1, 1)
+    assert (version("of-user"), version("of-header"), version("of-body")) == (0, 1, 1)
 
 
 def test_if_match_guards_a_turn(complete: Any) -> None:

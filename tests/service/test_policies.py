@@ -209,8 +209,10 @@ def test_a_session_is_of_one_model(user: Client) -> None:
     assert assert_success(user.http.put("/v1/sessions/planned", json={"model": "namer", "ttl_s": 60}))["version"] == 0
     assert_success(user.post("sessions/planned/observe", {"features": EXAMPLE, "label": 1}))
     assert_error(user.http.put("/v1/sessions/planned", json={"model": "chooser"}), 409, "model_mismatch")
-    models = {model["id"]: model for model in assert_success(user.http.get("/v1/models"))["data"]}
-    assert models["chooser"]["policy"]["observation"] == len(OBSERVATION) and models["tiny"]["policy"] is None
+    assert [model["id"] for model in assert_success(user.http.get("/v1/models"))["data"]] == [user.model]
+    policies = {policy["id"]: policy for policy in assert_success(user.http.get("/v1/policies"))["data"]}
+    assert policies["chooser"]["policy"]["observation"] == len(OBSERVATION)
+    assert all(assert_success(user.http.get(f"/v1/models/{name}")) == policy for name, policy in policies.items())
 
 
 def test_a_session_that_only_predicts_acts_but_learns_nothing(user: Client) -> None:

@@ -171,19 +171,37 @@ def test_a_request_overrides_the_options_of_its_session(client: Client, tokenize
     assert learned() == prompt
 
 
-def test_the_session_in_the_body_overrides_the_header_and_the_header_overrides_the_user(
+def test_the_session_of_the_body_goes_before_the_headers_and_this_before_the_models_and_user_names_none(
     client: Client, session: str
 ) -> None:
-    body, header, user = (f"{session}-{source}" for source in ("body", "header", "user"))
+    body, header, model, user = names = [f"{session}-{source}" for source in ("body", "header", "model", "user")]
+    own = {"model": f"{client.model}@{model}", "user": user}
 
     def versions(fields: Json, **headers: str) -> list[int]:
         assert client.post("completions", client.completion(**fields), **headers).status_code == 200
-        return [client.version(name) for name in (body, header, user)]
+        return [client.version(name) for name in names]
 
-    assert versions({"session": body, "user": user}, **{"X-Imprint-Session": header}) == [1, 0, 0]
-    assert versions({"user": user}, **{"X-Imprint-Session": header}) == [1, 1, 0]
-    assert versions({"user": user}) == [1, 1, 1]
+    assert versions({"session": body} | own, **{"X-Imprint-Session": header}) == [1, 0, 0, 0]
+    assert versions(own, **{"X-Imprint-Session": header}) == [1, 1, 0, 0]
+    assert versions(own) == [1, 1, 1, 0]
+    assert versions({"user": user}) == [1, 1, 1, 0]
     assert client.complete()["adaptation"] is None
+
+
+def test_housekeeping_is_told_by_header_or_by_the_models_name(client: Client, session: str) -> None:
+    def version(fields: Json, **headers: str) -> int:
+        response = client.post("completions", client.completion(**fields), **headers)
+        assert response.status_code == 200 and response.json()["model"] == client.model, response.text
+        return client.version(session)
+
+    assert version({"session": session}) == 1
+    predict, observe = {"X-Imprint-Adapt": "predict"}, {"X-Imprint-Adapt": "observe"}
+    assert version({"session": session}, **predict) == 1
+    assert version({"session": session, "model": f"{client.model}:predict"}) == 1
+    assert version({"model": f"{client.model}:predict@{session}"}) == 1
+    assert version({"session": session, "adapt": "both"}, **predict) == 2  # the body goes first
+    assert version({"session": session, "model": f"{client.model}:predict"}, **observe) == 3  # then the header
+    assert version({}, **predict) == 3  # without a session there is nothing to learn
 
 
 # --- observe and score ------------------------------------------------------------------------------------------------

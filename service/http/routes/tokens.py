@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.errors import BadRequest
+from service.http import field_rules
 from service.http.dependencies import LargeReply, RulesDep, SessionsDep
 from service.http.generation_schemas import ChatMessage, Count
 from service.http.json_route import MAX_VALUES, JsonRoute
@@ -48,7 +49,9 @@ class ChatBody(Body):
 class TokenizeRequest(Body):
     """The body of `POST /tokenize`: vLLM's `prompt` or `messages`, or llama.cpp's `content`; others are ignored."""
 
-    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"prompt": "My cat is called Miso."}]})
+    model_config = ConfigDict(
+        extra="ignore", json_schema_extra={"examples": [{"prompt": "My cat is called Miso."}], **field_rules.TOKENIZE}
+    )
 
     model: str | None = None
     prompt: Text | None = None
