@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -248,13 +249,21 @@ def test_a_seed_reproduces_its_sequence_and_choices_differ() -> None:
     assert len(set(sequences)) == len(sequences)
 
 
-def test_tokens_do_not_depend_on_other_samplers() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingParams(seed=1),
+        SamplingParams(seed=1, top_k=50, min_p=0.1, top_p=0.9),
+        SamplingParams(seed=1, typical_p=0.7, repetition_penalty=1.5, min_tokens=9, ignore_eos=True),
+    ],
+)
+def test_tokens_do_not_depend_on_other_samplers(options: SamplingParams) -> None:
     flat = torch.zeros(1000)
-    alone = drawn(SamplingParams(seed=1), 20, flat)
-    sampler, other, unseeded = (Sampler(SamplingParams(seed=seed)) for seed in (1, 2, None))
+    alone = drawn(options, 20, flat)
+    sampler, other, unseeded = (Sampler(replace(options, seed=seed)) for seed in (1, 2, None))
     interleaved = []
     for _ in range(20):
         other.draw(flat)
-        unseeded.draw(torch.randn(5))
+        unseeded.draw(torch.randn(1000))
         interleaved.append(sampler.draw(flat))
     assert interleaved == alone
