@@ -27,6 +27,7 @@ from model.memory.episodic.word_tables import build_tables
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
 from model.recall import RecallPlan
+from model.text.grammar import GrammarCompiler
 from model.text.tokenizer import Tokenizer
 from service.base_cache import resolve_base
 from service.engine import Engine
@@ -108,6 +109,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         context,
         backbone.config.vocab_size,
         RecallPlan.of(tokenizer, settings.recall_tokens),
+        GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
         policy_fingerprints,
     )

@@ -52,6 +52,7 @@ OBSERVATION = {"chooser": 8, "namer": 6}  # numbers that the tiny policies take
 UNSTATED = {
     "a limit of the served model": r"exceeds the context|token id of the vocabulary|\d+ tokens|at least one token",
     "two fields must agree": r"'best_of' must|Give 'max_completion_tokens' or 'max_tokens'|'min_tokens' may be",
+    "a grammar that is valid": r"is no grammar|has no form that|not two of them|does not go with",
     "a name that looks like a misspelt field": r"did you mean",
     "a last message that can be continued": r"needs a last message|cannot be continued",
     "a field that needs a session in body, header or the model's name": r"needs a session; name one",

@@ -72,6 +72,7 @@ MAY_IMPORT = {
     "service.http": (
         "service.concurrency",
         "model.site_kind",
+        "model.text.grammar",
         "model.text.sampling",
         "service.errors",
         "service.metrics",
@@ -140,6 +141,7 @@ LIBRARIES = {
     "gguf": ("model.base",),
     "tokenizers": ("model.base", "model.text", "research.evaluation.recall.embedder"),
     "jinja2": ("model.text",),
+    "llguidance": ("model.text.grammar",),
     "fastapi": ("service.http", "service.app"),
     "starlette": ("service.http", "benchmarks.http_protocols"),
     "uvicorn": ("service.app", "service.http.protocol", "benchmarks.http_protocols"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.device import upload
+from model.text.grammar import Grammar
 
 TOP_P_WINDOW = 256  # of 49,152 tokens, finding the 1,024 likeliest takes six times as long as finding 256
 GREEDY_BELOW = 1e-5  # scores divided by a lower temperature could leave the range of fp32
@@ -37,6 +38,7 @@ class SamplingParams:
         min_tokens: tokens before which no end is drawn.
         ignore_eos: whether no end of text is ever drawn.
         stop_token_ids: tokens that end the text, as the ends of text of the model do.
+        grammar: the grammar that the text must follow.
     """
 
     temperature: float = 1.0
@@ -53,6 +55,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -69,6 +72,7 @@ class Sampler:
 
     Attributes:
         ends: the tokens that end the sequence.
+        forced: for each token drawn, whether the grammar allowed no other text.
     """
 
     def __init__(
@@ -82,24 +86,30 @@ class Sampler:
         """choice: number of the sequence among those of one request, which all have the same seed. prompt: the tokens
         before the sequence. eos: the ends of text of the model."""
         self.ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else eos)
+        self.forced: list[bool] = []
         self._sampling = sampling
+        self._grammar = None if sampling.grammar is None else sampling.grammar.start()
         seed = sampling.seed if sampling.seed is not None else random.SystemRandom().getrandbits(63)
         self._random = random.Random(f"{seed}/{choice}")
         self._counts: Counter[int] = Counter()
-        self._num_drawn = 0
         self._predrawn: int | None = None
         self._never = sorted(eos) if sampling.ignore_eos else []
         self._not_yet = sorted(self.ends) if sampling.min_tokens else []
         # The tokens that the repetition penalty looks at.
         self._recent = deque(prompt, sampling.repetition_window if sampling.repetition_penalty != 1.0 else 0)
 
+    @property
+    def failed(self) -> bool:
+        """Return whether the text had to end before its grammar was complete."""
+        return self._grammar is not None and self._grammar.failed
+
     def draw(self, scores: Tensor) -> int:
         """Draw a token id from scores `[V]`: logits, or log-probabilities up to a constant."""
         token = self._draw(scores) if self._predrawn is None else self._predrawn
         self._predrawn = None
         self._counts[token] += 1
-        self._num_drawn += 1
         self._recent.append(token)
+        self.forced.append(self._grammar is not None and self._grammar.advance(token))
         return token
 
     def _draw(self, scores: Tensor) -> int:
@@ -111,8 +121,10 @@ class Sampler:
         return draw_token(probs, options, self._random.random())
 
     def _adjust(self, scores: Tensor) -> Tensor:
-        """Return the scores with penalties and biases, and −∞ for the ends that must not be drawn."""
+        """Return the scores with penalties and biases, and −∞ for the tokens that must not be drawn."""
         options = self._sampling
+        if self._grammar is not None:
+            scores = scores.masked_fill(~self._grammar.allowed().to(scores.device), -torch.inf)
         if self._recent:
             recent = torch.tensor(list(set(self._recent)), device=scores.device)
             at, penalty = scores[recent], options.repetition_penalty
@@ -121,7 +133,7 @@ class Sampler:
         if options.presence_penalty or options.frequency_penalty:
             for token, count in self._counts.items():
                 changes[token] -= options.presence_penalty + options.frequency_penalty * count  # type: ignore[assignment]
-        forbidden = self._never + (self._not_yet if self._num_drawn < options.min_tokens else [])
+        forbidden = self._never + (self._not_yet if len(self.forced) < options.min_tokens else [])
         for token in forbidden:
             changes[token] = -torch.inf  # type: ignore[assignment]
         if not changes:

@@ -82,7 +82,7 @@ class TextSequence:
         token = self.sampler.draw(scores)
         if token in self.sampler.ends:
             self.text.finish()
-            self.finish = "stop"
+            self.finish = "length" if self.sampler.failed else "stop"
             return 0
         self.tokens.append(token)
         self._lookup.add(token)
@@ -95,6 +95,10 @@ class TextSequence:
             self.finish = "length"
         self.pending = token
         return 1
+
+    def evidence(self, start: int, count: int) -> list[bool]:
+        """Return which of `count` tokens from `start` on may be learned: not those that a grammar forced."""
+        return [not forced for forced in self.sampler.forced[start : start + count]]
 
     def show(self, segment: int) -> TokenOutput | None:
         """Return the text and the tokens that may be shown since the last call; None if there are none."""
@@ -233,9 +237,9 @@ class TextJob(MemoryJob):
     def _next_segment(self) -> None:
         for sequence in self.sequences:
             if sequence.num_learned:
-                learned = sequence.tokens[: sequence.num_learned]
-                self._learned_completions[self._segment] = learned
-                self._keep_episodes(learned, [True] * len(learned), len(self._current_segment.token_ids))
+                learned, mask = sequence.tokens[: sequence.num_learned], sequence.evidence(0, sequence.num_learned)
+                self._learned_completions[self._segment] = [t if m else ~t for t, m in zip(learned, mask, strict=True)]
+                self._keep_episodes(learned, mask, len(self._current_segment.token_ids))
         self._segment += 1
         self._position = 0
         self._decode_state, self.sequences = None, []
@@ -386,7 +390,7 @@ class TextJob(MemoryJob):
             resident.pool,
             self._index,
             decode_state=sequence.learn_decode_state,
-            learn=[True] * count,
+            learn=sequence.evidence(sequence.num_learned, count),
             draft=self._draft,
             score_frozen=self._wants_frozen,
             frozen_cache=self._frozen_cache,

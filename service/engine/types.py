@@ -240,7 +240,8 @@ class JobFinished:
         rows_written: number of these rows.
         rows_held, bytes_held: number of rows and bytes that the session holds after the job.
         num_guards_closed: number of guards that the job closed, minus the number that the job opened.
-        learned_completions: the generated tokens that were learned, by segment.
+        learned_completions: the generated tokens that were learned, by segment; the complement of each that a grammar
+            forced, which was read only.
         recalled: the episodes that generations read.
     """
 

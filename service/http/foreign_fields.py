@@ -9,15 +9,7 @@ from typing import Any
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # what the answer may be
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "json_schema": (),
     "format": ("",),
     "bad_words": ([],),
     "allowed_token_ids": ([],),

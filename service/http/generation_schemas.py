@@ -19,9 +19,11 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 
+from model.text.grammar import GrammarSource
 from service.errors import BadRequest
 from service.http import field_rules
 from service.http.faults import shorten
@@ -45,6 +47,7 @@ from service.http.schemas import (
     limit_entries,
     text_or_list,
 )
+from service.http.structured_output import FIELDS, grammar_of
 from service.types import AdaptMode, LearnMode
 
 MAX_BIASES = 1024
@@ -216,6 +219,18 @@ class GenerationRequest(Body):
         description="The last tokens that the penalty looks at; -1: all. Default: 64 for `repeat_penalty`, else all.",
     )
     logit_bias: LogitBias | None = None
+    response_format: dict[str, Any] | None = Field(
+        None, description="OpenAI's `text`, `json_object` or `json_schema`: the form that the text must have."
+    )
+    structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's `json`, `regex`, `choice`, `grammar`.")
+    guided_json: Annotated[Any, WithJsonSchema({"type": ["object", "string", "null"]})] = Field(
+        None, description="vLLM's older name of a JSON Schema."
+    )
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = Field(None, description="llama.cpp's rules (GBNF), or Lark's.")
+    json_schema: dict[str, Any] | None = Field(None, description="llama.cpp's name of a JSON Schema.")
     prompt_logprobs: Alternatives | None = Field(
         None,
         description="Return the log-probabilities of the prompt's tokens, with the memory and without, and this many"
@@ -251,7 +266,16 @@ class GenerationRequest(Body):
         for name, other in (("repeat_penalty", "repetition_penalty"), ("n_predict", "max_tokens")):
             if getattr(self, name) is not None and getattr(self, other) is not None:
                 raise BadRequest(f"Give {other!r} or {name!r}, not two of them.", param=name)
+        if self.ignore_eos or self.min_tokens:
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            if (found := self.form) is not None:
+                raise BadRequest(f"'{name}' does not go with {found[1]!r}, whose text ends by itself.", param=name)
         return self
+
+    @property
+    def form(self) -> tuple[GrammarSource, str] | None:
+        """Return the grammar that the text must follow, and the field that has it. Raises BadRequest."""
+        return grammar_of({name: getattr(self, name) for name in FIELDS})
 
     def _check_foreign(self, name: str, value: Any) -> None:
         if name in self.unsupported:

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
 
+from model.text.grammar import GrammarError, GrammarSource
 from model.text.sampling import SamplingParams
 from model.text.tokenizer import Tokenizer
+from service.concurrency import LARGE, run_off_loop
 from service.engine import Event, GenerationParams, Segment, TokenOutput, TokenScores
 from service.engine.types import Alternatives
 from service.errors import BadRequest
@@ -35,6 +37,7 @@ class GenerationOptions:
         best_of: number of texts from which the best `n` are returned; None = `n`.
         logprobs: alternatives for each token; None = no log-probabilities.
         prompt_logprobs: alternatives for each token of the prompt; None = no log-probabilities of the prompt.
+        grammar: the grammar that the text must follow, and the field that has it.
     """
 
     max_tokens: int | None = None
@@ -45,6 +48,7 @@ class GenerationOptions:
     logprobs: int | None = None
     best_of: int | None = None
     prompt_logprobs: int | None = None
+    grammar: tuple[GrammarSource, str] | None = None
 
     @property
     def candidates(self) -> int:
@@ -211,7 +215,8 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         asked = "logprobs" if job.generation.prompt_logprobs is None else "prompt_logprobs"
         prompts.require_few_logprobs(num_logprobs(job.generation, encoded, model.context), asked)
         pairs = list(zip(job.prompts, encoded, strict=True))
-        segments = [build_segment(job.generation, p, e, policy, model.context) for p, e in pairs]
+        options = await with_grammar(job.generation, model)
+        segments = [build_segment(options, p, e, policy, model.context) for p, e in pairs]
         self._policy, self._sent = policy, list[Delta]()
         self._output = OutputProcessor(job.generation, encoded, model.tokenizer)
         self._times = [time.perf_counter()]
@@ -366,6 +371,18 @@ class OutputProcessor:
             offset += len(token.decode(errors="ignore"))
         self.texts[choice] += text
         return Delta(choice, text, logprobs)
+
+
+async def with_grammar(options: GenerationOptions, model: LoadedModel) -> GenerationOptions:
+    """Return the options with their grammar compiled. Raises BadRequest for a grammar that is not valid."""
+    if options.grammar is None:
+        return options
+    source, param = options.grammar
+    try:
+        grammar = await run_off_loop(LARGE, model.grammars.compile, source)
+    except GrammarError as error:
+        raise BadRequest(f"'{param}' is no grammar that this server can follow: {error}."[:500], param=param) from error
+    return replace(options, sampling=replace(options.sampling, grammar=grammar))
 
 
 def num_logprobs(options: GenerationOptions, encoded: Sequence[EncodedPrompt], context: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from model.policies.network import Policy
 from model.recall import RecallPlan
+from model.text.grammar import GrammarCompiler
 from model.text.tokenizer import Tokenizer
 from service.engine import Engine
 from service.errors import Conflict
@@ -26,6 +27,7 @@ class LoadedModel:
         policies: the policies by name.
         policy_fingerprints: the fingerprint of each policy's slow weights, by name.
         recall: how replies read episodes.
+        grammars: the compiler of grammars for the tokens of the model of text.
     """
 
     engine: Engine
@@ -34,6 +36,7 @@ class LoadedModel:
     context: int
     vocab_size: int
     recall: RecallPlan
+    grammars: GrammarCompiler
     policies: dict[str, Policy] = field(default_factory=dict)
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
 

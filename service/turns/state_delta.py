@@ -136,7 +136,7 @@ def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[i
     """Pack the segments of a turn that learned something, as little-endian int32.
 
     The numbers are: the number of packed segments, the length of each, then all tokens; a token that was not learned
-    is stored as its complement. learned_completions: the generated tokens that were learned, by segment.
+    is stored as its complement. learned_completions: the generated tokens that were learned, by segment, in this form.
     """
     kept = []
     for number, part in enumerate(parts):

@@ -80,8 +80,9 @@ def test_n_probs_is_the_number_of_alternatives(complete: Ask) -> None:
     ("fields", "param"),
     [
         ({"mirostat": 2}, "mirostat"),
-        ({"grammar": 'root ::= "a"'}, "grammar"),
-        ({"json_schema": {"type": "object"}}, "json_schema"),
+        ({"grammar": "root ::= missing"}, "grammar"),
+        ({"json_schema": {"type": "nothing"}}, "json_schema"),
+        ({"json_schema": {"type": "object"}, "grammar": 'root ::= "a"'}, "grammar"),
         ({"dry_multiplier": 0.8}, "dry_multiplier"),
         ({"xtc_probability": 0.5}, "xtc_probability"),
         ({"samplers": ["top_k"]}, "samplers"),

@@ -83,6 +83,7 @@ async def create_completion(
         logprobs=body.logprobs if body.logprobs is not None else body.n_probs or None,
         best_of=body.best_of,
         prompt_logprobs=body.prompt_logprobs,
+        grammar=body.form,
     )
     completion_job = _completion_job(body, _prompts(body, sessions), generation, learning, headers)
     formatter = CompletionFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
@@ -107,6 +108,7 @@ async def create_chat_completion(
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
+        grammar=body.form,
     )
     prompt = ChatPrompt([message.plain() for message in body.messages], body.ending)
     completion_job = _completion_job(body, [prompt], generation, learning, headers)
