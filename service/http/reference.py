@@ -52,6 +52,10 @@ would change the answer and is not supported is a 400, unless its value changes 
 (`sesion`). More tokens than the context has room for are as many as fit; a prompt that leaves no room is a 400. With
 `prompt_logprobs`, each token of the prompt has its log-probability with the session's memory and without.
 
+A text follows a JSON Schema (`response_format`, `structured_outputs`, `guided_json`, `json_schema`), a regular
+expression, one of several texts, or rules (`grammar`). A schema with a keyword that cannot be followed is a 400. Tokens
+that the grammar forces teach a session nothing.
+
 ## Idempotency
 
 The server learns from a request with an `Idempotency-Key` once, however often the request arrives. A repeated request
