@@ -275,7 +275,8 @@ class GenerationRequest(Body):
     @property
     def form(self) -> tuple[GrammarSource, str] | None:
         """Return the grammar that the text must follow, and the field that has it. Raises BadRequest."""
-        return grammar_of({name: getattr(self, name) for name in FIELDS})
+        given = {name: value for name in FIELDS if (value := getattr(self, name)) not in (None, "")}
+        return grammar_of(given) if given else None
 
     def _check_foreign(self, name: str, value: Any) -> None:
         if name in self.unsupported:

@@ -24,8 +24,7 @@ def grammar_of(fields: Mapping[str, Any]) -> tuple[GrammarSource, str] | None:
     Raises:
         BadRequest: a field is not valid, or several fields ask for a grammar.
     """
-    given = {name: value for name in FIELDS if (value := fields.get(name)) not in (None, "")}
-    found = {name: grammar for name, value in given.items() if (grammar := _grammar(name, value)) is not None}
+    found = {name: grammar for name, value in fields.items() if (grammar := _grammar(name, value)) is not None}
     if len(found) > 1:
         first, second, *_ = found
         raise BadRequest(f"Give {first!r} or {second!r}, not two of them.", param=second)
