@@ -163,6 +163,14 @@ def test_prompt_logprobs_tell_what_the_memory_changes(api: Client, complete: Ask
     assert gain > 1.0
 
 
+def test_a_replay_has_the_log_probabilities_and_the_timings_of_the_first_answer(api: Client) -> None:
+    body = {"model": api.model, "prompt": ["The fox", "A dog"], "max_tokens": 3, "session": "replayed", "best_of": 2}
+    body |= {"prompt_logprobs": 2, "logprobs": 1, "seed": 1}
+    first, again = (api.post("completions", body, **{"Idempotency-Key": "prompt-logprobs"}) for _ in range(2))
+    assert again.headers["idempotent-replayed"] == "true"
+    assert assert_success(first) == assert_success(again)
+
+
 def test_a_final_message_is_continued(api: Client, chat: Ask) -> None:
     begun = [*HELLO, {"role": "assistant", "content": "Well, the fox"}]
     fields = {"add_generation_prompt": False, "continue_final_message": True}
