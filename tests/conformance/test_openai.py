@@ -236,7 +236,7 @@ def test_a_base_url_works_with_v1_and_without(server: Server, path: str) -> None
         model = client.models.list().data[0].id
         assert client.models.retrieve(model).id == model
         assert client.completions.create(model=model, prompt="The", max_tokens=1).choices
-        reply = client.chat.completions.create(model=model, messages=HELLO, max_tokens=2, stream=True)  # type: ignore[call-overload]
+        reply = client.chat.completions.create(model=model, messages=HELLO, max_tokens=2, stream=True)  # type: ignore[arg-type]
         assert list(reply)
 
 
@@ -250,6 +250,6 @@ def test_errors_are_the_packages_own(sdk: openai.OpenAI, server: Server) -> None
 
 
 def test_messages_that_others_wrote_come_back(chat: Ask) -> None:
-    reply = {"role": "assistant", "content": "Hm.", "refusal": None, "annotations": [], "audio": None}
+    reply: dict[str, Any] = {"role": "assistant", "content": "Hm.", "refusal": None, "annotations": [], "audio": None}
     reply |= {"reasoning_content": "so", "tool_calls": None, "function_call": None}
     assert chat([*HELLO, reply, *HELLO])["choices"]

@@ -186,7 +186,7 @@ def test_every_sampler_draws_what_the_reference_draws(
             adjusted = sampling_reference.adjusted_scores(scores.tolist(), options, prompt, drawn, eos)
             u = 0.0 if options.is_greedy else stream.random()
             expected = sampling_reference.draw(adjusted, options, u)
-            (batched._predrawn,) = _draw_batch([batched], scores[None])
+            (batched._predrawn,) = _draw_batch([batched], [scores])
             assert one.draw(scores) == expected == batched.draw(scores)
             drawn.append(expected)
 
@@ -230,7 +230,7 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(
     together, alone = ([Sampler(option) for option in options] for _ in range(2))
     for step in range(30):
         scores = spread * torch.randn(len(options), 300, generator=torch.Generator().manual_seed(step))
-        tokens = _draw_batch(together, scores)
+        tokens = _draw_batch(together, list(scores))
         for sampler, token in zip(together, tokens, strict=True):
             sampler._predrawn = token  # as `predraw` does on a GPU
         given = [sampler.draw(row) for sampler, row in zip(together, torch.zeros(len(options), 300), strict=True)]

@@ -144,6 +144,7 @@ def test_an_unsupported_field_is_refused_by_its_name() -> None:
             with pytest.raises(BadRequest, match="not supported") as error:
                 make(**{name: {"some": "thing"}})
             assert error.value.param == name
+    wrong: dict[str, Any]
     for wrong in ({"echo": 0}, {"mirostat": False}, {"tools": {}}):
         with pytest.raises(BadRequest):
             chat(**wrong)
