@@ -196,6 +196,7 @@ def _background_tasks(
     forever: dict[str, Callable[[], Awaitable[None]]] = {
         "watch_store": watch,
         "drop_erased": sessions.drop_erased,
+        "drop_missing": sessions.drop_missing,
         "restore_list": partial(restore_list, store, metrics),
     }
     if embedded is None:
@@ -333,7 +334,7 @@ def _store_url(settings: Settings, signals: StopSignals) -> Iterator[tuple[str, 
     if settings.redis_url is not None:
         yield settings.redis_url, None
         return
-    embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes)
+    embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes, rewrite_s=settings.store_rewrite_s)
     url = embedded.start(stopped=signals.is_set)
     try:
         yield url, embedded

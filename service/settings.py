@@ -164,6 +164,12 @@ class Settings(BaseSettings):
         " limit, learning is answered 503 `store_full` and prediction goes on. For a Redis of your own,"
         " set its `maxmemory` instead.",
     )
+    store_rewrite_s: int = Field(
+        3600,
+        ge=0,
+        description="Seconds after which the embedded store rewrites its append-only file if anything was written: what"
+        " was erased is gone from the file by then. 0 = only when the file has doubled.",
+    )
     session_ttl_s: int = Field(
         0,
         ge=0,

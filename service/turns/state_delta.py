@@ -132,6 +132,17 @@ def full_state_delta(
     return StateDelta({name: meta[name] for name in VERSIONED_FIELDS}, wanted, cleared_slots)
 
 
+def without_episodes(
+    meta: Mapping[str, Any], sites: Mapping[str, RowBatch]
+) -> tuple[dict[str, Any], dict[str, RowBatch]]:
+    """Return a content without its episodes: its meta values, and its rows by site."""
+    kept = {name: batch for name, batch in sites.items() if name != EPISODES}
+    if EPISODES not in sites:
+        return dict(meta), kept
+    episodes = sites[EPISODES].data
+    return {**meta, "rows": meta["rows"] - len(episodes), "bytes": meta["bytes"] - episodes.nbytes}, kept
+
+
 def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[int, Sequence[int]]) -> bytes:
     """Pack the segments of a turn that learned something, as little-endian int32.
 
