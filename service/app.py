@@ -28,7 +28,7 @@ from model.base.checkpoint import CheckpointError
 from model.base.config import ConfigError
 from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
-from service.background import keep_running
+from service.background import find_malloc_trim, keep_running, return_free_memory
 from service.base_cache import BaseError
 from service.engine import Engine
 from service.http.install import install
@@ -201,6 +201,8 @@ def _background_tasks(
     }
     if embedded is None:
         forever["heartbeat"] = store.heartbeat
+    if (trim := find_malloc_trim()) is not None:
+        forever["return_free_memory"] = partial(return_free_memory, trim)
     tasks = [asyncio.create_task(keep_running(name, task, metrics)) for name, task in forever.items()]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise(report)))

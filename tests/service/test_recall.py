@@ -178,6 +178,30 @@ def test_where_recall_is_off_no_episode_is_written_and_none_is_read(
         assert recalled(client, imported) == recalled(client, imported, recall=True) == []
 
 
+def test_one_stream_makes_one_state_with_hot_episodes_and_with_cold_ones(client: Client, tiny_base: Path) -> None:
+    """One server keeps all episodes hot. The other has room for one, and for one session besides its draft."""
+    questions = [ASKS_HARBOUR, ASKS_MILL, f"{ASKS_HARBOUR} {ASKS_MILL}", ASKS_HARBOUR, f"{ASKS_MILL} {ASKS_HARBOUR}"]
+    told: dict[str, list[Json]] = {"hot": [], "cold": []}
+    rows = {}
+    server = InProcessServer(tiny_base, recall_tokens=64, recall_hot_bytes=1, hot_sessions=1, max_queue=1, max_batch=1)
+    with Client(server.url, server.model) as other:
+        for kind, user in (("hot", client), ("cold", other)):
+            session, neighbour = uuid4().hex, uuid4().hex
+            for text in (HARBOUR, MILL):
+                user.observe(session, text)
+            for number, question in enumerate(questions):
+                if number % 2:
+                    user.observe(neighbour, HARBOUR)
+                fields: Json = {"session": session, "learn": "all", "logit_bias": NO_EOS}
+                reply = user.chat([{"role": "user", "content": question}], **fields)
+                told[kind].append({"text": reply["choices"][0]["message"]["content"], **reply["adaptation"]})
+            rows[kind] = arrays(user, session)
+        assert other.metric("session_evictions_total") > 0
+    server.stop()
+    assert told["hot"] == told["cold"] and rows["hot"] == rows["cold"]
+    assert {len(entry["recalled"]) for entry in told["hot"]} == {1, 2}
+
+
 def test_what_is_unlearned_or_rolled_back_is_not_recalled(client: Client, session: str) -> None:
     assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
     client.observe(session, HARBOUR)
