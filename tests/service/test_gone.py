@@ -84,9 +84,9 @@ class Search:
 
     def _values(self) -> Iterator[tuple[str, bytes]]:
         """Yield the kind and each value of each key of the store."""
-        readers: dict[bytes, Any] = {
+        readers: dict[Any, Any] = {
             b"string": self._redis.get,
-            b"hash": lambda key: self._redis.execute_command("HGETALL", key),
+            b"hash": self._redis.hgetall,
             b"list": lambda key: self._redis.lrange(key, 0, -1),
             b"zset": lambda key: self._redis.zrange(key, 0, -1),
         }
