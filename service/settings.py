@@ -124,7 +124,8 @@ class Settings(BaseSettings):
         ge=0,
         le=31_536_000,
         description="Seconds for which the server remembers the answer to a learning request with an"
-        " `Idempotency-Key`. A request repeated after that time is learned again.",
+        " `Idempotency-Key`, but no longer than the session's time to live. A request repeated after that time is"
+        " learned again.",
     )
     retry_ttl_s: int = Field(
         600,
