@@ -201,7 +201,7 @@ class Settings(BaseSettings):
         None,
         description="File of such entries, one per line, used in addition to `IMPRINT_API_KEYS`; the server reads it"
         " again whenever it changes. `sessions=`, `bytes=`, `tokens_per_minute=` or `requests=` after an"
-        " entry override the four settings below for its tenant.",
+        " entry override the four settings below for its tenant; with `recall=0` its sessions have no episodes.",
     )
     tenant_sessions: int = Field(0, ge=0, description="Number of sessions that one tenant may have; 0 = no limit.")
     tenant_bytes: int = Field(
