@@ -54,7 +54,8 @@ def memory_server(tiny_base: Path, valkey: EmbeddedValkey, redis: Redis) -> Iter
     """Yield a server on an embedded store, for `client`."""
     url = f"unix://{redis.get_connection_kwargs()['path']}"
     store = RedisStore.from_url(url, RetentionConfig(versions=KEEP_VERSIONS), exclusive=True)
-    server = InProcessServer(tiny_base, store, recall_tokens=64, idempotency_ttl_s=ANSWER_TTL_S, retry_ttl_s=0)
+    settings: Json = {"recall_tokens": 64, "hot_rows": 200_000, "idempotency_ttl_s": ANSWER_TTL_S, "retry_ttl_s": 0}
+    server = InProcessServer(tiny_base, store, **settings)
     yield server
     server.stop()
 

@@ -18,6 +18,7 @@ from tests.service.in_process import InProcessServer
 
 HARBOUR = "The harbour of Vorlund is red."
 MILL = "Nine wheels turn Tessadon mill."
+ROWS = 200_000  # for which a server has room
 ASKS_HARBOUR = "Which colour has the harbour of Vorlund?"
 ASKS_MILL = "How many wheels turn Tessadon mill?"
 
@@ -116,14 +117,14 @@ def key_file(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, str]) -> 
 
 @pytest.fixture(scope="module")
 def tenants_server(tiny_base: Path, store: MemoryStore, key_file: Path) -> Iterator[InProcessServer]:
-    server = InProcessServer(tiny_base, store, recall_tokens=64, api_keys_file=key_file)
+    server = InProcessServer(tiny_base, store, recall_tokens=64, hot_rows=ROWS, api_keys_file=key_file)
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="module")
 def forgetful_server(tiny_base: Path, store: MemoryStore, key_file: Path) -> Iterator[InProcessServer]:
-    server = InProcessServer(tiny_base, store, recall_tokens=0, api_keys_file=key_file)
+    server = InProcessServer(tiny_base, store, recall_tokens=0, hot_rows=ROWS, api_keys_file=key_file)
     yield server
     server.stop()
 
@@ -183,7 +184,8 @@ def test_one_stream_makes_one_state_with_hot_episodes_and_with_cold_ones(client:
     questions = [ASKS_HARBOUR, ASKS_MILL, f"{ASKS_HARBOUR} {ASKS_MILL}", ASKS_HARBOUR, f"{ASKS_MILL} {ASKS_HARBOUR}"]
     told: dict[str, list[Json]] = {"hot": [], "cold": []}
     rows = {}
-    server = InProcessServer(tiny_base, recall_tokens=64, recall_hot_bytes=1, hot_sessions=1, max_queue=1, max_batch=1)
+    little: Json = {"hot_rows": ROWS, "recall_hot_bytes": 1, "hot_sessions": 1, "max_queue": 1, "max_batch": 1}
+    server = InProcessServer(tiny_base, recall_tokens=64, **little)
     with Client(server.url, server.model) as other:
         for kind, user in (("hot", client), ("cold", other)):
             session, neighbour = uuid4().hex, uuid4().hex
