@@ -10,9 +10,11 @@ if format and known(format) then
   local ends = now + life
   if life > 0 and tonumber(redis.call('HGET', KEYS[1], 'once_until') or 0) > ends then
     redis.call('HSET', KEYS[1], 'once_until', ends)
-    for _, once in ipairs(redis.call('ZRANGEBYSCORE', ONCES, ends, '+inf')) do
-      redis.call('EXPIRE', HOME .. 'once:' .. once, life)
-      redis.call('ZADD', ONCES, ends, once)
+    for _, once in ipairs(redis.call('ZRANGE', ONCES, 0, -1)) do
+      if tonumber(redis.call('ZSCORE', ONCES, once)) > ends then
+        redis.call('EXPIRE', HOME .. 'once:' .. once, life)
+        redis.call('ZADD', ONCES, ends, once)
+      end
     end
   end
   age(ARGV[2])
