@@ -88,7 +88,7 @@ def episodic_site() -> SiteConfig:
 
 
 class Episodes:
-    """Writes, finds and reads the episodes of sessions. Only the engine's thread uses it.
+    """Writes, finds and reads the episodes of sessions. Only the engine's thread uses it, except for `only_asks`.
 
     tables: of the tokenizer's vocabulary. lexicon: frequencies and vectors of words. hot_bytes: most bytes of keys and
     values that are kept.
@@ -138,6 +138,10 @@ class Episodes:
         slots = torch.from_numpy((ordinals - 1) % SLOTS)
         draft.put(SITE, slots, [torch.from_numpy(header), torch.from_numpy(tokens)])
 
+    def only_asks(self, token_ids: Sequence[int]) -> bool:
+        """Return whether an episode only asks, so that no reply reads it. Any thread may call this."""
+        return len(self._tables.asks) > 0 and is_question(token_ids, self._tables)
+
     # --- find ------------------------------------------------------------------------------------------------------
 
     def find(
@@ -155,7 +159,7 @@ class Episodes:
             return tuple(tokens[row, : header[row, LENGTH]].tolist())
 
         def may_read(row: int) -> bool:
-            return _text(text(row)) not in present and not is_question(text(row), self._tables)
+            return _text(text(row)) not in present and not self.only_asks(text(row))
 
         def words_at(row: int) -> list[int]:
             return words_of(text(row), self._tables)
