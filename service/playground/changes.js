@@ -17,8 +17,9 @@ export async function wholeMessage(memory, version) {
 }
 
 /**
- * Teaches `text`, if there is one, in the place of what version `version` taught, or only takes that back. The change and
- * its keys stay in `kept` until all of it is done, so that a page that is opened again ends it.
+ * Teaches `text`, if there is one, in the place of what version `version` taught, or only takes that back; a version of
+ * null is too old to be taken back. The change and its key stay in `kept` until all of it is done, so that a page that
+ * is opened again ends it.
  */
 export async function change(kept, memory, version, text = "") {
   kept.change = JSON.stringify({ memory, version, text, key: newKey() });
@@ -31,7 +32,8 @@ export async function finishChange(kept) {
   const { memory, version, text, key } = JSON.parse(kept.change);
   try {
     if (text) await teach(memory, text, `${key}.taught`);
-    await json(sessionPath(memory, "unlearn"), { body: { version }, headers: { "Idempotency-Key": `${key}.taken` } });
+    const headers = { "Idempotency-Key": `${key}.taken` };
+    if (version !== null) await json(sessionPath(memory, "unlearn"), { body: { version }, headers });
   } catch (error) {
     if (error.status && error.status < 500 && error.status !== 429) delete kept.change; // trying again would not help
     if (!(text && GONE.includes(error.code))) throw error; // the newest counts, although the old one stays

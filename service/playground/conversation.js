@@ -252,7 +252,7 @@ async function askCorrection(version, whole, text) {
     : "You said this too long ago to take it back by itself. What you write now counts; the old words stay in the list.";
   const before = field.value;
   const done = await confirm($("correct"), async () => {
-    if (field.value.trim() !== before) await change(kept, memory, version, field.value.trim());
+    if (field.value.trim() !== before) await change(kept, memory, whole === null ? null : version, field.value.trim());
   });
   return done && field.value.trim() !== before ? field.value.trim() : null;
 }
