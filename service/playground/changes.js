@@ -22,7 +22,11 @@ export async function wholeMessage(memory, version) {
  * is opened again ends it.
  */
 export async function change(kept, memory, version, text = "") {
-  kept.change = JSON.stringify({ memory, version, text, key: newKey() });
+  const begun = kept.change ? JSON.parse(kept.change) : {};
+  if (begun.memory !== memory || begun.version !== version || begun.text !== text) {
+    await finishChange(kept);
+    kept.change = JSON.stringify({ memory, version, text, key: newKey() });
+  }
   await finishChange(kept);
 }
 

@@ -219,9 +219,10 @@ function confirm(dialog, work) {
     event.preventDefault();
     if (event.submitter?.value !== "yes") return dialog.close();
     form.inert = true;
+    fault.textContent = "";
     await work().then(
       () => (done = true),
-      (error) => (fault.textContent = plain(error)),
+      (error) => (fault.textContent = `${plain(error)}${kept.change ? " This is done when you open the page again." : ""}`),
     );
     form.inert = false;
     if (done) dialog.close();
