@@ -186,10 +186,9 @@ def test_script_and_page_agree_on_ids(document: str, elements: list[tuple[str, d
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'\$\("([\w-]+)"\)', (PLAYGROUND / ENTRIES[document]).read_text())) <= set(ids)
+    references = ("for", "aria-labelledby", "aria-describedby", "aria-controls")
     for _, attributes in elements:
-        assert {
-            attributes[name] for name in ("for", "aria-labelledby", "aria-describedby") if name in attributes
-        } <= set(ids)
+        assert {id for name in references for id in (attributes.get(name) or "").split()} <= set(ids)
 
 
 def test_the_laboratory_accepts_the_session_ids_that_the_server_accepts() -> None:
