@@ -26,6 +26,7 @@ from model.memory.episodic.kept_vectors import KeptVectors
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
 from model.memory.episodic.search import Ints, match_words, query_words
+from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
 
 SITE = "episodes"
@@ -211,6 +212,10 @@ class Episodes:
             cos, sin = self._backbone.cos[abs(shift)], self._backbone.sin[abs(shift)]
             sin = sin if shift >= 0 else -sin
             cache.append(apply_rotary(keys, cos, sin), values)
+
+    def whole_words(self, episodes: Sequence[Episode]) -> WholeWords:
+        """Return the names and numbers that a reply copies whole from the episodes it reads."""
+        return WholeWords([episode.token_ids for episode in episodes], self._tables, self._lexicon)
 
     def forget(self, owner: Hashable) -> None:
         """Drop the vectors and all keys and values of a session."""

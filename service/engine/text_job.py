@@ -16,6 +16,7 @@ from model.base.kv_cache import KVCache
 from model.decode.prompt_lookup import PromptLookup
 from model.episodes import Episode, RecallRequest
 from model.memory import Pool
+from model.memory.episodic.whole_words import WholeWords
 from model.text.sampling import Sampler, predraw
 from model.text.tokenizer import Tokenizer
 from service.engine.resident import MemoryJob, ResidentSessions
@@ -50,9 +51,10 @@ class TextSequence:
         options: GenerationParams,
         tokenizer: Tokenizer,
         learn_from: tuple[KVCache, DecodeState] | None = None,
+        whole_words: WholeWords | None = None,
     ) -> None:
-        """learn_from: the cache and the state after the prompt to learn from, if the sequence reads episodes, which
-        what is learned must not depend on."""
+        """For a sequence that reads episodes: learn_from: the cache and the state after the prompt to learn from, as
+        what is learned must not depend on episodes; whole_words: of the episodes."""
         self.choice = choice
         self.cache = cache
         self.decode_state = decode_state
@@ -62,6 +64,7 @@ class TextSequence:
         self.text = TextStream(tokenizer.stream(), options.stop)
         self.num_learned = 0
         self.learn_cache, self.learn_decode_state = learn_from or (cache, decode_state)
+        self._whole_words = whole_words
         self._options = options
         self._eos = tokenizer.eos_token_ids
         self.sampler = Sampler(options.sampling, choice=choice)
@@ -77,6 +80,11 @@ class TextSequence:
         # The sequence's last token is no input of any step.
         max_draft_tokens = min(rows, self._options.max_tokens - len(self.tokens)) - 1
         return [self.pending, *self._lookup.draft_tokens(max_draft_tokens)] if max_draft_tokens > 0 else [self.pending]
+
+    def whole_word_scores(self, scores: Tensor, draft_tokens: Sequence[int] = ()) -> Tensor:
+        """Return scores [V] after the sequence's tokens and draft tokens, higher for what completes a name or number
+        of an episode."""
+        return scores if self._whole_words is None else self._whole_words.adjust(scores, [*self.tokens, *draft_tokens])
 
     def draw_next(self, scores: Tensor) -> int:
         """Draw the next token from scores [V]; return the number of tokens added."""
@@ -350,17 +358,18 @@ class TextJob(MemoryJob):
 
     def _start_sequences(self, options: GenerationParams) -> list[TextSequence]:
         assert self._cache is not None and self._decode_state is not None
-        cache, decode_state, learn_from = self._cache, self._decode_state, None
+        cache, decode_state, learn_from, whole_words = self._cache, self._decode_state, None, None
         capacity, reading = _capacity(self._current_segment), self._reading
         if reading is not None:
-            assert reading.cache is not None and reading.decode_state is not None
+            assert reading.cache is not None and reading.decode_state is not None and self._lm.episodes is not None
+            whole_words = self._lm.episodes.whole_words(reading.episodes)
             learn_from = (cache, decode_state)
             capacity += reading.num_tokens
             cache, decode_state = reading.cache, replace(reading.decode_state, trust=decode_state.trust)
         caches = [cache, *(cache.fork(capacity) for _ in range(options.n - 1))]
         prompt = self._current_segment.token_ids
         return [
-            TextSequence(i, cache, decode_state, prompt, options, self._tokenizer, learn_from)
+            TextSequence(i, cache, decode_state, prompt, options, self._tokenizer, learn_from, whole_words)
             for i, cache in enumerate(caches)
         ]
 
@@ -463,11 +472,14 @@ def _scores_by_sequence(
     """Return the next token's scores [V] for each state of each sequence."""
     states = [state for states in decode_states for state in states]
     index = [job.index for (job, _, _), states in zip(inputs, decode_states, strict=True) for _ in states]
-    predictions = lm.predict(states, pool, index)
-    if len(predictions) == len(inputs):
-        predraw([sequence.sampler for _, sequence, _ in inputs], predictions)
-    rows = iter(predictions)
-    return [list(islice(rows, len(states))) for states in decode_states]
+    predictions = iter(lm.predict(states, pool, index))
+    rows = [
+        [sequence.whole_word_scores(row, tokens[1 : 1 + n]) for n, row in enumerate(islice(predictions, len(states)))]
+        for (_, sequence, tokens), states in zip(inputs, decode_states, strict=True)
+    ]
+    if len(states) == len(inputs):
+        predraw([sequence.sampler for _, sequence, _ in inputs], [row for (row,) in rows])
+    return rows
 
 
 def _floats(values: Tensor | None) -> array[float]:

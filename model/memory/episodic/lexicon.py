@@ -50,6 +50,10 @@ class Lexicon:
         rows, known = self._rows(hashes)
         return np.where(known, self.frequency[rows], UNKNOWN).astype(np.float64)
 
+    def knows(self, hashes: Words) -> NDArray[np.bool_]:
+        """Return whether words [Q] are in the table, given their hashes [Q]."""
+        return self._rows(hashes)[1]
+
     def vector(self, hashes: Words) -> NDArray[np.float32]:
         """Return the unit vector [d] of a text, given the hashes of its words; zeros if no word is known."""
         rows, known = self._rows(hashes)

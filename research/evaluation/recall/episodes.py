@@ -78,7 +78,8 @@ class EpisodesArm(MemoryArm):
             return self._prefill(ids, capacity, request, episodes)
 
         only_ids = [ids for ids, _ in prompts]
-        replies = self._speaker.prefilled_texts(only_ids, max_tokens, prefill, self._pool, self._session)
+        copies = [self._episodes.whole_words(episodes) for episodes in found]
+        replies = self._speaker.prefilled_texts(only_ids, max_tokens, prefill, self._pool, self._session, copies)
         decode = self._speaker.tokenizer.decode
         spans = [tuple(decode(episode.token_ids) for episode in episodes) for episodes in found]
         return list(zip(replies, spans, strict=True))
