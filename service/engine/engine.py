@@ -28,11 +28,12 @@ from model.memory import choose_backend as choose_memory_backend
 from model.policies.backend import choose_backend
 from model.policies.network import Policy
 from model.text.tokenizer import Tokenizer
+from service.engine.decode_step import decode_step
 from service.engine.gather_executor import new_gather_executor
 from service.engine.policy_job import PolicyJob, PolicyWorker
 from service.engine.resident import ResidentSessions
 from service.engine.scheduler import Scheduler
-from service.engine.text_job import TextJob, decode_step
+from service.engine.text_job import TextJob
 from service.engine.types import Event, JobFailed, JobFinished, JobRequest, SessionKey, StateId
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics

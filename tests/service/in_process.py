@@ -24,7 +24,7 @@ class InProcessServer:
     def __init__(self, base: Path, **settings: Any) -> None:
         """settings: of the server, by name."""
         self.model = base.name
-        self._settings = Settings(model=str(base), threads=1, **settings)
+        self._settings = Settings(model=str(base), threads=1, **{"recall_encoder": "none", **settings})
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()

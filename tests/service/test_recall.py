@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from uuid import uuid4
 import pytest
 from safetensors.numpy import load
 
-from model.episodes import SITE
+from model.episodes import MEANINGS, SITE
 from tests.live import Client, Json, assert_success
+from tests.model.tiny_encoder import save_encoder
 from tests.service.in_process import InProcessServer
 
 HARBOUR = "The harbour of Vorlund is red."
@@ -21,9 +23,11 @@ ASKS_MILL = "How many wheels turn Tessadon mill?"
 
 
 @pytest.fixture(scope="module")
-def memory_server(tiny_base: Path) -> Iterator[InProcessServer]:
-    """Yield a server that recalls, for `client`."""
-    server = InProcessServer(tiny_base, recall_tokens=64)
+def memory_server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServer]:
+    """Yield a server that recalls, with an encoder, for `client`."""
+    words = sorted({word for text in (HARBOUR, MILL, ASKS_HARBOUR, ASKS_MILL) for word in re.findall(r"\w+", text)})
+    encoder = save_encoder(tmp_path_factory.mktemp("recall") / "encoder", words)
+    server = InProcessServer(tiny_base, recall_tokens=64, recall_encoder=str(encoder))
     yield server
     server.stop()
 
@@ -109,7 +113,7 @@ def test_recall_changes_the_reply_and_nothing_that_is_learned(client: Client, se
             client.chat([{"role": "user", "content": text}], session=name, learn="prompt", recall=recall)
     learned, without = arrays(client, session + "-2"), arrays(client, same)
     for name in without:
-        if not name.startswith(SITE):
+        if not name.startswith((SITE, MEANINGS)):
             assert learned[name] == without[name], name
 
 
@@ -117,7 +121,7 @@ def test_neither_a_request_nor_a_session_without_recall_keeps_a_text(client: Cli
     body = {"text": HARBOUR, "recall": False}
     assert_success(client.post(f"sessions/{session}/observe", body))
     assert recalled(client, session) == []
-    assert not any(name.startswith(SITE) for name in arrays(client, session))
+    assert not any(name.startswith((SITE, MEANINGS)) for name in arrays(client, session))
     client.observe(session, HARBOUR)
     assert recalled(client, session) == [HARBOUR]
     assert recalled(client, session, recall=False) == []
@@ -126,7 +130,7 @@ def test_neither_a_request_nor_a_session_without_recall_keeps_a_text(client: Cli
     assert_success(client.http.put(f"/v1/sessions/{private}", json={"recall": False}))
     client.observe(private, HARBOUR)
     assert recalled(client, private) == recalled(client, private, recall=True) == []
-    assert not any(name.startswith(SITE) for name in arrays(client, private))
+    assert not any(name.startswith((SITE, MEANINGS)) for name in arrays(client, private))
 
 
 def test_what_is_unlearned_or_rolled_back_is_not_recalled(client: Client, session: str) -> None:

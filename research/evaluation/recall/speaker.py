@@ -10,6 +10,7 @@ from model.adaptive_lm import EMPTY_SESSION, NUM_LAST_TOKENS, AdaptiveLM, Decode
 from model.base.kv_cache import KVCache
 from model.memory import Pool
 from model.memory.episodic.whole_words import WholeWords
+from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from research.evaluation.recall.scenes import Message
 
@@ -21,10 +22,13 @@ Prefill = Callable[[list[int], int], Prefilled]  # from a prompt and the capacit
 
 
 class Speaker:
-    """Decodes greedily. The answers to requests are independent of one another, and nothing is learned."""
+    """Decodes greedily. The answers to requests are independent of one another, and nothing is learned.
 
-    def __init__(self, lm: AdaptiveLM, tokenizer: Tokenizer) -> None:
-        self.lm, self.tokenizer = lm, tokenizer
+    encoder: of texts, for the arms that search by meaning
+    """
+
+    def __init__(self, lm: AdaptiveLM, tokenizer: Tokenizer, encoder: SentenceEncoder | None = None) -> None:
+        self.lm, self.tokenizer, self.encoder = lm, tokenizer, encoder
         self.max_context = lm.backbone.config.max_context
         self._pool = lm.new_pool(rows=1, sessions=1)
         self._last: tuple[list[int], KVCache] | None = None
