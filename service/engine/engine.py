@@ -142,9 +142,12 @@ class Engine:
 
     def drop_all(self) -> None:
         """Drop every session from the device; a session in use goes after its last use."""
-        for resident in self._all_residents():
-            for key in resident.resident_keys():
-                self.drop(key)
+        for key in self.resident_keys():
+            self.drop(key)
+
+    def resident_keys(self) -> list[SessionKey]:
+        """Return the sessions that are on the device."""
+        return [key for resident in self._all_residents() for key in resident.resident_keys()]
 
     def memory_config(self, policy: str = "") -> MemoryConfig:
         """Return the configuration of a policy's memory; of the language model's memory for ""."""
