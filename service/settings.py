@@ -133,7 +133,8 @@ class Settings(BaseSettings):
         ge=0,
         le=31_536_000,
         description="Seconds for which the server remembers the answer to a learning request with an"
-        " `Idempotency-Key`. A request repeated after that time is learned again.",
+        " `Idempotency-Key`, but no longer than the session's time to live. A request repeated after that time is"
+        " learned again.",
     )
     retry_ttl_s: int = Field(
         600,
@@ -173,6 +174,12 @@ class Settings(BaseSettings):
         " limit, learning is answered 503 `store_full` and prediction goes on. For a Redis of your own,"
         " set its `maxmemory` instead.",
     )
+    store_rewrite_s: int = Field(
+        3600,
+        ge=0,
+        description="Seconds after which the embedded store rewrites its append-only file if anything was written: what"
+        " was erased is gone from the file by then. 0 = only when the file has doubled.",
+    )
     session_ttl_s: int = Field(
         0,
         ge=0,
@@ -203,7 +210,7 @@ class Settings(BaseSettings):
         None,
         description="File of such entries, one per line, used in addition to `IMPRINT_API_KEYS`; the server reads it"
         " again whenever it changes. `sessions=`, `bytes=`, `tokens_per_minute=` or `requests=` after an"
-        " entry override the four settings below for its tenant.",
+        " entry override the four settings below for its tenant; with `recall=0` its sessions have no episodes.",
     )
     tenant_sessions: int = Field(0, ge=0, description="Number of sessions that one tenant may have; 0 = no limit.")
     tenant_bytes: int = Field(

@@ -432,7 +432,7 @@ MORE_ENTRIES = {
     "service/engine/text_job.py": (7, "the life of a job: start, block, decode, accept, finish, close"),
     "service/engine/resident.py": (5, "the life of a job's memory: start, finish, set the state id, close"),
     "service/engine/scheduler.py": (4, "the verbs of a queue: add, admit, next, remove"),
-    "model/text/tokenizer.py": (5, "the chat's template, and a decoder with two methods"),
+    "model/text/tokenizer.py": (6, "the chat's template, the text of episodes, and a decoder with two methods"),
     "model/adaptive_lm.py": (4, "the steps of a model: new cache, block, decode, predict"),
     "model/memory/pool.py": (8, "the life of a session's rows and of a draft"),
     "model/memory/lexical/site.py": (6, "the steps of a read and a write"),

@@ -142,13 +142,20 @@ class Engine:
 
     def drop_all(self) -> None:
         """Drop every session from the device; a session in use goes after its last use."""
-        for resident in self._all_residents():
-            for key in resident.resident_keys():
-                self.drop(key)
+        for key in self.resident_keys():
+            self.drop(key)
+
+    def resident_keys(self) -> list[SessionKey]:
+        """Return the sessions that are on the device."""
+        return [key for resident in self._all_residents() for key in resident.resident_keys()]
 
     def memory_config(self, policy: str = "") -> MemoryConfig:
         """Return the configuration of a policy's memory; of the language model's memory for ""."""
         return self._resident_of(policy).pool.config
+
+    def only_asks(self, token_ids: Sequence[int]) -> bool:
+        """Return whether an episode only asks, so that no reply reads it."""
+        return self._lm.episodes is not None and self._lm.episodes.only_asks(token_ids)
 
     @property
     def sessions_hot(self) -> int:

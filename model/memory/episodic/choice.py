@@ -13,7 +13,7 @@ from model.memory.episodic.search import Floats, Ints
 
 MEANING = 2.0  # weight of the cosine of two texts' vectors, beside the share of the BM25 score that words could have
 MIN_RELEVANCE = 0.7  # of the first episode that a sentence reads, and of each further one to the words that are open
-MIN_WORDS = 0.5  # the same where no vectors are known
+MIN_WORDS = 0.3  # the same where no vectors are known
 MIN_NEW = 0.2  # share of the sentence's weight that these words have
 MIN_SHARED = 0.6  # share of the weight of an older episode's matched words that a newer one in its place has
 MIN_SCORE = 0.6  # score of a newer episode in the place of an older one, as a share of the older one's

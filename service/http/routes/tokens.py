@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.errors import BadRequest
@@ -13,7 +13,6 @@ from service.http.dependencies import LargeReply, RulesDep, SessionsDep
 from service.http.generation_schemas import ChatMessage, Count
 from service.http.json_route import MAX_VALUES, JsonRoute
 from service.http.openapi import ERROR_RESPONSES
-from service.http.replies import Detokenized, Rendered, Tokenized
 from service.http.schemas import MAX_MESSAGES, Body, Text
 from service.turns.loaded_model import LoadedModel
 from service.turns.prompts import ChatPrompt, encode_async, render_async
@@ -80,6 +79,35 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: Annotated[list[Count], Field(fail_fast=True)]
+
+
+class TokenPiece(BaseModel):
+    """A token and its text; a part of a character comes as bytes."""
+
+    id: int
+    piece: str | list[int]
+
+
+class Tokenized(BaseModel):
+    """The reply of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int = Field(description="Tokens that one request may hold, prompt and reply together.")
+    tokens: list[int] | list[TokenPiece]
+    token_strs: list[str] | None = Field(description="The texts of the tokens, with `return_token_strs`.")
+
+
+class Detokenized(BaseModel):
+    """The reply of `POST /detokenize`: the text by vLLM's name and by llama.cpp's."""
+
+    prompt: str
+    content: str
+
+
+class Rendered(BaseModel):
+    """The reply of `POST /apply-template`."""
+
+    prompt: str
 
 
 @router.post("/tokenize", summary="Turn text into tokens", response_model=Tokenized)
