@@ -123,8 +123,6 @@ class Episodes:
         *,
         hot_bytes: int,
     ) -> None:
-        if encoder is not None and encoder.size != MEANING_NUMBERS:
-            raise ValueError(f"the encoder's vectors must have {MEANING_NUMBERS} numbers, got {encoder.size}")
         self._backbone = backbone
         self._tables, self._lexicon, self._decode, self._encoder = tables, lexicon, decode, encoder
         self._hot_bytes = hot_bytes

@@ -429,10 +429,7 @@ MORE_ENTRIES = {
         "two operations, each with a retried attempt; the lease may be renewed meanwhile",
     ),
     "service/store/redis/codec.py": (5, "pure functions of the stored format"),
-    "service/engine/text_job.py": (
-        8,
-        "the life of a job: start, block, decode, accept, finish, close; a sequence's inputs",
-    ),
+    "service/engine/text_job.py": (8, "the life of a job: start, block, decode, accept, finish, close"),
     "service/engine/resident.py": (5, "the life of a job's memory: start, finish, set the state id, close"),
     "service/engine/scheduler.py": (4, "the verbs of a queue: add, admit, next, remove"),
     "model/text/tokenizer.py": (6, "the chat's template, the text of episodes, and a decoder with two methods"),
