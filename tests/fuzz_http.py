@@ -54,7 +54,7 @@ UNSTATED = {
     "two fields must agree": r"'best_of' must|Give 'max_completion_tokens' or 'max_tokens'|'min_tokens' may be",
     "a grammar that is valid": r"is no grammar|has no form that|not two of them|does not go with",
     "a name that looks like a misspelt field": r"did you mean",
-    "a last message that can be continued": r"needs a last message|cannot be continued",
+    "a last message that can be continued": r"'continue_final_message' (needs|is only)|cannot be continued",
     "a field that needs a session in body, header or the model's name": r"needs a session; name one",
     "learning needs a single completion": r"needs a single completion|so '(n|best_of)' must be 1",
     "the past of the session": r"is of an action never taken",
