@@ -194,7 +194,7 @@ class CompletionFormatter(ResponseFormatter):
         return columns
 
     def choice_prompt_logprobs_json(self, prompt: int, end: TurnEnd) -> Json:
-        return {"prompt_logprobs": _prompt_tokens(end.prompt_logprobs[prompt])} if end.prompt_logprobs else {}
+        return {"prompt_logprobs": _prompt_tokens(end.prompt_logprobs[prompt]) if end.prompt_logprobs else None}
 
 
 class ChatFormatter(ResponseFormatter):
@@ -225,7 +225,7 @@ class ChatFormatter(ResponseFormatter):
         return {"content": content, "refusal": None}
 
     def prompt_logprobs_json(self, end: TurnEnd) -> Json:
-        return {"prompt_logprobs": _prompt_tokens(end.prompt_logprobs[0])} if end.prompt_logprobs else {}
+        return {"prompt_logprobs": _prompt_tokens(end.prompt_logprobs[0]) if end.prompt_logprobs else None}
 
 
 def _usage(end: TurnEnd) -> Json:

@@ -181,13 +181,13 @@ def test_policies_act_learn_rewards_and_predict_labels(client: Any, session: str
 
 def test_an_error_names_its_code_and_parameter(client: Any, session: str) -> None:
     with pytest.raises(imprint.BadRequest) as bad:
-        client.complete("a", temperature=3)
+        client.complete("a", temperature=101)
     assert (bad.value.param, bad.value.status) == ("temperature", 400)
     with pytest.raises(imprint.NotFound) as error:
         client.complete("a", model="gpt-4o")
     assert error.value.code == "model_not_found"
     with pytest.raises(imprint.BadRequest):
-        next(client.stream("a", session=session, max_tokens=10**6))
+        next(client.stream("a", session=session, n=17))
     with pytest.raises(imprint.ClientError):
         client.get("..")
     with pytest.raises(imprint.ClientError):

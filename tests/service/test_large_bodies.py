@@ -119,9 +119,9 @@ def test_the_large_body_of_a_good_request_is_taken(server: Server) -> None:
         padded = json.dumps(body).encode() + b" " * LARGE
         large = client.http.post("/v1/completions", content=padded, headers={"Content-Type": "application/json"})
         assert assert_success(large)["choices"] == assert_success(client.post("completions", body))["choices"]
-        bad = json.dumps(body | {"temperature": 9}).encode() + b" " * LARGE
+        bad = json.dumps(body | {"temperature": 900}).encode() + b" " * LARGE
         response = client.http.post("/v1/completions", content=bad, headers={"Content-Type": "application/json"})
-        small = client.post("completions", body | {"temperature": 9})
+        small = client.post("completions", body | {"temperature": 900})
         assert response.status_code == small.status_code == 400
         assert response.json() == small.json()
 
