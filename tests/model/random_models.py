@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tests.tiny import CHAT_TEMPLATE, SPECIAL
 
@@ -42,7 +42,96 @@ def random_llama(**changes: Any) -> LlamaForCausalLM:
         "max_position_embeddings": 128,
         "initializer_range": 0.2,
     }
-    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+    model = _randomised("llama", sizes | changes)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 2.5], "long_factor": [4.0] * 6}
+# Tiny decoders of every family: what is set and random besides the sizes. Windows are shorter than the texts of tests.
+FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3-bias": ("qwen3", {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"head_dim": 12, "sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 9}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 30, "num_hidden_layers": 7},
+    ),
+    "gemma3-capped": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 9}),
+    "phi3-part": (
+        "phi3",
+        {
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75, "rope_theta": 1e4},
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-bias": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.1,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+}
+
+
+def random_family_model(case: str) -> PreTrainedModel:
+    """Return a model of `transformers` with random weights, of a case of `FAMILY_MODELS`."""
+    family, changes = FAMILY_MODELS[case]
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 90,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return _randomised(family, sizes | changes)
+
+
+def _randomised(family: str, fields: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval()
     for name, weight in model.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
@@ -85,7 +174,7 @@ def write_gguf(
     writer.close()
 
 
-def _metadata(config: LlamaConfig) -> dict[str, Any]:
+def _metadata(config: PreTrainedConfig) -> dict[str, Any]:
     bpe = json.loads(byte_level_bpe().to_str())["model"]
     return {
         "llama.block_count": config.num_hidden_layers,
@@ -128,7 +217,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(key, value)
 
 
-def _permuted(name: str, weight: np.ndarray[Any, Any], config: LlamaConfig) -> np.ndarray[Any, Any]:
+def _permuted(name: str, weight: np.ndarray[Any, Any], config: PreTrainedConfig) -> np.ndarray[Any, Any]:
     """Permute the rows of q and k as llama.cpp's converter does."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight

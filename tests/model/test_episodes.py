@@ -296,7 +296,7 @@ def test_keys_and_values_are_those_of_the_base_after_the_header(lm: AdaptiveLM, 
     lm.backbone(torch.tensor([[*HEADER, *ids(sentence)]]), [expected])
     keys, values = (field[:, :, len(HEADER) : expected.length] for field in (expected.keys, expected.values))
     shift = start - len(HEADER)
-    cos, sin = lm.backbone.cos[abs(shift)], lm.backbone.sin[abs(shift)]
+    cos, sin = lm.backbone.cos[0, abs(shift)], lm.backbone.sin[0, abs(shift)]
     keys = apply_rotary(keys, cos, sin if shift >= 0 else -sin)
     for got, want in ((cache.keys, keys), (cache.values, values)):
         error = (got[:, :, start : cache.length] - want).abs().amax(-1)
