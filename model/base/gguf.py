@@ -71,6 +71,9 @@ def read_config(gguf_path: Path) -> ModelConfig:
 def _configuration(family: Family, metadata: Metadata, tensors: Tensors) -> tuple[dict[str, Any], ModelConfig]:
     """Return the content of `config.json` and what the family reads from it."""
     fields = family.gguf_fields(metadata, tensors)
+    key = f"{family.gguf_architecture}.attention.sliding_window"
+    if metadata.get(key) and not fields.get("sliding_window"):
+        raise GGUFError(f"{key} must be absent, got {metadata[key]}")
     try:
         return fields, family.parse_config(fields)
     except ConfigError as error:

@@ -15,6 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from model.base.gguf_metadata import GGUFError, Metadata, required
 
+SPECIAL_KINDS = (TokenType.CONTROL, TokenType.UNKNOWN)
+
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _WORDS = (
     rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{{digits}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
@@ -79,8 +81,8 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
             known = "gpt2 (byte-level BPE) or llama (SentencePiece)"
             raise GGUFError(f"tokenizer.ggml.model must be {known}, got {kind}")
     for token, kind in zip(tokens, kinds, strict=True):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)])
+        if kind in (*SPECIAL_KINDS, TokenType.USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind in SPECIAL_KINDS)])
     if metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata)):
         bos = required(metadata, "tokenizer.ggml.bos_token_id")
         tokenizer.post_processor = processors.TemplateProcessing(

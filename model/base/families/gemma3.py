@@ -87,7 +87,7 @@ class Gemma3Family(Family):
         return fields | {
             "hidden_activation": "gelu_pytorch_tanh",
             "sliding_window": required(metadata, "gemma3.attention.sliding_window"),
-            "rope_local_base_freq": LOCAL_THETA,
+            "rope_local_base_freq": metadata.get("gemma3.rope.freq_base_swa", LOCAL_THETA),
             "query_pre_attn_scalar": (
                 fields["hidden_size"] // fields["num_attention_heads"] if by_width else fields["head_dim"]
             ),
