@@ -27,7 +27,7 @@ _GPT2_WORDS = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s
 
 @dataclass(frozen=True)
 class WordRule:
-    """How a text becomes words, which BPE then cuts into tokens.
+    """The rule by which a text becomes words, which BPE then cuts into tokens.
 
     patterns: regular expressions whose matches become words of their own, one after the other; GPT-2's rule if there
     are none. splits_digits: every digit is a word. nfc: the text is brought into the normal form C first.

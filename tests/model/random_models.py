@@ -131,7 +131,8 @@ def random_family_model(case: str, **more: Any) -> PreTrainedModel:
 
 
 def _randomised(family: str, fields: dict[str, Any]) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval()
+    config = AutoConfig.for_model(family, **fields)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
     for name, weight in model.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)

@@ -18,6 +18,7 @@ from model.base.backbone import Backbone
 from model.base.checkpoint import CheckpointError, load_backbone
 from model.base.config import ConfigError, tiny_config
 from model.base.families import FAMILIES, family_of, parse_config
+from model.base.kv_cache import DenseCache
 from model.decode import numba_step, torch_step
 from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import CudaGraphLM
@@ -77,7 +78,7 @@ def test_logits_equal_those_of_transformers(case: str, folders: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_in_bf16_has_the_logits_that_transformers_computes_from_it(case: str, tmp_path: Path) -> None:
-    random_family_model(case).to(torch.bfloat16).save_pretrained(tmp_path)
+    random_family_model(case).bfloat16().save_pretrained(tmp_path)
     reread = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     base, ids = load_backbone(tmp_path), tokens(1, 30)
     torch.testing.assert_close(base.logits(base(ids)), reread(ids).logits, atol=1e-4, rtol=0)
@@ -95,7 +96,9 @@ def test_chunks_of_any_size_give_what_one_pass_gives(base: Backbone) -> None:
 def test_the_compiled_step_equals_the_reference_at_any_length(base: Backbone) -> None:
     assert choose_decode_step(base) is numba_step.decode
     ids = tokens(len(LENGTHS), 64)
-    caches, ref_caches = ([base.new_cache(64) for _ in LENGTHS] for _ in range(2))
+    caches, ref_caches = (
+        [DenseCache(base.config, 64, device="cpu", dtype=torch.float32) for _ in LENGTHS] for _ in range(2)
+    )
     for row, length in enumerate(LENGTHS):
         base(ids[row, None, :length], [caches[row]]), base(ids[row, None, :length], [ref_caches[row]])
     whole = base(ids)

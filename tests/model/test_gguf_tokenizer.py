@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader, TokenType
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from gguf import TokenType
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
-from transformers.tokenization_utils_tokenizers import generate_merges
+from transformers.tokenization_utils_base import generate_merges
 
 from model.base.gguf_metadata import GGUFError
 from model.base.gguf_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SECOND_BASE = Path(os.environ.get("IMPRINT_SECOND_BASE", "second.gguf"))
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
 PROSE = [
     "The quick brown fox doesn't jump; WE'LL see, they'Re here and I'd go.",
@@ -95,7 +93,7 @@ def gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-TIKTOKEN = TikTokenConverter().pattern
+TIKTOKEN: str = TikTokenConverter().pattern  # type: ignore[no-untyped-call]
 QWEN2 = TIKTOKEN.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 DEFAULT = (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", r"[0-9]{3}")  # llama.cpp's rule for a file that names none
@@ -120,12 +118,15 @@ def transformers_bpe(rule: str) -> PreTrainedTokenizerFast:
     """Return the tokenizer of `transformers`: of its class for Qwen2, else of the published parts."""
     vocabulary, merges = bpe(rule)
     if rule == "qwen2":
-        return Qwen2Tokenizer(vocab=vocabulary, merges=merges, unk_token=None, eos_token="</s>", pad_token="</s>")
+        return qwen2_tokenizer(vocabulary, merges, dict.fromkeys(("unk_token", "eos_token", "pad_token"), "</s>"))
     make, ignores_merges = REFERENCES[rule]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignores_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = make(), decoders.ByteLevel()
-    tokenizer.normalizer = normalizers.NFC() if rule == "qwen2" else None
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]
+
+
+def qwen2_tokenizer(vocabulary: dict[str, int], merges: Any, names: dict[str, Any]) -> PreTrainedTokenizerFast:
+    return Qwen2Tokenizer(vocab=vocabulary, merges=merges, **names)
 
 
 @pytest.mark.parametrize("rule", REFERENCES)
@@ -221,27 +222,3 @@ def test_an_unknown_rule_is_refused_with_the_known_ones() -> None:
     content = metadata(vocabulary, model="gpt2", pre="tekken", merges=[" ".join(pair) for pair in merges])
     with pytest.raises(GGUFError, match=r"tokenizer\.ggml\.pre must be smollm or .* or default, got tekken"):
         build_tokenizer(content)
-
-
-# The second real base, where it is.
-
-
-@pytest.fixture
-def second() -> Iterator[dict[str, Any]]:
-    if not SECOND_BASE.is_file():
-        pytest.skip("IMPRINT_SECOND_BASE names no GGUF file")
-    yield {name: field.contents() for name, field in GGUFReader(SECOND_BASE).fields.items()}
-
-
-@pytest.mark.real
-def test_the_second_base_has_the_ids_of_transformers(second: dict[str, Any]) -> None:
-    tokens = second["tokenizer.ggml.tokens"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in second["tokenizer.ggml.merges"]]
-    theirs, ours = Qwen2Tokenizer(vocab=vocabulary, merges=merges), build_tokenizer(second)
-    kinds = second["tokenizer.ggml.token_type"]
-    theirs.add_special_tokens(
-        {"additional_special_tokens": [t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]}
-    )
-    for text in sample():
-        assert ours.encode(text).ids == theirs(text).input_ids, text
