@@ -180,18 +180,15 @@ class Backbone(nn.Module):
         """Return `forward` of token ids `[B, T]` at given positions `[B, T]`, with an attention of the caller's."""
         tables = (table[:, positions].unsqueeze(3).unbind() for table in (self.cos, self.sin))
         rotations = list(zip(*tables, strict=True))
-        hidden = self.embed(token_ids)
+        hidden = F.embedding(token_ids, self.embedding)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, *rotations[self.layer_rotations[index]], attend)
             if layer_hooks is not None and index in layer_hooks:
                 hidden = layer_hooks[index](hidden)
         final: Tensor = self.norm(hidden)
         return final
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Return the residual stream before the first layer, `[..., d]`, for token ids `[...]`."""
-        embedded = F.embedding(token_ids, self.embedding)
-        return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits `[..., V]` for hidden states `[..., d]`, in fp32, or in fp64 if the model is."""

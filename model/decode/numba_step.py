@@ -15,6 +15,7 @@ from typing import Any, cast
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -51,7 +52,9 @@ def decode(
     cache_positions = (np.array(addresses), lengths)
     cos, sin = (table[:, lengths] for table in as_arrays(backbone.cos, backbone.sin))
     parts = {window: _parts(lengths, config.num_kv_heads, window) for window in {each.window for each in config.layers}}
-    hidden = backbone.embed(token_ids)
+    hidden = F.embedding(token_ids, backbone.embedding)
+    if backbone.embedding_scale != 1.0:
+        hidden *= backbone.embedding_scale
     normed, added = torch.empty_like(hidden), torch.zeros_like(hidden)
     attended = hidden.new_empty(B, config.num_heads, config.head_dim)
     inner = hidden.new_empty(B, config.intermediate_size)
