@@ -83,7 +83,7 @@ def test_it_computes_what_transformers_computes_from_the_same_file(gguf_file: Pa
     for name, weight in original.named_parameters():
         stem, kind = name.rsplit(".", 1)
         tensor = tensors[f"{names.get_name(stem)}.{kind}"]
-        weight.copy_(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)))
+        weight.copy_(torch.tensor(dequantize(tensor.data, tensor.tensor_type)))
     base, tokenizer = load_backbone(folder), Tokenizer.load(folder)
     ids = torch.tensor([tokenizer.encode(PROSE + CODE)])
     expected, found = original(ids).logits[0], base.logits(base(ids))[0]
