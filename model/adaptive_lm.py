@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.base.backbone import Backbone
 from model.base.kv_cache import KVCache
-from model.episodes import Episodes, episodic_site
+from model.episodes import Episodes, episodic_sites
 from model.memory import Draft, LexicalReadout, Memory, MemoryConfig, Pool, choose_backend
 from model.memory.lexical.ops import hash_ngrams, memory_prob, mix, target_log_prob
 from model.memory.lexical.types import NGRAM_SIZES
@@ -184,7 +184,7 @@ class AdaptiveLM:
     def memory_config(self) -> MemoryConfig:
         """Return the configuration of the sites that a session of this model has."""
         config = self.memory.config
-        return config if self.episodes is None else replace(config, sites=(*config.sites, episodic_site()))
+        return config if self.episodes is None else replace(config, sites=(*config.sites, *episodic_sites()))
 
     def new_pool(self, *, rows: int, sessions: int, make_room: Callable[[], bool] = lambda: False) -> Pool:
         """Return an empty pool on the model's device with its backend; the arguments are those of `Pool`."""

@@ -8,29 +8,33 @@ They are kept in int8 while the episode is hot, and made again with the same bit
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
 from model.memory import Draft, Pool, SiteConfig
 from model.memory.episodic.choice import Matches, choose
-from model.memory.episodic.kept_vectors import KeptVectors
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
-from model.memory.episodic.search import Ints, match_words, query_words
+from model.memory.episodic.search import Floats, Ints, cosines, match_words, query_words
+from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
+from model.text.sentence_encoder import SentenceEncoder
 
-SITE = "episodes"
+SITE, MEANINGS = "episodes", "meanings"
 SLOTS = 16_384  # a million tokens in full spans
 SPAN_TOKENS = 64
+MEANING_NUMBERS = 384
 MAX_EPISODES = 4  # that a request reads
+READINGS = 2  # times that each stands in a request: read twice, a small base uses what it reads more often
 MAX_SENTENCES = 8  # of a query, from its end, that are searched with
 
 
@@ -49,7 +53,7 @@ class RecallRequest:
     separator: tuple[int, ...] = ()
 
     def num_tokens(self, episodes: Sequence[Episode]) -> int:
-        """Return the number of tokens that episodes take in a cache."""
+        """Return the number of tokens of episodes. In a cache, they take `READINGS` times as many."""
         return sum(len(episode.token_ids) + len(self.separator) for episode in episodes)
 
     def parts(self, start: int, length: int, block: int) -> list[tuple[int, int]]:
@@ -81,22 +85,47 @@ class _KeysAndValues(NamedTuple):
         return sum(part.nbytes for part in self)
 
 
-def episodic_site() -> SiteConfig:
-    """Return the configuration of the episodic site, which every memory of text has besides its trained sites."""
-    return SiteConfig(SITE, "episodic", slots=SLOTS, k=1, width=SPAN_TOKENS)
+class Span(NamedTuple):
+    """A learned span, which becomes an episode. `offset` counts tokens from the start of the request."""
+
+    token_ids: tuple[int, ...]
+    offset: int
+
+
+def episodic_sites() -> tuple[SiteConfig, SiteConfig]:
+    """Return the configurations of the sites that every memory of text has besides its trained sites.
+
+    The episodes are one, and the vectors of their meaning, in the same slots, are the other: a session that has learned
+    without an encoder lacks the latter's rows.
+    """
+    return (
+        SiteConfig(SITE, "episodic", slots=SLOTS, k=1, width=SPAN_TOKENS),
+        SiteConfig(MEANINGS, "meaning", slots=SLOTS, k=1, width=MEANING_NUMBERS),
+    )
 
 
 class Episodes:
     """Writes, finds and reads the episodes of sessions. Only the engine's thread uses it.
 
-    tables: of the tokenizer's vocabulary. lexicon: frequencies and vectors of words. hot_bytes: most bytes of keys and
-    values that are kept.
+    tables: of the tokenizer's vocabulary. lexicon: frequencies of words. decode: returns the text of token ids.
+    encoder: of texts, as vectors of `MEANING_NUMBERS`; None: episodes are found by their words alone. hot_bytes: most
+    bytes of keys and values that are kept.
     """
 
-    def __init__(self, backbone: Backbone, tables: WordTables, lexicon: Lexicon, *, hot_bytes: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        tables: WordTables,
+        lexicon: Lexicon,
+        decode: Callable[[Sequence[int]], str],
+        encoder: SentenceEncoder | None,
+        *,
+        hot_bytes: int,
+    ) -> None:
+        if encoder is not None and encoder.size != MEANING_NUMBERS:
+            raise ValueError(f"the encoder's vectors must have {MEANING_NUMBERS} numbers, got {encoder.size}")
         self._backbone = backbone
-        self._tables, self._lexicon = tables, lexicon
-        self._kept_vectors = KeptVectors(tables, lexicon)
+        self._tables, self._lexicon, self._decode, self._encoder = tables, lexicon, decode, encoder
         self._hot_bytes = hot_bytes
         self._hot: OrderedDict[tuple[Hashable, tuple[int, ...], tuple[int, ...]], _KeysAndValues] = OrderedDict()
         self._bytes_held = 0
@@ -107,23 +136,24 @@ class Episodes:
         if len(self._tables.is_word):
             tokens, lengths = np.zeros((1, SPAN_TOKENS), np.int32), np.ones(1, np.int32)
             match_words(tokens, lengths, np.zeros(1, np.uint32), np.zeros(1), self._tables)
-            KeptVectors(self._tables, self._lexicon).of(None, tokens, lengths)
+            cosines(np.zeros((1, MEANING_NUMBERS), np.int8), np.zeros(MEANING_NUMBERS, np.int8))
 
     # --- write -----------------------------------------------------------------------------------------------------
 
-    def learn(
-        self, draft: Draft, token_ids: Sequence[int], learn: Sequence[int], *, version: int, offset: int = 0
-    ) -> None:
-        """Write the learned runs of a token sequence as episodes. Raises PoolFullError: roll the draft back.
+    def cut(self, token_ids: Sequence[int], learn: Sequence[int], offset: int = 0) -> list[Span]:
+        """Return the spans into which the learned runs of a token sequence are cut; those without words are left out.
 
         offset: of the first token, from the start of the request.
         """
-        spans = [
-            span
-            for start, stop in _runs(learn)
-            for span in cut_spans(token_ids, start, stop, self._tables, SPAN_TOKENS)
-            if self._tables.is_word[np.asarray(token_ids[slice(*span)])].any()
+        return [
+            Span(tuple(token_ids[start:stop]), offset + start)
+            for first, last in _runs(learn)
+            for start, stop in cut_spans(token_ids, first, last, self._tables, SPAN_TOKENS)
+            if self._tables.is_word[np.asarray(token_ids[start:stop])].any()
         ][-SLOTS:]
+
+    def write(self, draft: Draft, spans: Sequence[Span], *, version: int) -> None:
+        """Write spans as the newest episodes, in order. Raises PoolFullError: roll the draft back."""
         if not spans:
             return
         first = self._last_ordinal(draft.pool, draft.index) + 1
@@ -131,23 +161,25 @@ class Episodes:
         header = np.zeros((len(spans), HEADER), np.int32)
         tokens = np.zeros((len(spans), SPAN_TOKENS), np.int32)
         header[:, ORDINAL], header[:, VERSION] = ordinals, version
-        for row, (start, stop) in enumerate(spans):
-            header[row, LENGTH], header[row, OFFSET] = stop - start, offset + start
-            tokens[row, : stop - start] = token_ids[start:stop]
+        for row, span in enumerate(spans):
+            header[row, LENGTH], header[row, OFFSET] = len(span.token_ids), span.offset
+            tokens[row, : len(span.token_ids)] = span.token_ids
         slots = torch.from_numpy((ordinals - 1) % SLOTS)
         draft.put(SITE, slots, [torch.from_numpy(header), torch.from_numpy(tokens)])
+        if self._encoder is not None:
+            made_by = np.stack([ordinals, np.full(len(spans), self._encoder.id)], 1).astype(np.int32)
+            vectors = np.stack([self._encoder(self._decode(span.token_ids)) for span in spans])
+            draft.put(MEANINGS, slots, [torch.from_numpy(made_by), torch.from_numpy(vectors)])
 
     # --- find ------------------------------------------------------------------------------------------------------
 
-    def find(
-        self, owner: Hashable, pool: Pool, index: int, token_ids: Sequence[int], request: RecallRequest
-    ) -> list[Episode]:
+    def find(self, pool: Pool, index: int, token_ids: Sequence[int], request: RecallRequest) -> list[Episode]:
         """Return the episodes of a session that a segment reads, the oldest first.
 
-        What the segment has already, and what only asks, is not read. owner: the session, which `forget` names.
+        What the segment has already, and what only asks, is not read.
         """
-        cells = self._cells(pool, index)
-        header, tokens = (field.numpy()[cells] for field in pool.sites[SITE].fields)
+        slots = self._slots(pool, index)
+        header, tokens = (field.numpy()[_cells(pool, SITE, index, slots)] for field in pool.sites[SITE].fields)
         present, found = _text(token_ids), list[Episode]()
 
         def text(row: int) -> tuple[int, ...]:
@@ -160,7 +192,8 @@ class Episodes:
             return words_of(text(row), self._tables)
 
         scores: dict[int, float] = {}
-        for matches in self._matches(owner, header, tokens, token_ids[slice(*request.query)]):
+        meanings = self._meanings(pool, index, slots, header[:, ORDINAL])
+        for matches in self._matches(header, tokens, meanings, token_ids[slice(*request.query)]):
             for row, score in choose(matches, words_at, may_read, MAX_EPISODES):
                 scores[row] = max(score, scores.get(row, 0.0))
         for row, score in sorted(scores.items(), key=lambda item: -item[1]):
@@ -170,44 +203,63 @@ class Episodes:
                 found.append(episode)
         return sorted(found, key=lambda episode: episode.ordinal)
 
-    def _matches(self, owner: Hashable, header: Ints, tokens: Ints, query: Sequence[int]) -> Iterator[Matches]:
+    def _matches(
+        self, header: Ints, tokens: Ints, meanings: NDArray[np.int8], query: Sequence[int]
+    ) -> Iterator[Matches]:
         """Yield how the episodes match each of the last sentences of a query."""
         words, lengths = query_words(query, self._tables), header[:, LENGTH]
         if not len(header) or not len(words):
             return
         parts, weight = match_words(tokens, lengths, words, self._lexicon.frequencies(words), self._tables)
-        vectors = self._kept_vectors.of(owner, tokens, lengths).astype(np.float32) / 127.0
         for sentence in sentences(query, self._tables)[-MAX_SENTENCES:]:
             here = np.isin(words, query_words(sentence, self._tables))
             if here.any():
-                cosine = (vectors @ self._lexicon.vector(words[here])).astype(np.float64)
+                cosine = self._cosines(meanings, sentence)
                 yield Matches(words[here], weight[here], parts[:, here], cosine, header[:, ORDINAL])
 
-    def _last_ordinal(self, pool: Pool, index: int) -> int:
-        header = pool.sites[SITE].fields[0].numpy()[self._cells(pool, index), ORDINAL]
-        return int(header.max(initial=0))
+    def _cosines(self, meanings: NDArray[np.int8], sentence: Sequence[int]) -> Floats:
+        """Return the cosine [n] of each vector [n, d] and that of a sentence; 0 without an encoder."""
+        if self._encoder is None:
+            return np.zeros(len(meanings))
+        return cosines(meanings, self._encoder(self._decode(sentence)))
 
-    def _cells(self, pool: Pool, index: int) -> Ints:
-        cells: Ints = pool.sites[SITE].physical_cells[index]
-        return cells[cells > 0]
+    def _meanings(self, pool: Pool, index: int, slots: Ints, ordinals: Ints) -> NDArray[np.int8]:
+        """Return the vectors [n, d] of the episodes in slots [n]; zeros where another encoder, or none, has learned."""
+        cells = _cells(pool, MEANINGS, index, slots)
+        made_by, vectors = (field.numpy()[cells] for field in pool.sites[MEANINGS].fields)
+        if self._encoder is not None:
+            vectors[(made_by[:, 0] != ordinals) | (made_by[:, 1] != self._encoder.id)] = 0
+        return np.asarray(vectors, np.int8)
+
+    def _last_ordinal(self, pool: Pool, index: int) -> int:
+        cells = _cells(pool, SITE, index, self._slots(pool, index))
+        return int(pool.sites[SITE].fields[0].numpy()[cells, ORDINAL].max(initial=0))
+
+    def _slots(self, pool: Pool, index: int) -> Ints:
+        """Return the slots [n] in which a session has episodes."""
+        return np.flatnonzero(pool.sites[SITE].physical_cells[index]).astype(np.int32)
 
     # --- read ------------------------------------------------------------------------------------------------------
 
     def append(self, cache: KVCache, owner: Hashable, episodes: Sequence[Episode], request: RecallRequest) -> None:
-        """Add the keys and values of episodes to a cache, in line, at the positions after its last token.
+        """Add the keys and values of episodes to a cache, in line, at the positions after its last token, all of
+        them `READINGS` times.
 
         owner: the session, which `forget` names.
         """
-        for episode in episodes:
+        for episode in [*episodes] * READINGS:
             rows = self._hot_rows(owner, request.header, (*episode.token_ids, *request.separator))
             keys = _dequantise(rows.keys, rows.key_scales, self._backbone.embedding.dtype)
             values = _dequantise(rows.values, rows.value_scales, self._backbone.embedding.dtype)
             shift = cache.length - len(request.header)
             cache.append(self._backbone.moved_keys(keys, shift), values)
 
+    def whole_words(self, episodes: Sequence[Episode]) -> WholeWords:
+        """Return the names and numbers that a reply copies whole from the episodes it reads."""
+        return WholeWords([episode.token_ids for episode in episodes], self._tables, self._lexicon)
+
     def forget(self, owner: Hashable) -> None:
-        """Drop the vectors and all keys and values of a session."""
-        self._kept_vectors.forget(owner)
+        """Drop all keys and values of a session."""
         for key in [key for key in self._hot if key[0] == owner]:
             self._bytes_held -= self._hot.pop(key).nbytes
 
@@ -241,6 +293,12 @@ class Episodes:
 
     def _forward(self, token_ids: Sequence[int], cache: KVCache) -> None:
         self._backbone(torch.tensor([list(token_ids)], device=self._backbone.embedding.device), [cache])
+
+
+def _cells(pool: Pool, site: str, index: int, slots: Ints) -> Ints:
+    """Return the cells [n] of a session's slots [n] in a site's fields; 0, the empty cell, for a slot without a row."""
+    cells: Ints = pool.sites[site].physical_cells[index][slots]
+    return cells
 
 
 def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:

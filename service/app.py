@@ -28,7 +28,7 @@ from model.base.checkpoint import CheckpointError
 from model.base.config import ConfigError
 from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
-from service.background import keep_running
+from service.background import find_malloc_trim, keep_running, return_free_memory
 from service.base_cache import BaseError
 from service.engine import Engine
 from service.http.install import install
@@ -196,10 +196,13 @@ def _background_tasks(
     forever: dict[str, Callable[[], Awaitable[None]]] = {
         "watch_store": watch,
         "drop_erased": sessions.drop_erased,
+        "drop_missing": sessions.drop_missing,
         "restore_list": partial(restore_list, store, metrics),
     }
     if embedded is None:
         forever["heartbeat"] = store.heartbeat
+    if (trim := find_malloc_trim()) is not None:
+        forever["return_free_memory"] = partial(return_free_memory, trim)
     tasks = [asyncio.create_task(keep_running(name, task, metrics)) for name, task in forever.items()]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.supervise(report)))
@@ -333,7 +336,7 @@ def _store_url(settings: Settings, signals: StopSignals) -> Iterator[tuple[str, 
     if settings.redis_url is not None:
         yield settings.redis_url, None
         return
-    embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes)
+    embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes, rewrite_s=settings.store_rewrite_s)
     url = embedded.start(stopped=signals.is_set)
     try:
         yield url, embedded

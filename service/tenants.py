@@ -1,11 +1,13 @@
 """API keys, the tenant of each key, and the limits of each tenant.
 
 A key has 256 random bits, so its SHA-256 reveals nothing about it and needs no salt. Keys are listed one per line; in
-`IMPRINT_API_KEYS`, commas may separate them as well. A limit after a key overrides the setting for the key's tenant:
+`IMPRINT_API_KEYS`, commas may separate them as well. A limit after a key overrides the setting for the key's tenant;
+with `recall=0` the tenant's sessions keep and read no episodes:
 
     # the analysts
     acme:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
     acme:60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752 sessions=500 tokens_per_minute=100000
+    bo:fcde2b2edba56bf408601fb721fe9b5c338d10ee429ea04fae5511b68fbf8fb9 recall=0
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from service.errors import Unauthorized
 from service.settings import Settings
 
 DEFAULT = "default"  # the tenant of every request to a server without keys
+RECALL = "recall"  # 0 after a key: the tenant's sessions keep and read no episodes
 OPERATOR = "metrics"  # a key of this tenant opens /metrics, which covers all tenants, and nothing else
 
 MAX_FILE_BYTES = 16 * 2**20
@@ -57,10 +60,14 @@ class TenantLimits:
 
 @dataclass(frozen=True)
 class Tenant:
-    """The owner of a request: the namespace of every session that the request reads or writes."""
+    """The owner of a request: the namespace of every session that the request reads or writes.
+
+    recall: whether the tenant's sessions may keep and read episodes.
+    """
 
     name: str
     limits: TenantLimits = TenantLimits()
+    recall: bool = True
 
 
 def new_key(tenant: str) -> tuple[str, str]:
@@ -156,7 +163,11 @@ class ApiKeys:
                     raise ApiKeysError(
                         f"{where}: {limit} of {name} was {limits[name][limit]} before, and is {value} here"
                     )
-        return {digest: Tenant(name, replace(self._limits, **limits.get(name, {}))) for digest, name in owners.items()}
+        return {digest: self._tenant_of(name, limits.get(name, {})) for digest, name in owners.items()}
+
+    def _tenant_of(self, name: str, given: Mapping[str, int]) -> Tenant:
+        limits = {limit: value for limit, value in given.items() if limit != RECALL}
+        return Tenant(name, replace(self._limits, **limits), given.get(RECALL) != 0)
 
     def _file_lines(self) -> Iterator[tuple[str, str]]:
         if self._file is None:
@@ -172,11 +183,13 @@ class ApiKeys:
 
 
 def _limits(where: str, pairs: str) -> Iterator[tuple[str, int]]:
-    known = [field.name for field in fields(TenantLimits)]
+    known = [*(field.name for field in fields(TenantLimits)), RECALL]
     for pair in pairs.split():
         name, _, value = pair.partition("=")
         if name not in known:
             raise ApiKeysError(f"{where}: a limit is one of {', '.join(known)}, got {name}")
+        if name == RECALL and int(value) > 1:
+            raise ApiKeysError(f"{where}: {RECALL} is 0 or 1, got {int(value)}")
         yield name, int(value)
 
 

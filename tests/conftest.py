@@ -16,7 +16,7 @@ import httpx
 import platformdirs
 import pytest
 
-from service.base_cache import resolve_base
+from service.base_cache import resolve_base, resolve_encoder
 from tests.tiny import build_tiny_base
 
 START_TIMEOUT_S = 300.0  # generous: the machine may be busy
@@ -34,9 +34,10 @@ class Server:
         self.data_dir = data_dir
         self.log = data_dir.parent / f"{data_dir.name}.log"
         # One thread: a tiny base gains nothing from more, and a test's own work needs the other core.
-        variables = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, "THREADS": 1, **settings}
+        variables = {"MODEL": model, "PORT": port, "DATA_DIR": data_dir, "THREADS": 1, "RECALL_ENCODER": "none"}
+        variables |= {name.upper(): value for name, value in settings.items()}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
-        self.settings = {f"IMPRINT_{name.upper()}": str(value) for name, value in variables.items()}
+        self.settings = {f"IMPRINT_{name}": str(value) for name, value in variables.items()}
         self._environment = clean | self.settings
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -99,8 +100,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base_folder() -> Path:
     """Return the folder of the default base; it is fetched into the user's cache if needed."""
-    cache = Path(os.environ.get("IMPRINT_CACHE_DIR") or platformdirs.user_cache_path("imprint"))
-    return resolve_base("smollm2-135m-instruct", cache, progress=print)
+    return resolve_base("smollm2-135m-instruct", user_cache(), progress=print)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder() -> Path:
+    """Return the folder of the default sentence encoder; it is fetched into the user's cache if needed."""
+    folder = resolve_encoder("default", user_cache(), progress=print)
+    assert folder is not None
+    return folder
+
+
+def user_cache() -> Path:
+    return Path(os.environ.get("IMPRINT_CACHE_DIR") or platformdirs.user_cache_path("imprint"))
 
 
 @pytest.fixture(scope="session")
@@ -112,10 +124,11 @@ def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def real_server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Yield a server of the default base, shared by tests that each use sessions of their own."""
+def real_server(base_folder: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Yield a server of the default base and encoder, shared by tests that each use sessions of their own."""
     data_dir = tmp_path_factory.mktemp("real") / "data"
-    running = Server("smollm2-135m-instruct", data_dir, cache_dir=base_folder.parent).start()
+    encoder = str(encoder_folder)
+    running = Server("smollm2-135m-instruct", data_dir, cache_dir=base_folder.parent, recall_encoder=encoder).start()
     yield running
     assert running.stop() == 0, running.log.read_text()
 

@@ -17,9 +17,10 @@ import torch
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.checkpoint import load_backbone
 from model.decode.backend import choose_decode_step
-from model.episodes import Episodes
+from model.episodes import READINGS, Episodes
 from model.memory import Draft, SiteRows
 from model.memory.episodic.lexicon import shipped_lexicon
+from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import build_tables
 from model.memory.initial import default_config, random_memory
 from model.recall import RecallPlan
@@ -104,7 +105,7 @@ class ReferenceModel:
         memory = random_memory(default_config(hidden_size), seed=0)
         self.tokenizer = Tokenizer.load(folder)
         tables = build_tables([self.tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
-        self.episodes = Episodes(backbone, tables, shipped_lexicon(), hot_bytes=0)
+        self.episodes = Episodes(backbone, tables, shipped_lexicon(), self.tokenizer.decode, None, hot_bytes=0)
         self.recall = RecallPlan.of(self.tokenizer, Settings.model_fields["recall_tokens"].default)
         decoder = backbone.fp16_decoder(choose_decode_step(backbone))
         self.lm = AdaptiveLM(backbone, memory, decoder=decoder, episodes=self.episodes)
@@ -219,19 +220,21 @@ class Replay:
 
     def _keep_episodes(self, tokens: Sequence[int], learn: Sequence[int], draft: Draft, offset: int = 0) -> None:
         if self._model.recall.max_tokens:
-            self._model.episodes.learn(draft, tokens, learn, version=len(self.versions), offset=offset)
+            spans = self._model.episodes.cut(tokens, learn, offset)
+            self._model.episodes.write(draft, spans, version=len(self.versions))
 
     def _with_episodes(
         self, encoded: EncodedPrompt, extra_tokens: int, is_chat: bool, draft: Draft, after_prompt: DecodeState
-    ) -> tuple[Any, DecodeState] | None:
-        """Return a cache and the state after a prompt that reads episodes; None if it finds none."""
+    ) -> tuple[Any, DecodeState, WholeWords] | None:
+        """Return a cache and the state after a prompt that reads episodes, and the names and numbers that the reply
+        copies whole; None if it finds none."""
         model, tokens = self._model, encoded.token_ids
         request = model.recall.request(encoded.token_ids, encoded.question, chat=is_chat)
         if request is None:
             return None
         room = model.lm.backbone.config.max_context - len(tokens) - extra_tokens
-        request = replace(request, max_tokens=min(request.max_tokens, room))
-        found = model.episodes.find(None, model.pool, self._index, tokens, request)
+        request = replace(request, max_tokens=min(request.max_tokens, room // READINGS))
+        found = model.episodes.find(model.pool, self._index, tokens, request)
         if not found:
             return None
         cache, state = model.lm.backbone.new_cache(model.lm.backbone.config.max_context), None
@@ -243,7 +246,7 @@ class Replay:
             part = tokens[start:stop]
             state, _ = model.lm.block(part, cache, model.pool, draft.index, decode_state=state)
         assert state is not None
-        return cache, replace(state, trust=after_prompt.trust)
+        return cache, replace(state, trust=after_prompt.trust), model.episodes.whole_words(found)
 
     def _generate(
         self,
@@ -255,7 +258,7 @@ class Replay:
         learned: _LearnedCounts | None,
         *,
         scores_frozen: bool,
-        reading: tuple[Any, DecodeState] | None,
+        reading: tuple[Any, DecodeState, WholeWords] | None,
     ) -> str:
         """Generate a reply token by token, from `reading` if the prompt reads episodes.
 
@@ -265,9 +268,10 @@ class Replay:
         sampler = Sampler(SamplingParams(temperature=body["temperature"], seed=body["seed"]))
         output, num_learned, finished, learned_state = list[int](), 0, False, decode_state
         learned_cache = cache
-        cache, decode_state = reading or (cache, decode_state)
+        cache, decode_state, whole_words = reading or (cache, decode_state, None)
         while not finished:
-            token = sampler.draw(model.lm.predict([decode_state], model.pool, [draft.index])[0])
+            row = model.lm.predict([decode_state], model.pool, [draft.index])[0]
+            token = sampler.draw(row if whole_words is None else whole_words.adjust(row, output))
             if token in model.tokenizer.eos_token_ids:
                 text.finish()
                 finished = True

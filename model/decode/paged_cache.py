@@ -118,7 +118,10 @@ class PagePool:
         return sequence, pages
 
     def release(self, sequence: int, pages: CellIndices) -> None:
-        """Free a sequence and its pages."""
+        """Free a sequence and its pages, and leave nothing of the keys and values that they held."""
+        freed = upload(pages, self.device)
+        for field in (self.keys, self.values):
+            field.unflatten(1, (-1, PAGE_SIZE))[:, freed] = 0
         self._pages.release(pages)
         self._sequences.release(np.array([sequence]))
 

@@ -15,5 +15,6 @@ SITES: dict[SiteKind, Callable[[SiteConfig, int], MemorySite] | None] = {
     "lexical": LexicalSite,
     "hidden": DeltaSite,
     "episodic": None,
+    "meaning": None,
     "journal": None,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.memory.delta.layout import DeltaLayout, VectorLayout
-from model.memory.episodic.layout import EpisodicLayout
+from model.memory.episodic.layout import EpisodicLayout, MeaningLayout
 from model.memory.lexical.layout import LexicalLayout
 from model.memory.row_layout import RowLayout
 from model.site_kind import SiteKind
@@ -12,5 +12,6 @@ LAYOUTS: dict[SiteKind, RowLayout] = {
     "lexical": LexicalLayout(),
     "hidden": DeltaLayout(),  # delta; checkpoints and the API call the kind "hidden"
     "episodic": EpisodicLayout(),
+    "meaning": MeaningLayout(),
     "journal": VectorLayout(),  # rows that a policy itself reads and writes
 }

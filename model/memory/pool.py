@@ -117,6 +117,12 @@ class SitePool:
         if self.tables.data_ptr() != self.physical_cells.ctypes.data:
             self.tables[session] = upload(self.physical_cells[session], self.device)
 
+    def release(self, physical_cells: CellIndices) -> None:
+        """Free physical cells, and leave nothing of the rows that they held."""
+        for field in self.fields:
+            field[upload(physical_cells, self.device)] = 0
+        self.free.release(physical_cells)
+
     def num_rows(self, session: int) -> int:
         """Return the number of rows that a session holds."""
         physical_cells = self.physical_cells[session]
@@ -195,7 +201,7 @@ class Pool:
         """Forget a session and free its rows."""
         for site in self.sites.values():
             physical_cells = site.physical_cells[index]
-            site.free.release(physical_cells[physical_cells > 0])
+            site.release(physical_cells[physical_cells > 0])
         self._clear_session(index)
 
     @property
@@ -271,8 +277,7 @@ class Draft:
         """Give the draft physical cells of its own for distinct cells [U] of a site, and return the physical cells [U]
         that hold the contents and the physical cells [U] to write.
 
-        The caller must write the whole contents: a new physical cell holds leftovers. Raise PoolFullError, changing
-        nothing.
+        The caller must write the whole contents: a new physical cell is empty. Raise PoolFullError, changing nothing.
         """
         site, copied, requested = self.pool.sites[name], self._copied[name], copy_to_host(cells).numpy()
         old = site.tables[self.index, cells]
@@ -302,7 +307,7 @@ class Draft:
         """Make the draft the new state of the base session."""
         for name, site in self.pool.sites.items():
             old_cells = site.physical_cells[self.base_index]
-            site.free.release(old_cells[self._copied[name] & (old_cells > 0)])
+            site.release(old_cells[self._copied[name] & (old_cells > 0)])
             old_cells[:] = site.physical_cells[self.index]
             site.sync_table(self.base_index)
             site.session_scalars[self.base_index] = site.session_scalars[self.index]
@@ -311,5 +316,5 @@ class Draft:
     def rollback(self) -> None:
         """Drop the draft; the base session keeps its state."""
         for name, site in self.pool.sites.items():
-            site.free.release(site.physical_cells[self.index, self._copied[name]])
+            site.release(site.physical_cells[self.index, self._copied[name]])
         self.pool._clear_session(self.index)

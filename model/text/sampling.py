@@ -71,22 +71,22 @@ class Sampler:
         return scores.index_add(0, tokens, amounts)
 
 
-def predraw(samplers: Sequence[Sampler], scores: Tensor) -> None:
-    """Draw the next token of each sampler from its row of scores `[B, V]`; the sampler's next `draw` returns the token.
+def predraw(samplers: Sequence[Sampler], scores: Sequence[Tensor]) -> None:
+    """Draw the next token of each sampler from its scores `[V]`; the sampler's next `draw` returns the token.
 
     On a GPU all rows are drawn at once and the host waits once. On other devices nothing happens: drawing row by row
     is faster there.
     """
-    if scores.device.type == "cuda":
+    if scores[0].device.type == "cuda":
         for sampler, token in zip(samplers, _draw_batch(samplers, scores), strict=True):
             sampler._predrawn = token
 
 
-def _draw_batch(samplers: Sequence[Sampler], scores: Tensor) -> list[int]:
-    """Return the tokens that `draw` gives for each row of scores `[B, V]`."""
+def _draw_batch(samplers: Sequence[Sampler], rows: Sequence[Tensor]) -> list[int]:
+    """Return the tokens that `draw` gives for each row of scores `[V]`."""
     options = [sampler._sampling for sampler in samplers]
     greedy = [option.temperature < GREEDY_BELOW for option in options]
-    scores = torch.stack([sampler._adjust(row) for sampler, row in zip(samplers, scores, strict=True)])
+    scores = torch.stack([sampler._adjust(row) for sampler, row in zip(samplers, rows, strict=True)])
     temperatures = [1.0 if is_greedy else option.temperature for option, is_greedy in zip(options, greedy, strict=True)]
     top_ps = [option.top_p for option in options]
     us = [0.0 if is_greedy else sampler._random.random() for sampler, is_greedy in zip(samplers, greedy, strict=True)]

@@ -33,9 +33,7 @@ def train(
     adapter: Annotated[bool, typer.Option("--adapter", help="Train a plain adapter instead, to compare with.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="The adapter's rank; default: the memory's size.")] = None,
     policy: Annotated[str | None, typer.Option(help="Train this policy instead (docs/scenarios.md).")] = None,
-    lexicon: Annotated[
-        bool, typer.Option("--lexicon", help="Train the words' vectors instead (docs/recall.md).")
-    ] = False,
+    lexicon: Annotated[bool, typer.Option("--lexicon", help="Count words instead (docs/recall.md).")] = False,
 ) -> None:
     """Train a memory on texts, or a policy on a scenario; needs no server. The same command resumes a stopped run.
 
@@ -52,7 +50,7 @@ def train(
     if lexicon:
         from research.training.lexicon import train_lexicon
 
-        train_lexicon([Path(path) for path in paths], out, work, seed)
+        train_lexicon([Path(path) for path in paths], out, seed)
         return
     from research.training.command import VALID_TOKENS, Options, train_files
     from research.training.texts import Budget

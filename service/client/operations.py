@@ -190,15 +190,16 @@ def score(
     text: str,
     *,
     learn: bool = False,
+    recall: bool | None = None,
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Scored]:
     """Return each token's log-probability with and without the session's memory, in nats; with `learn`, learn the text.
 
-    The text is scored before it is learned.
+    The text is scored before it is learned. recall: False: the text is not kept as episodes.
     """
-    body = _drop_none(text=text, learn=learn, on_disconnect=on_disconnect)
+    body = _drop_none(text=text, learn=learn, recall=recall, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/score", Scored.model_validate_json, body, headers)
 

@@ -28,11 +28,12 @@ from model.memory import choose_backend as choose_memory_backend
 from model.policies.backend import choose_backend
 from model.policies.network import Policy
 from model.text.tokenizer import Tokenizer
+from service.engine.decode_step import decode_step
 from service.engine.gather_executor import new_gather_executor
 from service.engine.policy_job import PolicyJob, PolicyWorker
 from service.engine.resident import ResidentSessions
 from service.engine.scheduler import Scheduler
-from service.engine.text_job import TextJob, decode_step
+from service.engine.text_job import TextJob
 from service.engine.types import Event, JobFailed, JobFinished, JobRequest, SessionKey, StateId
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
@@ -141,9 +142,12 @@ class Engine:
 
     def drop_all(self) -> None:
         """Drop every session from the device; a session in use goes after its last use."""
-        for resident in self._all_residents():
-            for key in resident.resident_keys():
-                self.drop(key)
+        for key in self.resident_keys():
+            self.drop(key)
+
+    def resident_keys(self) -> list[SessionKey]:
+        """Return the sessions that are on the device."""
+        return [key for resident in self._all_residents() for key in resident.resident_keys()]
 
     def memory_config(self, policy: str = "") -> MemoryConfig:
         """Return the configuration of a policy's memory; of the language model's memory for ""."""

@@ -6,17 +6,15 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import NamedTuple
 
 from torch import Tensor
 
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.kv_cache import KVCache
 from model.decode.prompt_lookup import PromptLookup
-from model.episodes import Episode, RecallRequest
-from model.memory import Pool
-from model.text.sampling import Sampler, predraw
+from model.episodes import READINGS, Episode, RecallRequest, Span
+from model.memory.episodic.whole_words import WholeWords
+from model.text.sampling import Sampler
 from model.text.tokenizer import Tokenizer
 from service.engine.resident import MemoryJob, ResidentSessions
 from service.engine.text_stream import TextStream
@@ -32,7 +30,7 @@ from service.engine.types import (
     TokenScores,
 )
 
-SPECULATIVE_ROWS = 4  # rows of a decoding step that sequences may fill with drafted tokens
+EPISODES_A_BLOCK = 4  # that are encoded and written between two steps of other jobs
 
 
 class TextSequence:
@@ -50,9 +48,10 @@ class TextSequence:
         options: GenerationParams,
         tokenizer: Tokenizer,
         learn_from: tuple[KVCache, DecodeState] | None = None,
+        whole_words: WholeWords | None = None,
     ) -> None:
-        """learn_from: the cache and the state after the prompt to learn from, if the sequence reads episodes, which
-        what is learned must not depend on."""
+        """For a sequence that reads episodes: learn_from: the cache and the state after the prompt to learn from, as
+        what is learned must not depend on episodes; whole_words: of the episodes."""
         self.choice = choice
         self.cache = cache
         self.decode_state = decode_state
@@ -62,6 +61,7 @@ class TextSequence:
         self.text = TextStream(tokenizer.stream(), options.stop)
         self.num_learned = 0
         self.learn_cache, self.learn_decode_state = learn_from or (cache, decode_state)
+        self._whole_words = whole_words
         self._options = options
         self._eos = tokenizer.eos_token_ids
         self.sampler = Sampler(options.sampling, choice=choice)
@@ -77,6 +77,11 @@ class TextSequence:
         # The sequence's last token is no input of any step.
         max_draft_tokens = min(rows, self._options.max_tokens - len(self.tokens)) - 1
         return [self.pending, *self._lookup.draft_tokens(max_draft_tokens)] if max_draft_tokens > 0 else [self.pending]
+
+    def whole_word_scores(self, scores: Tensor, draft_tokens: Sequence[int] = ()) -> Tensor:
+        """Return scores [V] after the sequence's tokens and draft tokens, higher for what completes a name or number
+        of an episode."""
+        return scores if self._whole_words is None else self._whole_words.adjust(scores, [*self.tokens, *draft_tokens])
 
     def draw_next(self, scores: Tensor) -> int:
         """Draw the next token from scores [V]; return the number of tokens added."""
@@ -118,7 +123,7 @@ class _Reading:
         self.episodes = episodes
         self.recall = recall
         self.start = recall.at // block * block
-        self.num_tokens = recall.num_tokens(episodes)
+        self.num_tokens = READINGS * recall.num_tokens(episodes)
         self.parts = deque(recall.parts(self.start, length, block))
         self.cache: KVCache | None = None
         self.decode_state: DecodeState | None = None
@@ -153,11 +158,13 @@ class TextJob(MemoryJob):
         self._learned_completions: dict[int, list[int]] = {}
         self._reading: _Reading | None = None
         self._recalled: list[Episode] = []
+        self._spans: deque[Span] = deque()  # that are to be written as episodes
+        self._completions_kept = False
 
     @property
     def wants_block(self) -> bool:
         """True if the job's next step is a block rather than decoding."""
-        return self._prefilling or any(self._learnable(sequence) for sequence in self.sequences)
+        return self._prefilling or bool(self._spans) or any(self._learnable(sequence) for sequence in self.sequences)
 
     @property
     def done(self) -> bool:
@@ -182,14 +189,20 @@ class TextJob(MemoryJob):
         """Run one block of the prompt, or learn one block of a completion; yield the events."""
         if self._prefilling:
             yield from self._prefill(resident)
+        elif self._spans:
+            self._write_episodes()
         else:
             self._learn(next(s for s in self.sequences if self._learnable(s)), resident)
         self.advance()
 
     def advance(self) -> None:
         """Begin the next segment, or end the job, if the current segment is complete."""
-        complete = not self._prefilling and all(s.finish and not self._learnable(s) for s in self.sequences)
-        if complete and not self.done:
+        if self.done or self._prefilling or not all(s.finish and not self._learnable(s) for s in self.sequences):
+            return
+        if not self._completions_kept:
+            self._completions_kept = True
+            self._keep_completions()
+        if not self._spans:
             self._next_segment()
 
     def decodable(self) -> list[TextSequence]:
@@ -231,13 +244,16 @@ class TextJob(MemoryJob):
     def _current_segment(self) -> Segment:
         return self.request.segments[self._segment]
 
-    def _next_segment(self) -> None:
+    def _keep_completions(self) -> None:
         for sequence in self.sequences:
             if sequence.num_learned:
                 learned = sequence.tokens[: sequence.num_learned]
                 self._learned_completions[self._segment] = learned
                 self._keep_episodes(learned, [True] * len(learned), len(self._current_segment.token_ids))
+
+    def _next_segment(self) -> None:
         self._segment += 1
+        self._completions_kept = False
         self._position = 0
         self._decode_state, self.sequences = None, []
         self._cache = self._frozen_cache = self._reading = None
@@ -271,12 +287,19 @@ class TextJob(MemoryJob):
             self._keep_episodes(segment.token_ids, segment.learn, 0)
 
     def _keep_episodes(self, token_ids: Sequence[int], learn: Sequence[int], offset: int) -> None:
-        """Keep the learned runs of a token sequence, whose first token is number `offset` of the segment."""
+        """Cut the learned runs of a token sequence, whose first token is number `offset` of the segment, into the spans
+        that are kept as episodes."""
         segment = self._current_segment
         keeps = self.request.keep_episodes and segment.keep_episodes
         if self._lm.episodes is not None and self._draft is not None and keeps:
-            version = segment.version or self.request.version
-            self._lm.episodes.learn(self._draft, token_ids, learn, version=version, offset=offset)
+            self._spans.extend(self._lm.episodes.cut(token_ids, learn, offset))
+
+    def _write_episodes(self) -> None:
+        """Write some of the spans that are to be kept: encoding many would hold up the other jobs."""
+        assert self._lm.episodes is not None and self._draft is not None
+        spans = [self._spans.popleft() for _ in range(min(EPISODES_A_BLOCK, len(self._spans)))]
+        version = self._current_segment.version or self.request.version
+        self._lm.episodes.write(self._draft, spans, version=version)
 
     def _recall(self, segment: Segment) -> _Reading | None:
         """Choose the episodes that a segment reads, of those that the session has before the segment."""
@@ -286,8 +309,8 @@ class TextJob(MemoryJob):
         if not _max_tokens(segment):
             return None
         room = self._lm.backbone.config.max_context - _capacity(segment)
-        recall = replace(recall, max_tokens=min(recall.max_tokens, room))
-        episodes = self._lm.episodes.find(memory.key, self._pool, self._index, segment.token_ids, recall)
+        recall = replace(recall, max_tokens=min(recall.max_tokens, room // READINGS))
+        episodes = self._lm.episodes.find(self._pool, self._index, segment.token_ids, recall)
         self._recalled += episodes
         return _Reading(episodes, recall, len(segment.token_ids), self._block) if episodes else None
 
@@ -350,17 +373,18 @@ class TextJob(MemoryJob):
 
     def _start_sequences(self, options: GenerationParams) -> list[TextSequence]:
         assert self._cache is not None and self._decode_state is not None
-        cache, decode_state, learn_from = self._cache, self._decode_state, None
+        cache, decode_state, learn_from, whole_words = self._cache, self._decode_state, None, None
         capacity, reading = _capacity(self._current_segment), self._reading
         if reading is not None:
-            assert reading.cache is not None and reading.decode_state is not None
+            assert reading.cache is not None and reading.decode_state is not None and self._lm.episodes is not None
+            whole_words = self._lm.episodes.whole_words(reading.episodes)
             learn_from = (cache, decode_state)
             capacity += reading.num_tokens
             cache, decode_state = reading.cache, replace(reading.decode_state, trust=decode_state.trust)
         caches = [cache, *(cache.fork(capacity) for _ in range(options.n - 1))]
         prompt = self._current_segment.token_ids
         return [
-            TextSequence(i, cache, decode_state, prompt, options, self._tokenizer, learn_from)
+            TextSequence(i, cache, decode_state, prompt, options, self._tokenizer, learn_from, whole_words)
             for i, cache in enumerate(caches)
         ]
 
@@ -413,63 +437,6 @@ class TextJob(MemoryJob):
             self.stats.proof_frozen_loss_sum -= float(scores.frozen[scores.learned].double().sum())
 
 
-class _DecodeInput(NamedTuple):
-    """A sequence of a decoding step, and the step's input tokens for the sequence: the pending token, then drafts."""
-
-    job: TextJob
-    sequence: TextSequence
-    tokens: list[int]
-
-
-def decode_step(
-    lm: AdaptiveLM, pool: Pool, batch: Sequence[tuple[TextJob, TextSequence]]
-) -> Iterator[tuple[TextJob, TextSequence, int, Iterator[Event]]]:
-    """Decode a token of every sequence, and more where a drafted token is right.
-
-    Yields, for each sequence of the batch, its job, the sequence, the number of drafted tokens, and the events; the
-    tokens are drawn while the caller reads the events.
-    """
-    # Small batches are limited by reading the weights, so a few more rows are nearly free.
-    max_rows = SPECULATIVE_ROWS // len(batch)
-    inputs = [_DecodeInput(job, sequence, sequence.input_tokens(max_rows)) for job, sequence in batch]
-    decode_states = _decode_rows(lm, pool, inputs)
-    scores = _scores_by_sequence(lm, pool, inputs, decode_states)
-    for (job, sequence, tokens), states, rows in zip(inputs, decode_states, scores, strict=True):
-        yield job, sequence, len(states) - 1, job.draw_tokens(sequence, tokens[1:], states, rows)
-
-
-def _decode_rows(lm: AdaptiveLM, pool: Pool, inputs: Sequence[_DecodeInput]) -> list[list[DecodeState]]:
-    """Decode one row per input token; return the state after each token of each sequence.
-
-    A sequence without input tokens keeps its state.
-    """
-    tokens: list[int] = []
-    caches: list[KVCache] = []
-    states: list[DecodeState] = []
-    index: list[int] = []
-    for job, sequence, row_tokens in inputs:
-        for offset, token in enumerate(row_tokens):
-            tokens.append(token)
-            caches.append(sequence.cache.advanced(offset) if offset else sequence.cache)
-            states.append(sequence.decode_state.advanced(row_tokens[:offset]) if offset else sequence.decode_state)
-            index.append(job.index)
-    decoded = iter(lm.decode(tokens, caches, states, pool, index) if tokens else [])
-    return [list(islice(decoded, len(row_tokens))) or [sequence.decode_state] for _, sequence, row_tokens in inputs]
-
-
-def _scores_by_sequence(
-    lm: AdaptiveLM, pool: Pool, inputs: Sequence[_DecodeInput], decode_states: Sequence[Sequence[DecodeState]]
-) -> list[list[Tensor]]:
-    """Return the next token's scores [V] for each state of each sequence."""
-    states = [state for states in decode_states for state in states]
-    index = [job.index for (job, _, _), states in zip(inputs, decode_states, strict=True) for _ in states]
-    predictions = lm.predict(states, pool, index)
-    if len(predictions) == len(inputs):
-        predraw([sequence.sampler for _, sequence, _ in inputs], predictions)
-    rows = iter(predictions)
-    return [list(islice(rows, len(states))) for states in decode_states]
-
-
 def _floats(values: Tensor | None) -> array[float]:
     return array("d", () if values is None else values.flatten().tolist())
 
@@ -484,7 +451,7 @@ def _max_tokens(segment: Segment) -> int:
 
 def _reading_capacity(segment: Segment, n: int) -> int:
     """Return the number of tokens of the caches that read episodes, n of them; the prompt is learned from another."""
-    return 0 if segment.recall is None else (_capacity(segment) + segment.recall.max_tokens) * n
+    return 0 if segment.recall is None else (_capacity(segment) + READINGS * segment.recall.max_tokens) * n
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

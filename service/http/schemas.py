@@ -484,4 +484,5 @@ class ScoreRequest(Body):
 
     text: Text
     learn: bool = False
+    recall: bool | None = RECALL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT

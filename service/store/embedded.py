@@ -34,7 +34,7 @@ from urllib.parse import quote
 
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, RedisError
+from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 from redis.retry import Retry
 
 from service.child_process import spawn
@@ -49,6 +49,8 @@ MAX_BACKOFF_S = 5.0
 STEADY_S = 60.0  # time after which a Valkey that dies is restarted without backoff
 WRITE_FAILED = (1, -signal.SIGXFSZ)  # exit statuses of a Valkey that could not write its append-only file
 REFUSE_WRITES = "min-replicas-to-write"  # Valkey refuses writes while it has fewer replicas; it never has any
+COMMAND_LOGS = ("slowlog-log-slower-than", "commandlog-request-larger-than", "commandlog-reply-larger-than")
+LOOK_S = 60.0  # time between two looks whether the append-only file is to be rewritten
 PROBE_S, MAX_PROBE_S = 1.0, 30.0  # time between two attempts to write again
 
 log = logging.getLogger(__name__)
@@ -68,10 +70,13 @@ class EmbeddedValkey:
     Args:
         data_dir: folder of the sessions; created if missing. One server at a time can use the folder.
         max_bytes: bytes of memory from which on Valkey refuses writes; 0 = no limit.
+        rewrite_s: seconds for which the append-only file keeps what was erased (see `_rewrite_file`); 0 = until Valkey
+            rewrites the file by itself, when it has doubled.
     """
 
-    def __init__(self, data_dir: Path, *, max_bytes: int = 0) -> None:
+    def __init__(self, data_dir: Path, *, max_bytes: int = 0, rewrite_s: int = 0) -> None:
         self._max_bytes = max_bytes
+        self._rewrite_s = rewrite_s
         self._data_dir = data_dir.absolute()
         self._home = self._data_dir / "valkey"
         self._lock: int | None = None
@@ -149,6 +154,7 @@ class EmbeddedValkey:
         """
         backoff, started_at = 0.0, time.monotonic()
         probe_at, probe_s = 0.0, PROBE_S
+        look_at = 0.0
         while self._lock is not None:
             await asyncio.sleep(WATCH_S)
             report(self.status)
@@ -161,6 +167,9 @@ class EmbeddedValkey:
                     elif self._reads_only and time.monotonic() > probe_at:
                         await asyncio.to_thread(self._try_writes)
                         probe_at = time.monotonic() + probe_s
+                    elif self._rewrite_s and not self._reads_only and time.monotonic() > look_at:
+                        look_at = time.monotonic() + min(self._rewrite_s, LOOK_S)
+                        await asyncio.to_thread(self._rewrite_file)
                     continue
                 report("away")
                 steady = time.monotonic() - started_at > STEADY_S
@@ -199,6 +208,20 @@ class EmbeddedValkey:
         with self._client() as client:
             client.config_set(REFUSE_WRITES, int(reads_only))
         self._reads_only = reads_only
+
+    def _rewrite_file(self) -> None:
+        """Rewrite the append-only file if commands have been added to it since it was rewritten `rewrite_s` ago.
+
+        Valkey writes what it has to a new file and deletes the old one, and with it what was erased meanwhile.
+        """
+        folder = self._home / "appendonlydir"
+        rewritten_at = max((path.stat().st_mtime for path in folder.glob("*.base.*")), default=0.0)
+        if (
+            any(path.stat().st_size for path in folder.glob("*.incr.aof"))
+            and time.time() > rewritten_at + self._rewrite_s
+        ):
+            with self._client() as client, contextlib.suppress(ResponseError):  # it is being rewritten already
+                client.bgrewriteaof()
 
     def _file_bytes(self) -> int:
         """Return the size of the largest append-only file."""
@@ -263,6 +286,8 @@ class EmbeddedValkey:
             "maxmemory": str(self._max_bytes),
             "maxmemory-policy": "noeviction",
             "loglevel": "notice",
+            # These logs would keep the beginnings of texts that were learned, erased ones too.
+            **dict.fromkeys(COMMAND_LOGS, "-1"),
         }
         return [text for name, value in options.items() for text in (f"--{name}", value)]
 

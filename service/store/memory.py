@@ -286,11 +286,16 @@ class MemoryStore:
             record.log = [*record.log, json.dumps({"version": version, **metadata.log})][-MAX_LOG_ENTRIES:]
         answer = metadata.idempotency_record
         if answer is not None:
-            record.answers[answer.name] = self._database.clock() + answer.ttl_s, answer.record
+            ttl_s = min(answer.ttl_s, self._lifetime(record) or answer.ttl_s)
+            record.answers[answer.name] = self._database.clock() + ttl_s, answer.record
+
+    def _lifetime(self, record: _Record) -> int:
+        """Return the seconds after its last use at which a session expires; 0 = never."""
+        assert record.meta is not None
+        return int(record.meta.options.get("ttl_s", self._retention.ttl_s))
 
     def _restart_ttl(self, record: _Record) -> None:
-        assert record.meta is not None
-        ttl_s = int(record.meta.options.get("ttl_s", self._retention.ttl_s))
+        ttl_s = self._lifetime(record)
         record.expires_at = self._database.clock() + ttl_s if ttl_s > 0 else inf
         record.fence_expires_at = record.expires_at + TOMBSTONE_S
 
@@ -316,6 +321,7 @@ class MemoryStore:
         self._database.require_room()
         record.meta = replace(record.meta, options=dict(options))
         self._restart_ttl(record)
+        record.answers = {name: (min(end, record.expires_at), data) for name, (end, data) in record.answers.items()}
         return _copied(record.meta)
 
     async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:

@@ -178,7 +178,7 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         self._policy, self._sent = policy, list[Delta]()
         self._output = OutputProcessor(job.generation, encoded, model.tokenizer)
         self._prompt_tokens = sum(len(e.token_ids) for e in encoded)
-        recalls = meta is not None and model.keeps_episodes(meta.options, job.recall)
+        recalls = meta is not None and model.keeps_episodes(handle.ctx.tenant, meta.options, job.recall)
         if recalls:
             requests = [model.recall.request(e.token_ids, e.question, chat=isinstance(p, ChatPrompt)) for p, e in pairs]
             segments = [replace(s, recall=request) for s, request in zip(segments, requests, strict=True)]

@@ -14,6 +14,7 @@ from model.text.tokenizer import Tokenizer
 from service.engine import Engine
 from service.errors import Conflict
 from service.store.base import Option, SessionMeta
+from service.tenants import Tenant
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class LoadedModel:
             return ""
         return next((name for name, own in self.policy_fingerprints.items() if own == fingerprint), None)
 
-    def keeps_episodes(self, options: Mapping[str, Option], requested: bool | None = None) -> bool:
-        """Return whether a turn keeps and reads episodes: unless the server, the session or the request forbids it."""
-        return self.recall.max_tokens > 0 and options.get("recall") is not False and requested is not False
+    def keeps_episodes(self, tenant: Tenant, options: Mapping[str, Option], requested: bool | None = None) -> bool:
+        """Return whether a turn keeps and reads episodes: unless server, tenant, session or request forbids it."""
+        is_allowed = self.recall.max_tokens > 0 and tenant.recall
+        return is_allowed and options.get("recall") is not False and requested is not False
 
     def require_model(self, meta: SessionMeta, policy: str = "") -> None:
         """Raise Conflict unless the slow weights of `policy` (or of text, for "") wrote the session."""

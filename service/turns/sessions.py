@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
-from service.errors import NotFound, NotReady, PreconditionFailed, VersionConflict
+from service.errors import EngineError, NotFound, NotReady, PreconditionFailed, Unavailable, VersionConflict
 from service.metrics import Metrics
 from service.store.base import Option, SessionMeta, SessionStore
 from service.tenants import Tenant
@@ -22,6 +22,7 @@ from service.turns.session_gate import ServerLimits, SessionGate, require_match,
 from service.turns.text_turns import ObserveResult, ObserveTurn, ScoreResult, ScoreTurn
 from service.types import StoreStatus
 
+CHECK_EVERY_S = 60.0  # time between two looks whether the sessions on the device still exist
 E = TypeVar("E")
 
 
@@ -124,13 +125,20 @@ class Sessions:
         return await self.run(ctx, ObserveTurn(session, prompt, if_match, recall))
 
     async def score(
-        self, ctx: RequestContext, session: str, text: str, *, learn: bool, if_match: str | None = None
+        self,
+        ctx: RequestContext,
+        session: str,
+        text: str,
+        *,
+        learn: bool,
+        if_match: str | None = None,
+        recall: bool | None = None,
     ) -> ScoreResult:
         """Score a text of up to `MAX_LOGPROBS` tokens, with memory and without.
 
-        With `learn`, learn each block after its score.
+        With `learn`, learn each block after its score; `recall` is that of `observe`.
         """
-        return await self.run(ctx, ScoreTurn(session, text, learn, if_match))
+        return await self.run(ctx, ScoreTurn(session, text, learn, if_match, recall))
 
     async def run(self, ctx: RequestContext, turn: Turn[E]) -> E:
         """Run a turn to its end and return its last event."""
@@ -205,6 +213,15 @@ class Sessions:
                 self.loaded_model.engine.drop_all()
             else:
                 self.loaded_model.engine.drop(erased)
+
+    async def drop_missing(self) -> None:
+        """Drop from the device each session that the store has no more, because it expired for example, for ever."""
+        while True:
+            await asyncio.sleep(CHECK_EVERY_S)
+            for key in [] if self._loaded is None else self.loaded_model.engine.resident_keys():
+                with suppress(Unavailable, EngineError):
+                    if await self.store.meta(*key) is None:
+                        self.loaded_model.engine.drop(key)
 
 
 async def _prepend(first: E, rest: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from model.episodes import MEANINGS
 from model.episodes import SITE as EPISODES
 from model.memory.episodic.layout import learned_at
 from service.engine import Segment
 from service.errors import Conflict
 from service.store.base import History, RowBatch, SessionMeta, Slots
+
+EPISODIC_SITES = (EPISODES, MEANINGS)
 
 # The meta values that belong to a version; the other values belong to the session.
 VERSIONED_FIELDS = (
@@ -130,6 +133,16 @@ def full_state_delta(
     if EPISODES in sites:
         wanted[EPISODES] = RowBatch(sites[EPISODES].slots, learned_at(sites[EPISODES].data, version))
     return StateDelta({name: meta[name] for name in VERSIONED_FIELDS}, wanted, cleared_slots)
+
+
+def without_episodes(
+    meta: Mapping[str, Any], sites: Mapping[str, RowBatch]
+) -> tuple[dict[str, Any], dict[str, RowBatch]]:
+    """Return a content without its episodes: its meta values, and its rows by site."""
+    kept = {name: batch for name, batch in sites.items() if name not in EPISODIC_SITES}
+    left_out = [batch.data for name, batch in sites.items() if name in EPISODIC_SITES]
+    rows, size = meta["rows"] - sum(map(len, left_out)), meta["bytes"] - sum(data.nbytes for data in left_out)
+    return {**meta, "rows": rows, "bytes": size}, kept
 
 
 def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[int, Sequence[int]]) -> bytes:

@@ -70,16 +70,16 @@ class ObserveTurn(LearningTurn):
         encoded = await prompts.encode_text(self._prompt, model.tokenizer, meta.digests)
         start = model.tokenizer.start_token_id
         segments = await prompts.segments_async(encoded, model.context, start, learn=True, score=False)
-        keep = model.keeps_episodes(meta.options, self._recall)
+        keep = model.keeps_episodes(handle.ctx.tenant, meta.options, self._recall)
         return TurnPlan(meta, segments, digests=encoded.digests, keep_episodes=keep)
 
 
 class ScoreTurn(Turn[ScoreResult]):
     """Scores each token of a text with memory and without; learns each block after its score, if asked to."""
 
-    def __init__(self, session: str, text: str, learn: bool, if_match: str | None) -> None:
+    def __init__(self, session: str, text: str, learn: bool, if_match: str | None, recall: bool | None = None) -> None:
         self.target = SessionTarget(session, "always" if learn else "never", if_match)
-        self._session, self._text, self._learn = session, text, learn
+        self._session, self._text, self._learn, self._recall = session, text, learn, recall
 
     def replayed(self, record: Json) -> Iterable[ScoreResult]:
         return [ScoreResult(**record)]
@@ -94,7 +94,7 @@ class ScoreTurn(Turn[ScoreResult]):
         segments = await prompts.segments_async(encoded, model.context, start, learn=self._learn, score=True)
         self._scores = list[TokenScores]()
         self._token_ids, self._token_bytes = encoded.token_ids, model.tokenizer.token_bytes
-        keep = model.keeps_episodes(meta.options)
+        keep = model.keeps_episodes(handle.ctx.tenant, meta.options, self._recall)
         return TurnPlan(meta, segments, writes=self._learn, score_frozen=True, keep_episodes=keep)
 
     def outputs(self, segment: int, event: Event) -> Iterator[ScoreResult]:

@@ -29,16 +29,18 @@ def kept_tokens_of(history: History) -> dict[int, bytes]:
     return {undo.version: undo.packed_tokens for undo in history.undo if undo.packed_tokens}
 
 
-def prompt_tokens_of(history: History, completion_key: str) -> list[int]:
-    """Return the prompt tokens of a completion; an empty list if the session did not keep the tokens.
+def prompt_tokens_of(history: History, entry: Mapping[str, Any]) -> list[int]:
+    """Return the prompt tokens of the completion of a log entry; an empty list if the session did not keep them."""
+    learned_tokens = kept_tokens_of(history).get(entry["version"])
+    _, length = entry["answer"]
+    return list(unpack_learned_tokens(learned_tokens)[0].token_ids[:length]) if learned_tokens else []
 
-    Raises NotFound for a completion that is not in the session's log.
-    """
+
+def completion_entry(history: History, completion_key: str) -> Mapping[str, Any]:
+    """Return the log entry of a completion. Raises NotFound for a completion that is not in the session's log."""
     for entry in history.log:
-        name, length = entry.get("answer", ("", 0))
-        if name == completion_key:
-            learned_tokens = kept_tokens_of(history).get(entry["version"])
-            return list(unpack_learned_tokens(learned_tokens)[0].token_ids[:length]) if learned_tokens else []
+        if entry.get("answer", ("", 0))[0] == completion_key:
+            return entry
     raise NotFound(
         f"'completion_id' names no completion of one prompt among the last commits of session {history.meta.id!r}.",
         param="completion_id",

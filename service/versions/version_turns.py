@@ -19,10 +19,10 @@ from service.turns.loaded_model import LoadedModel
 from service.turns.prompts import TextPrompt, message_digests, require_fits
 from service.turns.run import Json, Turn
 from service.turns.session_gate import SessionHandle, SessionTarget, require_match, session_not_found, version_conflict
-from service.turns.state_delta import full_state_delta, state_delta_at, unpack_learned_tokens
+from service.turns.state_delta import full_state_delta, state_delta_at, unpack_learned_tokens, without_episodes
 from service.turns.text_turns import LearningTurn
 from service.versions.export_file import read_export, unpack_session
-from service.versions.lineage import plan_unlearn, prompt_tokens_of
+from service.versions.lineage import completion_entry, plan_unlearn, prompt_tokens_of
 
 
 class VersionTurn(Turn[tuple[SessionMeta, bool]]):
@@ -82,7 +82,7 @@ class UnlearnTurn(VersionTurn):
             for version, packed in kept_tokens
             for segment in unpack_learned_tokens(packed)
         ]
-        keep = model.keeps_episodes(history.meta.options)
+        keep = model.keeps_episodes(handle.ctx.tenant, history.meta.options)
         return TurnPlan(
             handle.meta, segments, state_delta=delta, kind="unlearn", origin=self._version, keep_episodes=keep
         )
@@ -106,7 +106,10 @@ class ForkTurn(VersionTurn):
         meta = model.new_meta(self._session, source.options)
         meta = replace(meta, model=source.model, actions=source.actions)
         tags = inherited_tags(source.id, source.created, source.actions, source.action_tags)
-        delta = full_state_delta(asdict(source) | {"action_tags": tags}, stored.sites, {}, meta.version + 1)
+        content, sites = asdict(source) | {"action_tags": tags}, stored.sites
+        if not model.keeps_episodes(self._tenant, meta.options):
+            content, sites = without_episodes(content, sites)
+        delta = full_state_delta(content, sites, {}, meta.version + 1)
         return TurnPlan(meta, state_delta=delta, kind="fork", origin=self._source)
 
 
@@ -133,6 +136,8 @@ class ImportTurn(VersionTurn):
         tags = inherited_tags(manifest["id"], manifest["created"], manifest["actions"], manifest["action_tags"])
         manifest |= {"action_tags": tags}
         meta = replace(meta, actions=max(meta.actions, manifest["actions"]))
+        if not model.keeps_episodes(self._tenant, meta.options):
+            manifest, sites = without_episodes(manifest, sites)
         old_sites = stored.sites if stored else {}
         delta = await run_off_loop(len(self._data), full_state_delta, manifest, sites, old_sites, meta.version + 1)
         origin = f"{manifest['id']} v{manifest['version']}"
@@ -152,7 +157,8 @@ class KeptCompletionTurn(LearningTurn):
         tokenizer, max_tokens = model.tokenizer, model.context - 1
         require_fits(TextPrompt(self._text), tokenizer, max_tokens, "text")
         history = await load_history(self._store, handle)
-        prompt = prompt_tokens_of(history, self._completion_key) or [tokenizer.start_token_id]
+        completion = completion_entry(history, self._completion_key)
+        prompt = prompt_tokens_of(history, completion) or [tokenizer.start_token_id]
         learned = await run_off_loop(len(self._text), tokenizer.encode, self._text)
         learned = learned[tokenizer.add_bos :]
         if len(learned) > max_tokens:
@@ -160,7 +166,7 @@ class KeptCompletionTurn(LearningTurn):
         prompt = prompt[len(learned) - max_tokens - 1 :]
         segment = Segment(prompt + learned, learn=[False] * len(prompt) + [True] * len(learned))
         digests = list(message_digests([{"role": "assistant", "content": self._text}]))
-        keep = model.keeps_episodes(handle.meta.options)
+        keep = model.keeps_episodes(handle.ctx.tenant, handle.meta.options, completion.get("recall"))
         return TurnPlan(handle.meta, [segment], digests=digests, keep_episodes=keep)
 
 

@@ -116,8 +116,10 @@ class Views:
 
 
 def _shown_sites(sites: Iterable[SiteConfig], with_rows: Container[str]) -> list[SiteConfig]:
-    """Return the sites to show: an episodic site only if it is among those `with_rows`, by name."""
-    return [site for site in sites if site.kind != "episodic" or site.name in with_rows]
+    """Return the sites to show: an episodic site only if it is among those `with_rows`, by name. The vectors of the
+    episodes' meaning are a part of the episodes."""
+    shown = (site for site in sites if site.kind != "meaning")
+    return [site for site in shown if site.kind != "episodic" or site.name in with_rows]
 
 
 def _fill(site: SiteConfig, slots: Slots) -> SiteFill:

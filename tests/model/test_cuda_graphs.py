@@ -132,6 +132,14 @@ def test_padding_and_reused_pages_change_nothing(lm: AdaptiveLM) -> None:
     assert_same(again, alone[0])
 
 
+def test_freed_pages_hold_nothing(lm: AdaptiveLM) -> None:
+    pool, model = new_pool(lm), stepped(lm)
+    caches, decode_states = prefilled(model, pool, [learned(lm, pool, seed=1)])
+    assert model.pages.keys[:, PAGE_SIZE:].any() and model.pages.values[:, PAGE_SIZE:].any()
+    del caches, decode_states
+    assert not model.pages.keys[:, PAGE_SIZE:].any() and not model.pages.values[:, PAGE_SIZE:].any()
+
+
 class SyncDetector(TorchDispatchMode):
     """Records the operators that a CUDA graph cannot capture: reads of a tensor's values and copies from the host."""
 

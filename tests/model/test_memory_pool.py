@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -399,6 +400,22 @@ def test_a_reused_physical_cell_holds_none_of_its_old_rows() -> None:
     again = pool.open({"words": row})
     assert rows_by_slot(pool.dump(again)) == rows_by_slot({"words": row})
     assert pool.num_rows(again) == {"words": 1, "states": 0}
+
+
+@pytest.mark.parametrize("end", ["close", "commit", "rollback"])
+def test_a_free_cell_holds_nothing(end: str) -> None:
+    pool = new_pool()
+    index = pool.open()
+    learned(pool, index, seed=1)
+    draft = pool.draft(index)
+    put(draft, "states", [0, 1], seed=2)
+    assert all(site.free.utilization for site in pool.sites.values())
+    draft.rollback() if end == "rollback" else draft.commit()
+    if end == "close":
+        pool.close(index)
+    for site in pool.sites.values():
+        free = np.setdiff1d(np.arange(len(site.fields[0])), site.physical_cells)
+        assert len(free) and not any(field[free].any() for field in site.fields)
 
 
 def test_a_state_that_does_not_fit_is_not_opened_in_part() -> None:

@@ -201,7 +201,11 @@ def test_a_missing_key_is_named(key: str) -> None:
     [
         (LEXICAL, {"name": "two words"}, "name must be an identifier, got 'two words'"),
         (LEXICAL, {"name": "words_own"}, "name must not end in '_own', got 'words_own'"),
-        (LEXICAL, {"kind": "other"}, "words.kind must be 'lexical', 'hidden', 'episodic' or 'journal', got 'other'"),
+        (
+            LEXICAL,
+            {"kind": "other"},
+            "words.kind must be 'lexical', 'hidden', 'episodic', 'meaning' or 'journal', got 'other'",
+        ),
         (DELTA, {"slots": 15}, r"states.slots must be a perfect square \(product keys\), got 15"),
         (DELTA, {"slots": -4}, "states.slots must be at least 1, got -4"),
         (LEXICAL, {"slots": 0}, "words.slots must be .*, got 0"),

@@ -15,17 +15,18 @@ import pytest
 from model.adaptive_lm import AdaptiveLM
 from model.base.checkpoint import load_backbone
 from model.memory.initial import default_config, random_memory
+from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder
 from research.estimates import proportion
-from research.evaluation.recall import embedder, locomo, people, statements, support
+from research.evaluation.recall import locomo, people, statements, support
 from research.evaluation.recall.arms import BatchArm, RecallArm, RetrievalArm, Suggester
 from research.evaluation.recall.chapter import chapter, renamed
 from research.evaluation.recall.command import RecallOptions, evaluate_recall
 from research.evaluation.recall.filler import fillers
 from research.evaluation.recall.probes import PROBES, ProbeOptions, limited
 from research.evaluation.recall.prompt import WORDINGS, with_texts
-from research.evaluation.recall.registry import ARMS, new_arms
+from research.evaluation.recall.registry import ARMS, EMBEDDER, new_arms
 from research.evaluation.recall.scenes import SPLITS, Question, Scene, Split, user
 from research.evaluation.recall.scoring import contains, f1, score_answer
 from research.evaluation.recall.search import BM25, Embeddings, Fused, Newest, terms
@@ -34,6 +35,7 @@ from research.evaluation.recall.speaker import Speaker
 from research.evaluation.recall.values import Inventor
 from service.errors import CommandError
 from service.settings import Settings
+from tests.model.tiny_encoder import tiny_encoder
 from tests.service.cli_in_process import run_rejected
 
 GENERATED = ("people", "numbers", "corrections", "support")
@@ -221,19 +223,15 @@ def test_ranks_fuse_by_their_reciprocals_and_of_equals_the_newest_is_first() -> 
 
 
 def test_embeddings_rank_by_cosine() -> None:
-    import numpy as np
-
-    vectors = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.6, 0.8], "query": [0.0, 1.0]}
-    index = Embeddings(lambda given: np.array([vectors[text] for text in given]))
-    assert index.rank("query", 3) == []
-    for text in "abc":
+    index = Embeddings(tiny_encoder(["fox", "hound", "runs", "sleeps"], same=[("fox", "hound")]))
+    assert index.rank("the fox runs", 3) == []
+    for text in ("fox sleeps", "hound runs", "fox runs"):
         index.add(text)
-    assert index.rank("query", 3) == [1, 2, 0]
+    assert index.rank("fox runs", 3) == [2, 1, 0]  # of equal ones the newest first
 
 
-@pytest.mark.skipif(not embedder.is_installed(), reason="the extra `embedder` is not installed")
-def test_the_embedder_finds_another_wording() -> None:
-    index = Embeddings(embedder.load_embedder())
+def test_the_encoder_finds_another_wording(encoder_folder: Path) -> None:
+    index = Embeddings(SentenceEncoder.load(encoder_folder))
     for text in ("A man plays the guitar.", "The feline is out of doors.", "Rates rose by two percent."):
         index.add(text)
     assert index.rank("The cat sits outside.", 1) == [1]
@@ -357,7 +355,7 @@ def test_evidence_of_a_conversation_is_counted_by_turn(tmp_path: Path, speaker: 
 def run(
     tiny_base: Path, out: Path, *, probes: tuple[str, ...], arms: tuple[str, ...], locomo_file: Path
 ) -> dict[str, Any]:
-    settings = Settings(model=str(tiny_base))
+    settings = Settings(model=str(tiny_base), recall_encoder="none")
     assert base_folder(settings) == tiny_base
     data = ProbeOptions("dev", 0, 5, 4, locomo_file)
     evaluate_recall(settings, [], RecallOptions(probes, arms, (0, 300), 60, data, out))
@@ -399,10 +397,12 @@ def test_costly_arms_answer(speaker: Speaker, name: str) -> None:
 
 
 def test_every_arm_has_its_name(speaker: Speaker) -> None:
-    names = [
-        name for name in ARMS if embedder.is_installed() or name not in ("embedder", "embedder-1", "fused", "fused-1")
-    ]
+    names = [name for name in ARMS if name not in EMBEDDER]
     assert [arm.name for arm in new_arms(speaker, names, 40)] == names
+    with pytest.raises(CommandError, match="IMPRINT_RECALL_ENCODER=none"):
+        new_arms(speaker, EMBEDDER, 40)
+    speaker = Speaker(speaker.lm, speaker.tokenizer, tiny_encoder(["fox"]))
+    assert [arm.name for arm in new_arms(speaker, list(ARMS), 40)] == list(ARMS)
 
 
 @pytest.mark.parametrize(

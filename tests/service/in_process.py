@@ -1,4 +1,4 @@
-"""The whole server in the test's own process: real sockets and the real engine, sessions in a `MemoryStore`."""
+"""The whole server in the test's own process: real sockets and the real engine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from typing import Any
 import uvicorn
 
 from service.app import create_app, new_sessions
+from service.engine import Engine
 from service.metrics import Metrics
 from service.model_loading import load_model
 from service.settings import Settings
+from service.store.base import SessionStore
 from service.store.memory import MemoryStore
 from service.tenants import ApiKeys
+from service.turns.sessions import Sessions
 from tests.conftest import START_TIMEOUT_S
 
 
 class InProcessServer:
-    """A server in a thread, without a process and without a store of its own."""
+    """A server in a thread, without a process of its own.
 
-    def __init__(self, base: Path, **settings: Any) -> None:
-        """settings: of the server, by name."""
+    engine, sessions, loop: of the server.
+    """
+
+    engine: Engine
+    sessions: Sessions
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, base: Path, store: SessionStore | None = None, **settings: Any) -> None:
+        """store: of the sessions; default: one in memory. settings: of the server, by name."""
         self.model = base.name
-        self._settings = Settings(model=str(base), threads=1, **settings)
+        self._store = store or MemoryStore()
+        self._settings = Settings(model=str(base), threads=1, **{"recall_encoder": "none", **settings})
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
@@ -38,9 +49,11 @@ class InProcessServer:
 
     async def _serve(self) -> None:
         metrics = Metrics()
-        sessions = new_sessions(self._settings, MemoryStore(), metrics)
+        self.loop = asyncio.get_running_loop()
+        self.sessions = sessions = new_sessions(self._settings, self._store, metrics)
         app = create_app(sessions, metrics, self._settings, ApiKeys(self._settings))
         model = load_model(self._settings, metrics)
+        self.engine = model.engine
         await model.engine.start()
         sessions.set_ready(model)
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))

@@ -25,7 +25,7 @@ from redis.exceptions import OutOfMemoryError
 from service.errors import StoreUnavailable
 from service.store import RowBatch, SessionMeta
 from service.store import embedded as embedded_module
-from service.store.embedded import EmbeddedValkey, StoreError, StoreInUse
+from service.store.embedded import COMMAND_LOGS, EmbeddedValkey, StoreError, StoreInUse
 from service.store.redis.store import RedisStore
 
 SITES = {"a": 300, "b": 40}
@@ -201,6 +201,38 @@ async def test_start_waits_until_the_data_is_read(valkey: EmbeddedValkey, tmp_pa
     url = slow.start()
     assert await stored_version(url) == 5
     slow.stop()
+
+
+async def test_the_file_is_rewritten_in_time_so_that_what_was_erased_goes(tmp_path: Path) -> None:
+    valkey = EmbeddedValkey(tmp_path / "data", rewrite_s=1)
+    store = RedisStore.from_url(valkey.start())
+    supervision = asyncio.create_task(valkey.supervise())
+    await commit(store, 1)
+    held = bytes([1] * 64)
+    assert held in aof_of(valkey).read_bytes()
+    await store.delete("t", "s")
+    files = tmp_path / "data" / "valkey" / "appendonlydir"
+
+    def is_gone() -> bool:
+        with suppress(FileNotFoundError):  # a rewrite has replaced it
+            return not any(held in path.read_bytes() for path in files.iterdir())
+        return False
+
+    while not is_gone():
+        await asyncio.sleep(0.05)
+    valkey.stop()
+    await supervision
+    await store.close()
+    assert await stored_version(valkey.start()) == 0
+    valkey.stop()
+
+
+def test_no_log_of_commands_keeps_what_was_sent(valkey: EmbeddedValkey) -> None:
+    with Redis.from_url(valkey.start()) as client:
+        for log in COMMAND_LOGS:
+            assert client.config_get(log) == {log: "-1"}
+        client.set("text", b"x" * 2**21)
+        assert client.slowlog_get() == []
 
 
 # --- kills ---

@@ -78,7 +78,8 @@ HASH, OTHER = "ab" * 32, "cd" * 32
         (f"acme/x:{HASH}", "TENANT:SHA256"),
         (f"acme:{HASH[:-1]}", "TENANT:SHA256"),
         (f"acme:{HASH} sessions=-1", "TENANT:SHA256"),
-        (f"acme:{HASH} speed=1", "one of sessions, bytes, tokens_per_minute, requests, got speed"),
+        (f"acme:{HASH} speed=1", "one of sessions, bytes, tokens_per_minute, requests, recall, got speed"),
+        (f"acme:{HASH} recall=2", "recall is 0 or 1, got 2"),
         (f"acme:{HASH}\nbo:{HASH}", "line 2: this key belongs to another tenant"),
         (f"acme:{HASH} bytes=1\nacme:{OTHER} bytes=2", "line 2: bytes of acme was 1 before, and is 2 here"),
     ],
@@ -94,9 +95,11 @@ def test_faulty_keys_stop_the_start_with_one_line(tmp_path: Path, lines: str, re
 
 def test_a_tenants_own_limits_override_the_settings() -> None:
     (key, line), (plain, other) = new_key("acme"), new_key("bo")
-    keys = ApiKeys(Settings(api_keys=f"{line} bytes=5 sessions=0,{other}", tenant_sessions=3, tenant_requests=4))
+    keys = ApiKeys(
+        Settings(api_keys=f"{line} bytes=5 sessions=0,{other} recall=0", tenant_sessions=3, tenant_requests=4)
+    )
     assert keys.tenant(bearer(key)) == Tenant("acme", TenantLimits(sessions=0, bytes=5, requests=4))
-    assert keys.tenant(bearer(plain)) == Tenant("bo", TenantLimits(sessions=3, requests=4))
+    assert keys.tenant(bearer(plain)) == Tenant("bo", TenantLimits(sessions=3, requests=4), recall=False)
 
 
 def test_without_keys_everybody_is_the_default_tenant() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,31 @@ from uuid import uuid4
 import pytest
 from safetensors.numpy import load
 
-from model.episodes import SITE
-from tests.live import Client, Json, assert_success
+from model.episodes import MEANINGS, SITE
+from service.store.memory import MemoryStore
+from service.tenants import new_key
+from tests.live import NO_EOS, Client, Json, assert_success
+from tests.model.tiny_encoder import save_encoder
 from tests.service.in_process import InProcessServer
 
 HARBOUR = "The harbour of Vorlund is red."
 MILL = "Nine wheels turn Tessadon mill."
+ROWS = 200_000  # for which a server has room
 ASKS_HARBOUR = "Which colour has the harbour of Vorlund?"
 ASKS_MILL = "How many wheels turn Tessadon mill?"
 
 
 @pytest.fixture(scope="module")
-def memory_server(tiny_base: Path) -> Iterator[InProcessServer]:
-    """Yield a server that recalls, for `client`."""
-    server = InProcessServer(tiny_base, recall_tokens=64)
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of an encoder that knows the words of the texts."""
+    words = sorted({word for text in (HARBOUR, MILL, ASKS_HARBOUR, ASKS_MILL) for word in re.findall(r"\w+", text)})
+    return str(save_encoder(tmp_path_factory.mktemp("recall") / "encoder", words))
+
+
+@pytest.fixture(scope="module")
+def memory_server(tiny_base: Path, encoder: str) -> Iterator[InProcessServer]:
+    """Yield a server that recalls, with an encoder, for `client`."""
+    server = InProcessServer(tiny_base, recall_tokens=64, recall_encoder=encoder)
     yield server
     server.stop()
 
@@ -90,24 +102,117 @@ def test_recall_changes_the_reply_and_nothing_that_is_learned(client: Client, se
             client.chat([{"role": "user", "content": text}], session=name, learn="prompt", recall=recall)
     learned, without = arrays(client, session + "-2"), arrays(client, same)
     for name in without:
-        if not name.startswith(SITE):
+        if not name.startswith((SITE, MEANINGS)):
             assert learned[name] == without[name], name
 
 
-def test_neither_a_request_nor_a_session_without_recall_keeps_a_text(client: Client, session: str) -> None:
-    body = {"text": HARBOUR, "recall": False}
-    assert_success(client.post(f"sessions/{session}/observe", body))
-    assert recalled(client, session) == []
-    assert not any(name.startswith(SITE) for name in arrays(client, session))
-    client.observe(session, HARBOUR)
-    assert recalled(client, session) == [HARBOUR]
-    assert recalled(client, session, recall=False) == []
+@pytest.fixture(scope="module")
+def store() -> MemoryStore:
+    return MemoryStore()
 
-    private = uuid4().hex
-    assert_success(client.http.put(f"/v1/sessions/{private}", json={"recall": False}))
-    client.observe(private, HARBOUR)
-    assert recalled(client, private) == recalled(client, private, recall=True) == []
-    assert not any(name.startswith(SITE) for name in arrays(client, private))
+
+@pytest.fixture(scope="module")
+def key() -> tuple[str, str]:
+    """Return a key, and its line for a file of keys."""
+    return new_key("acme")
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory, key: tuple[str, str]) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(key[1])
+    return file
+
+
+@pytest.fixture(scope="module")
+def tenants_server(tiny_base: Path, store: MemoryStore, key_file: Path) -> Iterator[InProcessServer]:
+    server = InProcessServer(tiny_base, store, recall_tokens=64, hot_rows=ROWS, api_keys_file=key_file)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def forgetful_server(tiny_base: Path, store: MemoryStore, key_file: Path) -> Iterator[InProcessServer]:
+    server = InProcessServer(tiny_base, store, recall_tokens=0, hot_rows=ROWS, api_keys_file=key_file)
+    yield server
+    server.stop()
+
+
+def episodes_of(client: Client, session: str) -> dict[str, bytes]:
+    return {name: array for name, array in arrays(client, session).items() if name.startswith((SITE, MEANINGS))}
+
+
+@pytest.mark.parametrize("level", ["server", "tenant", "session", "request"])
+def test_where_recall_is_off_no_episode_is_written_and_none_is_read(
+    level: str, request: pytest.FixtureRequest, key: tuple[str, str], key_file: Path, session: str
+) -> None:
+    key_file.write_text(key[1])
+    server: InProcessServer = request.getfixturevalue("tenants_server")
+    with Client(server.url, server.model, key[0]) as client:
+        assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
+        client.observe(session, HARBOUR)
+        client.observe(session, "Nothing else happened.")
+        assert recalled(client, session) == [HARBOUR]
+        before, exported = episodes_of(client, session), client.http.get(f"/v1/sessions/{session}/export").content
+        assert before
+
+        if level == "server":
+            client.http.base_url = request.getfixturevalue("forgetful_server").url
+        elif level == "tenant":
+            key_file.write_text(f"{key[1]} recall=0")
+        elif level == "session":
+            assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True, "recall": False}))
+        off: Json = {"recall": False} if level == "request" else {}
+        asked: Json = {"session": session, "learn": "all", "logit_bias": NO_EOS} | off
+        client.observe(session, MILL, **off)
+        assert_success(client.post(f"sessions/{session}/score", {"text": MILL, "learn": True} | off))
+        chat = client.chat([{"role": "user", "content": ASKS_HARBOUR}], **asked)
+        completion = client.complete("The colour of the harbour of Vorlund", **asked)
+        assert chat["adaptation"]["recalled"] == completion["adaptation"]["recalled"] == []
+        assert chat["adaptation"]["tokens_learned"] > 0 < completion["adaptation"]["tokens_learned"]
+        kept = {"completion_id": completion["id"], "text": HARBOUR}
+        assert_success(client.post(f"sessions/{session}/feedback", kept))
+        assert episodes_of(client, session) == before
+
+        if level == "request":
+            return  # what moves a session has no such field
+        fork, imported = uuid4().hex, uuid4().hex
+        assert_success(client.post(f"sessions/{session}/fork", {"id": fork}))
+        assert episodes_of(client, fork) == {}
+        assert client.session(fork)["bytes"] < client.session(session)["bytes"]
+        assert_success(client.post(f"sessions/{session}/unlearn", {"version": 2}))
+        if level == "session":
+            assert_success(client.http.put(f"/v1/sessions/{imported}", json={"recall": False}))
+        assert_success(client.http.put(f"/v1/sessions/{imported}/import", content=exported))
+        assert episodes_of(client, imported) == {}
+        assert recalled(client, imported) == recalled(client, imported, recall=True) == []
+
+
+def test_one_stream_makes_one_state_with_hot_episodes_and_with_cold_ones(
+    client: Client, tiny_base: Path, encoder: str
+) -> None:
+    """One server keeps all episodes hot. The other has room for one, and for one session besides its draft."""
+    questions = [ASKS_HARBOUR, ASKS_MILL, f"{ASKS_HARBOUR} {ASKS_MILL}", ASKS_HARBOUR, f"{ASKS_MILL} {ASKS_HARBOUR}"]
+    told: dict[str, list[Json]] = {"hot": [], "cold": []}
+    rows = {}
+    little: Json = {"hot_rows": ROWS, "recall_hot_bytes": 1, "hot_sessions": 1, "max_queue": 1, "max_batch": 1}
+    server = InProcessServer(tiny_base, recall_tokens=64, recall_encoder=encoder, **little)
+    with Client(server.url, server.model) as other:
+        for kind, user in (("hot", client), ("cold", other)):
+            session, neighbour = uuid4().hex, uuid4().hex
+            for text in (HARBOUR, MILL):
+                user.observe(session, text)
+            for number, question in enumerate(questions):
+                if number % 2:
+                    user.observe(neighbour, HARBOUR)
+                fields: Json = {"session": session, "learn": "all", "logit_bias": NO_EOS}
+                reply = user.chat([{"role": "user", "content": question}], **fields)
+                told[kind].append({"text": reply["choices"][0]["message"]["content"], **reply["adaptation"]})
+            rows[kind] = arrays(user, session)
+        assert other.metric("session_evictions_total") > 0
+    server.stop()
+    assert told["hot"] == told["cold"] and rows["hot"] == rows["cold"]
+    assert {len(entry["recalled"]) for entry in told["hot"]} == {1, 2}
 
 
 def test_what_is_unlearned_or_rolled_back_is_not_recalled(client: Client, session: str) -> None:

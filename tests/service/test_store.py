@@ -264,6 +264,20 @@ async def test_an_answer_is_recorded_for_its_time(store: SessionStore, backend: 
     assert (await store.begin_turn(tenant, "s", write="never", names=["two"])).record == b"two"
 
 
+async def test_no_answer_outlives_its_session(store: SessionStore, backend: StoreBackend, tenant: str) -> None:
+    record = IdempotencyRecord("one", 10_000, b"one")
+    for sid, options in (("short", {"ttl_s": 1000}), ("shortened", {})):
+        meta = replace(new_meta(sid, 1), options=dict(options))
+        await store.commit(tenant, meta, {}, commit_metadata=CommitMetadata({}, b"", record))
+    await store.configure(tenant, "shortened", {"ttl_s": 1000})
+    for sid in ("short", "shortened"):
+        assert (await store.begin_turn(tenant, sid, write="never", names=["one"])).record == b"one"
+    backend.advance(tenant, 1001)
+    for sid in ("short", "shortened"):
+        turn_start = await store.begin_turn(tenant, sid, write="never", names=["one"])
+        assert turn_start.record is None and turn_start.meta is None
+
+
 async def test_history_undoes_each_version(store: SessionStore, tenant: str) -> None:
     first, second = new_meta("s", 1), replace(new_meta("s", 2), digests=())
     await store.commit(tenant, first, {"a": rows([1, 2], 1)}, commit_metadata=CommitMetadata({"kind": "learn"}, b"one"))

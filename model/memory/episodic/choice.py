@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from model.memory.episodic.lexicon import Words
 from model.memory.episodic.search import Floats, Ints
 
-MEANING = 0.75  # weight of the cosine of two texts' vectors, beside the share of the BM25 score that words could have
-MIN_RELEVANCE = 0.5  # of the first episode that a sentence reads
-MIN_FURTHER = 0.4  # of each further one, to the words of the sentence that the ones before it lack
+MEANING = 2.0  # weight of the cosine of two texts' vectors, beside the share of the BM25 score that words could have
+MIN_RELEVANCE = 0.7  # of the first episode that a sentence reads, and of each further one to the words that are open
+MIN_WORDS = 0.3  # the same where no vectors are known
 MIN_NEW = 0.2  # share of the sentence's weight that these words have
 MIN_SHARED = 0.6  # share of the weight of an older episode's matched words that a newer one in its place has
 MIN_SCORE = 0.6  # score of a newer episode in the place of an older one, as a share of the older one's
@@ -24,7 +24,7 @@ class Matches:
     """The matches of the n episodes of a session to a sentence of Q words.
 
     query: [Q]. weight: [Q]. parts: [n, Q], each word's part in the BM25 score. cosine: [n], of the episode's vector
-    and the sentence's. ordinals: [n], of the episodes in time.
+    and the sentence's; 0 where none is known. ordinals: [n], of the episodes in time.
     """
 
     query: Words
@@ -37,6 +37,11 @@ class Matches:
         """Return how well each episode [n] fits the words of the sentence that are open."""
         relevance: Floats = self.parts[:, is_open].sum(1) / self.weight.sum() + MEANING * self.cosine
         return relevance
+
+    @property
+    def min_relevance(self) -> float:
+        """Return the relevance from which on an episode is read."""
+        return MIN_RELEVANCE if self.cosine.any() else MIN_WORDS
 
     def new_share(self, is_open: NDArray[np.bool_]) -> Floats:
         """Return the share [n] of the sentence's weight that the open words of each episode have."""
@@ -61,7 +66,7 @@ def choose(
             relevance[matches.new_share(is_open) < MIN_NEW] = -np.inf
         best = np.flatnonzero(relevance == relevance.max())
         row = int(best[np.argmax(matches.ordinals[best])])
-        if relevance[row] < (MIN_FURTHER if count else MIN_RELEVANCE):
+        if relevance[row] < matches.min_relevance:
             return
         left[row] = False
         if not may_read(row):

@@ -1,4 +1,4 @@
-"""The row format of the episodic memory: a row is an episode, a span of the session's past as token ids."""
+"""The row formats of the episodic memory: episodes as token ids, and the vectors of their meaning, slot by slot."""
 
 from __future__ import annotations
 
@@ -58,3 +58,30 @@ class EpisodicLayout(RowLayout):
     def check_together(self, sites: Sequence[SiteSizes]) -> None:
         if len(sites) > 1:
             raise MemoryConfigError("at most one episodic site")
+
+
+class MeaningLayout(RowLayout):
+    """A row has the ordinal of the episode in the same slot, the id of the encoder, and a vector of `width` numbers."""
+
+    on_host = True
+    rows_divisor = 8  # as many as episodes
+
+    def cell_fields(self, config: SiteSizes) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [((2,), torch.int32), ((config.width,), torch.int8)]
+
+    def are_valid_rows(self, data: NDArray[np.uint8], *, vocab_size: int) -> bool:
+        return bool((np.ascontiguousarray(data[:, :4]).view("<i4") > 0).all())
+
+    def check_addresses(self, config: SiteSizes) -> None:
+        if config.cell != 1 or config.width % 4:
+            raise MemoryConfigError(
+                f"{config.name} must have cell 1 and a width that 4 divides, got {config.cell} and {config.width}"
+            )
+
+    def check_layer(self, config: SiteSizes) -> None:
+        if config.layer != -1:
+            raise MemoryConfigError(f"{config.name}.layer must be -1 for a site of meanings, got {config.layer}")
+
+    def check_together(self, sites: Sequence[SiteSizes]) -> None:
+        if len(sites) > 1:
+            raise MemoryConfigError("at most one site of meanings")

@@ -1,4 +1,4 @@
-"""The lexicon: how frequent each word is in texts, and a vector of its meaning, without any session.
+"""The lexicon: how frequent each word is in texts, without any session.
 
 A word is known by its hash (`word_tables`), so one file serves the tokenizers of all bases.
 """
@@ -25,38 +25,28 @@ Words = NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Frequencies and vectors of N words.
+    """Frequencies of N words.
 
-    hashes: [N], sorted. frequency: [N], share of the spans of `FREQUENCY_WORDS` words that have the word. vectors:
-    int8 [N, d]. scales: [N]; scale · vector is the word's part in the vector of a text, which is their sum.
+    hashes: [N], sorted. frequency: [N], share of the spans of `FREQUENCY_WORDS` words that have the word.
     """
 
     hashes: Words
     frequency: NDArray[np.float32]
-    vectors: NDArray[np.int8]
-    scales: NDArray[np.float32]
 
     @classmethod
-    def quantised(cls, hashes: Words, frequency: NDArray[np.float32], vectors: NDArray[np.float32]) -> Lexicon:
-        """Return the lexicon of words in any order, with vectors [N, d] of any length; of equal hashes the first."""
+    def of(cls, hashes: Words, frequency: NDArray[np.float32]) -> Lexicon:
+        """Return the lexicon of words in any order; of equal hashes the first counts."""
         hashes, first = np.unique(hashes, return_index=True)
-        vectors = vectors[first]
-        scales = np.maximum(np.abs(vectors).max(1), 1e-12) / 127.0
-        quantised = np.rint(vectors / scales[:, None]).astype(np.int8)
-        return cls(hashes, frequency[first].astype(np.float32), quantised, scales.astype(np.float32))
+        return cls(hashes, frequency[first].astype(np.float32))
 
     def frequencies(self, hashes: Words) -> NDArray[np.float64]:
         """Return the frequency [Q] of words, given their hashes [Q]."""
         rows, known = self._rows(hashes)
         return np.where(known, self.frequency[rows], UNKNOWN).astype(np.float64)
 
-    def vector(self, hashes: Words) -> NDArray[np.float32]:
-        """Return the unit vector [d] of a text, given the hashes of its words; zeros if no word is known."""
-        rows, known = self._rows(hashes)
-        rows = rows[known]
-        total = (self.vectors[rows] * self.scales[rows, None]).sum(0, dtype=np.float32)
-        length = np.sqrt(np.square(total).sum())
-        return np.asarray(total / max(float(length), 1e-12), np.float32)
+    def knows(self, hashes: Words) -> NDArray[np.bool_]:
+        """Return whether words [Q] are in the table, given their hashes [Q]."""
+        return self._rows(hashes)[1]
 
     def _rows(self, hashes: Words) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         rows = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
@@ -66,14 +56,13 @@ class Lexicon:
 def load_lexicon(path: Path) -> Lexicon:
     """Return the lexicon of a file. Raises OSError, SafetensorError or KeyError."""
     _, tensors = weights.read(path)
-    hashes = tensors["hashes"].numpy().view(np.uint32)
-    return Lexicon(hashes, *(tensors[name].numpy() for name in ("frequency", "vectors", "scales")))
+    return Lexicon(tensors["hashes"].numpy().view(np.uint32), tensors["frequency"].numpy())
 
 
 def save_lexicon(lexicon: Lexicon, path: Path) -> None:
     """Write a lexicon to a file."""
-    tensors = {name: torch.from_numpy(getattr(lexicon, name)) for name in ("frequency", "vectors", "scales")}
-    save_file(tensors | {"hashes": torch.from_numpy(lexicon.hashes.view(np.int32))}, path)
+    hashes = torch.from_numpy(lexicon.hashes.view(np.int32))
+    save_file({"hashes": hashes, "frequency": torch.from_numpy(lexicon.frequency)}, path)
 
 
 @cache

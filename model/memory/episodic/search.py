@@ -1,6 +1,6 @@
 """Search of episodes: by words (BM25, Robertson and Zaragoza 2009) and by meaning, over the rows of one session.
 
-`counts_reference` and `vectors_reference` are the definitions. The compiled kernel reads all rows, so that no
+`counts_reference` is the definition. The compiled kernels read all rows, so that no
 index has to be kept, stored or made consistent.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.memory.episodic.lexicon import Lexicon, Words
+from model.memory.episodic.lexicon import Words
 from model.memory.episodic.word_tables import MASK, WordTables, words_of
 from model.numba_support import cached_njit
 
@@ -47,19 +47,11 @@ def match_words(
     return weight * counts * (K1 + 1) / (counts + norm[:, None]), weight
 
 
-def text_vectors(tokens: Ints, lengths: Ints, tables: WordTables, lexicon: Lexicon) -> Vectors:
-    """Return the vectors [n, d] of episodes: the sums of their words' vectors, of length 127 before rounding."""
-    sums = np.zeros((len(tokens), lexicon.vectors.shape[1]), np.float32)
-    _sum_vectors(*_hash_words(tokens, lengths, tables), lexicon.hashes, lexicon.vectors, lexicon.scales, sums)
-    norms = np.sqrt(np.square(sums).sum(1, keepdims=True))
-    vectors: Vectors = np.rint(127 * sums / np.maximum(norms, 1e-12)).astype(np.int8)
-    return vectors
-
-
-def vectors_reference(tokens: Ints, lengths: Ints, tables: WordTables, lexicon: Lexicon) -> NDArray[np.float32]:
-    """Return `text_vectors` before rounding, in plain loops."""
-    words = [words_of(row[:n].tolist(), tables) for row, n in zip(tokens, lengths, strict=True)]
-    return np.stack([127 * lexicon.vector(np.array(text, np.uint32)) for text in words])
+def cosines(vectors: Vectors, query: Vectors) -> Floats:
+    """Return the cosine [n] of each vector [n, d] and a query's [d], all of length 127 or 0."""
+    found = np.zeros(len(vectors))
+    _dot(vectors, query, found)
+    return found / 127.0**2
 
 
 def count_words(tokens: Ints, lengths: Ints, query: Words, tables: WordTables) -> tuple[NDArray[np.uint8], Ints]:
@@ -131,10 +123,9 @@ def _count(words, sizes, query, may_match, counts):  # type: ignore[no-untyped-d
 
 
 @cached_njit
-def _sum_vectors(words, sizes, known, vectors, scales, sums):  # type: ignore[no-untyped-def]
-    for i in range(len(words)):
-        for j in range(sizes[i]):
-            at = np.searchsorted(known, words[i, j])
-            if at < len(known) and known[at] == words[i, j]:
-                for k in range(vectors.shape[1]):
-                    sums[i, k] += scales[at] * vectors[at, k]
+def _dot(vectors, query, found):  # type: ignore[no-untyped-def]
+    for i in range(len(vectors)):
+        total = np.int32(0)
+        for j in range(len(query)):
+            total += np.int32(vectors[i, j]) * np.int32(query[j])
+        found[i] = total

@@ -30,7 +30,7 @@ from research.machine import hardware
 from research.plots import PlotsMissingError
 from research.runs import ResultCache
 from service.errors import CommandError
-from service.model_loading import choose_decoder
+from service.model_loading import choose_decoder, load_encoder
 from service.settings import Settings
 
 
@@ -62,7 +62,9 @@ def evaluate_recall(settings: Settings, paths: Sequence[Path], options: RecallOp
         options = replace(options, probes=[name for name in NAMES if name != "locomo" or options.data.locomo])
     _check(options)
     lm, tokenizer = load_model(settings)
-    speaker = Speaker(AdaptiveLM(lm.backbone, lm.memory, decoder=choose_decoder(settings, lm.backbone)), tokenizer)
+    encoder = load_encoder(settings, lm.device, progress=console.print)
+    decoder = choose_decoder(settings, lm.backbone)
+    speaker = Speaker(AdaptiveLM(lm.backbone, lm.memory, decoder=decoder), tokenizer, encoder)
     arms = new_arms(speaker, options.arms, options.tokens)
     other = fillers(paths, tokenizer, max(options.distances), options.data.seed)
     base = fingerprint(base_folder(settings))

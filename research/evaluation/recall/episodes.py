@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from model.adaptive_lm import AdaptiveLM
-from model.episodes import Episode, Episodes, RecallRequest
+from model.episodes import READINGS, Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
 from model.recall import RecallPlan
@@ -29,7 +29,9 @@ class EpisodesArm(MemoryArm):
         super().__init__(speaker)
         tokenizer, lm = speaker.tokenizer, speaker.lm
         tables = build_tables([tokenizer.text_bytes(token) for token in range(lm.backbone.config.vocab_size)])
-        self._episodes = Episodes(lm.backbone, tables, shipped_lexicon(), hot_bytes=HOT_BYTES)
+        self._episodes = Episodes(
+            lm.backbone, tables, shipped_lexicon(), tokenizer.decode, speaker.encoder, hot_bytes=HOT_BYTES
+        )
         self._lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.decoder, episodes=self._episodes)
         self._plan = RecallPlan.of(tokenizer, tokens)
         self.identity = (self.identity, tokens)
@@ -65,7 +67,7 @@ class EpisodesArm(MemoryArm):
         return ids, self._plan.request(ids, encoded.spans[-1], chat=True)
 
     def _find(self, ids: Sequence[int], request: RecallRequest | None) -> list[Episode]:
-        return [] if request is None else self._episodes.find(None, self._pool, self._session, ids, request)
+        return [] if request is None else self._episodes.find(self._pool, self._session, ids, request)
 
     def _replies(self, texts: Sequence[str], max_tokens: int, *, chat: bool) -> list[tuple[str, tuple[str, ...]]]:
         """Return the reply to each text, and the episodes that it read."""
@@ -78,7 +80,8 @@ class EpisodesArm(MemoryArm):
             return self._prefill(ids, capacity, request, episodes)
 
         only_ids = [ids for ids, _ in prompts]
-        replies = self._speaker.prefilled_texts(only_ids, max_tokens, prefill, self._pool, self._session)
+        copies = [self._episodes.whole_words(episodes) for episodes in found]
+        replies = self._speaker.prefilled_texts(only_ids, max_tokens, prefill, self._pool, self._session, copies)
         decode = self._speaker.tokenizer.decode
         spans = [tuple(decode(episode.token_ids) for episode in episodes) for episodes in found]
         return list(zip(replies, spans, strict=True))
@@ -90,7 +93,7 @@ class EpisodesArm(MemoryArm):
         state = None
         if request is None or not episodes:
             request = RecallRequest(len(ids), query=(0, 0), max_tokens=0, header=())  # reads nothing, at the end
-        cache = self._lm.new_cache(capacity + request.num_tokens(episodes))
+        cache = self._lm.new_cache(capacity + READINGS * request.num_tokens(episodes))
         for start, stop in request.parts(0, len(ids), self._lm.memory.config.block):
             if start == request.at:
                 self._episodes.append(cache, None, episodes, request)
@@ -103,5 +106,5 @@ class EpisodesArm(MemoryArm):
         super()._learn(ids, learn)
         self._version += 1
         draft = self._pool.draft(self._session)
-        self._episodes.learn(draft, ids, learn, version=self._version)
+        self._episodes.write(draft, self._episodes.cut(ids, learn), version=self._version)
         draft.commit()

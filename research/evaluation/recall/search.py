@@ -10,6 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from model.text.sentence_encoder import SentenceEncoder
+
 K1, B = 1.2, 0.75  # the parameters of BM25 (Robertson and Zaragoza 2009)
 FUSION_OFFSET = 60  # of reciprocal rank fusion (Cormack et al. 2009)
 FUSED_RANKS = 100  # ranks of each index that a fusion takes into account
@@ -80,17 +82,11 @@ class Newest:
         return list(range(self._count - 1, -1, -1))[:limit]
 
 
-class Embedder(Protocol):
-    """A function from texts to unit vectors [n, d]."""
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray: ...
-
-
 class Embeddings:
     """Texts ranked by the cosine of their vectors to the query's."""
 
-    def __init__(self, embed: Embedder) -> None:
-        self._embed = embed
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        self._encoder = encoder
         self._waiting: list[str] = []
         self._vectors: np.ndarray | None = None
 
@@ -99,14 +95,17 @@ class Embeddings:
 
     def rank(self, query: str, limit: int) -> list[int]:
         if self._waiting:
-            new = self._embed(self._waiting)
+            new = np.stack([self._vector(text) for text in self._waiting])
             self._vectors = new if self._vectors is None else np.concatenate([self._vectors, new])
             self._waiting = []
         if self._vectors is None:
             return []
-        scores = self._vectors @ self._embed([query])[0]
+        scores = self._vectors @ self._vector(query)
         order = np.lexsort((-np.arange(len(scores)), -scores))
         return [int(number) for number in order[:limit]]
+
+    def _vector(self, text: str) -> np.ndarray:
+        return self._encoder(text).astype(np.float32) / 127.0
 
 
 class Fused:

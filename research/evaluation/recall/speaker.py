@@ -9,6 +9,8 @@ import torch
 from model.adaptive_lm import EMPTY_SESSION, NUM_LAST_TOKENS, AdaptiveLM, DecodeState
 from model.base.kv_cache import KVCache
 from model.memory import Pool
+from model.memory.episodic.whole_words import WholeWords
+from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from research.evaluation.recall.scenes import Message
 
@@ -20,10 +22,13 @@ Prefill = Callable[[list[int], int], Prefilled]  # from a prompt and the capacit
 
 
 class Speaker:
-    """Decodes greedily. The answers to requests are independent of one another, and nothing is learned."""
+    """Decodes greedily. The answers to requests are independent of one another, and nothing is learned.
 
-    def __init__(self, lm: AdaptiveLM, tokenizer: Tokenizer) -> None:
-        self.lm, self.tokenizer = lm, tokenizer
+    encoder: of texts, for the arms that search by meaning
+    """
+
+    def __init__(self, lm: AdaptiveLM, tokenizer: Tokenizer, encoder: SentenceEncoder | None = None) -> None:
+        self.lm, self.tokenizer, self.encoder = lm, tokenizer, encoder
         self.max_context = lm.backbone.config.max_context
         self._pool = lm.new_pool(rows=1, sessions=1)
         self._last: tuple[list[int], KVCache] | None = None
@@ -60,10 +65,19 @@ class Speaker:
 
     @torch.inference_mode()
     def prefilled_texts(
-        self, prompts: Sequence[list[int]], max_tokens: int, prefill: Prefill, pool: Pool, session: int
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        prefill: Prefill,
+        pool: Pool,
+        session: int,
+        whole_words: Sequence[WholeWords],
     ) -> list[str]:
-        """Return the continuations of prompts that `prefill` reads, with the memory of a session."""
-        return self._decoded(prompts, max_tokens, prefill, pool, session)
+        """Return the continuations of prompts that `prefill` reads, with the memory of a session.
+
+        whole_words: of the episodes that each prompt reads
+        """
+        return self._decoded(prompts, max_tokens, prefill, pool, session, whole_words)
 
     def recalled_answers(
         self, chats: Sequence[Sequence[Message]], max_tokens: int, pool: Pool, session: int
@@ -126,23 +140,34 @@ class Speaker:
         prefill: Prefill,
         pool: Pool,
         session: int,
+        whole_words: Sequence[WholeWords] = (),
     ) -> list[str]:
         """Return the greedy continuations of prompts. Raises ValueError if one does not fit the context."""
-        found = []
+        found = list[str]()
         for part in _batches(prompts, max_tokens):
             if (longest := max(map(len, part)) + max_tokens) > self.max_context:
                 raise ValueError(f"a prompt and its answer must have at most {self.max_context} tokens, got {longest}")
             rows = [prefill(ids, len(ids) + max_tokens) for ids in part]
-            found += [self.tokenizer.decode(ids) for ids in self._greedy(rows, max_tokens, pool, session)]
+            copies = whole_words[len(found) : len(found) + len(part)]
+            found += [self.tokenizer.decode(ids) for ids in self._greedy(rows, max_tokens, pool, session, copies)]
         return found
 
-    def _greedy(self, rows: Sequence[Prefilled], max_tokens: int, pool: Pool, session: int) -> list[list[int]]:
+    def _greedy(
+        self,
+        rows: Sequence[Prefilled],
+        max_tokens: int,
+        pool: Pool,
+        session: int,
+        whole_words: Sequence[WholeWords],
+    ) -> list[list[int]]:
         """Decode all rows together; a row leaves when its answer ends."""
         lm, running = self.lm, dict(enumerate(rows))
         found: list[list[int]] = [[] for _ in rows]
         for _ in range(max_tokens):
             states = [state for _, state in running.values()]
             scores = lm.predict(states, pool, [session] * len(states))
+            if whole_words:
+                scores = torch.stack([whole_words[row].adjust(scores[i], found[row]) for i, row in enumerate(running)])
             tokens = dict(zip(running, scores.argmax(-1).tolist(), strict=True))
             running = {row: running[row] for row, token in tokens.items() if token not in self.tokenizer.eos_token_ids}
             if not running:

@@ -22,7 +22,6 @@ SOURCES = tuple(
     for name in (
         "arms",
         "chapter",
-        "embedder",
         "locomo",
         "memory",
         "prompt",

@@ -130,7 +130,9 @@ async def observe(session: PathId, body: ObserveRequest, learning: LearningReque
 async def score(session: PathId, body: ScoreRequest, learning: LearningRequestDep) -> Scored | Response:
     """Score a text with the session's memory and with the frozen base; with `learn`, learn each part of the text after
     it is scored."""
-    work = learning.sessions.score(learning.ctx, session, body.text, learn=body.learn, if_match=learning.if_match)
+    work = learning.sessions.score(
+        learning.ctx, session, body.text, learn=body.learn, if_match=learning.if_match, recall=body.recall
+    )
     done = await until_disconnect(learning.request.receive, work, body.on_disconnect)
     learning.set_reply_headers(done.version)
     if len(done.logprobs) < LARGE_SCORE:

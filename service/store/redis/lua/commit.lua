@@ -183,6 +183,8 @@ if until_s > now and redis.call('EXISTS', ONCES) == 0 then
 end
 redis.call('ZREMRANGEBYSCORE', ONCES, '-inf', now)
 if once ~= '' then
+  local life = lifetime(ttl)
+  once_ttl = life > 0 and math.min(once_ttl, life) or once_ttl -- no answer outlives the session
   redis.call('HSET', KEYS[1], 'once_until', math.max(until_s, now + once_ttl))
   redis.call('SET', HOME .. 'once:' .. once, record, 'EX', once_ttl)
   redis.call('ZADD', ONCES, now + once_ttl, once)

@@ -47,10 +47,15 @@ local function missing()
   end
 end
 
--- Restart the time after which all keys of the session expire: its own option `ttl_s`, else `default`; 0 = never.
-local function age(default)
+-- Return the seconds after its last use at which the session expires: its own option `ttl_s`, else `default`; 0 = never.
+local function lifetime(default)
   local options = redis.call('HGET', KEYS[1], 'options')
-  local ttl = tonumber(options and cjson.decode(options).ttl_s or default)
+  return tonumber(options and cjson.decode(options).ttl_s or default)
+end
+
+-- Restart the time after which all keys of the session but its recorded answers expire.
+local function age(default)
+  local ttl = lifetime(default)
   if ttl > 0 or redis.call('TTL', KEYS[1]) >= 0 then -- else no key of the session expires
     local keys = rows_keys()
     for _, key in ipairs({KEYS[1], LOG, UNDO, ONCES}) do
