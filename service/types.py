@@ -17,12 +17,14 @@ class Recalled:
         offset: number of tokens of its request before the episode.
         score: how well its words match the question's; comparable within one reply only.
         text: the episode.
+        time: unix time in seconds at which the version was made; None if the session's log has it no longer.
     """
 
     version: int
     offset: int
     score: float
     text: str
+    time: float | None = None
 
 
 @dataclass(frozen=True)

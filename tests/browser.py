@@ -1,12 +1,16 @@
-"""Helpers for tests of the page at `/` in a real browser: they find its parts and act as a reader does."""
+"""Helpers for tests of the page in a real browser: they find its parts and act as a reader does."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 import httpx
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.conftest import Server
@@ -15,7 +19,12 @@ from tests.live import Json
 WAIT_TIMEOUT_MS = 300_000
 LOOK_MS = 600  # longer than the page waits before it sends a request about the written text
 REFUSED = "Failed to load resource"  # the browser's own message about a 4xx
-OpenPage = Callable[[str], Page]
+
+
+class OpenPage(Protocol):
+    """A function that opens a page of a server."""
+
+    def __call__(self, url: str, face: str = "laboratory") -> Page: ...
 
 
 def button(page: Page, name: str) -> Locator:
@@ -78,3 +87,19 @@ def hold_requests(page: Page, pattern: str) -> Iterator[None]:
 def get(server: Server, path: str) -> Json:
     answer: Json = httpx.get(f"{server.url}/v1/sessions/{path}").json()
     return answer
+
+
+def assert_accessible(page: Page) -> None:
+    """Assert that axe-core finds no serious violation of the accessibility rules."""
+    violations = [
+        (violation["id"], violation["impact"], [node["html"][:200] for node in violation["nodes"][:3]])
+        for violation in Axe().run(page).response["violations"]
+    ]
+    assert not [rule for rule, impact, _ in violations if impact in ("serious", "critical")], violations
+
+
+def shoot(page: Page, name: str, *, whole: bool = False) -> None:
+    """Save a screenshot if IMPRINT_SHOTS names a folder."""
+    if folder := os.environ.get("IMPRINT_SHOTS"):
+        page.evaluate("scrollTo(0, 0)")
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)

@@ -96,7 +96,7 @@ def main() -> None:
             print_step("base fetched (93 MB) and converted, server ready")
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page()
-            page.goto(url)
+            page.goto(f"{url}/laboratory")
             draft = page.get_by_label("Draft", exact=True)
             learn = page.get_by_role("button", name="Learn", exact=True)
             draft.fill(paragraph())

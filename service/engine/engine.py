@@ -153,6 +153,10 @@ class Engine:
         """Return the configuration of a policy's memory; of the language model's memory for ""."""
         return self._resident_of(policy).pool.config
 
+    def only_asks(self, token_ids: Sequence[int]) -> bool:
+        """Return whether an episode only asks, so that no reply reads it."""
+        return self._lm.episodes is not None and self._lm.episodes.only_asks(token_ids)
+
     @property
     def sessions_hot(self) -> int:
         """Number of sessions on the device."""

@@ -52,6 +52,14 @@ LOG_ENTRY: Json = {
     "request_id": "6f1c2b1d0f8a4c0e9a54d1d7c6f3a2b1",
     "text": None,
 }
+EPISODE: Json = {
+    "ordinal": 12,
+    "version": 4,
+    "offset": 0,
+    "time": 1767225660.25,
+    "text": "My cat is called Miso.",
+    "asks": False,
+}
 ACTED: Json = {
     "object": "action",
     "action": 1,
@@ -129,6 +137,7 @@ EXAMPLES: dict[str, list[Json]] = {
             "forgotten": [],
         }
     ],
+    "SessionEpisodes": [{"object": "list", "data": [EPISODE], "has_more": True, "next": 12}],
     "SessionList": [{"object": "list", "data": [SESSION], "has_more": True, "next": "alice"}],
     "SessionLog": [{"object": "list", "data": [LOG_ENTRY], "has_more": True, "next": 4}],
 }

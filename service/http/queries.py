@@ -27,6 +27,23 @@ class LogPage(BaseModel):
     )
 
 
+class EpisodePage(BaseModel):
+    """The query of `GET /v1/sessions/{id}/episodes`: which episodes, and a page of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    query: str = Field(
+        "", max_length=256, description="Only episodes with each of these words or parts of words, whatever their case."
+    )
+    asks: bool | None = Field(
+        None, description="False: leave out the episodes that only ask, which no reply reads; true: only those."
+    )
+    limit: int = Field(100, ge=1, le=1000, description="Largest number of episodes to return.")
+    before: int | None = Field(
+        None, ge=1, le=SAFE_INTEGER, description="Only episodes before this one: `next` of the page before."
+    )
+
+
 class Span(BaseModel):
     """The query of `GET /v1/sessions/{id}/diff`: two versions of a session."""
 

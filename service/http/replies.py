@@ -276,6 +276,28 @@ class SessionLog(BaseModel):
     next: int | None
 
 
+class SessionEpisode(BaseModel):
+    """A text that a session keeps, so that replies can read it."""
+
+    ordinal: int = Field(description="Number of the episode in the session; later ones have higher numbers.")
+    version: int = Field(description="The version that taught it; `unlearn` takes it back with the whole version.")
+    offset: int = Field(description="Number of tokens of its request before it.")
+    time: float | None = Field(
+        description="Unix time in seconds at which it was taught; null if the session's log has its version no longer."
+    )
+    text: str
+    asks: bool = Field(description="Whether it only asks, so that no reply reads it.")
+
+
+class SessionEpisodes(BaseModel):
+    """The reply of `GET /v1/sessions/{id}/episodes`, newest first; `next` is the `before` of the next page."""
+
+    object: Literal["list"]
+    data: list[SessionEpisode]
+    has_more: bool
+    next: int | None
+
+
 class SiteCells(BaseModel):
     """The occupancy of one site of a session's memory."""
 

@@ -1,4 +1,4 @@
-// The page at /: a session is taught on the left, and what became of it is seen on the right.
+// The laboratory: a session is taught on the left, and what became of it is seen on the right.
 
 import { makeCells, makeCurve, smoothed } from "./charts.js";
 import { choices, compare, FROZEN } from "./compare.js";
@@ -6,7 +6,8 @@ import { makeDraft } from "./draft.js";
 import { makeGuide } from "./guide.js";
 import { difference, lineage, list, undoes } from "./history.js";
 import { makeManuscript } from "./manuscript.js";
-import { events, find, json, readiness, sessionPath, sessions, stopped, useKey, whyUnusable } from "./server.js";
+import { events, find, json, readiness, sessionPath, sessions, stopped, whyUnusable } from "./server.js";
+import { kept, makeShell } from "./shell.js";
 import { count, nats, number, whole } from "./tokens.js";
 import { pieces, Watch } from "./watch.js";
 
@@ -17,15 +18,7 @@ const GHOST = 24; // tokens of a suggestion
 const STATES = { loading: "The server is loading the model.", draining: "The server is shutting down." };
 
 const $ = (id) => document.getElementById(id);
-const [session, field, key] = [$("session"), $("draft"), $("key")];
-const storage = (name) => {
-  try {
-    return window[name];
-  } catch {
-    return {}; /* forbidden: forgotten with the page */
-  }
-};
-const [kept, tab] = [storage("localStorage"), storage("sessionStorage")];
+const [session, field] = [$("session"), $("draft")];
 const curve = makeCurve($("curve"));
 const drawCells = makeCells($("cells"));
 const watch = new Watch();
@@ -451,15 +444,6 @@ for (const radio of document.querySelectorAll("[name=view]"))
     showCurve();
   });
 
-$("door").addEventListener("submit", (event) => {
-  event.preventDefault();
-  key.blur();
-});
-key.addEventListener("change", () => {
-  tab.apiKey = key.value = key.value.trim();
-  useKey(key.value);
-  refresh();
-});
 session.addEventListener("input", () => {
   session.setCustomValidity("");
   sessionIsValid();
@@ -471,19 +455,8 @@ session.addEventListener("change", () => {
   say(note, "");
   refresh().then(() => draft.stale());
 });
-const theme = () => {
-  document.documentElement.dataset.theme = $("theme").value;
-  curve.again();
-};
-$("theme").addEventListener("change", () => {
-  kept.theme = $("theme").value;
-  theme();
-});
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", curve.again);
 
-$("theme").value = kept.theme ?? "";
-theme();
-useKey((key.value = tab.apiKey ?? ""));
+makeShell({ recoloured: curve.again, entered: refresh });
 session.value = kept.session ?? session.value;
 sessionIsValid();
 guide();

@@ -1,9 +1,9 @@
 // Talking with the server. What it says is put in the page as text, never as markup.
 
 export class Refused extends Error {
-  constructor(message, status) {
+  constructor(message, status, code) {
     super(message);
-    this.status = status;
+    Object.assign(this, { status, code });
   }
 }
 
@@ -34,12 +34,12 @@ export async function call(path, { body, method = body ? "POST" : "GET", headers
     broken,
   );
   if (response.ok) return response;
-  const fault = `The server answered ${response.status} ${response.statusText}.`;
-  const message = await response
+  const fault = { message: `The server answered ${response.status} ${response.statusText}.` };
+  const { message, code } = await response
     .json()
-    .then((told) => told.error.message)
+    .then((told) => told.error)
     .catch(() => fault);
-  throw new Refused(message, response.status);
+  throw new Refused(message, response.status, code);
 }
 
 export const json = async (path, options) => (await call(path, options)).json().catch(unreadable);
@@ -59,7 +59,7 @@ export async function* events(path, options) {
     for (const data of parts.map((part) => part.slice("data: ".length))) {
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
+      if (event.error) throw new Refused(event.error.message, 500, event.error.code);
       yield event;
     }
   }

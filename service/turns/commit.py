@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -162,16 +162,23 @@ def next_meta(meta: SessionMeta, done: JobFinished, digests: tuple[str, ...]) ->
 
 
 def outcome_of(
-    plan: TurnPlan, jobs: Sequence[JobFinished], commit: Commit | None, decode: Callable[[Sequence[int]], str]
+    plan: TurnPlan,
+    jobs: Sequence[JobFinished],
+    commit: Commit | None,
+    decode: Callable[[Sequence[int]], str],
+    times: Mapping[int, float],
 ) -> TurnOutcome:
-    """Return what a turn did, as its last event tells it. decode: returns the text of tokens."""
+    """Return what a turn did, as its last event tells it.
+
+    decode: returns the text of tokens. times: when the versions were made that taught what was recalled.
+    """
     done, completion_tokens = _session_job(jobs), sum(job.stats.completion_tokens for job in jobs)
     before = 0 if plan.meta is None else plan.meta.version
     meta = plan.meta if commit is None else commit.meta
     after = before if meta is None else meta.version
     learned = done.stats.tokens_learned
     recalled = [
-        Recalled(episode.version, episode.offset, episode.score, decode(episode.token_ids)) for episode in done.recalled
+        Recalled(e.version, e.offset, e.score, decode(e.token_ids), times.get(e.version)) for e in done.recalled
     ]
     adaptation = Adaptation(learned, done.rows_written, _mean_loss(done.stats), before, after, recalled)
     return TurnOutcome(meta, adaptation, completion_tokens)

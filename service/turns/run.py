@@ -6,7 +6,7 @@ A turn that ends early, for whatever reason, leaves its session at the version t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,7 @@ from service.engine import Event, JobFinished, JobRequest, JobStream, MemoryAcce
 from service.engine.stored_rows import as_tensors, is_valid_site
 from service.errors import VersionConflict
 from service.metrics import Metrics
-from service.store.base import SessionStore
+from service.store.base import MAX_LOG_ENTRIES, SessionStore
 from service.store.errors import damaged_session
 from service.turns.commit import Commit, TurnOutcome, TurnPlan, build_commit, outcome_of, record_commit, record_jobs
 from service.turns.idempotency import RequestContext
@@ -108,7 +108,10 @@ class TurnRunner:
                             yield output
                 record_jobs(self.metrics, stream.finished)
                 size = plan.num_tokens + sum(OUTPUT_COST * job.stats.completion_tokens for job in stream.finished)
-                remaining, commit, last = await run_off_loop(size, _conclude, ctx, turn, plan, stream.finished, model)
+                times = await self._times_of_recalled(ctx, plan, stream.finished)
+                remaining, commit, last = await run_off_loop(
+                    size, _conclude, ctx, turn, plan, stream.finished, model, times
+                )
                 await self._commit(handle, plan, commit, stream.finished, turn.record, last, size)
                 stream.settle(None if commit is None else commit.meta.state_id)
             if commit is not None and not plan.runs_jobs:
@@ -173,6 +176,20 @@ class TurnRunner:
         rows = as_tensors(plan.state_delta.apply_to_rows(sites))
         return MemoryAccess(key, NO_STATE_ID, plan.writes, rows, policy)
 
+    async def _times_of_recalled(
+        self, ctx: RequestContext, plan: TurnPlan, jobs: Sequence[JobFinished]
+    ) -> dict[int, float]:
+        """Return when the versions were made whose episodes the jobs have read, as far as the session's log has them.
+
+        The log is asked, since a time in an episode's row would make what is learned depend on the clock.
+        """
+        versions = {episode.version for job in jobs for episode in job.recalled}
+        if plan.meta is None or not versions:
+            return {}
+        entries = min(MAX_LOG_ENTRIES, plan.meta.version - min(versions) + 1)
+        history = await self.store.history(ctx.tenant.name, plan.meta.id, undo=False, entries=entries)
+        return {} if history is None else {entry["version"]: entry["time"] for entry in history.log}
+
     def _submit(self, plan: TurnPlan, memory: MemoryAccess | None, stream: JobStream) -> None:
         """Submit one job for a session, whose segments may learn; without a session, one job per segment."""
         if plan.start_meta is None:
@@ -215,9 +232,17 @@ class TurnRunner:
 
 
 def _conclude(
-    ctx: RequestContext, turn: Turn[E], plan: TurnPlan, jobs: Sequence[JobFinished], model: LoadedModel
+    ctx: RequestContext,
+    turn: Turn[E],
+    plan: TurnPlan,
+    jobs: Sequence[JobFinished],
+    model: LoadedModel,
+    times: Mapping[int, float],
 ) -> tuple[list[E], Commit | None, E]:
-    """Return the outputs that remain, what to commit, and the last event of a turn whose jobs have finished."""
+    """Return the outputs that remain, what to commit, and the last event of a turn whose jobs have finished.
+
+    times: when the versions were made that taught what the jobs have recalled.
+    """
     remaining = list(turn.remaining_outputs())
     commit = build_commit(ctx, plan, jobs, turn.reply_digests())
-    return remaining, commit, turn.last_event(outcome_of(plan, jobs, commit, model.tokenizer.decode))
+    return remaining, commit, turn.last_event(outcome_of(plan, jobs, commit, model.tokenizer.decode, times))

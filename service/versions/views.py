@@ -1,16 +1,21 @@
-"""Read-only views of a session: how full its memory is, and the difference between two of its versions."""
+"""Read-only views of a session: its episodes, how full its memory is, the difference between two of its versions."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from model.episodes import SITE as EPISODES
 from model.memory.config import MemoryConfig, SiteConfig
+from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.site_kind import SiteKind
+from service.concurrency import run_off_loop
+from service.engine.stored_rows import is_valid_site
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
 from service.store.errors import damaged_session
 from service.tenants import Tenant
@@ -69,6 +74,42 @@ class VersionDiff:
     rows: dict[str, RowChanges]
 
 
+@dataclass(frozen=True)
+class EpisodeView:
+    """An episode of a session.
+
+    Attributes:
+        ordinal: number of the episode in the session; later ones have higher numbers.
+        version: the version that taught it.
+        offset: number of tokens of its request before it.
+        time: unix time in seconds of that version; None if the session's log has the version no longer.
+        text: the episode.
+        asks: whether it only asks, so that no reply reads it.
+    """
+
+    ordinal: int
+    version: int
+    offset: int
+    time: float | None
+    text: str
+    asks: bool
+
+
+@dataclass(frozen=True)
+class EpisodeFilter:
+    """The episodes to list: with each word of `query`, whatever its case; of a number below `before`; with `asks`
+    that value, if it is not None."""
+
+    query: str = ""
+    before: int | None = None
+    asks: bool | None = None
+
+    def selects(self, episode: EpisodeView) -> bool:
+        """Return whether an episode, whose number fits, is to be listed."""
+        text = episode.text.casefold()
+        return self.asks in (None, episode.asks) and all(word in text for word in self.query.casefold().split())
+
+
 class Views:
     """Views of sessions. Every method raises NotFound for an unknown session, Conflict for other slow weights."""
 
@@ -86,6 +127,30 @@ class Views:
         if any(site_slots[-1] >= site.slots for site in sites if len(site_slots := slots.get(site.name, NO_SLOTS))):
             raise damaged_session(session)
         return meta, [_fill(site, slots.get(site.name, NO_SLOTS)) for site in _shown_sites(sites, slots)]
+
+    async def episodes(
+        self, tenant: Tenant, session: str, wanted: EpisodeFilter, limit: int
+    ) -> tuple[list[EpisodeView], int | None]:
+        """Return up to `limit` episodes, the newest first, and the next page's `before`."""
+        stored = await self._sessions.store.load(tenant.name, session)
+        history = await self._sessions.store.history(tenant.name, session, undo=False)
+        if stored is None or history is None:
+            raise session_not_found(session)
+        model = self._sessions.loaded_model
+        model.require_loaded_model(stored.meta)
+        batch = stored.sites.get(EPISODES)
+        if batch is None:
+            return [], None
+        times = {entry["version"]: entry["time"] for entry in history.log}
+
+        def read() -> list[EpisodeView]:
+            if not is_valid_site(EPISODES, batch, model.engine.memory_config(), model.row_vocab_size()):
+                raise damaged_session(session)
+            found = _episodes(batch, wanted.before, times, model.tokenizer.decode, model.engine.only_asks)
+            return list(islice(filter(wanted.selects, found), limit + 1))
+
+        page = await run_off_loop(batch.data.nbytes, read)
+        return page[:limit], page[limit - 1].ordinal if len(page) > limit else None
 
     async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, VersionDiff]:
         """Return the difference between two kept versions. Raises Conflict for a version that is not kept."""
@@ -120,6 +185,22 @@ def _shown_sites(sites: Iterable[SiteConfig], with_rows: Container[str]) -> list
     episodes' meaning are a part of the episodes."""
     shown = (site for site in sites if site.kind != "meaning")
     return [site for site in shown if site.kind != "episodic" or site.name in with_rows]
+
+
+def _episodes(
+    batch: RowBatch,
+    before: int | None,
+    times: Mapping[int, float],
+    decode: Callable[[Sequence[int]], str],
+    only_asks: Callable[[Sequence[int]], bool],
+) -> Iterator[EpisodeView]:
+    """Yield the episodes of a session whose number is below `before`, the newest first."""
+    numbers = np.ascontiguousarray(batch.data).view("<i4")
+    numbers = numbers if before is None else numbers[numbers[:, ORDINAL] < before]
+    for row in numbers[np.argsort(-numbers[:, ORDINAL])]:
+        ordinal, length, version, offset = row[[ORDINAL, LENGTH, VERSION, OFFSET]].tolist()
+        tokens = row[HEADER : HEADER + length].tolist()
+        yield EpisodeView(ordinal, version, offset, times.get(version), decode(tokens), only_asks(tokens))
 
 
 def _fill(site: SiteConfig, slots: Slots) -> SiteFill:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -30,13 +31,13 @@ def faults() -> list[str]:
 
 @pytest.fixture
 def open_page(browser: Browser, faults: list[str]) -> Iterator[OpenPage]:
-    """Yield a function that opens a server's page in a fresh browser context.
+    """Yield a function that opens a server's laboratory, or its conversation, in a fresh browser context.
 
     At the end there must be no warning or error, and no request to another host.
     """
     pages: list[tuple[str, Page, list[str]]] = []
 
-    def open_url(url: str) -> Page:
+    def open_url(url: str, face: str = "laboratory") -> Page:
         page, requests = browser.new_page(), list[str]()
         page.on(
             "console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None
@@ -44,8 +45,8 @@ def open_page(browser: Browser, faults: list[str]) -> Iterator[OpenPage]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         pages.append((url, page, requests))
-        page.goto(url)
-        expect(page.locator("#model")).not_to_have_text("…")
+        page.goto(f"{url}/{face}")
+        expect(page.locator("#model") if face else page.locator("#state")).not_to_have_text(re.compile("…"))
         return page
 
     yield open_url

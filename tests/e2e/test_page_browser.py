@@ -1,4 +1,4 @@
-"""The page at `/` in a real browser: it shows what the server answers, without errors, and contacts no other host.
+"""The laboratory in a real browser: it shows what the server answers, without errors, and contacts no other host.
 
 With IMPRINT_SHOTS=FOLDER the tests on the default base save screenshots in that folder; docs/img has some of them.
 """
@@ -6,14 +6,12 @@ With IMPRINT_SHOTS=FOLDER the tests on the default base save screenshots in that
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Route, expect
 
 from model.base.config import tiny_config
@@ -23,6 +21,7 @@ from tests.browser import (
     REFUSED,
     WAIT_TIMEOUT_MS,
     OpenPage,
+    assert_accessible,
     button,
     choose,
     draft,
@@ -31,6 +30,7 @@ from tests.browser import (
     learn,
     losses,
     note,
+    shoot,
     wait_for_version,
 )
 from tests.conftest import Server
@@ -59,25 +59,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert running.stop() == 0, running.log.read_text()
 
 
-def assert_accessible(page: Page) -> None:
-    """Assert that axe-core finds no serious violation of the accessibility rules."""
-    violations = [
-        (violation["id"], violation["impact"], [node["html"][:200] for node in violation["nodes"][:3]])
-        for violation in Axe().run(page).response["violations"]
-    ]
-    assert not [rule for rule, impact, _ in violations if impact in ("serious", "critical")], violations
-
-
 def rows_of_sites(page: Page) -> int:
     """Return the sum of the numbers of rows that the page shows for the sites of the memory."""
     shown = re.findall(r"([\d,]+) rows in", page.locator("#cells").text_content() or "")
     return sum(int(number.replace(",", "")) for number in shown)
-
-
-def shoot(page: Page, name: str, *, whole: bool = False) -> None:
-    if folder := os.environ.get("IMPRINT_SHOTS"):
-        page.evaluate("scrollTo(0, 0)")
-        page.screenshot(path=Path(folder) / f"playground-{name}.png", full_page=whole)
 
 
 @pytest.mark.real
@@ -109,14 +94,14 @@ def test_a_reader_sees_the_model_adapt(open_page: OpenPage, real_server: Server)
     button(page, "Try a line").click()
     expect(page.locator("#suggestion")).to_contain_text("Quill")
     expect(page.locator("#backdrop .better")).not_to_have_count(0)
-    shoot(page, "light")
+    shoot(page, "playground")
     page.emulate_media(color_scheme="dark")
     assert_accessible(page)
-    shoot(page, "dark")
+    shoot(page, "playground-dark")
     page.emulate_media(color_scheme="light")
     page.set_viewport_size({"width": 390, "height": 844})
     assert_accessible(page)
-    shoot(page, "phone")
+    shoot(page, "playground-phone")
     page.set_viewport_size({"width": 1280, "height": 960})
     page.keyboard.press("Tab")
     expect(draft(page)).to_have_value(re.compile("^Osric Pell has a stone in the churchyard at Quill"))
@@ -148,7 +133,7 @@ def test_a_reader_sees_the_model_adapt(open_page: OpenPage, real_server: Server)
         page.get_by_label("Right", exact=True).input_value(),
     ) == ("other", "reader")
     assert_accessible(page)
-    shoot(page, "versions", whole=True)
+    shoot(page, "playground-versions", whole=True)
 
     learn(page, (EXAMPLES / "loom-1.txt").read_text())
     expect(note(page, "teach")).to_contain_text("other learned")
@@ -374,7 +359,7 @@ def test_the_page_asks_for_a_key_if_the_server_requires_one(browser: Browser, ti
     server = Server(str(tiny_base), tmp_path / "data", api_keys=line).start()
     page = browser.new_page()
     key_field = page.get_by_label("API key")
-    page.goto(server.url)
+    page.goto(f"{server.url}/laboratory")
     expect(page.locator("#state")).to_contain_text("An API key is required")
     key_field.fill("wrong")
     key_field.blur()

@@ -1,4 +1,4 @@
-"""The page at `/` says what it does and what it cannot do: while it learns, and where there is nothing to show."""
+"""The laboratory says what it does and what it cannot do: while it learns, and where there is nothing to show."""
 
 from __future__ import annotations
 

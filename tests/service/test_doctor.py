@@ -22,7 +22,7 @@ from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
 from tests.service.valkeys import free_ports, valkey
 
-NAMES = ["device", "model", "memory", "policies", "store", "port", "disk", "keys"]
+NAMES = ["device", "model", "memory", "recall", "policies", "store", "port", "disk", "keys"]
 
 
 @pytest.fixture
@@ -35,6 +35,7 @@ def settings(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
         "cache_dir": tmp_path / "cache",
         "port": port,
         "device": "cpu",
+        "recall_encoder": "none",
     }
 
 
@@ -67,6 +68,7 @@ def test_nothing_fails_and_no_file_is_made_if_a_server_could_start(settings: dic
     [
         ("model", {"model": "/no/such/folder"}, "/no/such/folder"),
         ("memory", {"memory": "/no/such/file"}, "imprint train"),
+        ("recall", {"recall_encoder": "/no/such/folder"}, "IMPRINT_RECALL_ENCODER=none"),
         ("store", {"redis_url": "redis://127.0.0.1:1/0"}, "does not answer"),
         ("store", {"redis_url": "redis+sentinel://127.0.0.1:1"}, "IMPRINT_REDIS_URL"),
         ("disk", {"data_dir": Path(__file__) / "data"}, "cannot be written"),

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
@@ -28,9 +29,12 @@ from model.memory import MemoryConfigError, load_memory
 from model.policies.config import PolicyError
 from model.policies.network import load_policy
 from model.text.chat_template import ChatTemplate, ChatTemplateError
+from model.text.sentence_encoder import FILES
 from model.text.tokenizer import Tokenizer
+from service.base_cache import BaseError
 from service.errors import BadRequest
 from service.http.json_route import parse_json
+from service.model_loading import load_encoder
 from service.settings import Settings
 from service.tenants import ApiKeys, ApiKeysError
 from service.versions.export_file import read_export
@@ -38,6 +42,7 @@ from tests.conftest import Server
 from tests.live import Client, assert_error, assert_success
 from tests.loop_gap import deep_manifest
 from tests.model.random_models import random_llama, write_gguf
+from tests.model.tiny_encoder import save_encoder
 from tests.service.cli_in_process import run_rejected
 from tests.tiny import CHAT_TEMPLATE, build_tiny_policies
 
@@ -50,6 +55,11 @@ JsonValue = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "tiny", ["text", "weight"])
 
 
 def edited(data: bytes, edits: list[tuple[int, bytes, int]], within: int) -> bytes:
@@ -129,6 +139,17 @@ def test_deep_json_bodies(depth: int) -> None:
     for opening in (b"[", b'{"a":', b'[{"a":'):
         with pytest.raises(BadRequest):
             parse_json(opening * depth)
+
+
+@FUZZ
+@given(Edits)
+def test_sentence_encoders(encoder: Path, scratch: Path, edits: list[tuple[int, bytes, int]]) -> None:
+    folder = scratch / "encoder"
+    folder.mkdir(exist_ok=True)
+    for name in FILES:
+        (folder / name).write_bytes(edited((encoder / name).read_bytes(), edits, 4000))
+        settings = Settings(recall_encoder=str(folder))
+        understood(lambda: load_encoder(settings, torch.device("cpu"), progress=pytest.fail), BaseError)  # noqa: B023
 
 
 @FUZZ

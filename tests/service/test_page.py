@@ -1,4 +1,4 @@
-"""The page at `/`: the server serves its files and no others, all local, under a strict content security policy."""
+"""The page and its laboratory: the server serves their files and no others, all local, under a strict policy."""
 
 import hashlib
 import json
@@ -19,6 +19,7 @@ from tests.conftest import Server
 
 PLAYGROUND = Path(str(files("service"))) / "playground"
 SCRIPTS = sorted(PLAYGROUND.glob("*.js"))
+ENTRIES = {"index.html": "conversation.js", "laboratory.html": "app.js"}
 VENDORED = PLAYGROUND / "uplot"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -41,9 +42,15 @@ def client(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module", params=ENTRIES)
+def document(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def elements() -> list[tuple[str, dict[str, str | None]]]:
-    return Elements((PLAYGROUND / "index.html").read_text()).tags
+def elements(document: str) -> list[tuple[str, dict[str, str | None]]]:
+    return Elements((PLAYGROUND / document).read_text()).tags
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -109,6 +116,8 @@ def test_a_page_of_another_site_changes_nothing_at_a_server_without_keys(client:
         "/playground",
         "/playground/",
         "/playground/index.html",
+        "/laboratory/",
+        "/laboratory.html",
         "/playground/app.js/",
         "/playground//app.js",
         "/playground/uplot/SOURCE.json",
@@ -130,17 +139,24 @@ def test_nothing_else_can_be_reached(server: Server, path: str) -> None:
     connection.close()
 
 
-def test_every_file_that_the_page_refers_to_is_local_and_exists(
-    elements: list[tuple[str, dict[str, str | None]]],
-) -> None:
+def test_every_file_that_the_page_refers_to_is_local_and_exists() -> None:
     links = {
-        value for _, attributes in elements for name, value in attributes.items() if name in ("src", "href", "action")
+        value
+        for document in ENTRIES
+        for _, attributes in Elements((PLAYGROUND / document).read_text()).tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "action")
     }
+    assert {"./", "laboratory"} < links
+    links -= {"./", "laboratory"}
     for script in SCRIPTS:
         links |= {f"playground/{name}" for name in re.findall(r'from "\./([\w.]+)"', script.read_text())}
     samples = {path for path in FILES if path.startswith("/playground/samples/")}
-    assert {f"/{link}" for link in links} | samples | {"/playground/uplot/LICENSE.txt"} == set(FILES) - {"/"}
-    for file in (*SCRIPTS, PLAYGROUND / "index.html", PLAYGROUND / "style.css"):
+    assert {f"/{link}" for link in links} | samples | {"/playground/uplot/LICENSE.txt"} == set(FILES) - {
+        "/",
+        "/laboratory",
+    }
+    for file in (*SCRIPTS, *PLAYGROUND.glob("*.html"), *PLAYGROUND.glob("*.css")):
         assert not re.search(r"https?:|//\w|url\(|@import|\bimport\(", file.read_text()), file
 
 
@@ -166,19 +182,17 @@ def test_the_page_needs_no_inline_code(elements: list[tuple[str, dict[str, str |
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|\beval\b", script.read_text()), script
 
 
-def test_script_and_page_agree_on_ids(elements: list[tuple[str, dict[str, str | None]]]) -> None:
+def test_script_and_page_agree_on_ids(document: str, elements: list[tuple[str, dict[str, str | None]]]) -> None:
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert set(re.findall(r'\$\("([\w-]+)"\)', (PLAYGROUND / "app.js").read_text())) <= set(ids)
+    assert set(re.findall(r'\$\("([\w-]+)"\)', (PLAYGROUND / ENTRIES[document]).read_text())) <= set(ids)
+    references = ("for", "aria-labelledby", "aria-describedby", "aria-controls")
     for _, attributes in elements:
-        assert {
-            attributes[name] for name in ("for", "aria-labelledby", "aria-describedby") if name in attributes
-        } <= set(ids)
+        assert {id for name in references for id in (attributes.get(name) or "").split()} <= set(ids)
 
 
-def test_the_page_accepts_the_session_ids_that_the_server_accepts(
-    elements: list[tuple[str, dict[str, str | None]]],
-) -> None:
+def test_the_laboratory_accepts_the_session_ids_that_the_server_accepts() -> None:
     """A `pattern` attribute is anchored implicitly, and its literal hyphen must be escaped."""
+    elements = Elements((PLAYGROUND / "laboratory.html").read_text()).tags
     patterns = {attributes["pattern"] for _, attributes in elements if "pattern" in attributes}
     assert patterns == {SESSION_ID.removeprefix("^").removesuffix("$").replace("=-]", r"=\-]")}

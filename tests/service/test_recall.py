@@ -56,6 +56,19 @@ def recalled(client: Client, session: str, question: str = ASKS_HARBOUR, **field
     return [episode["text"] for episode in ask(client, session, question, **fields)["recalled"]]
 
 
+def times(client: Client, session: str) -> dict[int, float]:
+    """Return when each version of a session was made, from its log."""
+    return {entry["version"]: entry["time"] for entry in client.http.get(f"/v1/sessions/{session}/log").json()["data"]}
+
+
+def listed(client: Client, session: str, **query: Any) -> Json:
+    return assert_success(client.http.get(f"/v1/sessions/{session}/episodes", params=query))
+
+
+def texts(page: Json) -> list[str]:
+    return [episode["text"] for episode in page["data"]]
+
+
 def arrays(client: Client, session: str) -> dict[str, bytes]:
     """Return the stored rows of a session by name, from its export."""
     exported = client.http.get(f"/v1/sessions/{session}/export")
@@ -67,7 +80,13 @@ def test_a_reply_reads_what_was_taught_and_says_where_it_is_from(client: Client,
     client.observe(session, MILL)
     client.observe(session, HARBOUR)
     assert ask(client, session, ASKS_HARBOUR)["recalled"] == [
-        {"version": 2, "offset": 1, "score": pytest.approx(0, abs=1000), "text": HARBOUR}
+        {
+            "version": 2,
+            "offset": 1,
+            "score": pytest.approx(0, abs=1000),
+            "text": HARBOUR,
+            "time": times(client, session)[2],
+        }
     ]
     assert recalled(client, session, ASKS_MILL) == [MILL]
     assert recalled(client, session, "Zzz?") == []
@@ -207,6 +226,8 @@ def test_one_stream_makes_one_state_with_hot_episodes_and_with_cold_ones(
                     user.observe(neighbour, HARBOUR)
                 fields: Json = {"session": session, "learn": "all", "logit_bias": NO_EOS}
                 reply = user.chat([{"role": "user", "content": question}], **fields)
+                for episode in reply["adaptation"]["recalled"]:
+                    del episode["time"]  # at which this session was taught
                 told[kind].append({"text": reply["choices"][0]["message"]["content"], **reply["adaptation"]})
             rows[kind] = arrays(user, session)
         assert other.metric("session_evictions_total") > 0
@@ -245,6 +266,59 @@ def test_a_correction_is_recalled_instead_of_what_it_corrects(client: Client, se
     client.observe(session, HARBOUR)
     client.observe(session, "The harbour of Vorlund is blue now.")
     assert recalled(client, session) == ["The harbour of Vorlund is blue now."]
+
+
+def test_what_a_session_keeps_is_listed_newest_first_and_page_by_page(client: Client, session: str) -> None:
+    for text in (HARBOUR, MILL, ASKS_MILL):
+        client.observe(session, text)
+    before = arrays(client, session)
+    whole = listed(client, session)
+    assert texts(whole) == [ASKS_MILL, MILL, HARBOUR] and not whole["has_more"]
+    assert whole["data"][2] == {
+        "ordinal": 1, "version": 1, "offset": 1, "time": times(client, session)[1], "text": HARBOUR, "asks": False,
+    }  # fmt: skip
+    first = listed(client, session, limit=2)
+    assert texts(first) == [ASKS_MILL, MILL] and first["has_more"]
+    assert texts(listed(client, session, limit=2, before=first["next"])) == [HARBOUR]
+    assert client.version(session) == 3 and arrays(client, session) == before
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ({"query": "TESSADON nine"}, [MILL]),
+        ({"query": "vorl"}, [HARBOUR]),
+        ({"query": "vorlund tessadon"}, []),
+        ({"query": "mill"}, [ASKS_MILL, MILL]),
+        ({"query": "mill", "asks": False}, [MILL]),
+        ({"asks": True}, [ASKS_MILL]),
+        ({"query": "mill", "limit": 1}, [ASKS_MILL]),
+    ],
+)
+def test_what_a_session_keeps_is_searched_by_words(client: Client, session: str, query: Json, found: list[str]) -> None:
+    for text in (HARBOUR, MILL, ASKS_MILL):
+        client.observe(session, text)
+    page = listed(client, session, **query)
+    assert texts(page) == found and page["has_more"] == ("limit" in query)
+
+
+def test_what_was_forgotten_is_not_listed(client: Client, session: str) -> None:
+    assert_success(client.http.put(f"/v1/sessions/{session}", json={"keep_text": True}))
+    assert texts(listed(client, session)) == []
+    client.observe(session, f"{HARBOUR} {MILL * 12}")
+    client.observe(session, MILL)
+    assert {episode["version"] for episode in listed(client, session)["data"]} == {1, 2}
+    assert_success(client.post(f"sessions/{session}/unlearn", {"version": 1}))
+    assert [(episode["version"], episode["text"]) for episode in listed(client, session)["data"]] == [(2, MILL)]
+    assert_success(client.http.put("/v1/sessions/gambler", json={"model": "bandit"}))
+    assert texts(listed(client, "gambler")) == []
+
+
+@pytest.mark.parametrize("query", [{"query": "a" * 257}, {"limit": 0}, {"limit": 1001}, {"before": 0}, {"sort": "a"}])
+def test_a_query_for_episodes_is_bounded(client: Client, session: str, query: Json) -> None:
+    client.observe(session, HARBOUR)
+    response = client.http.get(f"/v1/sessions/{session}/episodes", params=query)
+    assert response.status_code == 400 and response.json()["error"]["param"] in query
 
 
 def test_recall_without_a_session_is_refused(client: Client) -> None:

@@ -122,13 +122,14 @@ REQUESTS: dict[str, Callable[[Client, str], httpx.Response]] = {
     "log": lambda client, name: client.http.get(f"/v1/sessions/{name}/log"),
     "export": lambda client, name: client.http.get(f"/v1/sessions/{name}/export"),
     "fork": lambda client, name: client.post(f"sessions/{name}/fork", {"id": "copy"}),
+    "episodes": lambda client, name: client.http.get(f"/v1/sessions/{name}/episodes"),
     "cells": lambda client, name: client.http.get(f"/v1/sessions/{name}/cells"),
     "diff": lambda client, name: client.http.get(f"/v1/sessions/{name}/diff?from=0&to=0"),
     "rollback": lambda client, name: client.post(f"sessions/{name}/rollback", {"version": 0}),
     "unlearn": lambda client, name: client.post(f"sessions/{name}/unlearn", {"version": 1}),
     "import": lambda client, name: import_file(client, name, b"", **{"If-Match": "*"}),
 }
-GONE = {"get", "delete", "log", "cells", "diff", "export", "fork", "rollback", "unlearn"}
+GONE = {"get", "delete", "log", "episodes", "cells", "diff", "export", "fork", "rollback", "unlearn"}
 
 
 @pytest.mark.parametrize("kind", REQUESTS)

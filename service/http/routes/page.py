@@ -1,4 +1,4 @@
-"""The playground at `/` and its files. The files come with the package, and no other file of it is served."""
+"""The page: the conversation at `/`, the laboratory, and their files. No other file of the package is served."""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -7,13 +7,14 @@ from importlib.resources import files
 from fastapi import APIRouter, Request, Response
 
 TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
-SCRIPTS = ("app", "charts", "compare", "draft", "guide", "history", "manuscript", "server", "tokens", "watch")
+CONVERSATION = ("changes", "conversation", "elements", "known", "person", "turns")
+LABORATORY = ("app", "charts", "compare", "draft", "guide", "history", "manuscript", "tokens", "watch")
 PARTS = (
-    *(f"{name}.js" for name in SCRIPTS),
-    *("style.css", "icon.svg", "samples/keeper-1.txt", "samples/keeper-2.txt"),
+    *(f"{name}.js" for name in (*CONVERSATION, *LABORATORY, "server", "shell")),
+    *("conversation.css", "style.css", "icon.svg", "samples/keeper-1.txt", "samples/keeper-2.txt"),
     *("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css", "uplot/LICENSE.txt"),
 )
-FILES = {"/": ("index.html", "text/html")} | {
+FILES = {"/": ("index.html", "text/html"), "/laboratory": ("laboratory.html", "text/html")} | {
     f"/playground/{name}": (name, TYPES[name.rpartition(".")[2]]) for name in PARTS
 }
 CONTENT_POLICY = (

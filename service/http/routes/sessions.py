@@ -22,7 +22,7 @@ from service.http.dependencies import (
 )
 from service.http.json_route import FileRoute, JsonRoute
 from service.http.openapi import ERROR_RESPONSES, ETAG_HEADER, ETAG_RESPONSES, FILE_CONTENT, FILE_TYPE, Responses
-from service.http.queries import LogPage, Page, Span
+from service.http.queries import EpisodePage, LogPage, Page, Span
 from service.http.replies import (
     LogEntry,
     Observed,
@@ -32,6 +32,8 @@ from service.http.replies import (
     SessionCells,
     SessionDeleted,
     SessionDiff,
+    SessionEpisode,
+    SessionEpisodes,
     SessionList,
     SessionLog,
     SiteCells,
@@ -48,6 +50,7 @@ from service.store.base import SessionMeta
 from service.turns.policy_turns import PolicyOperations
 from service.turns.prompts import ChatPrompt, TextPrompt
 from service.turns.text_turns import ObserveResult, ScoreResult
+from service.versions.views import EpisodeFilter
 
 CREATED: Responses = {201: {"model": Session, "headers": ETAG_HEADER}}
 EXPORTED: Responses = {200: {**FILE_CONTENT, "headers": ETAG_HEADER, "description": "The file."}}
@@ -148,6 +151,17 @@ async def read_log(
     entries, before = await versions.log(ctx.tenant, session, before=page.before, limit=page.limit)
     data = [LogEntry(**entry) for entry in entries]
     return SessionLog(object="list", data=data, has_more=before is not None, next=before)
+
+
+@router.get("/{id}/episodes", summary="List what a session can recall")
+async def read_episodes(
+    session: PathId, page: Annotated[EpisodePage, Query()], views: ViewsDep, ctx: RequestContextDep
+) -> SessionEpisodes:
+    """List the texts that the session keeps for its replies to read, the newest first."""
+    wanted = EpisodeFilter(page.query, page.before, page.asks)
+    episodes, before = await views.episodes(ctx.tenant, session, wanted, page.limit)
+    data = [SessionEpisode(**vars(episode)) for episode in episodes]
+    return SessionEpisodes(object="list", data=data, has_more=before is not None, next=before)
 
 
 @router.get("/{id}/cells", summary="Show how full the memory is", responses=ETAG_RESPONSES)
