@@ -20,7 +20,6 @@ from torch import Tensor
 
 from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
-from model.base.rotary import apply_rotary
 from model.memory import Draft, Pool, SiteConfig
 from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
@@ -275,9 +274,7 @@ class Episodes:
             keys = _dequantise(rows.keys, rows.key_scales, self._backbone.embedding.dtype)
             values = _dequantise(rows.values, rows.value_scales, self._backbone.embedding.dtype)
             shift = cache.length - len(request.header)
-            cos, sin = self._backbone.cos[abs(shift)], self._backbone.sin[abs(shift)]
-            sin = sin if shift >= 0 else -sin
-            cache.append(apply_rotary(keys, cos, sin), values)
+            cache.append(self._backbone.moved_keys(keys, shift), values)
 
     def whole_words(self, episodes: Sequence[Episode]) -> WholeWords:
         """Return the names and numbers that a reply copies whole from the episodes it reads."""

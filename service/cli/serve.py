@@ -12,7 +12,9 @@ from service.stopping import exit_at_signals
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="TCP port to listen on.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base: a name, a folder, a .gguf file, or owner/name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base: a name, a folder, a .gguf file, or owner/name[@revision].")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="The memory checkpoint.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the sessions.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
