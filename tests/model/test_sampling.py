@@ -162,7 +162,7 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(
     together, alone = ([Sampler(option) for option in options] for _ in range(2))
     for step in range(30):
         scores = spread * torch.randn(len(options), 300, generator=torch.Generator().manual_seed(step))
-        tokens = _draw_batch(together, scores)
+        tokens = _draw_batch(together, list(scores))
         for sampler, token in zip(together, tokens, strict=True):
             sampler._predrawn = token  # as `predraw` does on a GPU
         given = [sampler.draw(row) for sampler, row in zip(together, torch.zeros(len(options), 300), strict=True)]
