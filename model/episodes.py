@@ -20,7 +20,6 @@ from torch import Tensor
 
 from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
-from model.base.rotary import apply_rotary
 from model.memory import Draft, Pool, SiteConfig
 from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
@@ -91,6 +90,24 @@ class Span(NamedTuple):
 
     token_ids: tuple[int, ...]
     offset: int
+
+
+class _Rows(NamedTuple):
+    """The n episodes of a session: header [n, HEADER], tokens [n, SPAN_TOKENS] and vectors of their meaning [n, d].
+
+    A vector is 0 where another encoder, or none, has learned.
+    """
+
+    header: Ints
+    tokens: Ints
+    meanings: NDArray[np.int8]
+
+    def text(self, row: int) -> tuple[int, ...]:
+        return tuple(self.tokens[row, : self.header[row, LENGTH]].tolist())
+
+    def episode(self, row: int, score: float) -> Episode:
+        ordinal, version, offset = self.header[row, [ORDINAL, VERSION, OFFSET]].tolist()
+        return Episode(self.text(row), ordinal, version, offset, score)
 
 
 def episodic_sites() -> tuple[SiteConfig, SiteConfig]:
@@ -181,44 +198,43 @@ class Episodes:
 
         What the segment has already, and what only asks, is not read.
         """
-        slots = self._slots(pool, index)
-        header, tokens = (field.numpy()[_cells(pool, SITE, index, slots)] for field in pool.sites[SITE].fields)
-        present, found = _text(token_ids), list[Episode]()
-
-        def text(row: int) -> tuple[int, ...]:
-            return tuple(tokens[row, : header[row, LENGTH]].tolist())
+        rows, present = self._rows(pool, index), _text(token_ids)
+        found, scores = list[Episode](), dict[int, float]()
 
         def may_read(row: int) -> bool:
-            return _text(text(row)) not in present and not self.only_asks(text(row))
+            return _text(rows.text(row)) not in present and not is_question(rows.text(row), self._tables)
 
         def words_at(row: int) -> list[int]:
-            return words_of(text(row), self._tables)
+            return words_of(rows.text(row), self._tables)
 
-        scores: dict[int, float] = {}
-        meanings = self._meanings(pool, index, slots, header[:, ORDINAL])
-        for matches in self._matches(header, tokens, meanings, token_ids[slice(*request.query)]):
+        for matches in self._matches(rows, token_ids[slice(*request.query)]):
             for row, score in choose(matches, words_at, may_read, MAX_EPISODES):
                 scores[row] = max(score, scores.get(row, 0.0))
         for row, score in sorted(scores.items(), key=lambda item: -item[1]):
-            ordinal, version, offset = header[row, [ORDINAL, VERSION, OFFSET]].tolist()
-            episode = Episode(text(row), ordinal, version, offset, score)
+            episode = rows.episode(row, score)
             if len(found) < MAX_EPISODES and request.num_tokens([*found, episode]) <= request.max_tokens:
                 found.append(episode)
         return sorted(found, key=lambda episode: episode.ordinal)
 
-    def _matches(
-        self, header: Ints, tokens: Ints, meanings: NDArray[np.int8], query: Sequence[int]
-    ) -> Iterator[Matches]:
+    def rank(self, pool: Pool, index: int, query: Sequence[int], limit: int) -> list[Episode]:
+        """Return the episodes of a session that fit a sentence of a query best, the best first, read or not."""
+        rows = self._rows(pool, index)
+        fits = [matches.relevance(np.ones(len(matches.query), np.bool_)) for matches in self._matches(rows, query)]
+        relevance = np.max(fits, axis=0, initial=-np.inf) if fits else np.zeros(0)
+        return [rows.episode(row, float(relevance[row])) for row in np.argsort(-relevance, kind="stable")[:limit]]
+
+    def _matches(self, rows: _Rows, query: Sequence[int]) -> Iterator[Matches]:
         """Yield how the episodes match each of the last sentences of a query."""
-        words, lengths = query_words(query, self._tables), header[:, LENGTH]
-        if not len(header) or not len(words):
+        words = query_words(query, self._tables)
+        if not len(rows.header) or not len(words):
             return
-        parts, weight = match_words(tokens, lengths, words, self._lexicon.frequencies(words), self._tables)
+        frequency = self._lexicon.frequencies(words)
+        parts, weight = match_words(rows.tokens, rows.header[:, LENGTH], words, frequency, self._tables)
         for sentence in sentences(query, self._tables)[-MAX_SENTENCES:]:
             here = np.isin(words, query_words(sentence, self._tables))
             if here.any():
-                cosine = self._cosines(meanings, sentence)
-                yield Matches(words[here], weight[here], parts[:, here], cosine, header[:, ORDINAL])
+                cosine = self._cosines(rows.meanings, sentence)
+                yield Matches(words[here], weight[here], parts[:, here], cosine, rows.header[:, ORDINAL])
 
     def _cosines(self, meanings: NDArray[np.int8], sentence: Sequence[int]) -> Floats:
         """Return the cosine [n] of each vector [n, d] and that of a sentence; 0 without an encoder."""
@@ -226,13 +242,16 @@ class Episodes:
             return np.zeros(len(meanings))
         return cosines(meanings, self._encoder(self._decode(sentence)))
 
-    def _meanings(self, pool: Pool, index: int, slots: Ints, ordinals: Ints) -> NDArray[np.int8]:
-        """Return the vectors [n, d] of the episodes in slots [n]; zeros where another encoder, or none, has learned."""
+    def _rows(self, pool: Pool, index: int) -> _Rows:
+        """Return the rows of a session."""
+        slots = self._slots(pool, index)
+        cells = _cells(pool, SITE, index, slots)
+        header, tokens = (field.numpy()[cells] for field in pool.sites[SITE].fields)
         cells = _cells(pool, MEANINGS, index, slots)
-        made_by, vectors = (field.numpy()[cells] for field in pool.sites[MEANINGS].fields)
+        made_by, meanings = (field.numpy()[cells] for field in pool.sites[MEANINGS].fields)
         if self._encoder is not None:
-            vectors[(made_by[:, 0] != ordinals) | (made_by[:, 1] != self._encoder.id)] = 0
-        return np.asarray(vectors, np.int8)
+            meanings[(made_by[:, 0] != header[:, ORDINAL]) | (made_by[:, 1] != self._encoder.id)] = 0
+        return _Rows(header, tokens, meanings)
 
     def _last_ordinal(self, pool: Pool, index: int) -> int:
         cells = _cells(pool, SITE, index, self._slots(pool, index))
@@ -255,9 +274,7 @@ class Episodes:
             keys = _dequantise(rows.keys, rows.key_scales, self._backbone.embedding.dtype)
             values = _dequantise(rows.values, rows.value_scales, self._backbone.embedding.dtype)
             shift = cache.length - len(request.header)
-            cos, sin = self._backbone.cos[abs(shift)], self._backbone.sin[abs(shift)]
-            sin = sin if shift >= 0 else -sin
-            cache.append(apply_rotary(keys, cos, sin), values)
+            cache.append(self._backbone.moved_keys(keys, shift), values)
 
     def whole_words(self, episodes: Sequence[Episode]) -> WholeWords:
         """Return the names and numbers that a reply copies whole from the episodes it reads."""

@@ -67,7 +67,8 @@ HUB_FILES = [
 
 
 def resolve_base(model: str, cache_dir: Path, *, progress: Progress) -> Path:
-    """Return the Hugging Face folder of a base: a known name, a folder, a `.gguf` file, or `owner/name` on the hub.
+    """Return the Hugging Face folder of a base: a known name, a folder, a `.gguf` file, or `owner/name` on the hub,
+    which `@` and a commit, tag or branch may follow.
 
     A base is fetched and converted once, under `cache_dir`; other processes that need the base wait. Raises
     `BaseError`.
@@ -154,12 +155,14 @@ def cached_base(model: str, cache_dir: Path) -> Path | None:
 
 def _unknown_model_error(model: str) -> BaseError:
     known = ", ".join(PACKAGED_MODELS)
-    return BaseError(f"model must be {known}, a folder, a .gguf file or owner/name on the hub, got {model!r}")
+    return BaseError(
+        f"model must be {known}, a folder, a .gguf file or owner/name[@revision] on the hub, got {model!r}"
+    )
 
 
 def _is_hub_id(model: str) -> bool:
     """Return whether the text has the form of a name on the hub and is no path."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", model)) and not Path(model).exists()
 
 
 def resolve_gguf(model: str, cache_dir: Path, *, progress: Progress) -> Path | None:
@@ -228,16 +231,21 @@ def _from_hub(repository: str, cache_dir: Path, progress: Progress) -> Path:
         raise BaseError(f"model {repository}: {_last_line(str(error))}") from error
 
 
-def _snapshot(repository: str, cache_dir: Path, *, offline: bool) -> Path:
+def _snapshot(name: str, cache_dir: Path, *, offline: bool) -> Path:
     """Return the folder of a hub repository's files; offline, the folder may be incomplete or missing."""
     # Imported here because only a name on the hub needs the library, which is slow to import.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    repository, _, revision = name.partition("@")
     try:
         # The operator names the repository, and no code of it runs: its fingerprint tells which weights are served.
         found = snapshot_download(  # nosec B615
-            repository, cache_dir=cache_dir, allow_patterns=HUB_FILES, local_files_only=offline
+            repository,
+            revision=revision or None,
+            cache_dir=cache_dir,
+            allow_patterns=HUB_FILES,
+            local_files_only=offline,
         )
     except LocalEntryNotFoundError:
         if not offline:

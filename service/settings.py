@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     model: str = Field(
         "smollm2-135m-instruct",
         min_length=1,
-        description="The frozen base: `smollm2-135m-instruct`, a Hugging Face folder of the Llama family, a `.gguf`"
-        " file, or `owner/name` on the Hugging Face hub.",
+        description="The frozen base: `smollm2-135m-instruct`, a Hugging Face folder, a `.gguf` file, or `owner/name`"
+        " of the Hugging Face hub, which `@` and a commit may follow ([families](bases.md)).",
     )
     served_model_name: str = Field(
         "",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.base.config import ModelConfig, tiny_config
-from model.base.families import hf_config
 from model.memory import MemoryConfig, SiteConfig
 from model.policies.config import PolicyConfig
 from model.policies.journal import journal_site
@@ -32,11 +32,11 @@ def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int =
     """Write a Hugging Face folder with random weights, and return the folder."""
     config = config or tiny_config(max_context=512)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(hf_config(config)))
+    fields = llama_fields(config)
     torch.manual_seed(seed)
-    reference = LlamaForCausalLM(LlamaConfig(**hf_config(config), initializer_range=0.2))
+    reference = LlamaForCausalLM(LlamaConfig(**fields, initializer_range=0.2))
     reference.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(hf_config(config)))
+    (folder / "config.json").write_text(json.dumps(fields))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,6 +57,31 @@ def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int =
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def llama_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the content of the `config.json` of a plain Llama model of a configuration's sizes."""
+    rotary = config.layers[0].rotary
+    assert rotary is not None
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rope_theta": rotary.theta,
+        "rope_scaling": None,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_context,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
 
 
 def build_tiny_policies(folder: Path) -> list[Path]:

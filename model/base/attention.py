@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.base.config import ModelConfig
+
 
 class AttentionFn(Protocol):
     """Attention of one forward pass, which a layer calls once."""
@@ -19,7 +21,7 @@ class AttentionFn(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
         """Return the attended values `[B, H, T, hd]`.
 
-        layer: index of the layer.
+        layer: index of the layer, whose description bounds what a token attends to.
         q: rotated queries `[B, H, T, hd]`.
         k, v: rotated keys and the values of the same tokens, `[B, H_kv, T, hd]`. An attention over a cache appends
             both to the cache.
@@ -27,16 +29,32 @@ class AttentionFn(Protocol):
         ...
 
 
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend within each row of the batch, as an `AttentionFn`."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+class CausalAttention:
+    """Attention within each row of the batch, as an `AttentionFn`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._layers = config.layers
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = self._layers[layer].window
+        if window is None or window >= q.shape[2]:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        mask = causal_mask(k, q.shape[2], window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def causal_mask(keys: Tensor, T: int) -> Tensor:
+def causal_mask(keys: Tensor, T: int, window: int | None = None) -> Tensor:
     """Return the mask `[T, S]` to add to the scores of the last `T` of the `S` positions in `keys` `[B, H_kv, S, hd]`.
 
-    The mask is −inf where a key comes after the query, and 0 elsewhere.
+    The mask is −inf where a key comes after the query or is not among the `window` newest, and 0 elsewhere.
     """
     S = keys.shape[2]
-    future = torch.ones(T, S, dtype=torch.bool, device=keys.device).triu(S - T + 1)
-    return keys.new_zeros(T, S).masked_fill(future, -math.inf)
+    hidden = torch.ones(T, S, dtype=torch.bool, device=keys.device).triu(S - T + 1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(S - T - window)
+    return keys.new_zeros(T, S).masked_fill(hidden, -math.inf)
+
+
+def first_key(start: int, window: int | None) -> int:
+    """Return the position of the oldest key that the query at position `start` attends to."""
+    return 0 if window is None else max(0, start + 1 - window)

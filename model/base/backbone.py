@@ -1,6 +1,6 @@
 """The frozen decoder: embedding, layers, final norm and head, and the forward pass over them.
 
-What differs between families of decoders lies in `model.base.families`; files are read by `model.base.checkpoint`.
+`model.base.config` describes what is computed; files are read by `model.base.checkpoint` and `model.base.families`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.base.attention import AttentionFn, causal_attention
+from model.base.attention import AttentionFn, CausalAttention
 from model.base.config import ModelConfig
-from model.base.families import family_of
 from model.base.kv_cache import DenseCache, Device, KVCache
+from model.base.layer import DecoderLayer
 from model.base.linear import Fp16Linear, Linear
-from model.base.rotary import rotation_tables
+from model.base.rotary import apply_rotary, rotation_tables
 
 # Replaces the residual stream [B, T, d] after a layer.
 LayerHook = Callable[[Tensor], Tensor]
@@ -54,7 +54,11 @@ class DecodeStepBackend(Protocol):
 
 
 class Backbone(nn.Module):
-    """The frozen decoder of a base. Its weights are undefined until `load_backbone` fills them from a checkpoint."""
+    """The frozen decoder of a base. Its weights are undefined until `load_backbone` fills them from a checkpoint.
+
+    cos, sin: `[R, max_context, hd]`, one table for each different rotation among the layers.
+    layer_rotations: index of each layer's table.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -71,18 +75,29 @@ class Backbone(nn.Module):
         self._decode_step: DecodeStepBackend | None = None  # without one, a decode step is an ordinary forward pass
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(vocabulary, device=device, dtype=dtype))
-        family = family_of(config)
         self.layers = nn.ModuleList(
-            family.new_layer(index, config, device=device, dtype=dtype) for index in range(config.num_layers)
+            DecoderLayer(index, config, device=device, dtype=dtype) for index in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
         if config.tie_embeddings:
             self.head.weight = self.embedding
-        cos, sin = rotation_tables(config)
+        self.embedding_scale = float(torch.tensor(config.embedding_scale).to(dtype))  # rounded as the embedding is
+        rotations = list(dict.fromkeys(layer.rotary for layer in config.layers))
+        self.layer_rotations = [rotations.index(layer.rotary) for layer in config.layers]
+        tables = [rotation_tables(rotary, config.head_dim, config.max_context) for rotary in rotations]
+        cos, sin = (torch.stack(each) for each in zip(*tables, strict=True))
         self.register_buffer("cos", cos.to(device, dtype), persistent=False)
         self.register_buffer("sin", sin.to(device, dtype), persistent=False)
         self.requires_grad_(False).eval()
+
+    def fold(self) -> None:
+        """Bring the weights of a checkpoint into the form that `forward` computes with; call once, before `pack`."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.fold()
+        if self.config.logit_scale != 1.0:
+            self.norm.weight.mul_(self.config.logit_scale)
 
     def pack(self) -> None:
         """Bring the linear maps into their fastest layout. On a CPU, no gradient passes them afterwards."""
@@ -109,7 +124,14 @@ class Backbone(nn.Module):
 
     @property
     def head_matrix(self) -> Tensor:
-        """Return the head as a plain matrix `[V, d]`, whatever layout holds it."""
+        """Return the head as a plain matrix `[V, d]`, whatever layout holds it.
+
+        Raises `ValueError` if the logits are not this matrix times the hidden states.
+        """
+        if self.config.logit_softcap is not None:
+            raise ValueError(
+                f"logits with the soft cap {self.config.logit_softcap} are not linear in the hidden states"
+            )
         if self.config.tie_embeddings:
             return self.embedding
         return self.head.weight.to_dense() if self.head.weight.is_mkldnn else self.head.weight
@@ -142,7 +164,7 @@ class Backbone(nn.Module):
             final = self._decode_step(self, token_ids[:, 0], dense, layer_hooks)[:, None]
         else:
             positions = (torch.tensor(starts)[:, None] + torch.arange(T)).to(self.cos.device)
-            attend = causal_attention if caches is None else caches[0].attention(caches, T)
+            attend = CausalAttention(self.config) if caches is None else caches[0].attention(caches, T)
             final = self.forward_at(token_ids, positions, attend, layer_hooks)
         for extended in caches or ():
             extended.length += T
@@ -156,10 +178,13 @@ class Backbone(nn.Module):
         layer_hooks: Mapping[int, LayerHook] | None = None,
     ) -> Tensor:
         """Return `forward` of token ids `[B, T]` at given positions `[B, T]`, with an attention of the caller's."""
-        cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        tables = (table[:, positions].unsqueeze(3).unbind() for table in (self.cos, self.sin))
+        rotations = list(zip(*tables, strict=True))
         hidden = F.embedding(token_ids, self.embedding)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, attend)
+            hidden = layer(hidden, *rotations[self.layer_rotations[index]], attend)
             if layer_hooks is not None and index in layer_hooks:
                 hidden = layer_hooks[index](hidden)
         final: Tensor = self.norm(hidden)
@@ -168,7 +193,14 @@ class Backbone(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits `[..., V]` for hidden states `[..., d]`, in fp32, or in fp64 if the model is."""
         logits: Tensor = self.head(hidden)
+        if (cap := self.config.logit_softcap) is not None:
+            logits = (logits / cap).tanh() * cap
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def moved_keys(self, keys: Tensor, shift: int) -> Tensor:
+        """Return rotated keys `[L, H_kv, T, hd]` as they would be `shift` positions later (earlier if negative)."""
+        cos, sin = (table[self.layer_rotations, abs(shift)][:, None, None] for table in (self.cos, self.sin))
+        return apply_rotary(keys, cos, sin if shift >= 0 else -sin)
 
     def _check_shape(self, B: int, T: int, num_caches: int | None, longest: int) -> None:
         if B < 1 or T < 1:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.base.backbone import Backbone
 from model.base.config import ConfigError, ModelConfig
-from model.base.families import parse_config
-from model.base.families.base import DecoderLayer
+from model.base.families import family_of, parse_config
+from model.base.layer import DecoderLayer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -55,8 +55,10 @@ def load_backbone(
                     _copy(name, tensor, missing.pop(name))
                 elif not _is_redundant(name, config):
                     raise CheckpointError(f"{file}: unexpected tensor {name}")
-    if missing:
-        raise CheckpointError(f"{folder}: missing tensor {', '.join(missing)}")
+        if missing:
+            raise CheckpointError(f"{folder}: missing tensor {', '.join(missing)}")
+        _complete_norms(backbone)
+        backbone.fold()
     if not trainable:
         backbone.pack()
     return backbone
@@ -145,10 +147,18 @@ def _weight_destinations(backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
     yield "model.norm.weight", backbone.norm.weight
     if not backbone.config.tie_embeddings:
         yield "lm_head.weight", backbone.head.weight
+    family = family_of(backbone.config)
     for layer in backbone.layers:
         assert isinstance(layer, DecoderLayer)
-        for name, destination in layer.weight_destinations():
-            yield f"model.layers.{layer.index}.{name}", destination
+        yield from family.layer_tensors(layer)
+
+
+def _complete_norms(backbone: Backbone) -> None:
+    """Add what the norms of the family's checkpoints lack."""
+    if offset := family_of(backbone.config).norm_offset:
+        for module in backbone.modules():
+            if isinstance(module, nn.RMSNorm):
+                module.weight.add_(offset)
 
 
 def _copy(name: str, source: Tensor, destination: Tensor) -> None:

@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, ReaderTensor, TokenType
-from gguf.quants import dequantize
+from gguf import GGUFReader, ReaderTensor
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-from model.base.config import ModelConfig
-from model.base.families import family_of_gguf, hf_config
-from model.base.families.base import Family, Weight
-from model.base.gguf_metadata import GGUFError, Metadata, required
+from model.base.config import ConfigError, ModelConfig
+from model.base.families import family_of_gguf
+from model.base.families.base import Family
+from model.base.gguf_metadata import GGUFError, Metadata, Weight, dequantized, required
+from model.base.gguf_tokenizer import build_tokenizer
+
+Tensors = Mapping[str, ReaderTensor]
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # in the configuration
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
@@ -41,17 +44,13 @@ def convert(gguf_path: Path, folder: Path) -> None:
 def _convert(gguf_path: Path, folder: Path) -> None:
     metadata, tensors = _read(gguf_path)
     family = family_of_gguf(metadata)
-    config = family.parse_gguf_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
+    fields, config = _configuration(family, metadata, tensors)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write_json(temporary / "config.json", hf_config(config) | _special_ids(metadata))
+        _write_json(temporary / "config.json", fields | _special_ids(metadata))
         _write_json(temporary / "tokenizer_config.json", _tokenizer_config(metadata, config.max_context))
-        _tokenizer(metadata, family).save(str(temporary / "tokenizer.json"))
-        weights = {
-            family.hf_tensor_name(tensor.name): family.hf_weight(tensor.name, _dequantized(tensor), config)
-            for tensor in tensors
-        }
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        build_tokenizer(metadata).save(str(temporary / "tokenizer.json"))
+        save_file(_weights(family, tensors, config), temporary / "model.safetensors", metadata={"format": "pt"})
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:
@@ -65,15 +64,37 @@ def read_config(gguf_path: Path) -> ModelConfig:
     another tokenizer.
     """
     metadata, tensors = _read(gguf_path)
-    family = family_of_gguf(metadata)
-    _tokenizer(metadata, family)
-    return family.parse_gguf_config(metadata, tied=all(tensor.name != "output.weight" for tensor in tensors))
+    build_tokenizer(metadata)
+    return _configuration(family_of_gguf(metadata), metadata, tensors)[1]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
+def _configuration(family: Family, metadata: Metadata, tensors: Tensors) -> tuple[dict[str, Any], ModelConfig]:
+    """Return the content of `config.json` and what the family reads from it."""
+    fields = family.gguf_fields(metadata, tensors)
+    key = f"{family.gguf_architecture}.attention.sliding_window"
+    if metadata.get(key) and not fields.get("sliding_window"):
+        raise GGUFError(f"{key} must be absent, got {metadata[key]}")
+    try:
+        return fields, family.parse_config(fields)
+    except ConfigError as error:
+        raise GGUFError(str(error)) from error
+
+
+def _weights(family: Family, tensors: Tensors, config: ModelConfig) -> dict[str, Weight]:
+    """Return the tensors of a Hugging Face checkpoint."""
+    return {
+        family.hf_tensor_name(name): family.hf_weight(name, dequantized(tensor), config)
+        for name, tensor in tensors.items()
+        if name not in ROPE_FACTORS
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
     try:
         reader = _BoundedReader(path)
-        return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
+        return {name: field.contents() for name, field in reader.fields.items()}, {
+            tensor.name: tensor for tensor in reader.tensors
+        }
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
@@ -88,28 +109,6 @@ class _BoundedReader(GGUFReader):
         if end > len(self.data):
             raise ValueError(f"{end} bytes are needed, the file has {len(self.data)}")
         return super()._get(offset, dtype, count, override_order)
-
-
-def _tokenizer(metadata: Metadata, family: Family) -> Tokenizer:
-    """Return the file's byte-level BPE."""
-    if (kind := required(metadata, "tokenizer.ggml.model")) != "gpt2":
-        raise GGUFError(f"tokenizer.ggml.model must be gpt2 (byte-level BPE), got {kind}")
-    if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in family.gguf_pre_tokenizers:
-        raise GGUFError(f"tokenizer.ggml.pre must be {' or '.join(family.gguf_pre_tokenizers)}, got {pre}")
-    tokens: list[str] = required(metadata, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in required(metadata, "tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = family.gguf_pre_tokenizers[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, required(metadata, "tokenizer.ggml.token_type"), strict=True):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)])
-    if metadata.get("tokenizer.ggml.add_bos_token", False):
-        bos = required(metadata, "tokenizer.ggml.bos_token_id")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-        )
-    return tokenizer
 
 
 def _special_ids(metadata: Metadata) -> dict[str, int]:
@@ -130,14 +129,6 @@ def _tokenizer_config(metadata: Metadata, max_context: int) -> dict[str, Any]:
         **special,
         **({"chat_template": template} if template else {}),
     }
-
-
-def _dequantized(tensor: ReaderTensor) -> Weight:
-    try:
-        weight: Weight = dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise GGUFError(f"tensor {tensor.name}: cannot read {tensor.tensor_type.name} weights") from error
-    return weight
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

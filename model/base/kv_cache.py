@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.base.attention import AttentionFn, causal_mask
+from model.base.attention import AttentionFn, causal_mask, first_key
 from model.base.config import ModelConfig
 
 Device = torch.device | str
@@ -88,7 +88,7 @@ class DenseCache(KVCache):
     def __init__(self, config: ModelConfig, capacity: int, *, device: Device, dtype: torch.dtype) -> None:
         # Kernels round by how memory is aligned: every head starts at a cache line, whatever the capacity.
         slots = -(-capacity // 32) * 32
-        shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
+        shape = (len(config.layers), config.num_kv_heads, slots, config.head_dim)
         self._config = config
         self.capacity = capacity
         self.keys = torch.empty(shape, device=device, dtype=dtype)
@@ -115,30 +115,45 @@ class DenseCache(KVCache):
         self.length += T
 
     def attention(self, caches: Sequence[DenseCache], T: int) -> AttentionFn:
-        return _DenseCacheAttention(caches, T)
+        return _DenseCacheAttention(self._config, caches, T)
 
 
 class _DenseCacheAttention:
     """Attention over dense caches, as an `AttentionFn`.
 
-    The views into a cache are cut for all layers at once, which is cheaper than layer by layer.
+    The views into a cache are cut for all layers of one window at once, which is cheaper than layer by layer.
     """
 
-    def __init__(self, caches: Sequence[DenseCache], T: int) -> None:
-        self._prefixes, self._tails = [], []
+    def __init__(self, config: ModelConfig, caches: Sequence[DenseCache], T: int) -> None:
+        self._tails = []
         for cache in caches:
             cache.check_capacity(T)
             end = cache.length + T
-            keys, values = cache.keys[:, None, :, :end], cache.values[:, None, :, :end]
-            self._prefixes.append((keys.unbind(), values.unbind()))
-            self._tails.append((keys[:, 0, :, -T:].unbind(), values[:, 0, :, -T:].unbind()))
-        self._mask = causal_mask(self._prefixes[0][0][0], T) if T > 1 else None
+            keys, values = cache.keys[:, :, cache.length : end], cache.values[:, :, cache.length : end]
+            self._tails.append((keys.unbind(), values.unbind()))
+        by_window = {
+            window: _VisibleKeys(caches, T, window) for window in dict.fromkeys(each.window for each in config.layers)
+        }
+        self._visible = [by_window[each.window] for each in config.layers]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new = [tail[layer] for tails in self._tails for tail in tails]
         torch._foreach_copy_(new, [part for row in zip(k.unbind(), v.unbind(), strict=True) for part in row])
+        visible = self._visible[layer]
         attended = [
-            F.scaled_dot_product_attention(row, keys[layer], values[layer], attn_mask=self._mask, enable_gqa=True)
-            for row, (keys, values) in zip(q[:, None].unbind(), self._prefixes, strict=True)
+            F.scaled_dot_product_attention(row, keys[layer], values[layer], attn_mask=visible.mask, enable_gqa=True)
+            for row, (keys, values) in zip(q[:, None].unbind(), visible.rows, strict=True)
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+class _VisibleKeys:
+    """The keys and values that T new tokens of each cache attend to in the layers of one window, and their mask."""
+
+    def __init__(self, caches: Sequence[DenseCache], T: int, window: int | None) -> None:
+        self.rows = []
+        for cache in caches:
+            seen = slice(first_key(cache.length, window), cache.length + T)
+            keys, values = cache.keys[:, None, :, seen], cache.values[:, None, :, seen]
+            self.rows.append((keys.unbind(), values.unbind()))
+        self.mask = causal_mask(self.rows[0][0][0], T, window) if T > 1 else None

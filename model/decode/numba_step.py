@@ -1,4 +1,4 @@
-"""The fast path of a decode step on CPUs: Numba kernels for all that lies between the linear maps of a Llama layer.
+"""The fast path of a decode step on CPUs: Numba kernels for all that lies between the linear maps of a layer.
 
 torch takes a dozen operators a layer for the same, and attention one more for each sequence: half of a step. The
 reference is `model.decode.torch_step`. Each row is computed alone and in one order, so neither its neighbours nor the
@@ -8,7 +8,7 @@ number of threads change a bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -19,23 +19,24 @@ import torch.nn.functional as F
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.base.backbone import Backbone, LayerHook
-from model.base.families.llama import LlamaLayer
 from model.base.kv_cache import DenseCache
+from model.base.layer import DecoderLayer
 from model.numba_support import Array, as_arrays, cached_njit, exp, parallel_ranges, row_max
 
 PREFETCH_DISTANCE = 16  # keys between the key that is read and the key that is prefetched
 CACHE_LINE_BYTES = 64
+NO_WINDOW = 2**30  # tokens
 MIN_TOKENS_PER_THREAD = 3000  # cached tokens of one KV head: with fewer, waking up a thread takes longer than the work
 
 
 def supports(backbone: Backbone) -> bool:
-    """Return whether `decode` computes this backbone's layers: those of the Llama family, in fp32 on a CPU."""
+    """Return whether `decode` computes this backbone: one in fp32 on a CPU, with activations that have a kernel."""
     weight = backbone.embedding
-    known_layers = all(type(layer) is LlamaLayer for layer in backbone.layers)
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and known_layers
+    has_kernels = all(layer.activation in _GATES for layer in backbone.config.layers)
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and has_kernels
 
 
 def decode(
@@ -49,28 +50,51 @@ def decode(
     addresses = [(cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[2]) for cache in caches]
     lengths = np.array([cache.length for cache in caches])
     cache_positions = (np.array(addresses), lengths)
-    rotation = [table[lengths] for table in as_arrays(backbone.cos, backbone.sin)]
-    parts = _balanced_bounds(np.repeat(lengths + 1, config.num_kv_heads))
+    cos, sin = (table[:, lengths] for table in as_arrays(backbone.cos, backbone.sin))
+    parts = {window: _parts(lengths, config.num_kv_heads, window) for window in {each.window for each in config.layers}}
     hidden = F.embedding(token_ids, backbone.embedding)
+    if backbone.embedding_scale != 1.0:
+        hidden *= backbone.embedding_scale
     normed, added = torch.empty_like(hidden), torch.zeros_like(hidden)
     attended = hidden.new_empty(B, config.num_heads, config.head_dim)
     inner = hidden.new_empty(B, config.intermediate_size)
 
-    def add_and_norm(update: Tensor, weight: Tensor) -> Tensor:
-        _add_and_norm(*as_arrays(hidden, update, weight, normed), config.rms_norm_eps)
+    def add_and_norm(update: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        if norm is None:
+            return hidden.add_(update)
+        _add_and_norm(*as_arrays(hidden, update, norm.weight, normed), config.rms_norm_eps)
         return normed
 
-    for index, layer in enumerate(cast("Iterable[LlamaLayer]", backbone.layers)):
-        qkv = layer.qkv(add_and_norm(added, layer.attention_norm.weight)).numpy().reshape(B, -1, config.head_dim)
-        _rotate_and_append(index, config.num_heads, qkv, *rotation, *cache_positions)
-        parallel_ranges(partial(_attend, index), parts, qkv, *cache_positions, attended.numpy())
-        mlp_input = add_and_norm(layer.out(attended.flatten(1)), layer.mlp_norm.weight)
-        _swiglu(*as_arrays(layer.gate_up(mlp_input), inner))
-        added = layer.down(inner)
+    for index, layer in enumerate(cast("Iterable[DecoderLayer]", backbone.layers)):
+        window, rotation = layer.config.window, backbone.layer_rotations[index]
+        qkv = layer.qkv(add_and_norm(added, layer.attention_norm))
+        q_size = config.num_heads * config.head_dim
+        _norm_parts(qkv, layer.q_norm, 0, q_size)
+        _norm_parts(qkv, layer.k_norm, q_size, q_size + config.num_kv_heads * config.head_dim)
+        heads = qkv.numpy().reshape(B, -1, config.head_dim)
+        _rotate_and_append(index, config.num_heads, heads, cos[rotation], sin[rotation], *cache_positions)
+        attend = partial(_attend, index, window or NO_WINDOW)
+        parallel_ranges(attend, parts[window], heads, *cache_positions, attended.numpy())
+        update = _norm_parts(layer.out(attended.flatten(1)), layer.attention_out_norm)
+        mlp_input = add_and_norm(update, layer.mlp_norm)
+        _GATES[layer.config.activation](*as_arrays(layer.gate_up(mlp_input), inner))
+        added = _norm_parts(layer.down(inner), layer.mlp_out_norm)
         if layer_hooks is not None and index in layer_hooks:
             hidden = layer_hooks[index]((hidden + added)[:, None])[:, 0].contiguous()
             added = torch.zeros_like(hidden)
-    return add_and_norm(added, backbone.norm.weight)
+    return add_and_norm(added, backbone.norm)
+
+
+def _parts(lengths: Array, kv_heads: int, window: int | None) -> list[int]:
+    """Return the bounds of each thread's units of attention: pairs of a row and one of its key heads."""
+    return _balanced_bounds(np.repeat(np.minimum(lengths + 1, window or NO_WINDOW), kv_heads))
+
+
+def _norm_parts(x: Tensor, norm: nn.RMSNorm | None, first: int = 0, last: int | None = None) -> Tensor:
+    """Norm in place the columns `first` to `last` of `x` `[B, n]`, in parts of the norm's size, if there is a norm."""
+    if norm is not None:
+        _norm_columns(*as_arrays(x, norm.weight), first, x.shape[1] if last is None else last, norm.eps)
+    return x
 
 
 def _balanced_bounds(tokens: Array) -> list[int]:
@@ -129,6 +153,21 @@ def _add_and_norm(hidden: Array, added: Array, weight: Array, normed: Array, eps
 
 
 @cached_njit
+def _norm_columns(x: Array, weight: Array, first: int, last: int, eps: float) -> None:
+    """Replace each part of the weight's size, of the columns `first` to `last` of `x` `[B, n]`, by its norm."""
+    size = len(weight)
+    for b in range(len(x)):
+        for start in range(first, last, size):
+            part = x[b, start : start + size]
+            square = np.float32(0.0)
+            for i in range(size):
+                square += part[i] * part[i]
+            scale = np.float32(1.0) / np.sqrt(square / np.float32(size) + np.float32(eps))
+            for i in range(size):
+                part[i] = part[i] * scale * weight[i]
+
+
+@cached_njit
 def _swiglu(gate_up: Array, inner: Array) -> None:
     """Write SwiGLU (Shazeer 2020, arXiv 2002.05202) of gate and up projections `[B, 2 w]` into `inner` `[B, w]`."""
     width = inner.shape[1]
@@ -136,6 +175,20 @@ def _swiglu(gate_up: Array, inner: Array) -> None:
         for i in range(width):
             gate = gate_up[b, i]
             inner[b, i] = gate / (np.float32(1.0) + exp(min(-gate, np.float32(80.0)))) * gate_up[b, width + i]
+
+
+@cached_njit
+def _geglu(gate_up: Array, inner: Array) -> None:
+    """Write GEGLU (Shazeer 2020, arXiv 2002.05202) with tanh's GELU, x / (1 + exp(−2 √(2/π) (x + 0.044715 x³)))."""
+    width = inner.shape[1]
+    for b in range(len(inner)):
+        for i in range(width):
+            gate = gate_up[b, i]
+            exponent = np.float32(-1.5957691216) * (gate + np.float32(0.044715) * gate * gate * gate)
+            inner[b, i] = gate / (np.float32(1.0) + exp(min(exponent, np.float32(80.0)))) * gate_up[b, width + i]
+
+
+_GATES: dict[str, Callable[[Array, Array], None]] = {"silu": _swiglu, "gelu_pytorch_tanh": _geglu}
 
 
 @cached_njit
@@ -163,16 +216,20 @@ def _rotate_and_append(
 
 
 @cached_njit
-def _attend(layer: int, first: int, last: int, qkv: Array, caches: Array, lengths: Array, out: Array) -> None:
+def _attend(
+    layer: int, window: int, first: int, last: int, qkv: Array, caches: Array, lengths: Array, out: Array
+) -> None:
     """Write grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) into `out` `[B, H, hd]`, for the groups
-    from `first` to `last` of all `B * H_kv`; the other arguments are those of `_rotate_and_append`."""
+    from `first` to `last` of all `B * H_kv`, over the `window` newest tokens; the other arguments are those of
+    `_rotate_and_append`."""
     heads, hd = out.shape[1:]
     kv_heads = (qkv.shape[1] - heads) // 2
     group = heads // kv_heads
     attention_weights = np.empty((group, lengths.max() + 1), np.float32)
     for unit in range(first, last):
         b, g = unit // kv_heads, unit % kv_heads
-        S, offset = lengths[b] + 1, 4 * hd * (layer * kv_heads + g) * caches[b, 2]
+        S = min(lengths[b] + 1, window)
+        offset = 4 * hd * ((layer * kv_heads + g) * caches[b, 2] + lengths[b] + 1 - S)
         query_heads = slice(g * group, (g + 1) * group)
         keys, values = caches[b, 0] + offset, caches[b, 1] + offset
         _attention_scores(qkv[b, query_heads], S, keys, values, attention_weights)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.base.attention import AttentionFn, causal_mask
+from model.base.attention import AttentionFn, causal_mask, first_key
 from model.base.config import ModelConfig
 from model.base.kv_cache import Device, KVCache
 from model.device import upload
@@ -40,12 +40,13 @@ class PagedAttentionBackend(Protocol):
         sequences: Tensor,
         positions: Tensor,
         page: int,
+        window: int | None = None,
     ) -> Tensor:
         """Store k and v at their positions, then return the attended values `[B, H, hd]`.
 
-        Row b attends to positions 0 to `positions[b]` of sequence `sequences[b]`, including the tokens of other rows
-        in this step. No shape depends on the positions and nothing waits for the device, so that a CUDA graph can
-        capture the call.
+        Row b attends to positions 0 to `positions[b]` of sequence `sequences[b]`, or to the last `window` of them,
+        including the tokens of other rows in this step. No shape depends on the positions and nothing waits for the
+        device, so that a CUDA graph can capture the call.
 
         q: queries `[B, H, hd]`. k, v: keys and values `[B, H_kv, hd]` of the same tokens.
         keys, values: slots of one layer `[slots, H_kv, hd]`; the call writes one slot for each row.
@@ -79,9 +80,10 @@ class PagePool:
         the fastest on the device."""
         self.device = torch.device(device)
         self.max_sequence_tokens = config.max_context  # checked here, for a captured step checks nothing
+        self.windows = [layer.window for layer in config.layers]
         self.attend = attend or choose_paged_attention(self.device)
         pages = -(-tokens // PAGE_SIZE) + sequences
-        shape = (config.num_layers, (pages + 1) * PAGE_SIZE, config.num_kv_heads, config.head_dim)
+        shape = (len(config.layers), (pages + 1) * PAGE_SIZE, config.num_kv_heads, config.head_dim)
         # Zeros, because masked slots must not hold NaN.
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.tables = torch.zeros(sequences + 1, -(-config.max_context // PAGE_SIZE), dtype=torch.int32, device=device)
@@ -182,7 +184,7 @@ class PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pages = self._pages
         kv_args = (pages.keys[layer], pages.values[layer], pages.tables, self._sequences, self._positions)
-        attended = pages.attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], *kv_args, PAGE_SIZE)
+        attended = pages.attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], *kv_args, PAGE_SIZE, pages.windows[layer])
         return attended[:, :, None]
 
 
@@ -196,6 +198,7 @@ def paged_attention(
     sequences: Tensor,
     positions: Tensor,
     page: int,
+    window: int | None = None,
 ) -> Tensor:
     """Run one step in torch's operators: see `PagedAttentionBackend`.
 
@@ -206,7 +209,10 @@ def paged_attention(
     keys.index_copy_(0, new, k)
     values.index_copy_(0, new, v)
     slots = (table[:, :, None] * page + torch.arange(page, device=q.device)).flatten(1)
-    known = torch.arange(slots.shape[1], device=q.device) <= positions[:, None]
+    slot_positions = torch.arange(slots.shape[1], device=q.device)
+    known = slot_positions <= positions[:, None]
+    if window is not None:
+        known &= slot_positions > positions[:, None] - window
     attended = F.scaled_dot_product_attention(
         q[:, :, None],
         keys[slots].transpose(1, 2),
@@ -234,16 +240,22 @@ class _Prefill:
     """Attention of the next T tokens of one sequence, as an `AttentionFn`."""
 
     def __init__(self, cache: PagedCache, T: int) -> None:
-        end, pages = cache.length + T, cache.pages
-        self._pages, self._slots = pages, upload(cache._slots(end), pages.device)
-        self._new_slots = self._slots[-T:]
-        self._mask = causal_mask(pages.keys.new_empty(1, 1, end, 0), T)
+        pages = cache.pages
+        self._pages, slots = pages, upload(cache._slots(cache.length + T), pages.device)
+        self._new_slots = slots[-T:]
+        # By window: the slots that the tokens attend to, and the mask.
+        self._visible: dict[int | None, tuple[Tensor, Tensor]] = {}
+        for window in dict.fromkeys(pages.windows):
+            seen = slots[first_key(cache.length, window) :]
+            self._visible[window] = seen, causal_mask(pages.keys.new_empty(1, 1, len(seen), 0), T, window)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._extended(self._pages.keys[layer], k), self._extended(self._pages.values[layer], v)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask, enable_gqa=True)
+        slots, mask = self._visible[self._pages.windows[layer]]
+        keys = self._extended(self._pages.keys[layer], k, slots)
+        values = self._extended(self._pages.values[layer], v, slots)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
-    def _extended(self, field: Tensor, new: Tensor) -> Tensor:
-        """Append the new keys or values `[1, H_kv, T, hd]` and return the whole sequence's `[1, H_kv, S, hd]`."""
+    def _extended(self, field: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+        """Append the new keys or values `[1, H_kv, T, hd]` and return those of the slots `[1, H_kv, S, hd]`."""
         field.index_copy_(0, self._new_slots, new[0].transpose(0, 1))
-        return field[self._slots].transpose(0, 1)[None]
+        return field[slots].transpose(0, 1)[None]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from model.triton_check import assert_close
 
+NO_WINDOW = 2**30  # tokens
+
 
 def paged_attention(
     q: Tensor,
@@ -25,6 +27,7 @@ def paged_attention(
     sequences: Tensor,
     positions: Tensor,
     page: int,
+    window: int | None = None,
 ) -> Tensor:
     """Store one token of each of B sequences in its pages and return its attention `[B, H, hd]`; arguments as in
     `paged_cache.paged_attention`, which is the reference."""
@@ -36,7 +39,7 @@ def paged_attention(
     # Two launches: rows of a batch may follow one another in one sequence, so all are stored before any is read.
     _store_paged_kv[(B, H_kv)](k, v, *pages, *strides, H_kv, D, D2, page)
     sizes = (H_kv, H // H_kv, D, triton.next_power_of_2(H // H_kv), D2, page)
-    _paged_attention[(B, H_kv)](q, *pages, out, *q.stride()[:2], tables.shape[1], D**-0.5, *sizes)
+    _paged_attention[(B, H_kv)](q, *pages, out, *q.stride()[:2], tables.shape[1], D**-0.5, window or NO_WINDOW, *sizes)
     return out
 
 
@@ -56,7 +59,7 @@ def _store_paged_kv(
 
 @triton.jit
 def _paged_attention(
-    q, keys, values, tables, sequences, positions, out, q_row, q_head, table_size, scale,
+    q, keys, values, tables, sequences, positions, out, q_row, q_head, table_size, scale, window,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, G2: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Compute the attention of one row: one program for each row and each key head, which G query heads share."""
@@ -70,8 +73,9 @@ def _paged_attention(
     top = tl.full([G2], float("-inf"), dtype=tl.float32)
     total = tl.zeros([G2], dtype=tl.float32)
     sums = tl.zeros([G2, D2], dtype=tl.float32)
-    for start in range(0, position + 1, PAGE):
-        known = start + t <= position
+    first = tl.maximum(position - window + 1, 0)
+    for start in range(first // PAGE * PAGE, position + 1, PAGE):
+        known = (start + t <= position) & (start + t >= first)
         at = ((tl.load(table + start // PAGE).to(tl.int64) * PAGE + t) * H_KV + h)[:, None] * D + d[None, :]
         is_known = known[:, None] & is_dim
         page_keys = tl.load(keys + at, mask=is_known, other=0.0).to(tl.float32)
@@ -98,6 +102,7 @@ def check_paged_attention(device: torch.device, *, reference: Callable[..., Tens
     stored = [torch.randn(pages * page, 1, D, generator=g).to(device) for _ in range(2)]
     expected = [field.clone() for field in stored]
     kv_args = (tables, sequences, positions, page)
-    attended = paged_attention(q, k, v, stored[0], stored[1], *kv_args)
-    expected_attended = reference(q, k, v, expected[0], expected[1], *kv_args)
-    assert_close("paged_attention", [attended, *stored], [expected_attended, *expected])
+    for window in (None, 5):
+        attended = paged_attention(q, k, v, stored[0], stored[1], *kv_args, window)
+        expected_attended = reference(q, k, v, expected[0], expected[1], *kv_args, window)
+        assert_close("paged_attention", [attended, *stored], [expected_attended, *expected])

@@ -12,7 +12,9 @@ from service.stopping import exit_at_signals
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="TCP port to listen on.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base: a name, a folder, a .gguf file, or owner/name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base: a name, a folder, a .gguf file, or owner/name[@revision].")
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="A name by which requests call the model; may be given several times.")
     ] = None,

@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gqa-2-tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "gqa-3-odd": {"hidden_size": 45, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10},
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama3": {
         "rope_scaling": {

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
-from model.base.config import ConfigError, LinearScaling, Llama3Scaling, tiny_config
-from model.base.families import hf_config, parse_config
+from model.base.config import ConfigError, LinearScaling, tiny_config
+from model.base.families import parse_config
 from tests.model.random_models import byte_level_bpe, random_llama
+from tests.tiny import llama_fields
 
-LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 Damage = Callable[[Path], None]
 
 
@@ -68,7 +68,7 @@ def truncate(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must hold a JSON object"),
-        (edit_json("config.json", hidden_act="gelu"), "config.json: hidden_act must be silu, got gelu"),
+        (edit_json("config.json", hidden_act="gelu"), "config.json: hidden_act must be silu or .*, got gelu"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "neither model.safetensors nor"),
         (edit_json("model.safetensors.index.json", weight_map=3), "weight_map must map"),
         (lambda folder: first_shard(folder).unlink(), "named in model.safetensors.index.json but not there"),
@@ -117,33 +117,32 @@ def test_a_folder_without_a_tokenizer_has_no_fingerprint(folder: Path) -> None:
         fingerprint(folder)
 
 
-@pytest.mark.parametrize("scaling", [None, LinearScaling(2.0), LLAMA3])
-def test_a_configuration_survives_hugging_faces_format(scaling: LinearScaling | Llama3Scaling | None) -> None:
-    config = tiny_config(rope_scaling=scaling, attention_bias=True, tie_embeddings=False, head_dim=10)
-    assert parse_config(hf_config(config)) == config
-
-
 def test_older_and_newer_spellings_of_rope_mean_the_same() -> None:
-    base = {k: v for k, v in hf_config(tiny_config()).items() if not k.startswith("rope")}
+    base = {k: v for k, v in llama_fields(tiny_config()).items() if not k.startswith("rope")}
     old = base | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}
     new = base | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
     assert parse_config(old) == parse_config(new)
-    assert parse_config(old).rope_scaling == LinearScaling(2.0)
+    rotary = parse_config(old).layers[0].rotary
+    assert rotary is not None and (rotary.theta, rotary.scaling) == (5e5, LinearScaling(2.0))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen3ForCausalLM"]}, "architectures must be LlamaForCausalLM, got Qwen3ForCausalLM"),
-        ({"architectures": None, "model_type": "gpt2"}, "architectures must be LlamaForCausalLM, got gpt2"),
-        ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be default, linear or llama3, got yarn"),
+        ({"architectures": ["MambaForCausalLM"]}, "architectures must be LlamaForCausalLM or .*, got MambaForCausalLM"),
+        ({"architectures": None, "model_type": "gpt2"}, "architectures must be LlamaForCausalLM or .*, got gpt2"),
+        ({"hidden_act": "relu"}, "hidden_act must be silu or gelu_pytorch_tanh, got relu"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type must be default or .* or longrope, got dynamic"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor must be a positive number, got None"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor must be a list of numbers, got None"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
         ({"quantization_config": {}}, "quantization_config must be absent"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
         ({"hidden_size": None}, "hidden_size must be an integer, got None"),
         ({"vocab_size": "many"}, "vocab_size must be an integer, got 'many'"),
-        ({"num_hidden_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be from 1 to 1024, got 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to 1024, got 1000000000"),
+        ({"attention_bias": "yes"}, "attention_bias must be true or false, got 'yes'"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"head_dim": 15}, "head_dim must be even for rotary embeddings, got 15"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
@@ -151,4 +150,4 @@ def test_older_and_newer_spellings_of_rope_mean_the_same() -> None:
 )
 def test_a_configuration_that_cannot_be_run_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_config(hf_config(tiny_config()) | changes)
+        parse_config(llama_fields(tiny_config()) | changes)

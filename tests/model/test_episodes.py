@@ -307,7 +307,7 @@ def test_keys_and_values_are_those_of_the_base_after_the_header(lm: AdaptiveLM, 
     for reading in range(READINGS):
         place = start + reading * len(ids(sentence))
         shift, stop = place - len(HEADER), place + len(ids(sentence))
-        cos, sin = lm.backbone.cos[abs(shift)], lm.backbone.sin[abs(shift)]
+        cos, sin = lm.backbone.cos[0, abs(shift)], lm.backbone.sin[0, abs(shift)]
         rotated = apply_rotary(keys, cos, sin if shift >= 0 else -sin)
         for got, want in ((cache.keys, rotated), (cache.values, values)):
             error = (got[:, :, place:stop] - want).abs().amax(-1)

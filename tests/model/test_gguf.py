@@ -11,15 +11,27 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model.base.gguf
 from model.base.checkpoint import load_backbone
-from model.base.config import LinearScaling
-from model.base.gguf import convert
+from model.base.config import LinearScaling, Llama3Scaling, RopeScaling, Rotary
+from model.base.gguf import convert, read_config
 from model.base.gguf_metadata import GGUFError
+from model.base.rotary import rotation_tables
 from model.text.tokenizer import Tokenizer
-from tests.model.random_models import TEXT, VOCAB_SIZE, byte_level_bpe, random_llama, tokens, write_gguf
+from tests.model.random_models import (
+    LONGROPE,
+    TEXT,
+    VOCAB_SIZE,
+    byte_level_bpe,
+    quantized,
+    random_family_model,
+    random_llama,
+    tokens,
+    write_gguf,
+)
 from tests.tiny import CHAT_TEMPLATE
 
 CHAT = [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content": "On the mat."}]
@@ -94,20 +106,91 @@ def test_linear_rope_scaling_is_kept(files: tuple[Path, Path]) -> None:
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     write_gguf(source, random_llama(), metadata=scaling)
     convert(source, folder)
-    assert load_backbone(folder).config.rope_scaling == LinearScaling(4.0)
+    rotary = load_backbone(folder).config.layers[0].rotary
+    assert rotary is not None and rotary.scaling == LinearScaling(4.0)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+LLAMA3["original_max_position_embeddings"] = 32
+PHI3_FACTORS = {
+    f"rope_factors_{kind}.weight": np.array(LONGROPE[f"{kind}_factor"], np.float32) for kind in ("short", "long")
+}
+
+
+def llama3_factors() -> Tensor:
+    """Return the factor of each frequency, as llama.cpp's converter writes them."""
+    plain, scaled = (rotation_frequencies(scaling) for scaling in (None, Llama3Scaling(8.0, 1.0, 4.0, 32)))
+    return plain / scaled
+
+
+def rotation_frequencies(scaling: RopeScaling | None) -> Tensor:
+    """Return the frequencies `[8]` of a head of 16, from the angles at position 1."""
+    cos, sin = rotation_tables(Rotary(1e4, 16, scaling), 16, 2)
+    return torch.atan2(sin[1, 8:], cos[1, 8:]).double()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("case", "changes", "tensors"),
+    [
+        ("llama", {}, {}),
+        ("llama", {"rope_parameters": LLAMA3}, {"rope_freqs.weight": llama3_factors().float().numpy()}),
+        ("qwen2", {}, {}),
+        ("qwen3", {}, {}),
+        ("mistral", {}, {}),
+        ("gemma3", {"query_pre_attn_scalar": 24}, {}),
+        ("phi3", {}, {}),
+        ("phi3-part", {}, PHI3_FACTORS),
+        ("olmo2", {}, {}),
+        ("granite", {}, {}),
+        ("smollm3", {"no_rope_layer_interval": 4, "num_hidden_layers": 5}, {}),
+    ],
+)
+def test_every_familys_file_becomes_its_model(
+    files: tuple[Path, Path], case: str, changes: dict[str, Any], tensors: dict[str, Any]
+) -> None:
+    """Names, order of rows, norms and numbers are those that llama.cpp's converter writes."""
+    source, folder = files
+    original = random_family_model(case, **changes)
+    write_gguf(source, original, tensors=tensors)
+    convert(source, folder)
+    backbone, ids = load_backbone(folder), tokens(2, 40)
+    torch.testing.assert_close(backbone.logits(backbone(ids)), original(ids).logits, atol=2e-4, rtol=0)
+    assert read_config(source) == backbone.config
+    reread = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(reread(ids).logits, original(ids).logits, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"])
+def test_k_quants_and_iq_become_the_values_that_the_gguf_package_reads(files: tuple[Path, Path], kind: str) -> None:
+    source, folder = files
+    original = random_family_model("qwen2", hidden_size=256, intermediate_size=256)
+    stored = GGMLQuantizationType[kind]
+    write_gguf(source, original, kind=stored)
+    convert(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in original.named_parameters():
+        if weight.ndim == 2:
+            np.testing.assert_array_equal(weights[name], dequantize(quantized(weight.numpy(), stored), stored))
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre must be smollm, got qwen2"),
-        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre must be smollm, got default"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model must be gpt2 .*, got llama"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type must be none or linear, got yarn"),
-        ({"llama.rope.dimension_count": 7}, "llama.rope.dimension_count must be the head size 14, got 7"),
+        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre must be smollm or .*, got tekken"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model must be gpt2 .* or llama .*, got t5"),
+        ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.scores is missing"),
+        (
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0},
+            "llama.rope.scaling.type must be none, linear or yarn, got longrope",
+        ),
+        ({"llama.rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.factor is missing"),
+        ({"llama.rope.dimension_count": 7}, r"partial_rotary_factor must be 1, got 0\.5"),
+        ({"llama.attention.value_length": 7}, "llama.attention.value_length must be the size of keys 14, got 7"),
+        ({"llama.attention.sliding_window": 9}, "llama.attention.sliding_window must be absent, got 9"),
         ({"llama.attention.head_count_kv": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
-        ({"general.architecture": "qwen2"}, "general.architecture must be llama, got qwen2"),
+        ({"general.architecture": "mamba"}, "general.architecture must be llama or .*, got mamba"),
     ],
 )
 def test_an_unsupported_file_is_refused_by_name(
@@ -122,8 +205,8 @@ def test_an_unsupported_file_is_refused_by_name(
 
 def test_a_tensor_without_a_place_is_refused_by_name(files: tuple[Path, Path]) -> None:
     source, folder = files
-    write_gguf(source, random_llama(attention_bias=True))
-    with pytest.raises(GGUFError, match=r"tensor blk\.0\.attn_q\.bias has no place in a plain Llama model"):
+    write_gguf(source, random_llama(), tensors={"blk.0.ffn_gate_exps.weight": np.zeros((2, 4), np.float32)})
+    with pytest.raises(GGUFError, match=r"tensor blk\.0\.ffn_gate_exps\.weight has no place .* architecture llama"):
         convert(source, folder)
     assert not list(folder.parent.iterdir())
 

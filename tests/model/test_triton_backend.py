@@ -64,8 +64,11 @@ def test_rows_are_compared_as_by_torch(P: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "page"), [(3, 1, 10, 4), (4, 2, 16, 8), (9, 3, 64, 32)])
-def test_paged_attention_is_that_of_torch(heads: int, kv_heads: int, width: int, page: int, dtype: torch.dtype) -> None:
+def test_paged_attention_is_that_of_torch(
+    heads: int, kv_heads: int, width: int, page: int, window: int | None, dtype: torch.dtype
+) -> None:
     """The batch has a first token, pages just begun and just full, a token after another row, and two padding rows."""
     g = torch.Generator().manual_seed(0)
     positions = torch.tensor([0, page - 1, page, 2 * page + 1, 1, 0, 0])
@@ -78,8 +81,8 @@ def test_paged_attention_is_that_of_torch(heads: int, kv_heads: int, width: int,
     stored = [torch.randn(13 * page, kv_heads, width, generator=g).to(DEVICE, dtype) for _ in range(2)]
     by_kernel, by_torch = [x.clone() for x in stored], [x.clone() for x in stored]
     kv_args = (tables.to(DEVICE), sequences.to(DEVICE), positions.to(DEVICE))
-    found = triton_attention.paged_attention(q, k, v, by_kernel[0], by_kernel[1], *kv_args, page)
-    expected = paged_attention(q, k, v, by_torch[0], by_torch[1], *kv_args, page)
+    found = triton_attention.paged_attention(q, k, v, by_kernel[0], by_kernel[1], *kv_args, page, window)
+    expected = paged_attention(q, k, v, by_torch[0], by_torch[1], *kv_args, page, window)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found[:5], expected[:5], atol=bound, rtol=bound)
     assert found.isfinite().all()

@@ -18,7 +18,7 @@ CELLS = {"P": 50, "R": 3, "D": 64, "P2": 64, "D2": 64}
 HEADS = {"H_KV": 3, "G": 3, "D": 64, "G2": 4, "D2": 64, "PAGE": 32}
 PAGES = (
     dict.fromkeys(("q", "k", "v", "keys", "values", "out"), "*bf16")
-    | dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "table_size"), "i32")
+    | dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "table_size", "window"), "i32")
     | {"tables": "*i32", "sequences": "*i64", "positions": "*i64", "scale": "fp32"}
 )
 KERNELS = {

@@ -198,6 +198,9 @@ def test_a_cached_model_of_the_hub_needs_no_network(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = hub_snapshot(tmp_path)
     assert resolve_base("someone/tiny", tmp_path, progress=pytest.fail) == snapshot
+    assert resolve_base(f"someone/tiny@{snapshot.name}", tmp_path, progress=pytest.fail) == snapshot
+    with pytest.raises(BaseError, match=r"^model someone/tiny@other: [^\n]+$"):
+        resolve_base("someone/tiny@other", tmp_path, progress=silent)
 
 
 @pytest.mark.parametrize("partial", [True, False])

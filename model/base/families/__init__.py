@@ -1,4 +1,4 @@
-"""The families of decoders that `Backbone` can run, one file a family, and the lookup of a family.
+"""The families of decoders that a `Backbone` can be loaded from, one file a family, and the lookup of a family.
 
 A new family is one file here and one entry of `FAMILIES`.
 """
@@ -10,10 +10,28 @@ from typing import Any
 
 from model.base.config import ConfigError, ModelConfig
 from model.base.families.base import Family
+from model.base.families.gemma3 import Gemma3Family
+from model.base.families.granite import GraniteFamily
 from model.base.families.llama import LlamaFamily
+from model.base.families.mistral import MistralFamily
+from model.base.families.olmo2 import Olmo2Family
+from model.base.families.phi3 import Phi3Family
+from model.base.families.qwen2 import Qwen2Family
+from model.base.families.qwen3 import Qwen3Family
+from model.base.families.smollm3 import SmolLM3Family
 from model.base.gguf_metadata import GGUFError, Metadata, required
 
-FAMILIES: tuple[Family, ...] = (LlamaFamily(),)
+FAMILIES: tuple[Family, ...] = (
+    LlamaFamily(),
+    Qwen2Family(),
+    Qwen3Family(),
+    MistralFamily(),
+    Gemma3Family(),
+    Phi3Family(),
+    Olmo2Family(),
+    GraniteFamily(),
+    SmolLM3Family(),
+)
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -25,19 +43,14 @@ def family_of(config: ModelConfig) -> Family:
     raise ConfigError(f"family must be {known}, got {config.family}")
 
 
-def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     """Read the content of a Hugging Face `config.json`. Raises `ConfigError` if the model is unsupported."""
-    architectures = config.get("architectures") or [config.get("model_type", "nothing")]
+    architectures = fields.get("architectures") or [fields.get("model_type", "nothing")]
     for family in FAMILIES:
         if architectures in ([family.architecture], [family.name]):
-            return family.parse_config(config)
+            return family.parse_config(fields)
     known = " or ".join(family.architecture for family in FAMILIES)
     raise ConfigError(f"architectures must be {known}, got {', '.join(map(str, architectures))}")
-
-
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of a Hugging Face `config.json` from which `parse_config` reads an equal configuration."""
-    return family_of(config).hf_config(config)
 
 
 def family_of_gguf(metadata: Metadata) -> Family:
@@ -46,5 +59,5 @@ def family_of_gguf(metadata: Metadata) -> Family:
     for family in FAMILIES:
         if architecture == family.gguf_architecture:
             return family
-    known = " or ".join(family.gguf_architecture for family in FAMILIES)
+    known = " or ".join(family.gguf_architecture for family in FAMILIES if family.gguf_architecture)
     raise GGUFError(f"general.architecture must be {known}, got {architecture}")

@@ -50,11 +50,9 @@ class EpisodesArm(MemoryArm):
         return [Answer(first_sentence(text), spans) for text, spans in self._replies(cues, max_tokens, chat=False)]
 
     def find(self, query: str, limit: int) -> list[str]:
-        """Return the learned texts that a reply to the query would read, best first."""
-        ids, request = self._prompt(query, chat=True)
-        found = self._find(ids, request)
-        best = sorted(found, key=lambda episode: -episode.score)[:limit]
-        return [self._speaker.tokenizer.decode(episode.token_ids) for episode in best]
+        """Return the learned texts that fit a question best, the best first."""
+        found = self._episodes.rank(self._pool, self._session, self._speaker.encode(query), limit)
+        return [self._speaker.tokenizer.decode(episode.token_ids) for episode in found]
 
     def _prompt(self, text: str, *, chat: bool) -> tuple[list[int], RecallRequest | None]:
         """Return the tokens of a request and what its reply may recall."""
