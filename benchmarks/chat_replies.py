@@ -53,7 +53,7 @@ MESSAGES = (
     "Thank you, goodbye!",
 )
 ARMS: dict[str, ChatOptions] = {
-    "api": {},
+    "openai": {"temperature": 1.0, "top_p": 1.0, "frequency_penalty": 0.0},
     "greedy": {"temperature": 0},
     "0.3": {"temperature": 0.3, "top_p": 0.9},
     "0.3-f0.2": {"temperature": 0.3, "top_p": 0.9, "frequency_penalty": 0.2},

@@ -36,8 +36,9 @@ class Sampling:
     frequency_penalty: float
 
 
-# What Imprint's own clients send unless the user says otherwise; docs/decisions/clients.md has the measurement. The
-# API's defaults are OpenAI's, temperature 1 without a penalty, with which a small model soon writes nonsense.
+OPENAI_SAMPLING = Sampling(temperature=1.0, top_p=1.0, frequency_penalty=0.0)
+# What Imprint's own clients send unless the user says otherwise, and the default of chats that name no temperature;
+# docs/decisions/clients.md has the measurement. With OpenAI's defaults a small model soon writes nonsense.
 SUGGESTED_SAMPLING = Sampling(temperature=0.4, top_p=0.9, frequency_penalty=0.5)
 
 

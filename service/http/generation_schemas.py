@@ -186,7 +186,11 @@ class GenerationRequest(Body):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None,
+        description="Default: 1; in chats the temperature that `sampling` of the model suggests, with its `top_p` and"
+        " `frequency_penalty` where the request has none.",
+    )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32), WHOLE] | None = Field(
         None, description="Draw from the `top_k` likeliest tokens only; 0 and -1: from all."

@@ -34,9 +34,9 @@ export class Turn {
         "div",
         { className: "answer" },
         element("h3", { className: "hidden" }, "Answer"),
+        this.#memory, // first: what the person said is right more often than what a small model makes of it
         this.#text,
         this.#note,
-        this.#memory,
         this.#acts,
       ),
     );

@@ -31,6 +31,19 @@ def test_a_reply_has_openais_fields(chat: Ask, complete: Ask) -> None:
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
+def test_a_chat_without_a_temperature_is_sampled_as_the_model_suggests(api: Client, chat: Ask, complete: Ask) -> None:
+    def text(reply: dict[str, Any]) -> str:
+        (choice,) = reply["choices"]
+        return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+    suggested = api.http.get("/v1/models").json()["data"][0]["sampling"]
+    openai_default = {"temperature": 1, "top_p": 1, "frequency_penalty": 0}
+    assert text(chat(max_tokens=40)) == text(chat(max_tokens=40, **suggested))
+    assert text(chat(max_tokens=40)) != text(chat(max_tokens=40, **openai_default))
+    assert text(chat(max_tokens=40, temperature=1)) == text(chat(max_tokens=40, **openai_default))
+    assert text(complete(max_tokens=40)) == text(complete(max_tokens=40, **openai_default))
+
+
 @pytest.mark.parametrize("path", BOTH)
 def test_more_tokens_than_fit_are_as_many_as_fit(api: Client, path: str) -> None:
     response = api.post(path, body(path, api.model, max_tokens=10**6, temperature=0))

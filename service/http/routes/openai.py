@@ -30,7 +30,7 @@ from service.http.sse import EventStream, until_disconnect
 from service.turns.completion import CompletionJob, GenerationOptions
 from service.turns.prompts import ChatPrompt, PartsPrompt, Prompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
-from service.types import SUGGESTED_SAMPLING
+from service.types import OPENAI_SAMPLING, SUGGESTED_SAMPLING
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat completions have none
 REPEAT_LAST_N = 64  # llama.cpp's default for `repeat_penalty`
@@ -197,15 +197,18 @@ def _sampling(body: GenerationRequest, sessions: Sessions) -> SamplingParams:
         _require_token(f"logit_bias.{token_id}", token_id, sessions)
     for position, token_id in enumerate(body.stop_token_ids or ()):
         _require_token(f"stop_token_ids.{position}", token_id, sessions)
+    # A chat that names no temperature gets what suits the base: at temperature 1 a small one writes nonsense.
+    suggested = isinstance(body, ChatCompletionRequest) and body.temperature is None
+    default = SUGGESTED_SAMPLING if suggested else OPENAI_SAMPLING
     penalty, window = body.repetition_penalty or body.repeat_penalty or 1.0, body.repeat_last_n
     if window is None:
         window = -1 if body.repeat_penalty is None else REPEAT_LAST_N
     return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        temperature=default.temperature if body.temperature is None else body.temperature,
+        top_p=default.top_p if body.top_p is None else body.top_p,
         seed=body.seed,
         presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
+        frequency_penalty=default.frequency_penalty if body.frequency_penalty is None else body.frequency_penalty,
         logit_bias=bias,
         top_k=max(0, body.top_k or 0),
         min_p=body.min_p or 0.0,
