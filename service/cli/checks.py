@@ -46,7 +46,7 @@ from service.tenants import OPERATOR, ApiKeys, ApiKeysError
 
 BASE_BYTES = 8 * 10**8  # disk space that fetching and converting the default base takes
 DISK_WARN_BYTES, DISK_FAIL_BYTES = 10**9, 10**8  # free space on a disk
-MEMORY_WARN_BYTES = 2 * 10**9  # free memory
+MEMORY_WARN_BYTES = 3 * 10**9  # free memory
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -119,7 +119,7 @@ def _check_device(settings: Settings) -> str:
         )
     if free < MEMORY_WARN_BYTES:
         raise CheckFailed(
-            found, "the default base wants about 1.4 GB; a smaller IMPRINT_HOT_ROWS takes less", status="warn"
+            found, "the default base wants about 2.5 GB; a smaller IMPRINT_HOT_ROWS takes less", status="warn"
         )
     return found
 
