@@ -122,7 +122,19 @@ def comparable_answer(body: Json) -> Json:
         return body
     (choice,) = body["choices"]
     text = choice["text"] if "text" in choice else choice["message"]["content"]
-    return {"text": text, "finish_reason": choice["finish_reason"], "adaptation": body["adaptation"]}
+    return {
+        "text": text,
+        "finish_reason": choice["finish_reason"],
+        "adaptation": without_times(body["adaptation"]),
+    }
+
+
+def without_times(adaptation: Json | None) -> Json | None:
+    """Return what a turn did to its session, without the times at which the episodes were taught."""
+    if adaptation is None:
+        return None
+    recalled = [{name: value for name, value in entry.items() if name != "time"} for entry in adaptation["recalled"]]
+    return {**adaptation, "recalled": recalled}
 
 
 def versions(received: Json, before: int) -> tuple[int, int]:
@@ -432,7 +444,7 @@ def answer_from_chunks(incoming: Iterator[Json]) -> Json:
     return {
         "text": text,
         "finish_reason": received[-1]["choices"][0]["finish_reason"],
-        "adaptation": received[-1]["adaptation"],
+        "adaptation": without_times(received[-1]["adaptation"]),
     }
 
 

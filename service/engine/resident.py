@@ -185,11 +185,12 @@ class MemoryJob:
         sites = draft.pool.sites
         rows_by_site = draft.pool.num_rows(draft.index)
         touched = draft.touched()
+        counted = {name for name, site in sites.items() if site.config.kind != "meaning"}  # a part of an episode
         return JobFinished(
             self.stats,
             touched,
-            rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in sites),
-            rows_held=sum(rows_by_site.values()),
+            rows_written=sum(len(rows.slots) for name, rows in touched.items() if name in counted),
+            rows_held=sum(rows for name, rows in rows_by_site.items() if name in counted),
             bytes_held=sum(rows * sites[name].config.row_bytes for name, rows in rows_by_site.items()),
             num_guards_closed=draft.num_guards_closed(),
         )

@@ -140,9 +140,9 @@ def without_episodes(
 ) -> tuple[dict[str, Any], dict[str, RowBatch]]:
     """Return a content without its episodes: its meta values, and its rows by site."""
     kept = {name: batch for name, batch in sites.items() if name not in EPISODIC_SITES}
-    left_out = [batch.data for name, batch in sites.items() if name in EPISODIC_SITES]
-    rows, size = meta["rows"] - sum(map(len, left_out)), meta["bytes"] - sum(data.nbytes for data in left_out)
-    return {**meta, "rows": rows, "bytes": size}, kept
+    left_out = {name: batch.data for name, batch in sites.items() if name in EPISODIC_SITES}
+    rows, size = len(left_out.get(EPISODES, ())), sum(data.nbytes for data in left_out.values())
+    return {**meta, "rows": meta["rows"] - rows, "bytes": meta["bytes"] - size}, kept
 
 
 def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[int, Sequence[int]]) -> bytes:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from model.episodes import MEANINGS
 from model.memory import MemoryConfig
 from model.memory.config import SESSION_SCALARS_SUFFIX
 from service.engine.stored_rows import is_valid_site
@@ -72,7 +73,7 @@ def unpack_session(
     """Return the manifest and the rows of an export. Raises BadRequest for rows that no memory writes."""
     sites = _sites(arrays, config, vocab_size)
     rows = {site: batch for site, batch in sites.items() if not site.endswith(SESSION_SCALARS_SUFFIX)}
-    manifest["rows"] = sum(len(batch.slots) for batch in rows.values())
+    manifest["rows"] = sum(len(batch.slots) for site, batch in rows.items() if site != MEANINGS)
     manifest["bytes"] = sum(batch.data.nbytes for batch in rows.values())
     return manifest, sites
 

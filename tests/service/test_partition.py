@@ -47,7 +47,9 @@ def replicas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (port,) = free_ports(1)
     with valkey(folder / "valkey", port), StallingProxy(port).open() as proxy, ExitStack() as stack:
         urls = [f"redis://127.0.0.1:{each}/0" for each in (proxy.port, port)]
-        servers = [Server(str(tiny_base), folder / f"{n}", redis_url=url, lease_s=1) for n, url in enumerate(urls)]
+        # A turn that recalls asks the store once more before it commits, and would not come so far.
+        options = {"lease_s": 1, "recall_tokens": 0}
+        servers = [Server(str(tiny_base), folder / f"{n}", redis_url=url, **options) for n, url in enumerate(urls)]
         stack.enter_context(started(servers))
         isolated_client, connected_client = (stack.enter_context(Client(server.url)) for server in servers)
         yield PartitionedReplicas(urls[1], proxy, isolated_client, connected_client)

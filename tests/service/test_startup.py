@@ -78,7 +78,7 @@ def assert_doctor_fails(server: Server, name: str, words: str) -> None:
 def of_another_family(tiny_base: Path, folder: Path) -> Path:
     shutil.copytree(tiny_base, folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -104,7 +104,7 @@ def missing(tiny_base: Path, folder: Path) -> Path:
     ("make_base", "words"),
     [
         (missing, "model must be"),
-        (of_another_family, "Qwen2ForCausalLM"),
+        (of_another_family, "MambaForCausalLM"),
         (cut_off, "model.safetensors: damaged"),
         (damaged_gguf, "damaged or not GGUF"),
     ],
