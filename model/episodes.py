@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -53,8 +53,21 @@ class RecallRequest:
     separator: tuple[int, ...] = ()
 
     def num_tokens(self, episodes: Sequence[Episode]) -> int:
-        """Return the number of tokens of episodes. In a cache, they take `READINGS` times as many."""
+        """Return the number of tokens of episodes."""
         return sum(len(episode.token_ids) + len(self.separator) for episode in episodes)
+
+    def cached_tokens(self, episodes: Sequence[Episode]) -> int:
+        """Return the number of tokens that episodes take in a cache."""
+        return READINGS * self.num_tokens(episodes)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Return the number of tokens that episodes take in a cache at most."""
+        return READINGS * self.max_tokens
+
+    def within(self, room: int) -> RecallRequest:
+        """Return the request with at most as many tokens as fit into a cache that has room for `room` more."""
+        return replace(self, max_tokens=min(self.max_tokens, room // READINGS))
 
     def parts(self, start: int, length: int, block: int) -> list[tuple[int, int]]:
         """Return the parts [start, stop) of a prompt of `length` tokens, from token `start` on, that are run one after
@@ -95,12 +108,12 @@ class Span(NamedTuple):
 class _Rows(NamedTuple):
     """The n episodes of a session: header [n, HEADER], tokens [n, SPAN_TOKENS] and vectors of their meaning [n, d].
 
-    A vector is 0 where another encoder, or none, has learned.
+    A vector is 0 where another encoder, or none, has learned; without an encoder there are none.
     """
 
     header: Ints
     tokens: Ints
-    meanings: NDArray[np.int8]
+    meanings: NDArray[np.int8] | None
 
     def text(self, row: int) -> tuple[int, ...]:
         return tuple(self.tokens[row, : self.header[row, LENGTH]].tolist())
@@ -233,24 +246,25 @@ class Episodes:
         for sentence in sentences(query, self._tables)[-MAX_SENTENCES:]:
             here = np.isin(words, query_words(sentence, self._tables))
             if here.any():
-                cosine = self._cosines(rows.meanings, sentence)
+                cosine = self._cosines(rows, sentence)
                 yield Matches(words[here], weight[here], parts[:, here], cosine, rows.header[:, ORDINAL])
 
-    def _cosines(self, meanings: NDArray[np.int8], sentence: Sequence[int]) -> Floats:
-        """Return the cosine [n] of each vector [n, d] and that of a sentence; 0 without an encoder."""
-        if self._encoder is None:
-            return np.zeros(len(meanings))
-        return cosines(meanings, self._encoder(self._decode(sentence)))
+    def _cosines(self, rows: _Rows, sentence: Sequence[int]) -> Floats:
+        """Return the cosine [n] of each episode's vector and that of a sentence; 0 without an encoder."""
+        if self._encoder is None or rows.meanings is None:
+            return np.zeros(len(rows.header))
+        return cosines(rows.meanings, self._encoder(self._decode(sentence)))
 
     def _rows(self, pool: Pool, index: int) -> _Rows:
         """Return the rows of a session."""
         slots = self._slots(pool, index)
         cells = _cells(pool, SITE, index, slots)
         header, tokens = (field.numpy()[cells] for field in pool.sites[SITE].fields)
+        if self._encoder is None:
+            return _Rows(header, tokens, None)
         cells = _cells(pool, MEANINGS, index, slots)
         made_by, meanings = (field.numpy()[cells] for field in pool.sites[MEANINGS].fields)
-        if self._encoder is not None:
-            meanings[(made_by[:, 0] != header[:, ORDINAL]) | (made_by[:, 1] != self._encoder.id)] = 0
+        meanings[(made_by[:, 0] != header[:, ORDINAL]) | (made_by[:, 1] != self._encoder.id)] = 0
         return _Rows(header, tokens, meanings)
 
     def _last_ordinal(self, pool: Pool, index: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.checkpoint import load_backbone
 from model.decode.backend import choose_decode_step
-from model.episodes import READINGS, Episodes
+from model.episodes import Episodes
 from model.memory import Draft, SiteRows
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.whole_words import WholeWords
@@ -233,7 +233,7 @@ class Replay:
         if request is None:
             return None
         room = model.lm.backbone.config.max_context - len(tokens) - extra_tokens
-        request = replace(request, max_tokens=min(request.max_tokens, room // READINGS))
+        request = request.within(room)
         found = model.episodes.find(model.pool, self._index, tokens, request)
         if not found:
             return None

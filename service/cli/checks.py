@@ -25,7 +25,6 @@ from model.base.checkpoint import CheckpointError, check_files, load_config
 from model.base.config import ConfigError, ModelConfig
 from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
-from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from service.base_cache import (
     ENCODER,
@@ -37,7 +36,7 @@ from service.base_cache import (
     unconverted_config,
 )
 from service.errors import StoreRefused, StoreUnavailable
-from service.model_loading import SHIPPED_MEMORIES, StartError, choose_memory, choose_policies
+from service.model_loading import SHIPPED_MEMORIES, StartError, choose_memory, choose_policies, load_encoder
 from service.settings import Settings
 from service.stopping import first_line
 from service.store.embedded import StoreError, has_orphan, in_use, valkey_binary
@@ -205,8 +204,8 @@ def _check_recall(settings: Settings) -> str:
     try:
         folder = cached_encoder(settings.recall_encoder, settings.cache_dir)
         if folder is not None:
-            SentenceEncoder.load(folder)
-    except Exception as error:  # foreign files can make the libraries fail in many ways
+            load_encoder(settings, torch.device("cpu"), progress=lambda _: None)
+    except BaseError as error:
         raise CheckFailed(
             f"sentence encoder: {first_line(error)}",
             f"delete {settings.cache_dir / ENCODER_NAME}, or IMPRINT_RECALL_ENCODER=none",

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.kv_cache import KVCache
 from model.decode.prompt_lookup import PromptLookup
-from model.episodes import READINGS, Episode, RecallRequest, Span
+from model.episodes import Episode, RecallRequest, Span
 from model.memory.episodic.whole_words import WholeWords
 from model.text.sampling import Sampler
 from model.text.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ class _Reading:
         self.episodes = episodes
         self.recall = recall
         self.start = recall.at // block * block
-        self.num_tokens = READINGS * recall.num_tokens(episodes)
+        self.num_tokens = recall.cached_tokens(episodes)
         self.parts = deque(recall.parts(self.start, length, block))
         self.cache: KVCache | None = None
         self.decode_state: DecodeState | None = None
@@ -312,7 +312,7 @@ class TextJob(MemoryJob):
         if not _max_tokens(segment):
             return None
         room = self._lm.backbone.config.max_context - _capacity(segment)
-        recall = replace(recall, max_tokens=min(recall.max_tokens, room // READINGS))
+        recall = recall.within(room)
         episodes = self._lm.episodes.find(self._pool, self._index, segment.token_ids, recall)
         self._recalled += episodes
         return _Reading(episodes, recall, len(segment.token_ids), self._block) if episodes else None
@@ -454,7 +454,7 @@ def _max_tokens(segment: Segment) -> int:
 
 def _reading_capacity(segment: Segment, n: int) -> int:
     """Return the number of tokens of the caches that read episodes, n of them; the prompt is learned from another."""
-    return 0 if segment.recall is None else (_capacity(segment) + READINGS * segment.recall.max_tokens) * n
+    return 0 if segment.recall is None else (_capacity(segment) + segment.recall.max_cached_tokens) * n
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

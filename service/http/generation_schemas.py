@@ -35,6 +35,7 @@ from service.http.schemas import (
     MAX_PARTS,
     ON_DISCONNECT,
     RECALL,
+    TEXT_OR_PARTS,
     WHOLE,
     Body,
     Message,
@@ -157,11 +158,7 @@ class ChatMessage(Message):
     content: Annotated[  # type: ignore[assignment]  # a list that is only read
         Annotated[Text, Tag("<text>")]
         | Annotated[list[ChatTextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-        Discriminator(
-            text_or_list,
-            custom_error_type="content_type",
-            custom_error_message="should be a string or a list of text parts",
-        ),
+        TEXT_OR_PARTS,
     ]
 
 

@@ -142,6 +142,11 @@ def text_or_list(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
+TEXT_OR_PARTS = Discriminator(
+    text_or_list, custom_error_type="content_type", custom_error_message="should be a string or a list of text parts"
+)
+
+
 class TextPart(Body):
     """A part of a message's content; only text is supported."""
 
@@ -156,11 +161,7 @@ class Message(Body):
     content: Annotated[
         Annotated[Text, Tag("<text>")]
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-        Discriminator(
-            text_or_list,
-            custom_error_type="content_type",
-            custom_error_message="should be a string or a list of text parts",
-        ),
+        TEXT_OR_PARTS,
     ]
     name: str | None = None
     tool_call_id: str | None = None

@@ -6,7 +6,7 @@ import { makeDraft } from "./draft.js";
 import { makeGuide } from "./guide.js";
 import { difference, lineage, list, undoes } from "./history.js";
 import { makeManuscript } from "./manuscript.js";
-import { events, find, json, readiness, sessionPath, sessions, stopped, whyUnusable } from "./server.js";
+import { events, find, json, offered, sessionPath, sessions, stopped, whyUnusable } from "./server.js";
 import { kept, makeShell } from "./shell.js";
 import { count, nats, number, whole } from "./tokens.js";
 import { pieces, Watch } from "./watch.js";
@@ -97,9 +97,7 @@ async function refresh() {
   clearTimeout(timer);
   const turn = ++asked;
   try {
-    const status = await readiness();
-    if (status !== "ready") throw new Error(STATES[status]);
-    const models = [...(await json("v1/models")).data, ...(await json("v1/policies")).data];
+    const models = await offered(STATES);
     if (turn !== asked) return;
     served = models;
     model = $("model").textContent = served[0].id;

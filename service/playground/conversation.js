@@ -4,7 +4,7 @@ import { change, finishChange, newKey, teach, wholeMessage } from "./changes.js"
 import { action, element, moment } from "./elements.js";
 import { makeKnown } from "./known.js";
 import { memoryOf } from "./person.js";
-import { events, find, json, readiness, sessionPath, stopped, whyUnusable } from "./server.js";
+import { events, find, json, offered, sessionPath, stopped, whyUnusable } from "./server.js";
 import { kept, makeShell } from "./shell.js";
 import { Turn } from "./turns.js";
 
@@ -51,9 +51,7 @@ function plain(error) {
 async function open() {
   const turn = ++asked;
   try {
-    const status = await readiness();
-    if (status !== "ready") throw new Error(STATES[status]);
-    const models = [...(await json("v1/models")).data, ...(await json("v1/policies")).data];
+    const models = await offered(STATES);
     if (turn !== asked) return;
     served = models;
     $("door").hidden = true;

@@ -45,7 +45,14 @@ export async function call(path, { body, method = body ? "POST" : "GET", headers
 export const json = async (path, options) => (await call(path, options)).json().catch(unreadable);
 
 /** What /readyz says, whatever its status. */
-export const readiness = async () => (await (await fetch("readyz").catch(broken)).json().catch(unreadable)).status;
+const readiness = async () => (await (await fetch("readyz").catch(broken)).json().catch(unreadable)).status;
+
+/** The models and policies that are served; throws, while the server serves none, what `states` say of its state. */
+export async function offered(states) {
+  const status = await readiness();
+  if (status !== "ready") throw new Error(states[status]);
+  return [...(await json("v1/models")).data, ...(await json("v1/policies")).data];
+}
 
 /** The JSON of each server-sent event of a streamed answer. */
 export async function* events(path, options) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,14 +23,33 @@ def learned_at(rows: NDArray[np.uint8], version: int) -> NDArray[np.uint8]:
     return numbers.view(np.uint8)
 
 
-class EpisodicLayout(RowLayout):
+class _HostLayout(RowLayout):
+    """The rules of sites whose rows are one an episode, slot by slot. name: of such a site, with its article."""
+
+    on_host = True
+    rows_divisor = 8  # a span has many tokens, of which each may be a row of another kind
+    name: ClassVar[str]
+
+    def check_addresses(self, config: SiteSizes) -> None:
+        if config.cell != 1:
+            raise MemoryConfigError(f"{config.name}.cell must be 1 in {self.name}, got {config.cell}")
+
+    def check_layer(self, config: SiteSizes) -> None:
+        if config.layer != -1:
+            raise MemoryConfigError(f"{config.name}.layer must be -1 for {self.name}, got {config.layer}")
+
+    def check_together(self, sites: Sequence[SiteSizes]) -> None:
+        if len(sites) > 1:
+            raise MemoryConfigError(f"at most one {self.name.split(' ', 1)[1]}")
+
+
+class EpisodicLayout(_HostLayout):
     """A row has a header (`ORDINAL` and the fields after it) and `width` token ids, of which the first `LENGTH` count.
 
     A slot is (ordinal − 1) modulo the number of slots, so the newest episode replaces the oldest.
     """
 
-    on_host = True
-    rows_divisor = 8  # a span has many tokens, of which each may be a row of another kind
+    name = "an episodic site"
 
     def cell_fields(self, config: SiteSizes) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [((HEADER,), torch.int32), ((config.width,), torch.int32)]
@@ -47,24 +67,11 @@ class EpisodicLayout(RowLayout):
             and (tokens < vocab_size).all()
         )
 
-    def check_addresses(self, config: SiteSizes) -> None:
-        if config.cell != 1:
-            raise MemoryConfigError(f"{config.name}.cell must be 1 in an episodic site, got {config.cell}")
 
-    def check_layer(self, config: SiteSizes) -> None:
-        if config.layer != -1:
-            raise MemoryConfigError(f"{config.name}.layer must be -1 for an episodic site, got {config.layer}")
-
-    def check_together(self, sites: Sequence[SiteSizes]) -> None:
-        if len(sites) > 1:
-            raise MemoryConfigError("at most one episodic site")
-
-
-class MeaningLayout(RowLayout):
+class MeaningLayout(_HostLayout):
     """A row has the ordinal of the episode in the same slot, the id of the encoder, and a vector of `width` numbers."""
 
-    on_host = True
-    rows_divisor = 8  # as many as episodes
+    name = "a site of meanings"
 
     def cell_fields(self, config: SiteSizes) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [((2,), torch.int32), ((config.width,), torch.int8)]
@@ -73,15 +80,6 @@ class MeaningLayout(RowLayout):
         return bool((np.ascontiguousarray(data[:, :4]).view("<i4") > 0).all())
 
     def check_addresses(self, config: SiteSizes) -> None:
-        if config.cell != 1 or config.width % 4:
-            raise MemoryConfigError(
-                f"{config.name} must have cell 1 and a width that 4 divides, got {config.cell} and {config.width}"
-            )
-
-    def check_layer(self, config: SiteSizes) -> None:
-        if config.layer != -1:
-            raise MemoryConfigError(f"{config.name}.layer must be -1 for a site of meanings, got {config.layer}")
-
-    def check_together(self, sites: Sequence[SiteSizes]) -> None:
-        if len(sites) > 1:
-            raise MemoryConfigError("at most one site of meanings")
+        super().check_addresses(config)
+        if config.width % 4:
+            raise MemoryConfigError(f"{config.name}.width must be a multiple of 4, got {config.width}")

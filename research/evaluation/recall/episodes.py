@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from model.adaptive_lm import AdaptiveLM
-from model.episodes import READINGS, Episode, Episodes, RecallRequest
+from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
 from model.recall import RecallPlan
@@ -91,7 +91,7 @@ class EpisodesArm(MemoryArm):
         state = None
         if request is None or not episodes:
             request = RecallRequest(len(ids), query=(0, 0), max_tokens=0, header=())  # reads nothing, at the end
-        cache = self._lm.new_cache(capacity + READINGS * request.num_tokens(episodes))
+        cache = self._lm.new_cache(capacity + request.cached_tokens(episodes))
         for start, stop in request.parts(0, len(ids), self._lm.memory.config.block):
             if start == request.at:
                 self._episodes.append(cache, None, episodes, request)

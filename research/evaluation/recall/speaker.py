@@ -63,22 +63,6 @@ class Speaker:
         prompts = [self.text_ids(text) for text in texts]
         return [first_sentence(text) for text in self._without_memory(prompts, max_tokens)]
 
-    @torch.inference_mode()
-    def prefilled_texts(
-        self,
-        prompts: Sequence[list[int]],
-        max_tokens: int,
-        prefill: Prefill,
-        pool: Pool,
-        session: int,
-        whole_words: Sequence[WholeWords],
-    ) -> list[str]:
-        """Return the continuations of prompts that `prefill` reads, with the memory of a session.
-
-        whole_words: of the episodes that each prompt reads
-        """
-        return self._decoded(prompts, max_tokens, prefill, pool, session, whole_words)
-
     def recalled_answers(
         self, chats: Sequence[Sequence[Message]], max_tokens: int, pool: Pool, session: int
     ) -> list[str]:
@@ -98,7 +82,7 @@ class Speaker:
         return [int(token) for token in self.lm.backbone.logits(states).argmax(-1)]
 
     def _without_memory(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
-        return self._decoded(prompts, max_tokens, self._prefill, self._pool, EMPTY_SESSION)
+        return self.prefilled_texts(prompts, max_tokens, self._prefill, self._pool, EMPTY_SESSION)
 
     def _with_memory(self, prompts: Sequence[list[int]], max_tokens: int, pool: Pool, session: int) -> list[str]:
         def prefill(ids: list[int], capacity: int) -> Prefilled:
@@ -108,7 +92,7 @@ class Speaker:
             assert state is not None
             return cache, state
 
-        return self._decoded(prompts, max_tokens, prefill, pool, session)
+        return self.prefilled_texts(prompts, max_tokens, prefill, pool, session)
 
     def _prefill(self, ids: list[int], capacity: int) -> Prefilled:
         """Run the base over a prompt; what it has in common with the last prompt is copied if it is long."""
@@ -133,7 +117,7 @@ class Speaker:
         return cache
 
     @torch.inference_mode()
-    def _decoded(
+    def prefilled_texts(
         self,
         prompts: Sequence[list[int]],
         max_tokens: int,
@@ -142,7 +126,12 @@ class Speaker:
         session: int,
         whole_words: Sequence[WholeWords] = (),
     ) -> list[str]:
-        """Return the greedy continuations of prompts. Raises ValueError if one does not fit the context."""
+        """Return the greedy continuations of prompts that `prefill` reads, with the memory of a session.
+
+        Raises ValueError if one does not fit the context.
+
+        whole_words: of the episodes that each prompt reads; none: the prompts read no episodes
+        """
         found = list[str]()
         for part in _batches(prompts, max_tokens):
             if (longest := max(map(len, part)) + max_tokens) > self.max_context:
