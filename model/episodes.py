@@ -7,9 +7,10 @@ They are kept in int8 while the episode is hot, and made again with the same bit
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -64,10 +65,6 @@ class RecallRequest:
     def max_cached_tokens(self) -> int:
         """Return the number of tokens that episodes take in a cache at most."""
         return READINGS * self.max_tokens
-
-    def within(self, room: int) -> RecallRequest:
-        """Return the request with at most as many tokens as fit into a cache that has room for `room` more."""
-        return replace(self, max_tokens=min(self.max_tokens, room // READINGS))
 
     def parts(self, start: int, length: int, block: int) -> list[tuple[int, int]]:
         """Return the parts [start, stop) of a prompt of `length` tokens, from token `start` on, that are run one after
@@ -206,11 +203,15 @@ class Episodes:
 
     # --- find ------------------------------------------------------------------------------------------------------
 
-    def find(self, pool: Pool, index: int, token_ids: Sequence[int], request: RecallRequest) -> list[Episode]:
+    def find(
+        self, pool: Pool, index: int, token_ids: Sequence[int], request: RecallRequest, room: int = sys.maxsize
+    ) -> list[Episode]:
         """Return the episodes of a session that a segment reads, the oldest first.
 
-        What the segment has already, and what only asks, is not read.
+        What the segment has already, and what only asks, is not read. room: tokens that the segment's cache can still
+        take.
         """
+        max_tokens = min(request.max_tokens, room // READINGS)
         rows, present = self._rows(pool, index), _text(token_ids)
         found, scores = list[Episode](), dict[int, float]()
 
@@ -225,7 +226,7 @@ class Episodes:
                 scores[row] = max(score, scores.get(row, 0.0))
         for row, score in sorted(scores.items(), key=lambda item: -item[1]):
             episode = rows.episode(row, score)
-            if len(found) < MAX_EPISODES and request.num_tokens([*found, episode]) <= request.max_tokens:
+            if len(found) < MAX_EPISODES and request.num_tokens([*found, episode]) <= max_tokens:
                 found.append(episode)
         return sorted(found, key=lambda episode: episode.ordinal)
 

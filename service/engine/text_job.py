@@ -312,8 +312,7 @@ class TextJob(MemoryJob):
         if not _max_tokens(segment):
             return None
         room = self._lm.backbone.config.max_context - _capacity(segment)
-        recall = recall.within(room)
-        episodes = self._lm.episodes.find(self._pool, self._index, segment.token_ids, recall)
+        episodes = self._lm.episodes.find(self._pool, self._index, segment.token_ids, recall, room)
         self._recalled += episodes
         return _Reading(episodes, recall, len(segment.token_ids), self._block) if episodes else None
 
