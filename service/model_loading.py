@@ -111,6 +111,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
         policy_fingerprints,
+        episodes.encoder,
     )
 
 

@@ -116,6 +116,15 @@ EXAMPLES: dict[str, list[Json]] = {
         _chat("chat.completion.chunk", OPEN_CHOICE | {"delta": {"content": "Hello"}}),
         _chat("chat.completion.chunk", FINISHED_CHOICE | {"delta": {}}, adaptation=ADAPTATION),
     ],
+    "EmbeddingList": [
+        {
+            "object": "list",
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.8, -0.6]}],
+            "model": "smollm2-135m-instruct",
+            "system_fingerprint": "fp_39fc1d5a",
+            "usage": {"prompt_tokens": 8, "total_tokens": 8},
+        }
+    ],
     "ErrorReply": [
         {"error": {"message": ERROR_MESSAGE, "type": "invalid_request_error", "param": "temperature", "code": None}}
     ],

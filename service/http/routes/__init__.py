@@ -1,9 +1,10 @@
 """The routes, one file a subject; `ROUTERS` has every router that the server includes."""
 
-from service.http.routes import openai, ops, page, policies, sessions, tokens
+from service.http.routes import embeddings, openai, ops, page, policies, sessions, tokens
 
 ROUTERS = (
     openai.router,
+    embeddings.router,
     tokens.router,
     sessions.router,
     sessions.files,
