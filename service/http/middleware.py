@@ -109,7 +109,7 @@ class MetricsMiddleware(HttpMiddleware):
                 status = message["status"]
             await send(message)
 
-        is_api = scope["path"].startswith("/v1/")
+        is_api = scope["path"].startswith(("/v1/", "/api/"))
         self._metrics.requests_in_flight.inc(is_api)
         try:
             await self._app(scope, receive, send_and_note_status)

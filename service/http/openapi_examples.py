@@ -102,6 +102,33 @@ def _chat(kind: str, choice: Json, **more: Any) -> Json:
 CHAT_MESSAGE: Json = {"role": "assistant", "content": "Hello", "refusal": None}
 ERROR_MESSAGE = "'temperature': input should be less than or equal to 100, got 101."
 
+OLLAMA_REPLY: Json = {"model": "smollm2-135m-instruct", "created_at": "2026-01-01T00:00:00Z", "done": False}
+OLLAMA_DETAILS: Json = {
+    "parent_model": "",
+    "format": "",
+    "family": "imprint",
+    "families": ["imprint"],
+    "parameter_size": "134.5M",
+    "quantization_level": "",
+}
+OLLAMA_MODEL: Json = {
+    "name": "smollm2-135m-instruct",
+    "model": "smollm2-135m-instruct",
+    "modified_at": "2026-01-01T00:00:00Z",
+    "size": 538090408,
+    "digest": "5a1395716f79…",
+    "details": OLLAMA_DETAILS,
+}
+OLLAMA_SHOWN: Json = {
+    "modelfile": "",
+    "parameters": "temperature 0.4\ntop_p 0.9\nfrequency_penalty 0.5",
+    "template": "",
+    "modified_at": "2026-01-01T00:00:00Z",
+    "details": OLLAMA_DETAILS,
+    "model_info": {"general.architecture": "imprint", "imprint.context_length": 2048},
+    "capabilities": ["completion"],
+}
+
 EXAMPLES: dict[str, list[Json]] = {
     "Acted": [ACTED],
     "Completion": [_completion(FINISHED_CHOICE | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
@@ -135,6 +162,12 @@ EXAMPLES: dict[str, list[Json]] = {
     "Model": [MODEL],
     "ModelList": [{"object": "list", "data": [MODEL]}],
     "Observed": [{"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version": 4}],
+    "OllamaChatReply": [OLLAMA_REPLY | {"message": {"role": "assistant", "content": "Hello"}}],
+    "OllamaError": [{"error": "'model' is required."}],
+    "OllamaGenerateReply": [OLLAMA_REPLY | {"response": "Hello"}],
+    "OllamaModels": [{"models": [OLLAMA_MODEL]}],
+    "OllamaShown": [OLLAMA_SHOWN],
+    "OllamaVersion": [{"version": "0.6.4"}],
     "PolicyList": [{"object": "list", "data": []}],
     "Ready": [{"status": "ready"}],
     "Rendered": [{"prompt": "<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\n"}],

@@ -31,6 +31,7 @@ class LoadedModel:
         recall: how replies read episodes.
         grammars: the compiler of grammars for the tokens of the model of text.
         encoder: the sentence encoder, which the engine's thread runs; None = the server has none.
+        parameters, disk_bytes: the number of the base's weights, and the bytes of the base's files.
     """
 
     engine: Engine
@@ -43,6 +44,8 @@ class LoadedModel:
     policies: dict[str, Policy] = field(default_factory=dict)
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
     encoder: SentenceEncoder | None = None
+    parameters: int = 0
+    disk_bytes: int = 0
 
     @property
     def text_fingerprint(self) -> str:

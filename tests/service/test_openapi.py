@@ -43,7 +43,9 @@ def check(page: Json, schema: Json, value: Any) -> None:
 
 
 def examples(page: Json, media: Json) -> list[Any]:
-    """Return the examples of a body, its own or those of its schema; of a stream, the examples of its events."""
+    """Return the examples of a body, its own or those of its schema; of a stream, those of its events or lines."""
+    if "itemSchema" in media and "\n\n" not in media["example"]:
+        return [json.loads(line) for line in media["example"].splitlines()]
     if "itemSchema" in media:
         return [{"data": event.removeprefix("data: ")} for event in media["example"].split("\n\n") if event]
     schema = media["schema"]
