@@ -148,6 +148,7 @@ class ErrorMiddleware(HttpMiddleware):
 class AuthMiddleware(HttpMiddleware):
     """Finds the tenant of a request by the API key.
 
+    The key comes in `Authorization`, else in `x-api-key`, as Anthropic's clients send it.
     The middleware stands before the routes: the paths in `PUBLIC_PATHS` need no key, and all others do. `/metrics` has
     a key of its own, because its numbers are of all tenants together.
     """
@@ -162,7 +163,8 @@ class AuthMiddleware(HttpMiddleware):
         await self._app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> Tenant:
-        given = Headers(scope=scope).getlist("authorization")
+        headers = Headers(scope=scope)
+        given = headers.getlist("authorization") or [f"Bearer {key}" for key in headers.getlist("x-api-key")]
         tenant = self._keys.tenant(given[0] if len(given) == 1 else None)
         if self._keys.required and (tenant.name == OPERATOR) != (scope["path"] == "/metrics"):
             raise Unauthorized(f"/metrics takes a key of {OPERATOR!r}, and all other routes take the other keys.")

@@ -129,7 +129,41 @@ OLLAMA_SHOWN: Json = {
     "capabilities": ["completion"],
 }
 
+MESSAGE_USAGE: Json = {
+    "input_tokens": 9,
+    "output_tokens": 1,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 0,
+}
+STOP: Json = {"stop_reason": "max_tokens", "stop_sequence": None}
+TEXT_BLOCK: Json = {"type": "text", "text": ""}
+MESSAGE: Json = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "smollm2-135m-instruct",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "usage": MESSAGE_USAGE,
+}
+MESSAGE_EVENTS: list[Json] = [
+    {"type": "message_start", "message": MESSAGE | {"usage": MESSAGE_USAGE | {"output_tokens": 0}}},
+    {"type": "content_block_start", "index": 0, "content_block": TEXT_BLOCK},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "message_delta", "delta": STOP, "usage": MESSAGE_USAGE, "adaptation": ADAPTATION},
+    {"type": "message_stop"},
+]
+
 EXAMPLES: dict[str, list[Json]] = {
+    "AnthropicError": [
+        {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "'max_tokens' is required."},
+            "request_id": "6f1c2b1d0f8a4c0e9a54d1d7c6f3a2b1",
+        }
+    ],
     "Acted": [ACTED],
     "Completion": [_completion(FINISHED_CHOICE | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
     "CompletionChunk": [
@@ -159,6 +193,8 @@ EXAMPLES: dict[str, list[Json]] = {
     "Health": [{"status": "ok"}],
     "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
     "Live": [{"status": "ok"}],
+    "MessageEvent": MESSAGE_EVENTS,
+    "MessageReply": [MESSAGE | STOP | {"content": [TEXT_BLOCK | {"text": "Hello"}], "adaptation": ADAPTATION}],
     "Model": [MODEL],
     "ModelList": [{"object": "list", "data": [MODEL]}],
     "Observed": [{"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version": 4}],
@@ -189,6 +225,7 @@ EXAMPLES: dict[str, list[Json]] = {
     "SessionEpisodes": [{"object": "list", "data": [EPISODE], "has_more": True, "next": 12}],
     "SessionList": [{"object": "list", "data": [SESSION], "has_more": True, "next": "alice"}],
     "SessionLog": [{"object": "list", "data": [LOG_ENTRY], "has_more": True, "next": 4}],
+    "TokenCount": [{"input_tokens": 9}],
     "Tokenized": [{"count": 2, "max_model_len": 2048, "tokens": [4, 7], "token_strs": None}],
     "Version": [{"version": "0.1.0"}],
 }

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from service.errors import BadRequest
 from service.http.faults import explain
 from service.http.generation_schemas import ChatCompletionRequest
 from service.http.response_formats import LatencyRecorder
@@ -88,6 +89,16 @@ def as_chat(fields: Json) -> ChatCompletionRequest:
         return ChatCompletionRequest.model_validate(fields)
     except ValidationError as error:
         raise explain([fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]) from error
+
+
+def require_foreign(extra: Json | None, prefix: str = "") -> None:
+    """Refuse fields that OpenAI's chats have and another interface lacks: what has an effect there is not ignored here.
+
+    prefix: of the names, where the fields lie in an object of their own.
+    """
+    for name in extra or {}:
+        if name in ChatCompletionRequest.model_fields:
+            raise BadRequest(f"Unknown field '{prefix}{name}'.", param=f"{prefix}{name}")
 
 
 def compact(value: Json) -> str:

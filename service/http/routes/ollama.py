@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from service.errors import BadRequest
 from service.http.dependencies import (
     ImprintHeadersDep,
     LearningRequest,
@@ -43,7 +42,7 @@ from service.http.schemas import (
     Unsupported,
 )
 from service.http.sse import EventStream
-from service.http.text_formats import TextFormatter, as_chat, compact
+from service.http.text_formats import TextFormatter, as_chat, compact, require_foreign
 from service.turns.completion import TurnEnd
 from service.turns.idempotency import RequestContext
 from service.turns.sessions import Sessions
@@ -94,7 +93,7 @@ class OllamaOptions(Body):
 
     def fields(self) -> Json:
         """Return the options by OpenAI's and llama.cpp's names."""
-        _require_foreign(self.model_extra, "options.")
+        require_foreign(self.model_extra, "options.")
         given = {name: value for name, value in self if value is not None}
         num_predict = given.pop("num_predict", 0)
         return given | ({"n_predict": num_predict} if num_predict > 0 else {})
@@ -129,7 +128,7 @@ class OllamaRequest(Body):
 
     def fields(self) -> Json:
         """Return the fields of a completion, without the prompt."""
-        _require_foreign(self.model_extra, "")
+        require_foreign(self.model_extra)
         own = {name: getattr(self, name) for name in ("session", "adapt", "learn", "recall", "on_disconnect")}
         fields: Json = {"model": _without_tag(self.model), "stream": self.streams, "think": self.think}
         fields |= (self.model_extra or {}) | own | {"keep_alive": self.keep_alive}
@@ -319,7 +318,7 @@ def _lines(reply: type[BaseModel]) -> dict[int | str, Json]:
     "/chat",
     summary="Reply to a chat, for clients of Ollama",
     response_model=OllamaChatReply,
-    response_model_exclude_none=True,
+    response_model_exclude_unset=True,
     responses=_lines(OllamaChatReply),
 )
 async def ollama_chat(
@@ -336,7 +335,7 @@ async def ollama_chat(
     "/generate",
     summary="Answer a prompt, for clients of Ollama",
     response_model=OllamaGenerateReply,
-    response_model_exclude_none=True,
+    response_model_exclude_unset=True,
     responses=_lines(OllamaGenerateReply),
 )
 async def ollama_generate(
@@ -465,13 +464,6 @@ def _loaded(body: OllamaRequest, learning: LearningRequest, formatter: TextLines
     """Return the answer to a request for nothing but a loaded model. Raises NotFound for an unknown model."""
     learning.rules.resolve_model(_without_tag(body.model))
     return formatter.line("", done_reason="load")
-
-
-def _require_foreign(extra: Json | None, prefix: str) -> None:
-    """Refuse names that OpenAI's chats know and Ollama does not: what has an effect there is not ignored here."""
-    for name in extra or {}:
-        if name in ChatCompletionRequest.model_fields:
-            raise BadRequest(f"Unknown field '{prefix}{name}'.", param=f"{prefix}{name}")
 
 
 def _without_tag(model: str) -> str:
