@@ -95,7 +95,7 @@ class AnthropicFormat(Body):
 
 
 class AnthropicOutput(Body):
-    """What the text must be like. `effort` is a hint; ignored."""
+    """The form of the text. `effort` is a hint; ignored."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -226,7 +226,7 @@ class OllamaMessageReply(BaseModel):
 
 
 class OllamaReply(BaseModel):
-    """What every line and reply has; the counts and times (ns) come with `done`, which is sent after the commit."""
+    """The fields that every line and reply has; the counts and times (ns) come with `done`, which is sent after the commit."""
 
     model: str
     created_at: str
@@ -443,12 +443,12 @@ class TextLines(TextFormatter):
         """Return a reply or a part of it; `more` comes with the last part."""
         return (
             {"model": self._model, "created_at": _time(self._ctx.created)}
-            | self.words(text)
+            | self.text_fields(text)
             | {"done": bool(more)}
             | more
         )
 
-    def words(self, text: str) -> Json:
+    def text_fields(self, text: str) -> Json:
         """Return the field that has the text."""
         return {"response": text}
 
@@ -456,7 +456,7 @@ class TextLines(TextFormatter):
 class ChatLines(TextLines):
     """The format of `/api/chat`."""
 
-    def words(self, text: str) -> Json:
+    def text_fields(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text}}
 
 
