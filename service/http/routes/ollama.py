@@ -226,7 +226,7 @@ class OllamaMessageReply(BaseModel):
 
 
 class OllamaReply(BaseModel):
-    """The fields that every line and reply has; the counts and times (ns) come with `done`, which is sent after the commit."""
+    """The fields of every line and reply; the counts and times (ns) come with `done`, after the commit."""
 
     model: str
     created_at: str
