@@ -48,7 +48,7 @@ def send(peer: anthropic.Anthropic, client: Client) -> Any:
     """
 
     def create(messages: Any = HELLO, **fields: Any) -> Any:
-        body = {"model": client.model, "max_tokens": 8, "system": SYSTEM} | fields
+        body: Any = {"model": client.model, "max_tokens": 8, "system": SYSTEM} | fields
         body["extra_body"] = {"temperature": 0} | fields.get("extra_body", {})
         return peer.messages.create(messages=messages, **body)
 
