@@ -116,7 +116,7 @@ def fuzzed_server(folder: Path) -> Iterator[Target]:
     keys = {name: new_key(name) for name in (*QUOTAS, OPERATOR)}
     file = folder / "keys"
     file.write_text("".join(f"{line} {QUOTAS.get(name, '')}\n" for name, (_, line) in keys.items()))
-    encoder = save_encoder(folder / "encoder", TEXT.split())
+    encoder = save_encoder(folder / "encoder", sorted(set(TEXT.split())))
     settings = {"api_keys_file": file, "policies": policies, "recall_encoder": encoder}
     server = Server(str(base), folder / "data", **settings).start()
     try:
