@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.text.sentence_encoder import MAX_TOKENS as MAX_WINDOW_TOKENS
 from model.text.sentence_encoder import SentenceEncoder
 from service.concurrency import run_off_loop
 from service.errors import BadRequest
@@ -18,6 +20,7 @@ from service.turns.sessions import Sessions
 MAX_TEXT_TOKENS = 8192  # of the encoder, in one text; this and the next limit are OpenAI's
 MAX_TEXT_CHARS = 32 * MAX_TEXT_TOKENS  # a longer text is not even cut into tokens
 MAX_TOKENS = 300_000  # of the encoder, in one request
+WINDOW_COST = 32  # the work on a window, in tokens, that comes on top of the work on its tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ async def embed(sessions: Sessions, texts: Sequence[str], param: str) -> Embeddi
     encoder = require_encoder(sessions.loaded_model)
     async with sessions.gate.admit():
         windows = await run_off_loop(sum(map(len, texts)), _windows, encoder, texts, param)
-        vectors = [await _vector(sessions.loaded_model, encoder, each) for each in windows]
+        sums = list[NDArray[np.float32]]()
+        for group in _groups(chain.from_iterable(windows)):
+            sums += await sessions.loaded_model.engine.run(partial(_sums, encoder, group))
+    waiting = iter(sums)
+    vectors = [_unit_vector(list(islice(waiting, len(each))), encoder.size) for each in windows]
     return Embeddings(vectors, sum(len(window) for each in windows for window in each))
 
 
@@ -74,10 +81,27 @@ def _require_at_most(limit: int, number: int, unit: str, param: str) -> None:
         raise BadRequest(message, param=param, code="context_length_exceeded")
 
 
-async def _vector(model: LoadedModel, encoder: SentenceEncoder, windows: list[list[int]]) -> NDArray[np.float32]:
-    """Return the vector of a text; zeros for a text without tokens."""
-    vector = np.zeros(encoder.size, np.float32)
+def _groups(windows: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+    """Yield the windows in groups, each of which takes about as long as one whole window."""
+    group, cost = list[list[int]](), 0
     for window in windows:
-        vector += await model.engine.run(partial(encoder.sum_of_states, window))
+        if group and cost + len(window) + WINDOW_COST > MAX_WINDOW_TOKENS:
+            yield group
+            group, cost = [], 0
+        group.append(window)
+        cost += len(window) + WINDOW_COST
+    if group:
+        yield group
+
+
+def _sums(encoder: SentenceEncoder, group: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+    return [encoder.sum_of_states(window) for window in group]
+
+
+def _unit_vector(sums: Sequence[NDArray[np.float32]], size: int) -> NDArray[np.float32]:
+    """Return the vector [size] of a text from the sums of its windows; zeros for a text without tokens."""
+    vector = np.zeros(size, np.float32)
+    for each in sums:
+        vector += each
     length = float(np.linalg.norm(vector))
     return vector / np.float32(length) if length else vector
