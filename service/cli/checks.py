@@ -21,7 +21,7 @@ import torch
 from redis.exceptions import RedisError
 from rich.filesize import decimal
 
-from model.base.checkpoint import CheckpointError, check_files, load_config
+from model.base.checkpoint import CheckpointError, check_files, fingerprint, load_config
 from model.base.config import ConfigError, ModelConfig
 from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
@@ -36,7 +36,7 @@ from service.base_cache import (
     unconverted_config,
 )
 from service.errors import StoreRefused, StoreUnavailable
-from service.model_loading import SHIPPED_MEMORIES, StartError, choose_memory, choose_policies, load_encoder
+from service.model_loading import StartError, choose_memory, choose_policies, load_encoder, memory_kind
 from service.settings import Settings
 from service.stopping import first_line
 from service.store.embedded import StoreError, has_orphan, in_use, valkey_binary
@@ -178,19 +178,22 @@ def _base_fault(error: Exception) -> CheckFailed:
 
 def _check_memory(settings: Settings) -> str:
     try:
-        config = _base_config(settings)
-    except CheckFailed:
-        config = None
-    if config is None:
+        config, folder = _base_config(settings), cached_base(settings.model, settings.cache_dir)
+    except (CheckFailed, BaseError):
+        config = folder = None
+    if config is None or folder is None:
         raise CheckFailed(f"{settings.memory}, not compared with a base", "look at the model first", status="warn")
+    base = fingerprint(folder)
     try:
-        memory = choose_memory(settings, config.hidden_size)
+        memory = choose_memory(settings, config.hidden_size, base)
     except MemoryConfigError as error:
-        raise CheckFailed(str(error), "name a checkpoint of `imprint train` for this base in IMPRINT_MEMORY") from error
-    if settings.memory == "default" and settings.model not in SHIPPED_MEMORIES:
+        raise CheckFailed(
+            str(error), "name a checkpoint of `imprint fit` or `imprint train` for this base in IMPRINT_MEMORY"
+        ) from error
+    if settings.memory == "default" and memory_kind(settings.model, settings.cache_dir, base) is None:
         raise CheckFailed(
             f"none is shipped for {settings.model}: an unfitted one is served",
-            "make one with `imprint train`, and name it in IMPRINT_MEMORY",
+            f"make one with `imprint fit {settings.model}`, or a better one with `imprint train`",
             status="warn",
         )
     return f"{settings.memory} ({memory.fingerprint()[:19]}…)"
