@@ -186,6 +186,7 @@ LAZY = {
     ("research.scenarios", "vowpalwabbit"): "an extra; only one baseline needs it",
     ("research.scenarios", "river"): "an extra; only one baseline needs it",
     ("benchmarks", "pydoc_data"): "absent from some builds of Python",
+    ("research", "pydoc_data"): "absent from some builds of Python",
     ("benchmarks.transformers_worker", "torch"): "the worker reads its arguments first",
     ("benchmarks.transformers_worker", "transformers"): "the worker reads its arguments first",
 }

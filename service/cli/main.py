@@ -13,6 +13,7 @@ from service.cli.doctor import doctor
 from service.cli.evaluate import evaluate
 from service.cli.fit import fit
 from service.cli.keys import keys_app
+from service.cli.models import models
 from service.cli.observe import observe
 from service.cli.scenario import scenario
 from service.cli.score import score
@@ -33,6 +34,7 @@ app.command()(serve)
 app.command()(doctor)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(models)
 app.command()(fit)
 app.command()(train)
 app.command()(scenario)
