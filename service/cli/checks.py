@@ -36,7 +36,14 @@ from service.base_cache import (
     unconverted_config,
 )
 from service.errors import StoreRefused, StoreUnavailable
-from service.model_loading import StartError, choose_memory, choose_policies, load_encoder, memory_kind
+from service.model_loading import (
+    StartError,
+    choose_memory,
+    choose_policies,
+    load_encoder,
+    load_reading_prefix,
+    memory_kind,
+)
 from service.settings import Settings
 from service.stopping import first_line
 from service.store.embedded import StoreError, has_orphan, in_use, valkey_binary
@@ -186,6 +193,7 @@ def _check_memory(settings: Settings) -> str:
     base = fingerprint(folder)
     try:
         memory = choose_memory(settings, config.hidden_size, base)
+        prefix = load_reading_prefix(settings, config, device=torch.device("cpu"), dtype=torch.float32)
     except MemoryConfigError as error:
         raise CheckFailed(
             str(error), "name a checkpoint of `imprint fit` or `imprint train` for this base in IMPRINT_MEMORY"
@@ -196,7 +204,8 @@ def _check_memory(settings: Settings) -> str:
             f"make one with `imprint fit {settings.model}`, or a better one with `imprint train`",
             status="warn",
         )
-    return f"{settings.memory} ({memory.fingerprint()[:19]}…)"
+    reading = f", with a reading prefix of {prefix.num_tokens} tokens" if prefix is not None else ""
+    return f"{settings.memory} ({memory.fingerprint()[:19]}…){reading}"
 
 
 def _check_recall(settings: Settings) -> str:
