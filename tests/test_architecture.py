@@ -74,6 +74,7 @@ MAY_IMPORT = {
         "model.site_kind",
         "model.text.grammar",
         "model.text.sampling",
+        "model.text.tool_calls",
         "service.errors",
         "service.metrics",
         "service.settings",

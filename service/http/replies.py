@@ -155,12 +155,28 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    """A tool that the assistant calls; `arguments` is JSON, unless the reply was cut off."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool; a message of the role `tool` answers it by its `id`."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatReply(BaseModel):
-    """The assistant's message."""
+    """The assistant's message; `content` is null in a message of calls only."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -169,7 +185,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatReply
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):
@@ -189,14 +205,31 @@ class ChatCompletion(BaseModel):
     @property
     def text(self) -> str:
         """Return the text of the first choice."""
-        return self.choices[0].message.content
+        return self.choices[0].message.content or ""
+
+
+class FunctionDelta(BaseModel):
+    """The name of a called tool, with the first piece of a call, and the next text of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """The next piece of call number `index`; the first piece has the `id`."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
 
 
 class ChatDelta(BaseModel):
-    """The addition of a chunk to the message; empty in the last chunk."""
+    """The addition of a chunk to the message; empty in the last chunk, unless tools made the server keep text back."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatPiece(BaseModel):
@@ -205,7 +238,7 @@ class ChatPiece(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatChunk(BaseModel):
