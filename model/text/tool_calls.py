@@ -73,8 +73,6 @@ def known_text(text: str) -> str:
     Clients parse the arguments of a call and write them anew when they resend the call: the order of the keys and the
     white space may differ.
     """
-    if BEGIN not in text:
-        return text
     content, calls = read_message(text)
     if message_text(content, calls) != text:
         return text  # not all of the text is a content with calls

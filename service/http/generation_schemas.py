@@ -406,12 +406,15 @@ class ChatCompletionRequest(GenerationRequest):
         if self.continue_final_message and self.messages[-1].tool_calls:
             message = "'continue_final_message' needs a last message without 'tool_calls'."
             raise BadRequest(message, param="continue_final_message")
-        require_calls(self.messages)
+        if any(message.role == "tool" for message in self.messages):
+            require_calls(self.messages)
         return self
 
     @cached_property
     def offered_tools(self) -> OfferedTools | None:
         """Return the tools that the reply may call. Raises BadRequest."""
+        if self.tools is None and self.tool_choice is None:
+            return None
         return offered_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property

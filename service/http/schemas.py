@@ -225,8 +225,9 @@ class Message(Body):
         `system`."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        calls = [(call.function.name, call.function.arguments) for call in self.tool_calls or ()]
-        message = {"role": "system" if self.role == "developer" else self.role, "content": message_text(text, calls)}
+        if self.tool_calls:
+            text = message_text(text, [(call.function.name, call.function.arguments) for call in self.tool_calls])
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
         given = {
             "name": self.name,
             "tool_call_id": self.tool_call_id,

@@ -18,6 +18,7 @@ from service.http.structured_output import MAX_GRAMMAR_CHARS
 
 MAX_TOOLS = 128
 MAX_TOOLS_CHARS = 131_072  # of all tools of a request as JSON
+OF_AN_OBJECT = WithJsonSchema({"type": "object", "properties": {"type": {"const": "object"}}})
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -36,7 +37,7 @@ class Function(Body):
 
     name: ToolName
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_schema_of_an_object)] | None = Field(
+    parameters: Annotated[dict[str, Any], AfterValidator(_schema_of_an_object), OF_AN_OBJECT] | None = Field(
         None, description="The JSON Schema of the arguments, which calls follow; none: no arguments."
     )
     strict: bool | None = Field(

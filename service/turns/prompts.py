@@ -233,7 +233,7 @@ def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
     counts: Counter[tuple[str, str]] = Counter()
     for message in messages:
         role, content = message["role"], message["content"].strip()
-        if role == "assistant":
+        if role == "assistant" and tool_calls.BEGIN in content:
             content = tool_calls.known_text(content)
         text = f"{role}\x00{counts[role, content]}\x00{content}"
         counts[role, content] += 1
