@@ -28,10 +28,9 @@ from model.text.tool_calls import (
 )
 from tests.tiny import CHAT_TEMPLATE
 
-MOOD = {"type": "object", "properties": {"mood": {"enum": ["glad", "sad"]}}, "required": ["mood"]}
+MOOD: dict[str, Any] = {"type": "object", "properties": {"mood": {"enum": ["glad", "sad"]}}, "required": ["mood"]}
 MOOD["additionalProperties"] = False
-LIVES = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"]}
-LIVES["additionalProperties"] = False
+LIVES: dict[str, Any] = MOOD | {"properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"]}
 TOOLS = [CallableTool("mood", MOOD), CallableTool("mood_of_9", LIVES), CallableTool("odd", {**MOOD, "format": "?"})]
 SCHEMAS = {tool.name: tool.parameters for tool in TOOLS}
 # A template with tools, as Qwen and Hermes write it.

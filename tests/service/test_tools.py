@@ -160,7 +160,7 @@ def test_the_package_runs_a_loop_and_parses_arguments_into_its_own_types(sdk: op
     with sdk.chat.completions.stream(**called) as stream:
         (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or []
     assert streamed.function.parsed_arguments == call.function.parsed_arguments
-    messages = [USER, message, {"role": "tool", "tool_call_id": call.id, "content": "2"}]
+    messages: Any = [USER, message, {"role": "tool", "tool_call_id": call.id, "content": "2"}]
     answered = sdk.chat.completions.create(messages=messages, max_tokens=8, **fields)
     assert answered.choices[0].message.content
 
