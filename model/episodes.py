@@ -25,6 +25,7 @@ from model.memory import Draft, Pool, SiteConfig
 from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
+from model.memory.episodic.reading_prefix import ReadingPrefix
 from model.memory.episodic.search import Floats, Ints, cosines, match_words, query_words
 from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
@@ -44,7 +45,8 @@ class RecallRequest:
     """The bounds of what a segment may recall: at most `max_tokens` tokens of episodes, which stand before token `at`.
 
     query: the tokens [start, stop) of the segment that ask. header: the tokens before an episode when its keys and
-    values are made. separator: the tokens after each episode.
+    values are made. separator: the tokens after each episode. prefix: number of tokens of the reading prefix, which
+    stands after the episodes.
     """
 
     at: int
@@ -52,19 +54,20 @@ class RecallRequest:
     max_tokens: int
     header: tuple[int, ...]
     separator: tuple[int, ...] = ()
+    prefix: int = 0
 
     def num_tokens(self, episodes: Sequence[Episode]) -> int:
         """Return the number of tokens of episodes."""
         return sum(len(episode.token_ids) + len(self.separator) for episode in episodes)
 
     def cached_tokens(self, episodes: Sequence[Episode]) -> int:
-        """Return the number of tokens that episodes take in a cache."""
-        return READINGS * self.num_tokens(episodes)
+        """Return the number of tokens that episodes take in a cache, with the reading prefix."""
+        return READINGS * self.num_tokens(episodes) + self.prefix if episodes else 0
 
     @property
     def max_cached_tokens(self) -> int:
-        """Return the number of tokens that episodes take in a cache at most."""
-        return READINGS * self.max_tokens
+        """Return the number of tokens that episodes take in a cache at most, with the reading prefix."""
+        return READINGS * self.max_tokens + self.prefix
 
     def parts(self, start: int, length: int, block: int) -> list[tuple[int, int]]:
         """Return the parts [start, stop) of a prompt of `length` tokens, from token `start` on, that are run one after
@@ -136,8 +139,8 @@ class Episodes:
     """Writes, finds and reads the episodes of sessions. Only the engine's thread uses it, except for `only_asks`.
 
     tables: of the tokenizer's vocabulary. lexicon: frequencies of words. decode: returns the text of token ids.
-    encoder: of texts, as vectors of `MEANING_NUMBERS`; None: episodes are found by their words alone. hot_bytes: most
-    bytes of keys and values that are kept.
+    encoder: of texts, as vectors of `MEANING_NUMBERS`; None: episodes are found by their words alone. prefix: what
+    replies to chats read after the episodes. hot_bytes: most bytes of keys and values that are kept.
     """
 
     def __init__(
@@ -149,13 +152,19 @@ class Episodes:
         encoder: SentenceEncoder | None,
         *,
         hot_bytes: int,
+        prefix: ReadingPrefix | None = None,
     ) -> None:
-        self._backbone = backbone
+        self._backbone, self._prefix = backbone, prefix
         self._tables, self._lexicon, self._decode, self._encoder = tables, lexicon, decode, encoder
         self._hot_bytes = hot_bytes
         self._hot: OrderedDict[tuple[Hashable, tuple[int, ...], tuple[int, ...]], _KeysAndValues] = OrderedDict()
         self._bytes_held = 0
         self._header: tuple[tuple[int, ...], DenseCache] | None = None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Return the number of tokens of the reading prefix."""
+        return self._prefix.num_tokens if self._prefix is not None else 0
 
     def prepare(self) -> None:
         """Run the search once if there are tables: its kernels are compiled at their first calls."""
@@ -211,7 +220,7 @@ class Episodes:
         What the segment has already, and what only asks, is not read. room: tokens that the segment's cache can still
         take.
         """
-        max_tokens = min(request.max_tokens, room // READINGS)
+        max_tokens = min(request.max_tokens, (room - request.prefix) // READINGS)
         rows, present = self._rows(pool, index), _text(token_ids)
         found, scores = list[Episode](), dict[int, float]()
 
@@ -280,7 +289,7 @@ class Episodes:
 
     def append(self, cache: KVCache, owner: Hashable, episodes: Sequence[Episode], request: RecallRequest) -> None:
         """Add the keys and values of episodes to a cache, in line, at the positions after its last token, all of
-        them `READINGS` times.
+        them `READINGS` times, and then the reading prefix if the request wants it.
 
         owner: the session, which `forget` names.
         """
@@ -288,8 +297,10 @@ class Episodes:
             rows = self._hot_rows(owner, request.header, (*episode.token_ids, *request.separator))
             keys = _dequantise(rows.keys, rows.key_scales, self._backbone.embedding.dtype)
             values = _dequantise(rows.values, rows.value_scales, self._backbone.embedding.dtype)
-            shift = cache.length - len(request.header)
-            cache.append(self._backbone.moved_keys(keys, shift), values)
+            cache.append(self._backbone.moved_keys(keys, cache.length - len(request.header)), values)
+        if self._prefix is not None and request.prefix:
+            keys = self._backbone.moved_keys(self._prefix.keys, cache.length - self._prefix.start)
+            cache.append(keys, self._prefix.values)
 
     def whole_words(self, episodes: Sequence[Episode]) -> WholeWords:
         """Return the names and numbers that a reply copies whole from the episodes it reads."""

@@ -22,15 +22,17 @@ class RecallPlan:
             made after it fit a chat; made after BOS alone, they answer less than half of the questions.
         text_header: the token before a text.
         separator: the tokens after each episode.
+        prefix: number of tokens of the reading prefix, which replies to chats read after the episodes.
     """
 
     max_tokens: int
     chat_header: tuple[int, ...]
     text_header: tuple[int, ...]
     separator: tuple[int, ...]
+    prefix: int = 0
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, max_tokens: int) -> RecallPlan:
+    def of(cls, tokenizer: Tokenizer, max_tokens: int, prefix: int = 0) -> RecallPlan:
         """Return the plan for a model's tokenizer."""
         start = (tokenizer.start_token_id,)
         chat_header: tuple[int, ...] = ()
@@ -38,7 +40,7 @@ class RecallPlan:
             chat = tokenizer.encode_chat([{"role": "user", "content": BLANK_LINE.join("ab")}])
             chat_header = tuple(chat.token_ids[: chat.spans[0][0]])
         separator = [token for token in tokenizer.encode(BLANK_LINE) if token != tokenizer.bos_token_id]
-        return cls(max_tokens, chat_header or start, start, tuple(separator))
+        return cls(max_tokens, chat_header or start, start, tuple(separator), prefix)
 
     def request(
         self, token_ids: Sequence[int], question: tuple[int, int] | None, *, chat: bool
@@ -54,4 +56,5 @@ class RecallPlan:
             return RecallRequest(1, query, self.max_tokens, self.text_header, self.separator) if stop > 1 else None
         if question is None:
             return None
-        return RecallRequest(max(1, question[0]), question, self.max_tokens, self.chat_header, self.separator)
+        at = max(1, question[0])
+        return RecallRequest(at, question, self.max_tokens, self.chat_header, self.separator, self.prefix)

@@ -7,8 +7,8 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -19,11 +19,13 @@ import torch
 from model.adaptive_lm import AdaptiveLM
 from model.base.backbone import Backbone
 from model.base.checkpoint import fingerprint, load_backbone
+from model.base.config import ModelConfig
 from model.decode.backend import choose_decode_step
 from model.decode.cuda_graphs import wrap_for_serving
 from model.episodes import MEANING_NUMBERS, Episodes
 from model.memory import Memory, load_memory
 from model.memory.episodic.lexicon import shipped_lexicon
+from model.memory.episodic.reading_prefix import ReadingPrefix, load_prefix
 from model.memory.episodic.word_tables import build_tables
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
@@ -40,6 +42,7 @@ from service.turns.loaded_model import LoadedModel
 
 LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
 KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
+PREFIX_SUFFIX = ".reading.safetensors"
 SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
 
 log = logging.getLogger(__name__)
@@ -107,7 +110,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         fingerprints,
         context,
         backbone.config.vocab_size,
-        RecallPlan.of(tokenizer, settings.recall_tokens),
+        RecallPlan.of(tokenizer, settings.recall_tokens, episodes.prefix_tokens),
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
         policy_fingerprints,
@@ -118,11 +121,14 @@ def new_episodes(
     settings: Settings, backbone: Backbone, tokenizer: Tokenizer, *, progress: Callable[[str], None]
 ) -> Episodes:
     """Return the episodic memory on a base. Raises BaseError for an encoder that cannot be found."""
-    # Without recall nothing reads the tables and the encoder, and they take a while to load.
-    vocab_size = backbone.config.vocab_size if settings.recall_tokens else 0
-    tables = build_tables([tokenizer.text_bytes(token) for token in range(vocab_size)])
-    encoder = load_encoder(settings, backbone.embedding.device, progress=progress) if settings.recall_tokens else None
-    return Episodes(backbone, tables, shipped_lexicon(), tokenizer.decode, encoder, hot_bytes=settings.recall_hot_bytes)
+    lexicon, hot_bytes = shipped_lexicon(), settings.recall_hot_bytes
+    if not settings.recall_tokens:  # nothing reads the tables and the encoder, and they take a while to load
+        return Episodes(backbone, build_tables([]), lexicon, tokenizer.decode, None, hot_bytes=hot_bytes)
+    tables = build_tables([tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
+    encoder = load_encoder(settings, backbone.embedding.device, progress=progress)
+    device, dtype = backbone.embedding.device, backbone.embedding.dtype
+    prefix = load_reading_prefix(settings, backbone.config, device=device, dtype=dtype)
+    return Episodes(backbone, tables, lexicon, tokenizer.decode, encoder, hot_bytes=hot_bytes, prefix=prefix)
 
 
 def load_encoder(
@@ -187,13 +193,35 @@ def choose_memory(settings: Settings, hidden_size: int) -> Memory:
 
     Raises MemoryConfigError.
     """
-    if settings.memory != "default":
-        return load_memory(Path(settings.memory), hidden_size=hidden_size)
-    if settings.model in SHIPPED_MEMORIES:
-        with as_file(files("model") / "checkpoints" / SHIPPED_MEMORIES[settings.model]) as path:
+    with memory_file(settings) as path:
+        if path is not None:
             return load_memory(path, hidden_size=hidden_size)
     log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint train`)", settings.model)
     return random_memory(default_config(hidden_size), seed=0)
+
+
+@contextmanager
+def memory_file(settings: Settings) -> Iterator[Path | None]:
+    """Yield the checkpoint of the memory that the settings name or that is shipped for the base; None without one."""
+    if settings.memory != "default":
+        yield Path(settings.memory)
+    elif settings.model in SHIPPED_MEMORIES:
+        with as_file(files("model") / "checkpoints") as folder:
+            yield folder / SHIPPED_MEMORIES[settings.model]
+    else:
+        yield None
+
+
+def load_reading_prefix(
+    settings: Settings, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+) -> ReadingPrefix | None:
+    """Return the reading prefix that lies beside the checkpoint of the memory, if one does: the same name, with the
+    ending `.reading.safetensors`. Raises MemoryConfigError."""
+    with memory_file(settings) as path:
+        beside = path and path.with_suffix(PREFIX_SUFFIX)
+        if beside is None or not beside.is_file():
+            return None
+        return load_prefix(beside, config, device=device, dtype=dtype)
 
 
 def choose_policies(settings: Settings) -> list[Policy]:

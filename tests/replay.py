@@ -233,8 +233,7 @@ class Replay:
         if request is None:
             return None
         room = model.lm.backbone.config.max_context - len(tokens) - extra_tokens
-        request = request.within(room)
-        found = model.episodes.find(model.pool, self._index, tokens, request)
+        found = model.episodes.find(model.pool, self._index, tokens, request, room)
         if not found:
             return None
         cache, state = model.lm.backbone.new_cache(model.lm.backbone.config.max_context), None

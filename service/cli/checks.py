@@ -36,7 +36,14 @@ from service.base_cache import (
     unconverted_config,
 )
 from service.errors import StoreRefused, StoreUnavailable
-from service.model_loading import SHIPPED_MEMORIES, StartError, choose_memory, choose_policies, load_encoder
+from service.model_loading import (
+    SHIPPED_MEMORIES,
+    StartError,
+    choose_memory,
+    choose_policies,
+    load_encoder,
+    load_reading_prefix,
+)
 from service.settings import Settings
 from service.stopping import first_line
 from service.store.embedded import StoreError, has_orphan, in_use, valkey_binary
@@ -185,6 +192,7 @@ def _check_memory(settings: Settings) -> str:
         raise CheckFailed(f"{settings.memory}, not compared with a base", "look at the model first", status="warn")
     try:
         memory = choose_memory(settings, config.hidden_size)
+        prefix = load_reading_prefix(settings, config, device=torch.device("cpu"), dtype=torch.float32)
     except MemoryConfigError as error:
         raise CheckFailed(str(error), "name a checkpoint of `imprint train` for this base in IMPRINT_MEMORY") from error
     if settings.memory == "default" and settings.model not in SHIPPED_MEMORIES:
@@ -193,7 +201,8 @@ def _check_memory(settings: Settings) -> str:
             "make one with `imprint train`, and name it in IMPRINT_MEMORY",
             status="warn",
         )
-    return f"{settings.memory} ({memory.fingerprint()[:19]}…)"
+    reading = f", with a reading prefix of {prefix.num_tokens} tokens" if prefix is not None else ""
+    return f"{settings.memory} ({memory.fingerprint()[:19]}…){reading}"
 
 
 def _check_recall(settings: Settings) -> str:

@@ -34,13 +34,19 @@ def train(
     rank: Annotated[int | None, typer.Option(min=1, help="The adapter's rank; default: the memory's size.")] = None,
     policy: Annotated[str | None, typer.Option(help="Train this policy instead (docs/scenarios.md).")] = None,
     lexicon: Annotated[bool, typer.Option("--lexicon", help="Count words instead (docs/recall.md).")] = False,
+    reading: Annotated[bool, typer.Option("--reading", help="Train a reading prefix (docs/recall.md).")] = False,
 ) -> None:
     """Train a memory on texts, or a policy on a scenario; needs no server. The same command resumes a stopped run.
 
     On several devices: torchrun --nproc-per-node N -m service train …
     """
-    if (policy is None) == (not paths):
-        raise typer.BadParameter("give texts to train a memory on, or --policy, and not both")
+    if bool(paths) + (policy is not None) + reading != 1:
+        raise typer.BadParameter("give texts to train a memory on, or --policy, or --reading, and only one of them")
+    if reading:
+        from research.training.reading import STEPS, train_prefix
+
+        train_prefix(Settings.load(), out, work, steps=steps or STEPS, seed=seed)
+        return
     if policy is not None:
         with require_scenarios_extra():
             from research.training.policy_command import train_policy

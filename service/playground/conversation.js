@@ -41,7 +41,11 @@ function plain(error) {
     507: "There is no room for more.",
   };
   if (!error.status) return error.message;
-  if (error.code === "context_length_exceeded") return "I remember it, but it is too long for an answer. Ask about a part of it.";
+  const codes = {
+    context_length_exceeded: "I remember it, but it is too long for an answer. Ask about a part of it.",
+    version_not_kept: "It was taken back already, or you said it too long ago.",
+  };
+  if (error.code in codes) return codes[error.code];
   return words[error.status] ?? `That did not work (error ${error.status}).`;
 }
 
@@ -235,9 +239,9 @@ async function ask(kind, { version, text, time }) {
   try {
     const whole = await wholeMessage(memory, version);
     const corrected = kind === "correct" ? await askCorrection(version, whole, text.trim()) : "";
-    if (kind === "forget" && !(await askForget(version, whole, text.trim(), time))) return;
-    if (corrected === null) return;
-    settle(version, corrected);
+    const done = kind === "correct" ? corrected !== null : await askForget(version, whole, text.trim(), time);
+    if (done) settle(version, corrected);
+    else known.refresh().catch(failed); // another window may have changed it
   } catch (error) {
     failed(error);
   }

@@ -424,6 +424,22 @@ def test_copying_takes_the_answer(page: Page) -> None:
     assert copied.strip() == (turn.locator(".answer > .text").text_content() or "").strip()
 
 
+def test_what_another_window_forgot_is_told_in_plain_words(
+    page: Page, open_page: OpenPage, server: Server, name: str, faults: list[str]
+) -> None:
+    send(page, CAT)
+    other = enter(open_page(server.url, ""), name)
+    forget(other, entries(other))
+    entries(page).get_by_role("button", name="Forget").click()
+    page.get_by_role("dialog").get_by_role("button", name="Forget", exact=True).click()
+    told = page.get_by_role("dialog").get_by_role("alert")
+    expect(told).to_have_text("It was taken back already, or you said it too long ago.")
+    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    expect(page.locator("#known-note")).to_contain_text("Nothing yet")
+    assert all(fault.startswith(REFUSED) for fault in faults)
+    faults.clear()
+
+
 def test_an_answer_is_spoken_when_it_is_whole(page: Page) -> None:
     with hold_requests(page, "**/v1/chat/completions"):
         page.get_by_label("Message", exact=True).fill(CAT)

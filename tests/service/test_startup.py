@@ -22,6 +22,9 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError, ResponseError
 
+from model.base.checkpoint import load_config
+from model.memory.initial import default_config, random_memory
+from model.memory.memory import save_memory
 from service.child_process import spawn
 from service.cli.checks import run_checks
 from service.settings import Settings
@@ -126,6 +129,17 @@ def test_a_checkpoint_that_cannot_be_read_ends_the_start(
     server = make_server(**{setting: tmp_path / "damaged"})
     assert_start_fails(server, "damaged")
     assert_doctor_fails(server, setting, "damaged")
+
+
+def test_a_reading_prefix_that_cannot_be_read_ends_the_start(
+    make_server: Callable[..., Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    memory = tmp_path / "memory.safetensors"
+    save_memory(random_memory(default_config(load_config(tiny_base).hidden_size), seed=0), memory)
+    (tmp_path / "memory.reading.safetensors").write_bytes(b"damaged")
+    server = make_server(memory=memory, recall_tokens=256)
+    assert_start_fails(server, "memory.reading.safetensors: is no reading prefix")
+    assert_doctor_fails(server, "memory", "is no reading prefix")
 
 
 def test_a_port_in_use_ends_the_start(make_server: Callable[..., Any]) -> None:

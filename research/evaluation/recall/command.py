@@ -30,7 +30,7 @@ from research.machine import hardware
 from research.plots import PlotsMissingError
 from research.runs import ResultCache
 from service.errors import CommandError
-from service.model_loading import choose_decoder, load_encoder
+from service.model_loading import choose_decoder, load_encoder, load_reading_prefix
 from service.settings import Settings
 
 
@@ -64,7 +64,8 @@ def evaluate_recall(settings: Settings, paths: Sequence[Path], options: RecallOp
     lm, tokenizer = load_model(settings)
     encoder = load_encoder(settings, lm.device, progress=console.print)
     decoder = choose_decoder(settings, lm.backbone)
-    speaker = Speaker(AdaptiveLM(lm.backbone, lm.memory, decoder=decoder), tokenizer, encoder)
+    prefix = load_reading_prefix(settings, lm.backbone.config, device=lm.device, dtype=lm.backbone.embedding.dtype)
+    speaker = Speaker(AdaptiveLM(lm.backbone, lm.memory, decoder=decoder), tokenizer, encoder, prefix)
     arms = new_arms(speaker, options.arms, options.tokens)
     other = fillers(paths, tokenizer, max(options.distances), options.data.seed)
     base = fingerprint(base_folder(settings))

@@ -29,12 +29,13 @@ class EpisodesArm(MemoryArm):
         super().__init__(speaker)
         tokenizer, lm = speaker.tokenizer, speaker.lm
         tables = build_tables([tokenizer.text_bytes(token) for token in range(lm.backbone.config.vocab_size)])
+        decode, encoder, prefix = tokenizer.decode, speaker.encoder, speaker.prefix
         self._episodes = Episodes(
-            lm.backbone, tables, shipped_lexicon(), tokenizer.decode, speaker.encoder, hot_bytes=HOT_BYTES
+            lm.backbone, tables, shipped_lexicon(), decode, encoder, hot_bytes=HOT_BYTES, prefix=prefix
         )
         self._lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.decoder, episodes=self._episodes)
-        self._plan = RecallPlan.of(tokenizer, tokens)
-        self.identity = (self.identity, tokens)
+        self._plan = RecallPlan.of(tokenizer, tokens, self._episodes.prefix_tokens)
+        self.identity = (self.identity, tokens, None if prefix is None else float(prefix.values.sum()))
         self._pool = new_pool(self._lm)
         self._session, self._version = self._pool.open(), 0
 

@@ -9,6 +9,7 @@ import torch
 from model.adaptive_lm import EMPTY_SESSION, NUM_LAST_TOKENS, AdaptiveLM, DecodeState
 from model.base.kv_cache import KVCache
 from model.memory import Pool
+from model.memory.episodic.reading_prefix import ReadingPrefix
 from model.memory.episodic.whole_words import WholeWords
 from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
@@ -25,10 +26,17 @@ class Speaker:
     """Decodes greedily. The answers to requests are independent of one another, and nothing is learned.
 
     encoder: of texts, for the arms that search by meaning
+    prefix: the reading prefix of the base, for the arm that reads episodes
     """
 
-    def __init__(self, lm: AdaptiveLM, tokenizer: Tokenizer, encoder: SentenceEncoder | None = None) -> None:
-        self.lm, self.tokenizer, self.encoder = lm, tokenizer, encoder
+    def __init__(
+        self,
+        lm: AdaptiveLM,
+        tokenizer: Tokenizer,
+        encoder: SentenceEncoder | None = None,
+        prefix: ReadingPrefix | None = None,
+    ) -> None:
+        self.lm, self.tokenizer, self.encoder, self.prefix = lm, tokenizer, encoder, prefix
         self.max_context = lm.backbone.config.max_context
         self._pool = lm.new_pool(rows=1, sessions=1)
         self._last: tuple[list[int], KVCache] | None = None
