@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.site_kind import SiteKind
+from service.http.tool_replies import ToolCall, ToolCallDelta
 from service.types import Adaptation, Sampling, StoreStatus
 
 
@@ -155,21 +156,6 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
-class CalledFunction(BaseModel):
-    """A tool that the assistant calls; `arguments` is JSON, unless the reply was cut off."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(BaseModel):
-    """A call of a tool; a message of the role `tool` answers it by its `id`."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
 class ChatReply(BaseModel):
     """The assistant's message; `content` is null in a message of calls only."""
 
@@ -206,22 +192,6 @@ class ChatCompletion(BaseModel):
     def text(self) -> str:
         """Return the text of the first choice."""
         return self.choices[0].message.content or ""
-
-
-class FunctionDelta(BaseModel):
-    """The name of a called tool, with the first piece of a call, and the next text of its arguments."""
-
-    name: str | None = None
-    arguments: str
-
-
-class ToolCallDelta(BaseModel):
-    """The next piece of call number `index`; the first piece has the `id`."""
-
-    index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionDelta
 
 
 class ChatDelta(BaseModel):

@@ -162,7 +162,7 @@ class TextPart(Body):
     text: Text
 
 
-class CalledFunction(Body):
+class MessageFunction(Body):
     """A tool that was called, and its arguments as JSON."""
 
     model_config = ConfigDict(extra="ignore")
@@ -171,14 +171,14 @@ class CalledFunction(Body):
     arguments: Annotated[str, AfterValidator(plain_arguments)]
 
 
-class ToolCall(Body):
+class MessageToolCall(Body):
     """A call in a message of the assistant; unknown fields, which other servers put into their replies, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
     id: CallId
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: MessageFunction
 
 
 class Message(Body):
@@ -187,7 +187,7 @@ class Message(Body):
     model_config = ConfigDict(json_schema_extra=field_rules.MESSAGE)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
         None, description="The assistant's calls of tools; the content may then be null."
     )
     content: (
@@ -208,7 +208,9 @@ class Message(Body):
 
     @field_validator("tool_calls")
     @classmethod
-    def _of_the_assistant(cls, value: list[ToolCall] | None, info: ValidationInfo) -> list[ToolCall] | None:
+    def _of_the_assistant(
+        cls, value: list[MessageToolCall] | None, info: ValidationInfo
+    ) -> list[MessageToolCall] | None:
         if value and info.data.get("role", "assistant") != "assistant":
             raise PydanticCustomError("of_the_assistant", "only messages of the assistant call tools")
         return value
