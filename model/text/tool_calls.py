@@ -1,14 +1,15 @@
 """Tool calls as text: how tools, calls and results read in a prompt, and how the calls of a reply are found.
 
 The form is Hermes' and Qwen's: `<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`. The grammar of
-a reply allows exactly the form that `call_text` writes, so that the reader needs no other.
+a reply allows exactly the form that `call_text` writes. Bases that were not trained on this form often write the object
+by itself, perhaps as a block of code: a reply that begins as such a call of a known tool is one, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,10 @@ CALL_START = '\n{"name": "'
 ARGUMENTS = '", "arguments": '
 MAX_CALLS = 128  # in a message
 HEAD = re.compile(f'{re.escape(CALL_START)}([^"]*){ARGUMENTS}')
+FENCES = ("", "```", "```json")
+BARE_HEAD = r'[ \n]*(?:```(?:json)?[ \n]*)?\{{[ \n]*"name":[ \n]*"({})",[ \n]*"arguments":[ \n]*'
+BARE_END = r"[ \n]*\}([ \n]*```)?[ \n]*"
+BARE = re.compile(BARE_HEAD.format('[^"]*') + r"(?=\{)")
 LISTED = """\
 # Tools
 
@@ -55,6 +60,11 @@ def message_text(content: str, calls: Sequence[tuple[str, str]]) -> str:
     if not calls:
         return content
     return "\n".join([*filter(None, [content.rstrip()]), *(call_text(*call) for call in calls)])
+
+
+def tool_names(tools: str) -> list[str]:
+    """Return the names of tools, of which there is one a line, as JSON."""
+    return [json.loads(tool)["function"]["name"] for tool in tools.split("\n")]
 
 
 def plain_arguments(arguments: str) -> str:
@@ -135,16 +145,25 @@ def calls_grammar(
     elif content is not None:
         rules.append(f'start: "{BEGIN}" calls | {_json_rule(content, space)}')
     else:
+        any_bare = BARE_HEAD.format("|".join(_pattern(tool.name) for tool in tools))
         rules += [
-            "start: TEXT | before calls",
-            f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{BEGIN}(.|\\n)*/",
-            f"before[lazy]: /(.|\\n)*{BEGIN}/",
+            "start: TEXT | before calls | bare",
+            f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{BEGIN}(.|\\n)*/ & ~/{any_bare}(.|\\n)*/",
+            "before[lazy]: BEFORE",
+            f"BEFORE: /(.|\\n)*{BEGIN}/ & ~/{any_bare}(.|\\n)*/",
+            f"bare: ({' | '.join(f'BARE_{index} arguments_{index}' for index in range(len(tools)))}) BARE_END",
+            f"BARE_END: /{BARE_END}/",
+            *(f"BARE_{index}: /{BARE_HEAD.format(_pattern(tool.name))}/" for index, tool in enumerate(tools)),
         ]
     for index, tool in enumerate(tools):
         schema = {"type": "object", **tool.parameters}
-        name = json.dumps(tool.name + ARGUMENTS)
-        rules.append(f"tool_{index}: {name} {_json_rule(schema, space, lenient=not tool.strict)}")
+        rules.append(f"tool_{index}: {json.dumps(tool.name + ARGUMENTS)} arguments_{index}")
+        rules.append(f"arguments_{index}: {_json_rule(schema, space, lenient=not tool.strict)}")
     return "\n".join(rules)
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name).replace("/", r"\/")
 
 
 def _json_rule(schema: Mapping[str, Any], space: str, *, lenient: bool = False) -> str:
@@ -164,27 +183,46 @@ class ReplyPiece:
 class ReplyReader:
     """Finds the calls in a reply that comes piece by piece and follows `calls_grammar`.
 
-    White space at the end of the content is kept back until more content comes, since calls may follow.
+    White space at the end of the content is kept back until more content comes, since calls may follow. The arguments
+    of a call that is all of the reply come when they are complete.
 
     Attributes:
         num_calls: number of calls that have begun.
         in_call: whether a call has begun and not ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str] = ()) -> None:
+        """names: of the tools of which a call may be all of the reply, without `<tool_call>`."""
         self.num_calls = 0
-        self._part: Literal["content", "head", "arguments"] = "content"
+        self._names = names
+        self._bare = [f'{fence}{{"name":"{name}","arguments":' for fence in FENCES for name in names]
+        self._part: Literal["start", "content", "head", "arguments", "bare", "end"] = "start"
         self._held = ""
 
     @property
     def in_call(self) -> bool:
-        return self._part != "content"
+        return self._part in ("head", "arguments", "bare")
 
     def feed(self, text: str) -> Iterator[ReplyPiece]:
         """Yield what new text adds to the message."""
         self._held += text
         while True:
-            if self._part == "content":
+            if self._part == "start":
+                if (bare := BARE.match(self._held)) and bare[1] in self._names:
+                    yield self._begin(bare, "bare")
+                elif self._may_be_bare():
+                    return
+                else:
+                    self._part = "content"
+            elif self._part == "bare":
+                if not (length := _object_length(self._held)):
+                    return
+                yield ReplyPiece(self._held[:length], 0)
+                self._part = "end"
+            elif self._part == "end":
+                self._held = ""
+                return
+            elif self._part == "content":
                 released, found = self._release(BEGIN)
                 if content := released.rstrip() if found else released:
                     yield ReplyPiece(content)
@@ -195,10 +233,7 @@ class ReplyReader:
                 head = HEAD.match(self._held)
                 if head is None:
                     return
-                yield ReplyPiece("", self.num_calls, head[1])
-                self._held = self._held[head.end() :]
-                self.num_calls += 1
-                self._part = "arguments"
+                yield self._begin(head, "arguments")
             else:
                 released, found = self._release(END)
                 if released:
@@ -208,10 +243,21 @@ class ReplyReader:
                 self._part = "content"
 
     def finish(self) -> Iterator[ReplyPiece]:
-        """Yield what was kept back at the end of the reply; of a call that was cut off, nothing."""
+        """Yield what was kept back at the end of the reply, unless it is the form of a call that was cut off."""
         rest, self._held = self._held, ""
-        if self._part == "content" and (rest.strip() or not self.num_calls) and rest:
+        if self._part in ("start", "content") and (rest.strip() or not self.num_calls) and rest:
             yield ReplyPiece(rest)
+        elif self._part == "bare" and rest:
+            yield ReplyPiece(rest, 0)
+
+    def _begin(self, head: re.Match[str], part: Literal["arguments", "bare"]) -> ReplyPiece:
+        self._held, self._part = self._held[head.end() :], part
+        self.num_calls += 1
+        return ReplyPiece("", self.num_calls - 1, head[1])
+
+    def _may_be_bare(self) -> bool:
+        compact = "".join(self._held.split())
+        return any(bare.startswith(compact) for bare in self._bare)
 
     def _release(self, mark: str) -> tuple[str, bool]:
         """Return the text up to a mark, and whether the mark is there; what may belong to the mark stays held."""
@@ -226,9 +272,20 @@ class ReplyReader:
         return released[:length], False
 
 
-def read_message(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the content and the calls, as (name, arguments), of an assistant's message or reply."""
-    reader, content = ReplyReader(), ""
+def _object_length(text: str) -> int:
+    """Return the length of the JSON object at the start of a text; 0 if its end is not there yet."""
+    try:
+        return json.JSONDecoder().raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return 0
+
+
+def read_message(text: str, names: Collection[str] = ()) -> tuple[str, list[tuple[str, str]]]:
+    """Return the content and the calls, as (name, arguments), of an assistant's message or reply.
+
+    names: as for `ReplyReader`.
+    """
+    reader, content = ReplyReader(names), ""
     calls: list[tuple[str, str]] = []
     for piece in (*reader.feed(text), *reader.finish()):
         if piece.call is None:

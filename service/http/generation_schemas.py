@@ -373,7 +373,7 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: Alternatives | None = None
     tools: Tools | None = Field(
         None,
-        description="Tools that the reply may call; never learned. Not in the prompt where `tool_choice` is `none`.",
+        description="Tools; never learned. The prompt has those that `tool_choice` lets the reply call.",
     )
     tool_choice: ToolChoice = Field(
         None,

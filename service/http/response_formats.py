@@ -10,12 +10,13 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from model.text.tool_calls import ReplyPiece, ReplyReader
+from model.text.tool_calls import ReplyPiece, ReplyReader, tool_names
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.http.generation_schemas import GenerationRequest
 from service.metrics import Metrics
 from service.turns.completion import CompletionJob, Delta, PromptLogprobs, TokenLogprob, TurnEnd
 from service.turns.idempotency import RequestContext
+from service.turns.prompts import ChatPrompt
 from service.turns.run import TurnRestarted
 from service.turns.sessions import Sessions
 
@@ -243,7 +244,10 @@ class ToolChatFormatter(ChatFormatter):
         latency: LatencyRecorder,
     ) -> None:
         super().__init__(sessions, body, completion_job, ctx, latency)
-        self._readers = [ReplyReader() for _ in range(self._num_choices)]
+        (chat,) = completion_job.prompts
+        assert isinstance(chat, ChatPrompt)
+        names = tool_names(chat.tools)
+        self._readers = [ReplyReader(names) for _ in range(self._num_choices)]
 
     def opening_chunks(self) -> Iterable[str]:
         for index in range(self._num_choices):

@@ -95,8 +95,8 @@ class OfferedTools:
     """The tools that a reply may call.
 
     Attributes:
-        listed: all tools of the request, as the prompt lists them.
-        callable: those that the reply may call.
+        listed: the tools, as the prompt lists them.
+        callable: the tools, as the grammar of the reply knows them.
         required: whether the reply must call one of them.
         parallel: whether the reply may have several calls.
     """
@@ -133,8 +133,9 @@ def offered_tools(tools: Sequence[Tool] | None, choice: Any, parallel: bool | No
         raise BadRequest(message, param="tool_choice")
     if mode == "none" or not tools:
         return None
-    chosen = [tool.callable() for name, tool in known.items() if names is None or name in names]
-    return OfferedTools(listed_tools(tools), chosen, mode == "required", parallel is not False)
+    chosen = [tool for name, tool in known.items() if names is None or name in names]
+    callable_tools = [tool.callable() for tool in chosen]
+    return OfferedTools(listed_tools(chosen), callable_tools, mode == "required", parallel is not False)
 
 
 def require_calls(messages: Sequence[Message]) -> None:

@@ -243,11 +243,11 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         chat = self._job.prompts[0]
         if self._policy.adapt != "both" or not isinstance(chat, ChatPrompt):
             return ()
-        messages, replies, may_call = chat.messages, self._output.texts, bool(chat.tools)
+        messages, replies = chat.messages, self._output.texts
         if chat.ending == "continue":
             messages, begun = messages[:-1], messages[-1]["content"]
             replies = [begun + reply for reply in replies]
-        return prompts.reply_digests(messages, replies, may_call=may_call)
+        return prompts.reply_digests(messages, replies, tools=chat.tools)
 
     def last_event(self, outcome: TurnOutcome) -> TurnEnd:
         adaptation = None if outcome.meta is None else outcome.adaptation

@@ -240,15 +240,14 @@ def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
         yield hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def reply_digests(
-    messages: Sequence[Mapping[str, str]], replies: Sequence[str], *, may_call: bool = False
-) -> list[str]:
+def reply_digests(messages: Sequence[Mapping[str, str]], replies: Sequence[str], *, tools: str = "") -> list[str]:
     """Return the digests with which the replies to a chat come back as part of its history.
 
-    may_call: whether clients get the calls in a reply apart from its content.
+    tools: the tools that the replies may call; clients get the calls apart from the content.
     """
-    if may_call:
-        replies = [tool_calls.message_text(*tool_calls.read_message(reply)) for reply in replies]
+    if tools:
+        names = tool_calls.tool_names(tools)
+        replies = [tool_calls.message_text(*tool_calls.read_message(reply, names)) for reply in replies]
     chats = ([*messages, {"role": "assistant", "content": reply}] for reply in replies)
     return [list(message_digests(chat))[-1] for chat in chats]
 

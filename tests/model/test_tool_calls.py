@@ -100,6 +100,10 @@ def test_a_reply_is_text_or_text_with_calls(compiler: GrammarCompiler, tokenizer
     content, calls = read_message(write(compiler, tokenizer, 1, "The fox <b>\n\n<tool_call>", required=False))
     assert content == "The fox <b>" and calls
     require_valid(calls)
+    for begun in ('{"name": "mood", "arguments": ', '```json\n{"name": "mood_of_9",\n"arguments": {'):
+        content, calls = read_message(write(compiler, tokenizer, 3, begun, required=False), list(SCHEMAS))
+        assert content == "" and len(calls) == 1
+        require_valid(calls)
     plain = write(compiler, tokenizer, 2, "The fox\n<tool_cal<|im_end|>", required=False)
     assert read_message(plain) == ("The fox\n<tool_cal", [])
 
@@ -161,6 +165,29 @@ def test_arguments_come_as_they_are_written() -> None:
     assert list(reader.feed("}\n")) == [ReplyPiece("}", 0)]
     assert reader.in_call
     assert list(reader.feed("</tool_call>")) == [] == list(reader.finish())
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "arguments"),
+    [
+        ('{"name": "mood", "arguments": {"mood": "glad"}}', "", '{"mood": "glad"}'),
+        ('```json\n{\n  "name": "mood",\n  "arguments": {\n    "a": "}"\n  }\n}\n```\n', "", '{\n    "a": "}"\n  }'),
+        ('```\n{"name":"mood","arguments":{"a', "", '{"a'),
+        ('{"name": "moods", "arguments": {}}', '{"name": "moods", "arguments": {}}', None),
+        ('{"name": "mood", "age": 3}', '{"name": "mood", "age": 3}', None),
+        ("```python\nprint()\n```", "```python\nprint()\n```", None),
+        ('```json\n{"name": "mo', '```json\n{"name": "mo', None),
+    ],
+)
+def test_a_reply_that_is_only_the_object_of_a_call_is_a_call(text: str, content: str, arguments: str | None) -> None:
+    expected = (content, [] if arguments is None else [("mood", arguments)])
+    assert read_message(text, ["mood", "sleep"]) == expected
+    reader = ReplyReader(["mood", "sleep"])
+    pieces = [piece for character in text for piece in reader.feed(character)]
+    pieces += reader.finish()
+    assert "".join(piece.text for piece in pieces if piece.call is None) == content
+    assert "".join(piece.text for piece in pieces if piece.call == 0) == (arguments or "")
+    assert read_message(text) == (text, [])
 
 
 def test_of_a_call_that_is_cut_off_comes_what_is_sure() -> None:

@@ -164,13 +164,14 @@ def test_messages_that_the_template_refuses_are_a_bad_request(tokenizer: Tokeniz
 def test_calls_are_known_again_and_results_are_learned_by_choice(tokenizer: Tokenizer) -> None:
     asked = [user("How long does the dog sleep?")]
     reply = message_text("I ask.", [("sleep", '{"a": 1,  "b": [2]}'), ("sleep", "{}")])
-    known = [*digests(asked), *reply_digests(asked, [reply + "\n"], may_call=True)]
+    tools = '{"function": {"name": "sleep"}}'
+    known = [*digests(asked), *reply_digests(asked, [reply + "\n"], tools=tools)]
     resent = message_text("I ask.\n", [("sleep", '{"b": [2], "a": 1}'), ("sleep", "{}")])
     chat = [*asked, assistant(resent), {"role": "tool", "content": "2 hours", "tool_call_id": "c"}]
-    encoded = encode(ChatPrompt(chat, tools='{"name": "sleep"}'), tokenizer, known, reply=True)
+    encoded = encode(ChatPrompt(chat, tools=tools), tokenizer, known, reply=True)
     assert not any(encoded.learn) and encoded.digests == known
-    assert '<tools>\n{"name": "sleep"}\n</tools>' in tokenizer.decode(encoded.token_ids)
-    by_choice = ChatPrompt(chat, tools='{"name": "sleep"}', learn_tool_results=True)
+    assert f"<tools>\n{tools}\n</tools>" in tokenizer.decode(encoded.token_ids)
+    by_choice = ChatPrompt(chat, tools=tools, learn_tool_results=True)
     assert learned_text(encode(by_choice, tokenizer, encoded.digests, reply=True), tokenizer) == "2 hours"
     assert not any(encode(by_choice, tokenizer, digests(chat), reply=True).learn)
     other = assistant(message_text("I ask.", [("sleep", '{"a": 2, "b": [2]}'), ("sleep", "{}")]))
@@ -182,8 +183,12 @@ def test_a_reply_that_is_cut_off_in_a_call_is_known_as_its_client_got_it() -> No
     for cut, got in (
         ('So.\n<tool_call>\n{"name": "sle', "So."),
         ('So.\n<tool_call>\n{"name": "sleep", "arguments": {"a', message_text("So.", [("sleep", '{"a')])),
+        ('```json\n{"name": "sleep", "arguments": {}}\n```', message_text("", [("sleep", "{}")])),
     ):
-        assert reply_digests(asked, [cut], may_call=True) == digests([*asked, assistant(got)])[1:]
+        assert (
+            reply_digests(asked, [cut], tools='{"function": {"name": "sleep"}}')
+            == digests([*asked, assistant(got)])[1:]
+        )
 
 
 # Remembered digests.
