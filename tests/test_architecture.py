@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "model.base": ("model.device",),
     "model.memory": (*MODEL_TOOLS, "model.site_kind", "model.weights"),
     "model.text": ("model.base.checkpoint", "model.device"),
-    "model.reading_prefix": ("model.base", "model.memory"),
+    "model.reading_prefix": ("model.base", "model.memory", "model.weights"),
     "model.episodes": ("model.base", "model.memory", "model.reading_prefix", "model.text"),
     "model.recall": ("model.episodes", "model.text"),
     "model.adaptive_lm": ("model.base", "model.episodes", "model.memory"),
