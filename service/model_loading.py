@@ -26,10 +26,10 @@ from model.decode.cuda_graphs import wrap_for_serving
 from model.episodes import MEANING_NUMBERS, Episodes
 from model.memory import Memory, load_memory
 from model.memory.episodic.lexicon import shipped_lexicon
-from model.memory.episodic.reading_prefix import ReadingPrefix, load_prefix
 from model.memory.episodic.word_tables import build_tables
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
+from model.reading_prefix import ReadingPrefix, load_prefix
 from model.recall import RecallPlan
 from model.text.grammar import GrammarCompiler
 from model.text.sentence_encoder import SentenceEncoder

@@ -30,6 +30,7 @@ from tests.soak import GROWTH, MAX_FAULTS, Soak, console
 from tests.tiny import build_tiny_base
 
 SAMPLE_EVERY_S = 2.0
+MAX_IDLE_S = 90.0  # more than a server lets a connection be idle
 SETTLE = 0.1  # share of a window at its beginning that counts for neither kind
 SHOWN_SAMPLES = 13
 # The limits that face the abusive clients are the server's own. Two sessions for each place in the queue stay in
@@ -100,6 +101,7 @@ class Endurance(Soak):
                 self.windows.append(Window(start, time.monotonic(), abusive))
                 self._print_window()
             print("rest", file=abuse.stdin, flush=True)
+        self._settle()
         first, last = self.samples[0][0], self.samples[0][-1]
         if last["connections"] or last["fds"] > first["fds"] + GROWTH["fds"]:
             self.faults.append(f"{last['connections']} connections and {last['fds']} open files remain")
@@ -109,6 +111,14 @@ class Endurance(Soak):
             if name.endswith("no answer") or (name[-3] == "5" and name[-3:] not in ALLOWED_5XX and name[-3:].isdigit())
         }
         self.faults += [f"{name}, {count} times" for name, count in bad.items()]
+
+    def _settle(self) -> None:
+        """Wait until the connections of clients that are gone are closed, at most as long as one may be idle."""
+        deadline = time.monotonic() + MAX_IDLE_S
+        self._sample()
+        while self.samples[0][-1]["connections"] and time.monotonic() < deadline:
+            time.sleep(SAMPLE_EVERY_S)
+            self._sample()
 
     @contextmanager
     def _abuse(self) -> Iterator[subprocess.Popen[str]]:

@@ -24,7 +24,14 @@ from service.http.generation_schemas import MAX_NAME_CHARS, ChatCompletionReques
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, streamed_responses
 from service.http.replies import ChatCompletion, Completion, Model, ModelList, ModelMeta, PolicyList, PolicyShape
-from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ResponseFormatter
+from service.http.response_formats import (
+    ChatFormatter,
+    CompletionFormatter,
+    Json,
+    LatencyRecorder,
+    ResponseFormatter,
+    ToolChatFormatter,
+)
 from service.http.schemas import session_of_user
 from service.http.sse import EventStream, until_disconnect
 from service.turns.completion import CompletionJob, GenerationOptions
@@ -110,9 +117,12 @@ async def create_chat_completion(
         prompt_logprobs=body.prompt_logprobs,
         grammar=body.form,
     )
-    prompt = ChatPrompt([message.plain() for message in body.messages], body.ending)
+    listed = "" if body.offered_tools is None else body.offered_tools.listed
+    messages = [message.plain() for message in body.messages]
+    prompt = ChatPrompt(messages, body.ending, listed, bool(body.learn_tool_results))
     completion_job = _completion_job(body, [prompt], generation, learning, headers)
-    formatter = ChatFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
+    kind = ToolChatFormatter if listed else ChatFormatter
+    formatter = kind(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
     return await _generate(learning, body, completion_job, formatter)
 
 
