@@ -29,7 +29,7 @@ TRUST_RATE = 0.02
 REQUEST_TRUST, REQUEST_TRUST_RATE = -0.5, 0.3
 KMEANS_STEPS = 10
 MAX_KMEANS_STATES = 65_536
-WITHIN_RIDGE = 0.05  # share of each number's variance
+WITHIN_RIDGE = 0.05  # share of the mean variance
 ROWS = 8192  # states whose products are summed together, in fp64
 
 
@@ -118,7 +118,7 @@ def discriminant_projection(states: Tensor, targets: Tensor, width: int) -> tupl
         within += centred[is_repeated].T @ centred[is_repeated] / int(repeated.sum())
     means = sums[counts > 1] / counts[counts > 1, None].sqrt()
     within -= means.T @ means / int(repeated.sum())
-    within += WITHIN_RIDGE * total.diagonal().diag()
+    within += WITHIN_RIDGE * total.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     unmixed = torch.linalg.inv(torch.linalg.cholesky(within))
     weight = unmixed.T @ torch.linalg.eigh(unmixed @ total @ unmixed.T).eigenvectors[:, -width:]
     return weight.float(), (-mean @ weight).float()

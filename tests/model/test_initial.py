@@ -183,7 +183,7 @@ def labelled_states(n: int, classes: int = 6) -> tuple[Tensor, Tensor]:
     """Return states whose target decides two directions of little variance, among louder ones that mean nothing."""
     targets = torch.randint(classes, (n,), generator=noise(5))
     angle = targets * (2 * torch.pi / classes)
-    states = 10.0 + torch.randn(n, WIDTH, generator=noise(6)) * torch.logspace(1, -1, WIDTH)
+    states = 10.0 + torch.randn(n, WIDTH, generator=noise(6)) * torch.logspace(0, -1, WIDTH)
     states[:, -2:] = 0.3 * torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(n, 2, generator=noise(7))
     return states, targets
 
