@@ -33,8 +33,8 @@ KNOWN_BASES = (
     KnownBase("smollm2-135m-instruct", 134_515_008, "Apache-2.0", real=True),
     KnownBase("Qwen/Qwen2.5-Coder-0.5B-Instruct", 494_032_768, "Apache-2.0", real=True),
     KnownBase("Qwen/Qwen3-0.6B", 596_049_920, "Apache-2.0"),
-    KnownBase("google/gemma-3-1b-it", 999_885_952, "Gemma Terms of Use"),
-    KnownBase("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, "Llama 3.2 Community"),
+    KnownBase("google/gemma-3-1b-it", 999_885_952, "Gemma"),
+    KnownBase("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, "Llama 3.2"),
     KnownBase("allenai/OLMo-2-0425-1B-Instruct", 1_484_916_736, "Apache-2.0"),
     KnownBase("ibm-granite/granite-3.3-2b-instruct", 2_533_539_840, "Apache-2.0"),
     KnownBase("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, "Apache-2.0"),
@@ -93,13 +93,13 @@ def estimate(parameters: int, machine: Machine, settings: Settings) -> Cost:
 
 
 def memory_here(name: str, settings: Settings) -> str:
-    """Return which memory a base has: shipped, fitted or none; for a base that is not in the cache, `not fetched`."""
+    """Return which memory a base has: shipped, fitted or none; for a base that is not in the cache, a dash."""
     try:
         folder = cached_base(name, settings.cache_dir)
         if name in SHIPPED_MEMORIES:
             return "shipped"
         if folder is None:
-            return "not fetched"
+            return "–"
         return memory_kind(name, settings.cache_dir, fingerprint(folder)) or "none"
     except (BaseError, CheckpointError, OSError) as error:
         return f"cannot be read: {error}"

@@ -136,7 +136,7 @@ def test_models_lists_bases_their_memories_and_their_costs_without_a_network(
     listed = json.loads(imprint("models", "--json", CACHE_DIR=cache))["models"]
     by_name = {base["name"]: base for base in listed}
     assert by_name["smollm2-135m-instruct"]["memory"] == "shipped"
-    assert by_name["Qwen/Qwen2.5-Coder-0.5B-Instruct"]["memory"] == "not fetched"
+    assert by_name["Qwen/Qwen2.5-Coder-0.5B-Instruct"]["memory"] == "–"
     for name, base in by_name.items():
         assert name in printed and base["licence"] in printed
         assert base["memory_bytes"] > 4 * base["parameters"] and base["prompt_seconds"] > 0 < base["token_seconds"]

@@ -166,7 +166,8 @@ def test_calls_are_text_of_the_message_and_the_content_may_then_be_missing() -> 
     for content, expected in ({}, text), ({"content": None}, text), ({"content": "So. "}, f"So.\n{text}"):
         message = Message.model_validate({"role": "assistant", "tool_calls": [call]} | content)
         assert message.plain() == {"role": "assistant", "content": expected}
-    for wrong in ({"content": None}, {}, {"tool_calls": []}, {"role": "user", "tool_calls": [call]}):
+    refused: list[dict[str, Any]] = [{"content": None}, {}, {"tool_calls": []}, {"role": "user", "tool_calls": [call]}]
+    for wrong in refused:
         with pytest.raises(ValidationError):
             Message.model_validate({"role": "assistant"} | wrong)
 
