@@ -113,6 +113,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         fingerprints,
         context,
         backbone.config.vocab_size,
+        backbone.num_parameters,
         RecallPlan.of(tokenizer, settings.recall_tokens, episodes.prefix_tokens),
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,

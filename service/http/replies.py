@@ -247,6 +247,7 @@ class ModelMeta(BaseModel):
 
     n_ctx: int = Field(description="Tokens that one request may hold, prompt and reply together.")
     n_vocab: int
+    n_params: int = Field(description="Parameters of the base.")
 
 
 class Model(BaseModel):

@@ -167,7 +167,7 @@ def _model(name: str, sessions: Sessions) -> Model:
         sampling=SUGGESTED_SAMPLING,
         root=sessions.model_id,
         max_model_len=sessions.context,
-        meta=ModelMeta(n_ctx=sessions.context, n_vocab=sessions.vocab_size),
+        meta=ModelMeta(n_ctx=sessions.context, n_vocab=sessions.vocab_size, n_params=sessions.num_parameters),
     )
 
 
