@@ -155,7 +155,7 @@ class Episodes:
         prefix: ReadingPrefix | None = None,
     ) -> None:
         self._backbone, self._prefix = backbone, prefix
-        self._tables, self._lexicon, self._decode, self._encoder = tables, lexicon, decode, encoder
+        self._tables, self._lexicon, self._decode, self.encoder = tables, lexicon, decode, encoder
         self._hot_bytes = hot_bytes
         self._hot: OrderedDict[tuple[Hashable, tuple[int, ...], tuple[int, ...]], _KeysAndValues] = OrderedDict()
         self._bytes_held = 0
@@ -201,9 +201,9 @@ class Episodes:
             tokens[row, : len(span.token_ids)] = span.token_ids
         slots = torch.from_numpy((ordinals - 1) % SLOTS)
         draft.put(SITE, slots, [torch.from_numpy(header), torch.from_numpy(tokens)])
-        if self._encoder is not None:
-            made_by = np.stack([ordinals, np.full(len(spans), self._encoder.id)], 1).astype(np.int32)
-            vectors = np.stack([self._encoder(self._decode(span.token_ids)) for span in spans])
+        if self.encoder is not None:
+            made_by = np.stack([ordinals, np.full(len(spans), self.encoder.id)], 1).astype(np.int32)
+            vectors = np.stack([self.encoder(self._decode(span.token_ids)) for span in spans])
             draft.put(MEANINGS, slots, [torch.from_numpy(made_by), torch.from_numpy(vectors)])
 
     def only_asks(self, token_ids: Sequence[int]) -> bool:
@@ -261,20 +261,20 @@ class Episodes:
 
     def _cosines(self, rows: _Rows, sentence: Sequence[int]) -> Floats:
         """Return the cosine [n] of each episode's vector and that of a sentence; 0 without an encoder."""
-        if self._encoder is None or rows.meanings is None:
+        if self.encoder is None or rows.meanings is None:
             return np.zeros(len(rows.header))
-        return cosines(rows.meanings, self._encoder(self._decode(sentence)))
+        return cosines(rows.meanings, self.encoder(self._decode(sentence)))
 
     def _rows(self, pool: Pool, index: int) -> _Rows:
         """Return the rows of a session."""
         slots = self._slots(pool, index)
         cells = _cells(pool, SITE, index, slots)
         header, tokens = (field.numpy()[cells] for field in pool.sites[SITE].fields)
-        if self._encoder is None:
+        if self.encoder is None:
             return _Rows(header, tokens, None)
         cells = _cells(pool, MEANINGS, index, slots)
         made_by, meanings = (field.numpy()[cells] for field in pool.sites[MEANINGS].fields)
-        meanings[(made_by[:, 0] != header[:, ORDINAL]) | (made_by[:, 1] != self._encoder.id)] = 0
+        meanings[(made_by[:, 0] != header[:, ORDINAL]) | (made_by[:, 1] != self.encoder.id)] = 0
         return _Rows(header, tokens, meanings)
 
     def _last_ordinal(self, pool: Pool, index: int) -> int:

@@ -118,7 +118,16 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
         policy_fingerprints,
+        episodes.encoder,
+        _num_parameters(backbone),
+        sum(file.stat().st_size for file in folder.iterdir()),
     )
+
+
+def _num_parameters(backbone: Backbone) -> int:
+    """Return the number of weights of a base; a head that is the embedding counts once, also where a copy is packed."""
+    tied = "head." if backbone.config.tie_embeddings else "-"
+    return sum(weight.numel() for name, weight in backbone.named_parameters() if not name.startswith(tied))
 
 
 def new_episodes(

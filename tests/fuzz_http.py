@@ -36,6 +36,7 @@ from schemathesis.generation.meta import negated_parameters
 from model.base.config import tiny_config
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
+from tests.model.tiny_encoder import save_encoder
 from tests.tiny import TEXT, build_tiny_base, build_tiny_policies
 
 # The second tenant meets its limits again and again.
@@ -52,6 +53,7 @@ OBSERVATION = {"chooser": 8, "namer": 6}  # numbers that the tiny policies take
 UNSTATED = {
     "a limit of the served model": r"exceeds the context|token id of the vocabulary|\d+ tokens|at least one token",
     "two fields must agree": r"'best_of' must|Give 'max_completion_tokens' or 'max_tokens'|'min_tokens' may be",
+    "the vectors of the server's encoder": r"'dimensions' must be",
     "a grammar that is valid": r"is no grammar|has no form that|not two of them|does not go with",
     "tools that can be called, and their results": r"'tool_choice' (must|needs)|goes with 'tools'|must be the id of"
     r"|one tool of a name|characters as JSON",
@@ -116,7 +118,9 @@ def fuzzed_server(folder: Path) -> Iterator[Target]:
     keys = {name: new_key(name) for name in (*QUOTAS, OPERATOR)}
     file = folder / "keys"
     file.write_text("".join(f"{line} {QUOTAS.get(name, '')}\n" for name, (_, line) in keys.items()))
-    server = Server(str(base), folder / "data", api_keys_file=file, policies=policies).start()
+    encoder = save_encoder(folder / "encoder", sorted(set(TEXT.split())))
+    settings = {"api_keys_file": file, "policies": policies, "recall_encoder": encoder}
+    server = Server(str(base), folder / "data", **settings).start()
     try:
         yield Target(server.url, {name: key for name, (key, _) in keys.items()}, export_of(server.url, keys["acme"][0]))
     finally:
@@ -182,7 +186,13 @@ def configuration(
             "seed": seed,
             "continue-on-failure": True,
             "request-timeout": TIMEOUT_S,
-            "auth": {"openapi": {"tenant": {"bearer": keys[tenant]}, "operator": {"bearer": keys[OPERATOR]}}},
+            "auth": {
+                "openapi": {
+                    "tenant": {"bearer": keys[tenant]},
+                    "x-api-key": {"api_key": keys[tenant]},
+                    "operator": {"bearer": keys[OPERATOR]},
+                }
+            },
             "generation": {"max-examples": examples, "database": "none", "no-shrink": True},
             "phases": {name: {"enabled": name in phases} for name in PHASES},
             "dictionaries": {"sessions": {"values": sessions}},
@@ -254,8 +264,10 @@ class Known:
         match route:
             case "import":
                 case.body = self._exported
-            case "completions":
+            case "completions" | "chat" | "generate" | "messages":
                 case.body |= {"model": "tiny"} | ({"session": f"{self._tenant}-kept"} if random.random() < 0.3 else {})
+            case "embeddings" | "count_tokens" | "show":
+                case.body |= {"model": "tiny"}
             case "act":
                 self._give_policy(case, "chooser", "observation")
             case "predict":
@@ -286,7 +298,8 @@ def unstated(failure: Failure, response: Response) -> str | None:
     """Return the reason in `UNSTATED` for a refusal of what the description allows, or None."""
     if type(failure).__name__ != "RejectedPositiveData" or response.status_code != 400:
         return None
-    message = str(response.json()["error"]["message"])
+    error = response.json()["error"]
+    message = str(error if isinstance(error, str) else error["message"])
     return next((reason for reason, pattern in UNSTATED.items() if re.search(pattern, message)), None)
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 SERVED = "http://127.0.0.1:8000"
-RECIPES = ["openai_client", "langchain_chat", "python_client", "python_async"]
+RECIPES = ["openai_client", "ollama_client", "anthropic_client", "langchain_chat", "python_client", "python_async"]
 
 
 def blocks(page: Path, language: str) -> list[str]:

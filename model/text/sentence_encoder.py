@@ -58,6 +58,19 @@ class SentenceEncoder:
         vector = F.normalize(self._states(ids).mean(0), dim=0)
         return (127 * vector).round().to(torch.int8).cpu().numpy()
 
+    def windows(self, text: str) -> list[list[int]]:
+        """Return the token ids of a text of any length, in windows that are encoded alone. Any thread may call this."""
+        encoding = self._tokenizer.encode(text)
+        return [window.ids for window in (encoding, *encoding.overflowing) if window.ids]
+
+    @torch.inference_mode()
+    def sum_of_states(self, window: list[int]) -> NDArray[np.float32]:
+        """Return the sum [size] of the last layer's states over the tokens of a window.
+
+        The direction of the sum over all windows of a text is the meaning of the text.
+        """
+        return self._states(window).sum(0).float().cpu().numpy()
+
     def _states(self, ids: list[int]) -> Tensor:
         """Return the states [T, d] of the last layer."""
         words = self._weights["embeddings.word_embeddings.weight"]

@@ -14,11 +14,13 @@ import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType, TracebackType
+from typing import TypeVar
 
 import torch
 
@@ -42,6 +44,7 @@ EVENTS_PER_STEP = 16  # events of one turn that are taken before other tasks of 
 POLICY_ROWS_DIVISOR = 32  # each policy's pool has `hot_rows` divided by this number
 
 Job = TextJob | PolicyJob
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -92,6 +95,7 @@ class Engine:
         self._jobs: dict[JobRequest, Job] = {}
         self._arrived: dict[JobRequest, float] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._extra_work: deque[Callable[[], None]] = deque()
         self._events: list[tuple[JobRequest, Event]] = []
         self._gather_executor = new_gather_executor(lm.device, self._inbox.put)
         self._stopping = False
@@ -134,6 +138,23 @@ class Engine:
         if committed is not None and request.memory is not None:
             self._resident_of(request.memory.policy).set_state_id(request.memory.key, committed)
         self._inbox.put(lambda: self._close(request, commit=committed is not None))
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, which needs the device and takes about as long as a step.
+
+        The jobs go on meanwhile: a step of theirs comes between two such works, whoever asks for them.
+        """
+        result: Future[T] = Future()
+
+        def settle() -> None:
+            if result.set_running_or_notify_cancel():
+                try:
+                    result.set_result(work())
+                except Exception as error:
+                    result.set_exception(error)
+
+        self._inbox.put(partial(self._extra_work.append, settle))
+        return await asyncio.wrap_future(result)
 
     def drop(self, key: SessionKey) -> None:
         """Drop a session from the device."""
@@ -209,7 +230,7 @@ class Engine:
 
     def _take_messages(self) -> None:
         """Handle the messages that have arrived; where there is nothing to run, sleep until a message arrives."""
-        idle = not self._scheduler.running and not self._scheduler.waiting and not any(self._busy_workers())
+        idle = not (self._scheduler.running or self._scheduler.waiting or self._extra_work or any(self._busy_workers()))
         while True:
             try:
                 handle = self._inbox.get(block=idle)
@@ -239,7 +260,7 @@ class Engine:
             job.close(worker.resident, commit=commit)
 
     def _step(self) -> None:
-        """Run one block of one text job, one token of every sequence, and the policies' requests."""
+        """Run one block of one text job, one token of every sequence, the policies' requests and one extra work."""
         for job in self._scheduler.admit():
             self._start(job, self._resident)
         if (block_job := self._scheduler.next_block()) is not None:
@@ -247,6 +268,8 @@ class Engine:
                 self._emit(block_job, block_job.block(self._resident))
         self._decode()
         self._decide()
+        if self._extra_work:
+            self._extra_work.popleft()()
         for job in [job for job in self._scheduler.running if job.done]:
             self._scheduler.remove(job)
             self._finish(job)

@@ -112,7 +112,7 @@ class TextSequence:
         if not text and not tokens and self.finish is None:
             return None
         self._shown_text, self._shown_tokens = self.text.num_released_chars, self.text.num_released_tokens
-        return TokenOutput(segment, self.choice, text, tokens, self.finish)
+        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop)
 
 
 class _Reading:

@@ -11,6 +11,7 @@ class TextStream:
     Attributes:
         text: all text that may ever be shown.
         num_released_chars: number of characters of `text` that may be shown now.
+        stop: the stop string that ended the text, or None.
     """
 
     def __init__(self, decode: DecodeStream, stops: tuple[str, ...], min_tokens: int = 0) -> None:
@@ -25,6 +26,7 @@ class TextStream:
         self._num_undecoded = 0
         self.text = ""
         self.num_released_chars = 0
+        self.stop: str | None = None
 
     @property
     def num_released_tokens(self) -> int:
@@ -59,9 +61,10 @@ class TextStream:
             self.num_released_chars = len(self.text)
             return False
         ends = [(search, search.find(piece)) for search in self._stops]
-        starts = [before + end - len(search.stop) for search, end in ends if end is not None]
+        starts = [(before + end - len(search.stop), search.stop) for search, end in ends if end is not None]
         if starts:
-            self.text = self.text[: min(starts)]
+            start, self.stop = min(starts)
+            self.text = self.text[:start]
             self.num_released_chars = len(self.text)
             return True
         held_back = max((search.num_matched for search in self._stops), default=0)

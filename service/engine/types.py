@@ -205,6 +205,7 @@ class TokenOutput:
     Attributes:
         choice: number of the sequence.
         finish: why the sequence ended, on the sequence's last output.
+        stop: the stop string that ended the sequence, on the sequence's last output.
     """
 
     segment: int
@@ -212,6 +213,7 @@ class TokenOutput:
     text: str
     tokens: list[Alternatives]
     finish: FinishReason | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

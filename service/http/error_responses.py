@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +15,13 @@ from service.http.faults import MAX_SHOWN_CHARS, explain
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 NON_RETRYABLE = (409, 507)  # statuses that OpenAI's client would retry without success
+ANTHROPIC_ERRORS = {  # the types of Anthropic's errors by status
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +50,18 @@ async def report_error(request: Request, error: Exception) -> ImprintError:
     return error
 
 
+def error_body(request: Request, error: ImprintError) -> dict[str, Any]:
+    """Return the body of an error, in the shape of the interface that the request's path belongs to."""
+    path = request.url.path
+    if path.startswith("/api/"):
+        return {"error": error.message}
+    if path.startswith("/v1/messages"):
+        kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        described = {"type": kind, "message": error.message}
+        return {"type": "error", "error": described, "request_id": request.state.request_id}
+    return error.body()
+
+
 async def error_response(request: Request, error: Exception) -> JSONResponse:
     """Report `error`, and return the answer with its status, body and headers."""
     reported = await report_error(request, error)
@@ -49,7 +69,7 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
     headers |= dict(reported.headers) | idempotency_headers(getattr(request.state, "ctx", None))
     if reported.status in NON_RETRYABLE:
         headers["x-should-retry"] = "false"
-    return JSONResponse(reported.body(), reported.status, headers)
+    return JSONResponse(error_body(request, reported), reported.status, headers)
 
 
 async def _invalid_response(request: Request, error: Exception) -> JSONResponse:

@@ -40,7 +40,7 @@ from service.turns.sessions import Sessions
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; only the metrics see the status
 PROBES = ("/livez", "/readyz", "/health", "/ping")
 PUBLIC_PATHS = {*PROBES, "/version", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
-UNVERSIONED = re.compile(r"/(models|policies|(chat/)?completions)(/|$)")  # paths of a base URL without /v1
+UNVERSIONED = re.compile(r"/(models|policies|embeddings|(chat/)?completions)(/|$)")  # paths of a base URL without /v1
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 SMALL_BODY_BYTES = 65_536
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")
@@ -109,7 +109,7 @@ class MetricsMiddleware(HttpMiddleware):
                 status = message["status"]
             await send(message)
 
-        is_api = scope["path"].startswith("/v1/")
+        is_api = scope["path"].startswith(("/v1/", "/api/"))
         self._metrics.requests_in_flight.inc(is_api)
         try:
             await self._app(scope, receive, send_and_note_status)
@@ -148,6 +148,7 @@ class ErrorMiddleware(HttpMiddleware):
 class AuthMiddleware(HttpMiddleware):
     """Finds the tenant of a request by the API key.
 
+    The key comes in `Authorization`, else in `x-api-key`, as Anthropic's clients send it.
     The middleware stands before the routes: the paths in `PUBLIC_PATHS` need no key, and all others do. `/metrics` has
     a key of its own, because its numbers are of all tenants together.
     """
@@ -162,7 +163,8 @@ class AuthMiddleware(HttpMiddleware):
         await self._app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> Tenant:
-        given = Headers(scope=scope).getlist("authorization")
+        headers = Headers(scope=scope)
+        given = headers.getlist("authorization") or [f"Bearer {key}" for key in headers.getlist("x-api-key")]
         tenant = self._keys.tenant(given[0] if len(given) == 1 else None)
         if self._keys.required and (tenant.name == OPERATOR) != (scope["path"] == "/metrics"):
             raise Unauthorized(f"/metrics takes a key of {OPERATOR!r}, and all other routes take the other keys.")

@@ -104,7 +104,9 @@ def _add_keys(spec: Json, public_paths: Container[str]) -> None:
         name: {"type": "http", "scheme": "bearer", "description": f"A key of `imprint keys new {tenant}`."}
         for name, tenant in (("tenant", "TENANT"), ("operator", OPERATOR))
     }
+    header = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key, for other clients."}
+    spec["components"]["securitySchemes"]["x-api-key"] = header
     for path, methods in spec["paths"].items():
-        scheme = "operator" if path == "/metrics" else "tenant"
+        schemes = ["operator"] if path == "/metrics" else ["tenant", "x-api-key"]
         for operation in methods.values():
-            operation["security"] = [] if path in public_paths else [{scheme: []}]
+            operation["security"] = [] if path in public_paths else [{scheme: []} for scheme in schemes]

@@ -102,7 +102,68 @@ def _chat(kind: str, choice: Json, **more: Any) -> Json:
 CHAT_MESSAGE: Json = {"role": "assistant", "content": "Hello", "refusal": None}
 ERROR_MESSAGE = "'temperature': input should be less than or equal to 100, got 101."
 
+OLLAMA_REPLY: Json = {"model": "smollm2-135m-instruct", "created_at": "2026-01-01T00:00:00Z", "done": False}
+OLLAMA_DETAILS: Json = {
+    "parent_model": "",
+    "format": "",
+    "family": "imprint",
+    "families": ["imprint"],
+    "parameter_size": "134.5M",
+    "quantization_level": "",
+}
+OLLAMA_MODEL: Json = {
+    "name": "smollm2-135m-instruct",
+    "model": "smollm2-135m-instruct",
+    "modified_at": "2026-01-01T00:00:00Z",
+    "size": 538090408,
+    "digest": "5a1395716f79…",
+    "details": OLLAMA_DETAILS,
+}
+OLLAMA_SHOWN: Json = {
+    "modelfile": "",
+    "parameters": "temperature 0.4\ntop_p 0.9\nfrequency_penalty 0.5",
+    "template": "",
+    "modified_at": "2026-01-01T00:00:00Z",
+    "details": OLLAMA_DETAILS,
+    "model_info": {"general.architecture": "imprint", "imprint.context_length": 2048},
+    "capabilities": ["completion"],
+}
+
+MESSAGE_USAGE: Json = {
+    "input_tokens": 9,
+    "output_tokens": 1,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 0,
+}
+STOP: Json = {"stop_reason": "max_tokens", "stop_sequence": None}
+TEXT_BLOCK: Json = {"type": "text", "text": ""}
+MESSAGE: Json = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "smollm2-135m-instruct",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "usage": MESSAGE_USAGE,
+}
+MESSAGE_EVENTS: list[Json] = [
+    {"type": "message_start", "message": MESSAGE | {"usage": MESSAGE_USAGE | {"output_tokens": 0}}},
+    {"type": "content_block_start", "index": 0, "content_block": TEXT_BLOCK},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "message_delta", "delta": STOP, "usage": MESSAGE_USAGE, "adaptation": ADAPTATION},
+    {"type": "message_stop"},
+]
+
 EXAMPLES: dict[str, list[Json]] = {
+    "AnthropicError": [
+        {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "'max_tokens' is required."},
+            "request_id": "6f1c2b1d0f8a4c0e9a54d1d7c6f3a2b1",
+        }
+    ],
     "Acted": [ACTED],
     "Completion": [_completion(FINISHED_CHOICE | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
     "CompletionChunk": [
@@ -116,6 +177,15 @@ EXAMPLES: dict[str, list[Json]] = {
         _chat("chat.completion.chunk", OPEN_CHOICE | {"delta": {"content": "Hello"}}),
         _chat("chat.completion.chunk", FINISHED_CHOICE | {"delta": {}}, adaptation=ADAPTATION),
     ],
+    "EmbeddingList": [
+        {
+            "object": "list",
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.8, -0.6]}],
+            "model": "smollm2-135m-instruct",
+            "system_fingerprint": "fp_39fc1d5a",
+            "usage": {"prompt_tokens": 8, "total_tokens": 8},
+        }
+    ],
     "ErrorReply": [
         {"error": {"message": ERROR_MESSAGE, "type": "invalid_request_error", "param": "temperature", "code": None}}
     ],
@@ -123,9 +193,17 @@ EXAMPLES: dict[str, list[Json]] = {
     "Health": [{"status": "ok"}],
     "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
     "Live": [{"status": "ok"}],
+    "MessageEvent": MESSAGE_EVENTS,
+    "MessageReply": [MESSAGE | STOP | {"content": [TEXT_BLOCK | {"text": "Hello"}], "adaptation": ADAPTATION}],
     "Model": [MODEL],
     "ModelList": [{"object": "list", "data": [MODEL]}],
     "Observed": [{"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version": 4}],
+    "OllamaChatReply": [OLLAMA_REPLY | {"message": {"role": "assistant", "content": "Hello"}}],
+    "OllamaError": [{"error": "'model' is required."}],
+    "OllamaGenerateReply": [OLLAMA_REPLY | {"response": "Hello"}],
+    "OllamaModels": [{"models": [OLLAMA_MODEL]}],
+    "OllamaShown": [OLLAMA_SHOWN],
+    "OllamaVersion": [{"version": "0.6.4"}],
     "PolicyList": [{"object": "list", "data": []}],
     "Ready": [{"status": "ready"}],
     "Rendered": [{"prompt": "<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\n"}],
@@ -147,6 +225,7 @@ EXAMPLES: dict[str, list[Json]] = {
     "SessionEpisodes": [{"object": "list", "data": [EPISODE], "has_more": True, "next": 12}],
     "SessionList": [{"object": "list", "data": [SESSION], "has_more": True, "next": "alice"}],
     "SessionLog": [{"object": "list", "data": [LOG_ENTRY], "has_more": True, "next": 4}],
+    "TokenCount": [{"input_tokens": 9}],
     "Tokenized": [{"count": 2, "max_model_len": 2048, "tokens": [4, 7], "token_strs": None}],
     "Version": [{"version": "0.1.0"}],
 }

@@ -45,12 +45,18 @@ the header `X-Imprint-Adapt`, else the name of the model (`NAME:predict`, `NAME:
 
 ## Clients of other servers
 
-A base URL works with `/v1` and without. Completions take the samplers of vLLM and llama.cpp by both names, and they
-draw after the memory is mixed in. Fields that change no answer (`store`, `metadata`, `reasoning_effort`, unknown ones)
-are ignored, and the header `X-Imprint-Ignored` names them; with `IMPRINT_STRICT_FIELDS` they are a 400. A field that
-would change the answer and is not supported is a 400, unless its value changes nothing, and so is a misspelt field
-(`sesion`). More tokens than the context has room for are as many as fit; a prompt that leaves no room is a 400. With
-`prompt_logprobs`, each token of the prompt has its log-probability with the session's memory and without.
+A base URL of OpenAI's routes works with `/v1` and without. Clients of Ollama and of Anthropic work unchanged with the
+server's address as their base URL: `/api/chat` and `/api/generate` take Ollama's options, `/v1/messages` takes texts
+and blocks of text. A chat is the same in every shape: the same session, the same reply, and a message that was learned
+in one shape is known in the others. Their errors have the shape of their own servers, and their tools are a 400. A key
+may come as `x-api-key` instead of `Authorization`.
+
+Completions take the samplers of vLLM and llama.cpp by both names, and they draw after the memory is mixed in. Fields
+that change no answer (`store`, `metadata`, `reasoning_effort`, unknown ones) are ignored, and the header
+`X-Imprint-Ignored` names them; with `IMPRINT_STRICT_FIELDS` they are a 400. A field that would change the answer and is
+not supported is a 400, unless its value changes nothing, and so is a misspelt field (`sesion`). More tokens than the
+context has room for are as many as fit; a prompt that leaves no room is a 400. With `prompt_logprobs`, each token of
+the prompt has its log-probability with the session's memory and without.
 
 A text follows a JSON Schema (`response_format`, `structured_outputs`, `guided_json`, `json_schema`), a regular
 expression, one of several texts, or rules (`grammar`). A schema with a keyword that cannot be followed is a 400. Tokens
@@ -83,10 +89,10 @@ sent twice. The server remembers a key for `IMPRINT_IDEMPOTENCY_TTL_S`.
 
 ## Errors
 
-Bodies are OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`. Answers of 429 and 503 have a `Retry-After`;
-answers to which a retry is of no use have `x-should-retry: false`. `X-Request-Id` is the client's own id, or a new one.
-The class is that of the Python client and of the server; general classes stand before special ones. Some errors have
-another `code` than the one in this table.
+Bodies are OpenAI's: `{{"error": {{"message", "type", "param", "code"}}}}`; under `/api/` they are Ollama's, and under
+`/v1/messages` Anthropic's. Answers of 429 and 503 have a `Retry-After`; answers to which a retry is of no use have
+`x-should-retry: false`. `X-Request-Id` is the client's own id, or a new one. The class is that of the Python client and
+of the server; general classes stand before special ones. Some errors have another `code` than the one in this table.
 
 | status | class | code | meaning |
 | --- | --- | --- | --- |

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from service.http.error_responses import report_error
+from service.http.error_responses import error_body, report_error
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,19 +53,20 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A stream of server-sent events; `[DONE]` is the last one.
+    """A stream of server-sent events; `[DONE]` is the last one. A subclass has other frames around the events.
 
     An error in the middle of the stream becomes one more event, because the status has been sent. The generator of the
     events is closed, and its turn is committed or rolled back, when the response ends for whatever reason.
 
     Args:
         request: the request that the stream answers.
-        events: yields the `data` field of each event.
+        events: yields the text of each event, which `frame` completes.
         headers: headers of the response, in addition to those of every stream.
         on_disconnect: as in `until_disconnect`.
     """
 
     media_type = "text/event-stream"
+    closing = "data: [DONE]\n\n"
 
     def __init__(
         self,
@@ -84,16 +85,21 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await until_disconnect(receive, self._stream(send), self._on_disconnect)
 
+    @staticmethod
+    def frame(event: str) -> str:
+        """Return an event as it is sent."""
+        return f"data: {event}\n\n"
+
     async def _stream(self, send: Send) -> None:
-        async def send_event(data: str, *, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
+        async def send_text(text: str, *, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
         async with aclosing(self._events):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                async for data in self._events:
-                    await send_event(data)
+                async for event in self._events:
+                    await send_text(self.frame(event))
             except Exception as error:
-                reported = await report_error(self._request, error)
-                await send_event(json.dumps(reported.body()))
-        await send_event("[DONE]", more=False)
+                reported = error_body(self._request, await report_error(self._request, error))
+                await send_text(self.frame(json.dumps(reported)))
+        await send_text(self.closing, more=False)

@@ -150,6 +150,7 @@ class TurnEnd:
         prompt_ms: milliseconds from the start of the work to the first text.
         predicted_ms: milliseconds from the first text to the last one.
         prompt_logprobs: of the tokens of each prompt, if they are asked for.
+        stops: for each choice the stop string that ended it, or None.
     """
 
     finish_reasons: list[FinishReason]
@@ -159,6 +160,7 @@ class TurnEnd:
     prompt_ms: float = 0.0
     predicted_ms: float = 0.0
     prompt_logprobs: Sequence[Sequence[TokenLogprob] | PromptLogprobs] = ()
+    stops: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
             round(1000 * (first - start), 3),
             round(1000 * (last - first), 3),
             self._output.prompt_logprobs(),
+            self._output.stops,
         )
 
     def record(self, last: Delta | TurnEnd) -> Json:
@@ -290,6 +293,7 @@ class OutputProcessor:
         candidates = len(prompts) * options.candidates
         self.texts = [""] * candidates
         self.finish_reasons: list[FinishReason] = ["length" if options.max_tokens == 0 else "stop"] * candidates
+        self.stops: list[str | None] = [None] * candidates
         self._waiting: list[list[Delta]] | None = None
         if options.candidates > options.n:
             self._waiting = [[] for _ in range(candidates)]
@@ -324,6 +328,7 @@ class OutputProcessor:
         candidate = prompt * self._options.candidates + event.choice
         if event.finish is not None:
             self.finish_reasons[candidate] = event.finish
+            self.stops[candidate] = event.stop
         if self._waiting is not None:
             self._token_logprobs[candidate] += [entry.logprob or 0.0 for entry in event.tokens]
         if event.text or event.tokens:
@@ -346,6 +351,7 @@ class OutputProcessor:
             chosen += ranked[: options.n]
         self.texts = [self.texts[candidate] for candidate in chosen]
         self.finish_reasons = [self.finish_reasons[candidate] for candidate in chosen]
+        self.stops = [self.stops[candidate] for candidate in chosen]
         for choice, candidate in enumerate(chosen):
             yield from (replace(delta, choice=choice) for delta in waiting[candidate])
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from model.policies.network import Policy
 from model.recall import RecallPlan
 from model.text.grammar import GrammarCompiler
+from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from service.engine import Engine
 from service.errors import Conflict
@@ -30,6 +31,8 @@ class LoadedModel:
         policy_fingerprints: the fingerprint of each policy's slow weights, by name.
         recall: how replies read episodes.
         grammars: the compiler of grammars for the tokens of the model of text.
+        encoder: the sentence encoder, which the engine's thread runs; None = the server has none.
+        parameters, disk_bytes: the number of the base's weights, and the bytes of the base's files.
     """
 
     engine: Engine
@@ -42,6 +45,9 @@ class LoadedModel:
     grammars: GrammarCompiler
     policies: dict[str, Policy] = field(default_factory=dict)
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
+    encoder: SentenceEncoder | None = None
+    parameters: int = 0
+    disk_bytes: int = 0
 
     @property
     def text_fingerprint(self) -> str:

@@ -36,6 +36,18 @@ def test_a_vector_is_that_of_transformers(folder: Path, text: str) -> None:
     assert np.abs(encoder(text) - 127 * F.normalize(states.mean(0), dim=0).numpy()).max() <= 0.51
 
 
+@torch.inference_mode()
+def test_the_windows_of_a_long_text_hold_all_of_it(folder: Path) -> None:
+    encoder, network = SentenceEncoder.load(folder), bert(len(WORDS) + 1, size=20, layers=3)
+    ids = word_tokenizer(WORDS).encode(text := "cat pixel my " * MAX_TOKENS).ids
+    windows = encoder.windows(text)
+    assert [len(window) for window in windows] == [MAX_TOKENS] * 3
+    assert [token for window in windows for token in window] == ids
+    assert encoder.windows("") == []
+    states = network(input_ids=torch.tensor(windows[1:2])).last_hidden_state[0]
+    assert np.allclose(encoder.sum_of_states(windows[1]), states.sum(0).numpy(), atol=1e-3)
+
+
 def test_encoders_of_other_weights_have_other_ids(folder: Path) -> None:
     first = SentenceEncoder.load(folder)
     assert first.id > 0 and first.id == SentenceEncoder.load(folder).id

@@ -43,9 +43,12 @@ def check(page: Json, schema: Json, value: Any) -> None:
 
 
 def examples(page: Json, media: Json) -> list[Any]:
-    """Return the examples of a body, its own or those of its schema; of a stream, the examples of its events."""
+    """Return the examples of a body, its own or those of its schema; of a stream, those of its events or lines."""
+    if "itemSchema" in media and "\n\n" not in media["example"]:
+        return [json.loads(line) for line in media["example"].splitlines()]
     if "itemSchema" in media:
-        return [{"data": event.removeprefix("data: ")} for event in media["example"].split("\n\n") if event]
+        events = [event.splitlines() for event in media["example"].split("\n\n") if event]
+        return [dict(line.split(": ", 1) for line in event) for event in events]
     schema = media["schema"]
     for option in schema.get("anyOf", []):
         if "$ref" in option:
@@ -158,6 +161,8 @@ def test_a_server_answers_the_examples_as_described(page: Json, server: Server) 
         for method, path, operation in sorted(operations(page), key=lambda item: item[0] in ("put", "delete")):
             if "Policies" in operation["tags"]:
                 continue  # their examples name a policy that is not shipped
+            if operation["operationId"] == "create_embedding":
+                continue  # this server has no sentence encoder
             content = operation.get("requestBody", {}).get("content", {None: {"schema": {}}})
             for media_type, media in content.items():
                 for example in [None] if media_type is None else examples(page, media) or [exported]:
@@ -209,7 +214,7 @@ def test_a_server_with_keys_describes_which_key_each_route_takes(
     keys = {scheme: new_key(tenant) for scheme, tenant in (("tenant", "acme"), ("operator", OPERATOR))}
     server = make_server(api_keys=",".join(line for _, line in keys.values())).start()
     page = httpx.get(f"{server.url}/openapi.json").json()
-    assert page["components"]["securitySchemes"].keys() == keys.keys()
+    assert page["components"]["securitySchemes"].keys() == {*keys, "x-api-key"}
     open_to_all = set()
     for method, path, operation in operations(page):
         schemes = {scheme for alternative in operation["security"] for scheme in alternative}

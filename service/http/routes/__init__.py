@@ -1,9 +1,12 @@
 """The routes, one file a subject; `ROUTERS` has every router that the server includes."""
 
-from service.http.routes import openai, ops, page, policies, sessions, tokens
+from service.http.routes import anthropic, embeddings, ollama, openai, ops, page, policies, sessions, tokens
 
 ROUTERS = (
     openai.router,
+    embeddings.router,
+    ollama.router,
+    anthropic.router,
     tokens.router,
     sessions.router,
     sessions.files,

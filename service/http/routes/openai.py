@@ -24,16 +24,10 @@ from service.http.generation_schemas import MAX_NAME_CHARS, ChatCompletionReques
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, streamed_responses
 from service.http.replies import ChatCompletion, Completion, Model, ModelList, ModelMeta, PolicyList, PolicyShape
-from service.http.response_formats import (
-    ChatFormatter,
-    CompletionFormatter,
-    Json,
-    LatencyRecorder,
-    ResponseFormatter,
-    ToolChatFormatter,
-)
+from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ToolChatFormatter
 from service.http.schemas import session_of_user
 from service.http.sse import EventStream, until_disconnect
+from service.http.text_formats import Formatter
 from service.turns.completion import CompletionJob, GenerationOptions
 from service.turns.prompts import ChatPrompt, PartsPrompt, Prompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
@@ -80,6 +74,13 @@ async def create_completion(
     body: CompletionRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
 ) -> Json | Response:
     """Continue each prompt; with a session, use the session's memory and update the memory."""
+    completion_job = text_job(body, learning, headers)
+    formatter = CompletionFormatter(learning.sessions, body, completion_job, learning.ctx, latency_recorder(learning))
+    return await answer(learning, body, completion_job, formatter)
+
+
+def text_job(body: CompletionRequest, learning: LearningRequest, headers: ImprintHeaders) -> CompletionJob:
+    """Return the job of a completion. Raises NotFound and BadRequest."""
     sessions = learning.sessions
     generation = GenerationOptions(
         max_tokens=_max_tokens(body, DEFAULT_MAX_TOKENS),
@@ -92,9 +93,7 @@ async def create_completion(
         prompt_logprobs=body.prompt_logprobs,
         grammar=body.form,
     )
-    completion_job = _completion_job(body, _prompts(body, sessions), generation, learning, headers)
-    formatter = CompletionFormatter(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
-    return await _generate(learning, body, completion_job, formatter)
+    return _completion_job(body, _prompts(body, sessions), generation, learning, headers)
 
 
 @router.post(
@@ -107,6 +106,14 @@ async def create_chat_completion(
     body: ChatCompletionRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
 ) -> Json | Response:
     """Reply to a chat; with a session, use the session's memory and update the memory with what is new in the chat."""
+    completion_job = chat_job(body, learning, headers)
+    kind = ToolChatFormatter if _listed_tools(body) else ChatFormatter
+    formatter = kind(learning.sessions, body, completion_job, learning.ctx, latency_recorder(learning))
+    return await answer(learning, body, completion_job, formatter)
+
+
+def chat_job(body: ChatCompletionRequest, learning: LearningRequest, headers: ImprintHeaders) -> CompletionJob:
+    """Return the job of a chat completion, which every shape of a chat asks for. Raises NotFound and BadRequest."""
     sessions = learning.sessions
     generation = GenerationOptions(
         max_tokens=_max_tokens(body, None),
@@ -117,20 +124,22 @@ async def create_chat_completion(
         prompt_logprobs=body.prompt_logprobs,
         grammar=body.form,
     )
-    listed = "" if body.offered_tools is None else body.offered_tools.listed
     messages = [message.plain() for message in body.messages]
-    prompt = ChatPrompt(messages, body.ending, listed, bool(body.learn_tool_results))
-    completion_job = _completion_job(body, [prompt], generation, learning, headers)
-    kind = ToolChatFormatter if listed else ChatFormatter
-    formatter = kind(sessions, body, completion_job, learning.ctx, _latency_recorder(learning))
-    return await _generate(learning, body, completion_job, formatter)
+    prompt = ChatPrompt(messages, body.ending, _listed_tools(body), bool(body.learn_tool_results))
+    return _completion_job(body, [prompt], generation, learning, headers)
 
 
-async def _generate(
+def _listed_tools(body: ChatCompletionRequest) -> str:
+    """Return the tools that the prompt lists, as text; "" for none."""
+    return "" if body.offered_tools is None else body.offered_tools.listed
+
+
+async def answer(
     learning: LearningRequest,
     body: GenerationRequest,
     completion_job: CompletionJob,
-    formatter: ResponseFormatter,
+    formatter: Formatter,
+    stream_type: type[EventStream] = EventStream,
 ) -> Json | Response:
     """Run the turn, and answer with a stream or with one reply.
 
@@ -142,7 +151,7 @@ async def _generate(
         work = learning.sessions.generate(learning.ctx, completion_job)
         events = await until_disconnect(receive, work, on_disconnect)
         headers = ignored | idempotency_headers(learning.ctx)
-        return EventStream(learning.request, formatter.stream(events), headers=headers, on_disconnect=on_disconnect)
+        return stream_type(learning.request, formatter.stream(events), headers=headers, on_disconnect=on_disconnect)
     reply = await until_disconnect(receive, _whole_reply(learning, completion_job, formatter), on_disconnect)
     learning.response.headers.update(ignored | idempotency_headers(learning.ctx))
     if isinstance(reply, list):
@@ -151,7 +160,7 @@ async def _generate(
 
 
 async def _whole_reply(
-    learning: LearningRequest, completion_job: CompletionJob, formatter: ResponseFormatter
+    learning: LearningRequest, completion_job: CompletionJob, formatter: Formatter
 ) -> Json | list[bytes]:
     async with aclosing(await learning.sessions.generate(learning.ctx, completion_job)) as events:
         return await formatter.reply(events)
@@ -323,5 +332,6 @@ def _ignored_header(body: GenerationRequest, rules: ClientRules) -> dict[str, st
     return {"X-Imprint-Ignored": ", ".join(shown)} if shown else {}
 
 
-def _latency_recorder(learning: LearningRequest) -> LatencyRecorder:
+def latency_recorder(learning: LearningRequest) -> LatencyRecorder:
+    """Return what measures the tokens' latency of a request."""
     return LatencyRecorder(learning.metrics, learning.request.state.arrived)
