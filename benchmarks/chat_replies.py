@@ -94,7 +94,7 @@ async def ask(client: AsyncClient, options: ChatOptions) -> list[Reply]:
             sampled: ChatOptions = {"max_tokens": MAX_TOKENS, "seed": number, **options}
             reply = await client.chat([{"role": "user", "content": message}], **sampled)
         choice = reply.choices[0]
-        return Reply(choice.message.content, reply.usage.completion_tokens, choice.finish_reason == "length")
+        return Reply(choice.message.content or "", reply.usage.completion_tokens, choice.finish_reason == "length")
 
     return await asyncio.gather(*(one(number, message) for number, message in enumerate(MESSAGES)))
 

@@ -25,10 +25,10 @@ from model.memory import Draft, Pool, SiteConfig
 from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
-from model.memory.episodic.reading_prefix import ReadingPrefix
 from model.memory.episodic.search import Floats, Ints, cosines, match_words, query_words
 from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
+from model.reading_prefix import ReadingPrefix
 from model.text.sentence_encoder import SentenceEncoder
 
 SITE, MEANINGS = "episodes", "meanings"

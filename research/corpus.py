@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.adaptive_lm import AdaptiveLM
-from model.base.checkpoint import CheckpointError, load_backbone
+from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError
 from model.memory import MemoryConfigError
 from model.text.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def load_model(settings: Settings) -> tuple[AdaptiveLM, Tokenizer]:
     folder = base_folder(settings)
     try:
         backbone, tokenizer = load_backbone(folder), Tokenizer.load(folder)
-        lm = AdaptiveLM(backbone, choose_memory(settings, backbone.config.hidden_size))
+        lm = AdaptiveLM(backbone, choose_memory(settings, backbone.config.hidden_size, fingerprint(folder)))
     except (CheckpointError, ConfigError, MemoryConfigError) as error:
         raise CommandError(str(error)) from error
     return lm, tokenizer

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -25,10 +26,10 @@ from model.decode.cuda_graphs import wrap_for_serving
 from model.episodes import MEANING_NUMBERS, Episodes
 from model.memory import Memory, load_memory
 from model.memory.episodic.lexicon import shipped_lexicon
-from model.memory.episodic.reading_prefix import ReadingPrefix, load_prefix
 from model.memory.episodic.word_tables import build_tables
 from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
+from model.reading_prefix import ReadingPrefix, load_prefix
 from model.recall import RecallPlan
 from model.text.grammar import GrammarCompiler
 from model.text.sentence_encoder import SentenceEncoder
@@ -43,7 +44,8 @@ from service.turns.loaded_model import LoadedModel
 LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
 KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
 PREFIX_SUFFIX = ".reading.safetensors"
-SHIPPED_MEMORIES = {"smollm2-135m-instruct": "smollm2-135m-instruct.safetensors"}
+DEFAULT_BASE, DEFAULT_HIDDEN_SIZE = "smollm2-135m-instruct", 576
+SHIPPED_MEMORIES = {DEFAULT_BASE: "smollm2-135m-instruct.safetensors"}
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +90,14 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     device = _choose_device(settings)
     backbone = load_backbone(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     tokenizer = Tokenizer.load(folder, special_in_messages=settings.message_special_tokens == "tokens")
-    memory = choose_memory(settings, backbone.config.hidden_size).to(device)
+    base = fingerprint(folder)
+    memory = choose_memory(settings, backbone.config.hidden_size, base).to(device)
     policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
     episodes = new_episodes(settings, backbone, tokenizer, progress=log.info)
     lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone), episodes=episodes)
     engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
-    fingerprints = {"base": fingerprint(folder), "memory": memory.fingerprint()}
+    fingerprints = {"base": base, "memory": memory.fingerprint()}
     metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
     _watch_device(metrics, device)
     log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - started)
@@ -110,6 +113,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         fingerprints,
         context,
         backbone.config.vocab_size,
+        backbone.num_parameters,
         RecallPlan.of(tokenizer, settings.recall_tokens, episodes.prefix_tokens),
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
@@ -197,16 +201,42 @@ def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
     return backbone.fp16_decoder(choose_decode_step(backbone)) if settings.decode_dtype == "fp16" else backbone
 
 
-def choose_memory(settings: Settings, hidden_size: int) -> Memory:
-    """Return the memory of the settings, else the memory shipped for the base, else a random one.
+def choose_memory(settings: Settings, hidden_size: int, base: str) -> Memory:
+    """Return the memory of the settings, or the one shipped for the base or fitted to it, or else a random one.
 
-    Raises MemoryConfigError.
+    base: the base's fingerprint. Raises MemoryConfigError.
     """
     with memory_file(settings) as path:
         if path is not None:
             return load_memory(path, hidden_size=hidden_size)
-    log.warning("no memory is shipped for %s: serving an unfitted one (see `imprint train`)", settings.model)
+    if (fitted := fitted_memory_path(settings.cache_dir, base)).exists():
+        log.info("serving the memory that `imprint fit` made for this base: %s", fitted)
+        return load_memory(fitted, hidden_size=hidden_size)
+    log.warning(
+        "no memory is shipped for %s: serving an unfitted one. `imprint fit %s` makes a better one in minutes; run it"
+        " before sessions learn, since they cannot be used with another memory",
+        settings.model,
+        settings.model,
+    )
     return random_memory(default_config(hidden_size), seed=0)
+
+
+def memory_kind(model: str, cache_dir: Path, base: str) -> Literal["shipped", "fitted"] | None:
+    """Return which memory a base has by default; None for an unfitted one. base: the base's fingerprint."""
+    if model in SHIPPED_MEMORIES:
+        return "shipped"
+    return "fitted" if fitted_memory_path(cache_dir, base).exists() else None
+
+
+def shipped_memory() -> Memory:
+    """Return the memory that is shipped for the default base."""
+    with as_file(files("model") / "checkpoints" / SHIPPED_MEMORIES[DEFAULT_BASE]) as path:
+        return load_memory(path, hidden_size=DEFAULT_HIDDEN_SIZE)
+
+
+def fitted_memory_path(cache_dir: Path, base: str) -> Path:
+    """Return the file of the memory that `imprint fit` makes for the base with this fingerprint."""
+    return cache_dir / "memories" / f"{base.removeprefix('sha256:')[:16]}.safetensors"
 
 
 @contextmanager

@@ -78,8 +78,9 @@ class Settings(BaseSettings):
     memory: str = Field(
         "default",
         min_length=1,
-        description="The meta-trained memory: `default` (the one shipped for the base), or the path of a checkpoint"
-        " that `imprint train` wrote. Sessions of one memory cannot be used with another.",
+        description="The meta-trained memory: `default` (the one shipped for the base, or fitted to it), or the path of"
+        " a checkpoint that `imprint fit` or `imprint train` wrote. Sessions of one memory cannot be used with"
+        " another.",
     )
     policies: str = Field(
         "default",

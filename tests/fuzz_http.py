@@ -55,6 +55,8 @@ UNSTATED = {
     "two fields must agree": r"'best_of' must|Give 'max_completion_tokens' or 'max_tokens'|'min_tokens' may be",
     "the vectors of the server's encoder": r"'dimensions' must be",
     "a grammar that is valid": r"is no grammar|has no form that|not two of them|does not go with",
+    "tools that can be called, and their results": r"'tool_choice' (must|needs)|goes with 'tools'|must be the id of"
+    r"|one tool of a name|characters as JSON",
     "a name that looks like a misspelt field": r"did you mean",
     "a last message that can be continued": r"'continue_final_message' (needs|is only)|cannot be continued",
     "a field that needs a session in body, header or the model's name": r"needs a session; name one",

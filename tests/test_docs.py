@@ -192,7 +192,7 @@ def test_the_python_of_a_page_runs(page: Path, at_the_server: Server) -> None:
 def test_the_commands_of_a_page_run(page: Path, at_the_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     for line in re.findall(r"^\$ imprint (.+)$", "\n".join(blocks(page, "console")), flags=re.MULTILINE):
         words = shlex.split(line.partition(" >> ")[0])
-        if words[0] not in ("serve", "train", "eval", "doctor"):
+        if words[0] not in ("serve", "fit", "train", "eval", "doctor"):
             limits = ["--max-tokens", "8"] if words[0] == "chat" else []
             main.app([*words, *limits], standalone_mode=False)
             assert capsys.readouterr().out.strip()

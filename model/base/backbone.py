@@ -123,6 +123,12 @@ class Backbone(nn.Module):
         return decoder
 
     @property
+    def num_parameters(self) -> int:
+        """Return the number of parameters; an embedding that is the head too counts once."""
+        shared = self.embedding.numel() if self.config.tie_embeddings and self.head.weight is not self.embedding else 0
+        return sum(parameter.numel() for parameter in self.parameters()) - shared
+
+    @property
     def head_matrix(self) -> Tensor:
         """Return the head as a plain matrix `[V, d]`, whatever layout holds it.
 

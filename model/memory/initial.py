@@ -1,6 +1,9 @@
-"""The memory before training, for any base: keys are whitened hidden states, projected at random.
+"""The memory before training, for any base, without gradients.
 
-Without whitening, all hidden states of a language model are similar, and so are their keys.
+A random memory's keys are hidden states, whitened if a text is given, projected at random. Without whitening, all
+hidden states of a language model are similar, and so are their keys. A fitted memory's keys are the directions that
+tell best which token comes next (linear discriminant analysis, Fisher 1936, Rao 1948), and its gate begins as a trained
+memory's.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from model.memory.memory import Memory
 WHITENING_POWER = 0.75
 WHITENING_FLOOR = 1e-3  # share of the largest variance
 SHARPNESS = (20.0, 7.0)
+FITTED_SHARPNESS = (12.0, 3.0)
 PRIOR = 0.2
 NGRAM_BONUS = (1.0, 1.0, 3.0)  # one for each n-gram size: the longest must outvote many rows that repeat less
 INITIAL_GATE_LOGIT = -2.0
@@ -25,6 +29,8 @@ TRUST_RATE = 0.02
 REQUEST_TRUST, REQUEST_TRUST_RATE = -0.5, 0.3
 KMEANS_STEPS = 10
 MAX_KMEANS_STATES = 65_536
+WITHIN_RIDGE = 0.05  # share of the mean variance
+ROWS = 8192  # states whose products are summed together, in fp64
 
 
 def default_config(hidden_size: int) -> MemoryConfig:
@@ -63,6 +69,59 @@ def random_memory(config: MemoryConfig, *, seed: int, states: Tensor | None = No
             states = torch.randn(4096, config.hidden_size, generator=generator)
         fit_centres(site, states, generator)
     return memory
+
+
+def fitted_memory(config: MemoryConfig, states: Tensor, targets: Tensor, trained: Memory, *, seed: int) -> Memory:
+    """Return a memory of one lexical site for a base whose hidden states [n, d] were followed by targets [n] in a text.
+
+    trained: a memory of any base. Its bonuses, gate and trust are taken over. What its gate reads of a key is left out,
+    because another base's keys mean something else; the other inputs mean much the same in every base.
+    Raise ValueError if one of the memories has other sites, or if too few tokens occur twice.
+    """
+    memory = random_memory(config, seed=seed)
+    site, source = memory.lexical, trained.lexical
+    if site is None or source is None:
+        raise ValueError("a fitted memory and the memory that it takes its gate from have a lexical site")
+    weight, bias = discriminant_projection(states, targets, site.config.width)
+    own = {"key_weight", "key_bias", "centres", "sharpness", "gate_in"}
+    with torch.no_grad():
+        for name, parameter in site.named_parameters():
+            if name not in own:
+                parameter.copy_(source.get_parameter(name))
+        site.gate_in.zero_()
+        shared_inputs = len(site.gate_in) - site.config.width
+        site.gate_in[:shared_inputs] = source.gate_in[:shared_inputs]
+        site.sharpness.copy_(torch.tensor(FITTED_SHARPNESS))
+        site.key_weight.copy_(weight)
+        site.key_bias.copy_(bias)
+        fit_centres(site, states, torch.Generator().manual_seed(seed))
+    return memory
+
+
+def discriminant_projection(states: Tensor, targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return W [d, width] and b [width]: the directions in which states [n, d] of different targets [n] differ most,
+    relative to how much states of the same target differ. The mean state has no direction.
+
+    Raise ValueError if fewer than `width` states have a target that occurs twice.
+    """
+    tokens, number, counts = torch.unique(targets, return_inverse=True, return_counts=True)
+    repeated = (counts > 1)[number]
+    if int(repeated.sum()) < width:
+        raise ValueError(f"a text with at least {width} repeated tokens is needed, got {int(repeated.sum())}")
+    size, mean = states.shape[1], states.mean(0, dtype=torch.float64)
+    total, within = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+    sums = torch.zeros(len(tokens), size, dtype=torch.float64)
+    for rows, token, is_repeated in zip(states.split(ROWS), number.split(ROWS), repeated.split(ROWS), strict=True):
+        centred = rows.double() - mean
+        total += centred.T @ centred / len(states)
+        sums.index_add_(0, token, centred)
+        within += centred[is_repeated].T @ centred[is_repeated] / int(repeated.sum())
+    means = sums[counts > 1] / counts[counts > 1, None].sqrt()
+    within -= means.T @ means / int(repeated.sum())
+    within += WITHIN_RIDGE * total.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    unmixed = torch.linalg.inv(torch.linalg.cholesky(within))
+    weight = unmixed.T @ torch.linalg.eigh(unmixed @ total @ unmixed.T).eigenvectors[:, -width:]
+    return weight.float(), (-mean @ weight).float()
 
 
 def random_projection(

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -17,10 +18,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.text import tool_calls
+
 MAX_SOURCE_CHARS = 2**20
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
+
+_PROBE = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object"}}}
 
 
 class ChatTemplateError(Exception):
@@ -43,12 +48,32 @@ class ChatTemplate:
         except (TemplateError, RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
             raise ChatTemplateError(f"the chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Render a chat to text. Raises `ChatTemplateError` with the template's own message."""
+    @cached_property
+    def has_tools(self) -> bool:
+        """Return whether the template lists tools, and in the form in which the calls of replies are read."""
+        try:
+            text = self._render([{"role": "user", "content": "probe"}], [_PROBE], False)
+        except ChatTemplateError:
+            return False
+        return tool_calls.BEGIN in text and '"probe"' in text
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = "") -> str:
+        """Render a chat to text. Raises `ChatTemplateError` with the template's own message.
+
+        tools: the tools as JSON, one a line. A template without tools gets them, and their results, as text.
+        """
+        adapted, listed = [dict(message) for message in messages], None
+        if (tools or any(message.get("role") == "tool" for message in messages)) and not self.has_tools:
+            adapted = tool_calls.messages_as_text(messages, tools)
+        elif tools:
+            listed = [json.loads(tool) for tool in tools.split("\n")]
+        return self._render(adapted, listed, add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, str]], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
+                messages=messages,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -57,19 +82,19 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
 
     def render_with_spans(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = ""
     ) -> tuple[str, list[Span | None]]:
         """Render a chat to text. Returns the text, and for each message the half-open range of its content in the text.
 
         The range is None for a content that the template leaves out, or changes beyond trimming its white space.
         Raises `ChatTemplateError`.
         """
-        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        text = self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         mark = next(unused_characters([text, *(message.get("content", "") for message in messages)]))
         for edges in (_whole, _trimmed):
             marked = [_mark(message, f"{mark}{i}{mark}", edges) for i, message in enumerate(messages)]
             try:
-                rendered = self.render(marked, add_generation_prompt=add_generation_prompt)
+                rendered = self.render(marked, add_generation_prompt=add_generation_prompt, tools=tools)
             except ChatTemplateError:
                 continue
             unmarked, spans = _find(rendered, mark, len(messages))

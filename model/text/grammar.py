@@ -27,10 +27,10 @@ class GrammarError(Exception):
 class GrammarSource:
     """A grammar as a client writes it.
 
-    text: a JSON Schema, a list of texts as JSON, a regular expression, or rules (GBNF or Lark).
+    text: a JSON Schema, a list of texts as JSON, a regular expression, rules (GBNF or Lark), or the server's own Lark.
     """
 
-    kind: Literal["json_schema", "choice", "regex", "rules"]
+    kind: Literal["json_schema", "choice", "regex", "rules", "lark"]
     text: str
 
     def compiled(self) -> str:
@@ -47,6 +47,8 @@ class GrammarSource:
                     return LLMatcher.grammar_from_regex(self.text)
                 case "rules":
                     return LLMatcher.grammar_from_lark(any_to_lark(self.text))
+                case "lark":
+                    return LLMatcher.grammar_from_lark(self.text)
         except Exception as error:  # the converters raise whatever they meet
             raise GrammarError(str(error)) from error
 

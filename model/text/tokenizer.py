@@ -166,14 +166,21 @@ class Tokenizer:
         return DecodeStream(self)
 
     def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continues: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continues: bool = False,
+        tools: str = "",
     ) -> ChatTokens:
         """Return the tokens of a chat; `continues`: up to the end of the last message's content.
 
+        tools: the tools that the reply may call, as JSON, one a line.
+
         Raises `ChatTemplateError`, and `ValueError` if a text is not valid Unicode.
         """
-        messages, plain_ids = self._without_special(messages)
-        text, spans = self._render(messages, add_generation_prompt, continues)
+        messages, tools, plain_ids = self._without_special(messages, tools)
+        text, spans = self._render(messages, add_generation_prompt, continues, tools)
         ids = array("i")
         counts = _TokenCounts(spans)
         for piece in self._chat_pieces(text, plain_ids):
@@ -182,35 +189,46 @@ class Tokenizer:
         return ChatTokens(ids, counts.ranges(spans, len(ids)))
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continues: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continues: bool = False,
+        tools: str = "",
     ) -> str:
         """Return the text of a chat, whose tokens `encode_chat` returns. Raises `ChatTemplateError`."""
-        return self._render(messages, add_generation_prompt, continues)[0]
+        return self._render(messages, add_generation_prompt, continues, tools)[0]
 
     def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, continues: bool
+        self, messages: Sequence[Message], add_generation_prompt: bool, continues: bool, tools: str
     ) -> tuple[str, list[Span | None]]:
         if self._chat_template is None:
             raise ChatTemplateError("the model has no chat template")
-        text, spans = self._chat_template.render_with_spans(messages, add_generation_prompt=add_generation_prompt)
+        text, spans = self._chat_template.render_with_spans(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools
+        )
         if not continues:
             return text, spans
         if (last := spans[-1]) is None:
             raise ChatTemplateError("the last message is empty or changed, and cannot be continued")
         return text[: last[1]], spans
 
-    def _without_special(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, list[int]]]:
-        """Return the messages with one character in place of each special token's text, and the ids of its plain text.
+    def _without_special(
+        self, messages: Sequence[Message], tools: str
+    ) -> tuple[Sequence[Message], str, dict[str, list[int]]]:
+        """Return the messages and the tools with one character in place of each special token's text, and the ids of
+        its plain text.
 
         The template cannot tell such a character from other text, and `_encode` never makes a special token of it.
         """
-        values = [value for message in messages for value in message.values()]
+        values = [tools, *(value for message in messages for value in message.values())]
         if not self._plain_ids or not any(map(self._has_special, values)):
-            return messages, {}
+            return messages, tools, {}
         unused = unused_characters(values)
         characters = {token: next(unused) for token in sorted(self._plain_ids, key=len, reverse=True)}
         plain = [{key: replace_tokens(value, characters) for key, value in each.items()} for each in messages]
-        return plain, {characters[token]: ids for token, ids in self._plain_ids.items()}
+        plain_ids = {characters[token]: ids for token, ids in self._plain_ids.items()}
+        return plain, replace_tokens(tools, characters), plain_ids
 
     def _has_special(self, text: str) -> bool:
         """Return whether a text has a special token's text; no search holds the interpreter's lock for long."""

@@ -41,7 +41,7 @@ from research.training.loop import (
     TrainingError,
 )
 from research.training.prepare import choose_streams, compute_missing_features, format_duration, training_streams
-from research.training.processes import configure_malloc, rank, training_device, trim_malloc, world_size
+from research.training.processes import configure_malloc, feature_dtype, rank, training_device, trim_malloc, world_size
 from research.training.result import write_result
 from research.training.texts import Budget, PlannedStream
 from service.errors import CommandError
@@ -103,9 +103,7 @@ def train_files(settings: Settings, options: Options) -> None:
 def _train(settings: Settings, options: Options, started: float) -> None:
     """Prepare the streams, train, calibrate the gate and write the result."""
     device, folder = training_device(settings), base_folder(settings)
-    # Features tolerate rounding, and some CPUs multiply bf16 six times as fast as fp32.
-    fast_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    dtype = torch.bfloat16 if fast_bf16 else torch.float32
+    dtype = feature_dtype(device)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     backbone, tokenizer = load_backbone(folder, device=device, dtype=dtype), Tokenizer.load(folder)
     base = fingerprint(folder)
@@ -148,13 +146,12 @@ def _fit_served_gate(objective: Objective, backbone: Backbone, train: Sequence[S
     if not isinstance(memory, Memory) or memory.lexical is None:
         return
     fit_centres(memory.lexical, _sample_states(train), torch.Generator().manual_seed(seed))
-    dtype = backbone.embedding.dtype
     with progress_bar() as bar:
         task = bar.add_task("calibrating the gate", total=2 * len(train))
         gain = calibrate_gate(
             memory,
             [StreamFeatures(stream.folder) for stream in train],
-            lambda states: backbone.logits(states.to(dtype)),
+            backbone.head_matrix,
             seed=seed,
             progress=lambda n: bar.advance(task, n),
         )

@@ -38,6 +38,13 @@ def training_device(settings: Settings) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def feature_dtype(device: torch.device) -> torch.dtype:
+    """Return the number format in which the base computes features fastest. Features tolerate rounding."""
+    # Some CPUs multiply bf16 six times as fast as fp32, the others slower.
+    fast_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast_bf16 else torch.float32
+
+
 def configure_malloc() -> None:
     """Make glibc keep freed memory.
 

@@ -24,8 +24,8 @@ from model.base.config import ConfigError
 from model.base.kv_cache import DenseCache
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
-from model.memory.episodic.reading_prefix import ReadingPrefix, save_prefix
 from model.memory.episodic.word_tables import build_tables
+from model.reading_prefix import ReadingPrefix, save_prefix
 from model.recall import RecallPlan
 from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder, console, progress_bar

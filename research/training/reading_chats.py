@@ -120,9 +120,9 @@ class _Fact:
     row: int
     owner: str
     draw: Callable[[], str]
-    said: Callable[[str], str]
-    asked: Callable[[], str]
-    replied: Callable[[str], str]
+    statement: Callable[[str], str]
+    question: Callable[[], str]
+    reply: Callable[[str], str]
 
     def is_same(self, other: _Fact) -> bool:
         """Return whether both facts answer one question."""
@@ -143,44 +143,44 @@ class ReadingChats:
     def _draw(self) -> ReadingChat:
         self._drawn += 1
         self._inventor = Inventor(self._seed * 1_000_003 + self._drawn, "train")
-        kinds = (self._asked, self._corrected, self._untold, self._told, self._unrelated)
+        kinds = (self._answering, self._renewing, self._declining, self._acknowledging, self._general)
         kind = self._rng.choices(kinds, (54, 14, 8, 10, 14))[0]
         return kind(self._fact())
 
-    def _asked(self, fact: _Fact) -> ReadingChat:
+    def _answering(self, fact: _Fact) -> ReadingChat:
         """Return a chat that asks for what one of the episodes says."""
         value = fact.draw()
-        episodes = [*self._distractors(fact), self._statement(fact.said(value))]
+        episodes = [*self._distractors(fact), self._statement(fact.statement(value))]
         self._rng.shuffle(episodes)
-        return self._chat(episodes, self._question(fact), fact.replied(value))
+        return self._chat(episodes, self._question(fact), fact.reply(value))
 
-    def _corrected(self, fact: _Fact) -> ReadingChat:
+    def _renewing(self, fact: _Fact) -> ReadingChat:
         """Return a chat that asks for what a later episode says otherwise than an earlier one."""
         value, old = fact.draw(), fact.draw()
         while old == value:
             old = fact.draw()
-        correction = self._rng.choice(CORRECTED).format(s=_inside(fact.said(value)))
+        correction = self._rng.choice(CORRECTED).format(s=_inside(fact.statement(value)))
         episodes = self._distractors(fact)
-        episodes.insert(self._rng.randint(0, len(episodes)), self._statement(fact.said(old)))
-        return self._chat([*episodes, correction], self._question(fact), fact.replied(value))
+        episodes.insert(self._rng.randint(0, len(episodes)), self._statement(fact.statement(old)))
+        return self._chat([*episodes, correction], self._question(fact), fact.reply(value))
 
-    def _untold(self, fact: _Fact) -> ReadingChat:
+    def _declining(self, fact: _Fact) -> ReadingChat:
         """Return a chat that asks for what no episode says: one tells the same of another owner."""
         other = self._other(fact)
-        episodes = [*self._distractors(fact), self._statement(other.said(other.draw()))]
+        episodes = [*self._distractors(fact), self._statement(other.statement(other.draw()))]
         self._rng.shuffle(episodes)
         return self._chat(episodes, self._question(fact), UNTOLD)
 
-    def _told(self, fact: _Fact) -> ReadingChat:
+    def _acknowledging(self, fact: _Fact) -> ReadingChat:
         """Return a chat whose message is itself a statement."""
         value = fact.draw()
         episodes = self._distractors(fact) or [self._statement(self._rng.choice(OTHER_STATEMENTS))]
-        return self._chat(episodes, self._statement(fact.said(value)), self._acknowledged(fact, value))
+        return self._chat(episodes, self._statement(fact.statement(value)), self._acknowledged(fact, value))
 
-    def _unrelated(self, fact: _Fact) -> ReadingChat:
+    def _general(self, fact: _Fact) -> ReadingChat:
         """Return a chat that asks for something general."""
         facts = [fact, *(self._fact() for _ in range(self._rng.randrange(3)))]
-        episodes = [self._statement(each.said(each.draw())) for each in facts]
+        episodes = [self._statement(each.statement(each.draw())) for each in facts]
         return self._chat(episodes, self._rng.choice(UNRELATED), None)
 
     def _chat(self, episodes: Sequence[str], message: str, reply: str | None) -> ReadingChat:
@@ -192,22 +192,22 @@ class ReadingChats:
         fact = self._fact()
         value = fact.draw()
         if self._rng.random() < 0.5:
-            return self._statement(fact.said(value)), self._acknowledged(fact, value)
-        return fact.asked(), fact.replied(value)
+            return self._statement(fact.statement(value)), self._acknowledged(fact, value)
+        return fact.question(), fact.reply(value)
 
     def _statement(self, said: str) -> str:
         opening = self._rng.choice(OPENINGS)
         return opening + (_inside(said) if opening.endswith(", ") else said) + self._rng.choice(CLOSINGS)
 
     def _question(self, fact: _Fact) -> str:
-        opening, asked = self._rng.choice(ASKING), fact.asked()
+        opening, asked = self._rng.choice(ASKING), fact.question()
         question = opening + (_inside(asked) if opening.endswith(", ") else asked)
         if self._rng.random() < 0.08:  # as people type
             return question.rstrip("?.") if self._rng.random() < 0.5 else question.lower()
         return question
 
     def _acknowledged(self, fact: _Fact, value: str) -> str:
-        return self._rng.choice(ACKNOWLEDGED).format(s=_inside(fact.replied(value)))
+        return self._rng.choice(ACKNOWLEDGED).format(s=_inside(fact.reply(value)))
 
     def _distractors(self, fact: _Fact) -> list[str]:
         """Return statements that do not answer the question for a fact, some of them about the same sort of fact."""
@@ -215,7 +215,7 @@ class ReadingChats:
             self._other(fact) if self._rng.random() < 0.4 else self._fact()
             for _ in range(self._rng.choice((0, 0, 1, 1, 2, 3)))
         ]
-        return [self._statement(other.said(other.draw())) for other in drawn if not other.is_same(fact)]
+        return [self._statement(other.statement(other.draw())) for other in drawn if not other.is_same(fact)]
 
     def _other(self, fact: _Fact) -> _Fact:
         """Return the same sort of fact of another owner."""
@@ -241,24 +241,26 @@ class ReadingChats:
         first = owner[0].upper() + owner[1:]
         whose = "Your" if owner == "my" else first
 
-        def said(value: str) -> str:
+        def statement(value: str) -> str:
             text = rng.choice(SAID[way]).format(P=first, p=owner, n=noun, v=value)
             return text[0].upper() + text[1:]
 
-        def asked() -> str:
+        def question() -> str:
             word = rng.choice(others) if others and rng.random() < 0.45 else noun
             return rng.choice(ASKED[way]).format(p=owner, n=word)
 
-        def replied(value: str) -> str:
+        def reply(value: str) -> str:
             return REPLIED[way].format(Y=whose, n=noun, v=value)
 
-        return _Fact(table, row, owner, lambda: draw(rng, self._inventor), said, asked, replied)
+        return _Fact(table, row, owner, lambda: draw(rng, self._inventor), statement, question, reply)
 
     def _verb(self, row: int, *, of_user: bool) -> _Fact:
         rng, verb = self._rng, VERBS[row]
         owner = "I" if of_user else self._another()
-        statements, questions = (verb.said, verb.asked) if of_user else (verb.said_of, verb.asked_of)
-        reply = verb.replied if of_user else verb.replied_of
+        statements, questions = (
+            (verb.statements, verb.questions) if of_user else (verb.statements_of, verb.questions_of)
+        )
+        reply = verb.reply if of_user else verb.reply_of
         return _Fact(
             VERBS,
             row,

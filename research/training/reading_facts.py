@@ -215,12 +215,12 @@ class Verb:
     """Statements, questions and the reply about what the user or another person, {N}, does."""
 
     draw: Draw
-    said: tuple[str, ...]
-    asked: tuple[str, ...]
-    replied: str
-    said_of: tuple[str, ...] = ()
-    asked_of: tuple[str, ...] = ()
-    replied_of: str = ""
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    reply: str
+    statements_of: tuple[str, ...] = ()
+    questions_of: tuple[str, ...] = ()
+    reply_of: str = ""
 
 
 VERBS = (

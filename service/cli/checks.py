@@ -21,7 +21,7 @@ import torch
 from redis.exceptions import RedisError
 from rich.filesize import decimal
 
-from model.base.checkpoint import CheckpointError, check_files, load_config
+from model.base.checkpoint import CheckpointError, check_files, fingerprint, load_config
 from model.base.config import ConfigError, ModelConfig
 from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
@@ -37,12 +37,12 @@ from service.base_cache import (
 )
 from service.errors import StoreRefused, StoreUnavailable
 from service.model_loading import (
-    SHIPPED_MEMORIES,
     StartError,
     choose_memory,
     choose_policies,
     load_encoder,
     load_reading_prefix,
+    memory_kind,
 )
 from service.settings import Settings
 from service.stopping import first_line
@@ -185,20 +185,23 @@ def _base_fault(error: Exception) -> CheckFailed:
 
 def _check_memory(settings: Settings) -> str:
     try:
-        config = _base_config(settings)
-    except CheckFailed:
-        config = None
-    if config is None:
+        config, folder = _base_config(settings), cached_base(settings.model, settings.cache_dir)
+    except (CheckFailed, BaseError):
+        config = folder = None
+    if config is None or folder is None:
         raise CheckFailed(f"{settings.memory}, not compared with a base", "look at the model first", status="warn")
+    base = fingerprint(folder)
     try:
-        memory = choose_memory(settings, config.hidden_size)
+        memory = choose_memory(settings, config.hidden_size, base)
         prefix = load_reading_prefix(settings, config, device=torch.device("cpu"), dtype=torch.float32)
     except MemoryConfigError as error:
-        raise CheckFailed(str(error), "name a checkpoint of `imprint train` for this base in IMPRINT_MEMORY") from error
-    if settings.memory == "default" and settings.model not in SHIPPED_MEMORIES:
+        raise CheckFailed(
+            str(error), "name a checkpoint of `imprint fit` or `imprint train` for this base in IMPRINT_MEMORY"
+        ) from error
+    if settings.memory == "default" and memory_kind(settings.model, settings.cache_dir, base) is None:
         raise CheckFailed(
             f"none is shipped for {settings.model}: an unfitted one is served",
-            "make one with `imprint train`, and name it in IMPRINT_MEMORY",
+            f"make one with `imprint fit {settings.model}`, or a better one with `imprint train`",
             status="warn",
         )
     reading = f", with a reading prefix of {prefix.num_tokens} tokens" if prefix is not None else ""

@@ -11,7 +11,9 @@ from service.cli.chat import chat
 from service.cli.console import err
 from service.cli.doctor import doctor
 from service.cli.evaluate import evaluate
+from service.cli.fit import fit
 from service.cli.keys import keys_app
+from service.cli.models import models
 from service.cli.observe import observe
 from service.cli.scenario import scenario
 from service.cli.score import score
@@ -32,6 +34,8 @@ app.command()(serve)
 app.command()(doctor)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(models)
+app.command()(fit)
 app.command()(train)
 app.command()(scenario)
 app.command()(chat)

@@ -27,6 +27,13 @@ def _instead_of(other: str, *names: str) -> Json:
     return {"anyOf": [{"properties": {other: NULL}}, {"properties": dict.fromkeys(names, NULL)}]}
 
 
+_NO_CALLS: Json = {"anyOf": [NULL, {"maxItems": 0}]}
+MESSAGE: Json = {
+    "anyOf": [
+        _fields(role={"const": "assistant"}, tool_calls={"type": "array", "minItems": 1}),
+        {"required": ["content"], "properties": {"content": {"not": NULL}, "tool_calls": _NO_CALLS}},
+    ]
+}
 NOT_STREAMED: Json = {"properties": {"stream": {"enum": [None, False]}, "stream_options": NULL}}
 STREAM: Json = {"anyOf": [NOT_STREAMED, _fields("prompt_logprobs", stream=TRUE)]}
 N_PROBS: Json = {"anyOf": [{"properties": {"n_probs": {"enum": [None, 0]}}}, {"properties": {"logprobs": NULL}}]}

@@ -52,8 +52,6 @@ CHAT_UNSUPPORTED = UNSUPPORTED | {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # without tools
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -66,7 +64,7 @@ CHAT_UNSUPPORTED = UNSUPPORTED | {
 }
 HINTS = frozenset(
     {
-        *("metadata", "moderation_options", "parallel_tool_calls", "prediction", "prompt_cache_key"),
+        *("metadata", "moderation_options", "prediction", "prompt_cache_key"),
         *("prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier"),
         *("store", "verbosity"),
         *("cache_salt", "chat_template_kwargs", "include_reasoning", "priority", "request_id"),

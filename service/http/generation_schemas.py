@@ -8,7 +8,7 @@ misspelt field of this server: nobody should learn by a typing error (`service/h
 
 import difflib
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -30,6 +30,7 @@ from service.http.faults import shorten
 from service.http.foreign_fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, HINTS, UNSUPPORTED
 from service.http.schemas import (
     INT32,
+    LEARN_TOOL_RESULTS,
     MAX_CHOICES,
     MAX_MESSAGES,
     MAX_PARTS,
@@ -49,6 +50,7 @@ from service.http.schemas import (
     text_or_list,
 )
 from service.http.structured_output import FIELDS, grammar_of
+from service.http.tool_schemas import OfferedTools, ToolChoice, Tools, offered_tools, require_calls
 from service.types import AdaptMode, LearnMode
 
 MAX_BIASES = 1024
@@ -155,11 +157,14 @@ class ChatMessage(Message):
 
     model_config = ConfigDict(extra="allow")
 
-    content: Annotated[  # type: ignore[assignment]  # a list that is only read
-        Annotated[Text, Tag("<text>")]
-        | Annotated[list[ChatTextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-        TEXT_OR_PARTS,
-    ]
+    content: (
+        Annotated[
+            Annotated[Text, Tag("<text>")]
+            | Annotated[list[ChatTextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+            TEXT_OR_PARTS,
+        ]
+        | None
+    ) = Field(None, validate_default=True)  # type: ignore[assignment]  # a list that is only read
 
 
 def _described(example: dict[str, Any], rules: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> Any:
@@ -366,6 +371,17 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: ChatUpTo | None = Field(None, description="OpenAI's newer name of `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
+    tools: Tools | None = Field(
+        None,
+        description="Tools; never learned. The prompt has those that `tool_choice` lets the reply call.",
+    )
+    tool_choice: ToolChoice = Field(
+        None,
+        description="`none`; `auto`; `required`: at least one call; a tool by its name; or `allowed_tools`. Default:"
+        " `auto`.",
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call. Default: true.")
+    learn_tool_results: bool | None = LEARN_TOOL_RESULTS
     add_generation_prompt: bool | None = Field(
         None, description="False: the prompt ends with the last message, and no turn of the assistant begins."
     )
@@ -387,14 +403,32 @@ class ChatCompletionRequest(GenerationRequest):
         if self.continue_final_message and self.messages[-1].role != "assistant":
             message = f"'continue_final_message' needs a last message of the assistant, got {self.messages[-1].role!r}."
             raise BadRequest(message, param="continue_final_message")
+        if self.continue_final_message and self.messages[-1].tool_calls:
+            message = "'continue_final_message' needs a last message without 'tool_calls'."
+            raise BadRequest(message, param="continue_final_message")
+        if any(message.role == "tool" for message in self.messages):
+            require_calls(self.messages)
         return self
+
+    @cached_property
+    def offered_tools(self) -> OfferedTools | None:
+        """Return the tools that the reply may call. Raises BadRequest."""
+        if self.tools is None and self.tool_choice is None:
+            return None
+        return offered_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def form(self) -> tuple[GrammarSource, str] | None:
+        form, offered = super().form, self.offered_tools
+        return form if offered is None else (offered.grammar(form), "tools")
 
     @property
     def ignored(self) -> list[str]:
         inner = {
             name for each in self.messages for name, value in (each.model_extra or {}).items() if value is not None
         }
-        return super().ignored + [f"messages.{name}" for name in sorted(inner)]
+        without_tools = ["parallel_tool_calls"] if self.parallel_tool_calls and not self.tools else []
+        return super().ignored + without_tools + [f"messages.{name}" for name in sorted(inner)]
 
     @property
     def ending(self) -> Literal["reply", "continue", "none"]:

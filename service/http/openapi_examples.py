@@ -28,7 +28,7 @@ MODEL: Json = {
     "sampling": asdict(SUGGESTED_SAMPLING),
     "root": "smollm2-135m-instruct",
     "max_model_len": 2048,
-    "meta": {"n_ctx": 2048, "n_vocab": 49152},
+    "meta": {"n_ctx": 2048, "n_vocab": 49152, "n_params": 134515008},
 }
 SESSION: Json = {
     "id": "alice",

@@ -62,6 +62,24 @@ A text follows a JSON Schema (`response_format`, `structured_outputs`, `guided_j
 expression, one of several texts, or rules (`grammar`). A schema with a keyword that cannot be followed is a 400. Tokens
 that the grammar forces teach a session nothing.
 
+## Tools
+
+Chats take OpenAI's `tools` (functions), `tool_choice` (`none`, `auto`, `required`, a tool by its name, `allowed_tools`)
+and `parallel_tool_calls`. A reply is a text, or a text and calls; the arguments of a call follow the tool's JSON
+Schema. A keyword of the schema that cannot be followed is left out, unless the tool is `strict`: then it is a 400. A
+reply with calls ends with `tool_calls`, also where the call was required; one that is cut off ends with `length`, and
+its last arguments are no JSON. With `response_format`, a reply without calls has that form. The prompt has the tools
+that `tool_choice` lets the reply call. Each message of a tool must answer a call that stands before it.
+
+The tools are in the prompt as the base's chat template lists them, if the template has the form of Hermes and Qwen
+(`<tool_call>`, JSON, `</tool_call>`); otherwise the system's message lists them in that form, and the results of tools
+are in messages of the user. A reply that is nothing but the JSON of a call, perhaps as a block of code, is a call too.
+A message's `reasoning_content` is given to the template; most templates leave it out.
+
+A session learns the calls of resent messages as it learns the assistant's text, and knows them again in whatever way a
+client writes the arguments or names the ids. It never learns tools and their schemas, and results of tools only with
+`"learn_tool_results": true`.
+
 ## Idempotency
 
 The server learns from a request with an `Idempotency-Key` once, however often the request arrives. A repeated request

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.site_kind import SiteKind
+from service.http.tool_replies import ToolCall, ToolCallDelta
 from service.types import Adaptation, Sampling, StoreStatus
 
 
@@ -156,11 +157,12 @@ class ChatLogprobs(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """The assistant's message."""
+    """The assistant's message; `content` is null in a message of calls only."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -169,7 +171,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatReply
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):
@@ -189,14 +191,15 @@ class ChatCompletion(BaseModel):
     @property
     def text(self) -> str:
         """Return the text of the first choice."""
-        return self.choices[0].message.content
+        return self.choices[0].message.content or ""
 
 
 class ChatDelta(BaseModel):
-    """The addition of a chunk to the message; empty in the last chunk."""
+    """The addition of a chunk to the message; empty in the last chunk, unless tools made the server keep text back."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatPiece(BaseModel):
@@ -205,7 +208,7 @@ class ChatPiece(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatChunk(BaseModel):
@@ -244,6 +247,7 @@ class ModelMeta(BaseModel):
 
     n_ctx: int = Field(description="Tokens that one request may hold, prompt and reply together.")
     n_vocab: int
+    n_params: int = Field(description="Parameters of the base.")
 
 
 class Model(BaseModel):

@@ -10,11 +10,13 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from model.text.tool_calls import ReplyPiece, ReplyReader, tool_names
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.http.generation_schemas import GenerationRequest
 from service.metrics import Metrics
 from service.turns.completion import CompletionJob, Delta, PromptLogprobs, TokenLogprob, TurnEnd
 from service.turns.idempotency import RequestContext
+from service.turns.prompts import ChatPrompt
 from service.turns.run import TurnRestarted
 from service.turns.sessions import Sessions
 
@@ -112,7 +114,7 @@ class ResponseFormatter(ABC):
 
     @abstractmethod
     def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-        """Return a choice of a chunk; the last chunk of a choice has a `finish_reason` and no text."""
+        """Return a choice of a chunk; the last chunk of a choice has a `finish_reason`, and `text` is empty."""
 
     @abstractmethod
     def logprobs_json(self, tokens: Iterable[TokenLogprob]) -> Json:
@@ -153,7 +155,9 @@ class ResponseFormatter(ABC):
             self._latency.record(event.choice)
             if event.text or event.logprobs:
                 logprobs = self.logprobs_json(event.logprobs) if event.logprobs else None
-                yield self._chunk([self.chunk_choice_json(event.choice, event.text, logprobs, None)])
+                choice = self.chunk_choice_json(event.choice, event.text, logprobs, None)
+                if logprobs or choice.get("delta") != {}:
+                    yield self._chunk([choice])
             return
         adaptation = event.adaptation and asdict(event.adaptation)
         for i, reason in enumerate(event.finish_reasons):
@@ -226,6 +230,69 @@ class ChatFormatter(ResponseFormatter):
 
     def prompt_logprobs_json(self, end: TurnEnd) -> Json:
         return {"prompt_logprobs": _prompt_tokens(end.prompt_logprobs[0]) if end.prompt_logprobs else None}
+
+
+class ToolChatFormatter(ChatFormatter):
+    """The format of `/v1/chat/completions` where the reply may call tools."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        body: GenerationRequest,
+        completion_job: CompletionJob,
+        ctx: RequestContext,
+        latency: LatencyRecorder,
+    ) -> None:
+        super().__init__(sessions, body, completion_job, ctx, latency)
+        (chat,) = completion_job.prompts
+        assert isinstance(chat, ChatPrompt)
+        names = tool_names(chat.tools)
+        self._readers = [ReplyReader(names) for _ in range(self._num_choices)]
+
+    def opening_chunks(self) -> Iterable[str]:
+        for index in range(self._num_choices):
+            delta = {"role": "assistant", "content": None}
+            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
+        reader = self._readers[index]
+        found = self._additions(index, [*reader.feed(text), *reader.finish()])
+        content = found.get("content", None if reader.num_calls else "")
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if "tool_calls" in found:
+            message["tool_calls"] = [
+                {name: call[name] for name in ("id", "type", "function")} for call in found["tool_calls"]
+            ]
+        reason = _finish_reason(reader, finish_reason)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def chunk_choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+        reader = self._readers[index]
+        pieces = list(reader.feed(text) if finish_reason is None else reader.finish())
+        reason = None if finish_reason is None else _finish_reason(reader, finish_reason)
+        return {"index": index, "delta": self._additions(index, pieces), "logprobs": logprobs, "finish_reason": reason}
+
+    def _additions(self, index: int, pieces: Sequence[ReplyPiece]) -> Json:
+        """Return what pieces of a choice add to its message: the fields `content` and `tool_calls`, unless empty."""
+        calls: dict[int, Json] = {}
+        for piece in pieces:
+            if piece.call is None:
+                continue
+            call = calls.setdefault(piece.call, {"index": piece.call, "function": {"arguments": ""}})
+            if piece.name is not None:
+                call |= {"id": self._call_id(index, piece.call), "type": "function"}
+                call["function"] = {"name": piece.name, "arguments": ""}
+            call["function"]["arguments"] += piece.text
+        content = "".join(piece.text for piece in pieces if piece.call is None)
+        return ({"content": content} if content else {}) | ({"tool_calls": list(calls.values())} if calls else {})
+
+    def _call_id(self, index: int, number: int) -> str:
+        """Return the id of a call, which is the same in the replay of an answer."""
+        return "call_" + hashlib.blake2b(f"{self._ctx.id}/{index}/{number}".encode(), digest_size=12).hexdigest()
+
+
+def _finish_reason(reader: ReplyReader, reason: str) -> str:
+    return "tool_calls" if reason == "stop" and reader.num_calls and not reader.in_call else reason
 
 
 def _usage(end: TurnEnd) -> Json:

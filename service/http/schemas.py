@@ -20,12 +20,15 @@ from pydantic import (
     GetJsonSchemaHandler,
     StringConstraints,
     Tag,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
+from model.text.tool_calls import MAX_CALLS, message_text, plain_arguments
 from service.errors import BadRequest
 from service.http import field_rules
 from service.types import AdaptMode, LearnMode
@@ -62,6 +65,8 @@ Seed = Annotated[int, Field(ge=-INT64 - 1, le=INT64), WHOLE, WithJsonSchema({"ty
 Text = Annotated[str, AfterValidator(_without_bom)]
 OnDisconnect = Literal["rollback", "commit"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=INT32)]], Field(min_length=1, fail_fast=True), BeforeValidator(_integers)
 ]
@@ -75,6 +80,9 @@ RECALL = Field(
     " the session's, else true.",
 )
 MODEL = Field(None, description="The policy; required for a session that does not exist yet.")
+LEARN_TOOL_RESULTS = Field(
+    None, description="True: messages of the role `tool` are learned like others. Default: false, since they are bulk."
+)
 REGRET = Field(None, description="The regret of that action, if it is known; only counted in the metrics, not learned.")
 Observation = Annotated[
     list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
@@ -154,28 +162,79 @@ class TextPart(Body):
     text: Text
 
 
+class MessageFunction(Body):
+    """A tool that was called, and its arguments as JSON."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: ToolName
+    arguments: Annotated[str, AfterValidator(plain_arguments)]
+
+
+class MessageToolCall(Body):
+    """A call in a message of the assistant; unknown fields, which other servers put into their replies, are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: MessageFunction
+
+
 class Message(Body):
     """A message of a chat."""
 
+    model_config = ConfigDict(json_schema_extra=field_rules.MESSAGE)
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        Annotated[Text, Tag("<text>")]
-        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-        TEXT_OR_PARTS,
-    ]
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
+        None, description="The assistant's calls of tools; the content may then be null."
+    )
+    content: (
+        Annotated[
+            Annotated[Text, Tag("<text>")]
+            | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+            TEXT_OR_PARTS,
+        ]
+        | None
+    ) = Field(None, validate_default=True)
+    reasoning_content: str | None = Field(None, description="For the chat template; never learned.")
     name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: Annotated[Any, Unsupported(([],))] = None
+    tool_call_id: CallId | None = Field(None, description="The call that a tool's message answers.")
     function_call: Annotated[Any, Unsupported()] = None
     refusal: Annotated[Any, Unsupported()] = None
     audio: Annotated[Any, Unsupported()] = None
     annotations: Annotated[Any, Unsupported(([],))] = None
 
+    @field_validator("tool_calls")
+    @classmethod
+    def _of_the_assistant(
+        cls, value: list[MessageToolCall] | None, info: ValidationInfo
+    ) -> list[MessageToolCall] | None:
+        if value and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("of_the_assistant", "only messages of the assistant call tools")
+        return value
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content_or_calls(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise PydanticKnownError("missing")
+        return value
+
     def plain(self) -> dict[str, str]:
-        """Return the message for the chat template: parts joined, and `developer` under its older name `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """Return the message for the chat template: parts joined, calls as text, and `developer` under its older name
+        `system`."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        if self.tool_calls:
+            text = message_text(text, [(call.function.name, call.function.arguments) for call in self.tool_calls])
         message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        given = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
         return message | {key: value for key, value in given.items() if value is not None}
 
 
@@ -228,6 +287,7 @@ class ObserveRequest(Body):
     label: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = None
     model: str | None = MODEL
     recall: bool | None = RECALL
+    learn_tool_results: bool | None = LEARN_TOOL_RESULTS
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import { Turn } from "./turns.js";
 const RETRY_MS = 1000;
 const LONGEST_ANSWER = 512;
 const EARLIER = 6000; // characters of the conversation that come with a question
+const SMALL = 3e8; // parameters of a base below which it repeats earlier answers instead of answering: none come with a question
 const NEAR_END = 160; // pixels
 const STATES = { loading: "Getting ready. This can take a minute.", draining: "Restarting. This takes a moment." };
 const EXAMPLES = ["My cat is called Miso and she sleeps on the radiator.", "I work at the bakery on Mill Lane on Fridays."];
@@ -144,6 +145,7 @@ function toEnd(force = false) {
 
 /** The conversation before a turn, as much of it as comes with a question. */
 function earlier(turn) {
+  if (served[0].meta.n_params < SMALL) return [];
   const before = turns.slice(first, turns.indexOf(turn)).filter(({ said, answer }) => said && answer.trim());
   const said = [];
   let length = 0;

@@ -245,10 +245,11 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         chat = self._job.prompts[0]
         if self._policy.adapt != "both" or not isinstance(chat, ChatPrompt):
             return ()
+        messages, replies = chat.messages, self._output.texts
         if chat.ending == "continue":
-            begun = chat.messages[-1]["content"]
-            return prompts.reply_digests(chat.messages[:-1], [begun + text for text in self._output.texts])
-        return prompts.reply_digests(chat.messages, self._output.texts)
+            messages, begun = messages[:-1], messages[-1]["content"]
+            replies = [begun + reply for reply in replies]
+        return prompts.reply_digests(messages, replies, tools=chat.tools)
 
     def last_event(self, outcome: TurnOutcome) -> TurnEnd:
         adaptation = None if outcome.meta is None else outcome.adaptation

@@ -25,6 +25,7 @@ class LoadedModel:
 
     Attributes:
         context: number of tokens that one request may hold.
+        num_parameters: of the base; shared ones count once.
         fingerprints: fingerprints of the base and of the memory's slow weights, by part.
         policies: the policies by name.
         policy_fingerprints: the fingerprint of each policy's slow weights, by name.
@@ -39,6 +40,7 @@ class LoadedModel:
     fingerprints: dict[str, str]
     context: int
     vocab_size: int
+    num_parameters: int
     recall: RecallPlan
     grammars: GrammarCompiler
     policies: dict[str, Policy] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from model.text import tool_calls
 from model.text.chat_template import ChatTemplateError
 from model.text.tokenizer import Tokenizer
 from service.concurrency import run_off_loop
@@ -43,14 +44,17 @@ class PartsPrompt:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A chat: messages with `role` and `content`.
+    """A chat: messages with `role` and `content`; the calls of an assistant's message are a part of its content.
 
     ending: after the messages the assistant's turn begins ("reply"), the last message goes on ("continue"), or nothing
-    comes ("none").
+    comes ("none"). tools: the tools that the reply may call, as JSON, one a line. learn_tool_results: whether the
+    messages of tools are learned; otherwise the session does not know them again either.
     """
 
     messages: list[dict[str, str]]
     ending: Literal["reply", "continue", "none"] = "reply"
+    tools: str = ""
+    learn_tool_results: bool = False
 
 
 Prompt = TextPrompt | TokenPrompt | PartsPrompt | ChatPrompt
@@ -65,8 +69,8 @@ def prompt_size(prompt: Prompt) -> int:
             return len(token_ids)
         case PartsPrompt(parts):
             return sum(len(part) if isinstance(part, str) else 1 for part in parts)
-        case ChatPrompt(messages):
-            return sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
+        case ChatPrompt(messages, tools=tools):
+            return len(tools) + sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
 
 
 def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str = "") -> None:
@@ -113,8 +117,8 @@ def require_few_logprobs(tokens: int, param: str) -> None:
 class EncodedPrompt:
     """The tokens of a prompt.
 
-    learn: 1 for each token that is new to the session. digests: one a message of a chat. question: the tokens
-    [start, stop) of a chat's last message of the user; None where there is none.
+    learn: 1 for each token that is new to the session. digests: of the messages of a chat that the session knows from
+    then on. question: the tokens [start, stop) of a chat's last message of the user; None where there is none.
 
     The ids of a long text are an array, and `learn` has a byte a token: lists would take ten times the memory, and
     freeing them would hold the interpreter's lock.
@@ -159,7 +163,10 @@ async def render_async(prompt: ChatPrompt, tokenizer: Tokenizer) -> str:
     def render() -> str:
         ending = prompt.ending
         return tokenizer.render_chat(
-            prompt.messages, add_generation_prompt=ending == "reply", continues=ending == "continue"
+            prompt.messages,
+            add_generation_prompt=ending == "reply",
+            continues=ending == "continue",
+            tools=prompt.tools,
         )
 
     try:
@@ -191,18 +198,25 @@ def _encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> array[int
 def _encode_chat(prompt: ChatPrompt, tokenizer: Tokenizer, known: frozenset[str]) -> EncodedPrompt:
     """Encode a chat. Only the contents of new messages are learned: the template says nothing about the session.
 
-    A last message that goes on is a part of the reply: the message is neither learned nor known again by itself.
+    A last message that goes on is a part of the reply: the message is neither learned nor known again by itself. The
+    same holds for the results of tools, unless the prompt says otherwise.
     """
     messages = prompt.messages
     try:
         chat = tokenizer.encode_chat(
-            messages, add_generation_prompt=prompt.ending == "reply", continues=prompt.ending == "continue"
+            messages,
+            add_generation_prompt=prompt.ending == "reply",
+            continues=prompt.ending == "continue",
+            tools=prompt.tools,
         )
     except ChatTemplateError as error:
         raise BadRequest(f"The chat template refuses 'messages': {error}.", param="messages") from error
-    learn = bytearray(len(chat.token_ids))
-    digests = list(message_digests(messages if prompt.ending != "continue" else messages[:-1]))
-    for digest, (start, end) in zip(digests, chat.spans, strict=False):
+    learn, digests = bytearray(len(chat.token_ids)), list[str]()
+    past = messages if prompt.ending != "continue" else messages[:-1]
+    for message, digest, (start, end) in zip(past, message_digests(past), chat.spans, strict=False):
+        if message["role"] == "tool" and not prompt.learn_tool_results:
+            continue
+        digests.append(digest)
         if digest not in known:
             learn[start:end] = b"\1" * (end - start)
     asked = [span for message, span in zip(messages, chat.spans, strict=True) if message["role"] == "user"]
@@ -210,7 +224,8 @@ def _encode_chat(prompt: ChatPrompt, tokenizer: Tokenizer, known: frozenset[str]
 
 
 def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """Yield one digest a message: of the role, the content and how often the same message came before in this chat.
+    """Yield one digest a message: of the role, the content with its calls of tools, and how often the same message came
+    before in this chat.
 
     A client that resends its history, cut at the front or edited at the end, sends known digests for old messages;
     the same message sent once more in one chat is new.
@@ -218,13 +233,21 @@ def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
     counts: Counter[tuple[str, str]] = Counter()
     for message in messages:
         role, content = message["role"], message["content"].strip()
+        if role == "assistant" and tool_calls.BEGIN in content:
+            content = tool_calls.known_text(content)
         text = f"{role}\x00{counts[role, content]}\x00{content}"
         counts[role, content] += 1
         yield hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def reply_digests(messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> list[str]:
-    """Return the digests with which the replies to a chat come back as part of its history."""
+def reply_digests(messages: Sequence[Mapping[str, str]], replies: Sequence[str], *, tools: str = "") -> list[str]:
+    """Return the digests with which the replies to a chat come back as part of its history.
+
+    tools: the tools that the replies may call; clients get the calls apart from the content.
+    """
+    if tools:
+        names = tool_calls.tool_names(tools)
+        replies = [tool_calls.message_text(*tool_calls.read_message(reply, names)) for reply in replies]
     chats = ([*messages, {"role": "assistant", "content": reply}] for reply in replies)
     return [list(message_digests(chat))[-1] for chat in chats]
 

@@ -75,6 +75,10 @@ class Sessions:
         return self.loaded_model.vocab_size
 
     @property
+    def num_parameters(self) -> int:
+        return self.loaded_model.num_parameters
+
+    @property
     def in_flight(self) -> int:
         """Number of turns that run or wait."""
         return self.gate.in_flight

@@ -23,7 +23,7 @@ def test_health_says_ok(api: Client) -> None:
 
 def test_a_model_has_its_sizes(api: Client) -> None:
     (model,) = assert_success(api.http.get("/v1/models"))["data"]
-    assert model["meta"]["n_ctx"] == 512 and model["meta"]["n_vocab"] > 256
+    assert model["meta"]["n_ctx"] == 512 and model["meta"]["n_vocab"] > 256 and model["meta"]["n_params"] > 1000
 
 
 def test_n_predict_is_the_limit(api: Client) -> None:

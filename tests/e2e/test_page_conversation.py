@@ -200,6 +200,21 @@ def test_a_message_teaches_once_and_an_answer_teaches_nothing(page: Page, server
     assert [entry["text"] for entry in log] == [ASKS, CAT]
 
 
+def large(route: Route) -> None:
+    """Let the page think that the base is a large one."""
+    told: Json = route.fetch().json()
+    told["data"][0]["meta"]["n_params"] = 10**9
+    route.fulfill(json=told)
+
+
+def test_a_small_base_gets_no_history(page: Page) -> None:
+    send(page, CAT)
+    with page.expect_request("**/v1/chat/completions") as asking:
+        send(page, ASKS)
+    body: Json = json.loads(asking.value.post_data or "")
+    assert [message["content"] for message in body["messages"]] == [ASKS]
+
+
 def test_a_new_conversation_sends_no_history_and_a_change_ends_what_is_sent(page: Page) -> None:
     sent: list[list[str]] = []
 
@@ -207,6 +222,8 @@ def test_a_new_conversation_sends_no_history_and_a_change_ends_what_is_sent(page
         sent.append([message["content"] for message in body_of(route)["messages"]])
         route.fallback()
 
+    page.route("**/v1/models", large)
+    page.reload()
     page.route("**/v1/chat/completions", note)
     send(page, CAT)
     turn = send(page, WORK)

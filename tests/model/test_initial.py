@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.memory import LexicalSite, MemoryConfig, Pool, SiteConfig, choose_backend, initial
-from model.memory.initial import default_config, fit_centres, random_memory, random_projection
+from model.memory.initial import (
+    default_config,
+    discriminant_projection,
+    fit_centres,
+    fitted_memory,
+    random_memory,
+    random_projection,
+)
 from model.memory.lexical import ops
 from model.memory.prediction import base_prediction
 
@@ -167,3 +174,45 @@ def test_other_configurations_and_too_few_states_are_refused() -> None:
             random_memory(MemoryConfig(WIDTH, sites), seed=0)
     with pytest.raises(ValueError, match="at least 17 tokens of text are needed, got 16"):
         random_memory(CONFIG, seed=0, states=torch.randn(16, WIDTH))
+
+
+# Keys that are fitted to a text.
+
+
+def labelled_states(n: int, classes: int = 6) -> tuple[Tensor, Tensor]:
+    """Return states whose target decides two directions of little variance, among louder ones that mean nothing."""
+    targets = torch.randint(classes, (n,), generator=noise(5))
+    angle = targets * (2 * torch.pi / classes)
+    states = 10.0 + torch.randn(n, WIDTH, generator=noise(6)) * torch.logspace(0, -1, WIDTH)
+    states[:, -2:] = 0.3 * torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(n, 2, generator=noise(7))
+    return states, targets
+
+
+def same_target_first(keys: Tensor, targets: Tensor) -> float:
+    """Return how often the nearest other key has the same target."""
+    similar = F.normalize(keys, dim=1) @ F.normalize(keys, dim=1).T - 2 * torch.eye(len(keys))
+    return float((targets[similar.argmax(1)] == targets).double().mean())
+
+
+def test_discriminant_keys_find_contexts_of_the_same_next_token() -> None:
+    states, targets = labelled_states(600)
+    unseen, wanted = (part[400:] for part in (states, targets))
+    weight, bias = discriminant_projection(states[:400], targets[:400], 2)
+    assert same_target_first(unseen @ weight + bias, wanted) > 0.9
+    weight, bias = random_projection(states[:400], WIDTH, 2, noise(0))
+    assert same_target_first(unseen @ weight + bias, wanted) < 0.5
+    with pytest.raises(ValueError, match="at least 8 repeated tokens is needed, got 0"):
+        discriminant_projection(states[:50], torch.arange(50), 8)
+
+
+def test_a_fitted_memory_takes_the_gate_of_another_base_but_not_what_the_gate_reads_of_keys() -> None:
+    states, targets = labelled_states(600)
+    trained = random_memory(MemoryConfig(WIDTH + 4, (SITE,), block=8), seed=1)
+    fitted = fitted_memory(CONFIG, states, targets, trained, seed=0)
+    assert fitted.lexical is not None and trained.lexical is not None
+    shared = len(trained.lexical.gate_in) - SITE.width
+    assert torch.equal(fitted.lexical.gate_in[:shared], trained.lexical.gate_in[:shared])
+    assert not fitted.lexical.gate_in[shared:].any()
+    assert torch.equal(fitted.lexical.gate_out, trained.lexical.gate_out)
+    assert fitted.fingerprint() == fitted_memory(CONFIG, states, targets, trained, seed=0).fingerprint()
+    assert not any(parameter.requires_grad for parameter in fitted.parameters())

@@ -12,9 +12,9 @@ from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
-from model.memory.episodic.reading_prefix import ReadingPrefix, load_prefix, save_prefix
 from model.memory.episodic.word_tables import build_tables
 from model.memory.row_layout import MemoryConfigError
+from model.reading_prefix import ReadingPrefix, load_prefix, save_prefix
 from tests.model.tiny_lm import tiny_backbone
 
 HEADER, TEXT, NOTE = (7, 8, 9), (1, 2, 3, 4), (11, 12, 13, 14, 15)

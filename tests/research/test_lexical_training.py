@@ -192,8 +192,7 @@ def test_only_a_memory_of_one_lexical_site_is_trained() -> None:
             LexicalObjective(Memory(MemoryConfig(WIDTH, sites)), head())
 
 
-def test_calibration_fits_only_the_gate_to_what_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_calibration, "STEPS", 100)
+def test_calibration_fits_only_the_gate_to_what_is_served(tmp_path: Path) -> None:
     chunk, memory = stream([30] * 12), some_memory()
     offsets = np.cumsum([0, *chunk.lengths])
     names = {"states": chunk.states.half(), "log_probs": chunk.log_probs, "entropy": chunk.entropy}
@@ -203,9 +202,8 @@ def test_calibration_fits_only_the_gate_to_what_is_served(tmp_path: Path, monkey
     before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
     worse = served(memory, chunk).mean()
     reported: list[int] = []
-    gate_calibration.calibrate_gate(
-        memory, [StreamFeatures(tmp_path)] * 3, lambda states: states @ head().T, seed=0, progress=reported.append
-    )
+    streams = [StreamFeatures(tmp_path)] * 3
+    gate_calibration.calibrate_gate(memory, streams, head(), seed=0, steps=100, progress=reported.append)
     assert sum(reported) == 2 * 3, "two rounds"
     assert served(memory, chunk).mean() < worse - 0.01
     changed = {name.split(".")[-1] for name, tensor in memory.state_dict().items() if not tensor.equal(before[name])}

@@ -15,6 +15,13 @@ Json = dict[str, Any]
 JSON = {"Content-Type": "application/json"}
 USER = [{"role": "user", "content": "hi"}]
 
+
+def tool(**function: Any) -> Json:
+    return {"type": "function", "function": {"name": "f"} | function}
+
+
+TOOL = tool()
+
 # field(s) added to a good completion request, the param of the error
 COMPLETION: list[tuple[Json, str]] = [
     ({"prompt": None}, "prompt"),
@@ -139,7 +146,9 @@ CHAT: list[tuple[Json, str]] = [
         "messages.1.content.1.type",
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages.0.content.0.text"),
-    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "tool", "content": "7", "tool_call_id": "c1"}]}, "messages.0.tool_call_id"),
     ({"messages": [{"role": "user", "content": "long " * 100_000}]}, "messages"),
     ({"prompt": "hi"}, "prompt"),
     ({"echo": True}, "echo"),
@@ -150,7 +159,18 @@ CHAT: list[tuple[Json, str]] = [
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [tool(name=f"f{i}") for i in range(129)]}, "tools"),
+    ({"tools": [tool(name=f"f{i}", description="x" * 30_000) for i in range(5)]}, "tools"),
+    ({"tools": [tool(name="a b")]}, "tools.0.function.name"),
+    ({"tools": [tool(parameters={"type": "array"})]}, "tools.0.function.parameters"),
+    ({"tools": [tool(parameters={"description": "x" * 70_000})]}, "tools.0.function.parameters"),
+    ({"tools": [tool(parameters={"not": {}}, strict=True)]}, "tools"),
+    ({"tools": [TOOL], "guided_regex": "a"}, "guided_regex"),
+    ({"tools": [TOOL], "min_tokens": 1}, "min_tokens"),
+    ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"response_format": {"type": "xml"}}, "response_format"),

@@ -37,6 +37,7 @@ class FakeSessions:
     fingerprints = {"base": "b", "memory": "m"}  # noqa: RUF012
     context = 100
     vocab_size = 100
+    num_parameters = 1000
 
     def __init__(self) -> None:
         self.early: Exception | None = None  # raised before the first event

@@ -268,8 +268,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, complete: Any, chat: 
     assert bad.value.type == "invalid_request_error"
     assert "temperature" in bad.value.message
     with pytest.raises(openai.BadRequestError) as bad:
-        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
-    assert bad.value.param == "tools"
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}])
+    assert bad.value.param == "tools.0.function.parameters"
     with pytest.raises(openai.BadRequestError) as bad:
         complete([5] * 600, stream=True)
     assert bad.value.param == "prompt"

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.text.tokenizer import Tokenizer
+from model.text.tool_calls import message_text
 from service.errors import BadRequest
 from service.turns.prompts import (
     MAX_DIGESTS,
@@ -155,6 +156,39 @@ def test_messages_that_the_template_refuses_are_a_bad_request(tokenizer: Tokeniz
     with pytest.raises(BadRequest, match="The chat template refuses 'messages'") as error:
         encode(ChatPrompt([{"content": "no role"}]), tokenizer, [], reply=True)
     assert error.value.param == "messages"
+
+
+# Tools.
+
+
+def test_calls_are_known_again_and_results_are_learned_by_choice(tokenizer: Tokenizer) -> None:
+    asked = [user("How long does the dog sleep?")]
+    reply = message_text("I ask.", [("sleep", '{"a": 1,  "b": [2]}'), ("sleep", "{}")])
+    tools = '{"function": {"name": "sleep"}}'
+    known = [*digests(asked), *reply_digests(asked, [reply + "\n"], tools=tools)]
+    resent = message_text("I ask.\n", [("sleep", '{"b": [2], "a": 1}'), ("sleep", "{}")])
+    chat = [*asked, assistant(resent), {"role": "tool", "content": "2 hours", "tool_call_id": "c"}]
+    encoded = encode(ChatPrompt(chat, tools=tools), tokenizer, known, reply=True)
+    assert not any(encoded.learn) and encoded.digests == known
+    assert f"<tools>\n{tools}\n</tools>" in tokenizer.decode(encoded.token_ids)
+    by_choice = ChatPrompt(chat, tools=tools, learn_tool_results=True)
+    assert learned_text(encode(by_choice, tokenizer, encoded.digests, reply=True), tokenizer) == "2 hours"
+    assert not any(encode(by_choice, tokenizer, digests(chat), reply=True).learn)
+    other = assistant(message_text("I ask.", [("sleep", '{"a": 2, "b": [2]}'), ("sleep", "{}")]))
+    assert any(encode(ChatPrompt([*asked, other]), tokenizer, known, reply=True).learn)
+
+
+def test_a_reply_that_is_cut_off_in_a_call_is_known_as_its_client_got_it() -> None:
+    asked = [user("How long does the dog sleep?")]
+    for cut, got in (
+        ('So.\n<tool_call>\n{"name": "sle', "So."),
+        ('So.\n<tool_call>\n{"name": "sleep", "arguments": {"a', message_text("So.", [("sleep", '{"a')])),
+        ('```json\n{"name": "sleep", "arguments": {}}\n```', message_text("", [("sleep", "{}")])),
+    ):
+        assert (
+            reply_digests(asked, [cut], tools='{"function": {"name": "sleep"}}')
+            == digests([*asked, assistant(got)])[1:]
+        )
 
 
 # Remembered digests.

@@ -111,8 +111,8 @@ def test_what_changes_no_answer_is_ignored_and_named(field: str) -> None:
 
 def test_what_other_servers_put_into_messages_is_ignored_and_named() -> None:
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
-    messages = [*HELLO, {"role": "assistant", "content": [part], "reasoning_content": "hm"}] * 2
-    assert chat(messages=messages).ignored == ["messages.reasoning_content"]
+    messages = [*HELLO, {"role": "assistant", "content": [part], "reasoning_details": "hm"}] * 2
+    assert chat(messages=messages).ignored == ["messages.reasoning_details"]
     with pytest.raises(ValidationError):
         ObserveRequest.model_validate({"messages": messages})  # only learns: nothing is ignored
 
@@ -145,7 +145,7 @@ def test_an_unsupported_field_is_refused_by_its_name() -> None:
                 make(**{name: {"some": "thing"}})
             assert error.value.param == name
     wrong: dict[str, Any]
-    for wrong in ({"echo": 0}, {"mirostat": False}, {"tools": {}}):
+    for wrong in ({"echo": 0}, {"mirostat": False}, {"functions": {}}):
         with pytest.raises(BadRequest):
             chat(**wrong)
 
@@ -156,6 +156,20 @@ def test_content_parts_are_joined_and_developer_is_system() -> None:
     assert message.plain() == {"role": "system", "content": "a b"}
     tool = Message.model_validate({"role": "tool", "content": "7", "tool_call_id": "c1", "name": None})
     assert tool.plain() == {"role": "tool", "content": "7", "tool_call_id": "c1"}
+    thought = Message.model_validate({"role": "assistant", "content": "7", "reasoning_content": "3 + 4"})
+    assert thought.plain() == {"role": "assistant", "content": "7", "reasoning_content": "3 + 4"}
+
+
+def test_calls_are_text_of_the_message_and_the_content_may_then_be_missing() -> None:
+    call = {"id": "c1", "type": "function", "index": 0, "function": {"name": "f", "arguments": '{"a":1}'}}
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    for content, expected in ({}, text), ({"content": None}, text), ({"content": "So. "}, f"So.\n{text}"):
+        message = Message.model_validate({"role": "assistant", "tool_calls": [call]} | content)
+        assert message.plain() == {"role": "assistant", "content": expected}
+    refused: list[dict[str, Any]] = [{"content": None}, {}, {"tool_calls": []}, {"role": "user", "tool_calls": [call]}]
+    for wrong in refused:
+        with pytest.raises(ValidationError):
+            Message.model_validate({"role": "assistant"} | wrong)
 
 
 def test_stop_is_a_tuple_whatever_its_form() -> None:

@@ -9,8 +9,8 @@ import torch
 from model.adaptive_lm import EMPTY_SESSION, NUM_LAST_TOKENS, AdaptiveLM, DecodeState
 from model.base.kv_cache import KVCache
 from model.memory import Pool
-from model.memory.episodic.reading_prefix import ReadingPrefix
 from model.memory.episodic.whole_words import WholeWords
+from model.reading_prefix import ReadingPrefix
 from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from research.evaluation.recall.scenes import Message

@@ -24,7 +24,7 @@ from service.http.generation_schemas import MAX_NAME_CHARS, ChatCompletionReques
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, streamed_responses
 from service.http.replies import ChatCompletion, Completion, Model, ModelList, ModelMeta, PolicyList, PolicyShape
-from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder
+from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ToolChatFormatter
 from service.http.schemas import session_of_user
 from service.http.sse import EventStream, until_disconnect
 from service.http.text_formats import Formatter
@@ -107,7 +107,8 @@ async def create_chat_completion(
 ) -> Json | Response:
     """Reply to a chat; with a session, use the session's memory and update the memory with what is new in the chat."""
     completion_job = chat_job(body, learning, headers)
-    formatter = ChatFormatter(learning.sessions, body, completion_job, learning.ctx, latency_recorder(learning))
+    kind = ToolChatFormatter if _listed_tools(body) else ChatFormatter
+    formatter = kind(learning.sessions, body, completion_job, learning.ctx, latency_recorder(learning))
     return await answer(learning, body, completion_job, formatter)
 
 
@@ -123,8 +124,14 @@ def chat_job(body: ChatCompletionRequest, learning: LearningRequest, headers: Im
         prompt_logprobs=body.prompt_logprobs,
         grammar=body.form,
     )
-    prompt = ChatPrompt([message.plain() for message in body.messages], body.ending)
+    messages = [message.plain() for message in body.messages]
+    prompt = ChatPrompt(messages, body.ending, _listed_tools(body), bool(body.learn_tool_results))
     return _completion_job(body, [prompt], generation, learning, headers)
+
+
+def _listed_tools(body: ChatCompletionRequest) -> str:
+    """Return the tools that the prompt lists, as text; "" for none."""
+    return "" if body.offered_tools is None else body.offered_tools.listed
 
 
 async def answer(
@@ -169,7 +176,7 @@ def _model(name: str, sessions: Sessions) -> Model:
         sampling=SUGGESTED_SAMPLING,
         root=sessions.model_id,
         max_model_len=sessions.context,
-        meta=ModelMeta(n_ctx=sessions.context, n_vocab=sessions.vocab_size),
+        meta=ModelMeta(n_ctx=sessions.context, n_vocab=sessions.vocab_size, n_params=sessions.num_parameters),
     )
 
 

@@ -123,7 +123,9 @@ async def observe(session: PathId, body: ObserveRequest, learning: LearningReque
     prompt = (
         TextPrompt(body.text)
         if body.text is not None
-        else ChatPrompt([message.plain() for message in body.messages or []])
+        else ChatPrompt(
+            [message.plain() for message in body.messages or []], learn_tool_results=bool(body.learn_tool_results)
+        )
     )
     work = learning.sessions.observe(learning.ctx, session, prompt, if_match=learning.if_match, recall=body.recall)
     return _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)

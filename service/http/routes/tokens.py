@@ -14,6 +14,7 @@ from service.http.generation_schemas import ChatMessage, Count
 from service.http.json_route import MAX_VALUES, JsonRoute
 from service.http.openapi import ERROR_RESPONSES
 from service.http.schemas import MAX_MESSAGES, Body, Text
+from service.http.tool_schemas import Tools, listed_tools
 from service.turns.loaded_model import LoadedModel
 from service.turns.prompts import ChatPrompt, encode_async, render_async
 
@@ -33,6 +34,7 @@ class ChatBody(Body):
 
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
@@ -42,7 +44,7 @@ class ChatBody(Body):
         ending: Literal["reply", "continue", "none"] = "reply" if self.add_generation_prompt else "none"
         if self.continue_final_message:
             ending = "continue"
-        return ChatPrompt([message.plain() for message in self.messages], ending)
+        return ChatPrompt([message.plain() for message in self.messages], ending, listed_tools(self.tools or ()))
 
 
 class TokenizeRequest(Body):
@@ -56,6 +58,7 @@ class TokenizeRequest(Body):
     prompt: Text | None = None
     content: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = Field(True, description="Whether `prompt` begins with BOS, where the model has it.")
@@ -148,7 +151,7 @@ async def apply_template(body: ChatBody, sessions: SessionsDep, rules: RulesDep)
 async def _token_ids(body: TokenizeRequest, model: LoadedModel) -> Sequence[int]:
     tokenizer = model.tokenizer
     if body.messages is not None:
-        fields = {name: getattr(body, name) for name in ("add_generation_prompt", "continue_final_message")}
+        fields = {name: getattr(body, name) for name in ("tools", "add_generation_prompt", "continue_final_message")}
         chat = ChatBody(messages=body.messages, **fields)
         return (await encode_async(chat.prompt, tokenizer, (), reply=True)).token_ids
     text = body.prompt if body.prompt is not None else body.content or ""
