@@ -203,28 +203,23 @@ def test_a_message_teaches_once_and_an_answer_teaches_nothing(page: Page, server
 def large(route: Route) -> None:
     """Let the page think that the base is a large one."""
     told: Json = route.fetch().json()
-    told["data"][0]["meta"]["n_params"] = 10**9
-    route.fulfill(json=told)
+    route.fulfill(json={"data": [told["data"][0] | {"meta": {"n_params": 10**9}}]})
 
 
-def test_a_small_base_gets_no_history(page: Page) -> None:
-    send(page, CAT)
-    with page.expect_request("**/v1/chat/completions") as asking:
-        send(page, ASKS)
-    body: Json = json.loads(asking.value.post_data or "")
-    assert [message["content"] for message in body["messages"]] == [ASKS]
-
-
-def test_a_new_conversation_sends_no_history_and_a_change_ends_what_is_sent(page: Page) -> None:
+def test_history_ends_with_a_conversation_and_a_change(page: Page) -> None:
     sent: list[list[str]] = []
 
     def note(route: Route) -> None:
         sent.append([message["content"] for message in body_of(route)["messages"]])
         route.fallback()
 
+    page.route("**/v1/chat/completions", note)
+    send(page, ASKS)
+    send(page, ASKS)
+    assert sent == [[ASKS], [ASKS]], "a small base gets no history"
+    sent.clear()
     page.route("**/v1/models", large)
     page.reload()
-    page.route("**/v1/chat/completions", note)
     send(page, CAT)
     turn = send(page, WORK)
     assert [len(messages) for messages in sent] == [1, 3] and sent[1][0] == CAT
@@ -448,10 +443,10 @@ def test_what_another_window_forgot_is_told_in_plain_words(
     other = enter(open_page(server.url, ""), name)
     forget(other, entries(other))
     entries(page).get_by_role("button", name="Forget").click()
-    page.get_by_role("dialog").get_by_role("button", name="Forget", exact=True).click()
-    told = page.get_by_role("dialog").get_by_role("alert")
-    expect(told).to_have_text("It was taken back already, or you said it too long ago.")
-    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("button", name="Forget", exact=True).click()
+    expect(dialog.get_by_role("alert")).to_have_text("It was taken back already, or you said it too long ago.")
+    dialog.get_by_role("button", name="Cancel").click()
     expect(page.locator("#known-note")).to_contain_text("Nothing yet")
     assert all(fault.startswith(REFUSED) for fault in faults)
     faults.clear()
