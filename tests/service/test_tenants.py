@@ -235,8 +235,9 @@ def test_every_route_but_the_public_ones_wants_a_key(server_with_keys: Server) -
         for path, methods in {**paths, "/v1/nothing": {"get": None}}.items():
             for method in methods if path not in public else ():
                 response = client.request(method, path.replace("{id}", "alice"))
-                assert_error(response, 401, "invalid_api_key")
-                assert response.headers["WWW-Authenticate"] == "Bearer"
+                assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Bearer"
+                if not path.startswith(("/api/", "/v1/messages")):  # whose errors have other interfaces' shapes
+                    assert_error(response, 401, "invalid_api_key")
 
 
 @pytest.mark.parametrize(
