@@ -327,17 +327,13 @@ class Episodes:
         """Run the base over an episode after its header; return the keys and values of the episode's tokens."""
         start = len(header)
         if self._header is None or self._header[0] != header:
-            cache = self._new_cache(start)
+            cache = self._backbone.new_cache(start)
             self._forward(header, cache)
             self._header = header, cache
         cache = self._header[1].fork(start + len(token_ids))
         self._forward(token_ids, cache)
         keys, values = (field[:, :, start : cache.length] for field in (cache.keys, cache.values))
         return _KeysAndValues(*_quantise(keys), *_quantise(values))
-
-    def _new_cache(self, capacity: int) -> DenseCache:
-        embedding = self._backbone.embedding
-        return DenseCache(self._backbone.config, capacity, device=embedding.device, dtype=embedding.dtype)
 
     def _forward(self, token_ids: Sequence[int], cache: KVCache) -> None:
         self._backbone(torch.tensor([list(token_ids)], device=self._backbone.embedding.device), [cache])

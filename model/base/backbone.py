@@ -142,7 +142,7 @@ class Backbone(nn.Module):
             return self.embedding
         return self.head.weight.to_dense() if self.head.weight.is_mkldnn else self.head.weight
 
-    def new_cache(self, capacity: int) -> KVCache:
+    def new_cache(self, capacity: int) -> DenseCache:
         """Return an empty cache for one sequence of at most `capacity` tokens."""
         return DenseCache(self.config, capacity, device=self.embedding.device, dtype=self.embedding.dtype)
 

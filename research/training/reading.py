@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from model.base.backbone import Backbone
 from model.base.checkpoint import CheckpointError, fingerprint, load_backbone
 from model.base.config import ConfigError
-from model.base.kv_cache import DenseCache
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
@@ -37,7 +36,7 @@ INSTRUCTION = "Above is what I told you before. Answer from it in one short sent
 MAX_EPISODE_TOKENS = 256
 OWN_REPLY_TOKENS = 32
 VALID_CHATS = 64
-STEPS, BATCH, PEAK_LR, WARM_UP_STEPS, MAX_NORM = 600, 8, 0.01, 20, 1.0
+STEPS, BATCH, PEAK_LR, WARM_UP_STEPS, MAX_NORM = 200, 8, 0.01, 20, 1.0
 SAVE_EVERY = 25  # steps
 
 
@@ -131,7 +130,7 @@ class PrefixTrainer:
         ids, request = self._prompt([*chat.history, chat.message])
         own = ids[request.at :]
         episodes = [Episode(tuple(self._encode(text)), 0, 0, 0, 0.0) for text in chat.episodes]
-        cache = self._new_cache(request.at + request.cached_tokens(episodes))
+        cache = self._base.new_cache(request.at + request.cached_tokens(episodes))
         self._base(self._tensor(ids[: request.at]), [cache])
         self._episodes.append(cache, None, episodes, request)
         reply = self._own_reply(chat.message) if chat.reply is None else (*self._encode(chat.reply), self._end)
@@ -151,7 +150,7 @@ class PrefixTrainer:
     def _make_own_reply(self, message: str) -> tuple[int, ...]:
         """Return the base's own greedy reply to a message, cut at `OWN_REPLY_TOKENS`."""
         ids, _ = self._prompt([message])
-        cache, found = self._new_cache(len(ids) + OWN_REPLY_TOKENS), list[int]()
+        cache, found = self._base.new_cache(len(ids) + OWN_REPLY_TOKENS), list[int]()
         while len(found) < OWN_REPLY_TOKENS and found[-1:] != [self._end]:
             hidden = self._base(self._tensor(found[-1:] or ids), [cache])
             found.append(int(self._base.logits(hidden[0, -1]).argmax()))
@@ -161,7 +160,7 @@ class PrefixTrainer:
     def _rows_of(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the keys and values [L, H_kv, T, hd] of tokens after the header of a chat."""
         header = self._plan.chat_header
-        cache = self._new_cache(len(header) + len(token_ids))
+        cache = self._base.new_cache(len(header) + len(token_ids))
         self._base(self._tensor([*header, *token_ids]), [cache])
         keys, values = (rows[:, :, len(header) : cache.length].clone() for rows in (cache.keys, cache.values))
         return keys, values
@@ -176,10 +175,6 @@ class PrefixTrainer:
 
     def _tensor(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(token_ids)], device=self._base.embedding.device)
-
-    def _new_cache(self, capacity: int) -> DenseCache:
-        embedding = self._base.embedding
-        return DenseCache(self._base.config, capacity, device=embedding.device, dtype=embedding.dtype)
 
 
 def train_prefix(settings: Settings, out: Path, work: Path, *, steps: int, seed: int) -> None:

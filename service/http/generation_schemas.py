@@ -33,10 +33,8 @@ from service.http.schemas import (
     LEARN_TOOL_RESULTS,
     MAX_CHOICES,
     MAX_MESSAGES,
-    MAX_PARTS,
     ON_DISCONNECT,
     RECALL,
-    TEXT_OR_PARTS,
     WHOLE,
     Body,
     Message,
@@ -44,6 +42,7 @@ from service.http.schemas import (
     Seed,
     SessionId,
     Text,
+    TextOrParts,
     TextPart,
     TokenIds,
     limit_entries,
@@ -157,14 +156,7 @@ class ChatMessage(Message):
 
     model_config = ConfigDict(extra="allow")
 
-    content: (
-        Annotated[
-            Annotated[Text, Tag("<text>")]
-            | Annotated[list[ChatTextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-            TEXT_OR_PARTS,
-        ]
-        | None
-    ) = Field(None, validate_default=True)  # type: ignore[assignment]  # a list that is only read
+    content: TextOrParts[ChatTextPart] | None = Field(None, validate_default=True)  # type: ignore[assignment]  # a list that is only read
 
 
 def _described(example: dict[str, Any], rules: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> Any:

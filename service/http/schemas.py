@@ -7,7 +7,7 @@ completions, which any client of OpenAI's interface sends, are in `service/http/
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -162,6 +162,14 @@ class TextPart(Body):
     text: Text
 
 
+Part = TypeVar("Part", bound=TextPart)
+TextOrParts = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    TEXT_OR_PARTS,
+]
+
+
 class MessageFunction(Body):
     """A tool that was called, and its arguments as JSON."""
 
@@ -190,14 +198,7 @@ class Message(Body):
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
         None, description="The assistant's calls of tools; the content may then be null."
     )
-    content: (
-        Annotated[
-            Annotated[Text, Tag("<text>")]
-            | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-            TEXT_OR_PARTS,
-        ]
-        | None
-    ) = Field(None, validate_default=True)
+    content: TextOrParts[TextPart] | None = Field(None, validate_default=True)
     reasoning_content: str | None = Field(None, description="For the chat template; never learned.")
     name: str | None = None
     tool_call_id: CallId | None = Field(None, description="The call that a tool's message answers.")

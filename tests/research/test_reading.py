@@ -45,7 +45,7 @@ def served_loss(trainer: PrefixTrainer, chat: ReadingChat, reply: list[int]) -> 
     ids, request = trainer._prompt([*chat.history, chat.message])
     request = type(request)(**{**vars(request), "prefix": trainer.prefix().num_tokens})
     found = [Episode(tuple(trainer._encode(text)), 0, 0, 0, 0.0) for text in chat.episodes]
-    cache = trainer._new_cache(len(ids) + len(reply) + request.cached_tokens(found))
+    cache = trainer._base.new_cache(len(ids) + len(reply) + request.cached_tokens(found))
     trainer._episodes._prefix = trainer.prefix()
     hidden = None
     for start, stop in pairwise([0, request.at, len(ids)]):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from service.http.dependencies import ImprintHeadersDep, LearningRequest, LearningRequestDep, RulesDep, SessionsDep
 from service.http.generation_schemas import (
@@ -22,15 +22,13 @@ from service.http.routes.openai import answer, chat_job, latency_recorder
 from service.http.schemas import (
     INT32,
     MAX_MESSAGES,
-    MAX_PARTS,
     ON_DISCONNECT,
     RECALL,
-    TEXT_OR_PARTS,
     WHOLE,
     Body,
     OnDisconnect,
     SessionId,
-    Text,
+    TextOrParts,
     Unsupported,
 )
 from service.http.sse import EventStream
@@ -71,11 +69,7 @@ router = APIRouter(
     },
 )
 
-Blocks = Annotated[
-    Annotated[Text, Tag("<text>")]
-    | Annotated[list[ChatTextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-    TEXT_OR_PARTS,
-]
+Blocks = TextOrParts[ChatTextPart]
 
 
 class AnthropicMessage(Body):
