@@ -129,5 +129,4 @@ class _Words:
         self._tokenizer = tokenizer
 
     def __call__(self, text: bytes | str) -> Sequence[int]:
-        token_ids = self._tokenizer.encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
-        return token_ids[1:] if self._tokenizer.add_bos else token_ids
+        return self._tokenizer.encode_inside(text.decode(errors="replace") if isinstance(text, bytes) else text)

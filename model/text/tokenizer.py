@@ -133,6 +133,11 @@ class Tokenizer:
         """
         return self.encode_array(text).tolist()
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the token ids of a text within a sequence, without BOS. Raises `ValueError` as `encode` does."""
+        token_ids = self.encode(text)
+        return token_ids[1:] if self.add_bos else token_ids
+
     def encode_array(self, text: str) -> array[int]:
         """Return the token ids of a text as `encode` does, in four bytes each.
 

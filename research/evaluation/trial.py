@@ -170,8 +170,7 @@ class Trial:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text without BOS."""
-        ids = self.tokenizer.encode(text)
-        return ids[1:] if self.tokenizer.add_bos else ids
+        return self.tokenizer.encode_inside(text)
 
     def _width(self, token: int) -> int:
         return len(self.tokenizer.token_bytes(token))

@@ -85,7 +85,7 @@ class PrefixTrainer:
         lexicon, tables = shipped_lexicon(), build_tables([])
         self._episodes = Episodes(backbone, tables, lexicon, tokenizer.decode, None, hot_bytes=0)
         self._own_reply = cache(self._make_own_reply)
-        keys, values = self._rows_of(self._encode(INSTRUCTION))
+        keys, values = self._rows_of(self._tokenizer.encode_inside(INSTRUCTION))
         self.start = len(self._plan.chat_header)
         self.keys, self.values = keys.requires_grad_(), values.requires_grad_()
 
@@ -129,11 +129,15 @@ class PrefixTrainer:
     def _example(self, chat: ReadingChat) -> _Example:
         ids, request = self._prompt([*chat.history, chat.message])
         own = ids[request.at :]
-        episodes = [Episode(tuple(self._encode(text)), 0, 0, 0, 0.0) for text in chat.episodes]
+        episodes = [Episode(tuple(self._tokenizer.encode_inside(text)), 0, 0, 0, 0.0) for text in chat.episodes]
         cache = self._base.new_cache(request.at + request.cached_tokens(episodes))
         self._base(self._tensor(ids[: request.at]), [cache])
         self._episodes.append(cache, None, episodes, request)
-        reply = self._own_reply(chat.message) if chat.reply is None else (*self._encode(chat.reply), self._end)
+        reply = (
+            self._own_reply(chat.message)
+            if chat.reply is None
+            else (*self._tokenizer.encode_inside(chat.reply), self._end)
+        )
         keys, values = (rows[:, :, : cache.length].clone() for rows in (cache.keys, cache.values))
         return _Example(keys, values, bool(episodes), [*own, *reply[:-1]], list(reply))
 
@@ -164,10 +168,6 @@ class PrefixTrainer:
         self._base(self._tensor([*header, *token_ids]), [cache])
         keys, values = (rows[:, :, len(header) : cache.length].clone() for rows in (cache.keys, cache.values))
         return keys, values
-
-    def _encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text)
-        return list(ids[1:] if self._tokenizer.add_bos else ids)
 
     @property
     def _end(self) -> int:

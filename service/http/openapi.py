@@ -8,6 +8,7 @@ from collections.abc import Container
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.http.openapi_examples import EXAMPLES
@@ -24,6 +25,16 @@ ERROR_RESPONSES: Responses = {
         "description": "The server can't answer now; `Retry-After` says when to try again.",
     },
 }
+
+
+def error_responses(body: type[BaseModel]) -> Responses:
+    """Return the description of the errors of routes whose errors have another interface's body."""
+    return {
+        "4XX": {"model": body, "description": "The request can't be honoured."},
+        "5XX": {"model": body, "description": "The server can't answer now."},
+    }
+
+
 ETAG_HEADER: Json = {"ETag": {"schema": {"type": "string"}, "description": 'The session\'s version, such as `"v3"`.'}}
 ETAG_RESPONSES: Responses = {200: {"headers": ETAG_HEADER}}
 FILE_TYPE = "application/octet-stream"

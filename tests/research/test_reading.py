@@ -44,7 +44,7 @@ def served_loss(trainer: PrefixTrainer, chat: ReadingChat, reply: list[int]) -> 
     """Return the mean loss of a reply in the layout of a server: one cache, token by token behind its prompt."""
     ids, request = trainer._prompt([*chat.history, chat.message])
     request = type(request)(**{**vars(request), "prefix": trainer.prefix().num_tokens})
-    found = [Episode(tuple(trainer._encode(text)), 0, 0, 0, 0.0) for text in chat.episodes]
+    found = [Episode(tuple(trainer._tokenizer.encode_inside(text)), 0, 0, 0, 0.0) for text in chat.episodes]
     cache = trainer._base.new_cache(len(ids) + len(reply) + request.cached_tokens(found))
     trainer._episodes._prefix = trainer.prefix()
     hidden = None

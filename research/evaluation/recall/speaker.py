@@ -47,8 +47,7 @@ class Speaker:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text without BOS."""
-        ids = self.tokenizer.encode(text)
-        return ids[1:] if self.tokenizer.add_bos else ids
+        return self.tokenizer.encode_inside(text)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a chat, ready for the reply. A base without a chat template gets lines of text."""

@@ -17,6 +17,7 @@ from service.http.generation_schemas import (
     StopText,
 )
 from service.http.json_route import JsonRoute
+from service.http.openapi import error_responses
 from service.http.openapi_examples import EXAMPLES
 from service.http.routes.openai import answer, chat_job, latency_recorder
 from service.http.schemas import (
@@ -63,10 +64,7 @@ router = APIRouter(
     prefix="/v1/messages",
     route_class=JsonRoute,
     tags=["Anthropic"],
-    responses={
-        "4XX": {"model": AnthropicError, "description": "The request can't be honoured."},
-        "5XX": {"model": AnthropicError, "description": "The server can't answer now."},
-    },
+    responses=error_responses(AnthropicError),
 )
 
 Blocks = TextOrParts[ChatTextPart]

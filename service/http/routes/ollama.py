@@ -24,7 +24,7 @@ from service.http.generation_schemas import (
     Stop,
 )
 from service.http.json_route import JsonRoute
-from service.http.openapi import SCHEMAS
+from service.http.openapi import SCHEMAS, error_responses
 from service.http.openapi_examples import EXAMPLES
 from service.http.response_formats import LatencyRecorder
 from service.http.routes.openai import STARTED, answer, chat_job, latency_recorder, text_job
@@ -64,10 +64,7 @@ router = APIRouter(
     prefix="/api",
     route_class=JsonRoute,
     tags=["Ollama"],
-    responses={
-        "4XX": {"model": OllamaError, "description": "The request can't be honoured."},
-        "5XX": {"model": OllamaError, "description": "The server can't answer now."},
-    },
+    responses=error_responses(OllamaError),
 )
 
 
