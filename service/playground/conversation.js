@@ -301,6 +301,7 @@ async function forgetAll() {
   begin();
   announce("Everything is forgotten.");
   known.refresh().then(hint).catch(failed);
+  message.focus();
 }
 
 const known = makeKnown({

@@ -371,3 +371,19 @@ def test_the_page_asks_for_a_key_if_the_server_requires_one(browser: Browser, ti
     expect(page.locator("#version")).to_have_text("1")
     page.close()
     assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("days", "told"),
+    [
+        (0, r"today at \d\d:\d\d|just now|yesterday at \d\d:\d\d"),
+        (1, r"yesterday at \d\d:\d\d"),
+        (4, "on (Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day"),
+        (40, r"on \d+ [A-Z][a-z]+( \d{4})?"),
+        (400, r"on \d+ [A-Z][a-z]+ \d{4}"),
+    ],
+)
+def test_when_something_was_said_is_told_as_a_person_would(page: Page, days: int, told: str) -> None:
+    script = 'async (days) => (await import("/playground/elements.js")).when(new Date(Date.now() - days * 86400000))'
+    word = page.evaluate(script, days)
+    assert re.fullmatch(told, word)
