@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 from model.adaptive_lm import AdaptiveLM
 from model.base.kv_cache import DenseCache
 from model.base.rotary import apply_rotary
-from model.episodes import MAX_EPISODES, MEANINGS, READINGS, SITE, SLOTS, SPAN_TOKENS, Episode, Episodes, RecallRequest
+from model.episodes import (
+    MAX_EPISODES,
+    MEANINGS,
+    READINGS,
+    RUN_EPISODES,
+    SITE,
+    SLOTS,
+    SPAN_TOKENS,
+    Episode,
+    Episodes,
+    RecallRequest,
+)
 from model.memory import Draft, Pool
 from model.memory.episodic.choice import changed_value
 from model.memory.episodic.layout import LENGTH, ORDINAL
@@ -257,6 +268,26 @@ def test_the_newest_episode_replaces_the_oldest(lm: AdaptiveLM, pool: Pool) -> N
     rows = pool.dump(session)[SITE]
     ordinals = rows.data.numpy().view("<i4")[:, ORDINAL]
     assert len(rows.slots) == SLOTS and ordinals.min() == 3 and ordinals.max() == SLOTS + 2
+
+
+def test_the_newest_are_read_in_runs_that_keep_their_bounds(lm: AdaptiveLM, pool: Pool) -> None:
+    sentences = [f"my {word} is called rex" for word in ("cat", "dog", "pet", "bus", "hat", "anna", "ben")]
+    session, request = pool.open(), RecallRequest(1, None, 5 * len(sentences), HEADER)
+    first, second = (
+        [token for sentence in run for token in ids(sentence)]
+        for run in (sentences[:RUN_EPISODES], sentences[RUN_EPISODES:])
+    )
+
+    def newest(room: int = 1000) -> list[list[int]]:
+        return [list(run.token_ids) for run in episodes_of(lm).find(pool, session, ids("a hat"), request, room)]
+
+    assert newest() == []
+    teach(lm, pool, session, *sentences)
+    assert newest() == [first, second]
+    assert newest(room=len(first)) == [second]
+    assert newest(room=len(second) - 1) == []
+    teach(lm, pool, session, "now rome")
+    assert newest() == [second + ids("now rome")]  # with the first run they are more than a request may read
 
 
 def test_only_learned_runs_become_episodes_and_a_rollback_drops_them(lm: AdaptiveLM, pool: Pool) -> None:
