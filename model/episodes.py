@@ -38,6 +38,7 @@ MEANING_NUMBERS = 384
 MAX_EPISODES = 4  # that a request reads
 RUN_EPISODES = 4  # whose keys and values are made together when the newest are read
 READINGS = 2  # times that each one found stands in a request: read twice, a small base uses what it reads more often
+FIRST_ALONE, NEIGHBOUR_SHARE = 2, 0.25
 MAX_SENTENCES = 8  # of a query, from its end, that are searched with
 
 
@@ -266,11 +267,21 @@ class Episodes:
         return found[::-1]
 
     def rank(self, pool: Pool, index: int, query: Sequence[int], limit: int) -> list[Episode]:
-        """Return the episodes of a session that fit a sentence of a query best, the best first, read or not."""
+        """Return the episodes of a session that fit a sentence of a query best, the best first, read or not.
+
+        After the `FIRST_ALONE` best, a part of what an episode's neighbours are worth counts as well: an answer often
+        stands beside what the question repeats.
+        """
         rows = self._rows(pool, index)
         fits = [matches.relevance(np.ones(len(matches.query), np.bool_)) for matches in self._matches(rows, query)]
-        relevance = np.max(fits, axis=0, initial=-np.inf) if fits else np.zeros(0)
-        return [rows.episode(row, float(relevance[row])) for row in np.argsort(-relevance, kind="stable")[:limit]]
+        if not fits:
+            return []
+        relevance = np.max(fits, axis=0)
+        by_age = np.argsort(rows.header[:, ORDINAL])
+        beside = np.convolve(relevance[by_age], (NEIGHBOUR_SHARE, 1, NEIGHBOUR_SHARE))[1:-1]
+        first = np.argsort(-relevance, kind="stable")[:FIRST_ALONE].tolist()
+        order = dict.fromkeys([*first, *by_age[np.argsort(-beside, kind="stable")].tolist()])
+        return [rows.episode(row, float(relevance[row])) for row in [*order][:limit]]
 
     def _matches(self, rows: _Rows, query: Sequence[int]) -> Iterator[Matches]:
         """Yield how the episodes match each of the last sentences of a query."""

@@ -166,6 +166,18 @@ def test_a_question_finds_the_episode_that_has_its_words(lm: AdaptiveLM, pool: P
     assert ask(lm, pool, 0, "what is my cat called ?") == []
 
 
+def test_what_stands_beside_a_good_match_ranks_before_what_does_not(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "a bus leaves", "my hat", "the cat lives in oslo", "teal", "my cat", "at nine", "the dog")
+    found = episodes_of(lm).rank(pool, session, ids("what cat lives in oslo"), 7)
+    assert [episode.ordinal for episode in found[:4]] == [3, 5, 4, 2]  # 4 stands beside both, 2 beside one
+    assert len({episode.ordinal for episode in found}) == 7
+    for number in range(3):
+        few = pool.open()
+        teach(lm, pool, few, *["the cat"] * number)
+        assert len(episodes_of(lm).rank(pool, few, ids("what cat"), 7)) == number
+
+
 def test_of_statements_under_one_cue_the_newest_is_read(lm: AdaptiveLM, pool: Pool) -> None:
     session = pool.open()
     teach(lm, pool, session, "my cat is called pixel .", "anna lives in oslo .", "my cat is called luna now .")
