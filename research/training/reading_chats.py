@@ -8,19 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from research.evaluation.recall.values import Inventor
 from research.training.reading_facts import (
     ASKED,
-    BREED,
     NOUNS,
-    RENEWED,
     REPLIED,
     SAID,
     THINGS,
     VERBS,
-    Draw,
     Noun,
     Verb,
     first_name,
@@ -68,7 +64,6 @@ CORRECTED = (
     "Update: {s}",
     "Not any more. Now {s}",
 )
-CHANGED = ("It is not {o} any more. {s}", "It was {o} before. {s}", "{s} No longer {o}.")
 ASKING = ("", "", "", "", "", "Hey, ", "Quick question: ", "Hello! ", "Sorry, ")
 ACKNOWLEDGED = ("Thank you, I will remember that {s}", "Noted: {s}", "Good to know: {s}", "Got it, {s}", "I see, {s}")
 OTHER_STATEMENTS = (
@@ -119,30 +114,19 @@ def _inside(sentence: str) -> str:
 
 @dataclass(frozen=True)
 class _Fact:
-    """A fact about an owner: a new value, a statement of a value, a question, and the reply with a value.
-
-    sort: of its values. words: for what the question asks. renewal: a statement of a value that follows an old one.
-    """
+    """A fact about an owner: a new value, a statement of a value, a question, and the reply with a value."""
 
     table: Sequence[Noun] | Sequence[Verb]
     row: int
     owner: str
-    sort: Draw
-    words: frozenset[str]
     draw: Callable[[], str]
     statement: Callable[[str], str]
-    renewal: Callable[[str, str], str]
     question: Callable[[], str]
     reply: Callable[[str], str]
 
     def is_same(self, other: _Fact) -> bool:
         """Return whether both facts answer one question."""
         return self.table is other.table and (self.row, self.owner) == (other.row, other.owner)
-
-    def may_answer(self, other: _Fact) -> bool:
-        """Return whether the statement of one fact could be taken for an answer to the question for another."""
-        verbs = self.table is VERBS or other.table is VERBS
-        return bool(self.words & other.words) or (verbs and self.sort is other.sort)
 
 
 class ReadingChats:
@@ -160,7 +144,7 @@ class ReadingChats:
         self._drawn += 1
         self._inventor = Inventor(self._seed * 1_000_003 + self._drawn, "train")
         kinds = (self._answering, self._renewing, self._declining, self._acknowledging, self._general)
-        kind = self._rng.choices(kinds, (46, 18, 18, 8, 10))[0]
+        kind = self._rng.choices(kinds, (54, 14, 8, 10, 14))[0]
         return kind(self._fact())
 
     def _answering(self, fact: _Fact) -> ReadingChat:
@@ -175,23 +159,15 @@ class ReadingChats:
         value, old = fact.draw(), fact.draw()
         while old == value:
             old = fact.draw()
-        if self._rng.random() < 0.5:
-            correction = self._rng.choice(CORRECTED).format(s=_inside(fact.statement(value)))
-        else:
-            correction = fact.renewal(old, value)
+        correction = self._rng.choice(CORRECTED).format(s=_inside(fact.statement(value)))
         episodes = self._distractors(fact)
         episodes.insert(self._rng.randint(0, len(episodes)), self._statement(fact.statement(old)))
         return self._chat([*episodes, correction], self._question(fact), fact.reply(value))
 
     def _declining(self, fact: _Fact) -> ReadingChat:
-        """Return a chat that asks for what no episode says: they tell the same of another owner, or something else."""
-        others = [self._other(fact)] if self._rng.random() < 0.5 else []
-        count = self._rng.randint(1, 4)
-        while len(others) < count:
-            other = self._fact()
-            if not other.may_answer(fact):
-                others.append(other)
-        episodes = [self._statement(other.statement(other.draw())) for other in others]
+        """Return a chat that asks for what no episode says: one tells the same of another owner."""
+        other = self._other(fact)
+        episodes = [*self._distractors(fact), self._statement(other.statement(other.draw()))]
         self._rng.shuffle(episodes)
         return self._chat(episodes, self._question(fact), UNTOLD)
 
@@ -269,10 +245,6 @@ class ReadingChats:
             text = rng.choice(SAID[way]).format(P=first, p=owner, n=noun, v=value)
             return text[0].upper() + text[1:]
 
-        def renewal(old: str, value: str) -> str:
-            text = rng.choice(RENEWED[way]).format(P=first, p=owner, n=noun, o=old, v=value)
-            return text[0].upper() + text[1:]
-
         def question() -> str:
             word = rng.choice(others) if others and rng.random() < 0.45 else noun
             return rng.choice(ASKED[way]).format(p=owner, n=word)
@@ -280,9 +252,7 @@ class ReadingChats:
         def reply(value: str) -> str:
             return REPLIED[way].format(Y=whose, n=noun, v=value)
 
-        words = frozenset({noun, *others})
-        new = partial(draw, rng, self._inventor)
-        return _Fact(table, row, owner, draw, words, new, statement, renewal, question, reply)
+        return _Fact(table, row, owner, lambda: draw(rng, self._inventor), statement, question, reply)
 
     def _verb(self, row: int, *, of_user: bool) -> _Fact:
         rng, verb = self._rng, VERBS[row]
@@ -291,20 +261,12 @@ class ReadingChats:
             (verb.statements, verb.questions) if of_user else (verb.statements_of, verb.questions_of)
         )
         reply = verb.reply if of_user else verb.reply_of
-
-        def statement(value: str) -> str:
-            return rng.choice(statements).format(N=owner, v=value)
-
-        def renewal(old: str, value: str) -> str:
-            text = rng.choice(CHANGED).format(o=old, s=statement(value))
-            return text[0].upper() + text[1:]
-
-        def question() -> str:
-            return rng.choice(questions).format(N=owner)
-
-        def told(value: str) -> str:
-            return reply.format(N=owner, v=value)
-
-        words = frozenset({"pet"} if verb.draw is BREED else ())
-        new = partial(verb.draw, rng, self._inventor)
-        return _Fact(VERBS, row, owner, verb.draw, words, new, statement, renewal, question, told)
+        return _Fact(
+            VERBS,
+            row,
+            owner,
+            lambda: verb.draw(rng, self._inventor),
+            lambda value: rng.choice(statements).format(N=owner, v=value),
+            lambda: rng.choice(questions).format(N=owner),
+            lambda value: reply.format(N=owner, v=value),
+        )

@@ -204,29 +204,6 @@ ASKED = {
         "In which place is {p} {n}?",
     ),
 }
-RENEWED = {  # by {v} of an earlier statement with {o}
-    "name": (
-        "{P} new {n} is called {v}.",
-        "{v} is {p} {n} now.",
-        "{P} {n} is no longer {o} but {v}.",
-        "{v} has taken over from {o} as {p} {n}.",
-    ),
-    "what": (
-        "{P} {n} is {v} now, not {o}.",
-        "{P} {n} changed from {o} to {v}.",
-        "{P} new {n} is {v}.",
-        "Forget {o}: it is {v} that is {p} {n}.",
-    ),
-    "when": (
-        "{P} {n} was moved to {v}.",
-        "{P} {n} is on {v} now, not on {o}.",
-        "{P} {n} has been put off until {v}.",
-    ),
-    "where": (
-        "{P} {n} has moved to {v}.",
-        "{P} {n} is no longer in {o} but in {v}.",
-    ),
-}
 REPLIED = {
     "name": "{Y} {n} is called {v}.", "what": "{Y} {n} is {v}.", "when": "{Y} {n} is on {v}.",
     "where": "{Y} {n} is in {v}.",
