@@ -44,8 +44,8 @@ class KernelCache(FunctionCache):
 def kernel_digest(function: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """Return a digest of all that a kernel is compiled from.
 
-    That is the bytecode and default arguments of the kernel and of all functions that it calls, the values of the global
-    constants that they read, and the compiler's options.
+    That is the bytecode and default arguments of the kernel and of all functions that it calls, the values of the
+    global constants that they read, and the compiler's options.
     """
     parts: list[str] = [_describe(options)]
     pending, seen = [function], set()
