@@ -17,7 +17,7 @@ import platformdirs
 import pytest
 
 from service.base_cache import resolve_base, resolve_encoder
-from tests.forked_server import ForkedServer
+from tests.forked import ForkedImprint
 from tests.tiny import build_tiny_base
 
 START_TIMEOUT_S = 300.0  # generous: the machine may be busy
@@ -40,7 +40,7 @@ class Server:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
         self.settings = {f"IMPRINT_{name}": str(value) for name, value in variables.items()}
         self._environment = clean | self.settings
-        self.process: subprocess.Popen[bytes] | ForkedServer | None = None
+        self.process: subprocess.Popen[bytes] | ForkedImprint | None = None
 
     def start(self, *, wait: bool = True, forked: bool = True) -> Server:
         """Start the process, and wait until the server is ready.
@@ -49,7 +49,7 @@ class Server:
         """
         with self.log.open("ab") as log:
             if forked:
-                self.process = ForkedServer(self._environment, self.log)
+                self.process = ForkedImprint(["serve"], self._environment, stdout=self.log, stderr=self.log)
             else:
                 command = [sys.executable, "-m", "service", "serve"]
                 self.process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)

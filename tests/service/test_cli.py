@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from service.cli import main
 from service.client import Client, text_files
 from service.client.transport import SSEDecoder
 from service.errors import CommandError
+from tests.forked import ForkedImprint
 from tests.live import WAIT_TIMEOUT_S
 from tests.service.scripted_server import (
     MODEL,
@@ -49,8 +51,13 @@ def command(*arguments: str, url: str) -> dict[str, Any]:
 
 
 def imprint(*arguments: str, url: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    run = command(*arguments, url=url)
-    return subprocess.run(**run, input=stdin, capture_output=True, text=True, timeout=WAIT_TIMEOUT_S)
+    with tempfile.TemporaryDirectory() as folder:
+        given, stdout, stderr = (Path(folder) / name for name in ("stdin", "stdout", "stderr"))
+        given.write_text(stdin)
+        environment = command(url=url)["env"]
+        process = ForkedImprint(arguments, environment, stdin=given, stdout=stdout, stderr=stderr)
+        code = process.wait(WAIT_TIMEOUT_S)
+        return subprocess.CompletedProcess(arguments, code, stdout.read_text(), stderr.read_text())
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
