@@ -18,8 +18,8 @@ MAX_ANSWER_TOKENS = 96
 MAX_ENTRIES = 100  # of one answer of `history`
 INSTRUCTIONS = (
     "A memory that lasts across conversations. Call `ask` before you answer what an earlier conversation may have "
-    "told; call `teach` when the user states something worth knowing later (names, preferences, decisions, corrections). "
-    "When something taught has become wrong, teach the correction, or `forget` its version."
+    "told; call `teach` when the user states something worth knowing later: a name, a preference, a decision, a "
+    "correction. When something taught has become wrong, teach the correction, or `forget` its version."
 )
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 

@@ -1,14 +1,16 @@
 """The dashboard in a real browser: it shows the server's metrics, and judges them by the rules that Prometheus has.
 
-With IMPRINT_SHOTS=FOLDER the test on the default base saves screenshots in that folder; docs/img has one of them.
+With IMPRINT_SHOTS=FOLDER the last test takes pictures of a busy server on the default base; docs/img has one of them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -19,12 +21,13 @@ import yaml
 from playwright.sync_api import Locator, Page, Route, expect
 
 from service.tenants import OPERATOR, new_key
-from tests.browser import REFUSED, OpenPage, assert_accessible, button
+from tests.browser import REFUSED, OpenPage, assert_accessible, button, shoot
 from tests.conftest import Server
 from tests.live import Client
 from tests.tiny import TEXT
 
 pytestmark = pytest.mark.e2e
+SHOT_S = 150  # for which a server is watched before its pictures are taken
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "alerts.yml"
@@ -179,11 +182,12 @@ def test_an_alert_shows_its_rule_and_what_to_do(dashboard: Page) -> None:
     expect(dashboard.locator("#verdict")).to_have_text("No alert fires.")
     dashboard.get_by_text("All rules, and what to do about each").click()
     assert dashboard.locator(".alert").count() == len(DESCRIPTION["alerts"])
-    for rule in DESCRIPTION["alerts"]:
-        place = dashboard.locator(".alert").filter(has_text=f"{rule['name']}, severity {rule['severity']}.")
-        place.locator("summary").click()
-        expect(place).to_contain_text(rule["query"])
-        expect(place).to_contain_text(rule["runbook"])
+    alert(dashboard, "Overloaded").locator("summary").click()
+    expect(alert(dashboard, "Overloaded").get_by_text("What to do.")).to_be_visible()
+    shown = dashboard.locator(".alert").all_text_contents()
+    for rule, text in zip(DESCRIPTION["alerts"], shown, strict=True):
+        for part in (rule["name"], f"severity {rule['severity']}", rule["query"], rule["runbook"]):
+            assert part in text
     assert_accessible(dashboard)
 
 
@@ -328,3 +332,38 @@ def test_growth_counts_what_happened_while_the_page_looked(
     page = open_page(server.url, "dashboard")
     found = page.evaluate(EVALUATE, [counts, ["increase(c_total[1h])"], {}])["found"]
     assert found == [[] if growth is None else [[{}, growth]]]
+
+
+@pytest.mark.real
+@pytest.mark.skipif("IMPRINT_SHOTS" not in os.environ, reason="takes pictures only")
+def test_pictures_are_taken_of_a_busy_server(open_page: OpenPage, real_server: Server) -> None:
+    page = open_page(real_server.url, "dashboard")
+    page.set_viewport_size({"width": 1280, "height": 960})
+    page.emulate_media(color_scheme="light")
+    paragraphs = (ROOT / "examples" / "keeper-1.txt").read_text().split("\n\n")
+    end = time.monotonic() + SHOT_S
+    with Client(real_server.url, model=real_server.model) as client:
+        for turn in range(10_000):
+            text = paragraphs[turn % len(paragraphs)]
+            client.observe(f"reader-{turn % 5}", text)
+            with client.stream(prompt=text[:200], max_tokens=24, session=f"reader-{turn % 5}") as chunks:
+                list(chunks)
+            if turn % 7 == 0:
+                client.post("completions", {"model": "unknown"})
+            page.wait_for_timeout(200)  # the page goes on reading meanwhile
+            if time.monotonic() > end:
+                break
+    for name in ("overview", "adaptation"):
+        page.goto(f"{real_server.url}/dashboard#{name}")
+        page.wait_for_timeout(500)
+        shoot(page, f"dashboard-{name}", whole=True)
+    page.goto(f"{real_server.url}/dashboard#overview")
+    shoot(page, "dashboard")
+    page.emulate_media(color_scheme="dark")
+    page.get_by_text("All rules, and what to do about each").click()
+    alert(page, "Overloaded").locator("summary").click()
+    shoot(page, "dashboard-dark")
+    page.get_by_text("All rules, and what to do about each").click()
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(500)
+    shoot(page, "dashboard-phone")
