@@ -1,4 +1,4 @@
-"""What the panels become: Grafana's dashboards, built with Grafana's SDK, and the data of the server's own dashboard.
+"""Builds Grafana's dashboards with Grafana's SDK, and the data of the server's own dashboard, from the panels.
 
 `python -m deploy.grafana.build` writes dashboards/*.json, and dashboard.json among the files of the server's page.
 """

@@ -86,7 +86,7 @@ export class Panel {
     const shown = this.#now.length ? this.#now : [{ name: "", value: null }];
     this.#body.replaceChildren(
       ...shown.map(({ name, value }) =>
-        element("p", {}, element("b", {}, this.write(value)), name && this.#now.length ? ` ${name}` : ""),
+        element("p", {}, element("b", {}, this.write(value)), " ", element("span", {}, name)),
       ),
     );
   }
