@@ -40,7 +40,8 @@ from service.turns.sessions import Sessions
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; only the metrics see the status
 PROBES = ("/livez", "/readyz", "/health", "/ping")
 PUBLIC_PATHS = {*PROBES, "/version", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
-UNVERSIONED = re.compile(r"/(models|policies|embeddings|(chat/)?completions)(/|$)")  # paths of a base URL without /v1
+# paths of a base URL without /v1
+UNVERSIONED = re.compile(r"/(models|policies|embeddings|responses|(chat/)?completions)(/|$)")
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 SMALL_BODY_BYTES = 65_536
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")

@@ -103,3 +103,13 @@ class EventStream(Response):
                 reported = error_body(self._request, await report_error(self._request, error))
                 await send_text(self.frame(json.dumps(reported)))
         await send_text(self.closing, more=False)
+
+
+class NamedEventStream(EventStream):
+    """A stream of events that are named by their `type`."""
+
+    closing = ""
+
+    @staticmethod
+    def frame(event: str) -> str:
+        return f"event: {json.loads(event)['type']}\ndata: {event}\n\n"
