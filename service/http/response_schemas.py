@@ -123,10 +123,14 @@ Input = Annotated[
 ]
 
 
-class ResponseTool(Function):
-    """A function that the reply may call; no other kind of tool is supported."""
+class TypedTool(Body):
+    """A tool of a kind."""
 
     type: Literal["function"]
+
+
+class ResponseTool(Function, TypedTool):
+    """A function that the reply may call; no other kind of tool is supported."""
 
 
 class ResponseForm(Body):
@@ -199,8 +203,8 @@ class ResponseRequest(Body):
     stream: bool | None = None
     store: bool | None = Field(
         None,
-        description="False: no session learns, and the response is not kept. Default: true; later requests can go on"
-        " with the response (`previous_response_id`, `conversation`).",
+        description="False: no session learns, and the response is not kept. True: later requests can go on with the"
+        " response (`previous_response_id`, `conversation`). Default: true, unless the request only reads a session.",
     )
     previous_response_id: str | None = Field(
         None, description="A kept response whose chat goes on; its session is the session of this request."

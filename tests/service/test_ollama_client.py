@@ -18,6 +18,19 @@ from tests.service.in_process import InProcessServer
 
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "My cat is Miso."}]
 GREEDY: Json = {"temperature": 0, "num_predict": 8}
+SLEEP: Json = {
+    "type": "function",
+    "function": {
+        "name": "sleep",
+        "description": "Sleep.",
+        "parameters": {
+            "type": "object",
+            "properties": {"hours": {"enum": [1, 2]}},
+            "required": ["hours"],
+            "additionalProperties": False,
+        },
+    },
+}
 SCHEMA: Json = {
     "type": "object",
     "properties": {"age": {"enum": [7, 12]}},
@@ -46,6 +59,36 @@ def test_a_chat_is_that_of_openais_route(peer: ollama.Client, client: Client) ->
     counts = (reply.prompt_eval_count, reply.eval_count)
     assert counts == (whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"])
     assert reply.total_duration == (reply.prompt_eval_duration or 0) + (reply.eval_duration or 0) > 0
+
+
+def test_a_call_and_its_result_go_round(roomy_server: InProcessServer) -> None:
+    """Ollama cannot require a call: beside a schema, each reply is JSON or a call."""
+    model, ask = roomy_server.model, [HELLO[1]]
+    fields: Json = {"tools": [SLEEP], "format": {"enum": [{"a": 1}, {"a": 2}]}}
+    with ollama.Client(roomy_server.url) as peer:
+        for seed in range(16):
+            options = {"temperature": 2, "seed": seed, "num_predict": 200}
+            called = peer.chat(model, ask, options=options, **fields)
+            if called.message.tool_calls:
+                break
+            assert json.loads(called.message.content or "") in fields["format"]["enum"]
+        calls = called.message.tool_calls or []
+        assert calls and {call.function.name for call in calls} == {"sleep"} and called.message.content == ""
+        assert all(call.function.arguments["hours"] in (1, 2) for call in calls) and called.done_reason == "stop"
+        parts = list(peer.chat(model, ask, options=options, stream=True, **fields))
+        assert [call for part in parts for call in part.message.tool_calls or ()] == calls
+        results = [{"role": "tool", "tool_name": "sleep", "content": "Done."}] * len(calls)
+        answered = peer.chat(model, [*ask, called.message, *results], tools=[SLEEP], options=GREEDY)
+    with Client(roomy_server.url, model) as client:
+        spelt = [
+            {"id": f"c{number}", "type": "function", "function": {"name": "sleep", "arguments": json.dumps(dict(a))}}
+            for number, a in enumerate(call.function.arguments for call in calls)
+        ]
+        chat: Any = [*ask, {"role": "assistant", "content": None, "tool_calls": spelt}]
+        chat += [{"role": "tool", "tool_call_id": call["id"], "content": "Done."} for call in spelt]
+        whole = client.chat(chat, tools=[SLEEP])
+    assert answered.message.content == whole["choices"][0]["message"]["content"]
+    assert answered.prompt_eval_count == whole["usage"]["prompt_tokens"], "the prompt is that of OpenAI's shape"
 
 
 def test_a_stream_has_the_text_and_the_counts_of_the_whole_reply(peer: ollama.Client, client: Client) -> None:
@@ -197,7 +240,8 @@ CHAT: Json = {"messages": HELLO}
         ("chat", CHAT | {"sesion": "ada"}, 400, "did you mean 'session'"),
         ("chat", CHAT | {"adapt": "predict"}, 400, "needs a session"),
         ("chat", CHAT | {"session": "a b"}, 400, "'session'"),
-        ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "'tools'"),
+        ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "'tools.0.function'"),
+        ("chat", CHAT | {"messages": [{"role": "tool", "content": "a"}]}, 400, "'messages.0' must be the result"),
         ("chat", CHAT | {"format": "yaml"}, 400, "'format"),
         ("chat", CHAT | {"format": {"type": "nothing"}}, 400, "'json_schema' is no grammar"),
         ("chat", {"messages": [{"role": "robot", "content": "a"}]}, 400, "'messages.0.role'"),

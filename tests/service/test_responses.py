@@ -252,6 +252,16 @@ def test_store_false_learns_and_keeps_nothing(create: Any, client: Client, named
     assert "It rains." not in json.dumps(create(MORE, conversation="quiet").model_dump())
 
 
+def test_a_request_that_reads_keeps_no_response_unless_it_says_so(create: Any, client: Client) -> None:
+    create(conversation="reader")
+    for fields, kept in (({}, False), ({"store": True}, True)):
+        reads: Json = {"conversation": "reader", "extra_body": {"adapt": "predict"}} | fields
+        response = create(MORE, **reads)
+        assert response.model_extra["store"] is kept
+        assert (client.http.get(f"/v1/responses/{response.id}").status_code == 200) is kept
+    assert client.version("reader") == 1
+
+
 def test_responses_go_with_their_session_and_with_what_is_unlearned(create: Any, client: Client) -> None:
     for undo in ("rollback", "erase"):
         response = create(conversation="gone")
@@ -271,8 +281,9 @@ def test_responses_go_with_their_session_and_with_what_is_unlearned(create: Any,
 def test_a_repeated_key_learns_once_and_gets_the_same_response(client: Client, stream: bool) -> None:
     key = f"responses-{stream}"
     answers = [client.post("responses", raw(conversation=key, stream=stream), **{"Idempotency-Key": key}) for _ in "ab"]
-    found = [answer.text.strip().rsplit("data: ", 1)[-1] for answer in answers]
-    assert found[0] == found[1] and answers[1].headers["Idempotent-Replayed"] == "true"
+    first, second = (json.loads(answer.text.strip().rsplit("data: ", 1)[-1]) for answer in answers)
+    assert first.get("response", first) == second.get("response", second)
+    assert answers[1].headers["Idempotent-Replayed"] == "true"
     assert client.version(key) == 1
 
 

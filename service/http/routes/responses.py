@@ -6,7 +6,7 @@ is a bounded number of responses with their chats, so that clients need not send
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
@@ -235,6 +235,8 @@ async def create_response(
     with _renamed_errors():
         request = await run_off_loop(chat.size, _chat_request, body, chat)
         job = chat_job(request, learning, headers)
+        if job.session is not None and job.adapt == "predict" and body.store is None:
+            chat = replace(chat, keeps=False)  # a request that only reads writes nothing that it does not ask for
         return await answer(learning, request, job, ResponseEvents(learning, body, chat, job), NamedEventStream)
 
 
