@@ -69,16 +69,17 @@ that the grammar forces teach a session nothing.
 stream has OpenAI's events. Functions are the only tools. What OpenAI's servers do by themselves (`background`,
 `truncation: "auto"`, `prompt`, tools that run on the server) is a 400.
 
-A conversation is a session. `conversation` names the session, whose memory is read and updated; besides, the chat of its
-newest kept response comes before the input. `previous_response_id` names any kept response: its chat comes before the
-input, and its session, if it has one, is the session of the request. A message that comes again in this way is not
+A conversation is a session. `conversation` names the session, whose memory is read and updated; besides, the chat of
+its newest kept response comes before the input. `previous_response_id` names any kept response: its chat comes before
+the input, and its session, if it has one, is the session of the request. A message that comes again in this way is not
 learned again. The `instructions` of earlier responses do not come again. `session` (also as a header or in the name of
 the model) uses the memory alone. Without a session nothing is learned, as in chats.
 
-The server keeps a response with its chat, in the store beside the sessions: for `IMPRINT_RESPONSE_TTL_S`, the newest 32
-of a session and the newest 1,024 of a tenant that have no session, each of at most 1,048,576 characters. What is kept of
-a session goes with the session, at the latest when it expires, and when the session is rolled back, unlearned or
-replaced by an import. `GET /v1/responses/{{id}}` reads a response, `DELETE` erases it; what a session has learned stays.
+The server keeps a response with its chat, in the store beside the sessions: for `IMPRINT_RESPONSE_TTL_S`, the newest
+32 of a session and the newest 1,024 of a tenant that have no session, each of at most 1,048,576 characters. What is
+kept of a session goes with the session, at the latest when it expires, and when the session is rolled back, unlearned
+or replaced by an import. `GET /v1/responses/{{id}}` reads a response, `DELETE` erases it; what a session has learned
+stays.
 The reply's `store` says whether the response is kept. With `"store": false` it is not, and no session learns; a request
 that only reads (`adapt: "predict"`) keeps nothing unless it says `"store": true`. A `previous_response_id` that is not
 kept any more is a 400 (`previous_response_not_found`); a conversation of which nothing is kept goes on with its memory.

@@ -3,10 +3,21 @@
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
-from pydantic import model_validator as _model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from service.errors import BadRequest
+from service.http import field_rules
 from service.http.generation_schemas import ChatUpTo
 from service.http.schemas import (
     LEARN_TOOL_RESULTS,
@@ -29,6 +40,7 @@ from service.http.tool_schemas import MAX_TOOLS, Function, ToolChoice
 from service.types import Adaptation, AdaptMode, LearnMode
 
 MAX_METADATA = 16
+LOGPROBS = "message.output_text.logprobs"
 
 Json = dict[str, Any]
 
@@ -136,7 +148,7 @@ class ResponseTool(Function, TypedTool):
 class ResponseForm(Body):
     """The form of the text: any text, any JSON object, or JSON that follows a schema."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra=field_rules.FORM)
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -144,7 +156,7 @@ class ResponseForm(Body):
     json_schema: dict[str, Any] | None = Field(None, alias="schema", description="Required for `json_schema`.")
     strict: bool | None = None
 
-    @_model_validator(mode="after")
+    @model_validator(mode="after")
     def _with_schema(self) -> "ResponseForm":
         if self.type == "json_schema" and self.json_schema is None:
             raise BadRequest("'text.format.schema' is required for 'json_schema'.", param="text.format.schema")
@@ -178,6 +190,15 @@ Metadata = Annotated[
 ]
 
 
+def _without_logprobs(value: str) -> str:
+    if value == LOGPROBS:
+        raise PydanticCustomError("unsupported", "is not supported by this server")
+    return value
+
+
+Included = Annotated[str, AfterValidator(_without_logprobs), Field(json_schema_extra={"not": {"const": LOGPROBS}})]
+
+
 class ResponseRequest(Body):
     """The body of `POST /v1/responses`: OpenAI's fields, and Imprint's own."""
 
@@ -191,7 +212,8 @@ class ResponseRequest(Body):
                     "max_output_tokens": 32,
                     "conversation": "alice",
                 }
-            ]
+            ],
+            **field_rules.RESPONSE,
         },
     )
 
@@ -224,8 +246,8 @@ class ResponseRequest(Body):
     metadata: Metadata | None = Field(None, description="Comes back with the response.")
     truncation: Annotated[Any, Unsupported(("disabled",))] = None
     background: Annotated[Any, Unsupported((False,))] = None
-    include: Annotated[list[str], Field(max_length=64)] | None = Field(
-        None, description="What this server's responses never have is ignored; `message.output_text.logprobs` is a 400."
+    include: Annotated[list[Included], Field(max_length=64, fail_fast=True)] | None = Field(
+        None, description="Ignored, but for log-probabilities, which are a 400: no response of this server has more."
     )
     top_logprobs: Annotated[Any, Unsupported((0,))] = None
     prompt: Annotated[Any, Unsupported()] = None
@@ -244,19 +266,14 @@ class ResponseRequest(Body):
     learn_tool_results: bool | None = LEARN_TOOL_RESULTS
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
-    @_model_validator(mode="after")
+    @model_validator(mode="after")
     def _combinations(self) -> "ResponseRequest":
         require_foreign(self.model_extra)
-        if self.conversation is not None and self.previous_response_id is not None:
-            message = "Give 'conversation' or 'previous_response_id', not two of them."
-            raise BadRequest(message, param="previous_response_id")
-        if self.session is not None and self.conversation_id not in (None, self.session):
-            raise BadRequest("'session' must be 'conversation', or absent.", param="session")
+        for name in ("previous_response_id", "session"):
+            if self.conversation is not None and getattr(self, name) is not None:
+                raise BadRequest(f"Give 'conversation' or {name!r}, not two of them.", param=name)
         if self.store is False and self.adapt not in (None, "predict"):
             raise BadRequest(f"'store': false learns nothing, but 'adapt' is '{self.adapt}'.", param="adapt")
-        if "message.output_text.logprobs" in (self.include or ()):
-            message = "'include': 'message.output_text.logprobs' is not supported by this server."
-            raise BadRequest(message, param="include")
         return self
 
     @property

@@ -112,4 +112,5 @@ class NamedEventStream(EventStream):
 
     @staticmethod
     def frame(event: str) -> str:
-        return f"event: {json.loads(event)['type']}\ndata: {event}\n\n"
+        kind = event.split('"', 4)[3]  # the type is the first field
+        return f"event: {kind}\ndata: {event}\n\n"

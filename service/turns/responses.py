@@ -13,6 +13,7 @@ from service.errors import BadRequest, Unavailable
 from service.store.base import SessionStore
 
 MAX_KEPT_CHARS = 1_048_576  # of a kept response with its messages as JSON, before the reply
+PACKED = 8  # characters that a packed byte may stand for
 _ID = re.compile(r"resp_([0-9a-f]{32})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
 _ITEM_ID = re.compile(r"(?:msg|fc)_([0-9a-f]{32})\.([0-9]{1,4})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
 
@@ -113,7 +114,7 @@ class TenantResponses:
 
     async def _get(self, session: str, number: str | None) -> KeptResponse | None:
         record = await self._store.responses.get(self._tenant, session, number)
-        return None if record is None else await run_off_loop(len(record), KeptResponse.unpack, record)
+        return None if record is None else await run_off_loop(PACKED * len(record), KeptResponse.unpack, record)
 
 
 def require_small(size: int) -> None:

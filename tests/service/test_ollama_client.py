@@ -62,23 +62,27 @@ def test_a_chat_is_that_of_openais_route(peer: ollama.Client, client: Client) ->
 
 
 def test_a_call_and_its_result_go_round(roomy_server: InProcessServer) -> None:
-    """Ollama cannot require a call: beside a schema, each reply is JSON or a call."""
+    """Ollama cannot require a call: beside a schema, each reply is JSON or a call.
+
+    The package leaves `additionalProperties` out of the tools that it sends.
+    """
     model, ask = roomy_server.model, [HELLO[1]]
-    fields: Json = {"tools": [SLEEP], "format": {"enum": [{"a": 1}, {"a": 2}]}}
-    with ollama.Client(roomy_server.url) as peer:
+    body: Json = {"model": model, "messages": ask, "format": {"enum": [{"a": 1}, {"a": 2}]}, "tools": [SLEEP]}
+    with Client(roomy_server.url, model) as client:
         for seed in range(16):
-            options = {"temperature": 2, "seed": seed, "num_predict": 200}
-            called = peer.chat(model, ask, options=options, **fields)
-            if called.message.tool_calls:
+            body["options"] = {"temperature": 2, "seed": seed, "num_predict": 400}
+            called = ollama.ChatResponse(**assert_success(client.http.post("/api/chat", json=body | {"stream": False})))
+            if called.message.tool_calls and called.done_reason == "stop":
                 break
-            assert json.loads(called.message.content or "") in fields["format"]["enum"]
-        calls = called.message.tool_calls or []
-        assert calls and {call.function.name for call in calls} == {"sleep"} and called.message.content == ""
-        assert all(call.function.arguments["hours"] in (1, 2) for call in calls) and called.done_reason == "stop"
-        parts = list(peer.chat(model, ask, options=options, stream=True, **fields))
-        assert [call for part in parts for call in part.message.tool_calls or ()] == calls
-        results = [{"role": "tool", "tool_name": "sleep", "content": "Done."}] * len(calls)
-        answered = peer.chat(model, [*ask, called.message, *results], tools=[SLEEP], options=GREEDY)
+        lines = client.http.post("/api/chat", json=body).text.splitlines()
+    calls = called.message.tool_calls or []
+    assert calls and {call.function.name for call in calls} == {"sleep"} and called.message.content == ""
+    assert all(call.function.arguments["hours"] in (1, 2) for call in calls)
+    parts = [ollama.ChatResponse(**json.loads(line)) for line in lines]
+    assert [call for part in parts for call in part.message.tool_calls or ()] == calls
+    results = [{"role": "tool", "tool_name": "sleep", "content": "Done."}] * len(calls)
+    with ollama.Client(roomy_server.url) as peer:
+        answered = peer.chat(model, [*ask, called.message, *results], options=GREEDY)
     with Client(roomy_server.url, model) as client:
         spelt = [
             {"id": f"c{number}", "type": "function", "function": {"name": "sleep", "arguments": json.dumps(dict(a))}}
@@ -86,7 +90,7 @@ def test_a_call_and_its_result_go_round(roomy_server: InProcessServer) -> None:
         ]
         chat: Any = [*ask, {"role": "assistant", "content": None, "tool_calls": spelt}]
         chat += [{"role": "tool", "tool_call_id": call["id"], "content": "Done."} for call in spelt]
-        whole = client.chat(chat, tools=[SLEEP])
+        whole = client.chat(chat)
     assert answered.message.content == whole["choices"][0]["message"]["content"]
     assert answered.prompt_eval_count == whole["usage"]["prompt_tokens"], "the prompt is that of OpenAI's shape"
 
@@ -213,7 +217,7 @@ def test_the_model_is_listed_and_shown(peer: ollama.Client, client: Client) -> N
     (model,) = peer.list().models
     assert model.model == client.model and model.digest and model.modified_at and model.size
     shown = peer.show(f"{client.model}:latest")
-    assert shown.capabilities == ["completion"] and shown.modelinfo is not None
+    assert shown.capabilities == ["completion", "tools"] and shown.modelinfo is not None
     architecture = shown.modelinfo["general.architecture"]
     assert shown.modelinfo[f"{architecture}.context_length"] == 512
     assert shown.modelinfo["general.parameter_count"] > 0 and "temperature 0.4" in (shown.parameters or "")
