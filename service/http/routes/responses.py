@@ -111,7 +111,7 @@ class ResponseEvents(TextFormatter):
         except Exception as error:
             reported = await report_error(self._request, error)
             code = "rate_limit_exceeded" if reported.status == 429 else "server_error"
-            failed = {"status": "failed", "error": {"code": code, "message": reported.message}}
+            failed = {"status": "failed", "store": False, "error": {"code": code, "message": reported.message}}
             yield self._event("response.failed", response=self._response() | failed)
 
     async def whole(self, parts: Sequence[ReplyPiece], end: TurnEnd) -> Json:
