@@ -11,7 +11,8 @@ import ollama
 import pytest
 from jsonschema import validate
 
-from service.http.routes.ollama import LINES, OllamaChatReply, OllamaGenerateReply
+from service.http.ollama_schemas import OllamaChatReply, OllamaGenerateReply
+from service.http.routes.ollama import LINES
 from service.types import SUGGESTED_SAMPLING
 from tests.live import Client, Json, assert_success
 from tests.service.in_process import InProcessServer

@@ -146,9 +146,8 @@ def test_the_events_on_the_wire_are_openais_in_order(client: Client, path: str) 
 def test_a_stream_adds_up_to_the_response(sdk: openai.OpenAI, create: Any, server: Server) -> None:
     whole = create()
     with sdk.responses.stream(model=server.model, input=HELLO, max_output_tokens=8, temperature=0) as stream:
-        final = stream.get_final_response() if whole.status == "completed" else None
-        events = list(stream) if final is None else []
-    last = final or events[-1].response  # the client's final response is that of `response.completed` only
+        events: list[Any] = list(stream)  # the client's final response is that of `response.completed` only
+    last = events[-1].response
     assert last.output_text == whole.output_text and last.usage == whole.usage
 
 
@@ -239,12 +238,12 @@ def test_without_a_session_nothing_is_learned(create: Any, client: Client) -> No
 def test_store_false_learns_and_keeps_nothing(create: Any, client: Client, named: str) -> None:
     create(conversation="quiet")
     version = client.version("quiet")
-    fields: Json = {
+    ways: dict[str, Json] = {
         "conversation": {"conversation": "quiet"},
         "session": {"extra_body": {"session": "quiet"}},
         "header": {"extra_headers": {"X-Imprint-Session": "quiet"}},
-    }[named]
-    response = create("It rains.", store=False, **fields)
+    }
+    response = create("It rains.", store=False, **ways[named])
     assert response.model_extra["store"] is False and learned(response) == 0
     assert client.version("quiet") == version
     with pytest.raises(openai.BadRequestError, match="not found"):
