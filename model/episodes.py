@@ -11,7 +11,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +36,9 @@ SLOTS = 16_384  # a million tokens in full spans
 SPAN_TOKENS = 64
 MEANING_NUMBERS = 384
 MAX_EPISODES = 4  # that a request reads
-READINGS = 2  # times that each stands in a request: read twice, a small base uses what it reads more often
+RUN_EPISODES = 4  # whose keys and values are made together when the newest are read
+READINGS = 2  # times that each one found stands in a request: read twice, a small base uses what it reads more often
+FIRST_ALONE, NEIGHBOUR_SHARE = 2, 0.25
 MAX_SENTENCES = 8  # of a query, from its end, that are searched with
 
 
@@ -44,13 +46,13 @@ MAX_SENTENCES = 8  # of a query, from its end, that are searched with
 class RecallRequest:
     """The bounds of what a segment may recall: at most `max_tokens` tokens of episodes, which stand before token `at`.
 
-    query: the tokens [start, stop) of the segment that ask. header: the tokens before an episode when its keys and
-    values are made. separator: the tokens after each episode. prefix: number of tokens of the reading prefix, which
-    stands after the episodes.
+    query: the tokens [start, stop) of the segment that ask; None: the newest episodes are read, whatever the segment
+    says. header: the tokens before an episode when its keys and values are made. separator: the tokens after each
+    episode. prefix: number of tokens of the reading prefix, which stands after the episodes.
     """
 
     at: int
-    query: tuple[int, int]
+    query: tuple[int, int] | None
     max_tokens: int
     header: tuple[int, ...]
     separator: tuple[int, ...] = ()
@@ -62,16 +64,23 @@ class RecallRequest:
 
     def cached_tokens(self, episodes: Sequence[Episode]) -> int:
         """Return the number of tokens that episodes take in a cache, with the reading prefix."""
-        return READINGS * self.num_tokens(episodes) + self.prefix if episodes else 0
+        return self.readings * self.num_tokens(episodes) + self.prefix if episodes else 0
 
     @property
     def max_cached_tokens(self) -> int:
         """Return the number of tokens that episodes take in a cache at most, with the reading prefix."""
-        return READINGS * self.max_tokens + self.prefix
+        return self.readings * self.max_tokens + self.prefix
+
+    @property
+    def readings(self) -> int:
+        """Return how many times each episode stands in a cache."""
+        return 1 if self.query is None else READINGS
 
     def parts(self, start: int, length: int, block: int) -> list[tuple[int, int]]:
         """Return the parts [start, stop) of a prompt of `length` tokens, from token `start` on, that are run one after
-        the other: blocks, of which one begins at `at`."""
+        the other: blocks, of which one begins at `at`. Those of a text that is scored end where its blocks end."""
+        if self.query is None:
+            return list(pairwise(sorted({self.at, *range(start, length, block), length})))
         return list(pairwise([*range(start, self.at, block), *range(self.at, length, block), length]))
 
 
@@ -220,7 +229,9 @@ class Episodes:
         What the segment has already, and what only asks, is not read. room: tokens that the segment's cache can still
         take.
         """
-        max_tokens = min(request.max_tokens, (room - request.prefix) // READINGS)
+        max_tokens = min(request.max_tokens, (room - request.prefix) // request.readings)
+        if request.query is None:
+            return self._newest(self._rows(pool, index), max_tokens)
         rows, present = self._rows(pool, index), _text(token_ids)
         found, scores = list[Episode](), dict[int, float]()
 
@@ -239,12 +250,38 @@ class Episodes:
                 found.append(episode)
         return sorted(found, key=lambda episode: episode.ordinal)
 
+    def _newest(self, rows: _Rows, max_tokens: int) -> list[Episode]:
+        """Return the newest episodes of a session in runs of `RUN_EPISODES`, each as one episode, the oldest first.
+
+        A run keeps its bounds while newer episodes come, so that its keys and values are made once.
+        """
+        found, num_tokens = list[Episode](), 0
+        order = np.argsort(-rows.header[:, ORDINAL])
+        for _, run in groupby(order.tolist(), lambda row: (rows.header[row, ORDINAL] - 1) // RUN_EPISODES):
+            parts = [rows.episode(row, 0.0) for row in reversed(list(run))]
+            token_ids = tuple(token for part in parts for token in part.token_ids)
+            num_tokens += len(token_ids)
+            if num_tokens > max_tokens:
+                break
+            found.append(parts[0]._replace(token_ids=token_ids))
+        return found[::-1]
+
     def rank(self, pool: Pool, index: int, query: Sequence[int], limit: int) -> list[Episode]:
-        """Return the episodes of a session that fit a sentence of a query best, the best first, read or not."""
+        """Return the episodes of a session that fit a sentence of a query best, the best first, read or not.
+
+        After the `FIRST_ALONE` best, a part of what an episode's neighbours are worth counts as well: an answer often
+        stands beside what the question repeats.
+        """
         rows = self._rows(pool, index)
         fits = [matches.relevance(np.ones(len(matches.query), np.bool_)) for matches in self._matches(rows, query)]
-        relevance = np.max(fits, axis=0, initial=-np.inf) if fits else np.zeros(0)
-        return [rows.episode(row, float(relevance[row])) for row in np.argsort(-relevance, kind="stable")[:limit]]
+        if not fits:
+            return []
+        relevance = np.max(fits, axis=0)
+        by_age = np.argsort(rows.header[:, ORDINAL])
+        beside = np.convolve(relevance[by_age], (NEIGHBOUR_SHARE, 1, NEIGHBOUR_SHARE))[1:-1]
+        first = np.argsort(-relevance, kind="stable")[:FIRST_ALONE].tolist()
+        order = dict.fromkeys([*first, *by_age[np.argsort(-beside, kind="stable")].tolist()])
+        return [rows.episode(row, float(relevance[row])) for row in [*order][:limit]]
 
     def _matches(self, rows: _Rows, query: Sequence[int]) -> Iterator[Matches]:
         """Yield how the episodes match each of the last sentences of a query."""
@@ -289,11 +326,11 @@ class Episodes:
 
     def append(self, cache: KVCache, owner: Hashable, episodes: Sequence[Episode], request: RecallRequest) -> None:
         """Add the keys and values of episodes to a cache, in line, at the positions after its last token, all of
-        them `READINGS` times, and then the reading prefix if the request wants it.
+        them as often as the request says, and then the reading prefix if the request wants it.
 
         owner: the session, which `forget` names.
         """
-        for episode in [*episodes] * READINGS:
+        for episode in [*episodes] * request.readings:
             rows = self._hot_rows(owner, request.header, (*episode.token_ids, *request.separator))
             keys = _dequantise(rows.keys, rows.key_scales, self._backbone.embedding.dtype)
             values = _dequantise(rows.values, rows.value_scales, self._backbone.embedding.dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from model.episodes import RecallRequest
 from model.text.tokenizer import Tokenizer
 
+NEWEST_TOKENS = 512  # of episodes, most that the scores of a text read
 TEXT_QUERY_TOKENS = 64  # of a plain text, the tokens at its end that ask
 BLANK_LINE = "\n\n"
 
@@ -58,3 +59,7 @@ class RecallPlan:
             return None
         at = max(1, question[0])
         return RecallRequest(at, question, self.max_tokens, self.chat_header, self.separator, self.prefix)
+
+    def newest(self) -> RecallRequest:
+        """Return what the scores of a text recall: the newest episodes, which no token of the text chooses."""
+        return RecallRequest(1, None, NEWEST_TOKENS, self.text_header)

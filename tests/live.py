@@ -76,8 +76,8 @@ class Client:
     def observe(self, session: str, text: str, if_match: str | None = None, **fields: Any) -> Json:
         return assert_success(self.post(f"sessions/{session}/observe", {"text": text} | fields, if_match))
 
-    def score(self, session: str, text: str, learn: bool = False) -> Json:
-        return assert_success(self.post(f"sessions/{session}/score", {"text": text, "learn": learn}))
+    def score(self, session: str, text: str, learn: bool = False, **fields: Any) -> Json:
+        return assert_success(self.post(f"sessions/{session}/score", {"text": text, "learn": learn, **fields}))
 
     def session(self, session: str) -> Json:
         return assert_success(self.http.get(f"/v1/sessions/{session}"))

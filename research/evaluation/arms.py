@@ -138,8 +138,8 @@ class Adapter(Arm):
         return Outcome({"log_probs": torch.cat(found)}, clock.seconds, 0)
 
 
-class _MemoryArm(Arm):
-    """The common part of the arms with a memory. Every session is closed at the end of a run."""
+class SessionArm(Arm):
+    """An arm with the memory of a session. Every session is closed at the end of a run."""
 
     def __init__(self, lm: AdaptiveLM, bos: int) -> None:
         self.lm, self.bos = lm, bos
@@ -157,7 +157,7 @@ class _MemoryArm(Arm):
             yield score_request(self.lm, self.pool, session, passage, self.bos, learn=learn)
 
 
-class MemoryArm(_MemoryArm):
+class MemoryArm(SessionArm):
     """The memory of a session, which scores and then learns request after request.
 
     The outcome also holds the state of the session after the first half (see `unpack_rows`) and the final number of
@@ -179,7 +179,7 @@ class MemoryArm(_MemoryArm):
         return Outcome({"log_probs": torch.cat(found), **values}, seconds, size)
 
 
-class ClearedMemory(_MemoryArm):
+class ClearedMemory(SessionArm):
     """The memory with a new session for each request: the worth of the memory inside a request."""
 
     name, title = "cleared", "memory cleared each request"
@@ -196,7 +196,7 @@ class ClearedMemory(_MemoryArm):
         return Outcome({"log_probs": torch.cat(found)}, clock.seconds, size)
 
 
-class PastMemory(_MemoryArm):
+class PastMemory(SessionArm):
     """The memory of other first halves, read on the second half without learning.
 
     of: returns the subjects whose first halves are read, one after the other; the outcome is the mean of their
@@ -241,7 +241,7 @@ class PastMemory(_MemoryArm):
         return len(subject.trace.targets) - subject.stream.past
 
 
-class RevisitedMemory(_MemoryArm):
+class RevisitedMemory(SessionArm):
     """The memory of the first half, read on the second half after the memory has learned other streams (A → B → A)."""
 
     name, title = "returned", "memory back from other kinds (A→B→A)"

@@ -33,6 +33,7 @@ from research.evaluation.caches import Combined, NeuralCache, NGrams, Whitening
 from research.evaluation.contexts import FullHistory, LastTokens
 from research.evaluation.describe import Describer, StreamScores
 from research.evaluation.gradients import DenseDelta, DynamicAll, DynamicHead, DynamicLoRA
+from research.evaluation.past_rows import LastTokensMemory, NewestEpisodes
 from research.evaluation.prequential import Stream, Trace, read_passage, read_trace
 from research.evaluation.tuning import Tuned, tune, tuning_subjects
 from research.runs import ResultCache, code_hash, content_hash
@@ -43,7 +44,7 @@ CHEAP = (
     "static", "memory", "cleared", "own-past", "same-kind", "other-kind", "returned", "cache-raw-fixed", "cache-raw",
     "cache-fixed", "cache", "cache-raw-bytes", "cache-bytes", "memory+cache", "ngrams", "dense", "dynamic-head",
 )  # fmt: skip
-COSTLY = ("last-tokens", "full-history", "dynamic-lora", "dynamic-all")
+COSTLY = ("episodes", "memory+last-tokens", "last-tokens", "full-history", "dynamic-lora", "dynamic-all")
 ALWAYS = ("static", "memory")
 OTHER_KINDS = 3  # memories of other kinds that a stream is read with
 BASE_TIMING_INTERVAL_S = 60.0
@@ -228,6 +229,8 @@ class Trial:
             NGrams(),
             DenseDelta(backbone, whitening),
             DynamicHead(backbone, whitening),
+            NewestEpisodes(lm, bos, self.tokenizer),
+            LastTokensMemory(lm, bos),
             LastTokens(backbone, bos),
             FullHistory(backbone, bos),
             DynamicLoRA(trainable, bos),

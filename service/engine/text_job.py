@@ -119,12 +119,13 @@ class _Reading:
     """The second pass over a prompt, from the block on in which its episodes are read: nothing is learned from it.
 
     start: the first token of that block. parts: the ranges of tokens that the pass has still to run. cache: of the
-    prompt with the episodes.
+    prompt with the episodes. scores: whether the pass scores the prompt, each block before the block is learned.
     """
 
     def __init__(self, episodes: list[Episode], recall: RecallRequest, length: int, block: int) -> None:
         self.episodes = episodes
         self.recall = recall
+        self.scores = recall.query is None
         self.start = recall.at // block * block
         self.num_tokens = recall.cached_tokens(episodes)
         self.parts = deque(recall.parts(self.start, length, block))
@@ -309,27 +310,34 @@ class TextJob(MemoryJob):
         recall, memory = segment.recall, self.request.memory
         if recall is None or memory is None or self._pool is None or self._lm.episodes is None:
             return None
-        if not _max_tokens(segment):
+        if recall.query is not None and not _max_tokens(segment):
             return None
         room = self._lm.backbone.config.max_context - _capacity(segment)
         episodes = self._lm.episodes.find(self._pool, self._index, segment.token_ids, recall, room)
         self._recalled += episodes
         return _Reading(episodes, recall, len(segment.token_ids), self._block) if episodes else None
 
-    def _read_block(self, resident: ResidentSessions) -> None:
-        """Run one block of the second pass, and append the episodes where the pass has reached their place."""
+    def _read_block(self, resident: ResidentSessions) -> Scores | None:
+        """Run one block of the second pass, and append the episodes where the pass has reached their place.
+
+        Return the scores of the block, if the pass scores the prompt.
+        """
         reading, memory, episodes = self._reading, self.request.memory, self._lm.episodes
         assert reading is not None and reading.cache is not None and memory is not None and episodes is not None
         start, stop = reading.parts.popleft()
         if start == reading.recall.at:
             episodes.append(reading.cache, memory.key, reading.episodes, reading.recall)
-        reading.decode_state, _ = self._lm.block(
-            self._current_segment.token_ids[start:stop],
+        segment = self._current_segment
+        reading.decode_state, scores = self._lm.block(
+            segment.token_ids[start:stop],
             reading.cache,
             resident.pool,
             self._index,
             decode_state=reading.decode_state,
+            score=segment.score[start:stop] if reading.scores and segment.score is not None else None,
+            top=segment.top if reading.scores else 0,
         )
+        return scores
 
     def _prefill_block(self, resident: ResidentSessions) -> Iterator[Event]:
         assert self._cache is not None
@@ -337,8 +345,10 @@ class TextJob(MemoryJob):
         if reading is not None and self._position == reading.start:
             capacity = _capacity(self._current_segment) + reading.num_tokens
             reading.cache, reading.decode_state = self._cache.fork(capacity), self._decode_state
-        segment, start = self._current_segment, self._position
+        segment, start, recalled = self._current_segment, self._position, None
         part = slice(start, min(start + self._block, len(segment.token_ids)))
+        while reading is not None and reading.scores and reading.parts and reading.parts[0][1] <= part.stop:
+            recalled = self._read_block(resident)
         self._decode_state, scores = self._lm.block(
             segment.token_ids[part],
             self._cache,
@@ -357,6 +367,8 @@ class TextJob(MemoryJob):
         if scores is not None:
             self._count(scores)
             if segment.score is not None:
+                if recalled is not None:
+                    scores = replace(scores, adapted=recalled.adapted, top=recalled.top)
                 yield self._token_scores(part, segment.score, scores)
 
     def _token_scores(self, part: slice, score: Sequence[int], scores: Scores) -> TokenScores:

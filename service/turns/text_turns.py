@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from service.engine import Event, TokenScores
 from service.turns import prompts
@@ -95,6 +95,8 @@ class ScoreTurn(Turn[ScoreResult]):
         self._scores = list[TokenScores]()
         self._token_ids, self._token_bytes = encoded.token_ids, model.tokenizer.token_bytes
         keep = model.keeps_episodes(handle.ctx.tenant, meta.options, self._recall)
+        if keep:
+            segments = [replace(segment, recall=model.recall.newest()) for segment in segments]
         return TurnPlan(meta, segments, writes=self._learn, score_frozen=True, keep_episodes=keep)
 
     def outputs(self, segment: int, event: Event) -> Iterator[ScoreResult]:

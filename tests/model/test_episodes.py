@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 from model.adaptive_lm import AdaptiveLM
 from model.base.kv_cache import DenseCache
 from model.base.rotary import apply_rotary
-from model.episodes import MAX_EPISODES, MEANINGS, READINGS, SITE, SLOTS, SPAN_TOKENS, Episode, Episodes, RecallRequest
+from model.episodes import (
+    MAX_EPISODES,
+    MEANINGS,
+    READINGS,
+    RUN_EPISODES,
+    SITE,
+    SLOTS,
+    SPAN_TOKENS,
+    Episode,
+    Episodes,
+    RecallRequest,
+)
 from model.memory import Draft, Pool
 from model.memory.episodic.choice import changed_value
 from model.memory.episodic.layout import LENGTH, ORDINAL
@@ -155,6 +166,18 @@ def test_a_question_finds_the_episode_that_has_its_words(lm: AdaptiveLM, pool: P
     assert ask(lm, pool, 0, "what is my cat called ?") == []
 
 
+def test_what_stands_beside_a_good_match_ranks_before_what_does_not(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "a bus leaves", "my hat", "the cat lives in oslo", "teal", "my cat", "at nine", "the dog")
+    found = episodes_of(lm).rank(pool, session, ids("what cat lives in oslo"), 7)
+    assert [episode.ordinal for episode in found[:4]] == [3, 5, 4, 2]  # 4 stands beside both, 2 beside one
+    assert len({episode.ordinal for episode in found}) == 7
+    for number in range(3):
+        few = pool.open()
+        teach(lm, pool, few, *["the cat"] * number)
+        assert len(episodes_of(lm).rank(pool, few, ids("what cat"), 7)) == number
+
+
 def test_of_statements_under_one_cue_the_newest_is_read(lm: AdaptiveLM, pool: Pool) -> None:
     session = pool.open()
     teach(lm, pool, session, "my cat is called pixel .", "anna lives in oslo .", "my cat is called luna now .")
@@ -257,6 +280,26 @@ def test_the_newest_episode_replaces_the_oldest(lm: AdaptiveLM, pool: Pool) -> N
     rows = pool.dump(session)[SITE]
     ordinals = rows.data.numpy().view("<i4")[:, ORDINAL]
     assert len(rows.slots) == SLOTS and ordinals.min() == 3 and ordinals.max() == SLOTS + 2
+
+
+def test_the_newest_are_read_in_runs_that_keep_their_bounds(lm: AdaptiveLM, pool: Pool) -> None:
+    sentences = [f"my {word} is called rex" for word in ("cat", "dog", "pet", "bus", "hat", "anna", "ben")]
+    session, request = pool.open(), RecallRequest(1, None, 5 * len(sentences), HEADER)
+    first, second = (
+        [token for sentence in run for token in ids(sentence)]
+        for run in (sentences[:RUN_EPISODES], sentences[RUN_EPISODES:])
+    )
+
+    def newest(room: int = 1000) -> list[list[int]]:
+        return [list(run.token_ids) for run in episodes_of(lm).find(pool, session, ids("a hat"), request, room)]
+
+    assert newest() == []
+    teach(lm, pool, session, *sentences)
+    assert newest() == [first, second]
+    assert newest(room=len(first)) == [second]
+    assert newest(room=len(second) - 1) == []
+    teach(lm, pool, session, "now rome")
+    assert newest() == [second + ids("now rome")]  # with the first run they are more than a request may read
 
 
 def test_only_learned_runs_become_episodes_and_a_rollback_drops_them(lm: AdaptiveLM, pool: Pool) -> None:

@@ -125,6 +125,23 @@ def test_recall_changes_the_reply_and_nothing_that_is_learned(client: Client, se
             assert learned[name] == without[name], name
 
 
+def test_scores_read_the_newest_episodes_and_learning_does_not(client: Client, session: str) -> None:
+    """What a text teaches is the same, whether its scores recall or not, and no score depends on a later token."""
+    text, other = f"{HARBOUR} {MILL} " * 3, uuid4().hex
+    for name in (session, other):
+        client.observe(name, f"{MILL} {HARBOUR} " * 8)
+    score = {recall: client.score(session, text, recall=recall) for recall in (True, False)}
+    assert score[True]["frozen_logprobs"] == score[False]["frozen_logprobs"]
+    assert score[True]["logprobs"][0] == score[False]["logprobs"][0]  # predicted from the first token, which reads none
+    assert all(a != b for a, b in zip(score[True]["logprobs"][1:], score[False]["logprobs"][1:], strict=True))
+    assert client.score(session, f"{text} wheels", recall=True)["logprobs"][:100] == score[True]["logprobs"][:100]
+
+    learned = client.score(session, text, learn=True)
+    assert learned["logprobs"][:60] == score[True]["logprobs"][:60]
+    client.observe(other, text)
+    assert arrays(client, session) == arrays(client, other)
+
+
 @pytest.fixture(scope="module")
 def store() -> MemoryStore:
     return MemoryStore()
