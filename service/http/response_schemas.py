@@ -164,7 +164,7 @@ class ResponseForm(Body):
 
 
 class ResponseText(Body):
-    """What the text is like. `verbosity` is a hint; ignored."""
+    """The form of the text. `verbosity` is a hint; ignored."""
 
     model_config = ConfigDict(extra="ignore")
 

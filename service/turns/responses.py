@@ -53,7 +53,7 @@ class ResponseId:
 
 @dataclass(frozen=True)
 class KeptResponse:
-    """What is kept of a response.
+    """A response as it is kept.
 
     Attributes:
         messages: the chat with the reply, as OpenAI's messages, without the instructions.

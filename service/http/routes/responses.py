@@ -65,7 +65,7 @@ ResponsePathId = Annotated[
 
 @dataclass(frozen=True)
 class ResponseChat:
-    """What a response is made of.
+    """The chat and the session of a response.
 
     Attributes:
         messages: the chat that is kept with the response, without its instructions.
