@@ -411,7 +411,7 @@ class ResponseFault(BaseModel):
 
 
 class ResponseIncomplete(BaseModel):
-    """Why a response ended early."""
+    """The reason for an early end."""
 
     reason: Literal["max_output_tokens"]
 
