@@ -303,7 +303,7 @@ Printed by `.venv/bin/python -m service.metrics`; edit `service/metrics.py` inst
 
 `GET /metrics` serves these metrics to Prometheus. Durations are in seconds, sizes in bytes, losses in nats.
 No label names a session. `deploy/prometheus/alerts.yml` has the alerts, with what to do about each;
-`deploy/grafana` has a dashboard.
+`/dashboard` shows them in the browser, `deploy/grafana` has the same panels for Grafana.
 
 | name | kind | labels | meaning |
 | --- | --- | --- | --- |

@@ -37,6 +37,7 @@ SHOWN_SAMPLES = 13
 # memory; with fewer places than by default, some sessions have to be loaded from the store.
 SETTINGS: dict[str, object] = {"hot_sessions": 32, "max_queue": 100}
 ALLOWED_5XX = ("503", "507")  # answers with which a server may defend itself
+AOF_SLACK = 64 * 2**20  # below it, the file is not rewritten; above it, when it has doubled
 COLUMNS = {  # of a sample: name, unit, divisor
     "rss": ("server", "MiB", 2**20),
     "store_rss": ("Valkey", "MiB", 2**20),
@@ -82,7 +83,7 @@ class Endurance(Soak):
         self, folder: Path, model: str, *, streams: int, abusers: int, pause_s: float, seed: int, replicas: int = 2
     ) -> None:
         super().__init__(folder, model, streams=streams, seed=seed, replicas=replicas, **SETTINGS)
-        self.growth = {"rss": GROWTH["rss"], "threads": GROWTH["threads"], "aof": 64 * 2**20}
+        self.growth = {"rss": GROWTH["rss"], "threads": GROWTH["threads"]}
         self.windows: list[Window] = []
         self.outcomes: dict[str, int] = {}
         self._options = ["--clients", str(abusers), "--pause", str(pause_s), "--seed", str(seed)]
@@ -105,6 +106,8 @@ class Endurance(Soak):
         first, last = self.samples[0][0], self.samples[0][-1]
         if last["connections"] or last["fds"] > first["fds"] + GROWTH["fds"]:
             self.faults.append(f"{last['connections']} connections and {last['fds']} open files remain")
+        if last["aof"] > 2 * last["store_rss"] + AOF_SLACK:
+            self.faults.append(f"the append-only file has {last['aof']} bytes, the store {last['store_rss']}")
         bad = {
             name: count
             for name, count in self.outcomes.items()

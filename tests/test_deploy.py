@@ -15,7 +15,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from deploy.grafana.build import files
+from deploy.grafana.build import PAGE, files
 from service.http.middleware import PUBLIC_PATHS
 from service.metrics import Metrics
 from service.settings import Settings
@@ -46,10 +46,25 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 
 def test_the_dashboards_are_what_their_source_makes() -> None:
+    """Grafana's dashboards and the data of the server's own dashboard come from one description."""
     generated = files()
-    assert {path.stem for path in generated} == dashboards().keys() == {"service", "adaptation", "state", "device"}
+    assert {path.stem for path in generated if path != PAGE} == dashboards().keys()
     for path, text in generated.items():
         assert path.read_text() == text, "run: python -m deploy.grafana.build"
+
+
+def test_the_servers_page_has_the_panels_that_grafana_has_and_every_alert() -> None:
+    page = json.loads(PAGE.read_text())
+    for dashboard in page["dashboards"]:
+        panels = [panel for row in dashboard["rows"] for panel in row["panels"]]
+        of_grafana = [panel for panel in dashboards()[dashboard["id"]]["panels"] if panel["type"] != "row"]
+        for own, other in zip(panels, of_grafana, strict=True):
+            assert (own["title"], own["description"]) == (other["title"], other["description"])
+            queried = [re.findall(r"imprint_\w+", query) for query in own["queries"].values()]
+            assert queried == [re.findall(r"imprint_\w+", target["expr"]) for target in other["targets"]]
+    assert len(page["dashboards"]) == len(dashboards())
+    assert [alert["name"] for alert in page["alerts"]] == [alert["alert"] for alert in alerts()]
+    assert all(alert["query"] and alert["runbook"] for alert in page["alerts"])
 
 
 @pytest.mark.parametrize("name", sorted(dashboards()))

@@ -1,12 +1,19 @@
-"""The Grafana dashboards, built with Grafana's SDK. `python -m deploy.grafana.build` writes dashboards/*.json."""
+"""Builds Grafana's dashboards with Grafana's SDK, and the data of the server's own dashboard, from the panels.
+
+`python -m deploy.grafana.build` writes dashboards/*.json, and dashboard.json among the files of the server's page.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
+import yaml
 from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import BigValueTextMode, StackingMode
@@ -20,15 +27,19 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from deploy.grafana.overview import OVERVIEW
 from deploy.grafana.panels import ADAPTATION, DEVICE, SERVICE, STATE, Panel
 
 FOLDER = Path(__file__).with_name("dashboards")
+RULES = Path(__file__).parents[1] / "prometheus" / "alerts.yml"
+PAGE = Path(__file__).parents[2] / "service" / "playground" / "dashboard.json"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 PANEL_HEIGHT, DASHBOARD_WIDTH = 8, 24  # in Grafana's grid units
 MAX_PANELS_PER_ROW = 4
 INSTANCE_FILTER = 'job=~"$job", instance=~"$instance"'
 
 DASHBOARDS = {
+    "overview": ("Imprint: overview", "What to look at first.", OVERVIEW),
     "service": ("Imprint: service", "Latencies, tokens, queue, batch and errors.", SERVICE),
     "adaptation": ("Imprint: adaptation", "Whether learning helps, whom, and how much is written.", ADAPTATION),
     "state": ("Imprint: state", "Sessions, the store and the leases on it.", STATE),
@@ -109,12 +120,51 @@ def _panel(panel: Panel, number: int) -> timeseries.Panel | stat.Panel | heatmap
     return built
 
 
-def files() -> dict[Path, str]:
-    """Return the content of each dashboard file."""
+def page() -> dict[str, Any]:
+    """Return the dashboards and the alerts as the server's own page reads them.
+
+    The page knows one server: no query filters instances, and no legend names one.
+    """
     return {
-        FOLDER / f"{name}.json": JSONEncoder(sort_keys=True, indent=2).encode(build_dashboard(*parts).build()) + "\n"
-        for name, parts in DASHBOARDS.items()
+        "dashboards": [
+            {
+                "id": name,
+                "title": title.removeprefix("Imprint: ").capitalize(),
+                "description": description,
+                "rows": [{"title": row, "panels": list(map(_page_panel, panels))} for row, panels in rows.items()],
+            }
+            for name, (title, description, rows) in DASHBOARDS.items()
+        ],
+        "alerts": [
+            {"name": rule["alert"], "query": rule["expr"], "for": rule.get("for", "0m")}
+            | rule["labels"]
+            | rule["annotations"]
+            for group in yaml.safe_load(RULES.read_text())["groups"]
+            for rule in group["rules"]
+        ],
     }
+
+
+def _page_panel(panel: Panel) -> dict[str, Any]:
+    return {
+        "title": panel.title,
+        "description": panel.description,
+        "unit": panel.unit,
+        "kind": panel.kind,
+        "queries": {
+            re.sub(r"(, )?\{\{instance\}\}", "", legend): re.sub(r"@(, )?", "", query).replace("{}", "")
+            for legend, query in panel.queries.items()
+        },
+    }
+
+
+def files() -> dict[Path, str]:
+    """Return the content of each generated file."""
+    encoder = JSONEncoder(sort_keys=True, indent=2)
+    built = {
+        FOLDER / f"{name}.json": encoder.encode(build_dashboard(*parts).build()) for name, parts in DASHBOARDS.items()
+    }
+    return {path: f"{text}\n" for path, text in (built | {PAGE: json.dumps(page(), indent=1)}).items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The panels of the dashboards by row: title, description, unit, and queries by legend. `build` makes the JSON."""
+"""The panels of the dashboards by row: title, description, unit, and queries by legend.
+
+`build` makes of them what Grafana reads and what the server's own dashboard reads, which evaluates the same queries.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +171,7 @@ ADAPTATION = {
             {"gain": gain("[1h]")},
             "number",
         ),
-        Panel("Gain over time", "The same, at each moment.", NATS, {"gain": gain("[]")}),
+        Panel("Gain over time", "The same at each moment: above zero, learning helps.", NATS, {"gain": gain("[]")}),
         Panel(
             "Loss, adapted and frozen",
             "Per proof token, with the sessions' memories and without.",

@@ -13,6 +13,7 @@ from service.cli.doctor import doctor
 from service.cli.evaluate import evaluate
 from service.cli.fit import fit
 from service.cli.keys import keys_app
+from service.cli.mcp import mcp
 from service.cli.models import models
 from service.cli.observe import observe
 from service.cli.scenario import scenario
@@ -41,6 +42,7 @@ app.command()(scenario)
 app.command()(chat)
 app.command()(observe)
 app.command()(score)
+app.command()(mcp)
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(keys_app, name="keys")
 

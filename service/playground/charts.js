@@ -5,7 +5,8 @@ import { count, mean, nats, number } from "./tokens.js";
 const HEIGHT = 200;
 const SMOOTH = 32; // tokens that a point of the second view is the mean of
 
-function colour(name) {
+/** A colour of the style sheet as a canvas takes it. */
+export function colour(name) {
   const probe = document.createElement("span");
   probe.style.color = `var(${name})`;
   document.body.append(probe);

@@ -1,4 +1,4 @@
-// What both faces of the page share: what the browser keeps, the colours, and the door of a server with keys.
+// What all faces of the page share: what the browser keeps, the colours, and the door of a server with keys.
 
 import { useKey } from "./server.js";
 
@@ -12,8 +12,8 @@ const storage = (name) => {
 export const kept = storage("localStorage");
 const tab = storage("sessionStorage");
 
-/** Calls recoloured() when the colours are others, and entered() when a key was entered. */
-export function makeShell({ recoloured = () => {}, entered }) {
+/** Calls recoloured() when the colours are others, and entered() when a key was entered. slot: where the tab keeps it. */
+export function makeShell({ recoloured = () => {}, entered, slot = "apiKey" }) {
   const [theme, door, key] = ["theme", "door", "key"].map((id) => document.getElementById(id));
   const recolour = () => {
     document.documentElement.dataset.theme = theme.value;
@@ -29,11 +29,11 @@ export function makeShell({ recoloured = () => {}, entered }) {
     key.blur();
   });
   key.addEventListener("change", () => {
-    tab.apiKey = key.value = key.value.trim();
+    tab[slot] = key.value = key.value.trim();
     useKey(key.value);
     entered();
   });
   theme.value = kept.theme ?? "";
   recolour();
-  useKey((key.value = tab.apiKey ?? ""));
+  useKey((key.value = tab[slot] ?? ""));
 }

@@ -1,4 +1,4 @@
-"""The page and its laboratory: the server serves their files and no others, all local, under a strict policy."""
+"""The page, laboratory and dashboard: the server serves their files and no others, all local, under a strict policy."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from tests.conftest import Server
 
 PLAYGROUND = Path(str(files("service"))) / "playground"
 SCRIPTS = sorted(PLAYGROUND.glob("*.js"))
-ENTRIES = {"index.html": "conversation.js", "laboratory.html": "app.js"}
+ENTRIES = {"index.html": "conversation.js", "laboratory.html": "app.js", "dashboard.html": "dashboard.js"}
 VENDORED = PLAYGROUND / "uplot"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -118,6 +118,8 @@ def test_a_page_of_another_site_changes_nothing_at_a_server_without_keys(client:
         "/playground/index.html",
         "/laboratory/",
         "/laboratory.html",
+        "/dashboard/",
+        "/dashboard.html",
         "/playground/app.js/",
         "/playground//app.js",
         "/playground/uplot/SOURCE.json",
@@ -147,15 +149,13 @@ def test_every_file_that_the_page_refers_to_is_local_and_exists() -> None:
         for name, value in attributes.items()
         if name in ("src", "href", "action")
     }
-    assert {"./", "laboratory"} < links
-    links -= {"./", "laboratory"}
+    pages = {"./", "laboratory", "dashboard"}
+    assert pages < links
+    links -= pages
     for script in SCRIPTS:
         links |= {f"playground/{name}" for name in re.findall(r'from "\./([\w.]+)"', script.read_text())}
-    samples = {path for path in FILES if path.startswith("/playground/samples/")}
-    assert {f"/{link}" for link in links} | samples | {"/playground/uplot/LICENSE.txt"} == set(FILES) - {
-        "/",
-        "/laboratory",
-    }
+    fetched = {path for path in FILES if path.endswith((".txt", ".json"))}
+    assert {f"/{link}" for link in links} | fetched == set(FILES) - {"/", "/laboratory", "/dashboard"}
     for file in (*SCRIPTS, *PLAYGROUND.glob("*.html"), *PLAYGROUND.glob("*.css")):
         assert not re.search(r"https?:|//\w|url\(|@import|\bimport\(", file.read_text()), file
 

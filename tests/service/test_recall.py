@@ -126,7 +126,7 @@ def test_recall_changes_the_reply_and_nothing_that_is_learned(client: Client, se
 
 
 def test_scores_read_the_newest_episodes_and_learning_does_not(client: Client, session: str) -> None:
-    """A text teaches the same, whether its scores recall or not, and no score depends on a later token."""
+    """A text teaches the same whether its scores recall or not, and no score depends on a later token."""
     text, other = f"{HARBOUR} {MILL} " * 3, uuid4().hex
     for name in (session, other):
         client.observe(name, f"{MILL} {HARBOUR} " * 8)

@@ -1,4 +1,7 @@
-"""The page: the conversation at `/`, the laboratory, and their files. No other file of the package is served."""
+"""The page: the conversation at `/`, the laboratory, the dashboard, and their files.
+
+No other file of the package is served.
+"""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -6,15 +9,31 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 
-TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
+TYPES = {
+    "js": "text/javascript",
+    "css": "text/css",
+    "svg": "image/svg+xml",
+    "txt": "text/plain",
+    "json": "application/json",
+}
 CONVERSATION = ("changes", "conversation", "elements", "known", "person", "turns")
 LABORATORY = ("app", "charts", "compare", "draft", "guide", "history", "manuscript", "tokens", "watch")
+DASHBOARD = ("alerts", "dashboard", "panels", "promql", "samples", "units")
 PARTS = (
-    *(f"{name}.js" for name in (*CONVERSATION, *LABORATORY, "server", "shell")),
-    *("conversation.css", "style.css", "icon.svg", "samples/keeper-1.txt", "samples/keeper-2.txt"),
+    *(f"{name}.js" for name in (*CONVERSATION, *LABORATORY, *DASHBOARD, "server", "shell")),
+    *(
+        "conversation.css",
+        "dashboard.css",
+        "dashboard.json",
+        "style.css",
+        "icon.svg",
+        "samples/keeper-1.txt",
+        "samples/keeper-2.txt",
+    ),
     *("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css", "uplot/LICENSE.txt"),
 )
-FILES = {"/": ("index.html", "text/html"), "/laboratory": ("laboratory.html", "text/html")} | {
+PAGES = {"/": "index.html", "/laboratory": "laboratory.html", "/dashboard": "dashboard.html"}
+FILES = {path: (name, "text/html") for path, name in PAGES.items()} | {
     f"/playground/{name}": (name, TYPES[name.rpartition(".")[2]]) for name in PARTS
 }
 CONTENT_POLICY = (
