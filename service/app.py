@@ -237,6 +237,7 @@ def new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> S
         session_bytes=settings.session_max_bytes,
         key_ttl_s=settings.idempotency_ttl_s,
         retry_ttl_s=settings.retry_ttl_s,
+        response_ttl_s=settings.response_ttl_s,
         lease_s=settings.lease_s,
         export_key=settings.export_key or "",
     )

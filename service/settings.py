@@ -144,6 +144,13 @@ class Settings(BaseSettings):
         description="Seconds for which the server remembers the answer to a learning request without a key. It is used"
         " for a request that declares itself a retry (`x-stainless-retry-count`).",
     )
+    response_ttl_s: int = Field(
+        86_400,
+        ge=0,
+        le=31_536_000,
+        description="Seconds for which the server keeps a response of `/v1/responses` for clients that continue it"
+        " (`previous_response_id`, `conversation`), but no longer than the session's time to live; 0 = it keeps none.",
+    )
     lease_s: float = Field(
         10.0,
         ge=1,

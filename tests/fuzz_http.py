@@ -56,7 +56,8 @@ UNSTATED = {
     "the vectors of the server's encoder": r"'dimensions' must be",
     "a grammar that is valid": r"is no grammar|has no form that|not two of them|does not go with",
     "tools that can be called, and their results": r"'tool_choice' (must|needs)|goes with 'tools'|must be the id of"
-    r"|one tool of a name|characters as JSON",
+    r"|one tool of a name|characters as JSON|'tool_choice.name' is|only messages of the|must be the result of a call",
+    "a response that is kept": r"Previous response with id|no response that is kept has",
     "a name that looks like a misspelt field": r"did you mean",
     "a last message that can be continued": r"'continue_final_message' (needs|is only)|cannot be continued",
     "a field that needs a session in body, header or the model's name": r"needs a session; name one",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.errors import BadRequest
+from service.http.schemas import NAME_RULE, SESSION_ID
 
 MAX_SHOWN_CHARS = 80  # characters of a client's value that an error message repeats
 
@@ -20,8 +21,13 @@ def explain(faults: Sequence[Any]) -> BadRequest:
             message = f"{name} is required."
         case "extra_forbidden":
             message = f"Unknown field {name}."
-        case "model_attributes_type" | "model_type":
+        case "model_attributes_type" | "model_type" | "dict_type":
             message = f"{name} should be a JSON object, got {shorten(fault['input'])}."
+        case "too_short" if "min_length" in fault.get("ctx", {}):
+            context = fault["ctx"]
+            message = f"{name} should have at least {context['min_length']} item, got {context['actual_length']}."
+        case "string_pattern_mismatch" if fault["ctx"]["pattern"] == SESSION_ID:
+            message = f"{name} {NAME_RULE}, got {shorten(fault['input'])} of {len(fault['input'])} characters."
         case _:
             reason = fault["msg"][:1].lower() + fault["msg"][1:]
             message = f"{name}: {reason}, got {shorten(fault['input'])}."

@@ -39,6 +39,20 @@ STREAM: Json = {"anyOf": [NOT_STREAMED, _fields("prompt_logprobs", stream=TRUE)]
 N_PROBS: Json = {"anyOf": [{"properties": {"n_probs": {"enum": [None, 0]}}}, {"properties": {"logprobs": NULL}}]}
 WITH_LOGPROBS: Json = {"anyOf": [{"properties": {"top_logprobs": {"enum": [None, 0]}}}, _fields(logprobs=TRUE)]}
 # Schemathesis generates no object under more than three such rules, so that not all of them are stated.
+RESPONSE: Json = {
+    "allOf": [
+        _instead_of("conversation", "previous_response_id", "session"),
+        {
+            "anyOf": [
+                {"properties": {"store": {"enum": [None, True]}}},
+                {"properties": {"adapt": {"enum": [None, "predict"]}}},
+            ]
+        },
+    ]
+}
+FORM: Json = {
+    "anyOf": [{"properties": {"type": {"enum": ["text", "json_object"]}}}, _fields(schema={"type": "object"})]
+}
 COMPLETION: Json = {"allOf": [STREAM, _instead_of("n_predict", "max_tokens"), N_PROBS]}
 CHAT: Json = {"allOf": [STREAM, _instead_of("n_predict", "max_tokens", "max_completion_tokens"), WITH_LOGPROBS]}
 TOKENIZE: Json = {

@@ -22,6 +22,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from model.text.grammar import GrammarSource
 from service.errors import BadRequest
@@ -87,7 +88,7 @@ def _prompt_kind(value: Any) -> str | None:
 
 def _not_zero(value: int) -> int:
     if value == 0:
-        raise ValueError("should be -1 (as many as fit) or at least 1")
+        raise PydanticCustomError("zero", "should be at least 1, or -1 for as many as fit")
     return value
 
 

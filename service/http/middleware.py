@@ -40,7 +40,9 @@ from service.turns.sessions import Sessions
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; only the metrics see the status
 PROBES = ("/livez", "/readyz", "/health", "/ping")
 PUBLIC_PATHS = {*PROBES, "/version", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
-UNVERSIONED = re.compile(r"/(models|policies|embeddings|(chat/)?completions)(/|$)")  # paths of a base URL without /v1
+# paths of a base URL without /v1
+UNVERSIONED = re.compile(r"/(models|policies|embeddings|responses|(chat/)?completions)(/|$)")
+VERSIONED_HEALTH = "/v1/health"  # where clients look that have one base URL for everything
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 SMALL_BODY_BYTES = 65_536
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@+=/-]{1,128}")
@@ -84,11 +86,16 @@ class RequestIdMiddleware(HttpMiddleware):
 
 
 class BaseUrlMiddleware(HttpMiddleware):
-    """Adds the `/v1` that is missing where a client was given the server's address as the base URL of OpenAI's API."""
+    """Adds the `/v1` that is missing where a client was given the server's address as the base URL of OpenAI's API.
+
+    The probe `/health` answers under `/v1` too.
+    """
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if UNVERSIONED.match(scope["path"]):
             scope["path"] = f"/v1{scope['path']}"
+        elif scope["path"] == VERSIONED_HEALTH:
+            scope["path"] = VERSIONED_HEALTH.removeprefix("/v1")
         await self._app(scope, receive, send)
 
 

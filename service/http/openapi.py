@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.http.openapi_examples import EXAMPLES
 from service.http.replies import ChatChunk, CompletionChunk, ErrorReply
+from service.http.sse import NamedEventStream
 from service.tenants import OPERATOR
 
 Json = dict[str, Any]
@@ -66,6 +67,27 @@ def streamed_responses(chunk: str) -> Responses:
             },
         }
     }
+
+
+def named_events(name: str, description: str, *others: str) -> Responses:
+    """Return the description of an answer that may be a stream of named events.
+
+    name: of the examples of the events. others: the kinds of event that the examples lack.
+    """
+    kinds = [*dict.fromkeys(event["type"] for event in EXAMPLES[name]), *others]
+    data = {"type": "object", "properties": {"type": {"enum": kinds}}, "required": ["type"]}
+    fields: Json = {
+        "event": {"enum": kinds},
+        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
+    }
+    example = "".join(NamedEventStream.frame(json.dumps(event, separators=(",", ":"))) for event in EXAMPLES[name])
+    content: Json = {
+        "text/event-stream": {
+            "itemSchema": {"type": "object", "properties": fields, "required": ["event", "data"]},
+            "example": example,
+        }
+    }
+    return {200: {"description": description, "content": content}}
 
 
 def describe_api(app: FastAPI, *, keys_required: bool, public_paths: Container[str]) -> None:

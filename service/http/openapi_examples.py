@@ -156,6 +156,67 @@ MESSAGE_EVENTS: list[Json] = [
     {"type": "message_stop"},
 ]
 
+RESPONSE: Json = {
+    "id": "resp_5f2b9c04d1e75f2b9c04d1e75f2b9c04_alice",
+    "object": "response",
+    "created_at": 1767225600,
+    "status": "in_progress",
+    "background": False,
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "conversation": {"id": "alice"},
+    "max_output_tokens": 32,
+    "metadata": {},
+    "model": "smollm2-135m-instruct",
+    "output": [],
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "store": True,
+    "temperature": 0.4,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 0.9,
+    "truncation": "disabled",
+    "usage": None,
+    "adaptation": None,
+}
+OUTPUT_TEXT: Json = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
+OUTPUT_MESSAGE: Json = {
+    "id": "msg_5f2b9c04d1e75f2b9c04d1e75f2b9c04.0_alice",
+    "type": "message",
+    "status": "completed",
+    "role": "assistant",
+    "content": [OUTPUT_TEXT],
+}
+RESPONSE_USAGE: Json = {
+    "input_tokens": 9,
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens": 1,
+    "output_tokens_details": {"reasoning_tokens": 0},
+    "total_tokens": 10,
+}
+COMPLETED_RESPONSE: Json = RESPONSE | {
+    "status": "completed",
+    "output": [OUTPUT_MESSAGE],
+    "usage": RESPONSE_USAGE,
+    "adaptation": ADAPTATION,
+}
+ITEM: Json = {"item_id": OUTPUT_MESSAGE["id"], "output_index": 0, "content_index": 0}
+OPEN_MESSAGE: Json = OUTPUT_MESSAGE | {"status": "in_progress", "content": []}
+RESPONSE_EVENTS: list[Json] = [
+    {"type": "response.created", "sequence_number": 0, "response": RESPONSE},
+    {"type": "response.in_progress", "sequence_number": 1, "response": RESPONSE},
+    {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, "item": OPEN_MESSAGE},
+    {"type": "response.content_part.added", "sequence_number": 3} | ITEM | {"part": OUTPUT_TEXT | {"text": ""}},
+    {"type": "response.output_text.delta", "sequence_number": 4} | ITEM | {"delta": "Hello", "logprobs": []},
+    {"type": "response.output_text.done", "sequence_number": 5} | ITEM | {"text": "Hello", "logprobs": []},
+    {"type": "response.content_part.done", "sequence_number": 6} | ITEM | {"part": OUTPUT_TEXT},
+    {"type": "response.output_item.done", "sequence_number": 7, "output_index": 0, "item": OUTPUT_MESSAGE},
+    {"type": "response.completed", "sequence_number": 8, "response": COMPLETED_RESPONSE},
+]
+
 EXAMPLES: dict[str, list[Json]] = {
     "AnthropicError": [
         {
@@ -207,6 +268,9 @@ EXAMPLES: dict[str, list[Json]] = {
     "PolicyList": [{"object": "list", "data": []}],
     "Ready": [{"status": "ready"}],
     "Rendered": [{"prompt": "<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\n"}],
+    "ResponseDeleted": [{"id": RESPONSE["id"], "object": "response", "deleted": True}],
+    "ResponseEvent": RESPONSE_EVENTS,
+    "ResponseReply": [COMPLETED_RESPONSE],
     "Scored": [SCORED],
     "Session": [SESSION],
     "SessionCells": [{"object": "session.cells", "version": 4, "sites": [SITE]}],

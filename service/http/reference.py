@@ -46,10 +46,10 @@ the header `X-Imprint-Adapt`, else the name of the model (`NAME:predict`, `NAME:
 ## Clients of other servers
 
 A base URL of OpenAI's routes works with `/v1` and without. Clients of Ollama and of Anthropic work unchanged with the
-server's address as their base URL: `/api/chat` and `/api/generate` take Ollama's options, `/v1/messages` takes texts
-and blocks of text. A chat is the same in every shape: the same session, the same reply, and a message that was learned
-in one shape is known in the others. Their errors have the shape of their own servers, and their tools are a 400. A key
-may come as `x-api-key` instead of `Authorization`.
+server's address as their base URL: `/api/chat` and `/api/generate` take Ollama's options, `/v1/messages` takes texts,
+blocks of text, calls of tools and their results. A chat is the same in every shape: the same session, the same reply,
+and a message that was learned in one shape is known in the others. Their errors have the shape of their own servers. A
+key may come as `x-api-key` instead of `Authorization`. `/v1/health` answers as `/health` does.
 
 Completions take the samplers of vLLM and llama.cpp by both names, and they draw after the memory is mixed in. Fields
 that change no answer (`store`, `metadata`, `reasoning_effort`, unknown ones) are ignored, and the header
@@ -61,6 +61,28 @@ the prompt has its log-probability with the session's memory and without.
 A text follows a JSON Schema (`response_format`, `structured_outputs`, `guided_json`, `json_schema`), a regular
 expression, one of several texts, or rules (`grammar`). A schema with a keyword that cannot be followed is a 400. Tokens
 that the grammar forces teach a session nothing.
+
+## Responses and conversations
+
+`POST /v1/responses` replies as a chat does, in the shape of OpenAI's Responses: `input` is a text or a list of items
+(messages, `function_call`, `function_call_output`, `item_reference`), `instructions` are a message of the system, and a
+stream has OpenAI's events. Functions are the only tools. What OpenAI's servers do by themselves (`background`,
+`truncation: "auto"`, `prompt`, tools that run on the server) is a 400.
+
+A conversation is a session. `conversation` names the session, whose memory is read and updated; besides, the chat of
+its newest kept response comes before the input. `previous_response_id` names any kept response: its chat comes before
+the input, and its session, if it has one, is the session of the request. A message that comes again in this way is not
+learned again. The `instructions` of earlier responses do not come again. `session` (also as a header or in the name of
+the model) uses the memory alone. Without a session nothing is learned, as in chats.
+
+The server keeps a response with its chat, in the store beside the sessions: for `IMPRINT_RESPONSE_TTL_S`, the newest
+32 of a session and the newest 1,024 of a tenant that have no session, each of at most 1,048,576 characters. What is
+kept of a session goes with the session, at the latest when it expires, and when the session is rolled back, unlearned
+or replaced by an import. `GET /v1/responses/{{id}}` reads a response, `DELETE` erases it; what a session has learned
+stays.
+The reply's `store` says whether the response is kept. With `"store": false` it is not, and no session learns; a request
+that only reads (`adapt: "predict"`) keeps nothing unless it says `"store": true`. A `previous_response_id` that is not
+kept any more is a 400 (`previous_response_not_found`); a conversation of which nothing is kept goes on with its memory.
 
 ## Tools
 
@@ -75,6 +97,9 @@ The tools are in the prompt as the base's chat template lists them, if the templ
 (`<tool_call>`, JSON, `</tool_call>`); otherwise the system's message lists them in that form, and the results of tools
 are in messages of the user. A reply that is nothing but the JSON of a call, perhaps as a block of code, is a call too.
 A message's `reasoning_content` is given to the template; most templates leave it out.
+
+Responses, Anthropic's messages and Ollama's chats take tools in their own words, with the same effect. Ollama has no
+`tool_choice`.
 
 A session learns the calls of resent messages as it learns the assistant's text, and knows them again in whatever way a
 client writes the arguments or names the ids. It never learns tools and their schemas, and results of tools only with

@@ -280,15 +280,16 @@ class ToolChatFormatter(ChatFormatter):
                 continue
             call = calls.setdefault(piece.call, {"index": piece.call, "function": {"arguments": ""}})
             if piece.name is not None:
-                call |= {"id": self._call_id(index, piece.call), "type": "function"}
+                call |= {"id": call_id(self._ctx.id, index, piece.call), "type": "function"}
                 call["function"] = {"name": piece.name, "arguments": ""}
             call["function"]["arguments"] += piece.text
         content = "".join(piece.text for piece in pieces if piece.call is None)
         return ({"content": content} if content else {}) | ({"tool_calls": list(calls.values())} if calls else {})
 
-    def _call_id(self, index: int, number: int) -> str:
-        """Return the id of a call, which is the same in the replay of an answer."""
-        return "call_" + hashlib.blake2b(f"{self._ctx.id}/{index}/{number}".encode(), digest_size=12).hexdigest()
+
+def call_id(answer_id: str, choice: int, number: int, *, prefix: str = "call") -> str:
+    """Return the id of a call, which is the same in the replay of an answer."""
+    return f"{prefix}_" + hashlib.blake2b(f"{answer_id}/{choice}/{number}".encode(), digest_size=12).hexdigest()
 
 
 def _finish_reason(reader: ReplyReader, reason: str) -> str:

@@ -34,6 +34,7 @@ from service.http import field_rules
 from service.types import AdaptMode, LearnMode
 
 SESSION_ID = r"^[A-Za-z0-9][A-Za-z0-9._~:@+=-]{0,127}$"
+NAME_RULE = "may have 128 characters: letters from a to z, digits and . _ ~ : @ + = -, the first a letter or a digit"
 MAX_FIELDS = 64
 MAX_MESSAGES = 1024  # of a chat: as many as a session knows again
 MAX_PARTS = 1024  # of a message
@@ -94,7 +95,8 @@ ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,14}(-[0-
 def session_id(value: str, param: str) -> str:
     """Return `value`. Raises BadRequest on `param` if `value` cannot name a session."""
     if re.fullmatch(SESSION_ID, value) is None:
-        raise BadRequest(f"'{param}' must match {SESSION_ID} to name a session, got {value[:80]!r}.", param=param)
+        got = f"{value[:80]!r} of {len(value)} characters"
+        raise BadRequest(f"'{param}': the name of a session {NAME_RULE}, got {got}.", param=param)
     return value
 
 

@@ -103,3 +103,14 @@ class EventStream(Response):
                 reported = error_body(self._request, await report_error(self._request, error))
                 await send_text(self.frame(json.dumps(reported)))
         await send_text(self.closing, more=False)
+
+
+class NamedEventStream(EventStream):
+    """A stream of events that are named by their `type`."""
+
+    closing = ""
+
+    @staticmethod
+    def frame(event: str) -> str:
+        kind = event.split('"', 4)[3]  # the type is the first field
+        return f"event: {kind}\ndata: {event}\n\n"

@@ -33,12 +33,8 @@ def grammar_of(fields: Mapping[str, Any]) -> tuple[GrammarSource, str] | None:
 
 def _grammar(name: str, value: Any) -> GrammarSource | None:
     match name, value:
-        case "response_format", {"type": "text"}:
-            return None
-        case "response_format", {"type": "json_object"}:
-            return GrammarSource("json_schema", '{"type":"object"}')
-        case "response_format", {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return _source(name, "json_schema", schema)
+        case "response_format", dict():
+            return _response_format(value)
         case "structured_outputs", dict(options):
             kinds = [kind for kind in KINDS if options.get(kind) is not None]
             if len(kinds) == 1 and not {*options} - {*KINDS, "disable_any_whitespace", "whitespace_pattern"}:
@@ -52,6 +48,29 @@ def _grammar(name: str, value: Any) -> GrammarSource | None:
         case _ if name.startswith("guided_"):
             return _source(name, KINDS[name.removeprefix("guided_")], value)
     raise BadRequest(f"'{name}' has no form that this server supports, got {shorten(value)}.", param=name)
+
+
+def _response_format(value: Mapping[str, Any]) -> GrammarSource | None:
+    """Return the grammar of a `response_format`: OpenAI's forms, and llama.cpp's with the schema right inside.
+
+    Raises BadRequest for another form.
+    """
+    param = "response_format"
+    match value:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return _source(param, "json_schema", schema)
+        case {"type": "json_object" | "json_schema", "schema": dict(schema)}:
+            return _source(param, "json_schema", schema)
+        case {"type": "json_object"}:
+            return GrammarSource("json_schema", '{"type":"object"}')
+        case {"type": "json_schema"}:
+            needed = "'response_format.json_schema' must be an object with a JSON Schema in 'schema'"
+            raise BadRequest(f"{needed}, got {shorten(value.get('json_schema'))}.", param=param)
+    got = shorten(value["type"]) if "type" in value else "none"
+    message = f'\'response_format.type\' must be "text", "json_object" or "json_schema", got {got}.'
+    raise BadRequest(message, param=param)
 
 
 def _source(param: str, kind: Any, value: Any) -> GrammarSource:

@@ -2,12 +2,13 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from model.text.tool_calls import ReplyPiece, ReplyReader, read_message, tool_names
 from service.errors import BadRequest
 from service.http.faults import explain
 from service.http.generation_schemas import ChatCompletionRequest
@@ -32,20 +33,21 @@ class Formatter(Protocol):
 
 
 class TextFormatter(ABC):
-    """Formats a turn of one text; a subclass has the words of its interface.
+    """Formats a turn of one text, in which there may be calls of tools; a subclass has the words of its interface.
 
-    latency: gets the times of the text.
+    latency: gets the times of the text. tools: those that the reply may call, as the prompt lists them; "" for none.
     """
 
-    def __init__(self, latency: LatencyRecorder) -> None:
+    def __init__(self, latency: LatencyRecorder, tools: str = "") -> None:
         self._latency = latency
+        self._names = tool_names(tools) if tools else None
 
     async def reply(self, events: AsyncIterator[TurnEvent]) -> Json:
         """Return the whole reply."""
         texts = list[str]()
         async for event in events:
             if isinstance(event, TurnEnd):
-                return self.whole("".join(texts), event)
+                return await self.whole(self._parts("".join(texts)), event)
             if isinstance(event, TurnRestarted):
                 texts.clear()
             else:
@@ -55,31 +57,48 @@ class TextFormatter(ABC):
 
     async def stream(self, events: AsyncGenerator[TurnEvent, None]) -> AsyncGenerator[str, None]:
         """Yield the events of a stream, and close `events` at the end."""
+        reader, opened = None if self._names is None else ReplyReader(self._names), False
         async with aclosing(events):
-            for opening in await self.opening():
-                yield opening
             async for event in events:
-                if isinstance(event, TurnEnd):
-                    for closing in self.closing(event):
-                        yield closing
-                elif isinstance(event, Delta) and event.text:
+                assert not isinstance(event, TurnRestarted), "a streamed turn is never restarted"
+                for opening in () if opened else self.opening(event.prompt_tokens):
+                    yield opening
+                opened = True
+                if isinstance(event, Delta):
                     self._latency.record(event.choice)
-                    yield self.piece(event.text)
+                    text = event.text
+                    pieces = reader.feed(text) if reader else [ReplyPiece(text)] if text else []
+                else:
+                    pieces = reader.finish() if reader else []
+                for piece in pieces:
+                    for output in self.piece(piece):
+                        yield output
+                if isinstance(event, TurnEnd):
+                    for closing in await self.closing(event):
+                        yield closing
 
-    async def opening(self) -> Iterable[str]:
+    def _parts(self, text: str) -> list[ReplyPiece]:
+        """Return the content, unless it is empty, and the calls of a reply."""
+        if self._names is None:
+            return [ReplyPiece(text)] if text else []
+        content, calls = read_message(text, self._names)
+        parts = [ReplyPiece(arguments, index, name) for index, (name, arguments) in enumerate(calls)]
+        return [ReplyPiece(content), *parts] if content else parts
+
+    def opening(self, prompt_tokens: int) -> Iterable[str]:
         """Return the events of a stream before the text."""
         return ()
 
     @abstractmethod
-    def whole(self, text: str, end: TurnEnd) -> Json:
-        """Return the whole reply."""
+    async def whole(self, parts: Sequence[ReplyPiece], end: TurnEnd) -> Json:
+        """Return the whole reply, of whose parts each is the content or a call."""
 
     @abstractmethod
-    def piece(self, text: str) -> str:
-        """Return the event of a stream with the next text."""
+    def piece(self, piece: ReplyPiece) -> Iterable[str]:
+        """Return the events of a stream with the next text."""
 
     @abstractmethod
-    def closing(self, end: TurnEnd) -> Iterable[str]:
+    async def closing(self, end: TurnEnd) -> Iterable[str]:
         """Return the events of a stream after the text."""
 
 
@@ -99,6 +118,15 @@ def require_foreign(extra: Json | None, prefix: str = "") -> None:
     for name in extra or {}:
         if name in ChatCompletionRequest.model_fields:
             raise BadRequest(f"Unknown field '{prefix}{name}'.", param=f"{prefix}{name}")
+
+
+def parsed_arguments(arguments: str) -> Json:
+    """Return the arguments of a call; none of a call that was cut off."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def compact(value: Json) -> str:

@@ -30,6 +30,9 @@ def _schema_of_an_object(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+ObjectSchema = Annotated[dict[str, Any], AfterValidator(_schema_of_an_object), OF_AN_OBJECT]
+
+
 class Function(Body):
     """A function that a reply may call; unknown fields are ignored."""
 
@@ -37,7 +40,7 @@ class Function(Body):
 
     name: ToolName
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_schema_of_an_object), OF_AN_OBJECT] | None = Field(
+    parameters: ObjectSchema | None = Field(
         None, description="The JSON Schema of the arguments, which calls follow; none: no arguments."
     )
     strict: bool | None = Field(

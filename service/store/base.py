@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from service.store.responses import ResponseStore
+
 MAX_LOG_ENTRIES = 512  # newest log entries that a store keeps of a session
 BEAT_EVERY_S = 0.5  # seconds between two heartbeats of a server
 HEARTBEAT_S = 2.0  # seconds without a heartbeat after which a server counts as dead
@@ -179,11 +181,13 @@ class CommitMetadata:
         log: the log entry, of JSON types; the store adds the key `version`. Empty = no entry.
         packed_tokens: the learned tokens, packed, which unlearning needs; empty = not kept.
         idempotency_record: the answer to store; None = none.
+        drops_responses: whether the session's kept responses are erased.
     """
 
     log: Mapping[str, Any] = field(default_factory=dict)
     packed_tokens: bytes = b""
     idempotency_record: IdempotencyRecord | None = None
+    drops_responses: bool = False
 
 
 NO_COMMIT_METADATA = CommitMetadata()
@@ -314,6 +318,9 @@ class SessionStore(Protocol):
         """The tenants' accounts, kept in the same store."""
         ...
 
+    @property
+    def responses(self) -> ResponseStore: ...
+
     # --- a turn ----------------------------------------------------------------------------------------------------
 
     async def begin_turn(
@@ -425,7 +432,7 @@ class SessionStore(Protocol):
         ...
 
     async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
-        """Erase the session with its rows, log, undo steps, idempotency records and lease.
+        """Erase the session with its rows, log, undo steps, idempotency records, kept responses and lease.
 
         Leaves a tombstone for `TOMBSTONE_S`, also if there was no session: a lease from before the call neither
         commits nor creates the session. Tells every listener of `erased`. Idempotent except for the returned value.

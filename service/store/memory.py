@@ -6,9 +6,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from math import floor, inf
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -34,13 +34,12 @@ from service.store.base import (
     WriteMode,
     check_name,
 )
+from service.store.memory_ledger import Clock, MemoryLedger
+from service.store.responses import KEPT_OF_SESSION, KEPT_OF_TENANT
 
 POLL_S = 0.005
 SLOT_BYTES = 4
-MINUTE_S = 60.0
 UNVERSIONED_FIELDS = ("options",)  # fields of SessionMeta that no commit changes
-
-Clock = Callable[[], float]  # seconds
 
 
 @dataclass
@@ -93,6 +92,7 @@ class _Record:
     log: list[str] = field(default_factory=list)
     undo: list[_Undo] = field(default_factory=list)  # oldest first
     answers: dict[str, tuple[float, bytes]] = field(default_factory=dict)  # name -> time of expiry, record
+    responses: dict[str, tuple[float, bytes]] = field(default_factory=dict)  # the same, the newest last
     lease: str = ""
     lease_expires_at: float = 0.0
     fence: int = 0
@@ -102,13 +102,14 @@ class _Record:
 
     def forget_session(self) -> None:
         self.meta, self.expires_at = None, inf
-        self.sites, self.log, self.undo = {}, [], []
+        self.sites, self.log, self.undo, self.responses = {}, [], [], {}
 
     def expire(self, now: float) -> None:
         """Forget all that has expired."""
         if now >= self.expires_at:
             self.forget_session()
         self.answers = {name: answer for name, answer in self.answers.items() if now < answer[0]}
+        self.responses = {name: kept for name, kept in self.responses.items() if now < kept[0]}
         if now >= self.lease_expires_at:
             self.lease, self.lease_expires_at = "", 0.0
         if now >= self.fence_expires_at:
@@ -118,7 +119,8 @@ class _Record:
 
     @property
     def num_bytes(self) -> int:
-        values = sum(map(len, self.log)) + sum(len(record) for _, record in self.answers.values())
+        kept = [*self.answers.values(), *self.responses.values()]
+        values = sum(map(len, self.log)) + sum(len(record) for _, record in kept)
         return values + sum(site.num_bytes for site in self.sites.values()) + sum(step.num_bytes for step in self.undo)
 
 
@@ -132,8 +134,9 @@ class _Database:
         self.listeners: list[asyncio.Queue[tuple[str, str]]] = []
         self._records: dict[tuple[str, str], _Record] = {}
 
-    def record(self, tenant: str, sid: str) -> _Record:
-        key = check_name("tenant", tenant), check_name("session id", sid)
+    def record(self, tenant: str, sid: str | None) -> _Record:
+        """Return the record of a session; of None, what the tenant has of no session."""
+        key = check_name("tenant", tenant), "" if sid is None else check_name("session id", sid)
         record = self._records.setdefault(key, _Record())
         record.expire(self.clock())
         return record
@@ -143,7 +146,7 @@ class _Database:
         check_name("tenant", tenant)
         sessions = []
         for key in sorted(key for key in self._records if key[0] == tenant):
-            record = self.record(*key)
+            record = self.record(tenant, key[1] or None)
             if record.meta is not None:
                 sessions.append(record.meta)
             elif record == _Record():
@@ -177,7 +180,7 @@ class MemoryStore:
         max_bytes: int = 0,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.ledger = MemoryLedger(clock)
+        self.ledger, self.responses = MemoryLedger(clock), MemoryResponses(self)
         self._retention = retention or RetentionConfig()
         self._exclusive = exclusive
         self._owner = secrets.token_hex(8)
@@ -284,6 +287,8 @@ class MemoryStore:
             del record.undo[0]
         if metadata.log:
             record.log = [*record.log, json.dumps({"version": version, **metadata.log})][-MAX_LOG_ENTRIES:]
+        if metadata.drops_responses:
+            record.responses = {}
         answer = metadata.idempotency_record
         if answer is not None:
             ttl_s = min(answer.ttl_s, self._lifetime(record) or answer.ttl_s)
@@ -321,7 +326,8 @@ class MemoryStore:
         self._database.require_room()
         record.meta = replace(record.meta, options=dict(options))
         self._restart_ttl(record)
-        record.answers = {name: (min(end, record.expires_at), data) for name, (end, data) in record.answers.items()}
+        for kept in (record.answers, record.responses):
+            kept |= {name: (min(end, record.expires_at), data) for name, (end, data) in kept.items()}
         return _copied(record.meta)
 
     async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
@@ -379,50 +385,32 @@ class MemoryStore:
         pass
 
 
-class MemoryLedger:
-    """The `QuotaLedger` in this process's memory."""
+class MemoryResponses:
+    """The `ResponseStore` in this process's memory."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._bytes: dict[str, dict[str, int]] = {}  # tenant -> session id -> bytes
-        self._reserved_at: dict[tuple[str, str], float] = {}  # sessions that have not been recorded yet
-        self._buckets: dict[str, tuple[float, float]] = {}  # tenant -> tokens left, time
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
 
-    async def reserve(self, tenant: str, sid: str, limit: int) -> tuple[bool, int]:
-        sessions = self._bytes.setdefault(tenant, {})
-        count = len(sessions)
-        if sid not in sessions:
-            if limit and count >= limit:
-                return False, count
-            sessions[sid], self._reserved_at[tenant, sid] = 0, self._clock()
-        return True, count
+    async def put(self, tenant: str, sid: str, name: str, record: bytes, *, ttl_s: int, created: float | None) -> bool:
+        stored, database = self._store._database.record(tenant, sid or None), self._store._database
+        if created is not None:
+            if stored.meta is None or stored.meta.created != created:
+                return False
+            ttl_s = min(ttl_s, self._store._lifetime(stored) or ttl_s)
+        database.require_room()
+        stored.responses.pop(name, None)
+        stored.responses[name] = database.clock() + ttl_s, record
+        for oldest in list(stored.responses)[: -KEPT_OF_SESSION if sid else -KEPT_OF_TENANT]:
+            del stored.responses[oldest]
+        return True
 
-    async def record(self, tenant: str, sid: str, *, num_bytes: int | None, rate: int, tokens: int) -> None:
-        if num_bytes is not None:
-            await self.set_bytes(tenant, {sid: num_bytes})
-        if rate:
-            self._buckets[tenant] = self._tokens_left(tenant, rate) - tokens, self._clock()
+    async def get(self, tenant: str, sid: str, name: str | None) -> bytes | None:
+        responses = self._store._database.record(tenant, sid or None).responses
+        found = next(reversed(responses.values()), None) if name is None else responses.get(name)
+        return found and found[1]
 
-    async def drop(self, tenant: str, sid: str, *, min_age_s: float = 0.0) -> None:
-        reserved_at = self._reserved_at.get((tenant, sid), -inf)
-        if self._clock() - reserved_at >= min_age_s:
-            self._bytes.get(tenant, {}).pop(sid, None)
-            self._reserved_at.pop((tenant, sid), None)
-
-    async def set_bytes(self, tenant: str, sizes: Mapping[str, int]) -> None:
-        self._bytes.setdefault(tenant, {}).update(sizes)
-        for sid in sizes:
-            self._reserved_at.pop((tenant, sid), None)
-
-    async def session_ids(self, tenant: str) -> set[str]:
-        return set(self._bytes.get(tenant, {}))
-
-    async def usage(self, tenant: str, rate: int) -> tuple[int, int]:
-        return sum(self._bytes.get(tenant, {}).values()), floor(self._tokens_left(tenant, rate)) if rate else 0
-
-    def _tokens_left(self, tenant: str, rate: int) -> float:
-        left, at = self._buckets.get(tenant, (float(rate), self._clock()))
-        return min(rate, left + max(0.0, self._clock() - at) * rate / MINUTE_S)
+    async def delete(self, tenant: str, sid: str, name: str) -> bool:
+        return self._store._database.record(tenant, sid or None).responses.pop(name, None) is not None
 
 
 def _copied(meta: SessionMeta) -> SessionMeta:

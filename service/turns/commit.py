@@ -85,6 +85,7 @@ class Commit:
         packed_tokens: the learned tokens, where unlearning needs them; empty = not kept.
         tokens: number of tokens learned.
         even_if_full: whether a store that has no room takes the commit, too.
+        drops_responses: whether the session's kept responses go: they have what the session has not learned any more.
     """
 
     meta: SessionMeta
@@ -93,6 +94,7 @@ class Commit:
     packed_tokens: bytes
     tokens: int
     even_if_full: bool = False
+    drops_responses: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def build_commit(
         tokens if new.options.get("keep_text") and plan.kind == "learn" else b"",
         stats.tokens_learned,
         even_if_full=plan.kind == "rollback",
+        drops_responses=plan.kind != "learn",
     )
 
 

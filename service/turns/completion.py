@@ -135,11 +135,12 @@ class PromptLogprobs:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a choice; `choice` is prompt · n + index."""
+    """New text of a choice; `choice` is prompt · n + index. `prompt_tokens` is that of `TurnEnd`."""
 
     choice: int
     text: str
     logprobs: Sequence[TokenLogprob] | PromptLogprobs
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class TurnEnd:
         predicted_ms: milliseconds from the first text to the last one.
         prompt_logprobs: of the tokens of each prompt, if they are asked for.
         stops: for each choice the stop string that ended it, or None.
+        session_created: when the session was created; None without a session.
     """
 
     finish_reasons: list[FinishReason]
@@ -161,6 +163,7 @@ class TurnEnd:
     predicted_ms: float = 0.0
     prompt_logprobs: Sequence[Sequence[TokenLogprob] | PromptLogprobs] = ()
     stops: Sequence[str | None] = ()
+    session_created: float | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,6 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         self._policy, self._sent = policy, list[Delta]()
         self._output = OutputProcessor(job.generation, encoded, model.tokenizer)
         self._times = [time.perf_counter()]
-        self._prompt_tokens = sum(len(e.token_ids) for e in encoded)
         recalls = meta is not None and model.keeps_episodes(handle.ctx.tenant, meta.options, job.recall)
         if recalls:
             requests = [model.recall.request(e.token_ids, e.question, chat=isinstance(p, ChatPrompt)) for p, e in pairs]
@@ -256,13 +258,14 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         start, first, last = self._times[0], self._times[min(1, len(self._times) - 1)], self._times[-1]
         return TurnEnd(
             self._output.finish_reasons,
-            self._prompt_tokens,
+            self._output.prompt_tokens,
             outcome.completion_tokens,
             adaptation,
             round(1000 * (first - start), 3),
             round(1000 * (last - first), 3),
             self._output.prompt_logprobs(),
             self._output.stops,
+            None if outcome.meta is None else outcome.meta.created,
         )
 
     def record(self, last: Delta | TurnEnd) -> Json:
@@ -288,6 +291,7 @@ class OutputProcessor:
         self._options = options
         self._prompts = prompts
         self._tokenizer = tokenizer
+        self.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._scores: list[list[TokenScores]] = [[] for _ in prompts]
         self._echoed = [not options.echo] * len(prompts)
         candidates = len(prompts) * options.candidates
@@ -367,7 +371,7 @@ class OutputProcessor:
             echo = PromptLogprobs(token_ids[0], self._scores[prompt], top, shown, token_bytes)
         for choice in range(prompt * self._options.candidates, (prompt + 1) * self._options.candidates):
             self.texts[choice] = text
-            yield Delta(choice, text, echo)
+            yield Delta(choice, text, echo, self.prompt_tokens)
 
     def _delta(self, choice: int, text: str, tokens: Sequence[Alternatives]) -> Delta:
         offset, logprobs = len(self.texts[choice]), list[TokenLogprob]()
@@ -377,7 +381,7 @@ class OutputProcessor:
             logprobs.append(TokenLogprob(entry.token_id, token, entry.logprob, top, offset))
             offset += len(token.decode(errors="ignore"))
         self.texts[choice] += text
-        return Delta(choice, text, logprobs)
+        return Delta(choice, text, logprobs, self.prompt_tokens)
 
 
 async def with_grammar(options: GenerationOptions, model: LoadedModel) -> GenerationOptions:
@@ -454,11 +458,11 @@ def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:
 
 def unpack_answer(packed: dict[str, Any]) -> list[Delta | TurnEnd]:
     """Return the events of an answer that `pack_answer` packed."""
+    end = packed["end"]
     deltas = [
-        Delta(int(choice), text, [_unpack_token(token) for token in tokens])
+        Delta(int(choice), text, [_unpack_token(token) for token in tokens], end["prompt_tokens"])
         for choice, (text, tokens) in packed["choices"].items()
     ]
-    end = packed["end"]
     adaptation = None if end["adaptation"] is None else Adaptation.from_record(end["adaptation"])
     of_prompts = [[_unpack_token(token) for token in tokens] for tokens in end.get("prompt_logprobs", ())]
     return [*deltas, TurnEnd(**{**end, "adaptation": adaptation, "prompt_logprobs": of_prompts})]

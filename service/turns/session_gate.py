@@ -42,6 +42,7 @@ class ServerLimits:
         session_bytes: bytes that the rows of one session may take; 0 = no limit.
         key_ttl_s: seconds for which the answer to a request with an `Idempotency-Key` is remembered.
         retry_ttl_s: seconds for which the answer to a request without a key is remembered.
+        response_ttl_s: seconds for which a response is kept for clients that continue it; 0 = none is.
         lease_s: seconds that a lease lasts without renewal, as in `RetentionConfig`.
         export_key: the key that signs exports; empty = exports are not signed.
     """
@@ -50,6 +51,7 @@ class ServerLimits:
     session_bytes: int = 0
     key_ttl_s: int = 86_400
     retry_ttl_s: int = 600
+    response_ttl_s: int = 86_400
     lease_s: float = 10.0
     export_key: str = ""
 
@@ -230,7 +232,7 @@ class SessionGate:
                     commit.state_delta.sites,
                     cleared_slots=commit.state_delta.cleared_slots,
                     lease=handle.lease,
-                    commit_metadata=CommitMetadata(commit.log, commit.packed_tokens, record),
+                    commit_metadata=CommitMetadata(commit.log, commit.packed_tokens, record, commit.drops_responses),
                     even_if_full=commit.even_if_full,
                 )
             await self._quotas.record_commit(ctx.tenant, new.id, new.bytes, commit.tokens)

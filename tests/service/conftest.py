@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from model.base.config import tiny_config
 from service.store.embedded import EmbeddedValkey
 from tests.live import Client
 from tests.service.in_process import InProcessServer
 from tests.service.store_backends import BACKENDS, MemoryBackend, StoreBackend, ValkeyBackend
+from tests.tiny import build_tiny_base
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +42,15 @@ def tenant() -> str:
 def memory_server(tiny_base: Path) -> Iterator[InProcessServer]:
     """Yield a server of the tiny base in this process, with its sessions in memory; tests share it."""
     server = InProcessServer(tiny_base)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def roomy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServer]:
+    """Yield a server like `memory_server` of a tiny base with room for tools in its context."""
+    base = build_tiny_base(tmp_path_factory.mktemp("roomy") / "tiny", tiny_config(max_context=2048))
+    server = InProcessServer(base)
     yield server
     server.stop()
 

@@ -17,6 +17,7 @@ from jsonschema import validate
 from service.errors import StoreUnavailable
 from service.http.routes.anthropic import MessageReply
 from service.tenants import new_key
+from service.turns import prompts
 from service.turns.sessions import Sessions
 from tests.live import Client, Json, assert_success
 from tests.service.in_process import InProcessServer
@@ -30,6 +31,10 @@ SCHEMA: Json = {
     "required": ["age"],
     "additionalProperties": False,
 }
+SLEEP: Any = {"name": "sleep", "input_schema": {"type": "object", "properties": {"hours": {"enum": [1, 2]}}}}
+SLEEP["input_schema"] |= {"required": ["hours"], "additionalProperties": False}
+USE: Json = {"type": "tool_use", "id": "toolu_1", "name": "sleep", "input": {"hours": 1}}
+RESULT: Json = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "Done."}]}
 EVENTS = ["message_start", "content_block_start", "content_block_delta", "content_block_stop"]
 EVENTS += ["message_delta", "message_stop"]
 
@@ -132,6 +137,50 @@ def test_the_stop_sequence_that_ended_the_text_is_named(send: Any, stream: bool)
         assert text_of(stopped) == free[: free.index(stop)]
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "sleep"}])
+def test_a_call_and_its_result_go_round(roomy_server: InProcessServer, choice: Any) -> None:
+    fields: Any = {"model": roomy_server.model, "max_tokens": 200, "tools": [SLEEP], "extra_body": {"temperature": 0}}
+    choice = choice | {"disable_parallel_tool_use": True}
+    with anthropic.Anthropic(base_url=roomy_server.url, api_key="none", max_retries=0) as peer:
+        called = peer.messages.create(messages=HELLO, tool_choice=choice, **fields)
+        (use,) = called.content
+        assert use.type == "tool_use" and use.name == "sleep" and use.input in ({"hours": 1}, {"hours": 2})
+        assert called.stop_reason == "tool_use"
+        with peer.messages.stream(messages=HELLO, tool_choice=choice, **fields) as stream:
+            pieces = [event.partial_json for event in stream if event.type == "input_json"]
+            final = stream.get_final_message()
+        assert json.loads("".join(pieces)) == use.input
+        assert final.content[0].type == "tool_use" and final.content[0].input == use.input
+        assert (final.stop_reason, final.usage) == ("tool_use", called.usage)
+        result: Any = {"type": "tool_result", "tool_use_id": use.id, "content": "Done."}
+        history: Any = [*HELLO, {"role": "assistant", "content": called.content}, {"role": "user", "content": [result]}]
+        answered = peer.messages.create(messages=history, **fields)
+        assert answered.usage.input_tokens > called.usage.input_tokens
+        counted = peer.messages.count_tokens(model=roomy_server.model, messages=history, tools=[SLEEP])
+        assert counted.input_tokens == answered.usage.input_tokens
+    with Client(roomy_server.url, roomy_server.model) as client:
+        arguments = json.dumps(use.input)
+        call = {"id": "c", "type": "function", "function": {"name": "sleep", "arguments": arguments}}
+        chat: Any = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        chat.append({"role": "tool", "tool_call_id": "c", "content": "Done."})
+        function = {"name": "sleep", "parameters": SLEEP["input_schema"]}
+        whole = client.chat(chat, tools=[{"type": "function", "function": function}])
+    assert whole["usage"]["prompt_tokens"] == answered.usage.input_tokens, "the prompt is that of OpenAI's shape"
+
+
+def test_a_streamed_prompt_is_encoded_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, encode = list[Any](), prompts.encode
+
+    def count(*args: Any, **more: Any) -> Any:
+        encoded.append(args[0])
+        return encode(*args, **more)
+
+    monkeypatch.setattr(prompts, "encode", count)
+    answer = client.post("messages", raw(stream=True))
+    start = json.loads(answer.text.split("\n")[1].removeprefix("data: "))
+    assert start["message"]["usage"]["input_tokens"] > 0 and len(encoded) == 1
+
+
 def test_samplers_are_those_of_openais_route(client: Client) -> None:
     fields: Json = {"temperature": 1.5, "top_p": 0.5, "top_k": 1}
     message = assert_success(client.post("messages", raw(**fields)))
@@ -202,8 +251,17 @@ def test_a_repeated_key_learns_once(client: Client) -> None:
             "'messages.0.content.0.type'",
         ),
         ({"messages": [{"role": "user", "content": "cat " * 2000}]}, 400, "invalid_request_error", "512 tokens"),
-        ({"tools": [{"name": "a", "input_schema": {}}]}, 400, "invalid_request_error", "'tools'"),
+        ({"tools": [{"name": "a", "type": "bash_1"}]}, 400, "invalid_request_error", "'tools.0.type'"),
+        ({"tools": [{"name": "a"}]}, 400, "invalid_request_error", "'tools.0.input_schema'"),
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "'tool_choice'"),
+        ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "'tool_choice.name'"),
+        ({"messages": [{"role": "user", "content": [USE]}]}, 400, "invalid_request_error", "'messages.0.content.0'"),
+        (
+            {"messages": [{"role": "user", "content": [RESULT]}]},
+            400,
+            "invalid_request_error",
+            "'messages.0.content.0.tool_use_id'",
+        ),
         ({"stop_sequences": [""]}, 400, "invalid_request_error", "'stop_sequences.0'"),
         ({"temperature": -1}, 400, "invalid_request_error", "'temperature'"),
         ({"stop": ["a"]}, 400, "invalid_request_error", "Unknown field 'stop'"),
@@ -226,14 +284,11 @@ def test_errors_have_anthropics_shape(
     assert error["request_id"] == answer.headers["x-request-id"]
 
 
-def test_the_clients_errors_are_its_own(peer: anthropic.Anthropic, send: Any, client: Client) -> None:
+def test_the_clients_errors_are_its_own(send: Any) -> None:
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         send(model="claude")
-    with pytest.raises(anthropic.BadRequestError, match="'tools'"):
-        send(tools=[{"name": "a", "input_schema": {"type": "object"}}])
-    with pytest.raises(anthropic.BadRequestError, match="'tools'"):
-        tool: Any = {"name": "a", "input_schema": {"type": "object"}}
-        peer.messages.count_tokens(model=client.model, messages=HELLO, tools=[tool])
+    with pytest.raises(anthropic.BadRequestError, match=r"'tools\.0\.input_schema'"):
+        send(tools=[{"name": "a", "input_schema": {"type": "array"}}])
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,18 @@ COMPLETION: list[tuple[Json, str]] = [
     ({"prompt": [1] * 100_000}, "prompt"),
 ]
 
+# what a newcomer meets first, and words of the answer
+WORDS: list[tuple[Json, str]] = [
+    ({"messages": []}, "'messages' should have at least 1 item, got 0."),
+    ({"max_tokens": 0}, "'max_tokens': should be at least 1, or -1 for as many as fit, got 0."),
+    ({"session": "a" * 129}, "may have 128 characters: letters from a to z, digits and . _ ~ : @ + = -"),
+    ({"session": "a" * 129}, "of 129 characters."),
+    ({"response_format": "json"}, "'response_format' should be a JSON object, got \"json\"."),
+    ({"response_format": {}}, '\'response_format.type\' must be "text", "json_object" or "json_schema", got none.'),
+    ({"response_format": {"type": "xml"}}, 'or "json_schema", got "xml".'),
+    ({"response_format": {"type": "json_schema"}}, "must be an object with a JSON Schema in 'schema', got null."),
+]
+
 CHAT: list[tuple[Json, str]] = [
     ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),
@@ -346,6 +358,13 @@ def test_completion_fields(client: httpx.Client, server: Any, fields: Json, para
 def test_chat_fields(client: httpx.Client, server: Any, fields: Json, param: str) -> None:
     body = {"model": server.model, "messages": USER} | fields
     check(client.post("/v1/chat/completions", json=body), 400, param)
+
+
+@pytest.mark.parametrize(("fields", "words"), WORDS, ids=ids(WORDS))
+def test_what_is_wrong_is_said_in_words(client: httpx.Client, server: Any, fields: Json, words: str) -> None:
+    body = {"model": server.model, "messages": USER} | fields
+    (param,) = fields
+    assert words in check(client.post("/v1/chat/completions", json=body), 400, param)
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status", "param"), SESSIONS, ids=ids(SESSIONS))

@@ -156,12 +156,15 @@ def rewrite(redis: Redis) -> None:
 
 
 def teach(client: Client, session: str) -> None:
-    """Teach `SECRET` as version 2, and ask for it in a chat whose answer is remembered, as version 3."""
+    """Teach `SECRET` as version 2; ask for it in a chat whose answer is remembered, as version 3, and in a response."""
     client.observe(session, OTHERS[0])
     client.observe(session, SECRET)
     chat = {"model": client.model, "session": session, "messages": [{"role": "user", "content": ASKS}], "max_tokens": 4}
     answer = assert_success(client.post("chat/completions", chat, **{"Idempotency-Key": uuid4().hex}))
     assert [episode["text"] for episode in answer["adaptation"]["recalled"]] == [SECRET]
+    response = {"model": client.model, "conversation": session, "input": ASKS, "max_output_tokens": 4}
+    kept = assert_success(client.post("responses", response | {"adapt": "predict", "store": True}))
+    assert kept["store"] and [episode["text"] for episode in kept["adaptation"]["recalled"]] == [SECRET]
 
 
 def learn_others(client: Client, session: str) -> None:
@@ -188,7 +191,7 @@ def test_what_is_gone_is_nowhere(
     options: Json = {"keep_text": True} | ({"ttl_s": 3} if way == "expired" else {})
     assert_success(client.http.put(f"/v1/sessions/{session}", json=options))
     teach(client, session)
-    everywhere = {"rows", "undo", "once", "pool lexical", "pool episodes", "hot episodes"}
+    everywhere = {"rows", "undo", "once", "response", "pool lexical", "pool episodes", "hot episodes"}
     found = search.places(caplog.text)
     assert found >= everywhere and any(name.endswith(".incr.aof") for name in found)
 
@@ -204,7 +207,7 @@ def test_what_is_gone_is_nowhere(
         undo = {"unlearned": ("unlearn", 2), "rolled back": ("rollback", 1)}[way]
         assert_success(client.post(f"sessions/{session}/{undo[0]}", {"version": undo[1]}))
         learn_others(client, session)
-    wait_until(lambda: not any(b":once:" in key for key in redis.scan_iter()))
+    wait_until(lambda: not any(b":once:" in key or b":response:" in key for key in redis.scan_iter()))
     client.observe(neighbour, OTHERS[1])  # the engine has done what it was told before
     rewrite(redis)
     assert search.places(caplog.text) == set()

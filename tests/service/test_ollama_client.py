@@ -11,13 +11,27 @@ import ollama
 import pytest
 from jsonschema import validate
 
-from service.http.routes.ollama import LINES, OllamaChatReply, OllamaGenerateReply
+from service.http.ollama_schemas import OllamaChatReply, OllamaGenerateReply
+from service.http.routes.ollama import LINES
 from service.types import SUGGESTED_SAMPLING
 from tests.live import Client, Json, assert_success
 from tests.service.in_process import InProcessServer
 
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "My cat is Miso."}]
 GREEDY: Json = {"temperature": 0, "num_predict": 8}
+SLEEP: Json = {
+    "type": "function",
+    "function": {
+        "name": "sleep",
+        "description": "Sleep.",
+        "parameters": {
+            "type": "object",
+            "properties": {"hours": {"enum": [1, 2]}},
+            "required": ["hours"],
+            "additionalProperties": False,
+        },
+    },
+}
 SCHEMA: Json = {
     "type": "object",
     "properties": {"age": {"enum": [7, 12]}},
@@ -46,6 +60,40 @@ def test_a_chat_is_that_of_openais_route(peer: ollama.Client, client: Client) ->
     counts = (reply.prompt_eval_count, reply.eval_count)
     assert counts == (whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"])
     assert reply.total_duration == (reply.prompt_eval_duration or 0) + (reply.eval_duration or 0) > 0
+
+
+def test_a_call_and_its_result_go_round(roomy_server: InProcessServer) -> None:
+    """Ollama cannot require a call: beside a schema, each reply is JSON or a call.
+
+    The package leaves `additionalProperties` out of the tools that it sends.
+    """
+    model, ask = roomy_server.model, [HELLO[1]]
+    body: Json = {"model": model, "messages": ask, "format": {"enum": [{"a": 1}, {"a": 2}]}, "tools": [SLEEP]}
+    with Client(roomy_server.url, model) as client:
+        for seed in range(16):
+            body["options"] = {"temperature": 2, "seed": seed, "num_predict": 400}
+            called = ollama.ChatResponse(**assert_success(client.http.post("/api/chat", json=body | {"stream": False})))
+            if called.message.tool_calls and called.done_reason == "stop":
+                break
+        lines = client.http.post("/api/chat", json=body).text.splitlines()
+    calls = called.message.tool_calls or []
+    assert calls and {call.function.name for call in calls} == {"sleep"} and called.message.content == ""
+    assert all(call.function.arguments["hours"] in (1, 2) for call in calls)
+    parts = [ollama.ChatResponse(**json.loads(line)) for line in lines]
+    assert [call for part in parts for call in part.message.tool_calls or ()] == calls
+    results = [{"role": "tool", "tool_name": "sleep", "content": "Done."}] * len(calls)
+    with ollama.Client(roomy_server.url) as peer:
+        answered = peer.chat(model, [*ask, called.message, *results], options=GREEDY)
+    with Client(roomy_server.url, model) as client:
+        spelt = [
+            {"id": f"c{number}", "type": "function", "function": {"name": "sleep", "arguments": json.dumps(dict(a))}}
+            for number, a in enumerate(call.function.arguments for call in calls)
+        ]
+        chat: Any = [*ask, {"role": "assistant", "content": None, "tool_calls": spelt}]
+        chat += [{"role": "tool", "tool_call_id": call["id"], "content": "Done."} for call in spelt]
+        whole = client.chat(chat)
+    assert answered.message.content == whole["choices"][0]["message"]["content"]
+    assert answered.prompt_eval_count == whole["usage"]["prompt_tokens"], "the prompt is that of OpenAI's shape"
 
 
 def test_a_stream_has_the_text_and_the_counts_of_the_whole_reply(peer: ollama.Client, client: Client) -> None:
@@ -170,7 +218,7 @@ def test_the_model_is_listed_and_shown(peer: ollama.Client, client: Client) -> N
     (model,) = peer.list().models
     assert model.model == client.model and model.digest and model.modified_at and model.size
     shown = peer.show(f"{client.model}:latest")
-    assert shown.capabilities == ["completion"] and shown.modelinfo is not None
+    assert shown.capabilities == ["completion", "tools"] and shown.modelinfo is not None
     architecture = shown.modelinfo["general.architecture"]
     assert shown.modelinfo[f"{architecture}.context_length"] == 512
     assert shown.modelinfo["general.parameter_count"] > 0 and "temperature 0.4" in (shown.parameters or "")
@@ -197,7 +245,8 @@ CHAT: Json = {"messages": HELLO}
         ("chat", CHAT | {"sesion": "ada"}, 400, "did you mean 'session'"),
         ("chat", CHAT | {"adapt": "predict"}, 400, "needs a session"),
         ("chat", CHAT | {"session": "a b"}, 400, "'session'"),
-        ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "'tools'"),
+        ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "'tools.0.function'"),
+        ("chat", CHAT | {"messages": [{"role": "tool", "content": "a"}]}, 400, "'messages.0' must be the result"),
         ("chat", CHAT | {"format": "yaml"}, 400, "'format"),
         ("chat", CHAT | {"format": {"type": "nothing"}}, 400, "'json_schema' is no grammar"),
         ("chat", {"messages": [{"role": "robot", "content": "a"}]}, 400, "'messages.0.role'"),

@@ -17,12 +17,13 @@ from service.http import reference, replies
 from service.http.schemas import SAFE_INTEGER
 from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
-from tests.live import Client
+from tests.live import Client, assert_success
 from tests.tiny import TEXT
 
 Json = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 JSON_TYPE = "application/json"
+EXAMPLE_RESPONSE = "resp_5f2b9c04d1e75f2b9c04d1e75f2b9c04"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_no_parameter_can_be_null_and_each_header_has_its_format(page: Json) -> 
 
 def test_a_server_answers_the_examples_as_described(page: Json, server: Server) -> None:
     with Client(server.url, server.model) as client:
-        exported = create_example_session(client)
+        exported, response = create_example_session(client), create_response(client)
         # Operations that overwrite or erase the session come last.
         for method, path, operation in sorted(operations(page), key=lambda item: item[0] in ("put", "delete")):
             if "Policies" in operation["tags"]:
@@ -166,7 +167,8 @@ def test_a_server_answers_the_examples_as_described(page: Json, server: Server) 
             content = operation.get("requestBody", {}).get("content", {None: {"schema": {}}})
             for media_type, media in content.items():
                 for example in [None] if media_type is None else examples(page, media) or [exported]:
-                    check_answer(page, operation, send(client, method, address(operation, path), example))
+                    url = address(operation, path).replace(EXAMPLE_RESPONSE, response)
+                    check_answer(page, operation, send(client, method, url, example))
 
 
 def create_example_session(client: Client) -> bytes:
@@ -175,6 +177,11 @@ def create_example_session(client: Client) -> bytes:
     for start in range(3):
         client.observe("alice", TEXT[start : start + 40])
     return client.http.get("/v1/sessions/alice/export").content
+
+
+def create_response(client: Client) -> str:
+    """Create a response that is kept, and return its id."""
+    return str(assert_success(client.post("responses", {"model": client.model, "input": "a"}))["id"])
 
 
 def address(operation: Json, path: str) -> str:

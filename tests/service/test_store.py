@@ -12,6 +12,7 @@ import pytest
 from service.errors import EngineError, NotFound, StoreFull, VersionConflict
 from service.store import CommitMetadata, IdempotencyRecord, RetentionConfig, RowBatch, SessionStore
 from service.store.base import MAX_LOG_ENTRIES
+from service.store.responses import KEPT_OF_SESSION, KEPT_OF_TENANT
 from tests.service.store_backends import (
     ODD_ID,
     StoreBackend,
@@ -276,6 +277,61 @@ async def test_no_answer_outlives_its_session(store: SessionStore, backend: Stor
     for sid in ("short", "shortened"):
         turn_start = await store.begin_turn(tenant, sid, write="never", names=["one"])
         assert turn_start.record is None and turn_start.meta is None
+
+
+@pytest.mark.parametrize("sid", ["s", ""])
+async def test_responses_are_kept_for_their_time_and_the_newest_only(
+    sid: str, store: SessionStore, backend: StoreBackend, tenant: str
+) -> None:
+    created, responses = None, store.responses
+    if sid:
+        created = (await store.create(tenant, new_meta(sid))).created
+    assert await responses.get(tenant, sid, None) is None
+    most = KEPT_OF_SESSION if sid else KEPT_OF_TENANT
+    for number in range(most + 2):
+        assert await responses.put(tenant, sid, f"r{number}", b"%d" % number, ttl_s=1000, created=created)
+    assert await responses.get(tenant, sid, "r1") is None
+    assert await responses.get(tenant, sid, "r2") == b"2"
+    before = backend.dump(tenant)
+    assert await responses.get(tenant, sid, None) == b"%d" % (most + 1)
+    assert backend.dump(tenant) == before
+    assert await responses.delete(tenant, sid, f"r{most + 1}") and not await responses.delete(tenant, sid, "r1")
+    assert await responses.get(tenant, sid, None) == b"%d" % most
+    assert await responses.get(tenant, "other" if sid else "s", "r2") is None
+    assert await responses.get(tenant + "2", sid, "r2") is None
+    assert await responses.put(tenant, sid, "r2", b"once more", ttl_s=2000, created=created)
+    backend.advance(tenant, 1001)
+    assert await responses.get(tenant, sid, "r3") is None
+    assert await responses.get(tenant, sid, None) == b"once more"
+    assert [meta.id for meta in await store.list(tenant)] == ([sid] if sid else [])
+
+
+async def test_responses_go_with_their_session_and_with_what_it_has_learned(
+    store: SessionStore, backend: StoreBackend, tenant: str
+) -> None:
+    responses, stored = store.responses, new_meta("s", 1)
+    await store.commit(tenant, stored, {})
+    for drops, expected in ((False, b"a"), (True, None)):
+        assert await responses.put(tenant, "s", "a", b"a", ttl_s=10_000, created=stored.created)
+        stored = new_meta("s", stored.version + 1)
+        await store.commit(tenant, stored, {}, commit_metadata=CommitMetadata(drops_responses=drops))
+        assert await responses.get(tenant, "s", "a") == expected
+    assert await responses.put(tenant, "s", "a", b"a", ttl_s=10_000, created=stored.created)
+    await store.configure(tenant, "s", {"ttl_s": 1000})
+    assert await responses.get(tenant, "s", "a") == b"a"
+    backend.advance(tenant, 1001)
+    assert await responses.get(tenant, "s", "a") is None
+    assert not await responses.put(tenant, "s", "a", b"a", ttl_s=10_000, created=stored.created)  # it has expired
+    await store.create(tenant, replace(new_meta("s"), created=2.5))
+    assert not await responses.put(tenant, "s", "a", b"a", ttl_s=10_000, created=stored.created)  # of another session
+    assert await responses.put(tenant, "s", "a", b"a", ttl_s=10_000, created=2.5)
+    await store.delete(tenant, "s")
+    await store.create(tenant, replace(new_meta("s"), created=2.5))
+    assert await responses.get(tenant, "s", "a") is None
+    with backend.full():
+        with pytest.raises(StoreFull):
+            await responses.put(tenant, "s", "a", b"a", ttl_s=10_000, created=2.5)
+        assert not await responses.delete(tenant, "s", "a")
 
 
 async def test_history_undoes_each_version(store: SessionStore, tenant: str) -> None:

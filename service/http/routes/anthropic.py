@@ -1,14 +1,17 @@
-"""Anthropic's routes: messages, streamed or not, and the count of their tokens. Only text goes in and out."""
+"""Anthropic's routes: messages, streamed or not, and the count of their tokens."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 
+from model.text.tool_calls import ReplyPiece
+from service.errors import BadRequest
 from service.http.dependencies import ImprintHeadersDep, LearningRequest, LearningRequestDep, RulesDep, SessionsDep
+from service.http.faults import shorten
 from service.http.generation_schemas import (
     MAX_STOPS,
     ChatCompletionRequest,
@@ -17,29 +20,35 @@ from service.http.generation_schemas import (
     StopText,
 )
 from service.http.json_route import JsonRoute
-from service.http.openapi import error_responses
-from service.http.openapi_examples import EXAMPLES
-from service.http.routes.openai import answer, chat_job, latency_recorder
+from service.http.openapi import error_responses, named_events
+from service.http.response_formats import call_id
+from service.http.routes.openai import answer, chat_job, chat_prompt, latency_recorder
 from service.http.schemas import (
     INT32,
     MAX_MESSAGES,
+    MAX_PARTS,
     ON_DISCONNECT,
     RECALL,
+    TEXT_OR_PARTS,
     WHOLE,
     Body,
+    CallId,
     OnDisconnect,
     SessionId,
+    Text,
     TextOrParts,
+    ToolName,
     Unsupported,
 )
-from service.http.sse import EventStream
-from service.http.text_formats import TextFormatter, as_chat, compact, require_foreign
+from service.http.sse import NamedEventStream
+from service.http.text_formats import TextFormatter, as_chat, compact, parsed_arguments, require_foreign
+from service.http.tool_schemas import MAX_TOOLS, ObjectSchema
 from service.turns.completion import TurnEnd
 from service.turns.prompts import ChatPrompt, encode_async
-from service.turns.sessions import Sessions
 from service.types import Adaptation, AdaptMode, LearnMode
 
 OWN_FIELDS = ("session", "adapt", "learn", "recall", "on_disconnect")
+STREAMED = "The message, or a stream of its events. `message_delta` carries `adaptation`, after the commit."
 HINTS = ("metadata", "thinking", "service_tier", "cache_control", "context_management")
 
 Json = dict[str, Any]
@@ -70,13 +79,138 @@ router = APIRouter(
 Blocks = TextOrParts[ChatTextPart]
 
 
+class ToolUse(Body):
+    """A call of a tool, which the assistant made."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["tool_use"]
+    id: CallId
+    name: ToolName
+    input: dict[str, Any]
+
+
+class ToolResult(Body):
+    """The result of a call; `is_error` is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["tool_result"]
+    tool_use_id: CallId
+    content: Blocks | None = None
+
+
+class Thinking(Body):
+    """Thoughts of a model; ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["thinking", "redacted_thinking"]
+
+
+def _block_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kinds = {"tool_use": "<use>", "tool_result": "<result>", "thinking": "<thought>", "redacted_thinking": "<thought>"}
+    return kinds.get(kind, "<text>") if isinstance(kind, str) else "<text>"
+
+
+Block = Annotated[
+    Annotated[ChatTextPart, Tag("<text>")]
+    | Annotated[ToolUse, Tag("<use>")]
+    | Annotated[ToolResult, Tag("<result>")]
+    | Annotated[Thinking, Tag("<thought>")],
+    Discriminator(_block_kind),
+]
+Content = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Block], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    TEXT_OR_PARTS,
+]
+
+
 class AnthropicMessage(Body):
-    """A message of a chat: a text, or blocks of text."""
+    """A message of a chat: a text, or blocks of text, calls of tools (the assistant's) and results (the user's)."""
 
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["user", "assistant", "system"]
-    content: Blocks
+    content: Content
+
+    def chat_messages(self) -> Iterator[Json]:
+        """Yield OpenAI's messages: each result is one, and so are the text and the calls of the others together."""
+        if isinstance(self.content, str):
+            yield {"role": self.role, "content": self.content}
+            return
+        text, calls, others = "", list[Json](), len(self.content)
+        for block in self.content:
+            match block:
+                case ChatTextPart():
+                    text += block.text
+                case ToolUse():
+                    function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
+                    calls.append({"id": block.id, "type": "function", "function": function})
+                case ToolResult():
+                    others -= 1
+                    content = block.content or ""
+                    yield {"role": "tool", "content": content, "tool_call_id": block.tool_use_id}
+        if others:
+            yield {"role": self.role, "content": text} | ({"tool_calls": calls} if calls else {})
+
+
+def _require_uses(messages: Sequence[AnthropicMessage]) -> None:
+    """Raise BadRequest for a block in a message of the wrong role, and for a result of a call that is not there."""
+    called = set[str]()
+    for index, message in enumerate(messages):
+        for position, block in enumerate(() if isinstance(message.content, str) else message.content):
+            param = f"messages.{index}.content.{position}"
+            if isinstance(block, ToolUse):
+                called.add(block.id)
+                if message.role != "assistant":
+                    raise BadRequest(f"'{param}': only messages of the assistant have 'tool_use'.", param=param)
+            elif isinstance(block, ToolResult):
+                if message.role != "user":
+                    raise BadRequest(f"'{param}': only messages of the user have 'tool_result'.", param=param)
+                if block.tool_use_id not in called:
+                    got = shorten(block.tool_use_id)
+                    fault = f"'{param}.tool_use_id' must be the id of a 'tool_use' before it, got {got}."
+                    raise BadRequest(fault, param=f"{param}.tool_use_id")
+
+
+class AnthropicTool(Body):
+    """A tool that the client runs; unknown fields are ignored, and tools of the server are not supported."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: ObjectSchema
+    strict: bool | None = None
+
+    def chat_tool(self) -> Json:
+        """Return the tool as chat completions have it."""
+        described = {"name": self.name, "description": self.description, "strict": self.strict}
+        return {"type": "function", "function": described | {"parameters": self.input_schema}}
+
+
+class AnthropicChoice(Body):
+    """The tools that the reply may, or must, call."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = Field(None, description="Required for `tool`.")
+    disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _with_name(self) -> "AnthropicChoice":
+        if self.type == "tool" and self.name is None:
+            raise BadRequest("'tool_choice.name' is required for 'tool'.", param="tool_choice.name")
+        return self
+
+    def chat_choice(self) -> Any:
+        """Return the choice as chat completions have it."""
+        if self.type == "tool":
+            return {"type": "function", "function": {"name": self.name}}
+        return "required" if self.type == "any" else self.type
 
 
 class AnthropicFormat(Body):
@@ -111,8 +245,8 @@ class CountTokensRequest(Body):
         description="A last message of the assistant is continued by the reply."
     )
     system: Blocks | None = None
-    tools: Annotated[Any, Unsupported(([],))] = None
-    tool_choice: Annotated[Any, Unsupported(({"type": "auto"}, {"type": "none"}))] = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: AnthropicChoice | None = None
     mcp_servers: Annotated[Any, Unsupported(([],))] = None
     container: Annotated[Any, Unsupported()] = None
     output_format: Annotated[Any, Unsupported()] = None
@@ -127,6 +261,7 @@ class CountTokensRequest(Body):
     @model_validator(mode="after")
     def _as_chat(self) -> "CountTokensRequest":
         require_foreign(self.model_extra)
+        _require_uses(self.messages)
         self._chat = as_chat((self.model_extra or {}) | self.fields())
         return self
 
@@ -134,8 +269,13 @@ class CountTokensRequest(Body):
         """Return the fields of the chat completion that this request asks for."""
         system = [] if not self.system else [ChatMessage(role="system", content=self.system)]
         fields: Json = {name: getattr(self, name) for name in HINTS}
-        fields["messages"] = [*system, *(ChatMessage(role=each.role, content=each.content) for each in self.messages)]
+        fields["messages"] = [*system, *(message for each in self.messages for message in each.chat_messages())]
         fields["model"] = self.model
+        if self.tools:
+            fields["tools"] = [tool.chat_tool() for tool in self.tools]
+        if (choice := self.tool_choice) is not None:
+            fields["tool_choice"] = choice.chat_choice()
+            fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use if self.tools else None
         if self.messages[-1].role == "assistant":
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
         if self.output_config is not None and self.output_config.format is not None:
@@ -149,7 +289,7 @@ class CountTokensRequest(Body):
 
     @property
     def prompt(self) -> ChatPrompt:
-        return ChatPrompt([message.plain() for message in self._chat.messages], self._chat.ending)
+        return chat_prompt(self._chat)
 
 
 class MessageRequest(CountTokensRequest):
@@ -199,6 +339,15 @@ class MessageText(BaseModel):
     text: str
 
 
+class MessageToolUse(BaseModel):
+    """A call of a tool; `input` is empty if the reply was cut off within it."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
 class MessageUsage(BaseModel):
     """The numbers of tokens of one request. No prompt is cached."""
 
@@ -215,8 +364,8 @@ class MessageReply(BaseModel):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[MessageText]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"] | None
+    content: list[MessageText | MessageToolUse]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
     stop_sequence: str | None
     usage: MessageUsage
     adaptation: Adaptation | None
@@ -228,100 +377,96 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-def _streamed() -> dict[int | str, Json]:
-    """Return the description of an answer that may be a stream of named events."""
-    kinds = [event["type"] for event in EXAMPLES["MessageEvent"]]
-    data = {"type": "object", "properties": {"type": {"enum": [*kinds, "error"]}}, "required": ["type"]}
-    fields: Json = {
-        "event": {"enum": [*kinds, "error"]},
-        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
-    }
-    content: Json = {
-        "text/event-stream": {
-            "itemSchema": {"type": "object", "properties": fields, "required": ["event", "data"]},
-            "example": "".join(MessageStream.frame(compact(event)) for event in EXAMPLES["MessageEvent"]),
-        }
-    }
-    description = "The message, or a stream of its events. `message_delta` carries `adaptation`, after the commit."
-    return {200: {"description": description, "content": content}}
-
-
-class MessageStream(EventStream):
-    """A stream of named events."""
-
-    closing = ""
-
-    @staticmethod
-    def frame(event: str) -> str:
-        return f"event: {json.loads(event)['type']}\ndata: {event}\n\n"
-
-
 class MessageFormatter(TextFormatter):
     """The format of `/v1/messages`."""
 
-    def __init__(self, learning: LearningRequest, prompt: ChatPrompt) -> None:
-        super().__init__(latency_recorder(learning))
-        self._sessions, self._ctx, self._prompt = learning.sessions, learning.ctx, prompt
+    def __init__(self, learning: LearningRequest, tools: str) -> None:
+        super().__init__(latency_recorder(learning), tools)
+        self._model, self._ctx = learning.sessions.model_id, learning.ctx
+        self._blocks, self._calls = 0, 0  # of a stream, so far
 
-    def whole(self, text: str, end: TurnEnd) -> Json:
-        content, adaptation = [{"type": "text", "text": text}], end.adaptation and asdict(end.adaptation)
-        usage = _usage(end.prompt_tokens, end.completion_tokens)
-        return self._message(content, usage, **_stop(end)) | {"adaptation": adaptation}
+    async def whole(self, parts: Sequence[ReplyPiece], end: TurnEnd) -> Json:
+        content = [self._block(part) | _content_of(part) for part in parts or [ReplyPiece("")]]
+        usage, adaptation = _usage(end.prompt_tokens, end.completion_tokens), end.adaptation and asdict(end.adaptation)
+        calls = any(part.call is not None for part in parts)
+        return self._message(content, usage, **_stop(end, calls)) | {"adaptation": adaptation}
 
-    async def opening(self) -> Iterable[str]:
-        message = self._message([], _usage(await _count(self._prompt, self._sessions), 0))
-        block = {"type": "text", "text": ""}
-        return [
-            compact({"type": "message_start", "message": message}),
-            compact({"type": "content_block_start", "index": 0, "content_block": block}),
-        ]
+    def opening(self, prompt_tokens: int) -> Iterable[str]:
+        yield compact({"type": "message_start", "message": self._message([], _usage(prompt_tokens, 0))})
 
-    def piece(self, text: str) -> str:
-        return compact({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}})
+    def piece(self, piece: ReplyPiece) -> Iterable[str]:
+        if piece.name is not None or not self._blocks:
+            yield from self._end_block()
+            empty = ReplyPiece("", piece.call, piece.name)
+            self._blocks, self._calls = self._blocks + 1, self._calls + (piece.call is not None)
+            block = self._block(empty) | _content_of(empty)
+            yield compact({"type": "content_block_start", "index": self._blocks - 1, "content_block": block})
+        if piece.text:
+            text, call = {"type": "text_delta", "text": piece.text}, {"type": "input_json_delta"}
+            delta = text if piece.call is None else call | {"partial_json": piece.text}
+            yield compact({"type": "content_block_delta", "index": self._blocks - 1, "delta": delta})
 
-    def closing(self, end: TurnEnd) -> Iterable[str]:
-        usage = _usage(end.prompt_tokens, end.completion_tokens)
+    async def closing(self, end: TurnEnd) -> Iterable[str]:
+        usage, stop = _usage(end.prompt_tokens, end.completion_tokens), _stop(end, self._calls > 0)
         adaptation = end.adaptation and asdict(end.adaptation)
         return [
-            compact({"type": "content_block_stop", "index": 0}),
-            compact({"type": "message_delta", "delta": _stop(end), "usage": usage, "adaptation": adaptation}),
+            *(() if self._blocks else self.piece(ReplyPiece(""))),
+            *self._end_block(),
+            compact({"type": "message_delta", "delta": stop, "usage": usage, "adaptation": adaptation}),
             compact({"type": "message_stop"}),
         ]
+
+    def _end_block(self) -> Iterator[str]:
+        if self._blocks:
+            yield compact({"type": "content_block_stop", "index": self._blocks - 1})
+
+    def _block(self, part: ReplyPiece) -> Json:
+        """Return the fields of a block that do not depend on its text."""
+        if part.call is None:
+            return {"type": "text"}
+        return {"type": "tool_use", "id": call_id(self._ctx.id, 0, part.call, prefix="toolu"), "name": part.name}
 
     def _message(
         self, content: list[Json], usage: Json, stop_reason: str | None = None, stop_sequence: str | None = None
     ) -> Json:
-        head = {"id": f"msg_{self._ctx.id}", "type": "message", "role": "assistant", "model": self._sessions.model_id}
+        head = {"id": f"msg_{self._ctx.id}", "type": "message", "role": "assistant", "model": self._model}
         return head | {"content": content, "stop_reason": stop_reason, "stop_sequence": stop_sequence, "usage": usage}
 
 
 @router.post(
-    "", summary="Reply to messages, for clients of Anthropic", response_model=MessageReply, responses=_streamed()
+    "",
+    summary="Reply to messages, for clients of Anthropic",
+    response_model=MessageReply,
+    responses=named_events("MessageEvent", STREAMED, "error"),
 )
 async def create_message(
     body: MessageRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
 ) -> Json | Response:
     """Reply to a chat; with a session, use the session's memory and update the memory with what is new in the chat."""
     job = chat_job(body.chat, learning, headers)
-    return await answer(learning, body.chat, job, MessageFormatter(learning, body.prompt), MessageStream)
+    formatter = MessageFormatter(learning, body.prompt.tools)
+    return await answer(learning, body.chat, job, formatter, NamedEventStream)
 
 
 @router.post("/count_tokens", summary="Count the tokens of messages, for clients of Anthropic")
 async def count_message_tokens(body: CountTokensRequest, sessions: SessionsDep, rules: RulesDep) -> TokenCount:
     """Return the number of tokens of a chat as the model gets it. No session is used."""
     rules.resolve_model(body.model)
-    return TokenCount(input_tokens=await _count(body.prompt, sessions))
+    encoded = await encode_async(body.prompt, sessions.loaded_model.tokenizer, (), reply=True)
+    return TokenCount(input_tokens=len(encoded.token_ids))
 
 
-async def _count(prompt: ChatPrompt, sessions: Sessions) -> int:
-    return len((await encode_async(prompt, sessions.loaded_model.tokenizer, (), reply=True)).token_ids)
+def _content_of(part: ReplyPiece) -> Json:
+    """Return the field of a block that has its content."""
+    return {"text": part.text} if part.call is None else {"input": parsed_arguments(part.text)}
 
 
-def _stop(end: TurnEnd) -> dict[str, str | None]:
-    """Return why the text ended."""
+def _stop(end: TurnEnd, calls: bool) -> dict[str, str | None]:
+    """Return why the text ended; `calls` says whether it calls tools."""
     if (stop := end.stops[0]) is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": stop}
-    return {"stop_reason": "max_tokens" if end.finish_reasons[0] == "length" else "end_turn", "stop_sequence": None}
+    ended = "tool_use" if calls else "end_turn"
+    return {"stop_reason": "max_tokens" if end.finish_reasons[0] == "length" else ended, "stop_sequence": None}
 
 
 def _usage(input_tokens: int, output_tokens: int) -> Json:

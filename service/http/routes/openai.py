@@ -107,7 +107,7 @@ async def create_chat_completion(
 ) -> Json | Response:
     """Reply to a chat; with a session, use the session's memory and update the memory with what is new in the chat."""
     completion_job = chat_job(body, learning, headers)
-    kind = ToolChatFormatter if _listed_tools(body) else ChatFormatter
+    kind = ToolChatFormatter if body.offered_tools else ChatFormatter
     formatter = kind(learning.sessions, body, completion_job, learning.ctx, latency_recorder(learning))
     return await answer(learning, body, completion_job, formatter)
 
@@ -124,14 +124,14 @@ def chat_job(body: ChatCompletionRequest, learning: LearningRequest, headers: Im
         prompt_logprobs=body.prompt_logprobs,
         grammar=body.form,
     )
+    return _completion_job(body, [chat_prompt(body)], generation, learning, headers)
+
+
+def chat_prompt(body: ChatCompletionRequest) -> ChatPrompt:
+    """Return the prompt of a chat completion. Raises BadRequest."""
     messages = [message.plain() for message in body.messages]
-    prompt = ChatPrompt(messages, body.ending, _listed_tools(body), bool(body.learn_tool_results))
-    return _completion_job(body, [prompt], generation, learning, headers)
-
-
-def _listed_tools(body: ChatCompletionRequest) -> str:
-    """Return the tools that the prompt lists, as text; "" for none."""
-    return "" if body.offered_tools is None else body.offered_tools.listed
+    tools = "" if body.offered_tools is None else body.offered_tools.listed
+    return ChatPrompt(messages, body.ending, tools, bool(body.learn_tool_results))
 
 
 async def answer(
@@ -269,6 +269,23 @@ def _prompt(param: str, prompt: Any, sessions: Sessions) -> Prompt:
     return TokenPrompt(prompt) if str not in set(map(type, prompt)) else PartsPrompt(prompt)
 
 
+def named_session(
+    model: str, session: str | None, user: str | None, learning: LearningRequest, headers: ImprintHeaders
+) -> str | None:
+    """Return the session of a completion: the body's, else the header's, else that of the model's name, else OpenAI's
+    `user` where the server's settings say so.
+
+    Raises:
+        NotFound: the server has no such model.
+        BadRequest: the name of the model cannot name a session.
+    """
+    _, session_of_model = learning.rules.resolve_model(model)
+    session = session or headers.session or session_of_model
+    if session is None and user and learning.rules.user_sessions:
+        session = session_of_user(user)
+    return session
+
+
 def _completion_job(
     body: GenerationRequest,
     prompts: list[Prompt],
@@ -278,17 +295,14 @@ def _completion_job(
 ) -> CompletionJob:
     """Return the job of the turn.
 
-    The session is the body's, else the header's, else that of the model's name, else OpenAI's `user` where the server's
-    settings say so; the mode likewise, and at last that of the API key.
+    The mode is the body's, else the header's, else that of the model's name, else that of the API key.
 
     Raises:
         NotFound: the server has no such model.
         BadRequest: the fields contradict each other.
     """
-    mode_of_model, session_of_model = learning.rules.resolve_model(body.model)
-    session = body.session or headers.session or session_of_model
-    if session is None and body.user and learning.rules.user_sessions:
-        session = session_of_user(body.user)
+    mode_of_model, _ = learning.rules.resolve_model(body.model)
+    session = named_session(body.model, body.session, body.user, learning, headers)
     if session is None:
         header = None if headers.adapt == "predict" else headers.adapt
         given: dict[str, object] = {"adapt": body.adapt, "learn": body.learn, "recall": body.recall}

@@ -75,6 +75,10 @@ class Keys:
         """Return the name of the meta hash, from which the scripts derive the session's other keys."""
         return self.session(tenant, sid, "meta")
 
+    def of_no_session(self, tenant: str) -> str:
+        """Return the name that a meta hash would have, for the keys that belong to a tenant and to no session."""
+        return f"{self.prefix}:{{{check_name('tenant', tenant)}/}}:meta"
+
     def index(self, tenant: str) -> str:
         """Return the name of the tenant's index of sessions."""
         return f"{self.prefix}:sessions:{check_name('tenant', tenant)}"

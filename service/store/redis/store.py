@@ -14,9 +14,12 @@ Keys, all of a session's in one hash slot of a cluster (`imprint` is the default
                         …:undo           hash: <version>:rows, :meta and :text = what undoes the version
                         …:once:<name>    the idempotency record of that name; expires
                         …:onces          sorted set of the names of records, by the time at which they expire
+                        …:response:<name> a kept response; expires
+                        …:responses      sorted set of the names of kept responses, by the time (µs) of their writing
                         …:lease          owner:fence of the server that may write; expires
                         …:fence          counter of leases that never goes back; outlives the session by a day
                         …:erased         the fence at which the session was erased; expires after a day
+    imprint:{<tenant>/}:response:<name>, …:responses   the kept responses of no session
     imprint:alive:<owner>                a server's heartbeat; expires
     imprint:sessions:<tenant>            the tenant's index of sessions, see index.py
 
@@ -62,6 +65,7 @@ from service.store.redis.connect import AnyRedis, connect
 from service.store.redis.heartbeat import BEATING, Heartbeat
 from service.store.redis.index import SessionIndex
 from service.store.redis.ledger import RedisLedger
+from service.store.redis.responses import RedisResponses
 from service.store.redis.rights import Rights
 from service.store.redis.scripts import (
     CLIENT_ERRORS,
@@ -110,6 +114,7 @@ class RedisStore:
         self.ledger = RedisLedger(client, self._keys)
         self._client = client
         self._retention = retention or RetentionConfig()
+        self.responses = RedisResponses(client, self._keys, self._retention.ttl_s)
         self._owner = secrets.token_hex(8)
         self._exclusive = exclusive
         self._known_sites: tuple[str, ...] = ()  # the sites at which any session had rows so far
@@ -293,6 +298,7 @@ class RedisStore:
         args += [json.dumps({"version": meta.version, **metadata.log}) if metadata.log else "", metadata.packed_tokens]
         record = metadata.idempotency_record
         args += ["", 0, b""] if record is None else [record.name, record.ttl_s, record.record]
+        args += ["1" if metadata.drops_responses else ""]
         args += [options, 2 * len(values), *codec.flatten(values)]
         for site, batch in sites.items():
             slots = cleared_slots.get(site)

@@ -3,15 +3,15 @@
 -- KEYS  the meta hash.
 -- ARGV  version v, created, nonce, lease or '', default ttl, undo steps to keep, bytes of undo steps to keep, log
 --       entries to keep, log entry or '', text or '', name of the idempotency record or '', its ttl, the record,
---       options, number of meta fields and values, field, value, ...,
+--       '1' to erase the kept responses or '', options, number of meta fields and values, field, value, ...,
 --       then for each touched site: its name, its row_bytes, its rows as records (slot, row), slots to empty.
 -- Returns {verdict, detail}. Only 'done' has written anything; the other verdicts are 'format', 'fenced', 'erased',
 -- 'conflict', 'renewed', 'width' and 'damaged'.
 local version, created, nonce, lease, ttl = unpack(ARGV, 1, 5)
 local keep, keep_bytes, keep_log, entry, text = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
-local once, once_ttl, record, options = unpack(ARGV, 11, 14)
-local FIRST_VALUE = 16
-local first_site = FIRST_VALUE + tonumber(ARGV[15])
+local once, once_ttl, record, drops, options = unpack(ARGV, 11, 15)
+local FIRST_VALUE = 17
+local first_site = FIRST_VALUE + tonumber(ARGV[16])
 local SLOT_BYTES = 4
 
 local stored = redis.call('HMGET', KEYS[1], 'format', 'version', 'created', 'nonce', 'undo_from', 'undo_bytes')
@@ -188,6 +188,9 @@ if once ~= '' then
   redis.call('HSET', KEYS[1], 'once_until', math.max(until_s, now + once_ttl))
   redis.call('SET', HOME .. 'once:' .. once, record, 'EX', once_ttl)
   redis.call('ZADD', ONCES, now + once_ttl, once)
+end
+if drops ~= '' then
+  drop_responses()
 end
 age(ttl)
 release(lease)

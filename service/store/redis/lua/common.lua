@@ -2,7 +2,7 @@
 -- prefix, and lie in the same hash slot of a cluster.
 local HOME = string.sub(KEYS[1], 1, -5)
 local LOG, UNDO, ONCES = HOME .. 'log', HOME .. 'undo', HOME .. 'onces'
-local FENCE, LEASE, ERASED = HOME .. 'fence', HOME .. 'lease', HOME .. 'erased'
+local FENCE, LEASE, ERASED, RESPONSES = HOME .. 'fence', HOME .. 'lease', HOME .. 'erased', HOME .. 'responses'
 local FORMAT = '5'
 local OLD_FORMATS = {['1'] = true, ['2'] = true, ['3'] = true, ['4'] = true} -- see upgrade.lua
 local DAY_S = 86400
@@ -74,6 +74,14 @@ local function age(default)
   else
     redis.call('PERSIST', FENCE)
   end
+end
+
+-- Erase the kept responses.
+local function drop_responses()
+  for _, name in ipairs(redis.call('ZRANGE', RESPONSES, 0, -1)) do
+    redis.call('UNLINK', HOME .. 'response:' .. name)
+  end
+  redis.call('UNLINK', RESPONSES)
 end
 
 -- Give the lease back if it is still held.

@@ -1,5 +1,5 @@
--- Replace the options of a session, if there is one and this release knows its format. No recorded answer outlives the
--- session's new time to live.
+-- Replace the options of a session, if there is one and this release knows its format. No recorded answer and no kept
+-- response outlives the session's new time to live.
 --
 -- KEYS  the meta hash.  ARGV  options, default ttl.
 -- Returns the meta hash that is stored now, as field, value, ...; nothing if there is no session.
@@ -15,6 +15,11 @@ if format and known(format) then
         redis.call('EXPIRE', HOME .. 'once:' .. once, life)
         redis.call('ZADD', ONCES, ends, once)
       end
+    end
+  end
+  for _, name in ipairs(life > 0 and redis.call('ZRANGE', RESPONSES, 0, -1) or {}) do
+    if redis.call('TTL', HOME .. 'response:' .. name) > life then
+      redis.call('EXPIRE', HOME .. 'response:' .. name, life)
     end
   end
   age(ARGV[2])

@@ -23,5 +23,6 @@ end
 for _, once in ipairs(redis.call('ZRANGE', ONCES, 0, -1)) do
   redis.call('UNLINK', HOME .. 'once:' .. once)
 end
+drop_responses()
 redis.call('UNLINK', LOG, UNDO, ONCES, LEASE, KEYS[1])
 return {'done', existed and '1' or '0'}

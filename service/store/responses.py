@@ -1,0 +1,36 @@
+"""The contract of the responses that a store keeps for clients that continue them; no store is implemented here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+KEPT_OF_SESSION = 32  # newest responses that a session keeps
+KEPT_OF_TENANT = 1024  # newest responses of no session that a tenant keeps
+
+
+class ResponseStore(Protocol):
+    """Kept responses: those of each session, and of each tenant those of no session, whose `sid` is "".
+
+    A response of a session goes with the session, and with a commit that says so (`CommitMetadata.drops_responses`).
+    Every response expires; beyond `KEPT_OF_SESSION` and `KEPT_OF_TENANT` the oldest go. Every method is atomic, and
+    raises what `SessionStore` says; only `put` raises StoreFull.
+    """
+
+    async def put(self, tenant: str, sid: str, name: str, record: bytes, *, ttl_s: int, created: float | None) -> bool:
+        """Keep a response under a name for `ttl_s` seconds, but no longer than its session lives. Idempotent.
+
+        Args:
+            created: `SessionMeta.created` of the session; None for no session.
+
+        Returns:
+            Whether the response is kept: False if the session has been erased, or was never stored.
+        """
+        ...
+
+    async def get(self, tenant: str, sid: str, name: str | None) -> bytes | None:
+        """Return the response of that name, or with None the newest one; None if there is none. Changes nothing."""
+        ...
+
+    async def delete(self, tenant: str, sid: str, name: str) -> bool:
+        """Erase a response; return whether there was one."""
+        ...

@@ -1,0 +1,127 @@
+"""The responses that clients may continue: their names, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from service.concurrency import run_off_loop
+from service.errors import BadRequest, Unavailable
+from service.store.base import SessionStore
+
+MAX_KEPT_CHARS = 1_048_576  # of a kept response with its messages as JSON, before the reply
+PACKED = 8  # characters that a packed byte may stand for
+_ID = re.compile(r"resp_([0-9a-f]{32})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
+_ITEM_ID = re.compile(r"(?:msg|fc)_([0-9a-f]{32})\.([0-9]{1,4})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ResponseId:
+    """The name of a response: a random number, and the session that it belongs to ("" = none)."""
+
+    number: str
+    session: str
+
+    def __str__(self) -> str:
+        return f"resp_{self.number}{self._suffix}"
+
+    def item(self, kind: str, index: int) -> str:
+        """Return the id of item number `index` of the response's output."""
+        return f"{kind}_{self.number}.{index}{self._suffix}"
+
+    @classmethod
+    def parse(cls, text: str) -> ResponseId | None:
+        """Return the name that a text is; None if no response can have it."""
+        found = _ID.fullmatch(text)
+        return None if found is None else cls(found[1], found[2] or "")
+
+    @classmethod
+    def parse_item(cls, text: str) -> tuple[ResponseId, int] | None:
+        """Return the response that an item belongs to, and the number of the item; None if no item has this id."""
+        found = _ITEM_ID.fullmatch(text)
+        return None if found is None else (cls(found[1], found[3] or ""), int(found[2]))
+
+    @property
+    def _suffix(self) -> str:
+        return f"_{self.session}" if self.session else ""
+
+
+@dataclass(frozen=True)
+class KeptResponse:
+    """A response as it is kept.
+
+    Attributes:
+        messages: the chat with the reply, as OpenAI's messages, without the instructions.
+        reply: the body of the reply.
+    """
+
+    messages: list[Json]
+    reply: Json
+
+    def pack(self) -> bytes:
+        """Return the bytes that are stored."""
+        text = json.dumps({"messages": self.messages, "reply": self.reply}, separators=(",", ":"), ensure_ascii=False)
+        return zlib.compress(text.encode(), 1)
+
+    @classmethod
+    def unpack(cls, record: bytes) -> KeptResponse:
+        """Return the response of which `pack` made the bytes."""
+        return cls(**json.loads(zlib.decompress(record)))
+
+
+class TenantResponses:
+    """The kept responses of one tenant.
+
+    ttl_s: seconds for which a response is kept; 0 = none is.
+    """
+
+    def __init__(self, store: SessionStore, tenant: str, ttl_s: int) -> None:
+        self._store, self._tenant, self._ttl_s = store, tenant, ttl_s
+
+    async def find(self, name: ResponseId) -> KeptResponse | None:
+        """Return a response; None if it has expired, was erased, or never was."""
+        return await self._get(name.session, name.number)
+
+    async def newest(self, session: str) -> KeptResponse | None:
+        """Return the newest response of a session; None if none is kept."""
+        return await self._get(session, None)
+
+    async def keep(self, name: ResponseId, kept: KeptResponse, size: int, created: float | None) -> bool:
+        """Keep a response; return whether it is kept. The answer is worth more than what is kept of it.
+
+        Args:
+            size: what the work grows with, in characters.
+            created: `SessionMeta.created` of the response's session; None for no session.
+        """
+        if not self._ttl_s or (name.session and created is None):
+            return False
+        record = await run_off_loop(size, kept.pack)
+        try:
+            return await self._store.responses.put(
+                self._tenant, name.session, name.number, record, ttl_s=self._ttl_s, created=created
+            )
+        except Unavailable:
+            return False
+
+    async def delete(self, name: ResponseId) -> bool:
+        """Erase a response; return whether there was one."""
+        return await self._store.responses.delete(self._tenant, name.session, name.number)
+
+    async def _get(self, session: str, number: str | None) -> KeptResponse | None:
+        record = await self._store.responses.get(self._tenant, session, number)
+        return None if record is None else await run_off_loop(PACKED * len(record), KeptResponse.unpack, record)
+
+
+def require_small(size: int) -> None:
+    """Raise BadRequest for a chat of more characters than are kept of one response."""
+    if size > MAX_KEPT_CHARS:
+        raise BadRequest(
+            f"A response is kept with its chat, which may have {MAX_KEPT_CHARS} characters as JSON, got {size};"
+            " 'store': false keeps none.",
+            param="input",
+        )
