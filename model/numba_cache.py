@@ -35,15 +35,17 @@ class KernelCache(FunctionCache):
         return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
 
     @cached_property
-    def _stamp(self) -> tuple[Any, str]:
-        return self._impl.locator.get_source_stamp(), kernel_digest(self._function, self._options)
+    def _stamp(self) -> str:
+        # Without the time and the size of the file, which Numba compares: they tell nothing that the digest does not,
+        # and an installation or a checkout sets a new time.
+        return kernel_digest(self._function, self._options)
 
 
 def kernel_digest(function: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """Return a digest of all that a kernel is compiled from.
 
-    That is the bytecode of the kernel and of all functions that it calls, the values of the global constants that they
-    read, and the compiler's options.
+    That is the bytecode and default arguments of the kernel and of all functions that it calls, the values of the
+    global constants that they read, and the compiler's options.
     """
     parts: list[str] = [_describe(options)]
     pending, seen = [function], set()
@@ -52,6 +54,7 @@ def kernel_digest(function: Callable[..., Any], options: Mapping[str, Any]) -> s
         if current in seen or not isinstance(current, FunctionType):
             continue
         seen.add(current)
+        parts.append(_describe(current.__defaults__))
         for code in _code_objects(current.__code__):
             parts += [code.co_code.hex(), _describe(code.co_consts), _describe(code.co_names)]
         for value in _referenced(current):

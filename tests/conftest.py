@@ -17,6 +17,7 @@ import platformdirs
 import pytest
 
 from service.base_cache import resolve_base, resolve_encoder
+from tests.forked import ForkedImprint
 from tests.tiny import build_tiny_base
 
 START_TIMEOUT_S = 300.0  # generous: the machine may be busy
@@ -39,13 +40,19 @@ class Server:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
         self.settings = {f"IMPRINT_{name}": str(value) for name, value in variables.items()}
         self._environment = clean | self.settings
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedImprint | None = None
 
-    def start(self, *, wait: bool = True) -> Server:
+    def start(self, *, wait: bool = True, forked: bool = True) -> Server:
+        """Start the process, and wait until the server is ready.
+
+        forked: whether the process begins with its modules loaded, which saves most of the work of a start.
+        """
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "service", "serve"], env=self._environment, stdout=log, stderr=log
-            )
+            if forked:
+                self.process = ForkedImprint(["serve"], self._environment, stdout=self.log, stderr=self.log)
+            else:
+                command = [sys.executable, "-m", "service", "serve"]
+                self.process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
         if wait:
             self.wait_until_ready()
         return self
@@ -88,6 +95,24 @@ def started(servers: Sequence[Server]) -> Iterator[None]:
             stack.callback(server.stop)
         for server in servers:
             server.wait_until_ready()
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_ctrl_c() -> None:
+    """Heed SIGINT, which tests send: a shell's background jobs ignore it, and hand that down to all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_tls() -> Iterator[None]:
+    """Let all HTTP clients of the tests share one TLS context: reading the authorities takes longer than most requests.
+
+    No test speaks TLS, but httpx makes a context for each client, and OpenAI's and Anthropic's clients are built on it.
+    """
+    context = httpx.create_ssl_context()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("httpx._transports.default.create_ssl_context", lambda **settings: context)
         yield
 
 

@@ -200,7 +200,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = arguments.base or build_tiny_base(Path(folder) / "tiny")
-        server = Server(str(base), Path(folder) / "data").start()
+        server = Server(str(base), Path(folder) / "data").start(forked=False)
         assert server.process is not None
         try:
             print("| request | MB | gap (ms) | CPU (ms) | growth (MB) | duration (s) | answer |")

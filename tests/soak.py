@@ -258,7 +258,7 @@ class Soak:
     def _outage(self) -> Iterator[None]:
         self._outages.append(float("inf"))
         yield
-        self.server.start()
+        self.server.start(forked=False)
         self._track_process()
         self._outages[-1] = time.monotonic()
 
@@ -277,7 +277,7 @@ class Soak:
     @contextmanager
     def _users(self) -> Iterator[None]:
         """Start the server, run the users during the block, and look at the server when it is idle again."""
-        self.server.start()
+        self.server.start(forked=False)
         self._track_process()
         threads = [
             threading.Thread(

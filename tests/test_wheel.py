@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +49,11 @@ def imprint(wheel: Path) -> Imprint:
     (packages,) = environment.glob("lib/python*/site-packages")
     # A path in a .pth file is not searched for further .pth files, such as the one of an editable install.
     (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    # Kernels that this checkout has compiled are those of the wheel: to compile them again takes a minute.
+    for kernel in sorted(ROOT.glob("model/**/__pycache__/*.nb[ci]")):
+        copy = packages / kernel.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(kernel, copy)
     empty = folder / "empty"
     empty.mkdir()
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from service.cli import main
 from service.client import Client, text_files
 from service.client.transport import SSEDecoder
 from service.errors import CommandError
+from tests.forked import ForkedImprint
+from tests.live import WAIT_TIMEOUT_S
 from tests.service.scripted_server import (
     MODEL,
     MODELS,
@@ -48,8 +51,13 @@ def command(*arguments: str, url: str) -> dict[str, Any]:
 
 
 def imprint(*arguments: str, url: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    run = command(*arguments, url=url)
-    return subprocess.run(**run, input=stdin, capture_output=True, text=True, timeout=120)
+    with tempfile.TemporaryDirectory() as folder:
+        given, stdout, stderr = (Path(folder) / name for name in ("stdin", "stdout", "stderr"))
+        given.write_text(stdin)
+        environment = command(url=url)["env"]
+        process = ForkedImprint(arguments, environment, stdin=given, stdout=stdout, stderr=stderr)
+        code = process.wait(WAIT_TIMEOUT_S)
+        return subprocess.CompletedProcess(arguments, code, stdout.read_text(), stderr.read_text())
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -315,12 +323,10 @@ def test_a_chat_samples_as_the_server_suggests(
 def test_ctrl_c_ends_the_command_quietly(scripted_server: Callable[..., ScriptedServer]) -> None:
     server = scripted_server(MODELS)
     run = command("chat", "--once", "hi", url=server.url)
-    # A process inherits ignored signals, and a shell's background jobs ignore SIGINT.
-    restore_sigint: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(**run, **restore_sigint, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert server.hanging.wait(60)
+    process = subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.hanging.wait(WAIT_TIMEOUT_S)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=WAIT_TIMEOUT_S)
     assert process.returncode == 130
     assert errors == ""
 
@@ -348,7 +354,7 @@ def test_a_chat_resends_its_history(scripted_server: Callable[..., ScriptedServe
         while screen.count("›".encode()) < turn:
             screen += os.read(terminal, 1024)
         os.write(terminal, typed)
-    assert process.wait(60) == 0
+    assert process.wait(WAIT_TIMEOUT_S) == 0
     os.close(terminal)
     bodies = [body["messages"] for _, _, body in server.requests[1:]]
     hi, bye = {"role": "user", "content": "hi"}, {"role": "user", "content": "bye"}

@@ -142,7 +142,7 @@ def test_a_clock_that_jumps_changes_no_version_and_no_row(
     (path / "sitecustomize.py").write_text(CLOCK.format(path=str(offset)))
     offset.write_text("0")
     monkeypatch.setenv("PYTHONPATH", f"{path}:{ROOT}")
-    server = make_server(session_ttl_s=60).start()
+    server = make_server(session_ttl_s=60).start(forked=False)
     with Client(server.url) as client:
         for turn, jump in enumerate((0, -86_400, 10 * 86_400, -1e9), 1):
             offset.write_text(str(jump))
@@ -151,7 +151,7 @@ def test_a_clock_that_jumps_changes_no_version_and_no_row(
             client.observe("naive", TEXT[turn:])
             if turn == 3:
                 server.kill()
-                server.start()
+                server.start(forked=False)
         assert state(server.data_dir, "alice") == state(server.data_dir, "naive")
         assert assert_success(client.post("sessions/alice/rollback", {"version": 1}))["version"] == 5
 

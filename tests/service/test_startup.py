@@ -197,17 +197,55 @@ def test_a_full_disk_ends_a_first_start(make_server: Callable[..., Any], tmp_pat
 # --- a start that is stopped ---
 
 
+def while_python_loads_modules(server: Server) -> None:
+    server.start(wait=False, forked=False)
+    time.sleep(0.1)
+
+
+def while_torch_is_loaded(server: Server) -> None:
+    server.start(wait=False, forked=False)
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    wait_until(lambda: any("libtorch" in file.path for file in process.memory_maps()))
+
+
+def while_the_store_starts(server: Server) -> None:
+    server.start(wait=False)
+    wait_until(lambda: find_valkey(server.data_dir) is not None)
+
+
+def while_the_model_is_loaded(server: Server) -> None:
+    server.start(wait=False)
+    with Client(server.url) as client:
+        wait_until(lambda: client.readiness() == "loading")
+
+
+def once_the_model_is_loaded(server: Server) -> None:
+    server.start(wait=False)
+    wait_until(lambda: ": loaded " in server.log.read_text())
+
+
+INSTANTS = [
+    while_python_loads_modules,
+    while_torch_is_loaded,
+    while_the_store_starts,
+    while_the_model_is_loaded,
+    once_the_model_is_loaded,
+]
+
+
+@pytest.mark.parametrize("start_until", INSTANTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_start_at_any_instant(make_server: Callable[..., Any], number: signal.Signals) -> None:
+def test_a_signal_ends_a_start_at_any_instant(
+    make_server: Callable[..., Any], number: signal.Signals, start_until: Callable[[Server], None]
+) -> None:
     server = make_server()
-    for instant in range(8):
-        server.start(wait=False)
-        assert server.process is not None
-        time.sleep(0.1 + 0.5 * instant)
-        server.process.send_signal(number)
-        # Before Python has begun, a signal ends the process by itself; while Python loads modules, it is an exception.
-        assert server.process.wait(END_TIMEOUT_S) in (0, -number, 128 + number, *(() if instant else (1,)))
-        wait_until(lambda: processes_with(str(server.data_dir)) == [])
+    start_until(server)
+    server.process.send_signal(number)
+    # Before Python has begun, a signal ends the process by itself; while Python loads modules, it is an exception.
+    early = (-number, 128 + number, 1) if start_until is while_python_loads_modules else ()
+    assert server.process.wait(END_TIMEOUT_S) in (0, *early)
+    wait_until(lambda: processes_with(str(server.data_dir)) == [])
 
 
 def test_a_signal_ends_a_start_that_waits_for_its_store(make_server: Callable[..., Any]) -> None:
