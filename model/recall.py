@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from model.episodes import RecallRequest
 from model.text.tokenizer import Tokenizer
@@ -11,6 +15,9 @@ from model.text.tokenizer import Tokenizer
 NEWEST_TOKENS = 512  # of episodes, most that the scores of a text read
 TEXT_QUERY_TOKENS = 64  # of a plain text, the tokens at its end that ask
 BLANK_LINE = "\n\n"
+SHARE = (
+    1 / 512
+)  # of the weights that is levelled at each token: the past may begin or cease to help about once in a request
 
 
 @dataclass(frozen=True)
@@ -63,3 +70,27 @@ class RecallPlan:
     def newest(self) -> RecallRequest:
         """Return what the scores of a text recall: the newest episodes, which no token of the text chooses."""
         return RecallRequest(1, None, NEWEST_TOKENS, self.text_header)
+
+
+@dataclass
+class ReadingWeight:
+    """The weight of the probabilities that read episodes against those that do not, in the scores of one text.
+
+    It follows Bayes' rule over the tokens so far, with a fixed share (Herbster and Warmuth 1998): episodes about
+    something else cost at most log 2 nats in all and log(1 / (1 - SHARE / 2)) a token, however badly they predict.
+    """
+
+    value: float = 0.5
+
+    def mix(self, reading: Tensor, plain: Tensor) -> Tensor:
+        """Return the log-probabilities [n] of the mixture of two, [n] each, for n tokens in a row.
+
+        A token counts in the weight of the tokens after it only.
+        """
+        mixed = list[float]()
+        for first, second in zip(reading.tolist(), plain.tolist(), strict=True):
+            log_reading, log_plain = math.log(self.value) + first, math.log1p(-self.value) + second
+            high, low = max(log_reading, log_plain), min(log_reading, log_plain)
+            mixed.append(high + math.log1p(math.exp(low - high)))
+            self.value = SHARE / 2 + (1 - SHARE) * math.exp(log_reading - mixed[-1])
+        return torch.tensor(mixed, dtype=plain.dtype, device=plain.device)

@@ -17,7 +17,7 @@ from model.episodes import Episodes
 from model.memory import Draft
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
-from model.recall import NEWEST_TOKENS, RecallPlan
+from model.recall import NEWEST_TOKENS, ReadingWeight, RecallPlan
 from model.text.tokenizer import Tokenizer
 from research.evaluation.arms import Outcome, SessionArm, Setting, Subject, state_bytes
 from research.evaluation.prequential import Clock, Progress
@@ -48,22 +48,24 @@ class _PastRows(SessionArm):
         reading, plain = self.lm.new_cache(len(ids) + NEWEST_TOKENS), self.lm.new_cache(len(ids))
         read_state, _ = self.lm.block(ids[:1], reading, self.pool, draft.index, decode_state=None)
         self._read_past(reading, draft, history)
+        weight, all_scored = ReadingWeight(), [True] * block
         for start in range(0, len(ids), block):
             part, asked = ids[start : start + block], ids[max(1, start) : start + block]
             read_state, scores = self.lm.block(
-                asked, reading, self.pool, draft.index, decode_state=read_state, score=[True] * len(asked)
+                asked, reading, self.pool, draft.index, decode_state=read_state, score=all_scored[: len(asked)]
             )
-            decode_state, _ = self.lm.block(
+            decode_state, plain_scores = self.lm.block(
                 part,
                 plain,
                 self.pool,
                 draft.index,
                 decode_state=decode_state,
-                learn=[True] * len(part),
+                score=all_scored[: len(part)],
+                learn=all_scored[: len(part)],
                 draft=draft,
             )
-            assert scores is not None
-            yield scores.adapted
+            assert scores is not None and plain_scores is not None
+            yield weight.mix(scores.adapted, plain_scores.adapted)
         self._keep(draft, ids)
         draft.commit()
 

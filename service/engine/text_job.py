@@ -14,6 +14,7 @@ from model.base.kv_cache import KVCache
 from model.decode.prompt_lookup import PromptLookup
 from model.episodes import Episode, RecallRequest, Span
 from model.memory.episodic.whole_words import WholeWords
+from model.recall import ReadingWeight
 from model.text.sampling import Sampler
 from model.text.tokenizer import Tokenizer
 from service.engine.resident import MemoryJob, ResidentSessions
@@ -120,12 +121,14 @@ class _Reading:
 
     start: the first token of that block. parts: the ranges of tokens that the pass has still to run. cache: of the
     prompt with the episodes. scores: whether the pass scores the prompt, each block before the block is learned.
+    weight: of these scores beside those of the first pass.
     """
 
     def __init__(self, episodes: list[Episode], recall: RecallRequest, length: int, block: int) -> None:
         self.episodes = episodes
         self.recall = recall
         self.scores = recall.query is None
+        self.weight = ReadingWeight()
         self.start = recall.at // block * block
         self.num_tokens = recall.cached_tokens(episodes)
         self.parts = deque(recall.parts(self.start, length, block))
@@ -335,7 +338,6 @@ class TextJob(MemoryJob):
             self._index,
             decode_state=reading.decode_state,
             score=segment.score[start:stop] if reading.scores and segment.score is not None else None,
-            top=segment.top if reading.scores else 0,
         )
         return scores
 
@@ -367,8 +369,8 @@ class TextJob(MemoryJob):
         if scores is not None:
             self._count(scores)
             if segment.score is not None:
-                if recalled is not None:
-                    scores = replace(scores, adapted=recalled.adapted, top=recalled.top)
+                if reading is not None and recalled is not None:
+                    scores = replace(scores, adapted=reading.weight.mix(recalled.adapted, scores.adapted))
                 yield self._token_scores(part, segment.score, scores)
 
     def _token_scores(self, part: slice, score: Sequence[int], scores: Scores) -> TokenScores:
