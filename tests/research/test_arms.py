@@ -16,6 +16,7 @@ from model.base.backbone import Backbone
 from model.base.checkpoint import load_backbone
 from model.base.config import tiny_config
 from model.memory.initial import default_config, random_memory
+from model.text.tokenizer import Tokenizer
 from research.evaluation.arms import (
     Adapter,
     Arm,
@@ -31,6 +32,7 @@ from research.evaluation.arms import (
 from research.evaluation.caches import Combined, NeuralCache, NGrams, Whitening, mixture_weights
 from research.evaluation.contexts import FullHistory, LastTokens
 from research.evaluation.gradients import DenseDelta, DynamicAll, DynamicHead, DynamicLoRA
+from research.evaluation.past_rows import LastTokensMemory, NewestEpisodes
 from research.evaluation.prequential import Stream, read_trace
 from research.evaluation.tuning import shares, tune
 from tests.tiny import build_tiny_base
@@ -73,6 +75,8 @@ def arms(lm: AdaptiveLM, folder: Path) -> dict[str, Arm]:
         NGrams(),
         DenseDelta(lm.backbone, whitening),
         DynamicHead(lm.backbone, whitening),
+        NewestEpisodes(lm, BOS, Tokenizer.load(folder)),
+        LastTokensMemory(lm, BOS),
         LastTokens(lm.backbone, BOS),
         FullHistory(lm.backbone, BOS),
         DynamicLoRA(trainable, BOS),
@@ -83,7 +87,8 @@ def arms(lm: AdaptiveLM, folder: Path) -> dict[str, Arm]:
 
 NAMES = (
     "static", "memory", "cleared", "own-past", "returned", "adapter", "cache-raw", "cache", "cache-bytes",
-    "memory+cache", "ngrams", "dense", "dynamic-head", "last-tokens", "full-history", "dynamic-lora", "dynamic-all",
+    "memory+cache", "ngrams", "dense", "dynamic-head", "episodes", "memory+last-tokens", "last-tokens", "full-history",
+    "dynamic-lora", "dynamic-all",
 )  # fmt: skip
 
 
