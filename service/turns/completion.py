@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
 
+from model.episodes import RecallRequest
 from model.text.grammar import GrammarError, GrammarSource
 from model.text.sampling import SamplingParams
 from model.text.tokenizer import Tokenizer
@@ -228,7 +229,8 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         recalls = meta is not None and model.keeps_episodes(handle.ctx.tenant, meta.options, job.recall)
         if recalls:
             requests = [model.recall.request(e.token_ids, e.question, chat=isinstance(p, ChatPrompt)) for p, e in pairs]
-            segments = [replace(s, recall=request) for s, request in zip(segments, requests, strict=True)]
+            asked = job.generation.max_tokens if meta is not None and meta.rows else 0  # empty, it answers as the base
+            segments = [recalling(s, r, asked, model.context) for s, r in zip(segments, requests, strict=True)]
         digests = [digest for e in encoded for digest in e.digests] if policy.learn_prompt else []
         frozen = job.generation.prompt_logprobs is not None
         return TurnPlan(
@@ -441,6 +443,19 @@ def build_segment(
         top=options.scored_top,
         generate=generate,
     )
+
+
+def recalling(segment: Segment, recall: RecallRequest | None, asked: int | None, context: int) -> Segment:
+    """Return a segment that recalls.
+
+    A completion that would fill the context leaves room for what it may recall, unless half of its own room would go.
+    """
+    generate, room = segment.generate, context - len(segment.token_ids)
+    if recall is not None and generate is not None and (asked is None or asked >= room):
+        left = room - recall.max_cached_tokens
+        if left >= room // 2:
+            generate = replace(generate, max_tokens=left)
+    return replace(segment, generate=generate, recall=recall)
 
 
 def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:

@@ -103,6 +103,14 @@ def test_a_streamed_reply_and_a_completion_recall_too(client: Client, session: s
     assert HARBOUR in [episode["text"] for episode in completion["adaptation"]["recalled"]]
 
 
+@pytest.mark.parametrize("limit", [None, 100_000])
+def test_a_reply_without_a_limit_of_its_own_leaves_room_for_what_it_recalls(
+    client: Client, session: str, limit: int | None
+) -> None:
+    client.observe(session, HARBOUR)
+    assert recalled(client, session, max_completion_tokens=limit) == [HARBOUR]
+
+
 def test_recall_changes_the_reply_and_nothing_that_is_learned(client: Client, session: str) -> None:
     other, chats = uuid4().hex, [ASKS_HARBOUR, "Is the harbour of Vorlund large? " * 12, HARBOUR * 5, MILL]
     replies = {}
