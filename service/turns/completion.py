@@ -229,8 +229,8 @@ class CompletionTurn(Turn[Delta | TurnEnd]):
         recalls = meta is not None and model.keeps_episodes(handle.ctx.tenant, meta.options, job.recall)
         if recalls:
             requests = [model.recall.request(e.token_ids, e.question, chat=isinstance(p, ChatPrompt)) for p, e in pairs]
-            asked = job.generation.max_tokens if meta is not None and meta.rows else 0  # empty, it answers as the base
-            segments = [recalling(s, r, asked, model.context) for s, r in zip(segments, requests, strict=True)]
+            limit = job.generation.max_tokens if meta is not None and meta.rows else 0  # empty, it answers as the base
+            segments = [recalling(s, r, limit, model.context) for s, r in zip(segments, requests, strict=True)]
         digests = [digest for e in encoded for digest in e.digests] if policy.learn_prompt else []
         frozen = job.generation.prompt_logprobs is not None
         return TurnPlan(
@@ -445,13 +445,13 @@ def build_segment(
     )
 
 
-def recalling(segment: Segment, recall: RecallRequest | None, asked: int | None, context: int) -> Segment:
+def recalling(segment: Segment, recall: RecallRequest | None, limit: int | None, context: int) -> Segment:
     """Return a segment that recalls.
 
     A completion that would fill the context leaves room for what it may recall, unless half of its own room would go.
     """
     generate, room = segment.generate, context - len(segment.token_ids)
-    if recall is not None and generate is not None and (asked is None or asked >= room):
+    if recall is not None and generate is not None and (limit is None or limit >= room):
         left = room - recall.max_cached_tokens
         if left >= room // 2:
             generate = replace(generate, max_tokens=left)
