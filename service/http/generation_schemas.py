@@ -30,12 +30,15 @@ from service.http import field_rules
 from service.http.faults import shorten
 from service.http.foreign_fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, HINTS, UNSUPPORTED
 from service.http.schemas import (
+    ADAPT,
     INT32,
+    LEARN,
     LEARN_TOOL_RESULTS,
     MAX_CHOICES,
     MAX_MESSAGES,
     ON_DISCONNECT,
     RECALL,
+    SESSION,
     WHOLE,
     Body,
     Message,
@@ -240,16 +243,9 @@ class GenerationRequest(Body):
     user: str | None = Field(
         None, description="Names the session only where the server's setting `IMPRINT_USER_SESSIONS` says so."
     )
-    session: SessionId | None = Field(
-        None, description="The session whose memory is used and updated; none = the frozen base."
-    )
-    adapt: AdaptMode | None = Field(
-        None,
-        description="Read and write the memory, only write, or only read; default: the session's, else `both`.",
-    )
-    learn: LearnMode | None = Field(
-        None, description="The part that is learned; default: the session's, else `prompt`."
-    )
+    session: SessionId | None = SESSION
+    adapt: AdaptMode | None = ADAPT
+    learn: LearnMode | None = LEARN
     recall: bool | None = RECALL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 

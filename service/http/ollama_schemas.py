@@ -18,10 +18,13 @@ from service.http.generation_schemas import (
     Stop,
 )
 from service.http.schemas import (
+    ADAPT,
     INT32,
+    LEARN,
     MAX_MESSAGES,
     ON_DISCONNECT,
     RECALL,
+    SESSION,
     WHOLE,
     Body,
     OnDisconnect,
@@ -92,11 +95,9 @@ class OllamaRequest(Body):
     think: Annotated[Any, Field(description="A hint; ignored.")] = None
     logprobs: Annotated[Any, Unsupported((False,))] = None
     top_logprobs: Annotated[Any, Unsupported((0,))] = None
-    session: SessionId | None = Field(
-        None, description="The session whose memory is used and updated; none = the frozen base."
-    )
-    adapt: AdaptMode | None = Field(None, description="Read and write the memory, only write, or only read.")
-    learn: LearnMode | None = Field(None, description="The part that is learned.")
+    session: SessionId | None = SESSION
+    adapt: AdaptMode | None = ADAPT
+    learn: LearnMode | None = LEARN
     recall: bool | None = RECALL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 

@@ -20,6 +20,8 @@ from service.errors import BadRequest
 from service.http import field_rules
 from service.http.generation_schemas import ChatUpTo
 from service.http.schemas import (
+    ADAPT,
+    LEARN,
     LEARN_TOOL_RESULTS,
     MAX_MESSAGES,
     MAX_PARTS,
@@ -260,8 +262,8 @@ class ResponseRequest(Body):
     session: SessionId | None = Field(
         None, description="The session whose memory is used and updated, without going on with its newest response."
     )
-    adapt: AdaptMode | None = Field(None, description="Read and write the memory, only write, or only read.")
-    learn: LearnMode | None = Field(None, description="The part that is learned.")
+    adapt: AdaptMode | None = ADAPT
+    learn: LearnMode | None = LEARN
     recall: bool | None = RECALL
     learn_tool_results: bool | None = LEARN_TOOL_RESULTS
     on_disconnect: OnDisconnect | None = ON_DISCONNECT

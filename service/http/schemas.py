@@ -75,6 +75,11 @@ TokenIds = Annotated[
 ON_DISCONNECT = Field(
     None, description="The end of the turn if its client disconnects; default `rollback`: the turn has no effect."
 )
+SESSION = Field(None, description="The session whose memory is used and updated; none = the frozen base.")
+ADAPT = Field(
+    None, description="Read and write the memory, only write, or only read; default: the session's, else `both`."
+)
+LEARN = Field(None, description="The part that is learned; default: the session's, else `prompt`.")
 RECALL = Field(
     None,
     description="False: the reply reads no episodes of the session, and the text is not kept as an episode. Default:"

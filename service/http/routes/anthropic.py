@@ -24,11 +24,14 @@ from service.http.openapi import error_responses, named_events
 from service.http.response_formats import call_id
 from service.http.routes.openai import answer, chat_job, chat_prompt, latency_recorder
 from service.http.schemas import (
+    ADAPT,
     INT32,
+    LEARN,
     MAX_MESSAGES,
     MAX_PARTS,
     ON_DISCONNECT,
     RECALL,
+    SESSION,
     TEXT_OR_PARTS,
     WHOLE,
     Body,
@@ -319,11 +322,9 @@ class MessageRequest(CountTokensRequest):
     )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32), WHOLE] | None = None
-    session: SessionId | None = Field(
-        None, description="The session whose memory is used and updated; none = the frozen base."
-    )
-    adapt: AdaptMode | None = Field(None, description="Read and write the memory, only write, or only read.")
-    learn: LearnMode | None = Field(None, description="The part that is learned.")
+    session: SessionId | None = SESSION
+    adapt: AdaptMode | None = ADAPT
+    learn: LearnMode | None = LEARN
     recall: bool | None = RECALL
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 
