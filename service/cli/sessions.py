@@ -93,10 +93,16 @@ def roll_back(session: SessionId, version: Version, url: Url = DEFAULT_URL) -> N
 
 
 @sessions_app.command("unlearn")
-def unlearn(session: SessionId, version: Version, url: Url = DEFAULT_URL) -> None:
-    """Make a new version as if an earlier one had never been learned; needs a session that keeps its texts."""
+def unlearn(
+    session: SessionId,
+    version: Version,
+    erase: Annotated[bool, typer.Option("--erase", help="For good: no earlier version can be gone back to.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Make a new version as if an earlier one had never been learned; exact where the session keeps its texts."""
     with connect(url) as client:
-        _print_result(client.unlearn(session, version), f"is as if version {version} had never been learned")
+        result = client.unlearn(session, version, erase=erase)
+        _print_result(result, f"is as if version {version} had never been learned")
 
 
 @sessions_app.command("fork")

@@ -330,10 +330,19 @@ def rollback(
 
 
 def unlearn(
-    session: str, version: int, *, idempotency_key: str | None = None, if_match: int | None = None
+    session: str,
+    version: int,
+    *,
+    erase: bool = False,
+    idempotency_key: str | None = None,
+    if_match: int | None = None,
 ) -> Operation[Session]:
-    """Make a new version as if `version` had never been learned; needs the session's option `keep_text`."""
-    return _version_operation(session, "unlearn", {"version": version}, idempotency_key, if_match)
+    """Make a new version as if `version` had never been learned; exact for a session with the option `keep_text`.
+
+    erase: make it final: the session can't be rolled back to any version before.
+    """
+    body = {"version": version, "erase": erase}
+    return _version_operation(session, "unlearn", body, idempotency_key, if_match)
 
 
 def fork(

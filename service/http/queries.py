@@ -38,6 +38,7 @@ class EpisodePage(BaseModel):
     asks: bool | None = Field(
         None, description="False: leave out the episodes that only ask, which no reply reads; true: only those."
     )
+    version: int | None = Field(None, ge=1, le=SAFE_INTEGER, description="Only episodes that this version taught.")
     limit: int = Field(100, ge=1, le=1000, description="Largest number of episodes to return.")
     before: int | None = Field(
         None, ge=1, le=SAFE_INTEGER, description="Only episodes before this one: `next` of the page before."

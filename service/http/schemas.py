@@ -267,11 +267,21 @@ class SessionOptions(Body):
 
 
 class Rollback(Body):
-    """The body of `POST /v1/sessions/{id}/rollback` and `/unlearn`."""
+    """The body of `POST /v1/sessions/{id}/rollback`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}]})
 
     version: Annotated[int, Field(ge=0, le=SAFE_INTEGER), WHOLE]
+
+
+class Unlearn(Rollback):
+    """The body of `POST /v1/sessions/{id}/unlearn`."""
+
+    erase: bool = Field(
+        False,
+        description="True: the session can't be rolled back to the versions before, which still have what is unlearned;"
+        " they are erased, and the texts that were kept with them.",
+    )
 
 
 class Fork(Body):

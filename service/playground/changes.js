@@ -2,7 +2,8 @@
 
 import { json, sessionPath } from "./server.js";
 
-const GONE = ["version_not_kept", "text_not_kept"]; // too long ago to be taken back by itself
+const GONE = ["version_not_kept", "text_not_kept"]; // another window has taken it back, or it is an imported one
+const LONGEST = 100; // texts of a message
 
 export const newKey = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-");
 
@@ -10,16 +11,17 @@ export const newKey = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandom
 export const teach = (memory, text, key, signal) =>
   json(sessionPath(memory, "observe"), { body: { text }, headers: { "Idempotency-Key": key }, signal });
 
-/** All that was said in a message, or null if it can no longer be taken back by itself. */
+/** All that was said in a message: its text, or what is remembered of a message whose text is not kept. */
 export async function wholeMessage(memory, version) {
   const { data } = await json(sessionPath(memory, `log?limit=1&before=${version + 1}`));
-  return data[0]?.version === version ? (data[0].text?.trim() ?? null) : null;
+  if (data[0]?.version === version && data[0].text) return data[0].text.trim();
+  const parts = (await json(sessionPath(memory, `episodes?version=${version}&limit=${LONGEST}`))).data;
+  return parts.map((part) => part.text).reverse().join("").trim();
 }
 
 /**
- * Teaches `text`, if there is one, in the place of what version `version` taught, or only takes that back; a version of
- * null is too old to be taken back. The change and its key stay in `kept` until all of it is done, so that a page that
- * is opened again ends it.
+ * Teaches `text`, if there is one, in the place of what version `version` taught, or only erases that, for good. The
+ * change and its key stay in `kept` until all of it is done, so that a page that is opened again ends it.
  */
 export async function change(kept, memory, version, text = "") {
   const begun = kept.change ? JSON.parse(kept.change) : {};
@@ -37,10 +39,10 @@ export async function finishChange(kept) {
   try {
     if (text) await teach(memory, text, `${key}.taught`);
     const headers = { "Idempotency-Key": `${key}.taken` };
-    if (version !== null) await json(sessionPath(memory, "unlearn"), { body: { version }, headers });
+    await json(sessionPath(memory, "unlearn"), { body: { version, erase: !text }, headers });
   } catch (error) {
     if (error.status && error.status < 500 && error.status !== 429) delete kept.change; // trying again would not help
-    if (!(text && GONE.includes(error.code))) throw error; // the newest counts, although the old one stays
+    if (!(text && GONE.includes(error.code))) throw error; // the new words count
   }
   delete kept.change;
 }

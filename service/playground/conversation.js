@@ -44,7 +44,7 @@ function plain(error) {
   if (!error.status) return error.message;
   const codes = {
     context_length_exceeded: "I remember it, but it is too long for an answer. Ask about a part of it.",
-    version_not_kept: "It was taken back already, or you said it too long ago.",
+    version_not_kept: "It was taken back already.",
   };
   if (error.code in codes) return codes[error.code];
   return words[error.status] ?? `That did not work (error ${error.status}).`;
@@ -251,31 +251,24 @@ async function ask(kind, { version, text, time }) {
 
 async function askCorrection(version, whole, text) {
   const field = $("correction");
-  field.value = whole ?? text;
-  $("correct-text").textContent = whole
-    ? "What you write takes the place of all that you said in that message."
-    : "You said this too long ago to take it back by itself. What you write now counts; the old words stay in the list.";
-  const before = field.value;
+  const before = (field.value = whole || text);
   const done = await confirm($("correct"), async () => {
-    if (field.value.trim() !== before) await change(kept, memory, whole === null ? null : version, field.value.trim());
+    if (field.value.trim() !== before) await change(kept, memory, version, field.value.trim());
   });
   return done && field.value.trim() !== before ? field.value.trim() : null;
 }
 
 function askForget(version, whole, text, time) {
-  const words = whole
-    ? ["This takes back all that you said in that message, which you sent ", moment(time), ":"]
-    : ["You said this too long ago to take it back by itself. You can correct it, or have everything forgotten."];
-  return forget("Forget this?", words, whole ?? text, whole !== null, () => change(kept, memory, version));
+  const words = ["All that you said in that message, which you sent ", moment(time), ", is erased for good:"];
+  return forget("Forget this?", words, whole || text, () => change(kept, memory, version));
 }
 
-function forget(title, words, text, can, work) {
+function forget(title, words, text, work) {
   const dialog = $("forget");
   $("forget-title").textContent = title;
   $("forget-text").replaceChildren(...words);
   dialog.querySelector("blockquote").textContent = text;
   dialog.querySelector("blockquote").hidden = !text;
-  dialog.querySelector("[value=yes]").hidden = !can;
   return confirm(dialog, work);
 }
 
@@ -296,7 +289,7 @@ async function forgetAll() {
   if (busy) return;
   const words = ["All that you ever told me is erased, for good. Nobody can bring it back."];
   const work = () => json(sessionPath(memory), { method: "DELETE" });
-  if (!(await forget("Forget everything?", words, "", true, work))) return;
+  if (!(await forget("Forget everything?", words, "", work))) return;
   exists = false;
   begin();
   announce("Everything is forgotten.");

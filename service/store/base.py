@@ -182,12 +182,14 @@ class CommitMetadata:
         packed_tokens: the learned tokens, packed, which unlearning needs; empty = not kept.
         idempotency_record: the answer to store; None = none.
         drops_responses: whether the session's kept responses are erased.
+        erases_past: whether all undo steps are erased, this commit's included.
     """
 
     log: Mapping[str, Any] = field(default_factory=dict)
     packed_tokens: bytes = b""
     idempotency_record: IdempotencyRecord | None = None
     drops_responses: bool = False
+    erases_past: bool = False
 
 
 NO_COMMIT_METADATA = CommitMetadata()
@@ -224,8 +226,7 @@ class History:
 def check_name(kind: str, name: str) -> str:
     """Return `name` if it is a valid name of a tenant or a session: no brace, slash or blank.
 
-    Raises:
-        ValueError: the name is not valid; `kind` says in the message what the name is for.
+    Raises ValueError for a name that is not valid; `kind` says in the message what the name is for.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"{kind} must match {_NAME.pattern}, not {name!r}")

@@ -281,7 +281,8 @@ class MemoryStore:
     def _remember(self, record: _Record, version: int, undo: _Undo, metadata: CommitMetadata) -> None:
         """Keep what a commit brings besides the session itself, within the limits."""
         record.undo.append(undo)
-        while len(record.undo) > self._retention.versions or (
+        versions = 0 if metadata.erases_past else self._retention.versions
+        while len(record.undo) > versions or (
             record.undo and sum(step.num_bytes for step in record.undo) > self._retention.history_bytes
         ):
             del record.undo[0]

@@ -33,6 +33,7 @@ class TurnPlan:
         score_frozen: whether every score is also taken without memory.
         kind, origin: the log entry's kind and what the entry refers to.
         keep_episodes: whether what the turn learns is kept as episodes.
+        erases_past: whether the commit drops all versions to which the session could be rolled back.
     """
 
     meta: SessionMeta | None
@@ -45,6 +46,7 @@ class TurnPlan:
     kind: TurnKind = "learn"
     origin: int | str | None = None
     keep_episodes: bool = False
+    erases_past: bool = False
 
     @property
     def policy(self) -> str:
@@ -86,6 +88,7 @@ class Commit:
         tokens: number of tokens learned.
         even_if_full: whether a store that has no room takes the commit, too.
         drops_responses: whether the session's kept responses go: they have what the session has not learned any more.
+        erases_past: whether all versions to which the session could be rolled back go.
     """
 
     meta: SessionMeta
@@ -95,6 +98,7 @@ class Commit:
     tokens: int
     even_if_full: bool = False
     drops_responses: bool = False
+    erases_past: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def build_commit(
         stats.tokens_learned,
         even_if_full=plan.kind == "rollback",
         drops_responses=plan.kind != "learn",
+        erases_past=plan.erases_past,
     )
 
 

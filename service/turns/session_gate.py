@@ -232,7 +232,9 @@ class SessionGate:
                     commit.state_delta.sites,
                     cleared_slots=commit.state_delta.cleared_slots,
                     lease=handle.lease,
-                    commit_metadata=CommitMetadata(commit.log, commit.packed_tokens, record, commit.drops_responses),
+                    commit_metadata=CommitMetadata(
+                        commit.log, commit.packed_tokens, record, commit.drops_responses, commit.erases_past
+                    ),
                     even_if_full=commit.even_if_full,
                 )
             await self._quotas.record_commit(ctx.tenant, new.id, new.bytes, commit.tokens)

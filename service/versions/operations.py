@@ -45,10 +45,14 @@ class Versions:
         return meta
 
     async def unlearn(
-        self, ctx: RequestContext, session: str, version: int, *, if_match: str | None = None
+        self, ctx: RequestContext, session: str, version: int, *, erase: bool = False, if_match: str | None = None
     ) -> SessionMeta:
-        """Make a version as if `version` had never been learned. Raises Conflict where what this needs is not kept."""
-        meta, _ = await self._sessions.run(ctx, UnlearnTurn(self._store, session, version, if_match))
+        """Make a version as if `version` had never been learned; `erase` drops all versions before.
+
+        Raises Conflict where neither what relearning needs is kept, nor an episode of the version.
+        """
+        turn = UnlearnTurn(self._store, session, version, if_match, erase=erase)
+        meta, _ = await self._sessions.run(ctx, turn)
         return meta
 
     async def learn_kept_text(

@@ -23,6 +23,7 @@ from service.turns.state_delta import full_state_delta, state_delta_at, unpack_l
 from service.turns.text_turns import LearningTurn
 from service.versions.export_file import read_export, unpack_session
 from service.versions.lineage import completion_entry, plan_unlearn, prompt_tokens_of
+from service.versions.removal import removal_delta
 
 
 class VersionTurn(Turn[tuple[SessionMeta, bool]]):
@@ -63,16 +64,46 @@ class RollbackTurn(VersionTurn):
 class UnlearnTurn(VersionTurn):
     """Makes a version as if `version` had never been learned: goes back before it and learns later tokens again.
 
-    The chat messages of the unlearned version stay known, so that a client that resends them does not teach them again.
+    Where what this needs is not kept, the rows that came from the version's episodes are cleared instead. The chat
+    messages of the unlearned version stay known, so that a client that resends them does not teach them again.
+
+    erase: whether all earlier versions are dropped, so that nobody can go back to what was unlearned.
     """
 
-    def __init__(self, store: SessionStore, session: str, version: int, if_match: str | None) -> None:
+    def __init__(
+        self, store: SessionStore, session: str, version: int, if_match: str | None, *, erase: bool = False
+    ) -> None:
         super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
-        self._version = version
+        self._version, self._erase = version, erase
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         history = await load_history(self._store, handle)
         model.require_loaded_model(history.meta)
+        try:
+            plan = self._plan_relearning(handle, model, history)
+        except Conflict as conflict:
+            plan = await self._plan_removal(handle, model, history, conflict)
+        return replace(plan, kind="unlearn", origin=self._version, erases_past=self._erase)
+
+    async def _plan_removal(
+        self, handle: SessionHandle, model: LoadedModel, history: History, conflict: Conflict
+    ) -> TurnPlan:
+        """Return the plan that clears rows. Raises `conflict` if the session has no episode that is the version's own.
+
+        What a fork or an import brought is one version, of many texts: nobody means all of them.
+        """
+        is_foreign = any(e["version"] == self._version and e["kind"] in ("fork", "import") for e in history.log)
+        stored = None if is_foreign else await self._store.load(handle.ctx.tenant.name, history.meta.id)
+        if stored is None:
+            raise conflict
+        config = model.engine.memory_config()
+        delta = await run_off_loop(stored.meta.bytes, removal_delta, stored, config, self._version)
+        if delta is None:
+            raise conflict
+        return TurnPlan(handle.meta, state_delta=delta)
+
+    def _plan_relearning(self, handle: SessionHandle, model: LoadedModel, history: History) -> TurnPlan:
+        """Return the plan that goes back and learns again. Raises Conflict if what this needs is not kept."""
         base, kept_tokens = plan_unlearn(history, self._version)
         delta = state_delta_at(history, base)
         delta = replace(delta, meta=delta.meta | {"digests": history.meta.digests})
@@ -83,9 +114,7 @@ class UnlearnTurn(VersionTurn):
             for segment in unpack_learned_tokens(packed)
         ]
         keep = model.keeps_episodes(handle.ctx.tenant, history.meta.options)
-        return TurnPlan(
-            handle.meta, segments, state_delta=delta, kind="unlearn", origin=self._version, keep_episodes=keep
-        )
+        return TurnPlan(handle.meta, segments, state_delta=delta, keep_episodes=keep)
 
 
 class ForkTurn(VersionTurn):

@@ -97,17 +97,19 @@ class EpisodeView:
 
 @dataclass(frozen=True)
 class EpisodeFilter:
-    """The episodes to list: with each word of `query`, whatever its case; of a number below `before`; with `asks`
-    that value, if it is not None."""
+    """The episodes to list: with each word of `query`, whatever its case; of a number below `before`; with that
+    `asks`, and of that `version`, if they are not None."""
 
     query: str = ""
     before: int | None = None
     asks: bool | None = None
+    version: int | None = None
 
     def selects(self, episode: EpisodeView) -> bool:
         """Return whether an episode, whose number fits, is to be listed."""
         text = episode.text.casefold()
-        return self.asks in (None, episode.asks) and all(word in text for word in self.query.casefold().split())
+        is_wanted = self.asks in (None, episode.asks) and self.version in (None, episode.version)
+        return is_wanted and all(word in text for word in self.query.casefold().split())
 
 
 class Views:

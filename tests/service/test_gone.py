@@ -173,7 +173,9 @@ def learn_others(client: Client, session: str) -> None:
         client.observe(session, text)
 
 
-@pytest.mark.parametrize("way", ["erased", "expired", "unlearned", "rolled back"])
+@pytest.mark.parametrize(
+    "way", ["erased", "expired", "unlearned", "unlearned late", "unlearned for good", "rolled back"]
+)
 def test_what_is_gone_is_nowhere(
     way: str,
     client: Client,
@@ -203,6 +205,11 @@ def test_what_is_gone_is_nowhere(
         dropping = asyncio.run_coroutine_threadsafe(memory_server.sessions.drop_missing(), memory_server.loop)
         wait_until(lambda: ("default", session) not in memory_server.engine.resident_keys())
         dropping.cancel()
+    elif way == "unlearned for good":
+        assert_success(client.post(f"sessions/{session}/unlearn", {"version": 2, "erase": True}))
+    elif way == "unlearned late":
+        learn_others(client, session)
+        assert_success(client.post(f"sessions/{session}/unlearn", {"version": 2, "erase": True}))
     else:
         undo = {"unlearned": ("unlearn", 2), "rolled back": ("rollback", 1)}[way]
         assert_success(client.post(f"sessions/{session}/{undo[0]}", {"version": undo[1]}))

@@ -380,6 +380,19 @@ async def test_history_stays_within_its_limits(
     assert [entry["version"] for entry in history.log] == [1, 2, 3, 4, 5, 6]
 
 
+async def test_a_commit_that_erases_the_past_leaves_no_undo_step(store: SessionStore, tenant: str) -> None:
+    for version in (1, 2):
+        learned = CommitMetadata({"kind": "learn"}, b"text")
+        await store.commit(tenant, new_meta("s", version), {"a": rows([1], version)}, commit_metadata=learned)
+    gone = CommitMetadata({"kind": "unlearn"}, erases_past=True)
+    await store.commit(tenant, new_meta("s", 3), {"a": rows([1], 3)}, commit_metadata=gone)
+    history = await store.history(tenant, "s", undo=True)
+    assert history is not None and (len(history.log), history.undo) == (3, [])
+    await store.commit(tenant, new_meta("s", 4), {"a": rows([1], 4)}, commit_metadata=LEARN)
+    history = await store.history(tenant, "s", undo=True)
+    assert history is not None and [step.version for step in history.undo] == [4]
+
+
 async def test_the_log_keeps_the_newest_entries(store: SessionStore, tenant: str) -> None:
     last = MAX_LOG_ENTRIES + 2
     for version in range(1, last + 1):

@@ -313,7 +313,8 @@ def test_chats_and_completions_are_unlearned_too_and_stay_known(client: Client, 
     assert again["adaptation"]["tokens_learned"] == 0
 
 
-def test_without_its_text_nothing_can_be_unlearned(client: Client, server: Any, session: str) -> None:
+def test_without_texts_and_episodes_nothing_can_be_unlearned(client: Client, server: Any, session: str) -> None:
+    assert_success(client.http.put(f"/v1/sessions/{session}", json={"recall": False}))
     for turn in range(3):
         teach(client, session, turn)
     before = state(server.data_dir, session)
@@ -323,6 +324,71 @@ def test_without_its_text_nothing_can_be_unlearned(client: Client, server: Any, 
     assert assert_success(client.post(f"sessions/{session}/unlearn", {"version": 3}))["version"] == 4, (
         "nothing was learned after version 3"
     )
+
+
+CAT, DOG, CITY = "The cat of Ilvara is called Miso.", "A dog in Vorlund barks at noon.", "My city has nine red gates."
+
+
+def episodes(client: Client, session: str) -> list[str]:
+    return [entry["text"] for entry in client.http.get(f"/v1/sessions/{session}/episodes").json()["data"]]
+
+
+@pytest.mark.parametrize("kept", ["no text", "no version"])
+def test_a_version_that_cannot_be_learned_around_is_unlearned_by_its_rows(
+    make_server: Callable[..., Any], kept: str
+) -> None:
+    """What is left has the rows of a session that never learned it: tokens and hashes, and in any slot."""
+    server = make_server(keep_versions=1 if kept == "no version" else 32).start()
+    with Client(server.url, server.model) as client:
+        if kept == "no version":
+            keep_text(client, "old")
+        for text in (CITY, CAT, DOG):
+            client.observe("old", text)
+        before = client.session("old")
+        after = assert_success(client.post("sessions/old/unlearn", {"version": 2}))
+        assert episodes(client, "old") == [DOG, CITY]
+        for text in (CITY, DOG):
+            client.observe("naive", text)
+        naive = client.session("naive")
+        assert names_of_rows(client, "old") <= names_of_rows(client, "naive")
+        assert before["rows"] > after["rows"] and before["bytes"] > after["bytes"]
+        assert naive["rows"] - 3 <= after["rows"] <= naive["rows"], "first words may go too"
+        exported = load(export(client, "old"))
+        assert after["bytes"] == sum(array.nbytes for name, array in exported.items() if is_rows(name))
+        assert client.post("sessions/old/unlearn", {"version": 2}).status_code == 409
+        assert client.observe("old", CAT)["version"] == 5, "it can be learned again"
+        assert episodes(client, "old") == [CAT, DOG, CITY]
+
+
+def is_rows(name: str) -> bool:
+    return name.endswith(".rows") and not name.startswith("lexical_own")
+
+
+def names_of_rows(client: Client, session: str) -> set[bytes]:
+    """Return the token and the hashes of each lexical row of a session."""
+    return {row[4:14].tobytes() for row in load(export(client, session))["lexical.rows"]}
+
+
+def test_what_a_fork_brought_is_not_unlearned_as_one_version(client: Client, session: str) -> None:
+    client.observe(session, CAT)
+    assert_success(client.post(f"sessions/{session}/fork", {"id": f"{session}-fork"}))
+    assert_error(client.post(f"sessions/{session}-fork/unlearn", {"version": 1}), 409, "version_not_kept")
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_what_is_erased_cannot_be_gone_back_to(client: Client, session: str, texts: bool) -> None:
+    if texts:
+        keep_text(client, session)
+    for text in (CITY, CAT, DOG):
+        client.observe(session, text)
+    assert_success(client.post(f"sessions/{session}/unlearn", {"version": 2, "erase": True}))
+    for version in (1, 3):
+        assert_error(rollback(client, session, version), 409, "version_not_kept")
+    log = client.http.get(f"/v1/sessions/{session}/log").json()["data"]
+    assert [entry["text"] for entry in log] == [None] * 4
+    client.observe(session, CAT)
+    assert assert_success(rollback(client, session, 4))["version"] == 6
+    assert episodes(client, session) == [DOG, CITY]
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------

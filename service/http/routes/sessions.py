@@ -44,6 +44,7 @@ from service.http.schemas import (
     Rollback,
     ScoreRequest,
     SessionOptions,
+    Unlearn,
 )
 from service.http.sse import until_disconnect
 from service.store.base import SessionMeta
@@ -160,7 +161,7 @@ async def read_episodes(
     session: PathId, page: Annotated[EpisodePage, Query()], views: ViewsDep, ctx: RequestContextDep
 ) -> SessionEpisodes:
     """List the texts that the session keeps for its replies to read, the newest first."""
-    wanted = EpisodeFilter(page.query, page.before, page.asks)
+    wanted = EpisodeFilter(page.query, page.before, page.asks, page.version)
     episodes, before = await views.episodes(ctx.tenant, session, wanted, page.limit)
     data = [SessionEpisode(**vars(episode)) for episode in episodes]
     return SessionEpisodes(object="list", data=data, has_more=before is not None, next=before)
@@ -201,9 +202,13 @@ async def roll_back(session: PathId, body: Rollback, versions: VersionsDep, lear
 
 
 @router.post("/{id}/unlearn", summary="Forget one version", responses=ETAG_RESPONSES)
-async def unlearn(session: PathId, body: Rollback, versions: VersionsDep, learning: LearningRequestDep) -> Session:
-    """Commit a new version as if one version had never been learned; the later texts must be kept (`keep_text`)."""
-    work = versions.unlearn(learning.ctx, session, body.version, if_match=learning.if_match)
+async def unlearn(session: PathId, body: Unlearn, versions: VersionsDep, learning: LearningRequestDep) -> Session:
+    """Commit a new version as if one version had never been learned.
+
+    Where the version before and the later texts are kept (`keep_text`), the later texts are learned again, and the
+    result is exact. Else the rows that came from the version's texts are removed.
+    """
+    work = versions.unlearn(learning.ctx, session, body.version, erase=body.erase, if_match=learning.if_match)
     return _session_reply(await until_disconnect(learning.request.receive, work), learning)
 
 

@@ -294,7 +294,7 @@ class RedisStore:
         options = values.pop("options")
         args: list[str | int | bytes] = [meta.version - 1, values["created"], secrets.token_hex(16)]
         args += ["" if lease is None else lease.value, retention.ttl_s]
-        args += [retention.versions, retention.history_bytes, MAX_LOG_ENTRIES]
+        args += [0 if metadata.erases_past else retention.versions, retention.history_bytes, MAX_LOG_ENTRIES]
         args += [json.dumps({"version": meta.version, **metadata.log}) if metadata.log else "", metadata.packed_tokens]
         record = metadata.idempotency_record
         args += ["", 0, b""] if record is None else [record.name, record.ttl_s, record.record]
