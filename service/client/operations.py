@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 from service.client.errors import ClientError
 from service.http.replies import (
@@ -41,7 +41,8 @@ T = TypeVar("T")
 Json = dict[str, Any]
 Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
 OnDisconnect = Literal["rollback", "commit"]
-IDEMPOTENCY_HEADER = "Idempotency-Key"
+IDEMPOTENCY_HEADER, SESSION_HEADER = "Idempotency-Key", "X-Imprint-Session"
+_SESSION_IN_PATH = re.compile(r"/v1/sessions/([^/?]+)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class Operation(Generic[T]):
     parse: Callable[[bytes], T]
     body: Json | bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def session_header(self) -> dict[str, str]:
+        """Return the header that names the session, by which a gateway finds the replica that has the session hot."""
+        in_path = _SESSION_IN_PATH.match(self.path)
+        session = unquote(in_path[1]) if in_path else self.body.get("session") if isinstance(self.body, dict) else None
+        return {SESSION_HEADER: session} if re.fullmatch(SESSION_ID, str(session or "")) else {}
 
 
 class Options(TypedDict, total=False):

@@ -93,7 +93,7 @@ class RetryState(Generic[T]):
 
     def _headers(self) -> dict[str, str]:
         json_type = {"Content-Type": "application/json"} if isinstance(self._operation.body, dict) else {}
-        return self._endpoint.headers | json_type | dict(self._operation.headers)
+        return self._endpoint.headers | self._operation.session_header | json_type | dict(self._operation.headers)
 
     def _body(self) -> bytes | None:
         body = self._operation.body
