@@ -259,7 +259,7 @@ async function askCorrection(version, whole, text) {
 }
 
 function askForget(version, whole, text, time) {
-  const words = ["All that you said in that message, which you sent ", moment(time), ", is erased for good:"];
+  const words = ["This erases for good all that you said in that message, which you sent ", moment(time), ":"];
   return forget("Forget this?", words, whole || text, () => change(kept, memory, version));
 }
 
