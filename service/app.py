@@ -1,4 +1,4 @@
-"""The start of a server: reads the settings, builds the parts, serves, and drains. Only this module builds them."""
+"""The start of a server: takes the signals, a socket and a store, serves, and drains."""
 
 from __future__ import annotations
 
@@ -11,42 +11,28 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import partial
-from importlib.metadata import version
 from ipaddress import ip_address
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.loops.auto import auto_loop_factory
 
 from model.base.checkpoint import CheckpointError
 from model.base.config import ConfigError
 from model.memory import MemoryConfigError
 from model.policies.config import PolicyError
-from service.background import find_malloc_trim, keep_running, return_free_memory
 from service.base_cache import BaseError
-from service.engine import Engine
-from service.http.install import install
 from service.http.limits import ConnectionLimits, ConnectionReport
 from service.http.protocol import Connection
-from service.metrics import Metrics
-from service.model_loading import LOADER_THREAD, StartError, load_in_thread
+from service.model_loading import LOADER_THREAD, StartError
 from service.settings import Settings
 from service.stopping import StopSignals, end_tasks, first_line
-from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey, StoreError
-from service.store.redis.codec import DEFAULT_PREFIX
-from service.store.redis.store import RedisStore
-from service.store_watch import check_store, restore_list, store_reporter, watch_store
 from service.tenants import ApiKeys, ApiKeysError
-from service.turns.quotas import Quotas
-from service.turns.session_gate import ServerLimits
 from service.turns.sessions import Sessions
+from service.wiring import Service, new_embedded, open_service
 
 END_SERVING_S = 1.0  # seconds that the web server gets to end when the start has failed
 
@@ -106,22 +92,6 @@ def _report_failure(error: Exception, signals: StopSignals) -> int:
     return code
 
 
-def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: ApiKeys) -> FastAPI:
-    """Return the web application in front of `sessions`."""
-    # Without docs_url and redoc_url: FastAPI's pages load their scripts from another host.
-    app = FastAPI(
-        title="Imprint",
-        version=version("imprint"),
-        description="A language model that learns as it serves.",
-        docs_url=None,
-        redoc_url=None,
-        generate_unique_id_function=lambda route: route.name,
-    )
-    metrics.build_info.info({"version": version("imprint"), "model": settings.model})
-    install(app, sessions=sessions, metrics=metrics, settings=settings, keys=keys)
-    return app
-
-
 async def _serve(
     settings: Settings,
     keys: ApiKeys,
@@ -131,130 +101,49 @@ async def _serve(
     signals: StopSignals,
 ) -> int:
     """Serve on the listener until the server is told to stop; return the exit code."""
-    metrics = Metrics()
-    store = _connect_store(settings, url, metrics, exclusive=embedded is not None)
-    sessions = new_sessions(settings, store, metrics)
-    app = create_app(sessions, metrics, settings, keys)
-    connection_limits = ConnectionLimits.of(settings)
-    config = uvicorn.Config(
-        app,
-        http=Connection.with_limits(connection_limits, ConnectionReport(metrics)),
-        ws="none",
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_keep_alive=math.ceil(connection_limits.idle_timeout_s),
-    )
-    server = _Server(config, sessions, settings.drain_timeout_s, signals)
-    tasks = _background_tasks(store, sessions, metrics, keys, embedded)
-    checking = asyncio.create_task(_no_check() if embedded else check_store(store, settings, metrics))
-    serving = asyncio.create_task(server.serve([listener]))
-    loading = asyncio.create_task(load_in_thread(settings, metrics))
-    engine: Engine | None = None
-    try:
-        await _first_done(serving, loading, check=checking)
-        if loading.done() and sessions.state == "loading":
-            loaded_model = loading.result()
-            engine = loaded_model.engine
-            await engine.start()
-            if sessions.state == "loading":  # no signal has come meanwhile
-                sessions.set_ready(loaded_model)
-                host, port, *_ = listener.getsockname()
-                log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
-        await _first_done(serving, check=checking)
-        await serving
-    except Exception as error:
-        return _report_failure(error, signals)
-    finally:
-        server.should_exit = True
-        await asyncio.wait({serving}, timeout=END_SERVING_S)
-        await end_tasks([serving, *tasks, loading, checking])
-        if engine is not None:
-            await engine.stop()
-        await store.close()
+    async with open_service(settings, keys=keys, store=(url, embedded)) as service:
+        limits = ConnectionLimits.of(settings)
+        config = uvicorn.Config(
+            service.app,
+            http=Connection.with_limits(limits, ConnectionReport(service.metrics)),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=math.ceil(limits.idle_timeout_s),
+        )
+        server = _Server(config, service.sessions, settings.drain_timeout_s, signals)
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            await _serve_until_stopped(service, serving, listener, settings)
+        except Exception as error:
+            return _report_failure(error, signals)
+        finally:
+            server.should_exit = True
+            await asyncio.wait({serving}, timeout=END_SERVING_S)
+            await end_tasks([serving])
     return 0
 
 
-async def _first_done(*tasks: asyncio.Task[Any], check: asyncio.Task[None]) -> None:
-    """Wait until one of the tasks has ended; raise the error of the check if the check fails first."""
-    await asyncio.wait({*tasks, check}, return_when=asyncio.FIRST_COMPLETED)
-    if check.done():
-        check.result()
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def _no_check() -> None:
-    """Check nothing: the server's own store has all rights."""
-
-
-def _background_tasks(
-    store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys, embedded: EmbeddedValkey | None
-) -> list[asyncio.Task[None]]:
-    """Start the background tasks, which run until the server ends."""
-    report = store_reporter(sessions, metrics)
-    watch = partial(watch_store, store, sessions, metrics, keys, None if embedded else report)
-    forever: dict[str, Callable[[], Awaitable[None]]] = {
-        "watch_store": watch,
-        "drop_erased": sessions.drop_erased,
-        "drop_missing": sessions.drop_missing,
-        "restore_list": partial(restore_list, store, metrics),
-    }
-    if embedded is None:
-        forever["heartbeat"] = store.heartbeat
-    if (trim := find_malloc_trim()) is not None:
-        forever["return_free_memory"] = partial(return_free_memory, trim)
-    tasks = [asyncio.create_task(keep_running(name, task, metrics)) for name, task in forever.items()]
-    if embedded is not None:
-        tasks.append(asyncio.create_task(embedded.supervise(report)))
-    return tasks
-
-
-def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive: bool) -> SessionStore:
-    """Return the store of the sessions; `exclusive`: no other server uses that store. Raises StartError."""
-    retention = RetentionConfig(
-        versions=settings.keep_versions,
-        history_bytes=settings.keep_bytes,
-        ttl_s=settings.session_ttl_s,
-        lease_s=settings.lease_s,
-        wait_s=settings.lease_wait_s,
-    )
+async def _serve_until_stopped(
+    service: Service, serving: asyncio.Task[None], listener: socket.socket, settings: Settings
+) -> None:
+    """Return when the web server has ended. Raises what keeps the service from starting."""
+    starting = asyncio.create_task(service.start())
+    failing = asyncio.create_task(service.wait_failed())
     try:
-        return RedisStore.from_url(
-            url,
-            retention,
-            exclusive=exclusive,
-            prefix=DEFAULT_PREFIX if exclusive else settings.redis_prefix,
-            report_fault=lambda fault: metrics.store_faults_total.labels(fault).inc(),
-        )
-    except ValueError as error:
-        raise StartError(f"IMPRINT_REDIS_URL: {error}") from error
-
-
-def new_sessions(settings: Settings, store: SessionStore, metrics: Metrics) -> Sessions:
-    """Return the sessions in a store, under the limits of the settings."""
-    limits = ServerLimits(
-        max_queue=settings.max_queue,
-        session_bytes=settings.session_max_bytes,
-        key_ttl_s=settings.idempotency_ttl_s,
-        retry_ttl_s=settings.retry_ttl_s,
-        response_ttl_s=settings.response_ttl_s,
-        lease_s=settings.lease_s,
-        export_key=settings.export_key or "",
-    )
-    return Sessions(
-        store,
-        Quotas(store),
-        metrics,
-        model_id=settings.model_names[0] if settings.model_names else _model_id(settings.model),
-        limits=limits,
-        proof_rate=settings.proof_rate,
-    )
-
-
-def _model_id(model: str) -> str:
-    """Return the base's id for clients: its name, or the name of its folder or file."""
-    path = Path(model).expanduser()
-    return path.absolute().name if path.exists() else model
+        await asyncio.wait({serving, starting, failing}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and not failing.done():
+            await starting
+            if service.sessions.state == "ready":
+                host, port, *_ = listener.getsockname()
+                log.info("ready: http://%s:%s (data in %s)", host, port, settings.data_dir)
+            await asyncio.wait({serving, failing}, return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            await failing
+        await serving
+    finally:
+        await end_tasks([starting, failing])
 
 
 class _Server(uvicorn.Server):
@@ -337,7 +226,7 @@ def _store_url(settings: Settings, signals: StopSignals) -> Iterator[tuple[str, 
     if settings.redis_url is not None:
         yield settings.redis_url, None
         return
-    embedded = EmbeddedValkey(settings.data_dir, max_bytes=settings.store_bytes, rewrite_s=settings.store_rewrite_s)
+    embedded = new_embedded(settings)
     url = embedded.start(stopped=signals.is_set)
     try:
         yield url, embedded

@@ -107,6 +107,7 @@ MAY_IMPORT = {
         "service.types",
     ),
     "service.app": ("model", "service"),
+    "service.wiring": ("model", "service"),
     "service.cli": ("model", "service", "research", "benchmarks"),
     "service.__main__": ("service.cli",),
     "imprint": ("service.client", "service.errors", "service.http.replies", "service.types"),
@@ -117,6 +118,7 @@ MAY_IMPORT = {
 MUST_NOT_IMPORT = {
     "model": ("model.base", "model.memory", "model.text", "model.adaptive_lm", "model.decode", "model.policies"),
     "service.app": ("service.cli", "service.client", "service.__main__"),
+    "service.wiring": ("service.app", "service.cli", "service.client", "service.__main__"),
     "service.cli": ("service.engine", "service.turns", "service.versions", "service.http.routes"),
     "benchmarks": ("service.cli", "service.http.routes", "service.turns"),
 }
@@ -124,7 +126,8 @@ MUST_NOT_IMPORT = {
 # Concrete stores, and who names them.
 CONCRETE_STORES = ("service.store.redis", "service.store.embedded", "service.store.memory")
 NAMES_STORES = {
-    "service.app": "wires the parts of a server",
+    "service.app": "starts the embedded store under signals",
+    "service.wiring": "wires the parts of a service",
     "service.cli.doctor": "checks the store before a server starts",
     "service.cli.checks": "checks the store before a server starts",
     "benchmarks": "measures the stores themselves",
@@ -144,7 +147,7 @@ LIBRARIES = {
     "tokenizers": ("model.base", "model.text"),
     "jinja2": ("model.text",),
     "llguidance": ("model.text.grammar",),
-    "fastapi": ("service.http", "service.app"),
+    "fastapi": ("service.http", "service.wiring"),
     "starlette": ("service.http", "benchmarks.http_protocols"),
     "uvicorn": ("service.app", "service.http.protocol", "benchmarks.http_protocols"),
     "pydantic": ("service.http", "service.settings", "service.cli"),

@@ -67,8 +67,9 @@ class Operation(Generic[T]):
     def session_header(self) -> dict[str, str]:
         """Return the header that names the session, by which a gateway finds the replica that has the session hot."""
         in_path = _SESSION_IN_PATH.match(self.path)
-        session = unquote(in_path[1]) if in_path else self.body.get("session") if isinstance(self.body, dict) else None
-        return {SESSION_HEADER: session} if re.fullmatch(SESSION_ID, str(session or "")) else {}
+        in_body = self.body.get("session") if isinstance(self.body, dict) else None
+        session = unquote(in_path[1]) if in_path else str(in_body or "")
+        return {SESSION_HEADER: session} if re.fullmatch(SESSION_ID, session) else {}
 
 
 class Options(TypedDict, total=False):

@@ -2,7 +2,7 @@
 
 The module implements no store. `service/store/redis/` keeps sessions in Redis or Valkey, `service/store/memory.py` in
 this process. A new store touches two files: a module here with a class that satisfies `SessionStore` (`ledger`
-included), and `service/app.py`, the only place that chooses a store. Every other module names the Protocols alone.
+included), and `service/wiring.py`, the only place that chooses a store. Every other module names the Protocols alone.
 `tests/service/test_store.py` states each promise below as a test; `tests/service/store_backends.py` lists the stores
 that the tests run on.
 """

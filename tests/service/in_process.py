@@ -9,7 +9,6 @@ from typing import Any
 
 import uvicorn
 
-from service.app import create_app, new_sessions
 from service.engine import Engine
 from service.metrics import Metrics
 from service.model_loading import load_model
@@ -18,6 +17,7 @@ from service.store.base import SessionStore
 from service.store.memory import MemoryStore
 from service.tenants import ApiKeys
 from service.turns.sessions import Sessions
+from service.wiring import create_app, new_sessions
 from tests.conftest import START_TIMEOUT_S
 
 

@@ -337,7 +337,7 @@ def episodes(client: Client, session: str) -> list[str]:
 def test_a_version_that_cannot_be_learned_around_is_unlearned_by_its_rows(
     make_server: Callable[..., Any], kept: str
 ) -> None:
-    """What is left has the rows of a session that never learned it: tokens and hashes, and in any slot."""
+    """The rows that are left have tokens and hashes of rows of a session that never learned it, in any slot."""
     server = make_server(keep_versions=1 if kept == "no version" else 32).start()
     with Client(server.url, server.model) as client:
         if kept == "no version":
