@@ -33,7 +33,10 @@ class EpisodePage(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     query: str = Field(
-        "", max_length=256, description="Only episodes with each of these words or parts of words, whatever their case."
+        "",
+        max_length=256,
+        description="Only episodes with each of these words or parts of words, whatever their case, or of a like"
+        " meaning, where the server has a sentence encoder.",
     )
     asks: bool | None = Field(
         None, description="False: leave out the episodes that only ask, which no reply reads; true: only those."

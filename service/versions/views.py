@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from model.episodes import MEANINGS
 from model.episodes import SITE as EPISODES
 from model.memory.config import MemoryConfig, SiteConfig
-from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
+from model.memory.episodic.layout import HEADER, LENGTH, MADE_BY_BYTES, OFFSET, ORDINAL, VERSION
+from model.memory.episodic.search import cosines
 from model.site_kind import SiteKind
 from service.concurrency import run_off_loop
 from service.engine.stored_rows import is_valid_site
+from service.errors import Overloaded
 from service.store.base import History, RowBatch, SessionMeta, Slots, StoredSession
 from service.store.errors import damaged_session
 from service.tenants import Tenant
@@ -25,6 +31,7 @@ from service.turns.state_delta import state_delta_at
 from service.versions.lineage import kept_tokens_of, lineages, with_text
 
 MAX_BINS = 1024
+MIN_COSINE = 0.3  # of a search's vector and an episode's: "pets" and "My cat is called Miso." have 0.42
 MAX_READS = 3  # tries to read a session that another turn changes meanwhile
 NO_SLOTS = np.zeros(0, np.int32)
 
@@ -97,19 +104,20 @@ class EpisodeView:
 
 @dataclass(frozen=True)
 class EpisodeFilter:
-    """The episodes to list: with each word of `query`, whatever its case; of a number below `before`; with that
-    `asks`, and of that `version`, if they are not None."""
+    """The episodes to list: with each word of `query`, whatever its case, or of a like meaning; of a number below
+    `before`; with that `asks`, and of that `version`, if they are not None."""
 
     query: str = ""
     before: int | None = None
     asks: bool | None = None
     version: int | None = None
 
-    def selects(self, episode: EpisodeView) -> bool:
-        """Return whether an episode, whose number fits, is to be listed."""
+    def selects(self, episode: EpisodeView, alike: Container[int]) -> bool:
+        """Return whether an episode, whose number fits, is to be listed; `alike`: the numbers of those that mean it."""
+        if self.asks not in (None, episode.asks) or self.version not in (None, episode.version):
+            return False
         text = episode.text.casefold()
-        is_wanted = self.asks in (None, episode.asks) and self.version in (None, episode.version)
-        return is_wanted and all(word in text for word in self.query.casefold().split())
+        return episode.ordinal in alike or all(word in text for word in self.query.casefold().split())
 
 
 class Views:
@@ -144,15 +152,31 @@ class Views:
         if batch is None:
             return [], None
         times = {entry["version"]: entry["time"] for entry in history.log}
+        meaning = await self._meaning(wanted.query)
 
         def read() -> list[EpisodeView]:
             if not is_valid_site(EPISODES, batch, model.engine.memory_config(), model.row_vocab_size()):
                 raise damaged_session(session)
+            alike = _alike(stored.sites.get(MEANINGS), meaning)
             found = _episodes(batch, wanted.before, times, model.tokenizer.decode, model.engine.only_asks)
-            return list(islice(filter(wanted.selects, found), limit + 1))
+            return list(islice((one for one in found if wanted.selects(one, alike)), limit + 1))
 
         page = await run_off_loop(batch.data.nbytes, read)
         return page[:limit], page[limit - 1].ordinal if len(page) > limit else None
+
+    async def _meaning(self, query: str) -> tuple[int, NDArray[np.int8]] | None:
+        """Return the id of the server's encoder and its vector of a query; None without either.
+
+        Return None if the queue is full, too: a search by words needs no place in it.
+        """
+        model = self._sessions.loaded_model
+        encoder = model.encoder
+        if encoder is None or not query.strip():
+            return None
+        with suppress(Overloaded):
+            async with self._sessions.gate.admit():
+                return encoder.id, await model.engine.run(partial(encoder, query))
+        return None
 
     async def diff(self, tenant: Tenant, session: str, start: int, end: int) -> tuple[SessionMeta, VersionDiff]:
         """Return the difference between two kept versions. Raises Conflict for a version that is not kept."""
@@ -203,6 +227,17 @@ def _episodes(
         ordinal, length, version, offset = row[[ORDINAL, LENGTH, VERSION, OFFSET]].tolist()
         tokens = row[HEADER : HEADER + length].tolist()
         yield EpisodeView(ordinal, version, offset, times.get(version), decode(tokens), only_asks(tokens))
+
+
+def _alike(batch: RowBatch | None, meaning: tuple[int, NDArray[np.int8]] | None) -> set[int]:
+    """Return the numbers of the episodes whose vectors are near a vector of the same encoder."""
+    if batch is None or meaning is None:
+        return set()
+    encoder, vector = meaning
+    made_by, vectors = batch.data[:, :MADE_BY_BYTES], batch.data[:, MADE_BY_BYTES:]
+    ordinals, encoders = np.ascontiguousarray(made_by).view("<i4").T
+    near = cosines(np.ascontiguousarray(vectors).view(np.int8), vector) >= MIN_COSINE
+    return set(ordinals[near & (encoders == encoder)].tolist())
 
 
 def _fill(site: SiteConfig, slots: Slots) -> SiteFill:

@@ -14,6 +14,7 @@ from model.memory.row_layout import MemoryConfigError, RowLayout, SiteSizes
 HEADER = 4  # int32 numbers before the tokens
 ORDINAL, LENGTH, VERSION, OFFSET = range(HEADER)  # 1, 2, 3 …; number of tokens; where the episode was learned
 HEADER_BYTES = 4 * HEADER
+MADE_BY_BYTES = 8  # before a vector: the ordinal of its episode, and the id of the encoder
 
 
 def learned_at(rows: NDArray[np.uint8], version: int) -> NDArray[np.uint8]:
