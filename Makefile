@@ -10,6 +10,8 @@ CHECKED := imprint model service research benchmarks tests deploy examples $(wil
 serve: $(VENV)/.serve
 	$(BIN)/imprint serve
 
+# The tests start many processes, which would each compile all modules again.
+test: unexport PYTHONDONTWRITEBYTECODE
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
