@@ -11,7 +11,7 @@ serve: $(VENV)/.serve
 	$(BIN)/imprint serve
 
 # The tests start many processes, which would each compile all modules again.
-test: unexport PYTHONDONTWRITEBYTECODE
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
