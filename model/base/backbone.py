@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base.attention import AttentionFn, CausalAttention
-from model.base.config import ModelConfig
+from model.base.config import ConfigError, ModelConfig
 from model.base.kv_cache import DenseCache, Device, KVCache
 from model.base.layer import DecoderLayer
 from model.base.linear import Fp16Linear, Linear
@@ -132,10 +132,10 @@ class Backbone(nn.Module):
     def head_matrix(self) -> Tensor:
         """Return the head as a plain matrix `[V, d]`, whatever layout holds it.
 
-        Raises `ValueError` if the logits are not this matrix times the hidden states.
+        Raises `ConfigError` if the logits are not this matrix times the hidden states.
         """
         if self.config.logit_softcap is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"logits with the soft cap {self.config.logit_softcap} are not linear in the hidden states"
             )
         if self.config.tie_embeddings:

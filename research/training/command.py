@@ -106,7 +106,7 @@ def _train(settings: Settings, options: Options, started: float) -> None:
     dtype = feature_dtype(device)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     backbone, tokenizer = load_backbone(folder, device=device, dtype=dtype), Tokenizer.load(folder)
-    base = fingerprint(folder)
+    base, _ = fingerprint(folder), backbone.head_matrix  # which some bases lack: told before hours of work
     if (longest := options.budget.requests[1]) > backbone.config.max_context:
         raise CommandError(f"requests of {longest} tokens exceed the base's context of {backbone.config.max_context}")
     streams = choose_streams(options.paths, options.budget, tokenizer, f"{base} {dtype}", options.work)

@@ -234,7 +234,7 @@ def test_messages_name_all_families() -> None:
 
 def test_a_head_with_a_soft_cap_is_no_matrix(folders: Path) -> None:
     base = loaded("gemma3-capped", folders)
-    with pytest.raises(ValueError, match=r"soft cap 3\.0"):
+    with pytest.raises(ConfigError, match=r"soft cap 3\.0"):
         _ = base.head_matrix
     plain = loaded("granite", folders)
     hidden = plain(tokens(1, 3))

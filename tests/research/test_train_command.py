@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from research.training.adapter import load_adapter
 from research.training.features import StreamFeatures
 from research.training.texts import Budget, PlannedStream, draw_streams, find_kinds
 from service.errors import CommandError
+from tests.model.random_models import random_family_model
 from tests.service.cli_in_process import run_rejected
 from tests.tiny import TEXT
 
@@ -204,6 +206,17 @@ def test_a_fault_is_one_line(tiny_base: Path, texts: Path, tmp_path: Path, argum
     outputs = ["--out", tmp_path / "a.safetensors", "--work", tmp_path, "--adapter"]
     settings = {"MODEL": tiny_base, "THREADS": 1}
     assert fault in run_rejected("train", *outputs, *sizes, *given, settings=settings)
+
+
+def test_a_base_that_cannot_be_trained_on_is_one_line(tiny_base: Path, texts: Path, tmp_path: Path) -> None:
+    capped = tmp_path / "capped"
+    random_family_model("gemma3-capped").save_pretrained(capped)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / name, capped / name)
+    outputs = ["--out", tmp_path / "a.safetensors", "--work", tmp_path / "work"]
+    settings = {"MODEL": capped, "THREADS": 1}
+    assert "soft cap" in run_rejected("train", *outputs, *SHORT, str(texts), settings=settings)
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_data_set_that_is_not_there_is_one_line(
