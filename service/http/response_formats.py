@@ -14,7 +14,8 @@ from model.text.tool_calls import ReplyPiece, ReplyReader, tool_names
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.http.generation_schemas import GenerationRequest
 from service.metrics import Metrics
-from service.turns.completion import CompletionJob, Delta, PromptLogprobs, TokenLogprob, TurnEnd
+from service.turns.completion import Delta, PromptLogprobs, TokenLogprob, TurnEnd
+from service.turns.completion_job import CompletionJob
 from service.turns.idempotency import RequestContext
 from service.turns.prompts import ChatPrompt
 from service.turns.run import TurnRestarted

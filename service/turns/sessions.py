@@ -12,7 +12,8 @@ from service.errors import EngineError, NotFound, NotReady, PreconditionFailed, 
 from service.metrics import Metrics
 from service.store.base import Option, SessionMeta, SessionStore
 from service.tenants import Tenant
-from service.turns.completion import CompletionJob, CompletionTurn, Delta, TurnEnd
+from service.turns.completion import CompletionTurn, Delta, TurnEnd
+from service.turns.completion_job import CompletionJob
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
 from service.turns.prompts import ChatPrompt, TextPrompt, require_fits

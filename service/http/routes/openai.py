@@ -28,7 +28,7 @@ from service.http.response_formats import ChatFormatter, CompletionFormatter, Js
 from service.http.schemas import session_of_user
 from service.http.sse import EventStream, until_disconnect
 from service.http.text_formats import Formatter
-from service.turns.completion import CompletionJob, GenerationOptions
+from service.turns.completion_job import CompletionJob, GenerationOptions
 from service.turns.prompts import ChatPrompt, PartsPrompt, Prompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
 from service.types import OPENAI_SAMPLING, SUGGESTED_SAMPLING
