@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from model.episodes import RecallRequest
 from model.text.grammar import GrammarError, GrammarSource
+from model.text.infill import Cut
 from model.text.sampling import SamplingParams
 from service.concurrency import LARGE, run_off_loop
 from service.engine import GenerationParams, Segment
 from service.errors import BadRequest
 from service.store.base import SessionMeta
 from service.turns.loaded_model import LoadedModel
-from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt
+from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt, before_gap
 from service.types import AdaptMode, LearnMode
 
 
@@ -27,6 +28,7 @@ class GenerationOptions:
         logprobs: alternatives for each token; None = no log-probabilities.
         prompt_logprobs: alternatives for each token of the prompt; None = no log-probabilities of the prompt.
         grammar: the grammar that the text must follow, and the field that has it.
+        max_ms, min_indent: as in `GenerationParams`.
     """
 
     max_tokens: int | None = None
@@ -38,6 +40,8 @@ class GenerationOptions:
     best_of: int | None = None
     prompt_logprobs: int | None = None
     grammar: tuple[GrammarSource, str] | None = None
+    max_ms: int | None = None
+    min_indent: int = 0
 
     @property
     def candidates(self) -> int:
@@ -57,7 +61,10 @@ class GenerationOptions:
 @dataclass(frozen=True)
 class CompletionJob:
     """One completion request. Without a session the frozen base answers; adapt and learn default to the session's
-    options."""
+    options.
+
+    cut: what a prompt around a gap had no room for.
+    """
 
     session: str | None
     adapt: AdaptMode | None
@@ -67,6 +74,7 @@ class CompletionJob:
     if_match: str | None = None
     stream: bool = False
     recall: bool | None = None
+    cut: Cut = field(default_factory=Cut)
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,9 @@ def build_segment(
             n=options.candidates,
             logprobs=0 if options.logprobs is None and options.candidates > options.n else options.logprobs,
             learn=policy.learn_completion,
+            follows=before_gap(prompt, encoded),
+            max_ms=options.max_ms,
+            min_indent=options.min_indent,
         )
     return Segment(
         encoded.token_ids,
