@@ -58,6 +58,7 @@ LOG_ENTRY: Json = {
     "version": 4,
     "kind": "learn",
     "of": None,
+    "source": "src/cat.py",
     "time": 1767225660.25,
     "digest": "8f434346648f6b96",
     "tokens": 8,

@@ -122,12 +122,14 @@ class Sessions:
         *,
         if_match: str | None = None,
         recall: bool | None = None,
+        source: str | None = None,
     ) -> ObserveResult:
         """Learn a text of any length as one turn; of a chat, only what the session has not seen.
 
-        recall: False keeps no episodes of the text; None is the session's option.
+        recall: False keeps no episodes of the text; None is the session's option. source: where the text comes from,
+        for the log.
         """
-        return await self.run(ctx, ObserveTurn(session, prompt, if_match, recall))
+        return await self.run(ctx, ObserveTurn(session, prompt, if_match, recall, source))
 
     async def score(
         self,
