@@ -96,7 +96,7 @@ class SyncReport:
     stuck: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
-        return f"learned {self.learned} files, {self.tokens:,} tokens · unlearned {self.unlearned}"
+        return f"files learned: {self.learned} ({self.tokens:,} tokens), unlearned: {self.unlearned}"
 
 
 class TreeSync:

@@ -24,57 +24,15 @@ LeftOut = Literal["ignored", "secret", "too large", "not a text", "not a file", 
 
 # Names of files that hold secrets by custom; a pattern of `.gitignore` cannot bring them back.
 SECRET_NAMES = GitIgnoreSpec.from_lines(
-    """
-    .env
-    .env.*
-    *.env
-    !.env.example
-    !.env.sample
-    !.env.template
-    .envrc
-    *.pem
-    *.key
-    *.p12
-    *.pfx
-    *.jks
-    *.keystore
-    *.kdbx
-    *.ppk
-    *.asc
-    *.gpg
-    id_rsa*
-    id_dsa*
-    id_ecdsa*
-    id_ed25519*
-    .netrc
-    _netrc
-    .npmrc
-    .pypirc
-    .pgpass
-    .htpasswd
-    .git-credentials
-    credentials
-    credentials.json
-    credentials.y*ml
-    secret.json
-    secret.y*ml
-    secrets.json
-    secrets.y*ml
-    secrets.toml
-    secrets.ini
-    service-account*.json
-    *.tfstate
-    *.tfstate.*
-    *.tfvars
-    kubeconfig
-    *.kubeconfig
-    .ssh/
-    .gnupg/
-    .aws/
-    .azure/
-    .kube/
-    .docker/
-    """.split()
+    [
+        *(".env", ".env.*", "*.env", "!.env.example", "!.env.sample", "!.env.template", ".envrc"),
+        *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.asc", "*.gpg"),
+        *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".npmrc", ".pypirc", ".pgpass"),
+        *(".htpasswd", ".git-credentials", "credentials", "credentials.json", "credentials.y*ml"),
+        *("secret.json", "secret.y*ml", "secrets.json", "secrets.y*ml", "secrets.toml", "secrets.ini"),
+        *("service-account*.json", "*.tfstate", "*.tfstate.*", "*.tfvars", "kubeconfig", "*.kubeconfig"),
+        *(".ssh/", ".gnupg/", ".aws/", ".azure/", ".kube/", ".docker/"),
+    ]
 )
 # Keys and tokens by the forms that their issuers document.
 SECRET_TEXT = re.compile(

@@ -323,9 +323,9 @@ def test_llama_vscode(coder: Client) -> None:
         "cache_prompt": True,
         "t_max_prompt_ms": 500,
         "t_max_predict_ms": 500,
-        "model": f"{coder.model}@vscode",
     }
-    reply = assert_success(coder.http.post("/infill", json=body))
+    reply = assert_success(coder.http.post("/v1/sessions/vscode/infill", json=body))
+    assert reply["adaptation"]["version_to"] == 0 and reply["content"] == infill(coder, **body | {"logit_bias": {}})["content"]
     assert isinstance(reply["content"], str) and reply["timings"]["prompt_n"] == reply["tokens_evaluated"] > 0
     warm: Json = body | {
         "input_prefix": "",
@@ -334,7 +334,7 @@ def test_llama_vscode(coder: Client) -> None:
         "n_predict": 1,
         "samplers": ["temperature"],
     }
-    assert assert_success(coder.http.post("/infill", json=warm))["content"] == ""
+    assert assert_success(coder.http.post("/v1/sessions/vscode/infill", json=warm))["content"] == ""
     assert coder.version("vscode") == 0
 
 

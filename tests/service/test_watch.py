@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,8 @@ from service.http.replies import LogEntry
 from service.store.base import RetentionConfig
 from service.store.memory import MemoryStore
 from tests.conftest import Server
-from tests.live import state, wait_until
+from tests.forked import ForkedImprint
+from tests.live import wait_until
 from tests.service.in_process import InProcessServer
 from tests.tiny import TEXT
 
@@ -165,7 +164,7 @@ def test_a_file_is_read_again_only_if_it_changed(tree: WorkingTree, monkeypatch:
 def test_the_session_follows_the_tree(
     imprint: Client, session: str, tree: WorkingTree, sync: Callable[..., TreeSync]
 ) -> None:
-    assert str(sync(tree).report).startswith("learned 3 files") and imprint.get(session).version == 3  # type: ignore[attr-defined]
+    assert str(sync(tree).report).startswith("files learned: 3 (") and imprint.get(session).version == 3  # type: ignore[attr-defined]
     assert (next(imprint.log(session)).source or "").startswith("lib/c.py@")
     sync(tree)
     assert imprint.get(session).version == 3, "nothing changed"
@@ -269,41 +268,42 @@ def test_the_log_is_followed_through_rollbacks_and_imports() -> None:
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
-def watch(server: Server, session: str, tree: WorkingTree, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "service", "watch", str(tree.root), "--session", session, "--url", server.url]
+def watch(server: Server, session: str, tree: WorkingTree, tmp_path: Path, *options: str) -> ForkedImprint:
+    """Start `imprint watch`, which prints to files beside the tree."""
+    arguments = ["watch", str(tree.root), "--session", session, "--url", server.url, *options]
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")}
-    return subprocess.Popen(
-        [*command, *options], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    return ForkedImprint(arguments, environment, stdout=tmp_path / "out", stderr=tmp_path / "notes")
 
 
 def test_kills_of_the_watcher_and_of_the_server_teach_nothing_twice(
     make_server: Callable[..., Server], tree: WorkingTree, tmp_path: Path
 ) -> None:
-    for number in range(12):
-        (tree.root / f"f{number}.py").write_text(f"n = {number}\n{TEXT * 20}")
+    for number in range(6):
+        (tree.root / f"f{number}.py").write_text(f"n = {number}\n{TEXT * 10}")
+    printed, notes = tmp_path / "out", tmp_path / "notes"
     server = make_server(keep_versions=200, keep_bytes=2**28).start()
     with Client(server.url, retries=10) as client:
         client.create("repo", keep_text=True)
         first = watch(server, "repo", tree, tmp_path)
         wait_until(lambda: client.get("repo").version >= 2)
-        first.send_signal(signal.SIGKILL)
-        first.communicate()
+        first.kill()
+        first.wait()
         second = watch(server, "repo", tree, tmp_path)
-        wait_until(lambda: client.get("repo").version >= 6)
+        wait_until(lambda: client.get("repo").version >= 4)
         server.kill()
         server.start()
-        wait_until(lambda: client.get("repo").version == 15)
+        wait_until(lambda: "version 9" in printed.read_text())
         (tree.root / "f3.py").write_text("changed = True")
-        wait_until(lambda: client.get("repo").version == 17)
+        wait_until(lambda: "version 11" in printed.read_text())
         second.send_signal(signal.SIGINT)
-        out, notes = second.communicate(timeout=60)
-        assert second.returncode in (0, 130) and "Traceback" not in notes, notes
-        assert "learned 1 files" in out and "unlearned 1" in out
+        assert second.wait(60) in (0, 130) and "Traceback" not in notes.read_text(), notes.read_text()
+        assert printed.read_text().splitlines()[-1].startswith("files learned: 1 (")
+        printed.write_text("")
         once = watch(server, "repo", tree, tmp_path, "--once")
-        assert once.communicate(timeout=120)[0] == "" and once.returncode == 0, "there is nothing left to do"
-        texts = sorted(learned(client, "repo"))
-        assert texts == sorted(path.read_text() for path in tree.root.rglob("*.py"))
-        for text in learned(client, "repo"):
-            client.observe("always so", text)
-    assert state(server.data_dir, "repo").keys() == state(server.data_dir, "always so").keys()
+        assert once.wait(120) == 0 and printed.read_text() == "", "there is nothing left to do"
+        texts = learned(client, "repo")
+        assert sorted(texts) == sorted(path.read_text() for path in tree.root.rglob("*.py"))
+        for text in texts:
+            client.observe("always-so", text)
+        probe = "".join(FILES.values())
+        assert client.score("repo", probe).logprobs == client.score("always-so", probe).logprobs

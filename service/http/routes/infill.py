@@ -1,13 +1,13 @@
 """llama.cpp's route for filling in the middle, which editors ask while someone types."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from model.text.tool_calls import ReplyPiece
-from service.http.dependencies import ImprintHeadersDep, LearningRequest, LearningRequestDep
+from service.http.dependencies import ImprintHeadersDep, LearningRequest, LearningRequestDep, PathId
 from service.http.infill_schemas import InfillReply, InfillRequest
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES
@@ -43,6 +43,16 @@ async def infill(body: InfillRequest, learning: LearningRequestDep, headers: Imp
     if body.response_fields is None or isinstance(reply, Response):
         return reply
     return Response(compact(reply), headers=dict(learning.response.headers), media_type="application/json")
+
+
+@router.post(
+    "/v1/sessions/{id}/infill", summary="Fill a gap with a session", response_model=InfillReply, responses=STREAMED
+)
+async def infill_with_session(
+    session: PathId, body: InfillRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
+) -> Json | Response:
+    """Do as `/infill` does, for editors that can name a session in nothing but the address of their server."""
+    return await infill(body, learning, replace(headers, session=session))
 
 
 class InfillStream(EventStream):
