@@ -325,7 +325,10 @@ def test_llama_vscode(coder: Client) -> None:
         "t_max_predict_ms": 500,
     }
     reply = assert_success(coder.http.post("/v1/sessions/vscode/infill", json=body))
-    assert reply["adaptation"]["version_to"] == 0 and reply["content"] == infill(coder, **body | {"logit_bias": {}})["content"]
+    assert (
+        reply["adaptation"]["version_to"] == 0
+        and reply["content"] == infill(coder, **body | {"logit_bias": {}})["content"]
+    )
     assert isinstance(reply["content"], str) and reply["timings"]["prompt_n"] == reply["tokens_evaluated"] > 0
     warm: Json = body | {
         "input_prefix": "",
