@@ -21,7 +21,6 @@ from statistics import mean, median
 from typing import Any
 
 from model.adaptive_lm import EMPTY_SESSION, AdaptiveLM
-from model.memory import Pool
 from model.text.infill import InfillTokens, Snippet
 from research.corpus import RECORD_SEPARATOR, load_model, progress_bar, text_files
 from research.evaluation.prequential import new_pool
@@ -35,9 +34,9 @@ from service.model_loading import choose_decoder
 from service.settings import Settings
 
 FILES = 20  # learned before the first suggestion
-TESTED_FILES = 4  # of each repository, in which suggestions are made
-POINTS = 6  # in each of these files: half of them within lines, half at the starts of lines
-FILE_CHARS = 12_000  # of a file that are read, at most
+TESTED_FILES = 2  # of each repository, in which suggestions are made
+POINTS = 8  # in each of these files: half of them within lines, half at the starts of lines
+FILE_CHARS = 8_000  # of a file that are read, at most
 MIN_LINES = 20  # of a file in which suggestions are made
 PROMPT_TOKENS = 512
 SNIPPET_TOKENS = 256  # of these for parts of earlier files, where the arm has any
@@ -123,12 +122,18 @@ class CodeProbe:
             self._index.add(self._parts[-1])
 
     def suggest(self, point: Point) -> Iterator[Suggestion]:
-        """Yield the suggestion of each arm at a place."""
-        for arm, (_, reads, fills) in ARMS.items():
+        """Yield the suggestion of each arm at a place. A prompt is read once for the arms that have it in common: the
+        memory has its place at the output."""
+        for fills in (False, True):
             started = time.perf_counter()
             prompt = self._prompt(point, fills)
-            pool, session = (self._memory.pool, self._memory.session) if reads else (self._empty, EMPTY_SESSION)
-            yield judged(arm, point, self._text(prompt, point, pool, session), time.perf_counter() - started)
+            cache, state = self._speaker.read(prompt, len(prompt) + MAX_TOKENS, self._empty, EMPTY_SESSION)
+            read = cache, state.following(self._speaker.encode(point.before[-200:])[-FOLLOWED:])
+            reading_s = time.perf_counter() - started
+            for arm in (arm for arm in ARMS if ARMS[arm][2] == fills):
+                started = time.perf_counter()
+                text = self._text(prompt, read, ARMS[arm][1])
+                yield judged(arm, point, text, reading_s + time.perf_counter() - started)
 
     def _prompt(self, point: Point, fills: bool) -> list[int]:
         """Return the prompt of a place; parts of earlier files have `SNIPPET_TOKENS` of it at most."""
@@ -143,14 +148,15 @@ class CodeProbe:
         before, after = (tokenizer.decode(around.token_ids[slice(*span)]) for span in (around.prefix, around.suffix))
         return self._tokens.prompt(tokenizer, before, after, extra, PROMPT_TOKENS).token_ids.tolist()
 
-    def _text(self, prompt: list[int], point: Point, pool: Pool, session: int) -> str:
-        before = self._speaker.encode(point.before[-200:])[-FOLLOWED:]
+    def _text(self, prompt: list[int], read: Prefilled, reads_memory: bool) -> str:
+        """Return what follows a prompt that was read."""
+        memory, (cache, state) = self._memory, read
+        pool, session = (memory.pool, memory.session) if reads_memory else (self._empty, EMPTY_SESSION)
 
-        def prefill(ids: list[int], capacity: int) -> Prefilled:
-            cache, state = self._speaker.read(ids, capacity, pool, session)
-            return cache, state.following(before)
+        def prefilled(ids: list[int], capacity: int) -> Prefilled:
+            return cache.fork(capacity), state
 
-        (text,) = self._speaker.prefilled_texts([prompt], MAX_TOKENS, prefill, pool, session, ends=self._tokens.ends)
+        (text,) = self._speaker.prefilled_texts([prompt], MAX_TOKENS, prefilled, pool, session, ends=self._tokens.ends)
         return text
 
 

@@ -91,8 +91,10 @@ def _synchronise(client: Client, session: str, tree: WorkingTree) -> None:
     if report.learned or report.unlearned:
         out.print(escape(f"{report} · version {sync.meta.version}"))
     for path in sorted(report.stuck):
-        message = "an old version of it can be unlearned no more, and stays in the memory beside the new one"
-        print_note(f"{path}: {message} (IMPRINT_KEEP_VERSIONS, IMPRINT_KEEP_BYTES)")
+        print_note(
+            f"{path}: an old text of it can't be unlearned any more and stays in the memory (its version is not kept,"
+            " see IMPRINT_KEEP_VERSIONS, and has no episodes)"
+        )
     counts = Counter(tree.left_out.values())
     if counts and (report.learned or report.unlearned):
         print_note("left out: " + ", ".join(f"{number} {reason}" for reason, number in counts.most_common()))

@@ -5,8 +5,8 @@ the piece. The log of another machine's work is the same log, so two machines wi
 for the version of the session that it was planned for (`If-Match`): whatever else the session learned meanwhile, also a
 step of a process that was killed, makes the step fail, and it is planned anew. So nothing is learned twice.
 
-A log has the newest 512 versions. What is older cannot be unlearned either; a small file of this machine's says that it
-was learned, so that it is not learned again.
+A log has the newest 512 versions. A small file of this machine's says what older ones learned, so that it is not
+learned again.
 """
 
 import json

@@ -218,19 +218,27 @@ def test_what_others_teach_stays(
     assert len(learned(imprint, session)) == 2
 
 
-def test_a_version_that_is_kept_no_more_is_told(tree: WorkingTree, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_version_that_is_kept_no_more_is_unlearned_row_by_row_or_told(
+    tree: WorkingTree, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Rows can only be found by the episodes of their version."""
     server = InProcessServer(tiny_base, MemoryStore(RetentionConfig(versions=2)))
     try:
         with Client(server.url) as client:
-            TreeSync(client, "repo", tmp_path).run(tree.files())
+            client.create("without", keep_text=True, recall=False)
+            for session in ("with", "without"):
+                TreeSync(client, session, tmp_path).run(tree.files())
             for name in FILES:
                 (tree.root / name).write_text("new = " + repr(name))
-            report = TreeSync(client, "repo", tmp_path).run(tree.files())
+            report = TreeSync(client, "with", tmp_path).run(tree.files())
+            assert not report.stuck and report.unlearned == report.learned == 3
+            report = TreeSync(client, "without", tmp_path).run(tree.files())
             assert report.stuck == {"a.py"} and report.unlearned == 2 and report.learned == 3
             with pytest.raises(Conflict):
-                client.unlearn("repo", 1)
-            assert TreeSync(client, "repo", tmp_path).run(tree.files()).stuck == {"a.py"}, "told again, learned once"
-            assert client.get("repo").version == 7
+                client.unlearn("without", 1)
+            again = TreeSync(client, "without", tmp_path).run(tree.files())
+            assert again.stuck == {"a.py"} and again.learned == 0, "told again, learned once"
+            assert client.get("without").version == 7
     finally:
         server.stop()
 
