@@ -22,7 +22,7 @@ from service.errors import ImprintError, Unavailable
 QUIET_MS = 1600  # after a change, in which further changes are waited for
 WAIT_MS = 1000
 RETRY_S = 5.0
-MAX_NAMED = 3  # files in one note
+MAX_NAMED = 20  # files of a kind that notes name
 
 
 def watch(
@@ -39,7 +39,7 @@ def watch(
     tree = WorkingTree(folder.resolve(), max_bytes)
     with connect(url) as client:
         if only_once:
-            _synchronise(client, session, tree)
+            _synchronise(client, session, tree, set())
         else:
             print_note(f"watching {tree.root}; Ctrl-C ends it")
             _follow(client, session, tree)
@@ -51,7 +51,7 @@ def _follow(client: Client, session: str, tree: WorkingTree) -> None:
     from watchfiles import watch as changes_of
 
     without = DefaultFilter(ignore_dirs=tuple(NO_FOLDERS), ignore_entity_patterns=(), ignore_paths=())
-    is_due = True
+    is_due, told = True, set[str]()
     # An empty set comes every `WAIT_MS` without a change. The first one comes when changes are watched for already, so
     # that none is missed while the tree is learned.
     for changes in changes_of(
@@ -60,7 +60,7 @@ def _follow(client: Client, session: str, tree: WorkingTree) -> None:
         if not changes and not is_due:
             continue
         try:
-            _synchronise(client, session, tree)
+            _synchronise(client, session, tree, told)
             is_due = False
         except (ClientError, Unavailable) as error:
             print_note(f"{error}; trying again")
@@ -68,8 +68,11 @@ def _follow(client: Client, session: str, tree: WorkingTree) -> None:
             time.sleep(RETRY_S)
 
 
-def _synchronise(client: Client, session: str, tree: WorkingTree) -> None:
-    """Bring the session to the state of the tree, with a progress bar; print what was done and what was not."""
+def _synchronise(client: Client, session: str, tree: WorkingTree, told: set[str]) -> None:
+    """Bring the session to the state of the tree, with a progress bar; print what was done and what was not.
+
+    told: the remarks that were printed before.
+    """
     with progress_bar() as bar:
         task: TaskID = bar.add_task("", total=None, learned="")
 
@@ -90,13 +93,23 @@ def _synchronise(client: Client, session: str, tree: WorkingTree) -> None:
             raise
     if report.learned or report.unlearned:
         out.print(escape(f"{report} · version {sync.meta.version}"))
-    for path in sorted(report.stuck):
-        print_note(
-            f"{path}: an old text of it can't be unlearned any more and stays in the memory (its version is not kept,"
-            " see IMPRINT_KEEP_VERSIONS, and has no episodes)"
-        )
-    counts = Counter(tree.left_out.values())
-    if counts and (report.learned or report.unlearned):
-        print_note("left out: " + ", ".join(f"{number} {reason}" for reason, number in counts.most_common()))
-    for path in [path for path, reason in tree.left_out.items() if reason == "secret"][:MAX_NAMED]:
-        print_note(f"left out, looks like a secret: {path}")
+    _tell(tree, report, told)
+
+
+def _tell(tree: WorkingTree, report: SyncReport, told: set[str]) -> None:
+    """Print what was left out and what stays in the memory, each once."""
+    counts = Counter(reason for reason in tree.left_out.values() if reason != "ignored")
+    remarks = (
+        ["left out: " + ", ".join(f"{number} {reason}" for reason, number in counts.most_common())] if counts else []
+    )
+    secrets = [path for path, reason in tree.left_out.items() if reason == "secret"]
+    remarks += [f"left out, looks like a secret: {path}" for path in secrets[:MAX_NAMED]]
+    remarks += [
+        f"{path}: an old text of it can't be unlearned any more and stays in the memory (its version is not kept, see"
+        " IMPRINT_KEEP_VERSIONS, and has no episodes)"
+        for path in sorted(report.stuck)[:MAX_NAMED]
+    ]
+    for remark in remarks:
+        if remark not in told:
+            told.add(remark)
+            print_note(remark)
