@@ -11,6 +11,7 @@ from service.http.dependencies import ImprintHeadersDep, LearningRequest, Learni
 from service.http.infill_schemas import InfillReply, InfillRequest
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES
+from service.http.openapi_examples import EXAMPLES
 from service.http.response_formats import timings
 from service.http.routes.openai import answer, latency_recorder, text_job
 from service.http.sse import EventStream
@@ -21,10 +22,18 @@ from service.turns.completion_job import CompletionJob
 Json = dict[str, Any]
 
 router = APIRouter(route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["Infill"])
+_EVENTS = [{"index": 0, "content": "a + b", "stop": False}, EXAMPLES["InfillReply"][0] | {"content": ""}]
+_EVENT: Json = {"type": "object", "required": ["index", "content", "stop"]}
+_DATA: Json = {"type": "string", "contentMediaType": "application/json", "contentSchema": _EVENT}
 STREAMED: dict[int | str, Json] = {
     200: {
         "description": "The text of the gap, or a stream of its parts, each with `content`; the last one is the reply.",
-        "content": {"text/event-stream": {}},
+        "content": {
+            EventStream.media_type: {
+                "itemSchema": {"type": "object", "properties": {"data": _DATA}, "required": ["data"]},
+                "example": "".join(f"data: {compact(event)}\n\n" for event in _EVENTS),
+            }
+        },
     }
 }
 
