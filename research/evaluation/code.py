@@ -82,7 +82,7 @@ class Suggestion:
     seconds: float
 
 
-def places(text: str, number: int, rng: random.Random) -> list[Point]:
+def choose_points(text: str, number: int, rng: random.Random) -> list[Point]:
     """Return up to `number` places in the second half of a file, alternately within a line and at its start."""
     starts = [match.start() for match in re.finditer(r"^(?=[ \t]*\S)", text, re.MULTILINE)]
     chosen = rng.sample(starts[len(starts) // 2 :], min(number, len(starts) // 2))
@@ -97,7 +97,7 @@ def places(text: str, number: int, rng: random.Random) -> list[Point]:
     return found
 
 
-def judged(arm: str, point: Point, text: str, seconds: float) -> Suggestion:
+def rated(arm: str, point: Point, text: str, seconds: float) -> Suggestion:
     """Return the value of a suggested text, of which the first line counts."""
     line = text.split("\n")[0].rstrip()
     rest = point.rest.rstrip()
@@ -133,7 +133,7 @@ class CodeProbe:
             for arm in (arm for arm in ARMS if ARMS[arm][2] == fills):
                 started = time.perf_counter()
                 text = self._text(prompt, read, ARMS[arm][1])
-                yield judged(arm, point, text, reading_s + time.perf_counter() - started)
+                yield rated(arm, point, text, reading_s + time.perf_counter() - started)
 
     def _prompt(self, point: Point, fills: bool) -> list[int]:
         """Return the prompt of a place; parts of earlier files have `SNIPPET_TOKENS` of it at most."""
@@ -197,7 +197,7 @@ def run(probe: CodeProbe, files: Sequence[str], rng: random.Random) -> Iterator[
         suggestions = list[Suggestion]()
         if number >= FILES and text.count("\n") >= MIN_LINES:
             tested += 1
-            suggestions = [one for point in places(text, POINTS, rng) for one in probe.suggest(point)]
+            suggestions = [one for point in choose_points(text, POINTS, rng) for one in probe.suggest(point)]
         yield suggestions
         if tested == TESTED_FILES:
             return

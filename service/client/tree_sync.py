@@ -26,7 +26,7 @@ SOURCE = re.compile(r"(?P<path>.+)@(?P<digest>[0-9a-f]{16}) (?P<piece>\d+)/(?P<p
 
 
 class Source(NamedTuple):
-    """What a version learned: a piece of a file's text, by its number from 1, and the number of pieces."""
+    """The piece of a file's text that a version learned, by its number from 1, and the number of pieces."""
 
     path: str
     digest: str
@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | None) -> "Source | None":
-        """Return what a log entry's `source` says; None for one that does not name a file."""
+        """Return the piece that a log entry's `source` names; None for another source."""
         match = SOURCE.fullmatch(text or "")
         return match and cls(match["path"], match["digest"], int(match["piece"]), int(match["pieces"]))
 

@@ -49,12 +49,12 @@ SECRET_TEXT = re.compile(
 class TreeFile:
     """A file that may be learned.
 
-    path: from the root, with slashes. place: where it lies. digest: of its text. characters: length of its text.
+    path: from the root, with slashes. location: where it lies. digest: of its text. characters: length of its text.
     pieces: number of pieces in which it is learned.
     """
 
     path: str
-    place: Path
+    location: Path
     digest: str
     characters: int
     pieces: int
@@ -62,7 +62,7 @@ class TreeFile:
     def read(self) -> list[str] | None:
         """Return the pieces of the text; None if the file has changed or gone meanwhile."""
         try:
-            text = _read_text(self.place)
+            text = _read_text(self.location)
         except OSError:
             return None
         return text_pieces(text, PIECE_CHARS) if text is not None and _digest(text) == self.digest else None

@@ -10,7 +10,7 @@ import pytest
 
 from research.corpus import RECORD_SEPARATOR
 from research.evaluation import code
-from research.evaluation.code import ARMS, Point, evaluate_code, judged, places
+from research.evaluation.code import ARMS, Point, choose_points, evaluate_code, rated
 from service.errors import CommandError
 from service.settings import Settings
 from tests.tiny import INFILL_SPECIAL, SPECIAL, build_tiny_base
@@ -19,7 +19,7 @@ FILE = "".join(f"def f{number}(a):\n    return a + {number}\n\n" for number in r
 
 
 def test_places_lie_in_the_second_half_and_leave_the_whole_text() -> None:
-    found = places(FILE, 6, random.Random(0))
+    found = choose_points(FILE, 6, random.Random(0))
     assert len(found) == 6 and {point.at_start for point in found} == {True, False}
     for point in found:
         assert point.before + point.rest + point.after == FILE and point.rest and "\n" not in point.rest
@@ -39,7 +39,7 @@ def test_places_lie_in_the_second_half_and_leave_the_whole_text() -> None:
     ],
 )
 def test_what_a_suggestion_is_worth(text: str, exact: bool, saved: int) -> None:
-    value = judged("frozen", Point("", "", "return a", False), text, 1.0)
+    value = rated("frozen", Point("", "", "return a", False), text, 1.0)
     assert (value.exact, value.saved, value.characters) == (exact, saved, 8)
 
 

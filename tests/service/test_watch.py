@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,7 @@ def learned(imprint: Client, session: str) -> list[str]:
 
 
 def test_what_git_ignores_and_what_is_no_text_is_left_out(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, str | bytes] = {
         ".gitignore": "build/\n*.log\n!keep.log\n/top.txt\n",
         "build/out.py": "x",
         "a.log": "x",
@@ -255,8 +256,18 @@ def test_what_the_log_has_no_more_is_not_learned_again(
 def test_the_log_is_followed_through_rollbacks_and_imports() -> None:
     def entry(version: int, kind: str, of: object = None, path: str | None = None) -> LogEntry:
         source = None if path is None else str(Source(path, "0" * 16, 1, 1))
-        fields = {"time": 0.0, "digest": "", "tokens": 1, "rows": 1, "loss": None, "request_id": "", "text": None}
-        return LogEntry(version=version, kind=kind, of=of, source=source, **fields)  # type: ignore[arg-type]
+        fields: Any = {
+            "kind": kind,
+            "of": of,
+            "time": 0.0,
+            "digest": "",
+            "tokens": 1,
+            "rows": 1,
+            "loss": None,
+            "request_id": "",
+            "text": None,
+        }
+        return LogEntry(version=version, source=source, **fields)
 
     def paths(*entries: LogEntry, older: dict[int, Source] | None = None) -> list[str]:
         found = Learned(older or {})
