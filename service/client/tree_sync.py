@@ -77,7 +77,7 @@ class Learned:
 
 @dataclass
 class SyncReport:
-    """What a synchronisation has done and could not do.
+    """The outcome of a synchronisation, so far.
 
     Attributes:
         learned, unlearned: numbers of files.

@@ -63,7 +63,7 @@ class CompletionJob:
     """One completion request. Without a session the frozen base answers; adapt and learn default to the session's
     options.
 
-    cut: what a prompt around a gap had no room for.
+    cut: what a prompt around a gap had no room for; None for a prompt of another kind.
     """
 
     session: str | None
@@ -74,7 +74,7 @@ class CompletionJob:
     if_match: str | None = None
     stream: bool = False
     recall: bool | None = None
-    cut: Cut = field(default_factory=Cut)
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)

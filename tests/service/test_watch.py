@@ -185,7 +185,7 @@ def test_the_session_follows_the_tree(
 def test_a_changed_tree_leaves_the_state_of_one_that_always_was_so(
     imprint: Client, tree: WorkingTree, tmp_path: Path
 ) -> None:
-    """What is unlearned leaves no row behind."""
+    """No row stays of a text that is unlearned."""
     for name in ("changed", "plain"):
         imprint.create(name, keep_text=True)
     (tree.root / "a.py").write_text("other = 2")

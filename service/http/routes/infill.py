@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from model.text.infill import Cut
 from model.text.tool_calls import ReplyPiece
 from service.http.dependencies import ImprintHeadersDep, LearningRequest, LearningRequestDep, PathId
 from service.http.infill_schemas import InfillReply, InfillRequest
@@ -75,7 +76,12 @@ class InfillFormatter(TextFormatter):
 
     def __init__(self, learning: LearningRequest, job: CompletionJob, fields: Sequence[str] | None) -> None:
         super().__init__(latency_recorder(learning))
-        self._model, self._id, self._cut, self._fields = learning.sessions.model_id, learning.ctx.id, job.cut, fields
+        self._model, self._id, self._cut, self._fields = (
+            learning.sessions.model_id,
+            learning.ctx.id,
+            job.cut or Cut(),
+            fields,
+        )
         self._has_new_line = False
 
     async def whole(self, parts: Sequence[ReplyPiece], end: TurnEnd) -> Json:

@@ -373,7 +373,7 @@ def _ignored_header(body: GenerationRequest, rules: ClientRules) -> dict[str, st
     return {"X-Imprint-Ignored": ", ".join(shown)} if shown else {}
 
 
-def _cut_header(cut: Cut) -> dict[str, str]:
+def _cut_header(cut: Cut | None) -> dict[str, str]:
     """Return the header that says how many tokens of a prompt around a gap were left out."""
     return {"X-Imprint-Cut": ", ".join(f"{name}={tokens}" for name, tokens in asdict(cut).items())} if cut else {}
 
