@@ -1,4 +1,4 @@
-"""What a completion request asks, checked and in the server's own types, and the segments that answer it."""
+"""The request of a completion, checked and in the server's own types, and the segments that answer it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from service.engine import GenerationParams, Segment
 from service.errors import BadRequest
 from service.store.base import SessionMeta
 from service.turns.loaded_model import LoadedModel
-from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt, before_gap
+from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt
 from service.types import AdaptMode, LearnMode
+
+MAX_FOLLOWED = 8  # tokens before a gap: the memory's longest n-gram
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def build_segment(
             n=options.candidates,
             logprobs=0 if options.logprobs is None and options.candidates > options.n else options.logprobs,
             learn=policy.learn_completion,
-            follows=before_gap(prompt, encoded),
+            follows=_before_gap(prompt, encoded),
             max_ms=options.max_ms,
             min_indent=options.min_indent,
         )
@@ -182,3 +184,11 @@ def recalling(segment: Segment, recall: RecallRequest | None, limit: int | None,
         if left >= room // 2:
             generate = replace(generate, max_tokens=left)
     return replace(segment, generate=generate, recall=recall)
+
+
+def _before_gap(prompt: Prompt, encoded: EncodedPrompt) -> tuple[int, ...]:
+    """Return the last tokens before the gap of a prompt that has one; none for any other prompt."""
+    if isinstance(prompt, ChatPrompt) or encoded.question is None:
+        return ()
+    start, stop = encoded.question
+    return tuple(encoded.token_ids[max(start, stop - MAX_FOLLOWED) : stop])

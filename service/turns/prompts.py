@@ -19,7 +19,6 @@ from service.errors import BadRequest
 
 MAX_DIGESTS = 1024  # a chat may have this many messages: a session could not know more of them again
 MAX_LOGPROBS = 2**18  # tokens of an answer that come with their log-probabilities
-MAX_FOLLOWED = 8  # tokens before a gap: the memory's longest n-gram
 MESSAGE_CHARS = 64  # the work on a message, in characters, that comes on top of the work on its content
 
 
@@ -161,14 +160,6 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
     infill = infill_tokens(tokenizer)
     gap = None if infill is None else infill.find_prefix(token_ids)
     return EncodedPrompt(token_ids, bytearray(b"\1") * len(token_ids), question=gap)
-
-
-def before_gap(prompt: Prompt, encoded: EncodedPrompt) -> tuple[int, ...]:
-    """Return the last tokens before the gap of a prompt that has one; none for any other prompt."""
-    if isinstance(prompt, ChatPrompt) or encoded.question is None:
-        return ()
-    start, stop = encoded.question
-    return tuple(encoded.token_ids[max(start, stop - MAX_FOLLOWED) : stop])
 
 
 async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
