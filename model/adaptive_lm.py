@@ -50,6 +50,11 @@ class DecodeState:
         last_tokens = torch.cat([self.last_tokens, self.last_tokens.new_tensor(tokens)])
         return replace(self, last_tokens=last_tokens[-len(self.last_tokens) :])
 
+    def following(self, tokens: Sequence[int]) -> DecodeState:
+        """Return a copy for a text that follows `tokens`, and not the last tokens of the sequence."""
+        before_start = [-1] * len(self.last_tokens)
+        return self.advanced([*before_start, *tokens])
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -55,12 +55,12 @@ class RecallPlan:
     ) -> RecallRequest | None:
         """Return what the reply to a prompt may recall; None for a prompt that asks nothing.
 
-        question: the tokens [start, stop) of a chat's last message of the user. The episodes stand at its beginning, or
-        after the first token of a text.
+        question: the tokens [start, stop) of a chat's last message of the user, or those before the gap of a text. The
+        episodes stand at its beginning, or after the first token of a text.
         """
         if not chat:
-            stop = len(token_ids)
-            query = (max(0, stop - TEXT_QUERY_TOKENS), stop)
+            start, stop = question or (0, len(token_ids))
+            query = (max(start, stop - TEXT_QUERY_TOKENS), stop)
             return RecallRequest(1, query, self.max_tokens, self.text_header, self.separator) if stop > 1 else None
         if question is None:
             return None

@@ -59,6 +59,7 @@ UNSTATED = {
     r"|one tool of a name|characters as JSON|'tool_choice.name' is|only messages of the|must be the result of a call",
     "a response that is kept": r"Previous response with id|no response that is kept has",
     "a name that looks like a misspelt field": r"did you mean",
+    "a gap that the base can fill": r"'suffix' needs|not allowed with 'suffix'",
     "a last message that can be continued": r"'continue_final_message' (needs|is only)|cannot be continued",
     "a field that needs a session in body, header or the model's name": r"needs a session; name one",
     "learning needs a single completion": r"needs a single completion|so '(n|best_of)' must be 1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from model.policies.journal import journal_site
 from model.policies.network import new_policy, save_policy
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+INFILL_SPECIAL = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -28,8 +30,10 @@ TEXT = (
 )
 
 
-def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int = 0) -> Path:
-    """Write a Hugging Face folder with random weights, and return the folder."""
+def build_tiny_base(
+    folder: Path, config: ModelConfig | None = None, seed: int = 0, special: Sequence[str] = SPECIAL
+) -> Path:
+    """Write a Hugging Face folder with random weights and some special tokens, and return the folder."""
     config = config or tiny_config(max_context=512)
     folder.mkdir(parents=True)
     fields = llama_fields(config)
@@ -42,7 +46,7 @@ def build_tiny_base(folder: Path, config: ModelConfig | None = None, seed: int =
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=SPECIAL,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -151,6 +151,10 @@ class Tokenizer:
             ids.extend(piece.ids)
         return ids
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its text in the vocabulary; None for no token."""
+        return self._pipeline.token_to_id(token)
+
     def fewest_tokens(self, num_bytes: int) -> int:
         """Return a lower bound of the number of tokens of a text of `num_bytes` bytes; 0 where nothing is known."""
         return -(-num_bytes // self._longest_token) if self._longest_token else 0

@@ -23,9 +23,10 @@ def evaluate(
     streams: Annotated[int, typer.Option(min=1, help="Streams of a kind, at most.")] = 2,
     arms: Annotated[str, typer.Option(help="What to compare, separated by commas; all = the costly ones too.")] = "",
     tune: Annotated[str, typer.Option(help="Kinds to tune on, separated by commas; the others are held out.")] = "",
-    probes: Annotated[str, typer.Option(help="What else to measure, separated by commas, or none.")] = (
-        "facts,keystrokes,cost,poison"
-    ),
+    probes: Annotated[
+        str,
+        typer.Option(help="What else to measure, separated by commas, or none; code: what editors suggest, alone."),
+    ] = ("facts,keystrokes,cost,poison"),
     long: Annotated[int, typer.Option(min=0, help="Tokens of one long session over all texts; 0 = none.")] = 0,
     adapter: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A plain adapter to compare with.")
@@ -65,6 +66,11 @@ def evaluate(
     if not paths:
         raise CommandError("texts are needed: files or folders")
     extra = [] if probes == "none" else split_commas(probes)
+    if extra == ["code"]:
+        from research.evaluation.code import evaluate_code
+
+        evaluate_code(Settings.load(), paths, out)
+        return
     options = Options(requests, window, streams, split_commas(arms), split_commas(tune), extra, long, adapter, out)
     evaluate_files(Settings.load(), paths, options)
 

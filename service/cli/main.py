@@ -21,6 +21,7 @@ from service.cli.score import score
 from service.cli.serve import serve
 from service.cli.sessions import sessions_app
 from service.cli.train import train
+from service.cli.watch import watch
 from service.errors import CommandError, ImprintError
 from service.settings import SettingsError
 from service.tenants import ApiKeysError
@@ -41,6 +42,7 @@ app.command()(train)
 app.command()(scenario)
 app.command()(chat)
 app.command()(observe)
+app.command()(watch)
 app.command()(score)
 app.command()(mcp)
 app.add_typer(sessions_app, name="sessions")

@@ -59,7 +59,7 @@ class Change(BaseModel):
 
     version: int
     kind: str = Field(description="learn, unlearn, rollback, fork or import.")
-    of: int | str | None = Field(description="The version that an unlearn or a rollback was about.")
+    of: int | list[int] | str | None = Field(description="The version that an unlearn or a rollback was about.")
     time: str | None = Field(description="ISO 8601.")
     text: str | None = Field(description="What was taught; null where it was forgotten or its text is not kept.")
 
@@ -117,11 +117,11 @@ def memory_tools(client: AsyncClient, session: str) -> MCPServer[Any]:
     async def history(limit: Limit = 20, before: Before = None) -> History:
         """List what was taught and forgotten, the newest first, with the versions that `forget` takes."""
         changes: list[Change] = []
-        forgotten: set[int | str | None] = set()
+        forgotten = set[int | str | None]()
         with _plain_errors():
             async for entry in client.log(session, page_size=MAX_ENTRIES):
                 if entry.kind == "unlearn":
-                    forgotten.add(entry.of)
+                    forgotten.update(entry.of if isinstance(entry.of, list) else [entry.of])
                 if before is None or entry.version < before:
                     text = None if entry.version in forgotten else entry.text
                     changes.append(

@@ -20,7 +20,7 @@ def observe(
 ) -> None:
     """Learn from files, in order, without generating anything."""
     done: ObserveProgress | None = None
-    with connect(url) as client, _progress_bar() as bar:
+    with connect(url) as client, progress_bar() as bar:
         task = bar.add_task("", total=None, learned="")
 
         def on_progress(progress: ObserveProgress) -> None:
@@ -41,7 +41,8 @@ def observe(
     out.print(str(done))
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
+    """Return the bar that shows how far a file or a tree is learned, and the time that the rest will take."""
     columns = (
         "{task.description}",
         BarColumn(),

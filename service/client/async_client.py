@@ -114,11 +114,16 @@ class AsyncClient(BaseClient):
                 yield session
             more, after = page.has_more, page.next
 
-    async def log(self, session: str, *, before: int | None = None, page_size: int = 100) -> AsyncIterator[LogEntry]:
-        """Yield what the session learned and when: versions before `before`, newest first; fetched page by page."""
+    async def log(
+        self, session: str, *, before: int | None = None, page_size: int = 100, text: bool = True
+    ) -> AsyncIterator[LogEntry]:
+        """Yield what the session learned and when: versions before `before`, newest first; fetched page by page.
+
+        text: whether the entries have the learned texts, as far as they are kept.
+        """
         more = True
         while more:
-            page = await self._request(operations.log_page(session, before, page_size))
+            page = await self._request(operations.log_page(session, before, page_size, text))
             for entry in page.data:
                 yield entry
             more, before = page.has_more, page.next

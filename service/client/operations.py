@@ -169,6 +169,7 @@ def observe(
     features: Sequence[float] | None = None,
     label: int | None = None,
     model: str | None = None,
+    source: str | None = None,
     recall: bool | None = None,
     on_disconnect: OnDisconnect | None = None,
     idempotency_key: str | None = None,
@@ -183,13 +184,14 @@ def observe(
         features: the example of a policy that predicts labels, with its `label`.
         label: the example's label.
         model: the policy of a new session.
+        source: where the text comes from, such as the path of a file; the session's log keeps it.
         recall: False: the text is not kept as episodes.
         on_disconnect: what becomes of the turn if the connection breaks.
         idempotency_key: a key under which the server applies the operation at most once.
         if_match: the version that the session must have.
     """
     body = _drop_none(text=text, messages=messages, features=features, label=label, model=model)
-    body |= _drop_none(recall=recall, on_disconnect=on_disconnect)
+    body |= _drop_none(source=source, recall=recall, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/observe", Observed.model_validate_json, body, headers)
 
@@ -320,9 +322,13 @@ def predict(session: str, features: Sequence[float], *, model: str | None = None
 # Versions.
 
 
-def log_page(session: str, before: int | None, size: int) -> Operation[SessionLog]:
-    """Return a page of at most `size` log entries, newest first, starting before the version `before`."""
-    return Operation("GET", f"{_path(session)}/log?{_query(before=before, limit=size)}", SessionLog.model_validate_json)
+def log_page(session: str, before: int | None, size: int, text: bool = True) -> Operation[SessionLog]:
+    """Return a page of at most `size` log entries, newest first, starting before the version `before`.
+
+    text: whether the entries have the learned texts, as far as they are kept.
+    """
+    query = _query(before=before, limit=size, text=None if text else "false")
+    return Operation("GET", f"{_path(session)}/log?{query}", SessionLog.model_validate_json)
 
 
 def diff(session: str, start: int, end: int) -> Operation[SessionDiff]:
@@ -340,17 +346,21 @@ def rollback(
 
 def unlearn(
     session: str,
-    version: int,
+    version: int | Sequence[int],
     *,
     erase: bool = False,
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Session]:
-    """Make a new version as if `version` had never been learned; exact for a session with the option `keep_text`.
+    """Make a new version as if a version, or several, had never been learned; exact for a session with the option
+    `keep_text`.
+
+    Several versions are unlearned in one turn, which learns the later texts again only once.
 
     erase: make it final: the session can't be rolled back to any version before.
     """
-    body = {"version": version, "erase": erase}
+    named = {"version": version} if isinstance(version, int) else {"versions": list(version)}
+    body = named | {"erase": erase}
     return _version_operation(session, "unlearn", body, idempotency_key, if_match)
 
 

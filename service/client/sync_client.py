@@ -123,11 +123,16 @@ class Client(BaseClient):
             yield from page.data
             more, after = page.has_more, page.next
 
-    def log(self, session: str, *, before: int | None = None, page_size: int = 100) -> Iterator[LogEntry]:
-        """Yield what the session learned and when: versions before `before`, newest first; fetched page by page."""
+    def log(
+        self, session: str, *, before: int | None = None, page_size: int = 100, text: bool = True
+    ) -> Iterator[LogEntry]:
+        """Yield what the session learned and when: versions before `before`, newest first; fetched page by page.
+
+        text: whether the entries have the learned texts, as far as they are kept.
+        """
         more = True
         while more:
-            page = self._request(operations.log_page(session, before, page_size))
+            page = self._request(operations.log_page(session, before, page_size, text))
             yield from page.data
             more, before = page.has_more, page.next
 

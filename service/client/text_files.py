@@ -113,6 +113,16 @@ def pieces(file: File, size: int = PIECE_CHARS) -> Iterator[str]:
         yield text
 
 
+def text_pieces(text: str, size: int) -> list[str]:
+    """Return a text in pieces as `pieces` cuts a file's."""
+    found = []
+    while len(text) > size:
+        cut = _cut_position(text, size)
+        found.append(text[:cut])
+        text = text[cut:]
+    return [*found, text] if text else found
+
+
 def _cut_position(text: str, size: int) -> int:
     """Return the end of the next piece: after the last blank line in its second half, else newline, else space."""
     for separator in SEPARATORS:

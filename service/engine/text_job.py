@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,8 @@ class TextSequence:
         self.pending: int | None = None
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
-        self.text = TextStream(tokenizer.stream(), options.stop, options.sampling.min_tokens)
+        self.text = TextStream(tokenizer.stream(), options.stop, options.sampling.min_tokens, options.min_indent)
+        self._began = 0.0
         self.num_learned = 0
         self.learn_cache, self.learn_decode_state = learn_from or (cache, decode_state)
         self._whole_words = whole_words
@@ -94,13 +96,19 @@ class TextSequence:
         self._lookup.add(token)
         if self._options.logprobs is not None:
             self._alternatives.append(_alternatives(scores, token, self._options.logprobs))
+        self._began = self._began or time.monotonic()
         if self.text.push(token):
             self.finish = "stop"
-        elif len(self.tokens) == self._options.max_tokens:
+        elif len(self.tokens) == self._options.max_tokens or self._is_late():
             self.text.finish()
             self.finish = "length"
         self.pending = token
         return 1
+
+    def _is_late(self) -> bool:
+        """Return whether a text of more than one line has taken its time."""
+        limit = self._options.max_ms
+        return limit is not None and time.monotonic() - self._began > limit / 1000 and "\n" in self.text.text
 
     def evidence(self, start: int, count: int) -> list[bool]:
         """Return which of `count` tokens from `start` on may be learned: not those that a grammar forced."""
@@ -397,6 +405,9 @@ class TextJob(MemoryJob):
             learn_from = (cache, decode_state)
             capacity += reading.num_tokens
             cache, decode_state = reading.cache, replace(reading.decode_state, trust=decode_state.trust)
+        if options.follows:
+            learn_from = learn_from or (cache, decode_state)
+            decode_state = decode_state.following(options.follows)
         caches = [cache, *(cache.fork(capacity) for _ in range(options.n - 1))]
         prompt = self._current_segment.token_ids
         return [

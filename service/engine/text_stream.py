@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from model.text.tokenizer import DecodeStream
+
+LINE_START = re.compile(r"\n([ \t]*)(?=[^ \t\r\n])")
 
 
 class TextStream:
@@ -14,11 +18,13 @@ class TextStream:
         stop: the stop string that ended the text, or None.
     """
 
-    def __init__(self, decode: DecodeStream, stops: tuple[str, ...], min_tokens: int = 0) -> None:
-        """min_tokens: number of tokens in whose text no stop string is looked for."""
+    def __init__(self, decode: DecodeStream, stops: tuple[str, ...], min_tokens: int = 0, min_indent: int = 0) -> None:
+        """min_tokens: number of tokens in whose text no stop string is looked for. min_indent: white space with which
+        each line after the first begins; the text ends before another line, unless the line is blank."""
         self._decode = decode
         self._stops = [_StopSearch(stop) for stop in stops]
-        self._min_tokens = min_tokens
+        self._min_tokens, self._min_indent = min_tokens, min_indent
+        self._num_indented = 0  # characters up to the last line that is known to be indented
         self._num_tokens = 0
         # For each token, the length of the text after the token. A token in the middle of a character ends with the
         # token that completes the character.
@@ -37,9 +43,9 @@ class TextStream:
         return count
 
     def push(self, token_id: int) -> bool:
-        """Add a token; return whether a stop string is complete.
+        """Add a token; return whether a stop string is complete, or a line that is not indented has begun.
 
-        The text then ends before the stop string, and all of the text is released.
+        The text then ends before the string or the line, and all of the text is released.
         """
         piece = self._decode.step(token_id)
         self._num_undecoded += 1
@@ -61,15 +67,28 @@ class TextStream:
             self.num_released_chars = len(self.text)
             return False
         ends = [(search, search.find(piece)) for search in self._stops]
+        starts: list[tuple[int, str | None]]
         starts = [(before + end - len(search.stop), search.stop) for search, end in ends if end is not None]
+        if self._min_indent and (outdent := self._find_outdent()) is not None:
+            starts.append((outdent, None))
         if starts:
-            start, self.stop = min(starts)
+            start, self.stop = min(starts, key=lambda found: found[0])
             self.text = self.text[:start]
             self.num_released_chars = len(self.text)
             return True
         held_back = max((search.num_matched for search in self._stops), default=0)
+        if self._min_indent:
+            held_back = max(held_back, len(self.text) - len(self.text.rstrip()))
         self.num_released_chars = max(self.num_released_chars, len(self.text) - held_back)
         return False
+
+    def _find_outdent(self) -> int | None:
+        """Return the end of the text before its first line with less white space than asked; None if there is none."""
+        for line in LINE_START.finditer(self.text, self._num_indented):
+            if len(line[1]) < self._min_indent:
+                return len(self.text[: line.start()].rstrip("\r\n"))
+            self._num_indented = line.end()
+        return None
 
 
 class _StopSearch:

@@ -27,6 +27,10 @@ class GenerationParams:
         n: number of sequences.
         logprobs: number of alternatives to report for each token; None = no log-probabilities.
         learn: whether the generated tokens are learned too, block by block (only with n = 1).
+        follows: the tokens that the text follows, where they are not the last ones of the segment: those before a gap.
+            The memory looks for their n-grams.
+        max_ms: milliseconds from the first token after which a sequence of more than one line ends; None = no limit.
+        min_indent: white space with which each line after the first begins; a sequence ends before another line.
     """
 
     max_tokens: int
@@ -35,6 +39,9 @@ class GenerationParams:
     n: int = 1
     logprobs: int | None = None
     learn: bool = False
+    follows: tuple[int, ...] = ()
+    max_ms: int | None = None
+    min_indent: int = 0
 
 
 @dataclass(frozen=True)

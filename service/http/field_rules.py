@@ -66,9 +66,10 @@ OBSERVE: Json = {
     "oneOf": [
         _fields("messages", "features", "label", "model", text=STRING),
         _fields("text", "features", "label", "model", messages=ARRAY),
-        _fields("text", "messages", features=ARRAY, label=INTEGER),
+        _fields("text", "messages", "source", features=ARRAY, label=INTEGER),
     ]
 }
+UNLEARN: Json = {"oneOf": [_fields("versions", version=INTEGER), _fields("version", versions=ARRAY)]}
 ACT: Json = {"anyOf": [{"properties": {"action_id": NULL, "regret": NULL}}, _fields(reward=NUMBER)]}
 FEEDBACK: Json = {
     "oneOf": [

@@ -34,8 +34,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens": (False,),
     "post_sampling_probs": (False,),
-    "t_max_predict_ms": (0, -1),
-    "n_indent": (0,),
     "prompt_embeds": (),
     "image_data": ([],),
     "lora": ([],),
@@ -44,7 +42,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 COMPLETION_UNSUPPORTED = UNSUPPORTED | {
     "messages": (),
     "max_completion_tokens": (),
-    "suffix": ("",),
     "add_special_tokens": (True,),
 }
 CHAT_UNSUPPORTED = UNSUPPORTED | {
@@ -52,6 +49,8 @@ CHAT_UNSUPPORTED = UNSUPPORTED | {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
+    "t_max_predict_ms": (0, -1),
+    "n_indent": (0,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -72,6 +71,7 @@ HINTS = frozenset(
         *("cache_prompt", "dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breakers"),
         *("dynatemp_exponent", "id_slot", "min_keep", "mirostat_eta", "mirostat_tau", "n_keep", "penalize_nl"),
         *("reasoning_format", "return_progress", "timings_per_token", "xtc_threshold"),
+        *("n_cache_reuse", "t_max_prompt_ms"),
         *("keep_alive", "think"),
         *("models", "plugins", "provider", "reasoning", "route", "transforms", "usage"),
     }

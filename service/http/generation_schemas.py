@@ -315,6 +315,18 @@ class CompletionRequest(GenerationRequest):
     )
 
     prompt: Prompt
+    suffix: Text | None = Field(
+        None,
+        description="The text after the gap that the completion fills; for bases with tokens for that. Such a request"
+        " only predicts unless it says `adapt`, and its default `temperature` is 0.",
+    )
+    n_indent: Count | None = Field(
+        None, description="The text ends before a line, other than its first, that begins with less white space."
+    )
+    t_max_predict_ms: Annotated[int, Field(ge=-1, le=INT32), WHOLE] | None = Field(
+        None,
+        description="Milliseconds from its first token after which a text of more than one line ends; 0 and -1: none.",
+    )
     max_tokens: UpTo | None = Field(
         None, description="Default: 16, as for OpenAI; -1, or more than the context has room for: as many as fit."
     )
@@ -326,7 +338,7 @@ class CompletionRequest(GenerationRequest):
     )
 
     @model_validator(mode="after")
-    def _best_of(self) -> "CompletionRequest":
+    def _rules_of_texts(self) -> "CompletionRequest":
         n = self.n or 1
         if self.best_of is not None and self.best_of < n:
             raise BadRequest(f"'best_of' must be at least 'n' ({n}), got {self.best_of}.", param="best_of")
@@ -334,6 +346,10 @@ class CompletionRequest(GenerationRequest):
             raise BadRequest(f"'best_of' must equal 'n' ({n}) in a stream, got {self.best_of}.", param="best_of")
         if self.n_probs and self.logprobs is not None:
             raise BadRequest("Give 'logprobs' or 'n_probs', not two of them.", param="n_probs")
+        if self.suffix and not isinstance(self.prompt, str):
+            raise BadRequest("'suffix' needs a 'prompt' that is one text.", param="suffix")
+        if self.suffix and self.echo:
+            raise BadRequest("'echo' is not allowed with 'suffix'.", param="echo")
         return self
 
 

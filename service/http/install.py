@@ -26,7 +26,8 @@ from service.turns.sessions import Sessions
 # Of requests from the pages of other origins, and of the answers that such pages may read.
 ALLOWED_HEADERS = ["*"]
 EXPOSED_HEADERS = (
-    *("ETag", "Idempotent-Replayed", "Retry-After", "X-Imprint-Ignored", "X-Request-Id", "x-should-retry"),
+    *("ETag", "Idempotent-Replayed", "Retry-After", "X-Imprint-Cut", "X-Imprint-Ignored", "X-Request-Id"),
+    "x-should-retry",
     *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
 )
 

@@ -221,17 +221,17 @@ class OllamaGenerateRequest(OllamaRequest):
     prompt: Text = Field("", description="A message of the user. Empty: the answer says that the model is loaded.")
     system: Text | None = None
     raw: bool | None = Field(None, description="True: the prompt is a text that goes on, and no message.")
-    suffix: Annotated[Any, Unsupported(("",))] = None
+    suffix: Text | None = Field(None, description="The text after the gap that the answer fills, as in completions.")
     template: Annotated[Any, Unsupported(("",))] = None
     images: Annotated[Any, Unsupported(([],))] = None
     context: Annotated[Any, Unsupported(([],))] = None
 
     def as_text(self) -> CompletionRequest:
-        """Return the completion that a raw prompt asks for, sampled as a chat is."""
-        fields: Json = {"max_tokens": -1} | self.fields() | {"prompt": self.prompt}
+        """Return the completion that a raw prompt or a gap asks for; a raw prompt is sampled as a chat is."""
+        fields: Json = {"max_tokens": -1} | self.fields() | {"prompt": self.prompt, "suffix": self.suffix}
         if "n_predict" in fields:
             del fields["max_tokens"]
-        if "temperature" not in fields:
+        if "temperature" not in fields and not self.suffix:
             fields = asdict(SUGGESTED_SAMPLING) | fields
         return CompletionRequest.model_validate(fields)
 

@@ -13,6 +13,17 @@ Json = dict[str, Any]
 HEAD: Json = {"created": 1767225600, "model": "smollm2-135m-instruct", "system_fingerprint": "fp_39fc1d5a02"}
 USAGE: Json = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
 ADAPTATION: Json = {"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version_from": 3, "version_to": 4}
+TIMINGS: Json = {
+    "cache_n": 0,
+    "prompt_n": 24,
+    "prompt_ms": 96.0,
+    "prompt_per_token_ms": 4.0,
+    "prompt_per_second": 250.0,
+    "predicted_n": 3,
+    "predicted_ms": 60.0,
+    "predicted_per_token_ms": 20.0,
+    "predicted_per_second": 50.0,
+}
 FINISHED_CHOICE: Json = {"index": 0, "logprobs": None, "finish_reason": "length"}
 OPEN_CHOICE: Json = FINISHED_CHOICE | {"finish_reason": None}
 MODEL: Json = {
@@ -47,6 +58,7 @@ LOG_ENTRY: Json = {
     "version": 4,
     "kind": "learn",
     "of": None,
+    "source": "src/cat.py",
     "time": 1767225660.25,
     "digest": "8f434346648f6b96",
     "tokens": 8,
@@ -252,6 +264,25 @@ EXAMPLES: dict[str, list[Json]] = {
     ],
     "Detokenized": [{"prompt": "My cat", "content": "My cat"}],
     "Health": [{"status": "ok"}],
+    "InfillReply": [
+        {
+            "id": "infill-1",
+            "index": 0,
+            "content": "a + b",
+            "model": "qwen2.5-coder-0.5b-instruct",
+            "stop": True,
+            "stop_type": "eos",
+            "stopping_word": "",
+            "tokens_predicted": 3,
+            "tokens_evaluated": 24,
+            "tokens_cached": 0,
+            "has_new_line": False,
+            "truncated": False,
+            "tokens_cut": {"prefix": 0, "suffix": 0, "extra": 0},
+            "timings": TIMINGS,
+            "adaptation": None,
+        }
+    ],
     "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
     "Live": [{"status": "ok"}],
     "MessageEvent": MESSAGE_EVENTS,

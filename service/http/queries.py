@@ -25,6 +25,7 @@ class LogPage(BaseModel):
     before: int | None = Field(
         None, ge=1, le=SAFE_INTEGER, description="Only versions before this one: `next` of the page before."
     )
+    text: bool = Field(True, description="False: without the learned texts, which are large.")
 
 
 class EpisodePage(BaseModel):

@@ -58,6 +58,9 @@ not supported is a 400, unless its value changes nothing, and so is a misspelt f
 context has room for are as many as fit; a prompt that leaves no room is a 400. With `prompt_logprobs`, each token of
 the prompt has its log-probability with the session's memory and without.
 
+`/infill` is llama.cpp's, for editors ([Code completion](code.md)): it fills the gap between two texts, as a completion
+with a `suffix` does, and teaches nothing unless the request says so.
+
 A text follows a JSON Schema (`response_format`, `structured_outputs`, `guided_json`, `json_schema`), a regular
 expression, one of several texts, or rules (`grammar`). A schema with a keyword that cannot be followed is a 400. Tokens
 that the grammar forces teach a session nothing.

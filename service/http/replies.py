@@ -316,9 +316,10 @@ class LogEntry(BaseModel):
 
     version: int
     kind: Literal["learn", "rollback", "unlearn", "fork", "import"]
-    of: int | str | None = Field(
-        None, description="The version gone back to or unlearned, or the origin of a fork or import."
+    of: int | list[int] | str | None = Field(
+        None, description="The version gone back to, the one or several unlearned, or the origin of a fork or import."
     )
+    source: str | None = Field(None, description="Where the learned text comes from, as its request said.")
     time: float = Field(description="Unix time in seconds.")
     digest: str = Field(description="Digest of the learned tokens and of all tokens before them.")
     tokens: int

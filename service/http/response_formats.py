@@ -14,7 +14,8 @@ from model.text.tool_calls import ReplyPiece, ReplyReader, tool_names
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.http.generation_schemas import GenerationRequest
 from service.metrics import Metrics
-from service.turns.completion import CompletionJob, Delta, PromptLogprobs, TokenLogprob, TurnEnd
+from service.turns.completion import Delta, PromptLogprobs, TokenLogprob, TurnEnd
+from service.turns.completion_job import CompletionJob
 from service.turns.idempotency import RequestContext
 from service.turns.prompts import ChatPrompt
 from service.turns.run import TurnRestarted
@@ -127,7 +128,7 @@ class ResponseFormatter(ABC):
             by_choice[delta.choice].append(delta)
         deltas.clear()
         body = {"object": self.object, "choices": self._choices(by_choice, end), "usage": _usage(end)}
-        body |= self.prompt_logprobs_json(end) | {"timings": _timings(end)}
+        body |= self.prompt_logprobs_json(end) | {"timings": timings(end)}
         return self._head() | body | {"adaptation": end.adaptation and asdict(end.adaptation)}
 
     def prompt_logprobs_json(self, end: TurnEnd) -> Json:
@@ -162,7 +163,7 @@ class ResponseFormatter(ABC):
         adaptation = event.adaptation and asdict(event.adaptation)
         for i, reason in enumerate(event.finish_reasons):
             choice = self.chunk_choice_json(i, "", None, reason)
-            yield self._chunk([choice], adaptation=adaptation, timings=_timings(event))
+            yield self._chunk([choice], adaptation=adaptation, timings=timings(event))
         if self._with_usage:
             yield self._chunk([], usage=_usage(event))
 
@@ -306,20 +307,20 @@ def _usage(end: TurnEnd) -> Json:
     }
 
 
-def _timings(end: TurnEnd) -> Json:
+def timings(end: TurnEnd) -> Json:
     """Return the times of the work by llama.cpp's names; a rate is null where no time was taken."""
-    timings: Json = {"cache_n": 0}
+    times: Json = {"cache_n": 0}
     for name, count, ms in (
         ("prompt", end.prompt_tokens, end.prompt_ms),
         ("predicted", end.completion_tokens, end.predicted_ms),
     ):
-        timings |= {
+        times |= {
             f"{name}_n": count,
             f"{name}_ms": ms,
             f"{name}_per_token_ms": ms / count if count else None,
             f"{name}_per_second": 1000 * count / ms if ms else None,
         }
-    return timings
+    return times
 
 
 def _system_fingerprint(fingerprints: Mapping[str, str]) -> str:

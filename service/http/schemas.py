@@ -39,6 +39,8 @@ MAX_FIELDS = 64
 MAX_MESSAGES = 1024  # of a chat: as many as a session knows again
 MAX_PARTS = 1024  # of a message
 MAX_CHOICES = 16
+MAX_VERSIONS = 512  # that one request unlearns: as many as a log has
+MAX_SOURCE_CHARS = 512
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 SAFE_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON has
@@ -274,14 +276,36 @@ class Rollback(Body):
     version: Annotated[int, Field(ge=0, le=SAFE_INTEGER), WHOLE]
 
 
-class Unlearn(Rollback):
-    """The body of `POST /v1/sessions/{id}/unlearn`."""
+class Unlearn(Body):
+    """The body of `POST /v1/sessions/{id}/unlearn`: a version, or several that are unlearned in one turn."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 3}], **field_rules.UNLEARN})
+
+    version: Annotated[int, Field(ge=0, le=SAFE_INTEGER), WHOLE] | None = None
+    versions: (
+        Annotated[
+            list[Annotated[int, Field(ge=0, le=SAFE_INTEGER)]],
+            Field(min_length=1, max_length=MAX_VERSIONS, fail_fast=True),
+            BeforeValidator(_integers),
+        ]
+        | None
+    ) = None
     erase: bool = Field(
         False,
         description="True: the session can't be rolled back to the versions before, which still have what is unlearned;"
         " they are erased, and the texts that were kept with them.",
     )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Unlearn":
+        if (self.version is None) == (self.versions is None):
+            raise BadRequest("Give 'version' or 'versions'.", param="version")
+        return self
+
+    @property
+    def all_versions(self) -> frozenset[int]:
+        """Return the versions to unlearn."""
+        return frozenset(self.versions or () if self.version is None else [self.version])
 
 
 class Fork(Body):
@@ -304,6 +328,9 @@ class ObserveRequest(Body):
     features: Observation | None = None
     label: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = None
     model: str | None = MODEL
+    source: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SOURCE_CHARS)] | None = Field(
+        None, description="Where the text comes from, such as the path of a file: kept in the session's log."
+    )
     recall: bool | None = RECALL
     learn_tool_results: bool | None = LEARN_TOOL_RESULTS
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
@@ -319,6 +346,8 @@ class ObserveRequest(Body):
             raise BadRequest("'features' and 'label' go together: give both or none of them.", param=missing)
         if self.features is None and self.model is not None:
             raise BadRequest("'model' is only allowed with 'features': text has one model.", param="model")
+        if self.features is not None and self.source is not None:
+            raise BadRequest("'source' is not allowed with 'features'.", param="source")
         return self
 
 

@@ -8,7 +8,7 @@ export function lineage(log, version) {
   if (!entry) return [];
   if (entry.kind === "rollback") return lineage(log, entry.of);
   const before = lineage(log, version - 1);
-  if (entry.kind === "unlearn") return before.filter((one) => one !== entry.of);
+  if (entry.kind === "unlearn") return before.filter((one) => ![entry.of].flat().includes(one));
   return entry.kind === "learn" ? [...before, version] : [version];
 }
 

@@ -34,6 +34,7 @@ class TurnPlan:
         kind, origin: the log entry's kind and what the entry refers to.
         keep_episodes: whether what the turn learns is kept as episodes.
         erases_past: whether the commit drops all versions to which the session could be rolled back.
+        source: where the learned text comes from, for the log.
     """
 
     meta: SessionMeta | None
@@ -44,9 +45,10 @@ class TurnPlan:
     writes: bool = True
     score_frozen: bool = False
     kind: TurnKind = "learn"
-    origin: int | str | None = None
+    origin: int | str | list[int] | None = None
     keep_episodes: bool = False
     erases_past: bool = False
+    source: str | None = None
 
     @property
     def policy(self) -> str:
@@ -136,6 +138,8 @@ def build_commit(
         log["recall"] = False
     if plan.origin is not None:
         log["of"] = plan.origin
+    if plan.source is not None:
+        log["source"] = plan.source
     if stats.completion_tokens and len(plan.segments) == 1:
         log["answer"] = [ctx.id, len(plan.segments[0].token_ids)]
     return Commit(

@@ -11,6 +11,7 @@ from typing import Literal
 
 from model.text import tool_calls
 from model.text.chat_template import ChatTemplateError
+from model.text.infill import infill_tokens
 from model.text.tokenizer import Tokenizer
 from service.concurrency import run_off_loop
 from service.engine import Segment
@@ -57,7 +58,25 @@ class ChatPrompt:
     learn_tool_results: bool = False
 
 
-Prompt = TextPrompt | TokenPrompt | PartsPrompt | ChatPrompt
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """The tokens of a prompt.
+
+    learn: 1 for each token that is new to the session. digests: of the messages of a chat that the session knows from
+    then on. question: the tokens [start, stop) of a chat's last message of the user, or before the gap of a text; None
+    where there is none.
+
+    The ids of a long text are an array, and `learn` has a byte a token: lists would take ten times the memory, and
+    freeing them would hold the interpreter's lock.
+    """
+
+    token_ids: Sequence[int]
+    learn: bytearray
+    digests: list[str] = field(default_factory=list)
+    question: tuple[int, int] | None = None
+
+
+Prompt = TextPrompt | TokenPrompt | PartsPrompt | ChatPrompt | EncodedPrompt
 
 
 def prompt_size(prompt: Prompt) -> int:
@@ -71,6 +90,8 @@ def prompt_size(prompt: Prompt) -> int:
             return sum(len(part) if isinstance(part, str) else 1 for part in parts)
         case ChatPrompt(messages, tools=tools):
             return len(tools) + sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
+        case EncodedPrompt():
+            return 0
 
 
 def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str = "") -> None:
@@ -89,6 +110,8 @@ def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str 
             fewest = len(parts) - len(texts) + tokenizer.fewest_tokens(sum(map(len, texts)))
         case ChatPrompt(messages):  # templates trim the white space around a content
             fewest = tokenizer.fewest_tokens(sum(len(message["content"].strip()) for message in messages))
+        case EncodedPrompt(token_ids):
+            fewest = len(token_ids)
     param = param or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
     if fewest > context:
         raise BadRequest(
@@ -113,23 +136,6 @@ def require_few_logprobs(tokens: int, param: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """The tokens of a prompt.
-
-    learn: 1 for each token that is new to the session. digests: of the messages of a chat that the session knows from
-    then on. question: the tokens [start, stop) of a chat's last message of the user; None where there is none.
-
-    The ids of a long text are an array, and `learn` has a byte a token: lists would take ten times the memory, and
-    freeing them would hold the interpreter's lock.
-    """
-
-    token_ids: Sequence[int]
-    learn: bytearray
-    digests: list[str] = field(default_factory=list)
-    question: tuple[int, int] | None = None
-
-
 def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:
     """Encode a prompt.
 
@@ -137,6 +143,8 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
 
     Raises BadRequest for a prompt without tokens and for messages that the chat template refuses.
     """
+    if isinstance(prompt, EncodedPrompt):
+        return prompt
     if isinstance(prompt, ChatPrompt):
         return _encode_chat(prompt if reply else replace(prompt, ending="none"), tokenizer, frozenset(known))
     token_ids: Sequence[int]
@@ -149,7 +157,9 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
             token_ids = _encode_parts(parts, tokenizer)
     if not token_ids:
         raise BadRequest("'prompt' must have at least one token, got none.", param="prompt")
-    return EncodedPrompt(token_ids, bytearray(b"\1") * len(token_ids))
+    infill = infill_tokens(tokenizer)
+    gap = None if infill is None else infill.find_prefix(token_ids)
+    return EncodedPrompt(token_ids, bytearray(b"\1") * len(token_ids), question=gap)
 
 
 async def encode_async(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply: bool) -> EncodedPrompt:

@@ -12,7 +12,8 @@ from service.errors import EngineError, NotFound, NotReady, PreconditionFailed, 
 from service.metrics import Metrics
 from service.store.base import Option, SessionMeta, SessionStore
 from service.tenants import Tenant
-from service.turns.completion import CompletionJob, CompletionTurn, Delta, TurnEnd
+from service.turns.completion import CompletionTurn, Delta, TurnEnd
+from service.turns.completion_job import CompletionJob
 from service.turns.idempotency import RequestContext
 from service.turns.loaded_model import LoadedModel
 from service.turns.prompts import ChatPrompt, TextPrompt, require_fits
@@ -121,12 +122,14 @@ class Sessions:
         *,
         if_match: str | None = None,
         recall: bool | None = None,
+        source: str | None = None,
     ) -> ObserveResult:
         """Learn a text of any length as one turn; of a chat, only what the session has not seen.
 
-        recall: False keeps no episodes of the text; None is the session's option.
+        recall: False keeps no episodes of the text; None is the session's option. source: where the text comes from,
+        for the log.
         """
-        return await self.run(ctx, ObserveTurn(session, prompt, if_match, recall))
+        return await self.run(ctx, ObserveTurn(session, prompt, if_match, recall, source))
 
     async def score(
         self,

@@ -59,10 +59,15 @@ class ObserveTurn(LearningTurn):
     """Learns a text; of a chat, only the messages that the session has not seen."""
 
     def __init__(
-        self, session: str, prompt: TextPrompt | ChatPrompt, if_match: str | None, recall: bool | None = None
+        self,
+        session: str,
+        prompt: TextPrompt | ChatPrompt,
+        if_match: str | None,
+        recall: bool | None = None,
+        source: str | None = None,
     ) -> None:
         self.target = SessionTarget(session, if_match=if_match)
-        self._session, self._prompt, self._recall = session, prompt, recall
+        self._session, self._prompt, self._recall, self._source = session, prompt, recall, source
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta = handle.meta or model.new_meta(self._session, {})
@@ -71,7 +76,7 @@ class ObserveTurn(LearningTurn):
         start = model.tokenizer.start_token_id
         segments = await prompts.segments_async(encoded, model.context, start, learn=True, score=False)
         keep = model.keeps_episodes(handle.ctx.tenant, meta.options, self._recall)
-        return TurnPlan(meta, segments, digests=encoded.digests, keep_episodes=keep)
+        return TurnPlan(meta, segments, digests=encoded.digests, keep_episodes=keep, source=self._source)
 
 
 class ScoreTurn(Turn[ScoreResult]):

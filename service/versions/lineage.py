@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from service.errors import Conflict, NotFound
@@ -48,21 +48,22 @@ def completion_entry(history: History, completion_key: str) -> Mapping[str, Any]
     )
 
 
-def plan_unlearn(history: History, version: int) -> tuple[int, list[tuple[int, bytes]]]:
-    """Return how to unlearn a version: the kept version to start from, and the later versions with the packed tokens
-    to learn again.
+def plan_unlearn(history: History, versions: Set[int]) -> tuple[int, list[tuple[int, bytes]]]:
+    """Return how to unlearn versions: the kept version to start from, and the later versions with the packed tokens to
+    learn again.
 
-    Raises Conflict if the session does not consist of the version, or if tokens that are needed are not kept.
+    Raises Conflict if the session does not consist of the versions, or if tokens that are needed are not kept.
     """
     lines = lineages(history)
     now = lines[history.meta.version]
-    if version not in now:
+    for version in sorted(versions - set(now)):
         raise Conflict(
             f"'version' must be one that learned, is kept and has not been undone, got {version}.",
             param="version",
             code="version_not_kept",
         )
-    remaining = [other for other in now if other != version]
+    version = min(versions)
+    remaining = [other for other in now if other not in versions]
     base = max((v for v, line in lines.items() if line == remaining[: len(line)]), key=lambda v: (len(lines[v]), v))
     texts = {undo.version: undo.packed_tokens for undo in history.undo}
     kept_tokens = []
@@ -93,8 +94,8 @@ def lineages(history: History) -> dict[int, list[int]]:
                 lines[version] = [*before, version]
             case "rollback", int(of) if of in lines:
                 lines[version] = lines[of]
-            case "unlearn", int(of) if of in before:
-                lines[version] = [other for other in before if other != of]
+            case "unlearn", int() | list() as of if (gone := {of} if isinstance(of, int) else set(of)) <= set(before):
+                lines[version] = [other for other in before if other not in gone]
             case _:
                 lines[version] = [~version]
     return lines

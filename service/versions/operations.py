@@ -24,11 +24,11 @@ class Versions:
         self._store = sessions.store
 
     async def log(
-        self, tenant: Tenant, session: str, *, before: int | None, limit: int
+        self, tenant: Tenant, session: str, *, before: int | None, limit: int, with_texts: bool = True
     ) -> tuple[list[dict[str, Any]], int | None]:
         """Return up to `limit` log entries below version `before`, newest first, and the next page's `before`."""
         history = await self._store.history(tenant.name, session, undo=False)
-        if history is not None and history.meta.options.get("keep_text"):
+        if with_texts and history is not None and history.meta.options.get("keep_text"):
             history = await self._store.history(tenant.name, session, undo=True)
         if history is None:
             raise session_not_found(session)
@@ -45,13 +45,19 @@ class Versions:
         return meta
 
     async def unlearn(
-        self, ctx: RequestContext, session: str, version: int, *, erase: bool = False, if_match: str | None = None
+        self,
+        ctx: RequestContext,
+        session: str,
+        versions: frozenset[int],
+        *,
+        erase: bool = False,
+        if_match: str | None = None,
     ) -> SessionMeta:
-        """Make a version as if `version` had never been learned; `erase` drops all versions before.
+        """Make a version as if `versions` had never been learned; `erase` drops all versions before.
 
-        Raises Conflict where neither what relearning needs is kept, nor an episode of the version.
+        Raises Conflict where neither what relearning needs is kept, nor an episode of each version.
         """
-        turn = UnlearnTurn(self._store, session, version, if_match, erase=erase)
+        turn = UnlearnTurn(self._store, session, versions, if_match, erase=erase)
         meta, _ = await self._sessions.run(ctx, turn)
         return meta
 

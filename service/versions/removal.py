@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,18 +18,18 @@ from service.turns.state_delta import VERSIONED_FIELDS, StateDelta
 KIND = "lexical"  # of the rows that hold tokens of texts, besides the episodes themselves
 
 
-def removal_delta(stored: StoredSession, config: MemoryConfig, version: int) -> StateDelta | None:
-    """Return the delta to a session without the episodes of a version and without the rows that their texts taught.
+def removal_delta(stored: StoredSession, config: MemoryConfig, versions: Set[int]) -> StateDelta | None:
+    """Return the delta to a session without the episodes of some versions and without the rows that their texts taught.
 
-    Return None if the session has no episode of the version.
+    Return None if the session has no episode of one of the versions.
     """
     episodes = stored.sites.get(EPISODES)
     if episodes is None:
         return None
     rows = np.ascontiguousarray(episodes.data).view("<i4")
-    is_gone = rows[:, VERSION] == version
-    if not is_gone.any():
+    if not versions <= set(rows[:, VERSION].tolist()):
         return None
+    is_gone = np.isin(rows[:, VERSION], list(versions))
     gone = {EPISODES: is_gone}
     if meanings := stored.sites.get(MEANINGS):
         gone[MEANINGS] = np.isin(meanings.slots, episodes.slots[is_gone])

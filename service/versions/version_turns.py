@@ -62,19 +62,19 @@ class RollbackTurn(VersionTurn):
 
 
 class UnlearnTurn(VersionTurn):
-    """Makes a version as if `version` had never been learned: goes back before it and learns later tokens again.
+    """Makes a version as if `versions` had never been learned: goes back before them and learns later tokens again.
 
-    Where what this needs is not kept, the rows that came from the version's episodes are cleared instead. The chat
-    messages of the unlearned version stay known, so that a client that resends them does not teach them again.
+    Where what this needs is not kept, the rows that came from the versions' episodes are cleared instead. The chat
+    messages of the unlearned versions stay known, so that a client that resends them does not teach them again.
 
     erase: whether all earlier versions are dropped, so that nobody can go back to what was unlearned.
     """
 
     def __init__(
-        self, store: SessionStore, session: str, version: int, if_match: str | None, *, erase: bool = False
+        self, store: SessionStore, session: str, versions: frozenset[int], if_match: str | None, *, erase: bool = False
     ) -> None:
         super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
-        self._version, self._erase = version, erase
+        self._versions, self._erase = versions, erase
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         history = await load_history(self._store, handle)
@@ -83,28 +83,29 @@ class UnlearnTurn(VersionTurn):
             plan = self._plan_relearning(handle, model, history)
         except Conflict as conflict:
             plan = await self._plan_removal(handle, model, history, conflict)
-        return replace(plan, kind="unlearn", origin=self._version, erases_past=self._erase)
+        origin = sorted(self._versions) if len(self._versions) > 1 else min(self._versions)
+        return replace(plan, kind="unlearn", origin=origin, erases_past=self._erase)
 
     async def _plan_removal(
         self, handle: SessionHandle, model: LoadedModel, history: History, conflict: Conflict
     ) -> TurnPlan:
-        """Return the plan that clears rows. Raises `conflict` if the session has no episode that is the version's own.
+        """Return the plan that clears rows. Raises `conflict` if a version has no episode of its own in the session.
 
         What a fork or an import brought is one version, of many texts: nobody means all of them.
         """
-        is_foreign = any(e["version"] == self._version and e["kind"] in ("fork", "import") for e in history.log)
+        is_foreign = any(e["version"] in self._versions and e["kind"] in ("fork", "import") for e in history.log)
         stored = None if is_foreign else await self._store.load(handle.ctx.tenant.name, history.meta.id)
         if stored is None:
             raise conflict
         config = model.engine.memory_config()
-        delta = await run_off_loop(stored.meta.bytes, removal_delta, stored, config, self._version)
+        delta = await run_off_loop(stored.meta.bytes, removal_delta, stored, config, self._versions)
         if delta is None:
             raise conflict
         return TurnPlan(handle.meta, state_delta=delta)
 
     def _plan_relearning(self, handle: SessionHandle, model: LoadedModel, history: History) -> TurnPlan:
         """Return the plan that goes back and learns again. Raises Conflict if what this needs is not kept."""
-        base, kept_tokens = plan_unlearn(history, self._version)
+        base, kept_tokens = plan_unlearn(history, self._versions)
         delta = state_delta_at(history, base)
         delta = replace(delta, meta=delta.meta | {"digests": history.meta.digests})
         without_episodes = {entry["version"] for entry in history.log if entry.get("recall") is False}

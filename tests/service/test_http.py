@@ -15,7 +15,8 @@ from service.http.install import install
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tenants import ApiKeys
-from service.turns.completion import CompletionJob, Delta, TurnEnd
+from service.turns.completion import Delta, TurnEnd
+from service.turns.completion_job import CompletionJob
 from service.turns.idempotency import RequestContext
 from service.turns.sessions import Sessions
 

@@ -183,7 +183,7 @@ def test_unlearning_begins_at_the_longest_beginning_that_is_kept(
     history: History, version: int, expected: tuple[int, list[bytes]]
 ) -> None:
     base, tokens = expected
-    assert plan_unlearn(history, version) == (base, [(int(packed), packed) for packed in tokens])
+    assert plan_unlearn(history, {version}) == (base, [(int(packed), packed) for packed in tokens])
 
 
 @pytest.mark.parametrize(
@@ -200,5 +200,5 @@ def test_unlearning_begins_at_the_longest_beginning_that_is_kept(
 )
 def test_unlearning_what_cannot_be_unlearned_is_a_conflict(history: History, version: int, code: str) -> None:
     with pytest.raises(Conflict) as error:
-        plan_unlearn(history, version)
+        plan_unlearn(history, {version})
     assert error.value.code == code

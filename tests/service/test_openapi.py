@@ -164,6 +164,8 @@ def test_a_server_answers_the_examples_as_described(page: Json, server: Server) 
                 continue  # their examples name a policy that is not shipped
             if operation["operationId"] == "create_embedding":
                 continue  # this server has no sentence encoder
+            if "Infill" in operation["tags"]:
+                continue  # this server's base fills no gaps
             content = operation.get("requestBody", {}).get("content", {None: {"schema": {}}})
             for media_type, media in content.items():
                 for example in [None] if media_type is None else examples(page, media) or [exported]:

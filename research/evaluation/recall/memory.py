@@ -22,12 +22,12 @@ class MemoryArm(OneByOne):
     def __init__(self, speaker: Speaker) -> None:
         self._speaker, self._lm = speaker, speaker.lm
         self.identity: object = self._lm.memory.fingerprint()
-        self._pool = new_pool(self._lm)
-        self._session = self._pool.open()
+        self.pool = new_pool(self._lm)
+        self.session = self.pool.open()
 
     def forget(self) -> None:
-        self._pool.close(self._session)
-        self._session = self._pool.open()
+        self.pool.close(self.session)
+        self.session = self.pool.open()
 
     def teach(self, messages: Sequence[Message]) -> None:
         """Learn the contents of the messages of one chat request, as a server does."""
@@ -50,21 +50,21 @@ class MemoryArm(OneByOne):
 
     def ask_all(self, questions: Sequence[str], max_tokens: int) -> list[Answer]:
         chats = [with_texts((), question) for question in questions]
-        return [Answer(text) for text in self._speaker.recalled_answers(chats, max_tokens, self._pool, self._session)]
+        return [Answer(text) for text in self._speaker.recalled_answers(chats, max_tokens, self.pool, self.session)]
 
     def complete_all(self, cues: Sequence[str], max_tokens: int) -> list[Answer]:
-        return [Answer(text) for text in self._speaker.recalled_sentences(cues, max_tokens, self._pool, self._session)]
+        return [Answer(text) for text in self._speaker.recalled_sentences(cues, max_tokens, self.pool, self.session)]
 
     def guess(self, token_ids: Sequence[int]) -> list[int]:
         bos = self._speaker.tokenizer.start_token_id
-        return greedy_predictions(self._lm, self._pool, self._session, token_ids, bos)
+        return greedy_predictions(self._lm, self.pool, self.session, token_ids, bos)
 
     @torch.inference_mode()
     def _learn(self, ids: Sequence[int], learn: Sequence[bool]) -> None:
         """Run one request block by block, learn the chosen tokens, and commit."""
-        draft, state, block = self._pool.draft(self._session), None, self._lm.memory.config.block
+        draft, state, block = self.pool.draft(self.session), None, self._lm.memory.config.block
         cache = self._lm.backbone.new_cache(len(ids))
         for start in range(0, len(ids), block):
             part, mask = ids[start : start + block], learn[start : start + block]
-            state, _ = self._lm.block(part, cache, self._pool, draft.index, decode_state=state, learn=mask, draft=draft)
+            state, _ = self._lm.block(part, cache, self.pool, draft.index, decode_state=state, learn=mask, draft=draft)
         draft.commit()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import torch
 
@@ -93,13 +93,18 @@ class Speaker:
 
     def _with_memory(self, prompts: Sequence[list[int]], max_tokens: int, pool: Pool, session: int) -> list[str]:
         def prefill(ids: list[int], capacity: int) -> Prefilled:
-            cache, state, block = self.lm.new_cache(capacity), None, self.lm.memory.config.block
-            for start in range(0, len(ids), block):
-                state, _ = self.lm.block(ids[start : start + block], cache, pool, session, decode_state=state)
-            assert state is not None
-            return cache, state
+            return self.read(ids, capacity, pool, session)
 
         return self.prefilled_texts(prompts, max_tokens, prefill, pool, session)
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], capacity: int, pool: Pool, session: int) -> Prefilled:
+        """Read a prompt with the memory of a session, block by block as a server does."""
+        cache, state, block = self.lm.new_cache(capacity), None, self.lm.memory.config.block
+        for start in range(0, len(ids), block):
+            state, _ = self.lm.block(ids[start : start + block], cache, pool, session, decode_state=state)
+        assert state is not None
+        return cache, state
 
     def _prefill(self, ids: list[int], capacity: int) -> Prefilled:
         """Run the base over a prompt; what it has in common with the last prompt is copied if it is long."""
@@ -132,12 +137,14 @@ class Speaker:
         pool: Pool,
         session: int,
         whole_words: Sequence[WholeWords] = (),
+        ends: Set[int] = frozenset(),
     ) -> list[str]:
         """Return the greedy continuations of prompts that `prefill` reads, with the memory of a session.
 
         Raises ValueError if one does not fit the context.
 
         whole_words: of the episodes that each prompt reads; none: the prompts read no episodes
+        ends: tokens that end a text besides the base's own
         """
         found = list[str]()
         for part in _batches(prompts, max_tokens):
@@ -145,7 +152,8 @@ class Speaker:
                 raise ValueError(f"a prompt and its answer must have at most {self.max_context} tokens, got {longest}")
             rows = [prefill(ids, len(ids) + max_tokens) for ids in part]
             copies = whole_words[len(found) : len(found) + len(part)]
-            found += [self.tokenizer.decode(ids) for ids in self._greedy(rows, max_tokens, pool, session, copies)]
+            texts = self._greedy(rows, max_tokens, pool, session, copies, ends | self.tokenizer.eos_token_ids)
+            found += [self.tokenizer.decode(ids) for ids in texts]
         return found
 
     def _greedy(
@@ -155,6 +163,7 @@ class Speaker:
         pool: Pool,
         session: int,
         whole_words: Sequence[WholeWords],
+        ends: Set[int],
     ) -> list[list[int]]:
         """Decode all rows together; a row leaves when its answer ends."""
         lm, running = self.lm, dict(enumerate(rows))
@@ -165,7 +174,7 @@ class Speaker:
             if whole_words:
                 scores = torch.stack([whole_words[row].adjust(scores[i], found[row]) for i, row in enumerate(running)])
             tokens = dict(zip(running, scores.argmax(-1).tolist(), strict=True))
-            running = {row: running[row] for row, token in tokens.items() if token not in self.tokenizer.eos_token_ids}
+            running = {row: running[row] for row, token in tokens.items() if token not in ends}
             if not running:
                 break
             for row in running:

@@ -1,6 +1,18 @@
 """The routes, one file a subject; `ROUTERS` has every router that the server includes."""
 
-from service.http.routes import anthropic, embeddings, ollama, openai, ops, page, policies, responses, sessions, tokens
+from service.http.routes import (
+    anthropic,
+    embeddings,
+    infill,
+    ollama,
+    openai,
+    ops,
+    page,
+    policies,
+    responses,
+    sessions,
+    tokens,
+)
 
 ROUTERS = (
     openai.router,
@@ -8,6 +20,7 @@ ROUTERS = (
     embeddings.router,
     ollama.router,
     anthropic.router,
+    infill.router,
     tokens.router,
     sessions.router,
     sessions.files,

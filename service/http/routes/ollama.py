@@ -97,9 +97,9 @@ async def ollama_generate(
     if not body.prompt:
         return _loaded(body, learning, formatter)
     has_template = learning.sessions.loaded_model.tokenizer.has_chat_template
-    if body.raw or not (has_template or body.system):
+    if body.raw or body.suffix or not (has_template or body.system):
         text = body.as_text()
-        return await answer(learning, text, text_job(text, learning, headers), formatter, LineStream)
+        return await answer(learning, text, await text_job(text, learning, headers), formatter, LineStream)
     chat = body.as_chat()
     return await answer(learning, chat, chat_job(chat, learning, headers), formatter, LineStream)
 

@@ -1,12 +1,15 @@
 """OpenAI's routes: models, completions and chat completions, streamed or not."""
 
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Path, Response
 
+from model.text.infill import Cut, Snippet
 from model.text.sampling import SamplingParams
 from service.errors import BadRequest
 from service.http.dependencies import (
@@ -28,7 +31,8 @@ from service.http.response_formats import ChatFormatter, CompletionFormatter, Js
 from service.http.schemas import session_of_user
 from service.http.sse import EventStream, until_disconnect
 from service.http.text_formats import Formatter
-from service.turns.completion import CompletionJob, GenerationOptions
+from service.turns.completion_job import CompletionJob, GenerationOptions
+from service.turns.infill import fill_in
 from service.turns.prompts import ChatPrompt, PartsPrompt, Prompt, TextPrompt, TokenPrompt
 from service.turns.sessions import Sessions
 from service.types import OPENAI_SAMPLING, SUGGESTED_SAMPLING
@@ -74,14 +78,26 @@ async def create_completion(
     body: CompletionRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
 ) -> Json | Response:
     """Continue each prompt; with a session, use the session's memory and update the memory."""
-    completion_job = text_job(body, learning, headers)
+    completion_job = await text_job(body, learning, headers)
     formatter = CompletionFormatter(learning.sessions, body, completion_job, learning.ctx, latency_recorder(learning))
     return await answer(learning, body, completion_job, formatter)
 
 
-def text_job(body: CompletionRequest, learning: LearningRequest, headers: ImprintHeaders) -> CompletionJob:
-    """Return the job of a completion. Raises NotFound and BadRequest."""
+async def text_job(
+    body: CompletionRequest, learning: LearningRequest, headers: ImprintHeaders, extra: Sequence[Snippet] | None = None
+) -> CompletionJob:
+    """Return the job of a completion, which fills a gap where the request has a suffix or `extra`, other texts.
+
+    A job that fills a gap only predicts, unless body or header say otherwise: pauses in typing would teach beginnings
+    of words.
+
+    Raises NotFound and BadRequest.
+    """
     sessions = learning.sessions
+    fills = bool(body.suffix) or extra is not None
+    if fills and body.temperature is None:
+        body = body.model_copy(update={"temperature": 0.0})
+    time_limit = body.t_max_predict_ms or 0
     generation = GenerationOptions(
         max_tokens=_max_tokens(body, DEFAULT_MAX_TOKENS),
         sampling=_sampling(body, sessions),
@@ -92,8 +108,19 @@ def text_job(body: CompletionRequest, learning: LearningRequest, headers: Imprin
         best_of=body.best_of,
         prompt_logprobs=body.prompt_logprobs,
         grammar=body.form,
+        max_ms=time_limit if time_limit > 0 else None,
+        min_indent=body.n_indent or 0,
     )
-    return _completion_job(body, _prompts(body, sessions), generation, learning, headers)
+    if not fills:
+        return _completion_job(body, _prompts(body, sessions), generation, learning, headers)
+    assert isinstance(body.prompt, str)
+    prompt, cut, ends = await fill_in(
+        body.prompt, body.suffix or "", extra or (), sessions.loaded_model, generation.max_tokens
+    )
+    sampling = generation.sampling
+    sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | ends)
+    job = _completion_job(body, [prompt], replace(generation, sampling=sampling), learning, headers)
+    return replace(job, adapt=body.adapt or headers.adapt or "predict", cut=cut)
 
 
 @router.post(
@@ -146,14 +173,14 @@ async def answer(
     The first event of a stream is awaited here: an error before that event has a status of its own.
     """
     receive, on_disconnect = learning.request.receive, body.on_disconnect
-    ignored = _ignored_header(body, learning.rules)
+    notes = _ignored_header(body, learning.rules) | _cut_header(completion_job.cut)
     if completion_job.stream:
         work = learning.sessions.generate(learning.ctx, completion_job)
         events = await until_disconnect(receive, work, on_disconnect)
-        headers = ignored | idempotency_headers(learning.ctx)
+        headers = notes | idempotency_headers(learning.ctx)
         return stream_type(learning.request, formatter.stream(events), headers=headers, on_disconnect=on_disconnect)
     reply = await until_disconnect(receive, _whole_reply(learning, completion_job, formatter), on_disconnect)
-    learning.response.headers.update(ignored | idempotency_headers(learning.ctx))
+    learning.response.headers.update(notes | idempotency_headers(learning.ctx))
     if isinstance(reply, list):
         return LargeReply(reply, learning.response)
     return reply
@@ -344,6 +371,11 @@ def _ignored_header(body: GenerationRequest, rules: ClientRules) -> dict[str, st
         ignored = [*ignored, "user"]
     shown = [quote(name[:MAX_NAME_CHARS], safe=".") for name in ignored[:MAX_IGNORED]]
     return {"X-Imprint-Ignored": ", ".join(shown)} if shown else {}
+
+
+def _cut_header(cut: Cut | None) -> dict[str, str]:
+    """Return the header that says how many tokens of a prompt around a gap were left out."""
+    return {"X-Imprint-Cut": ", ".join(f"{name}={tokens}" for name, tokens in asdict(cut).items())} if cut else {}
 
 
 def latency_recorder(learning: LearningRequest) -> LatencyRecorder:

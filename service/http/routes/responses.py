@@ -41,7 +41,8 @@ from service.http.response_schemas import (
 from service.http.routes.openai import answer, chat_job, latency_recorder, named_session
 from service.http.sse import NamedEventStream
 from service.http.text_formats import TextFormatter, TurnEvent, as_chat, compact
-from service.turns.completion import CompletionJob, TurnEnd
+from service.turns.completion import TurnEnd
+from service.turns.completion_job import CompletionJob
 from service.turns.prompts import ChatPrompt
 from service.turns.responses import KeptResponse, ResponseId, TenantResponses, require_small
 from service.turns.sessions import Sessions

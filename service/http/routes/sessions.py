@@ -128,7 +128,9 @@ async def observe(session: PathId, body: ObserveRequest, learning: LearningReque
             [message.plain() for message in body.messages or []], learn_tool_results=bool(body.learn_tool_results)
         )
     )
-    work = learning.sessions.observe(learning.ctx, session, prompt, if_match=learning.if_match, recall=body.recall)
+    work = learning.sessions.observe(
+        learning.ctx, session, prompt, if_match=learning.if_match, recall=body.recall, source=body.source
+    )
     return _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)
 
 
@@ -151,7 +153,9 @@ async def read_log(
     session: PathId, page: Annotated[LogPage, Query()], versions: VersionsDep, ctx: RequestContextDep
 ) -> SessionLog:
     """List the commits of the session, the newest first."""
-    entries, before = await versions.log(ctx.tenant, session, before=page.before, limit=page.limit)
+    entries, before = await versions.log(
+        ctx.tenant, session, before=page.before, limit=page.limit, with_texts=page.text
+    )
     data = [LogEntry(**entry) for entry in entries]
     return SessionLog(object="list", data=data, has_more=before is not None, next=before)
 
@@ -201,14 +205,14 @@ async def roll_back(session: PathId, body: Rollback, versions: VersionsDep, lear
     )
 
 
-@router.post("/{id}/unlearn", summary="Forget one version", responses=ETAG_RESPONSES)
+@router.post("/{id}/unlearn", summary="Forget some versions", responses=ETAG_RESPONSES)
 async def unlearn(session: PathId, body: Unlearn, versions: VersionsDep, learning: LearningRequestDep) -> Session:
-    """Commit a new version as if one version had never been learned.
+    """Commit a new version as if one or several versions had never been learned.
 
     Where the version before and the later texts are kept (`keep_text`), the later texts are learned again, and the
-    result is exact. Else the rows that came from the version's texts are removed.
+    result is exact. Else the rows that came from the versions' texts are removed.
     """
-    work = versions.unlearn(learning.ctx, session, body.version, erase=body.erase, if_match=learning.if_match)
+    work = versions.unlearn(learning.ctx, session, body.all_versions, erase=body.erase, if_match=learning.if_match)
     return _session_reply(await until_disconnect(learning.request.receive, work), learning)
 
 

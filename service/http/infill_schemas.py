@@ -1,0 +1,136 @@
+"""The bodies of llama.cpp's route for filling in the middle: request and reply."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from model.text.infill import Snippet
+from service.http.faults import explain
+from service.http.foreign_fields import COMPLETION_UNSUPPORTED
+from service.http.generation_schemas import CompletionRequest
+from service.http.replies import Timings
+from service.http.schemas import ADAPT, LEARN, ON_DISCONNECT, RECALL, SESSION, Body, OnDisconnect, SessionId, Text
+from service.types import Adaptation, AdaptMode, LearnMode
+
+MAX_SNIPPETS = 256
+MAX_FILENAME_CHARS = 1024
+MAX_RESPONSE_FIELDS = 64
+MAX_TOKENS = 128  # by default: suggestions are short, and a small base never ends by itself
+OWN_NAMES = ("input_prefix", "input_suffix", "input_extra", "prompt", "response_fields", "suffix")
+
+Json = dict[str, Any]
+
+
+class InfillCompletion(CompletionRequest):
+    """The completion that fills a gap. The order of samplers, which editors of llama.cpp always send, is ignored."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        name: values for name, values in COMPLETION_UNSUPPORTED.items() if name != "samplers"
+    }
+
+
+class InfillSnippet(Body):
+    """Text of another place; unknown fields, such as the time at which an editor took it, are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text: Text
+    filename: Annotated[str, Field(max_length=MAX_FILENAME_CHARS)] = "tmp"
+
+
+class InfillRequest(Body):
+    """The body of `POST /infill`: the texts around a gap, other texts that may help, and the options of completions."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "input_prefix": "def add(a, b):\n",
+                    "input_suffix": "\n\nprint(add(1, 2))\n",
+                    "prompt": "    return ",
+                    "n_predict": 16,
+                    "session": "repo",
+                }
+            ]
+        },
+    )
+
+    model: str | None = Field(None, description="Default: the server's.")
+    input_prefix: Text = Field("", description="The text before the gap.")
+    input_suffix: Text = Field("", description="The text after the gap.")
+    input_extra: Annotated[list[InfillSnippet], Field(max_length=MAX_SNIPPETS, fail_fast=True)] = Field(
+        [], description="Texts of other places, which stand before the text; the last one is the nearest."
+    )
+    prompt: Text = Field("", description="Text right before the gap, after `input_prefix`.")
+    response_fields: (
+        Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=MAX_RESPONSE_FIELDS, fail_fast=True)]
+        | None
+    ) = Field(None, description="The fields of the reply, a path such as `timings/prompt_n` for an inner one.")
+    session: SessionId | None = SESSION
+    adapt: AdaptMode | None = ADAPT
+    learn: LearnMode | None = LEARN
+    recall: bool | None = RECALL
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
+    _completion: InfillCompletion | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _as_completion(self) -> "InfillRequest":
+        named = {name: value for name, value in self if name not in OWN_NAMES and value is not None}
+        fields = named | {"prompt": self.input_prefix + self.prompt, "suffix": self.input_suffix}
+        if {"n_predict", "max_tokens"}.isdisjoint(named):
+            fields["n_predict"] = MAX_TOKENS
+        try:
+            self._completion = InfillCompletion.model_validate({"model": ""} | fields)
+        except ValidationError as error:
+            raise explain([fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]) from error
+        return self
+
+    def as_completion(self, model: str) -> CompletionRequest:
+        """Return the completion that fills the gap, of `model` where the request names none."""
+        assert self._completion is not None
+        return self._completion if self.model else self._completion.model_copy(update={"model": model})
+
+    @property
+    def snippets(self) -> list[Snippet]:
+        return [Snippet(each.text, each.filename) for each in self.input_extra]
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Return whether no text is wanted: editors send such requests to fill a cache of prompts, which is not here.
+
+        llama.vim's has no tokens to predict; llama.vscode's has texts of other places alone.
+        """
+        assert self._completion is not None
+        has_text = bool(self.input_prefix or self.input_suffix or self.prompt)
+        limits = (self._completion.n_predict, self._completion.max_tokens)
+        return self.adapt in (None, "predict") and (not has_text or 0 in limits)
+
+
+class TokensCut(BaseModel):
+    """The numbers of tokens that the prompt had no room for."""
+
+    prefix: int
+    suffix: int
+    extra: int
+
+
+class InfillReply(BaseModel):
+    """The reply of `POST /infill`, by llama.cpp's names; in a stream, the last event. `content` has the text."""
+
+    id: str
+    index: int
+    content: str
+    model: str
+    stop: Literal[True]
+    stop_type: Literal["eos", "word", "limit", "none"]
+    stopping_word: str
+    tokens_predicted: int
+    tokens_evaluated: int
+    tokens_cached: int
+    has_new_line: bool
+    truncated: bool
+    tokens_cut: TokensCut
+    timings: Timings
+    adaptation: Adaptation | None
