@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from research.machine import hardware
 from research.plots import load_pyplot
@@ -88,7 +89,7 @@ class Outcome:
         }
 
 
-def maglev(servers: Sequence[int], size: int = TABLE_SIZE) -> np.ndarray:  # type: ignore[type-arg]
+def maglev(servers: Sequence[int], size: int = TABLE_SIZE) -> NDArray[np.int64]:
     """Return the server [size] of each place: every server fills its own permutation of the places in turn."""
     table, filled = np.full(size, -1), 0
     seeds = [np.random.default_rng(server) for server in servers]
