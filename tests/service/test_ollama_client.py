@@ -279,3 +279,10 @@ def test_ignored_fields_are_named(client: Client) -> None:
     answer = client.http.post("/api/chat", json=body | {"keep_alive": "5m", "think": True})
     named = set(answer.headers["x-imprint-ignored"].split(", "))
     assert named == {"num_ctx", "keep_alive", "think"}
+
+
+def test_the_loaded_model_is_listed(peer: ollama.Client, client: Client) -> None:
+    (running,) = peer.ps().models
+    (listed,) = peer.list().models
+    assert running.model == listed.model == client.model
+    assert running.size == listed.size and running.digest == listed.digest and running.context_length

@@ -1,10 +1,23 @@
 """The routes, one file a subject; `ROUTERS` has every router that the server includes."""
 
-from service.http.routes import anthropic, embeddings, ollama, openai, ops, page, policies, responses, sessions, tokens
+from service.http.routes import (
+    anthropic,
+    conversations,
+    embeddings,
+    ollama,
+    openai,
+    ops,
+    page,
+    policies,
+    responses,
+    sessions,
+    tokens,
+)
 
 ROUTERS = (
     openai.router,
     responses.router,
+    conversations.router,
     embeddings.router,
     ollama.router,
     anthropic.router,
