@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,6 @@ from tests.conftest import Server
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "clients"
 HARNESS_OF_NODE = HERE / "node" / "checks.mjs"
-TIMEOUT_S = 1800
 HEAD = re.compile(r"^# /// script$\n((?:^#.*$\n)+?)^# ///$", re.MULTILINE)
 
 Row = tuple[str, str, str]
@@ -96,21 +96,21 @@ def checked(name: str, file: Path, server: Server) -> Iterator[Row]:
         yield name, "installation", str(error)
         return
     log = BUILD / f"{name}.log"
-    with log.open("w") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=TIMEOUT_S)
-    for line in done.stdout.splitlines():
-        if line.startswith('{"check"'):
-            found = json.loads(line)
-            yield name, found["check"], " ".join((found["error"] or "").split())
-    if done.returncode:
-        yield name, "the run", f"exit code {done.returncode}, see {log.relative_to(BUILD.parents[1])}"
+    with log.open("w") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith('{"check"'):
+                found = json.loads(line)
+                yield name, found["check"], " ".join((found["error"] or "").split())
+    if run.returncode:
+        yield name, "the run", f"exit code {run.returncode}, see {log.relative_to(BUILD.parents[1])}"
 
 
 @contextmanager
 def serving() -> Iterator[Server]:
     """Run a server of the default base during the block, with folders of its own."""
     with tempfile.TemporaryDirectory(prefix="imprint-clients-") as folder:
-        server = Server("smollm2-135m-instruct", Path(folder) / "data", recall_encoder="default", threads=0)
+        server = Server("smollm2-135m-instruct", Path(folder) / "data", recall_encoder="default")
         server.start(forked=False)
         try:
             yield server
@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(clients())}; default: all.")
     names = parser.parse_args().names
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends too
     BUILD.mkdir(parents=True, exist_ok=True)
     failed = 0
     print("| client | check | |\n| --- | --- | --- |")

@@ -6,10 +6,13 @@
 
 import asyncio
 import json
+import os
 from typing import Any
 
-import litellm
-from pydantic import BaseModel
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would look for prices on the internet
+
+import litellm  # noqa: E402
+from pydantic import BaseModel  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 WEATHER: dict[str, Any] = {
