@@ -44,9 +44,13 @@ class Outcome:
 
 
 def schemas(count: int = NUM_SCHEMAS) -> list[Json]:
-    """Return schemas of the kinds that programs write, drawn with a fixed seed."""
+    """Return different schemas of the kinds that programs write, drawn with a fixed seed."""
     rng = random.Random("schemas")
-    return [_object(rng, DEPTH) for _ in range(count)]
+    found: dict[str, Json] = {}
+    while len(found) < count:
+        schema = _object(rng, DEPTH)
+        found[json.dumps(schema, sort_keys=True)] = schema
+    return list(found.values())
 
 
 def _object(rng: random.Random, depth: int) -> Json:

@@ -11,8 +11,8 @@ from typing import Any
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would look for prices on the internet
 
-import litellm  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+import litellm
+from pydantic import BaseModel
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 WEATHER: dict[str, Any] = {

@@ -72,12 +72,10 @@ class ConversationDeleted(BaseModel):
 
 
 @router.post("", summary="Create a conversation")
-async def create_conversation(
-    sessions: SessionsDep, ctx: RequestContextDep, body: ConversationRequest | None = None
-) -> Conversation:
+async def create_conversation(body: ConversationRequest, sessions: SessionsDep, ctx: RequestContextDep) -> Conversation:
     """Create a session with a name of its own; with `items`, they are the chat that its first response goes on with."""
     meta, _ = await sessions.put(ctx.tenant, f"conv_{uuid4().hex}", {})
-    if body is not None and body.items:
+    if body.items:
         await _add(meta, None, body.items, sessions, ctx)
     return _conversation(meta)
 

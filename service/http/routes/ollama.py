@@ -19,7 +19,7 @@ from service.http.dependencies import (
     RulesDep,
     SessionsDep,
 )
-from service.http.json_route import JsonRoute
+from service.http.json_route import UndeclaredJsonRoute
 from service.http.ollama_schemas import (
     OllamaChatReply,
     OllamaChatRequest,
@@ -62,7 +62,7 @@ Json = dict[str, Any]
 
 router = APIRouter(
     prefix="/api",
-    route_class=JsonRoute,
+    route_class=UndeclaredJsonRoute,
     tags=["Ollama"],
     responses=error_responses(OllamaError),
 )
