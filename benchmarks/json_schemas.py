@@ -123,9 +123,9 @@ class Judge:
             faults = [str(error)]
         return Outcome(text, faults[0] if faults else "", cut)
 
-    async def task(self, task: Task) -> Outcome:
+    async def task(self, task: Task, tool_choice: str) -> Outcome:
         """Give a task, and check the answer."""
-        reply = await self._ask(**task.body(), temperature=0, max_tokens=TASK_TOKENS)
+        reply = await self._ask(**task.body(tool_choice), temperature=0, max_tokens=TASK_TOKENS)
         if "error" in reply:
             return Outcome("", f"refused: {reply['error']['message']}")
         message = reply["choices"][0]["message"]
@@ -146,23 +146,30 @@ async def judge_schemas(judge: Judge, cases: Sequence[Json]) -> list[tuple[Json,
     return [(schema, outcome) for (schema, _), outcome in zip(asked, outcomes, strict=True)]
 
 
+async def print_tasks(judge: Judge, read: bool) -> None:
+    """Print how many tasks get the right answer: calls that are required, calls that the model may make, objects."""
+    for kind, choice in (("tools", "required"), ("tools", "auto"), ("schema", "")):
+        tasks = [task for task in TASKS if task.kind == kind]
+        outcomes = await asyncio.gather(*(judge.task(task, choice) for task in tasks))
+        right = sum(not each.fault for each in outcomes)
+        print(f"{kind}{choice and f', {choice}'}: {right} of {len(tasks)} right", flush=True)
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            if outcome.fault or read:
+                print(f"- {task.prompt} {outcome.fault or 'ok'}")
+
+
 async def measure(url: str, *, tasks: bool, count: int, read: bool) -> None:
     """Print the rates, and what failed."""
     model = await first_model_id("the server", url)
+    print(model)
     async with httpx.AsyncClient(base_url=url, timeout=None) as http:
         judge = Judge(http, model)
         if tasks:
-            outcomes = await asyncio.gather(*(judge.task(task) for task in TASKS))
-            for kind in ("tools", "schema"):
-                of_kind = [outcome for task, outcome in zip(TASKS, outcomes, strict=True) if task.kind == kind]
-                print(f"{model}: {kind}: {sum(not each.fault for each in of_kind)} of {len(of_kind)} right")
-            for task, outcome in zip(TASKS, outcomes, strict=True):
-                if outcome.fault or read:
-                    print(f"- {task.prompt} {outcome.fault or 'ok'}")
+            await print_tasks(judge, read)
             return
         found = await judge_schemas(judge, schemas(count))
         valid, cut = sum(not outcome.fault for _, outcome in found), sum(outcome.cut for _, outcome in found)
-        print(f"{model}: {valid} of {len(found)} valid, {cut} cut off after {MAX_TOKENS} tokens")
+        print(f"{valid} of {len(found)} valid, {cut} cut off after {MAX_TOKENS} tokens")
         for schema, outcome in found:
             if outcome.fault or read:
                 print(f"- {json.dumps(schema)}\n  {outcome.answer[:400]!r} {outcome.fault[:200] or 'ok'}")

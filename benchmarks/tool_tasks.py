@@ -44,11 +44,11 @@ class Task:
     def kind(self) -> Literal["tools", "schema"]:
         return "tools" if self.schema is None else "schema"
 
-    def body(self) -> Json:
-        """Return the fields of the request."""
+    def body(self, tool_choice: str = "required") -> Json:
+        """Return the fields of the request. tool_choice: whether a call is `required`, or up to the model (`auto`)."""
         fields: Json = {"messages": [{"role": "user", "content": self.prompt}]}
         if self.schema is None:
-            return fields | {"tools": TOOLS, "tool_choice": "required"}
+            return fields | {"tools": TOOLS, "tool_choice": tool_choice}
         form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": self.schema}}
         return fields | {"response_format": form}
 

@@ -68,9 +68,10 @@ def install(name: str, file: Path) -> list[str]:
 def _pip(folder: Path, script: dict[str, Any]) -> None:
     _run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)])
     if script.get("tool", {}).get("imprint", {}).get("with-server-packages"):
-        # Their torch and transformers, which then need not be installed a second time.
+        # The server's torch and transformers, which then need not be installed a second time, and the server itself.
         (site,) = folder.glob("lib/python*/site-packages")
-        (site / "server.pth").write_text(next(path for path in sys.path if path.endswith("site-packages")))
+        installed = next(path for path in sys.path if path.endswith("site-packages"))
+        (site / "server.pth").write_text(f"{installed}\n{HERE.parents[1]}\n")
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(folder / "bin" / "python"), "install"]
     _run([*pip, *script["dependencies"]])
 
