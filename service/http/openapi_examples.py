@@ -265,6 +265,15 @@ EXAMPLES: dict[str, list[Json]] = {
     "Health": [{"status": "ok"}],
     "ItemList": [{"object": "list"} | ITEM_LIST],
     "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
+    "ListedResult": [
+        {
+            "id": "fco_5f2b9c04d1e75f2b9c04d1e75f2b9c04.i2_alice",
+            "type": "function_call_output",
+            "status": "completed",
+            "call_id": "call_1",
+            "output": "It rains.",
+        }
+    ],
     "Live": [{"status": "ok"}],
     "MessageEvent": MESSAGE_EVENTS,
     "MessageReply": [MESSAGE | STOP | {"content": [TEXT_BLOCK | {"text": "Hello"}], "adaptation": ADAPTATION}],
