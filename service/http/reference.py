@@ -66,8 +66,8 @@ that the grammar forces teach a session nothing.
 
 `POST /v1/responses` replies as a chat does, in the shape of OpenAI's Responses: `input` is a text or a list of items
 (messages, `function_call`, `function_call_output`, `item_reference`), `instructions` are a message of the system, and a
-stream has OpenAI's events. Functions are the only tools. What OpenAI's servers do by themselves (`background`,
-`truncation: "auto"`, `prompt`, tools that run on the server) is a 400.
+stream has OpenAI's events. The samplers are those of completions. Functions are the only tools. What OpenAI's servers
+do by themselves (`background`, `truncation: "auto"`, `prompt`, tools that run on the server) is a 400.
 
 A conversation is a session. `conversation` names the session, whose memory is read and updated; besides, the chat of
 its newest kept response comes before the input. `previous_response_id` names any kept response: its chat comes before

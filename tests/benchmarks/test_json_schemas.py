@@ -43,5 +43,5 @@ def test_each_task_has_an_answer_that_its_form_allows() -> None:
             called = task.expected | {"arguments": json.dumps(task.expected["arguments"])}
             message = {"content": None, "tool_calls": [{"function": called}]}  # type: ignore[dict-item]
         assert task.answer(message) == task.expected
-        for other in ({"content": "no"}, {"content": None, "tool_calls": []}, {"content": None}):
-            assert task.answer(other) is None
+        others: list[Any] = [{"content": "no"}, {"content": None, "tool_calls": []}, {"content": None}]
+        assert [task.answer(other) for other in others] == [None] * 3

@@ -41,8 +41,7 @@ metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
 def _write_tasks(folder: Path) -> None:
     """Write the tasks and their data: which words go on, of four, and whole paragraphs, of this project's pages."""
     texts = [file.read_text() for file in sorted((ROOT / "examples").glob("*.txt"))]
-    paragraphs = [" ".join(part.split()) for text in texts for part in text.split("\\n\\n")]
-    paragraphs = [part for text in texts for part in text.split("\n\n") if len(part) > 200][:32] or paragraphs
+    paragraphs = [part for text in texts for part in text.split("\n\n") if len(part) > 200][:32]
     halves = [(part[: len(part) // 2].rpartition(" ")[0], part) for part in paragraphs]
     endings = [" " + " ".join(part[len(before) :].split()[:6]) for before, part in halves]
     words = [
@@ -61,7 +60,13 @@ def _results(model: str, arguments: dict[str, Any], folder: Path) -> dict[str, A
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = simple_evaluate(
-        model=model, model_args=arguments, tasks=list(TASKS), task_manager=manager, batch_size=8, bootstrap_iters=200
+        model=model,
+        model_args=arguments,
+        tasks=list(TASKS),
+        task_manager=manager,
+        batch_size=8,
+        device="cpu",
+        bootstrap_iters=200,
     )
     return {name: found["results"][name] for name in TASKS}
 

@@ -49,7 +49,7 @@ def test_a_conversation_begins_with_items_and_goes_on_with_responses(sdk: openai
     assert texts(listed) == expected
     for item in listed:
         TypeAdapter(ConversationItem).validate_python(item.model_dump())
-        assert sdk.conversations.items.retrieve(item.id, conversation_id=conversation.id) == item
+        assert sdk.conversations.items.retrieve(str(item.id), conversation_id=conversation.id) == item
     assert listed[-1].id == response.output[0].id
     assert sdk.conversations.retrieve(conversation.id) == conversation
     assert client.session(conversation.id)["version"] == 1  # items and input are learned with the first response
