@@ -101,7 +101,7 @@ def _leaf(rng: random.Random) -> Json:
     )
 
 
-class Judge:
+class ServerChats:
     """The chats of one server."""
 
     def __init__(self, http: httpx.AsyncClient, model: str) -> None:
@@ -139,18 +139,18 @@ class Judge:
         return answer
 
 
-async def judge_schemas(judge: Judge, cases: Sequence[Json]) -> list[tuple[Json, Outcome]]:
+async def check_schemas(chats: ServerChats, cases: Sequence[Json]) -> list[tuple[Json, Outcome]]:
     """Return the outcome of each schema for each prompt."""
     asked = [(schema, prompt) for schema in cases for prompt in PROMPTS]
-    outcomes = await asyncio.gather(*(judge.json_of(schema, prompt, i) for i, (schema, prompt) in enumerate(asked)))
+    outcomes = await asyncio.gather(*(chats.json_of(schema, prompt, i) for i, (schema, prompt) in enumerate(asked)))
     return [(schema, outcome) for (schema, _), outcome in zip(asked, outcomes, strict=True)]
 
 
-async def print_tasks(judge: Judge, read: bool) -> None:
+async def print_tasks(chats: ServerChats, read: bool) -> None:
     """Print how many tasks get the right answer: calls that are required, calls that the model may make, objects."""
     for kind, choice in (("tools", "required"), ("tools", "auto"), ("schema", "")):
         tasks = [task for task in TASKS if task.kind == kind]
-        outcomes = await asyncio.gather(*(judge.task(task, choice) for task in tasks))
+        outcomes = await asyncio.gather(*(chats.task(task, choice) for task in tasks))
         right = sum(not each.fault for each in outcomes)
         print(f"{kind}{choice and f', {choice}'}: {right} of {len(tasks)} right", flush=True)
         for task, outcome in zip(tasks, outcomes, strict=True):
@@ -163,11 +163,11 @@ async def measure(url: str, *, tasks: bool, count: int, read: bool) -> None:
     model = await first_model_id("the server", url)
     print(model)
     async with httpx.AsyncClient(base_url=url, timeout=None) as http:
-        judge = Judge(http, model)
+        chats = ServerChats(http, model)
         if tasks:
-            await print_tasks(judge, read)
+            await print_tasks(chats, read)
             return
-        found = await judge_schemas(judge, schemas(count))
+        found = await check_schemas(chats, schemas(count))
         valid, cut = sum(not outcome.fault for _, outcome in found), sum(outcome.cut for _, outcome in found)
         print(f"{valid} of {len(found)} valid, {cut} cut off after {MAX_TOKENS} tokens")
         for schema, outcome in found:

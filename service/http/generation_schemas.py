@@ -178,7 +178,7 @@ def _described(example: dict[str, Any], rules: Mapping[str, Any], unsupported: M
 
 
 class Samplers(Body):
-    """How a token is drawn, besides temperature and top-p, and what ends the text: the words of vLLM and llama.cpp."""
+    """The fields that say how a token is drawn, besides temperature and top-p, and what ends the text."""
 
     top_k: Annotated[int, Field(ge=-1, le=INT32), WHOLE] | None = Field(
         None, description="Draw from the `top_k` likeliest tokens only; 0 and -1: from all."

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from jsonschema import Draft202012Validator
 
-from benchmarks.json_schemas import NUM_SCHEMAS, PROMPTS, Judge, judge_schemas, schemas
+from benchmarks.json_schemas import NUM_SCHEMAS, PROMPTS, ServerChats, check_schemas, schemas
 from benchmarks.tool_tasks import TASKS, TOOLS
 from tests.conftest import Server
 
@@ -22,7 +22,7 @@ def test_the_schemas_are_valid_and_all_different() -> None:
 def test_a_text_that_is_whole_follows_its_schema(server: Server) -> None:
     async def judged() -> Any:
         async with httpx.AsyncClient(base_url=server.url, timeout=None) as http:
-            return await judge_schemas(Judge(http, server.model), schemas(6))
+            return await check_schemas(ServerChats(http, server.model), schemas(6))
 
     found = asyncio.run(judged())
     assert len(found) == 6 * len(PROMPTS)
