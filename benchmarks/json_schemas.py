@@ -36,7 +36,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a request: the answer, and "" or the fault; whether the limit of tokens cut it off."""
+    """The outcome of a request: the answer, and "" or the fault; whether the limit of tokens cut the answer off."""
 
     answer: str
     fault: str
