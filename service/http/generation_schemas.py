@@ -177,19 +177,9 @@ def _described(example: dict[str, Any], rules: Mapping[str, Any], unsupported: M
     return extend
 
 
-class GenerationRequest(Body):
-    """The fields that completions and chat completions share."""
+class Samplers(Body):
+    """The fields that say how a token is drawn, besides temperature and top-p, and what ends the text."""
 
-    model_config = ConfigDict(extra="allow")
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
-
-    model: str
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
-        None,
-        description="Default: 1; in chats the temperature that `sampling` of the model suggests, with its `top_p` and"
-        " `frequency_penalty` where the request has none.",
-    )
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32), WHOLE] | None = Field(
         None, description="Draw from the `top_k` likeliest tokens only; 0 and -1: from all."
     )
@@ -208,8 +198,6 @@ class GenerationRequest(Body):
         None, description="Tokens before which no end of text and no stop string ends the text."
     )
     ignore_eos: bool | None = Field(None, description="The text never ends by itself: no end of text is drawn.")
-    n_predict: UpTo | None = Field(None, description="llama.cpp's name of `max_tokens`.")
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: RepetitionPenalty | None = Field(
@@ -221,6 +209,23 @@ class GenerationRequest(Body):
         description="The last tokens that the penalty looks at; -1: all. Default: 64 for `repeat_penalty`, else all.",
     )
     logit_bias: LogitBias | None = None
+
+
+class GenerationRequest(Samplers):
+    """The fields that completions and chat completions share."""
+
+    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None,
+        description="Default: 1; in chats the temperature that `sampling` of the model suggests, with its `top_p` and"
+        " `frequency_penalty` where the request has none.",
+    )
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n_predict: UpTo | None = Field(None, description="llama.cpp's name of `max_tokens`.")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     response_format: dict[str, Any] | None = Field(
         None, description="OpenAI's `text`, `json_object` or `json_schema`: the form that the text must have."
     )

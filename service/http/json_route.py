@@ -22,6 +22,9 @@ from service.http.dependencies import get_sessions
 MAX_VALUES = 2**18  # more than any honest request has: 128 prompts of 2,048 token ids
 CHUNK_BYTES = 2**18  # fits the caches
 
+JSON_TYPE = (b"content-type", b"application/json")
+
+Headers = list[tuple[bytes, bytes]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -109,6 +112,10 @@ class JsonRoute(APIRoute):
 
     parses_json = True
 
+    def requires_json_type(self, request: Request) -> bool:
+        """Return whether the body must be declared as JSON, which pages of other sites cannot do without asking."""
+        return True
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return a handler that checks a request before FastAPI's handler gets the request.
 
@@ -123,6 +130,8 @@ class JsonRoute(APIRoute):
             state = (await get_sessions(request)).state
             if state != "ready":
                 raise NotReady(f"The server is {state}; try again later.", code=state)
+            if self.parses_json and not self.requires_json_type(request):
+                request.scope["headers"] = _with_json_type(request.scope["headers"])
             request = ParsedRequest(request.scope, request.receive)
             body = await request.body()
             if body and self.parses_json:
@@ -148,10 +157,21 @@ class JsonRoute(APIRoute):
         return valid
 
 
+class UndeclaredJsonRoute(JsonRoute):
+    """A route whose body is JSON, whatever a program calls it; pages in browsers, which name their origin, must say."""
+
+    def requires_json_type(self, request: Request) -> bool:
+        return "origin" in request.headers or "sec-fetch-site" in request.headers
+
+
 class FileRoute(JsonRoute):
     """A route under /v1 whose body is a file."""
 
     parses_json = False
+
+
+def _with_json_type(headers: Headers) -> Headers:
+    return [*((name, value) for name, value in headers if name != b"content-type"), JSON_TYPE]
 
 
 @lru_cache(maxsize=16)

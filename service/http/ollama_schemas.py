@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from model.text.tool_calls import MAX_CALLS
 from service.errors import BadRequest
@@ -33,10 +33,13 @@ from service.http.schemas import (
     Text,
     ToolName,
     Unsupported,
+    text_or_list,
 )
 from service.http.text_formats import as_chat, require_foreign
 from service.http.tool_schemas import Tools
 from service.types import SUGGESTED_SAMPLING, Adaptation, AdaptMode, LearnMode
+
+MAX_TEXTS = 2048  # OpenAI's limit
 
 Json = dict[str, Any]
 
@@ -316,6 +319,74 @@ class OllamaModels(BaseModel):
     """The reply of `GET /api/tags`."""
 
     models: list[OllamaModel]
+
+
+class OllamaRunning(OllamaModel):
+    """A name of the served model, which is always loaded."""
+
+    expires_at: str
+    size_vram: int = Field(description="Always 0: what a GPU holds of it is not told.")
+    context_length: int
+
+
+class OllamaRunningModels(BaseModel):
+    """The reply of `GET /api/ps`."""
+
+    models: list[OllamaRunning]
+
+
+class OllamaVectorRequest(Body):
+    """The fields that both of Ollama's routes of vectors share. Other fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+
+
+class OllamaEmbedRequest(OllamaVectorRequest):
+    """The body of `POST /api/embed`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "smollm2-135m-instruct", "input": ["My cat is called Miso."]}]}
+    )
+
+    input: Annotated[
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[Text], Field(max_length=MAX_TEXTS, fail_fast=True), Tag("<list>")],
+        Discriminator(
+            text_or_list, custom_error_type="input_type", custom_error_message="should be a string or a list of strings"
+        ),
+    ] = Field([], description="Texts. None: the answer says that the model is loaded.")
+    dimensions: Annotated[int, Field(ge=1, le=INT32), WHOLE] | None = Field(
+        None, description="Only the encoder's own number is accepted: its vectors cannot be cut."
+    )
+    truncate: bool | None = Field(None, description="Ignored: a text that is too long is a 400, and none is cut.")
+
+
+class OllamaEmbeddings(BaseModel):
+    """The reply of `POST /api/embed`; each vector has the length 1."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OllamaEmbeddingRequest(OllamaVectorRequest):
+    """The body of `POST /api/embeddings`, Ollama's older route."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "smollm2-135m-instruct", "prompt": "My cat is called Miso."}]}
+    )
+
+    prompt: Text = Field("", description="A text. Empty: the answer is an empty vector.")
+
+
+class OllamaEmbedding(BaseModel):
+    """The reply of `POST /api/embeddings`."""
+
+    embedding: list[float]
 
 
 class OllamaShowRequest(Body):

@@ -229,6 +229,15 @@ RESPONSE_EVENTS: list[Json] = [
     {"type": "response.completed", "sequence_number": 8, "response": COMPLETED_RESPONSE},
 ]
 
+INPUT_ITEM: Json = {
+    "id": "msg_5f2b9c04d1e75f2b9c04d1e75f2b9c04.i0_alice",
+    "type": "message",
+    "status": "completed",
+    "role": "user",
+    "content": [{"type": "input_text", "text": "My cat is called Miso."}],
+}
+ITEM_LIST: Json = {"data": [INPUT_ITEM], "first_id": INPUT_ITEM["id"], "last_id": INPUT_ITEM["id"], "has_more": False}
+
 EXAMPLES: dict[str, list[Json]] = {
     "AnthropicError": [
         {
@@ -250,6 +259,8 @@ EXAMPLES: dict[str, list[Json]] = {
         _chat("chat.completion.chunk", OPEN_CHOICE | {"delta": {"content": "Hello"}}),
         _chat("chat.completion.chunk", FINISHED_CHOICE | {"delta": {}}, adaptation=ADAPTATION),
     ],
+    "Conversation": [{"id": "alice", "object": "conversation", "created_at": 1767225600, "metadata": {}}],
+    "ConversationDeleted": [{"id": "alice", "object": "conversation.deleted", "deleted": True}],
     "EmbeddingList": [
         {
             "object": "list",
@@ -283,7 +294,17 @@ EXAMPLES: dict[str, list[Json]] = {
             "adaptation": None,
         }
     ],
+    "ItemList": [{"object": "list"} | ITEM_LIST],
     "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
+    "ListedResult": [
+        {
+            "id": "fco_5f2b9c04d1e75f2b9c04d1e75f2b9c04.i2_alice",
+            "type": "function_call_output",
+            "status": "completed",
+            "call_id": "call_1",
+            "output": "It rains.",
+        }
+    ],
     "Live": [{"status": "ok"}],
     "MessageEvent": MESSAGE_EVENTS,
     "MessageReply": [MESSAGE | STOP | {"content": [TEXT_BLOCK | {"text": "Hello"}], "adaptation": ADAPTATION}],
@@ -293,7 +314,24 @@ EXAMPLES: dict[str, list[Json]] = {
     "OllamaChatReply": [OLLAMA_REPLY | {"message": {"role": "assistant", "content": "Hello"}}],
     "OllamaError": [{"error": "'model' is required."}],
     "OllamaGenerateReply": [OLLAMA_REPLY | {"response": "Hello"}],
+    "OllamaEmbedding": [{"embedding": [0.8, -0.6]}],
+    "OllamaEmbeddings": [
+        {
+            "model": "smollm2-135m-instruct",
+            "embeddings": [[0.8, -0.6]],
+            "total_duration": 4_000_000,
+            "load_duration": 0,
+            "prompt_eval_count": 8,
+        }
+    ],
     "OllamaModels": [{"models": [OLLAMA_MODEL]}],
+    "OllamaRunningModels": [
+        {
+            "models": [
+                OLLAMA_MODEL | {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0, "context_length": 2048},
+            ]
+        }
+    ],
     "OllamaShown": [OLLAMA_SHOWN],
     "OllamaVersion": [{"version": "0.6.4"}],
     "PolicyList": [{"object": "list", "data": []}],

@@ -1,5 +1,7 @@
 """The query parameters of requests."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.http.schemas import SAFE_INTEGER, SESSION_ID
@@ -47,6 +49,14 @@ class EpisodePage(BaseModel):
     before: int | None = Field(
         None, ge=1, le=SAFE_INTEGER, description="Only episodes before this one: `next` of the page before."
     )
+
+
+class ItemPage(BaseModel):
+    """The query of OpenAI's lists of items: a page of the list. Other parameters are ignored."""
+
+    limit: int = Field(20, ge=1, le=100, description="Largest number of items to return.")
+    after: str | None = Field(None, max_length=256, description="Only items after this one: `last_id` of a page.")
+    order: Literal["asc", "desc"] = Field("desc", description="The oldest or the newest items first.")
 
 
 class Span(BaseModel):

@@ -69,8 +69,8 @@ that the grammar forces teach a session nothing.
 
 `POST /v1/responses` replies as a chat does, in the shape of OpenAI's Responses: `input` is a text or a list of items
 (messages, `function_call`, `function_call_output`, `item_reference`), `instructions` are a message of the system, and a
-stream has OpenAI's events. Functions are the only tools. What OpenAI's servers do by themselves (`background`,
-`truncation: "auto"`, `prompt`, tools that run on the server) is a 400.
+stream has OpenAI's events. The samplers are those of completions. Functions are the only tools. What OpenAI's servers
+do by themselves (`background`, `truncation: "auto"`, `prompt`, tools that run on the server) is a 400.
 
 A conversation is a session. `conversation` names the session, whose memory is read and updated; besides, the chat of
 its newest kept response comes before the input. `previous_response_id` names any kept response: its chat comes before
@@ -82,10 +82,14 @@ The server keeps a response with its chat, in the store beside the sessions: for
 32 of a session and the newest 1,024 of a tenant that have no session, each of at most 1,048,576 characters. What is
 kept of a session goes with the session, at the latest when it expires, and when the session is rolled back, unlearned
 or replaced by an import. `GET /v1/responses/{{id}}` reads a response, `DELETE` erases it; what a session has learned
-stays.
-The reply's `store` says whether the response is kept. With `"store": false` it is not, and no session learns; a request
-that only reads (`adapt: "predict"`) keeps nothing unless it says `"store": true`. A `previous_response_id` that is not
-kept any more is a 400 (`previous_response_not_found`); a conversation of which nothing is kept goes on with its memory.
+stays. `…/input_items` lists the chat that the response answers. The reply's `store` says whether the response is kept.
+With `"store": false` it is not, and no session learns; a request that only reads (`adapt: "predict"`) keeps nothing
+unless it says `"store": true`. A `previous_response_id` that is not kept any more is a 400
+(`previous_response_not_found`); a conversation of which nothing is kept goes on with its memory.
+
+`POST /v1/conversations` creates a session with a new name. The items of a conversation are the chat of its newest kept
+response; added items come before the next input, and are learned with it. Items cannot be erased one by one, and
+`metadata` of conversations is ignored: a session carries none. `DELETE` erases the session and what it has learned.
 
 ## Tools
 

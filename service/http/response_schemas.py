@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from service.errors import BadRequest
 from service.http import field_rules
-from service.http.generation_schemas import ChatUpTo
+from service.http.generation_schemas import ChatUpTo, Samplers
 from service.http.schemas import (
     ADAPT,
     LEARN,
@@ -201,8 +201,8 @@ def _without_logprobs(value: str) -> str:
 Included = Annotated[str, AfterValidator(_without_logprobs), Field(json_schema_extra={"not": {"const": LOGPROBS}})]
 
 
-class ResponseRequest(Body):
-    """The body of `POST /v1/responses`: OpenAI's fields, and Imprint's own."""
+class ResponseRequest(Samplers):
+    """The body of `POST /v1/responses`: OpenAI's fields, vLLM's samplers, and Imprint's own."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -288,6 +288,7 @@ class ResponseRequest(Body):
         names = (
             *("model", "stream", "temperature", "top_p", "parallel_tool_calls", "user"),
             *("adapt", "learn", "recall", "learn_tool_results", "on_disconnect"),
+            *Samplers.model_fields,
         )
         fields = (self.model_extra or {}) | {name: getattr(self, name) for name in names}
         fields |= {"max_completion_tokens": self.max_output_tokens, "tool_choice": _chat_choice(self.tool_choice)}

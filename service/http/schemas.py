@@ -95,7 +95,9 @@ REGRET = Field(None, description="The regret of that action, if it is known; onl
 Observation = Annotated[
     list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
 ]
-CompletionId = Annotated[str, StringConstraints(pattern=r"^(chat)?cmpl-[0-9a-f]{32}$")]
+# Of a completion, of Anthropic's messages, or of a response, whose id may end with its session.
+COMPLETION_ID = r"^(((chat)?cmpl-|msg_)[0-9a-f]{32}|resp_[0-9a-f]{32}(_[A-Za-z0-9._~:@+=-]{1,128})?)$"
+CompletionId = Annotated[str, StringConstraints(pattern=COMPLETION_ID)]
 ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,14}(-[0-9a-f]{12})?$")]
 
 
@@ -397,7 +399,9 @@ class FeedbackRequest(Body):
     action_id: ActionId | None = None
     reward: float | None = None
     regret: Annotated[float, Field(ge=0)] | None = REGRET
-    completion_id: CompletionId | None = Field(None, description="The `id` of a completion of this session.")
+    completion_id: CompletionId | None = Field(
+        None, description="The `id` of a completion, a message or a response of this session."
+    )
     text: Annotated[Text, Field(min_length=1)] | None = Field(None, description="The text that the user kept instead.")
     on_disconnect: OnDisconnect | None = ON_DISCONNECT
 

@@ -41,6 +41,13 @@ def require_encoder(model: LoadedModel) -> SentenceEncoder:
     return model.encoder
 
 
+def require_dimensions(dimensions: int | None, model: LoadedModel) -> None:
+    """Raise BadRequest if vectors of another number of dimensions than the encoder's are asked for."""
+    size = require_encoder(model).size
+    if dimensions not in (None, size):
+        raise BadRequest(f"'dimensions' must be {size}, got {dimensions}.", param="dimensions")
+
+
 async def embed(sessions: Sessions, texts: Sequence[str], param: str) -> Embeddings:
     """Return the vectors of texts, which depend on each text alone. The request has a place in the bounded queue.
 

@@ -15,7 +15,7 @@ from service.store.base import SessionStore
 MAX_KEPT_CHARS = 1_048_576  # of a kept response with its messages as JSON, before the reply
 PACKED = 8  # characters that a packed byte may stand for
 _ID = re.compile(r"resp_([0-9a-f]{32})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
-_ITEM_ID = re.compile(r"(?:msg|fc)_([0-9a-f]{32})\.([0-9]{1,4})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
+_ITEM_ID = re.compile(r"(?:msg|fc|fco)_([0-9a-f]{32})\.(i?)([0-9]{1,5})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
 
 Json = dict[str, Any]
 
@@ -30,9 +30,9 @@ class ResponseId:
     def __str__(self) -> str:
         return f"resp_{self.number}{self._suffix}"
 
-    def item(self, kind: str, index: int) -> str:
-        """Return the id of item number `index` of the response's output."""
-        return f"{kind}_{self.number}.{index}{self._suffix}"
+    def item(self, kind: str, index: int, *, of_input: bool = False) -> str:
+        """Return the id of item number `index` of the response's output, or of the chat before the output."""
+        return f"{kind}_{self.number}.{'i' if of_input else ''}{index}{self._suffix}"
 
     @classmethod
     def parse(cls, text: str) -> ResponseId | None:
@@ -41,10 +41,10 @@ class ResponseId:
         return None if found is None else cls(found[1], found[2] or "")
 
     @classmethod
-    def parse_item(cls, text: str) -> tuple[ResponseId, int] | None:
-        """Return the response that an item belongs to, and the number of the item; None if no item has this id."""
+    def parse_item(cls, text: str) -> ResponseId | None:
+        """Return the response that an item belongs to; None if no item has this id."""
         found = _ITEM_ID.fullmatch(text)
-        return None if found is None else (cls(found[1], found[3] or ""), int(found[2]))
+        return None if found is None else cls(found[1], found[4] or "")
 
     @property
     def _suffix(self) -> str:
@@ -57,11 +57,24 @@ class KeptResponse:
 
     Attributes:
         messages: the chat with the reply, as OpenAI's messages, without the instructions.
-        reply: the body of the reply.
+        reply: the body of the reply; where a client has added to the chat and there is none, an object of another kind
+            with an id and an empty output.
     """
 
     messages: list[Json]
     reply: Json
+
+    @property
+    def is_response(self) -> bool:
+        """Return whether there is a reply."""
+        return bool(self.reply["object"] == "response")
+
+    @property
+    def name(self) -> ResponseId:
+        """Return the name of the response."""
+        name = ResponseId.parse(self.reply["id"])
+        assert name is not None
+        return name
 
     def pack(self) -> bytes:
         """Return the bytes that are stored."""
@@ -83,9 +96,9 @@ class TenantResponses:
     def __init__(self, store: SessionStore, tenant: str, ttl_s: int) -> None:
         self._store, self._tenant, self._ttl_s = store, tenant, ttl_s
 
-    async def find(self, name: ResponseId) -> KeptResponse | None:
+    async def find(self, name: ResponseId | None) -> KeptResponse | None:
         """Return a response; None if it has expired, was erased, or never was."""
-        return await self._get(name.session, name.number)
+        return None if name is None else await self._get(name.session, name.number)
 
     async def newest(self, session: str) -> KeptResponse | None:
         """Return the newest response of a session; None if none is kept."""

@@ -139,8 +139,10 @@ def test_every_scenario_is_measured_for_every_arm_that_is_there(whole: tuple[Pat
     found = whole[1]["scenarios"]
     assert list(found) == [
         "single", "prefill", "streams-3", "batch-1", "batch-16",
-        "sessions", "history", "states", "rate", "interruption", "acts",
+        "sessions", "history", "states", "rate", "interruption", "acts", "masked-1", "masked-16",
     ]  # fmt: skip
+    assert list(found["masked-16"]["arms"]) == ["plain", "masked"]
+    assert sorted(found["acts"]["arms"]) == ["bandit", "choices"]
     assert list(found["single"]["arms"]) == ["off", "predict", "both", "transformers"]
     assert list(found["prefill"]["arms"]) == ["off", "both", "transformers"]
     assert list(found["sessions"]["arms"]) == ["5", "many"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ollama
 import openai
 import pytest
 from numpy.typing import NDArray
@@ -97,6 +98,22 @@ def test_the_engines_thread_encodes(embeddings: Any, encoding_server: InProcessS
     monkeypatch.setattr(type(encoder), "sum_of_states", record)
     embeddings.create(model=encoding_server.model, input=TEXTS)
     assert threads == {"imprint-engine"}
+
+
+def test_ollamas_client_gets_the_same_vectors(embeddings: Any, encoding_server: InProcessServer) -> None:
+    model = encoding_server.model
+    expected = vectors(embeddings.create(model=model, input=TEXTS))
+    with ollama.Client(encoding_server.url) as peer:
+        reply = peer.embed(f"{model}:latest", TEXTS)
+        assert (np.array(reply.embeddings, np.float32) == expected).all()
+        assert reply.prompt_eval_count == sum(len(text.split()) for text in TEXTS)
+        assert (np.array(peer.embed(model, TEXTS[0]).embeddings, np.float32) == expected[:1]).all()
+        assert (np.array(peer.embeddings(model, TEXTS[0]).embedding, np.float32) == expected[0]).all()
+        assert list(peer.embed(model, []).embeddings) == list(peer.embeddings(model, "").embedding) == []
+        with pytest.raises(ollama.ResponseError, match="dimensions"):
+            peer.embed(model, TEXTS, dimensions=1)
+        with pytest.raises(ollama.ResponseError, match="another"):
+            peer.embed("another", TEXTS)
 
 
 def test_no_session_has_a_part_in_it(embeddings: Any, client: Client, encoding_server: InProcessServer) -> None:

@@ -279,3 +279,20 @@ def test_ignored_fields_are_named(client: Client) -> None:
     answer = client.http.post("/api/chat", json=body | {"keep_alive": "5m", "think": True})
     named = set(answer.headers["x-imprint-ignored"].split(", "))
     assert named == {"num_ctx", "keep_alive", "think"}
+
+
+def test_the_loaded_model_is_listed(peer: ollama.Client, client: Client) -> None:
+    (running,) = peer.ps().models
+    (listed,) = peer.list().models
+    assert running.model == listed.model == client.model
+    assert running.size == listed.size and running.digest == listed.digest and running.context_length
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_a_program_need_not_declare_its_json_but_a_page_must(client: Client, content_type: str) -> None:
+    """`curl -d` declares a form, and Ollama's own examples are of this kind."""
+    body = json.dumps({"model": client.model, "prompt": "Hello.", "stream": False, "options": GREEDY})
+    headers = {"Content-Type": content_type} if content_type else {}
+    assert assert_success(client.http.post("/api/generate", content=body, headers=headers))["done"]
+    for of_a_page in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert client.http.post("/api/generate", content=body, headers=headers | of_a_page).status_code == 415

@@ -24,6 +24,8 @@ Json = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 JSON_TYPE = "application/json"
 EXAMPLE_RESPONSE = "resp_5f2b9c04d1e75f2b9c04d1e75f2b9c04"
+EXAMPLE_ITEM = "msg_5f2b9c04d1e75f2b9c04d1e75f2b9c04.i0_alice"
+ENCODES = {"create_embedding", "ollama_embed", "ollama_embedding"}  # operations that need a sentence encoder
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +160,19 @@ def test_no_parameter_can_be_null_and_each_header_has_its_format(page: Json) -> 
 def test_a_server_answers_the_examples_as_described(page: Json, server: Server) -> None:
     with Client(server.url, server.model) as client:
         exported, response = create_example_session(client), create_response(client)
+        item = create_item(client)
         # Operations that overwrite or erase the session come last.
         for method, path, operation in sorted(operations(page), key=lambda item: item[0] in ("put", "delete")):
             if "Policies" in operation["tags"]:
                 continue  # their examples name a policy that is not shipped
-            if operation["operationId"] == "create_embedding":
-                continue  # this server has no sentence encoder
+            if operation["operationId"] in ENCODES:
+                continue
             if "Infill" in operation["tags"]:
                 continue  # this server's base fills no gaps
             content = operation.get("requestBody", {}).get("content", {None: {"schema": {}}})
             for media_type, media in content.items():
                 for example in [None] if media_type is None else examples(page, media) or [exported]:
-                    url = address(operation, path).replace(EXAMPLE_RESPONSE, response)
+                    url = address(operation, path).replace(EXAMPLE_RESPONSE, response).replace(EXAMPLE_ITEM, item)
                     check_answer(page, operation, send(client, method, url, example))
 
 
@@ -184,6 +187,12 @@ def create_example_session(client: Client) -> bytes:
 def create_response(client: Client) -> str:
     """Create a response that is kept, and return its id."""
     return str(assert_success(client.post("responses", {"model": client.model, "input": "a"}))["id"])
+
+
+def create_item(client: Client) -> str:
+    """Add an item to the conversation that the examples name, and return its id."""
+    added = client.post("conversations/alice/items", {"items": [{"role": "user", "content": "a"}]})
+    return str(assert_success(added)["data"][0]["id"])
 
 
 def address(operation: Json, path: str) -> str:

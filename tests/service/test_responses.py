@@ -164,6 +164,14 @@ def test_a_text_follows_a_form(sdk: openai.OpenAI, server: Server, create: Any) 
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 
+def test_samplers_are_those_of_chats(create: Any, client: Client) -> None:
+    """vLLM takes them, and benchmarks send them so that every reply has the same length."""
+    assert create(extra_body={"ignore_eos": True, "stop": None}).usage.output_tokens == 8
+    fields = {"repetition_penalty": 2.0, "logit_bias": {"40": 100}, "min_tokens": 8}
+    text = client.chat([user(HELLO)], **fields)["choices"][0]["message"]["content"]
+    assert create(extra_body=fields).output_text == text != create().output_text
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "mood"}])
 def test_a_call_and_its_result_go_round(create: Any, choice: Any) -> None:
     first = create(tools=[MOOD], tool_choice=choice, parallel_tool_calls=False, max_output_tokens=200)

@@ -432,5 +432,15 @@ def test_the_text_that_a_user_kept_is_learned_behind_its_prompt_once(client: Cli
     assert_error(client.post(f"sessions/{other_session}/feedback", body), 404, "session_not_found")
     client.observe(other_session, "x")
     assert_error(client.post(f"sessions/{other_session}/feedback", body), 404, "completion_not_found")
+    fields: Json = {"model": client.model, "session": session, "max_tokens": 4}
+    message = assert_success(client.post("messages", fields | {"messages": [{"role": "user", "content": TEXT[:40]}]}))
+    response = assert_success(
+        client.post(
+            "responses", {"model": client.model, "session": session, "input": TEXT[:50], "max_output_tokens": 4}
+        )
+    )
+    for number, reply in enumerate((message, response), 5):
+        body = {"completion_id": reply["id"], "text": " and the lamp stays lit."}
+        assert assert_success(client.post(f"sessions/{session}/feedback", body))["version"] == number
     for invalid in (body | {"reward": 1.0}, {"text": "x"}, {"completion_id": "cmpl-1", "text": "x"}):
         assert client.post(f"sessions/{session}/feedback", invalid).status_code == 400

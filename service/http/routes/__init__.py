@@ -2,6 +2,7 @@
 
 from service.http.routes import (
     anthropic,
+    conversations,
     embeddings,
     infill,
     ollama,
@@ -17,6 +18,7 @@ from service.http.routes import (
 ROUTERS = (
     openai.router,
     responses.router,
+    conversations.router,
     embeddings.router,
     ollama.router,
     anthropic.router,

@@ -14,7 +14,7 @@ from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES
 from service.http.schemas import INT32, WHOLE, Body, Text, TokenIds
 from service.http.sse import until_disconnect
-from service.turns.embeddings import Embeddings, embed, require_encoder
+from service.turns.embeddings import Embeddings, embed, require_dimensions, require_encoder
 from service.turns.loaded_model import LoadedModel
 
 MAX_TEXTS = 2048  # OpenAI's limit
@@ -113,8 +113,7 @@ async def create_embedding(
     rules.resolve_model(body.model)
     model = sessions.loaded_model
     encoder = require_encoder(model)
-    if body.dimensions not in (None, encoder.size):
-        raise BadRequest(f"'dimensions' must be {encoder.size}, got {body.dimensions}.", param="dimensions")
+    require_dimensions(body.dimensions, model)
     texts = await run_off_loop(sum(len(each) for each in body.inputs), _texts, body, model)
     embeddings = await until_disconnect(request.receive, embed(sessions, texts, "input"))
     reply = {

@@ -1,32 +1,41 @@
-"""Ollama's routes: chats, texts and the list of models, as streams of JSON lines or as whole replies."""
+"""Ollama's routes: chats and texts, as streams of JSON lines or as whole replies; vectors, and the list of models."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from model.text.tool_calls import ReplyPiece
+from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.http.dependencies import (
     ImprintHeadersDep,
+    LargeReply,
     LearningRequest,
     LearningRequestDep,
     RulesDep,
     SessionsDep,
 )
-from service.http.json_route import JsonRoute
+from service.http.json_route import UndeclaredJsonRoute
 from service.http.ollama_schemas import (
     OllamaChatReply,
     OllamaChatRequest,
     OllamaDetails,
+    OllamaEmbedding,
+    OllamaEmbeddingRequest,
+    OllamaEmbeddings,
+    OllamaEmbedRequest,
     OllamaError,
     OllamaGenerateReply,
     OllamaGenerateRequest,
     OllamaModel,
     OllamaModels,
     OllamaRequest,
+    OllamaRunning,
+    OllamaRunningModels,
     OllamaShown,
     OllamaShowRequest,
     OllamaVersion,
@@ -36,22 +45,24 @@ from service.http.openapi import SCHEMAS, error_responses
 from service.http.openapi_examples import EXAMPLES
 from service.http.response_formats import LatencyRecorder
 from service.http.routes.openai import STARTED, answer, chat_job, chat_prompt, latency_recorder, text_job
-from service.http.sse import EventStream
+from service.http.sse import EventStream, until_disconnect
 from service.http.text_formats import TextFormatter, compact, parsed_arguments
 from service.turns.completion import TurnEnd
+from service.turns.embeddings import embed, require_dimensions
 from service.turns.idempotency import RequestContext
 from service.turns.sessions import Sessions
 from service.types import SUGGESTED_SAMPLING
 
 OLLAMA_VERSION = "0.6.4"  # of the interface: the first with all that these routes have, schemas and capabilities
 LINES = "application/x-ndjson"
+NEVER = "9999-12-31T23:59:59Z"  # when a model that stays loaded is unloaded
 
 Json = dict[str, Any]
 
 
 router = APIRouter(
     prefix="/api",
-    route_class=JsonRoute,
+    route_class=UndeclaredJsonRoute,
     tags=["Ollama"],
     responses=error_responses(OllamaError),
 )
@@ -107,21 +118,52 @@ async def ollama_generate(
 @router.get("/tags", summary="List the models, for clients of Ollama")
 async def ollama_tags(sessions: SessionsDep, rules: RulesDep) -> OllamaModels:
     """List the names of the language model."""
-    model, details = sessions.loaded_model, _details(sessions)
-    digest = model.fingerprints["base"].removeprefix("sha256:")
-    return OllamaModels(
-        models=[
-            OllamaModel(
-                name=name,
-                model=name,
-                modified_at=_time(STARTED),
-                size=model.disk_bytes,
-                digest=digest,
-                details=details,
-            )
-            for name in rules.model_names
-        ]
+    return OllamaModels(models=[OllamaModel(**_model_fields(name, sessions)) for name in rules.model_names])
+
+
+@router.get("/ps", summary="List the loaded models, for clients of Ollama")
+async def ollama_ps(sessions: SessionsDep, rules: RulesDep) -> OllamaRunningModels:
+    """List the names of the language model, which stays loaded."""
+    model = sessions.loaded_model
+    more: Json = {
+        "expires_at": NEVER,
+        "size_vram": 0,
+        "context_length": model.context,
+    }
+    return OllamaRunningModels(
+        models=[OllamaRunning(**_model_fields(name, sessions), **more) for name in rules.model_names]
     )
+
+
+@router.post("/embed", summary="Turn texts into vectors, for clients of Ollama", response_model=OllamaEmbeddings)
+async def ollama_embed(
+    body: OllamaEmbedRequest, sessions: SessionsDep, rules: RulesDep, request: Request, response: Response
+) -> Json | Response:
+    """Return a vector of the meaning of each text, by the server's sentence encoder. No session is used."""
+    rules.resolve_model(without_tag(body.model))
+    require_dimensions(body.dimensions, sessions.loaded_model)
+    started = time.perf_counter_ns()
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    embeddings = await until_disconnect(request.receive, embed(sessions, texts, "input"))
+    reply = {
+        "model": sessions.model_id,
+        "embeddings": (vector.tolist() for vector in embeddings.vectors),
+        "total_duration": time.perf_counter_ns() - started,
+        "load_duration": 0,
+        "prompt_eval_count": embeddings.tokens,
+    }
+    return LargeReply(await run_off_loop(LARGE, dump_json_pieces, reply), response)
+
+
+@router.post("/embeddings", summary="Turn a text into a vector, for older clients of Ollama")
+async def ollama_embedding(
+    body: OllamaEmbeddingRequest, sessions: SessionsDep, rules: RulesDep, request: Request
+) -> OllamaEmbedding:
+    """Return the vector of one text as `POST /api/embed` does."""
+    rules.resolve_model(without_tag(body.model))
+    texts = [body.prompt] if body.prompt else []
+    embeddings = await until_disconnect(request.receive, embed(sessions, texts, "prompt"))
+    return OllamaEmbedding(embedding=embeddings.vectors[0].tolist() if texts else [])
 
 
 @router.post("/show", summary="Describe a model, for clients of Ollama")
@@ -240,6 +282,19 @@ def _loaded(body: OllamaRequest, learning: LearningRequest, formatter: TextLines
     """Return the answer to a request for nothing but a loaded model. Raises NotFound for an unknown model."""
     learning.rules.resolve_model(without_tag(body.model))
     return formatter.line([], done_reason="load")
+
+
+def _model_fields(name: str, sessions: Sessions) -> Json:
+    """Return what the lists of models say of a name of the language model."""
+    model = sessions.loaded_model
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": _time(STARTED),
+        "size": model.disk_bytes,
+        "digest": model.fingerprints["base"].removeprefix("sha256:"),
+        "details": _details(sessions),
+    }
 
 
 def _details(sessions: Sessions) -> OllamaDetails:

@@ -1,5 +1,6 @@
 """The routes of policies: acting, rewards, and labelling without learning."""
 
+import re
 from dataclasses import asdict
 
 from fastapi import APIRouter
@@ -42,7 +43,7 @@ async def feedback(
     that a user kept of a completion (`completion_id`, `text`), after the prompt where the session keeps texts
     (`keep_text`)."""
     if body.text is not None and body.completion_id is not None:
-        completion_key = body.completion_id.rpartition("-")[2]
+        (completion_key,) = re.findall("^[a-z]+[-_]([0-9a-f]{32})", body.completion_id)
         work = versions.learn_kept_text(learning.ctx, session, completion_key, body.text, if_match=learning.if_match)
     else:
         reward_input = RewardInput(body.reward or 0.0, body.action_id, body.regret or 0.0)

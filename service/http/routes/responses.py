@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from model.text.tool_calls import ReplyPiece
 from service.concurrency import run_off_loop
@@ -26,10 +26,10 @@ from service.http.error_responses import report_error
 from service.http.generation_schemas import ChatCompletionRequest
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, named_events
+from service.http.queries import ItemPage
 from service.http.response_formats import call_id
+from service.http.response_items import ItemList, as_input, input_items, kept_items, listed_reply
 from service.http.response_schemas import (
-    InputCall,
-    InputMessage,
     InputReference,
     Item,
     ResponseDeleted,
@@ -43,6 +43,7 @@ from service.http.sse import NamedEventStream
 from service.http.text_formats import TextFormatter, TurnEvent, as_chat, compact
 from service.turns.completion import TurnEnd
 from service.turns.completion_job import CompletionJob
+from service.turns.idempotency import RequestContext
 from service.turns.prompts import ChatPrompt
 from service.turns.responses import KeptResponse, ResponseId, TenantResponses, require_small
 from service.turns.sessions import Sessions
@@ -179,7 +180,7 @@ class ResponseEvents(TextFormatter):
             "adaptation": end.adaptation and asdict(end.adaptation),
         }
         if self._chat.keeps:
-            messages = self._chat.messages + chat_messages([_as_input(item) for item in self._output])
+            messages = self._chat.messages + chat_messages([as_input(item) for item in self._output])
             kept = KeptResponse(messages, reply)
             reply["store"] = await self._chat.responses.keep(self._id, kept, self._chat.size, end.session_created)
         return reply
@@ -244,43 +245,53 @@ async def create_response(
 @router.get("/{id}", summary="Read a kept response")
 async def get_response(id: ResponsePathId, sessions: SessionsDep, ctx: RequestContextDep) -> ResponseReply:
     """Return a response that is kept: for `IMPRINT_RESPONSE_TTL_S`, with its session, among the newest."""
-    name = ResponseId.parse(id)
-    kept = None if name is None else await _responses(sessions, ctx.tenant.name).find(name)
-    if kept is None:
-        raise _not_found(id)
+    kept = await _kept(id, sessions, ctx)
     return ResponseReply.model_validate(kept.reply)
+
+
+@router.get("/{id}/input_items", summary="List the items before a kept response", response_model=ItemList)
+async def list_input_items(
+    id: ResponsePathId,
+    page: Annotated[ItemPage, Query()],
+    sessions: SessionsDep,
+    ctx: RequestContextDep,
+    response: Response,
+) -> Response:
+    """List the items of the chat that a kept response answers, without its instructions."""
+    kept = await _kept(id, sessions, ctx)
+    return await listed_reply(kept, lambda: input_items(kept), page, response)
 
 
 @router.delete("/{id}", summary="Erase a kept response")
 async def delete_response(id: ResponsePathId, sessions: SessionsDep, ctx: RequestContextDep) -> ResponseDeleted:
     """Erase a response that is kept, with its chat. What a session has learned from it stays."""
     name = ResponseId.parse(id)
-    if name is None or not await _responses(sessions, ctx.tenant.name).delete(name):
+    if name is None or not await tenant_responses(sessions, ctx).delete(name):
         raise _not_found(id)
     return ResponseDeleted(id=id, object="response", deleted=True)
 
 
 async def _find_chat(body: ResponseRequest, learning: LearningRequest, headers: ImprintHeaders) -> ResponseChat:
     """Return the chat that a request goes on with, and its session. Raises NotFound and BadRequest."""
-    responses = _responses(learning.sessions, learning.ctx.tenant.name)
+    responses = tenant_responses(learning.sessions, learning.ctx)
     session = named_session(body.model, body.conversation_id or body.session, body.user, learning, headers)
     kept = None
     if body.previous_response_id is not None:
-        name = ResponseId.parse(body.previous_response_id)
-        kept = None if name is None else await responses.find(name)
-        if name is None or kept is None:
+        kept = await responses.find(ResponseId.parse(body.previous_response_id))
+        if kept is None:
             raise _not_previous(body.previous_response_id)
-        if name.session and session not in (None, name.session):
-            message = f"'previous_response_id' is of session {name.session!r}, the request of {session!r}."
+        before = kept.name.session
+        if before and session not in (None, before):
+            message = f"'previous_response_id' is of session {before!r}, the request of {session!r}."
             raise BadRequest(message, param="previous_response_id")
-        session = session or name.session or None
+        session = session or before or None
     elif body.conversation_id is not None:
         kept = await responses.newest(body.conversation_id)
-    before = [] if kept is None else kept.messages
-    items = body.input if isinstance(body.input, str) else await _resolve_references(body.input, responses)
+    messages = [] if kept is None else kept.messages
+    items = body.input if isinstance(body.input, str) else await resolve_references(body.input, responses)
     keeps = body.store is not False and learning.sessions.gate.limits.response_ttl_s > 0
-    work = len(await learning.request.body()) + sum(len(message["content"] or "") for message in before)
-    messages, size = await run_off_loop(work, _joined, before, items, body)
+    work = len(await learning.request.body()) + sum(len(message["content"] or "") for message in messages)
+    messages, size = await run_off_loop(work, _joined, messages, items, body)
     if keeps:
         require_small(size)
     return ResponseChat(messages, size, session, keeps, responses)
@@ -293,24 +304,23 @@ def _joined(before: list[Json], items: str | Sequence[Item], body: ResponseReque
     return messages, len(compact({"messages": messages} | body.echoed()))
 
 
-async def _resolve_references(items: Sequence[Item], responses: TenantResponses) -> list[Item]:
+async def resolve_references(items: Sequence[Item], responses: TenantResponses) -> list[Item]:
     """Return the items with those of kept responses in place of references. Raises BadRequest."""
-    found: dict[ResponseId, KeptResponse | None] = {}
+    found: dict[ResponseId, dict[str, Json]] = {}
     resolved = list[Item]()
     for position, item in enumerate(items):
         if not isinstance(item, InputReference):
             resolved.append(item)
             continue
-        param, named = f"input.{position}.id", ResponseId.parse_item(item.id)
-        if named is not None and named[0] not in found:
+        param, name = f"input.{position}.id", ResponseId.parse_item(item.id)
+        if name is not None and name not in found:
             if len(found) == MAX_REFERENCED:
                 raise BadRequest(f"'input' may name items of {MAX_REFERENCED} responses, got more.", param=param)
-            found[named[0]] = await responses.find(named[0])
-        kept = None if named is None else found[named[0]]
-        output = [] if kept is None else kept.reply["output"]
-        if named is None or named[1] >= len(output):
+            kept = await responses.find(name)
+            found[name] = {} if kept is None else {each["id"]: each for each in kept_items(kept)}
+        if name is None or item.id not in found[name]:
             raise BadRequest(f"'{param}': no response that is kept has the item {item.id[:80]!r}.", param=param)
-        resolved.append(_as_input(output[named[1]]))
+        resolved.append(as_input(found[name][item.id]))
     return resolved
 
 
@@ -321,12 +331,6 @@ def _chat_request(body: ResponseRequest, chat: ResponseChat) -> ChatCompletionRe
     if body.store is False and chat.session is not None:
         fields["adapt"] = "predict"
     return as_chat(fields)
-
-
-def _as_input(item: Json) -> InputMessage | InputCall:
-    """Return an item of an output as an item of an input."""
-    kind = InputMessage if item["type"] == "message" else InputCall
-    return kind.model_validate(item)
 
 
 @contextmanager
@@ -342,8 +346,17 @@ def _renamed_errors() -> Iterator[None]:
         raise BadRequest(error.message.replace(field, name), param=name, code=error.code) from error
 
 
-def _responses(sessions: Sessions, tenant: str) -> TenantResponses:
-    return TenantResponses(sessions.store, tenant, sessions.gate.limits.response_ttl_s)
+def tenant_responses(sessions: Sessions, ctx: RequestContext) -> TenantResponses:
+    """Return the kept responses of the tenant that sends a request."""
+    return TenantResponses(sessions.store, ctx.tenant.name, sessions.gate.limits.response_ttl_s)
+
+
+async def _kept(id: str, sessions: Sessions, ctx: RequestContext) -> KeptResponse:
+    """Return a kept response. Raises NotFound."""
+    kept = await tenant_responses(sessions, ctx).find(ResponseId.parse(id))
+    if kept is None or not kept.is_response:
+        raise _not_found(id)
+    return kept
 
 
 def _status(end: TurnEnd) -> str:
