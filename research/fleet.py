@@ -270,7 +270,7 @@ def main() -> None:
         print(name, {key: value and round(value, 4) for key, value in rows[name].items()}, flush=True)
     fleets = {name: asdict(fleet) for name, fleet in scenarios().items()}
     (out / "fleet.json").write_text(json.dumps({"machine": hardware(), "fleets": fleets, "rows": rows}, indent=1))
-    draw({name: outcome for name, outcome in outcomes.items() if name.startswith("100")}, out / "fleet.png")
+    draw({name: outcome for name, outcome in outcomes.items() if name.startswith("100 servers")}, out / "fleet.png")
 
 
 if __name__ == "__main__":
