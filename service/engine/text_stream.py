@@ -19,8 +19,8 @@ class TextStream:
     """
 
     def __init__(self, decode: DecodeStream, stops: tuple[str, ...], min_tokens: int = 0, min_indent: int = 0) -> None:
-        """min_tokens: number of tokens in whose text no stop string is looked for. min_indent: white space with which
-        each line after the first begins; the text ends before another line, unless the line is blank."""
+        """min_tokens: number of tokens in whose text nothing is looked for that ends it. min_indent: white space with
+        which each line after the first begins; the text ends before another line, unless the line is blank."""
         self._decode = decode
         self._stops = [_StopSearch(stop) for stop in stops]
         self._min_tokens, self._min_indent = min_tokens, min_indent
@@ -64,7 +64,7 @@ class TextStream:
         self._text_ends += [len(self.text)] * self._num_undecoded
         self._num_undecoded = 0
         if self._num_tokens <= self._min_tokens:
-            self.num_released_chars = len(self.text)
+            self.num_released_chars = self._num_indented = len(self.text)
             return False
         ends = [(search, search.find(piece)) for search in self._stops]
         starts: list[tuple[int, str | None]]

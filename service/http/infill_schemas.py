@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from model.text.infill import Snippet
+from service.errors import BadRequest
 from service.http.faults import explain
 from service.http.foreign_fields import COMPLETION_UNSUPPORTED
 from service.http.generation_schemas import CompletionRequest
@@ -17,6 +18,14 @@ MAX_SNIPPETS = 256
 MAX_FILENAME_CHARS = 1024
 MAX_RESPONSE_FIELDS = 64
 MAX_TOKENS = 128  # by default: suggestions are short, and a small base never ends by itself
+# Fields of completions for whose effect the reply has no room, with the values that have none.
+NOT_IN_REPLY: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "echo": (False,),
+    "logprobs": (),
+    "n_probs": (0,),
+    "prompt_logprobs": (),
+}
 OWN_NAMES = ("input_prefix", "input_suffix", "input_extra", "prompt", "response_fields", "suffix")
 
 Json = dict[str, Any]
@@ -28,6 +37,14 @@ class InfillCompletion(CompletionRequest):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         name: values for name, values in COMPLETION_UNSUPPORTED.items() if name != "samplers"
     }
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "InfillCompletion":
+        for name, values in NOT_IN_REPLY.items():
+            value = getattr(self, name)
+            if value is not None and value not in values:
+                raise BadRequest(f"'{name}' is not supported here: the reply is one text, got {value!r}.", param=name)
+        return self
 
 
 class InfillSnippet(Body):
@@ -105,7 +122,7 @@ class InfillRequest(Body):
         assert self._completion is not None
         has_text = bool(self.input_prefix or self.input_suffix or self.prompt)
         limits = (self._completion.n_predict, self._completion.max_tokens)
-        return self.adapt in (None, "predict") and (not has_text or 0 in limits)
+        return not has_text or 0 in limits
 
 
 class TokensCut(BaseModel):

@@ -156,6 +156,13 @@ def test_nothing_is_computed_where_no_text_is_wanted(coder: Client) -> None:
     assert coder.metric("tokens_prefilled_total") == before
 
 
+def test_a_text_that_is_to_be_learned_is_learned_also_where_no_text_is_wanted(coder: Client) -> None:
+    body: Json = {"input_prefix": BEFORE, "n_predict": 0}
+    headers = {"X-Imprint-Session": "no-text", "X-Imprint-Adapt": "both"}
+    assert assert_success(coder.http.post("/infill", json=body, headers=headers))["adaptation"]["tokens_learned"] > 0
+    assert infill(coder, session="no-text", adapt="both", n_predict=0)["adaptation"]["version_to"] == 2
+
+
 def test_a_base_without_the_tokens_says_why_it_cannot(client: Client) -> None:
     for response in (
         client.http.post("/infill", json={"input_prefix": "a", "input_suffix": "b"}),
@@ -174,6 +181,10 @@ def test_a_base_without_the_tokens_says_why_it_cannot(client: Client) -> None:
         ({"response_fields": ["a"] * 100}, "response_fields"),
         ({"n_predict": -2}, "n_predict"),
         ({"n_indent": -1}, "n_indent"),
+        ({"n": 2}, "n"),
+        ({"echo": True}, "echo"),
+        ({"n_probs": 2}, "n_probs"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"sesion": "repo"}, "sesion"),
         ({"mirostat": 2}, "mirostat"),
         ({"adapt": "both"}, "adapt"),
@@ -254,6 +265,12 @@ def test_a_text_ends_before_a_line_with_less_indentation(
         stream.finish()
         shown = [stream.text]
     assert stream.text == "".join(shown) == expected, "what was shown is never taken back"
+
+
+def test_the_first_tokens_that_may_end_nothing_are_not_taken_back_by_a_later_line() -> None:
+    stream = TextStream(Pieces("a\n", "bc", "\n    d", "\ne"), (), min_tokens=2, min_indent=4)  # type: ignore[arg-type]
+    assert [stream.push(token) for token in range(4)] == [False, False, False, True]
+    assert stream.text == "a\nbc\n    d"
 
 
 def test_a_text_of_more_than_one_line_takes_its_time_only(coder: Client) -> None:

@@ -45,7 +45,7 @@ async def infill(body: InfillRequest, learning: LearningRequestDep, headers: Imp
     completion = body.as_completion(learning.rules.model_names[0])
     job = await text_job(completion, learning, headers, body.snippets)
     formatter = InfillFormatter(learning, job, body.response_fields)
-    if body.asks_nothing:
+    if job.adapt == "predict" and body.asks_nothing:
         end = TurnEnd(["length"], 0, 0, None)
         reply: Json | Response = await formatter.whole([], end)
     else:
