@@ -358,14 +358,17 @@ def chat_messages(items: str | Sequence[Item]) -> list[Json]:
     return messages
 
 
-def require_calls_before(messages: Iterable[Json], items: str | Sequence[Item]) -> None:
-    """Raise BadRequest for the result of a call that stands neither in the messages before nor in an item before."""
+def require_calls_before(messages: Iterable[Json], items: str | Sequence[Item], field: str = "input") -> None:
+    """Raise BadRequest for the result of a call that stands neither in the messages before nor in an item before.
+
+    field: the request's field that has the items.
+    """
     called = {call["id"] for message in messages for call in message.get("tool_calls", ())}
     for index, item in enumerate(() if isinstance(items, str) else items):
         if isinstance(item, InputCall):
             called.add(item.call_id)
         elif isinstance(item, InputResult) and item.call_id not in called:
-            param = f"input.{index}.call_id"
+            param = f"{field}.{index}.call_id"
             raise BadRequest(f"'{param}' must be the id of a call before it, got {item.call_id[:80]!r}.", param=param)
 
 

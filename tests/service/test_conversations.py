@@ -11,6 +11,7 @@ from openai.types.conversations import Conversation, ConversationItem
 from openai.types.responses import ResponseItem
 from pydantic import TypeAdapter
 
+from service.turns.responses import MAX_KEPT_CHARS
 from tests.live import Client, Json, assert_error, assert_success
 from tests.service.in_process import InProcessServer
 
@@ -108,7 +109,9 @@ def test_what_a_client_added_is_no_response(sdk: openai.OpenAI, client: Client) 
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("conversations", {"items": [RESULT]}, "input.0.call_id"),
+        ("conversations", {"items": [RESULT]}, "items.0.call_id"),
+        ("conversations", {"items": [{"type": "item_reference", "id": "msg_1"}]}, "items.0.id"),
+        ("conversations", {"items": [CAT | {"content": "a" * MAX_KEPT_CHARS}]}, "items"),
         ("conversations", {"items": [{"type": "image"}]}, "items.0"),
         ("conversations", {"item": []}, "item"),
         ("conversations/dora/items", {"items": []}, "items"),
@@ -116,7 +119,9 @@ def test_what_a_client_added_is_no_response(sdk: openai.OpenAI, client: Client) 
 )
 def test_a_fault_is_a_400_that_names_the_field(client: Client, path: str, body: Json, param: str) -> None:
     assert_success(client.http.put("/v1/sessions/dora"))
+    before = client.http.get("/v1/sessions?limit=1000").json()["data"]
     assert assert_error(client.post(path, body), 400, None)["param"] == param
+    assert client.http.get("/v1/sessions?limit=1000").json()["data"] == before, "no session stays of a bad request"
 
 
 def test_a_page_after_an_unknown_item_is_refused(client: Client) -> None:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from service.concurrency import run_off_loop
-from service.errors import NotFound, Unavailable
+from service.errors import BadRequest, NotFound, Unavailable
 from service.http.dependencies import PathId, RequestContextDep, SessionsDep
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES
@@ -21,9 +21,7 @@ from service.http.routes.responses import resolve_references, tenant_responses
 from service.http.schemas import Body
 from service.http.text_formats import compact
 from service.store.base import SessionMeta
-from service.turns.idempotency import RequestContext
-from service.turns.responses import KeptResponse, ResponseId, require_small
-from service.turns.sessions import Sessions
+from service.turns.responses import MAX_KEPT_CHARS, KeptResponse, ResponseId, TenantResponses
 
 MAX_ITEMS = 20  # OpenAI's limit of one request
 
@@ -74,9 +72,11 @@ class ConversationDeleted(BaseModel):
 @router.post("", summary="Create a conversation")
 async def create_conversation(body: ConversationRequest, sessions: SessionsDep, ctx: RequestContextDep) -> Conversation:
     """Create a session with a name of its own; with `items`, they are the chat that its first response goes on with."""
-    meta, _ = await sessions.put(ctx.tenant, f"conv_{uuid4().hex}", {})
-    if body.items:
-        await _add(meta, None, body.items, sessions, ctx)
+    session, responses = f"conv_{uuid4().hex}", tenant_responses(sessions, ctx)
+    chat = await _with_items(session, None, body.items, responses) if body.items else None
+    meta, _ = await sessions.put(ctx.tenant, session, {})
+    if chat is not None:
+        await _keep(chat, meta, responses)
     return _conversation(meta)
 
 
@@ -109,8 +109,10 @@ async def add_items(
 ) -> Response:
     """Add items to the chat, which the next response goes on with; they are learned when it comes."""
     meta = await sessions.get(ctx.tenant, session)
-    before = await tenant_responses(sessions, ctx).newest(session)
-    kept = await _add(meta, before, body.items, sessions, ctx)
+    responses = tenant_responses(sessions, ctx)
+    before = await responses.newest(session)
+    kept = await _with_items(session, before, body.items, responses)
+    await _keep(kept, meta, responses)
     num_before = 0 if before is None else len(kept_items(before))
     page = ItemPage(limit=100, after=None, order="asc")
     return await listed_reply(kept, lambda: input_items(kept)[num_before:], page, answer)
@@ -127,26 +129,33 @@ async def get_item(session: PathId, item: ItemPathId, sessions: SessionsDep, ctx
     raise NotFound(f"Item with id {item[:200]!r} not found.", param="item")
 
 
-async def _add(
-    meta: SessionMeta, before: KeptResponse | None, items: list[Item], sessions: Sessions, ctx: RequestContext
+async def _with_items(
+    session: str, before: KeptResponse | None, items: list[Item], responses: TenantResponses
 ) -> KeptResponse:
-    """Keep a chat with further items as the newest of its session. Raises BadRequest and Unavailable."""
-    responses = tenant_responses(sessions, ctx)
-    name = ResponseId(uuid4().hex, meta.id)
-    resolved = await resolve_references(items, responses)
+    """Return the chat of a session with further items. Raises BadRequest."""
+    resolved = await resolve_references(items, responses, "items")
     messages = [] if before is None else before.messages
-    require_calls_before(messages, resolved)
+    require_calls_before(messages, resolved, "items")
+    name = ResponseId(uuid4().hex, session)
     reply = {"id": str(name), "object": "conversation.items", "output": []}
-    kept = KeptResponse([*messages, *chat_messages(resolved)], reply)
-    size = await run_off_loop(sum(len(each.get("content") or "") for each in kept.messages), _size, kept)
-    require_small(size)
-    if not await responses.keep(name, kept, size, meta.created):
+    chat = KeptResponse([*messages, *chat_messages(resolved)], reply)
+    if (size := await _size(chat)) > MAX_KEPT_CHARS:
+        raise BadRequest(
+            f"The items of a conversation may have {MAX_KEPT_CHARS} characters as JSON, got {size}.", param="items"
+        )
+    return chat
+
+
+async def _keep(chat: KeptResponse, meta: SessionMeta, responses: TenantResponses) -> None:
+    """Keep a chat as the newest of its session. Raises Unavailable."""
+    if not await responses.keep(chat.name, chat, await _size(chat), meta.created):
         raise Unavailable("The server keeps no items now: the store is full or away, or IMPRINT_RESPONSE_TTL_S is 0.")
-    return kept
 
 
-def _size(kept: KeptResponse) -> int:
-    return len(compact({"messages": kept.messages}))
+async def _size(chat: KeptResponse) -> int:
+    """Return the number of characters that a chat has as JSON."""
+    work = sum(len(each.get("content") or "") for each in chat.messages)
+    return await run_off_loop(work, lambda: len(compact({"messages": chat.messages})))
 
 
 def _conversation(meta: SessionMeta) -> Conversation:

@@ -304,18 +304,18 @@ def _joined(before: list[Json], items: str | Sequence[Item], body: ResponseReque
     return messages, len(compact({"messages": messages} | body.echoed()))
 
 
-async def resolve_references(items: Sequence[Item], responses: TenantResponses) -> list[Item]:
-    """Return the items with those of kept responses in place of references. Raises BadRequest."""
+async def resolve_references(items: Sequence[Item], responses: TenantResponses, field: str = "input") -> list[Item]:
+    """Return the items of a request's field, with those of kept responses in place of references. Raises BadRequest."""
     found: dict[ResponseId, dict[str, Json]] = {}
     resolved = list[Item]()
     for position, item in enumerate(items):
         if not isinstance(item, InputReference):
             resolved.append(item)
             continue
-        param, name = f"input.{position}.id", ResponseId.parse_item(item.id)
+        param, name = f"{field}.{position}.id", ResponseId.parse_item(item.id)
         if name is not None and name not in found:
             if len(found) == MAX_REFERENCED:
-                raise BadRequest(f"'input' may name items of {MAX_REFERENCED} responses, got more.", param=param)
+                raise BadRequest(f"'{field}' may name items of {MAX_REFERENCED} responses, got more.", param=param)
             kept = await responses.find(name)
             found[name] = {} if kept is None else {each["id"]: each for each in kept_items(kept)}
         if name is None or item.id not in found[name]:
