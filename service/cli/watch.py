@@ -17,7 +17,7 @@ from service.client import Client, ClientError
 from service.client.transport import DEFAULT_URL
 from service.client.tree_sync import SyncReport, TreeSync
 from service.client.working_tree import MAX_BYTES, NO_FOLDERS, WorkingTree
-from service.errors import ImprintError, Unavailable
+from service.errors import ImprintError, Overloaded, RateLimited, Unavailable
 
 QUIET_MS = 1600  # after a change, in which further changes are waited for
 WAIT_MS = 1000
@@ -46,7 +46,7 @@ def watch(
 
 
 def _follow(client: Client, session: str, tree: WorkingTree) -> None:
-    """Synchronise at the beginning and after each change, until Ctrl-C; wait for a server that is away."""
+    """Synchronise at the beginning and after each change, until Ctrl-C; wait for a server that is away or busy."""
     from watchfiles import DefaultFilter
     from watchfiles import watch as changes_of
 
@@ -62,7 +62,7 @@ def _follow(client: Client, session: str, tree: WorkingTree) -> None:
         try:
             _synchronise(client, session, tree, told)
             is_due = False
-        except (ClientError, Unavailable) as error:
+        except (ClientError, Unavailable, Overloaded, RateLimited) as error:
             print_note(f"{error}; trying again")
             is_due = True
             time.sleep(RETRY_S)

@@ -22,6 +22,7 @@ from service.errors import Conflict, NotFound, PreconditionFailed
 from service.http.replies import LogEntry, Session
 
 NOT_KEPT = ("version_not_kept", "text_not_kept")  # codes of versions that can be unlearned no more
+MAX_VERSIONS = 512  # that one request may unlearn
 SOURCE = re.compile(r"(?P<path>.+)@(?P<digest>[0-9a-f]{16}) (?P<piece>\d+)/(?P<pieces>\d+)", re.DOTALL)
 
 
@@ -138,14 +139,14 @@ class TreeSync:
         return report
 
     def _stale(self, tree: Mapping[str, TreeFile]) -> list[int]:
-        """Return the versions that learned what the tree does not have, the newest first."""
+        """Return the versions that learned what the tree does not have, the newest first, at most `MAX_VERSIONS`."""
         kept, stale = set[Source](), list[int]()
         for version, source in sorted(self._learned.now.items()):
             file = tree.get(source.path)
             if file is None or source.digest != file.digest or source in kept or source not in _sources(file):
                 stale.append(version)
             kept.add(source)
-        return [version for version in reversed(stale) if version not in self._stuck]
+        return [version for version in reversed(stale) if version not in self._stuck][:MAX_VERSIONS]
 
     def _missing(self, tree: Mapping[str, TreeFile]) -> list[TreeFile]:
         """Return the files of which a piece is to be learned."""

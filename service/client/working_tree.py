@@ -4,10 +4,11 @@ out."""
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pathspec import GitIgnoreSpec
 
@@ -20,7 +21,7 @@ MAX_BYTES = 262_144
 MAX_PATH_CHARS = 400  # a log entry has room for the path and the version of the file
 IGNORE_FILE = ".gitignore"
 NO_FOLDERS = frozenset({".git", ".hg", ".svn", ".jj"})
-LeftOut = Literal["ignored", "secret", "too large", "not a text", "not a file", "path too long"]
+LeftOut = Literal["ignored", "secret", "too large", "not a text", "not a file", "path too long", "path not UTF-8"]
 
 # Names of files that hold secrets by custom; a pattern of `.gitignore` cannot bring them back.
 SECRET_NAMES = GitIgnoreSpec.from_lines(
@@ -112,8 +113,7 @@ class WorkingTree:
         """Yield the files below a folder that neither git nor their names leave out."""
         ignore = folder / IGNORE_FILE
         if ignore.is_file():
-            lines = ignore.read_text(encoding="utf-8", errors="replace").splitlines()
-            rules = (*rules, (folder, GitIgnoreSpec.from_lines(lines)))
+            rules = (*rules, (folder, _read_rules(ignore)))
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
@@ -123,7 +123,9 @@ class WorkingTree:
             name = path.relative_to(self.root).as_posix()
             if is_folder and entry.name in NO_FOLDERS:
                 continue
-            if SECRET_NAMES.match_file(f"{name}/" if is_folder else name):
+            if not _is_utf8(name):
+                self.left_out[name] = "path not UTF-8"
+            elif SECRET_NAMES.match_file(f"{name}/" if is_folder else name):
                 self.left_out[name] = "secret"
             elif _is_ignored(path, is_folder, rules):
                 self.left_out[name] = "ignored"
@@ -159,6 +161,24 @@ def _read_text(path: Path) -> str | None:
     except UnicodeDecodeError:
         return None
     return None if "\0" in text else text
+
+
+def _read_rules(path: Path) -> GitIgnoreSpec:
+    """Return the patterns of a `.gitignore`, without those that are none to git either, such as a lone `!`."""
+    patterns = list[Any]()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, re.error):
+            patterns += GitIgnoreSpec.from_lines([line]).patterns
+    return GitIgnoreSpec(patterns)
+
+
+def _is_utf8(name: str) -> bool:
+    """Return whether a name can be sent: Python has lone surrogates for bytes of a name that are no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _digest(text: str) -> str:

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from imprint import Client, Conflict
+from service.cli import watch as watch_command
 from service.client.tree_sync import Learned, Source, TreeSync
 from service.client.working_tree import WorkingTree
+from service.errors import Overloaded, RateLimited
 from service.http.replies import LogEntry
+from service.http.schemas import Unlearn
 from service.store.base import RetentionConfig
 from service.store.memory import MemoryStore
 from tests.conftest import Server
@@ -107,6 +110,17 @@ def test_what_git_ignores_and_what_is_no_text_is_left_out(tmp_path: Path) -> Non
         "top.txt": "ignored",
         "zero": "not a text",
     }
+
+
+def test_patterns_that_git_takes_for_none_and_names_that_cannot_be_sent_stop_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("!\n\\\na\\\n[z-a]\n*.log\n!keep.log\n")
+    for name in (b"a.log", b"keep.log", b"caf\xe9.py", b"\xe9/inner.py", b"\xe9.pem"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    tree = WorkingTree(tmp_path)
+    assert [file.path for file in tree.files()] == [".gitignore", "keep.log"]
+    assert sorted(tree.left_out.values()) == ["ignored", *["path not UTF-8"] * 3]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +265,30 @@ def test_what_the_log_has_no_more_is_not_learned_again(
     whole = [*imprint.log(session)]
     monkeypatch.setattr(Client, "log", lambda *_, **__: iter(whole[:1]))
     assert sync(tree).report.learned == 0 and imprint.get(session).version == 3  # type: ignore[attr-defined]
+
+
+def test_one_request_unlearns_as_many_versions_as_the_server_takes(
+    imprint: Client, session: str, tmp_path: Path
+) -> None:
+    sync = TreeSync(imprint, session, tmp_path)
+    sync._learned = Learned({version: Source("gone", "0" * 16, version, 600) for version in range(1, 601)})
+    stale = sync._stale({})
+    assert Unlearn(versions=stale).all_versions == set(range(89, 601)), "the newest first"
+
+
+def test_a_busy_server_is_waited_for(tree: WorkingTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Exception | None] = [RateLimited("Too many requests."), Overloaded("The queue is full."), None]
+
+    def synchronise(*_: object) -> None:
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(watch_command, "_synchronise", synchronise)
+    monkeypatch.setattr(watch_command, "RETRY_S", 0.0)
+    monkeypatch.setattr("watchfiles.watch", lambda *_, **__: iter([set[object]()] * 4))
+    with Client("http://127.0.0.1:9", retries=0) as client:
+        watch_command._follow(client, "s", tree)
+    assert answers == []
 
 
 def test_the_log_is_followed_through_rollbacks_and_imports() -> None:
