@@ -11,11 +11,13 @@ learned again.
 
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from service.client.errors import FileError
 from service.client.sync_client import Client
 from service.client.working_tree import TreeFile
 from service.errors import Conflict, NotFound, PreconditionFailed
@@ -211,10 +213,13 @@ class TreeSync:
             return {}
 
     def _save(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        new = self._file.with_suffix(".new")
-        new.write_text(json.dumps(self._learned.now))
-        new.replace(self._file)
+        new = self._file.with_suffix(f".{uuid.uuid4().hex}")  # another process may save at the same time
+        try:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(self._learned.now))
+            new.replace(self._file)
+        except OSError as error:
+            raise FileError(f"cannot write {self._file}: {error.strerror}") from None
 
 
 def _sources(file: TreeFile) -> list[Source]:

@@ -14,6 +14,7 @@ import pytest
 
 from imprint import Client, Conflict
 from service.cli import watch as watch_command
+from service.client.errors import FileError
 from service.client.tree_sync import Learned, Source, TreeSync
 from service.client.working_tree import WorkingTree
 from service.errors import Overloaded, RateLimited
@@ -265,6 +266,33 @@ def test_what_the_log_has_no_more_is_not_learned_again(
     whole = [*imprint.log(session)]
     monkeypatch.setattr(Client, "log", lambda *_, **__: iter(whole[:1]))
     assert sync(tree).report.learned == 0 and imprint.get(session).version == 3  # type: ignore[attr-defined]
+
+
+def test_two_processes_save_what_they_know_side_by_side(
+    imprint: Client, session: str, tree: WorkingTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watcher and a commit hook, say: one of them saves between the other's writing and renaming."""
+    watcher, hook = (TreeSync(imprint, session, tmp_path / "state") for _ in range(2))
+    watcher.run(tree.files())
+    hook.run(tree.files())
+    write = Path.write_text
+
+    def write_and_let_the_other_save(path: Path, text: str) -> int:
+        monkeypatch.setattr(Path, "write_text", write)
+        written = write(path, text)
+        hook._save()
+        return written
+
+    monkeypatch.setattr(Path, "write_text", write_and_let_the_other_save)
+    watcher._save()
+    assert [path.suffix for path in (tmp_path / "state").iterdir()] == [".json"]
+    assert len(watcher._load()) == 3
+
+
+def test_a_state_folder_that_cannot_be_written_is_named(imprint: Client, session: str, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(FileError, match=r"cannot write .*state"):
+        TreeSync(imprint, session, tmp_path / "state").run([])
 
 
 def test_one_request_unlearns_as_many_versions_as_the_server_takes(
