@@ -196,8 +196,6 @@ class Simulation:
 
     def _end(self, now: float, session: int) -> None:
         here = self._servers[self._at[session]]
-        if session not in here.running:
-            return  # its server has died meanwhile
         here.running.discard(session)
         self._running -= 1
         self._left[session] -= 1
@@ -212,6 +210,8 @@ class Simulation:
         """Server 0 dies; its turns go on elsewhere when their leases have ended."""
         gone = self._servers[0]
         self._running -= len(gone.running)
+        self._events = [each for each in self._events if each[2] != "end" or each[3] not in gone.running]
+        heapq.heapify(self._events)
         for session in [*gone.running, *gone.waiting]:
             self._plan(now + self._fleet.lease, "again", session)
         gone.running.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,26 @@ def test_bounded_load_shortens_the_longest_waits() -> None:
     busy = replace(SMALL, visits=4.5, seconds=400.0)
     waits = {routing: Simulation(replace(busy, routing=routing)).run().waits for routing in ("hash", "bounded")}
     assert np.quantile(waits["bounded"], 0.99) < np.quantile(waits["hash"], 0.99)
+
+
+def test_a_turn_that_begins_again_takes_all_of_its_time() -> None:
+    """The turn of a dead server does not end the one that goes on elsewhere."""
+    simulation = Simulation(replace(SMALL, turn=20.0, visits=0.2, seconds=100.0, dies_at=50.0))
+    ends = dict[int, list[float]]()
+    begin, end = simulation._begin, simulation._end
+    begun = dict[int, float]()
+
+    def begins(now: float, session: int, here: Any) -> None:
+        begun[session] = now
+        begin(now, session, here)
+
+    def ended(now: float, session: int) -> None:
+        ends.setdefault(session, []).append(now - begun[session])
+        end(now, session)
+
+    simulation._begin, simulation._end = begins, ended  # type: ignore[method-assign]
+    simulation.run()
+    assert min(min(times) for times in ends.values()) > 3.0
 
 
 def test_a_server_that_dies_loses_no_turn() -> None:
