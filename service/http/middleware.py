@@ -42,6 +42,7 @@ PROBES = ("/livez", "/readyz", "/health", "/ping")
 PUBLIC_PATHS = {*PROBES, "/version", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
 # paths of a base URL without /v1
 UNVERSIONED = re.compile(r"/(models|policies|embeddings|responses|conversations|(chat/)?completions)(/|$)")
+API_PATHS = ("/v1/", "/api/", "/infill")
 VERSIONED_HEALTH = "/v1/health"  # where clients look that have one base URL for everything
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 SMALL_BODY_BYTES = 65_536
@@ -116,7 +117,7 @@ class MetricsMiddleware(HttpMiddleware):
                 status = message["status"]
             await send(message)
 
-        is_api = scope["path"].startswith(("/v1/", "/api/"))
+        is_api = scope["path"].startswith(API_PATHS)
         self._metrics.requests_in_flight.inc(is_api)
         try:
             await self._app(scope, receive, send_and_note_status)

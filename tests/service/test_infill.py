@@ -215,7 +215,9 @@ def test_a_request_ends_when_the_editor_sends_the_next_one(coder: Client, stream
     before = coder.metric("tokens_predicted_total")
     if stream:
         with httpx.stream("POST", f"{coder.url}/infill", json=endless(stream=True), timeout=120) as response:
-            next(response.iter_raw())
+            chunks = response.iter_raw()
+            next(chunks)
+            assert coder.metric("requests_in_flight") == 1, "by which replicas are added"
     else:
         with httpx.Client(timeout=httpx.Timeout(120, read=0.2)) as editor, pytest.raises(httpx.ReadTimeout):
             editor.post(f"{coder.url}/infill", json=endless(session="typed"))
