@@ -97,13 +97,15 @@ async def open_service(
     url, own = store or (settings.redis_url or "", None)
     metrics = Metrics()
     sessions_store = _connect_store(settings, url, metrics, exclusive=own is not None)
-    service = Service(settings, sessions_store, keys, metrics, own_store=own is not None)
-    tasks = _background_tasks(sessions_store, service.sessions, metrics, keys, own)
     try:
-        yield service
+        service = Service(settings, sessions_store, keys, metrics, own_store=own is not None)
+        tasks = _background_tasks(sessions_store, service.sessions, metrics, keys, own)
+        try:
+            yield service
+        finally:
+            await end_tasks(tasks)
+            await service.stop()
     finally:
-        await end_tasks(tasks)
-        await service.stop()
         await sessions_store.close()
 
 

@@ -148,7 +148,7 @@ def build_commit(
         log,
         tokens if new.options.get("keep_text") and plan.kind == "learn" else b"",
         stats.tokens_learned,
-        even_if_full=plan.kind == "rollback",
+        even_if_full=plan.kind in ("rollback", "unlearn"),
         drops_responses=plan.kind != "learn",
         erases_past=plan.erases_past,
     )

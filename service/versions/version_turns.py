@@ -73,7 +73,7 @@ class UnlearnTurn(VersionTurn):
     def __init__(
         self, store: SessionStore, session: str, versions: frozenset[int], if_match: str | None, *, erase: bool = False
     ) -> None:
-        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False))
+        super().__init__(store, SessionTarget(session, if_match=if_match, may_create=False, even_if_full=True))
         self._versions, self._erase = versions, erase
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:

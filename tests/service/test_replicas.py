@@ -264,7 +264,8 @@ def test_a_full_store_stops_learning_and_nothing_else(one: Client, other: Client
             assert one.score(f"{tenant}-new", TEXT)["version"] == 0
             assert other.score(tenant, TEXT)["version"] == 1, "a session is loaded from a full store"
             assert other.http.get(f"/v1/sessions/{tenant}/export").status_code == 200
-            assert other.post(f"sessions/{tenant}/rollback", {"version": 0}).json()["version"] == 2
+            assert other.post(f"sessions/{tenant}/unlearn", {"version": 1}).json()["version"] == 2
+            assert other.post(f"sessions/{tenant}/rollback", {"version": 0}).json()["version"] == 3
             assert one.http.delete(f"/v1/sessions/{tenant}").status_code == 200
         finally:
             raw.config_set("maxmemory", 0)
