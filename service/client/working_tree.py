@@ -89,7 +89,7 @@ class WorkingTree:
         A file that was read before, and has the same size and time since, is not read again.
 
         Raises:
-            FileError: there is no such folder.
+            FileError: there is no such folder, or a `.gitignore` in it can't be read.
         """
         if not self.root.is_dir():
             raise FileError(f"{self.root} is no folder")
@@ -113,7 +113,10 @@ class WorkingTree:
         """Yield the files below a folder that neither git nor their names leave out."""
         ignore = folder / IGNORE_FILE
         if ignore.is_file():
-            rules = (*rules, (folder, _read_rules(ignore)))
+            try:
+                rules = (*rules, (folder, _read_rules(ignore)))
+            except OSError as error:  # what it names must not be learned
+                raise FileError(f"{ignore} can't be read: {error.strerror or error}") from error
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:

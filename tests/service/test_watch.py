@@ -124,6 +124,19 @@ def test_patterns_that_git_takes_for_none_and_names_that_cannot_be_sent_stop_not
     assert sorted(tree.left_out.values()) == ["ignored", *["path not UTF-8"] * 3]
 
 
+def test_rules_that_cannot_be_read_end_the_look_before_a_file_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / ".gitignore").write_text("secret.txt\n")
+    (tmp_path / "secret.txt").write_text("x")
+    monkeypatch.setattr("service.client.working_tree._read_rules", refuse)
+    with pytest.raises(FileError, match=r"\.gitignore can't be read: Permission denied"):
+        list(WorkingTree(tmp_path).files())
+
+
 @pytest.mark.parametrize(
     "name",
     [
