@@ -11,6 +11,7 @@ of the gate's logit (trust), and the balance and the state of the guard. They ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -62,6 +63,14 @@ class FreeList:
         self._top += len(indices)
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of zeros; on a CPU it takes memory only where it is written, as NumPy's zeros do."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = dtype.itemsize * math.prod(shape)
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+
+
 class SitePool:
     """The cells and tables of one site; a cell holds the rows of `config.cell` neighbouring slots.
 
@@ -83,10 +92,7 @@ class SitePool:
         self.config, self.device, self.backend = config, device, backend
         cells = -(-rows // config.cell)
         self.free = FreeList(cells, make_room)
-        self.fields = [
-            torch.zeros((cells + 1, *shape), dtype=dtype, device=device)
-            for shape, dtype in config.layout.cell_fields(config)
-        ]
+        self.fields = [_zeros((cells + 1, *shape), dtype, device) for shape, dtype in config.layout.cell_fields(config)]
         self.physical_cells = np.zeros((sessions + 1, config.cells), np.int32)
         self.tables = torch.from_numpy(self.physical_cells).to(device)  # on a CPU, the same memory
         self.session_scalars = torch.zeros(sessions + 1, 3, len(NGRAM_SIZES) + 1, device=device)
