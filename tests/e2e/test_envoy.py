@@ -64,16 +64,17 @@ def envoy(folder: Path, *places: Server) -> Iterator[str]:
     with subprocess.Popen(command) as process:
         try:
             url = f"http://127.0.0.1:{listen}"
-            wait_until(lambda: is_up(url))
+            wait_until(lambda: knows(url, len(places)))
             yield url
         finally:
             process.kill()
 
 
-def is_up(url: str) -> bool:
+def knows(url: str, num_servers: int) -> bool:
+    """Return whether Envoy has found all servers healthy: until then it sends sessions elsewhere."""
     try:
-        return httpx.get(f"{url}/readyz").status_code == 200
-    except httpx.TransportError:
+        return len(set(where(url, [f"probe-{number}" for number in range(40)]).values())) == num_servers
+    except (httpx.TransportError, KeyError):
         return False
 
 
