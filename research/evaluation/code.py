@@ -44,7 +44,6 @@ SNIPPET_LINES = 12
 SNIPPETS = 4
 QUERY_LINES = 6  # before the place, by which the parts are found
 MAX_TOKENS = 24
-FOLLOWED = 8  # tokens before the place: the memory's longest n-gram
 ARMS = {
     "frozen": ("frozen base", False, False),
     "memory": ("memory", True, False),
@@ -128,7 +127,7 @@ class CodeProbe:
             started = time.perf_counter()
             prompt = self._prompt(point, fills)
             cache, state = self._speaker.read(prompt, len(prompt) + MAX_TOKENS, self._empty, EMPTY_SESSION)
-            read = cache, state.following(self._speaker.encode(point.before[-200:])[-FOLLOWED:])
+            read = cache, state.following(self._speaker.encode(point.before[-200:]))
             reading_s = time.perf_counter() - started
             for arm in (arm for arm in ARMS if ARMS[arm][2] == fills):
                 started = time.perf_counter()

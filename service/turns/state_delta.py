@@ -124,15 +124,16 @@ def full_state_delta(
 
     version: the version that this makes. The rows' own versions are those of another session, so that episodes get it.
     """
-    wanted = dict(sites) | {
-        site: RowBatch(np.zeros(0, np.int32), np.zeros((0, batch.row_bytes), np.uint8))
-        for site, batch in replaced.items()
-        if site not in sites
-    }
+    wanted = dict(sites) | {site: no_rows(batch.row_bytes) for site, batch in replaced.items() if site not in sites}
     cleared_slots = {site: np.setdiff1d(batch.slots, wanted[site].slots) for site, batch in replaced.items()}
     if EPISODES in sites:
         wanted[EPISODES] = RowBatch(sites[EPISODES].slots, learned_at(sites[EPISODES].data, version))
     return StateDelta({name: meta[name] for name in VERSIONED_FIELDS}, wanted, cleared_slots)
+
+
+def no_rows(row_bytes: int) -> RowBatch:
+    """Return the batch without rows of a site whose rows have so many bytes."""
+    return RowBatch(np.zeros(0, np.int32), np.zeros((0, row_bytes), np.uint8))
 
 
 def without_episodes(

@@ -12,8 +12,8 @@ from model.episodes import SITE as EPISODES
 from model.memory import MemoryConfig
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.lexical.origin import rows_of_texts
-from service.store.base import RowBatch, StoredSession
-from service.turns.state_delta import VERSIONED_FIELDS, StateDelta
+from service.store.base import StoredSession
+from service.turns.state_delta import VERSIONED_FIELDS, StateDelta, no_rows
 
 KIND = "lexical"  # of the rows that hold tokens of texts, besides the episodes themselves
 
@@ -39,9 +39,7 @@ def removal_delta(stored: StoredSession, config: MemoryConfig, versions: Set[int
     meta = {name: getattr(stored.meta, name) for name in VERSIONED_FIELDS}
     meta["rows"] -= sum(int(mask.sum()) for site, mask in gone.items() if site != MEANINGS)
     meta["bytes"] -= sum(int(mask.sum()) * stored.sites[site].row_bytes for site, mask in gone.items())
-    nothing = {
-        site: RowBatch(np.zeros(0, np.int32), np.zeros((0, stored.sites[site].row_bytes), np.uint8)) for site in gone
-    }
+    nothing = {site: no_rows(stored.sites[site].row_bytes) for site in gone}
     return StateDelta(meta, nothing, {site: stored.sites[site].slots[mask] for site, mask in gone.items()})
 
 
