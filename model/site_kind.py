@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-SiteKind = Literal["lexical", "hidden", "episodic", "meaning", "journal"]
+SiteKind = Literal["lexical", "hidden", "episodic", "meaning", "journal", "names"]

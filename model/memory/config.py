@@ -27,15 +27,16 @@ class SiteConfig:
     name: an identifier that is unique in the memory; part of the store's keys.
     kind: "lexical" (rows are tokens with the keys of their contexts, read into the output distribution), "hidden" (a
         delta site: rows are vectors of `width` numbers, read into the residual stream), "episodic" (rows are spans of
-        the session's past, whose keys and values attention reads), "meaning" (a vector for each episode) or "journal"
-        (vectors without slow weights: what a policy keeps of its session besides what it has learned).
+        the session's past, whose keys and values attention reads), "meaning" (a vector for each episode), "journal"
+        (vectors without slow weights: what a policy keeps of its session besides what it has learned) or "names" (the
+        names of columns, labels and arms).
     layer: index of the decoder layer whose output a delta site reads and rewrites; -1 is the output, before the head.
         A lexical site is always at the output.
     slots: number of rows that a session can hold (N): a perfect square in a delta site (product keys), a multiple of
         `cell` in a lexical site.
     k: number of slots that a token selects (delta), or of cells that a token reads (lexical).
     width: numbers in a row of a delta site (d_v), or in the key of a lexical row (d_k); most tokens of an episode;
-        numbers in the vector of its meaning.
+        numbers in the vector of its meaning; most bytes of a name.
     cell: slots that share an address (P); 1 in a delta site.
     surprise: nats; a lexical site does not write a token that had a lower loss.
     decay: λ of the delta rule. cap: largest norm of a delta row.

@@ -17,4 +17,5 @@ SITES: dict[SiteKind, Callable[[SiteConfig, int], MemorySite] | None] = {
     "episodic": None,
     "meaning": None,
     "journal": None,
+    "names": None,
 }

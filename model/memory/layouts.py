@@ -5,6 +5,7 @@ from __future__ import annotations
 from model.memory.delta.layout import DeltaLayout, VectorLayout
 from model.memory.episodic.layout import EpisodicLayout, MeaningLayout
 from model.memory.lexical.layout import LexicalLayout
+from model.memory.name_layout import NameLayout
 from model.memory.row_layout import RowLayout
 from model.site_kind import SiteKind
 
@@ -14,4 +15,5 @@ LAYOUTS: dict[SiteKind, RowLayout] = {
     "episodic": EpisodicLayout(),
     "meaning": MeaningLayout(),
     "journal": VectorLayout(),  # rows that a policy itself reads and writes
+    "names": NameLayout(),
 }

@@ -73,6 +73,6 @@ def test_the_rules_of_a_kind_are_those_of_its_layout(mean_site: SiteConfig) -> N
         SiteConfig("mean", MEAN, slots=2, k=1, width=WIDTH, cell=2)
     with pytest.raises(
         MemoryConfigError,
-        match="kind must be 'lexical', 'hidden', 'episodic', 'meaning', 'journal' or 'mean', got 'median'",
+        match="kind must be 'lexical', 'hidden', 'episodic', 'meaning', 'journal', 'names' or 'mean', got 'median'",
     ):
         replace(mean_site, kind=UNKNOWN)
