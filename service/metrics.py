@@ -84,6 +84,15 @@ class Metrics:
         self.policy_penalty_sum_total.labels(*labels).inc(max(0.0, -reward_sum))
         self.policy_regret_total.labels(*labels).inc(regret)
 
+    def observe_decided(self, policy: str, decided: Sequence[tuple[bool, float]]) -> None:
+        """Count the rewards of decisions, each with whether the control policy decided."""
+        for held_out, reward in decided:
+            labels = (policy, "control" if held_out else "policy")
+            self.decision_rewards_total.labels(*labels).inc()
+            self.decision_reward_sum_total.labels(*labels).inc(max(0.0, reward))
+            self.decision_penalty_sum_total.labels(*labels).inc(max(0.0, -reward))
+            self.decision_reward_squares_total.labels(*labels).inc(reward * reward)
+
     def _requests(self) -> None:
         self.requests_total = self._counter("requests_total", "HTTP requests answered.", ("route", "code"))
         self.errors_total = self._counter("errors_total", "Error responses, by error code.", ("code",))
@@ -187,6 +196,22 @@ class Metrics:
         )
         self.policy_regret_total = self._counter(
             "policy_regret_total", "Sum of the reward missed, as far as clients report it.", ("policy", "learned")
+        )
+
+        by = ("policy", "decided_by")
+        self.decision_rewards_total = self._counter(
+            "decision_rewards_total",
+            "Rewards of learners' decisions, by who decided: `policy`, or `control` in the session's holdout.",
+            by,
+        )
+        self.decision_reward_sum_total = self._counter(
+            "decision_reward_sum_total", "Sum of the positive rewards among them.", by
+        )
+        self.decision_penalty_sum_total = self._counter(
+            "decision_penalty_sum_total", "Sum of the absolute values of the negative rewards among them.", by
+        )
+        self.decision_reward_squares_total = self._counter(
+            "decision_reward_squares_total", "Sum of the squares of the rewards: for intervals of their mean.", by
         )
 
     def _sessions(self) -> None:

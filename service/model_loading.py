@@ -7,12 +7,13 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import psutil
 import torch
@@ -31,11 +32,14 @@ from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
 from model.reading_prefix import ReadingPrefix, load_prefix
 from model.recall import RecallPlan
+from model.tabular.config import Task
+from model.tabular.config import default_config as tabular_config
+from model.tabular.learners import new_learner
 from model.text.grammar import GrammarCompiler
 from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from service.base_cache import BaseError, resolve_base, resolve_encoder
-from service.engine import Engine
+from service.engine import AnyLearner, Engine
 from service.http.schemas import MAX_CHOICES
 from service.metrics import Metrics
 from service.settings import Settings
@@ -92,16 +96,22 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     tokenizer = Tokenizer.load(folder, special_in_messages=settings.message_special_tokens == "tokens")
     base = fingerprint(folder)
     memory = choose_memory(settings, backbone.config.hidden_size, base).to(device)
-    policies = {policy.config.name: policy.to(device) for policy in choose_policies(settings)}
+    learners = {learner.config.name: learner for learner in choose_learners(settings)}
+    policy_fingerprints = {name: learner.fingerprint() for name, learner in learners.items()}
+    policies = {}
+    for policy in choose_policies(settings):
+        name = served_name(policy, learners)
+        policy_fingerprints[name] = policy.fingerprint()
+        policy.config = replace(policy.config, name=name)
+        policies[name] = policy.to(device)
     context = min(settings.context or backbone.config.max_context, backbone.config.max_context)
     episodes = new_episodes(settings, backbone, tokenizer, progress=log.info)
     lm = AdaptiveLM(backbone, memory, decoder=choose_decoder(settings, backbone), episodes=episodes)
-    engine = _new_engine(settings, lm, tokenizer, policies, metrics, context)
+    engine = _new_engine(settings, lm, tokenizer, policies, learners, metrics, context)
     fingerprints = {"base": base, "memory": memory.fingerprint()}
     metrics.build_info.info({"version": version("imprint"), "model": settings.model, **fingerprints})
     _watch_device(metrics, device)
     log.info("loaded %s on %s in %.1f s", settings.model, device, time.monotonic() - started)
-    policy_fingerprints = {name: policy.fingerprint() for name, policy in policies.items()}
     # A garbage collection visits every object while it holds the interpreter's lock: 0.4 s for the objects of torch and
     # the model, 0.1 s for the tokens of a long text. So the former are left out, and collections are rarer.
     gc.collect()
@@ -117,6 +127,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         RecallPlan.of(tokenizer, settings.recall_tokens, episodes.prefix_tokens),
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
+        learners,
         policy_fingerprints,
         episodes.encoder,
         _num_parameters(backbone),
@@ -166,6 +177,7 @@ def _new_engine(
     lm: AdaptiveLM,
     tokenizer: Tokenizer,
     policies: dict[str, Policy],
+    learners: dict[str, AnyLearner],
     metrics: Metrics,
     context: int,
 ) -> Engine:
@@ -184,6 +196,7 @@ def _new_engine(
         threads=settings.threads,
         metrics=metrics,
         policies=policies,
+        learners=learners,
     )
 
 
@@ -275,6 +288,18 @@ def choose_policies(settings: Settings) -> list[Policy]:
     if duplicates := {name for name in names if names.count(name) > 1}:
         raise StartError(f"IMPRINT_POLICIES: two policies are called {min(duplicates)!r}")
     return policies
+
+
+def choose_learners(settings: Settings) -> list[AnyLearner]:
+    """Return the learners of tables; none where the settings want no policies."""
+    return [] if settings.policies == "none" else [new_learner(tabular_config(task, task)) for task in get_args(Task)]
+
+
+def served_name(policy: Policy, learners: Container[str]) -> str:
+    """Return the name under which a policy is served: its own, and `NAME-10` for one of 10 actions whose name is that
+    of a learner, as "bandit" was before."""
+    name = policy.config.name
+    return f"{name}-{policy.config.actions}" if name in learners else name
 
 
 def _kv_tokens(backbone: Backbone, context: int) -> int:

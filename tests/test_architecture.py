@@ -74,6 +74,7 @@ MAY_IMPORT = {
     "service.http": (
         "service.concurrency",
         "model.site_kind",
+        "model.tabular.limits",
         "model.text.grammar",
         "model.text.infill",
         "model.text.sampling",

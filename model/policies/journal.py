@@ -1,7 +1,7 @@
 """The journal of a session that acts: a ring buffer of the actions whose reward may still arrive.
 
 The buffer is a site of the session's memory, so actions are versioned, committed and rolled back with everything else.
-Row 0 is the header; action number i (from 1) is stored in row 1 + (i − 1) mod MAX_PENDING until a later action takes
+Row 0 is the header; action number i (from 1) is stored in row 1 + (i − 1) mod (slots − 1) until a later action takes
 the row. A number is never given twice, so numbers that a rollback has undone are missing. All values are float32:
 
     row 0       [number of the last action, last action, whether its reward is known, its reward, 0 …]
@@ -22,7 +22,7 @@ from model.memory import SiteConfig
 FloatArray = NDArray[np.float32]
 NAME = "journal"
 SLOTS = 64
-MAX_PENDING = SLOTS - 1  # actions that can still be rewarded
+MAX_PENDING = SLOTS - 1  # actions that can still be rewarded, of a policy of fixed shapes
 MAX_TOUCHED_ROWS = 3  # rows that one request changes: the header, a rewarded action and a new action
 HEADER_SIZE = 4  # values before the inputs
 COUNTER_WRAP = 2**24 - 2**24 % MAX_PENDING  # float32 counts no further; a multiple keeps the ring's order
@@ -39,19 +39,21 @@ class JournalError(Exception):
         self.was_taken = was_taken
 
 
-def journal_site(inputs: int) -> SiteConfig:
+def journal_site(inputs: int, slots: int = SLOTS) -> SiteConfig:
     """Return the memory site of the journal of a policy whose actions have `inputs` (F) inputs."""
-    return SiteConfig(NAME, "journal", slots=SLOTS, k=MAX_TOUCHED_ROWS, width=HEADER_SIZE + inputs)
+    return SiteConfig(NAME, "journal", slots=slots, k=MAX_TOUCHED_ROWS, width=HEADER_SIZE + inputs)
 
 
 class Journal:
-    """A session's journal over `rows` [SLOTS, HEADER_SIZE + F], which are changed in place.
+    """A session's journal over `rows` [slots, HEADER_SIZE + F], which are changed in place.
 
     touched: indices of the rows that were changed and must be written back.
     """
 
     def __init__(self, rows: FloatArray) -> None:
         self.rows = rows
+        self._pending = len(rows) - 1
+        self._wrap = 2**24 - 2**24 % self._pending
         self.touched: set[int] = set()
 
     @property
@@ -59,7 +61,7 @@ class Journal:
         """Return whether a policy could have written the rows."""
         numbers = self.rows[:, NUMBER]
         whole = bool((self.rows[:, :LAST] == self.rows[:, :LAST].round()).all())
-        return whole and bool((numbers >= 0).all()) and bool((numbers < COUNTER_WRAP + MAX_PENDING).all())
+        return whole and bool((numbers >= 0).all()) and bool((numbers < self._wrap + self._pending).all())
 
     @property
     def count(self) -> int:
@@ -89,11 +91,11 @@ class Journal:
         if not highest or (number is None and not self.count):
             raise JournalError("the session has taken no action yet", was_taken=False)
         number = self.count if number is None else number
-        row = _row_of(number)
-        if int(self.rows[row, NUMBER]) != _stored_number(number):
+        row = self._row_of(number)
+        if int(self.rows[row, NUMBER]) != self._stored_number(number):
             if 0 < number <= highest:
                 raise JournalError(
-                    f"the action has been undone or is no longer kept: the last {MAX_PENDING} are", was_taken=True
+                    f"the action has been undone or is no longer kept: the last {self._pending} are", was_taken=True
                 )
             raise JournalError(f"the session has taken the actions 1 to {highest}", was_taken=False)
         if self.rows[row, STATE] != OPEN:
@@ -116,22 +118,20 @@ class Journal:
         """Append an action with its probability and its inputs [F]; return the action's number.
 
         The number is above `highest`, the highest number that the session has given so far. After a rollback the
-        journal skips up to MAX_PENDING - 1 numbers, so that the next row of the ring stays the row of its oldest
+        journal skips numbers, fewer than it has rows, so that the next row of the ring stays the row of its oldest
         action.
         """
         highest = max(highest, self.count)
-        number = highest + 1 + (self.count - highest) % MAX_PENDING
-        row, stored = _row_of(number), _stored_number(number)
+        number = highest + 1 + (self.count - highest) % self._pending
+        row, stored = self._row_of(number), self._stored_number(number)
         self.rows[row, :HEADER_SIZE] = stored, action, probability, OPEN
         self.rows[row, HEADER_SIZE:] = inputs
         self.rows[0, :HEADER_SIZE] = stored, action, 0.0, 0.0
         self.touched |= {0, row}
         return number
 
+    def _row_of(self, number: int) -> int:
+        return 1 + (number - 1) % self._pending
 
-def _row_of(number: int) -> int:
-    return 1 + (number - 1) % MAX_PENDING
-
-
-def _stored_number(number: int) -> int:
-    return 1 + (number - 1) % COUNTER_WRAP
+    def _stored_number(self, number: int) -> int:
+        return 1 + (number - 1) % self._wrap

@@ -29,18 +29,13 @@ from numpy.typing import NDArray
 
 from model.memory import SiteConfig
 from model.memory.name_layout import HEAD_SIZE
+from model.tabular.limits import MAX_ABS, MAX_ARMS, MAX_COLUMNS, MAX_LABELS, MAX_NAME_BYTES, MAX_VALUES
 
 Value = float | int | str | bool | None
 Features = Mapping[str, Value] | Sequence[Value]
 FloatArray = NDArray[np.float32]
 
 NAME = "names"
-MAX_COLUMNS = 256  # of a session, of both groups together; each value of a categorical column is a column
-MAX_VALUES = 32  # of a categorical column that have a column of their own
-MAX_LABELS = 100
-MAX_ARMS = 256
-MAX_NAME_BYTES = 64
-MAX_ABS = 1e30  # of a number: squares of numbers that are larger overflow after few rows
 SLOTS = 4 * MAX_COLUMNS + MAX_LABELS + MAX_ARMS  # two groups of columns, each with as many categorical ones at most
 ROW, ARM_FEATURES = 0, 1  # groups of columns: of examples and contexts, and of the features of arms
 NUMERIC, CATEGORICAL, VALUE, LABEL, ARM = range(1, 6)  # kinds of entries
@@ -115,11 +110,13 @@ class Schema:
 
     def columns(self) -> list[str]:
         """Return the names of the encoded columns, in order: `age`, `city=Ulm`."""
-        names = {
-            NUMERIC: lambda entry: entry.text,
-            VALUE: lambda entry: f"{self.entries[entry.parent].text}={entry.text}",
-        }
-        return [names[entry.kind](entry) for entry in self.entries if entry.kind in names]
+        found = []
+        for entry in self.entries:
+            if entry.kind == NUMERIC:
+                found.append(entry.text)
+            elif entry.kind == VALUE:
+                found.append(f"{self.entries[entry.parent].text}={entry.text}")
+        return found
 
     def encode(self, features: Features, field: str, group: int = ROW) -> dict[int, float]:
         """Return the numbers of features, by encoded column; what is not there is missing.
@@ -213,7 +210,7 @@ def enumerate_texts(values: Sequence[Value]) -> Iterator[tuple[str, Value]]:
 @lru_cache(maxsize=256)
 def _entries(heads: bytes, texts: bytes) -> tuple[Entry, ...]:
     """Return the entries of a site's rows; sessions send many requests between two new names."""
-    entries = []
+    entries: list[Entry] = []
     for row, (kind, group, parent, length) in enumerate(np.frombuffer(heads, np.int32).reshape(-1, HEAD_SIZE).tolist()):
         start = row * MAX_NAME_BYTES
         if group not in (ROW, ARM_FEATURES) or (kind == VALUE and not _is_categorical(entries, parent)):

@@ -1,12 +1,17 @@
 """The engine: one thread that owns the device and shares it between sessions.
 
-`engine.py` runs the thread's loop; `scheduler.py` says which job is next; `text_job.py` and `policy_job.py` are the two
-kinds of jobs; `resident.py` keeps the sessions that are on the device; `types.py` has the values that go in and out.
+`engine.py` runs the thread's loop; `scheduler.py` says which job is next; `text_job.py`, `policy_job.py` and
+`tabular_job.py` are the kinds of jobs; `resident.py` keeps the sessions that are on the device; `types.py` has the
+values that go in and out.
 """
 
 from service.engine.engine import Engine, JobStream
+from service.engine.tabular_job import AnyLearner
 from service.engine.types import (
+    ActionReward,
+    Choice,
     Event,
+    Example,
     GenerationParams,
     JobFailed,
     JobFinished,
@@ -17,13 +22,19 @@ from service.engine.types import (
     PolicyRequest,
     Segment,
     StateId,
+    TabularAnswer,
+    TabularRequest,
     TokenOutput,
     TokenScores,
 )
 
 __all__ = [
+    "ActionReward",
+    "AnyLearner",
+    "Choice",
     "Engine",
     "Event",
+    "Example",
     "GenerationParams",
     "JobFailed",
     "JobFinished",
@@ -35,6 +46,8 @@ __all__ = [
     "PolicyRequest",
     "Segment",
     "StateId",
+    "TabularAnswer",
+    "TabularRequest",
     "TokenOutput",
     "TokenScores",
 ]

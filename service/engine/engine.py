@@ -35,15 +35,17 @@ from service.engine.gather_executor import new_gather_executor
 from service.engine.policy_job import PolicyJob, PolicyWorker
 from service.engine.resident import ResidentSessions
 from service.engine.scheduler import Scheduler
+from service.engine.tabular_job import AnyLearner, TabularJob, TabularWorker, memory_config
 from service.engine.text_job import TextJob
-from service.engine.types import Event, JobFailed, JobFinished, JobRequest, SessionKey, StateId
+from service.engine.types import Event, JobFailed, JobFinished, JobRequest, SessionKey, StateId, TabularRequest
 from service.errors import EngineError, ImprintError, Overloaded, TooLarge
 from service.metrics import Metrics
 
 EVENTS_PER_STEP = 16  # events of one turn that are taken before other tasks of the loop get their turn
 POLICY_ROWS_DIVISOR = 32  # each policy's pool has `hot_rows` divided by this number
+TABULAR_ROWS_DIVISOR = 4
 
-Job = TextJob | PolicyJob
+Job = TextJob | PolicyJob | TabularJob
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -68,28 +70,36 @@ class Engine:
         threads: int,
         metrics: Metrics,
         policies: Mapping[str, Policy] = MappingProxyType({}),
+        learners: Mapping[str, AnyLearner] = MappingProxyType({}),
     ) -> None:
         # Each turn in flight may use a session and a draft, while it waits, runs or is committed.
         new_resident = partial(
             ResidentSessions,
             sessions=max(hot_sessions + max_batch, 2 * max_turns),
-            device=lm.device,
-            backend=choose_memory_backend(lm.device),
             on_evict=metrics.session_evictions_total.inc,
         )
         self._lm, self._tokenizer = lm, tokenizer
         self._threads = threads
         self._metrics = metrics
         forget = lm.episodes.forget if lm.episodes is not None else lambda key: None
-        self._resident = new_resident(lm.memory_config, rows=hot_rows, on_close=forget)
+        host = torch.device("cpu")
+        on_device = partial(new_resident, device=lm.device, backend=choose_memory_backend(lm.device))
+        on_host = partial(new_resident, device=host, backend=choose_memory_backend(host))
+        self._resident = on_device(lm.memory_config, rows=hot_rows, on_close=forget)
         # A session of a policy has a few rows, where a session of text has thousands.
         policy_rows = math.ceil(hot_rows / POLICY_ROWS_DIVISOR)
         self._policies = {
             name: PolicyWorker(
-                policy, choose_backend(policy, lm.device), new_resident(policy.config.memory, rows=policy_rows)
+                policy, choose_backend(policy, lm.device), on_device(policy.config.memory, rows=policy_rows)
             )
             for name, policy in policies.items()
         }
+        tabular_rows = math.ceil(hot_rows / TABULAR_ROWS_DIVISOR)
+        self._learners = {
+            name: TabularWorker(learner, on_host(memory_config(learner.config), rows=tabular_rows))
+            for name, learner in learners.items()
+        }
+        self._workers: dict[str, PolicyWorker | TabularWorker] = {**self._policies, **self._learners}
         self._scheduler: Scheduler[TextJob] = Scheduler(max_sequences=max_batch, max_tokens=kv_tokens)
         metrics.kv_tokens_capacity.set(kv_tokens)
         self._jobs: dict[JobRequest, Job] = {}
@@ -184,10 +194,10 @@ class Engine:
         return sum(len(resident) for resident in self._all_residents())
 
     def _resident_of(self, policy: str) -> ResidentSessions:
-        return self._policies[policy].resident if policy else self._resident
+        return self._workers[policy].resident if policy else self._resident
 
     def _all_residents(self) -> list[ResidentSessions]:
-        return [self._resident, *(worker.resident for worker in self._policies.values())]
+        return [self._resident, *(worker.resident for worker in self._workers.values())]
 
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
@@ -206,7 +216,7 @@ class Engine:
         """Prepare the model and the policies; return False if that failed: `start` raises the error."""
         try:
             self._lm.prepare(self._resident.pool)
-            for worker in self._policies.values():
+            for worker in self._workers.values():
                 worker.prepare()
         except BaseException as error:
             self._prepared.set_exception(error)
@@ -230,7 +240,9 @@ class Engine:
 
     def _take_messages(self) -> None:
         """Handle the messages that have arrived; where there is nothing to run, sleep until a message arrives."""
-        idle = not (self._scheduler.running or self._scheduler.waiting or self._extra_work or any(self._busy_workers()))
+        idle = not (
+            self._scheduler.running or self._scheduler.waiting or self._extra_work or self._has_waiting_workers()
+        )
         while True:
             try:
                 handle = self._inbox.get(block=idle)
@@ -240,6 +252,11 @@ class Engine:
             idle = False
 
     def _add(self, request: JobRequest) -> None:
+        if isinstance(request.policy_request, TabularRequest):
+            tabular_worker = self._learners[request.policy_request.policy]
+            self._jobs[request] = tabular_job = TabularJob(request, tabular_worker.learner)
+            tabular_worker.waiting.append(tabular_job)
+            return
         if request.policy_request is not None:
             worker = self._policies[request.policy_request.policy]
             self._jobs[request] = policy_job = PolicyJob(request, worker.backend)
@@ -254,6 +271,10 @@ class Engine:
         if isinstance(job, TextJob):
             self._scheduler.remove(job)
             job.close(self._resident, commit=commit)
+        elif isinstance(job, TabularJob):
+            tabular_worker = self._learners[job.tabular_request.policy]
+            tabular_worker.remove(job)
+            job.close(tabular_worker.resident, commit=commit)
         elif job is not None:
             worker = self._policies[job.policy_request.policy]
             worker.remove(job)
@@ -268,6 +289,7 @@ class Engine:
                 self._emit(block_job, block_job.block(self._resident))
         self._decode()
         self._decide()
+        self._take_tabular_steps()
         if self._extra_work:
             self._extra_work.popleft()()
         for job in [job for job in self._scheduler.running if job.done]:
@@ -299,13 +321,15 @@ class Engine:
                 self._metrics.guessed_tokens_total.inc(num_drafted)
                 self._metrics.guessed_rightly_total.inc(sequence.cache.length - start_length)
 
-    def _busy_workers(self) -> Iterator[PolicyWorker]:
-        """Yield the workers of the policies that have requests."""
-        return (worker for worker in self._policies.values() if worker.waiting)
+    def _has_waiting_workers(self) -> bool:
+        """Return whether a policy or a learner has requests."""
+        return any(worker.waiting for worker in self._workers.values())
 
     def _decide(self) -> None:
         """Run the requests of each policy, for all sessions together."""
-        for worker in self._busy_workers():
+        for worker in self._policies.values():
+            if not worker.waiting:
+                continue
             jobs = worker.pop_batch(self._scheduler.max_sequences)
             self._metrics.decisions_batch.observe(len(jobs))
             with self._metrics.engine_step_seconds.labels("decide").time(), _one_thread():
@@ -321,6 +345,24 @@ class Engine:
                     with self._failures_of([job]):
                         self._emit(job, job.events())
                     self._finish(job)
+
+    def _take_tabular_steps(self) -> None:
+        """Run some steps of each request of the learners of tables."""
+        for worker in self._learners.values():
+            for _ in range(len(worker.waiting)):
+                job = worker.waiting.popleft()
+                with self._metrics.engine_step_seconds.labels("decide").time(), _one_thread():
+                    if not job.is_started:
+                        self._start(job, worker.resident)
+                    if job.request not in self._jobs:
+                        continue
+                    with self._failures_of([job]):
+                        job.take_steps()
+                        if job.is_done:
+                            self._emit(job, job.events())
+                            self._finish(job)
+                        else:
+                            worker.waiting.append(job)
 
     def _finish(self, job: Job) -> None:
         """Emit a job's last event, once the host has the job's rows; meanwhile other jobs go on."""

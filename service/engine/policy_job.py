@@ -28,8 +28,8 @@ class PolicyJob(MemoryJob):
 
     def __init__(self, request: JobRequest, policy: PolicyBackend) -> None:
         super().__init__(request)
-        assert request.policy_request is not None
-        self.policy_request: PolicyRequest = request.policy_request
+        assert isinstance(request.policy_request, PolicyRequest)
+        self.policy_request = request.policy_request
         self.row: int | None = None
         self._policy = policy
         self._journal: Journal | None = None
@@ -57,7 +57,7 @@ class PolicyJob(MemoryJob):
             try:
                 self.row = self._journal.pending_row(self.policy_request.action_id, self.policy_request.highest_action)
             except JournalError as error:
-                raise _reward_error(error, self.policy_request.action_id) from None
+                raise reward_error(error, self.policy_request.action_id) from None
 
     @property
     def reward(self) -> float:
@@ -205,7 +205,8 @@ class PolicyWorker:
         return torch.tensor([job.index for job in jobs], device=self.resident.pool.device)
 
 
-def _reward_error(error: JournalError, action_id: int | None) -> BadRequest | Conflict:
+def reward_error(error: JournalError, action_id: int | None) -> BadRequest | Conflict:
+    """Return the client's error for an action that cannot be rewarded."""
     named = "'reward'" if action_id is None else f"'action_id' {action_id}"
     if error.was_taken:
         return Conflict(f"{named} can't be learned: {error}.", param="action_id", code="action_closed")

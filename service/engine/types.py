@@ -6,10 +6,12 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from model.episodes import Episode, RecallRequest
 from model.memory import SiteRows
+from model.tabular.decision_rules import NO_RULES, DecisionRules
+from model.tabular.schema import Features
 from model.text.sampling import SamplingParams
 
 SessionKey = tuple[str, str]  # tenant, session id
@@ -97,6 +99,71 @@ class PolicyRequest:
 
 
 @dataclass(frozen=True)
+class Example:
+    """An example of a learner of labels or numbers.
+
+    Attributes:
+        label, target: the truth to learn, if it is known, by the learner's task.
+        predict: whether the client wants a prediction, which is made before the example is learned.
+    """
+
+    features: Features
+    label: str | None = None
+    target: float | None = None
+    predict: bool = True
+
+
+@dataclass(frozen=True)
+class ActionReward:
+    """The reward of the action number `action_id`; of the last action where `action_id` is None."""
+
+    reward: float
+    action_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision among arms.
+
+    Attributes:
+        arms: the names of the arms.
+        features: the features of each arm; None = no arm has any.
+        allowed: the names of the arms that may be drawn; None = all.
+        forced: the arm that is taken, whatever the policy says.
+        propensity: the probability with which somebody else has taken the forced arm.
+        temperature: of the policy's probabilities; 0 = the likeliest arm; None = as they are.
+        seed: of the draw; None = a random seed.
+    """
+
+    context: Features
+    arms: tuple[str, ...]
+    features: tuple[Features, ...] | None = None
+    allowed: frozenset[str] | None = None
+    forced: str | None = None
+    propensity: float = 1.0
+    temperature: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class TabularRequest:
+    """One request of a learner of tables: its steps, one after the other, each of which sees what the last one learned.
+
+    Attributes:
+        policy: the learner's name.
+        fields: the part of the request that each step comes from, as errors name it; "" = the request itself.
+        regret, highest_action: as in `PolicyRequest`.
+    """
+
+    policy: str
+    steps: tuple[Example | ActionReward | Choice, ...]
+    fields: tuple[str, ...]
+    rules: DecisionRules = NO_RULES
+    regret: float = 0.0
+    highest_action: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryAccess:
     """The session whose memory a job uses, and how.
 
@@ -125,7 +192,7 @@ class JobRequest:
         frozen: whether every score is also taken without memory.
         proof_from: number of segments that the session learned before.
         proof_rate: share of the learned segments, counted from `proof_from`, that are scored without memory too.
-        policy_request: a request of a policy, instead of segments.
+        policy_request: a request of a policy or of a learner of tables, instead of segments.
         keep_episodes: whether what the job learns is kept as episodes.
         version: the version that the turn makes.
     """
@@ -136,7 +203,7 @@ class JobRequest:
     frozen: bool = False
     proof_from: int = 0
     proof_rate: float = 0.0
-    policy_request: PolicyRequest | None = None
+    policy_request: PolicyRequest | TabularRequest | None = None
     keep_episodes: bool = False
     version: int = 0
 
@@ -161,6 +228,7 @@ class JobStats:
         action: number of the action that the job took; 0 = none.
         proof_loss_sum, proof_frozen_loss_sum: over these tokens, with and without memory.
         rewards: sum of the rewards; a label counts as 1 if the policy would have chosen the label, else as 0.
+        decided: the rewards of decisions by the rules of a session, each with whether the control policy decided.
     """
 
     prompt_tokens: int = 0
@@ -173,6 +241,7 @@ class JobStats:
     proof_frozen_loss_sum: float = 0.0
     completion_tokens: int = 0
     rewards: float = 0.0
+    decided: list[tuple[bool, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +310,15 @@ class PolicyDecision:
 
 
 @dataclass(frozen=True)
+class TabularAnswer:
+    """The answer to one step of a `TabularRequest`, as JSON; `action` numbers the action that was noted, 0 = none."""
+
+    answer: dict[str, Any]
+    action: int = 0
+    segment: int = 0
+
+
+@dataclass(frozen=True)
 class JobFinished:
     """The job is done.
 
@@ -271,4 +349,4 @@ class JobFailed:
     error: Exception
 
 
-Event = TokenScores | TokenOutput | PolicyDecision | JobFinished | JobFailed
+Event = TokenScores | TokenOutput | PolicyDecision | TabularAnswer | JobFinished | JobFailed

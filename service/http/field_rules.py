@@ -62,15 +62,36 @@ TOKENIZE: Json = {
         _fields("prompt", "content", messages=ARRAY),
     ]
 }
+FEATURES: Json = {"type": ["object", "array"]}
+GIVEN: Json = {"not": NULL}
+EXAMPLE: Json = {"oneOf": [_fields("target", label=GIVEN), _fields("label", target=GIVEN)]}
 OBSERVE: Json = {
     "oneOf": [
-        _fields("messages", "features", "label", "model", text=STRING),
-        _fields("text", "features", "label", "model", messages=ARRAY),
-        _fields("text", "messages", "source", features=ARRAY, label=INTEGER),
+        _fields("messages", "features", "label", "target", "examples", "model", "predict", text=STRING),
+        _fields("text", "features", "label", "target", "examples", "model", "predict", messages=ARRAY),
+        _fields("text", "messages", "target", "examples", "source", features=FEATURES, label=GIVEN),
+        _fields("text", "messages", "label", "examples", "source", features=FEATURES, target=GIVEN),
+        _fields("text", "messages", "features", "label", "target", "source", examples=ARRAY),
     ]
 }
+PREDICT: Json = {"oneOf": [_fields("examples", features=FEATURES), _fields("features", examples=ARRAY)]}
 UNLEARN: Json = {"oneOf": [_fields("versions", version=INTEGER), _fields("version", versions=ARRAY)]}
-ACT: Json = {"anyOf": [{"properties": {"action_id": NULL, "regret": NULL}}, _fields(reward=NUMBER)]}
+CHOICE: Json = {"anyOf": [{"properties": {"propensity": NULL}}, _fields(forced=STRING)]}
+ACT: Json = {
+    "allOf": [
+        {"anyOf": [{"properties": {"action_id": NULL, "regret": NULL}}, _fields(reward=NUMBER)]},
+        CHOICE,
+        {
+            "oneOf": [
+                _fields("observation", "examples", actions=ARRAY),
+                _fields("actions", "examples", "context", "allowed", "forced", observation=ARRAY),
+                _fields(
+                    *("actions", "observation", "context", "allowed", "forced", "temperature", "seed"), examples=ARRAY
+                ),
+            ]
+        },
+    ]
+}
 FEEDBACK: Json = {
     "oneOf": [
         _fields("completion_id", "text", action_id=STRING, reward=NUMBER),

@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    PlainValidator,
     StringConstraints,
     Tag,
     ValidationInfo,
@@ -28,6 +29,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
+from model.tabular.limits import MAX_ABS, MAX_COLUMNS, MAX_NAME_BYTES
 from model.text.tool_calls import MAX_CALLS, message_text, plain_arguments
 from service.errors import BadRequest
 from service.http import field_rules
@@ -41,6 +43,7 @@ MAX_PARTS = 1024  # of a message
 MAX_CHOICES = 16
 MAX_VERSIONS = 512  # that one request unlearns: as many as a log has
 MAX_SOURCE_CHARS = 512
+MAX_BATCH = 128  # examples or decisions of one request: fewer than the actions that can wait for their rewards
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 SAFE_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON has
@@ -56,9 +59,42 @@ def _integers(value: Any) -> Any:
     return [_integer(item) for item in value] if type(value) is list and float in set(map(type, value)) else value
 
 
+def _value(value: Any) -> Any:
+    """Return a value of a row: a number, a string, a boolean or null. Raises PydanticCustomError."""
+    if isinstance(value, str | bool) or value is None:
+        return value
+    if not isinstance(value, int | float):
+        raise PydanticCustomError("value_type", "should be a number, a string, a boolean or null")
+    if not abs(value) <= MAX_ABS:
+        raise PydanticCustomError("value_range", f"should be in {-MAX_ABS:g}..{MAX_ABS:g}")
+    return value
+
+
+def _label(value: Any) -> Any:
+    """Return a label: a name, or a number from 0 on. Raises PydanticCustomError."""
+    value = _integer(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= INT32
+    if not is_number and not (isinstance(value, str) and 1 <= len(value) <= MAX_NAME_BYTES):
+        raise PydanticCustomError(
+            "label", f"should be a name of 1 to {MAX_NAME_BYTES} bytes, or an integer from 0 to {INT32}"
+        )
+    return value
+
+
 def _without_bom(text: str) -> str:
     """Return a text without the byte order mark that editors put at the start of a file."""
     return text.removeprefix("\ufeff")
+
+
+def _object_or_list(value: Any) -> str | None:
+    return "<object>" if isinstance(value, dict) else "<list>" if isinstance(value, list) else None
+
+
+def limit_entries(value: Any, limit: int) -> Any:
+    """Refuse an object with more than `limit` entries at once: each faulty entry would cost an error of its own."""
+    if isinstance(value, dict) and len(value) > limit:
+        raise PydanticCustomError("too_long", f"should have at most {limit} entries, not {len(value)}")
+    return value
 
 
 SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID)]
@@ -91,14 +127,41 @@ MODEL = Field(None, description="The policy; required for a session that does no
 LEARN_TOOL_RESULTS = Field(
     None, description="True: messages of the role `tool` are learned like others. Default: false, since they are bulk."
 )
-REGRET = Field(None, description="The regret of that action, if it is known; only counted in the metrics, not learned.")
-Observation = Annotated[
-    list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1, max_length=65_536, fail_fast=True)
+Number = Annotated[float, Field(ge=-MAX_ABS, le=MAX_ABS)]
+NUMBER_SCHEMA = {"type": "number", "minimum": -MAX_ABS, "maximum": MAX_ABS}
+VALUE_SCHEMA = {"anyOf": [NUMBER_SCHEMA, {"type": "string"}, {"type": "boolean"}, {"type": "null"}]}
+Value = Annotated[Any, PlainValidator(_value), WithJsonSchema(VALUE_SCHEMA)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_BYTES)]
+LABEL_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_NAME_BYTES},
+        {"type": "integer", "minimum": 0, "maximum": INT32},
+    ]
+}
+LabelName = Annotated[Any, PlainValidator(_label), WithJsonSchema(LABEL_SCHEMA)]
+# The columns of a row, by name or by position. A policy of fixed shapes takes a list of numbers.
+Features = Annotated[
+    Annotated[
+        dict[Name, Value],
+        BeforeValidator(lambda value: limit_entries(value, MAX_COLUMNS)),
+        Field(max_length=MAX_COLUMNS),
+        Tag("<object>"),
+    ]
+    | Annotated[list[Value], Field(min_length=1, max_length=65_536, fail_fast=True), Tag("<list>")],
+    Discriminator(
+        _object_or_list,
+        custom_error_type="features_type",
+        custom_error_message="should be an object or a list of values",
+    ),
 ]
+FEATURES = Field(
+    None, description="A row: an object of columns, or a list. A value is a number, a string, true, false or null."
+)
+LABEL = Field(None, description="The label to learn: for `labels` a name, for a policy of fixed shapes its number.")
+TARGET = Field(None, description="The number to learn, for `regression`.")
 # Of a completion, of Anthropic's messages, or of a response, whose id may end with its session.
 COMPLETION_ID = r"^(((chat)?cmpl-|msg_)[0-9a-f]{32}|resp_[0-9a-f]{32}(_[A-Za-z0-9._~:@+=-]{1,128})?)$"
 CompletionId = Annotated[str, StringConstraints(pattern=COMPLETION_ID)]
-ActionId = Annotated[str, StringConstraints(pattern=r"^act-[1-9][0-9]{0,14}(-[0-9a-f]{12})?$")]
 
 
 def session_id(value: str, param: str) -> str:
@@ -113,13 +176,6 @@ def session_of_user(user: str) -> str:
     """Return the session that OpenAI's `user` names: the text, or a hash of a text that cannot name a session."""
     is_name = re.fullmatch(SESSION_ID, user) is not None
     return user if is_name else "user-" + hashlib.sha256(user.encode()).hexdigest()[:32]
-
-
-def limit_entries(value: Any, limit: int) -> Any:
-    """Refuse an object with more than `limit` entries at once: each faulty entry would cost an error of its own."""
-    if isinstance(value, dict) and len(value) > limit:
-        raise PydanticCustomError("too_long", f"should have at most {limit} entries, not {len(value)}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -159,6 +215,10 @@ class Body(BaseModel):
 
 def text_or_list(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def text_or_object(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
 TEXT_OR_PARTS = Discriminator(
@@ -265,6 +325,20 @@ class SessionOptions(Body):
     )
     keep_text: bool | None = Field(None, description="Keep the learned texts while their commits can be undone.")
     model: str | None = Field(None, description="The policy of a new session; default: the language model.")
+    floor: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="`bandit`: least probability of each allowed action; of n actions, 1/n at most. Default: 0."
+    )
+    explore: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="`bandit`: largest probability of all actions together but the likeliest; `floor` goes first."
+        " Default: 1.",
+    )
+    holdout: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="`bandit`: share of the decisions that `control` takes, to measure the lift. Default: 0."
+    )
+    control: Literal["uniform", "first"] | None = Field(
+        None, description="`bandit`: who decides in the holdout: any allowed action equally often, or the first one."
+    )
     ttl_s: Annotated[int, Field(ge=0, le=315_360_000), WHOLE] | None = Field(
         None, description="Seconds after the last use until the session is erased; 0 = never. Default: the server's."
     )
@@ -318,17 +392,45 @@ class Fork(Body):
     id: SessionId
 
 
+class ExampleBody(Body):
+    """An example to learn: its features, and its label or its target."""
+
+    model_config = ConfigDict(json_schema_extra=field_rules.EXAMPLE)
+
+    features: Features
+    label: LabelName | None = LABEL
+    target: Number | None = TARGET
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "ExampleBody":
+        if (self.label is None) == (self.target is None):
+            raise PydanticCustomError("label_or_target", "give 'label' or 'target' with the features")
+        return self
+
+
 class ObserveRequest(Body):
-    """The body of `POST /v1/sessions/{id}/observe`: `text`, `messages`, or (policies) `features` with `label`."""
+    """The body of `POST /v1/sessions/{id}/observe`: `text`, `messages`, or (policies) `features` with a `label` or a
+    `target`, or `examples`, a list of those, which become one version."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"text": "My cat is called Miso."}], **field_rules.OBSERVE}
+        json_schema_extra={
+            "examples": [
+                {"text": "My cat is called Miso."},
+                {"model": "labels", "features": {"age": 41, "city": "Ulm"}, "label": "churn"},
+            ],
+            **field_rules.OBSERVE,
+        }
     )
 
     text: Text | None = None
     messages: Messages | None = None
-    features: Observation | None = None
-    label: Annotated[int, Field(ge=0, le=INT32), WHOLE] | None = None
+    features: Features | None = FEATURES
+    label: LabelName | None = LABEL
+    target: Number | None = TARGET
+    examples: Annotated[list[ExampleBody], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)] | None = None
+    predict: bool | None = Field(
+        None, description="True: the reply has what was predicted for each example before it was learned."
+    )
     model: str | None = MODEL
     source: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SOURCE_CHARS)] | None = Field(
         None, description="Where the text comes from, such as the path of a file: kept in the session's log."
@@ -339,83 +441,31 @@ class ObserveRequest(Body):
 
     @model_validator(mode="after")
     def _one_of(self) -> "ObserveRequest":
-        given = [name for name in ("text", "messages", "features") if getattr(self, name) is not None]
+        ways = ("text", "messages", "features", "examples")
+        given = [name for name in ways if getattr(self, name) is not None]
         if len(given) != 1:
             fault = "neither" if not given else " and ".join(given)
-            raise BadRequest(f"Give one of 'text', 'messages' and 'features', got {fault}.", param="text")
-        if (self.features is None) != (self.label is None):
-            missing = "features" if self.features is None else "label"
-            raise BadRequest("'features' and 'label' go together: give both or none of them.", param=missing)
-        if self.features is None and self.model is not None:
-            raise BadRequest("'model' is only allowed with 'features': text has one model.", param="model")
-        if self.features is not None and self.source is not None:
-            raise BadRequest("'source' is not allowed with 'features'.", param="source")
+            raise BadRequest(f"Give one of 'text', 'messages', 'features' and 'examples', got {fault}.", param="text")
+        truths = [name for name in ("label", "target") if getattr(self, name) is not None]
+        if self.features is None and truths:
+            missing = "'features' and " + repr(truths[0])
+            raise BadRequest(f"{missing} go together: give both or none of them.", param="features")
+        if self.features is not None and len(truths) != 1:
+            raise BadRequest("'features' need a 'label' or a 'target': one of them.", param="label")
+        of_text = given[0] in ("text", "messages")
+        for name, is_given in (("model", self.model is not None), ("predict", self.predict is not None)):
+            if of_text and is_given:
+                raise BadRequest(f"'{name}' is only allowed with 'features' and 'examples'.", param=name)
+        if not of_text and self.source is not None:
+            raise BadRequest(f"'source' is not allowed with '{given[0]}'.", param="source")
         return self
 
-
-class PredictRequest(Body):
-    """The body of `POST /v1/sessions/{id}/predict`."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "mine", "features": [0.5, -1.0]}]})
-
-    features: Observation
-    model: str | None = MODEL
-
-
-class ActRequest(Body):
-    """The body of `POST /v1/sessions/{id}/act`."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "bandit", "observation": [0.0]}], **field_rules.ACT}
-    )
-
-    observation: Observation = Field(description="The numbers of the context, then the numbers of each action.")
-    reward: float | None = Field(None, description="The reward of the last action, or of `action_id`.")
-    action_id: ActionId | None = Field(None, description="The action that the reward belongs to.")
-    regret: Annotated[float, Field(ge=0)] | None = REGRET
-    model: str | None = MODEL
-    temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(
-        None,
-        description="0 = the best action, 1 = by the probability of being the best; default: the policy's.",
-    )
-    seed: Seed | None = None
-    on_disconnect: OnDisconnect | None = ON_DISCONNECT
-
-    @model_validator(mode="after")
-    def _belongs_to_reward(self) -> "ActRequest":
-        for name in ("action_id", "regret"):
-            if self.reward is None and getattr(self, name) is not None:
-                raise BadRequest(f"'{name}' is only allowed with 'reward'.", param=name)
-        return self
-
-
-class FeedbackRequest(Body):
-    """The body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and the kept text."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"action_id": "act-1-5f2b9c04d1e7", "reward": 1.0}], **field_rules.FEEDBACK}
-    )
-
-    action_id: ActionId | None = None
-    reward: float | None = None
-    regret: Annotated[float, Field(ge=0)] | None = REGRET
-    completion_id: CompletionId | None = Field(
-        None, description="The `id` of a completion, a message or a response of this session."
-    )
-    text: Annotated[Text, Field(min_length=1)] | None = Field(None, description="The text that the user kept instead.")
-    on_disconnect: OnDisconnect | None = ON_DISCONNECT
-
-    @model_validator(mode="after")
-    def _one_of(self) -> "FeedbackRequest":
-        action_fields, text_fields = ("action_id", "reward", "regret"), ("completion_id", "text")
-        text_given = [name for name in text_fields if getattr(self, name) is not None]
-        if text_given and any(getattr(self, name) is not None for name in action_fields):
-            message = f"{text_given[0]!r} is of text and does not go with a reward of an action."
-            raise BadRequest(message, param=text_given[0])
-        for name in text_fields if text_given else action_fields[:2]:
-            if getattr(self, name) is None:
-                raise BadRequest(f"{name!r} is required with the other one of its pair.", param=name)
-        return self
+    @property
+    def batch(self) -> list[ExampleBody]:
+        """The examples to learn."""
+        if self.features is None:
+            return self.examples or []
+        return [ExampleBody.model_construct(features=self.features, label=self.label, target=self.target)]
 
 
 class ScoreRequest(Body):

@@ -25,7 +25,7 @@ HEARTBEAT_S = 2.0  # seconds without a heartbeat after which a server counts as 
 TOMBSTONE_S = 86_400  # seconds for which a store bars turns that began before a session was erased
 _NAME = re.compile(r"[A-Za-z0-9._~:@+=-]+")
 
-Option = str | int | bool
+Option = str | int | float | bool
 ActionTags = tuple[tuple[int, str], ...]
 Slots = NDArray[np.int32]
 WriteMode = Literal["always", "unless predict", "never"]

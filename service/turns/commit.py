@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from service.engine import JobFinished, JobStats, PolicyRequest, Segment
+from service.engine import JobFinished, JobStats, PolicyRequest, Segment, TabularRequest
 from service.engine.stored_rows import as_batches
 from service.metrics import Metrics
 from service.store.base import SessionMeta
@@ -39,7 +39,7 @@ class TurnPlan:
 
     meta: SessionMeta | None
     segments: Sequence[Segment] = ()
-    policy_request: PolicyRequest | None = None
+    policy_request: PolicyRequest | TabularRequest | None = None
     state_delta: StateDelta | None = None
     digests: Sequence[str] = ()
     writes: bool = True
@@ -205,7 +205,10 @@ def record_jobs(metrics: Metrics, jobs: Sequence[JobFinished]) -> None:
 
 
 def record_commit(
-    metrics: Metrics, policy_request: PolicyRequest | None, commit: Commit, jobs: Sequence[JobFinished]
+    metrics: Metrics,
+    policy_request: PolicyRequest | TabularRequest | None,
+    commit: Commit,
+    jobs: Sequence[JobFinished],
 ) -> None:
     """Count what a committed turn learned and what the learning was worth."""
     done, new = _session_job(jobs), commit.meta
@@ -220,6 +223,7 @@ def record_commit(
             reward_sum=stats.rewards,
             regret=policy_request.regret,
         )
+        metrics.observe_decided(policy_request.policy, stats.decided)
     metrics.rows_written_total.inc(done.rows_written)
     metrics.guards_shut_total.inc(max(0, done.num_guards_closed))
     metrics.guards_opened_total.inc(max(0, -done.num_guards_closed))

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from model.policies.network import Policy
 from model.recall import RecallPlan
+from model.tabular.decision_rules import RULES
 from model.text.grammar import GrammarCompiler
 from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
-from service.engine import Engine
-from service.errors import Conflict
+from service.engine import AnyLearner, Engine
+from service.errors import BadRequest, Conflict
 from service.store.base import Option, SessionMeta
 from service.tenants import Tenant
 
@@ -28,7 +29,8 @@ class LoadedModel:
         num_parameters: of the base; shared ones count once.
         fingerprints: fingerprints of the base and of the memory's slow weights, by part.
         policies: the policies by name.
-        policy_fingerprints: the fingerprint of each policy's slow weights, by name.
+        learners: the learners of tables by name; what is said of policies below holds for them too.
+        policy_fingerprints: the fingerprint of the slow weights of each policy and each learner, by name.
         recall: how replies read episodes.
         grammars: the compiler of grammars for the tokens of the model of text.
         encoder: the sentence encoder, which the engine's thread runs; None = the server has none.
@@ -44,6 +46,7 @@ class LoadedModel:
     recall: RecallPlan
     grammars: GrammarCompiler
     policies: dict[str, Policy] = field(default_factory=dict)
+    learners: dict[str, AnyLearner] = field(default_factory=dict)
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
     encoder: SentenceEncoder | None = None
     parameters: int = 0
@@ -87,7 +90,22 @@ class LoadedModel:
 
     def row_vocab_size(self, policy: str = "") -> int:
         """Return the number of tokens, or of actions for a policy, that a stored row may name."""
+        if policy in self.learners:
+            return 0
         return self.policies[policy].config.actions if policy else self.vocab_size
+
+    def of_fixed_shapes(self, name: str) -> str:
+        """Return the policy of fixed shapes that had the name of a learner before; else the name itself."""
+        former = (policy for policy in self.policies if policy.rpartition("-")[0] == name)
+        return next(former, name) if name in self.learners else name
+
+    def require_options(self, meta: SessionMeta | None, policy: str, options: Mapping[str, Option]) -> None:
+        """Raise BadRequest for rules of decisions in a session that takes none; meta: None = a new session."""
+        name = policy if meta is None else self.policy_with_fingerprint(meta.model)
+        learner = self.learners.get(name or "")
+        for option in RULES:
+            if option in options and (learner is None or learner.config.task != "bandit"):
+                raise BadRequest(f"'{option}' is an option of sessions of 'bandit', which decide.", param=option)
 
     def new_meta(self, name: str, options: dict[str, Option], policy: str = "") -> SessionMeta:
         """Return the meta of a session that has learned nothing."""

@@ -1,13 +1,16 @@
-"""The turns of policy sessions: act, learn a reward, predict a label, learn a label."""
+"""The turns of sessions that decide: act, learn a reward, predict, learn examples.
+
+A session belongs to a policy of fixed shapes, or to a learner of tables, which takes whatever columns come.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 from model.policies.network import Policy
-from service.engine import Event, PolicyDecision, PolicyRequest
+from service.engine import ActionReward, Event, PolicyDecision, PolicyRequest, TabularAnswer, TabularRequest
 from service.errors import BadRequest, Conflict, NotFound
 from service.store.base import SessionMeta, WriteMode
 from service.turns.action_ids import format_action_id, parse_action_id
@@ -17,12 +20,13 @@ from service.turns.loaded_model import LoadedModel
 from service.turns.run import Json, Turn
 from service.turns.session_gate import SessionHandle, SessionTarget
 from service.turns.sessions import Sessions
+from service.turns.tabular_requests import Batch, ExampleInput, action_reply, choice_request, example_request
 from service.turns.text_turns import LearningTurn, ObserveResult
-from service.types import Adaptation
 
 Task = Literal["act", "label"]
 R = TypeVar("R")
 TASK_VERBS: dict[Task, str] = {"act": "acts", "label": "labels"}
+TASKS: dict[str, Task] = {"bandit": "act", "labels": "label", "regression": "label"}  # of the learners' tasks
 
 
 @dataclass(frozen=True)
@@ -42,37 +46,6 @@ class ActionSampling:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class ActResult:
-    """A chosen action.
-
-    Attributes:
-        action_id: the id under which the client reports the reward; None if the session only predicts.
-        probability: the probability of the chosen action; `probabilities` has those of all actions.
-        expected: the mean reward that each action is expected to bring.
-    """
-
-    action: int
-    action_id: str | None
-    probability: float
-    probabilities: list[float]
-    expected: list[float]
-    adaptation: Adaptation
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as JSON; `asdict` would copy each number by itself."""
-        return vars(self) | {"adaptation": vars(self.adaptation)}
-
-
-@dataclass(frozen=True)
-class LabelResult:
-    """The likeliest label and the probabilities of all labels."""
-
-    label: int
-    probabilities: list[float]
-    version: int
-
-
 class PolicyTurn(Turn[R]):
     """A turn of a policy session; a subclass says what the policy is asked."""
 
@@ -87,12 +60,12 @@ class PolicyTurn(Turn[R]):
         if self._model is not None:
             _require_task(model, self._model, self.task)
 
-    def _find_policy(self, handle: SessionHandle, model: LoadedModel) -> tuple[SessionMeta, Policy]:
-        """Return the session's meta, new if the session does not exist, and its policy."""
+    def _find(self, handle: SessionHandle, model: LoadedModel) -> tuple[SessionMeta, str]:
+        """Return the session's meta, new if the session does not exist, and the name of its policy or learner."""
         meta, name = handle.meta, self._model
         if meta is None:
             if name is None:
-                names = ", ".join(sorted(model.policies)) or "none is served"
+                names = ", ".join(sorted([*model.policies, *model.learners])) or "none is served"
                 raise BadRequest(f"'model' is required to begin a session with: a policy ({names}).", param="model")
             meta = model.new_meta(self._session, {}, name)
         if name is None:
@@ -104,11 +77,14 @@ class PolicyTurn(Turn[R]):
         else:
             model.require_model(meta, name)
         _require_task(model, name, self.task)
-        return meta, model.policies[name]
+        return meta, name
 
 
-class ActTurn(PolicyTurn[ActResult]):
-    """Learns a reward, if one came along, then chooses an action."""
+class ActTurn(PolicyTurn[Json]):
+    """Learns a reward, if one came along, then chooses an action, or several.
+
+    observation: for a policy of fixed shapes. choices: for a learner.
+    """
 
     task: Task = "act"
 
@@ -116,76 +92,117 @@ class ActTurn(PolicyTurn[ActResult]):
         self,
         session: str,
         model: str | None,
-        observation: list[float],
+        observation: list[float] | None,
+        choices: Batch | None,
         reward: RewardInput | None,
         sampling: ActionSampling,
         if_match: str | None,
     ) -> None:
         super().__init__(session, model, "unless predict", if_match)
-        self._observation, self._reward, self._sampling = observation, reward, sampling
+        self._observation, self._choices, self._reward, self._sampling = observation, choices, reward, sampling
 
-    def replayed(self, record: Json) -> Iterable[ActResult]:
-        return [ActResult(**record | {"adaptation": Adaptation.from_record(record["adaptation"])})]
+    def require_task(self, model: LoadedModel) -> None:
+        if self._model is not None and self._observation is not None:
+            self._model = model.of_fixed_shapes(self._model)
+        super().require_task(model)
+
+    def replayed(self, record: Json) -> Iterable[Json]:
+        return [record]
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
-        meta, policy = self._find_policy(handle, model)
-        _require_numbers(policy, self._observation, "observation")
-        request = PolicyRequest(policy.config.name, tuple(self._observation), **asdict(self._sampling))
-        request = _with_reward(request, policy, self._reward, meta)
+        self._answers = list[TabularAnswer]()
+        meta, name = self._find(handle, model)
         writes = meta.options.get("adapt") != "predict"
         if self._reward is not None and not writes:
             raise Conflict("The session's option 'adapt' is 'predict': it learns no reward.", param="reward")
-        return TurnPlan(meta, policy_request=request, writes=writes)
+        if name in model.learners:
+            if self._choices is None:
+                raise BadRequest(f"{name!r} takes 'actions', with or without a 'context'.", param="actions")
+            reward = _action_reward(self._reward, meta)
+            regret = 0.0 if self._reward is None else self._reward.regret
+            request = choice_request(model.learners[name].config, self._choices, reward, meta, regret)
+            return TurnPlan(meta, policy_request=request, writes=writes)
+        policy = model.policies[name]
+        if self._observation is None:
+            raise BadRequest(f"'observation' is required for {name!r}, which has fixed sizes.", param="observation")
+        _require_numbers(policy, self._observation, "observation")
+        fixed = PolicyRequest(name, tuple(self._observation), **asdict(self._sampling))
+        return TurnPlan(meta, policy_request=_with_reward(fixed, policy, self._reward, meta), writes=writes)
 
-    def outputs(self, segment: int, event: Event) -> Iterator[ActResult]:
+    def outputs(self, segment: int, event: Event) -> Iterator[Json]:
         if isinstance(event, PolicyDecision):
             self._decision = event
+        elif isinstance(event, TabularAnswer):
+            self._answers.append(event)
         return iter(())
 
-    def last_event(self, outcome: TurnOutcome) -> ActResult:
+    def last_event(self, outcome: TurnOutcome) -> Json:
+        adaptation = {"adaptation": vars(outcome.adaptation)}
+        if self._choices is not None:
+            replies = [action_reply(each.answer, each.action, outcome.meta) for each in self._answers]
+            return ({"object": "list", "data": replies} if self._choices.is_list else replies[0]) | adaptation
         decision = self._decision
         action_id = None
         if decision.number is not None and outcome.meta is not None:
             action_id = format_action_id(decision.number, outcome.meta)
-        prob, expected = decision.probs[decision.choice], decision.expected or []
-        return ActResult(decision.choice, action_id, prob, decision.probs, expected, outcome.adaptation)
+        return {
+            "object": "action",
+            "action": decision.choice,
+            "action_id": action_id,
+            "probability": decision.probs[decision.choice],
+            "probabilities": decision.probs,
+            "expected": decision.expected or [],
+        } | adaptation
 
-    def record(self, last: ActResult) -> Json:
-        return last.as_json()
+    def record(self, last: Json) -> Json:
+        return last
 
 
-class PredictTurn(PolicyTurn[LabelResult]):
-    """Predicts the label of an example."""
+class PredictTurn(PolicyTurn[Json]):
+    """Predicts labels or numbers of examples."""
 
     task: Task = "label"
 
-    def __init__(self, session: str, model: str | None, features: list[float]) -> None:
+    def __init__(self, session: str, model: str | None, examples: Batch) -> None:
         super().__init__(session, model, "never", None)
-        self._features = features
+        self._examples = examples
 
-    def replayed(self, record: Json) -> Iterable[LabelResult]:
-        return [LabelResult(**record)]
+    def replayed(self, record: Json) -> Iterable[Json]:
+        return [record]
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
-        meta, policy = self._find_policy(handle, model)
-        _require_numbers(policy, self._features, "features")
+        self._answers = list[TabularAnswer]()
+        meta, name = self._find(handle, model)
+        if name in model.learners:
+            config = model.learners[name].config
+            self._kind = "label" if config.task == "labels" else "value"
+            request = example_request(config, self._examples, learn=False, predict=True)
+            return TurnPlan(meta, policy_request=request, writes=False)
+        features = _fixed_features(model.policies[name], self._examples)
         # At temperature 0 the policy would give its choice the probability 1.
-        request = PolicyRequest(policy.config.name, tuple(self._features), temperature=1.0)
-        return TurnPlan(meta, policy_request=request, writes=False)
+        return TurnPlan(meta, policy_request=PolicyRequest(name, tuple(features), temperature=1.0), writes=False)
 
-    def outputs(self, segment: int, event: Event) -> Iterator[LabelResult]:
+    def outputs(self, segment: int, event: Event) -> Iterator[Json]:
         if isinstance(event, PolicyDecision):
             self._decision = event
+        elif isinstance(event, TabularAnswer):
+            self._answers.append(event)
         return iter(())
 
-    def last_event(self, outcome: TurnOutcome) -> LabelResult:
+    def last_event(self, outcome: TurnOutcome) -> Json:
+        version = {"version": outcome.adaptation.version_to}
+        if self._answers:
+            replies = [{"object": self._kind, **each.answer} for each in self._answers]
+            if self._examples.is_list:
+                return {"object": "list", "data": replies} | version
+            return replies[0] | version
         probs = self._decision.probs
         if outcome.meta is None or not outcome.meta.tokens_learned:
             probs = [1 / len(probs)] * len(probs)  # a session without a label knows none
-        return LabelResult(probs.index(max(probs)), probs, outcome.adaptation.version_to)
+        return {"object": "label", "label": probs.index(max(probs)), "probabilities": probs} | version
 
-    def record(self, last: LabelResult) -> Json:
-        return asdict(last)
+    def record(self, last: Json) -> Json:
+        return last
 
 
 class RewardTurn(PolicyTurn[ObserveResult], LearningTurn):
@@ -198,36 +215,55 @@ class RewardTurn(PolicyTurn[ObserveResult], LearningTurn):
         self._reward = reward
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
-        meta, policy = self._find_policy(handle, model)
-        request = PolicyRequest(policy.config.name, decide=False)
-        return TurnPlan(meta, policy_request=_with_reward(request, policy, self._reward, meta))
+        meta, name = self._find(handle, model)
+        if name in model.learners:
+            reward = cast(ActionReward, _action_reward(self._reward, meta))
+            regret, highest = self._reward.regret, meta.actions
+            request = TabularRequest(name, (reward,), ("",), regret=regret, highest_action=highest)
+            return TurnPlan(meta, policy_request=request)
+        fixed = PolicyRequest(name, decide=False)
+        return TurnPlan(meta, policy_request=_with_reward(fixed, model.policies[name], self._reward, meta))
 
 
-class LabelTurn(PolicyTurn[ObserveResult], LearningTurn):
-    """Learns the label of an example."""
+class ExamplesTurn(PolicyTurn[ObserveResult], LearningTurn):
+    """Learns the labels or the targets of examples, as one version; predict: and predicts each one before."""
 
     task: Task = "label"
 
-    def __init__(
-        self, session: str, model: str | None, features: list[float], label: int, if_match: str | None
-    ) -> None:
+    def __init__(self, session: str, model: str | None, examples: Batch, predict: bool, if_match: str | None) -> None:
         super().__init__(session, model, "always", if_match)
-        self._features, self._label = features, label
+        self._examples, self._predict = examples, predict
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
-        meta, policy = self._find_policy(handle, model)
-        _require_numbers(policy, self._features, "features")
-        if not 0 <= self._label < policy.config.actions:
-            raise BadRequest(f"'label' must be in 0..{policy.config.actions - 1}, got {self._label}.", param="label")
-        request = PolicyRequest(policy.config.name, tuple(self._features), decide=False, label=self._label)
-        return TurnPlan(meta, policy_request=request)
+        self._predictions = list[Json]()
+        meta, name = self._find(handle, model)
+        if name in model.learners:
+            config = model.learners[name].config
+            request = example_request(config, self._examples, learn=True, predict=self._predict)
+            return TurnPlan(meta, policy_request=request)
+        policy = model.policies[name]
+        features = _fixed_features(policy, self._examples)
+        label = cast(ExampleInput, self._examples.items[0]).label
+        if not isinstance(label, int) or not 0 <= label < policy.config.actions:
+            raise BadRequest(f"'label' must be in 0..{policy.config.actions - 1}, got {label}.", param="label")
+        return TurnPlan(meta, policy_request=PolicyRequest(name, tuple(features), decide=False, label=label))
+
+    def outputs(self, segment: int, event: Event) -> Iterator[ObserveResult]:
+        if isinstance(event, TabularAnswer):
+            self._predictions.append(event.answer)
+        return iter(())
+
+    def last_event(self, outcome: TurnOutcome) -> ObserveResult:
+        return replace(super().last_event(outcome), predictions=self._predictions or None)
 
 
 def _require_task(model: LoadedModel, name: str, task: Task) -> None:
-    if name not in model.policies:
+    tasks: dict[str, Task] = {key: policy.config.task for key, policy in model.policies.items()}
+    tasks |= {key: TASKS[learner.config.task] for key, learner in model.learners.items()}
+    if name not in tasks:
         raise NotFound(f"There is no policy {name[:80]!r}.", param="model", code="model_not_found")
-    if model.policies[name].config.task != task:
-        fit = ", ".join(sorted(key for key, policy in model.policies.items() if policy.config.task == task)) or "none"
+    if tasks[name] != task:
+        fit = ", ".join(sorted(key for key, other in tasks.items() if other == task)) or "none"
         raise BadRequest(f"'model' must be a policy that {TASK_VERBS[task]} ({fit}), got {name!r}.", param="model")
 
 
@@ -248,6 +284,25 @@ def _with_reward(
         )
     number = None if reward.action_id is None else parse_action_id(reward.action_id, meta)
     return replace(request, reward=reward.reward, action_id=number, regret=reward.regret)
+
+
+def _action_reward(reward: RewardInput | None, meta: SessionMeta) -> ActionReward | None:
+    """Return the outcome of an action of a learner's session. Raises Conflict for an action of another session."""
+    if reward is None:
+        return None
+    return ActionReward(reward.reward, None if reward.action_id is None else parse_action_id(reward.action_id, meta))
+
+
+def _fixed_features(policy: Policy, examples: Batch) -> list[float]:
+    """Return the numbers of the one example that a policy of fixed shapes takes. Raises BadRequest."""
+    features = cast(ExampleInput, examples.items[0]).features
+    if examples.is_list or not isinstance(features, list) or any(isinstance(x, str | None) for x in features):
+        raise BadRequest(
+            f"{policy.config.name!r} has fixed sizes: it takes one example, a list of numbers.", param="features"
+        )
+    numbers = cast("list[float]", features)
+    _require_numbers(policy, numbers, "features")
+    return numbers
 
 
 def _require_numbers(policy: Policy, numbers: list[float], field: str) -> None:
@@ -279,14 +334,16 @@ class PolicyOperations:
         ctx: RequestContext,
         session: str,
         model: str | None,
-        observation: list[float],
+        observation: list[float] | None,
+        choices: Batch | None,
         reward: RewardInput | None,
         sampling: ActionSampling,
         *,
         if_match: str | None = None,
-    ) -> ActResult:
-        """Learn the reward that came along, if one did, then choose an action and remember it until its reward."""
-        return await self._run(ctx, ActTurn(session, model, observation, reward, sampling, if_match))
+    ) -> Json:
+        """Learn the reward that came along, if one did, then choose an action, or several, and remember them until
+        their rewards; return the reply."""
+        return await self._run(ctx, ActTurn(session, model, observation, choices, reward, sampling, if_match))
 
     async def feedback(
         self, ctx: RequestContext, session: str, reward: RewardInput, *, if_match: str | None = None
@@ -299,17 +356,17 @@ class PolicyOperations:
         ctx: RequestContext,
         session: str,
         model: str | None,
-        features: list[float],
-        label: int,
+        examples: Batch,
         *,
+        predict: bool = False,
         if_match: str | None = None,
     ) -> ObserveResult:
-        """Learn the label of an example."""
-        return await self._run(ctx, LabelTurn(session, model, features, label, if_match))
+        """Learn the labels or the targets of examples."""
+        return await self._run(ctx, ExamplesTurn(session, model, examples, predict, if_match))
 
-    async def predict(self, ctx: RequestContext, session: str, model: str | None, features: list[float]) -> LabelResult:
-        """Predict the label of an example; learn nothing."""
-        return await self._run(ctx, PredictTurn(session, model, features))
+    async def predict(self, ctx: RequestContext, session: str, model: str | None, examples: Batch) -> Json:
+        """Predict labels or numbers of examples, and learn nothing; return the reply."""
+        return await self._run(ctx, PredictTurn(session, model, examples))
 
     async def _run(self, ctx: RequestContext, turn: PolicyTurn[R]) -> R:
         """Run a turn; a wrong model is refused before the turn waits for its session."""

@@ -160,11 +160,12 @@ class Sessions:
 
         Returns the session and whether the session is new.
         """
-        if model and model not in self.loaded_model.policies:
+        if model and model not in self.loaded_model.policy_fingerprints:
             raise NotFound(f"There is no policy {model[:80]!r}.", param="model", code="model_not_found")
         async with self.gate.lock_session(tenant, session):
             meta = await self.store.meta(tenant.name, session)
             require_match(if_match, meta)
+            self.loaded_model.require_options(meta, model, options)
             if meta is None:
                 new = self.loaded_model.new_meta(session, options, model)
                 async with self._quotas.reserve_session(tenant, session):

@@ -17,12 +17,16 @@ from service.types import Adaptation
 
 @dataclass(frozen=True)
 class ObserveResult:
-    """The outcome of a learning turn. loss: nats per token, before the tokens were learned."""
+    """The outcome of a learning turn.
+
+    loss: nats per token, before the tokens were learned. predictions: of the examples, if the request wants them.
+    """
 
     tokens_learned: int
     rows_written: int
     loss: float | None
     version: int
+    predictions: list[Json] | None = None
 
     @classmethod
     def of(cls, adaptation: Adaptation) -> ObserveResult:

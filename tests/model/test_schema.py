@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from model.memory.name_layout import NameLayout
+from model.tabular import config, limits
 from model.tabular import schema as module
-from model.tabular.schema import ARM_FEATURES, MAX_COLUMNS, MAX_VALUES, Features, Schema, SchemaError
+from model.tabular.limits import MAX_COLUMNS, MAX_VALUES
+from model.tabular.schema import ARM_FEATURES, Features, Schema, SchemaError
 
 
 def encode(schema: Schema, features: Features) -> list[float | None]:
@@ -109,3 +111,11 @@ def test_rows_that_no_schema_wrote_are_refused(number: int, value: int) -> None:
     if (number, value) == (3, 2):
         heads[0, 3] = 3  # in the middle of a character
     assert not NameLayout().are_valid_rows(np.concatenate([heads.view(np.uint8), texts], axis=1), vocab_size=0)
+
+
+def test_the_limits_are_those_of_the_learners() -> None:
+    assert (limits.MAX_COLUMNS, limits.MAX_LABELS, limits.MAX_ARMS) == (
+        config.MAX_COLUMNS,
+        config.MAX_LABELS,
+        config.MAX_ARMS,
+    )

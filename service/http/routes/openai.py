@@ -26,7 +26,16 @@ from service.http.dependencies import (
 from service.http.generation_schemas import MAX_NAME_CHARS, ChatCompletionRequest, CompletionRequest, GenerationRequest
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, streamed_responses
-from service.http.replies import ChatCompletion, Completion, Model, ModelList, ModelMeta, PolicyList, PolicyShape
+from service.http.replies import (
+    ChatCompletion,
+    Completion,
+    LearnerShape,
+    Model,
+    ModelList,
+    ModelMeta,
+    PolicyList,
+    PolicyShape,
+)
 from service.http.response_formats import ChatFormatter, CompletionFormatter, Json, LatencyRecorder, ToolChatFormatter
 from service.http.schemas import session_of_user
 from service.http.sse import EventStream, until_disconnect
@@ -56,13 +65,13 @@ async def list_models(sessions: SessionsDep, rules: RulesDep) -> ModelList:
 @router.get("/policies", summary="List the served policies")
 async def list_policies(sessions: SessionsDep) -> PolicyList:
     """List the policies, which `act`, `predict` and `observe` take."""
-    return PolicyList(object="list", data=[_policy(name, sessions) for name in sessions.loaded_model.policies])
+    return PolicyList(object="list", data=[_policy(name, sessions) for name in _policies(sessions)])
 
 
 @router.get("/models/{id:path}", summary="Describe a served model")
 async def get_model(id: ModelId, sessions: SessionsDep, rules: RulesDep) -> Model:
     """Describe the language model or a policy, by its id."""
-    if id in sessions.loaded_model.policies:
+    if id in _policies(sessions):
         return _policy(id, sessions)
     rules.resolve_model(id)
     return _model(id, sessions)
@@ -207,9 +216,28 @@ def _model(name: str, sessions: Sessions) -> Model:
     )
 
 
+def _policies(sessions: Sessions) -> list[str]:
+    """Return the names of the learners of tables and of the policies of fixed shapes."""
+    return [*sessions.loaded_model.learners, *sessions.loaded_model.policies]
+
+
 def _policy(name: str, sessions: Sessions) -> Model:
-    config = sessions.loaded_model.policies[name].config
-    shape = PolicyShape(
+    loaded = sessions.loaded_model
+    model = Model(
+        id=name,
+        object="model",
+        created=STARTED,
+        owned_by="imprint",
+        fingerprints={"policy": loaded.policy_fingerprints[name]},
+    )
+    if name in loaded.learners:
+        limits = loaded.learners[name].config
+        model.learner = LearnerShape(
+            task=limits.task, columns=limits.columns, labels=limits.labels, actions=limits.arms
+        )
+        return model
+    config = loaded.policies[name].config
+    model.policy = PolicyShape(
         task=config.task,
         observation=config.observation_size,
         context=config.context,
@@ -218,14 +246,7 @@ def _policy(name: str, sessions: Sessions) -> Model:
         lowest=config.lowest,
         highest=config.highest,
     )
-    return Model(
-        id=name,
-        object="model",
-        created=STARTED,
-        owned_by="imprint",
-        fingerprints={"policy": sessions.loaded_model.policy_fingerprints[name]},
-        policy=shape,
-    )
+    return model
 
 
 def _require_token(param: str, token_id: int, sessions: Sessions) -> None:

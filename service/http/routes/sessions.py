@@ -50,6 +50,7 @@ from service.http.sse import until_disconnect
 from service.store.base import SessionMeta
 from service.turns.policy_turns import PolicyOperations
 from service.turns.prompts import ChatPrompt, TextPrompt
+from service.turns.tabular_requests import Batch, ExampleInput
 from service.turns.text_turns import ObserveResult, ScoreResult
 from service.versions.views import EpisodeFilter
 
@@ -58,6 +59,7 @@ EXPORTED: Responses = {200: {**FILE_CONTENT, "headers": ETAG_HEADER, "descriptio
 IMPORTED = {"requestBody": {**FILE_CONTENT, "required": True}}
 
 LARGE_SCORE = 4096  # tokens
+LARGE_BATCH = 8  # predictions
 LOGPROBS = ("logprobs", "frozen_logprobs")
 
 router = APIRouter(prefix="/v1/sessions", route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["Sessions"])
@@ -112,15 +114,22 @@ async def delete_session(
     return SessionDeleted(id=session, object="session", deleted=True)
 
 
-@router.post("/{id}/observe", summary="Learn a text or a chat")
-async def observe(session: PathId, body: ObserveRequest, learning: LearningRequestDep) -> Observed:
-    """Learn a text or a chat of any length without generating; or learn the label of an example (policies)."""
-    if body.features is not None and body.label is not None:
+@router.post("/{id}/observe", summary="Learn a text, a chat or examples", response_model=Observed)
+async def observe(session: PathId, body: ObserveRequest, learning: LearningRequestDep) -> Observed | Response:
+    """Learn a text or a chat of any length without generating; or learn the label or the target of an example, or of
+    several (policies)."""
+    if body.features is not None or body.examples is not None:
         policies = PolicyOperations(learning.sessions)
+        examples = [ExampleInput(each.features, each.label, each.target) for each in body.batch]
         work = policies.observe(
-            learning.ctx, session, body.model, body.features, body.label, if_match=learning.if_match
+            learning.ctx,
+            session,
+            body.model,
+            Batch(examples, body.examples is not None),
+            predict=bool(body.predict),
+            if_match=learning.if_match,
         )
-        return _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)
+        return await _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)
     prompt = (
         TextPrompt(body.text)
         if body.text is not None
@@ -131,7 +140,7 @@ async def observe(session: PathId, body: ObserveRequest, learning: LearningReque
     work = learning.sessions.observe(
         learning.ctx, session, prompt, if_match=learning.if_match, recall=body.recall, source=body.source
     )
-    return _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)
+    return await _observed(await until_disconnect(learning.request.receive, work, body.on_disconnect), learning)
 
 
 @router.post("/{id}/score", summary="Score a text", response_model=Scored)
@@ -253,9 +262,11 @@ def _large_score(done: ScoreResult) -> list[bytes]:
     return dump_json_pieces(vars(done) | {name: finite(getattr(done, name)) for name in LOGPROBS})
 
 
-def _observed(done: ObserveResult, learning: LearningRequest) -> Observed:
+async def _observed(done: ObserveResult, learning: LearningRequest) -> Observed | Response:
     learning.set_reply_headers(done.version)
-    return Observed(**asdict(done))
+    if len(done.predictions or ()) < LARGE_BATCH:
+        return Observed(**vars(done))
+    return LargeReply(await run_off_loop(LARGE, dump_json_pieces, vars(done)), learning.response)
 
 
 def _session_reply(meta: SessionMeta, learning: LearningRequest) -> Session:

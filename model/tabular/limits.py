@@ -1,0 +1,8 @@
+"""The limits of tables, for whoever needs them without torch: the server's edge and the Python client."""
+
+MAX_COLUMNS = 256  # of a session, context and features of arms together; each value of a text column is a column
+MAX_VALUES = 32  # of a categorical column that have a column of their own
+MAX_LABELS = 100
+MAX_ARMS = 256
+MAX_NAME_BYTES = 64  # of a column, a label or an arm, in UTF-8
+MAX_ABS = 1e30  # of a number: squares of numbers that are larger overflow after few rows
