@@ -5,4 +5,4 @@ MAX_VALUES = 32  # of a categorical column that have a column of their own
 MAX_LABELS = 100
 MAX_ARMS = 256
 MAX_NAME_BYTES = 64  # of a column, a label or an arm, in UTF-8
-MAX_ABS = 1e30  # of a number: squares of numbers that are larger overflow after few rows
+MAX_ABS = 1e15  # of a number: its square, and sums of squares, are far from overflowing in fp32

@@ -75,15 +75,29 @@ EPISODE: Json = {
     "text": "My cat is called Miso.",
     "asks": False,
 }
-ACTED: Json = {
+WHY: Json = {"why": [{"version": 3, "example": 9, "weight": 0.625}]}
+ACTION: Json = {
     "object": "action",
-    "action": 1,
+    "action": "sports",
     "action_id": "act-4-5f2b9c04d1e7",
     "probability": 0.75,
+    "probabilities": {"news": 0.25, "sports": 0.75},
+    "expected": {"news": 0.375, "sports": 0.5},
+    "propensity": 0.75,
+    "holdout": False,
+    **WHY,
+}
+REWARDED: Json = {"adaptation": ADAPTATION | {"tokens_learned": 1, "rows_written": 1}}
+FIXED_ACTION: Json = {
+    "action": 1,
     "probabilities": [0.25, 0.75],
     "expected": [0.375, 0.5],
-    "adaptation": ADAPTATION | {"tokens_learned": 1, "rows_written": 1},
+    "propensity": None,
+    "holdout": None,
+    "why": None,
 }
+LABELLED: Json = {"label": "churn", "probabilities": {"churn": 0.75, "stay": 0.125}, "unknown": 0.125, **WHY}
+VALUED: Json = {"value": 12.5, "interval": [10.0, 15.0], **WHY}
 SITE: Json = {
     "name": "lexical",
     "kind": "lexical",
@@ -246,7 +260,8 @@ EXAMPLES: dict[str, list[Json]] = {
             "request_id": "6f1c2b1d0f8a4c0e9a54d1d7c6f3a2b1",
         }
     ],
-    "Acted": [ACTED],
+    "Acted": [ACTION | REWARDED, ACTION | FIXED_ACTION | REWARDED],
+    "ActedList": [{"object": "list", "data": [ACTION], **REWARDED}],
     "Completion": [_completion(FINISHED_CHOICE | {"text": " fish"}, usage=USAGE, adaptation=ADAPTATION)],
     "CompletionChunk": [
         _completion(OPEN_CHOICE | {"text": " fish"}),
@@ -295,7 +310,12 @@ EXAMPLES: dict[str, list[Json]] = {
         }
     ],
     "ItemList": [{"object": "list"} | ITEM_LIST],
-    "Labelled": [{"object": "label", "label": 1, "probabilities": [0.25, 0.75], "version": 4}],
+    "Labelled": [
+        {"object": "label", **LABELLED, "version": 4},
+        {"object": "label", "label": 1, "probabilities": [0.25, 0.75], "unknown": None, "why": None, "version": 4},
+    ],
+    "Valued": [{"object": "value", **VALUED, "version": 4}],
+    "PredictedList": [{"object": "list", "data": [{"object": "label", **LABELLED}], "version": 4}],
     "ListedResult": [
         {
             "id": "fco_5f2b9c04d1e75f2b9c04d1e75f2b9c04.i2_alice",
@@ -310,7 +330,7 @@ EXAMPLES: dict[str, list[Json]] = {
     "MessageReply": [MESSAGE | STOP | {"content": [TEXT_BLOCK | {"text": "Hello"}], "adaptation": ADAPTATION}],
     "Model": [MODEL],
     "ModelList": [{"object": "list", "data": [MODEL]}],
-    "Observed": [{"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version": 4}],
+    "Observed": [{"tokens_learned": 8, "rows_written": 7, "loss": 4.271, "version": 4, "predictions": None}],
     "OllamaChatReply": [OLLAMA_REPLY | {"message": {"role": "assistant", "content": "Hello"}}],
     "OllamaError": [{"error": "'model' is required."}],
     "OllamaGenerateReply": [OLLAMA_REPLY | {"response": "Hello"}],

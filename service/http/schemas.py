@@ -413,13 +413,7 @@ class ObserveRequest(Body):
     `target`, or `examples`, a list of those, which become one version."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"text": "My cat is called Miso."},
-                {"model": "labels", "features": {"age": 41, "city": "Ulm"}, "label": "churn"},
-            ],
-            **field_rules.OBSERVE,
-        }
+        json_schema_extra={"examples": [{"text": "My cat is called Miso."}], **field_rules.OBSERVE}
     )
 
     text: Text | None = None

@@ -71,8 +71,8 @@ def test_the_limits_name_field_limit_and_value(monkeypatch: pytest.MonkeyPatch) 
     assert [schema.label(name, "label") for name in ("b", "a", "b")] == [0, 1, 0]
     with pytest.raises(SchemaError, match=r"'label' 'c' would be one more than the 2 labels of a session"):
         schema.label("c", "label")
-    with pytest.raises(SchemaError, match=r"must be in -1e\+30\.\.1e\+30, got 1e\+31"):
-        encode(Schema(), {"x": 1e31})
+    with pytest.raises(SchemaError, match=r"must be in -1e\+15\.\.1e\+15, got 1e\+16"):
+        encode(Schema(), {"x": 1e16})
     with pytest.raises(SchemaError, match="got 1000000"):
         encode(Schema(), {"x": 10**400})
 

@@ -23,10 +23,9 @@ from service.errors import BadRequest
 from service.http.faults import explain
 from service.http.foreign_fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, HINTS
 from service.http.generation_schemas import ChatCompletionRequest, CompletionRequest
+from service.http.policy_schemas import ActRequest, FeedbackRequest
 from service.http.schemas import (
-    ActRequest,
     Body,
-    FeedbackRequest,
     Message,
     ObserveRequest,
     Rollback,
