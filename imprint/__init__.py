@@ -53,6 +53,7 @@ from service.errors import (
 )
 from service.http.replies import (
     Acted,
+    ActedList,
     ChatChunk,
     ChatCompletion,
     Completion,
@@ -61,13 +62,16 @@ from service.http.replies import (
     LogEntry,
     Model,
     Observed,
+    PredictedList,
     Scored,
     Session,
+    Valued,
 )
 from service.types import Adaptation
 
 __all__ = [
     "Acted",
+    "ActedList",
     "Adaptation",
     "AsyncClient",
     "AsyncStream",
@@ -100,6 +104,7 @@ __all__ = [
     "Overloaded",
     "PayloadTooLarge",
     "PreconditionFailed",
+    "PredictedList",
     "QuotaExceeded",
     "RateLimited",
     "Scored",
@@ -116,5 +121,6 @@ __all__ = [
     "Unavailable",
     "UnexpectedAnswer",
     "UnsupportedMediaType",
+    "Valued",
     "VersionConflict",
 ]

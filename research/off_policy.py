@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ Z95 = 1.959963984540054
 RIDGE = 1.0
 MAX_LINE_BYTES = 2**20
 MAX_ACTIONS = 256
+MAX_CONSTANTS = 10  # policies of one action that are compared unless others are named
 Array = NDArray[np.float64]
 
 
@@ -254,6 +255,31 @@ def targets(decision: Decision, actions: Sequence[str]) -> Mapping[str, float]:
     return decision.target
 
 
+def named_policies(names: Sequence[str], summary: LogSummary) -> dict[str, TargetPolicy]:
+    """Return policies by their names: `uniform`, `always:ACTION`, or `target` for the probabilities in the lines.
+
+    Without names: uniform, the commonest actions, and `target` where each line has it. Raises LogError.
+    """
+    if not names:
+        commonest = sorted(summary.counts, key=lambda action: -summary.counts[action])[:MAX_CONSTANTS]
+        names = [*(["target"] if summary.has_targets else []), "uniform", *(f"always:{action}" for action in commonest)]
+    found: dict[str, TargetPolicy] = {}
+    for name in names:
+        kind, _, action = name.partition(":")
+        if kind == "always" and action in summary.counts:
+            found[name] = always(action)
+        elif name == "uniform":
+            found[name] = uniform
+        elif name == "target" and summary.has_targets:
+            found[name] = targets
+        else:
+            raise LogError(
+                f"a policy must be uniform, always:ACTION of an action of the log, or target where each line has one,"
+                f" got {name!r}"
+            )
+    return found
+
+
 def _decision(line: bytes, location: str) -> Decision:
     try:
         fields = json.loads(line)
@@ -281,7 +307,7 @@ def _decision(line: bytes, location: str) -> Decision:
     return Decision(context, action, float(reward), float(propensity), tuple(actions), target)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

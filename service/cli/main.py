@@ -11,8 +11,10 @@ from service.cli.chat import chat
 from service.cli.console import err
 from service.cli.doctor import doctor
 from service.cli.evaluate import evaluate
+from service.cli.evaluate_log import evaluate_log
 from service.cli.fit import fit
 from service.cli.keys import keys_app
+from service.cli.learn import learn
 from service.cli.mcp import mcp
 from service.cli.models import models
 from service.cli.observe import observe
@@ -42,6 +44,8 @@ app.command()(train)
 app.command()(scenario)
 app.command()(chat)
 app.command()(observe)
+app.command()(learn)
+app.command("evaluate-log")(evaluate_log)
 app.command()(watch)
 app.command()(score)
 app.command()(mcp)

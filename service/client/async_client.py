@@ -1,13 +1,15 @@
 """The asynchronous client: the methods of `sync_client.Client`, awaited."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from os import PathLike
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import httpx
 
 from service.client import operations
 from service.client.operations import Operation
+from service.client.tables import BATCH, TableProgress, Task, read_table
 from service.client.text_files import PIECE_CHARS, File, ObserveProgress
 from service.client.transport import (
     RETRIES,
@@ -89,9 +91,12 @@ class AsyncClient(BaseClient):
     stream = _stream_method(operations.stream)
     stream_chat = _stream_method(operations.stream_chat)
     act = _request_method(operations.act)
+    act_batch = _request_method(operations.act_batch)
     feedback = _request_method(operations.feedback)
     keep = _request_method(operations.keep)
     predict = _request_method(operations.predict)
+    estimate = _request_method(operations.estimate)
+    predict_batch = _request_method(operations.predict_batch)
     diff = _request_method(operations.diff)
     rollback = _request_method(operations.rollback)
     unlearn = _request_method(operations.unlearn)
@@ -144,6 +149,27 @@ class AsyncClient(BaseClient):
             observe_progress.record_answer(await self._request(operation))
             progress(observe_progress)
         return observe_progress
+
+    async def learn_table(
+        self,
+        session: str,
+        file: str | PathLike[str],
+        target: str,
+        *,
+        task: Task | None = None,
+        ignore: Sequence[str] = (),
+        batch: int = BATCH,
+        progress: Callable[[TableProgress], None] = lambda _: None,
+        idempotency_key: str | None = None,
+    ) -> TableProgress:
+        """Learn a CSV or Parquet file as `Client.learn_table` does; a thread reads the file."""
+        table = await asyncio.to_thread(read_table, file, target)
+        done = TableProgress(session, table, target, task=task, ignore=ignore, batch=batch, key=idempotency_key)
+        pending = done.iter_operations()
+        while (operation := await asyncio.to_thread(next, pending, None)) is not None:
+            done.record_answer(await self._request(operation))
+            progress(done)
+        return done
 
     async def _request(self, operation: Operation[T]) -> T:
         operation = await self._with_model_id(operation)

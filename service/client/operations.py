@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlencode
 from service.client.errors import ClientError
 from service.http.replies import (
     Acted,
+    ActedList,
     ChatChunk,
     ChatCompletion,
     Completion,
@@ -28,11 +29,13 @@ from service.http.replies import (
     Model,
     ModelList,
     Observed,
+    PredictedList,
     Scored,
     Session,
     SessionDiff,
     SessionList,
     SessionLog,
+    Valued,
 )
 from service.http.schemas import SESSION_ID
 from service.types import AdaptMode, LearnMode
@@ -40,6 +43,7 @@ from service.types import AdaptMode, LearnMode
 T = TypeVar("T")
 Json = dict[str, Any]
 Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
+Features = Mapping[str, float | str | bool | None] | Sequence[float | str | bool | None]  # columns; None = missing
 OnDisconnect = Literal["rollback", "commit"]
 IDEMPOTENCY_HEADER, SESSION_HEADER = "Idempotency-Key", "X-Imprint-Session"
 _SESSION_IN_PATH = re.compile(r"/v1/sessions/([^/?]+)")
@@ -125,6 +129,10 @@ def create(
     keep_text: bool | None = None,
     ttl_s: int | None = None,
     model: str | None = None,
+    floor: float | None = None,
+    explore: float | None = None,
+    holdout: float | None = None,
+    control: Literal["uniform", "first"] | None = None,
     if_match: int | None = None,
 ) -> Operation[Session]:
     """Create the session, or replace the options of an existing one.
@@ -137,9 +145,14 @@ def create(
         keep_text: keep the learned texts, so that they can be unlearned.
         ttl_s: seconds after its last use at which the session is erased; 0 = never.
         model: the policy that the session belongs to; none = the language model.
+        floor: of "bandit": least probability of each allowed action.
+        explore: of "bandit": largest probability of all actions together but the likeliest one.
+        holdout: of "bandit": share of the decisions that `control` takes, to measure the lift.
+        control: of "bandit": who decides in the holdout, any allowed action equally often or the first one.
         if_match: the version that the session must have.
     """
     body = _drop_none(adapt=adapt, learn=learn, recall=recall, keep_text=keep_text, ttl_s=ttl_s, model=model)
+    body |= _drop_none(floor=floor, explore=explore, holdout=holdout, control=control)
     return Operation("PUT", _path(session), Session.model_validate_json, body, _if_match_header(if_match))
 
 
@@ -166,8 +179,11 @@ def observe(
     text: str | None = None,
     *,
     messages: Sequence[Message] | None = None,
-    features: Sequence[float] | None = None,
-    label: int | None = None,
+    features: Features | None = None,
+    label: str | int | None = None,
+    target: float | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
+    predict: bool | None = None,
     model: str | None = None,
     source: str | None = None,
     recall: bool | None = None,
@@ -175,14 +191,17 @@ def observe(
     idempotency_key: str | None = None,
     if_match: int | None = None,
 ) -> Operation[Observed]:
-    """Learn without generating: a text or a chat of any length as one version, or an example of a policy.
+    """Learn without generating: a text or a chat of any length, an example or several, as one version.
 
     Args:
         session: id of the session.
         text: the text to learn, instead of `messages`.
         messages: the chat to learn, instead of `text`.
-        features: the example of a policy that predicts labels, with its `label`.
-        label: the example's label.
+        features: the columns of an example, by name or in a list, with its `label` or its `target`.
+        label: the example's label: a name, or a number for a policy of fixed shapes.
+        target: the example's number, for "regression".
+        examples: several examples, each with `features` and a `label` or a `target`; at most 128.
+        predict: True: the result has what was predicted for each example before it was learned.
         model: the policy of a new session.
         source: where the text comes from, such as the path of a file; the session's log keeps it.
         recall: False: the text is not kept as episodes.
@@ -190,7 +209,8 @@ def observe(
         idempotency_key: a key under which the server applies the operation at most once.
         if_match: the version that the session must have.
     """
-    body = _drop_none(text=text, messages=messages, features=features, label=label, model=model)
+    body = _drop_none(text=text, messages=messages, features=features, label=label, target=target, model=model)
+    body |= _drop_none(examples=examples, predict=predict)
     body |= _drop_none(source=source, recall=recall, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/observe", Observed.model_validate_json, body, headers)
@@ -247,8 +267,13 @@ def stream_chat(messages: Sequence[Message], **options: Unpack[ChatOptions]) -> 
 
 def act(
     session: str,
-    observation: Sequence[float],
+    observation: Sequence[float] | None = None,
     *,
+    actions: Sequence[str | Mapping[str, Any]] | None = None,
+    context: Features | None = None,
+    allowed: Sequence[str] | None = None,
+    forced: str | None = None,
+    propensity: float | None = None,
     reward: float | None = None,
     action_id: str | None = None,
     regret: float | None = None,
@@ -263,7 +288,12 @@ def act(
 
     Args:
         session: id of the session.
-        observation: what the policy sees before it acts.
+        observation: what a policy of fixed shapes sees before it acts.
+        actions: the actions that "bandit" chooses from: names, or objects with an `id` and `features`.
+        context: the columns of what "bandit" sees before it acts, by name or in a list.
+        allowed: the actions that may be taken; default: all.
+        forced: the action that is taken, whatever the policy says.
+        propensity: with `forced`: the probability with which you took the action; default: 1.
         reward: reward of the action `action_id`; none if it is not known.
         action_id: id of the rewarded action; default: the last one.
         regret: reward missed by the action, if the client knows it; counted in the server's metrics.
@@ -274,12 +304,29 @@ def act(
         idempotency_key: a key under which the server applies the operation at most once.
         if_match: the version that the session must have.
     """
-    body = _drop_none(
-        reward=reward, action_id=action_id, regret=regret, model=model, temperature=temperature, seed=seed
-    )
-    body |= {"observation": observation} | _drop_none(on_disconnect=on_disconnect)
+    body = _drop_none(observation=observation, actions=actions, context=context, allowed=allowed, forced=forced)
+    body |= _drop_none(propensity=propensity, reward=reward, action_id=action_id, regret=regret, model=model)
+    body |= _drop_none(temperature=temperature, seed=seed, on_disconnect=on_disconnect)
     headers = _learning_headers(idempotency_key, if_match)
     return Operation("POST", f"{_path(session)}/act", Acted.model_validate_json, body, headers)
+
+
+def act_batch(
+    session: str,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    model: str | None = None,
+    on_disconnect: OnDisconnect | None = None,
+    idempotency_key: str | None = None,
+    if_match: int | None = None,
+) -> Operation[ActedList]:
+    """Choose an action in each of several situations, as one version.
+
+    examples: objects with `actions` and the other arguments of a decision, as `act` has them; at most 128.
+    """
+    body = {"examples": examples} | _drop_none(model=model, on_disconnect=on_disconnect)
+    headers = _learning_headers(idempotency_key, if_match)
+    return Operation("POST", f"{_path(session)}/act", ActedList.model_validate_json, body, headers)
 
 
 def feedback(
@@ -313,10 +360,22 @@ def keep(
     return Operation("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
 
 
-def predict(session: str, features: Sequence[float], *, model: str | None = None) -> Operation[Labelled]:
+def predict(session: str, features: Features, *, model: str | None = None) -> Operation[Labelled]:
     """Predict the label of an example; learn nothing."""
     body = _drop_none(features=features, model=model)
     return Operation("POST", f"{_path(session)}/predict", Labelled.model_validate_json, body)
+
+
+def estimate(session: str, features: Features, *, model: str | None = None) -> Operation[Valued]:
+    """Predict the number of an example of a session of "regression"; learn nothing."""
+    body = _drop_none(features=features, model=model)
+    return Operation("POST", f"{_path(session)}/predict", Valued.model_validate_json, body)
+
+
+def predict_batch(session: str, examples: Sequence[Features], *, model: str | None = None) -> Operation[PredictedList]:
+    """Predict the labels or the numbers of at most 128 examples; learn nothing."""
+    body = {"examples": [{"features": features} for features in examples]} | _drop_none(model=model)
+    return Operation("POST", f"{_path(session)}/predict", PredictedList.model_validate_json, body)
 
 
 # Versions.

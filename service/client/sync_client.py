@@ -1,13 +1,15 @@
 """The synchronous client."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import httpx
 
 from service.client import operations
 from service.client.operations import Operation
+from service.client.tables import BATCH, TableProgress, Task, read_table
 from service.client.text_files import PIECE_CHARS, File, ObserveProgress
 from service.client.transport import (
     RETRIES,
@@ -99,9 +101,12 @@ class Client(BaseClient):
     stream = _stream_method(operations.stream)
     stream_chat = _stream_method(operations.stream_chat)
     act = _request_method(operations.act)
+    act_batch = _request_method(operations.act_batch)
     feedback = _request_method(operations.feedback)
     keep = _request_method(operations.keep)
     predict = _request_method(operations.predict)
+    estimate = _request_method(operations.estimate)
+    predict_batch = _request_method(operations.predict_batch)
     diff = _request_method(operations.diff)
     rollback = _request_method(operations.rollback)
     unlearn = _request_method(operations.unlearn)
@@ -165,6 +170,43 @@ class Client(BaseClient):
             observe_progress.record_answer(self._request(operation))
             progress(observe_progress)
         return observe_progress
+
+    def learn_table(
+        self,
+        session: str,
+        file: str | PathLike[str],
+        target: str,
+        *,
+        task: Task | None = None,
+        ignore: Sequence[str] = (),
+        batch: int = BATCH,
+        progress: Callable[[TableProgress], None] = lambda _: None,
+        idempotency_key: str | None = None,
+    ) -> TableProgress:
+        """Learn a CSV or Parquet file row by row; each row is predicted before it is learned.
+
+        A call that ended early learns only the rest when it is made again.
+
+        Args:
+            session: id of the session.
+            file: the path of the file.
+            target: the column to learn.
+            task: "labels" or "regression"; by default what the target's values look like.
+            ignore: columns to leave out.
+            batch: rows of a version, at most 128.
+            progress: called after each batch.
+            idempotency_key: the key from which each batch's key is made; by default a hash of the file and the
+                arguments.
+
+        Raises:
+            FileError: the file cannot be read, or has no such column.
+        """
+        table = read_table(file, target)
+        done = TableProgress(session, table, target, task=task, ignore=ignore, batch=batch, key=idempotency_key)
+        for operation in done.iter_operations():
+            done.record_answer(self._request(operation))
+            progress(done)
+        return done
 
     def _request(self, operation: Operation[T]) -> T:
         operation = self._with_model_id(operation)
