@@ -7,7 +7,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -98,9 +98,11 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     memory = choose_memory(settings, backbone.config.hidden_size, base).to(device)
     learners = {learner.config.name: learner for learner in choose_learners(settings)}
     policy_fingerprints = {name: learner.fingerprint() for name, learner in learners.items()}
-    policies = {}
+    policies, former_names = dict[str, Policy](), dict[str, str]()
     for policy in choose_policies(settings):
-        name = served_name(policy, learners)
+        name = policy.config.name
+        if name in learners:
+            former_names[name] = name = f"{name}-{policy.config.actions}"
         policy_fingerprints[name] = policy.fingerprint()
         policy.config = replace(policy.config, name=name)
         policies[name] = policy.to(device)
@@ -128,6 +130,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
         learners,
+        former_names,
         policy_fingerprints,
         episodes.encoder,
         _num_parameters(backbone),
@@ -293,13 +296,6 @@ def choose_policies(settings: Settings) -> list[Policy]:
 def choose_learners(settings: Settings) -> list[AnyLearner]:
     """Return the learners of tables; none where the settings want no policies."""
     return [] if settings.policies == "none" else [new_learner(tabular_config(task, task)) for task in get_args(Task)]
-
-
-def served_name(policy: Policy, learners: Container[str]) -> str:
-    """Return the name under which a policy is served: its own, and `NAME-10` for one of 10 actions whose name is that
-    of a learner, as "bandit" was before."""
-    name = policy.config.name
-    return f"{name}-{policy.config.actions}" if name in learners else name
 
 
 def _kv_tokens(backbone: Backbone, context: int) -> int:

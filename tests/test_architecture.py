@@ -88,7 +88,13 @@ MAY_IMPORT = {
         "service.types",
         "service.versions",
     ),
-    "service.client": ("model.tabular.limits", "service.errors", "service.http.replies", "service.http.schemas", "service.types"),
+    "service.client": (
+        "model.tabular.limits",
+        "service.errors",
+        "service.http.replies",
+        "service.http.schemas",
+        "service.types",
+    ),
     "service.background": ("service.metrics",),
     "service.model_loading": (
         "model",

@@ -125,6 +125,8 @@ class SitePool:
 
     def release(self, physical_cells: CellIndices) -> None:
         """Free physical cells, and leave nothing of the rows that they held."""
+        if not len(physical_cells):
+            return
         for field in self.fields:
             field[upload(physical_cells, self.device)] = 0
         self.free.release(physical_cells)
@@ -237,8 +239,7 @@ class Pool:
         changed = {}
         for name, mask in masks.items():
             site = self.sites[name]
-            rows = site.changed_rows(index, base_index, mask)
-            if len(rows.slots):
+            if mask.any() and len((rows := site.changed_rows(index, base_index, mask)).slots):
                 changed[name] = rows
             session_scalars = site.session_scalars[index].cpu().clone()
             if not torch.equal(session_scalars, site.session_scalars[base_index].cpu()):

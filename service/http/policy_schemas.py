@@ -1,9 +1,18 @@
 """The bodies of requests to policies and learners of tables: acting, rewards and predictions."""
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from model.tabular.limits import MAX_ARMS
@@ -104,11 +113,12 @@ class ChoiceFields(Body):
     )
     seed: Seed | None = None
 
-    @model_validator(mode="after")
-    def _belongs_to_forced(self) -> Self:
-        if self.forced is None and self.propensity is not None:
-            raise PydanticCustomError("belongs_to_forced", "'propensity' is only allowed with 'forced'")
-        return self
+    @field_validator("propensity")
+    @classmethod
+    def _belongs_to_forced(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("forced") is None:
+            raise PydanticCustomError("belongs_to_forced", "is only allowed with 'forced'")
+        return value
 
 
 class ChoiceBody(ChoiceFields):

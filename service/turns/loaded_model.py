@@ -30,6 +30,7 @@ class LoadedModel:
         fingerprints: fingerprints of the base and of the memory's slow weights, by part.
         policies: the policies by name.
         learners: the learners of tables by name; what is said of policies below holds for them too.
+        former_names: the name under which a policy is served whose own name is that of a learner.
         policy_fingerprints: the fingerprint of the slow weights of each policy and each learner, by name.
         recall: how replies read episodes.
         grammars: the compiler of grammars for the tokens of the model of text.
@@ -47,6 +48,7 @@ class LoadedModel:
     grammars: GrammarCompiler
     policies: dict[str, Policy] = field(default_factory=dict)
     learners: dict[str, AnyLearner] = field(default_factory=dict)
+    former_names: dict[str, str] = field(default_factory=dict)
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
     encoder: SentenceEncoder | None = None
     parameters: int = 0
@@ -96,8 +98,7 @@ class LoadedModel:
 
     def of_fixed_shapes(self, name: str) -> str:
         """Return the policy of fixed shapes that had the name of a learner before; else the name itself."""
-        former = (policy for policy in self.policies if policy.rpartition("-")[0] == name)
-        return next(former, name) if name in self.learners else name
+        return self.former_names.get(name, name)
 
     def require_options(self, meta: SessionMeta | None, policy: str, options: Mapping[str, Option]) -> None:
         """Raise BadRequest for rules of decisions in a session that takes none; meta: None = a new session."""

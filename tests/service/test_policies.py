@@ -240,7 +240,12 @@ def test_a_session_that_only_predicts_acts_but_learns_nothing(user: Client) -> N
         ("act", {"observation": OBSERVATION, "reward": 1.0, "action_id": "7"}, "action_id", "match pattern"),
         ("act", {"observation": OBSERVATION, "action_id": "act-1"}, "action_id", "only allowed with 'reward'"),
         ("act", {"observation": OBSERVATION, "temperature": -1}, "temperature", "greater than or equal to 0"),
-        ("act", {"observation": OBSERVATION, "model": "namer"}, "model", "must be a policy that acts (bandit, chooser)"),
+        (
+            "act",
+            {"observation": OBSERVATION, "model": "namer"},
+            "model",
+            "must be a policy that acts (bandit, chooser)",
+        ),
         ("feedback", {"reward": 1.0}, "action_id", "is required"),
         ("feedback", {"action_id": "act-9999", "reward": 1.0}, "action_id", "the actions 1 to"),
     ],
