@@ -66,6 +66,25 @@ def gain(window: str) -> str:
     return f"({sums[0]} - {sums[1]}) / {sums[2]}"
 
 
+def decided(counter: str, by: str) -> str:
+    """Return the query of a counter of decisions over an hour, by policy; by: `policy` or `control`."""
+    return f'sum by (policy) (increase(imprint_decision_{counter}_total{{@, decided_by="{by}"}}[1h]))'
+
+
+def mean_reward(by: str) -> str:
+    """Return the query of the mean reward of decisions."""
+    return f"(({decided('reward_sum', by)} - {decided('penalty_sum', by)}) / {decided('rewards', by)})"
+
+
+def squared_error(by: str) -> str:
+    """Return the query of the square of the standard error of that mean."""
+    mean, number = mean_reward(by), decided("rewards", by)
+    return f"(({decided('reward_squares', by)} / {number} - {mean} * {mean}) / {number})"
+
+
+LIFT = f"({mean_reward('policy')} - {mean_reward('control')})"
+LIFT_MARGIN = f"1.96 * sqrt({squared_error('policy')} + {squared_error('control')})"
+
 SERVICE = {
     "Requests": [
         Panel(
@@ -260,6 +279,24 @@ ADAPTATION = {
             "Rewards and labels learned.",
             "ops",
             {"{{policy}}, after {{learned}}": policy_rate("rewards")},
+        ),
+    ],
+    "Decisions": [
+        Panel(
+            "Lift",
+            "Mean reward of the policy less that of the control in the holdout, over an hour, with its 95% interval.",
+            "short",
+            {
+                "{{policy}}": LIFT,
+                "{{policy}}, at least": f"{LIFT} - {LIFT_MARGIN}",
+                "{{policy}}, at most": f"{LIFT} + {LIFT_MARGIN}",
+            },
+        ),
+        Panel(
+            "Reward by who decided",
+            "Mean reward over an hour: of the policy, and of the control in the holdout.",
+            "short",
+            {"{{policy}}": mean_reward("policy"), "{{policy}}, control": mean_reward("control")},
         ),
     ],
 }

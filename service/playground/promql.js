@@ -31,6 +31,7 @@ const AGGREGATES = {
 const FUNCTIONS = {
   rate: (range) => overRange(range, ({ grown, duration }) => grown / duration),
   increase: (range) => overRange(range, ({ grown }) => grown),
+  sqrt: (query) => (...when) => squareRoots(query(...when)),
   vector: (number) => (...when) => [{ labels: {}, id: identity({}), value: number(...when) }],
   histogram_quantile: (share, buckets) => (...when) => quantiles(share(...when), buckets(...when)),
 };
@@ -146,6 +147,10 @@ function join(operator, left, right) {
     pairs(left(...when), right(...when))
       .filter(([, x, y]) => holds(x, y))
       .map(([item]) => item);
+}
+
+function squareRoots(value) {
+  return Array.isArray(value) ? value.map((item) => ({ ...item, value: Math.sqrt(item.value) })) : Math.sqrt(value);
 }
 
 /** What an operator joins: [item, left, right] for items of the same labels, or for each item and a number. */
