@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing, suppress
-from functools import partial
 from http.client import HTTPConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,7 +25,8 @@ USERS = 16  # users of the rate scenario
 NUM_RUNNING_STREAMS = 4  # streams of the interruption scenario
 CHOICES_PER_REQUEST = 8  # choices share a prompt, so a large batch starts soon
 POLL_S = 0.005
-POLICIES = ("bandit", "choices")  # shipped policies with the smallest and the largest observation
+POLICIES = ("bandit-10", "choices")  # policies of fixed shapes with the smallest and the largest observation
+COLUMNS = 20  # of the rows that learners of tables get
 WARMUP_ACTS = 20
 
 Result = dict[str, Any]
@@ -218,41 +218,50 @@ async def rate(testbed: Testbed) -> Result:
 
 
 async def acts(testbed: Testbed) -> Result:
-    """Measure one session of each policy, with one act after the other."""
+    """Measure one session of each policy and of each learner of tables, with one request after the other."""
     models = (await testbed.imprint.http.get("/v1/policies")).json()["data"]
-    widths = {model["id"]: model["policy"]["observation"] for model in models if model["id"] in POLICIES}
-    arms: list[Arm] = [ImprintArm(name, testbed.imprint, None) for name in widths]
+    chosen = {model["id"]: model for model in models if model["learner"] or model["id"] in POLICIES}
+    arms: list[Arm] = [ImprintArm(name, testbed.imprint, None) for name in chosen]
 
     async def measure_once(arm: Arm, number: int) -> dict[str, float]:
-        time_acts = partial(
-            _time_acts, str(testbed.imprint.http.base_url), arm.name, widths[arm.name], f"{arm.name}-{number}"
-        )
-        elapsed = percentiles((await asyncio.to_thread(time_acts, testbed.sizes.acts))[WARMUP_ACTS:])
-        return {"p50_s": elapsed["p50"], "p99_s": elapsed["p99"]}
+        url, session = str(testbed.imprint.http.base_url), f"{arm.name}-{number}"
+        elapsed = await asyncio.to_thread(_time_acts, url, chosen[arm.name], session, testbed.sizes.acts)
+        return {f"{share}_s": percentiles(elapsed[WARMUP_ACTS:])[share] for share in ("p50", "p99")}
 
-    title = f"One session of a policy: {testbed.sizes.acts} acts one after the other, each with a reward and its commit"
+    title = f"One session of a policy: {testbed.sizes.acts} acts or examples, one after the other, each with its commit"
     return {"title": title, "arms": await testbed.rounds(arms, measure_once)}
 
 
-def _time_acts(url: str, policy: str, width: int, session: str, count: int) -> list[float]:
-    """Return the seconds of each act, from the request to the whole answer, warm-up acts first.
+def _time_acts(url: str, model: Result, session: str, count: int) -> list[float]:
+    """Return the seconds of each request that acts or learns, to the whole answer, warm-up first.
 
     The connection is the standard library's, because a richer client takes as long as the server.
     """
     rng, elapsed = random.Random(session), list[float]()
     with closing(HTTPConnection(urlsplit(url).netloc)) as connection:
         for number in range(WARMUP_ACTS + count):
-            body: dict[str, Any] = {"model": policy, "observation": [rng.gauss() for _ in range(width)]}
-            if number:
-                body["reward"] = float(number % 3 == 0)
+            path, body = _policy_request(model, rng, number)
             content, started = json.dumps(body), time.perf_counter()
-            connection.request("POST", f"/v1/sessions/{session}/act", content, {"Content-Type": "application/json"})
+            connection.request("POST", f"/v1/sessions/{session}/{path}", content, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             content_read = answer.read()
             elapsed.append(time.perf_counter() - started)
             if answer.status != 200:
-                raise PeerError(f"imprint refused an act of {policy}: {content_read.decode()[:200]}")
+                raise PeerError(f"imprint refused a request of {model['id']}: {content_read.decode()[:200]}")
     return elapsed
+
+
+def _policy_request(model: Result, rng: random.Random, number: int) -> tuple[str, Result]:
+    """Return the route and the body of a request: an act with the reward of the last one, or an example to learn."""
+    body: Result = {"model": model["id"]}
+    reward = {"reward": float(number % 3 == 0)} if number else {}
+    if not model["learner"]:
+        return "act", body | {"observation": [rng.gauss() for _ in range(model["policy"]["observation"])]} | reward
+    row, kind = {f"column {i}": rng.gauss() for i in range(COLUMNS)}, number % 3
+    if model["learner"]["task"] == "bandit":
+        return "act", body | {"context": row, "actions": ["a", "b", "c"]} | reward
+    truth = {"label": "abc"[kind]} if model["learner"]["task"] == "labels" else {"target": float(kind)}
+    return "observe", body | {"features": row} | truth
 
 
 async def interruption(testbed: Testbed) -> Result:

@@ -48,6 +48,7 @@ TIMEOUT_S = 30.0  # what takes 1 s at most on a quiet machine
 EXAMPLES = 20  # random requests for each operation in a round
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
 OBSERVATION = {"chooser": 8, "namer": 6}  # numbers that the tiny policies take
+LEARNERS = ("labels", "regression", "bandit")
 
 # Refusals of requests that the description allows, because no JSON Schema can state the rule.
 UNSTATED = {
@@ -66,6 +67,9 @@ UNSTATED = {
     "the past of the session": r"is of an action never taken",
     "the task of the session's model": r"'model' is required to begin|'model' must be a policy"
     r"|'(reward|label)' must be in|must hold \d+ numbers",
+    "what fits a session's schema": r"a name of 1 to 64 bytes|is a numeric column|would be (column|one more)"
+    r"|is not for '(labels|regression)'|is an option of sessions of 'bandit'|takes 'actions'|is required for '"
+    r"|has fixed sizes|must be distinct, got|must name (actions|an allowed)",
     "the body is a file of another format": r"is no export of a session",
 }
 
@@ -182,7 +186,7 @@ def configuration(
     keys: dict[str, str], tenant: str, seed: int, examples: int, phases: Sequence[str]
 ) -> SchemathesisConfig:
     """Return the settings of Schemathesis."""
-    sessions = [f"{tenant}-{name}" for name in ("text", "kept", "a", "b", "chooser", "namer")]
+    sessions = [f"{tenant}-{name}" for name in ("text", "kept", "a", "b", "chooser", "namer", *LEARNERS)]
     config = SchemathesisConfig.from_dict(
         {
             "seed": seed,
@@ -241,8 +245,9 @@ class Known:
             return
         if etag := response.headers.get("etag"):
             self._versions[case.path_parameters["id"]] = int(etag[0].strip('"v'))
-        if case.operation.path.endswith("/act") and (name := response.json()["action_id"]):
-            self._actions.append((case.path_parameters["id"], name))
+        if case.operation.path.endswith("/act"):
+            actions = response.json().get("data", [response.json()])
+            self._actions += [(case.path_parameters["id"], each["action_id"]) for each in actions if each["action_id"]]
         if "completions" in case.operation.path and isinstance(case.body, dict) and case.body.get("session"):
             found = re.search(r'"id":"([a-z]+-[0-9a-f]{32})"', response.text)
             self._completions += [(case.body["session"], found[1])] if found else []
@@ -270,12 +275,15 @@ class Known:
                 case.body |= {"model": "tiny"} | ({"session": f"{self._tenant}-kept"} if random.random() < 0.3 else {})
             case "embeddings" | "count_tokens" | "show":
                 case.body |= {"model": "tiny"}
-            case "act":
+            case "act" if case.body.get("observation"):
                 self._give_policy(case, "chooser", "observation")
+            case "act":
+                self._give_learner(case, "bandit")
             case "predict":
-                self._give_policy(case, "namer", "features")
-            case "observe" if case.body.get("features"):
-                self._give_policy(case, "namer", "features")
+                self._give_learner(case, random.choice(LEARNERS[:2]))
+            case "observe" if case.body.get("features") is not None or case.body.get("examples"):
+                first = (case.body.get("examples") or [case.body])[0]
+                self._give_learner(case, "regression" if first.get("label") is None else "labels")
             case "rollback" | "unlearn" if session in self._versions:
                 case.body = {"version": random.randint(0, self._versions[session])}
             case "diff" if session in self._versions:
@@ -289,6 +297,10 @@ class Known:
             case "feedback" if self._completions and "text" in case.body:
                 case.path_parameters["id"], name = random.choice(self._completions)
                 case.body |= {"completion_id": name}
+
+    def _give_learner(self, case: Any, learner: str) -> None:
+        case.body |= {"model": learner}
+        case.path_parameters["id"] = f"{self._tenant}-{learner}-{self._random.randrange(20)}"
 
     def _give_policy(self, case: Any, policy: str, name: str) -> None:
         size = OBSERVATION[policy]

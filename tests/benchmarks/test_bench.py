@@ -142,7 +142,7 @@ def test_every_scenario_is_measured_for_every_arm_that_is_there(whole: tuple[Pat
         "sessions", "history", "states", "rate", "interruption", "acts", "masked-1", "masked-16",
     ]  # fmt: skip
     assert list(found["masked-16"]["arms"]) == ["plain", "masked"]
-    assert sorted(found["acts"]["arms"]) == ["bandit", "choices"]
+    assert sorted(found["acts"]["arms"]) == ["bandit", "bandit-10", "choices", "labels", "regression"]
     assert list(found["single"]["arms"]) == ["off", "predict", "both", "transformers"]
     assert list(found["prefill"]["arms"]) == ["off", "both", "transformers"]
     assert list(found["sessions"]["arms"]) == ["5", "many"]
