@@ -55,13 +55,9 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
                 client.delete(self.session_id_)
         return client
 
-    def _checked(self, X: Any, y: Any = None, *, reset: bool = False, **options: Any) -> Any:
-        rules = {"dtype": None, "ensure_all_finite": "allow-nan", **options}
-        return (
-            validate_data(self, X, reset=reset, **rules)
-            if y is None
-            else validate_data(self, X, y, reset=reset, **rules)
-        )
+    def _checked(self, X: Any, y: Any = "no_validation", *, reset: bool = False, **options: Any) -> Any:
+        """Return `X`, or `X` and `y`, as arrays; NaN is a missing value."""
+        return validate_data(self, X, y, reset=reset, dtype=None, ensure_all_finite="allow-nan", **options)
 
     def _rows(self, X: Any) -> list[dict[str, Any]]:
         names = getattr(self, "feature_names_in_", range(X.shape[1]))
