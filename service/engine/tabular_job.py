@@ -210,13 +210,10 @@ class TabularJob(MemoryJob):
         return np.array(numbers, np.int64)
 
     def _split(self, rows: FloatArray) -> tuple[FloatArray, FloatArray | None]:
-        """Return the context and the features of arms from their rows [A, C], whose columns never change their meaning.
-
-        Where arms have features, each arm's row has the context too.
-        """
-        if ARM_FEATURES not in self._schema.groups:
-            return rows[0], None
-        return np.zeros(0, np.float32), rows
+        """Return the context and the features of arms from their rows [A, C]; None where no arm ever had features."""
+        groups = np.array(self._schema.groups, np.int64)
+        of_arms = groups == ARM_FEATURES
+        return rows[0][~of_arms], rows[:, of_arms] if of_arms.any() else None
 
     def _record(self, learned: Learned, reward: float) -> None:
         """Count a learned example, and note its version."""
