@@ -167,7 +167,7 @@ def test_versions_are_rolled_back_forked_exported_and_unlearned(client: Any, ses
 
 
 def test_policies_act_learn_rewards_and_predict_labels(client: Any, session: str) -> None:
-    first = client.act(session, [0.0], model="bandit", seed=1)
+    first = client.act(session, [0.0], model="bandit-10", seed=1)
     assert first.adaptation.version_to == 1 and 0 <= first.action < len(first.probabilities)
     assert client.feedback(session, first.action_id, 1.0).version == 2
     second = client.act(session, [0.0], temperature=0)
