@@ -34,7 +34,7 @@ from model.reading_prefix import ReadingPrefix, load_prefix
 from model.recall import RecallPlan
 from model.tabular.config import Task
 from model.tabular.config import default_config as tabular_config
-from model.tabular.learners import new_learner
+from model.tabular.tabular import new_learner
 from model.text.grammar import GrammarCompiler
 from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
@@ -199,7 +199,7 @@ def _new_engine(
         threads=settings.threads,
         metrics=metrics,
         policies=policies,
-        learners=learners,
+        tabular=learners,
     )
 
 

@@ -9,7 +9,7 @@ from service.engine.engine import Engine, JobStream
 from service.engine.tabular_job import AnyLearner
 from service.engine.types import (
     ActionReward,
-    Choice,
+    ArmChoice,
     Event,
     Example,
     GenerationParams,
@@ -31,7 +31,7 @@ from service.engine.types import (
 __all__ = [
     "ActionReward",
     "AnyLearner",
-    "Choice",
+    "ArmChoice",
     "Engine",
     "Event",
     "Example",

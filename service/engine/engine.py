@@ -70,7 +70,7 @@ class Engine:
         threads: int,
         metrics: Metrics,
         policies: Mapping[str, Policy] = MappingProxyType({}),
-        learners: Mapping[str, AnyLearner] = MappingProxyType({}),
+        tabular: Mapping[str, AnyLearner] = MappingProxyType({}),
     ) -> None:
         # Each turn in flight may use a session and a draft, while it waits, runs or is committed.
         new_resident = partial(
@@ -97,7 +97,7 @@ class Engine:
         tabular_rows = math.ceil(hot_rows / TABULAR_ROWS_DIVISOR)
         self._learners = {
             name: TabularWorker(learner, on_host(memory_config(learner.config), rows=tabular_rows))
-            for name, learner in learners.items()
+            for name, learner in tabular.items()
         }
         self._workers: dict[str, PolicyWorker | TabularWorker] = {**self._policies, **self._learners}
         self._scheduler: Scheduler[TextJob] = Scheduler(max_sequences=max_batch, max_tokens=kv_tokens)
@@ -347,7 +347,7 @@ class Engine:
                     self._finish(job)
 
     def _take_tabular_steps(self) -> None:
-        """Run some steps of each request of the learners of tables."""
+        """Run some steps of each request of the tabular of tables."""
         for worker in self._learners.values():
             for _ in range(len(worker.waiting)):
                 job = worker.waiting.popleft()

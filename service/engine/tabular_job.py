@@ -27,7 +27,7 @@ from model.tabular.limits import MAX_ARMS, MAX_COLUMNS
 from model.tabular.schema import ARM_FEATURES, NAME, Schema, SchemaError, names_site
 from service.engine.policy_job import reward_error
 from service.engine.resident import MemoryJob, ResidentSessions
-from service.engine.types import ActionReward, Choice, Event, Example, JobRequest, TabularAnswer, TabularRequest
+from service.engine.types import ActionReward, ArmChoice, Event, Example, JobRequest, TabularAnswer, TabularRequest
 from service.errors import BadRequest, EngineError
 
 AnyLearner = LabelLearner | NumberLearner | RewardLearner
@@ -105,7 +105,7 @@ class TabularJob(MemoryJob):
         """Yield the answers of the steps."""
         yield from self._events
 
-    def _take_step(self, step: Example | ActionReward | Choice, field: str) -> None:
+    def _take_step(self, step: Example | ActionReward | ArmChoice, field: str) -> None:
         if isinstance(step, Example):
             self._take_example(step, field)
         elif isinstance(step, ActionReward):
@@ -165,7 +165,7 @@ class TabularJob(MemoryJob):
         self.stats.decided.append((bool(inputs[HELD_OUT]), step.reward))
         self._record(learned, step.reward)
 
-    def _decide(self, choice: Choice, field: str) -> None:
+    def _decide(self, choice: ArmChoice, field: str) -> None:
         learner, schema = cast(RewardLearner, self._learner), self._schema
         numbers = schema.encode(choice.context, f"{field}context")
         own = [

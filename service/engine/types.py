@@ -122,7 +122,7 @@ class ActionReward:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ArmChoice:
     """A decision among arms.
 
     Attributes:
@@ -156,7 +156,7 @@ class TabularRequest:
     """
 
     policy: str
-    steps: tuple[Example | ActionReward | Choice, ...]
+    steps: tuple[Example | ActionReward | ArmChoice, ...]
     fields: tuple[str, ...]
     rules: DecisionRules = NO_RULES
     regret: float = 0.0

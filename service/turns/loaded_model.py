@@ -29,7 +29,7 @@ class LoadedModel:
         num_parameters: of the base; shared ones count once.
         fingerprints: fingerprints of the base and of the memory's slow weights, by part.
         policies: the policies by name.
-        learners: the learners of tables by name; what is said of policies below holds for them too.
+        tabular: the learners of tables by name; what is said of policies below holds for them too.
         former_names: the name under which a policy is served whose own name is that of a learner.
         policy_fingerprints: the fingerprint of the slow weights of each policy and each learner, by name.
         recall: how replies read episodes.
@@ -47,7 +47,7 @@ class LoadedModel:
     recall: RecallPlan
     grammars: GrammarCompiler
     policies: dict[str, Policy] = field(default_factory=dict)
-    learners: dict[str, AnyLearner] = field(default_factory=dict)
+    tabular: dict[str, AnyLearner] = field(default_factory=dict)
     former_names: dict[str, str] = field(default_factory=dict)
     policy_fingerprints: dict[str, str] = field(default_factory=dict)
     encoder: SentenceEncoder | None = None
@@ -92,7 +92,7 @@ class LoadedModel:
 
     def row_vocab_size(self, policy: str = "") -> int:
         """Return the number of tokens, or of actions for a policy, that a stored row may name."""
-        if policy in self.learners:
+        if policy in self.tabular:
             return 0
         return self.policies[policy].config.actions if policy else self.vocab_size
 
@@ -103,7 +103,7 @@ class LoadedModel:
     def require_options(self, meta: SessionMeta | None, policy: str, options: Mapping[str, Option]) -> None:
         """Raise BadRequest for rules of decisions in a session that takes none; meta: None = a new session."""
         name = policy if meta is None else self.policy_with_fingerprint(meta.model)
-        learner = self.learners.get(name or "")
+        learner = self.tabular.get(name or "")
         for option in RULES:
             if option in options and (learner is None or learner.config.task != "bandit"):
                 raise BadRequest(f"'{option}' is an option of sessions of 'bandit', which decide.", param=option)

@@ -65,7 +65,7 @@ class PolicyTurn(Turn[R]):
         meta, name = handle.meta, self._model
         if meta is None:
             if name is None:
-                names = ", ".join(sorted([*model.policies, *model.learners])) or "none is served"
+                names = ", ".join(sorted([*model.policies, *model.tabular])) or "none is served"
                 raise BadRequest(f"'model' is required to begin a session with: a policy ({names}).", param="model")
             meta = model.new_meta(self._session, {}, name)
         if name is None:
@@ -115,12 +115,12 @@ class ActTurn(PolicyTurn[Json]):
         writes = meta.options.get("adapt") != "predict"
         if self._reward is not None and not writes:
             raise Conflict("The session's option 'adapt' is 'predict': it learns no reward.", param="reward")
-        if name in model.learners:
+        if name in model.tabular:
             if self._choices is None:
                 raise BadRequest(f"{name!r} takes 'actions', with or without a 'context'.", param="actions")
             reward = _action_reward(self._reward, meta)
             regret = 0.0 if self._reward is None else self._reward.regret
-            request = choice_request(model.learners[name].config, self._choices, reward, meta, regret)
+            request = choice_request(model.tabular[name].config, self._choices, reward, meta, regret)
             return TurnPlan(meta, policy_request=request, writes=writes)
         policy = model.policies[name]
         if self._observation is None:
@@ -173,8 +173,8 @@ class PredictTurn(PolicyTurn[Json]):
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         self._answers = list[TabularAnswer]()
         meta, name = self._find(handle, model)
-        if name in model.learners:
-            config = model.learners[name].config
+        if name in model.tabular:
+            config = model.tabular[name].config
             self._kind = "label" if config.task == "labels" else "value"
             request = example_request(config, self._examples, learn=False, predict=True)
             return TurnPlan(meta, policy_request=request, writes=False)
@@ -216,7 +216,7 @@ class RewardTurn(PolicyTurn[ObserveResult], LearningTurn):
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta, name = self._find(handle, model)
-        if name in model.learners:
+        if name in model.tabular:
             reward = cast(ActionReward, _action_reward(self._reward, meta))
             regret, highest = self._reward.regret, meta.actions
             request = TabularRequest(name, (reward,), ("",), regret=regret, highest_action=highest)
@@ -237,8 +237,8 @@ class ExamplesTurn(PolicyTurn[ObserveResult], LearningTurn):
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         self._predictions = list[Json]()
         meta, name = self._find(handle, model)
-        if name in model.learners:
-            config = model.learners[name].config
+        if name in model.tabular:
+            config = model.tabular[name].config
             request = example_request(config, self._examples, learn=True, predict=self._predict)
             return TurnPlan(meta, policy_request=request)
         policy = model.policies[name]
@@ -259,7 +259,7 @@ class ExamplesTurn(PolicyTurn[ObserveResult], LearningTurn):
 
 def _require_task(model: LoadedModel, name: str, task: Task) -> None:
     tasks: dict[str, Task] = {key: policy.config.task for key, policy in model.policies.items()}
-    tasks |= {key: TASKS[learner.config.task] for key, learner in model.learners.items()}
+    tasks |= {key: TASKS[learner.config.task] for key, learner in model.tabular.items()}
     if name not in tasks:
         raise NotFound(f"There is no policy {name[:80]!r}.", param="model", code="model_not_found")
     if tasks[name] != task:

@@ -10,7 +10,7 @@ from model.tabular.config import TabularConfig
 from model.tabular.decision_rules import RULES, DecisionRules
 from model.tabular.schema import Features
 from service.engine import ActionReward, Example, TabularRequest
-from service.engine import Choice as Choice  # the edge makes them
+from service.engine import ArmChoice as ArmChoice  # the edge makes them
 from service.errors import BadRequest
 from service.store.base import Option, SessionMeta
 from service.turns.action_ids import format_action_id
@@ -29,7 +29,7 @@ class ExampleInput:
 class Batch:
     """The examples or decisions of a request. is_list: whether the request sent them as a list, `examples`."""
 
-    items: Sequence[ExampleInput] | Sequence[Choice]
+    items: Sequence[ExampleInput] | Sequence[ArmChoice]
     is_list: bool
 
     @property
@@ -57,10 +57,10 @@ def choice_request(
 ) -> TabularRequest:
     """Return the request to learn a reward, if there is one, and to decide. Raises BadRequest for arms that do not
     agree."""
-    choices = cast("Sequence[Choice]", batch.items)
+    choices = cast("Sequence[ArmChoice]", batch.items)
     for choice, field in zip(choices, batch.fields, strict=True):
         _check_arms(choice, field)
-    steps: list[Example | ActionReward | Choice] = list(choices)
+    steps: list[Example | ActionReward | ArmChoice] = list(choices)
     fields = batch.fields
     if reward is not None:
         steps, fields = [reward, *steps], ("", *fields)
@@ -80,7 +80,7 @@ def action_reply(answer: dict[str, Any], number: int, meta: SessionMeta | None) 
     return {"object": "action", "action_id": action_id, "probability": answer["propensity"], **answer}
 
 
-def _check_arms(choice: Choice, field: str) -> None:
+def _check_arms(choice: ArmChoice, field: str) -> None:
     if len(set(choice.arms)) < len(choice.arms):
         twice = next(arm for i, arm in enumerate(choice.arms) if arm in choice.arms[:i])
         raise BadRequest(f"'{field}actions' must be distinct, got {twice[:80]!r} twice.", param=f"{field}actions")

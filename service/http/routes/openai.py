@@ -218,7 +218,7 @@ def _model(name: str, sessions: Sessions) -> Model:
 
 def _policies(sessions: Sessions) -> list[str]:
     """Return the names of the learners of tables and of the policies of fixed shapes."""
-    return [*sessions.loaded_model.learners, *sessions.loaded_model.policies]
+    return [*sessions.loaded_model.tabular, *sessions.loaded_model.policies]
 
 
 def _policy(name: str, sessions: Sessions) -> Model:
@@ -230,8 +230,8 @@ def _policy(name: str, sessions: Sessions) -> Model:
         owned_by="imprint",
         fingerprints={"policy": loaded.policy_fingerprints[name]},
     )
-    if name in loaded.learners:
-        limits = loaded.learners[name].config
+    if name in loaded.tabular:
+        limits = loaded.tabular[name].config
         model.learner = LearnerShape(
             task=limits.task, columns=limits.columns, labels=limits.labels, actions=limits.arms
         )

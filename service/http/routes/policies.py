@@ -21,7 +21,7 @@ from service.http.policy_schemas import ActRequest, ChoiceBody, FeedbackRequest,
 from service.http.replies import Acted, ActedList, Labelled, Observed, PredictedList, Valued
 from service.http.sse import until_disconnect
 from service.turns.policy_turns import ActionSampling, RewardInput
-from service.turns.tabular_requests import Batch, Choice, ExampleInput
+from service.turns.tabular_requests import Batch, ArmChoice, ExampleInput
 
 router = APIRouter(prefix="/v1/sessions", route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["Policies"])
 SMALL_BATCH = 8  # replies of more are written off the event loop
@@ -83,11 +83,11 @@ async def predict(
     return await _reply(await policies.predict(ctx, session, body.model, examples), response)
 
 
-def _choice(body: ChoiceBody | ActRequest) -> Choice:
+def _choice(body: ChoiceBody | ActRequest) -> ArmChoice:
     """Return a decision as the engine takes it."""
     arms = body.actions or []
     features = [{} if isinstance(arm, str) else arm.features for arm in arms]
-    return Choice(
+    return ArmChoice(
         {} if body.context is None else body.context,
         tuple(arm if isinstance(arm, str) else arm.id for arm in arms),
         tuple(features) if any(features) else None,
