@@ -21,7 +21,7 @@ from service.http.policy_schemas import ActRequest, ChoiceBody, FeedbackRequest,
 from service.http.replies import Acted, ActedList, Labelled, Observed, PredictedList, Valued
 from service.http.sse import until_disconnect
 from service.turns.policy_turns import ActionSampling, RewardInput
-from service.turns.tabular_requests import Batch, ArmChoice, ExampleInput
+from service.turns.tabular_requests import ArmChoice, Batch, ExampleInput
 
 router = APIRouter(prefix="/v1/sessions", route_class=JsonRoute, responses=ERROR_RESPONSES, tags=["Policies"])
 SMALL_BATCH = 8  # replies of more are written off the event loop
