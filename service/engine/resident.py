@@ -183,7 +183,7 @@ class MemoryJob:
         if draft is None:
             return JobFinished(self.stats, {})
         sites = draft.pool.sites
-        rows_by_site = draft.pool.num_rows(draft.index)
+        rows_by_site = draft.num_rows()
         touched = draft.touched()
         counted = {name for name, site in sites.items() if site.config.kind != "meaning"}  # a part of an episode
         return JobFinished(

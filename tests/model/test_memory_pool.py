@@ -243,6 +243,7 @@ class PoolMachine(RuleBasedStateMachine):
         for index, (one, state) in self.open.items():
             assert rows_by_slot(self.pool.dump(index)) == state
             assert rows_by_slot(one.touched()) == changed(state, self.model[one.base_index])
+            assert one.num_rows() == {name: len(state.get(name, {})) for name in NAMES}
 
     @invariant()
     def nothing_leaks(self) -> None:
