@@ -16,6 +16,7 @@ from model.tabular.memory import COUNT, LABELS, StreamMemory
 from model.tabular.mixer import (
     GLOBALS,
     LEAST_PROB,
+    POSTERIOR_SCALE,
     MixerWeights,
     mix,
     mixer_inputs,
@@ -24,6 +25,9 @@ from model.tabular.mixer import (
 
 NEWEST = 6  # number of the session's row: ordinal of the example with the newest label
 SHARPNESS = 7  # number of the session's row: logarithm of the exponent of the mixture's probabilities
+ADVANTAGE = 13  # number of the session's row: nats that the Bayesian mixture has won of late over the learned mixer
+ADVANTAGE_KEEP, FIRST_ADVANTAGE = 0.99, 1.0
+POSTERIORS = [2 * len(HORIZONS) + 1, 2 * len(HORIZONS) + 2]  # inputs of the mixer
 SHARPNESS_RATE, SHARPNESS_LIMIT = 0.02, 1.0
 HORIZON_WEIGHTS = 8  # first of the numbers of the session's row that are the sums of the discounts
 CHANGED = np.array([i for i, name in enumerate(READERS) if name.endswith(", changed")])
@@ -31,15 +35,18 @@ LATEST = np.array([READERS.index(READERS[i].replace("changed", "late")) for i in
 
 
 class Mixture(NamedTuple):
-    """The mixture of the readers: probs [L] of the known labels, that of a new label, and probs before sharpening."""
+    """The mixture of the readers: probs [L] of the known labels, that of a new label, and the probs before sharpening:
+    of the learned mixer and the Bayesian mixture together, and of each."""
 
     probs: Array
     unknown: float
     raw: Array
+    learned: Array
+    bayes: Array
 
 
-class Reading(NamedTuple):
-    """What the readers say of a query, before the mixer: all that learning its label needs as well."""
+class QueryReadout(NamedTuple):
+    """The readout of a query, before the mixer: all that learning its label needs as well."""
 
     scaled: Scaled
     readout: Readout
@@ -48,7 +55,7 @@ class Reading(NamedTuple):
     weights: Array  # [TABLES, L, K + 1] of the linear readers, in the order of the scaled columns
 
 
-def read_query(memory: StreamMemory, query: Array) -> Reading:
+def read_query(memory: StreamMemory, query: Array) -> QueryReadout:
     """Return what the readers say of a query [C], which has as many columns as the memory's examples."""
     L, row, n = memory.num_labels, memory.row, len(memory.values)
     scaled = scale(memory.x, query, memory.ordinals, memory.labels)
@@ -73,7 +80,7 @@ def read_query(memory: StreamMemory, query: Array) -> Reading:
     inputs = mixer_inputs(readout.probs, memory.losses, discounts, globals_)
     singles = int((np.bincount(scaled.y, minlength=L) == 1).sum())
     count = float(row[COUNT])
-    return Reading(scaled, readout, inputs, novelty_inputs(count, L, singles, count - float(row[NEWEST])), weights)
+    return QueryReadout(scaled, readout, inputs, novelty_inputs(count, L, singles, count - float(row[NEWEST])), weights)
 
 
 def novelty_inputs(count: float, num_labels: int, singles: int, age: float) -> Array:
@@ -83,16 +90,20 @@ def novelty_inputs(count: float, num_labels: int, singles: int, age: float) -> A
     )
 
 
-def mixture(reading: Reading, mixer: MixerWeights, row: Array) -> Mixture:
+def mixture(reading: QueryReadout, mixer: MixerWeights, row: Array) -> Mixture:
     """Return the distribution of the label, in a session with a row."""
-    raw = np.empty(reading.readout.probs.shape[1], np.float32)
-    mix(mixer.inner, mixer.inner_bias, mixer.outer, mixer.outer_bias, reading.readout.probs, reading.inputs, raw)
+    learned = np.empty(reading.readout.probs.shape[1], np.float32)
+    mix(*mixer[:5], reading.readout.probs, reading.inputs, learned)
+    shares = np.exp(reading.inputs[:, POSTERIORS] * np.float32(POSTERIOR_SCALE)).mean(1)
+    bayes = (shares @ np.maximum(reading.readout.probs, LEAST_PROB)).astype(np.float32)
+    share = 1 / (1 + math.exp(float(row[ADVANTAGE]) - FIRST_ADVANTAGE))
+    raw = np.float32(share) * learned + np.float32(1 - share) * bayes / bayes.sum()
     probs = raw.astype(np.float64) ** math.exp(float(row[SHARPNESS]))
     unknown = float(novelty(mixer.novelty, mixer.novelty_bias, reading.novelty_inputs))
-    return Mixture((probs / probs.sum() * (1 - unknown)).astype(np.float32), unknown, raw)
+    return Mixture((probs / probs.sum() * (1 - unknown)).astype(np.float32), unknown, raw, learned, bayes)
 
 
-def learn_label(memory: StreamMemory, reading: Reading | None, label: int, mixed: Mixture | None) -> None:
+def learn_label(memory: StreamMemory, reading: QueryReadout | None, label: int, mixed: Mixture | None) -> None:
     """Change all of the memory but its examples by a label; reading: of the example, None for the first one; mixed: of
     the same reading, None to leave the sharpness as it is."""
     row, new = memory.row, label == memory.num_labels
@@ -112,6 +123,8 @@ def learn_label(memory: StreamMemory, reading: Reading | None, label: int, mixed
         update_change(row, ordinal, _window_loss(reading, CHANGED, label) - _window_loss(reading, LATEST, label))
         if mixed is not None:
             _sharpen(row, mixed, label)
+            loss = math.log(max(float(mixed.bayes[label]), 1e-6)) - math.log(max(float(mixed.learned[label]), 1e-6))
+            row[ADVANTAGE] = min(max(ADVANTAGE_KEEP * float(row[ADVANTAGE]) + loss, -8.0), 8.0)
     _learn_linear(memory, reading, label, ordinal)
 
 
@@ -125,11 +138,11 @@ def _sharpen(row: Array, mixed: Mixture, label: int) -> None:
     row[SHARPNESS] = min(max(float(row[SHARPNESS]) + step, -SHARPNESS_LIMIT), SHARPNESS_LIMIT)
 
 
-def _window_loss(reading: Reading, which: Array, label: int) -> float:
+def _window_loss(reading: QueryReadout, which: Array, label: int) -> float:
     return -math.log(max(float(reading.readout.probs[which, label].mean()), float(LEAST_PROB)))
 
 
-def _learn_linear(memory: StreamMemory, reading: Reading, label: int, ordinal: int) -> None:
+def _learn_linear(memory: StreamMemory, reading: QueryReadout, label: int, ordinal: int) -> None:
     scaled, n, L = reading.scaled, len(reading.scaled.y), memory.num_labels
     weights = np.zeros((TABLES, L, len(scaled.query) + 1), np.float32)
     weights[:, : reading.weights.shape[1]] = reading.weights

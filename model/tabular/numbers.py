@@ -11,7 +11,7 @@ from model.numba_support import Array
 from model.tabular.change import START, update_change
 from model.tabular.config import HORIZONS
 from model.tabular.memory import COUNT, StreamMemory
-from model.tabular.mixer import GLOBALS, INPUTS, MixerWeights, mixer_shares
+from model.tabular.mixer import GLOBALS, INPUTS, MixerWeights, log_posterior, mixer_shares
 from model.tabular.number_readers import READERS, Readout, Scaled, read, scale
 
 HORIZON_WEIGHTS = 8  # first of the numbers of the session's row that are the sums of the discounts
@@ -19,19 +19,20 @@ SPREAD = 7  # number of the session's row: mean absolute error of late, in stand
 CHANGED = [i for i, name in enumerate(READERS) if name.endswith(", changed")]
 LATEST = [i for i, name in enumerate(READERS) if name.endswith(", late")]
 LARGEST_LOSS = 4.0
+ERROR_SCALE = 2.0  # of an absolute error, in mean absolute errors, as a negative log-likelihood
 ERRORS = 256  # latest errors that make the interval
 COVERAGE = 0.9
 
 
-class Reading(NamedTuple):
-    """What the readers say of a query, before the mixer."""
+class QueryReadout(NamedTuple):
+    """The readout of a query, before the mixer."""
 
     scaled: Scaled
     readout: Readout
     inputs: Array  # [E, F] of the mixer
 
 
-def read_query(memory: StreamMemory, query: Array) -> Reading:
+def read_query(memory: StreamMemory, query: Array) -> QueryReadout:
     """Return what the readers say of a query [C], which has as many columns as the memory's examples."""
     n, row = len(memory.values), memory.row
     scaled = scale(memory.x, query, memory.ordinals, memory.values)
@@ -48,7 +49,7 @@ def read_query(memory: StreamMemory, query: Array) -> Reading:
     ]
     assert len(globals_) == GLOBALS
     discounts = row[HORIZON_WEIGHTS : HORIZON_WEIGHTS + len(HORIZONS)]
-    return Reading(scaled, readout, number_inputs(readout.means, memory.losses, discounts, globals_))
+    return QueryReadout(scaled, readout, number_inputs(readout.means, memory.losses, discounts, globals_))
 
 
 def number_inputs(means: Array, losses: Array, weights: Array, globals_: list[float]) -> Array:
@@ -59,15 +60,17 @@ def number_inputs(means: Array, losses: Array, weights: Array, globals_: list[fl
     relative = average / (average.min(0) + np.float32(0.02))
     inputs[:, :H], inputs[:, H : 2 * H] = np.log(np.maximum(relative, np.float32(0.1))), average
     median = np.median(means)
-    inputs[:, 2 * H] = np.minimum(np.abs(means - median), 3)
-    inputs[:, 2 * H + 1] = np.minimum(np.abs(means - means.mean()), 3)
-    inputs[:, 2 * H + 3 :] = globals_
+    for h in range(H):
+        log_posterior(losses[:, h] * np.float32(ERROR_SCALE / (globals_[4] + 0.05)), inputs[:, 2 * H + h])
+    inputs[:, 3 * H] = np.minimum(np.abs(means - median), 3)
+    inputs[:, 3 * H + 1] = np.minimum(np.abs(means - means.mean()), 3)
+    inputs[:, 3 * H + 3 :] = globals_
     return inputs
 
 
-def mixture(reading: Reading, mixer: MixerWeights) -> float:
+def mixture(reading: QueryReadout, mixer: MixerWeights) -> float:
     """Return the expected target."""
-    shares = mixer_shares(mixer.inner, mixer.inner_bias, mixer.outer, mixer.outer_bias, reading.inputs)
+    shares = mixer_shares(*mixer[:5], reading.inputs)
     return reading.scaled.centre + reading.scaled.scale * float(shares @ reading.readout.means)
 
 
@@ -83,7 +86,7 @@ def interval(memory: StreamMemory, mean: float, scale: float) -> tuple[float, fl
     return mean - reach, mean + reach
 
 
-def learn_number(memory: StreamMemory, reading: Reading | None, mean: float, target: float) -> None:
+def learn_number(memory: StreamMemory, reading: QueryReadout | None, mean: float, target: float) -> None:
     """Change the session's row and losses by a target; reading and mean: of the example, None for the first one."""
     row = memory.row
     row[COUNT] += 1
