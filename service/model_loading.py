@@ -34,7 +34,7 @@ from model.reading_prefix import ReadingPrefix, load_prefix
 from model.recall import RecallPlan
 from model.tabular.config import TabularError, Task
 from model.tabular.config import default_config as tabular_config
-from model.tabular.learners import NUM_READERS, new_learner
+from model.tabular.loading import NUM_READERS, new_learner
 from model.tabular.mixer import Mixer
 from model.text.grammar import GrammarCompiler
 from model.text.sentence_encoder import SentenceEncoder
