@@ -9,9 +9,9 @@ from imprint import Client
 
 
 class Vending(gymnasium.Env[np.ndarray[Any, Any], Any]):
-    """A vending machine that offers one drink: what sells depends on the temperature and on the hour."""
+    """A vending machine that offers one thing: what sells depends on the temperature and on the hour."""
 
-    observation_space = gymnasium.spaces.Box(np.array([-10.0, 0.0]), np.array([35.0, 24.0]))
+    observation_space = gymnasium.spaces.Box(np.array([-10, 0], np.float32), np.array([35, 24], np.float32))
     action_space = gymnasium.spaces.Discrete(3)  # coffee, lemonade, soup
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:

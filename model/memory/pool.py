@@ -76,7 +76,8 @@ class SitePool:
 
     fields: each [physical cells, …], as the kind's `RowLayout` says. physical_cells: int32 [S + 1, cells], the tables
     on the host, which then need not be read from the device. tables: the same on the device. session_scalars:
-    [S + 1, 3, R + 1]. row_counts: [S + 1], the rows that each session holds, apart from drafts. backend: the kernels that read and write the fields.
+    [S + 1, 3, R + 1]. row_counts: [S + 1], the rows that each session holds, apart from drafts. backend: the kernels
+    that read and write the fields.
     """
 
     def __init__(

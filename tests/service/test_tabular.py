@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ def test_a_batch_is_one_version_and_learns_what_one_by_one_would(user: Client) -
     one_by_one = [predict(user, "single", row["features"]) for row in examples]
     assert [each["probabilities"] for each in batch["data"]] == [each["probabilities"] for each in one_by_one]
     assert {vote["version"] for vote in batch["data"][0]["why"]} == {1}
+
+
+def test_equal_requests_lead_to_equal_states_beside_others(user: Client) -> None:
+    """Each session gets the same batches, longer than what the engine learns at once, while others learn."""
+
+    def learn(session: str) -> Json:
+        for start in range(0, 60, 20):
+            observe(user, session, examples=people(60)[start : start + 20])
+        meta = user.session(session)
+        state = {name: meta[name] for name in ("version", "rows", "bytes", "tokens_learned", "gain")}
+        return predict(user, session, ULM) | state
+
+    only = learn("only")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == only for found in pool.map(learn, [f"beside-{n}" for n in range(4)]))
 
 
 def test_a_bad_example_fails_its_whole_batch_and_is_named(user: Client) -> None:
@@ -181,8 +197,13 @@ def test_a_request_sent_again_is_learned_once_and_versions_cover_the_schema(user
     assert set(predict(user, "versions", {"color": "red"})["probabilities"]) == {"churn", "stay"}
     assert_success(user.http.put("/v1/sessions/copied/import", content=exported))
     assert predict(user, "copied", ULM)["probabilities"] == predict(user, "forked", ULM)["probabilities"]
-    observe(user, "versions", features=ULM, label="other")
+    newest = observe(user, "versions", features=ULM, label="other")["version"]
     assert set(predict(user, "versions", {})["probabilities"]) == {"churn", "stay", "other"}
+    assert_success(user.post("sessions/versions/unlearn", {"version": newest}))
+    assert set(predict(user, "versions", {})["probabilities"]) == {"churn", "stay"}
+    observe(user, "versions", features=ULM, label="later")
+    newest = observe(user, "versions", features=ULM, label="stay")["version"]
+    assert_error(user.post("sessions/versions/unlearn", {"version": newest - 1}), 409, "text_not_kept")
 
 
 def test_an_old_policy_has_a_new_name_and_still_takes_observations_by_the_old_one(user: Client) -> None:
