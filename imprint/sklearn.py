@@ -21,8 +21,8 @@ from sklearn.utils.multiclass import check_classification_targets, unique_labels
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from imprint import Client, NotFound
+from model.tabular.limits import MAX_BATCH
 from service.client.tables import plain_features
-from service.http.schemas import MAX_BATCH
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]

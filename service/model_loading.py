@@ -32,10 +32,9 @@ from model.memory.initial import default_config, random_memory
 from model.policies.network import Policy, load_policy
 from model.reading_prefix import ReadingPrefix, load_prefix
 from model.recall import RecallPlan
-from model.tabular.config import TabularError, Task
+from model.tabular.config import Task
 from model.tabular.config import default_config as tabular_config
-from model.tabular.loading import NUM_READERS, new_learner
-from model.tabular.mixer import Mixer
+from model.tabular.loading import new_learner
 from model.text.grammar import GrammarCompiler
 from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
@@ -296,15 +295,7 @@ def choose_policies(settings: Settings) -> list[Policy]:
 
 def choose_learners(settings: Settings) -> list[AnyLearner]:
     """Return the learners of tables; none where the settings want no policies."""
-    if settings.policies == "none":
-        return []
-    found: list[AnyLearner] = []
-    for task in get_args(Task):
-        try:
-            found.append(new_learner(tabular_config(task, task)))
-        except TabularError:  # TEMPORARY: until every task has a checkpoint
-            found.append(new_learner(tabular_config(task, task), Mixer(NUM_READERS[task])))
-    return found
+    return [] if settings.policies == "none" else [new_learner(tabular_config(task, task)) for task in get_args(Task)]
 
 
 def _kv_tokens(backbone: Backbone, context: int) -> int:

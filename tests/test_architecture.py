@@ -119,7 +119,7 @@ MAY_IMPORT = {
     "service.wiring": ("model", "service"),
     "service.cli": ("model", "service", "research", "benchmarks"),
     "service.__main__": ("service.cli",),
-    "imprint": ("service.client", "service.errors", "service.http.replies", "service.types"),
+    "imprint": ("model.tabular.limits", "service.client", "service.errors", "service.http.replies", "service.types"),
     "research": ("model", "service.model_loading", "service.base_cache", "service.errors", "service.settings"),
     "benchmarks": ("model", "service", "research"),
 }

@@ -5,13 +5,13 @@ from typing import Annotated, Literal, cast
 import typer
 from rich.markup import escape
 
+from model.tabular.limits import MAX_BATCH
 from service.cli.console import connect, out
 from service.cli.observe import progress_bar
 from service.cli.options import SessionOption, Url, split_commas
 from service.client.tables import BATCH, TableProgress
 from service.client.transport import DEFAULT_URL
 from service.errors import CommandError, ImprintError
-from service.http.schemas import MAX_BATCH
 
 
 def learn(

@@ -15,12 +15,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from model.tabular.limits import MAX_ARMS
+from model.tabular.limits import MAX_ARMS, MAX_BATCH
 from service.errors import BadRequest
 from service.http import field_rules
 from service.http.schemas import (
     FEATURES,
-    MAX_BATCH,
     MODEL,
     ON_DISCONNECT,
     Body,

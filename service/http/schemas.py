@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
-from model.tabular.limits import MAX_ABS, MAX_COLUMNS, MAX_NAME_BYTES
+from model.tabular.limits import MAX_ABS, MAX_BATCH, MAX_COLUMNS, MAX_NAME_BYTES
 from model.text.tool_calls import MAX_CALLS, message_text, plain_arguments
 from service.errors import BadRequest
 from service.http import field_rules
@@ -43,7 +43,6 @@ MAX_PARTS = 1024  # of a message
 MAX_CHOICES = 16
 MAX_VERSIONS = 512  # that one request unlearns: as many as a log has
 MAX_SOURCE_CHARS = 512
-MAX_BATCH = 128  # examples or decisions of one request: fewer than the actions that can wait for their rewards
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 SAFE_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON has
