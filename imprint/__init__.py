@@ -51,21 +51,17 @@ from service.errors import (
     UnsupportedMediaType,
     VersionConflict,
 )
+from service.http.policy_replies import Acted, ActedList, Labelled, PredictedList, Valued
 from service.http.replies import (
-    Acted,
-    ActedList,
     ChatChunk,
     ChatCompletion,
     Completion,
     CompletionChunk,
-    Labelled,
     LogEntry,
     Model,
     Observed,
-    PredictedList,
     Scored,
     Session,
-    Valued,
 )
 from service.types import Adaptation
 

@@ -22,6 +22,7 @@ PACKAGES = ("imprint", "model", "service", "research", "benchmarks")
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 MODEL_TOOLS = ("model.device", "model.numba_support", "model.triton_check")
+REPLIES = ("service.http.policy_replies", "service.http.replies")
 
 # What each part may import of the project, besides itself. The longest name that fits a module counts. Only command
 # functions of `service.cli` reach `research` and `benchmarks` (see LAZY).
@@ -88,13 +89,7 @@ MAY_IMPORT = {
         "service.types",
         "service.versions",
     ),
-    "service.client": (
-        "model.tabular.limits",
-        "service.errors",
-        "service.http.replies",
-        "service.http.schemas",
-        "service.types",
-    ),
+    "service.client": (*REPLIES, "model.tabular.limits", "service.errors", "service.http.schemas", "service.types"),
     "service.background": ("service.metrics",),
     "service.model_loading": (
         "model",
@@ -119,7 +114,7 @@ MAY_IMPORT = {
     "service.wiring": ("model", "service"),
     "service.cli": ("model", "service", "research", "benchmarks"),
     "service.__main__": ("service.cli",),
-    "imprint": ("model.tabular.limits", "service.client", "service.errors", "service.http.replies", "service.types"),
+    "imprint": ("model.tabular.limits", "service.client", "service.errors", "service.types", *REPLIES),
     "research": ("model", "service.model_loading", "service.base_cache", "service.errors", "service.settings"),
     "benchmarks": ("model", "service", "research"),
 }

@@ -18,24 +18,20 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote, unquote, urlencode
 
 from service.client.errors import ClientError
+from service.http.policy_replies import Acted, ActedList, Labelled, PredictedList, Valued
 from service.http.replies import (
-    Acted,
-    ActedList,
     ChatChunk,
     ChatCompletion,
     Completion,
     CompletionChunk,
-    Labelled,
     Model,
     ModelList,
     Observed,
-    PredictedList,
     Scored,
     Session,
     SessionDiff,
     SessionList,
     SessionLog,
-    Valued,
 )
 from service.http.schemas import SESSION_ID
 from service.types import AdaptMode, LearnMode

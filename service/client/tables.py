@@ -25,7 +25,8 @@ from model.tabular.limits import MAX_COLUMNS
 from service.client import operations
 from service.client.errors import FileError
 from service.client.operations import Operation
-from service.http.replies import LabelPrediction, Observed
+from service.http.policy_replies import LabelPrediction
+from service.http.replies import Observed
 
 Row = dict[str, float | str | bool | None]
 Task = Literal["labels", "regression"]

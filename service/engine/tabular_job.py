@@ -60,12 +60,12 @@ class TabularJob(MemoryJob):
 
     @property
     def is_started(self) -> bool:
-        """Whether the job has its session's memory."""
+        """True if the job has its session's memory."""
         return self._pool is not None
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps have been taken."""
+        """True if all steps have been taken."""
         return self._num_done == len(self.tabular_request.steps)
 
     def start(self, resident: ResidentSessions) -> None:

@@ -17,8 +17,9 @@ from service.http.dependencies import (
 )
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES, ETAG_RESPONSES
+from service.http.policy_replies import Acted, ActedList, Labelled, PredictedList, Valued
 from service.http.policy_schemas import ActRequest, ChoiceBody, FeedbackRequest, PredictRequest
-from service.http.replies import Acted, ActedList, Labelled, Observed, PredictedList, Valued
+from service.http.replies import Observed
 from service.http.sse import until_disconnect
 from service.turns.policy_turns import ActionSampling, RewardInput
 from service.turns.tabular_requests import ArmChoice, Batch, ExampleInput
