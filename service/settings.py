@@ -85,8 +85,9 @@ class Settings(BaseSettings):
     policies: str = Field(
         "default",
         min_length=1,
-        description="The policies to serve in addition to the language model: `default` (those shipped), `none`, or"
-        " paths of checkpoints, separated by commas.",
+        description="The policies of fixed shapes to serve in addition to the language model: `default` (those"
+        " shipped), `none`, or paths of checkpoints, separated by commas. With `none`, the learners of tables (`labels`,"
+        " `regression`, `bandit`) are not served either.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Device that runs the model; `auto` takes CUDA if torch finds a GPU."
