@@ -36,30 +36,39 @@ class PoolFullError(RuntimeError):
 
 
 class FreeList:
-    """A stack of free indices 1 … capacity. When the stack runs short, `make_room` is called until it returns False."""
+    """The free indices of 1 … capacity: a stack of those that came back, then those that were never taken.
+
+    When indices run short, `make_room` is called until it returns False.
+    """
 
     def __init__(self, capacity: int, make_room: Callable[[], bool] = lambda: False) -> None:
-        self._stack = np.arange(capacity, 0, -1)
-        self._top = capacity
+        self._released = np.empty(capacity, np.int64)  # takes memory only where it is written
+        self._top = self._num_taken = 0
         self._make_room = make_room
+
+    def __len__(self) -> int:
+        return self._top + len(self._released) - self._num_taken
 
     @property
     def utilization(self) -> float:
         """Return the share of the indices that is not free."""
-        return 1.0 - self._top / len(self._stack)
+        return 1.0 - len(self) / len(self._released)
 
     def allocate(self, n: int) -> CellIndices:
         """Take n free indices. Raise PoolFullError if there are fewer, changing nothing."""
-        while n > self._top and self._make_room():
+        while n > len(self) and self._make_room():
             pass
-        if n > self._top:
-            raise PoolFullError(f"{n} needed, {self._top} of {len(self._stack)} free")
-        self._top -= n
-        return self._stack[self._top : self._top + n].copy()
+        if n > len(self):
+            raise PoolFullError(f"{n} needed, {len(self)} of {len(self._released)} free")
+        num_again = min(n, self._top)
+        self._top -= num_again
+        new = np.arange(self._num_taken + 1, self._num_taken + 1 + n - num_again)
+        self._num_taken += len(new)
+        return np.concatenate([self._released[self._top : self._top + num_again], new])
 
     def release(self, indices: CellIndices) -> None:
         """Give indices back."""
-        self._stack[self._top : self._top + len(indices)] = indices
+        self._released[self._top : self._top + len(indices)] = indices
         self._top += len(indices)
 
 

@@ -113,7 +113,7 @@ def cells_of(state: Image, name: str) -> set[int]:
 
 
 def free_counts(pool: Pool) -> list[int]:
-    return [pool._sessions._top, *(site.free._top for site in pool.sites.values())]
+    return [len(pool._sessions), *(len(site.free) for site in pool.sites.values())]
 
 
 def learned(pool: Pool, index: int, seed: int = 0) -> None:

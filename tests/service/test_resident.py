@@ -44,7 +44,7 @@ class CountingResidentSessions(ResidentSessions):
     @property
     def free(self) -> tuple[int, int]:
         """The number of free sessions and of free rows in the pool."""
-        return self.pool._sessions._top, self.pool.sites["states"].free._top
+        return len(self.pool._sessions), len(self.pool.sites["states"].free)
 
 
 def at(version: int) -> StateId:
