@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -165,12 +166,15 @@ def test_every_decision_names_its_evidence() -> None:
 
 @pytest.fixture
 def at_the_server(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
-    """Point environment and working folder to the server, its model and shortened example texts."""
+    """Point environment and working folder to the server, its model, and short examples of files."""
     monkeypatch.setenv("IMPRINT_URL", server.url)
     monkeypatch.setenv("MODEL", server.model)
     (tmp_path / "examples").mkdir()
     for text in (ROOT / "examples").glob("*.txt"):
         (tmp_path / "examples" / text.name).write_text(text.read_text()[:300])
+    (tmp_path / "wine.csv").write_text("alcohol,cultivar\n" + "13.2,a\n12.1,b\n" * 5)
+    line = {"context": {"hour": 8}, "reward": 1, "propensity": 0.5}
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(line | {"action": action}) for action in "abab"))
     monkeypatch.chdir(tmp_path)
     return server
 

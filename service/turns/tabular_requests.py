@@ -1,4 +1,4 @@
-"""What a request asks a learner of tables: checked against the learner's task, and turned into the engine's steps."""
+"""Requests to learners of tables: checked against the learner's task, and turned into the engine's steps."""
 
 from __future__ import annotations
 
