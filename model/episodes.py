@@ -23,6 +23,7 @@ from torch import Tensor
 from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
 from model.memory import Draft, Pool, SiteConfig
+from model.memory.episodic.borrowed import REPLY, without_rows
 from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
@@ -216,6 +217,12 @@ class Episodes:
             made_by = np.stack([ordinals, np.full(len(spans), self.encoder.id)], 1).astype(np.int32)
             vectors = np.stack([self.encoder(self._decode(span.token_ids)) for span in spans])
             draft.put(MEANINGS, slots, [torch.from_numpy(made_by), torch.from_numpy(vectors)])
+
+    def without_rows(self, token_ids: Sequence[int], learn: Sequence[int]) -> Sequence[int]:
+        """Return which tokens of a request are learned without a row: the words that a reply in it has borrowed."""
+        if REPLY not in learn or not len(self._tables.is_word):
+            return bytearray(len(token_ids))
+        return without_rows(token_ids, learn, self._tables, self._lexicon)
 
     def only_asks(self, token_ids: Sequence[int]) -> bool:
         """Return whether an episode only asks, so that no reply reads it. Any thread may call this."""

@@ -101,8 +101,13 @@ def begun_hash(tokens: Sequence[int], tables: WordTables) -> int:
     """Return the hash of the first tokens of a word, of which nothing is left out."""
     value = 0
     for token in tokens:
-        value = (value * int(tables.powers[token]) + int(tables.hashes[token])) & MASK
+        value = longer_hash(value, token, tables)
     return value
+
+
+def longer_hash(value: int, token: int, tables: WordTables) -> int:
+    """Return the hash of the beginning of a word that goes on with a token, given the hash of the tokens before."""
+    return (value * int(tables.powers[token]) + int(tables.hashes[token])) & MASK
 
 
 def cut_spans(token_ids: Sequence[int], start: int, stop: int, tables: WordTables, width: int) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ import torch
 from model.adaptive_lm import AdaptiveLM
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
-from model.memory.episodic.word_tables import build_tables
 from model.recall import RecallPlan
 from research.evaluation.prequential import new_pool
 from research.evaluation.recall.arms import Answer
@@ -28,10 +27,9 @@ class EpisodesArm(MemoryArm):
     def __init__(self, speaker: Speaker, tokens: int) -> None:
         super().__init__(speaker)
         tokenizer, lm = speaker.tokenizer, speaker.lm
-        tables = build_tables([tokenizer.text_bytes(token) for token in range(lm.backbone.config.vocab_size)])
         decode, encoder, prefix = tokenizer.decode, speaker.encoder, speaker.prefix
         self._episodes = Episodes(
-            lm.backbone, tables, shipped_lexicon(), decode, encoder, hot_bytes=HOT_BYTES, prefix=prefix
+            lm.backbone, self._tables, shipped_lexicon(), decode, encoder, hot_bytes=HOT_BYTES, prefix=prefix
         )
         self._lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.decoder, episodes=self._episodes)
         self._plan = RecallPlan.of(tokenizer, tokens, self._episodes.prefix_tokens)
@@ -101,7 +99,7 @@ class EpisodesArm(MemoryArm):
         return cache, state
 
     @torch.inference_mode()
-    def _learn(self, ids: Sequence[int], learn: Sequence[bool]) -> None:
+    def _learn(self, ids: Sequence[int], learn: Sequence[int]) -> None:
         super()._learn(ids, learn)
         self._version += 1
         draft = self._pool.draft(self._session)
