@@ -14,6 +14,7 @@ from model.memory.episodic.word_tables import (
     LINE_END,
     NO_BREAK,
     WordTables,
+    begun_hash,
     hash_bytes,
     split_words,
     word_hash,
@@ -23,7 +24,7 @@ MAX_NAME_FREQUENCY = 0.01  # a more frequent word is no name, however it is writ
 
 
 def _hashes(words: str) -> frozenset[int]:
-    return frozenset(hash_bytes(word.encode().removesuffix(b"s"))[0] for word in words.split())
+    return frozenset(hash_bytes(word.encode())[0] for word in words.split())  # whole: without its "s", "is" is "i"
 
 
 # Words before the first one that tells what a sentence does.
@@ -49,7 +50,7 @@ def is_statement(sentence: Sequence[int], tables: WordTables) -> bool:
     (text,) = np.nonzero(tables.breaks[ids] < LINE_END)
     if not len(text) or tables.asks[ids[text[-1]]] or tables.breaks[ids[text[-1]]] == NO_BREAK:
         return False
-    words = [word_hash(word, tables) for word in split_words(sentence, tables)]
+    words = [begun_hash(word, tables) for word in split_words(sentence, tables)]
     first = next((word for word in words if word not in OPENINGS), None)
     return first not in REQUESTS and RECALLS.isdisjoint(words)
 
