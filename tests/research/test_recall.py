@@ -29,7 +29,7 @@ from research.evaluation.recall.memory import MemoryArm
 from research.evaluation.recall.probes import PROBES, ProbeOptions, limited
 from research.evaluation.recall.prompt import WORDINGS, with_texts
 from research.evaluation.recall.registry import ARMS, EMBEDDER, new_arms
-from research.evaluation.recall.scenes import SPLITS, Question, Scene, Split, user
+from research.evaluation.recall.scenes import SPLITS, Question, Scene, Split, assistant, user
 from research.evaluation.recall.scoring import contains, f1, score_answer
 from research.evaluation.recall.search import BM25, Embeddings, Fused, Newest, terms
 from research.evaluation.recall.spans import cut_text
