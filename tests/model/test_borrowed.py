@@ -1,4 +1,4 @@
-"""What a reply repeats of its conversation is learned without a row; what a sentence states reads only of its names."""
+"""Names that a reply repeats are learned without rows, and a statement reads only episodes that have a name of it."""
 
 from __future__ import annotations
 
