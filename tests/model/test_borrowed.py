@@ -77,7 +77,7 @@ def test_a_sentence_states_something_unless_it_asks(sentence: str, states: bool)
     assert is_statement(ids(sentence), TABLES) == states
 
 
-def test_a_name_is_an_unknown_word_or_one_with_a_capital_letter() -> None:
+def test_a_name_is_an_unknown_word_or_long_number_or_has_a_capital_letter() -> None:
     def names(sentence: str) -> set[int]:
         return set(names_of(ids(sentence), TABLES, LEXICON))
 
@@ -86,4 +86,6 @@ def test_a_name_is_an_unknown_word_or_one_with_a_capital_letter() -> None:
     assert names(" the| team| is| here|.") == set()
     assert names(" Hal|uw|ick|.") == {unknown}
     assert names(" I| am| Anna|.") == {anna}
+    assert names(" I| am| 4|7|1|7|.") == set(words_of(ids(" 4|7|1|7"), TABLES))
+    assert names(" I| am| 4|7|1|.") == set()  # other things have this number, too
     assert names(" Anna| is| here|.") == set()  # every sentence begins with a capital letter

@@ -20,6 +20,7 @@ from model.memory.episodic.word_tables import (
     word_hash,
 )
 
+MIN_DIGITS = 4  # a shorter number may well be of something else
 MAX_NAME_FREQUENCY = 0.01  # a more frequent word is no name, however it is written
 
 
@@ -56,10 +57,16 @@ def is_statement(sentence: Sequence[int], tables: WordTables) -> bool:
 
 
 def names_of(sentence: Sequence[int], tables: WordTables, lexicon: Lexicon) -> frozenset[int]:
-    """Return the hashes of a sentence's names: words and numbers that the lexicon does not know, and words that are
-    written with a capital letter after the first word."""
-    words = split_words(sentence, tables)
+    """Return the hashes of a sentence's names: words and long numbers that the lexicon does not know, and words that
+    are written with a capital letter after the first word."""
+    words = [word for word in split_words(sentence, tables) if not 0 < _num_digits(word, tables) < MIN_DIGITS]
     hashes = np.array([word_hash(word, tables) for word in words], np.uint32)
     capital = np.array([place > 0 and bool(tables.capital[word[0]]) for place, word in enumerate(words)], np.bool_)
     is_name = ~lexicon.knows(hashes) | (capital & (lexicon.frequencies(hashes) < MAX_NAME_FREQUENCY))
     return frozenset(hashes[is_name].tolist())
+
+
+def _num_digits(word: Sequence[int], tables: WordTables) -> int:
+    """Return the number of digits of a word that is a number, else 0."""
+    digits = tables.digits[np.asarray(word)]
+    return int(digits.sum()) if digits.all() else 0

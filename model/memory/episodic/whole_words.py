@@ -57,6 +57,6 @@ def _last_word(text: Sequence[int], tables: WordTables) -> Sequence[int]:
 def _is_copied(word: Sequence[int], tables: WordTables, lexicon: Lexicon) -> bool:
     if len(word) < 2:
         return False
-    if tables.is_number[np.asarray(word)].all():
+    if tables.digits[np.asarray(word)].all():
         return True
     return not lexicon.knows(np.array([word_hash(word, tables)], np.uint32))[0]

@@ -29,7 +29,7 @@ class WordTables:
     is_word: whether the token is part of a word. starts: whether it begins a word. hashes, powers: of its bytes, so
     that a word's hash is `hash * power + hash of the next token`. stem_hashes, stem_powers: without a final "s".
     breaks: `NO_BREAK` to `PARAGRAPH_END`, the end of a text's unit after the token. asks: whether the token ends with a
-    question mark. is_number: whether the token has digits only. capital: whether it begins with a capital letter.
+    question mark. digits: number of digits of a token that has nothing else, else 0. capital: whether it begins with a capital letter.
     """
 
     is_word: NDArray[np.bool_]
@@ -40,24 +40,26 @@ class WordTables:
     stem_powers: Array
     breaks: NDArray[np.uint8]
     asks: NDArray[np.bool_]
-    is_number: NDArray[np.bool_]
+    digits: NDArray[np.uint8]
     capital: NDArray[np.bool_]
 
 
 def build_tables(vocabulary: Sequence[bytes]) -> WordTables:
     """Return the tables of a vocabulary, given the bytes of each token; a special token has no bytes."""
     size = len(vocabulary)
-    flags, numbers = np.zeros((5, size), np.bool_), np.zeros((4, size), np.uint32)
+    flags, numbers = np.zeros((4, size), np.bool_), np.zeros((4, size), np.uint32)
     hashes, powers, stem_hashes, stem_powers = numbers
-    breaks = np.zeros(size, np.uint8)
-    tables = WordTables(flags[0], flags[1], hashes, powers, stem_hashes, stem_powers, breaks, *flags[2:])
+    breaks, digits = np.zeros((2, size), np.uint8)
+    tables = WordTables(
+        flags[0], flags[1], hashes, powers, stem_hashes, stem_powers, breaks, flags[2], digits, flags[3]
+    )
     for token, text in enumerate(vocabulary):
         word = _lower(text.lstrip())
         tables.breaks[token] = _break_after(text)
         tables.asks[token] = text.rstrip().endswith((b"?", "？".encode()))
         if not _is_word(word):
             continue
-        tables.is_word[token], tables.is_number[token] = True, word.isdigit()
+        tables.is_word[token], tables.digits[token] = True, len(word) if word.isdigit() else 0
         tables.capital[token] = text.lstrip()[:1].isupper()
         tables.starts[token] = text[:1].isspace() or _is_ideograph(word)
         tables.hashes[token], tables.powers[token] = hash_bytes(word)
