@@ -29,7 +29,8 @@ class WordTables:
     is_word: whether the token is part of a word. starts: whether it begins a word. hashes, powers: of its bytes, so
     that a word's hash is `hash * power + hash of the next token`. stem_hashes, stem_powers: without a final "s".
     breaks: `NO_BREAK` to `PARAGRAPH_END`, the end of a text's unit after the token. asks: whether the token ends with a
-    question mark. digits: number of digits of a token that has nothing else, else 0. capital: whether it begins with a capital letter.
+    question mark. digits: number of digits of a token that has nothing else, else 0. capital: whether it begins with a
+    capital letter.
     """
 
     is_word: NDArray[np.bool_]
