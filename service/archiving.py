@@ -27,7 +27,7 @@ async def archive_idle(archive: SessionArchive, idle_s: float, metrics: Metrics)
         with suppress(Unavailable):
             if await archive.take_turn(owner, 3 * pause):
                 counts = Counter[str]()
-                await archive.archive_idle(idle_s, lambda outcome: counts.update([outcome]))
+                await archive.archive_idle(idle_s, counts)
                 metrics.sessions_archived.set(counts["archived"] + counts["done"])
                 if time.monotonic() - swept > SWEEP_S or not swept:
                     metrics.archive_orphans_total.inc(await archive.sweep())

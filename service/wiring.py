@@ -172,6 +172,8 @@ def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive:
         lease_s=settings.lease_s,
         wait_s=settings.lease_wait_s,
     )
+    if settings.archive_after_s and not settings.archive_url:
+        raise StartError(f"IMPRINT_ARCHIVE_AFTER_S is {settings.archive_after_s} and needs IMPRINT_ARCHIVE_URL")
     try:
         objects = Objects(settings.archive_url) if settings.archive_url else None
     except ObjectsError as error:

@@ -22,7 +22,7 @@ import json
 import logging
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from service.store.objects import Objects, StoredObject
 from service.store.redis import codec
 from service.store.redis.codec import ARCHIVED, FORMAT, Keys, tenant_and_session
 from service.store.redis.connect import AnyRedis
+from service.store.redis.index import SessionIndex
 from service.store.redis.record import RecordError, SessionRecord, unpack_record
 from service.store.redis.scripts import ALLOW_OOM, CLIENT_ERRORS, load_script, retry_while_away
 
@@ -45,6 +46,7 @@ AT_ONCE = 2  # records in memory, of 1 MB as a rule; of 80 MiB, and three times 
 SCANNED_AT_ONCE = 1000
 MAX_READS = 4
 SUFFIX = ".session"
+MARK = "imprint.json"  # of a folder: tells an archive without a file from a folder that is not mounted
 STUB_FIELDS = {b"format", b"version", b"created", b"nonce", b"options", b"once_until", b"once_lost"}
 NOT_IN_STUB = {"digests", "options", "version", "created"}  # of SessionMeta: large, or fields of the stub itself
 OF_NO_RECORD = {b"archived", b"brought", b"file"}  # fields of the meta hash that are about files
@@ -98,14 +100,15 @@ class SessionArchive:
         self,
         client: AnyRedis,
         keys: Keys,
+        index: SessionIndex,
         objects: Objects | None,
         ttl_s: int = 0,
         report: Report = lambda step, seconds: None,
     ) -> None:
         self._client: Any = client  # whose types would have replies be text
-        self._keys, self._objects, self._report = keys, objects, report
+        self._keys, self._index, self._objects, self._report = keys, index, objects, report
         self._ttl_s = ttl_s
-        self._folder = ""
+        self._folder, self._is_marked = "", False
         self._archive = load_script(client, "common", "archive", first_line=ALLOW_OOM)
         self._bring = load_script(client, "common", "bring")
         self._upgrade = load_script(client, "common", "pages", "upgrade", first_line=ALLOW_OOM)
@@ -145,7 +148,7 @@ class SessionArchive:
 
     async def _move(self, tenant: str, sid: str) -> Outcome:
         key = self._keys.session(tenant, sid, "archiving")
-        name = file_name(await self.folder(), tenant, sid, secrets.token_hex(8))
+        name = file_name(await self._marked_folder(), tenant, sid, secrets.token_hex(8))
         if not await retry_while_away(lambda: self._client.set(key, name, nx=True, ex=RIGHT_S)):
             return "busy"
         outcome: Outcome = "gone"
@@ -214,7 +217,7 @@ class SessionArchive:
         record = await self._fetch(tenant, sid, stub)
         if record is None:
             if await self.stub(tenant, sid) == raw:
-                raise errors.damaged_session(sid, "its file is missing from the archive")
+                raise await self._missing(sid)
             return False  # another server has brought the session back, or somebody has erased it
         known = STUB_FIELDS - {b"format"} | OF_NO_RECORD
         meta = {field: value for field, value in record.meta.items() if field not in known}
@@ -247,6 +250,23 @@ class SessionArchive:
         except Unavailable:
             log.error("a file of the archive that nobody needs could not be removed; a later sweep does it")
             self._report("remove_failed", 0.0)
+
+    async def _missing(self, sid: str) -> Exception:
+        """Return the error for a session whose file is not there."""
+        if await self.objects.exists(f"{await self.folder()}/{MARK}"):
+            return errors.damaged_session(sid, "its file is missing from the archive")
+        return StoreUnavailable(
+            "IMPRINT_ARCHIVE_URL names a place without the archive of this store; is a disk not mounted?",
+            code="archive_unavailable",
+            retry_after=10.0,
+        )
+
+    async def _marked_folder(self) -> str:
+        folder = await self.folder()
+        if not self._is_marked:
+            await self.objects.put(f"{folder}/{MARK}", b"{}")
+            self._is_marked = True
+        return folder
 
     async def remove_files(self, raw: bytes | None = None, name: bytes | None = None) -> None:
         """Remove the files of a session that is erased: that of its stub, and one that lingers. Never raises."""
@@ -283,7 +303,7 @@ class SessionArchive:
             if (archived := await self._fetch(tenant, sid, stub)) is not None:
                 kept = {field: value for field, value in record.meta.items() if field in STUB_FIELDS - {b"format"}}
                 return SessionRecord(tenant, sid, {**archived.meta, **kept}, archived.hashes, archived.log)
-        raise errors.damaged_session(sid, "its file is missing from the archive")
+        raise await self._missing(sid)
 
     async def store(self, record: SessionRecord, *, replace: bool) -> bool:
         """Store the session of a record; return False if there is a session of its id and `replace` is not set."""
@@ -291,7 +311,8 @@ class SessionArchive:
         old = await self.stub(tenant, sid) if replace else None
         meta = {field: value for field, value in record.meta.items() if field not in OF_NO_RECORD}
         args = _bring_args(b"*" if replace else b"", self._ttl_s, meta, record)
-        done = await retry_while_away(lambda: self._bring([self._keys.meta(tenant, sid)], args))
+        async with self._index.naming(tenant, sid, new=True):
+            done = await retry_while_away(lambda: self._bring([self._keys.meta(tenant, sid)], args))
         if old is not None:
             await self.remove(Stub.of(old).name)
         return bool(done == b"done")
@@ -354,26 +375,21 @@ class SessionArchive:
             for key, found in zip(keys, values, strict=True)
         ]
 
-    async def archive_idle(self, idle_s: float, note: Callable[[str], None] = lambda outcome: None) -> None:
+    async def archive_idle(self, idle_s: float, counts: Counter[str]) -> None:
         """Archive the sessions that nobody has taught, and that were not brought back, within `idle_s` seconds.
 
-        note: is called for each session of the store with "archived" (before this call), "active" or an `Outcome`.
+        counts: counts the sessions of the store: "archived" (before this call), "active", or by `Outcome`.
         """
 
         async def move(tenant: str, sid: str) -> None:
-            try:
-                note(await self.archive(tenant, sid))
-            except (EngineError, StoreUnavailable) as error:
-                if error.code == "archive_unavailable":
-                    raise  # all others would fail, too
-                note("damaged")
+            counts[await self.archive(tenant, sid)] += 1
 
         async for page in self.scan("format", "updated", "brought"):
             oldest, idle = time.time() - idle_s, []
             for tenant, sid, found in page:
                 last = max(float(found["updated"] or "inf"), float(found["brought"] or 0))
                 if found["format"] == ARCHIVED or last > oldest:
-                    note("archived" if found["format"] == ARCHIVED else "active")
+                    counts["archived" if found["format"] == ARCHIVED else "active"] += 1
                 else:
                     idle.append((tenant, sid))
             for at in range(0, len(idle), AT_ONCE):

@@ -129,7 +129,7 @@ class RedisStore:
         self._heartbeat = Heartbeat(client, self._keys)
         self._report_fault = report_fault
         self._index = SessionIndex(client, self._keys, report_fault)
-        self.archive = SessionArchive(client, self._keys, objects, self._retention.ttl_s, report_archive)
+        self.archive = SessionArchive(client, self._keys, self._index, objects, self._retention.ttl_s, report_archive)
 
     @classmethod
     def from_url(
