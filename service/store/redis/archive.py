@@ -25,7 +25,6 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from service.errors import EngineError, StoreUnavailable, Unavailable
@@ -44,7 +43,7 @@ LINGER_S = 60.0  # for which the file of a session that was brought back stays
 MAX_LINGERING = 10_000  # files that a server removes itself; `sweep` removes the others
 AT_ONCE = 2  # records in memory, of 1 MB as a rule; of 80 MiB, and three times in memory, at the limits
 SCANNED_AT_ONCE = 1000
-MAX_READS = 4
+MAX_READS = 16
 SUFFIX = ".session"
 MARK = "imprint.json"  # of a folder: tells an archive without a file from a folder that is not mounted
 STUB_FIELDS = {b"format", b"version", b"created", b"nonce", b"options", b"once_until", b"once_lost"}
@@ -59,7 +58,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stub:
-    """Where the file of an archived session is. raw: the field `archived` as it is stored."""
+    """The place of the file of an archived session. raw: the field `archived` as it is stored."""
 
     name: str
     sha256: str
@@ -153,7 +152,9 @@ class SessionArchive:
             return "busy"
         outcome: Outcome = "gone"
         try:
-            record = await self._read(tenant, sid)
+            record = await self._read_once(tenant, sid)
+            if record is not None and not record.meta:
+                return "changed"
             if record is None or record.meta.get(b"format") != FORMAT or b"nonce" not in record.meta:
                 return "gone" if record is None else "empty"
             if damage := await asyncio.to_thread(record.find_damage):
@@ -294,16 +295,22 @@ class SessionArchive:
         Raises EngineError (`damaged_session`) for a session that is not whole.
         """
         for _ in range(MAX_READS):
-            record = await self._read(tenant, sid)
-            if record is None or record.meta.get(b"format") != ARCHIVED:
-                if record is not None and (damage := await asyncio.to_thread(record.find_damage)):
+            record = await self._read_once(tenant, sid)
+            if record is None:
+                return None
+            if not record.meta:
+                continue  # a commit came between the reads
+            if record.meta.get(b"format") != ARCHIVED:
+                if damage := await asyncio.to_thread(record.find_damage):
                     raise errors.damaged_session(sid, damage)
                 return record
             stub = Stub.of(record.meta[b"archived"])
             if (archived := await self._fetch(tenant, sid, stub)) is not None:
                 kept = {field: value for field, value in record.meta.items() if field in STUB_FIELDS - {b"format"}}
                 return SessionRecord(tenant, sid, {**archived.meta, **kept}, archived.hashes, archived.log)
-        raise await self._missing(sid)
+            if await self.stub(tenant, sid) == stub.raw:
+                raise await self._missing(sid)
+        raise StoreUnavailable(f"session {sid!r} changes too often to be read, try again", retry_after=1.0)
 
     async def store(self, record: SessionRecord, *, replace: bool) -> bool:
         """Store the session of a record; return False if there is a session of its id and `replace` is not set."""
@@ -317,28 +324,29 @@ class SessionArchive:
             await self.remove(Stub.of(old).name)
         return bool(done == b"done")
 
-    async def _read(self, tenant: str, sid: str) -> SessionRecord | None:
-        """Return what the store has of a session, all of one commit."""
-        log_key = self._keys.session(tenant, sid, "log")
-        for _ in range(MAX_READS):
-            meta: dict[bytes, bytes] = await self._hash(tenant, sid, "meta")
-            if not meta:
-                return None
-            if meta.get(b"format") in codec.OLD_FORMATS:
-                await retry_while_away(lambda: self._upgrade([self._keys.meta(tenant, sid)], [self._ttl_s]))
-                continue
-            names = [*(f"rows:{site}" for site in codec.row_sizes(meta)), "undo"]
-            hashes = {name: fields for name in names if (fields := await self._hash(tenant, sid, name))}
-            entries = await retry_while_away(partial(self._client.lrange, log_key, 0, -1))
-            now = await self._hash(tenant, sid, "meta")
-            if all(meta.get(field) == now.get(field) for field in (b"format", b"created", b"nonce", b"archived")):
-                return SessionRecord(tenant, sid, meta, hashes, entries)
-        raise StoreUnavailable(f"session {sid!r} changes too often to be read, try again", retry_after=1.0)
+    async def _read_once(self, tenant: str, sid: str) -> SessionRecord | None:
+        """Return what the store has of a session; None if there is none; no meta if a commit came meanwhile."""
+        meta = await retry_while_away(lambda: self._client.hgetall(self._keys.meta(tenant, sid)))
+        if meta.get(b"format") in codec.OLD_FORMATS:
+            await retry_while_away(lambda: self._upgrade([self._keys.meta(tenant, sid)], [self._ttl_s]))
+            return SessionRecord(tenant, sid, {}, {}, [])
+        names = [*(f"rows:{site}" for site in codec.row_sizes(meta)), "undo"]
 
-    async def _hash(self, tenant: str, sid: str, suffix: str) -> dict[bytes, bytes]:
-        key = self._keys.session(tenant, sid, suffix)
-        fields: dict[bytes, bytes] = await retry_while_away(lambda: self._client.hgetall(key))
-        return fields
+        async def read() -> list[Any]:
+            pipeline = self._client.pipeline(transaction=False)
+            for name in names:
+                pipeline.hgetall(self._keys.session(tenant, sid, name))
+            pipeline.lrange(self._keys.session(tenant, sid, "log"), 0, -1)
+            pipeline.hgetall(self._keys.meta(tenant, sid))
+            return list(await pipeline.execute())
+
+        if not meta:
+            return None
+        *hashes, entries, now = await retry_while_away(read)
+        if any(meta.get(field) != now.get(field) for field in (b"format", b"created", b"nonce", b"archived")):
+            return SessionRecord(tenant, sid, {}, {}, [])
+        found = {name: fields for name, fields in zip(names, hashes, strict=True) if fields}
+        return SessionRecord(tenant, sid, meta, found, entries)
 
     # --- all sessions ----------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class SessionRecord:
-    """What the store keeps of a session.
+    """All that the store keeps of a session, of one version.
 
     Attributes:
         meta: the meta hash.

@@ -25,8 +25,12 @@ while at <= #ARGV do
     redis.call('UNLINK', HOME .. name)
   end
   for first = at + 2, last, PER_CALL do
-    local write = name == 'log' and 'RPUSH' or 'HSET'
-    redis.call(write, HOME .. name, unpack(ARGV, first, math.min(first + PER_CALL - 1, last)))
+    local upto = math.min(first + PER_CALL - 1, last)
+    if name == 'log' then
+      redis.call('RPUSH', LOG, unpack(ARGV, first, upto))
+    else
+      redis.call('HSET', HOME .. name, unpack(ARGV, first, upto))
+    end
   end
   if life > 0 then
     redis.call('PEXPIRE', HOME .. name, life)
