@@ -60,7 +60,7 @@ def compression(samples: list[SessionRecord]) -> Table:
     pages = [
         page for record in samples for name, site in record.hashes.items() if name != "undo" for page in site.values()
     ]
-    trained = zstandard.train_dictionary(16_384, pages[::2])
+    trained = zstandard.train_dictionary(16_384, [*pages[::2]])
     whole = [
         b"".join(part for fields in record.hashes.values() for pair in fields.items() for part in pair)
         for record in samples

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 60.0  # of one operation, its repetitions included
 LISTED_AT_ONCE = 1000
-CLIENT_OPTIONS = {"timeout": "20s", "connect_timeout": "3s"}
+# Without TLS only where the operator's own endpoint has none.
+CLIENT_OPTIONS = {"timeout": "20s", "connect_timeout": "3s", "allow_http": True}
 RETRIES = {"max_retries": 3}
 LACKS_EXTRA = "it needs the packages of `pip install imprint[archive]`"
 
@@ -82,14 +83,14 @@ class Objects:
             return (await reply.bytes_async()).to_bytes()
 
         try:
-            return await self._call(read())
+            return await self._call(read(), may_be_absent=True)
         except FileNotFoundError:
             return None
 
     async def exists(self, name: str) -> bool:
         """Return whether there is a file of that name."""
         try:
-            await self._call(self._store.head_async(name))
+            await self._call(self._store.head_async(name), may_be_absent=True)
         except FileNotFoundError:
             return False
         return True
@@ -97,7 +98,7 @@ class Objects:
     async def delete(self, name: str) -> None:
         """Remove a file. Idempotent."""
         try:
-            await self._call(self._store.delete_async(name))
+            await self._call(self._store.delete_async(name), may_be_absent=True)
         except FileNotFoundError:
             return
 
@@ -112,15 +113,18 @@ class Objects:
             now = time.time()
             yield [StoredObject(x["path"], x["size"], now - x["last_modified"].timestamp()) for x in page]
 
-    async def _call(self, operation: Awaitable[T]) -> T:
+    async def _call(self, operation: Awaitable[T], *, may_be_absent: bool = False) -> T:
+        """Return what an operation returns; raise FileNotFoundError only if the file `may_be_absent`."""
         from obstore.exceptions import AlreadyExistsError
 
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await operation
-        except (FileNotFoundError, AlreadyExistsError, StopAsyncIteration):
+        except (AlreadyExistsError, StopAsyncIteration):
             raise
         except Exception as error:
+            if may_be_absent and isinstance(error, FileNotFoundError):
+                raise
             log.warning("the archive does not answer: %s", str(error).partition("\n")[0] or type(error).__name__)
             raise StoreUnavailable(
                 "the archive of idle sessions does not answer, try again", code="archive_unavailable", retry_after=2.0
