@@ -81,11 +81,9 @@ def archive_sessions(sessions: Sequence[str], idle_s: int | None) -> Counter[str
             counts[await store.archive.archive(tenant or "default", sid)] += 1
         if not sessions:
             idle = settings.archive_after_s if idle_s is None else idle_s
-            moving = asyncio.create_task(store.archive.archive_idle(idle, counts))
-            while not moving.done():
-                await asyncio.wait({moving}, timeout=0.2)
-                note(counts)
-            await moving
+            async for so_far in store.archive.archive_idle(idle):
+                note(so_far)
+                counts.update(so_far - counts)
 
     _run(work)
     return counts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from service.errors import StoreUnavailable
+from service.errors import ArchiveUnavailable
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -42,7 +42,7 @@ class StoredObject:
 
 
 class Objects:
-    """The files under one address. Every method raises StoreUnavailable (`archive_unavailable`) while that is away.
+    """The files under one address. Every method raises ArchiveUnavailable while that is away.
 
     url: a folder, or `file://`, `s3://bucket/prefix`, `gs://`, `az://`; keys and endpoint come from the environment
         (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …). Raises ObjectsError.
@@ -126,9 +126,7 @@ class Objects:
             if may_be_absent and isinstance(error, FileNotFoundError):
                 raise
             log.warning("the archive does not answer: %s", str(error).partition("\n")[0] or type(error).__name__)
-            raise StoreUnavailable(
-                "the archive of idle sessions does not answer, try again", code="archive_unavailable", retry_after=2.0
-            ) from error
+            raise ArchiveUnavailable("the archive of idle sessions does not answer, try again") from error
 
 
 def _sync(file: Path, root: Path) -> None:

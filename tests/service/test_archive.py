@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from service.errors import EngineError, StoreUnavailable
+from service.errors import EngineError, StoreFull, StoreUnavailable
 from service.store import CommitMetadata, IdempotencyRecord
 from service.store.objects import Objects, ObjectsError
 from service.store.redis import archive as archive_module
@@ -280,6 +279,22 @@ async def test_a_damaged_file_is_named_and_erased(store: RedisStore, folder: Pat
     assert await store.delete("t", "s") and not files(folder)
 
 
+async def test_a_full_store_archives_and_brings_nothing_back(store: RedisStore, raw: Any) -> None:
+    await teach(store)
+    await teach(store, "other")
+    await store.archive.archive("t", "other")
+    raw.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(StoreFull):
+            await store.load("t", "other")
+        assert await store.archive.archive("t", "s") == "done"
+        assert await store.archive.take_turn("one", 10)
+    finally:
+        raw.config_set("maxmemory", 0)
+    await assert_whole(store, "other", 3)
+    await assert_whole(store, "s", 3)
+
+
 async def test_a_server_without_the_archive_says_so(url: str, store: RedisStore) -> None:
     await teach(store)
     await store.archive.archive("t", "s")
@@ -430,12 +445,8 @@ async def test_only_idle_sessions_are_archived(store: RedisStore, raw: Any, fold
     raw.hset("imprint:{t/used}:meta", "updated", raw.time()[0] - 50)
     await store.archive.archive("t", "returned")
     await store.load("t", "returned")
-    counts = Counter[str]()
-    await store.archive.archive_idle(100, counts)
-    assert counts == {"done": 1, "active": 2, "empty": 1}
-    again = Counter[str]()
-    await store.archive.archive_idle(100, again)
-    assert again == {"archived": 1, "active": 2, "empty": 1}
+    assert [counts async for counts in store.archive.archive_idle(100)] == [{"done": 1, "active": 2, "empty": 1}]
+    assert [counts async for counts in store.archive.archive_idle(100)] == [{"archived": 1, "active": 2, "empty": 1}]
     assert await store.archive.take_turn("one", 10) and await store.archive.take_turn("one", 10)
     assert not await store.archive.take_turn("two", 10)
 
@@ -446,9 +457,9 @@ async def test_the_sessions_of_a_cluster_are_archived(tmp_path: Path, folder: Pa
         async with opened(url, folder) as store:
             for number in range(6):
                 await teach(store, f"s{number}", 2)
-            counts = Counter[str]()
-            await store.archive.archive_idle(100, counts)
-            assert counts == {"done": 6} and len(files(folder)) == 6
+            assert [counts async for counts in store.archive.archive_idle(100)] == [{"done": 6}] and len(
+                files(folder)
+            ) == 6
             assert await store.archive.sweep(0) == 0
             for number in range(6):
                 await assert_whole(store, f"s{number}", 2)

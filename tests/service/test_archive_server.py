@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from service.cli.main import app
 from service.errors import CommandError
 from tests.conftest import Server
-from tests.live import VOLATILE_FIELDS, Client, assert_error, state, stored, wait_until
+from tests.live import VOLATILE_FIELDS, Client, assert_error, assert_success, state, stored, wait_until
 from tests.service.test_archive import files
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
@@ -182,7 +182,8 @@ def taught(tiny_base: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server = Server(str(tiny_base), tmp_path / "data", redis_url=url).start()
         with Client(server.url) as client:
             for session in ("a", "b", "c"):
-                client.observe(session, TEXT[:200])
+                key = {"Idempotency-Key": f"first of {session}"}
+                assert_success(client.post(f"sessions/{session}/observe", {"text": TEXT[:200]}, **key))
                 client.observe(session, session + TEXT[200:300])
         assert server.stop() == 0
         yield url, tmp_path / "archive"
@@ -226,7 +227,8 @@ def test_a_backup_is_restored(
         assert store("restore", place) == {"restored": 4}
         assert states(redis, "b", "c") == before[1:]
         assert [x["id"] for x in client.http.get("/v1/sessions").json()["data"]] == ["a", "b", "c", "new"]
-        assert client.observe("a", TEXT[80:160])["version"] == 4
+        later = client.post("sessions/a/observe", {"text": TEXT[80:160]}, **{"Idempotency-Key": "later"})
+        assert assert_success(later)["version"] == 4, "no remembered answer is missing"
     assert store("verify")["whole"] == 4
 
 

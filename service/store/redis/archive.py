@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from service.errors import EngineError, StoreUnavailable, Unavailable
+from service.errors import ArchiveUnavailable, EngineError, StoreUnavailable, Unavailable
 from service.store import errors
 from service.store.objects import Objects, StoredObject
 from service.store.redis import codec
@@ -108,6 +108,7 @@ class SessionArchive:
         self._keys, self._index, self._objects, self._report = keys, index, objects, report
         self._ttl_s = ttl_s
         self._folder, self._is_marked = "", False
+        self._take = load_script(client, "take", first_line=ALLOW_OOM)
         self._archive = load_script(client, "common", "archive", first_line=ALLOW_OOM)
         self._bring = load_script(client, "common", "bring")
         self._upgrade = load_script(client, "common", "pages", "upgrade", first_line=ALLOW_OOM)
@@ -117,13 +118,10 @@ class SessionArchive:
 
     @property
     def objects(self) -> Objects:
-        """Return where the files are. Raises StoreUnavailable if this server has no archive."""
+        """Return where the files are. Raises ArchiveUnavailable if this server has none."""
         if self._objects is None:
-            raise StoreUnavailable(
-                "the session is in the archive, and this server has none: set IMPRINT_ARCHIVE_URL to the archive's"
-                " address",
-                code="archive_unavailable",
-                retry_after=10.0,
+            raise ArchiveUnavailable(
+                "the session is in the archive, and this server has none: set IMPRINT_ARCHIVE_URL to its address"
             )
         return self._objects
 
@@ -148,7 +146,7 @@ class SessionArchive:
     async def _move(self, tenant: str, sid: str) -> Outcome:
         key = self._keys.session(tenant, sid, "archiving")
         name = file_name(await self._marked_folder(), tenant, sid, secrets.token_hex(8))
-        if not await retry_while_away(lambda: self._client.set(key, name, nx=True, ex=RIGHT_S)):
+        if not await retry_while_away(lambda: self._take([key], [name, 1000 * RIGHT_S])):
             return "busy"
         outcome: Outcome = "gone"
         try:
@@ -181,7 +179,7 @@ class SessionArchive:
         await self.objects.put(name, data)
         if await self.objects.get(name) != data:
             await self.remove(name)
-            raise StoreUnavailable("the archive does not return what was written to it", code="archive_unavailable")
+            raise ArchiveUnavailable("the archive does not return what was written to it")
 
     async def bring_back(self, tenant: str, sid: str) -> None:
         """Bring an archived session back to the store. Idempotent; no effect on a session that is no stub.
@@ -256,10 +254,8 @@ class SessionArchive:
         """Return the error for a session whose file is not there."""
         if await self.objects.exists(f"{await self.folder()}/{MARK}"):
             return errors.damaged_session(sid, "its file is missing from the archive")
-        return StoreUnavailable(
-            "IMPRINT_ARCHIVE_URL names a place without the archive of this store; is a disk not mounted?",
-            code="archive_unavailable",
-            retry_after=10.0,
+        return ArchiveUnavailable(
+            "IMPRINT_ARCHIVE_URL names a place without the archive of this store; is a disk not mounted?"
         )
 
     async def _marked_folder(self) -> str:
@@ -278,7 +274,7 @@ class SessionArchive:
         """Return the folder of the archive that belongs to this store alone, so that stores can share an address."""
         if not self._folder:
             key = self._keys.archive
-            await retry_while_away(lambda: self._client.set(key, secrets.token_hex(8), nx=True))
+            await retry_while_away(lambda: self._take([key], [secrets.token_hex(8), ""]))
             self._folder = (await retry_while_away(lambda: self._client.get(key))).decode()
         return self._folder
 
@@ -316,7 +312,8 @@ class SessionArchive:
         """Store the session of a record; return False if there is a session of its id and `replace` is not set."""
         tenant, sid = record.tenant, record.sid
         old = await self.stub(tenant, sid) if replace else None
-        meta = {field: value for field, value in record.meta.items() if field not in OF_NO_RECORD}
+        foreign = OF_NO_RECORD | {b"once_until", b"once_lost"}  # no record has the remembered answers
+        meta = {field: value for field, value in record.meta.items() if field not in foreign}
         args = _bring_args(b"*" if replace else b"", self._ttl_s, meta, record)
         async with self._index.naming(tenant, sid, new=True):
             done = await retry_while_away(lambda: self._bring([self._keys.meta(tenant, sid)], args))
@@ -383,25 +380,30 @@ class SessionArchive:
             for key, found in zip(keys, values, strict=True)
         ]
 
-    async def archive_idle(self, idle_s: float, counts: Counter[str]) -> None:
+    async def archive_idle(self, idle_s: float) -> AsyncIterator[Counter[str]]:
         """Archive the sessions that nobody has taught, and that were not brought back, within `idle_s` seconds.
 
-        counts: counts the sessions of the store: "archived" (before this call), "active", or by `Outcome`.
+        Yields, now and then, how many sessions were "archived" before, are "active", or had which `Outcome`.
         """
+        counts = Counter[str]()
 
         async def move(tenant: str, sid: str) -> None:
-            counts[await self.archive(tenant, sid)] += 1
+            try:
+                counts[await self.archive(tenant, sid)] += 1
+            except EngineError:
+                counts["damaged"] += 1
 
-        async for page in self.scan("format", "updated", "brought"):
+        async for page in self.scan("format", "nonce", "updated", "brought"):
             oldest, idle = time.time() - idle_s, []
             for tenant, sid, found in page:
                 last = max(float(found["updated"] or "inf"), float(found["brought"] or 0))
-                if found["format"] == ARCHIVED or last > oldest:
-                    counts["archived" if found["format"] == ARCHIVED else "active"] += 1
+                if found["format"] == ARCHIVED or found["nonce"] is None or last > oldest:
+                    counts["archived" if found["format"] == ARCHIVED else "active" if last > oldest else "empty"] += 1
                 else:
                     idle.append((tenant, sid))
             for at in range(0, len(idle), AT_ONCE):
                 await asyncio.gather(*(move(*session) for session in idle[at : at + AT_ONCE]))
+            yield counts
 
     async def orphans(self, min_age_s: float = ORPHAN_AGE_S) -> AsyncIterator[list[StoredObject]]:
         """Yield, page by page, the files of sessions that no stub names and that are older than `min_age_s`."""
@@ -426,7 +428,7 @@ class SessionArchive:
     async def take_turn(self, owner: str, duration_s: float) -> bool:
         """Return whether this server is the one that looks for idle sessions, for `duration_s` seconds from now."""
         key, duration_ms = self._keys.archiver, int(1000 * duration_s)
-        if await retry_while_away(lambda: self._client.set(key, owner, nx=True, px=duration_ms)):
+        if await retry_while_away(lambda: self._take([key], [owner, duration_ms])):
             return True
         if await retry_while_away(lambda: self._client.get(key)) != owner.encode():
             return False
