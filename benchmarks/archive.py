@@ -99,6 +99,10 @@ async def costs(samples: list[SessionRecord], number: int) -> Table:
     table, times = Table("what", ""), defaultdict[str, list[float]](list)
     with redis_server() as (client, folder):
         store = RedisStore.from_url(f"redis://127.0.0.1:{PORT}", objects=Objects(str(folder / "archive")))
+        for work in (store.archive.archive, store.archive.bring_back, store.delete):
+            if work == store.archive.archive:
+                await store.archive.store(samples[0], replace=False)
+            await work(samples[0].tenant, samples[0].sid)  # scripts, buffers and tables, which are no session's
         empty = used(client)
         rows = 0
         for index in range(number):

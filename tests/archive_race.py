@@ -1,6 +1,6 @@
 """Turns that race archivings: servers teach and read sessions while others archive them, on a real Valkey.
 
-    python -m tests.archive_race --archivings 10000 --processes 2
+    python -m tests.archive_race --archivings 10000 --processes 2 --pause 0.3
 
 Each process has two stores, that is, two servers. Every version writes a row of its own. In the end each session must
 have exactly the versions that its teachers were told, with all rows. An archiving counts as a race if it ended while a
@@ -41,6 +41,7 @@ class Race:
     Attributes:
         url, folder: the Redis and the archive, which all processes share.
         archivings: number of archivings to try.
+        pause_s: most seconds between two turns of a teacher; a longer one leaves archivings more time to be done.
         outcomes: of the archivings; "refused" counts turns that another server's turn preceded.
         told: by session, the versions that teachers were told.
     """
@@ -49,6 +50,7 @@ class Race:
     folder: str
     archivings: int
     seed: int = 0
+    pause_s: float = 0.3
     outcomes: Counter[str] = field(default_factory=Counter)
     told: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
@@ -78,7 +80,7 @@ class Race:
 
     async def _teach(self, server: RedisStore, sid: str, rng: random.Random) -> None:
         while True:
-            await asyncio.sleep(0.3 * rng.random() ** 3)
+            await asyncio.sleep(self.pause_s * rng.random() ** 3)
             turn = asyncio.create_task(self._turn(server, sid, rng.random() < 0.5))
             try:
                 await asyncio.shield(turn)
@@ -127,8 +129,8 @@ async def check(url: str, folder: str, told: dict[str, list[int]]) -> list[str]:
     return wrong
 
 
-def _race(url: str, folder: str, archivings: int, seed: int) -> Race:
-    return asyncio.run(Race(url, folder, archivings, seed).run())
+def _race(url: str, folder: str, archivings: int, seed: int, pause_s: float) -> Race:
+    return asyncio.run(Race(url, folder, archivings, seed, pause_s).run())
 
 
 def main() -> None:
@@ -136,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--archivings", type=int, default=10_000)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=0.3)
     arguments = parser.parse_args()
     (port,) = free_ports(1)
     url, started, share = f"redis://127.0.0.1:{port}", time.monotonic(), arguments.archivings // arguments.processes
@@ -144,7 +147,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory) as folder, valkey(Path(folder) / "valkey", port):
         place = str(Path(folder) / "archive")
         with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
-            races = [pool.submit(_race, url, place, share, seed) for seed in range(arguments.processes)]
+            races = [
+                pool.submit(_race, url, place, share, seed, arguments.pause) for seed in range(arguments.processes)
+            ]
             told, outcomes = defaultdict[str, list[int]](list), Counter[str]()
             for race in races:
                 outcomes += race.result().outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from service.store import CommitMetadata, IdempotencyRecord
 from service.store.objects import Objects, ObjectsError
 from service.store.redis import archive as archive_module
 from service.store.redis.archive import SUFFIX, file_name, owner_of
+from service.store.redis.backup import back_up, choose_backup, list_backups, prune, restore
 from service.store.redis.store import RedisStore
 from tests.archive_race import Race, check
 from tests.service.killed_archiver import ARCHIVE_STEPS, BRING_STEPS, run_killed
@@ -464,3 +466,25 @@ async def test_the_sessions_of_a_cluster_are_archived(tmp_path: Path, folder: Pa
             for number in range(6):
                 await assert_whole(store, f"s{number}", 2)
             assert await store.archive.sweep(0) == 6
+
+
+async def test_the_copies_that_a_kept_backup_needs_stay(store: RedisStore, folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "backups"
+    target = Objects(str(place))
+    await teach(store, "same")
+    await teach(store, "changed")
+    for _ in range(3):
+        await teach(store, "changed", 1)
+        await back_up(store.archive, target)
+    assert len([*place.rglob("*.copy")]) == 4
+    assert await prune(target, 2) == {"backups": 1}, "a copy of today may belong to a backup that is under way"
+    for copy in place.rglob("*.copy"):
+        os.utime(copy, (0, 0))
+    assert await prune(target, 2) == {"copies": 1}
+    assert [backup.counts for backup in await list_backups(target)] == [{"copied": 1, "unchanged": 1}] * 2
+    for sid in ("same", "changed"):
+        await store.delete("t", sid)
+    restored = await restore(store.archive, target, await choose_backup(target, None))
+    assert restored == {"restored": 2}
+    await assert_whole(store, "same", 3)
+    await assert_whole(store, "changed", 6)

@@ -14,7 +14,7 @@ from service.store.redis import codec
 from service.store.redis.codec import pairs
 
 MAGIC = b"imprint-session-1\n"
-LEVEL = 3  # of zstd; docs/decisions has the measurement
+LEVEL = 1  # of zstd; docs/decisions/store.md has the measurement
 MAX_BYTES = 2**30  # of an unpacked record
 
 
