@@ -16,7 +16,7 @@ from service.errors import ArchiveUnavailable
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-TIMEOUT_S = 60.0  # of one operation, its repetitions included
+TIMEOUT_S = 30.0  # of one operation, its repetitions included
 LISTED_AT_ONCE = 1000
 # Without TLS only where the operator's own endpoint has none.
 CLIENT_OPTIONS = {"timeout": "20s", "connect_timeout": "3s", "allow_http": True}

@@ -12,7 +12,7 @@ from typing import Any
 from service.store.objects import Objects
 from service.store.redis.store import RedisStore
 
-ARCHIVE_STEPS = ("_marked_folder", "_read_once", "put", "_write_checked", "_archive")
+ARCHIVE_STEPS = ("folder", "_read_once", "put", "_write_checked", "_archive")
 BRING_STEPS = ("_fetch", "_bring")
 
 _FORKS = multiprocessing.get_context("forkserver")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from service.errors import EngineError, StoreFull, StoreUnavailable
+from service.errors import ArchiveUnavailable, EngineError, StoreFull, StoreUnavailable
 from service.store import CommitMetadata, IdempotencyRecord
 from service.store.objects import Objects, ObjectsError
 from service.store.redis import archive as archive_module
@@ -255,6 +255,10 @@ async def test_an_archive_that_is_away_costs_no_session(store: RedisStore, folde
         with pytest.raises(StoreUnavailable, match="IMPRINT_ARCHIVE_URL") as refused:
             await call
         assert refused.value.code == "archive_unavailable" and refused.value.retry_after
+    folder.mkdir()
+    with pytest.raises(ArchiveUnavailable, match="mounted"):
+        await store.archive.archive("t", "later")
+    folder.rmdir()
     folder.write_text("no folder")
     with pytest.raises(StoreUnavailable) as refused:
         await store.archive.archive("t", "later")
@@ -404,7 +408,7 @@ async def test_what_happens_between_two_steps_of_an_archiving(
     await teach(store)
     expected = []
     async with opened(url, folder) as other:
-        await store.archive._marked_folder()  # its `put` is none of the session's
+        await store.archive.folder()  # its `put` is none of the session's
         owner: Any = store.archive.objects if step == "put" else store.archive
         call = getattr(owner, step)
 

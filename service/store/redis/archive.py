@@ -42,6 +42,8 @@ ORPHAN_AGE_S = 3600.0  # of a file without a stub: no archiving takes so long, w
 LINGER_S = 60.0  # for which the file of a session that was brought back stays
 MAX_LINGERING = 10_000  # files that a server removes itself; `sweep` removes the others
 AT_ONCE = 2  # records in memory, of 1 MB as a rule; of 80 MiB, and three times in memory, at the limits
+FETCHED_AT_ONCE = 4
+WAIT_S = 10.0  # for which a request waits until its session may be fetched
 SCANNED_AT_ONCE = 1000
 MAX_READS = 16
 SUFFIX = ".session"
@@ -107,12 +109,12 @@ class SessionArchive:
         self._client: Any = client  # whose types would have replies be text
         self._keys, self._index, self._objects, self._report = keys, index, objects, report
         self._ttl_s = ttl_s
-        self._folder, self._is_marked = "", False
+        self._folder = ""
         self._take = load_script(client, "take", first_line=ALLOW_OOM)
         self._archive = load_script(client, "common", "archive", first_line=ALLOW_OOM)
         self._bring = load_script(client, "common", "bring")
         self._upgrade = load_script(client, "common", "pages", "upgrade", first_line=ALLOW_OOM)
-        self._archiving, self._fetching = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
+        self._archiving, self._fetching = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(FETCHED_AT_ONCE)
         self._coming: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._lingering: deque[tuple[float, str]] = deque()
 
@@ -145,7 +147,9 @@ class SessionArchive:
 
     async def _move(self, tenant: str, sid: str) -> Outcome:
         key = self._keys.session(tenant, sid, "archiving")
-        name = file_name(await self._marked_folder(), tenant, sid, secrets.token_hex(8))
+        name = file_name(await self.folder(), tenant, sid, secrets.token_hex(8))
+        if not await self._is_there():
+            raise _elsewhere()
         if not await retry_while_away(lambda: self._take([key], [name, 1000 * RIGHT_S])):
             return "busy"
         outcome: Outcome = "gone"
@@ -200,13 +204,19 @@ class SessionArchive:
 
     async def _bring_counted(self, tenant: str, sid: str) -> None:
         started = time.monotonic()
-        async with self._fetching:
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._fetching.acquire()
             try:
                 if await self._return(tenant, sid):
                     self._report("bring", time.monotonic() - started)
-            except (Unavailable, EngineError):
-                self._report("bring_failed", 0.0)
-                raise
+            finally:
+                self._fetching.release()
+        except (Unavailable, EngineError, TimeoutError) as error:
+            self._report("bring_failed", 0.0)
+            if isinstance(error, TimeoutError):
+                raise ArchiveUnavailable("too many sessions wait for the archive, try again") from error
+            raise
 
     async def _return(self, tenant: str, sid: str) -> bool:
         raw = await self.stub(tenant, sid)
@@ -252,18 +262,12 @@ class SessionArchive:
 
     async def _missing(self, sid: str) -> Exception:
         """Return the error for a session whose file is not there."""
-        if await self.objects.exists(f"{await self.folder()}/{MARK}"):
-            return errors.damaged_session(sid, "its file is missing from the archive")
-        return ArchiveUnavailable(
-            "IMPRINT_ARCHIVE_URL names a place without the archive of this store; is a disk not mounted?"
-        )
+        is_missing = await self._is_there()
+        return errors.damaged_session(sid, "its file is missing from the archive") if is_missing else _elsewhere()
 
-    async def _marked_folder(self) -> str:
-        folder = await self.folder()
-        if not self._is_marked:
-            await self.objects.put(f"{folder}/{MARK}", b"{}")
-            self._is_marked = True
-        return folder
+    async def _is_there(self) -> bool:
+        """Return whether the archive is where it was. A disk that is not mounted is an empty folder."""
+        return await self.objects.exists(f"{await self.folder()}/{MARK}")
 
     async def remove_files(self, raw: bytes | None = None, name: bytes | None = None) -> None:
         """Remove the files of a session that is erased: that of its stub, and one that lingers. Never raises."""
@@ -272,10 +276,13 @@ class SessionArchive:
 
     async def folder(self) -> str:
         """Return the folder of the archive that belongs to this store alone, so that stores can share an address."""
-        if not self._folder:
-            key = self._keys.archive
-            await retry_while_away(lambda: self._take([key], [secrets.token_hex(8), ""]))
-            self._folder = (await retry_while_away(lambda: self._client.get(key))).decode()
+        key = self._keys.archive
+        if not self._folder and await retry_while_away(lambda: self._client.get(key)) is None:
+            new = secrets.token_hex(8)
+            await self.objects.put(f"{new}/{MARK}", b"{}")  # first: a folder that the store names has its mark
+            if not await retry_while_away(lambda: self._take([key], [new, ""])):
+                await self.remove(f"{new}/{MARK}")
+        self._folder = self._folder or (await retry_while_away(lambda: self._client.get(key))).decode()
         return self._folder
 
     async def stub(self, tenant: str, sid: str) -> bytes | None:
@@ -433,6 +440,12 @@ class SessionArchive:
         if await retry_while_away(lambda: self._client.get(key)) != owner.encode():
             return False
         return bool(await retry_while_away(lambda: self._client.pexpire(key, duration_ms)))
+
+
+def _elsewhere() -> ArchiveUnavailable:
+    return ArchiveUnavailable(
+        "IMPRINT_ARCHIVE_URL names a place without the archive of this store; is a disk not mounted?"
+    )
 
 
 def _checked_record(data: bytes, tenant: str, sid: str, sha256: str) -> SessionRecord:
