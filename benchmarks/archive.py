@@ -44,6 +44,9 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", help="address of a store whose sessions are the samples")
     parser.add_argument("--sessions", type=int, default=300, help="number of copies")
+    parser.add_argument(
+        "--stubs", type=int, default=100_000, help="number of stubs among which idle sessions are sought"
+    )
     arguments = parser.parse_args()
     source, samples = RedisStore.from_url(arguments.url), list[SessionRecord]()
     async for page in source.archive.scan("version"):
@@ -51,7 +54,7 @@ async def main() -> None:
     await source.close()
     samples = [record for record in samples if record.hashes]  # others are empty
     console.print(compression(samples))
-    console.print(await costs(samples, arguments.sessions))
+    console.print(await costs(samples, arguments.sessions, arguments.stubs))
 
 
 def compression(samples: list[SessionRecord]) -> Table:
@@ -94,7 +97,7 @@ def timed(work: Callable[[bytes], bytes], parts: list[bytes]) -> tuple[list[byte
     return results, min(times)
 
 
-async def costs(samples: list[SessionRecord], number: int) -> Table:
+async def costs(samples: list[SessionRecord], number: int, stubs: int) -> Table:
     """Return what a session costs in Redis and in the archive, and the times of the way there and back."""
     table, times = Table("what", ""), defaultdict[str, list[float]](list)
     with redis_server() as (client, folder):
@@ -119,6 +122,7 @@ async def costs(samples: list[SessionRecord], number: int) -> Table:
         table.add_row("bytes of Redis, archived", f"{(used(client) - empty) // number:,}")
         sizes = [file.stat().st_size for file in (folder / "archive").rglob("*.session")]
         table.add_row("bytes of the file, mean", f"{sum(sizes) // number:,}")
+        table.add_row(f"a look among {stubs:,} stubs, s", f"{await look(store, client, samples[0].tenant, stubs):.1f}")
         for index in range(number):
             tenant = samples[index % len(samples)].tenant
             started = time.perf_counter()
@@ -134,6 +138,23 @@ async def costs(samples: list[SessionRecord], number: int) -> Table:
             f"{1e3 * statistics.median(values):.1f}; {1e3 * sorted(values)[int(0.95 * len(values))]:.1f}",
         )
     return table
+
+
+async def look(store: RedisStore, client: Any, tenant: str, number: int) -> float:
+    """Return the seconds that a look for idle sessions takes among copies of one stub, which are removed then."""
+    stub, names = client.hgetall(f"imprint:{{{tenant}/s0}}:meta"), [f"imprint:{{x/s{n}}}:meta" for n in range(number)]
+    for start in range(0, number, 1000):
+        pipeline = client.pipeline(transaction=False)
+        for name in names[start : start + 1000]:
+            pipeline.hset(name, mapping=stub)
+        pipeline.execute()
+    started = time.perf_counter()
+    async for _ in store.archive.archive_idle(1.0):
+        pass
+    seconds = time.perf_counter() - started
+    for start in range(0, number, 1000):
+        client.unlink(*names[start : start + 1000])
+    return seconds
 
 
 def used(client: Any) -> int:
