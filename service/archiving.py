@@ -25,8 +25,12 @@ log = logging.getLogger(__name__)
 
 
 async def archive_idle(archive: SessionArchive, idle_s: float, metrics: Metrics) -> None:
-    """Archive idle sessions, and remove files that no session has, for ever; rest while another server does so."""
-    owner, pause, swept = secrets.token_hex(8), min(max(LOOK_S, idle_s / LOOKS), MAX_LOOK_S), -math.inf
+    """Archive idle sessions, and remove files that no session has, for ever; rest while another server does so.
+
+    idle_s: seconds without use after which a session is idle; 0 = none ever is.
+    """
+    owner, swept = secrets.token_hex(8), -math.inf
+    pause = min(max(LOOK_S, idle_s / LOOKS), MAX_LOOK_S) if idle_s else MAX_LOOK_S
     while True:
         started = time.monotonic()
         with suppress(Unavailable):
@@ -43,6 +47,8 @@ async def _look(
     """Archive what is idle while it is this server's turn; return whether it was to the end."""
     if not await is_my_turn():
         return False
+    if not idle_s:
+        return True
     num_archived = 0
     async for counts in archive.archive_idle(idle_s):
         num_archived = counts["archived"] + counts["done"]

@@ -150,9 +150,8 @@ def _background_tasks(
         "restore_list": partial(restore_list, store, metrics),
     }
     if settings.archive_url:
+        forever["archive_idle"] = partial(archive_idle, store.archive, settings.archive_after_s, metrics)
         forever["remove_lingering"] = partial(remove_lingering, store.archive)
-        if settings.archive_after_s:
-            forever["archive_idle"] = partial(archive_idle, store.archive, settings.archive_after_s, metrics)
     if embedded is None:
         forever["heartbeat"] = store.heartbeat
     if (trim := find_malloc_trim()) is not None:

@@ -21,7 +21,7 @@ LISTED_AT_ONCE = 1000
 # Without TLS only where the operator's own endpoint has none.
 CLIENT_OPTIONS = {"timeout": "20s", "connect_timeout": "3s", "allow_http": True}
 RETRIES = {"max_retries": 3}
-LACKS_EXTRA = "it needs the packages of `pip install imprint[archive]`"
+LACKS_EXTRA = "the package obstore is missing: pip install 'imprint[archive]'"
 
 T = TypeVar("T")
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
+from service import archiving
 from service.errors import ArchiveUnavailable, EngineError, StoreFull, StoreUnavailable
+from service.metrics import Metrics
 from service.store import CommitMetadata, IdempotencyRecord
-from service.store.objects import Objects, ObjectsError
+from service.store.objects import Objects
 from service.store.redis import archive as archive_module
 from service.store.redis.archive import SUFFIX, file_name, owner_of
 from service.store.redis.backup import back_up, choose_backup, list_backups, prune, restore
@@ -52,17 +55,12 @@ async def store(url: str, raw: Any, folder: Path) -> AsyncIterator[RedisStore]:
         yield store
 
 
-class opened:  # noqa: N801
-    """A store of one more server, closed at the end of the block."""
-
-    def __init__(self, url: str, folder: Path | None) -> None:
-        self._store = RedisStore.from_url(url, objects=None if folder is None else Objects(str(folder)))
-
-    async def __aenter__(self) -> RedisStore:
-        return self._store
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._store.close()
+@asynccontextmanager
+async def opened(url: str, folder: Path | None) -> AsyncIterator[RedisStore]:
+    """Yield a store of one more server."""
+    store = RedisStore.from_url(url, objects=None if folder is None else Objects(str(folder)))
+    yield store
+    await store.close()
 
 
 def files(folder: Path) -> list[Path]:
@@ -234,6 +232,18 @@ async def test_stores_that_share_an_archive_leave_each_other_alone(
     await assert_whole(store, "s", 3)
 
 
+async def test_the_background_work_sweeps_also_where_nothing_is_idle(store: RedisStore, raw: Any, folder: Path) -> None:
+    await teach(store)
+    await store.archive.archive("t", "s")
+    raw.delete("imprint:{t/s}:meta")
+    os.utime(files(folder)[0], (0, 0))
+    work = asyncio.create_task(archiving.archive_idle(store.archive, 0, Metrics()))
+    async with asyncio.timeout(60):
+        while files(folder):
+            await asyncio.sleep(0.01)
+    work.cancel()
+
+
 @pytest.mark.parametrize("name", ["x/t.../s.....1f.session", "x/t.a/s.b.c.1f.session"])
 def test_the_owner_of_a_file(name: str) -> None:
     owner = owner_of(name)
@@ -332,13 +342,6 @@ async def test_what_the_archive_does_not_return_is_not_archived(
         await store.archive.archive("t", "s")
     assert not files(folder)
     await assert_whole(store, "s", 3)
-
-
-def test_an_address_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for wrong in (str(tmp_path / "file" / "x"), "nothing://x"):
-        with pytest.raises(ObjectsError):
-            Objects(wrong)
 
 
 @pytest.mark.parametrize("step", [*ARCHIVE_STEPS, *BRING_STEPS])

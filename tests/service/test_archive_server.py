@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from service.cli.main import app
 from service.errors import CommandError
+from service.store.objects import Objects, ObjectsError
 from tests.conftest import Server
 from tests.live import VOLATILE_FIELDS, Client, assert_error, assert_success, state, stored, wait_until
 from tests.service.test_archive import files
@@ -276,3 +277,10 @@ def test_the_embedded_store_beside_its_server_and_alone(
         store("stat")
     assert store("restore", place) == {"restored": 1}
     assert store("stat")["sessions"] == {"stored": 1}
+
+
+def test_an_address_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for wrong in (str(tmp_path / "file" / "x"), "nothing://x"):
+        with pytest.raises(ObjectsError):
+            Objects(wrong)
