@@ -432,6 +432,7 @@ MAX_SERVICE_FILES = 37
 MAX_MODEL_FILES = 31  # of which six recall
 MAX_ENTRIES = 3
 MORE_ENTRIES = {
+    "service/engine/text_sequence.py": (4, "the inputs of a step, its scores, its draw and what may be shown"),
     "model/episodes.py": (4, "what is read, what is kept, in spans, and what is learned without rows"),
     "service/http/dependencies.py": (5, "FastAPI calls one function a dependency"),
     "service/http/schemas.py": (6, "pydantic calls one validator a field"),
