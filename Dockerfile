@@ -16,7 +16,7 @@ COPY service service
 COPY research research
 COPY benchmarks benchmarks
 RUN --mount=type=cache,target=/var/cache/pip \
-    pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels . \
+    pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels '.[archive]' \
     && if [ "$VARIANT" = cpu ] && [ -n "$(find /wheels -name 'nvidia_*')" ]; then \
         echo "VARIANT=cpu, but pip chose torch's CUDA build: TORCH_INDEX must name an index of CPU builds" >&2; exit 1; \
     fi
@@ -39,7 +39,7 @@ RUN groupadd --gid 10001 imprint \
     && install --directory --owner imprint --group imprint /run/imprint
 # hadolint ignore=DL3013
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    pip install --no-index --find-links /wheels imprint
+    pip install --no-index --find-links /wheels 'imprint[archive]'
 COPY --chmod=0755 docker/entrypoint docker/healthcheck.py /usr/local/libexec/imprint/
 
 USER 10001:10001

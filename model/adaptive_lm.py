@@ -223,6 +223,7 @@ class AdaptiveLM:
         decode_state: DecodeState | None = None,
         score: Sequence[int] | None = None,
         learn: Sequence[int] | None = None,
+        without_rows: Sequence[int] | None = None,
         draft: Draft | None = None,
         score_frozen: bool = False,
         frozen_cache: KVCache | None = None,
@@ -232,7 +233,8 @@ class AdaptiveLM:
 
         The target of position t is token t, predicted from position t − 1 (from `decode_state` for t = 0; the first
         token of a request has no predictor and is never a target). score [T] and learn [T] select targets; the scores
-        returned are those of their union, in order. score_frozen: score without memory too; a memory that is read below
+        returned are those of their union, in order. without_rows [T]: learned targets that change the trust and the
+        guards alone. score_frozen: score without memory too; a memory that is read below
         the output then needs `frozen_cache`, a second cache that has seen the same request. top: number of the
         likeliest tokens to return. Raise PoolFullError: roll the draft back.
         """
@@ -250,7 +252,8 @@ class AdaptiveLM:
             trust, is_learned = scored.trust, learned[wanted]
             scores = Scores(scored.adapted, scored.frozen, is_learned, scored.top)
             if draft is not None and bool(is_learned.any()):
-                self._write(draft, targets.select(is_learned), scored, is_learned)
+                has_row = ~self._mask(without_rows, len(token_ids))[first:][wanted]
+                self._write(draft, targets.select(is_learned), scored, is_learned, has_row[is_learned])
         return states.decode_state(trust), scores
 
     def decode(
@@ -373,11 +376,13 @@ class AdaptiveLM:
 
     # --- write -----------------------------------------------------------------------------------------------------
 
-    def _write(self, draft: Draft, targets: _Targets, scored: _ScoredTargets, mask: Tensor) -> None:
-        """Write the targets, which are those of `scored` that the mask [n] selects, to the draft."""
+    def _write(self, draft: Draft, targets: _Targets, scored: _ScoredTargets, mask: Tensor, has_row: Tensor) -> None:
+        """Write m targets, which are those of `scored` that the mask [n] selects, to the draft; has_row: [m]."""
         if (lexical := self.memory.lexical) is not None and scored.readout is not None:
-            lexical.learn(draft, scored.readout.select(mask), targets.ids, scored.unmixed_log_probs[mask])
-        if self.memory.residual:
+            readout, unmixed = scored.readout.select(mask), scored.unmixed_log_probs[mask]
+            lexical.learn(draft, readout, targets.ids, unmixed, has_row=has_row)
+        if self.memory.residual and bool(has_row.any()):
+            targets, mask = targets.select(has_row), mask.masked_scatter(mask, has_row)
             error = F.embedding(targets.ids, self.backbone.embedding).float()
             error = error - torch.softmax(scored.prediction.logits[mask], -1) @ self.backbone.embedding.float()
             adapted = scored.adapted[mask]

@@ -11,6 +11,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -22,10 +23,12 @@ from torch import Tensor
 from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
 from model.memory import Draft, Pool, SiteConfig
+from model.memory.episodic.borrowed import REPLY, without_rows
 from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
 from model.memory.episodic.search import Floats, Ints, cosines, match_words, query_words
+from model.memory.episodic.statements import is_statement, names_of
 from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
 from model.reading_prefix import ReadingPrefix
@@ -215,6 +218,12 @@ class Episodes:
             vectors = np.stack([self.encoder(self._decode(span.token_ids)) for span in spans])
             draft.put(MEANINGS, slots, [torch.from_numpy(made_by), torch.from_numpy(vectors)])
 
+    def without_rows(self, token_ids: Sequence[int], learn: Sequence[int]) -> Sequence[int]:
+        """Return which tokens of a request are learned without a row: the words that a reply in it has borrowed."""
+        if REPLY not in learn or not len(self._tables.is_word):
+            return bytearray(len(token_ids))
+        return without_rows(token_ids, learn, self._tables, self._lexicon)
+
     def only_asks(self, token_ids: Sequence[int]) -> bool:
         """Return whether an episode only asks, so that no reply reads it. Any thread may call this."""
         return len(self._tables.asks) > 0 and is_question(token_ids, self._tables)
@@ -235,20 +244,30 @@ class Episodes:
         rows, present = self._rows(pool, index), _text(token_ids)
         found, scores = list[Episode](), dict[int, float]()
 
-        def may_read(row: int) -> bool:
-            return _text(rows.text(row)) not in present and not is_question(rows.text(row), self._tables)
+        def may_read(row: int, names: frozenset[int] | None) -> bool:
+            text = rows.text(row)
+            if _text(text) in present or is_question(text, self._tables):
+                return False
+            return names is None or not names.isdisjoint(words_at(row))
 
         def words_at(row: int) -> list[int]:
             return words_of(rows.text(row), self._tables)
 
-        for matches in self._matches(rows, token_ids[slice(*request.query)]):
-            for row, score in choose(matches, words_at, may_read, MAX_EPISODES):
+        for sentence, matches in self._matches(rows, token_ids[slice(*request.query)]):
+            names = self._names_stated(sentence)
+            for row, score in choose(matches, words_at, partial(may_read, names=names), MAX_EPISODES):
                 scores[row] = max(score, scores.get(row, 0.0))
         for row, score in sorted(scores.items(), key=lambda item: -item[1]):
             episode = rows.episode(row, score)
             if len(found) < MAX_EPISODES and request.num_tokens([*found, episode]) <= max_tokens:
                 found.append(episode)
         return sorted(found, key=lambda episode: episode.ordinal)
+
+    def _names_stated(self, sentence: Sequence[int]) -> frozenset[int] | None:
+        """Return the names of a sentence that states something, of which what it reads must have one; None: it asks."""
+        if not is_statement(sentence, self._tables):
+            return None
+        return names_of(sentence, self._tables, self._lexicon)
 
     def _newest(self, rows: _Rows, max_tokens: int) -> list[Episode]:
         """Return the newest episodes of a session in runs of `RUN_EPISODES`, each as one episode, the oldest first.
@@ -273,7 +292,7 @@ class Episodes:
         stands beside what the question repeats.
         """
         rows = self._rows(pool, index)
-        fits = [matches.relevance(np.ones(len(matches.query), np.bool_)) for matches in self._matches(rows, query)]
+        fits = [matches.relevance(np.ones(len(matches.query), np.bool_)) for _, matches in self._matches(rows, query)]
         if not fits:
             return []
         relevance = np.max(fits, axis=0)
@@ -283,8 +302,8 @@ class Episodes:
         order = dict.fromkeys([*first, *by_age[np.argsort(-beside, kind="stable")].tolist()])
         return [rows.episode(row, float(relevance[row])) for row in [*order][:limit]]
 
-    def _matches(self, rows: _Rows, query: Sequence[int]) -> Iterator[Matches]:
-        """Yield how the episodes match each of the last sentences of a query."""
+    def _matches(self, rows: _Rows, query: Sequence[int]) -> Iterator[tuple[Sequence[int], Matches]]:
+        """Yield each of the last sentences of a query, and how the episodes match it."""
         words = query_words(query, self._tables)
         if not len(rows.header) or not len(words):
             return
@@ -294,7 +313,7 @@ class Episodes:
             here = np.isin(words, query_words(sentence, self._tables))
             if here.any():
                 cosine = self._cosines(rows, sentence)
-                yield Matches(words[here], weight[here], parts[:, here], cosine, rows.header[:, ORDINAL])
+                yield sentence, Matches(words[here], weight[here], parts[:, here], cosine, rows.header[:, ORDINAL])
 
     def _cosines(self, rows: _Rows, sentence: Sequence[int]) -> Floats:
         """Return the cosine [n] of each episode's vector and that of a sentence; 0 without an encoder."""

@@ -175,6 +175,13 @@ class StoreUnavailable(Unavailable):
     code = "store_unavailable"
 
 
+class ArchiveUnavailable(StoreUnavailable):
+    """503: the session is in the archive of idle sessions, and the archive does not answer."""
+
+    code = "archive_unavailable"
+    retry_after = 2.0
+
+
 class StoreFull(Unavailable):
     """503: the session store is full. What was learned before stays and can be used."""
 

@@ -63,6 +63,7 @@ class Metrics:
         self._policies()
         self._sessions()
         self._store()
+        self._archive()
         self._server()
         self._process()
 
@@ -225,7 +226,7 @@ class Metrics:
             "load_seconds", "Duration of loading one session from the store.", STEP_BUCKETS_S
         )
         self.sessions_hot = self._gauge("sessions_hot", "Sessions whose fast weights are on the device.")
-        self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store.")
+        self.sessions_cold = self._gauge("sessions_cold", "Sessions that are only in the store, or in the archive.")
         self.session_evictions_total = self._counter(
             "session_evictions_total",
             "Sessions dropped from the device to make room. If it grows steadily, raise `IMPRINT_HOT_ROWS` or"
@@ -268,6 +269,43 @@ class Metrics:
         self.sessions_relisted_total = self._counter(
             "sessions_relisted_total", "Sessions that the store had lost from the list and that are listed again."
         )
+
+    def _archive(self) -> None:
+        self.sessions_archived = self._gauge(
+            "sessions_archived",
+            "Sessions in the archive, as the server that last looked for idle ones has counted them.",
+        )
+        self.archived_total = self._counter("archived_total", "Sessions that this server has moved to the archive.")
+        self.archive_returns_total = self._counter(
+            "archive_returns_total", "Sessions that this server has brought back from the archive."
+        )
+        self.archive_seconds = self._histogram(
+            "archive_seconds",
+            "Time to move a session to the archive (`archive`), or to bring it back (`bring`).",
+            STEP_BUCKETS_S,
+            ("step",),
+        )
+        self.archive_failures_total = self._counter(
+            "archive_failures_total",
+            "Steps that failed: a session stays in the store (`archive`), its request is refused (`bring`), or a file"
+            " that nobody needs stays until the next sweep (`remove`).",
+            ("step",),
+        )
+        for step in ("archive", "bring", "remove"):
+            self.archive_failures_total.labels(step)
+        self.archive_orphans_total = self._counter(
+            "archive_orphans_total",
+            "Files without a session that were removed from the archive: of sessions that had expired, or of steps that"
+            " failed.",
+        )
+
+    def report_archive(self, step: str, seconds: float) -> None:
+        """Note one step of the archive: `archive`, `bring` or `remove`; with `_failed` behind it if the step failed."""
+        if step.endswith("_failed"):
+            self.archive_failures_total.labels(step.removesuffix("_failed")).inc()
+        elif step != "remove":
+            (self.archived_total if step == "archive" else self.archive_returns_total).inc()
+            self.archive_seconds.labels(step).observe(seconds)
 
     def _server(self) -> None:
         self.background_restarts_total = self._counter(

@@ -149,9 +149,9 @@ def new_episodes(
 ) -> Episodes:
     """Return the episodic memory on a base. Raises BaseError for an encoder that cannot be found."""
     lexicon, hot_bytes = shipped_lexicon(), settings.recall_hot_bytes
-    if not settings.recall_tokens:  # nothing reads the tables and the encoder, and they take a while to load
-        return Episodes(backbone, build_tables([]), lexicon, tokenizer.decode, None, hot_bytes=hot_bytes)
     tables = build_tables([tokenizer.text_bytes(token) for token in range(backbone.config.vocab_size)])
+    if not settings.recall_tokens:  # nothing reads the encoder and the prefix, and they take a while to load
+        return Episodes(backbone, tables, lexicon, tokenizer.decode, None, hot_bytes=hot_bytes)
     encoder = load_encoder(settings, backbone.embedding.device, progress=progress)
     device, dtype = backbone.embedding.device, backbone.embedding.dtype
     prefix = load_reading_prefix(settings, backbone.config, device=device, dtype=dtype)

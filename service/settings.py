@@ -196,6 +196,21 @@ class Settings(BaseSettings):
         description="Seconds after its last use at which a session is erased, unless its option `ttl_s` says"
         " otherwise; 0 = never.",
     )
+    archive_url: str | None = Field(
+        None,
+        min_length=1,
+        repr=False,
+        description="Where sessions go that are idle for long: a folder, `s3://bucket/prefix`, `gs://…` or `az://…`"
+        " (keys and endpoint as their own tools take them, `AWS_ACCESS_KEY_ID` and `AWS_ENDPOINT_URL` for example)."
+        " All servers of a store need the same one. Needs the extra `archive`. Unset: all sessions stay in the store.",
+    )
+    archive_after_s: int = Field(
+        0,
+        ge=0,
+        le=315_360_000,
+        description="Seconds after its last commit or return at which a session goes to the archive; 0 = never by"
+        " itself (`imprint store archive` moves sessions all the same). The next request brings a session back.",
+    )
     session_max_bytes: int = Field(
         64 * 2**20,
         ge=0,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
+from service.archiving import archive_idle, remove_lingering
 from service.background import find_malloc_trim, keep_running, return_free_memory
 from service.engine import Engine
 from service.http.install import install
@@ -23,6 +24,7 @@ from service.settings import Settings
 from service.stopping import end_tasks
 from service.store.base import RetentionConfig, SessionStore
 from service.store.embedded import EmbeddedValkey
+from service.store.objects import Objects, ObjectsError
 from service.store.redis.codec import DEFAULT_PREFIX
 from service.store.redis.store import RedisStore
 from service.store_watch import check_store, restore_list, store_reporter, watch_store
@@ -99,7 +101,7 @@ async def open_service(
     sessions_store = _connect_store(settings, url, metrics, exclusive=own is not None)
     try:
         service = Service(settings, sessions_store, keys, metrics, own_store=own is not None)
-        tasks = _background_tasks(sessions_store, service.sessions, metrics, keys, own)
+        tasks = _background_tasks(sessions_store, service.sessions, metrics, keys, own, settings)
         try:
             yield service
         finally:
@@ -131,7 +133,12 @@ def create_app(sessions: Sessions, metrics: Metrics, settings: Settings, keys: A
 
 
 def _background_tasks(
-    store: SessionStore, sessions: Sessions, metrics: Metrics, keys: ApiKeys, embedded: EmbeddedValkey | None
+    store: RedisStore,
+    sessions: Sessions,
+    metrics: Metrics,
+    keys: ApiKeys,
+    embedded: EmbeddedValkey | None,
+    settings: Settings,
 ) -> list[asyncio.Task[None]]:
     """Start the background tasks, which run until the server ends."""
     report = store_reporter(sessions, metrics)
@@ -142,6 +149,9 @@ def _background_tasks(
         "drop_missing": sessions.drop_missing,
         "restore_list": partial(restore_list, store, metrics),
     }
+    if settings.archive_url:
+        forever["archive_idle"] = partial(archive_idle, store.archive, settings.archive_after_s, metrics)
+        forever["remove_lingering"] = partial(remove_lingering, store.archive)
     if embedded is None:
         forever["heartbeat"] = store.heartbeat
     if (trim := find_malloc_trim()) is not None:
@@ -152,7 +162,7 @@ def _background_tasks(
     return tasks
 
 
-def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive: bool) -> SessionStore:
+def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive: bool) -> RedisStore:
     """Return the store of the sessions; `exclusive`: no other server uses that store. Raises StartError."""
     retention = RetentionConfig(
         versions=settings.keep_versions,
@@ -161,6 +171,12 @@ def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive:
         lease_s=settings.lease_s,
         wait_s=settings.lease_wait_s,
     )
+    if settings.archive_after_s and not settings.archive_url:
+        raise StartError(f"IMPRINT_ARCHIVE_AFTER_S is {settings.archive_after_s} and needs IMPRINT_ARCHIVE_URL")
+    try:
+        objects = Objects(settings.archive_url) if settings.archive_url else None
+    except ObjectsError as error:
+        raise StartError(f"IMPRINT_ARCHIVE_URL: {error}") from error
     try:
         return RedisStore.from_url(
             url,
@@ -168,6 +184,8 @@ def _connect_store(settings: Settings, url: str, metrics: Metrics, *, exclusive:
             exclusive=exclusive,
             prefix=DEFAULT_PREFIX if exclusive else settings.redis_prefix,
             report_fault=lambda fault: metrics.store_faults_total.labels(fault).inc(),
+            objects=objects,
+            report_archive=metrics.report_archive,
         )
     except ValueError as error:
         raise StartError(f"IMPRINT_REDIS_URL: {error}") from error

@@ -26,7 +26,7 @@ from model.memory.initial import default_config, random_memory
 from model.recall import RecallPlan
 from model.text.sampling import Sampler, SamplingParams
 from model.text.tokenizer import Tokenizer
-from service.engine.text_stream import TextStream
+from service.engine.text_sequence import TextStream
 from service.settings import Settings
 from service.turns import prompts
 from service.turns.prompts import ChatPrompt, EncodedPrompt, Prompt, TextPrompt

@@ -91,6 +91,7 @@ MAY_IMPORT = {
     ),
     "service.client": (*REPLIES, "model.tabular.limits", "service.errors", "service.http.schemas", "service.types"),
     "service.background": ("service.metrics",),
+    "service.archiving": ("service.errors", "service.metrics", "service.store.redis.archive"),
     "service.model_loading": (
         "model",
         "service.base_cache",
@@ -135,6 +136,8 @@ CONCRETE_STORES = ("service.store.redis", "service.store.embedded", "service.sto
 NAMES_STORES = {
     "service.app": "starts the embedded store under signals",
     "service.wiring": "wires the parts of a service",
+    "service.archiving": "works on the archive, which only a store in Redis has",
+    "service.cli.store_tools": "works on a store without a server",
     "service.cli.doctor": "checks the store before a server starts",
     "service.cli.checks": "checks the store before a server starts",
     "benchmarks": "measures the stores themselves",
@@ -187,8 +190,11 @@ LAZY = {
     ("service.cli", "service.cli.checks"): "the checks import torch",
     ("service.cli", "research"): "a server needs no research",
     ("service.cli", "benchmarks"): "a server needs no benchmarks",
+    ("service.cli", "service.cli.store_tools"): "imports the store, which no other command needs",
     ("service.cli", "service.cli.memory_tools"): "imports mcp, an extra, which takes 1 s to import",
     ("service.cli", "watchfiles"): "only a command that stays needs it, and it imports anyio",
+    ("service.store", "obstore"): "an extra; only an archive needs it",
+    ("service.store", "zstandard"): "an extra; only an archive needs it",
     ("service.cli", "readline"): "absent on some platforms; only an interactive chat needs it",
     ("service.base_cache", "huggingface_hub"): "only a model of the hub needs it, and it takes 0.5 s to import",
     ("model", "triton"): "absent where there is no GPU",
@@ -207,7 +213,7 @@ LAZY = {
 }
 
 # Imports for type checkers only. They count as edges of the circles test, so that none of them closes a circle.
-TYPE_CHECKING_ONLY: dict[tuple[str, str], str] = {}
+TYPE_CHECKING_ONLY: dict[tuple[str, str], str] = {("service.store.objects", "obstore"): "an extra"}
 
 
 @dataclass(frozen=True)
@@ -432,6 +438,8 @@ MAX_SERVICE_FILES = 37
 MAX_MODEL_FILES = 31  # of which six recall
 MAX_ENTRIES = 3
 MORE_ENTRIES = {
+    "service/engine/text_sequence.py": (4, "the inputs of a step, its scores, its draw and what may be shown"),
+    "model/episodes.py": (4, "what is read, what is kept, in spans, and what is learned without rows"),
     "service/http/dependencies.py": (5, "FastAPI calls one function a dependency"),
     "service/http/schemas.py": (6, "pydantic calls one validator a field"),
     "service/turns/completion.py": (7, "the object of this kind of turn: `run_turn` calls one method a step"),

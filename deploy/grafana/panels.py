@@ -372,6 +372,17 @@ STATE = {
                 "{{fault}}": "sum by (fault) (rate(imprint_store_faults_total{@}[])) * 3600",
             },
         ),
+        Panel(
+            "Archive",
+            "Idle sessions in the archive; sessions an hour that went there and came back; steps an hour that failed.",
+            "short",
+            {
+                "archived": "max(imprint_sessions_archived{@})",
+                "to the archive": rate("imprint_archived_total") + " * 3600",
+                "back": rate("imprint_archive_returns_total") + " * 3600",
+                "failed: {{step}}": "sum by (step) (rate(imprint_archive_failures_total{@}[])) * 3600",
+            },
+        ),
     ],
     "Leases": [
         Panel(

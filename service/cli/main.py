@@ -22,6 +22,7 @@ from service.cli.scenario import scenario
 from service.cli.score import score
 from service.cli.serve import serve
 from service.cli.sessions import sessions_app
+from service.cli.store import store_app
 from service.cli.train import train
 from service.cli.watch import watch
 from service.errors import CommandError, ImprintError
@@ -51,6 +52,7 @@ app.command()(score)
 app.command()(mcp)
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(keys_app, name="keys")
+app.add_typer(store_app, name="store")
 
 
 def main() -> None:

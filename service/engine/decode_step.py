@@ -12,7 +12,8 @@ from model.adaptive_lm import AdaptiveLM, DecodeState
 from model.base.kv_cache import KVCache
 from model.memory import Pool
 from model.text.sampling import predraw
-from service.engine.text_job import TextJob, TextSequence
+from service.engine.text_job import TextJob
+from service.engine.text_sequence import TextSequence
 from service.engine.types import Event
 
 SPECULATIVE_ROWS = 4  # rows of a decoding step that sequences may fill with drafted tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,116 +11,22 @@ from torch import Tensor
 
 from model.adaptive_lm import AdaptiveLM, DecodeState, Scores
 from model.base.kv_cache import KVCache
-from model.decode.prompt_lookup import PromptLookup
 from model.episodes import Episode, RecallRequest, Span
-from model.memory.episodic.whole_words import WholeWords
 from model.recall import ReadingWeight
-from model.text.sampling import Sampler
 from model.text.tokenizer import Tokenizer
 from service.engine.resident import MemoryJob, ResidentSessions
-from service.engine.text_stream import TextStream
+from service.engine.text_sequence import TextSequence
 from service.engine.types import (
-    Alternatives,
     Event,
-    FinishReason,
     GenerationParams,
     JobFinished,
     JobRequest,
+    LearnedCompletion,
     Segment,
-    TokenOutput,
     TokenScores,
 )
 
 EPISODES_A_BLOCK = 4  # that are encoded and written between two steps of other jobs
-
-
-class TextSequence:
-    """One sequence that is being generated.
-
-    The next scores come from `decode_state`; a drawn token in `pending` is decoded first.
-    """
-
-    def __init__(
-        self,
-        choice: int,
-        cache: KVCache,
-        decode_state: DecodeState,
-        prompt: Sequence[int],
-        options: GenerationParams,
-        tokenizer: Tokenizer,
-        learn_from: tuple[KVCache, DecodeState] | None = None,
-        whole_words: WholeWords | None = None,
-    ) -> None:
-        """For a sequence that reads episodes: learn_from: the cache and the state after the prompt to learn from, as
-        what is learned must not depend on episodes; whole_words: of the episodes."""
-        self.choice = choice
-        self.cache = cache
-        self.decode_state = decode_state
-        self.pending: int | None = None
-        self.tokens: list[int] = []
-        self.finish: FinishReason | None = None
-        self.text = TextStream(tokenizer.stream(), options.stop, options.sampling.min_tokens, options.min_indent)
-        self._began = 0.0
-        self.num_learned = 0
-        self.learn_cache, self.learn_decode_state = learn_from or (cache, decode_state)
-        self._whole_words = whole_words
-        self._options = options
-        self.sampler = Sampler(options.sampling, choice=choice, prompt=prompt, eos=tokenizer.eos_token_ids)
-        self._lookup = PromptLookup(prompt)
-        self._alternatives: list[Alternatives] = []
-        self._shown_text = 0
-        self._shown_tokens = 0
-
-    def input_tokens(self, rows: int) -> list[int]:
-        """Return the inputs of the next step: the pending token, if any, and drafted tokens, up to `rows` in all."""
-        if self.pending is None:
-            return []
-        # The sequence's last token is no input of any step.
-        max_draft_tokens = min(rows, self._options.max_tokens - len(self.tokens)) - 1
-        return [self.pending, *self._lookup.draft_tokens(max_draft_tokens)] if max_draft_tokens > 0 else [self.pending]
-
-    def whole_word_scores(self, scores: Tensor, draft_tokens: Sequence[int] = ()) -> Tensor:
-        """Return scores [V] after the sequence's tokens and draft tokens, higher for what completes a name or number
-        of an episode."""
-        return scores if self._whole_words is None else self._whole_words.adjust(scores, [*self.tokens, *draft_tokens])
-
-    def draw_next(self, scores: Tensor) -> int:
-        """Draw the next token from scores [V]; return the number of tokens added."""
-        token = self.sampler.draw(scores)
-        if token in self.sampler.ends:
-            self.text.finish()
-            self.finish = "length" if self.sampler.failed else "stop"
-            return 0
-        self.tokens.append(token)
-        self._lookup.add(token)
-        if self._options.logprobs is not None:
-            self._alternatives.append(_alternatives(scores, token, self._options.logprobs))
-        self._began = self._began or time.monotonic()
-        if self.text.push(token):
-            self.finish = "stop"
-        elif len(self.tokens) == self._options.max_tokens or self._is_late():
-            self.text.finish()
-            self.finish = "length"
-        self.pending = token
-        return 1
-
-    def _is_late(self) -> bool:
-        """Return whether a text of more than one line has taken its time."""
-        limit = self._options.max_ms
-        return limit is not None and time.monotonic() - self._began > limit / 1000 and "\n" in self.text.text
-
-    def evidence(self, start: int, count: int) -> list[bool]:
-        """Return which of `count` tokens from `start` on may be learned: not those that a grammar forced."""
-        return [not forced for forced in self.sampler.forced[start : start + count]]
-
-    def show(self, segment: int) -> TokenOutput | None:
-        """Return the text and the tokens that may be shown since the last call; None if there are none."""
-        text = self.text.text[self._shown_text : self.text.num_released_chars]
-        tokens = self._alternatives[self._shown_tokens : self.text.num_released_tokens]
-        if not text and not tokens and self.finish is None:
-            return None
-        self._shown_text, self._shown_tokens = self.text.num_released_chars, self.text.num_released_tokens
-        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop)
 
 
 class _Reading:
@@ -170,7 +75,8 @@ class TextJob(MemoryJob):
         self._cache: KVCache | None = None
         self._frozen_cache: KVCache | None = None
         self._decode_state: DecodeState | None = None
-        self._learned_completions: dict[int, list[int]] = {}
+        self._without_rows: Sequence[int] = ()
+        self._learned_completions: dict[int, LearnedCompletion] = {}
         self._reading: _Reading | None = None
         self._recalled: list[Episode] = []
         self._spans: deque[Span] = deque()  # that are to be written as episodes
@@ -262,9 +168,10 @@ class TextJob(MemoryJob):
     def _keep_completions(self) -> None:
         for sequence in self.sequences:
             if sequence.num_learned:
-                learned, mask = sequence.tokens[: sequence.num_learned], sequence.evidence(0, sequence.num_learned)
-                self._learned_completions[self._segment] = [t if m else ~t for t, m in zip(learned, mask, strict=True)]
-                self._keep_episodes(learned, mask, len(self._current_segment.token_ids))
+                learned = sequence.tokens[: sequence.num_learned]
+                completion = LearnedCompletion(learned, sequence.marks(sequence.num_learned))
+                self._learned_completions[self._segment] = completion
+                self._keep_episodes(*completion, len(self._current_segment.token_ids))
 
     def _next_segment(self) -> None:
         self._segment += 1
@@ -274,9 +181,18 @@ class TextJob(MemoryJob):
         self._cache = self._frozen_cache = self._reading = None
         if not self.done:
             self._reading = self._recall(self._current_segment)
+            self._without_rows = self._find_without_rows()
             self._cache = self._lm.new_cache(_capacity(self._current_segment))
             if self._wants_frozen and self._lm.needs_frozen_cache:
                 self._frozen_cache = self._lm.new_cache(_capacity(self._current_segment))
+
+    def _find_without_rows(self, reply: Sequence[int] = (), marks: Sequence[int] = ()) -> Sequence[int]:
+        """Return which tokens of the segment, and of a reply after it with its marks, are learned without a row."""
+        token_ids, episodes = self._current_segment.token_ids, self._lm.episodes
+        learn = self._current_segment.learn or bytearray(len(token_ids))
+        if episodes is None or self._draft is None:
+            return bytearray(len(token_ids) + len(reply))
+        return episodes.without_rows([*token_ids, *reply], [*learn, *marks])
 
     @property
     def _wants_frozen(self) -> bool:
@@ -367,6 +283,7 @@ class TextJob(MemoryJob):
             decode_state=self._decode_state,
             score=None if segment.score is None else segment.score[part],
             learn=None if segment.learn is None else segment.learn[part],
+            without_rows=self._without_rows[part],
             draft=self._draft,
             score_frozen=self._wants_frozen,
             frozen_cache=self._frozen_cache,
@@ -430,6 +347,7 @@ class TextJob(MemoryJob):
         depend on the batch.
         """
         count = min(self._block, sequence.text.num_released_tokens - sequence.num_learned)
+        marks = sequence.marks(sequence.num_learned + count)
         cache, length = sequence.learn_cache, sequence.learn_cache.length
         cache.truncate(len(self._current_segment.token_ids) + sequence.num_learned)
         decode_state, scores = self._lm.block(
@@ -438,7 +356,8 @@ class TextJob(MemoryJob):
             resident.pool,
             self._index,
             decode_state=sequence.learn_decode_state,
-            learn=sequence.evidence(sequence.num_learned, count),
+            learn=marks[-count:],
+            without_rows=self._find_without_rows(sequence.tokens[: len(marks)], marks)[-count:],
             draft=self._draft,
             score_frozen=self._wants_frozen,
             frozen_cache=self._frozen_cache,
@@ -479,10 +398,3 @@ def _max_tokens(segment: Segment) -> int:
 def _reading_capacity(segment: Segment, n: int) -> int:
     """Return the number of tokens of the caches that read episodes, n of them; the prompt is learned from another."""
     return 0 if segment.recall is None else (_capacity(segment) + segment.recall.max_cached_tokens) * n
-
-
-def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:
-    log_probs = scores.log_softmax(-1)
-    best = log_probs.topk(top)
-    pairs = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Alternatives(token, float(log_probs[token]), pairs)

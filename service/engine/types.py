@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from model.episodes import Episode, RecallRequest
 from model.memory import SiteRows
@@ -28,7 +28,8 @@ class GenerationParams:
         stop: strings at which a sequence ends; the text ends before the string.
         n: number of sequences.
         logprobs: number of alternatives to report for each token; None = no log-probabilities.
-        learn: whether the generated tokens are learned too, block by block (only with n = 1).
+        learn: mark of the generated tokens where they are learned too, block by block (only with n = 1); 0 = they are
+            not.
         follows: the tokens that the text follows, where they are not the last ones of the segment: those before a gap.
             The memory looks for their n-grams.
         max_ms: milliseconds from the first token after which a sequence of more than one line ends; None = no limit.
@@ -40,7 +41,7 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     n: int = 1
     logprobs: int | None = None
-    learn: bool = False
+    learn: int = 0
     follows: tuple[int, ...] = ()
     max_ms: int | None = None
     min_indent: int = 0
@@ -51,7 +52,8 @@ class Segment:
     """A token sequence with its own attention, which a generation may follow.
 
     Attributes:
-        learn: for each position, 1 or True where the token is learned; None = no token is learned.
+        learn: for each position, `LEARNED` or True where the token is learned, `REPLY` where it is part of a reply in a
+            chat; None = no token is learned.
         score: for each position, 1 or True where the token is scored; None = no token is scored. Where both masks are
             given, every learned token is scored.
         top: number of alternatives to report for each scored token.
@@ -309,6 +311,13 @@ class PolicyDecision:
     segment: int = 0
 
 
+class LearnedCompletion(NamedTuple):
+    """Generated tokens and the marks with which they were learned; 0 marks a token that a grammar forced."""
+
+    token_ids: list[int]
+    learn: list[int]
+
+
 @dataclass(frozen=True)
 class TabularAnswer:
     """The answer to one step of a `TabularRequest`, as JSON; `action` numbers the action that was noted, 0 = none."""
@@ -327,8 +336,7 @@ class JobFinished:
         rows_written: number of these rows.
         rows_held, bytes_held: number of rows and bytes that the session holds after the job.
         num_guards_closed: number of guards that the job closed, minus the number that the job opened.
-        learned_completions: the generated tokens that were learned, by segment; the complement of each that a grammar
-            forced, which was read only.
+        learned_completions: the generated tokens that were learned, by segment.
         recalled: the episodes that generations read.
     """
 
@@ -338,7 +346,7 @@ class JobFinished:
     rows_held: int = 0
     bytes_held: int = 0
     num_guards_closed: int = 0
-    learned_completions: dict[int, list[int]] = field(default_factory=dict)
+    learned_completions: dict[int, LearnedCompletion] = field(default_factory=dict)
     recalled: list[Episode] = field(default_factory=list)
 
 

@@ -95,6 +95,11 @@ class EmbeddedValkey:
         return "read_only" if self._reads_only else "ok"
 
     @property
+    def url(self) -> str:
+        """Return the `unix://` URL of the Valkey on the data folder, whichever process has started it."""
+        return f"unix://{quote(str(self._socket()))}"
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
@@ -133,7 +138,7 @@ class EmbeddedValkey:
         except BaseException:
             self.stop()
             raise
-        return f"unix://{quote(str(self._socket()))}"
+        return self.url
 
     def stop(self) -> None:
         """Shut Valkey down, wait for its end and release the folder. Idempotent."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from model.episodes import RecallRequest
+from model.memory.episodic.borrowed import LEARNED, REPLY
 from model.text.grammar import GrammarError, GrammarSource
 from model.text.infill import Cut
 from model.text.sampling import SamplingParams
@@ -159,7 +160,7 @@ def build_segment(
             stop=options.stop,
             n=options.candidates,
             logprobs=0 if options.logprobs is None and options.candidates > options.n else options.logprobs,
-            learn=policy.learn_completion,
+            learn=policy.learn_completion and (REPLY if isinstance(prompt, ChatPrompt) else LEARNED),
             follows=_before_gap(prompt, encoded),
             max_ms=options.max_ms,
             min_indent=options.min_indent,

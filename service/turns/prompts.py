@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from model.memory.episodic.borrowed import LEARNED, REPLY
 from model.text import tool_calls
 from model.text.chat_template import ChatTemplateError
 from model.text.infill import infill_tokens
@@ -62,9 +63,9 @@ class ChatPrompt:
 class EncodedPrompt:
     """The tokens of a prompt.
 
-    learn: 1 for each token that is new to the session. digests: of the messages of a chat that the session knows from
-    then on. question: the tokens [start, stop) of a chat's last message of the user, or before the gap of a text; None
-    where there is none.
+    learn: `LEARNED` for each token that is new to the session, `REPLY` in a reply of a chat. digests: of the messages
+    of a chat that the session knows from then on. question: the tokens [start, stop) of a chat's last message of the
+    user, or before the gap of a text; None where there is none.
 
     The ids of a long text are an array, and `learn` has a byte a token: lists would take ten times the memory, and
     freeing them would hold the interpreter's lock.
@@ -228,7 +229,8 @@ def _encode_chat(prompt: ChatPrompt, tokenizer: Tokenizer, known: frozenset[str]
             continue
         digests.append(digest)
         if digest not in known:
-            learn[start:end] = b"\1" * (end - start)
+            mark = REPLY if message["role"] == "assistant" else LEARNED
+            learn[start:end] = bytes([mark]) * (end - start)
     asked = [span for message, span in zip(messages, chat.spans, strict=True) if message["role"] == "user"]
     return EncodedPrompt(chat.token_ids, learn, digests, asked[-1] if asked and asked[-1][0] < asked[-1][1] else None)
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.episodes import MEANINGS
 from model.episodes import SITE as EPISODES
+from model.memory.episodic.borrowed import LEARNED, REPLY
 from model.memory.episodic.layout import learned_at
-from service.engine import Segment
+from service.engine import LearnedCompletion, Segment
 from service.errors import Conflict
 from service.store.base import History, RowBatch, SessionMeta, Slots
 
@@ -74,6 +76,7 @@ class StateDelta:
 
 
 RowsBySlot = dict[str, dict[int, Any]]
+REPLY_BIT = 1 << 30  # of a packed token; no vocabulary is that large
 
 
 def _write_rows(rows_by_slot: RowsBySlot, site: str, batch: RowBatch, cleared_slots: Slots | None) -> None:
@@ -146,18 +149,18 @@ def without_episodes(
     return {**meta, "rows": meta["rows"] - rows, "bytes": meta["bytes"] - size}, kept
 
 
-def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[int, Sequence[int]]) -> bytes:
+def pack_learned_tokens(parts: Sequence[Segment], learned_completions: Mapping[int, LearnedCompletion]) -> bytes:
     """Pack the segments of a turn that learned something, as little-endian int32.
 
     The numbers are: the number of packed segments, the length of each, then all tokens; a token that was not learned
-    is stored as its complement. learned_completions: the generated tokens that were learned, by segment, in this form.
+    is stored as its complement, one of a reply with the bit `REPLY_BIT`. learned_completions: by segment.
     """
     kept = []
     for number, part in enumerate(parts):
-        reply, learn = learned_completions.get(number, ()), part.learn or bytearray(len(part.token_ids))
-        if any(learn) or reply:
-            tokens = np.array(part.token_ids, "<i4")
-            kept += [np.concatenate([np.where(np.array(learn, bool), tokens, ~tokens), np.array(reply, "<i4")])]
+        reply, learn = learned_completions.get(number), part.learn or bytearray(len(part.token_ids))
+        if any(learn) or reply is not None:
+            tokens = [*part.token_ids, *(reply.token_ids if reply else ())]
+            kept.append(_with_marks(np.array(tokens, "<i4"), np.array([*learn, *(reply.learn if reply else ())])))
     head = np.array([len(kept), *map(len, kept)], "<i4")
     return np.concatenate([head, *kept]).tobytes()
 
@@ -169,9 +172,15 @@ def unpack_learned_tokens(packed: bytes) -> list[Segment]:
     segments = []
     for end, length in zip(ends.tolist(), numbers[1 : 1 + numbers[0]].tolist(), strict=True):
         tokens = numbers[end - length : end]
-        token_ids = array("i", np.where(tokens < 0, ~tokens, tokens).astype("i").tobytes())
-        segments.append(Segment(token_ids, learn=bytearray((tokens >= 0).tobytes())))
+        marks = np.where(tokens < 0, 0, np.where(tokens & REPLY_BIT, REPLY, LEARNED))
+        token_ids = array("i", (np.where(tokens < 0, ~tokens, tokens) & ~REPLY_BIT).astype("i").tobytes())
+        segments.append(Segment(token_ids, learn=bytearray(marks.astype(np.uint8).tobytes())))
     return segments
+
+
+def _with_marks(tokens: NDArray[np.int32], marks: NDArray[np.int64]) -> NDArray[np.int32]:
+    marked: NDArray[np.int32] = np.where(marks == 0, ~tokens, np.where(marks == REPLY, tokens | REPLY_BIT, tokens))
+    return marked.astype("<i4")
 
 
 def digest(packed: bytes) -> str:

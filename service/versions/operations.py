@@ -62,10 +62,21 @@ class Versions:
         return meta
 
     async def learn_kept_text(
-        self, ctx: RequestContext, session: str, completion_key: str, text: str, *, if_match: str | None = None
+        self,
+        ctx: RequestContext,
+        session: str,
+        completion_key: str,
+        text: str,
+        *,
+        is_reply: bool,
+        if_match: str | None = None,
     ) -> ObserveResult:
-        """Learn what a user kept of a completion. Raises NotFound for a completion that is not in the session's log."""
-        return await self._sessions.run(ctx, KeptCompletionTurn(self._store, session, completion_key, text, if_match))
+        """Learn what a user kept of a completion; is_reply: of one in a chat.
+
+        Raises NotFound for a completion that is not in the session's log.
+        """
+        turn = KeptCompletionTurn(self._store, session, completion_key, text, if_match, is_reply=is_reply)
+        return await self._sessions.run(ctx, turn)
 
     async def fork(self, ctx: RequestContext, session: str, new: str, *, if_match: str | None = None) -> SessionMeta:
         """Make a new session that has learned the same. Raises Conflict if a session `new` exists."""

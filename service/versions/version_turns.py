@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
+from model.memory.episodic.borrowed import LEARNED, REPLY
 from service.concurrency import run_off_loop
 from service.engine import Segment
 from service.errors import BadRequest, Conflict
@@ -177,9 +178,19 @@ class ImportTurn(VersionTurn):
 class KeptCompletionTurn(LearningTurn):
     """Learns what a user kept of a completion, after the completion's prompt where the session keeps texts."""
 
-    def __init__(self, store: SessionStore, session: str, completion_key: str, text: str, if_match: str | None) -> None:
+    def __init__(
+        self,
+        store: SessionStore,
+        session: str,
+        completion_key: str,
+        text: str,
+        if_match: str | None,
+        *,
+        is_reply: bool,
+    ) -> None:
         self.target = SessionTarget(session, if_match=if_match, may_create=False)
         self._store, self._completion_key, self._text = store, completion_key, text
+        self._mark = REPLY if is_reply else LEARNED
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         assert handle.meta is not None
@@ -194,7 +205,7 @@ class KeptCompletionTurn(LearningTurn):
         if len(learned) > max_tokens:
             raise BadRequest(f"'text' may have {max_tokens} tokens, got {len(learned)}.", param="text")
         prompt = prompt[len(learned) - max_tokens - 1 :]
-        segment = Segment(prompt + learned, learn=[False] * len(prompt) + [True] * len(learned))
+        segment = Segment(prompt + learned, learn=[0] * len(prompt) + [self._mark] * len(learned))
         digests = list(message_digests([{"role": "assistant", "content": self._text}]))
         keep = model.keeps_episodes(handle.ctx.tenant, handle.meta.options, completion.get("recall"))
         return TurnPlan(handle.meta, [segment], digests=digests, keep_episodes=keep)

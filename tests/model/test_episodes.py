@@ -191,6 +191,14 @@ def test_neither_a_question_nor_what_the_prompt_has_is_read(lm: AdaptiveLM, pool
     assert ask(lm, pool, session, "my cat is called pixel . what is my cat called ?") == []
 
 
+def test_a_statement_reads_only_what_has_a_name_of_it(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "ben lives in oslo .", "luna lives in rome .")
+    assert ask(lm, pool, session, "what lives in oslo ?") == [ids("ben lives in oslo .")]
+    assert ask(lm, pool, session, "anna lives in oslo .") == []
+    assert ask(lm, pool, session, "now luna lives in oslo .") == [ids("luna lives in rome .")]
+
+
 def test_a_question_about_several_things_reads_an_episode_for_each(lm: AdaptiveLM, pool: Pool) -> None:
     session = pool.open()
     teach(lm, pool, session, "my cat is called pixel .", "anna lives in oslo .", "the bus leaves at nine .")

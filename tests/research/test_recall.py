@@ -23,11 +23,13 @@ from research.evaluation.recall import locomo, people, statements, support
 from research.evaluation.recall.arms import BatchArm, RecallArm, RetrievalArm, Suggester
 from research.evaluation.recall.chapter import chapter, renamed
 from research.evaluation.recall.command import RecallOptions, evaluate_recall
+from research.evaluation.recall.episodes import EpisodesArm
 from research.evaluation.recall.filler import fillers
+from research.evaluation.recall.memory import MemoryArm
 from research.evaluation.recall.probes import PROBES, ProbeOptions, limited
 from research.evaluation.recall.prompt import WORDINGS, with_texts
 from research.evaluation.recall.registry import ARMS, EMBEDDER, new_arms
-from research.evaluation.recall.scenes import SPLITS, Question, Scene, Split, user
+from research.evaluation.recall.scenes import SPLITS, Question, Scene, Split, assistant, user
 from research.evaluation.recall.scoring import contains, f1, score_answer
 from research.evaluation.recall.search import BM25, Embeddings, Fused, Newest, terms
 from research.evaluation.recall.spans import cut_text
@@ -282,6 +284,22 @@ def test_an_arm_puts_no_more_tokens_than_allowed_and_forgets(speaker: Speaker) -
         assert len(chosen) == (1 if name == "bm25-1" else len(chosen) > 1 and len(chosen))
         arm.forget()
         assert arm.chosen("Who has dogs?") == ()
+
+
+def test_the_session_of_episodes_has_the_rows_of_the_memory_and_forgets_all(speaker: Speaker) -> None:
+    def rows(arm: MemoryArm) -> dict[str, int]:
+        return {name: int((site.physical_cells[arm.session] > 0).sum()) for name, site in arm.pool.sites.items()}
+
+    memory, episodes = new_arms(speaker, ["memory", "episodes"], 60)
+    assert isinstance(memory, MemoryArm) and isinstance(episodes, EpisodesArm)
+    for arm in (memory, episodes):
+        arm.forget()
+        arm.teach([user("The fox has nine dogs."), assistant("So it has.")])
+    of_memory, of_episodes = rows(memory), rows(episodes)
+    assert of_memory["lexical"] > 0 and of_memory.get("episodes", 0) == 0
+    assert of_episodes["lexical"] == of_memory["lexical"] and of_episodes["episodes"] == 2
+    episodes.forget()
+    assert not any(rows(episodes).values())
 
 
 @pytest.mark.parametrize("name", ["frozen", "memory", "bm25"])

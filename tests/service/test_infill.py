@@ -12,7 +12,7 @@ import torch
 
 from model.adaptive_lm import DecodeState
 from model.base.config import tiny_config
-from service.engine.text_stream import TextStream
+from service.engine.text_sequence import TextStream
 from service.http.infill_schemas import InfillReply
 from service.turns.completion_job import AdaptPolicy, GenerationOptions, build_segment
 from service.turns.infill import fill_in

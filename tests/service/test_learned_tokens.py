@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine import Segment
+from model.memory.episodic.borrowed import LEARNED, REPLY
+from service.engine import LearnedCompletion, Segment
 from service.errors import Conflict
 from service.store import CommitMetadata, RetentionConfig, RowBatch
 from service.store.base import History, UndoStep
@@ -135,15 +136,15 @@ def test_a_state_delta_is_applied_to_stored_rows() -> None:
 
 def test_learned_tokens_are_unpacked_as_they_were_packed() -> None:
     parts = [
-        Segment([5, 0, 7], learn=[False, True, True]),
+        Segment([5, 0, 7], learn=[0, LEARNED, REPLY]),
         Segment([1, 2]),
         Segment([9], learn=[False]),
         Segment([3, 4], learn=None),
     ]
-    unpacked = unpack_learned_tokens(pack_learned_tokens(parts, {3: [8, 0]}))
+    unpacked = unpack_learned_tokens(pack_learned_tokens(parts, {3: LearnedCompletion([8, 0], [REPLY, 0])}))
     assert [(list(part.token_ids), list(part.learn or ())) for part in unpacked] == [
-        ([5, 0, 7], [0, 1, 1]),
-        ([3, 4, 8, 0], [0, 0, 1, 1]),
+        ([5, 0, 7], [0, LEARNED, REPLY]),
+        ([3, 4, 8, 0], [0, 0, REPLY, 0]),
     ]
     assert unpack_learned_tokens(pack_learned_tokens([], {})) == []
 

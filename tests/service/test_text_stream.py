@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.text.tokenizer import Tokenizer
-from service.engine.text_stream import TextStream
+from service.engine.text_sequence import TextStream
 
 ALPHABET = "ab \né猫🐈"
 

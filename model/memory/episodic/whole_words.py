@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.memory.episodic.lexicon import Lexicon
-from model.memory.episodic.word_tables import MASK, WordTables
+from model.memory.episodic.word_tables import WordTables, begun_hash, split_words, word_hash
 
 NATS = 4.0  # added to the score of a token that continues a name or a number as an episode does
 END = -1  # stands for every token that does not continue the word
@@ -23,18 +23,18 @@ class WholeWords:
         self._tables = tables
         self._following: defaultdict[int, set[int]] = defaultdict(set)
         for text in texts:
-            for word in _words(text, tables):
+            for word in split_words(text, tables):
                 if _is_copied(word, tables, lexicon):
                     for length in range(1, len(word) + 1):
                         following = word[length] if length < len(word) else END
-                        self._following[_hash(word[:length], tables)].add(following)
+                        self._following[begun_hash(word[:length], tables)].add(following)
 
     def adjust(self, scores: Tensor, generated: Sequence[int]) -> Tensor:
         """Return the scores [V] of the token after a reply's tokens, higher for what completes the reply's last word.
 
         The scores are returned as they are if the last word begins no name or number, or if the reply has ended it.
         """
-        following = self._following.get(_hash(_last_word(generated, self._tables), self._tables))
+        following = self._following.get(begun_hash(_last_word(generated, self._tables), self._tables))
         if following is None:
             return scores
         bonus = torch.zeros(len(scores), dtype=scores.dtype)
@@ -42,19 +42,6 @@ class WholeWords:
             bonus[torch.from_numpy(~self._tables.is_word | self._tables.starts)] = NATS
         bonus[[token for token in following if token != END]] = NATS
         return scores + bonus.to(scores.device)
-
-
-def _words(text: Sequence[int], tables: WordTables) -> Iterator[list[int]]:
-    """Yield the tokens of each word of a text."""
-    word: list[int] = []
-    for token in text:
-        if word and (not tables.is_word[token] or tables.starts[token]):
-            yield word
-            word = []
-        if tables.is_word[token]:
-            word.append(token)
-    if word:
-        yield word
 
 
 def _last_word(text: Sequence[int], tables: WordTables) -> Sequence[int]:
@@ -70,14 +57,6 @@ def _last_word(text: Sequence[int], tables: WordTables) -> Sequence[int]:
 def _is_copied(word: Sequence[int], tables: WordTables, lexicon: Lexicon) -> bool:
     if len(word) < 2:
         return False
-    if tables.is_number[np.asarray(word)].all():
+    if tables.digits[np.asarray(word)].all():
         return True
-    stem = (_hash(word[:-1], tables) * int(tables.stem_powers[word[-1]]) + int(tables.stem_hashes[word[-1]])) & MASK
-    return not lexicon.knows(np.array([stem], np.uint32))[0]
-
-
-def _hash(word: Sequence[int], tables: WordTables) -> int:
-    value = 0
-    for token in word:
-        value = (value * int(tables.powers[token]) + int(tables.hashes[token])) & MASK
-    return value
+    return not lexicon.knows(np.array([word_hash(word, tables)], np.uint32))[0]

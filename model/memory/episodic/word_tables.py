@@ -29,7 +29,8 @@ class WordTables:
     is_word: whether the token is part of a word. starts: whether it begins a word. hashes, powers: of its bytes, so
     that a word's hash is `hash * power + hash of the next token`. stem_hashes, stem_powers: without a final "s".
     breaks: `NO_BREAK` to `PARAGRAPH_END`, the end of a text's unit after the token. asks: whether the token ends with a
-    question mark. is_number: whether the token has digits only.
+    question mark. digits: number of digits of a token that has nothing else, else 0. capital: whether it begins with a
+    capital letter.
     """
 
     is_word: NDArray[np.bool_]
@@ -40,7 +41,8 @@ class WordTables:
     stem_powers: Array
     breaks: NDArray[np.uint8]
     asks: NDArray[np.bool_]
-    is_number: NDArray[np.bool_]
+    digits: NDArray[np.uint8]
+    capital: NDArray[np.bool_]
 
 
 def build_tables(vocabulary: Sequence[bytes]) -> WordTables:
@@ -48,15 +50,18 @@ def build_tables(vocabulary: Sequence[bytes]) -> WordTables:
     size = len(vocabulary)
     flags, numbers = np.zeros((4, size), np.bool_), np.zeros((4, size), np.uint32)
     hashes, powers, stem_hashes, stem_powers = numbers
-    breaks = np.zeros(size, np.uint8)
-    tables = WordTables(flags[0], flags[1], hashes, powers, stem_hashes, stem_powers, breaks, flags[2], flags[3])
+    breaks, digits = np.zeros((2, size), np.uint8)
+    tables = WordTables(
+        flags[0], flags[1], hashes, powers, stem_hashes, stem_powers, breaks, flags[2], digits, flags[3]
+    )
     for token, text in enumerate(vocabulary):
         word = _lower(text.lstrip())
         tables.breaks[token] = _break_after(text)
         tables.asks[token] = text.rstrip().endswith((b"?", "？".encode()))
         if not _is_word(word):
             continue
-        tables.is_word[token], tables.is_number[token] = True, word.isdigit()
+        tables.is_word[token], tables.digits[token] = True, len(word) if word.isdigit() else 0
+        tables.capital[token] = text.lstrip()[:1].isupper()
         tables.starts[token] = text[:1].isspace() or _is_ideograph(word)
         tables.hashes[token], tables.powers[token] = hash_bytes(word)
         tables.stem_hashes[token], tables.stem_powers[token] = hash_bytes(word.removesuffix(b"s"))
@@ -73,18 +78,39 @@ def hash_bytes(text: bytes) -> tuple[int, int]:
 
 def words_of(token_ids: Sequence[int], tables: WordTables) -> list[int]:
     """Return the hash of each word of a token sequence."""
-    words: list[int] = []
-    stem, value, is_inside = 0, 0, False
+    return [word_hash(word, tables) for word in split_words(token_ids, tables)]
+
+
+def split_words(token_ids: Sequence[int], tables: WordTables) -> list[list[int]]:
+    """Return the tokens of each word of a token sequence."""
+    words: list[list[int]] = []
+    is_inside = False
     for token in token_ids:
-        if not tables.is_word[token] or tables.starts[token]:
-            if is_inside:
-                words.append(stem)
-            value, is_inside = 0, False
         if tables.is_word[token]:
-            stem = (value * int(tables.stem_powers[token]) + int(tables.stem_hashes[token])) & MASK
-            value = (value * int(tables.powers[token]) + int(tables.hashes[token])) & MASK
-            is_inside = True
-    return [*words, stem] if is_inside else words
+            if not is_inside or tables.starts[token]:
+                words.append([])
+            words[-1].append(token)
+        is_inside = bool(tables.is_word[token])
+    return words
+
+
+def word_hash(word: Sequence[int], tables: WordTables) -> int:
+    """Return the hash of a word, given its tokens."""
+    value = begun_hash(word[:-1], tables)
+    return (value * int(tables.stem_powers[word[-1]]) + int(tables.stem_hashes[word[-1]])) & MASK
+
+
+def begun_hash(tokens: Sequence[int], tables: WordTables) -> int:
+    """Return the hash of the first tokens of a word, of which nothing is left out."""
+    value = 0
+    for token in tokens:
+        value = longer_hash(value, token, tables)
+    return value
+
+
+def longer_hash(value: int, token: int, tables: WordTables) -> int:
+    """Return the hash of the beginning of a word that goes on with a token, given the hash of the tokens before."""
+    return (value * int(tables.powers[token]) + int(tables.hashes[token])) & MASK
 
 
 def cut_spans(token_ids: Sequence[int], start: int, stop: int, tables: WordTables, width: int) -> list[tuple[int, int]]:

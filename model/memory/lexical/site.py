@@ -225,11 +225,20 @@ class LexicalSite(MemorySite):
         _, gradient = self.log_probs_and_trust_gradient(readout, targets, unmixed_log_probs)
         return (trust + self.request_trust_rate * gradient).clamp(*TRUST_LIMITS)
 
-    def learn(self, draft: Draft, readout: LexicalReadout, targets: Tensor, unmixed_log_probs: Tensor) -> None:
+    def learn(
+        self,
+        draft: Draft,
+        readout: LexicalReadout,
+        targets: Tensor,
+        unmixed_log_probs: Tensor,
+        *,
+        has_row: Tensor | None = None,
+    ) -> None:
         """Write one block of n tokens to the draft: rows (L7), the session's trust (S1) and its guards (S2).
 
         readout: of the n contexts. targets: [n]. unmixed_log_probs: log-probabilities [n] of the targets without this
-        site. Raises PoolFullError: roll the draft back.
+        site. has_row: bool [n], the tokens of which rows are written; None: all. Raises PoolFullError: roll the draft
+        back.
         """
         site_pool = self._site_pool(draft.pool)
         adapted, gradient = self.log_probs_and_trust_gradient(readout, targets, unmixed_log_probs)
@@ -240,6 +249,8 @@ class LexicalSite(MemorySite):
         balance, closed = guard_step(scalars[BALANCE], scalars[GATE_CLOSED], gain, tokens)
         site_pool.session_scalars[draft.index] = torch.stack([trust, balance, closed])
         surprising = adapted < -self.config.surprise
+        if has_row is not None:
+            surprising &= has_row
         chosen = assign_cells(readout.cells[surprising], readout.num_empty_rows[surprising])
         touched, at = torch.unique(chosen, return_inverse=True)
         keys, ngram_hashes = quantise_keys(readout.keys[surprising]), readout.ngram_hashes[surprising]

@@ -9,7 +9,6 @@ import torch
 from model.adaptive_lm import AdaptiveLM
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
-from model.memory.episodic.word_tables import build_tables
 from model.recall import RecallPlan
 from research.evaluation.prequential import new_pool
 from research.evaluation.recall.arms import Answer
@@ -28,16 +27,15 @@ class EpisodesArm(MemoryArm):
     def __init__(self, speaker: Speaker, tokens: int) -> None:
         super().__init__(speaker)
         tokenizer, lm = speaker.tokenizer, speaker.lm
-        tables = build_tables([tokenizer.text_bytes(token) for token in range(lm.backbone.config.vocab_size)])
         decode, encoder, prefix = tokenizer.decode, speaker.encoder, speaker.prefix
         self._episodes = Episodes(
-            lm.backbone, tables, shipped_lexicon(), decode, encoder, hot_bytes=HOT_BYTES, prefix=prefix
+            lm.backbone, self._tables, shipped_lexicon(), decode, encoder, hot_bytes=HOT_BYTES, prefix=prefix
         )
         self._lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.decoder, episodes=self._episodes)
         self._plan = RecallPlan.of(tokenizer, tokens, self._episodes.prefix_tokens)
         self.identity = (self.identity, tokens, None if prefix is None else float(prefix.values.sum()))
-        self._pool = new_pool(self._lm)
-        self._session, self._version = self._pool.open(), 0
+        self.pool = new_pool(self._lm)
+        self.session, self._version = self.pool.open(), 0
 
     def forget(self) -> None:
         super().forget()
@@ -52,7 +50,7 @@ class EpisodesArm(MemoryArm):
 
     def find(self, query: str, limit: int) -> list[str]:
         """Return the learned texts that fit a question best, the best first."""
-        found = self._episodes.rank(self._pool, self._session, self._speaker.encode(query), limit)
+        found = self._episodes.rank(self.pool, self.session, self._speaker.encode(query), limit)
         return [self._speaker.tokenizer.decode(episode.token_ids) for episode in found]
 
     def _prompt(self, text: str, *, chat: bool) -> tuple[list[int], RecallRequest | None]:
@@ -66,7 +64,7 @@ class EpisodesArm(MemoryArm):
         return ids, self._plan.request(ids, encoded.spans[-1], chat=True)
 
     def _find(self, ids: Sequence[int], request: RecallRequest | None) -> list[Episode]:
-        return [] if request is None else self._episodes.find(self._pool, self._session, ids, request)
+        return [] if request is None else self._episodes.find(self.pool, self.session, ids, request)
 
     def _replies(self, texts: Sequence[str], max_tokens: int, *, chat: bool) -> list[tuple[str, tuple[str, ...]]]:
         """Return the reply to each text, and the episodes that it read."""
@@ -80,7 +78,7 @@ class EpisodesArm(MemoryArm):
 
         only_ids = [ids for ids, _ in prompts]
         copies = [self._episodes.whole_words(episodes) for episodes in found]
-        replies = self._speaker.prefilled_texts(only_ids, max_tokens, prefill, self._pool, self._session, copies)
+        replies = self._speaker.prefilled_texts(only_ids, max_tokens, prefill, self.pool, self.session, copies)
         decode = self._speaker.tokenizer.decode
         spans = [tuple(decode(episode.token_ids) for episode in episodes) for episodes in found]
         return list(zip(replies, spans, strict=True))
@@ -96,14 +94,14 @@ class EpisodesArm(MemoryArm):
         for start, stop in request.parts(0, len(ids), self._lm.memory.config.block):
             if start == request.at:
                 self._episodes.append(cache, None, episodes, request)
-            state, _ = self._lm.block(ids[start:stop], cache, self._pool, self._session, decode_state=state)
+            state, _ = self._lm.block(ids[start:stop], cache, self.pool, self.session, decode_state=state)
         assert state is not None
         return cache, state
 
     @torch.inference_mode()
-    def _learn(self, ids: Sequence[int], learn: Sequence[bool]) -> None:
+    def _learn(self, ids: Sequence[int], learn: Sequence[int]) -> None:
         super()._learn(ids, learn)
         self._version += 1
-        draft = self._pool.draft(self._session)
+        draft = self.pool.draft(self.session)
         self._episodes.write(draft, self._episodes.cut(ids, learn), version=self._version)
         draft.commit()

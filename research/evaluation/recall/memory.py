@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from model.memory.episodic.borrowed import LEARNED, REPLY, without_rows
+from model.memory.episodic.lexicon import shipped_lexicon
+from model.memory.episodic.word_tables import build_tables
 from research.evaluation.keystrokes import greedy_predictions
 from research.evaluation.prequential import new_pool
 from research.evaluation.recall.arms import Answer, OneByOne
@@ -22,6 +25,8 @@ class MemoryArm(OneByOne):
     def __init__(self, speaker: Speaker) -> None:
         self._speaker, self._lm = speaker, speaker.lm
         self.identity: object = self._lm.memory.fingerprint()
+        tokenizer, vocabulary = speaker.tokenizer, range(self._lm.backbone.config.vocab_size)
+        self._tables = build_tables([tokenizer.text_bytes(token) for token in vocabulary])
         self.pool = new_pool(self._lm)
         self.session = self.pool.open()
 
@@ -36,9 +41,10 @@ class MemoryArm(OneByOne):
             self.teach_text("\n".join(message["content"] for message in messages))
             return
         chat = tokenizer.encode_chat(messages, add_generation_prompt=True)
-        learn = [False] * len(chat.token_ids)
-        for start, end in chat.spans:
-            learn[start:end] = [True] * (end - start)
+        learn = [0] * len(chat.token_ids)
+        for message, (start, end) in zip(messages, chat.spans, strict=True):
+            mark = REPLY if message["role"] == "assistant" else LEARNED
+            learn[start:end] = [mark] * (end - start)
         self._learn(chat.token_ids, learn)
 
     def teach_text(self, text: str) -> None:
@@ -46,7 +52,7 @@ class MemoryArm(OneByOne):
         ids, step = self._speaker.encode(text), self._speaker.max_context - 1
         for start in range(0, len(ids), step):
             part = [self._speaker.tokenizer.start_token_id, *ids[start : start + step]]
-            self._learn(part, [False] + [True] * (len(part) - 1))
+            self._learn(part, [0] + [LEARNED] * (len(part) - 1))
 
     def ask_all(self, questions: Sequence[str], max_tokens: int) -> list[Answer]:
         chats = [with_texts((), question) for question in questions]
@@ -60,11 +66,21 @@ class MemoryArm(OneByOne):
         return greedy_predictions(self._lm, self.pool, self.session, token_ids, bos)
 
     @torch.inference_mode()
-    def _learn(self, ids: Sequence[int], learn: Sequence[bool]) -> None:
+    def _learn(self, ids: Sequence[int], learn: Sequence[int]) -> None:
         """Run one request block by block, learn the chosen tokens, and commit."""
         draft, state, block = self.pool.draft(self.session), None, self._lm.memory.config.block
         cache = self._lm.backbone.new_cache(len(ids))
+        borrowed = without_rows(ids, learn, self._tables, shipped_lexicon())
         for start in range(0, len(ids), block):
-            part, mask = ids[start : start + block], learn[start : start + block]
-            state, _ = self._lm.block(part, cache, self.pool, draft.index, decode_state=state, learn=mask, draft=draft)
+            part = slice(start, start + block)
+            state, _ = self._lm.block(
+                ids[part],
+                cache,
+                self.pool,
+                draft.index,
+                decode_state=state,
+                learn=learn[part],
+                without_rows=borrowed[part],
+                draft=draft,
+            )
         draft.commit()

@@ -115,8 +115,10 @@ def draw(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
         for arm in dict.fromkeys(group["arm"] for group in here):
             points = [(max(group["distance"], 100), group["right"]) for group in here if group["arm"] == arm]
             values = [share["value"] for _, share in points]
-            errors = [[share["value"] - share["low"] for _, share in points],
-                      [share["high"] - share["value"] for _, share in points]]  # fmt: skip
+            errors = [  # not negative, as the end of an interval at 0 or 1 may be by rounding
+                [max(0.0, share["value"] - share["low"]) for _, share in points],
+                [max(0.0, share["high"] - share["value"]) for _, share in points],
+            ]
             axes.errorbar([distance for distance, _ in points], values, yerr=errors, marker="o", capsize=2, label=arm)
         axes.set_xscale("log")
         axes.set_title(probe)

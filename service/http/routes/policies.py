@@ -64,8 +64,10 @@ async def feedback(
     that a user kept of a completion (`completion_id`, `text`), after the prompt where the session keeps texts
     (`keep_text`)."""
     if body.text is not None and body.completion_id is not None:
-        (completion_key,) = re.findall("^[a-z]+[-_]([0-9a-f]{32})", body.completion_id)
-        work = versions.learn_kept_text(learning.ctx, session, completion_key, body.text, if_match=learning.if_match)
+        ((prefix, completion_key),) = re.findall("^([a-z]+)[-_]([0-9a-f]{32})", body.completion_id)
+        work = versions.learn_kept_text(
+            learning.ctx, session, completion_key, body.text, is_reply=prefix != "cmpl", if_match=learning.if_match
+        )
     else:
         reward_input = RewardInput(body.reward or 0.0, body.action_id, body.regret or 0.0)
         work = policies.feedback(learning.ctx, session, reward_input, if_match=learning.if_match)

@@ -21,6 +21,7 @@ from service.store import errors
 from service.store.base import RowBatch, SessionMeta, Slots, UndoStep, check_name
 
 FORMAT = b"5"
+ARCHIVED = b"archived"  # the format of a session of which the store has only a stub, see archive.py
 # Formats 1 and 2 have a hash field for each row, format 3 has one for five slots. Format 1 also has its digests in
 # another form, and neither a log nor undo steps. Format 4 has nothing that proves its rows whole.
 OLD_FORMATS = (b"1", b"2", b"3", b"4")
@@ -31,7 +32,7 @@ SUM_RANGE = 2**48  # of the checksum of a site, as in pages.lua
 ADDED_FIELDS = frozenset({"actions", "action_tags"})  # of SessionMeta that format 4 may lack
 DEFAULT_PREFIX = "imprint"
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_META_FIELDS = frozenset(field.name for field in fields(SessionMeta))
+META_FIELDS = frozenset(field.name for field in fields(SessionMeta))
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class Keys:
     def meta_pattern(self) -> str:
         """Return the glob pattern of the names of all meta hashes."""
         return f"{self.prefix}:{{*}}:meta"
+
+    @property
+    def archive(self) -> str:
+        """Return the name of the key that holds the folder of this store's archive."""
+        return f"{self.prefix}:archive"
+
+    @property
+    def archiver(self) -> str:
+        """Return the name of the key that one server at a time has, which looks for idle sessions."""
+        return f"{self.prefix}:archiver"
 
     @property
     def index_pattern(self) -> str:
@@ -107,16 +118,21 @@ def encode(meta: SessionMeta) -> dict[str, str]:
 
 
 def decode(sid: str, meta_hash: Mapping[bytes, bytes]) -> SessionMeta:
-    """Return the meta that a meta hash holds.
+    """Return the meta that a meta hash holds; that of an archived session is without its digests.
 
     Raises:
         EngineError: the session has a format that this release does not know.
     """
     session_format = meta_hash.get(b"format", b"none")
-    if session_format not in (*OLD_FORMATS, FORMAT):
+    if session_format == ARCHIVED:
+        values = json.loads(meta_hash[b"archived"])["meta"]
+        meta_hash = {name.encode(): raw.encode() for name, raw in values.items()} | dict(meta_hash)
+    elif session_format not in (*OLD_FORMATS, FORMAT):
         raise unknown_format(sid, session_format)
-    stored = {name: meta_hash[name.encode()] for name in _META_FIELDS if name.encode() in meta_hash}
+    stored = {name: meta_hash[name.encode()] for name in META_FIELDS if name.encode() in meta_hash}
     values = {name: _decode_value(name, raw) for name, raw in stored.items()}
+    if session_format == ARCHIVED:
+        values["digests"] = ()
     if absent := absent_fields(meta_hash):
         raise errors.damaged_session(sid, f"missing are the values {', '.join(absent)}")
     # Earlier formats do not count actions. There is at most one action a version, and the ids have no tag.
@@ -127,7 +143,7 @@ def absent_fields(meta_hash: Mapping[bytes, bytes]) -> list[str]:
     """Return the fields of `SessionMeta` that a meta hash of any known format has and this one lacks."""
     if meta_hash.get(b"format") not in (*OLD_FORMATS, FORMAT):
         return []
-    return sorted(name for name in _META_FIELDS - ADDED_FIELDS if name.encode() not in meta_hash)
+    return sorted(name for name in META_FIELDS - ADDED_FIELDS if name.encode() not in meta_hash)
 
 
 def row_sizes(meta_hash: Mapping[bytes, bytes]) -> dict[str, int]:
@@ -221,17 +237,17 @@ def decode_undo(version: int, rows: bytes, meta: bytes, text: bytes) -> UndoStep
     """Return an undo step from the parts that the commit script packed."""
     sites: dict[str, RowBatch] = {}
     cleared_slots: dict[str, Slots] = {}
-    parts = list(_unpack_parts(rows))
+    parts = list(unpack_parts(rows))
     for at in range(0, len(parts), 4):
         name = parts[at].decode()
         sites[name] = unpack_records(parts[at + 2], int(parts[at + 1]))
         cleared_slots[name] = unpack_slots(parts[at + 3])
-    values = {name.decode(): raw for name, raw in pairs(_unpack_parts(meta)).items()}
-    replaced = {name: _decode_value(name, raw) for name, raw in values.items() if name in _META_FIELDS}
+    values = {name.decode(): raw for name, raw in pairs(unpack_parts(meta)).items()}
+    replaced = {name: _decode_value(name, raw) for name, raw in values.items() if name in META_FIELDS}
     return UndoStep(version, sites, cleared_slots, replaced, text)
 
 
-def _unpack_parts(packed: bytes) -> Iterator[bytes]:
+def unpack_parts(packed: bytes) -> Iterator[bytes]:
     """Yield the parts that the commit script packed, each behind its length."""
     at = 0
     while at < len(packed):

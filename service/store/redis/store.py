@@ -18,6 +18,7 @@ Keys, all of a session's in one hash slot of a cluster (`imprint` is the default
                         …:responses      sorted set of the names of kept responses, by the time (µs) of their writing
                         …:lease          owner:fence of the server that may write; expires
                         …:fence          counter of leases that never goes back; outlives the session by a day
+                        …:archiving      see archive.py
                         …:erased         the fence at which the session was erased; expires after a day
     imprint:{<tenant>/}:response:<name>, …:responses   the kept responses of no session
     imprint:alive:<owner>                a server's heartbeat; expires
@@ -59,7 +60,9 @@ from service.store.base import (
     TurnStart,
     WriteMode,
 )
+from service.store.objects import Objects
 from service.store.redis import codec
+from service.store.redis.archive import Report, SessionArchive
 from service.store.redis.codec import DEFAULT_PREFIX, Keys, decode, pairs
 from service.store.redis.connect import AnyRedis, connect
 from service.store.redis.heartbeat import BEATING, Heartbeat
@@ -99,6 +102,8 @@ class RedisStore:
         prefix: begins the name of every key and channel.
         report_fault: is called with the fault of a change that happened: `unlisted` or `untold` (see the metric
             `imprint_store_faults_total`).
+        objects: the archive of idle sessions; None: this server has none.
+        report_archive: see `SessionArchive`.
     """
 
     def __init__(
@@ -109,6 +114,8 @@ class RedisStore:
         exclusive: bool = False,
         prefix: str = DEFAULT_PREFIX,
         report_fault: Callable[[str], None] = lambda fault: None,
+        objects: Objects | None = None,
+        report_archive: Report = lambda step, seconds: None,
     ) -> None:
         self._keys = Keys(prefix)
         self.ledger = RedisLedger(client, self._keys)
@@ -122,6 +129,7 @@ class RedisStore:
         self._heartbeat = Heartbeat(client, self._keys)
         self._report_fault = report_fault
         self._index = SessionIndex(client, self._keys, report_fault)
+        self.archive = SessionArchive(client, self._keys, self._index, objects, self._retention.ttl_s, report_archive)
 
     @classmethod
     def from_url(
@@ -131,14 +139,14 @@ class RedisStore:
         *,
         exclusive: bool = False,
         prefix: str = DEFAULT_PREFIX,
-        report_fault: Callable[[str], None] = lambda fault: None,
+        **parts: Any,
     ) -> RedisStore:
-        """Return a store on the server that `url` names (see `connect`).
+        """Return a store on the server that `url` names (see `connect`); `parts` are the constructor's other arguments.
 
         Raises:
             ValueError: the URL is none that `connect` takes, or the prefix is not valid.
         """
-        return cls(connect(url), retention, exclusive=exclusive, prefix=prefix, report_fault=report_fault)
+        return cls(connect(url), retention, exclusive=exclusive, prefix=prefix, **parts)
 
     # --- a turn ----------------------------------------------------------------------------------------------------
 
@@ -156,6 +164,9 @@ class RedisStore:
                 return TurnStart(None, record=reply[0])
             if verdict == b"damaged":
                 raise errors.damaged_session(sid, f"missing are {reply[0].decode()}")
+            if verdict == b"archived":
+                await self.archive.bring_back(tenant, sid)
+                continue
             if verdict == b"entered":
                 break
             held = reply[1].decode()
@@ -196,6 +207,9 @@ class RedisStore:
             if not meta_hash:
                 await self._check_absent(tenant, sid)
                 return None
+            if meta_hash.get(b"format") == codec.ARCHIVED:
+                await self.archive.bring_back(tenant, sid)
+                continue
             if meta_hash.get(b"format") in codec.OLD_FORMATS:
                 await retry_while_away(
                     lambda: self._scripts.upgrade([self._keys.meta(tenant, sid)], [self._retention.ttl_s])
@@ -274,7 +288,10 @@ class RedisStore:
             return await script([key], args)
 
         async with self._index.naming(tenant, meta.id, new=meta.version == 1):
-            verdict, detail = await retry_while_away(attempt, COMMIT_RETRY_S)
+            while (reply := await retry_while_away(attempt, COMMIT_RETRY_S))[0] == b"archived":
+                await self.archive.bring_back(tenant, meta.id)
+                attempts = 0  # none of them has landed
+            verdict, detail = reply
         overtaken = verdict == b"conflict" and int(detail) > meta.version
         if attempts > 1 and (verdict in (b"fenced", b"erased") or overtaken):
             # An earlier attempt may have landed, and another commit since then may have replaced its nonce.
@@ -335,11 +352,12 @@ class RedisStore:
     async def delete(self, tenant: str, sid: str, *, version: int | None = None) -> bool:
         """Erase the session. Never repeats the script: a second run could not tell whether the first found one."""
         key, args = self._keys.meta(tenant, sid), ["" if version is None else version, *self._known_sites]
-        verdict, detail = await retry_while_away(lambda: self._scripts.delete([key], args), retry_s=0)
+        verdict, detail, *archived = await retry_while_away(lambda: self._scripts.delete([key], args), retry_s=0)
         if verdict == b"format":
             raise codec.unknown_format(sid, detail)
         if verdict == b"conflict":
             raise errors.version_differs(sid, detail.decode(), version)
+        await self.archive.remove_files(*archived)
         try:
             await retry_while_away(
                 lambda: self._client.execute_command("PUBLISH", self._keys.erased_channel, f"{tenant}/{sid}")
@@ -374,6 +392,9 @@ class RedisStore:
         if not meta_hash:
             await self._check_absent(tenant, sid)
             return None
+        if pairs(meta_hash).get(b"format") == codec.ARCHIVED:
+            await self.archive.bring_back(tenant, sid)
+            return await self.history(tenant, sid, undo=undo, entries=entries)
         if len(log_entries) < min(entries, logged := int(pairs(meta_hash).get(b"logged", 0))):
             raise errors.damaged_session(sid, f"entries of its log: it has {len(log_entries)} of {logged}")
         if lost := [step[0] for step in steps if step[1] is None or step[2] is None]:

@@ -6,7 +6,7 @@
 --       '1' to erase the kept responses or '', options, number of meta fields and values, field, value, ...,
 --       then for each touched site: its name, its row_bytes, its rows as records (slot, row), slots to empty.
 -- Returns {verdict, detail}. Only 'done' has written anything; the other verdicts are 'format', 'fenced', 'erased',
--- 'conflict', 'renewed', 'width' and 'damaged'.
+-- 'conflict', 'renewed', 'width', 'damaged' and 'archived'.
 local version, created, nonce, lease, ttl = unpack(ARGV, 1, 5)
 local keep, keep_bytes, keep_log, entry, text = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 local once, once_ttl, record, drops, options = unpack(ARGV, 11, 15)
@@ -24,6 +24,9 @@ end
 local stale = fenced(lease)
 if stale then
   return stale
+end
+if stored[1] == ARCHIVED then
+  return {'archived', stored[2]}
 end
 if (stored[2] or '0') ~= version then
   return {'conflict', stored[2] or '0'}

@@ -3,13 +3,15 @@
 local HOME = string.sub(KEYS[1], 1, -5)
 local LOG, UNDO, ONCES = HOME .. 'log', HOME .. 'undo', HOME .. 'onces'
 local FENCE, LEASE, ERASED, RESPONSES = HOME .. 'fence', HOME .. 'lease', HOME .. 'erased', HOME .. 'responses'
+local ARCHIVING = HOME .. 'archiving'
 local FORMAT = '5'
+local ARCHIVED = 'archived' -- the format of a stub
 local OLD_FORMATS = {['1'] = true, ['2'] = true, ['3'] = true, ['4'] = true} -- see upgrade.lua
 local DAY_S = 86400
 
 -- Return whether this release knows the session's format, or there is no session.
 local function known(format)
-  return not format or format == FORMAT or OLD_FORMATS[format]
+  return not format or format == FORMAT or format == ARCHIVED or OLD_FORMATS[format]
 end
 
 -- Return the names of the keys that hold the session's rows.
@@ -106,5 +108,19 @@ local function fenced(lease)
   if tonumber(newest) ~= fence then
     return {'fenced', newest}
   end
+end
+
+-- Erase every key of the session, and leave a tombstone: a lease from before neither commits nor creates the session.
+local function erase()
+  redis.call('SET', ERASED, redis.call('INCR', FENCE), 'EX', DAY_S)
+  redis.call('EXPIRE', FENCE, DAY_S)
+  for _, key in ipairs(rows_keys()) do
+    redis.call('UNLINK', key)
+  end
+  for _, once in ipairs(redis.call('ZRANGE', ONCES, 0, -1)) do
+    redis.call('UNLINK', HOME .. 'once:' .. once)
+  end
+  drop_responses()
+  redis.call('UNLINK', LOG, UNDO, ONCES, LEASE, ARCHIVING, KEYS[1])
 end
 

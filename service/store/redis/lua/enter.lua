@@ -4,7 +4,7 @@
 --       the session's option `adapt`, 'never'), default ttl, a lease whose owner is dead or '', then the names under which an answer may be
 --       recorded.
 -- Returns {'again', the record}, {'busy', ms until another owner's lease ends, the lease}, {'damaged', what is
---         missing}, or
+--         missing}, {'archived'} if a stub is all that is here, or
 --         {'entered', lease or '', the meta hash as field, value, ...}.
 local owner, lease_ms, wanted, ttl, dead = unpack(ARGV, 1, 5)
 local now = tonumber(redis.call('TIME')[1])
@@ -21,6 +21,9 @@ end
 local no_onces = tonumber(stored[3] or 0) > now and redis.call('EXISTS', ONCES) == 0
 if #ARGV > 5 and (no_onces or tonumber(stored[4] or 0) > now) then
   return {'damaged', 'the names of the requests that were answered'}
+end
+if stored[1] == ARCHIVED then
+  return {'archived'}
 end
 local damage = missing()
 if damage then

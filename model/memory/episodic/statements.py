@@ -1,0 +1,72 @@
+"""Statements: a sentence that tells something, and asks nothing, reads only episodes about what the sentence names.
+
+A message such as "My kettle leaks." is most like what others said of their kettles, and it does not ask about them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from model.memory.episodic.lexicon import Lexicon
+from model.memory.episodic.word_tables import (
+    LINE_END,
+    NO_BREAK,
+    WordTables,
+    begun_hash,
+    hash_bytes,
+    split_words,
+    word_hash,
+)
+
+MIN_DIGITS = 4  # a shorter number may well be of something else
+MAX_NAME_FREQUENCY = 0.01  # a more frequent word is no name, however it is written
+
+
+def _hashes(words: str) -> frozenset[int]:
+    return frozenset(hash_bytes(word.encode())[0] for word in words.split())  # whole: without its "s", "is" is "i"
+
+
+# Words before the first one that tells what a sentence does.
+OPENINGS = _hashes("and but hello hey hi just now ok okay please so then thanks well")
+# First words of sentences that ask for something.
+REQUESTS = _hashes(
+    "add am answer are book bring call can check choose compare compose compute could count create describe did do does"
+    " draft draw email explain fill find finish fix give had has have help how imagine invent is let list look make may"
+    " mention message might name order outline pick plan prepare propose put read recall recommend reply repeat rewrite"
+    " say search send shall share should show sing solve speak spell state suggest summarise summarize talk teach tell"
+    " think translate use was were what when where which who whom whose why will wish would write"
+)
+# Words that ask for something wherever they stand ("I forgot where I parked.").
+RECALLS = _hashes("forget forgot forgotten know remember remembered remind tell wonder wondering")
+
+
+def is_statement(sentence: Sequence[int], tables: WordTables) -> bool:
+    """Return whether a sentence ends as one that tells something, and neither begins nor asks as one that asks.
+
+    A text without an end, such as "cat's name", is no statement.
+    """
+    ids = np.asarray(sentence, np.int64)
+    (text,) = np.nonzero(tables.breaks[ids] < LINE_END)
+    if not len(text) or tables.asks[ids[text[-1]]] or tables.breaks[ids[text[-1]]] == NO_BREAK:
+        return False
+    words = [begun_hash(word, tables) for word in split_words(sentence, tables)]
+    first = next((word for word in words if word not in OPENINGS), None)
+    return first not in REQUESTS and RECALLS.isdisjoint(words)
+
+
+def names_of(sentence: Sequence[int], tables: WordTables, lexicon: Lexicon) -> frozenset[int]:
+    """Return the hashes of a sentence's names: words and long numbers that the lexicon does not know, and words that
+    are written with a capital letter after the first word."""
+    words = [word for word in split_words(sentence, tables) if not 0 < _num_digits(word, tables) < MIN_DIGITS]
+    hashes = np.array([word_hash(word, tables) for word in words], np.uint32)
+    capital = np.array([place > 0 and bool(tables.capital[word[0]]) for place, word in enumerate(words)], np.bool_)
+    is_name = ~lexicon.knows(hashes) | (capital & (lexicon.frequencies(hashes) < MAX_NAME_FREQUENCY))
+    return frozenset(hashes[is_name].tolist())
+
+
+def _num_digits(word: Sequence[int], tables: WordTables) -> int:
+    """Return the number of digits of a word that is a number, else 0."""
+    digits = tables.digits[np.asarray(word)]
+    return int(digits.sum()) if digits.all() else 0
