@@ -86,7 +86,7 @@ class Settings(BaseSettings):
         "default",
         min_length=1,
         description="The policies of fixed shapes to serve in addition to the language model: `default` (those"
-        " shipped), `none`, or paths of checkpoints, separated by commas. With `none`, the learners of tables (`labels`,"
+        " shipped), `none`, or paths of checkpoints, separated by commas. With `none`, the learners (`labels`,"
         " `regression`, `bandit`) are not served either.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -23,6 +23,10 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 MODEL_TOOLS = ("model.device", "model.numba_support", "model.triton_check")
 REPLIES = ("service.http.policy_replies", "service.http.replies")
+FOR_TURNS = (
+    *("model", "service.concurrency", "service.engine", "service.errors", "service.metrics", "service.store.base"),
+    *("service.store.errors", "service.tenants", "service.types"),
+)
 
 # What each part may import of the project, besides itself. The longest name that fits a module counts. Only command
 # functions of `service.cli` reach `research` and `benchmarks` (see LAZY).
@@ -49,29 +53,8 @@ MAY_IMPORT = {
     "service.base_cache": ("model.base", "model.text.sentence_encoder", "service.child_process"),
     "service.store": ("service.child_process", "service.errors", "service.types"),
     "service.engine": ("model", "service.errors", "service.metrics", "service.store.base"),
-    "service.turns": (
-        "service.concurrency",
-        "model",
-        "service.engine",
-        "service.errors",
-        "service.metrics",
-        "service.store.base",
-        "service.store.errors",
-        "service.tenants",
-        "service.types",
-    ),
-    "service.versions": (
-        "service.concurrency",
-        "model",
-        "service.engine",
-        "service.errors",
-        "service.metrics",
-        "service.store.base",
-        "service.store.errors",
-        "service.tenants",
-        "service.turns",
-        "service.types",
-    ),
+    "service.turns": FOR_TURNS,
+    "service.versions": (*FOR_TURNS, "service.turns"),
     "service.http": (
         "service.concurrency",
         "model.site_kind",
