@@ -13,7 +13,6 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-import torch
 from redis import Redis
 from safetensors.numpy import load
 
@@ -115,7 +114,7 @@ class Search:
         for name, site in self._engine._resident.pool.sites.items():
             used = np.unique(site.physical_cells)
             free = np.setdiff1d(np.arange(len(site.fields[0])), used)
-            rows = site._bytes(torch.from_numpy(used)).numpy().tobytes()
+            rows = site._bytes(used).tobytes()
             if any(field[free].any() for field in site.fields) or self._is_in(rows):
                 found.add(f"pool {name}")
         episodes = self._engine._lm.episodes
