@@ -112,6 +112,10 @@ def load(url: str, key: str, poor: str) -> Iterator[None]:
                 )
                 reward = {"action_id": action["action_id"], "reward": 1, "regret": 0.5}
                 assert_success(client.post(f"sessions/shopper-{number}-{turn}/feedback", reward))
+                banner = f"sessions/banner-{number}-{turn % SESSIONS}"
+                client.http.put(f"/v1/{banner}", json={"model": "bandit", "holdout": 0.5})
+                shown = assert_success(client.post(f"{banner}/act", {"actions": ["a", "b"]}))
+                assert_success(client.post(f"{banner}/feedback", {"action_id": shown["action_id"], "reward": turn % 3}))
                 assert client.post("completions", {"model": "tiny"}).status_code == 400
                 assert limited.post("sessions/poor/observe", {"text": TEXT}).status_code in (200, 429)
                 finished.wait(0.05)
