@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "model.adaptive_lm": ("model.base", "model.episodes", "model.memory"),
     "model.decode": ("model.adaptive_lm", "model.base", "model.memory", *MODEL_TOOLS),
     "model.policies": ("model.adaptive_lm", "model.memory", "model.weights", *MODEL_TOOLS),
+    "model.tabular": ("model.memory", "model.weights", *MODEL_TOOLS),
     "service.errors": (),
     "service.types": (),
     "service.concurrency": (),
@@ -118,7 +119,15 @@ MAY_IMPORT = {
 }
 # Parts that a broader permission above would let through.
 MUST_NOT_IMPORT = {
-    "model": ("model.base", "model.memory", "model.text", "model.adaptive_lm", "model.decode", "model.policies"),
+    "model": (
+        "model.base",
+        "model.memory",
+        "model.text",
+        "model.adaptive_lm",
+        "model.decode",
+        "model.policies",
+        "model.tabular",
+    ),
     "service.app": ("service.cli", "service.client", "service.__main__"),
     "service.wiring": ("service.app", "service.cli", "service.client", "service.__main__"),
     "service.cli": ("service.engine", "service.turns", "service.versions", "service.http.routes"),
