@@ -14,9 +14,12 @@ from model.memory import MemoryConfig, MemoryConfigError, SiteConfig
 Task = Literal["labels", "regression", "bandit"]
 MAX_COLUMNS, MAX_LABELS, MAX_ARMS = 256, 100, 256
 ROW = 32  # numbers in a row of every site
-SESSION, EXAMPLES = "session", "examples"  # names of sites
+SESSION, EXAMPLES, WEIGHTS = "session", "examples", "weights"  # names of sites; see `memory`
+SESSION_ROWS = 8
+WEIGHT_SEGMENTS = -(-(1 + 2 * MAX_COLUMNS) // ROW)  # rows of the weights of one label or arm
 MAX_EXAMPLES = 1024
 EXAMPLE_ROWS = 9 * MAX_EXAMPLES  # rows of all examples of a session: 1.2 MB
+LINEAR_READERS = {"labels": (2, MAX_LABELS), "regression": (2, 1), "bandit": (1, MAX_ARMS)}  # tables, outputs
 
 
 class TabularError(ValueError):
@@ -60,8 +63,10 @@ class TabularConfig:
 
 def default_config(name: str, task: Task) -> TabularConfig:
     """Return the configuration of a learner of a task, with the memory that every session of it has."""
+    tables, outputs = LINEAR_READERS[task]
     sites = (
-        SiteConfig(SESSION, "journal", slots=1, k=1, width=ROW),
+        SiteConfig(SESSION, "journal", slots=SESSION_ROWS, k=1, width=ROW),
         SiteConfig(EXAMPLES, "journal", slots=EXAMPLE_ROWS, k=1, width=ROW),
+        SiteConfig(WEIGHTS, "journal", slots=tables * outputs * WEIGHT_SEGMENTS, k=1, width=ROW),
     )
     return TabularConfig(name, task, MemoryConfig(hidden_size=ROW, sites=sites))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 
 from model.memory import Draft, Pool
-from model.tabular.backend import Decision, Estimate, FloatArray, IntArray, Learned, Prediction, Vote
+from model.tabular.backend import Decision, Estimate, FloatArray, IntArray, Learned, Vote
+from model.tabular.checkpoint import read_tabular
 from model.tabular.config import TabularConfig, TabularError
 from model.tabular.examples import CLASSES, COLUMNS, COUNT, read_examples, read_session, write_example, write_session
+from model.tabular.label_learner import Labels
+from model.tabular.label_readers import E
+from model.tabular.mixer import Mixer
 
 NEIGHBOURS, VOTES = 8, 5
 INTERVAL = 1.645  # standard deviations around the mean that hold a normal number with probability 0.9
@@ -66,38 +71,6 @@ def _votes(weights: FloatArray, ordinals: FloatArray) -> list[Vote]:
     best = np.argsort(-weights, kind="stable")[:VOTES]
     total = float(weights.sum())
     return [Vote(int(ordinals[i]), float(weights[i]) / total) for i in best]
-
-
-class Labels(_Learner):
-    """A learner of labels; see `model.tabular.backend.LabelLearner`."""
-
-    def num_labels(self, pool: Pool, session: int) -> int:
-        """Return the number of labels that the session has seen."""
-        return int(read_session(pool, session)[CLASSES])
-
-    def predict(self, x: FloatArray, pool: Pool, session: int) -> Prediction:
-        """Return the distribution of the label of an example [C]."""
-        num_labels = self.num_labels(pool, session)
-        if not num_labels:
-            return Prediction(np.zeros(0, np.float32), 1.0, [])
-        weights, labels, _, ordinals = self._nearest(x, pool, session)
-        known = labels.astype(np.int64)
-        near = np.bincount(known, weights, num_labels) + 0.1 * np.bincount(known, minlength=num_labels) / len(known)
-        unknown = num_labels / (num_labels + len(known) + 1.0) * 0.5
-        return Prediction((near / near.sum() * (1 - unknown)).astype(np.float32), unknown, _votes(weights, ordinals))
-
-    def learn(self, x: FloatArray, label: int, draft: Draft) -> Learned:
-        """Learn the label of an example [C]. Raises TabularError for a label that skips an index or is too high."""
-        num_labels = self.num_labels(draft.pool, draft.index)
-        limit = min(num_labels, self.config.labels - 1)
-        if not 0 <= label <= limit:
-            raise TabularError(f"label must be in 0..{limit}, got {label}")
-        prediction = self.predict(x, draft.pool, draft.index)
-        known = label < num_labels
-        loss = -math.log(max(float(prediction.probs[label]) if known else prediction.unknown, 1e-9))
-        frozen = math.log(num_labels + 1)
-        self._write(x, label, (0.0, 0.0), label + 1, draft)
-        return Learned(loss, frozen, float(known and int(prediction.probs.argmax()) == label))
 
 
 class Regression(_Learner):
@@ -162,8 +135,17 @@ class Bandit(_Learner):
         return Learned((expected - reward) ** 2, (constant - reward) ** 2, 0.0)
 
 
-def new_learner(config: TabularConfig) -> Labels | Regression | Bandit:
-    """Return the learner of a configuration."""
+Learners = Labels | Regression | Bandit
+
+
+def new_learner(config: TabularConfig) -> Learners:
+    """Return an untrained learner of a configuration."""
     if config.task == "labels":
-        return Labels(config)
+        return Labels(config, Mixer(E))
     return Regression(config) if config.task == "regression" else Bandit(config)
+
+
+def load_learner(path: Path) -> Learners:
+    """Read a learner from a file of `save_tabular`. Raises TabularError."""
+    config, mixer = read_tabular(path)
+    return Labels(config, mixer) if config.task == "labels" else new_learner(config)

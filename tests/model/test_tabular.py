@@ -9,7 +9,9 @@ import torch
 from model.memory import Pool
 from model.memory.backend import choose_backend
 from model.tabular.config import EXAMPLE_ROWS, TabularError, default_config
-from model.tabular.learners import Labels
+from model.tabular.label_learner import Labels
+from model.tabular.label_readers import E
+from model.tabular.mixer import Mixer
 
 
 def new_pool(learner: Labels, sessions: int = 4) -> Pool:
@@ -27,7 +29,7 @@ def teach(learner: Labels, pool: Pool, session: int, xs: np.ndarray, ys: np.ndar
 
 
 def test_labels_are_learned_from_a_few_examples() -> None:
-    learner = Labels(default_config("labels", "labels"))
+    learner = Labels(default_config("labels", "labels"), Mixer(E))
     pool = new_pool(learner)
     session = pool.open()
     rng = np.random.default_rng(0)
@@ -41,7 +43,7 @@ def test_labels_are_learned_from_a_few_examples() -> None:
 
 
 def test_an_empty_session_knows_no_label_and_a_label_skips_no_index() -> None:
-    learner = Labels(default_config("labels", "labels"))
+    learner = Labels(default_config("labels", "labels"), Mixer(E))
     pool = new_pool(learner)
     x = np.ones(3, np.float32)
     assert learner.predict(x, pool, 0).unknown == 1.0
