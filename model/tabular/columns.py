@@ -69,11 +69,12 @@ def _moments(x: Array, centres: Array, scales: Array, counts: Array) -> None:
 
 
 @cached_njit
-def standardise(x: Array, query: Array, ordinals: Array) -> tuple[Array, Array, Array]:
-    """Return z [n, K], the query's z [K] and the number of each of the K columns: c for the values of column c,
-    INDICATORS + c for its indicator. x [n, C] and query [C] have MISSING where a value is missing; ordinals: int64 [n].
+def standardise(x: Array, queries: Array, ordinals: Array) -> tuple[Array, Array, Array]:
+    """Return z [n, K], the queries' z [Q, K] and the number of each of the K columns: c for the values of column c,
+    INDICATORS + c for its indicator. x [n, C] and queries [Q, C] have MISSING where a value is missing; ordinals: int64
+    [n].
     """
-    n, C = x.shape
+    (n, C), Q = x.shape, len(queries)
     centres, scales, counts = np.empty(C, np.float64), np.empty(C, np.float64), np.empty(C, np.int64)
     _moments(x, centres, scales, counts)
     K = 0
@@ -91,13 +92,13 @@ def standardise(x: Array, query: Array, ordinals: Array) -> tuple[Array, Array, 
             share = (n - counts[c]) / n
             source[K], numbers[K], centre[K], scale[K] = c, INDICATORS + c, share, 1 / np.sqrt(share * (1 - share))
             K += 1
-    wide, sums = np.empty((n + 1, K), np.float32), np.zeros(K, np.float64)
-    for i in range(n + 1):
+    wide, sums = np.empty((n + Q, K), np.float32), np.zeros(K, np.float64)
+    for i in range(n + Q):
         salt = 1.618
         if i < n:
             salt = np.float64(hashed(ordinals[i], 1) >> np.uint64(40)) / 2**24
         for k in range(K):
-            value = x[i, source[k]] if i < n else query[source[k]]
+            value = x[i, source[k]] if i < n else queries[i - n, source[k]]
             is_missing = value == MISSING
             if numbers[k] >= INDICATORS:
                 wide[i, k] = (is_missing - centre[k]) * scale[k]
@@ -105,10 +106,10 @@ def standardise(x: Array, query: Array, ordinals: Array) -> tuple[Array, Array, 
                 wide[i, k] = np.float32(0) if is_missing else _squash(np.float32((value - centre[k]) * scale[k]))
             sums[k] += salt * wide[i, k]
     order = np.argsort(sums, kind="mergesort")
-    z, z_query, columns = np.empty((n, K), np.float32), np.empty(K, np.float32), np.empty(K, np.int64)
+    z, columns = np.empty((n + Q, K), np.float32), np.empty(K, np.int64)
     for k in range(K):
-        z_query[k], columns[k] = wide[n, order[k]], numbers[order[k]]
-    for i in range(n):
+        columns[k] = numbers[order[k]]
+    for i in range(n + Q):
         for k in range(K):
             z[i, k] = wide[i, order[k]]
-    return z, z_query, columns
+    return z[:n], z[n:], columns

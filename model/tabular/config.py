@@ -19,7 +19,8 @@ SESSION_ROWS = 8
 WEIGHT_SEGMENTS = -(-(1 + 2 * MAX_COLUMNS) // ROW)  # rows of the weights of one label or arm
 MAX_EXAMPLES = 1024
 EXAMPLE_ROWS = 9 * MAX_EXAMPLES  # rows of all examples of a session: 1.2 MB
-LINEAR_READERS = {"labels": (2, MAX_LABELS), "regression": (2, 1), "bandit": (1, MAX_ARMS)}  # tables, outputs
+TABLES = 2  # linear readers of labels
+HORIZONS = (0.85, 0.97, 0.995)  # discounts of the readers' losses of late
 
 
 class TabularError(ValueError):
@@ -63,10 +64,11 @@ class TabularConfig:
 
 def default_config(name: str, task: Task) -> TabularConfig:
     """Return the configuration of a learner of a task, with the memory that every session of it has."""
-    tables, outputs = LINEAR_READERS[task]
-    sites = (
+    sites = [
         SiteConfig(SESSION, "journal", slots=SESSION_ROWS, k=1, width=ROW),
         SiteConfig(EXAMPLES, "journal", slots=EXAMPLE_ROWS, k=1, width=ROW),
-        SiteConfig(WEIGHTS, "journal", slots=tables * outputs * WEIGHT_SEGMENTS, k=1, width=ROW),
-    )
-    return TabularConfig(name, task, MemoryConfig(hidden_size=ROW, sites=sites))
+    ]
+    if task == "labels":
+        slots = TABLES * MAX_LABELS * WEIGHT_SEGMENTS
+        sites.append(SiteConfig(WEIGHTS, "journal", slots=slots, k=1, width=ROW))
+    return TabularConfig(name, task, MemoryConfig(hidden_size=ROW, sites=tuple(sites)))

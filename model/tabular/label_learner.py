@@ -8,10 +8,11 @@ import math
 import numpy as np
 
 from model.memory import Draft, Pool
+from model.numba_support import Array
 from model.tabular.backend import FloatArray, Learned, Prediction, Vote
 from model.tabular.checkpoint import TabularModel
 from model.tabular.config import TabularError
-from model.tabular.label_readers import E, Readout
+from model.tabular.label_readers import E
 from model.tabular.labels import learn_label, mixture, read_query
 from model.tabular.memory import COUNT, LABELS, StreamMemory, read_memory, write_memory
 
@@ -39,8 +40,10 @@ class Labels(TabularModel):
         if not memory.row[COUNT]:
             return Prediction(np.zeros(0, np.float32), 1.0, [])
         reading = read_query(memory, memory.pad(x))
-        probs, unknown = mixture(reading, self.mixer_weights)
-        return Prediction(probs, unknown, votes(reading.readout, memory))
+        mixed = mixture(reading, self.mixer_weights, memory.row)
+        return Prediction(
+            mixed.probs, mixed.unknown, votes(reading.readout.nearest, reading.readout.votes, memory.ordinals)
+        )
 
     def learn(self, x: FloatArray, label: int, draft: Draft) -> Learned:
         """Learn the label of an example [C]. Raises TabularError for a label that skips an index or is too high."""
@@ -48,10 +51,11 @@ class Labels(TabularModel):
         limit = min(before.num_labels, self.config.labels - 1)
         if not 0 <= label <= limit:
             raise TabularError(f"label must be in 0..{limit}, got {label}")
-        padded, after, reading, outcome = before.pad(x), copy.copy(before), None, Learned(0.0, 0.0, 0.0)
+        padded, after, reading, mixed, outcome = before.pad(x), copy.copy(before), None, None, Learned(0.0, 0.0, 0.0)
         if before.row[COUNT]:
             reading = read_query(before, padded)
-            probs, unknown = mixture(reading, self.mixer_weights)
+            mixed = mixture(reading, self.mixer_weights, before.row)
+            probs, unknown, _ = mixed
             known = label < before.num_labels
             prior = reading.readout.probs[0, label] * (1 - unknown) if known else unknown
             outcome = Learned(
@@ -60,20 +64,20 @@ class Labels(TabularModel):
                 float(known and int(probs.argmax()) == label),
             )
         after.row, after.weights = before.row.copy(), before.weights.copy()
-        learn_label(after, reading, label)
-        write_memory(draft, before, after, padded, label, np.zeros(2, np.float32))
+        learn_label(after, reading, label, mixed)
+        write_memory(draft, before, after, padded, label, (0.0, 0.0))
         return outcome
 
     def _memory(self, pool: Pool, session: int, x: FloatArray) -> StreamMemory:
         """Return the memory of a session with as many columns as x [C] has at least. Raises TabularError."""
         self.check_columns(len(x))
-        memory = read_memory(pool, session, "labels", E)
+        memory = read_memory(pool, session, E)
         memory.widen(len(x))
         return memory
 
 
-def votes(readout: Readout, memory: StreamMemory) -> list[Vote]:
-    """Return the votes of the nearest examples, the heaviest first."""
-    total = max(float(readout.votes.sum()), 1e-9)
-    pairs = zip(readout.nearest[:VOTES].tolist(), readout.votes[:VOTES].tolist(), strict=True)
-    return [Vote(int(memory.ordinals[i]), weight / total) for i, weight in pairs]
+def votes(nearest: Array, weights: Array, ordinals: Array) -> list[Vote]:
+    """Return the votes of the nearest examples, the heaviest first; ordinals [n] of all examples."""
+    total = max(float(weights.sum()), 1e-9)
+    pairs = zip(nearest[:VOTES].tolist(), weights[:VOTES].tolist(), strict=True)
+    return [Vote(int(ordinals[i]), weight / total) for i, weight in pairs]

@@ -17,7 +17,6 @@ from model.tabular.columns import standardise
 LATE = 96  # examples of the latest window
 TREES, LATE_TREES, TRIALS, SAMPLE = 20, 10, 10, 64
 DISCRIMINANT_COLUMNS = 32
-TABLES = 2  # linear readers: one learns again from examples since the last change, one from the latest
 PRIOR, RECENT, TRANSITIONS = 0, 1, 2
 READERS = (
     *("prior", "recent", "transitions"),
@@ -50,7 +49,8 @@ class Readout(NamedTuple):
 
 def scale(x: Array, query: Array, ordinals: Array, y: Array) -> Scaled:
     """Return the examples x [n, C] and the query [C] on one scale."""
-    return Scaled(*standardise(x, query, ordinals), y)
+    z, queries, columns = standardise(x, query[None], ordinals)
+    return Scaled(z, queries[0], columns, y)
 
 
 class _Window:

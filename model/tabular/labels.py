@@ -10,11 +10,11 @@ import numpy as np
 from model.numba_support import Array
 from model.tabular import readers
 from model.tabular.change import START, update_change
+from model.tabular.config import HORIZONS, TABLES
 from model.tabular.label_readers import LATE, READERS, Readout, Scaled, read, scale
 from model.tabular.memory import COUNT, LABELS, StreamMemory
 from model.tabular.mixer import (
     GLOBALS,
-    HORIZONS,
     LEAST_PROB,
     MixerWeights,
     mix,
@@ -23,9 +23,19 @@ from model.tabular.mixer import (
 )
 
 NEWEST = 6  # number of the session's row: ordinal of the example with the newest label
+SHARPNESS = 7  # number of the session's row: logarithm of the exponent of the mixture's probabilities
+SHARPNESS_RATE, SHARPNESS_LIMIT = 0.02, 1.0
 HORIZON_WEIGHTS = 8  # first of the numbers of the session's row that are the sums of the discounts
 CHANGED = np.array([i for i, name in enumerate(READERS) if name.endswith(", changed")])
 LATEST = np.array([READERS.index(READERS[i].replace("changed", "late")) for i in CHANGED if "disc" not in READERS[i]])
+
+
+class Mixture(NamedTuple):
+    """The mixture of the readers: probs [L] of the known labels, that of a new label, and probs before sharpening."""
+
+    probs: Array
+    unknown: float
+    raw: Array
 
 
 class Reading(NamedTuple):
@@ -73,16 +83,18 @@ def novelty_inputs(count: float, num_labels: int, singles: int, age: float) -> A
     )
 
 
-def mixture(reading: Reading, mixer: MixerWeights) -> tuple[Array, float]:
-    """Return the probabilities [L] of the known labels, and that of a new one."""
-    probs = np.empty(reading.readout.probs.shape[1], np.float32)
-    mix(mixer.inner, mixer.inner_bias, mixer.outer, mixer.outer_bias, reading.readout.probs, reading.inputs, probs)
+def mixture(reading: Reading, mixer: MixerWeights, row: Array) -> Mixture:
+    """Return the distribution of the label, in a session with a row."""
+    raw = np.empty(reading.readout.probs.shape[1], np.float32)
+    mix(mixer.inner, mixer.inner_bias, mixer.outer, mixer.outer_bias, reading.readout.probs, reading.inputs, raw)
+    probs = raw.astype(np.float64) ** math.exp(float(row[SHARPNESS]))
     unknown = float(novelty(mixer.novelty, mixer.novelty_bias, reading.novelty_inputs))
-    return probs * np.float32(1 - unknown), unknown
+    return Mixture((probs / probs.sum() * (1 - unknown)).astype(np.float32), unknown, raw)
 
 
-def learn_label(memory: StreamMemory, reading: Reading | None, label: int) -> None:
-    """Change all of the memory but its examples by a label; reading: of the example, None for the first one."""
+def learn_label(memory: StreamMemory, reading: Reading | None, label: int, mixed: Mixture | None) -> None:
+    """Change all of the memory but its examples by a label; reading: of the example, None for the first one; mixed: of
+    the same reading, None to leave the sharpness as it is."""
     row, new = memory.row, label == memory.num_labels
     row[COUNT] += 1
     ordinal = int(row[COUNT])
@@ -98,7 +110,19 @@ def learn_label(memory: StreamMemory, reading: Reading | None, label: int) -> No
         row[HORIZON_WEIGHTS : HORIZON_WEIGHTS + len(HORIZONS)] *= discounts
         row[HORIZON_WEIGHTS : HORIZON_WEIGHTS + len(HORIZONS)] += 1
         update_change(row, ordinal, _window_loss(reading, CHANGED, label) - _window_loss(reading, LATEST, label))
+        if mixed is not None:
+            _sharpen(row, mixed, label)
     _learn_linear(memory, reading, label, ordinal)
+
+
+def _sharpen(row: Array, mixed: Mixture, label: int) -> None:
+    """Move the exponent of the mixture's probabilities by one gradient step of the label's log-probability."""
+    power = math.exp(float(row[SHARPNESS]))
+    logs = np.log(np.maximum(mixed.raw.astype(np.float64), 1e-6))
+    probs = np.exp(power * (logs - logs.max()))
+    slope = power * (logs[label] - float((probs / probs.sum() * logs).sum()))
+    step = SHARPNESS_RATE * min(max(slope, -1.0), 1.0)
+    row[SHARPNESS] = min(max(float(row[SHARPNESS]) + step, -SHARPNESS_LIMIT), SHARPNESS_LIMIT)
 
 
 def _window_loss(reading: Reading, which: Array, label: int) -> float:
@@ -107,7 +131,7 @@ def _window_loss(reading: Reading, which: Array, label: int) -> float:
 
 def _learn_linear(memory: StreamMemory, reading: Reading, label: int, ordinal: int) -> None:
     scaled, n, L = reading.scaled, len(reading.scaled.y), memory.num_labels
-    weights = np.zeros((len(memory.weights), L, len(scaled.query) + 1), np.float32)
+    weights = np.zeros((TABLES, L, len(scaled.query) + 1), np.float32)
     weights[:, : reading.weights.shape[1]] = reading.weights
     changed = min(n, max(LATE, ordinal - int(memory.row[START])))
     spans = np.array([changed, min(n, LATE)], np.int64)

@@ -1,10 +1,11 @@
 """The memory of a stream: its rows in the pool, and the same as arrays.
 
-    session    row 0: counts and what `change` keeps; the rows after it: the readers' losses of late
+    session    row 0: counts and what the learner keeps; the rows after it: the readers' losses of late
     examples   [ordinal, value, extra, extra, column 0, column 1, …] in segments of ROW numbers: segment s of the
-               example in position i is the row s · MAX_EXAMPLES + i; a full memory overwrites the oldest example
-    weights    of the linear readers: [bias, 256 columns, 256 indicators of missing values] in segments of ROW numbers,
-               for each table and each label or arm
+               example in position i is the row s · MAX_EXAMPLES + i; a full memory overwrites the oldest example.
+               The features of a bandit's arms are the columns from the last one down
+    weights    of the linear readers of labels: [bias, columns, indicators of missing values] in segments of ROW
+               numbers, for each table and each label
 
 A missing value is stored as MISSING, because rows are finite. Only rows that differ are written.
 """
@@ -19,19 +20,30 @@ import torch
 from model.memory import Draft, Pool
 from model.numba_support import Array, cached_njit
 from model.tabular.columns import MISSING
-from model.tabular.config import EXAMPLES, LINEAR_READERS, MAX_EXAMPLES, ROW, SESSION, WEIGHT_SEGMENTS, WEIGHTS, Task
-from model.tabular.mixer import HORIZONS
+from model.tabular.config import (
+    EXAMPLES,
+    HORIZONS,
+    MAX_COLUMNS,
+    MAX_EXAMPLES,
+    MAX_LABELS,
+    ROW,
+    SESSION,
+    TABLES,
+    WEIGHT_SEGMENTS,
+    WEIGHTS,
+)
 
 HEADER = 4  # numbers before the columns of an example
-COUNT, COLUMNS, LABELS = 0, 1, 2  # numbers of the session's row
+COUNT, COLUMNS, LABELS, FEATURES = 0, 1, 2, 6  # numbers of the session's row; FEATURES: of a bandit
 
 
 @dataclass
 class StreamMemory:
     """The memory of a session as arrays.
 
-    row [ROW]: the session's row. x [n, C], values [n], extra [n, 2], ordinals [n]: the examples, oldest first; a value
-    is a label, a target or a reward. weights [TABLES, L, WEIGHT_SEGMENTS · ROW]. losses [E, horizons]: discounted sums.
+    row [ROW]: the session's row. x [n, C + F], values [n], extra [n, 2], ordinals [n]: the examples, oldest first; a
+    value is a label, a target or a reward. weights [TABLES, L, WEIGHT_SEGMENTS · ROW]; losses [E, horizons]: discounted
+    sums.
     """
 
     row: Array
@@ -44,7 +56,7 @@ class StreamMemory:
 
     @property
     def num_labels(self) -> int:
-        """Return the number of labels, or of arms."""
+        """Return the number of labels."""
         return int(self.row[LABELS])
 
     @property
@@ -53,31 +65,38 @@ class StreamMemory:
         return self.values.astype(np.int64)
 
     def add_output(self) -> None:
-        """Add a label or an arm to the linear readers."""
-        new = np.zeros((len(self.weights), 1, self.weights.shape[2]), np.float32)
-        self.weights = np.concatenate([self.weights, new], axis=1)
+        """Add a label to the linear readers."""
+        self.weights = np.concatenate([self.weights, np.zeros_like(self.weights, shape=(TABLES, 1, WIDTH))], axis=1)
 
-    def pad(self, x: Array) -> Array:
-        """Return an example with as many columns as the memory's, MISSING where it has no finite value."""
-        padded = np.full(max(self.x.shape[1], len(x)), MISSING, np.float32)
+    def widen(self, columns: int, features: int = 0) -> None:
+        """Make room for examples with so many columns and features: the memory has as many at least."""
+        old_columns, old_features = int(self.row[COLUMNS]), int(self.row[FEATURES])
+        columns, features = max(columns, old_columns), max(features, old_features)
+        wide = np.full((len(self.values), columns + features), MISSING, np.float32)
+        wide[:, :old_columns] = self.x[:, :old_columns]
+        wide[:, columns : columns + old_features] = self.x[:, old_columns:]
+        self.x = wide
+        self.row[COLUMNS], self.row[FEATURES] = columns, features
+
+    def pad(self, x: Array, features: Array | None = None) -> Array:
+        """Return an example as wide as the memory's, MISSING where it has no finite value."""
+        columns = int(self.row[COLUMNS])
+        padded = np.full(columns + int(self.row[FEATURES]), MISSING, np.float32)
         padded[: len(x)] = np.where(np.isfinite(x), x, MISSING)
+        if features is not None:
+            padded[columns : columns + len(features)] = np.where(np.isfinite(features), features, MISSING)
         return padded
 
-    def widen(self, columns: int) -> None:
-        """Give the examples so many columns at least."""
-        if columns > self.x.shape[1]:
-            wide = np.full((len(self.x), columns), MISSING, np.float32)
-            wide[:, : self.x.shape[1]] = self.x
-            self.x = wide
+
+WIDTH = WEIGHT_SEGMENTS * ROW
 
 
-def empty_memory(task: Task, readers: int) -> StreamMemory:
-    """Return the memory of an empty session of a task with so many readers."""
+def empty_memory(readers: int) -> StreamMemory:
+    """Return the memory of an empty session with so many readers."""
     none = np.zeros(0, np.float32)
-    weights = np.zeros((LINEAR_READERS[task][0], 0, WEIGHT_SEGMENTS * ROW), np.float32)
     losses = np.zeros((readers, len(HORIZONS)), np.float32)
     examples = (np.zeros((0, 0), np.float32), none, np.zeros((0, 2), np.float32), np.zeros(0, np.int64))
-    return StreamMemory(np.zeros(ROW, np.float32), *examples, weights, losses)
+    return StreamMemory(np.zeros(ROW, np.float32), *examples, np.zeros((TABLES, 0, WIDTH), np.float32), losses)
 
 
 def loss_rows(readers: int) -> int:
@@ -85,60 +104,69 @@ def loss_rows(readers: int) -> int:
     return -(-readers * len(HORIZONS) // ROW)
 
 
-def read_memory(pool: Pool, session: int, task: Task, readers: int) -> StreamMemory:
+def stored_columns(columns: int, features: int) -> Array:
+    """Return where the columns and the features of an example are stored, int64 [C + F]."""
+    return np.concatenate([np.arange(columns), MAX_COLUMNS - 1 - np.arange(features)])
+
+
+def read_memory(pool: Pool, session: int, readers: int) -> StreamMemory:
     """Return the memory of a session."""
-    memory = empty_memory(task, readers)
-    site = pool.sites[SESSION]
+    memory, site = empty_memory(readers), pool.sites[SESSION]
     rows = site.fields[0].numpy()[site.physical_cells[session, : 1 + loss_rows(readers)]]
     memory.row = rows[0].copy()
     memory.losses = rows[1:].reshape(-1)[: memory.losses.size].reshape(memory.losses.shape).copy()
-    n, columns = min(int(memory.row[COUNT]), MAX_EXAMPLES), int(memory.row[COLUMNS])
-    if n:
-        site = pool.sites[EXAMPLES]
-        memory.x = np.empty((n, columns), np.float32)
-        heads = np.empty((n, HEADER), np.float32)
-        _gather(site.physical_cells[session], site.fields[0].numpy(), int(memory.row[COUNT]), memory.x, heads)
+    count = int(memory.row[COUNT])
+    if count:
+        columns = stored_columns(int(memory.row[COLUMNS]), int(memory.row[FEATURES]))
+        n, site = min(count, MAX_EXAMPLES), pool.sites[EXAMPLES]
+        memory.x, heads = np.empty((n, len(columns)), np.float32), np.empty((n, HEADER), np.float32)
+        _gather(site.physical_cells[session], site.fields[0].numpy(), count, columns, memory.x, heads)
         memory.ordinals, memory.values, memory.extra = heads[:, 0].astype(np.int64), heads[:, 1], heads[:, 2:]
-    site, outputs = pool.sites[WEIGHTS], memory.num_labels
-    table = site.physical_cells[session].reshape(*LINEAR_READERS[task], WEIGHT_SEGMENTS)[:, :outputs]
-    memory.weights = site.fields[0].numpy()[table].reshape(len(table), outputs, WEIGHT_SEGMENTS * ROW)
+    if WEIGHTS in pool.sites and memory.num_labels:
+        site = pool.sites[WEIGHTS]
+        table = site.physical_cells[session].reshape(TABLES, MAX_LABELS, WEIGHT_SEGMENTS)[:, : memory.num_labels]
+        memory.weights = site.fields[0].numpy()[table].reshape(TABLES, memory.num_labels, WIDTH)
     return memory
 
 
 @cached_njit
-def _gather(table: Array, field: Array, count: int, x: Array, heads: Array) -> None:
-    """Fill x [n, C] and heads [n, HEADER] with the examples up to ordinal `count`, oldest first."""
-    n, C = x.shape
+def _gather(table: Array, field: Array, count: int, columns: Array, x: Array, heads: Array) -> None:
+    """Fill x [n, K] and heads [n, HEADER] with the examples up to ordinal `count`, oldest first."""
+    n = len(x)
     for i in range(n):
         position = (count - n + i) % MAX_EXAMPLES
         first = table[position]
         for j in range(HEADER):
             heads[i, j] = field[first, j]
-        for c in range(C):
-            segment, j = (HEADER + c) // ROW, (HEADER + c) % ROW
-            physical_row = table[segment * MAX_EXAMPLES + position]
-            x[i, c] = field[physical_row, j] if physical_row > 0 else MISSING
+        for k in range(len(columns)):
+            number = HEADER + columns[k]
+            physical_row = table[number // ROW * MAX_EXAMPLES + position]
+            x[i, k] = field[physical_row, number % ROW] if physical_row > 0 else MISSING
 
 
-def write_memory(draft: Draft, before: StreamMemory, after: StreamMemory, x: Array, value: float, extra: Array) -> None:
-    """Write an example x [C] and what else differs between two memories of the draft's session; `after.row` has the
-    example's ordinal as its count. Raises PoolFullError."""
-    after.row[COLUMNS] = max(after.row[COLUMNS], len(x))
+def write_memory(
+    draft: Draft, before: StreamMemory, after: StreamMemory, x: Array, value: float, extra: tuple[float, float]
+) -> None:
+    """Write an example x [C + F], and what differs between two memories of the draft's session; the example's ordinal
+    is the count of `after`. Raises PoolFullError."""
     losses = np.zeros(loss_rows(len(after.losses)) * ROW, np.float32)
     losses[: after.losses.size] = after.losses.reshape(-1)
     _put(draft, SESSION, np.arange(1 + loss_rows(len(after.losses))), np.concatenate([after.row, losses]))
-    ordinal, segments = int(after.row[COUNT]), -(-(HEADER + len(x)) // ROW)
-    rows = np.zeros(segments * ROW, np.float32)
+    ordinal, segments = int(after.row[COUNT]), -(-(HEADER + MAX_COLUMNS) // ROW)
+    rows = np.full(segments * ROW, MISSING, np.float32)
+    rows[HEADER + stored_columns(int(after.row[COLUMNS]), int(after.row[FEATURES]))] = x
     rows[:HEADER] = ordinal, value, *extra
-    rows[HEADER : HEADER + len(x)] = x
-    _put(draft, EXAMPLES, np.arange(segments) * MAX_EXAMPLES + (ordinal - 1) % MAX_EXAMPLES, rows)
+    slots = np.arange(segments) * MAX_EXAMPLES + (ordinal - 1) % MAX_EXAMPLES
+    by_segment = rows.reshape(segments, ROW)
+    needed = (by_segment != MISSING).any(1) | (draft.pool.sites[EXAMPLES].physical_cells[draft.index, slots] > 0)
+    _put(draft, EXAMPLES, slots[needed], by_segment[needed])
     old = np.zeros_like(after.weights)
     old[:, : before.weights.shape[1]] = before.weights
-    new = after.weights.reshape(*after.weights.shape[:2], WEIGHT_SEGMENTS, ROW)
-    table, output, segment = (new != old.reshape(new.shape)).any(-1).nonzero()
+    new, shape = after.weights, (*after.weights.shape[:2], WEIGHT_SEGMENTS, ROW)
+    table, output, segment = (new != old).reshape(shape).any(-1).nonzero()
     if len(table):
-        outputs = draft.pool.sites[WEIGHTS].config.slots // WEIGHT_SEGMENTS // len(new)
-        _put(draft, WEIGHTS, (table * outputs + output) * WEIGHT_SEGMENTS + segment, new[table, output, segment])
+        places = (table * MAX_LABELS + output) * WEIGHT_SEGMENTS + segment
+        _put(draft, WEIGHTS, places, new.reshape(shape)[table, output, segment])
 
 
 def _put(draft: Draft, site: str, slots: Array, rows: Array) -> None:

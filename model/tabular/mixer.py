@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.numba_support import Array, as_arrays, cached_njit
+from model.tabular.config import HORIZONS
 
-HORIZONS = (0.85, 0.97, 0.995)  # discounts of the losses of late
 GLOBALS = 7
 INPUTS = 2 * len(HORIZONS) + 3 + GLOBALS
 HIDDEN = 32
@@ -56,6 +56,12 @@ class Mixer(nn.Module):
         mean = torch.einsum("ne,nel->nl", share.softmax(-1), probs)
         gate = gate.mean(-1, keepdim=True)
         return torch.logaddexp(product + F.logsigmoid(gate), mean.clamp_min(1e-9).log() + F.logsigmoid(-gate))
+
+    def mean(self, means: Tensor, inputs: Tensor) -> Tensor:
+        """Return the mixture's mean [n] of readers' means [n, E] with inputs [n, E, F]."""
+        hidden = torch.relu(self.inner(inputs) + self.embedding)
+        mean: Tensor = (self.outer(hidden)[..., 1].softmax(-1) * means).sum(-1)
+        return mean
 
 
 class MixerWeights(NamedTuple):
@@ -158,3 +164,24 @@ def novelty(weights: Array, bias: Array, inputs: Array) -> float:
     for i in range(len(inputs)):
         total += inputs[i] * weights[i, 0]
     return 1 / (1 + math.exp(-total))
+
+
+@cached_njit
+def mixer_shares(inner: Array, inner_bias: Array, outer: Array, outer_bias: Array, inputs: Array) -> Array:
+    """Return the shares [E] of the readers in a mean: softmax(b); inputs [E, F]."""
+    E, H = inputs.shape[0], inner.shape[1]
+    shares, hidden = np.empty(E, np.float32), np.empty(H, np.float32)
+    for e in range(E):
+        for i in range(H):
+            hidden[i] = inner_bias[e, i]
+        for f in range(inputs.shape[1]):
+            for i in range(H):
+                hidden[i] += inputs[e, f] * inner[f, i]
+        shares[e] = outer_bias[1]
+        for i in range(H):
+            shares[e] += max(hidden[i], np.float32(0)) * outer[i, 1]
+    top = shares.max()
+    for e in range(E):
+        shares[e] = math.exp(shares[e] - top)
+    shares /= shares.sum()
+    return shares

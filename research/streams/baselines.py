@@ -166,7 +166,7 @@ class VwNumbers:
 
 def _scaled(model: Any) -> Any:
     """Return a model of River behind a scaler of numbers and one-hot strings."""
-    numbers = compose.SelectType((float, int)) | preprocessing.StandardScaler()
+    numbers = compose.SelectType(float) | preprocessing.StandardScaler()
     return (numbers + (compose.SelectType(str) | preprocessing.OneHotEncoder())) | model
 
 
@@ -198,8 +198,10 @@ NUMBER_BASELINES: dict[str, Callable[[int, int], NumberBaseline]] = {
     "sgd (scikit-learn)": lambda seed, columns: SgdNumbers(columns),
     "vowpal wabbit": lambda seed, columns: VwNumbers(),
 }
-RIVER_LABELS = ("adaptive random forest", "hoeffding adaptive tree", "logistic regression", "nearest neighbours")
-RIVER_LABELS += ("naive bayes",)
+RIVER_LABELS = (
+    *("adaptive random forest", "hoeffding adaptive tree", "logistic regression", "nearest neighbours"),
+    "naive bayes",
+)
 RIVER_NUMBERS = ("adaptive random forest", "hoeffding adaptive tree", "linear regression", "nearest neighbours", "mean")
 
 

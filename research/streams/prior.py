@@ -36,17 +36,30 @@ def label_task(rng: Rng, longest: int = 1500) -> Task:
     L = int(rng.choice([2, 2, 2, 3, 4, 5, 7, 10, 15, 20]))
     latent, concepts = _latent_and_concepts(rng, n, L)
     scores = _drift(rng, latent, concepts)
+    if rng.random() < 0.3:  # labels first, and columns by label, as in most measured data
+        y = rng.integers(0, L, n)
+        return Task(_columns(rng, _by_label(rng, y, L)), _by_appearance(y))
     if rng.random() < 0.5:
         scores = scores - np.quantile(scores, rng.uniform(0.2, 0.8), axis=0)
     if rng.random() < 0.3:
         scores = scores + rng.normal(size=L) * rng.exponential(1.0) * scores.std()
-    temperature = rng.choice([0.0, 0.0, 0.1, 0.3]) * scores.std()
+    temperature = rng.choice([0.0, 0.0, 0.0, 0.1, 0.3]) * scores.std()
     y = (scores + temperature * rng.gumbel(size=scores.shape)).argmax(1)
-    flip = rng.random(n) < rng.choice([0.0, 0.0, 0.0, 0.05, 0.1, 0.2, 0.3])
+    flip = rng.random(n) < rng.choice([0.0, 0.0, 0.0, 0.0, 0.0, 0.05, 0.1, 0.3])
     y = np.where(flip, rng.integers(0, L, n), y)
     if rng.random() < 0.05:
         y = _sticky(rng, y)
     return Task(_columns(rng, latent), _by_appearance(y))
+
+
+def _by_label(rng: Rng, y: Array, L: int) -> Array:
+    """Return numbers [n, D] of examples with labels y, around one or a few centres of each label."""
+    D, modes = int(math.exp(rng.uniform(math.log(2), math.log(32)))), int(rng.choice([1, 1, 2, 3]))
+    spread, few = rng.uniform(0.3, 2.0), rng.random(D) < rng.uniform(0.2, 1.0)
+    centres = rng.normal(size=(L, modes, D)) * few * rng.uniform(1.0, 3.0)
+    noise = rng.normal(size=(len(y), D)) @ _mixing(rng, D) * np.exp(rng.normal(size=(L, D)) * 0.3)[y]
+    drawn: Array = centres[y, rng.integers(0, modes, len(y))] + noise * spread
+    return drawn
 
 
 def number_task(rng: Rng, longest: int = 1500) -> Task:
