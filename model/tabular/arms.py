@@ -16,7 +16,7 @@ from model.tabular.columns import standardise
 from model.tabular.config import HORIZONS
 from model.tabular.memory import COUNT, StreamMemory
 
-FEATURES, ERROR = 6, 7  # numbers of the session's row: columns of the arms' features; mean squared error of late
+ERROR = 7  # number of the session's row: mean squared error of late
 BLIND = [MEAN, ARM, ARM_LATE]  # readers that do not look at the columns
 TRUST = 0.5  # of the log-likelihood of the readers' errors
 WIDTH = 0.7  # of the standard deviation of an arm's value

@@ -34,7 +34,7 @@ from model.tabular.config import (
 )
 
 HEADER = 4  # numbers before the columns of an example
-COUNT, COLUMNS, LABELS, FEATURES = 0, 1, 2, 6  # numbers of the session's row; FEATURES: of a bandit
+COUNT, COLUMNS, LABELS, FEATURES = 0, 1, 2, 12  # numbers of the session's row; FEATURES: of a bandit
 
 
 @dataclass

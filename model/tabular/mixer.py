@@ -41,10 +41,14 @@ class Mixer(nn.Module):
         self.embedding = nn.Parameter(torch.zeros(readers, HIDDEN))
         self.outer = nn.Linear(HIDDEN, 3)
         self.novelty = nn.Linear(NOVELTY_INPUTS, 1)
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            self.embedding.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
-            self.outer.weight.mul_(0.3)
+            for weight, size in ((self.embedding, 0.1), (self.inner.weight, 0.2), (self.outer.weight, 0.05)):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * size)
+            self.inner.bias.zero_()
             self.outer.bias.copy_(torch.tensor([-2.0, 0.0, 0.0]))
+            self.novelty.weight.zero_()
+            self.novelty.bias.fill_(-2.0)
 
     def forward(self, probs: Tensor, inputs: Tensor, present: Tensor) -> Tensor:
         """Return log p [n, L] of readers' probs [n, E, L] with inputs [n, E, F]; present [n, L] masks the labels."""

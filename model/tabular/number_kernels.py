@@ -164,7 +164,7 @@ def forest_mean(
             looked = min(size, sample)
             begin, stride = 0, size // looked
             if stride > 1:
-                begin = int(hashed(tree, depth) % np.uint64(size - stride * looked + stride))
+                begin = int(np.int64(hashed(tree, depth) % np.uint64(size - stride * looked + stride)))
             whole = np.float32(0)
             for j in range(looked):
                 looked_rows[j] = rows[begin + j * stride]
@@ -173,7 +173,7 @@ def forest_mean(
             best, column, threshold = np.float32(-1), -1, np.float32(0)
             for trial in range(trials):
                 key = hashed(tree * 64 + depth, trial + 7)
-                k = int(key % np.uint64(K))
+                k = int(np.int64(key % np.uint64(K)))
                 one = z[rows[np.int64((key >> np.uint64(16)) % np.uint64(size))], k]
                 other = z[rows[np.int64((key >> np.uint64(40)) % np.uint64(size))], k]
                 if one == other:
