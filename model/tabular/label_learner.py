@@ -55,7 +55,7 @@ class Labels(TabularModel):
         if before.row[COUNT]:
             reading = read_query(before, padded)
             mixed = mixture(reading, self.mixer_weights, before.row)
-            probs, unknown, _ = mixed
+            probs, unknown = mixed.probs, mixed.unknown
             known = label < before.num_labels
             prior = reading.readout.probs[0, label] * (1 - unknown) if known else unknown
             outcome = Learned(

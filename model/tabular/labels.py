@@ -16,6 +16,7 @@ from model.tabular.memory import COUNT, LABELS, StreamMemory
 from model.tabular.mixer import (
     GLOBALS,
     LEAST_PROB,
+    POSTERIOR_SCALE,
     MixerWeights,
     mix,
     mixer_inputs,
@@ -24,6 +25,9 @@ from model.tabular.mixer import (
 
 NEWEST = 6  # number of the session's row: ordinal of the example with the newest label
 SHARPNESS = 7  # number of the session's row: logarithm of the exponent of the mixture's probabilities
+ADVANTAGE = 13  # number of the session's row: nats that the Bayesian mixture has won of late over the learned mixer
+ADVANTAGE_KEEP, FIRST_ADVANTAGE = 0.99, 1.0
+POSTERIORS = [2 * len(HORIZONS) + 1, 2 * len(HORIZONS) + 2]  # inputs of the mixer
 SHARPNESS_RATE, SHARPNESS_LIMIT = 0.02, 1.0
 HORIZON_WEIGHTS = 8  # first of the numbers of the session's row that are the sums of the discounts
 CHANGED = np.array([i for i, name in enumerate(READERS) if name.endswith(", changed")])
@@ -31,11 +35,14 @@ LATEST = np.array([READERS.index(READERS[i].replace("changed", "late")) for i in
 
 
 class Mixture(NamedTuple):
-    """The mixture of the readers: probs [L] of the known labels, that of a new label, and probs before sharpening."""
+    """The mixture of the readers: probs [L] of the known labels, that of a new label, and the probs before sharpening:
+    of the learned mixer and the Bayesian mixture together, and of each."""
 
     probs: Array
     unknown: float
     raw: Array
+    learned: Array
+    bayes: Array
 
 
 class Reading(NamedTuple):
@@ -85,11 +92,15 @@ def novelty_inputs(count: float, num_labels: int, singles: int, age: float) -> A
 
 def mixture(reading: Reading, mixer: MixerWeights, row: Array) -> Mixture:
     """Return the distribution of the label, in a session with a row."""
-    raw = np.empty(reading.readout.probs.shape[1], np.float32)
-    mix(mixer.inner, mixer.inner_bias, mixer.outer, mixer.outer_bias, reading.readout.probs, reading.inputs, raw)
+    learned = np.empty(reading.readout.probs.shape[1], np.float32)
+    mix(*mixer[:5], reading.readout.probs, reading.inputs, learned)
+    shares = np.exp(reading.inputs[:, POSTERIORS] * np.float32(POSTERIOR_SCALE)).mean(1)
+    bayes = (shares @ np.maximum(reading.readout.probs, LEAST_PROB)).astype(np.float32)
+    share = 1 / (1 + math.exp(float(row[ADVANTAGE]) - FIRST_ADVANTAGE))
+    raw = np.float32(share) * learned + np.float32(1 - share) * bayes / bayes.sum()
     probs = raw.astype(np.float64) ** math.exp(float(row[SHARPNESS]))
     unknown = float(novelty(mixer.novelty, mixer.novelty_bias, reading.novelty_inputs))
-    return Mixture((probs / probs.sum() * (1 - unknown)).astype(np.float32), unknown, raw)
+    return Mixture((probs / probs.sum() * (1 - unknown)).astype(np.float32), unknown, raw, learned, bayes)
 
 
 def learn_label(memory: StreamMemory, reading: Reading | None, label: int, mixed: Mixture | None) -> None:
@@ -112,6 +123,8 @@ def learn_label(memory: StreamMemory, reading: Reading | None, label: int, mixed
         update_change(row, ordinal, _window_loss(reading, CHANGED, label) - _window_loss(reading, LATEST, label))
         if mixed is not None:
             _sharpen(row, mixed, label)
+            loss = math.log(max(float(mixed.bayes[label]), 1e-6)) - math.log(max(float(mixed.learned[label]), 1e-6))
+            row[ADVANTAGE] = min(max(ADVANTAGE_KEEP * float(row[ADVANTAGE]) + loss, -8.0), 8.0)
     _learn_linear(memory, reading, label, ordinal)
 
 

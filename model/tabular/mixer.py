@@ -3,13 +3,14 @@
 For reader e of E with probabilities p_e [L], losses of late ℓ_e at three horizons, and globals g (numbers of examples,
 labels, columns, …):
 
-    f_e = [ℓ_e − min ℓ, ℓ_e, entropy, largest probability, agreement, g]          inputs [F]
-    h_e = relu(W f_e + b + embedding_e)                                           one network for all readers
-    a_e = softplus(A h_e), b_e = B h_e, c = mean_e C h_e
+    f_e = [ℓ_e − min ℓ, ℓ_e, posterior, entropy, largest probability, agreement, g]     inputs [F]
+    h_e = relu(W f_e + b + embedding_e)                                                 one network for all readers
+    (a_e, b_e, c_e) = A h_e + S f_e,   a_e ← softplus(a_e),   c = mean_e c_e
     p = σ(c) · norm(Π_e p_e^{a_e}) + (1 − σ(c)) · Σ_e softmax(b)_e p_e
 
-The product is sharper than its readers where they agree for different reasons; the sum is safe where they disagree. No
-step depends on the order of labels. Only readers have embeddings. `Mixer.forward` is the reference of `mix`.
+The product is sharper than its readers where they agree for different reasons; the sum is safe where they disagree. The
+posterior is the logarithm of a reader's share in a Bayesian mixture that forgets, at each horizon. No step depends on
+the order of labels. Only readers have embeddings. `Mixer.forward` is the reference of `mix`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from model.numba_support import Array, as_arrays, cached_njit
 from model.tabular.config import HORIZONS
 
 GLOBALS = 7
-INPUTS = 2 * len(HORIZONS) + 3 + GLOBALS
+INPUTS = 3 * len(HORIZONS) + 3 + GLOBALS
 HIDDEN = 32
 LEAST_PROB = np.float32(1e-4)
 NOVELTY_INPUTS = 4
+LEAST_POSTERIOR, POSTERIOR_SCALE = -20.0, 5.0  # logarithms; the scale divides them
 
 
 class Mixer(nn.Module):
@@ -40,20 +42,22 @@ class Mixer(nn.Module):
         self.inner = nn.Linear(INPUTS, HIDDEN)
         self.embedding = nn.Parameter(torch.zeros(readers, HIDDEN))
         self.outer = nn.Linear(HIDDEN, 3)
+        self.skip = nn.Linear(INPUTS, 3, bias=False)
         self.novelty = nn.Linear(NOVELTY_INPUTS, 1)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for weight, size in ((self.embedding, 0.1), (self.inner.weight, 0.2), (self.outer.weight, 0.05)):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * size)
             self.inner.bias.zero_()
+            self.skip.weight.zero_()
+            self.skip.weight[1, 2 * len(HORIZONS) + 1] = POSTERIOR_SCALE  # a Bayesian mixture to begin with
             self.outer.bias.copy_(torch.tensor([-2.0, 0.0, 0.0]))
             self.novelty.weight.zero_()
             self.novelty.bias.fill_(-2.0)
 
     def forward(self, probs: Tensor, inputs: Tensor, present: Tensor) -> Tensor:
         """Return log p [n, L] of readers' probs [n, E, L] with inputs [n, E, F]; present [n, L] masks the labels."""
-        hidden = torch.relu(self.inner(inputs) + self.embedding)
-        power, share, gate = self.outer(hidden).unbind(-1)
+        power, share, gate = self._raw(inputs).unbind(-1)
         logs = probs.clamp_min(float(LEAST_PROB)).log()
         scores = torch.einsum("ne,nel->nl", F.softplus(power), logs)
         product = scores.masked_fill(~present, -math.inf).log_softmax(-1)
@@ -63,9 +67,12 @@ class Mixer(nn.Module):
 
     def mean(self, means: Tensor, inputs: Tensor) -> Tensor:
         """Return the mixture's mean [n] of readers' means [n, E] with inputs [n, E, F]."""
-        hidden = torch.relu(self.inner(inputs) + self.embedding)
-        mean: Tensor = (self.outer(hidden)[..., 1].softmax(-1) * means).sum(-1)
+        mean: Tensor = (self._raw(inputs)[..., 1].softmax(-1) * means).sum(-1)
         return mean
+
+    def _raw(self, inputs: Tensor) -> Tensor:
+        raw: Tensor = self.outer(torch.relu(self.inner(inputs) + self.embedding)) + self.skip(inputs)
+        return raw
 
 
 class MixerWeights(NamedTuple):
@@ -75,6 +82,7 @@ class MixerWeights(NamedTuple):
     inner_bias: Array  # [E, H], the embeddings included
     outer: Array  # [H, 3]
     outer_bias: Array
+    skip: Array  # [F, 3]
     novelty: Array  # [NOVELTY_INPUTS, 1]
     novelty_bias: Array
 
@@ -82,8 +90,40 @@ class MixerWeights(NamedTuple):
     def of(cls, mixer: Mixer) -> MixerWeights:
         """Read a mixer's weights, which must not change afterwards."""
         bias = mixer.inner.bias + mixer.embedding
-        parts = [mixer.inner.weight.T, bias, mixer.outer.weight.T, mixer.outer.bias]
+        parts = [mixer.inner.weight.T, bias, mixer.outer.weight.T, mixer.outer.bias, mixer.skip.weight.T]
         return cls(*as_arrays(*parts, mixer.novelty.weight.T, mixer.novelty.bias))
+
+
+@cached_njit
+def log_posterior(losses: Array, out: Array) -> None:
+    """Fill the scaled logarithms of the shares [E] of a Bayesian mixture with losses [E]."""
+    least, total = losses.min(), np.float32(0)
+    for e in range(len(losses)):
+        total += math.exp(least - losses[e])
+    for e in range(len(losses)):
+        log_share = max(least - losses[e] - math.log(total), LEAST_POSTERIOR)
+        out[e] = log_share / POSTERIOR_SCALE
+
+
+@cached_njit
+def _raw(inner: Array, inner_bias: Array, outer: Array, outer_bias: Array, skip: Array, inputs: Array) -> Array:
+    """Return [a, b, c] before any activation [E, 3] for inputs [E, F]."""
+    E, H = len(inputs), inner.shape[1]
+    raw, hidden = np.empty((E, 3), np.float32), np.empty(H, np.float32)
+    for e in range(E):
+        for i in range(H):
+            hidden[i] = inner_bias[e, i]
+        for o in range(3):
+            raw[e, o] = outer_bias[o]
+        for f in range(inputs.shape[1]):
+            for i in range(H):
+                hidden[i] += inputs[e, f] * inner[f, i]
+            for o in range(3):
+                raw[e, o] += inputs[e, f] * skip[f, o]
+        for i in range(H):
+            for o in range(3):
+                raw[e, o] += max(hidden[i], np.float32(0)) * outer[i, o]
+    return raw
 
 
 @cached_njit
@@ -104,38 +144,34 @@ def mixer_inputs(probs: Array, losses: Array, weights: Array, globals_: Array) -
         for e in range(E):
             inputs[e, h] = math.log1p((losses[e, h] - least) / (weights[h] + np.float32(1)))
             inputs[e, H + h] = losses[e, h] / (weights[h] + np.float32(1))
+        log_posterior(losses[:, h], inputs[:, 2 * H + h])
     for e in range(E):
         entropy, top = np.float32(0), np.float32(0)
         for j in range(L):
             p = max(probs[e, j], LEAST_PROB)
             entropy -= p * math.log(p)
             top = max(top, p)
-        inputs[e, 2 * H], inputs[e, 2 * H + 1], inputs[e, 2 * H + 2] = entropy, top, probs[e, likeliest]
+        inputs[e, 3 * H], inputs[e, 3 * H + 1], inputs[e, 3 * H + 2] = entropy, top, probs[e, likeliest]
         for g in range(GLOBALS):
-            inputs[e, 2 * H + 3 + g] = globals_[g]
+            inputs[e, 3 * H + 3 + g] = globals_[g]
     return inputs
 
 
 @cached_njit
 def mix(
-    inner: Array, inner_bias: Array, outer: Array, outer_bias: Array, probs: Array, inputs: Array, out: Array
+    inner: Array,
+    inner_bias: Array,
+    outer: Array,
+    outer_bias: Array,
+    skip: Array,
+    probs: Array,
+    inputs: Array,
+    out: Array,
 ) -> None:
     """Fill out [L] with the mixture's probabilities; probs [E, L], inputs [E, F]."""
     E, L = probs.shape
-    H = inner.shape[1]
-    raw, hidden = np.empty((E, 3), np.float32), np.empty(H, np.float32)
-    gate = np.float32(0)
-    for e in range(E):
-        for i in range(H):
-            hidden[i] = inner_bias[e, i]
-        for f in range(inputs.shape[1]):
-            for i in range(H):
-                hidden[i] += inputs[e, f] * inner[f, i]
-        for o in range(3):
-            raw[e, o] = outer_bias[o]
-            for i in range(H):
-                raw[e, o] += max(hidden[i], np.float32(0)) * outer[i, o]
-        gate += raw[e, 2] / E
+    raw = _raw(inner, inner_bias, outer, outer_bias, skip, inputs)
+    gate = raw[:, 2].mean()
     top = raw[0, 1]
     for e in range(E):
         top = max(top, raw[e, 1])
@@ -171,21 +207,11 @@ def novelty(weights: Array, bias: Array, inputs: Array) -> float:
 
 
 @cached_njit
-def mixer_shares(inner: Array, inner_bias: Array, outer: Array, outer_bias: Array, inputs: Array) -> Array:
+def mixer_shares(inner: Array, inner_bias: Array, outer: Array, outer_bias: Array, skip: Array, inputs: Array) -> Array:
     """Return the shares [E] of the readers in a mean: softmax(b); inputs [E, F]."""
-    E, H = inputs.shape[0], inner.shape[1]
-    shares, hidden = np.empty(E, np.float32), np.empty(H, np.float32)
-    for e in range(E):
-        for i in range(H):
-            hidden[i] = inner_bias[e, i]
-        for f in range(inputs.shape[1]):
-            for i in range(H):
-                hidden[i] += inputs[e, f] * inner[f, i]
-        shares[e] = outer_bias[1]
-        for i in range(H):
-            shares[e] += max(hidden[i], np.float32(0)) * outer[i, 1]
-    top = shares.max()
-    for e in range(E):
-        shares[e] = math.exp(shares[e] - top)
+    raw = _raw(inner, inner_bias, outer, outer_bias, skip, inputs)
+    shares, top = np.empty(len(raw), np.float32), raw[:, 1].max()
+    for e in range(len(raw)):
+        shares[e] = math.exp(raw[e, 1] - top)
     shares /= shares.sum()
     return shares

@@ -11,7 +11,7 @@ from model.numba_support import Array
 from model.tabular.change import START, update_change
 from model.tabular.config import HORIZONS
 from model.tabular.memory import COUNT, StreamMemory
-from model.tabular.mixer import GLOBALS, INPUTS, MixerWeights, mixer_shares
+from model.tabular.mixer import GLOBALS, INPUTS, MixerWeights, log_posterior, mixer_shares
 from model.tabular.number_readers import READERS, Readout, Scaled, read, scale
 
 HORIZON_WEIGHTS = 8  # first of the numbers of the session's row that are the sums of the discounts
@@ -19,6 +19,7 @@ SPREAD = 7  # number of the session's row: mean absolute error of late, in stand
 CHANGED = [i for i, name in enumerate(READERS) if name.endswith(", changed")]
 LATEST = [i for i, name in enumerate(READERS) if name.endswith(", late")]
 LARGEST_LOSS = 4.0
+ERROR_SCALE = 2.0  # of an absolute error, in mean absolute errors, as a negative log-likelihood
 ERRORS = 256  # latest errors that make the interval
 COVERAGE = 0.9
 
@@ -59,15 +60,17 @@ def number_inputs(means: Array, losses: Array, weights: Array, globals_: list[fl
     relative = average / (average.min(0) + np.float32(0.02))
     inputs[:, :H], inputs[:, H : 2 * H] = np.log(np.maximum(relative, np.float32(0.1))), average
     median = np.median(means)
-    inputs[:, 2 * H] = np.minimum(np.abs(means - median), 3)
-    inputs[:, 2 * H + 1] = np.minimum(np.abs(means - means.mean()), 3)
-    inputs[:, 2 * H + 3 :] = globals_
+    for h in range(H):
+        log_posterior(losses[:, h] * np.float32(ERROR_SCALE / (globals_[4] + 0.05)), inputs[:, 2 * H + h])
+    inputs[:, 3 * H] = np.minimum(np.abs(means - median), 3)
+    inputs[:, 3 * H + 1] = np.minimum(np.abs(means - means.mean()), 3)
+    inputs[:, 3 * H + 3 :] = globals_
     return inputs
 
 
 def mixture(reading: Reading, mixer: MixerWeights) -> float:
     """Return the expected target."""
-    shares = mixer_shares(mixer.inner, mixer.inner_bias, mixer.outer, mixer.outer_bias, reading.inputs)
+    shares = mixer_shares(*mixer[:5], reading.inputs)
     return reading.scaled.centre + reading.scaled.scale * float(shares @ reading.readout.means)
 
 

@@ -90,10 +90,10 @@ def test_the_mixer_is_its_network() -> None:
     losses = rng.random((label_readers.E, len(HORIZONS))).astype(np.float32)
     inputs = mixer.mixer_inputs(probs, losses, np.ones(3, np.float32), np.ones(mixer.GLOBALS, np.float32))
     weights, out = MixerWeights.of(network), np.empty(L, np.float32)
-    mixer.mix(weights.inner, weights.inner_bias, weights.outer, weights.outer_bias, probs, inputs, out)
+    mixer.mix(*weights[:5], probs, inputs, out)
     batch = torch.from_numpy(inputs)[None]
     expected = network(torch.from_numpy(probs)[None], batch, torch.ones(1, L, dtype=torch.bool))[0].exp()
     np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-4)
-    shares = mixer.mixer_shares(weights.inner, weights.inner_bias, weights.outer, weights.outer_bias, inputs)
+    shares = mixer.mixer_shares(*weights[:5], inputs)
     mean = network.mean(torch.from_numpy(probs[:, 0])[None], batch)
     assert float(shares @ probs[:, 0]) == pytest.approx(mean.item(), abs=1e-4)
