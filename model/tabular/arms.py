@@ -25,7 +25,7 @@ SURE = 1e-3  # smallest standard deviation, in those of the rewards
 
 
 class ArmReading(NamedTuple):
-    """What the readers say of a decision: means [E, A], the mixture's mean and standard deviation [A], the reward's
+    """The readout of a decision: means [E, A], the mixture's mean and standard deviation [A], the reward's
     own standard deviation, and how many examples of each arm [A] there are."""
 
     means: Array

@@ -45,8 +45,8 @@ class Mixture(NamedTuple):
     bayes: Array
 
 
-class Reading(NamedTuple):
-    """What the readers say of a query, before the mixer: all that learning its label needs as well."""
+class QueryReadout(NamedTuple):
+    """The readout of a query, before the mixer: all that learning its label needs as well."""
 
     scaled: Scaled
     readout: Readout
@@ -55,7 +55,7 @@ class Reading(NamedTuple):
     weights: Array  # [TABLES, L, K + 1] of the linear readers, in the order of the scaled columns
 
 
-def read_query(memory: StreamMemory, query: Array) -> Reading:
+def read_query(memory: StreamMemory, query: Array) -> QueryReadout:
     """Return what the readers say of a query [C], which has as many columns as the memory's examples."""
     L, row, n = memory.num_labels, memory.row, len(memory.values)
     scaled = scale(memory.x, query, memory.ordinals, memory.labels)
@@ -80,7 +80,7 @@ def read_query(memory: StreamMemory, query: Array) -> Reading:
     inputs = mixer_inputs(readout.probs, memory.losses, discounts, globals_)
     singles = int((np.bincount(scaled.y, minlength=L) == 1).sum())
     count = float(row[COUNT])
-    return Reading(scaled, readout, inputs, novelty_inputs(count, L, singles, count - float(row[NEWEST])), weights)
+    return QueryReadout(scaled, readout, inputs, novelty_inputs(count, L, singles, count - float(row[NEWEST])), weights)
 
 
 def novelty_inputs(count: float, num_labels: int, singles: int, age: float) -> Array:
@@ -90,7 +90,7 @@ def novelty_inputs(count: float, num_labels: int, singles: int, age: float) -> A
     )
 
 
-def mixture(reading: Reading, mixer: MixerWeights, row: Array) -> Mixture:
+def mixture(reading: QueryReadout, mixer: MixerWeights, row: Array) -> Mixture:
     """Return the distribution of the label, in a session with a row."""
     learned = np.empty(reading.readout.probs.shape[1], np.float32)
     mix(*mixer[:5], reading.readout.probs, reading.inputs, learned)
@@ -103,7 +103,7 @@ def mixture(reading: Reading, mixer: MixerWeights, row: Array) -> Mixture:
     return Mixture((probs / probs.sum() * (1 - unknown)).astype(np.float32), unknown, raw, learned, bayes)
 
 
-def learn_label(memory: StreamMemory, reading: Reading | None, label: int, mixed: Mixture | None) -> None:
+def learn_label(memory: StreamMemory, reading: QueryReadout | None, label: int, mixed: Mixture | None) -> None:
     """Change all of the memory but its examples by a label; reading: of the example, None for the first one; mixed: of
     the same reading, None to leave the sharpness as it is."""
     row, new = memory.row, label == memory.num_labels
@@ -138,11 +138,11 @@ def _sharpen(row: Array, mixed: Mixture, label: int) -> None:
     row[SHARPNESS] = min(max(float(row[SHARPNESS]) + step, -SHARPNESS_LIMIT), SHARPNESS_LIMIT)
 
 
-def _window_loss(reading: Reading, which: Array, label: int) -> float:
+def _window_loss(reading: QueryReadout, which: Array, label: int) -> float:
     return -math.log(max(float(reading.readout.probs[which, label].mean()), float(LEAST_PROB)))
 
 
-def _learn_linear(memory: StreamMemory, reading: Reading, label: int, ordinal: int) -> None:
+def _learn_linear(memory: StreamMemory, reading: QueryReadout, label: int, ordinal: int) -> None:
     scaled, n, L = reading.scaled, len(reading.scaled.y), memory.num_labels
     weights = np.zeros((TABLES, L, len(scaled.query) + 1), np.float32)
     weights[:, : reading.weights.shape[1]] = reading.weights

@@ -24,15 +24,15 @@ ERRORS = 256  # latest errors that make the interval
 COVERAGE = 0.9
 
 
-class Reading(NamedTuple):
-    """What the readers say of a query, before the mixer."""
+class QueryReadout(NamedTuple):
+    """The readout of a query, before the mixer."""
 
     scaled: Scaled
     readout: Readout
     inputs: Array  # [E, F] of the mixer
 
 
-def read_query(memory: StreamMemory, query: Array) -> Reading:
+def read_query(memory: StreamMemory, query: Array) -> QueryReadout:
     """Return what the readers say of a query [C], which has as many columns as the memory's examples."""
     n, row = len(memory.values), memory.row
     scaled = scale(memory.x, query, memory.ordinals, memory.values)
@@ -49,7 +49,7 @@ def read_query(memory: StreamMemory, query: Array) -> Reading:
     ]
     assert len(globals_) == GLOBALS
     discounts = row[HORIZON_WEIGHTS : HORIZON_WEIGHTS + len(HORIZONS)]
-    return Reading(scaled, readout, number_inputs(readout.means, memory.losses, discounts, globals_))
+    return QueryReadout(scaled, readout, number_inputs(readout.means, memory.losses, discounts, globals_))
 
 
 def number_inputs(means: Array, losses: Array, weights: Array, globals_: list[float]) -> Array:
@@ -68,7 +68,7 @@ def number_inputs(means: Array, losses: Array, weights: Array, globals_: list[fl
     return inputs
 
 
-def mixture(reading: Reading, mixer: MixerWeights) -> float:
+def mixture(reading: QueryReadout, mixer: MixerWeights) -> float:
     """Return the expected target."""
     shares = mixer_shares(*mixer[:5], reading.inputs)
     return reading.scaled.centre + reading.scaled.scale * float(shares @ reading.readout.means)
@@ -86,7 +86,7 @@ def interval(memory: StreamMemory, mean: float, scale: float) -> tuple[float, fl
     return mean - reach, mean + reach
 
 
-def learn_number(memory: StreamMemory, reading: Reading | None, mean: float, target: float) -> None:
+def learn_number(memory: StreamMemory, reading: QueryReadout | None, mean: float, target: float) -> None:
     """Change the session's row and losses by a target; reading and mean: of the example, None for the first one."""
     row = memory.row
     row[COUNT] += 1

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from research.corpus import console
+from research.streams.array_learners import ImprintLabels, ImprintNumbers
 from research.streams.bandits import ARM_BASELINES, BERNOULLI_BASELINES, run_bernoulli, run_labels_as_arms
 from research.streams.baselines import LABEL_BASELINES, NUMBER_BASELINES
 from research.streams.datasets import STREAMS, Pair, Stream
-from research.streams.learners import ImprintLabels, ImprintNumbers
 from research.streams.prequential import Steps, result_file, run_labels, run_numbers, save
 from research.streams.report import report
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from research.streams.array_learners import Encoder, ImprintArms
 from research.streams.baselines import vw_features
 from research.streams.datasets import Features, Pair
-from research.streams.learners import Encoder, ImprintArms
 from research.streams.prequential import Steps
 
 Rng = np.random.Generator

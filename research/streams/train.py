@@ -15,7 +15,7 @@ import torch
 
 from model.tabular.checkpoint import save_tabular
 from model.tabular.config import default_config
-from model.tabular.learners import new_learner
+from model.tabular.loading import new_learner
 from research.corpus import console, progress_bar
 from research.machine import code_version, hardware
 from research.streams.training import fit, record_labels, record_numbers
@@ -45,7 +45,7 @@ def main() -> None:
         "tasks": arguments.tasks,
         "steps": arguments.steps,
         "seed": arguments.seed,
-        "records": len(records.said),
+        "records": len(records.readouts),
         "parameters": sum(parameter.numel() for parameter in mixer.parameters()),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "seconds": round(time.process_time() - begun, 1),

@@ -33,7 +33,7 @@ class Records(NamedTuple):
     """Steps of streams: what the readers said [N, E, L] or [N, E], the mixer's inputs [N, E, F], the outcomes [N], the
     number of labels [N], and for labels the inputs of the chance of a new label and whether it was one [M, 5]."""
 
-    said: Tensor
+    readouts: Tensor
     inputs: Tensor
     outcomes: Tensor
     sizes: Tensor
@@ -49,7 +49,7 @@ def windows(memory: StreamMemory, task: Task, i: int, extra: Array) -> None:
 
 def record_labels(tasks: int, seed: int, progress: Progress) -> Records:
     """Run the readers of labels over tasks of the prior."""
-    said: list[Array] = []
+    readouts: list[Array] = []
     inputs: list[Array] = []
     outcomes: list[tuple[int, int]] = []
     novelty: list[Array] = []
@@ -69,18 +69,18 @@ def record_labels(tasks: int, seed: int, progress: Progress) -> Records:
                 if keep[i] and label < L:
                     padded = np.zeros((label_readers.E, MOST_LABELS), np.float16)
                     padded[:, :L] = reading.readout.probs
-                    said.append(padded)
+                    readouts.append(padded)
                     inputs.append(reading.inputs)
                     outcomes.append((label, L))
             labels.learn_label(memory, reading, label, None)
         progress(number + 1)
     columns = np.array(outcomes)
-    return Records(*map(torch.from_numpy, (np.stack(said), np.stack(inputs), *columns.T.copy(), np.stack(novelty))))
+    return Records(*map(torch.from_numpy, (np.stack(readouts), np.stack(inputs), *columns.T.copy(), np.stack(novelty))))
 
 
 def record_numbers(tasks: int, seed: int, progress: Progress) -> Records:
     """Run the readers of numbers over tasks of the prior."""
-    said: list[Array] = []
+    readouts: list[Array] = []
     inputs: list[Array] = []
     outcomes: list[float] = []
     for number in range(tasks):
@@ -96,14 +96,14 @@ def record_numbers(tasks: int, seed: int, progress: Progress) -> Records:
                 centre, scale = reading.scaled.centre, reading.scaled.scale
                 mean = centre + scale * float(np.median(reading.readout.means))
                 if keep[i]:
-                    said.append(reading.readout.means)
+                    readouts.append(reading.readout.means)
                     inputs.append(reading.inputs)
                     outcomes.append(min(max((target - centre) / scale, -20.0), 20.0))
             numbers.learn_number(memory, reading, mean, target)
         progress(number + 1)
     none = torch.zeros(0)
     return Records(
-        torch.from_numpy(np.stack(said)), torch.from_numpy(np.stack(inputs)), torch.tensor(outcomes), none, none
+        torch.from_numpy(np.stack(readouts)), torch.from_numpy(np.stack(inputs)), torch.tensor(outcomes), none, none
     )
 
 
@@ -113,14 +113,14 @@ def _kept(rng: np.random.Generator, n: int) -> Array:
 
 def fit(records: Records, steps: int, seed: int, progress: Progress) -> tuple[Mixer, list[float]]:
     """Train a mixer on records; return it, and its losses in the order of the steps."""
-    mixer, generator = Mixer(records.said.shape[1]), torch.Generator().manual_seed(seed)
+    mixer, generator = Mixer(records.readouts.shape[1]), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(mixer.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
     losses = []
     for step in range(steps):
         rate = RATE * min(1.0, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        batch = torch.randint(len(records.said), (BATCH,), generator=generator)
+        batch = torch.randint(len(records.readouts), (BATCH,), generator=generator)
         loss = mixer_loss(mixer, records, batch)
         optimiser.zero_grad()
         loss.backward()
@@ -135,11 +135,11 @@ def fit(records: Records, steps: int, seed: int, progress: Progress) -> tuple[Mi
 
 def mixer_loss(mixer: Mixer, records: Records, batch: Tensor) -> Tensor:
     """Return the mean loss of a mixer on some records: log loss of labels, absolute error of numbers."""
-    said, inputs, outcomes = records.said[batch].float(), records.inputs[batch], records.outcomes[batch]
-    if said.dim() == 3:
-        present = torch.arange(said.shape[2]) < records.sizes[batch][:, None]
-        return F.nll_loss(mixer(said, inputs, present), outcomes)
-    return (mixer.mean(said, inputs) - outcomes).abs().mean()
+    readouts, inputs, outcomes = records.readouts[batch].float(), records.inputs[batch], records.outcomes[batch]
+    if readouts.dim() == 3:
+        present = torch.arange(readouts.shape[2]) < records.sizes[batch][:, None]
+        return F.nll_loss(mixer(readouts, inputs, present), outcomes)
+    return (mixer.mean(readouts, inputs) - outcomes).abs().mean()
 
 
 def _fit_novelty(mixer: Mixer, novelty: Tensor) -> None:

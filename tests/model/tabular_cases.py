@@ -12,7 +12,7 @@ from model.memory import Pool
 from model.memory.backend import choose_backend
 from model.tabular.config import MAX_EXAMPLES, Task, default_config
 from model.tabular.label_learner import Labels
-from model.tabular.learners import NUM_READERS, Learners, new_learner
+from model.tabular.loading import NUM_READERS, Learners, new_learner
 from model.tabular.mixer import Mixer
 from model.tabular.number_learner import Regression
 

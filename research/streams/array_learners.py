@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.tabular import arm_readers, arms, label_readers, labels, number_readers, numbers
 from model.tabular.config import MAX_EXAMPLES
-from model.tabular.learners import shipped_mixer
+from model.tabular.loading import shipped_mixer
 from model.tabular.memory import StreamMemory, empty_memory
 from model.tabular.mixer import Mixer, MixerWeights
 from research.streams.datasets import Features
@@ -66,7 +66,7 @@ class ImprintLabels(ArrayMemory):
         self.mixer = MixerWeights.of(mixer or shipped_mixer("labels"))
         self.names: list[Hashable] = []
         self._encode = Encoder()
-        self._read: tuple[labels.Reading, labels.Mixture] | None = None
+        self._read: tuple[labels.QueryReadout, labels.Mixture] | None = None
 
     def predict(self, x: Features) -> dict[Hashable, float]:
         """Return the probability of each label seen so far."""
@@ -96,7 +96,7 @@ class ImprintNumbers(ArrayMemory):
         self.mixer = MixerWeights.of(mixer or shipped_mixer("regression"))
         self.covered: list[bool] = []
         self._encode = Encoder()
-        self._read: tuple[numbers.Reading, float] | None = None
+        self._read: tuple[numbers.QueryReadout, float] | None = None
 
     def predict(self, x: Features) -> float:
         """Return the expected target."""
