@@ -120,13 +120,8 @@ MAY_IMPORT = {
 # Parts that a broader permission above would let through.
 MUST_NOT_IMPORT = {
     "model": (
-        "model.base",
-        "model.memory",
-        "model.text",
-        "model.adaptive_lm",
-        "model.decode",
-        "model.policies",
-        "model.tabular",
+        *("model.base", "model.memory", "model.text", "model.adaptive_lm"),
+        *("model.decode", "model.policies", "model.tabular"),
     ),
     "service.app": ("service.cli", "service.client", "service.__main__"),
     "service.wiring": ("service.app", "service.cli", "service.client", "service.__main__"),

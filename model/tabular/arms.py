@@ -19,7 +19,7 @@ from model.tabular.memory import COUNT, StreamMemory
 ERROR = 7  # number of the session's row: mean squared error of late
 BLIND = [MEAN, ARM, ARM_LATE]  # readers that do not look at the columns
 TRUST = 0.5  # of the log-likelihood of the readers' errors
-WIDTH = 0.7  # of the standard deviation of an arm's value
+WIDTH = 0.5  # of the standard deviation of an arm's value
 DIMENSIONS, LARGEST_DIMENSIONS = 0.4, 12  # rewards that a column costs where columns are read, and most columns
 SURE = 1e-3  # smallest standard deviation, in those of the rewards
 

@@ -1,0 +1,111 @@
+"""The streams that nobody here wrote: the prior, the training of a mixer, one pass, and the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.tabular import arms
+from model.tabular.columns import MISSING
+from model.tabular.label_readers import E
+from model.tabular.mixer import Mixer
+from research.streams.array_learners import Encoder, ImprintArms, ImprintLabels, ImprintNumbers
+from research.streams.bandits import run_bernoulli
+from research.streams.datasets import STREAMS, find_stream
+from research.streams.prequential import result_file, run_labels, run_numbers, save
+from research.streams.prior import label_task, number_task
+from research.streams.report import calibration_error, mean_and_interval, report
+from research.streams.training import fit, mixer_loss, record_labels, record_numbers
+from tests.model.tabular_cases import learner_of, new_pool
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_task_of_the_prior_is_a_stream(seed: int) -> None:
+    task, again = (label_task(np.random.default_rng(seed), longest=120) for _ in range(2))
+    assert task.x.tobytes() == again.x.tobytes() and task.y.tolist() == again.y.tolist()
+    _, first = np.unique(task.y, return_index=True)
+    assert (np.diff(first) > 0).all()  # labels are numbered in the order in which they appear
+    assert 30 <= len(task.x) <= 120 and np.isfinite(task.x).all()
+    numbers = number_task(np.random.default_rng(seed), longest=120)
+    assert np.isfinite(numbers.y).all() and ((numbers.x == MISSING) | (np.abs(numbers.x) < 1e6)).all()
+
+
+def test_a_mixer_learns_from_what_the_readers_said() -> None:
+    for record in (record_labels, record_numbers):
+        records = record(2, 3, lambda done: None)
+        before = mixer_loss(Mixer(records.readouts.shape[1]), records, torch.arange(len(records.readouts)))
+        mixer, losses = fit(records, 60, 0, lambda done: None)
+        after = mixer_loss(mixer, records, torch.arange(len(records.readouts)))
+        assert len(losses) == 60 and after < before
+
+
+def test_the_array_learners_are_the_served_ones() -> None:
+    pairs = find_stream("iris").examples(0, 25)
+    beside, served = ImprintLabels(Mixer(E)), learner_of("labels")
+    pool, encode, names = new_pool(served), Encoder(), []
+    session = pool.open()
+    for x, label in pairs:
+        probs = list(beside.predict(x).values())
+        features = encode(x)
+        assert served.predict(features, pool, session).probs.tolist() == pytest.approx(probs, abs=1e-6)
+        names += [label] if label not in names else []
+        draft = pool.draft(session)
+        served.learn(features, names.index(label), draft)
+        draft.commit()
+        beside.learn(x, label)
+
+
+def test_strings_become_columns_of_their_own() -> None:
+    encode = Encoder()
+    assert encode({"a": 1.5, "b": "x"}).tolist() == [1.5, 1.0]
+    assert np.nan_to_num(encode({"b": "y"}), nan=-1).tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_streams_are_the_same_for_a_seed_and_differ_between_seeds() -> None:
+    assert len({stream.name for stream in STREAMS}) == len(STREAMS)
+    stream = find_stream("agrawal, sudden")
+    assert stream.examples(1, 20) == stream.examples(1, 20) != stream.examples(2, 20)
+
+
+def test_the_report_compares_learners(tmp_path: Path) -> None:
+    pairs = find_stream("iris").examples(0, 60)
+    steps = run_labels(ImprintLabels(Mixer(E)), pairs)
+    worse = steps | {"hit": steps["hit"] * np.float32(0.5)}
+    for name, each in (("imprint", steps), ("naive bayes", worse)):
+        save(result_file(tmp_path, "iris", 0, name), each)
+    numbers = find_stream("linnerud").examples(0)
+    learner = ImprintNumbers()
+    save(
+        result_file(tmp_path, "linnerud", 0, "imprint"),
+        run_numbers(learner, numbers) | {"covered": np.array(learner.covered)},
+    )
+    save(
+        result_file(tmp_path / "arms", "bernoulli", 0, "imprint"),
+        run_bernoulli(lambda: ImprintArms(10), 1, 0),
+    )
+    report(tmp_path, 1)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["labels"]["mean rank"] == 1
+    assert "| iris |" in (tmp_path / "report.md").read_text()
+
+
+def test_figures_of_the_report() -> None:
+    mean, half = mean_and_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(2.484, abs=1e-3)
+    assert math.isnan(mean_and_interval([1.0])[1])
+    hit = np.array([1.0, 0.0, 1.0, 0.0])
+    assert calibration_error(np.full(4, 0.5), hit) == 0.0
+    assert calibration_error(np.full(4, 0.9), hit) == pytest.approx(0.4)
+
+
+def test_the_chances_of_arms_are_those_of_draws() -> None:
+    means, deviations = np.array([0.0, 0.3, 0.1], np.float32), np.array([0.2, 0.1, 0.4], np.float32)
+    probs = np.empty(3, np.float32)
+    arms.chances(means, deviations, probs)
+    draws = np.random.default_rng(0).normal(means, deviations, size=(40_000, 3)).argmax(1)
+    np.testing.assert_allclose(probs, np.bincount(draws) / 40_000, atol=0.01)
