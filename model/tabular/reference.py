@@ -14,8 +14,9 @@ from model.tabular.readers import NEAREST, PRIOR_VOTES
 
 def softmax(logs: Array) -> Array:
     """Return probabilities of log-probabilities up to a constant."""
-    exps: Array = np.exp(logs - logs.max())
-    return exps / exps.sum()
+    exps = np.exp(logs - logs.max())
+    probs: Array = exps / exps.sum()
+    return probs
 
 
 def standardise(x: Array, queries: Array) -> tuple[Array, Array, Array]:
@@ -62,8 +63,9 @@ def votes(distances: Array, sharpness: int) -> Array:
 
 def neighbours(y: Array, indices: Array, distances: Array, sharpness: int, prior: Array) -> Array:
     """Return the shares of the labels among the nearest examples."""
-    shares = prior * PRIOR_VOTES + np.bincount(y[indices], votes(distances, sharpness), len(prior))
-    return shares / shares.sum()
+    counts = prior * PRIOR_VOTES + np.bincount(y[indices], votes(distances, sharpness), len(prior))
+    shares: Array = counts / counts.sum()
+    return shares
 
 
 def relevances(z: Array, y: Array) -> Array:

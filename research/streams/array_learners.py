@@ -136,8 +136,9 @@ class ImprintArms(ArrayMemory):
     def learn(self, arm: int, reward: float) -> None:
         """Learn the reward of the arm that was drawn last."""
         reading = self._reading
+        only = slice(arm, arm + 1)
         own = arms.ArmReading(
-            *(part[..., arm : arm + 1] for part in reading[:3]), reading.scale, reading.counts[arm : arm + 1]
+            reading.means[:, only], reading.mean[only], reading.deviation[only], reading.scale, reading.counts[only]
         )
         arms.learn_reward(self.memory, own, reward)
         self.append(self._x, reward, (arm, float(self._probs[arm])))

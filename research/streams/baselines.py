@@ -164,6 +164,11 @@ class VwNumbers:
         self._model.learn(f"{target:.8g} {vw_features(x)}")
 
 
+def _one_hot(model: Any) -> Any:
+    """Return a model of River behind one-hot strings: the linear leaves of trees that predict numbers refuse strings."""
+    return (compose.SelectType(float) + (compose.SelectType(str) | preprocessing.OneHotEncoder())) | model
+
+
 def _scaled(model: Any) -> Any:
     """Return a model of River behind a scaler of numbers and one-hot strings."""
     numbers = compose.SelectType(float) | preprocessing.StandardScaler()
@@ -188,8 +193,10 @@ LABEL_BASELINES: dict[str, Callable[[int, list[Hashable], int], LabelBaseline]] 
     "vowpal wabbit": lambda seed, labels, columns: VwLabels(labels),
 }
 NUMBER_BASELINES: dict[str, Callable[[int, int], NumberBaseline]] = {
-    "adaptive random forest": lambda seed, columns: RiverNumbers(forest.ARFRegressor(seed=seed)),
-    "hoeffding adaptive tree": lambda seed, columns: RiverNumbers(tree.HoeffdingAdaptiveTreeRegressor(seed=seed)),
+    "adaptive random forest": lambda seed, columns: RiverNumbers(_one_hot(forest.ARFRegressor(seed=seed))),
+    "hoeffding adaptive tree": lambda seed, columns: RiverNumbers(
+        _one_hot(tree.HoeffdingAdaptiveTreeRegressor(seed=seed))
+    ),
     "linear regression": lambda seed, columns: RiverNumbers(
         _scaled(preprocessing.TargetStandardScaler(linear_model.LinearRegression()))
     ),

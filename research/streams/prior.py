@@ -84,6 +84,7 @@ def number_task(rng: Rng, longest: int = 1500) -> Task:
 
 def _latent_and_concepts(rng: Rng, n: int, L: int) -> tuple[Array, list[Concept]]:
     D = int(math.exp(rng.uniform(math.log(1.6), math.log(24))))
+    latent: Array
     kind = rng.choice(["normal", "uniform", "heavy", "clusters", "network", "bits", "mixed"])
     centres = rng.normal(size=(int(rng.integers(L, 4 * L + 4)), D)) * rng.uniform(0.8, 3)
     if kind == "normal":
@@ -116,7 +117,8 @@ def _latent_and_concepts(rng: Rng, n: int, L: int) -> tuple[Array, list[Concept]
 
 
 def _mixing(rng: Rng, D: int) -> Array:
-    return np.eye(D) + rng.normal(size=(D, D)) * rng.choice([0.0, 0.3, 1.0])
+    mixing: Array = np.eye(D) + rng.normal(size=(D, D)) * rng.choice([0.0, 0.3, 1.0])
+    return mixing
 
 
 def _sparse(rng: Rng, D: int, L: int) -> Array:
@@ -139,7 +141,8 @@ def _additive(rng: Rng, D: int, L: int) -> Concept:
 def _network(rng: Rng, D: int, L: int) -> Concept:
     widths = [D, *[int(rng.integers(4, 24)) for _ in range(int(rng.integers(1, 3)))], L]
     layers = [(rng.normal(size=(a, b)) * 1.7 / math.sqrt(a), rng.normal(size=b)) for a, b in itertools.pairwise(widths)]
-    activation = [np.tanh, lambda h: np.maximum(h, 0), np.sin, np.sign][int(rng.integers(4))]
+    activations: list[Callable[[Array], Array]] = [np.tanh, lambda h: np.maximum(h, 0), np.sin, np.sign]
+    activation = activations[int(rng.integers(4))]
 
     def concept(x: Array) -> Array:
         h = np.clip(x, -6, 6)
@@ -235,7 +238,7 @@ def _columns(rng: Rng, latent: Array) -> Array:
         x = np.tanh(x @ rng.normal(size=(D, hidden)) / math.sqrt(D)) + rng.normal(size=(n, hidden)) * 0.1
     columns = [_shown(rng, column) for column in x.T]
     for _ in range(int(rng.choice([0, 0, 0, 2, 5, 15]))):
-        columns.append(_shown(rng, rng.normal(size=n)))
+        columns.append(_shown(rng, np.asarray(rng.normal(size=n))))
     shown = np.concatenate(columns, axis=1)[:, :60]
     shown = shown[:, rng.permutation(shown.shape[1])].astype(np.float32)
     if rng.random() < 0.25:
@@ -252,10 +255,12 @@ def _shown(rng: Rng, column: Array) -> Array:
         column = np.exp(np.clip(column, -8, 8))
     elif kind < 0.25:  # a category
         cuts = np.sort(column[rng.integers(0, len(column), int(rng.integers(1, 6)))])
-        return (np.searchsorted(cuts, column)[:, None] == rng.permutation(len(cuts) + 1)).astype(np.float64)
+        ones: Array = (np.searchsorted(cuts, column)[:, None] == rng.permutation(len(cuts) + 1)).astype(np.float64)
+        return ones
     elif kind < 0.32:
         column = (column > np.median(column)).astype(np.float64)
-    return (column * math.exp(rng.normal() * 2) + rng.normal() * 5)[:, None]
+    scaled: Array = column * math.exp(rng.normal() * 2) + rng.normal() * 5
+    return scaled[:, None]
 
 
 def _sticky(rng: Rng, y: Array) -> Array:
