@@ -1,4 +1,4 @@
-"""The parts that the learners of all tasks share: slow weights in a file, their identity, and the limits of the input."""
+"""The parts that all learners share: slow weights in a file, their identity, and the limits of the input."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from research.scenarios.bernoulli_bandit import gittins
 from research.streams.array_learners import Encoder, ImprintArms
 from research.streams.baselines import vw_features
 from research.streams.datasets import Features, Pair
@@ -85,24 +85,20 @@ class LinearArms:
 
 
 class BetaArms:
-    """Beta–Bernoulli arms: Thompson sampling, or the Bayes-optimal index approximated by a high quantile (Bayes-UCB,
-    Kaufmann et al. 2012)."""
+    """Bernoulli arms with Beta posteriors: Thompson sampling, or the Gittins index for the steps that are left."""
 
     def __init__(self, arms: int, *, drawn: bool) -> None:
-        self._wins, self._losses, self._drawn = np.ones(arms), np.ones(arms), drawn
+        self._counts, self._drawn = np.zeros((arms, 2)), drawn
 
     def choose(self, x: Features, rng: Rng) -> int:
+        zeros, ones = self._counts.T
         if self._drawn:
-            return int(rng.beta(self._wins, self._losses).argmax())
-        from scipy.stats import beta
-
-        step = self._wins.sum() + self._losses.sum() - 2 * len(self._wins) + 1
-        index: NDArray[Any] = beta.ppf(1 - 1 / (step + 1), self._wins, self._losses)
-        return int((index + 1e-9 * rng.random(len(index))).argmax())
+            return int(rng.beta(ones + 1, zeros + 1).argmax())
+        left = max(2.0, BERNOULLI_STEPS - self._counts.sum())
+        return int(gittins(ones, zeros, 1 - 1 / left).argmax())
 
     def learn(self, arm: int, reward: float) -> None:
-        self._wins[arm] += reward
-        self._losses[arm] += 1 - reward
+        self._counts[arm, int(reward)] += 1
 
 
 ARM_BASELINES: dict[str, Callable[[int, int], ArmBaseline]] = {
@@ -116,7 +112,7 @@ ARM_BASELINES: dict[str, Callable[[int, int], ArmBaseline]] = {
 BERNOULLI_BASELINES: dict[str, Callable[[], ArmBaseline]] = {
     "imprint": lambda: ImprintArms(BERNOULLI_ARMS),
     "beta thompson": lambda: BetaArms(BERNOULLI_ARMS, drawn=True),
-    "bayes-ucb": lambda: BetaArms(BERNOULLI_ARMS, drawn=False),
+    "gittins": lambda: BetaArms(BERNOULLI_ARMS, drawn=False),
 }
 
 

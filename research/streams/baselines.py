@@ -165,7 +165,7 @@ class VwNumbers:
 
 
 def _one_hot(model: Any) -> Any:
-    """Return a model of River behind one-hot strings: the linear leaves of trees that predict numbers refuse strings."""
+    """Return a model of River behind one-hot strings, for trees with linear leaves, which refuse strings."""
     return (compose.SelectType(float) + (compose.SelectType(str) | preprocessing.OneHotEncoder())) | model
 
 
