@@ -21,6 +21,7 @@ BLIND = [MEAN, ARM, ARM_LATE]  # readers that do not look at the columns
 TRUST = 0.5  # of the log-likelihood of the readers' errors
 WIDTH = 0.5  # of the standard deviation of an arm's value
 DIMENSIONS, LARGEST_DIMENSIONS = 0.4, 12  # rewards that a column costs where columns are read, and most columns
+VARIANCE_PRIOR = 3.0  # rewards that the variance of all rewards counts for in an arm's own
 SURE = 1e-3  # smallest standard deviation, in those of the rewards
 
 
@@ -58,11 +59,21 @@ def read_decision(memory: StreamMemory, queries: Array, arms: Array, has_feature
     shares = _shares(memory.losses, error)
     seeing = 1.0 - float(shares[BLIND].sum())
     costs = 1.0 + DIMENSIONS * seeing * min(z.shape[1], LARGEST_DIMENSIONS)
-    deviation = np.maximum(WIDTH * np.sqrt(error / (1.0 + counts / costs)), SURE)
+    deviation = np.maximum(WIDTH * np.sqrt(error * _variances(rewards, arm_of, counts) / (1.0 + counts / costs)), SURE)
     mean = shares @ means
     return ArmReading(
         means, (centre + scale * mean).astype(np.float32), (scale * deviation).astype(np.float32), scale, counts
     )
+
+
+def _variances(rewards: Array, arm_of: Array, counts: Array) -> Array:
+    """Return the variance of each arm's rewards [A], which shrinks towards that of all rewards."""
+    is_known, A = arm_of >= 0, len(counts)
+    sums = np.bincount(arm_of[is_known], rewards[is_known], A)
+    squares = np.bincount(arm_of[is_known], rewards[is_known] ** 2, A)
+    within = np.maximum(squares - sums**2 / np.maximum(counts, 1), 0)
+    variances: Array = (within + VARIANCE_PRIOR) / (counts + VARIANCE_PRIOR)
+    return variances
 
 
 def _scaled_rewards(rewards: Array) -> tuple[Array, float, float]:
