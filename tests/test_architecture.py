@@ -119,10 +119,7 @@ MAY_IMPORT = {
 }
 # Parts that a broader permission above would let through.
 MUST_NOT_IMPORT = {
-    "model": (
-        *("model.base", "model.memory", "model.text", "model.adaptive_lm"),
-        *("model.decode", "model.policies", "model.tabular"),
-    ),
+    "model": tuple(part for part in MAY_IMPORT if part.startswith("model.")),
     "service.app": ("service.cli", "service.client", "service.__main__"),
     "service.wiring": ("service.app", "service.cli", "service.client", "service.__main__"),
     "service.cli": ("service.engine", "service.turns", "service.versions", "service.http.routes"),
@@ -172,9 +169,7 @@ LIBRARIES = {
     "rich": ("service.cli", "research", "benchmarks"),
     "matplotlib": ("research", "benchmarks"),
     "gymnasium": ("research.scenarios",),
-    "sklearn": ("research.scenarios",),
-    "river": ("research.scenarios",),
-    "vowpalwabbit": ("research.scenarios",),
+    **dict.fromkeys(("sklearn", "river", "vowpalwabbit"), ("research.scenarios", "research.streams")),
     "transformers": ("benchmarks.transformers_worker",),
     "socket": ("service", "benchmarks"),
     "http": ("service", "benchmarks"),

@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from research.corpus import console
 from research.streams.array_learners import ImprintLabels, ImprintNumbers
-from research.streams.bandits import ARM_BASELINES, BERNOULLI_BASELINES, run_bernoulli, run_labels_as_arms
-from research.streams.baselines import LABEL_BASELINES, NUMBER_BASELINES
+from research.streams.bandits import (
+    ARM_BASELINES,
+    BERNOULLI_BASELINES,
+    ArmBaseline,
+    run_bernoulli,
+    run_labels_as_arms,
+)
+from research.streams.baselines import LABEL_BASELINES, NUMBER_BASELINES, LabelBaseline, NumberBaseline
 from research.streams.datasets import STREAMS, Pair, Stream
 from research.streams.prequential import Steps, result_file, run_labels, run_numbers, save
 from research.streams.report import report
@@ -53,14 +60,14 @@ def _runs(out: Path, seeds: int, kinds: list[str]) -> Iterator[tuple[Path, str, 
                 yield result_file(out / "arms", stream.name, seed, name), name, run
         for name, make in BERNOULLI_BASELINES.items() if "arms" in kinds else ():
             file = result_file(out / "arms", "bernoulli", seed, name)
-            yield file, name, lambda make=make, seed=seed: run_bernoulli(make, BERNOULLI_TASKS, seed)
+            yield file, name, partial(run_bernoulli, make, BERNOULLI_TASKS, seed)
 
 
 def _label_runs(pairs: list[Pair], seed: int) -> Iterator[tuple[str, Callable[[], Steps]]]:
     labels, columns = _labels(pairs), _num_columns(pairs)
     yield "imprint", lambda: run_labels(ImprintLabels(), pairs)
     for name, make in LABEL_BASELINES.items():
-        yield name, lambda make=make: run_labels(make(seed, labels, columns), pairs)
+        yield name, partial(_run_labels, make, seed, labels, columns, pairs)
 
 
 def _number_runs(pairs: list[Pair], seed: int) -> Iterator[tuple[str, Callable[[], Steps]]]:
@@ -73,14 +80,35 @@ def _number_runs(pairs: list[Pair], seed: int) -> Iterator[tuple[str, Callable[[
 
     yield "imprint", run_imprint
     for name, make in NUMBER_BASELINES.items():
-        yield name, lambda make=make: run_numbers(make(seed, columns), pairs)
+        yield name, partial(_run_numbers, make, seed, columns, pairs)
 
 
 def _arm_runs(stream: Stream, seed: int) -> Iterator[tuple[str, Callable[[], Steps]]]:
     pairs = stream.examples(seed, ARM_STEPS)
     labels, columns = _labels(pairs), _num_columns(pairs)
     for name, make in ARM_BASELINES.items():
-        yield name, lambda make=make: run_labels_as_arms(make(len(labels), columns), pairs, labels, seed)
+        yield name, partial(_run_arms, make, columns, pairs, labels, seed)
+
+
+# The learners are made when their run begins, not when it is listed.
+def _run_labels(
+    make: Callable[[int, list[Hashable], int], LabelBaseline],
+    seed: int,
+    labels: list[Hashable],
+    columns: int,
+    pairs: list[Pair],
+) -> Steps:
+    return run_labels(make(seed, labels, columns), pairs)
+
+
+def _run_numbers(make: Callable[[int, int], NumberBaseline], seed: int, columns: int, pairs: list[Pair]) -> Steps:
+    return run_numbers(make(seed, columns), pairs)
+
+
+def _run_arms(
+    make: Callable[[int, int], ArmBaseline], columns: int, pairs: list[Pair], labels: list[Hashable], seed: int
+) -> Steps:
+    return run_labels_as_arms(make(len(labels), columns), pairs, labels, seed)
 
 
 def _labels(pairs: list[Pair]) -> list[Hashable]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import numpy as np
+from vowpalwabbit import Workspace
 
 from research.scenarios.bernoulli_bandit import gittins
 from research.streams.array_learners import Encoder, ImprintArms
@@ -33,8 +34,6 @@ class VwArms:
     """Vowpal Wabbit's contextual bandit, with the options of its documentation."""
 
     def __init__(self, arms: int, options: str) -> None:
-        from vowpalwabbit import Workspace
-
         self._arms, self._model = arms, Workspace(f"--cb_explore {arms} --quiet {options}")
 
     def choose(self, x: Features, rng: Rng) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from river import compose, forest, linear_model, multiclass, naive_bayes, neighbors, preprocessing, stats, tree
 from sklearn.linear_model import SGDClassifier, SGDRegressor
+from vowpalwabbit import Workspace
 
 from research.streams.datasets import Features
 
@@ -136,8 +137,6 @@ class VwLabels:
     """Vowpal Wabbit's one-against-all with probabilities; the labels are given beforehand, as the option asks."""
 
     def __init__(self, labels: list[Hashable]) -> None:
-        from vowpalwabbit import Workspace
-
         self._labels = labels
         self._model = Workspace(f"--oaa {len(labels)} --loss_function logistic --probabilities --quiet")
 
@@ -153,8 +152,6 @@ class VwNumbers:
     """Vowpal Wabbit's regression."""
 
     def __init__(self) -> None:
-        from vowpalwabbit import Workspace
-
         self._model = Workspace("--quiet")
 
     def predict(self, x: Features) -> float:
@@ -166,7 +163,8 @@ class VwNumbers:
 
 def _one_hot(model: Any) -> Any:
     """Return a model of River behind one-hot strings, for trees with linear leaves, which refuse strings."""
-    return (compose.SelectType(float) + (compose.SelectType(str) | preprocessing.OneHotEncoder())) | model
+    numbers: Any = compose.SelectType(float)
+    return (numbers + (compose.SelectType(str) | preprocessing.OneHotEncoder())) | model
 
 
 def _scaled(model: Any) -> Any:

@@ -73,7 +73,7 @@ def calibration_error(confidence: Array, hit: Array) -> float:
 def _section(kind: str, runs: Runs, numbers: bool, lines: list[str]) -> dict[str, Any]:
     """Add a table of a kind of streams; return its summary."""
     key = "error" if numbers else "hit"
-    learners = sorted({learner for by_learner in runs.values() for learner in by_learner}, key=lambda n: n != LEARNER)
+    learners = _learners(runs)
     river = {name.replace("-", " ") for name in (RIVER_NUMBERS if numbers else RIVER_LABELS)}
     lines += [f"\n**{kind}**\n", f"| stream | {' | '.join(learners)} |", "| --- |" + " --- |" * len(learners)]
     ratios, early, ranks, forest, errors, covered = [], [], [], [], [], []
@@ -113,7 +113,7 @@ def _section(kind: str, runs: Runs, numbers: bool, lines: list[str]) -> dict[str
 def _arms(runs: Runs, lines: list[str]) -> dict[str, Any]:
     """Add the tables of bandits; return their summary."""
     bernoulli = runs.pop("bernoulli", {})
-    learners = sorted({name for by_learner in runs.values() for name in by_learner}, key=lambda n: n != LEARNER)
+    learners = _learners(runs)
     lines += ["\n**labels as arms, reward a step**\n", f"| stream | {' | '.join(learners)} |"]
     lines.append("| --- |" + " --- |" * len(learners))
     ratios = []
@@ -129,6 +129,11 @@ def _arms(runs: Runs, lines: list[str]) -> dict[str, Any]:
     return summary
 
 
+def _learners(runs: Runs) -> list[str]:
+    names = {name for by_learner in runs.values() for name in by_learner}
+    return sorted(names, key=lambda name: (name != LEARNER, name))
+
+
 def _cell(value: tuple[float, float] | None, is_best: bool) -> str:
     if value is None:
         return ""
@@ -136,7 +141,7 @@ def _cell(value: tuple[float, float] | None, is_best: bool) -> str:
     return f"**{text}**" if is_best else text
 
 
-def _mean(values: Iterable[float]) -> float:
+def _mean(values: Iterable[Any]) -> float:
     array = np.array(list(values), np.float64)
     return float(array.mean()) if len(array) else math.nan
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from model.tabular import arms
+from model.tabular import arm_readers
 from model.tabular.columns import MISSING
+from model.tabular.label_learner import Labels
 from model.tabular.label_readers import E
 from model.tabular.mixer import Mixer
 from research.streams.array_learners import Encoder, ImprintArms, ImprintLabels, ImprintNumbers
@@ -46,7 +48,7 @@ def test_a_mixer_learns_from_what_the_readers_said() -> None:
 
 def test_the_array_learners_are_the_served_ones() -> None:
     pairs = find_stream("iris").examples(0, 25)
-    beside, served = ImprintLabels(Mixer(E)), learner_of("labels")
+    beside, served = ImprintLabels(Mixer(E)), cast(Labels, learner_of("labels"))
     pool, encode, names = new_pool(served), Encoder(), []
     session = pool.open()
     for x, label in pairs:
@@ -106,6 +108,6 @@ def test_figures_of_the_report() -> None:
 def test_the_chances_of_arms_are_those_of_draws() -> None:
     means, deviations = np.array([0.0, 0.3, 0.1], np.float32), np.array([0.2, 0.1, 0.4], np.float32)
     probs = np.empty(3, np.float32)
-    arms.chances(means, deviations, probs)
+    arm_readers.chances(means, deviations, probs)
     draws = np.random.default_rng(0).normal(means, deviations, size=(40_000, 3)).argmax(1)
     np.testing.assert_allclose(probs, np.bincount(draws) / 40_000, atol=0.01)
