@@ -212,12 +212,12 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         sample = lines.read(SAMPLE_BYTES)
         lines.seek(0)
-        try:
-            dialect: type[csv.Dialect] = csv.Sniffer().sniff(sample, ",;\t|")
+        try:  # what the sniffer finds out about quotes holds for the sample only
+            delimiter = csv.Sniffer().sniff(sample, ",;\t|").delimiter
         except csv.Error:
-            dialect = csv.excel
+            delimiter = ","
         csv.field_size_limit(MAX_FIELD_CHARS)
-        reader = csv.reader(lines, dialect)
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             names = [name.strip() for name in next(reader, [])]
             _check_names(names, path)

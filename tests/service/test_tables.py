@@ -75,6 +75,16 @@ def test_the_types_of_a_csv_file(tmp_path: Path) -> None:
     assert [row["member"] for row in rows] == [True, False, True, None] and rows[2]["town"] == "3"
 
 
+def test_quotes_are_read_alike_in_all_of_a_csv_file(tmp_path: Path) -> None:
+    """Neither text that says how quotes are doubled only after 16 KiB, nor apostrophes, nor blanks change them."""
+    lines = [f'"Al, {i}","no doubled quotes",a' for i in range(900)]
+    rows = list(read_table(write(tmp_path, "\n".join(["x,z,y", *lines, '"B", "He said ""hi, there""",b'])), "y").rows())
+    assert rows[0] == {"x": "Al, 0", "z": "no doubled quotes", "y": "a"}
+    assert rows[-1] == {"x": "B", "z": 'He said "hi, there"', "y": "b"}
+    apostrophes = write(tmp_path, "x,z,y\n" + "'tis,'em,'a'\n" * 5)
+    assert next(iter(read_table(apostrophes, "y").rows())) == {"x": "'tis", "z": "'em", "y": "'a'"}
+
+
 def test_a_numeric_target_of_many_values_is_a_number(tmp_path: Path) -> None:
     few = read_table(write(tmp_path, "x,y\n" + "".join(f"1,{i % 20}\n" for i in range(60))), "y")
     many = read_table(write(tmp_path, "x,y\n" + "".join(f"1,{i}\n" for i in range(60)), "other.csv"), "y")
@@ -92,6 +102,7 @@ def test_a_numeric_target_of_many_values_is_a_number(tmp_path: Path) -> None:
         ("", "must be distinct names|has no rows"),
         ("x,z\n1,2\n", "has no column 'y'; it has x, z"),
         ("x,y\n\xff,2\n", "is not UTF-8 text"),
+        ('x,y\n"unclosed,a\n2,b\n', "line 3: unexpected end of data"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, words: str) -> None:
