@@ -70,8 +70,9 @@ def plan_unlearn(history: History, versions: Set[int]) -> tuple[int, list[tuple[
     for later in remaining[len(lines[base]) :]:
         if not texts[later]:
             raise Conflict(
-                f"'version' {version} can't be unlearned: the text of version {later}, learned later, was not kept "
-                "(session option 'keep_text').",
+                f"'version' {version} can't be unlearned: what version {later} learned after it was not kept. "
+                "(The session option 'keep_text' keeps texts; examples and decisions can only be unlearned from the "
+                "newest version back.)",
                 param="version",
                 code="text_not_kept",
             )

@@ -203,7 +203,8 @@ def test_a_request_sent_again_is_learned_once_and_versions_cover_the_schema(user
     assert set(predict(user, "versions", {})["probabilities"]) == {"churn", "stay"}
     observe(user, "versions", features=ULM, label="later")
     newest = observe(user, "versions", features=ULM, label="stay")["version"]
-    assert_error(user.post("sessions/versions/unlearn", {"version": newest - 1}), 409, "text_not_kept")
+    error = assert_error(user.post("sessions/versions/unlearn", {"version": newest - 1}), 409, "text_not_kept")
+    assert "examples and decisions can only be unlearned from the newest version back" in error["message"]
 
 
 def test_an_old_policy_has_a_new_name_and_still_takes_observations_by_the_old_one(user: Client) -> None:
