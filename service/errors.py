@@ -213,6 +213,7 @@ class NotReady(Unavailable):
     """503: the server is loading or, with `code="draining"`, shutting down."""
 
     code = "loading"
+    retry_after = 5.0  # a start takes some 10 s, and clients send a request again only a few times
 
 
 class EngineError(ImprintError):
