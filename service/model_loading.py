@@ -7,7 +7,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -100,9 +100,9 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
     policy_fingerprints = {name: learner.fingerprint() for name, learner in learners.items()}
     policies, former_names = dict[str, Policy](), dict[str, str]()
     for policy in choose_policies(settings):
-        name = policy.config.name
-        if name in learners:
-            former_names[name] = name = f"{name}-{policy.config.actions}"
+        name = served_name(policy, learners)
+        if name != policy.config.name:
+            former_names[policy.config.name] = name
         policy_fingerprints[name] = policy.fingerprint()
         policy.config = replace(policy.config, name=name)
         policies[name] = policy.to(device)
@@ -296,6 +296,12 @@ def choose_policies(settings: Settings) -> list[Policy]:
 def choose_learners(settings: Settings) -> list[AnyLearner]:
     """Return the learners of tables; none where the settings want no policies."""
     return [] if settings.policies == "none" else [new_learner(tabular_config(task, task)) for task in get_args(Task)]
+
+
+def served_name(policy: Policy, taken: Container[str]) -> str:
+    """Return the name by which a policy is served: its own, and its number of actions where that name is taken."""
+    name = policy.config.name
+    return f"{name}-{policy.config.actions}" if name in taken else name
 
 
 def _kv_tokens(backbone: Backbone, context: int) -> int:
