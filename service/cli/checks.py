@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Literal
 
 import httpx
@@ -38,20 +39,24 @@ from service.base_cache import (
 from service.errors import StoreRefused, StoreUnavailable
 from service.model_loading import (
     StartError,
+    choose_learners,
     choose_memory,
     choose_policies,
     load_encoder,
     load_reading_prefix,
     memory_kind,
+    served_name,
 )
 from service.settings import Settings
 from service.stopping import first_line
 from service.store.embedded import StoreError, has_orphan, in_use, valkey_binary
+from service.store.objects import Objects, ObjectsError, local_folder
 from service.store.redis.store import RedisStore
 from service.tenants import OPERATOR, ApiKeys, ApiKeysError
 
 BASE_BYTES = 8 * 10**8  # disk space that fetching and converting the default base takes
 DISK_WARN_BYTES, DISK_FAIL_BYTES = 10**9, 10**8  # free space on a disk
+ARCHIVE_ADVICE = "name a folder or a bucket in IMPRINT_ARCHIVE_URL (docs/operate.md), or unset both"
 MEMORY_WARN_BYTES = 3 * 10**9  # free memory
 
 Status = Literal["ok", "warn", "fail"]
@@ -91,6 +96,7 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
         "recall": _check_recall,
         "policies": _check_policies,
         "store": _check_store,
+        "archive": _check_archive,
         "port": _check_port,
         "disk": _check_disk,
         "keys": _check_keys,
@@ -234,7 +240,8 @@ def _check_recall(settings: Settings) -> str:
 
 def _check_policies(settings: Settings) -> str:
     try:
-        names = [policy.config.name for policy in choose_policies(settings)]
+        learners = [learner.config.name for learner in choose_learners(settings)]
+        names = [*learners, *(served_name(policy, learners) for policy in choose_policies(settings))]
     except (PolicyError, StartError) as error:
         raise CheckFailed(first_line(error), "see IMPRINT_POLICIES in docs/settings.md") from error
     return ", ".join(names) or "none"
@@ -302,6 +309,25 @@ async def _check_redis(url: str, prefix: str) -> str:
     return found
 
 
+def _check_archive(settings: Settings) -> str:
+    """Check the address of the archive, without asking a bucket. Folders are not made."""
+    url = settings.archive_url
+    if url is None and settings.archive_after_s:
+        raise CheckFailed(f"IMPRINT_ARCHIVE_AFTER_S is {settings.archive_after_s} without an archive", ARCHIVE_ADVICE)
+    if url is None:
+        return "none: all sessions stay in the store"
+    try:
+        folder = local_folder(url)
+        if folder is None:
+            Objects(url)
+        else:
+            _check_folder(folder)
+    except ObjectsError as error:
+        raise CheckFailed(f"IMPRINT_ARCHIVE_URL: {error}", ARCHIVE_ADVICE) from error
+    after = f"after {settings.archive_after_s} s" if settings.archive_after_s else "by `imprint store archive` alone"
+    return f"idle sessions go to {url} {after}"
+
+
 def _check_port(settings: Settings) -> str:
     if (state := _running_server_status(settings)) is not None:
         return f"an Imprint server listens on port {settings.port}: {state}"
@@ -332,14 +358,7 @@ def _check_disk(settings: Settings) -> str:
         if cached_base(settings.model, settings.cache_dir) is None:
             required_bytes[settings.cache_dir] += BASE_BYTES
     for folder, min_bytes in required_bytes.items():
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir():
-            raise CheckFailed(f"{folder} cannot be written: {existing} is not a folder", "name another folder")
-        if os.statvfs(existing).f_flag & os.ST_RDONLY:
-            raise CheckFailed(f"{folder} cannot be written: its file system is read-only", "name another folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise CheckFailed(f"{folder} cannot be written", "give it to this user, or name another folder")
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(_check_folder(folder)).free
         if free < min_bytes:
             raise CheckFailed(
                 f"{decimal(free)} free for {folder}",
@@ -348,6 +367,18 @@ def _check_disk(settings: Settings) -> str:
             )
         found.append(f"{decimal(free)} free for {folder}")
     return ", ".join(found)
+
+
+def _check_folder(folder: Path) -> Path:
+    """Return the folder that exists and would have a folder in it. Raises CheckFailed if it cannot be written."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise CheckFailed(f"{folder} cannot be written: {existing} is not a folder", "name another folder")
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise CheckFailed(f"{folder} cannot be written: its file system is read-only", "name another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckFailed(f"{folder} cannot be written", "give it to this user, or name another folder")
+    return existing
 
 
 def _check_keys(settings: Settings) -> str:

@@ -41,6 +41,13 @@ class StoredObject:
     age_s: float
 
 
+def local_folder(url: str) -> Path | None:
+    """Return the folder that an address names; None for that of a bucket."""
+    if "://" in url and not url.startswith("file://"):
+        return None
+    return Path(url.removeprefix("file://")).expanduser().absolute()
+
+
 class Objects:
     """The files under one address. Every method raises ArchiveUnavailable while that is away.
 
@@ -50,12 +57,11 @@ class Objects:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._folder: Path | None = None
+        self._folder = local_folder(url)
         try:
             from obstore.store import LocalStore, from_url
 
-            if url.startswith("file://") or "://" not in url:
-                self._folder = Path(url.removeprefix("file://")).expanduser().absolute()
+            if self._folder is not None:
                 self._store: ObjectStore = LocalStore(self._folder, mkdir=True)
             else:
                 self._store = cast(Any, from_url)(url, client_options=CLIENT_OPTIONS, retry_config=RETRIES)
@@ -125,7 +131,7 @@ class Objects:
         except Exception as error:
             if may_be_absent and isinstance(error, FileNotFoundError):
                 raise
-            log.warning("the archive does not answer: %s", str(error).partition("\n")[0] or type(error).__name__)
+            log.warning("%s does not answer: %s", self.url, str(error).partition("\n")[0] or type(error).__name__)
             raise ArchiveUnavailable("the archive of idle sessions does not answer, try again") from error
 
 

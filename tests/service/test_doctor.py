@@ -22,7 +22,7 @@ from service.tenants import OPERATOR, new_key
 from tests.conftest import Server
 from tests.service.valkeys import free_ports, valkey
 
-NAMES = ["device", "model", "memory", "recall", "policies", "store", "port", "disk", "keys"]
+NAMES = ["device", "model", "memory", "recall", "policies", "store", "archive", "port", "disk", "keys"]
 
 
 @pytest.fixture
@@ -60,6 +60,9 @@ def test_nothing_fails_and_no_file_is_made_if_a_server_could_start(settings: dic
     statuses = {name: finding.status for name, finding in found.items()}
     assert statuses == dict.fromkeys(NAMES, "ok") | {"memory": "warn"}  # none is shipped for a tiny base
     assert "imprint train" in found["memory"].do
+    assert found["policies"].found.startswith("labels, regression, bandit, bandit-5, bandit-linear, bandit-10, ")
+    found = findings(settings, archive_url=str(tmp_path / "archive"), archive_after_s=60)
+    assert found["archive"].found == f"idle sessions go to {tmp_path / 'archive'} after 60 s"
     assert not list(tmp_path.iterdir())
 
 
@@ -71,6 +74,9 @@ def test_nothing_fails_and_no_file_is_made_if_a_server_could_start(settings: dic
         ("recall", {"recall_encoder": "/no/such/folder"}, "IMPRINT_RECALL_ENCODER=none"),
         ("store", {"redis_url": "redis://127.0.0.1:1/0"}, "does not answer"),
         ("store", {"redis_url": "redis+sentinel://127.0.0.1:1"}, "IMPRINT_REDIS_URL"),
+        ("archive", {"archive_after_s": 60}, "IMPRINT_ARCHIVE_URL"),
+        ("archive", {"archive_url": "nothing://x"}, "IMPRINT_ARCHIVE_URL"),
+        ("archive", {"archive_url": str(Path(__file__))}, "is not a folder"),
         ("disk", {"data_dir": Path(__file__) / "data"}, "cannot be written"),
         ("keys", {"api_keys": "acme:123"}, "imprint keys new"),
         ("keys", {"host": "0.0.0.0"}, "can be reached from other machines"),
