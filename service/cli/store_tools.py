@@ -147,6 +147,8 @@ def restore(
         )
 
     _run(work, may_be_new=True)
+    if session is not None and not counts:
+        raise CommandError(f"the backup has no session {session!r}" + (f" of tenant {tenant!r}" if tenant else ""))
     return counts
 
 

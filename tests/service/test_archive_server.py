@@ -237,7 +237,7 @@ def test_what_the_commands_refuse(taught: tuple[str, Path], tmp_path: Path, monk
     redis, folder = taught
     store, place = Store(redis, folder, monkeypatch), tmp_path / "backup"
     for arguments, message in (
-        (("restore", place), "there is none"),
+        (("restore", place), f"{place} has no complete backup"),
         (("restore", place, "--at", "soon"), "'soon'"),
         (("archive",), "--idle"),
         (("backup", "nothing://x"), "DIR|URL"),
@@ -249,6 +249,8 @@ def test_what_the_commands_refuse(taught: tuple[str, Path], tmp_path: Path, monk
     file.write_bytes(b"x" + file.read_bytes()[1:])
     assert store("verify", code=1) == {"whole": 2, "damaged": 1, "files without a session": 0}
     assert store("backup", place, code=1) == {"copied": 2, "damaged": 1}
+    with pytest.raises(CommandError, match="the backup has no session 'nobody'"):
+        store("restore", place, "--session", "nobody")
     with Redis.from_url(redis) as raw:
         raw.flushall()
     next((place / "sessions").rglob("*.copy")).write_bytes(b"broken")

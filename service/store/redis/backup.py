@@ -107,8 +107,10 @@ async def choose_backup(source: Objects, at: datetime | None) -> Backup:
     backups = await list_backups(source)
     fitting = [backup for backup in backups if at is None or backup.time <= at]
     if not fitting:
-        found = f"the oldest is of {backups[0].time:%Y-%m-%d %H:%M:%S} UTC" if backups else "there is none"
-        raise BackupError(f"no complete backup from {at or 'any time'} or before: {found}")
+        if not backups:
+            raise BackupError(f"{source.url} has no complete backup")
+        oldest = f"the oldest is of {backups[0].time:%Y-%m-%d %H:%M:%S} UTC"
+        raise BackupError(f"{source.url} has no complete backup from {at} or before: {oldest}")
     return fitting[-1]
 
 
