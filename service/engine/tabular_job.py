@@ -180,7 +180,8 @@ class TabularJob(MemoryJob):
         allowed = np.array([choice.allowed is None or arm in choice.allowed for arm in choice.arms])
         probs = limit(sharpen(found.probs, choice.temperature), allowed, self.tabular_request.rules)
         if choice.forced is None:
-            drawn = draw(probs, allowed, self.tabular_request.rules, np.random.default_rng(choice.seed))
+            seed = None if choice.seed is None else choice.seed % 2**64  # NumPy takes no negative number
+            drawn = draw(probs, allowed, self.tabular_request.rules, np.random.default_rng(seed))
         else:
             drawn = Draw(choice.arms.index(choice.forced), choice.propensity, False)
         number = 0

@@ -149,6 +149,13 @@ def test_arms_have_features_and_rewards_come_late_or_never(user: Client) -> None
         assert_success(user.post("sessions/late/feedback", {"action_id": each["action_id"], "reward": 0.5}))
 
 
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
+def test_every_seed_draws_the_same_each_time(user: Client, seed: int) -> None:
+    actions = list("abcdefgh")
+    first, second = (act(user, f"seed-{seed}-{i}", actions, seed=seed) for i in range(2))
+    assert first["action"] == second["action"]
+
+
 def test_allowed_and_forced_arms(user: Client) -> None:
     for seed in range(8):
         answer = act(user, "allowed", ["a", "b", "c"], allowed=["b"], seed=seed)
