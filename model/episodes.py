@@ -28,7 +28,7 @@ from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
 from model.memory.episodic.search import Floats, Ints, cosines, match_words, query_words
-from model.memory.episodic.statements import is_statement, names_of
+from model.memory.episodic.statements import asks_for_help, is_statement, names_of
 from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
 from model.reading_prefix import ReadingPrefix
@@ -264,7 +264,12 @@ class Episodes:
         return sorted(found, key=lambda episode: episode.ordinal)
 
     def _names_stated(self, sentence: Sequence[int]) -> frozenset[int] | None:
-        """Return the names of a sentence that states something, of which what it reads must have one; None: it asks."""
+        """Return the names of a sentence that states something, of which what it reads must have one; None: it asks.
+
+        A sentence that asks for help alone has no names, so that it reads nothing.
+        """
+        if asks_for_help(sentence, self._tables):
+            return frozenset()
         if not is_statement(sentence, self._tables):
             return None
         return names_of(sentence, self._tables, self._lexicon)

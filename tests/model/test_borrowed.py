@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from model.memory.episodic.borrowed import LEARNED, REPLY, without_rows
 from model.memory.episodic.lexicon import shipped_lexicon
-from model.memory.episodic.statements import is_statement, names_of
+from model.memory.episodic.statements import asks_for_help, is_statement, names_of
 from model.memory.episodic.word_tables import build_tables, words_of
 
 WORDS = "Hello my name is I am here from please write tell remember what where to at live the team thank you for cannot"
 VOCABULARY = [b"", *(f" {word}".encode() for word in WORDS.split()), b" Hal", b"uw", b"ick", b" hal", b" Anna", b" 4"]
-VOCABULARY += [b"7", b"1", b".", b"?", b",", b"Hal", b"\n"]
+VOCABULARY += [b" can", b" help", b" me", b" with", b" drill", b"7", b"1", b".", b"?", b",", b"Hal", b"\n"]
 IDS = {part: token for token, part in enumerate(VOCABULARY)}
 TABLES, LEXICON = build_tables(VOCABULARY), shipped_lexicon()
 tokens = st.lists(st.integers(0, len(VOCABULARY) - 1), max_size=20)
@@ -75,6 +75,20 @@ def test_a_token_is_borrowed_by_what_stands_before_alone(message: list[int], rep
 )
 def test_a_sentence_states_something_unless_it_asks(sentence: str, states: bool) -> None:
     assert is_statement(ids(sentence), TABLES) == states
+
+
+@pytest.mark.parametrize(
+    "sentence, alone",
+    [
+        (" Hello|,| can| you| help| me|?", True),
+        (" please| help|.", True),
+        (" can| you| help| me| with| my| drill|?", False),
+        (" help| Anna|.", False),
+        (" can| you|?", False),
+    ],
+)
+def test_a_sentence_asks_for_help_alone_unless_it_says_with_what(sentence: str, alone: bool) -> None:
+    assert asks_for_help(ids(sentence), TABLES) == alone
 
 
 def test_a_name_is_an_unknown_word_or_long_number_or_has_a_capital_letter() -> None:

@@ -41,6 +41,22 @@ REQUESTS = _hashes(
 # Words that ask for something wherever they stand ("I forgot where I parked.").
 RECALLS = _hashes("forget forgot forgotten know remember remembered remind tell wonder wondering")
 
+HELP = _hashes("help")
+# Words of a sentence that asks for help and does not say with what.
+HELP_ALONE = (
+    OPENINGS
+    | HELP
+    | _hashes(
+        "anybody anyone can could i it kindly me need out some somebody someone that this us we will with would you"
+    )
+)
+
+
+def asks_for_help(sentence: Sequence[int], tables: WordTables) -> bool:
+    """Return whether a sentence asks for help alone ("Can you help me?"), which everybody asks: it is about nothing."""
+    words = {begun_hash(word, tables) for word in split_words(sentence, tables)}
+    return words <= HELP_ALONE and not words.isdisjoint(HELP)
+
 
 def is_statement(sentence: Sequence[int], tables: WordTables) -> bool:
     """Return whether a sentence ends as one that tells something, and neither begins nor asks as one that asks.
