@@ -54,7 +54,7 @@ WORDS = [
     "oslo",
     "rome",
 ]
-WORDS += ["pet", "anna", "ben", "a", "colour", "teal", "bus", "leaves", "at", "nine", "hat"]
+WORDS += ["pet", "anna", "ben", "a", "colour", "teal", "bus", "leaves", "at", "nine", "hat", "Luna"]
 MARKS = (".", "?", "\n", "\n\n", "!", ",", "s", "'")
 # Every word with and without a space before it, as a tokenizer has them, then the marks.
 VOCABULARY = [b"", *(f"{space}{word}".encode() for word in WORDS for space in ("", " ")), *map(str.encode, MARKS)]
@@ -193,10 +193,10 @@ def test_neither_a_question_nor_what_the_prompt_has_is_read(lm: AdaptiveLM, pool
 
 def test_a_statement_reads_only_what_has_a_name_of_it(lm: AdaptiveLM, pool: Pool) -> None:
     session = pool.open()
-    teach(lm, pool, session, "ben lives in oslo .", "luna lives in rome .")
+    teach(lm, pool, session, "ben lives in oslo .", "Luna lives in rome .")
     assert ask(lm, pool, session, "what lives in oslo ?") == [ids("ben lives in oslo .")]
     assert ask(lm, pool, session, "anna lives in oslo .") == []
-    assert ask(lm, pool, session, "now luna lives in oslo .") == [ids("luna lives in rome .")]
+    assert ask(lm, pool, session, "now Luna lives in oslo .") == [ids("Luna lives in rome .")]
 
 
 def test_a_question_about_several_things_reads_an_episode_for_each(lm: AdaptiveLM, pool: Pool) -> None:

@@ -73,13 +73,16 @@ def is_statement(sentence: Sequence[int], tables: WordTables) -> bool:
 
 
 def names_of(sentence: Sequence[int], tables: WordTables, lexicon: Lexicon) -> frozenset[int]:
-    """Return the hashes of a sentence's names: words and long numbers that the lexicon does not know, and words that
-    are written with a capital letter after the first word."""
+    """Return the hashes of a sentence's names: rare words that do not begin with a small letter, and long numbers.
+
+    The first word, which has a capital letter anyway, is rare if the lexicon does not know it.
+    """
     words = [word for word in split_words(sentence, tables) if not 0 < _num_digits(word, tables) < MIN_DIGITS]
     hashes = np.array([word_hash(word, tables) for word in words], np.uint32)
-    capital = np.array([place > 0 and bool(tables.capital[word[0]]) for place, word in enumerate(words)], np.bool_)
-    is_name = ~lexicon.knows(hashes) | (capital & (lexicon.frequencies(hashes) < MAX_NAME_FREQUENCY))
-    return frozenset(hashes[is_name].tolist())
+    is_small = tables.lower[np.array([word[0] for word in words], np.int64)]
+    is_rare = lexicon.frequencies(hashes) < MAX_NAME_FREQUENCY
+    is_rare[:1] = ~lexicon.knows(hashes[:1])
+    return frozenset(hashes[is_rare & ~is_small].tolist())
 
 
 def _num_digits(word: Sequence[int], tables: WordTables) -> int:

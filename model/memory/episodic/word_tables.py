@@ -29,8 +29,8 @@ class WordTables:
     is_word: whether the token is part of a word. starts: whether it begins a word. hashes, powers: of its bytes, so
     that a word's hash is `hash * power + hash of the next token`. stem_hashes, stem_powers: without a final "s".
     breaks: `NO_BREAK` to `PARAGRAPH_END`, the end of a text's unit after the token. asks: whether the token ends with a
-    question mark. digits: number of digits of a token that has nothing else, else 0. capital: whether it begins with a
-    capital letter.
+    question mark. digits: number of digits of a token that has nothing else, else 0. lower: whether it begins with a
+    small letter.
     """
 
     is_word: NDArray[np.bool_]
@@ -42,7 +42,7 @@ class WordTables:
     breaks: NDArray[np.uint8]
     asks: NDArray[np.bool_]
     digits: NDArray[np.uint8]
-    capital: NDArray[np.bool_]
+    lower: NDArray[np.bool_]
 
 
 def build_tables(vocabulary: Sequence[bytes]) -> WordTables:
@@ -61,7 +61,7 @@ def build_tables(vocabulary: Sequence[bytes]) -> WordTables:
         if not _is_word(word):
             continue
         tables.is_word[token], tables.digits[token] = True, len(word) if word.isdigit() else 0
-        tables.capital[token] = text.lstrip()[:1].isupper()
+        tables.lower[token] = text.decode(errors="ignore").lstrip()[:1].islower()
         tables.starts[token] = text[:1].isspace() or _is_ideograph(word)
         tables.hashes[token], tables.powers[token] = hash_bytes(word)
         tables.stem_hashes[token], tables.stem_powers[token] = hash_bytes(word.removesuffix(b"s"))
