@@ -26,6 +26,7 @@ from service.client import (
     UnexpectedAnswer,
 )
 from service.errors import (
+    ArchiveUnavailable,
     BadRequest,
     Conflict,
     EngineError,
@@ -69,6 +70,7 @@ __all__ = [
     "Acted",
     "ActedList",
     "Adaptation",
+    "ArchiveUnavailable",
     "AsyncClient",
     "AsyncStream",
     "BadRequest",

@@ -19,6 +19,7 @@ from model.base.checkpoint import load_backbone
 from model.decode.backend import choose_decode_step
 from model.episodes import Episodes
 from model.memory import Draft, SiteRows
+from model.memory.episodic.borrowed import LEARNED, REPLY
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import build_tables
@@ -198,6 +199,7 @@ class Replay:
         """Read a request's tokens block by block. The cache has room for `extra_tokens` more."""
         model, decode_state = self._model, None
         cache = model.lm.backbone.new_cache(len(tokens) + extra_tokens)
+        without_rows = model.episodes.without_rows(tokens, learn or bytearray(len(tokens)))
         for start in range(0, len(tokens), model.block):
             part = slice(start, start + model.block)
             mask = None if learn is None else learn[part]
@@ -208,6 +210,7 @@ class Replay:
                 draft.index,
                 decode_state=decode_state,
                 learn=mask,
+                without_rows=without_rows[part],
                 draft=draft,
                 score_frozen=True,
             )
@@ -287,14 +290,19 @@ class Replay:
                 length = learned_cache.length
                 learned_cache.truncate(len(encoded.token_ids) + num_learned)
                 part = output[num_learned : num_learned + count]
-                mask = [True] * count
+                marks = [REPLY if "messages" in body else LEARNED] * (num_learned + count)
+                before = encoded.learn if scores_frozen else bytearray(len(encoded.token_ids))
+                without_rows = model.episodes.without_rows(
+                    [*encoded.token_ids, *output[: len(marks)]], [*before, *marks]
+                )
                 learned_state, scores = model.lm.block(
                     part,
                     learned_cache,
                     model.pool,
                     draft.index,
                     decode_state=learned_state,
-                    learn=mask,
+                    learn=marks[-count:],
+                    without_rows=without_rows[-count:],
                     draft=draft,
                     score_frozen=scores_frozen,
                 )

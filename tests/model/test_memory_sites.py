@@ -204,7 +204,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         (
             LEXICAL,
             {"kind": "other"},
-            "words.kind must be 'lexical', 'hidden', 'episodic', 'meaning' or 'journal', got 'other'",
+            "words.kind must be 'lexical', 'hidden', 'episodic', 'meaning', 'journal' or 'names', got 'other'",
         ),
         (DELTA, {"slots": 15}, r"states.slots must be a perfect square \(product keys\), got 15"),
         (DELTA, {"slots": -4}, "states.slots must be at least 1, got -4"),

@@ -195,7 +195,7 @@ def test_a_log_is_evaluated_before_a_policy_goes_live(url: str, tmp_path: Path) 
     assert found["policies"].keys() == {"uniform", "always:a", "always:b"}
     assert found["policies"]["uniform"]["ips"]["low"] < 0.5 < found["policies"]["uniform"]["ips"]["high"]
     table = imprint("evaluate-log", file, "--policy", "always:b", "--session", "shadow")
-    assert "session shadow" in table and "always:b" in table and "120 decisions" in table
+    assert "shadow" in table and "always:b" in table and "120 decisions" in table
     found = json.loads(imprint("evaluate-log", file, "--session", "shadow-2", "--json"))
     assert found["policies"]["session shadow-2"]["dr"]["mean"] > found["policies"]["uniform"]["dr"]["high"]
     with Client(url) as client:
