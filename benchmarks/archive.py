@@ -26,6 +26,7 @@ from typing import Any
 
 import zstandard
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from rich.console import Console
 from rich.table import Table
 
@@ -176,7 +177,7 @@ def redis_server() -> Iterator[tuple[Any, Path]]:
                     try:
                         client.ping()
                         break
-                    except Exception:
+                    except RedisConnectionError:
                         time.sleep(0.05)
                 yield client, Path(name)
         finally:

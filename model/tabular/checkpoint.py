@@ -12,6 +12,7 @@ from model import weights
 from model.memory import Pool
 from model.numba_support import Array
 from model.tabular.config import SESSION, TabularConfig, TabularError
+from model.tabular.memory import StreamMemory, read_memory
 from model.tabular.mixer import Mixer, MixerWeights
 
 FORMAT = "imprint-tabular-1"
@@ -32,6 +33,13 @@ class TabularModel:
         """Raise TabularError for an example of so many columns if that is too many."""
         if columns > self.config.columns:
             raise TabularError(f"x must have at most {self.config.columns} columns, got {columns}")
+
+    def wide_memory(self, pool: Pool, session: int, columns: int, readers: int) -> StreamMemory:
+        """Return the memory of a session, with so many columns at least. Raises TabularError for too many."""
+        self.check_columns(columns)
+        memory = read_memory(pool, session, readers)
+        memory.widen(columns)
+        return memory
 
     @staticmethod
     def session_row(pool: Pool, session: int) -> Array:

@@ -14,7 +14,7 @@ from model.tabular.checkpoint import TabularModel
 from model.tabular.config import TabularError
 from model.tabular.label_readers import E
 from model.tabular.labels import learn_label, mixture, read_query
-from model.tabular.memory import COUNT, LABELS, StreamMemory, read_memory, write_memory
+from model.tabular.memory import COUNT, LABELS, write_memory
 
 VOTES = 5
 LEAST_PROB = 1e-6
@@ -36,7 +36,7 @@ class Labels(TabularModel):
 
     def predict(self, x: FloatArray, pool: Pool, session: int) -> Prediction:
         """Return the distribution of the label of an example [C]."""
-        memory = self._memory(pool, session, x)
+        memory = self.wide_memory(pool, session, len(x), E)
         if not memory.row[COUNT]:
             return Prediction(np.zeros(0, np.float32), 1.0, [])
         reading = read_query(memory, memory.pad(x))
@@ -47,7 +47,7 @@ class Labels(TabularModel):
 
     def learn(self, x: FloatArray, label: int, draft: Draft) -> Learned:
         """Learn the label of an example [C]. Raises TabularError for a label that skips an index or is too high."""
-        before = self._memory(draft.pool, draft.index, x)
+        before = self.wide_memory(draft.pool, draft.index, len(x), E)
         limit = min(before.num_labels, self.config.labels - 1)
         if not 0 <= label <= limit:
             raise TabularError(f"label must be in 0..{limit}, got {label}")
@@ -67,13 +67,6 @@ class Labels(TabularModel):
         learn_label(after, reading, label, mixed)
         write_memory(draft, before, after, padded, label, (0.0, 0.0))
         return outcome
-
-    def _memory(self, pool: Pool, session: int, x: FloatArray) -> StreamMemory:
-        """Return the memory of a session with as many columns as x [C] has at least. Raises TabularError."""
-        self.check_columns(len(x))
-        memory = read_memory(pool, session, E)
-        memory.widen(len(x))
-        return memory
 
 
 def votes(nearest: Array, weights: Array, ordinals: Array) -> list[Vote]:

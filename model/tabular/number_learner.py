@@ -12,7 +12,7 @@ from model.tabular.backend import Estimate, FloatArray, Learned
 from model.tabular.checkpoint import TabularModel
 from model.tabular.config import TabularError
 from model.tabular.label_learner import votes
-from model.tabular.memory import COUNT, StreamMemory, read_memory, write_memory
+from model.tabular.memory import COUNT, write_memory
 from model.tabular.number_readers import E
 from model.tabular.numbers import interval, learn_number, mixture, read_query
 
@@ -29,7 +29,7 @@ class Regression(TabularModel):
 
     def predict(self, x: FloatArray, pool: Pool, session: int) -> Estimate:
         """Return the distribution of the target of an example [C]."""
-        memory = self._memory(pool, session, x)
+        memory = self.wide_memory(pool, session, len(x), E)
         if not memory.row[COUNT]:
             return Estimate(0.0, -math.inf, math.inf, [])
         reading = read_query(memory, memory.pad(x))
@@ -41,7 +41,7 @@ class Regression(TabularModel):
         """Learn the target of an example [C]. Raises TabularError for a target that is not finite."""
         if not math.isfinite(target) or abs(target) > float(np.finfo(np.float32).max):
             raise TabularError(f"target must be a finite float32, got {target}")
-        before = self._memory(draft.pool, draft.index, x)
+        before = self.wide_memory(draft.pool, draft.index, len(x), E)
         padded, after, reading, mean, outcome = before.pad(x), copy.copy(before), None, 0.0, Learned(0.0, 0.0, 0.0)
         if before.row[COUNT]:
             reading = read_query(before, padded)
@@ -52,9 +52,3 @@ class Regression(TabularModel):
         learn_number(after, reading, mean, target)
         write_memory(draft, before, after, padded, target, (abs(mean - target), 0.0))
         return outcome
-
-    def _memory(self, pool: Pool, session: int, x: FloatArray) -> StreamMemory:
-        self.check_columns(len(x))
-        memory = read_memory(pool, session, E)
-        memory.widen(len(x))
-        return memory

@@ -192,6 +192,8 @@ class TextJob(MemoryJob):
         learn = self._current_segment.learn or bytearray(len(token_ids))
         if episodes is None or self._draft is None:
             return bytearray(len(token_ids) + len(reply))
+        if not reply:  # a long prompt is not copied
+            return episodes.without_rows(token_ids, learn)
         return episodes.without_rows([*token_ids, *reply], [*learn, *marks])
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from model.memory.episodic.lexicon import Lexicon
-from model.memory.episodic.word_tables import WordTables, begun_hash, longer_hash, split_words, word_hash
+from model.memory.episodic.word_tables import WordTables, beginnings, longer_hash, split_words, word_hash
 
 LEARNED, REPLY = 1, 2  # marks of the tokens to learn: of any text, and of a reply in a chat
 MAX_FREQUENCY = 0.01  # in texts, of a word that can be borrowed: a more frequent one belongs to nobody
@@ -42,12 +42,7 @@ def _beginnings(text: Sequence[int], tables: WordTables, lexicon: Lexicon) -> se
     """Return the hashes of all beginnings of the words of a text that can be borrowed."""
     words = split_words(text, tables)
     rare = lexicon.frequencies(np.array([word_hash(word, tables) for word in words], np.uint32)) < MAX_FREQUENCY
-    return {
-        begun_hash(word[:length], tables)
-        for word, is_rare in zip(words, rare, strict=True)
-        if is_rare
-        for length in range(1, len(word) + 1)
-    }
+    return {value for word, is_rare in zip(words, rare, strict=True) if is_rare for value in beginnings(word, tables)}
 
 
 def _begun(text: Sequence[int], tables: WordTables) -> list[int]:

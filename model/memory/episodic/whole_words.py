@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.memory.episodic.lexicon import Lexicon
-from model.memory.episodic.word_tables import WordTables, begun_hash, split_words, word_hash
+from model.memory.episodic.word_tables import WordTables, beginnings, begun_hash, split_words, word_hash
 
 NATS = 4.0  # added to the score of a token that continues a name or a number as an episode does
 END = -1  # stands for every token that does not continue the word
@@ -25,9 +25,8 @@ class WholeWords:
         for text in texts:
             for word in split_words(text, tables):
                 if _is_copied(word, tables, lexicon):
-                    for length in range(1, len(word) + 1):
-                        following = word[length] if length < len(word) else END
-                        self._following[begun_hash(word[:length], tables)].add(following)
+                    for begun, following in zip(beginnings(word, tables), [*word[1:], END], strict=True):
+                        self._following[begun].add(following)
 
     def adjust(self, scores: Tensor, generated: Sequence[int]) -> Tensor:
         """Return the scores [V] of the token after a reply's tokens, higher for what completes the reply's last word.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +106,11 @@ def begun_hash(tokens: Sequence[int], tables: WordTables) -> int:
     for token in tokens:
         value = longer_hash(value, token, tables)
     return value
+
+
+def beginnings(word: Sequence[int], tables: WordTables) -> list[int]:
+    """Return the hash of each beginning of a word, the shortest first."""
+    return list(accumulate(word, lambda value, token: longer_hash(value, token, tables), initial=0))[1:]
 
 
 def longer_hash(value: int, token: int, tables: WordTables) -> int:
