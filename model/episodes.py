@@ -24,11 +24,13 @@ from model.base.backbone import Backbone
 from model.base.kv_cache import DenseCache, KVCache
 from model.memory import Draft, Pool, SiteConfig
 from model.memory.episodic.borrowed import REPLY, without_rows
+from model.memory.episodic.changes import tells_change
 from model.memory.episodic.choice import Matches, choose
 from model.memory.episodic.layout import HEADER, LENGTH, OFFSET, ORDINAL, VERSION
 from model.memory.episodic.lexicon import Lexicon
 from model.memory.episodic.search import Floats, Ints, cosines, match_words, query_words
-from model.memory.episodic.statements import asks_for_help, is_statement, names_of
+from model.memory.episodic.speaker import names_owner, speaks_of_speaker
+from model.memory.episodic.statements import asks_for_fact, asks_for_help, is_statement, names_of
 from model.memory.episodic.whole_words import WholeWords
 from model.memory.episodic.word_tables import WordTables, cut_spans, is_question, sentences, words_of
 from model.reading_prefix import ReadingPrefix
@@ -42,6 +44,7 @@ MAX_EPISODES = 4  # that a request reads
 RUN_EPISODES = 4  # whose keys and values are made together when the newest are read
 READINGS = 2  # times that each one found stands in a request: read twice, a small base uses what it reads more often
 FIRST_ALONE, NEIGHBOUR_SHARE = 2, 0.25
+MAX_NEARER = 64  # older episodes that are nearer to a change than the one it may replace, and are looked at
 MAX_SENTENCES = 8  # of a query, from its end, that are searched with
 
 
@@ -51,7 +54,8 @@ class RecallRequest:
 
     query: the tokens [start, stop) of the segment that ask; None: the newest episodes are read, whatever the segment
     says. header: the tokens before an episode when its keys and values are made. separator: the tokens after each
-    episode. prefix: number of tokens of the reading prefix, which stands after the episodes.
+    episode. prefix: number of tokens of the reading prefix, which stands after the episodes. untold: the tokens that
+    are read in the place of an episode where a chat begins with a question of the speaker and nothing was found.
     """
 
     at: int
@@ -60,6 +64,7 @@ class RecallRequest:
     header: tuple[int, ...]
     separator: tuple[int, ...] = ()
     prefix: int = 0
+    untold: tuple[int, ...] = ()
 
     def num_tokens(self, episodes: Sequence[Episode]) -> int:
         """Return the number of tokens of episodes."""
@@ -88,7 +93,10 @@ class RecallRequest:
 
 
 class Episode(NamedTuple):
-    """An episode that was found. `offset` counts tokens from the start of the request that taught it."""
+    """An episode that was found. `offset` counts tokens from the start of the request that taught it.
+
+    That nothing was told has the ordinal 0, and no version.
+    """
 
     token_ids: tuple[int, ...]
     ordinal: int
@@ -236,7 +244,7 @@ class Episodes:
         """Return the episodes of a session that a segment reads, the oldest first.
 
         What the segment has already, and what only asks, is not read. room: tokens that the segment's cache can still
-        take.
+        take. Nothing is found in an empty session.
         """
         max_tokens = min(request.max_tokens, (room - request.prefix) // request.readings)
         if request.query is None:
@@ -244,9 +252,11 @@ class Episodes:
         rows, present = self._rows(pool, index), _text(token_ids)
         found, scores = list[Episode](), dict[int, float]()
 
-        def may_read(row: int, names: frozenset[int] | None) -> bool:
+        def may_read(row: int, names: frozenset[int] | None, of_speaker: bool) -> bool:
             text = rows.text(row)
             if _text(text) in present or is_question(text, self._tables):
+                return False
+            if of_speaker and not speaks_of_speaker(text, self._tables) and names_owner(self._decode(text)):
                 return False
             return names is None or not names.isdisjoint(words_at(row))
 
@@ -254,14 +264,25 @@ class Episodes:
             return words_of(rows.text(row), self._tables)
 
         for sentence, matches in self._matches(rows, token_ids[slice(*request.query)]):
-            names = self._names_stated(sentence)
-            for row, score in choose(matches, words_at, partial(may_read, names=names), MAX_EPISODES):
+            names, of_speaker = self._names_stated(sentence), self._asks_of_speaker(sentence)
+            readable = partial(may_read, names=names, of_speaker=of_speaker)
+            changes = partial(self._changes, rows, sentence)
+            for row, score in choose(matches, words_at, readable, changes, MAX_EPISODES):
                 scores[row] = max(score, scores.get(row, 0.0))
         for row, score in sorted(scores.items(), key=lambda item: -item[1]):
             episode = rows.episode(row, score)
             if len(found) < MAX_EPISODES and request.num_tokens([*found, episode]) <= max_tokens:
                 found.append(episode)
+        if not found and len(rows.header) and self._asks_untold(token_ids, request):
+            untold = Episode(request.untold, 0, 0, 0, 0.0)
+            return [untold] if request.num_tokens([untold]) <= max_tokens else []
         return sorted(found, key=lambda episode: episode.ordinal)
+
+    def _asks_untold(self, token_ids: Sequence[int], request: RecallRequest) -> bool:
+        """Return whether a chat is one question of the speaker, for what the speaker may have told before."""
+        question = token_ids[slice(*request.query)] if request.query is not None else ()
+        asks = is_question(question, self._tables) and asks_for_fact(question, self._tables)
+        return bool(request.untold) and request.at == len(request.header) and asks and self._asks_of_speaker(question)
 
     def _names_stated(self, sentence: Sequence[int]) -> frozenset[int] | None:
         """Return the names of a sentence that states something, of which what it reads must have one; None: it asks.
@@ -273,6 +294,29 @@ class Episodes:
         if not is_statement(sentence, self._tables):
             return None
         return names_of(sentence, self._tables, self._lexicon)
+
+    def _asks_of_speaker(self, sentence: Sequence[int]) -> bool:
+        """Return whether a sentence asks about the speaker and nobody else: what belongs to others is no answer."""
+        names = names_of(sentence, self._tables, self._lexicon)
+        return not names and speaks_of_speaker(sentence, self._tables)
+
+    def _changes(self, rows: _Rows, sentence: Sequence[int], new: int, old: int) -> bool:
+        """Return whether an episode tells a change of what an older one says, which a sentence has found.
+
+        Of the episodes before the change, none that speaks of the same person is nearer to it in meaning.
+        """
+        text = rows.text(new)
+        if not tells_change(text, sentence, self._tables, self._lexicon):
+            return False
+        if rows.meanings is None:
+            return True
+        near = cosines(rows.meanings, rows.meanings[new])
+        nearer = np.flatnonzero((rows.header[:, ORDINAL] < rows.header[new, ORDINAL]) & (near > near[old]))
+        if len(nearer) > MAX_NEARER:
+            return False
+        others = [other for row in nearer.tolist() if not is_question(other := rows.text(row), self._tables)]
+        of_speaker = speaks_of_speaker(text, self._tables)
+        return all(speaks_of_speaker(other, self._tables) != of_speaker for other in others)
 
     def _newest(self, rows: _Rows, max_tokens: int) -> list[Episode]:
         """Return the newest episodes of a session in runs of `RUN_EPISODES`, each as one episode, the oldest first.

@@ -15,6 +15,7 @@ from model.text.tokenizer import Tokenizer
 NEWEST_TOKENS = 512  # of episodes, most that the scores of a text read
 TEXT_QUERY_TOKENS = 64  # of a plain text, the tokens at its end that ask
 BLANK_LINE = "\n\n"
+UNTOLD = "I have not told you this."  # is read where the speaker asks about themselves, and no episode was found
 SHARE = (
     1 / 512
 )  # of the weights that is levelled at each token: the past may begin or cease to help about once in a request
@@ -31,6 +32,7 @@ class RecallPlan:
         text_header: the token before a text.
         separator: the tokens after each episode.
         prefix: number of tokens of the reading prefix, which replies to chats read after the episodes.
+        untold: the tokens of `UNTOLD`; none without a reading prefix, which knows what to reply.
     """
 
     max_tokens: int
@@ -38,6 +40,7 @@ class RecallPlan:
     text_header: tuple[int, ...]
     separator: tuple[int, ...]
     prefix: int = 0
+    untold: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, max_tokens: int, prefix: int = 0) -> RecallPlan:
@@ -48,7 +51,8 @@ class RecallPlan:
             chat = tokenizer.encode_chat([{"role": "user", "content": BLANK_LINE.join("ab")}])
             chat_header = tuple(chat.token_ids[: chat.spans[0][0]])
         separator = [token for token in tokenizer.encode(BLANK_LINE) if token != tokenizer.bos_token_id]
-        return cls(max_tokens, chat_header or start, start, tuple(separator), prefix)
+        untold = tuple(tokenizer.encode_inside(UNTOLD)) if prefix else ()
+        return cls(max_tokens, chat_header or start, start, tuple(separator), prefix, untold)
 
     def request(
         self, token_ids: Sequence[int], question: tuple[int, int] | None, *, chat: bool
@@ -65,7 +69,7 @@ class RecallPlan:
         if question is None:
             return None
         at = max(1, question[0])
-        return RecallRequest(at, question, self.max_tokens, self.chat_header, self.separator, self.prefix)
+        return RecallRequest(at, question, self.max_tokens, self.chat_header, self.separator, self.prefix, self.untold)
 
     def newest(self) -> RecallRequest:
         """Return what the scores of a text recall: the newest episodes, which no token of the text chooses."""

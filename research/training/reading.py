@@ -24,7 +24,8 @@ from model.base.config import ConfigError
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
-from model.reading_prefix import ReadingPrefix, save_prefix
+from model.reading_prefix import ReadingPrefix, load_prefix, save_prefix
+from model.memory.row_layout import MemoryConfigError
 from model.recall import RecallPlan
 from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder, console, progress_bar
@@ -74,10 +75,10 @@ class _AfterRows:
 class PrefixTrainer:
     """A reading prefix that is trained. Its losses are means over the tokens of replies, in nats.
 
-    keys, values: of the prefix, `[L, H_kv, P, hd]`; at first those of `INSTRUCTION`.
+    keys, values: of the prefix, `[L, H_kv, P, hd]`; at first those of `begin`, or of `INSTRUCTION`.
     """
 
-    def __init__(self, backbone: Backbone, tokenizer: Tokenizer) -> None:
+    def __init__(self, backbone: Backbone, tokenizer: Tokenizer, begin: ReadingPrefix | None = None) -> None:
         if not tokenizer.has_chat_template:
             raise CommandError("a reading prefix needs a base with a chat template")
         self._base, self._tokenizer = backbone, tokenizer
@@ -85,8 +86,11 @@ class PrefixTrainer:
         lexicon, tables = shipped_lexicon(), build_tables([])
         self._episodes = Episodes(backbone, tables, lexicon, tokenizer.decode, None, hot_bytes=0)
         self._own_reply = cache(self._make_own_reply)
-        keys, values = self._rows_of(self._tokenizer.encode_inside(INSTRUCTION))
         self.start = len(self._plan.chat_header)
+        if begin is None:
+            keys, values = self._rows_of(self._tokenizer.encode_inside(INSTRUCTION))
+        else:
+            keys, values = backbone.moved_keys(begin.keys, self.start - begin.start), begin.values.clone()
         self.keys, self.values = keys.requires_grad_(), values.requires_grad_()
 
     def prefix(self) -> ReadingPrefix:
@@ -177,21 +181,27 @@ class PrefixTrainer:
         return torch.tensor([list(token_ids)], device=self._base.embedding.device)
 
 
-def train_prefix(settings: Settings, out: Path, work: Path, *, steps: int, seed: int) -> None:
+def train_prefix(
+    settings: Settings, out: Path, work: Path, *, steps: int, seed: int, begin: Path | None = None
+) -> None:
     """Train the reading prefix of the settings' base and write it to `out`. Raises CommandError.
 
-    The work folder keeps an unfinished run, which the same command continues.
+    begin: the file of the prefix that training begins with; None: with that of an instruction. The work folder keeps an unfinished run, which the same command continues.
     """
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     folder = base_folder(settings)
     try:
         backbone, tokenizer = load_backbone(folder, trainable=True), Tokenizer.load(folder)
-    except (CheckpointError, ConfigError) as error:
+        device, dtype = backbone.embedding.device, backbone.embedding.dtype
+        first = None if begin is None else load_prefix(begin, backbone.config, device=device, dtype=dtype)
+    except (CheckpointError, ConfigError, MemoryConfigError) as error:
         raise CommandError(str(error)) from error
-    trainer = PrefixTrainer(backbone, tokenizer)
+    trainer = PrefixTrainer(backbone, tokenizer, first)
     valid = ReadingChats(seed + 1).draw(VALID_CHATS)
     before = validate(trainer, valid)
-    identity = hashlib.sha256(f"{fingerprint(folder)} {steps} {seed} {BATCH} {PEAK_LR}".encode()).hexdigest()[:12]
+    start = "" if begin is None else hashlib.sha256(begin.read_bytes()).hexdigest()
+    run_of = f"{fingerprint(folder)} {steps} {seed} {BATCH} {PEAK_LR} {start}"
+    identity = hashlib.sha256(run_of.encode()).hexdigest()[:12]
     run(trainer, ReadingChats(seed), steps, work / f"reading-{identity}.pt")
     out.parent.mkdir(parents=True, exist_ok=True)
     save_prefix(trainer.prefix(), out)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from model.recall import UNTOLD
 from research.evaluation.recall.values import Inventor
 from research.training.reading_facts import (
     ASKED,
@@ -28,7 +29,7 @@ COMMON_FIRST = (
     *("How", "Do", "Can", "Tell", "In", "At", "Remind"),
 )
 SHARES = (45, 15, 40)  # of facts about `NOUNS`, `THINGS` and `VERBS`
-UNTOLD = "I do not know. You have not told me."
+NOT_TOLD = "I do not know. You have not told me."
 OPENINGS = (
     "",
     "",
@@ -90,6 +91,19 @@ UNRELATED = (
     "Summarise the story of Cinderella.", "What is yoga good for?", "How do I stop hiccups?", "Hello!", "Thank you!",
     "How are you?", "Can you help me?", "What can you do?", "Good morning.",
 )  # fmt: skip
+# Questions of a speaker that ask for nothing the speaker could have told.
+OF_THE_SPEAKER = (
+    "What should I cook tonight?", "What can I do about my headache?", "What is a good present for my mother?",
+    "Which book should I read next?", "What do I need for my trip to the sea?", "Where can I learn to swim?",
+    "When should I plant my tomatoes?", "Who can help me with my taxes?", "What is wrong with my sentence?",
+    "Do I need a visa for Japan?", "Is my idea any good?", "Are my shoes too small if they hurt?",
+    "What do you think of my plan?", "What should I wear to my interview?", "Which plants suit my balcony?",
+    "Do I have to pay for the museum?", "What could I write in my letter?", "Did I spell this word right?",
+    "What is the best way to clean my oven?", "Where do I find the settings?", "What do I do if my dog eats chocolate?",
+    "Am I allowed to swim after lunch?", "What does my dream about water mean?", "Is it bad for me to skip breakfast?",
+    "When do I use a comma?", "What should I know before I buy a car?", "Do my plants need more light?",
+    "Which language should I learn?", "What can we play with our children?", "Who are you and what can you do for me?",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,8 +157,8 @@ class ReadingChats:
     def _draw(self) -> ReadingChat:
         self._drawn += 1
         self._inventor = Inventor(self._seed * 1_000_003 + self._drawn, "train")
-        kinds = (self._answering, self._renewing, self._declining, self._acknowledging, self._general)
-        kind = self._rng.choices(kinds, (54, 14, 8, 10, 14))[0]
+        kinds = (self._answering, self._renewing, self._declining, self._acknowledging, self._general, self._untold)
+        kind = self._rng.choices(kinds, (46, 12, 8, 8, 12, 14))[0]
         return kind(self._fact())
 
     def _answering(self, fact: _Fact) -> ReadingChat:
@@ -169,7 +183,15 @@ class ReadingChats:
         other = self._other(fact)
         episodes = [*self._distractors(fact), self._statement(other.statement(other.draw()))]
         self._rng.shuffle(episodes)
-        return self._chat(episodes, self._question(fact), UNTOLD)
+        return self._chat(episodes, self._question(fact), NOT_TOLD)
+
+    def _untold(self, fact: _Fact) -> ReadingChat:
+        """Return a chat of a speaker who asks for what no episode was found for, or for something general."""
+        if self._rng.random() < 0.4:
+            return self._chat([UNTOLD], self._rng.choice(OF_THE_SPEAKER), None)
+        while fact.owner not in ("my", "I"):
+            fact = self._fact()
+        return self._chat([UNTOLD], self._question(fact), NOT_TOLD)
 
     def _acknowledging(self, fact: _Fact) -> ReadingChat:
         """Return a chat whose message is itself a statement."""

@@ -243,7 +243,7 @@ class TextJob(MemoryJob):
             return None
         room = self._lm.backbone.config.max_context - _capacity(segment)
         episodes = self._lm.episodes.find(self._pool, self._index, segment.token_ids, recall, room)
-        self._recalled += episodes
+        self._recalled += [episode for episode in episodes if episode.ordinal]
         return _Reading(episodes, recall, len(segment.token_ids), self._block) if episodes else None
 
     def _read_block(self, resident: ResidentSessions) -> Scores | None:

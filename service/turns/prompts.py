@@ -20,6 +20,7 @@ from service.errors import BadRequest
 
 MAX_DIGESTS = 1024  # a chat may have this many messages: a session could not know more of them again
 MAX_LOGPROBS = 2**18  # tokens of an answer that come with their log-probabilities
+BY_USER, BY_OTHERS = "0", "1"  # last digit of the digest of a message
 MESSAGE_CHARS = 64  # the work on a message, in characters, that comes on top of the work on its content
 
 
@@ -147,7 +148,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, known: Sequence[str], *, reply:
     if isinstance(prompt, EncodedPrompt):
         return prompt
     if isinstance(prompt, ChatPrompt):
-        return _encode_chat(prompt if reply else replace(prompt, ending="none"), tokenizer, frozenset(known))
+        return _encode_chat(prompt if reply else replace(prompt, ending="none"), tokenizer, known)
     token_ids: Sequence[int]
     match prompt:
         case TextPrompt(text):
@@ -206,11 +207,11 @@ def _encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> array[int
     return token_ids
 
 
-def _encode_chat(prompt: ChatPrompt, tokenizer: Tokenizer, known: frozenset[str]) -> EncodedPrompt:
+def _encode_chat(prompt: ChatPrompt, tokenizer: Tokenizer, known: Sequence[str]) -> EncodedPrompt:
     """Encode a chat. Only the contents of new messages are learned: the template says nothing about the session.
 
-    A last message that goes on is a part of the reply: the message is neither learned nor known again by itself. The
-    same holds for the results of tools, unless the prompt says otherwise.
+    A last message that is said anew is new. A last message that goes on is a part of the reply: the message is neither
+    learned nor known again by itself. The same holds for the results of tools, unless the prompt says otherwise.
     """
     messages = prompt.messages
     try:
@@ -224,11 +225,15 @@ def _encode_chat(prompt: ChatPrompt, tokenizer: Tokenizer, known: frozenset[str]
         raise BadRequest(f"The chat template refuses 'messages': {error}.", param="messages") from error
     learn, digests = bytearray(len(chat.token_ids)), list[str]()
     past = messages if prompt.ending != "continue" else messages[:-1]
-    for message, digest, (start, end) in zip(past, message_digests(past), chat.spans, strict=False):
+    of_chat = list(message_digests(past))
+    not_new = {_content_digits(digest) for digest in known}
+    if of_chat and prompt.ending != "continue" and said_anew(of_chat[-1], known):
+        not_new.remove(_content_digits(of_chat[-1]))
+    for message, digest, (start, end) in zip(past, of_chat, chat.spans, strict=False):
         if message["role"] == "tool" and not prompt.learn_tool_results:
             continue
         digests.append(digest)
-        if digest not in known:
+        if _content_digits(digest) not in not_new:
             mark = REPLY if message["role"] == "assistant" else LEARNED
             learn[start:end] = bytes([mark]) * (end - start)
     asked = [span for message, span in zip(messages, chat.spans, strict=True) if message["role"] == "user"]
@@ -240,7 +245,7 @@ def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
     before in this chat.
 
     A client that resends its history, cut at the front or edited at the end, sends known digests for old messages;
-    the same message sent once more in one chat is new.
+    the same message sent once more in one chat is new. The last digit says whether the user is the author.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for message in messages:
@@ -249,7 +254,27 @@ def message_digests(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
             content = tool_calls.known_text(content)
         text = f"{role}\x00{counts[role, content]}\x00{content}"
         counts[role, content] += 1
-        yield hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        yield _content_digits(digest) + (BY_USER if role == "user" else BY_OTHERS)
+
+
+def said_anew(last: str, known: Sequence[str]) -> bool:
+    """Return whether the last message of a chat, which the session knows, is said once more: the user has said
+    something else since ("I live in Bonn.", "I live in Ulm.", "I live in Bonn.").
+
+    A chat that is sent again for another reply says nothing anew: nothing but replies to it came since.
+
+    last, known: digests of the message, and of the messages that the session has seen, the newest last.
+    """
+    contents = [_content_digits(digest) for digest in known]
+    if last[-1] != BY_USER or _content_digits(last) not in contents:
+        return False
+    return any(digest[-1] == BY_USER for digest in known[contents.index(_content_digits(last)) + 1 :])
+
+
+def _content_digits(digest: str) -> str:
+    """Return what of a digest names the message. Sessions from before 2026-12-01 have any last digit."""
+    return digest[:-1]
 
 
 def reply_digests(messages: Sequence[Mapping[str, str]], replies: Sequence[str], *, tools: str = "") -> list[str]:
@@ -266,7 +291,10 @@ def reply_digests(messages: Sequence[Mapping[str, str]], replies: Sequence[str],
 
 def merge_digests(known: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
     """Return the digests to keep: the latest `MAX_DIGESTS`, with the new digests last."""
-    return tuple(dict.fromkeys(reversed([*known, *new])))[:MAX_DIGESTS][::-1]
+    newest = dict[str, str]()
+    for digest in reversed([*known, *new]):
+        newest.setdefault(_content_digits(digest), digest)
+    return tuple(newest.values())[:MAX_DIGESTS][::-1]
 
 
 def without_bos(encoded: EncodedPrompt, bos: int) -> EncodedPrompt:

@@ -55,6 +55,23 @@ WORDS = [
     "rome",
 ]
 WORDS += ["pet", "anna", "ben", "a", "colour", "teal", "bus", "leaves", "at", "nine", "hat", "Luna"]
+WORDS += [
+    "i",
+    "live",
+    "moved",
+    "to",
+    "where",
+    "do",
+    "our",
+    "club",
+    "meets",
+    "sister",
+    "locker",
+    "number",
+    "how",
+    "old",
+    "paint",
+]
 MARKS = (".", "?", "\n", "\n\n", "!", ",", "s", "'")
 # Every word with and without a space before it, as a tokenizer has them, then the marks.
 VOCABULARY = [b"", *(f"{space}{word}".encode() for word in WORDS for space in ("", " ")), *map(str.encode, MARKS)]
@@ -197,6 +214,51 @@ def test_a_statement_reads_only_what_has_a_name_of_it(lm: AdaptiveLM, pool: Pool
     assert ask(lm, pool, session, "what lives in oslo ?") == [ids("ben lives in oslo .")]
     assert ask(lm, pool, session, "anna lives in oslo .") == []
     assert ask(lm, pool, session, "now Luna lives in oslo .") == [ids("Luna lives in rome .")]
+
+
+def test_a_change_in_other_words_is_read_in_the_place_of_what_it_changes() -> None:
+    lm = new_lm(tiny_encoder(WORDS, same=[("live", "moved")]))
+    pool = new_pool(lm)
+    session = pool.open()
+    teach(lm, pool, session, "i live in oslo .", "our club meets in oslo .", "i moved to rome .")
+    assert ask(lm, pool, session, "where do i live ?") == [ids("i moved to rome .")]
+    assert ask(lm, pool, session, "where meets our club ?") == [ids("our club meets in oslo .")]
+    teach(lm, pool, session, "my sister moved to oslo .", "ben moved to oslo .")
+    assert ask(lm, pool, session, "where do i live ?") == [ids("i moved to rome .")]
+    teach(lm, pool, session, "i moved to luna .")
+    assert ask(lm, pool, session, "where do i live ?") == [ids("i moved to luna .")]
+    teach(lm, pool, session, "i live in rome .")
+    assert ask(lm, pool, session, "where do i live ?") == [ids("i live in rome .")]
+
+
+def test_what_belongs_to_somebody_else_answers_no_question_of_the_speaker(lm: AdaptiveLM, pool: Pool) -> None:
+    session = pool.open()
+    teach(lm, pool, session, "Luna ' s locker is number nine .")
+    assert ask(lm, pool, session, "what is my locker number ?") == []
+    for question in ("what is the locker number ?", "what is Luna ' s locker number ?"):
+        assert ask(lm, pool, session, question) == [ids("Luna ' s locker is number nine .")]
+    teach(lm, pool, session, "my locker is number nine now Luna ' s .")
+    assert ask(lm, pool, session, "what is my locker number ?") == [ids("my locker is number nine now Luna ' s .")]
+
+
+def test_what_the_speaker_has_not_told_is_read_as_such(lm: AdaptiveLM, pool: Pool) -> None:
+    session, empty, untold = pool.open(), pool.open(), (7, 8)
+    teach(lm, pool, session, "my cat is called pixel .", "the bus leaves at nine .")
+
+    def found(question: str, session: int = session, said: str = "", max_tokens: int = 64) -> list[tuple[int, ...]]:
+        before = [*HEADER, *(ids(said) if said else [])]
+        at = len(before)
+        prompt = [*before, *ids(question)]
+        request = RecallRequest(at, (at, len(prompt)), max_tokens, HEADER, untold=untold)
+        return [each.token_ids for each in episodes_of(lm).find(pool, session, prompt, request)]
+
+    assert found("where do i live ?") == found("how old do i do ?") == [untold]
+    assert found("what is my cat called ?") == [tuple(ids("my cat is called pixel ."))]
+    for general in ("how do i paint ?", "where is rome ?", "paint my hat .", "my hat is teal . where do i live ?"):
+        assert found(general) == [], general
+    assert found("where do i live ?", said="i live in oslo .") == [], "the chat may say it"
+    assert found("where do i live ?", max_tokens=1) == []
+    assert found("where do i live ?", session=empty) == [], "an empty session answers as the base"
 
 
 def test_a_question_about_several_things_reads_an_episode_for_each(lm: AdaptiveLM, pool: Pool) -> None:

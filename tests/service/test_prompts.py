@@ -122,6 +122,28 @@ def test_a_repeated_message_is_new(tokenizer: Tokenizer) -> None:
     assert learned_text(encode(ChatPrompt([user("no"), user("no")]), tokenizer, [], reply=True), tokenizer) == "nono"
 
 
+def test_what_is_said_anew_in_another_chat_is_new(tokenizer: Tokenizer) -> None:
+    bonn, ulm = [user("I live in Bonn.")], [user("I live in Ulm.")]
+    known = merge_digests((), [*digests(bonn), *reply_digests(bonn, ["Nice.", "I see."])])
+    assert not any(encode(ChatPrompt(bonn), tokenizer, known, reply=True).learn), "another reply is asked for"
+    known = merge_digests(known, [*digests(ulm), *reply_digests(ulm, ["Nice."])])
+    assert learned_text(encode(ChatPrompt(bonn), tokenizer, known, reply=True), tokenizer) == "I live in Bonn."
+    longer = [*ulm, assistant("Nice."), *bonn]
+    assert learned_text(encode(ChatPrompt(longer), tokenizer, known, reply=True), tokenizer) == "I live in Bonn."
+    resent = [*bonn, assistant("Nice."), user("And where do I work?")]
+    assert learned_text(encode(ChatPrompt(resent), tokenizer, known, reply=True), tokenizer) == resent[-1]["content"]
+    known = merge_digests(known, digests(bonn))
+    assert not any(encode(ChatPrompt(bonn), tokenizer, known, reply=True).learn)
+
+
+def test_digests_of_older_sessions_are_known(tokenizer: Tokenizer) -> None:
+    chat = [user("one"), assistant("two"), user("three")]
+    for digit in "089f":
+        old = [digest[:-1] + digit for digest in digests(chat)]
+        assert not any(encode(ChatPrompt(chat), tokenizer, old, reply=True).learn)
+        assert merge_digests(old, digests(chat)) == tuple(digests(chat))
+
+
 def test_a_digest_depends_on_role_and_content_and_ignores_surrounding_white_space() -> None:
     """White space is ignored because templates and clients trim contents."""
     digest = digests([user("a\x000\x00b")])[0]
@@ -195,15 +217,15 @@ def test_a_reply_that_is_cut_off_in_a_call_is_known_as_its_client_got_it() -> No
 
 
 def test_merging_keeps_each_digest_once_at_its_latest_position() -> None:
-    assert merge_digests(["a", "b", "c"], ["d", "b"]) == ("a", "c", "d", "b")
+    assert merge_digests(["a0", "b0", "c0"], ["d0", "b0"]) == ("a0", "c0", "d0", "b0")
     assert merge_digests((), ()) == ()
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes_first() -> None:
-    merged = merge_digests([f"old {i}" for i in range(MAX_DIGESTS)], ["new", "old 5"])
+    merged = merge_digests([f"old {i}:0" for i in range(MAX_DIGESTS)], ["new:0", "old 5:0"])
     assert len(merged) == MAX_DIGESTS
-    assert merged[-2:] == ("new", "old 5")
-    assert merged[0] == "old 1"
+    assert merged[-2:] == ("new:0", "old 5:0")
+    assert merged[0] == "old 1:0"
 
 
 # Texts of any length.

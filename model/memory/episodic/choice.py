@@ -16,6 +16,8 @@ MIN_RELEVANCE = 0.7  # of the first episode that a sentence reads, and of each f
 MIN_WORDS = 0.3  # the same where no vectors are known
 MIN_NEW = 0.2  # share of the sentence's weight that these words have
 MIN_SHARED = 0.6  # share of the weight of an older episode's matched words that a newer one in its place has
+MIN_CHANGE = 0.45  # relevance of a newer episode that tells a change, in the place of an older one in other words
+MAX_CHANGES = 32  # newer episodes that may tell a change, at most, the best first
 MIN_SCORE = 0.6  # score of a newer episode in the place of an older one, as a share of the older one's
 
 
@@ -50,19 +52,25 @@ class Matches:
 
 
 def choose(
-    matches: Matches, words_at: Callable[[int], Sequence[int]], may_read: Callable[[int], bool], max_episodes: int
+    matches: Matches,
+    words_at: Callable[[int], Sequence[int]],
+    may_read: Callable[[int], bool],
+    changes: Callable[[int, int], bool],
+    max_episodes: int,
 ) -> Iterator[tuple[int, float]]:
     """Yield the rows of at most `max_episodes` episodes to read and their relevance, the best first.
 
     The first one fits the whole sentence. Each further one has words of it that the ones before lack. Where a
-    newer episode says anew what a chosen one says, the newer one is read.
+    newer episode says anew what a chosen one says, or tells that it has changed, the newer one is read.
 
-    words_at: returns the words of a row. may_read: returns whether a row may be read; asked for few rows.
+    words_at: returns the words of a row. may_read: returns whether a row may be read. changes: returns whether a row
+    tells a change of what an older row says. Both are asked for few rows.
     """
-    is_open, left, count = np.ones(len(matches.query), np.bool_), np.ones(len(matches.ordinals), np.bool_), 0
-    while count < max_episodes and left.any() and is_open.any():
+    is_open, left = np.ones(len(matches.query), np.bool_), np.ones(len(matches.ordinals), np.bool_)
+    read = set[int]()
+    while len(read) < max_episodes and left.any() and is_open.any():
         relevance = np.where(left, matches.relevance(is_open), -np.inf)
-        if count:
+        if read:
             relevance[matches.new_share(is_open) < MIN_NEW] = -np.inf
         best = np.flatnonzero(relevance == relevance.max())
         row = int(best[np.argmax(matches.ordinals[best])])
@@ -71,11 +79,37 @@ def choose(
         left[row] = False
         if not may_read(row):
             continue
-        for chosen in _renewed(matches, row, words_at, may_read):
-            left[chosen] = False
-            is_open &= matches.parts[chosen] == 0
-            count += 1
-            yield chosen, float(relevance[row])
+        for chosen in _newest(matches, row, words_at, may_read, changes):
+            if chosen not in read:
+                left[chosen] = False
+                is_open &= matches.parts[chosen] == 0
+                read.add(chosen)
+                yield chosen, float(relevance[row])
+
+
+def _newest(
+    matches: Matches,
+    row: int,
+    words_at: Callable[[int], Sequence[int]],
+    may_read: Callable[[int], bool],
+    changes: Callable[[int, int], bool],
+) -> list[int]:
+    """Return what is read in the place of an episode: what says it anew or tells that it has changed, or itself."""
+    renewed = _renewed(matches, row, words_at, may_read)
+    last = _changed(matches, renewed[0], lambda new, old: may_read(new) and changes(new, old))
+    if last == renewed[0] and not (last != row and changes(last, row)):
+        return renewed
+    return [last]
+
+
+def _changed(matches: Matches, row: int, changes: Callable[[int, int], bool]) -> int:
+    """Return the episode that tells the last change of what an episode says; the episode itself if none does."""
+    relevance = matches.relevance(np.ones(len(matches.query), np.bool_))
+    newer = np.flatnonzero((matches.ordinals > matches.ordinals[row]) & (relevance >= MIN_CHANGE))
+    for other in sorted(newer.tolist(), key=lambda other: -float(relevance[other]))[:MAX_CHANGES]:
+        if changes(other, row):
+            return _changed(matches, other, changes)
+    return row
 
 
 def _renewed(

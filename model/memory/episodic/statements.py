@@ -6,6 +6,7 @@ A message such as "My kettle leaks." is most like what others said of their kett
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import dropwhile
 
 import numpy as np
 
@@ -24,14 +25,15 @@ MIN_DIGITS = 4  # a shorter number may well be of something else
 MAX_NAME_FREQUENCY = 0.01  # a more frequent word is no name, however it is written
 
 
-def _hashes(words: str) -> frozenset[int]:
+def hashes(words: str) -> frozenset[int]:
+    """Return the hashes of words that are divided by spaces, as `begun_hash` returns them."""
     return frozenset(hash_bytes(word.encode())[0] for word in words.split())  # whole: without its "s", "is" is "i"
 
 
 # Words before the first one that tells what a sentence does.
-OPENINGS = _hashes("and but hello hey hi just now ok okay please so then thanks well")
+OPENINGS = hashes("and but hello hey hi just now ok okay please so then thanks well")
 # First words of sentences that ask for something.
-REQUESTS = _hashes(
+REQUESTS = hashes(
     "add am answer are book bring call can check choose compare compose compute could count create describe did do does"
     " draft draw email explain fill find finish fix give had has have help how imagine invent is let list look make may"
     " mention message might name order outline pick plan prepare propose put read recall recommend reply repeat rewrite"
@@ -39,17 +41,28 @@ REQUESTS = _hashes(
     " think translate use was were what when where which who whom whose why will wish would write"
 )
 # Words that ask for something wherever they stand ("I forgot where I parked.").
-RECALLS = _hashes("forget forgot forgotten know remember remembered remind tell wonder wondering")
+RECALLS = hashes("forget forgot forgotten know remember remembered remind tell wonder wondering")
 
-HELP = _hashes("help")
+HELP = hashes("help")
 # Words of a sentence that asks for help and does not say with what.
 HELP_ALONE = (
     OPENINGS
     | HELP
-    | _hashes(
+    | hashes(
         "anybody anyone can could i it kindly me need out some somebody someone that this us we will with would you"
     )
 )
+
+# First words of questions for what somebody may have told; "how" with a measure after it.
+FACT_QUESTIONS = hashes("am are did do does has have is was were what when where which who whose")
+HOW, MEASURES = hashes("how"), hashes("big far high large long many much old tall")
+
+
+def asks_for_fact(question: Sequence[int], tables: WordTables) -> bool:
+    """Return whether a question begins as one for what somebody may have told, and not for advice or help."""
+    words = [begun_hash(word, tables) for word in split_words(question, tables)]
+    rest = [*dropwhile(OPENINGS.__contains__, words), 0, 0]
+    return rest[0] in FACT_QUESTIONS or (rest[0] in HOW and rest[1] in MEASURES)
 
 
 def asks_for_help(sentence: Sequence[int], tables: WordTables) -> bool:
@@ -78,11 +91,11 @@ def names_of(sentence: Sequence[int], tables: WordTables, lexicon: Lexicon) -> f
     The first word, which has a capital letter anyway, is rare if the lexicon does not know it.
     """
     words = [word for word in split_words(sentence, tables) if not 0 < _num_digits(word, tables) < MIN_DIGITS]
-    hashes = np.array([word_hash(word, tables) for word in words], np.uint32)
+    found = np.array([word_hash(word, tables) for word in words], np.uint32)
     is_small = tables.lower[np.array([word[0] for word in words], np.int64)]
-    is_rare = lexicon.frequencies(hashes) < MAX_NAME_FREQUENCY
-    is_rare[:1] = ~lexicon.knows(hashes[:1])
-    return frozenset(hashes[is_rare & ~is_small].tolist())
+    is_rare = lexicon.frequencies(found) < MAX_NAME_FREQUENCY
+    is_rare[:1] = ~lexicon.knows(found[:1])
+    return frozenset(found[is_rare & ~is_small].tolist())
 
 
 def _num_digits(word: Sequence[int], tables: WordTables) -> int:

@@ -80,7 +80,7 @@ class EpisodesArm(MemoryArm):
         copies = [self._episodes.whole_words(episodes) for episodes in found]
         replies = self._speaker.prefilled_texts(only_ids, max_tokens, prefill, self.pool, self.session, copies)
         decode = self._speaker.tokenizer.decode
-        spans = [tuple(decode(episode.token_ids) for episode in episodes) for episodes in found]
+        spans = [tuple(decode(each.token_ids) for each in episodes if each.ordinal) for episodes in found]
         return list(zip(replies, spans, strict=True))
 
     def _prefill(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from research.evaluation.recall import locomo, people, statements, support
+from research.evaluation.recall import changes, locomo, people, statements, support
 from research.evaluation.recall.scenes import SPLITS, Scene, Split
 from service.errors import CommandError
 
@@ -63,6 +63,8 @@ PROBES: Mapping[str, Callable[[ProbeOptions], list[Scene]]] = {
     "people": _probe(people.invent_scenes),
     "numbers": _probe(statements.number_scenes),
     "corrections": _probe(statements.correction_scenes),
+    "changes": _probe(changes.change_scenes),
+    "untold": _probe(changes.untold_scenes),
     "support": _probe(support.support_scenes),
     "locomo": _locomo,
 }
