@@ -24,8 +24,8 @@ from model.base.config import ConfigError
 from model.episodes import Episode, Episodes, RecallRequest
 from model.memory.episodic.lexicon import shipped_lexicon
 from model.memory.episodic.word_tables import build_tables
-from model.reading_prefix import ReadingPrefix, load_prefix, save_prefix
 from model.memory.row_layout import MemoryConfigError
+from model.reading_prefix import ReadingPrefix, load_prefix, save_prefix
 from model.recall import RecallPlan
 from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder, console, progress_bar
@@ -186,7 +186,8 @@ def train_prefix(
 ) -> None:
     """Train the reading prefix of the settings' base and write it to `out`. Raises CommandError.
 
-    begin: the file of the prefix that training begins with; None: with that of an instruction. The work folder keeps an unfinished run, which the same command continues.
+    begin: the file of the prefix that training begins with; None: it begins with an instruction. The work folder keeps
+    an unfinished run, which the same command continues.
     """
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     folder = base_folder(settings)

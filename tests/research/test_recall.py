@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +20,7 @@ from model.text.sentence_encoder import SentenceEncoder
 from model.text.tokenizer import Tokenizer
 from research.corpus import base_folder
 from research.estimates import proportion
-from research.evaluation.recall import locomo, people, statements, support
+from research.evaluation.recall import changes, locomo, people, statements, support
 from research.evaluation.recall.arms import BatchArm, RecallArm, RetrievalArm, Suggester
 from research.evaluation.recall.chapter import chapter, renamed
 from research.evaluation.recall.command import RecallOptions, evaluate_recall
@@ -40,7 +41,7 @@ from service.settings import Settings
 from tests.model.tiny_encoder import tiny_encoder
 from tests.service.cli_in_process import run_rejected
 
-GENERATED = ("people", "numbers", "corrections", "support")
+GENERATED = ("people", "numbers", "corrections", "changes", "untold", "support")
 CHEAP_ARMS = ("frozen", "memory", "bm25-1", "bm25", "last-tokens", "oracle")
 RUN_ARMS = ("frozen", "memory", "bm25", "oracle")  # of the whole command
 
@@ -80,6 +81,8 @@ def test_no_template_of_one_split_is_in_another() -> None:
             by_split[split] |= {wording.statement, wording.correction, wording.cue, *wording.questions}
         for topic in (*statements.NUMBERS, *statements.CORRECTIONS):
             by_split[split] |= set(topic.of(split))
+        for fact in changes.TOPICS:
+            by_split[split] |= set(fact.lines[SPLITS.index(split)])
         number = SPLITS.index(split)
         by_split[split] |= {*support.OPENINGS[number], support.REPLIES[number], *support.PROBLEMS[number]}
         assert len(by_split[split]) > 100
@@ -103,6 +106,9 @@ def test_every_question_has_its_evidence_among_what_is_taught(probe: str, split:
     for scene in scenes(probe, split):
         taught = [message["content"] for request in scene.requests for message in request]
         for question in scene.questions:
+            if question.label == "untold":
+                assert question.evidence == "" and question.answer == changes.UNKNOWN
+                continue
             assert contains(question.evidence, question.answer)
             assert question.evidence in taught
             assert question.answer not in question.others
@@ -122,6 +128,14 @@ def test_personal_facts_have_people_attributes_questions_and_distractors() -> No
     kept = limited(found, 50)
     assert sum(len(scene.questions) for scene in kept) == 50
     assert max(len(scene.questions) for scene in kept) == 3
+
+
+def test_half_of_the_statements_change_and_half_of_the_questions_ask_for_what_was_told() -> None:
+    for probe, labels in (("changes", ("changed", "sounds like a change")), ("untold", ("told", "untold"))):
+        asked = [question for scene in scenes(probe, "dev") for question in scene.questions]
+        counts = Counter(question.label for question in asked)
+        assert set(counts) == set(labels) and min(counts.values()) == 20, counts
+        assert all(bool(question.outdated) == (question.label == "changed") for question in asked)
 
 
 def test_numbers_have_three_to_twelve_digits() -> None:

@@ -13,9 +13,11 @@ from model.memory.episodic.statements import hashes, names_of
 from model.memory.episodic.word_tables import WordTables, begun_hash, split_words, word_hash
 
 CHANGES = hashes(
-    "anymore became become broke cancelled canceled changed correction exchanged gave instead joined left longer moved"
-    " new newly now nowadays off postponed promoted quit rather rebooked relocated renamed replaced rescheduled"
-    " resigned retired settled shifted since sold stopped swapped switched took traded transferred updated"
+    "anymore became become broke cancel canceled cancelled change changed correction exchange exchanged gave instead"
+    " join joined leave left longer move moved new newly now nowadays off postpone postponed promoted quit rather"
+    " rebook rebooked relocate relocated rename renamed replace replaced reschedule rescheduled resign resigned retire"
+    " retired settle settled shift shifted since sold stop stopped swap swapped switch switched took traded transfer"
+    " transferred update updated"
 )
 # A change of theirs is none of the speaker's, unless the question names them, too.
 OTHERS = hashes(
