@@ -3,9 +3,12 @@
 # VARIANT=cuda is what pip's own index gives on Linux x86-64 (run it with --gpus all). The much smaller VARIANT=cpu wants
 # one more package index to take torch from, PyTorch's "cpu" index (its installation page names it):
 #     docker build --build-arg VARIANT=cpu --build-arg TORCH_INDEX=<that index> -t imprint:cpu .
+#
+# EXTRAS=archive,ray adds Ray Serve (deploy/ray).
 
 FROM python:3.11-slim AS wheels
 ARG VARIANT=cuda
+ARG EXTRAS=archive
 ARG TORCH_INDEX=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
@@ -16,13 +19,14 @@ COPY service service
 COPY research research
 COPY benchmarks benchmarks
 RUN --mount=type=cache,target=/var/cache/pip \
-    pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels '.[archive]' \
+    pip wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --wheel-dir /wheels ".[$EXTRAS]" \
     && if [ "$VARIANT" = cpu ] && [ -n "$(find /wheels -name 'nvidia_*')" ]; then \
         echo "VARIANT=cpu, but pip chose torch's CUDA build: TORCH_INDEX must name an index of CPU builds" >&2; exit 1; \
     fi
 
 FROM python:3.11-slim
 ARG VARIANT=cuda
+ARG EXTRAS=archive
 # Triton compiles what launches our kernels, with a C compiler.
 # hadolint ignore=DL3008
 RUN if [ "$VARIANT" = cuda ]; then \
@@ -39,7 +43,7 @@ RUN groupadd --gid 10001 imprint \
     && install --directory --owner imprint --group imprint /run/imprint
 # hadolint ignore=DL3013
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    pip install --no-index --find-links /wheels 'imprint[archive]'
+    pip install --no-index --find-links /wheels "imprint[$EXTRAS]"
 COPY --chmod=0755 docker/entrypoint docker/healthcheck.py /usr/local/libexec/imprint/
 
 USER 10001:10001

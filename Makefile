@@ -5,7 +5,7 @@ AUDIT := build/audit
 BIN := $(VENV)/bin
 CHECKED := imprint model service research benchmarks tests deploy examples $(wildcard scripts)
 
-.PHONY: serve test gpu lint audit clients docs clean
+.PHONY: serve test gpu lint audit clients ray docs clean
 
 serve: $(VENV)/.serve
 	$(BIN)/imprint serve
@@ -46,6 +46,16 @@ $(AUDIT)/.tools: Makefile
 # Real clients in their newest versions against a real server; those of npm too, where npm is. A table says what passed.
 clients: $(VENV)/.test
 	$(BIN)/python -m tests.foreign_clients
+
+# The service on a real Ray cluster of three nodes on this machine; Ray is installed beside the environment of the tests.
+ray: build/ray/bin/python $(VENV)/.test
+	build/ray/bin/python -m pytest -q -W ignore tests/ray
+
+build/ray/bin/python: pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m venv --without-pip build/ray
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(build/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(PYTHON) -m pip --python build/ray/bin/python install '.[ray]'
+	touch $@
 
 # The pages of docs/ as a site: open build/site/index.html.
 docs: $(VENV)/.test

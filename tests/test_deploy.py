@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.build import PAGE, files
+from service.client.operations import SESSION_HEADER
 from service.http.middleware import PUBLIC_PATHS
 from service.metrics import Metrics
 from service.settings import Settings
@@ -286,3 +288,24 @@ def test_the_examples_valkey_is_configured_like_dockers(rendered: list[Any]) -> 
     lines = (ROOT / "docker" / "redis.conf").read_text().splitlines()
     options = {line for line in lines if line and not line.startswith(("#", "bind"))}
     assert options < {argument.removeprefix("--") for argument in container["args"]}
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_for_ray_agree_with_each_other_and_with_the_settings() -> None:
+    config, service = read("deploy/ray/serve.yaml"), read("deploy/ray/rayservice.yaml")["spec"]
+    assert yaml.safe_load(service["serveConfigV2"])["applications"] == config["applications"]
+    (application,) = config["applications"]
+    (deployment,) = application["deployments"]
+    assert application["import_path"] == "service.ray:app"
+    settings = Settings(**application["args"])
+    assert settings.redis_url and settings.drain_timeout_s < deployment["graceful_shutdown_timeout_s"]
+    cluster = service["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["enableServiceLinks"] is False, "a service's variables would be unknown settings"
+        variables = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        assert variables["RAY_SERVE_SESSION_ID_HEADER_KEY"] == SESSION_HEADER
+    (pinned,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["ray"]
+    assert f">={'.'.join(cluster['rayVersion'].split('.')[:2])}," in pinned
