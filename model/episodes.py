@@ -174,17 +174,12 @@ class Episodes:
         hot_bytes: int,
         prefix: ReadingPrefix | None = None,
     ) -> None:
-        self._backbone, self._prefix = backbone, prefix
+        self._backbone, self.prefix = backbone, prefix
         self._tables, self._lexicon, self._decode, self.encoder = tables, lexicon, decode, encoder
         self._hot_bytes = hot_bytes
         self._hot: OrderedDict[tuple[Hashable, tuple[int, ...], tuple[int, ...]], _KeysAndValues] = OrderedDict()
         self._bytes_held = 0
         self._header: tuple[tuple[int, ...], DenseCache] | None = None
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Return the number of tokens of the reading prefix."""
-        return self._prefix.num_tokens if self._prefix is not None else 0
 
     def prepare(self) -> None:
         """Run the search once if there are tables: its kernels are compiled at their first calls."""
@@ -403,9 +398,9 @@ class Episodes:
             keys = _dequantise(rows.keys, rows.key_scales, self._backbone.embedding.dtype)
             values = _dequantise(rows.values, rows.value_scales, self._backbone.embedding.dtype)
             cache.append(self._backbone.moved_keys(keys, cache.length - len(request.header)), values)
-        if self._prefix is not None and request.prefix:
-            keys = self._backbone.moved_keys(self._prefix.keys, cache.length - self._prefix.start)
-            cache.append(keys, self._prefix.values)
+        if self.prefix is not None and request.prefix:
+            keys, values = self.prefix.rows(untold=not any(episode.ordinal for episode in episodes))
+            cache.append(self._backbone.moved_keys(keys, cache.length - self.prefix.start), values)
 
     def whole_words(self, episodes: Sequence[Episode]) -> WholeWords:
         """Return the names and numbers that a reply copies whole from the episodes it reads."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.episodes import RecallRequest
+from model.reading_prefix import ReadingPrefix
 from model.text.tokenizer import Tokenizer
 
 NEWEST_TOKENS = 512  # of episodes, most that the scores of a text read
@@ -32,7 +33,7 @@ class RecallPlan:
         text_header: the token before a text.
         separator: the tokens after each episode.
         prefix: number of tokens of the reading prefix, which replies to chats read after the episodes.
-        untold: the tokens of `UNTOLD`; none without a reading prefix, which knows what to reply.
+        untold: the tokens of `UNTOLD`; none without a reading prefix that knows what to reply.
     """
 
     max_tokens: int
@@ -43,16 +44,18 @@ class RecallPlan:
     untold: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, max_tokens: int, prefix: int = 0) -> RecallPlan:
-        """Return the plan for a model's tokenizer."""
+    def of(cls, tokenizer: Tokenizer, max_tokens: int, prefix: ReadingPrefix | None = None) -> RecallPlan:
+        """Return the plan for a model's tokenizer and reading prefix."""
         start = (tokenizer.start_token_id,)
         chat_header: tuple[int, ...] = ()
         if tokenizer.has_chat_template:
             chat = tokenizer.encode_chat([{"role": "user", "content": BLANK_LINE.join("ab")}])
             chat_header = tuple(chat.token_ids[: chat.spans[0][0]])
         separator = [token for token in tokenizer.encode(BLANK_LINE) if token != tokenizer.bos_token_id]
-        untold = tuple(tokenizer.encode_inside(UNTOLD)) if prefix else ()
-        return cls(max_tokens, chat_header or start, start, tuple(separator), prefix, untold)
+        knows_untold = prefix is not None and prefix.untold_keys is not None
+        untold = tuple(tokenizer.encode_inside(UNTOLD)) if knows_untold else ()
+        num_tokens = 0 if prefix is None else prefix.num_tokens
+        return cls(max_tokens, chat_header or start, start, tuple(separator), num_tokens, untold)
 
     def request(
         self, token_ids: Sequence[int], question: tuple[int, int] | None, *, chat: bool

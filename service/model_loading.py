@@ -126,7 +126,7 @@ def load_model(settings: Settings, metrics: Metrics) -> LoadedModel:
         context,
         backbone.config.vocab_size,
         backbone.num_parameters,
-        RecallPlan.of(tokenizer, settings.recall_tokens, episodes.prefix_tokens),
+        RecallPlan.of(tokenizer, settings.recall_tokens, episodes.prefix),
         GrammarCompiler(tokenizer, backbone.config.vocab_size),
         policies,
         learners,

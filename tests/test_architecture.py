@@ -96,6 +96,7 @@ MAY_IMPORT = {
     ),
     "service.app": ("model", "service"),
     "service.wiring": ("model", "service"),
+    "service.ray": ("service.client.operations", "service.model_loading", "service.settings", "service.wiring"),
     "service.cli": ("model", "service", "research", "benchmarks"),
     "service.__main__": ("service.cli",),
     "imprint": ("model.tabular.limits", "service.client", "service.errors", "service.types", *REPLIES),

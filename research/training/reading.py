@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -182,30 +182,33 @@ class PrefixTrainer:
 
 
 def train_prefix(
-    settings: Settings, out: Path, work: Path, *, steps: int, seed: int, begin: Path | None = None
+    settings: Settings, out: Path, work: Path, *, steps: int, seed: int, untold_of: Path | None = None
 ) -> None:
     """Train the reading prefix of the settings' base and write it to `out`. Raises CommandError.
 
-    begin: the file of the prefix that training begins with; None: it begins with an instruction. The work folder keeps
-    an unfinished run, which the same command continues.
+    untold_of: the file of a prefix, to which the rows are trained that a reply reads where nothing was found. The work
+    folder keeps an unfinished run, which the same command continues.
     """
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     folder = base_folder(settings)
     try:
         backbone, tokenizer = load_backbone(folder, trainable=True), Tokenizer.load(folder)
         device, dtype = backbone.embedding.device, backbone.embedding.dtype
-        first = None if begin is None else load_prefix(begin, backbone.config, device=device, dtype=dtype)
+        reading = None if untold_of is None else load_prefix(untold_of, backbone.config, device=device, dtype=dtype)
     except (CheckpointError, ConfigError, MemoryConfigError) as error:
         raise CommandError(str(error)) from error
-    trainer = PrefixTrainer(backbone, tokenizer, first)
-    valid = ReadingChats(seed + 1).draw(VALID_CHATS)
+    trainer = PrefixTrainer(backbone, tokenizer, reading)
+    valid = ReadingChats(seed + 1, untold=reading is not None).draw(VALID_CHATS)
     before = validate(trainer, valid)
-    start = "" if begin is None else hashlib.sha256(begin.read_bytes()).hexdigest()
-    run_of = f"{fingerprint(folder)} {steps} {seed} {BATCH} {PEAK_LR} {start}"
+    begin = "" if untold_of is None else hashlib.sha256(untold_of.read_bytes()).hexdigest()
+    run_of = f"{fingerprint(folder)} {steps} {seed} {BATCH} {PEAK_LR} {begin}"
     identity = hashlib.sha256(run_of.encode()).hexdigest()[:12]
-    run(trainer, ReadingChats(seed), steps, work / f"reading-{identity}.pt")
+    run(trainer, ReadingChats(seed, untold=reading is not None), steps, work / f"reading-{identity}.pt")
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_prefix(trainer.prefix(), out)
+    made = trainer.prefix()
+    if reading is not None:
+        made = replace(reading, untold_keys=made.keys, untold_values=made.values)
+    save_prefix(made, out)
     after = validate(trainer, valid)
     console.print(
         f"Loss of replies, {VALID_CHATS} chats held out: {before:.3f} nats a token before, {after:.3f} after."

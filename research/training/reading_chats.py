@@ -144,9 +144,10 @@ class _Fact:
 
 
 class ReadingChats:
-    """Draws chats, reproducibly."""
+    """Draws chats, reproducibly. untold: only such in which nothing was found."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, untold: bool = False) -> None:
+        self._only_untold = untold
         self._rng, self._seed, self._drawn = random.Random(seed), seed, 0
         self._inventor = Inventor(seed, "train")
 
@@ -157,8 +158,10 @@ class ReadingChats:
     def _draw(self) -> ReadingChat:
         self._drawn += 1
         self._inventor = Inventor(self._seed * 1_000_003 + self._drawn, "train")
-        kinds = (self._answering, self._renewing, self._declining, self._acknowledging, self._general, self._untold)
-        kind = self._rng.choices(kinds, (46, 12, 8, 8, 12, 14))[0]
+        if self._only_untold:
+            return self._untold(self._fact())
+        kinds = (self._answering, self._renewing, self._declining, self._acknowledging, self._general)
+        kind = self._rng.choices(kinds, (54, 14, 8, 10, 14))[0]
         return kind(self._fact())
 
     def _answering(self, fact: _Fact) -> ReadingChat:
@@ -186,7 +189,7 @@ class ReadingChats:
         return self._chat(episodes, self._question(fact), NOT_TOLD)
 
     def _untold(self, fact: _Fact) -> ReadingChat:
-        """Return a chat of a speaker who asks for what no episode was found for, or for something general."""
+        """Return a chat of a speaker who asks for what was never told, or for something general; nothing was found."""
         if self._rng.random() < 0.4:
             return self._chat([UNTOLD], self._rng.choice(OF_THE_SPEAKER), None)
         while fact.owner not in ("my", "I"):

@@ -35,7 +35,9 @@ def train(
     policy: Annotated[str | None, typer.Option(help="Train this policy instead (docs/scenarios.md).")] = None,
     lexicon: Annotated[bool, typer.Option("--lexicon", help="Count words instead (docs/recall.md).")] = False,
     reading: Annotated[bool, typer.Option("--reading", help="Train a reading prefix (docs/recall.md).")] = False,
-    begin: Annotated[Path | None, typer.Option("--from", help="The reading prefix to begin with.", exists=True)] = None,
+    untold: Annotated[
+        Path | None, typer.Option(help="Train what this reading prefix replies to what was never told.", exists=True)
+    ] = None,
 ) -> None:
     """Train a memory on texts, or a policy on a scenario; needs no server. The same command resumes a stopped run.
 
@@ -43,12 +45,12 @@ def train(
     """
     if bool(paths) + (policy is not None) + reading != 1:
         raise typer.BadParameter("give texts to train a memory on, or --policy, or --reading, and only one of them")
-    if begin is not None and not reading:
-        raise typer.BadParameter("--from names a reading prefix, and needs --reading")
+    if untold is not None and not reading:
+        raise typer.BadParameter("--untold names a reading prefix, and needs --reading")
     if reading:
         from research.training.reading import STEPS, train_prefix
 
-        train_prefix(Settings.load(), out, work, steps=steps or STEPS, seed=seed, begin=begin)
+        train_prefix(Settings.load(), out, work, steps=steps or STEPS, seed=seed, untold_of=untold)
         return
     if policy is not None:
         with require_scenarios_extra():

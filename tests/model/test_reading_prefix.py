@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from model.reading_prefix import ReadingPrefix, load_prefix, save_prefix
 from tests.model.tiny_lm import tiny_backbone
 
 HEADER, TEXT, NOTE = (7, 8, 9), (1, 2, 3, 4), (11, 12, 13, 14, 15)
-EPISODE = Episode(TEXT, 1, 1, 0, 1.0)
+EPISODE = Episode(TEXT, 1, 1, 0, 1.0)  # ordinal 1; 0 says that nothing was told
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,17 @@ def test_without_episodes_there_is_no_prefix() -> None:
     assert request.cached_tokens([EPISODE]) == 2 * len(TEXT) + len(NOTE) <= request.max_cached_tokens
 
 
+@torch.inference_mode()
+def test_where_nothing_was_told_other_rows_stand_there(base: Backbone) -> None:
+    found, untold = prefix_of(base, NOTE), prefix_of(base, NOTE[::-1])
+    prefix = replace(found, untold_keys=untold.keys, untold_values=untold.values)
+    request = RecallRequest(3, (0, 1), 64, HEADER, prefix=len(NOTE), untold=TEXT)
+    for episode, expected in ((EPISODE, found), (EPISODE._replace(ordinal=0), untold)):
+        cache = rows(base, (20, 21, 22))
+        episodes(base, prefix).append(cache, None, [episode], request)
+        assert torch.equal(cache.values[:, :, cache.length - len(NOTE) : cache.length], expected.values)
+
+
 def test_a_prefix_comes_back_from_its_file_in_fp16(base: Backbone, tmp_path: Path) -> None:
     prefix = prefix_of(base, NOTE)
     save_prefix(prefix, tmp_path / "a.safetensors")
@@ -79,6 +91,10 @@ def test_a_prefix_comes_back_from_its_file_in_fp16(base: Backbone, tmp_path: Pat
         found.values, prefix.values.half().float()
     )
     assert (found.start, found.num_tokens) == (len(HEADER), len(NOTE))
+    assert found.untold_keys is None
+    save_prefix(replace(prefix, untold_keys=prefix.keys + 1, untold_values=prefix.values), tmp_path / "b.safetensors")
+    found = load_prefix(tmp_path / "b.safetensors", base.config, device=torch.device("cpu"), dtype=torch.float32)
+    assert found.untold_keys is not None and torch.equal(found.untold_keys, (prefix.keys + 1).half().float())
 
 
 @pytest.mark.parametrize(

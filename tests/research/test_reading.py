@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from model.base.checkpoint import load_backbone
 from model.base.config import tiny_config
 from model.episodes import Episode
+from model.recall import UNTOLD
 from model.text.tokenizer import Tokenizer
+from research.evaluation.recall.changes import TOPICS
 from research.evaluation.recall.people import ATTRIBUTES
 from research.evaluation.recall.scenes import Split
 from research.training import reading
 from research.training.reading import PrefixTrainer, run, validate
-from research.training.reading_chats import ReadingChat, ReadingChats
+from research.training.reading_chats import NOT_TOLD, OF_THE_SPEAKER, ReadingChat, ReadingChats
 from service.errors import CommandError
 from tests.tiny import build_tiny_base
 
@@ -46,13 +48,13 @@ def served_loss(trainer: PrefixTrainer, chat: ReadingChat, reply: list[int]) -> 
     request = type(request)(**{**vars(request), "prefix": trainer.prefix().num_tokens})
     found = [Episode(tuple(trainer._tokenizer.encode_inside(text)), 0, 0, 0, 0.0) for text in chat.episodes]
     cache = trainer._base.new_cache(len(ids) + len(reply) + request.cached_tokens(found))
-    trainer._episodes._prefix = trainer.prefix()
+    trainer._episodes.prefix = trainer.prefix()
     hidden = None
     for start, stop in pairwise([0, request.at, len(ids)]):
         if start == request.at and found:
             trainer._episodes.append(cache, None, found, request)
         hidden = trainer._base(torch.tensor([ids[start:stop]]), [cache])
-    trainer._episodes._prefix = None
+    trainer._episodes.prefix = None
     losses = []
     for token in reply:
         assert hidden is not None
@@ -112,9 +114,18 @@ def test_chats_come_again_and_share_no_wording_with_what_is_measured() -> None:
     assert chats[:20] != ReadingChats(6).draw(20)
     wordings = [one.wordings[split] for one in ATTRIBUTES for split in MEASURED]
     measured = [text for one in wordings for text in (one.statement, one.correction, *one.questions)]
+    measured += [line for topic in TOPICS for lines in topic.lines[1:] for line in (lines[0], lines[3])]
+    chats += ReadingChats(5, untold=True).draw(200)
     drawn = " ".join(text for chat in chats for text in (*chat.episodes, *chat.history, chat.message))
     filled = [text.format(P="My", p="my", v="{v}").split("{v}")[0] for text in measured]
     assert not [text for text in filled if text in drawn]
+
+
+def test_chats_in_which_nothing_was_found_say_so_or_have_the_bases_own_reply() -> None:
+    chats = ReadingChats(5, untold=True).draw(200)
+    assert {chat.episodes for chat in chats} == {(UNTOLD,)}
+    assert {chat.reply for chat in chats} == {NOT_TOLD, None}
+    assert all((chat.message in OF_THE_SPEAKER) == (chat.reply is None) for chat in chats)
 
 
 def test_a_base_without_a_chat_template_has_no_reading_prefix(tiny_base: Path) -> None:

@@ -31,12 +31,12 @@ TOPICS = (
         ("I live in {v}.", "I moved to {v}.", "I spent last weekend in {v}.", "Where do I live?"),
         ("My home is in {v}.", "We have settled in {v} since the spring.", "My parents want to see {v}.",
          "In which town is my home?"),
-        ("My flat is in {v}.", "The lease ran out, and my new place is in {v}.", "The film is set in {v}.",
-         "Where is my flat?"))),
+        ("My workshop is in {v}.", "The lease ran out, and my new workshop is in {v}.", "The film is set in {v}.",
+         "Where is my workshop?"))),
     Topic("boss", Inventor.person, (
         ("My boss is {v}.", "My boss left; now {v} runs the team.", "I had lunch with {v}.", "Who is my boss?"),
-        ("My manager is {v}.", "I report to {v} from this month on.", "{v} asked me for a stapler.",
-         "Who is my manager?"),
+        ("My coach is {v}.", "I am trained by {v} now, since my coach left.", "{v} asked me for a stapler.",
+         "Who is my coach?"),
         ("{v} is the head of my department.", "There was a reshuffle and {v} took over my department.",
          "{v} from another department called.", "Who heads my department?"))),
     Topic("appointment", Inventor.day, (
@@ -61,10 +61,10 @@ TOPICS = (
     Topic("cat", Inventor.first_name, (
         ("My cat is called {v}.", "We renamed the cat, she is {v} from now on.", "The neighbour's dog is called {v}.",
          "What is my cat called?"),
-        ("The name of my parrot is {v}.", "My parrot listens to {v} now and not to the old name.",
-         "My niece, whose name is {v}, fed the parrot.", "What is the name of my parrot?"),
-        ("My horse has the name {v}.", "The stable gave my horse another name, {v}.", "Another horse there is {v}.",
-         "What name does my horse have?"))),
+        ("The name of my goldfish is {v}.", "My goldfish goes by {v} now and not by the old name.",
+         "My niece, whose name is {v}, fed the goldfish.", "What is the name of my goldfish?"),
+        ("My donkey has the name {v}.", "The farm gave my donkey another name, {v}.", "Another donkey there is {v}.",
+         "What name does my donkey have?"))),
     Topic("telephone", lambda inventor: inventor.number(7), (
         ("My phone number is {v}.", "I have a new phone number now, please use {v}.",
          "The plumber has the phone number {v}.", "What is my phone number?"),

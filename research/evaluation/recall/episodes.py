@@ -32,7 +32,7 @@ class EpisodesArm(MemoryArm):
             lm.backbone, self._tables, shipped_lexicon(), decode, encoder, hot_bytes=HOT_BYTES, prefix=prefix
         )
         self._lm = AdaptiveLM(lm.backbone, lm.memory, decoder=lm.decoder, episodes=self._episodes)
-        self._plan = RecallPlan.of(tokenizer, tokens, self._episodes.prefix_tokens)
+        self._plan = RecallPlan.of(tokenizer, tokens, prefix)
         self.identity = (self.identity, tokens, None if prefix is None else float(prefix.values.sum()))
         self.pool = new_pool(self._lm)
         self.session, self._version = self.pool.open(), 0
