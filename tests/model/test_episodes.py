@@ -71,6 +71,8 @@ WORDS += [
     "how",
     "old",
     "paint",
+    "can",
+    "you",
 ]
 MARKS = (".", "?", "\n", "\n\n", "!", ",", "s", "'")
 # Every word with and without a space before it, as a tokenizer has them, then the marks.
@@ -254,7 +256,14 @@ def test_what_the_speaker_has_not_told_is_read_as_such(lm: AdaptiveLM, pool: Poo
 
     assert found("where do i live ?") == found("how old do i do ?") == [untold]
     assert found("what is my cat called ?") == [tuple(ids("my cat is called pixel ."))]
-    for general in ("how do i paint ?", "where is rome ?", "paint my hat .", "my hat is teal . where do i live ?"):
+    for general in (
+        "how do i paint ?",
+        "where is rome ?",
+        "paint my hat .",
+        "my hat is teal . where do i live ?",
+        "where can i paint ?",
+        "do you paint my hat ?",
+    ):
         assert found(general) == [], general
     assert found("where do i live ?", said="i live in oslo .") == [], "the chat may say it"
     assert found("where do i live ?", max_tokens=1) == []

@@ -56,12 +56,16 @@ HELP_ALONE = (
 # First words of questions for what somebody may have told; "how" with a measure after it.
 FACT_QUESTIONS = hashes("am are did do does has have is was were what when where which who whose")
 HOW, MEASURES = hashes("how"), hashes("big far high large long many much old tall")
+ADVICE = hashes("can could may might must need shall should would")  # asks for advice wherever it stands
+LISTENER = hashes("you your")
 
 
 def asks_for_fact(question: Sequence[int], tables: WordTables) -> bool:
     """Return whether a question begins as one for what somebody may have told, and not for advice or help."""
     words = [begun_hash(word, tables) for word in split_words(question, tables)]
     rest = [*dropwhile(OPENINGS.__contains__, words), 0, 0]
+    if not ADVICE.isdisjoint(words) or (RECALLS.isdisjoint(words) and not LISTENER.isdisjoint(words)):
+        return False
     return rest[0] in FACT_QUESTIONS or (rest[0] in HOW and rest[1] in MEASURES)
 
 

@@ -75,8 +75,8 @@ TOPICS = (
     Topic("instrument", Inventor.instrument, (
         ("I am learning the {v}.", "I gave that up and am learning the {v} instead.", "My cousin plays the {v}.",
          "Which instrument am I learning?"),
-        ("I practise the {v} each evening.", "I no longer practise that, my new instrument is the {v}.",
-         "The man upstairs practises the {v}.", "What do I practise in the evening?"),
+        ("I rehearse the {v} each evening.", "I no longer rehearse that, my new instrument is the {v}.",
+         "The man upstairs rehearses the {v}.", "What do I rehearse in the evening?"),
         ("My instrument in the band is the {v}.", "The band made me switch to the {v}.", "We need a {v} in the band.",
          "What do I play in the band?"))),
     Topic("dish", Inventor.dish, (
