@@ -99,8 +99,8 @@ async def listed_reply(
 
     kept: the response that the items are of; the work grows with it.
     """
-    size = 0 if kept is None else sum(len(message.get("content") or "") for message in kept.messages)
-    return LargeReply(await run_off_loop(size, lambda: dump_json_pieces(_page(items(), page))), response)
+    work = 0 if kept is None else kept.work
+    return LargeReply(await run_off_loop(work, lambda: dump_json_pieces(_page(items(), page))), response)
 
 
 def _page(items: Sequence[Json], page: ItemPage) -> Json:

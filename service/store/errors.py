@@ -37,6 +37,10 @@ def session_renewed(sid: str) -> VersionConflict:
     return VersionConflict(f"session {sid!r} was deleted and created again since the turn began")
 
 
+def newest_response_moved(sid: str) -> VersionConflict:
+    return VersionConflict(f"another response of session {sid!r} has been kept since its newest one was read")
+
+
 def lease_lost(sid: str) -> VersionConflict:
     return VersionConflict(f"somebody else has taken the lease of session {sid!r} since the turn began")
 

@@ -392,13 +392,28 @@ class MemoryResponses:
     def __init__(self, store: MemoryStore) -> None:
         self._store = store
 
-    async def put(self, tenant: str, sid: str, name: str, record: bytes, *, ttl_s: int, created: float | None) -> bool:
+    async def put(
+        self,
+        tenant: str,
+        sid: str,
+        name: str,
+        record: bytes,
+        *,
+        ttl_s: int,
+        created: float | None,
+        after: str | None = None,
+    ) -> bool:
         stored, database = self._store._database.record(tenant, sid or None), self._store._database
         if created is not None:
             if stored.meta is None or stored.meta.created != created:
                 return False
             ttl_s = min(ttl_s, self._store._lifetime(stored) or ttl_s)
         database.require_room()
+        if after is not None:
+            if name in stored.responses:
+                return True
+            if next(reversed(stored.responses), "") != after:
+                raise errors.newest_response_moved(sid)
         stored.responses.pop(name, None)
         stored.responses[name] = database.clock() + ttl_s, record
         for oldest in list(stored.responses)[: -KEPT_OF_SESSION if sid else -KEPT_OF_TENANT]:

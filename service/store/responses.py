@@ -13,17 +13,32 @@ class ResponseStore(Protocol):
 
     A response of a session goes with the session, and with a commit that says so (`CommitMetadata.drops_responses`).
     Every response expires; beyond `KEPT_OF_SESSION` and `KEPT_OF_TENANT` the oldest go. Every method is atomic, and
-    raises what `SessionStore` says; only `put` raises StoreFull.
+    raises what `SessionStore` says; only `put` raises StoreFull and VersionConflict.
     """
 
-    async def put(self, tenant: str, sid: str, name: str, record: bytes, *, ttl_s: int, created: float | None) -> bool:
+    async def put(
+        self,
+        tenant: str,
+        sid: str,
+        name: str,
+        record: bytes,
+        *,
+        ttl_s: int,
+        created: float | None,
+        after: str | None = None,
+    ) -> bool:
         """Keep a response under a name for `ttl_s` seconds, but no longer than its session lives. Idempotent.
 
         Args:
             created: `SessionMeta.created` of the session; None for no session.
+            after: name of the newest response, which this one goes on with; "" for none. A response of this name that
+                is kept then stays as it is. None: the response becomes the newest one, whatever is kept.
 
         Returns:
             Whether the response is kept: False if the session has been erased, or was never stored.
+
+        Raises:
+            VersionConflict: another response than `after` is the newest one.
         """
         ...
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from service.concurrency import run_off_loop
-from service.errors import BadRequest, Unavailable
+from service.errors import BadRequest, Unavailable, VersionConflict
 from service.store.base import SessionStore
 
+MAX_TRIES = 64  # to keep a chat as the newest one while others do the same; every failure is a success of another
 MAX_KEPT_CHARS = 1_048_576  # of a kept response with its messages as JSON, before the reply
 PACKED = 8  # characters that a packed byte may stand for
 _ID = re.compile(r"resp_([0-9a-f]{32})(?:_([A-Za-z0-9._~:@+=-]{1,128}))?")
@@ -76,6 +79,11 @@ class KeptResponse:
         assert name is not None
         return name
 
+    @property
+    def work(self) -> int:
+        """Return what the work on the chat grows with: the characters of its contents."""
+        return sum(len(message.get("content") or "") for message in self.messages)
+
     def pack(self) -> bytes:
         """Return the bytes that are stored."""
         text = json.dumps({"messages": self.messages, "reply": self.reply}, separators=(",", ":"), ensure_ascii=False)
@@ -85,6 +93,10 @@ class KeptResponse:
     def unpack(cls, record: bytes) -> KeptResponse:
         """Return the response of which `pack` made the bytes."""
         return cls(**json.loads(zlib.decompress(record)))
+
+
+Newest = KeptResponse | None
+Grow = Callable[[Newest], Awaitable[KeptResponse]]
 
 
 class TenantResponses:
@@ -104,22 +116,38 @@ class TenantResponses:
         """Return the newest response of a session; None if none is kept."""
         return await self._get(session, None)
 
-    async def keep(self, name: ResponseId, kept: KeptResponse, size: int, created: float | None) -> bool:
+    async def keep(self, kept: KeptResponse, created: float | None, *, after: str | None = None) -> bool:
         """Keep a response; return whether it is kept. The answer is worth more than what is kept of it.
 
-        Args:
-            size: what the work grows with, in characters.
-            created: `SessionMeta.created` of the response's session; None for no session.
+        created: `SessionMeta.created` of the response's session; None for no session.
+        after: number of the newest response, as `ResponseStore.put` takes and refuses it.
         """
+        name = kept.name
         if not self._ttl_s or (name.session and created is None):
             return False
-        record = await run_off_loop(size, kept.pack)
+        record = await run_off_loop(kept.work, kept.pack)
         try:
             return await self._store.responses.put(
-                self._tenant, name.session, name.number, record, ttl_s=self._ttl_s, created=created
+                self._tenant, name.session, name.number, record, ttl_s=self._ttl_s, created=created, after=after
             )
         except Unavailable:
             return False
+
+    async def keep_next(self, session: str, grow: Grow, created: float | None) -> tuple[Newest, KeptResponse] | None:
+        """Keep the chat that goes on with a session's newest response, also while others do the same.
+
+        grow: makes the chat from the newest response; called again if another response has become the newest one.
+        created: `SessionMeta.created` of the session.
+
+        Return the newest response and the chat; None if the chat is not kept.
+        """
+        for _ in range(MAX_TRIES):
+            with suppress(VersionConflict):
+                before = await self.newest(session)
+                kept = await grow(before)
+                number = "" if before is None else before.name.number
+                return (before, kept) if await self.keep(kept, created, after=number) else None
+        return None
 
     async def delete(self, name: ResponseId) -> bool:
         """Erase a response; return whether there was one."""

@@ -251,6 +251,26 @@ def test_a_session_erased_at_one_replica_is_gone_from_the_other(one: Client, oth
     assert other.score(tenant, TEXT) == one.score(tenant, TEXT)
 
 
+def test_items_that_are_added_side_by_side_all_stay(one: Client, other: Client) -> None:
+    conversation = assert_success(one.post("conversations", {}))["id"]
+    said = [f"{name} has the number {number}." for name in ("Ada", "Bo") for number in range(12)]
+
+    def add(client: Client, text: str) -> list[str]:
+        item = {"type": "message", "role": "user", "content": text}
+        added = assert_success(client.post(f"conversations/{conversation}/items", {"items": [item]}))["data"]
+        return [each["content"][0]["text"] for each in added]
+
+    response = {"model": one.model, "input": "Who has which number?", "conversation": conversation}
+    with ThreadPoolExecutor(13) as pool:
+        answered = pool.submit(one.post, "responses", response | {"max_output_tokens": 200, "logit_bias": NO_EOS})
+        added = [pool.submit(add, (one, other)[number % 2], text) for number, text in enumerate(said)]
+        assert [each.result() for each in added] == [[text] for text in said]
+        output = assert_success(answered.result())["output"][0]["content"][0]["text"]
+    listed = assert_success(other.http.get(f"/v1/conversations/{conversation}/items?limit=100"))["data"]
+    texts = [each["content"][0]["text"] for each in listed]
+    assert sorted(texts) == sorted([*said, response["input"], output])
+
+
 def test_a_full_store_stops_learning_and_nothing_else(one: Client, other: Client, redis: str, tenant: str) -> None:
     full_before = one.metric("store_full_total")
     with Redis.from_url(redis) as raw:

@@ -306,6 +306,31 @@ async def test_responses_are_kept_for_their_time_and_the_newest_only(
     assert [meta.id for meta in await store.list(tenant)] == ([sid] if sid else [])
 
 
+async def test_a_response_that_goes_on_with_the_newest_one_is_refused_if_there_is_a_newer_one(
+    store: SessionStore, backend: StoreBackend, tenant: str
+) -> None:
+    created = (await store.create(tenant, new_meta("s"))).created
+    other = backend.open().responses
+
+    async def put(responses: Any, name: str, after: str | None) -> bool:
+        kept: bool = await responses.put(tenant, "s", name, name.encode(), ttl_s=1000, created=created, after=after)
+        return kept
+
+    with pytest.raises(VersionConflict):
+        await put(store.responses, "a", "z")
+    assert await put(store.responses, "a", "") and await put(other, "b", "a")
+    for after in ("", "a", "z"):
+        with pytest.raises(VersionConflict, match="has been kept"):
+            await put(store.responses, "c", after)
+    assert await put(store.responses, "a", ""), "a call that is repeated has kept it"
+    assert await store.responses.get(tenant, "s", None) == b"b" and await other.get(tenant, "s", "c") is None
+    assert await put(store.responses, "c", "b") and await put(store.responses, "d", None)
+    await other.delete(tenant, "s", "d")
+    assert await put(store.responses, "e", "c")
+    backend.advance(tenant, 1001)
+    assert await put(store.responses, "f", "")
+
+
 async def test_responses_go_with_their_session_and_with_what_it_has_learned(
     store: SessionStore, backend: StoreBackend, tenant: str
 ) -> None:

@@ -75,8 +75,8 @@ async def create_conversation(body: ConversationRequest, sessions: SessionsDep, 
     session, responses = f"conv_{uuid4().hex}", tenant_responses(sessions, ctx)
     chat = await _with_items(session, None, body.items, responses) if body.items else None
     meta, _ = await sessions.put(ctx.tenant, session, {})
-    if chat is not None:
-        await _keep(chat, meta, responses)
+    if chat is not None and not await responses.keep(chat, meta.created):
+        raise _not_kept()
     return _conversation(meta)
 
 
@@ -110,9 +110,12 @@ async def add_items(
     """Add items to the chat, which the next response goes on with; they are learned when it comes."""
     meta = await sessions.get(ctx.tenant, session)
     responses = tenant_responses(sessions, ctx)
-    before = await responses.newest(session)
-    kept = await _with_items(session, before, body.items, responses)
-    await _keep(kept, meta, responses)
+    found = await responses.keep_next(
+        session, lambda before: _with_items(session, before, body.items, responses), meta.created
+    )
+    if found is None:
+        raise _not_kept()
+    before, kept = found
     num_before = 0 if before is None else len(kept_items(before))
     page = ItemPage(limit=100, after=None, order="asc")
     return await listed_reply(kept, lambda: input_items(kept)[num_before:], page, answer)
@@ -139,23 +142,19 @@ async def _with_items(
     name = ResponseId(uuid4().hex, session)
     reply = {"id": str(name), "object": "conversation.items", "output": []}
     chat = KeptResponse([*messages, *chat_messages(resolved)], reply)
-    if (size := await _size(chat)) > MAX_KEPT_CHARS:
+    size = await run_off_loop(chat.work, lambda: len(compact({"messages": chat.messages})))
+    if size > MAX_KEPT_CHARS:
         raise BadRequest(
             f"The items of a conversation may have {MAX_KEPT_CHARS} characters as JSON, got {size}.", param="items"
         )
     return chat
 
 
-async def _keep(chat: KeptResponse, meta: SessionMeta, responses: TenantResponses) -> None:
-    """Keep a chat as the newest of its session. Raises Unavailable."""
-    if not await responses.keep(chat.name, chat, await _size(chat), meta.created):
-        raise Unavailable("The server keeps no items now: the store is full or away, or IMPRINT_RESPONSE_TTL_S is 0.")
-
-
-async def _size(chat: KeptResponse) -> int:
-    """Return the number of characters that a chat has as JSON."""
-    work = sum(len(each.get("content") or "") for each in chat.messages)
-    return await run_off_loop(work, lambda: len(compact({"messages": chat.messages})))
+def _not_kept() -> Unavailable:
+    return Unavailable(
+        "The server keeps no items now: the store is full or away, others add items all the time, or"
+        " IMPRINT_RESPONSE_TTL_S is 0."
+    )
 
 
 def _conversation(meta: SessionMeta) -> Conversation:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Path, Query, Response
 
 from model.text.tool_calls import ReplyPiece
 from service.concurrency import run_off_loop
-from service.errors import BadRequest, NotFound
+from service.errors import BadRequest, NotFound, Unavailable
 from service.http.dependencies import (
     ImprintHeaders,
     ImprintHeadersDep,
@@ -71,6 +71,7 @@ class ResponseChat:
 
     Attributes:
         messages: the chat that is kept with the response, without its instructions.
+        num_before: number of messages of a conversation, before the input; None = of no conversation.
         size: characters of the chat as JSON.
         session: the session that answers; None = the frozen base.
         keeps: whether the response is to be kept.
@@ -78,6 +79,7 @@ class ResponseChat:
     """
 
     messages: list[Json]
+    num_before: int | None
     size: int
     session: str | None
     keeps: bool
@@ -180,10 +182,24 @@ class ResponseEvents(TextFormatter):
             "adaptation": end.adaptation and asdict(end.adaptation),
         }
         if self._chat.keeps:
-            messages = self._chat.messages + chat_messages([as_input(item) for item in self._output])
-            kept = KeptResponse(messages, reply)
-            reply["store"] = await self._chat.responses.keep(self._id, kept, self._chat.size, end.session_created)
+            reply["store"] = await self._keep(reply, end.session_created)
         return reply
+
+    async def _keep(self, reply: Json, created: float | None) -> bool:
+        """Keep the response; return whether it is kept. Of a conversation, it goes on with what others have added."""
+        chat = self._chat
+        messages = chat.messages + chat_messages([as_input(item) for item in self._output])
+        if chat.num_before is None or chat.session is None:
+            return await chat.responses.keep(KeptResponse(messages, reply), created)
+        added = messages[chat.num_before :]
+
+        async def grow(newest: KeptResponse | None) -> KeptResponse:
+            return KeptResponse([*([] if newest is None else newest.messages), *added], reply)
+
+        try:
+            return await chat.responses.keep_next(chat.session, grow, created) is not None
+        except Unavailable:  # the newest one cannot be read, but the reply is there
+            return False
 
     @property
     def _id(self) -> ResponseId:
@@ -288,13 +304,14 @@ async def _find_chat(body: ResponseRequest, learning: LearningRequest, headers: 
     elif body.conversation_id is not None:
         kept = await responses.newest(body.conversation_id)
     messages = [] if kept is None else kept.messages
+    num_before = None if body.conversation_id is None else len(messages)
     items = body.input if isinstance(body.input, str) else await resolve_references(body.input, responses)
     keeps = body.store is not False and learning.sessions.gate.limits.response_ttl_s > 0
     work = len(await learning.request.body()) + sum(len(message["content"] or "") for message in messages)
     messages, size = await run_off_loop(work, _joined, messages, items, body)
     if keeps:
         require_small(size)
-    return ResponseChat(messages, size, session, keeps, responses)
+    return ResponseChat(messages, num_before, size, session, keeps, responses)
 
 
 def _joined(before: list[Json], items: str | Sequence[Item], body: ResponseRequest) -> tuple[list[Json], int]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from service.store.errors import newest_response_moved
 from service.store.redis.codec import Keys
 from service.store.redis.connect import AnyRedis
 from service.store.redis.scripts import ALLOW_OOM, NO_WRITES, load_script, retry_while_away
 from service.store.responses import KEPT_OF_SESSION, KEPT_OF_TENANT
+
+MOVED = -1  # what the script returns if another response is the newest one
 
 
 class RedisResponses:
@@ -24,11 +27,24 @@ class RedisResponses:
         self._get = load_script(client, "common", "responses", first_line=NO_WRITES)
         self._delete = load_script(client, "common", "responses", first_line=ALLOW_OOM)
 
-    async def put(self, tenant: str, sid: str, name: str, record: bytes, *, ttl_s: int, created: float | None) -> bool:
+    async def put(
+        self,
+        tenant: str,
+        sid: str,
+        name: str,
+        record: bytes,
+        *,
+        ttl_s: int,
+        created: float | None,
+        after: str | None = None,
+    ) -> bool:
         kept = KEPT_OF_SESSION if sid else KEPT_OF_TENANT
         stamp = "" if created is None else json.dumps(created)
         arguments = ["put", name, record, ttl_s, kept, self._default_ttl_s, stamp]
-        return bool(await self._run(self._put, tenant, sid, arguments))
+        outcome = await self._run(self._put, tenant, sid, arguments + ([] if after is None else [after]))
+        if outcome == MOVED:
+            raise newest_response_moved(sid)
+        return bool(outcome)
 
     async def get(self, tenant: str, sid: str, name: str | None) -> bytes | None:
         record: bytes | None = await self._run(self._get, tenant, sid, ["get", name or ""])
