@@ -67,13 +67,16 @@ def install(name: str, file: Path) -> list[str]:
 
 def _pip(folder: Path, script: dict[str, Any]) -> None:
     _run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)])
-    if script.get("tool", {}).get("imprint", {}).get("with-server-packages"):
+    options = script.get("tool", {}).get("imprint", {})
+    if options.get("with-server-packages"):
         # The server's torch and transformers, which then need not be installed a second time, and the server itself.
         (site,) = folder.glob("lib/python*/site-packages")
         installed = next(path for path in sys.path if path.endswith("site-packages"))
         (site / "server.pth").write_text(f"{installed}\n{HERE.parents[1]}\n")
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(folder / "bin" / "python"), "install"]
     _run([*pip, *script["dependencies"]])
+    if alone := options.get("without-dependencies"):  # these would bring another torch
+        _run([*pip, "--no-deps", *alone])
 
 
 def _npm(folder: Path, package: Path) -> None:
