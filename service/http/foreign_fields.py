@@ -1,8 +1,8 @@
 """The fields of other servers' interfaces that completions meet and this server does not honour.
 
 Fields that would change an answer are refused unless their value changes nothing: `UNSUPPORTED` has those values by the
-names of the fields. `HINTS` change no answer: they are ignored, and the header `X-Imprint-Ignored` names them. OpenAI,
-vLLM, llama.cpp, Ollama and OpenRouter document these names.
+names of the fields, and `INSTEAD` what replaces a field. `HINTS` change no answer: they are ignored, and the header
+`X-Imprint-Ignored` names them. OpenAI, vLLM, llama.cpp, Ollama and OpenRouter document these names.
 """
 
 from typing import Any
@@ -61,6 +61,7 @@ CHAT_UNSUPPORTED = UNSUPPORTED | {
     "documents": ([],),
     "add_special_tokens": (False,),
 }
+INSTEAD = {"functions": "tools", "function_call": "tool_choice"}
 HINTS = frozenset(
     {
         *("metadata", "moderation_options", "prediction", "prompt_cache_key"),

@@ -28,7 +28,7 @@ from model.text.grammar import GrammarSource
 from service.errors import BadRequest
 from service.http import field_rules
 from service.http.faults import shorten
-from service.http.foreign_fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, HINTS, UNSUPPORTED
+from service.http.foreign_fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, HINTS, INSTEAD, UNSUPPORTED
 from service.http.schemas import (
     ADAPT,
     INT32,
@@ -282,7 +282,9 @@ class GenerationRequest(Samplers):
         if name in self.unsupported:
             values = self.unsupported[name]
             if value is not None and not any(_equal(value, each) for each in values):
-                raise BadRequest(f"'{name}' is not supported by this server, got {shorten(value)}.", param=name)
+                advice = f"; use '{INSTEAD[name]}'" if name in INSTEAD else ""
+                message = f"'{name}' is not supported by this server{advice}, got {shorten(value)}."
+                raise BadRequest(message, param=name)
         elif name not in HINTS and (meant := _misspelt(name, tuple(type(self).model_fields))) is not None:
             raise BadRequest(f"Unknown field '{name}'; did you mean '{meant}'?", param=name)
 

@@ -179,9 +179,13 @@ def session_of_user(user: str) -> str:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Marks a field that the server cannot honour; null and `values` change nothing and are accepted."""
+    """Marks a field that the server cannot honour; null and `values` change nothing and are accepted.
+
+    instead: name of the field that replaces this one.
+    """
 
     values: tuple[Any, ...] = ()
+    instead: str = ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
@@ -195,7 +199,8 @@ class Unsupported:
     def _check(self, value: Any) -> Any:
         if value is None or any(type(value) is type(one) and value == one for one in self.values):
             return value
-        raise PydanticCustomError("unsupported", "is not supported by this server")
+        advice = f"; use '{self.instead}'" if self.instead else ""
+        raise PydanticCustomError("unsupported", f"is not supported by this server{advice}")  # type: ignore[arg-type]
 
 
 class Body(BaseModel):
@@ -268,11 +273,11 @@ class Message(Body):
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
         None, description="The assistant's calls of tools; the content may then be null."
     )
+    function_call: Annotated[Any, Unsupported(instead="tool_calls")] = None
     content: TextOrParts[TextPart] | None = Field(None, validate_default=True)
     reasoning_content: str | None = Field(None, description="For the chat template; never learned.")
     name: str | None = None
     tool_call_id: CallId | None = Field(None, description="The call that a tool's message answers.")
-    function_call: Annotated[Any, Unsupported()] = None
     refusal: Annotated[Any, Unsupported()] = None
     audio: Annotated[Any, Unsupported()] = None
     annotations: Annotated[Any, Unsupported(([],))] = None

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conformance.conftest import HELLO, Ask
 from tests.conftest import Server
-from tests.live import Client, chunks
+from tests.live import Client, assert_error, chunks
 
 BOTH = ["completions", "chat/completions"]
 
@@ -17,6 +17,25 @@ BOTH = ["completions", "chat/completions"]
 def body(path: str, model: str, **fields: Any) -> dict[str, Any]:
     prompt = {"messages": HELLO} if path.startswith("chat") else {"prompt": "The quick"}
     return {"model": model, "max_tokens": 4, "seed": 1} | prompt | fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "instead"),
+    [
+        ({"functions": [{"name": "mood", "parameters": {"type": "object"}}]}, "functions", "tools"),
+        ({"function_call": {"name": "mood"}}, "function_call", "tool_choice"),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "function_call": {"name": "mood", "arguments": "{}"}}]},
+            "messages.1.function_call",
+            "tool_calls",
+        ),
+    ],
+)
+def test_what_tools_have_replaced_is_refused_with_the_new_name(
+    api: Client, fields: dict[str, Any], param: str, instead: str
+) -> None:
+    error = assert_error(api.post("chat/completions", body("chat/completions", api.model) | fields), 400, None)
+    assert error["param"] == param and f"use '{instead}'" in error["message"]
 
 
 def test_a_reply_has_openais_fields(chat: Ask, complete: Ask) -> None:
