@@ -1,8 +1,8 @@
 """Structured output and tool calls of a running server, judged: `python -m benchmarks.json_schemas --url URL`.
 
-Default: JSON by 200 schemas, each for 3 prompts; every text must be valid. With `--tasks`: 50 small tasks with one
-right answer each, half of them calls of tools and half of them objects by a schema; any server of OpenAI's chats can be
-judged by them, such as llama.cpp's.
+Default: JSON by 200 schemas, each for 3 prompts; every text must be valid. With `--tasks`: 50 small tasks and 24 harder
+ones with one right answer each, half of them calls of tools and half of them objects by a schema; any server of
+OpenAI's chats can be judged by them, such as llama.cpp's.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import httpx
 from jsonschema import Draft202012Validator
 
 from benchmarks.stream_timing import first_model_id
-from benchmarks.tool_tasks import TASKS, Task
+from benchmarks.tool_tasks import HARD_TASKS, TASKS, Task
 
 NUM_SCHEMAS = 200
 PROMPTS = ("Describe a dog.", "Fill in the form for an order of two books.", "Write something about the weather.")
@@ -148,11 +149,12 @@ async def check_schemas(chats: ServerChats, cases: Sequence[Json]) -> list[tuple
 
 async def print_tasks(chats: ServerChats, read: bool) -> None:
     """Print how many tasks get the right answer: calls that are required, calls that the model may make, objects."""
-    for kind, choice in (("tools", "required"), ("tools", "auto"), ("schema", "")):
-        tasks = [task for task in TASKS if task.kind == kind]
+    runs = (("tools", "required"), ("tools", "auto"), ("schema", ""))
+    for (name, found), (kind, choice) in product((("", TASKS), ("hard ", HARD_TASKS)), runs):
+        tasks = [task for task in found if task.kind == kind]
         outcomes = await asyncio.gather(*(chats.task(task, choice) for task in tasks))
         right = sum(not each.fault for each in outcomes)
-        print(f"{kind}{choice and f', {choice}'}: {right} of {len(tasks)} right", flush=True)
+        print(f"{name}{kind}{choice and f', {choice}'}: {right} of {len(tasks)} right", flush=True)
         for task, outcome in zip(tasks, outcomes, strict=True):
             if outcome.fault or read:
                 print(f"- {task.prompt} {outcome.fault or 'ok'}")

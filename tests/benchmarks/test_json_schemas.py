@@ -8,7 +8,7 @@ import httpx
 from jsonschema import Draft202012Validator
 
 from benchmarks.json_schemas import NUM_SCHEMAS, PROMPTS, ServerChats, check_schemas, schemas
-from benchmarks.tool_tasks import TASKS, TOOLS
+from benchmarks.tool_tasks import HARD_TASKS, HARD_TOOLS, TASKS, TOOLS
 from tests.conftest import Server
 
 
@@ -32,14 +32,17 @@ def test_a_text_that_is_whole_follows_its_schema(server: Server) -> None:
 
 
 def test_each_task_has_an_answer_that_its_form_allows() -> None:
-    parameters = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
-    assert len(TASKS) == len({task.prompt for task in TASKS}) == 50
-    for task in TASKS:
+    parameters = [
+        {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools} for tools in (TOOLS, HARD_TOOLS)
+    ]
+    tasks = [*TASKS, *HARD_TASKS]
+    assert len(tasks) == len({task.prompt for task in tasks}) == 50 + 24
+    for task in tasks:
         if task.schema is not None:
             Draft202012Validator(task.schema).validate(task.expected)
             message = {"content": json.dumps(task.expected)}
         else:
-            Draft202012Validator(parameters[task.expected["name"]]).validate(task.expected["arguments"])
+            Draft202012Validator(parameters[task.hard][task.expected["name"]]).validate(task.expected["arguments"])
             called = task.expected | {"arguments": json.dumps(task.expected["arguments"])}
             message = {"content": None, "tool_calls": [{"function": called}]}  # type: ignore[dict-item]
         assert task.answer(message) == task.expected
