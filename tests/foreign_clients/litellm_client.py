@@ -42,7 +42,8 @@ def _ask(url: str, model: str, provider: str = "openai", messages: list[Any] = H
 
 def _round_of_a_tool(url: str, model: str, provider: str) -> None:
     ask = [{"role": "user", "content": "What is the weather in Rome?"}]
-    tools = {"tools": [WEATHER], "tool_choice": "required"}
+    # A small base that may go on with calls goes on to the limit.
+    tools = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
     reply = _ask(url, model, provider, ask, **tools).choices[0]
     (call,) = reply.message.tool_calls[:1]
     assert reply.finish_reason == "tool_calls" and call.function.name == "weather", reply

@@ -26,7 +26,7 @@ run((url, model) => {
       assert(text && usage.completion_tokens);
     },
     "a round of a tool": async () => {
-      const { message, finish_reason } = (await ask({ tools, tool_choice: "required" })).choices[0];
+      const { message, finish_reason } = (await ask({ tools, tool_choice: "required", parallel_tool_calls: false })).choices[0];
       assert.equal(finish_reason, "tool_calls");
       const results = message.tool_calls.map((call) => {
         assert(["Oslo", "Rome"].includes(JSON.parse(call.function.arguments).city));
