@@ -200,7 +200,7 @@ class Unsupported:
         if value is None or any(type(value) is type(one) and value == one for one in self.values):
             return value
         advice = f"; use '{self.instead}'" if self.instead else ""
-        raise PydanticCustomError("unsupported", f"is not supported by this server{advice}")  # type: ignore[arg-type]
+        raise PydanticCustomError("unsupported", f"is not supported by this server{advice}")
 
 
 class Body(BaseModel):
