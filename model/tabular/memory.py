@@ -34,6 +34,7 @@ from model.tabular.config import (
 )
 
 HEADER = 4  # numbers before the columns of an example
+SEGMENTS = -(-(HEADER + MAX_COLUMNS) // ROW)  # of an example
 COUNT, COLUMNS, LABELS, FEATURES = 0, 1, 2, 12  # numbers of the session's row; FEATURES: of a bandit
 
 
@@ -144,6 +145,13 @@ def _gather(table: Array, field: Array, count: int, columns: Array, x: Array, he
             x[i, k] = field[physical_row, number % ROW] if physical_row > 0 else MISSING
 
 
+def unpack_examples(slots: Array, rows: Array) -> Array:
+    """Return the examples [MAX_EXAMPLES, SEGMENTS · ROW] of a session's stored rows [n, ROW], by position."""
+    table = np.full((SEGMENTS * MAX_EXAMPLES, ROW), MISSING, np.float32)
+    table[slots] = rows
+    return table.reshape(SEGMENTS, MAX_EXAMPLES, ROW).swapaxes(0, 1).reshape(MAX_EXAMPLES, -1)
+
+
 def write_memory(
     draft: Draft, before: StreamMemory, after: StreamMemory, x: Array, value: float, extra: tuple[float, float]
 ) -> None:
@@ -152,12 +160,12 @@ def write_memory(
     losses = np.zeros(loss_rows(len(after.losses)) * ROW, np.float32)
     losses[: after.losses.size] = after.losses.reshape(-1)
     _put(draft, SESSION, np.arange(1 + loss_rows(len(after.losses))), np.concatenate([after.row, losses]))
-    ordinal, segments = int(after.row[COUNT]), -(-(HEADER + MAX_COLUMNS) // ROW)
-    rows = np.full(segments * ROW, MISSING, np.float32)
+    ordinal = int(after.row[COUNT])
+    rows = np.full(SEGMENTS * ROW, MISSING, np.float32)
     rows[HEADER + stored_columns(int(after.row[COLUMNS]), int(after.row[FEATURES]))] = x
     rows[:HEADER] = ordinal, value, *extra
-    slots = np.arange(segments) * MAX_EXAMPLES + (ordinal - 1) % MAX_EXAMPLES
-    by_segment = rows.reshape(segments, ROW)
+    slots = np.arange(SEGMENTS) * MAX_EXAMPLES + (ordinal - 1) % MAX_EXAMPLES
+    by_segment = rows.reshape(SEGMENTS, ROW)
     needed = (by_segment != MISSING).any(1) | (draft.pool.sites[EXAMPLES].physical_cells[draft.index, slots] > 0)
     _put(draft, EXAMPLES, slots[needed], by_segment[needed])
     old = np.zeros_like(after.weights)

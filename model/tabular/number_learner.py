@@ -41,6 +41,7 @@ class Regression(TabularModel):
         """Learn the target of an example [C]. Raises TabularError for a target that is not finite."""
         if not math.isfinite(target) or abs(target) > float(np.finfo(np.float32).max):
             raise TabularError(f"target must be a finite float32, got {target}")
+        target = float(np.float32(target))  # as it is stored, so that learning it again leaves the same bits
         before = self.wide_memory(draft.pool, draft.index, len(x), E)
         padded, after, reading, mean, outcome = before.pad(x), copy.copy(before), None, 0.0, Learned(0.0, 0.0, 0.0)
         if before.row[COUNT]:

@@ -58,6 +58,7 @@ class Bandit(TabularModel):
         self._check_arm(arm)
         if not math.isfinite(reward) or abs(reward) > float(np.finfo(np.float32).max):
             raise TabularError(f"reward must be a finite float32, got {reward}")
+        reward = float(np.float32(reward))  # as it is stored, so that learning it again leaves the same bits
         own = None if features is None else features[None]
         before = self._memory(draft.pool, draft.index, context, own)
         padded, after = before.pad(context, features), copy.copy(before)

@@ -37,6 +37,7 @@ FloatArray = NDArray[np.float32]
 
 NAME = "names"
 SLOTS = 4 * MAX_COLUMNS + MAX_LABELS + MAX_ARMS  # two groups of columns, each with as many categorical ones at most
+BUCKET = "?" * (MAX_NAME_BYTES + 1)  # a text that is in no column's values
 ROW, ARM_FEATURES = 0, 1  # groups of columns: of examples and contexts, and of the features of arms
 NUMERIC, CATEGORICAL, VALUE, LABEL, ARM = range(1, 6)  # kinds of entries
 LIMITS = {LABEL: ("labels", MAX_LABELS), ARM: ("actions", MAX_ARMS)}
@@ -136,6 +137,20 @@ class Schema:
         for some in numbers:
             row[list(some)] = list(some.values())
         return row
+
+    def decode(self, row: FloatArray, group: int = ROW) -> dict[str, Value]:
+        """Return features that `encode` turns into the numbers of a row [C]; a text of the bucket becomes BUCKET."""
+        features: dict[str, Value] = {}
+        for name, number in self._fields[group].items():
+            if number in self._numeric:
+                value: Value = float(row[self._numeric[number]])
+                is_there = value == value
+            else:
+                present = {text: row[c] for text, c in self._values[number].items() if not math.isnan(row[c])}
+                value, is_there = next((text for text, x in present.items() if x), BUCKET), bool(present)
+            if is_there:
+                features[name] = value
+        return features
 
     def label(self, name: str, field: str) -> int | None:
         """Return the number of a label; None for one that is new and does not become an entry."""

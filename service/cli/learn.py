@@ -6,7 +6,7 @@ import typer
 from rich.markup import escape
 
 from model.tabular.limits import MAX_BATCH
-from service.cli.console import connect, out
+from service.cli.console import connect, err, out
 from service.cli.observe import progress_bar
 from service.cli.options import SessionOption, Url, split_commas
 from service.client.tables import BATCH, TableProgress
@@ -20,7 +20,9 @@ def learn(
     session: SessionOption,
     task: Annotated[
         str | None,
-        typer.Option(help="labels or regression; default: by the target's values.", metavar="TASK"),
+        typer.Option(
+            help="labels or regression; default: by the target's values, if all or none are numbers.", metavar="TASK"
+        ),
     ] = None,
     ignore: Annotated[str, typer.Option(help="Columns to leave out, separated by commas.")] = "",
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Rows of a version.")] = BATCH,
@@ -39,6 +41,9 @@ def learn(
 
         def on_progress(progress: TableProgress) -> None:
             nonlocal done
+            if done is None:
+                for line in progress.notes:
+                    err.print(line, markup=False, highlight=False)
             done = progress
             rows = progress.rows + progress.skipped
             bar.update(row_task, completed=rows, total=progress.total, learned=escape(str(progress)))

@@ -93,6 +93,7 @@ class AsyncClient(BaseClient):
     act = _request_method(operations.act)
     act_batch = _request_method(operations.act_batch)
     feedback = _request_method(operations.feedback)
+    feedback_batch = _request_method(operations.feedback_batch)
     keep = _request_method(operations.keep)
     predict = _request_method(operations.predict)
     estimate = _request_method(operations.estimate)
@@ -165,6 +166,7 @@ class AsyncClient(BaseClient):
         """Learn a CSV or Parquet file as `Client.learn_table` does; a thread reads the file."""
         table = await asyncio.to_thread(read_table, file, target)
         done = TableProgress(session, table, target, task=task, ignore=ignore, batch=batch, key=idempotency_key)
+        progress(done)
         pending = done.iter_operations()
         while (operation := await asyncio.to_thread(next, pending, None)) is not None:
             done.record_answer(await self._request(operation))

@@ -341,6 +341,20 @@ def feedback(
     return Operation("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
 
 
+def feedback_batch(
+    session: str,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    on_disconnect: OnDisconnect | None = None,
+    idempotency_key: str | None = None,
+    if_match: int | None = None,
+) -> Operation[Observed]:
+    """Learn the rewards of at most 128 actions: objects with `action_id`, `reward` and perhaps `regret`."""
+    body = {"examples": examples} | _drop_none(on_disconnect=on_disconnect)
+    headers = _learning_headers(idempotency_key, if_match)
+    return Operation("POST", f"{_path(session)}/feedback", Observed.model_validate_json, body, headers)
+
+
 def keep(
     session: str,
     completion_id: str,

@@ -103,6 +103,7 @@ class Client(BaseClient):
     act = _request_method(operations.act)
     act_batch = _request_method(operations.act_batch)
     feedback = _request_method(operations.feedback)
+    feedback_batch = _request_method(operations.feedback_batch)
     keep = _request_method(operations.keep)
     predict = _request_method(operations.predict)
     estimate = _request_method(operations.estimate)
@@ -194,15 +195,17 @@ class Client(BaseClient):
             task: "labels" or "regression"; by default what the target's values look like.
             ignore: columns to leave out.
             batch: rows of a version, at most 128.
-            progress: called after each batch.
+            progress: called before the first batch and after each one.
             idempotency_key: the key from which each batch's key is made; by default a hash of the file and the
                 arguments.
 
         Raises:
-            FileError: the file cannot be read, or has no such column.
+            FileError: the file cannot be read, has no such column, or has a target of which only some values are
+                numbers, without a `task`.
         """
         table = read_table(file, target)
         done = TableProgress(session, table, target, task=task, ignore=ignore, batch=batch, key=idempotency_key)
+        progress(done)
         for operation in done.iter_operations():
             done.record_answer(self._request(operation))
             progress(done)

@@ -5,6 +5,8 @@ The rules of a CSV file, whose fields are all texts:
 - A field that is empty or one of `NA`, `N/A`, `NaN`, `null`, `None` and `?` (in any case) is missing.
 - A column is numeric where every other field is a number, and boolean where every one is `true` or `false`. A number
   with a leading zero, such as a postal code, is no number. Any other column is categorical.
+- Where some fields of a target are numbers and others are not, the caller says which task is meant. With "regression",
+  the fields that are no numbers count as missing.
 - A file is read twice: for the types, then to learn. Neither pass holds more than one batch of rows.
 """
 
@@ -39,11 +41,26 @@ SAMPLE_BYTES = 2**14  # in which the delimiter of a CSV file is looked for
 
 
 @dataclass(frozen=True)
+class MixedColumn:
+    """A column of numbers and other values, which makes it categorical. row: of the first value that is no number."""
+
+    numbers: int
+    values: int
+    row: int
+    text: str
+
+    def __str__(self) -> str:
+        found = f"row {self.row:,} has {self.text[:40]!r}"
+        return f"{self.numbers:,} of {self.values:,} values are numbers, but {found}"
+
+
+@dataclass(frozen=True)
 class Table:
     """A file whose columns have types.
 
     Attributes:
         types: the Python type of each column: float, bool or str.
+        mixed: the categorical columns of which some values are numbers.
         num_rows: number of rows.
         target_values: the different values of the target, as texts; more than MAX_LABEL_VALUES are not counted.
         digest: SHA-256 of the file.
@@ -51,6 +68,7 @@ class Table:
 
     path: Path
     types: dict[str, type]
+    mixed: dict[str, MixedColumn]
     num_rows: int
     target_values: frozenset[str]
     digest: str
@@ -61,14 +79,23 @@ class Table:
             yield {name: _typed(value, self.types[name]) for name, value in row.items()}
 
     def guess_task(self, target: str) -> Task:
-        """Return "regression" for a numeric target of many values, else "labels"."""
+        """Return "regression" for a numeric target of many values, else "labels".
+
+        Raises FileError for a target of which some values are numbers.
+        """
+        if target in self.mixed:
+            raise FileError(
+                f"{target!r} of {self.path}: {self.mixed[target]}; say which task is meant: 'labels' takes each "
+                "value as a label, 'regression' leaves out the rows without a number"
+            )
         return "regression" if self.types[target] is float and len(self.target_values) > MAX_LABEL_VALUES else "labels"
 
 
 def read_table(file: str | PathLike[str], target: str) -> Table:
     """Return a file's columns with their types, in one pass over its rows. Raises FileError."""
     path = Path(fspath(file))
-    kinds: dict[str, set[type]] = {}
+    kinds: dict[str, Counter[type]] = {}
+    others: dict[str, tuple[int, str]] = {}  # the first value of a column that is no number
     values, num_rows = set[str](), 0
     for row in _raw_rows(path):
         if not num_rows and target not in row:
@@ -76,13 +103,22 @@ def read_table(file: str | PathLike[str], target: str) -> Table:
         num_rows += 1
         for name, value in row.items():
             if value is not None:
-                kinds.setdefault(name, set()).add(_kind(value))
+                kind = _kind(value)
+                kinds.setdefault(name, Counter())[kind] += 1
+                if kind is not float:
+                    others.setdefault(name, (num_rows, _text(value)))
         if row[target] is not None and len(values) <= MAX_LABEL_VALUES:
             values.add(_text(row[target]))
     if not num_rows:
         raise FileError(f"{path} has no rows")
-    types = {name: found.pop() if len(found) == 1 else str for name, found in kinds.items()}
-    return Table(path, {name: types.get(name, float) for name in row}, num_rows, frozenset(values), _digest(path))
+    types = {name: next(iter(found)) if len(found) == 1 else str for name, found in kinds.items()}
+    mixed = {
+        name: MixedColumn(found[float], found.total(), *others[name])
+        for name, found in kinds.items()
+        if len(found) > 1 and found[float]
+    }
+    types = {name: types.get(name, float) for name in row}
+    return Table(path, types, mixed, num_rows, frozenset(values), _digest(path))
 
 
 class TableProgress:
@@ -111,7 +147,7 @@ class TableProgress:
             raise FileError(f"{table.path} has no column {min(unknown)!r} to ignore")
         self.session, self.total = session, table.num_rows
         self.task: Task = task or table.guess_task(target)
-        if self.task == "regression" and table.types[target] is not float:
+        if self.task == "regression" and table.types[target] is not float and target not in table.mixed:
             raise FileError(f"{target!r} of {table.path} is no column of numbers, which the task 'regression' needs")
         self._columns = [name for name in table.types if name != target and name not in ignore]
         if not 1 <= len(self._columns) <= MAX_COLUMNS:
@@ -128,6 +164,19 @@ class TableProgress:
         self._error = self._error_constant = 0.0
         self._labels: Counter[str] = Counter()
         self._sum = 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each categorical column that is learned from: how its values are taken, and why."""
+        table, target = self._table, self._target
+        lines = [
+            f"{name!r} is categorical" + (f": {table.mixed[name]}" if name in table.mixed else "")
+            for name in self._columns
+            if table.types[name] is str
+        ]
+        if self.task == "regression" and target in table.mixed:
+            lines.append(f"rows without a number in {target!r} are left out: {table.mixed[target]}")
+        return lines
 
     @property
     def score(self) -> tuple[str, float, float] | None:
@@ -150,14 +199,11 @@ class TableProgress:
         truth = "label" if self.task == "labels" else "target"
         rows, number = self._table.rows(), 0
         while batch := list(islice(rows, self._batch)):
-            known = [row for row in batch if row[self._target] is not None]
+            known = [(row, found) for row in batch if (found := self._truth(row[self._target])) is not None]
             self.skipped += len(batch) - len(known)
             self._examples = [
-                {
-                    "features": {name: row[name] for name in self._columns if row[name] is not None},
-                    truth: _text(row[self._target]) if truth == "label" else row[self._target],
-                }
-                for row in known
+                {"features": {name: row[name] for name in self._columns if row[name] is not None}, truth: found}
+                for row, found in known
             ]
             if known:
                 key = f"{self._key}-{number}"
@@ -174,6 +220,14 @@ class TableProgress:
             else:
                 self._count_number(example["target"], prediction.value)
         self.version = answer.version
+
+    def _truth(self, value: float | str | bool | None) -> float | str | None:
+        """Return a label as its text or a target as its number; None for a row without one."""
+        if value is None:
+            return None
+        if self.task == "labels":
+            return _text(value)
+        return float(value) if _kind(value) is float else None
 
     def _count_label(self, label: str, predicted: str | int | None) -> None:
         self._right += predicted == label

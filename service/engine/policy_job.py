@@ -205,10 +205,10 @@ class PolicyWorker:
         return torch.tensor([job.index for job in jobs], device=self.resident.pool.device)
 
 
-def reward_error(error: JournalError, action_id: int | None) -> BadRequest | Conflict:
-    """Return the client's error for an action that cannot be rewarded."""
-    named = "'reward'" if action_id is None else f"'action_id' {action_id}"
+def reward_error(error: JournalError, action_id: int | None, field: str = "") -> BadRequest | Conflict:
+    """Return the client's error for an action that cannot be rewarded. field: the request's part that has it."""
+    param = f"{field}reward" if action_id is None else f"{field}action_id"
+    named = f"'{param}'" if action_id is None else f"'{param}' {action_id}"
     if error.was_taken:
-        return Conflict(f"{named} can't be learned: {error}.", param="action_id", code="action_closed")
-    param = "reward" if action_id is None else "action_id"
+        return Conflict(f"{named} can't be learned: {error}.", param=f"{field}action_id", code="action_closed")
     return BadRequest(f"{named} is of an action never taken: {error}.", param=param, code="unknown_action")

@@ -18,7 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from model.memory import Draft, MemoryConfig, Pool, SiteConfig
-from model.policies.journal import ACTION, PROBABILITY, FloatArray, Journal, JournalError, journal_site
+from model.policies.journal import (
+    ACTION,
+    CLOSED,
+    HEADER_SIZE,
+    NUMBER,
+    PROBABILITY,
+    FloatArray,
+    Journal,
+    JournalError,
+    journal_site,
+)
 from model.policies.journal import NAME as JOURNAL
 from model.tabular.backend import LabelLearner, Learned, NumberLearner, RewardLearner, Vote
 from model.tabular.config import TabularConfig
@@ -27,7 +37,19 @@ from model.tabular.limits import MAX_ARMS, MAX_COLUMNS
 from model.tabular.schema import ARM_FEATURES, NAME, Schema, SchemaError, names_site
 from service.engine.policy_job import reward_error
 from service.engine.resident import MemoryJob, ResidentSessions
-from service.engine.types import ActionReward, ArmChoice, Event, Example, JobRequest, TabularAnswer, TabularRequest
+from service.engine.types import (
+    ActionReward,
+    ArmChoice,
+    Event,
+    Example,
+    JobRequest,
+    PastActions,
+    PastReward,
+    Step,
+    TabularAnswer,
+    TabularRequest,
+    TakenArm,
+)
 from service.errors import BadRequest, EngineError
 
 AnyLearner = LabelLearner | NumberLearner | RewardLearner
@@ -105,13 +127,18 @@ class TabularJob(MemoryJob):
         """Yield the answers of the steps."""
         yield from self._events
 
-    def _take_step(self, step: Example | ActionReward | ArmChoice, field: str) -> None:
+    def _take_step(self, step: Step, field: str) -> None:
         if isinstance(step, Example):
             self._take_example(step, field)
         elif isinstance(step, ActionReward):
-            self._take_reward(step)
-        else:
+            self._take_reward(step, field)
+        elif isinstance(step, ArmChoice):
             self._decide(step, field)
+        elif isinstance(step, PastReward):
+            taken = step.taken
+            self._learn_reward(self._row_of(taken), self._arm_of(taken), taken.propensity, step.reward, step.version)
+        else:
+            self._keep_actions(step)
 
     def _take_example(self, example: Example, field: str) -> None:
         if self._learner.config.task == "labels":
@@ -131,7 +158,7 @@ class TabularJob(MemoryJob):
             number = self._schema.label(example.label, f"{field}label")
             assert number is not None
             learned = learner.learn(x, number, self._require_draft())
-            self._record(learned, learned.hit)
+            self._record(learned, learned.hit, example.version)
 
     def _take_number(self, example: Example, field: str, learner: NumberLearner) -> None:
         x = self._encode_example(example, field)
@@ -143,27 +170,51 @@ class TabularJob(MemoryJob):
                 {"value": found.mean if is_known else None, "interval": interval, "why": self._why(found.votes)}
             )
         if example.target is not None:
-            self._record(learner.learn(x, example.target, self._require_draft()), 0.0)
+            self._record(learner.learn(x, example.target, self._require_draft()), 0.0, example.version)
 
     def _encode_example(self, example: Example, field: str) -> FloatArray:
         """Return the row of an example, of at least one column."""
         row = self._schema.row(self._schema.encode(example.features, f"{field}features"))
         return row if len(row) else np.full(1, np.nan, np.float32)
 
-    def _take_reward(self, step: ActionReward) -> None:
-        learner, journal = cast(RewardLearner, self._learner), self._require_journal()
+    def _take_reward(self, step: ActionReward, field: str) -> None:
+        journal = self._require_journal()
         try:
             row = journal.pending_row(step.action_id, self.tabular_request.highest_action)
         except JournalError as error:
-            raise reward_error(error, step.action_id) from None
-        inputs = journal.inputs(row)
-        context, features = self._split(_with_nan(inputs[None, 1 : 1 + self._schema.width]))
-        own = None if features is None else features[0]
+            raise reward_error(error, step.action_id, field) from None
+        inputs = _with_nan(journal.inputs(row)[: 1 + self._schema.width])
         arm, propensity = int(journal.rows[row, ACTION]), float(journal.rows[row, PROBABILITY])
-        learned = learner.learn(context, arm, own, step.reward, propensity, self._require_draft())
+        self._learn_reward(inputs[1:], arm, propensity, step.reward, None)
         journal.reward(row, step.reward)
         self.stats.decided.append((bool(inputs[HELD_OUT]), step.reward))
-        self._record(learned, step.reward)
+
+    def _learn_reward(self, row: FloatArray, arm: int, propensity: float, reward: float, version: int | None) -> None:
+        """Learn the reward of an arm from the row of its context and features; version: that of `_record`."""
+        context, features = self._split(row[None])
+        own = None if features is None else features[0]
+        learner = cast(RewardLearner, self._learner)
+        self._record(learner.learn(context, arm, own, reward, propensity, self._require_draft()), reward, version)
+
+    def _keep_actions(self, step: PastActions) -> None:
+        journal = self._require_journal()
+        journal.touched |= set(journal.rows[:, NUMBER].nonzero()[0].tolist())
+        journal.rows[:] = 0
+        for row, number, state, held_out, taken in step.actions:
+            arm = self._arm_of(taken)
+            inputs = _journal_inputs(self._row_of(taken), held_out)
+            journal.rows[row] = np.concatenate([[number, arm, taken.propensity, state], inputs])
+            journal.rows[0, :HEADER_SIZE] = number, arm, state == CLOSED, 0.0
+            journal.touched |= {0, row}
+
+    def _row_of(self, taken: TakenArm) -> FloatArray:
+        """Return the encoded row of an arm that was taken before."""
+        schema = self._schema
+        return schema.row(schema.encode(taken.context, ""), schema.encode(taken.features, "", ARM_FEATURES))
+
+    def _arm_of(self, taken: TakenArm) -> int:
+        (arm,) = self._arm_numbers([taken.arm], "")
+        return int(arm)
 
     def _decide(self, choice: ArmChoice, field: str) -> None:
         learner, schema = cast(RewardLearner, self._learner), self._schema
@@ -186,9 +237,7 @@ class TabularJob(MemoryJob):
             drawn = Draw(choice.arms.index(choice.forced), choice.propensity, False)
         number = 0
         if self._draft is not None:
-            inputs = np.full(1 + MAX_COLUMNS, MISSING, np.float32)
-            inputs[HELD_OUT] = drawn.held_out
-            inputs[1 : 1 + rows.shape[1]] = np.where(np.isnan(rows[drawn.arm]), MISSING, rows[drawn.arm])
+            inputs = _journal_inputs(rows[drawn.arm], drawn.held_out)
             journal, highest = self._require_journal(), max(self.tabular_request.highest_action, self.stats.action)
             number = journal.record_action(int(arms[drawn.arm]), drawn.propensity, inputs, highest)
             self.stats.action = number
@@ -216,11 +265,11 @@ class TabularJob(MemoryJob):
         of_arms = groups == ARM_FEATURES
         return rows[0][~of_arms], rows[:, of_arms] if of_arms.any() else None
 
-    def _record(self, learned: Learned, reward: float) -> None:
-        """Count a learned example, and note its version."""
+    def _record(self, learned: Learned, reward: float, version: int | None) -> None:
+        """Count a learned example, and note its version; None: that of the turn."""
         count = int(self._origins[0, 0]) + 1
         row = 1 + (count - 1) % NUM_ORIGINS
-        self._origins[0, 0], self._origins[row] = count, (count, self.request.version)
+        self._origins[0, 0], self._origins[row] = count, (count, version or self.request.version)
         self._touched |= {0, row}
         stats = self.stats
         stats.tokens_learned += 1
@@ -304,6 +353,13 @@ def sharpen(probs: FloatArray, temperature: float | None) -> NDArray[np.float64]
         given = np.power(given / given.max(), 1 / temperature)
     sharpened: NDArray[np.float64] = given / given.sum()
     return sharpened
+
+
+def _journal_inputs(row: FloatArray, held_out: bool) -> FloatArray:
+    inputs = np.full(1 + MAX_COLUMNS, MISSING, np.float32)
+    inputs[HELD_OUT] = held_out
+    inputs[1 : 1 + len(row)] = np.where(np.isnan(row), MISSING, row)
+    return inputs
 
 
 def _with_nan(rows: FloatArray) -> FloatArray:

@@ -107,12 +107,14 @@ class Example:
     Attributes:
         label, target: the truth to learn, if it is known, by the learner's task.
         predict: whether the client wants a prediction, which is made before the example is learned.
+        version: the version that first learned the example, if it is not the turn's.
     """
 
     features: Features
     label: str | None = None
     target: float | None = None
     predict: bool = True
+    version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,39 @@ class ArmChoice:
 
 
 @dataclass(frozen=True)
+class TakenArm:
+    """An arm that a session took before, with probability `propensity`. features: the arm's own."""
+
+    context: Features
+    arm: str
+    features: Features
+    propensity: float
+
+
+@dataclass(frozen=True)
+class PastReward:
+    """The reward of an arm, to be learned again. version: the version that first learned the reward."""
+
+    taken: TakenArm
+    reward: float
+    version: int
+
+
+@dataclass(frozen=True)
+class PastActions:
+    """The actions that a session keeps, oldest first, in place of those of its journal.
+
+    Each has its row in the journal, its number as stored there, its state, whether the control policy took it, and the
+    arm.
+    """
+
+    actions: tuple[tuple[int, int, float, bool, TakenArm], ...]
+
+
+Step = Example | ActionReward | ArmChoice | PastReward | PastActions
+
+
+@dataclass(frozen=True)
 class TabularRequest:
     """One request of a learner of tables: its steps, one after the other, each of which sees what the last one learned.
 
@@ -158,7 +193,7 @@ class TabularRequest:
     """
 
     policy: str
-    steps: tuple[Example | ActionReward | ArmChoice, ...]
+    steps: tuple[Step, ...]
     fields: tuple[str, ...]
     rules: DecisionRules = NO_RULES
     regret: float = 0.0

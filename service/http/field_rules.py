@@ -94,7 +94,8 @@ ACT: Json = {
 }
 FEEDBACK: Json = {
     "oneOf": [
-        _fields("completion_id", "text", action_id=STRING, reward=NUMBER),
-        _fields("action_id", "reward", "regret", completion_id=STRING, text=STRING),
+        _fields("completion_id", "text", "examples", action_id=STRING, reward=NUMBER),
+        _fields("action_id", "reward", "regret", "examples", completion_id=STRING, text=STRING),
+        _fields("action_id", "reward", "regret", "completion_id", "text", examples=ARRAY),
     ]
 }

@@ -176,8 +176,17 @@ class ActRequest(ChoiceFields):
         return self.examples if self.examples is not None else [] if self.actions is None else [self]
 
 
+class RewardBody(Body):
+    """The reward of an action."""
+
+    action_id: ActionId
+    reward: Number
+    regret: Annotated[float, Field(ge=0)] | None = REGRET
+
+
 class FeedbackRequest(Body):
-    """The body of `POST /v1/sessions/{id}/feedback`: an action and its reward, or a completion and the kept text."""
+    """The body of `POST /v1/sessions/{id}/feedback`: an action and its reward; or `examples`, a list of those, which
+    become one version; or a completion and the kept text."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"action_id": "act-1-5f2b9c04d1e7", "reward": 1.0}], **field_rules.FEEDBACK}
@@ -186,6 +195,7 @@ class FeedbackRequest(Body):
     action_id: ActionId | None = None
     reward: Number | None = None
     regret: Annotated[float, Field(ge=0)] | None = REGRET
+    examples: Annotated[list[RewardBody], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)] | None = None
     completion_id: CompletionId | None = Field(
         None, description="The `id` of a completion, a message or a response of this session."
     )
@@ -195,6 +205,11 @@ class FeedbackRequest(Body):
     @model_validator(mode="after")
     def _one_of(self) -> "FeedbackRequest":
         action_fields, text_fields = ("action_id", "reward", "regret"), ("completion_id", "text")
+        if self.examples is not None:
+            for name in (*action_fields, *text_fields):
+                if getattr(self, name) is not None:
+                    raise BadRequest(f"'{name}' does not go with 'examples'.", param=name)
+            return self
         text_given = [name for name in text_fields if getattr(self, name) is not None]
         if text_given and any(getattr(self, name) is not None for name in action_fields):
             message = f"{text_given[0]!r} is of text and does not go with a reward of an action."
@@ -203,3 +218,11 @@ class FeedbackRequest(Body):
             if getattr(self, name) is None:
                 raise BadRequest(f"{name!r} is required with the other one of its pair.", param=name)
         return self
+
+    @property
+    def batch(self) -> "Sequence[RewardBody]":
+        """The rewards to learn."""
+        if self.examples is not None:
+            return self.examples
+        assert self.action_id is not None and self.reward is not None  # `_one_of` says so
+        return [RewardBody.model_construct(action_id=self.action_id, reward=self.reward, regret=self.regret)]

@@ -21,8 +21,10 @@ def format_action_id(number: int, meta: SessionMeta) -> str:
     return f"{PREFIX}{number}-{session_tag(meta.id, meta.created)}"
 
 
-def parse_action_id(action_id: str, meta: SessionMeta) -> int:
+def parse_action_id(action_id: str, meta: SessionMeta, field: str = "action_id") -> int:
     """Return the number of an action that is part of the session's content, or that the session never took.
+
+    field: the part of the request that has the id.
 
     Raises:
         Conflict: another session took the action, and the session's content does not have the action.
@@ -31,8 +33,8 @@ def parse_action_id(action_id: str, meta: SessionMeta) -> int:
     number = int(digits)
     if number <= meta.actions and tag != _tag_of(number, meta):
         raise Conflict(
-            f"'action_id' {action_id} can't be learned: the action is not part of the session, or has been undone.",
-            param="action_id",
+            f"'{field}' {action_id} can't be learned: the action is not part of the session, or has been undone.",
+            param=field,
             code="action_closed",
         )
     return number

@@ -5,7 +5,7 @@ A session belongs to a policy of fixed shapes, or to a learner of tables, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar, cast
 
@@ -76,7 +76,13 @@ class PolicyTurn(Turn[R]):
                 )
         else:
             model.require_model(meta, name)
-        _require_task(model, name, self.task)
+        try:
+            _require_task(model, name, self.task)
+        except BadRequest:
+            if self._model is not None:
+                raise
+            other = "'act' and 'feedback'" if self.task == "label" else "'observe' and 'predict'"
+            raise BadRequest(f"Session {meta.id!r} is one of {name!r}, which takes {other}.", param="id") from None
         return meta, name
 
 
@@ -118,7 +124,7 @@ class ActTurn(PolicyTurn[Json]):
         if name in model.tabular:
             if self._choices is None:
                 raise BadRequest(f"{name!r} takes 'actions', with or without a 'context'.", param="actions")
-            reward = _action_reward(self._reward, meta)
+            reward = None if self._reward is None else _action_reward(self._reward, meta)
             regret = 0.0 if self._reward is None else self._reward.regret
             request = choice_request(model.tabular[name].config, self._choices, reward, meta, regret)
             return TurnPlan(meta, policy_request=request, writes=writes)
@@ -206,23 +212,26 @@ class PredictTurn(PolicyTurn[Json]):
 
 
 class RewardTurn(PolicyTurn[ObserveResult], LearningTurn):
-    """Learns the reward of an earlier action."""
+    """Learns the rewards of earlier actions, as one version. is_list: whether the request sent them as a list."""
 
     task: Task = "act"
 
-    def __init__(self, session: str, reward: RewardInput, if_match: str | None) -> None:
+    def __init__(self, session: str, rewards: Sequence[RewardInput], is_list: bool, if_match: str | None) -> None:
         super().__init__(session, None, "always", if_match)
-        self._reward = reward
+        self._rewards, self._is_list = rewards, is_list
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         meta, name = self._find(handle, model)
         if name in model.tabular:
-            reward = cast(ActionReward, _action_reward(self._reward, meta))
-            regret, highest = self._reward.regret, meta.actions
-            request = TabularRequest(name, (reward,), ("",), regret=regret, highest_action=highest)
+            fields = tuple(f"examples.{i}." if self._is_list else "" for i in range(len(self._rewards)))
+            steps = tuple(_action_reward(each, meta, field) for each, field in zip(self._rewards, fields, strict=True))
+            regret = sum(each.regret for each in self._rewards)
+            request = TabularRequest(name, steps, fields, regret=regret, highest_action=meta.actions)
             return TurnPlan(meta, policy_request=request)
+        if self._is_list:
+            raise BadRequest(f"'examples' is not for {name!r}, which learns one reward at a time.", param="examples")
         fixed = PolicyRequest(name, decide=False)
-        return TurnPlan(meta, policy_request=_with_reward(fixed, model.policies[name], self._reward, meta))
+        return TurnPlan(meta, policy_request=_with_reward(fixed, model.policies[name], self._rewards[0], meta))
 
 
 class ExamplesTurn(PolicyTurn[ObserveResult], LearningTurn):
@@ -286,11 +295,13 @@ def _with_reward(
     return replace(request, reward=reward.reward, action_id=number, regret=reward.regret)
 
 
-def _action_reward(reward: RewardInput | None, meta: SessionMeta) -> ActionReward | None:
-    """Return the outcome of an action of a learner's session. Raises Conflict for an action of another session."""
-    if reward is None:
-        return None
-    return ActionReward(reward.reward, None if reward.action_id is None else parse_action_id(reward.action_id, meta))
+def _action_reward(reward: RewardInput, meta: SessionMeta, field: str = "") -> ActionReward:
+    """Return the outcome of an action of a learner's session; field: the part of the request that it comes from.
+
+    Raises Conflict for an action of another session.
+    """
+    number = None if reward.action_id is None else parse_action_id(reward.action_id, meta, f"{field}action_id")
+    return ActionReward(reward.reward, number)
 
 
 def _fixed_features(policy: Policy, examples: Batch) -> list[float]:
@@ -346,10 +357,16 @@ class PolicyOperations:
         return await self._run(ctx, ActTurn(session, model, observation, choices, reward, sampling, if_match))
 
     async def feedback(
-        self, ctx: RequestContext, session: str, reward: RewardInput, *, if_match: str | None = None
+        self,
+        ctx: RequestContext,
+        session: str,
+        rewards: Sequence[RewardInput],
+        *,
+        is_list: bool = False,
+        if_match: str | None = None,
     ) -> ObserveResult:
-        """Learn the reward of an earlier action."""
-        return await self._run(ctx, RewardTurn(session, reward, if_match))
+        """Learn the reward of an earlier action, or of several. is_list: whether the request sent them as a list."""
+        return await self._run(ctx, RewardTurn(session, rewards, is_list, if_match))
 
     async def observe(
         self,

@@ -54,6 +54,26 @@ def plan_unlearn(history: History, versions: Set[int]) -> tuple[int, list[tuple[
 
     Raises Conflict if the session does not consist of the versions, or if tokens that are needed are not kept.
     """
+    base, later_versions = find_base(history, versions)
+    texts = {undo.version: undo.packed_tokens for undo in history.undo}
+    kept_tokens = []
+    for later in later_versions:
+        if not texts[later]:
+            raise Conflict(
+                f"'version' {min(versions)} can't be unlearned: what version {later} learned after it was not kept. "
+                "(The session option 'keep_text' keeps texts.)",
+                param="version",
+                code="text_not_kept",
+            )
+        kept_tokens.append((later, texts[later]))
+    return base, kept_tokens
+
+
+def find_base(history: History, versions: Set[int]) -> tuple[int, list[int]]:
+    """Return the kept version from which a session without `versions` starts, and the later versions to learn again.
+
+    Raises Conflict if the session does not consist of the versions.
+    """
     lines = lineages(history)
     now = lines[history.meta.version]
     for version in sorted(versions - set(now)):
@@ -62,22 +82,9 @@ def plan_unlearn(history: History, versions: Set[int]) -> tuple[int, list[tuple[
             param="version",
             code="version_not_kept",
         )
-    version = min(versions)
     remaining = [other for other in now if other not in versions]
     base = max((v for v, line in lines.items() if line == remaining[: len(line)]), key=lambda v: (len(lines[v]), v))
-    texts = {undo.version: undo.packed_tokens for undo in history.undo}
-    kept_tokens = []
-    for later in remaining[len(lines[base]) :]:
-        if not texts[later]:
-            raise Conflict(
-                f"'version' {version} can't be unlearned: what version {later} learned after it was not kept. "
-                "(The session option 'keep_text' keeps texts; examples and decisions can only be unlearned from the "
-                "newest version back.)",
-                param="version",
-                code="text_not_kept",
-            )
-        kept_tokens.append((later, texts[later]))
-    return base, kept_tokens
+    return base, remaining[len(lines[base]) :]
 
 
 def lineages(history: History) -> dict[int, list[int]]:

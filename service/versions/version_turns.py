@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 from model.memory.episodic.borrowed import LEARNED, REPLY
 from service.concurrency import run_off_loop
-from service.engine import Segment
+from service.engine import Segment, TabularRequest
 from service.errors import BadRequest, Conflict
 from service.store.base import History, SessionMeta, SessionStore
 from service.tenants import Tenant
@@ -23,7 +23,8 @@ from service.turns.session_gate import SessionHandle, SessionTarget, require_mat
 from service.turns.state_delta import full_state_delta, state_delta_at, unpack_learned_tokens, without_episodes
 from service.turns.text_turns import LearningTurn
 from service.versions.export_file import read_export, unpack_session
-from service.versions.lineage import completion_entry, plan_unlearn, prompt_tokens_of
+from service.versions.lineage import completion_entry, find_base, plan_unlearn, prompt_tokens_of
+from service.versions.relearning import relearning_steps
 from service.versions.removal import removal_delta
 
 
@@ -79,13 +80,31 @@ class UnlearnTurn(VersionTurn):
 
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         history = await load_history(self._store, handle)
-        model.require_loaded_model(history.meta)
-        try:
-            plan = self._plan_relearning(handle, model, history)
-        except Conflict as conflict:
-            plan = await self._plan_removal(handle, model, history, conflict)
+        policy = model.require_loaded_model(history.meta)
+        if policy in model.tabular:
+            plan = await self._plan_examples(handle, model, history, policy)
+        else:
+            try:
+                plan = self._plan_relearning(handle, model, history)
+            except Conflict as conflict:
+                plan = await self._plan_removal(handle, model, history, conflict)
         origin = sorted(self._versions) if len(self._versions) > 1 else min(self._versions)
         return replace(plan, kind="unlearn", origin=origin, erases_past=self._erase)
+
+    async def _plan_examples(
+        self, handle: SessionHandle, model: LoadedModel, history: History, learner: str
+    ) -> TurnPlan:
+        """Return the plan that goes back and learns the stored examples again that came later. Raises Conflict."""
+        base, later = find_base(history, self._versions)
+        plan = TurnPlan(handle.meta, state_delta=state_delta_at(history, base))
+        if not later:
+            return plan
+        stored = await self._store.load(handle.ctx.tenant.name, history.meta.id)
+        if stored is None or stored.meta.state_id != history.meta.state_id:
+            raise version_conflict(history.meta.id)
+        config = model.engine.memory_config(learner)
+        steps = await run_off_loop(stored.meta.bytes, relearning_steps, stored, config, history, self._versions, later)
+        return replace(plan, policy_request=TabularRequest(learner, steps, ("",) * len(steps)))
 
     async def _plan_removal(
         self, handle: SessionHandle, model: LoadedModel, history: History, conflict: Conflict

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import sys
-import types
 from collections.abc import Iterator
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,24 @@ def test_a_numeric_target_of_many_values_is_a_number(tmp_path: Path) -> None:
     assert isinstance(operation.body, dict) and operation.body["examples"][3] == {"features": {"x": 1.0}, "label": "3"}
 
 
+def test_a_column_of_numbers_and_others_says_what_it_became(tmp_path: Path) -> None:
+    rows = [f"{i},{i / 2},Ulm" for i in range(30)]
+    table = read_table(write(tmp_path, "\n".join(["x,y,town", *rows[:7], "about 7,unknown,Jena", *rows[7:]])), "y")
+    assert TableProgress("s", table, "y", task="labels").notes == [
+        "'x' is categorical: 30 of 31 values are numbers, but row 8 has 'about 7'",
+        "'town' is categorical",
+    ]
+    with pytest.raises(FileError, match=r"'y' of .*30 of 31 .* row 8 has 'unknown'; say which task is meant: 'labels'"):
+        TableProgress("s", table, "y")
+    numbers = TableProgress("s", table, "y", task="regression")
+    assert numbers.notes[-1].startswith("rows without a number in 'y' are left out: 30 of 31")
+    operation = next(numbers.iter_operations())
+    assert isinstance(operation.body, dict) and numbers.skipped == 1
+    assert [each["target"] for each in operation.body["examples"]] == [i / 2 for i in range(30)]
+    labels = next(TableProgress("s", table, "y", task="labels").iter_operations())
+    assert isinstance(labels.body, dict) and labels.body["examples"][7]["label"] == "unknown"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -112,22 +131,36 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, words: st
         read_table(file, "y")
 
 
-def test_parquet_needs_pyarrow_and_keeps_its_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for pyarrow, which the tests do not install, gives the rows that pyarrow gives."""
-    file = tmp_path / "table.parquet"
-    file.write_bytes(b"PAR1")
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(FileError, match="needs pyarrow to be read: pip install pyarrow"):
-        read_table(file, "y")
-    rows = [{"x": 1, "b": True, "s": "a", "y": 2.5}, {"x": None, "b": None, "s": "07", "y": float("nan")}]
-    batch = types.SimpleNamespace(to_pylist=lambda: rows)
-    parquet = types.SimpleNamespace(ParquetFile=lambda path: types.SimpleNamespace(iter_batches=lambda **_: [batch]))
-    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(ArrowInvalid=ValueError))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+        read_table(write(tmp_path, "PAR1", "table.parquet"), "y")
+
+
+def test_parquet_keeps_its_types(tmp_path: Path) -> None:
+    """Needs pyarrow, which is no dependency of the project."""
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    columns: dict[str, list[Any]] = {
+        "x": [1, None, 3] * 100,
+        "b": [True, None, False] * 100,
+        "s": ["a", "07", None] * 100,
+        "day": [date(2026, 12, 1), None, date(2026, 12, 2)] * 100,
+        "price": [Decimal("1.50"), None, Decimal("2")] * 100,
+        "all_missing": [None] * 300,
+        "y": [2.5, float("nan"), None] * 100,
+    }
+    file = tmp_path / "table.parquet"
+    parquet.write_table(pyarrow.table(columns), file, row_group_size=70)
     table = read_table(file, "y")
-    assert table.types == {"x": float, "b": bool, "s": str, "y": float}
-    assert list(table.rows())[1] == {"x": None, "b": None, "s": "07", "y": None}
+    types = {"x": float, "b": bool, "s": str, "day": str, "price": float, "all_missing": float, "y": float}
+    assert (table.types, table.num_rows, table.mixed) == (types, 300, {})
+    rows = list(table.rows())
+    first = {"x": 1.0, "b": True, "s": "a", "day": "2026-12-01", "price": 1.5, "all_missing": None, "y": 2.5}
+    assert rows[0] == first
+    assert rows[1] == dict.fromkeys(first) | {"s": "07"} and rows[299]["price"] == 2.0
+    with pytest.raises(FileError, match="is no Parquet file"):
+        read_table(write(tmp_path, "no table" * 20, "bad.parquet"), "y")
 
 
 def test_features_of_other_libraries_become_json() -> None:
@@ -170,6 +203,12 @@ def test_learn_says_what_is_wrong(url: str, tmp_path: Path) -> None:
     assert "has no column 'no'" in imprint("learn", file, "-t", "no", "-s", "x", code=1)
     assert "has no column 'no' to ignore" in imprint("learn", file, "-t", "label", "-s", "x", "--ignore", "no", code=1)
     assert "is no column of numbers" in imprint("learn", file, "-t", "label", "-s", "x", "--task", "regression", code=1)
+    mixed = write(tmp_path, "x,y\n" + "".join(f"{i},{i}\n" for i in range(30)) + "1,about 7\n", "mixed.csv")
+    failed = imprint("learn", str(mixed), "-t", "y", "-s", "mixed", code=1)
+    assert "row 31 has 'about 7'; say which task is meant" in failed
+    done = CliRunner().invoke(app, ["learn", str(mixed), "-t", "y", "-s", "mixed", "--task", "regression"])
+    assert done.stdout.startswith("learned 30 rows") and "1 without a target" in done.stdout
+    assert "rows without a number in 'y' are left out: 30 of 31" in done.stderr
     assert "No such file" in imprint("learn", "/no/such.csv", "-t", "label", "-s", "x", code=1)
     labels = write(tmp_path, "x,y\n" + "".join(f"{i},l{i}\n" for i in range(120)), "labels.csv")
     failed = imprint("learn", str(labels), "-t", "y", "-s", "many", code=1)

@@ -149,6 +149,45 @@ def test_arms_have_features_and_rewards_come_late_or_never(user: Client) -> None
         assert_success(user.post("sessions/late/feedback", {"action_id": each["action_id"], "reward": 0.5}))
 
 
+def test_rewards_of_a_batch_are_one_version_all_or_none(user: Client) -> None:
+    choices = [{"actions": ["a", "b"], "context": {"hour": hour}, "seed": hour} for hour in range(12)]
+    ids: dict[str, list[str]] = {}
+    for session in ("rewarded", "one-by-one"):
+        body = {"model": "bandit", "examples": choices}
+        batch = assert_success(user.post(f"sessions/{session}/act", body))["data"]
+        ids[session] = [each["action_id"] for each in batch]
+    rewards = [{"action_id": each, "reward": i % 3, "regret": 0.5} for i, each in enumerate(ids["rewarded"])]
+    twice = [*rewards[:3], rewards[0]]
+    error = assert_error(user.post("sessions/rewarded/feedback", {"examples": twice}), 409, "action_closed")
+    assert error["param"] == "examples.3.action_id" and user.version("rewarded") == 1
+    done = assert_success(user.post("sessions/rewarded/feedback", {"examples": rewards}))
+    assert (done["version"], done["tokens_learned"]) == (2, 12)
+    for i, each in enumerate(ids["one-by-one"]):
+        assert_success(user.post("sessions/one-by-one/feedback", {"action_id": each, "reward": i % 3}))
+    query = {"context": {"hour": 5}, "seed": 3}
+    one, other = (act(user, session, ["a", "b"], **query) for session in ids)
+    assert one["expected"] == other["expected"] and one["probabilities"] == other["probabilities"]
+    assert {vote["version"] for vote in one["why"]} == {2}
+    unknown = [{"action_id": "act-99-0123456789ab", "reward": 1}]
+    error = assert_error(user.post("sessions/rewarded/feedback", {"examples": unknown}), 400, "unknown_action")
+    assert error["param"] == "examples.0.action_id"
+    old = assert_success(user.post("sessions/fixed/act", {"model": "bandit-10", "observation": [0.0]}))
+    body = {"examples": [{"action_id": old["action_id"], "reward": 1}]}
+    assert assert_error(user.post("sessions/fixed/feedback", body), 400, None)["param"] == "examples"
+
+
+def test_a_session_of_the_other_kind_says_what_it_takes(user: Client) -> None:
+    """The client named no model, so the error names none: it says which routes the session takes."""
+    act(user, "acts", ["a", "b"])
+    for path, body in (("predict", {"features": ULM}), ("observe", {"features": ULM, "label": "x"})):
+        error = assert_error(user.post(f"sessions/acts/{path}", body), 400, None)
+        assert error["param"] == "id"
+        assert error["message"] == "Session 'acts' is one of 'bandit', which takes 'act' and 'feedback'."
+    observe(user, "names-2", features=ULM, label="x")
+    error = assert_error(user.post("sessions/names-2/act", {"actions": ["a"]}), 400, None)
+    assert error["message"] == "Session 'names-2' is one of 'labels', which takes 'observe' and 'predict'."
+
+
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
 def test_every_seed_draws_the_same_each_time(user: Client, seed: int) -> None:
     actions = list("abcdefgh")
@@ -208,10 +247,6 @@ def test_a_request_sent_again_is_learned_once_and_versions_cover_the_schema(user
     assert set(predict(user, "versions", {})["probabilities"]) == {"churn", "stay", "other"}
     assert_success(user.post("sessions/versions/unlearn", {"version": newest}))
     assert set(predict(user, "versions", {})["probabilities"]) == {"churn", "stay"}
-    observe(user, "versions", features=ULM, label="later")
-    newest = observe(user, "versions", features=ULM, label="stay")["version"]
-    error = assert_error(user.post("sessions/versions/unlearn", {"version": newest - 1}), 409, "text_not_kept")
-    assert "examples and decisions can only be unlearned from the newest version back" in error["message"]
 
 
 def test_an_old_policy_has_a_new_name_and_still_takes_observations_by_the_old_one(user: Client) -> None:
@@ -258,6 +293,10 @@ def test_an_old_policy_has_a_new_name_and_still_takes_observations_by_the_old_on
         ("observe", {"model": "labels", "examples": [{"features": [1]}]}, "examples.0", "give 'label' or 'target'"),
         ("observe", {"text": "x", "predict": True}, "predict", "only allowed with 'features'"),
         ("observe", {"model": "no", "features": ULM, "label": "x"}, "model", "no policy 'no'"),
+        ("feedback", {"examples": []}, "examples", "at least 1 item"),
+        ("feedback", {"examples": [{"reward": 1}]}, "examples.0.action_id", "required"),
+        ("feedback", {"examples": [{"action_id": "act-1", "reward": 1}] * 129}, "examples", "at most 128 items"),
+        ("feedback", {"examples": [{"action_id": "act-1", "reward": 1}], "reward": 1}, "reward", "does not go with"),
         ("predict", {"model": "labels"}, "features", "Give 'features' or 'examples'"),
     ],
 )

@@ -60,7 +60,8 @@ async def feedback(
     versions: VersionsDep,
     learning: LearningRequestDep,
 ) -> Observed:
-    """Learn the reward of an earlier action (`action_id`, `reward`) without choosing another action; or learn the text
+    """Learn the reward of an earlier action (`action_id`, `reward`), or of several (`examples`, a list of those, which
+    become one version), without choosing another action; or learn the text
     that a user kept of a completion (`completion_id`, `text`), after the prompt where the session keeps texts
     (`keep_text`)."""
     if body.text is not None and body.completion_id is not None:
@@ -69,8 +70,9 @@ async def feedback(
             learning.ctx, session, completion_key, body.text, is_reply=prefix != "cmpl", if_match=learning.if_match
         )
     else:
-        reward_input = RewardInput(body.reward or 0.0, body.action_id, body.regret or 0.0)
-        work = policies.feedback(learning.ctx, session, reward_input, if_match=learning.if_match)
+        rewards = [RewardInput(each.reward, each.action_id, each.regret or 0.0) for each in body.batch]
+        is_list = body.examples is not None
+        work = policies.feedback(learning.ctx, session, rewards, is_list=is_list, if_match=learning.if_match)
     done = await until_disconnect(learning.request.receive, work, body.on_disconnect)
     learning.set_reply_headers(done.version)
     return Observed(**asdict(done))
