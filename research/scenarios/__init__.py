@@ -28,8 +28,10 @@ from research.scenarios.card_sorting import CardSorting
 from research.scenarios.choices import Choices
 from research.scenarios.core import TaskEnv, Tasks
 from research.scenarios.function_stream import FunctionStream
+from research.scenarios.graph_walk import GraphWalk
 from research.scenarios.label_stream import LabelStream
 from research.scenarios.linear_bandit import LinearBandit
+from research.scenarios.maze import Maze
 from research.scenarios.registry import register_environments
 
 __all__ = [
@@ -37,8 +39,10 @@ __all__ = [
     "CardSorting",
     "Choices",
     "FunctionStream",
+    "GraphWalk",
     "LabelStream",
     "LinearBandit",
+    "Maze",
     "TaskEnv",
     "Tasks",
 ]

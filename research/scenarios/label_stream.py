@@ -37,7 +37,7 @@ class LabelStream(LabellingTasks):
     ) -> None:
         super().__init__(batch, rng)
         self.actions, self.drift, self.source = ways, drift, source
-        self.images = load_digit_images(held_out) if source == "digits" else _load_omniglot(Path(source), held_out)
+        self.images = load_digit_images(held_out) if source == "digits" else load_omniglot(Path(source), held_out)
         self.context = self.images[0].shape[1] ** 2
         self.classes = np.stack([rng.permutation(len(self.images))[:ways] for _ in range(batch)])
         self.rotations = rng.integers(8, size=(batch, ways)) * (rng.random((batch, ways)) < turned)
@@ -111,7 +111,7 @@ def load_digit_images(held_out: bool) -> list[NDArray[Any]]:
     return [data.images[chosen & (data.target == digit)] / 16 for digit in range(10)]
 
 
-def _load_omniglot(path: Path, held_out: bool) -> list[NDArray[Any]]:
+def load_omniglot(path: Path, held_out: bool) -> list[NDArray[Any]]:
     """Return images [20, 14, 14] of each character, in 0…1: the held-out characters, or all others."""
     with np.load(path) as file:
         images, labels = file["x"], file["y"]

@@ -11,8 +11,10 @@ from research.scenarios.card_sorting import SCENARIO as CARD_SORTING
 from research.scenarios.choices import SCENARIO as CHOICES
 from research.scenarios.core import TaskEnv
 from research.scenarios.function_stream import SCENARIO as FUNCTION_STREAM
+from research.scenarios.graph_walk import SCENARIO as GRAPH_WALK
 from research.scenarios.label_stream import SCENARIO as LABEL_STREAM
 from research.scenarios.linear_bandit import SCENARIO as LINEAR_BANDIT
+from research.scenarios.maze import SCENARIO as MAZE
 from research.scenarios.scenario import Recipe, Scenario
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -20,6 +22,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     BERNOULLI_BANDIT,
     LINEAR_BANDIT,
     CHOICES,
+    MAZE,
+    GRAPH_WALK,
     LABEL_STREAM,
     FUNCTION_STREAM,
 )

@@ -9,10 +9,12 @@ from gymnasium.utils.env_checker import check_env
 
 from model.policies.network import new_policy
 from research.scenarios import BernoulliBandit, CardSorting, FunctionStream, LabelStream, Tasks, command
-from research.scenarios.baselines import RandomActor
+from research.scenarios.baselines import RandomActor, TeacherActor
 from research.scenarios.bernoulli_bandit import gittins, gittins_table
-from research.scenarios.core import FloatArray, IntArray
+from research.scenarios.core import Actor, FloatArray, IntArray
+from research.scenarios.graph_walk import GraphWalk
 from research.scenarios.label_stream import load_digit_images
+from research.scenarios.maze import Maze
 from research.scenarios.measures import ActingEvaluation
 from research.scenarios.meta_baselines import BaselineTrainConfig
 from research.scenarios.registry import RECIPES, SCENARIOS, scenario_of
@@ -97,6 +99,44 @@ def test_the_gittins_index_earns_more_than_chance_and_than_the_best_looking_arm(
         return total
 
     assert total_reward(index=True) > total_reward(index=False) + 1 > 70
+
+
+@pytest.mark.parametrize("world", [Maze, GraphWalk])
+def test_the_best_action_leads_to_the_goal_by_the_shortest_way(world: type[Maze | GraphWalk]) -> None:
+    """The regret of a walk is its number of steps beyond those of the shortest ways."""
+    tasks = world(50, np.random.default_rng(0), moves=0.5)
+    found = np.zeros(50)
+    for _ in range(200):
+        means = tasks.means()
+        before, best = -means.max(1), means.argmax(1)
+        reward = tasks.step(best)
+        left = -tasks.means().max(1)
+        assert ((reward == 1) == (before == 1)).all(), "one step before the goal, the best action enters it"
+        assert (reward.astype(bool) | (left == before - 1)).all()
+        found += reward
+    assert found.min() > 20
+
+
+@pytest.mark.parametrize("world", [Maze, GraphWalk])
+def test_a_teacher_who_does_not_know_the_walk_learns_it(world: type[Tasks]) -> None:
+    def rewards(actor: Actor) -> FloatArray:
+        tasks = world(100, np.random.default_rng(0))
+        return np.stack([tasks.step(actor.act(tasks)) for _ in range(200)])
+
+    teacher, random = rewards(TeacherActor()), rewards(RandomActor())
+    assert teacher.sum() > 2.5 * random.sum()
+    assert teacher[-50:].mean() > 1.2 * teacher[:20].mean()
+
+
+def test_nodes_of_a_graph_look_alike_and_walls_of_a_maze_are_seen() -> None:
+    graph = GraphWalk(20, np.random.default_rng(0))
+    assert graph.observe().sum() == 20 and (np.sort(graph.colour, 1) == np.repeat(np.arange(4), 2)).all()
+    maze = Maze(20, np.random.default_rng(0))
+    for move in range(4):
+        walls, cells = maze.observe()[:, -4:], maze.cell.copy()
+        rewards = maze.step(np.full(20, move))
+        stays = rewards == 0
+        assert ((maze.cell == cells) == (walls[:, move] == 1))[stays].all()
 
 
 def test_labels_are_permuted_in_each_task_and_drift_in_pairs() -> None:

@@ -1,0 +1,123 @@
+"""The graph walk: learn where the edges of an unknown graph lead, to reach a goal, while several nodes look alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from research.scenarios.baselines import RandomActor, TeacherActor
+from research.scenarios.core import FloatArray, IntArray, TeacherTasks
+from research.scenarios.measures import ActingEvaluation
+from research.scenarios.scenario import PolicyTrainConfig, Recipe, Scenario
+from research.scenarios.walks import steps_after
+
+
+class GraphWalk(TeacherTasks):
+    """A random directed graph. Entering the goal pays 1 and puts the agent onto a random node; any other step pays 0.
+
+    The agent sees the colour of its node alone; `nodes / colours` nodes have the same one (a partially observed Markov
+    decision process). An action leads from each node to another one. The edges of action 0 are one circle of all nodes,
+    so that there is always a way. moves: probability of another goal after one was found.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        rng: np.random.Generator,
+        *,
+        nodes: int = 8,
+        colours: int = 4,
+        actions: int = 3,
+        moves: float = 0.0,
+    ) -> None:
+        super().__init__(batch, rng)
+        self.context, self.actions, self.nodes, self.moves = colours, actions, nodes, moves
+        self.colour = rng.permuted(np.tile(np.arange(nodes) % colours, (batch, 1)), axis=1)
+        # An edge leads at least one node on, so that no edge leads back to its own node.
+        self.next = (np.arange(nodes)[:, None] + rng.integers(1, nodes, size=(batch, nodes, actions))) % nodes
+        self.next[:, :, 0] = _circles(batch, nodes, rng)
+        self.goal, self.node = rng.integers(nodes, size=(2, batch))
+        self.believed = np.full(batch, -1)  # the node where the goal was last found; −1: nowhere yet
+        self.missed = np.zeros((batch, nodes), bool)  # nodes that were entered without a goal since then
+        self.tried = np.zeros((batch, nodes, actions), bool)
+
+    def observe(self) -> FloatArray:
+        colour = self.colour[np.arange(self.batch), self.node]
+        observed: FloatArray = np.equal(np.arange(self.context), colour[:, None]).astype(np.float32)
+        return observed
+
+    def step(self, actions: IntArray) -> FloatArray:
+        task = np.arange(self.batch)
+        self.tried[task, self.node, actions] = True
+        self.node = self.next[task, self.node, actions]
+        found = self.node == self.goal
+        self.missed[task, self.node] = True
+        self.missed[found] = False
+        lost = ~found & (self.node == self.believed)
+        self.believed = np.where(found, self.goal, np.where(lost, -1, self.believed))
+        self.goal = np.where(found & (self.rng.random(self.batch) < self.moves), self._random_nodes(), self.goal)
+        self.node = np.where(found, self._random_nodes(), self.node)
+        reward: FloatArray = found.astype(np.float32)
+        return reward
+
+    def means(self) -> FloatArray:
+        """Return minus the number of steps to the goal [B, A] after each action: the regret is in steps."""
+        return -steps_after(self.next, self.node, np.equal(np.arange(self.nodes), self.goal[:, None]))
+
+    def teacher_scores(self) -> FloatArray:
+        """Return minus the steps [B, A] to the goal over edges that were tried, or to the nearest edge that was not.
+
+        The teacher sees the nodes, which the agent must tell apart by where it comes from. An edge that was not tried
+        leads to half as many steps as there are nodes.
+        """
+        task = np.arange(self.batch)
+        known = np.where(self.tried, self.next, -1)
+        wanted = np.where(
+            self.believed[:, None] < 0, ~self.missed, np.equal(np.arange(self.nodes), self.believed[:, None])
+        )
+        steps = steps_after(known, self.node, wanted)
+        exploring = steps_after(known, self.node, np.logical_not(self.tried.all(2))) + self.nodes / 2
+        guess = np.where(self.tried[task, self.node], exploring, 1 + self.nodes / 4)
+        scores: FloatArray = -np.minimum(steps, guess).astype(np.float32)
+        return scores
+
+    def expected_rewards(self) -> FloatArray:
+        """Return the probability [B, A] that an action enters the goal."""
+        task = np.arange(self.batch)
+        following, tried = self.next[task, self.node], self.tried[task, self.node]
+        open_ = ~self.missed[task[:, None], following]
+        chance = np.where(tried, open_ / np.maximum(1, (~self.missed).sum(1, keepdims=True)), 1 / self.nodes)
+        known = np.where(tried, (1 - self.moves) * (following == self.believed[:, None]), 1 / self.nodes)
+        probs: FloatArray = np.where(self.believed[:, None] < 0, chance, known).astype(np.float32)
+        return probs
+
+    def _random_nodes(self) -> IntArray:
+        return self.rng.integers(self.nodes, size=self.batch)
+
+
+def _circles(batch: int, nodes: int, rng: np.random.Generator) -> IntArray:
+    """Return the successor [B, nodes] of each node on a random circle of all nodes."""
+    order = rng.permuted(np.tile(np.arange(nodes), (batch, 1)), axis=1)
+    following: IntArray = np.empty_like(order)
+    np.put_along_axis(following, order, np.roll(order, -1, axis=1), axis=1)
+    return following
+
+
+SCENARIO = Scenario(
+    GraphWalk,
+    env_steps=200,
+    recipes={
+        "graph-walk": Recipe(
+            GraphWalk,
+            PolicyTrainConfig(rounds=600, batch=64, steps=120, span=30, lr=5e-3, keen=3.0, led=0.3),
+            steps=200,
+            slots=16,
+            width=64,
+            layer=64,
+            identity=True,
+            product=True,
+        )
+    },
+    evaluation=ActingEvaluation(
+        {"teacher, which sees the nodes": TeacherActor, "random": RandomActor}, curve_label="steps lost"
+    ),
+)
