@@ -121,7 +121,7 @@ SCENARIO = Scenario(
     recipes={
         "maze": Recipe(
             Maze,
-            PolicyTrainConfig(rounds=600, batch=64, steps=120, span=30, lr=5e-3, keen=3.0, led=0.3),
+            PolicyTrainConfig(rounds=90, batch=32, steps=160, span=20, lr=6e-3, keen=3.0, led=0.3),
             steps=200,
             slots=16,
             width=64,
