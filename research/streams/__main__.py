@@ -25,6 +25,7 @@ from research.streams.prequential import Steps, result_file, run_labels, run_num
 from research.streams.report import report
 
 ARM_STREAMS = ("iris", "wine", "cancer", "digits", "segments", "phishing", "led", "agrawal, sudden")
+BERNOULLI = "bernoulli"  # the stream without columns
 ARM_STEPS, BERNOULLI_TASKS = 1500, 50
 
 
@@ -35,10 +36,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="orders of each stream")
     parser.add_argument("--learners", default="", help="only these learners, separated by commas; default: all")
     parser.add_argument("--kinds", default="labels,drift,numbers,arms", help="only these kinds of streams")
+    parser.add_argument("--streams", default="", help="only these streams, separated by semicolons; default: all")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # River's warn of what their defaults will be
     only, kinds = arguments.learners.split(",") if arguments.learners else [], arguments.kinds.split(",")
-    for file, name, run in _runs(arguments.out, arguments.seeds, kinds):
+    names = arguments.streams.split(";") if arguments.streams else [stream.name for stream in STREAMS] + [BERNOULLI]
+    for file, name, run in _runs(arguments.out, arguments.seeds, kinds, names):
         if not file.exists() and (not only or name in only):
             steps = run()
             save(file, steps)
@@ -47,19 +50,20 @@ def main() -> None:
     report(arguments.out, arguments.seeds)
 
 
-def _runs(out: Path, seeds: int, kinds: list[str]) -> Iterator[tuple[Path, str, Callable[[], Steps]]]:
+def _runs(out: Path, seeds: int, kinds: list[str], names: list[str]) -> Iterator[tuple[Path, str, Callable[[], Steps]]]:
     """Yield each run's file, its learner and the run."""
+    streams = [stream for stream in STREAMS if stream.name in names]
     for seed in range(seeds):
-        for stream in (stream for stream in STREAMS if stream.kind in kinds):
+        for stream in (stream for stream in streams if stream.kind in kinds):
             pairs = stream.examples(seed)
             runs = _number_runs(pairs, seed) if stream.kind == "numbers" else _label_runs(pairs, seed)
             for name, run in runs:
                 yield result_file(out, stream.name, seed, name), name, run
-        for stream in (stream for stream in STREAMS if "arms" in kinds and stream.name in ARM_STREAMS):
+        for stream in (stream for stream in streams if "arms" in kinds and stream.name in ARM_STREAMS):
             for name, run in _arm_runs(stream, seed):
                 yield result_file(out / "arms", stream.name, seed, name), name, run
-        for name, make in BERNOULLI_BASELINES.items() if "arms" in kinds else ():
-            file = result_file(out / "arms", "bernoulli", seed, name)
+        for name, make in BERNOULLI_BASELINES.items() if "arms" in kinds and BERNOULLI in names else ():
+            file = result_file(out / "arms", BERNOULLI, seed, name)
             yield file, name, partial(run_bernoulli, make, BERNOULLI_TASKS, seed)
 
 
