@@ -24,8 +24,8 @@ class GraphWalk(TeacherTasks):
         batch: int,
         rng: np.random.Generator,
         *,
-        nodes: int = 8,
-        colours: int = 4,
+        nodes: int = 6,
+        colours: int = 3,
         actions: int = 3,
         moves: float = 0.0,
     ) -> None:
@@ -108,7 +108,7 @@ SCENARIO = Scenario(
     recipes={
         "graph-walk": Recipe(
             GraphWalk,
-            PolicyTrainConfig(rounds=90, batch=32, steps=160, span=20, lr=6e-3, keen=3.0, led=0.3),
+            PolicyTrainConfig(rounds=90, batch=32, steps=200, span=20, lr=6e-3, keen=3.0, led=0.3),
             steps=200,
             slots=16,
             width=64,

@@ -25,7 +25,7 @@ class Maze(TeacherTasks):
     actions = 4
 
     def __init__(
-        self, batch: int, rng: np.random.Generator, *, side: int = 4, open: float = 0.3, moves: float = 0.1
+        self, batch: int, rng: np.random.Generator, *, side: int = 3, open: float = 0.3, moves: float = 0.1
     ) -> None:
         super().__init__(batch, rng)
         self.side, self.cells, self.moves = side, side * side, moves
@@ -121,7 +121,7 @@ SCENARIO = Scenario(
     recipes={
         "maze": Recipe(
             Maze,
-            PolicyTrainConfig(rounds=90, batch=32, steps=160, span=20, lr=6e-3, keen=3.0, led=0.3),
+            PolicyTrainConfig(rounds=90, batch=32, steps=200, span=20, lr=6e-3, keen=3.0, led=0.3),
             steps=200,
             slots=16,
             width=64,

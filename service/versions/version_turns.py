@@ -81,7 +81,7 @@ class UnlearnTurn(VersionTurn):
     async def plan(self, handle: SessionHandle, model: LoadedModel) -> TurnPlan:
         history = await load_history(self._store, handle)
         policy = model.require_loaded_model(history.meta)
-        if policy in model.tabular:
+        if policy:
             plan = await self._plan_examples(handle, model, history, policy)
         else:
             try:
@@ -92,19 +92,26 @@ class UnlearnTurn(VersionTurn):
         return replace(plan, kind="unlearn", origin=origin, erases_past=self._erase)
 
     async def _plan_examples(
-        self, handle: SessionHandle, model: LoadedModel, history: History, learner: str
+        self, handle: SessionHandle, model: LoadedModel, history: History, policy: str
     ) -> TurnPlan:
         """Return the plan that goes back and learns the stored examples again that came later. Raises Conflict."""
         base, later = find_base(history, self._versions)
         plan = TurnPlan(handle.meta, state_delta=state_delta_at(history, base))
         if not later:
             return plan
+        if policy not in model.tabular:
+            raise Conflict(
+                f"'version' {min(self._versions)} can't be unlearned: {policy!r} keeps no rewards, only what it "
+                "made of them. The newest versions can be taken back.",
+                param="version",
+                code="text_not_kept",
+            )
         stored = await self._store.load(handle.ctx.tenant.name, history.meta.id)
         if stored is None or stored.meta.state_id != history.meta.state_id:
             raise version_conflict(history.meta.id)
-        config = model.engine.memory_config(learner)
+        config = model.engine.memory_config(policy)
         steps = await run_off_loop(stored.meta.bytes, relearning_steps, stored, config, history, self._versions, later)
-        return replace(plan, policy_request=TabularRequest(learner, steps, ("",) * len(steps)))
+        return replace(plan, policy_request=TabularRequest(policy, steps, ("",) * len(steps)))
 
     async def _plan_removal(
         self, handle: SessionHandle, model: LoadedModel, history: History, conflict: Conflict

@@ -133,3 +133,16 @@ def test_what_is_older_than_the_stored_examples_stays(user: Client) -> None:
     message = assert_error(user.post("sessions/long/unlearn", {"version": 1}), 409, "text_not_kept")["message"]
     assert "has learned 1,026 examples since, and remembers the last 1,024" in message
     unlearn(user, "long", version=4)
+
+
+def test_a_policy_of_fixed_shapes_can_only_take_back_its_newest_versions(user: Client) -> None:
+    """Such a session keeps no rewards, `keep_text` or not: later ones are not lost with the unlearned one."""
+    assert_success(user.http.put("/v1/sessions/fixed", json={"model": "bandit-10", "keep_text": True}))
+    body: Json = {"observation": [0.0]}
+    for _ in range(4):
+        assert_success(user.post("sessions/fixed/act", body))
+        body["reward"] = 1.0
+    error = assert_error(user.post("sessions/fixed/unlearn", {"version": 2}), 409, "text_not_kept")
+    assert "'bandit-10' keeps no rewards" in error["message"] and user.session("fixed")["tokens_learned"] == 3
+    unlearn(user, "fixed", version=4)
+    assert user.session("fixed")["tokens_learned"] == 2
