@@ -18,6 +18,7 @@ from sklearn.base import clone
 from sklearn.utils.estimator_checks import estimator_checks_generator
 from typer.testing import CliRunner
 
+from examples.maze import walk
 from imprint import Client, FileError
 from imprint.river import ImprintClassifier as RiverClassifier
 from imprint.river import ImprintRegressor as RiverRegressor
@@ -278,6 +279,13 @@ def test_an_estimator_of_scikit_learn(url: str) -> None:
     assert ImprintClassifier().fit(mixed, ["a", "b"] * 10).predict(mixed[:2]).tolist() == ["a", "b"]
     numbers = ImprintRegressor().fit(X, X[:, 0])
     assert numbers.score(X, X[:, 0]) > 0.8
+
+
+def test_the_example_walks_through_a_maze_that_no_session_knew(url: str) -> None:
+    """Sessions find a goal that they do not see many times oftener than in the 8 of 200 steps that chance brings."""
+    with Client(url) as client:
+        walks = [walk(client, f"walker-{seed}", "maze", seed) for seed in range(2)]
+    assert all(len(rewards) == len(lost) == 200 and sum(rewards) > 30 for rewards, lost in walks)
 
 
 @pytest.mark.parametrize("estimator", [ImprintClassifier(), ImprintRegressor()], ids=["classifier", "regressor"])
