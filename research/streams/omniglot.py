@@ -30,7 +30,7 @@ from research.training.policy_loop import PolicyTrainer
 Array = NDArray[Any]
 Arm = Callable[[Array, Array], Array]  # drawings [N, P] of the labels 0 … N − 1, queries [M, P] → labels [M]
 WAYS = (5, 20)
-SEEDS, EPISODES = 5, 40  # episodes of each seed
+SEEDS, EPISODES = 5, 20  # episodes of each seed
 
 
 def main() -> None:

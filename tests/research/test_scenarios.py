@@ -134,7 +134,7 @@ def test_a_teacher_who_does_not_know_the_walk_learns_it(world: type[Tasks]) -> N
 
 @pytest.mark.parametrize("name", ["maze", "graph-walk"])
 def test_a_shipped_policy_learns_its_way_within_one_walk(name: str) -> None:
-    """What a session has learned is worth more than what the slow weights know, and more later than at first."""
+    """A session that learns earns more than the slow weights alone, and more later than at first."""
     with as_file(files("model") / "checkpoints" / "policies" / f"{name}.safetensors") as path:
         policy = load_policy(path)
 
