@@ -25,9 +25,9 @@ MIN_DIGITS = 4  # a shorter number may well be of something else
 MAX_NAME_FREQUENCY = 0.01  # a more frequent word is no name, however it is written
 
 
-def hashes(words: str) -> frozenset[int]:
+def hashes(text: str) -> frozenset[int]:
     """Return the hashes of words that are divided by spaces, as `begun_hash` returns them."""
-    return frozenset(hash_bytes(word.encode())[0] for word in words.split())  # whole: without its "s", "is" is "i"
+    return frozenset(hash_bytes(word.encode())[0] for word in text.split())  # whole: without its "s", "is" is "i"
 
 
 # Words before the first one that tells what a sentence does.
