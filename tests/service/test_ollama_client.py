@@ -184,10 +184,11 @@ def test_a_session_is_named_by_model_header_or_field_and_learns_each_message_onc
     assert client.version("ollama") == 1
     learned = client.session("ollama")["tokens_learned"]
     history = [*HELLO, first.message.model_dump(exclude_none=True)]
-    peer.chat(f"{client.model}@ollama", [*history, {"role": "user", "content": "ok"}], options=GREEDY)
+    history.append({"role": "user", "content": "ok"})
+    peer.chat(f"{client.model}@ollama", history, options=GREEDY)
     grown = client.session("ollama")["tokens_learned"] - learned
     assert 0 < grown < learned  # the new message only
-    assert client.chat(HELLO, session="ollama")["adaptation"]["tokens_learned"] == 0  # known in OpenAI's shape too
+    assert client.chat(history, session="ollama")["adaptation"]["tokens_learned"] == 0  # known in OpenAI's shape too
     with ollama.Client(memory_server.url, headers={"X-Imprint-Session": "by-header"}) as named:
         named.generate(client.model, "My cat is Miso.", options=GREEDY)
     assert client.version("by-header") == 1
