@@ -1,4 +1,4 @@
-"""What Ray Serve adds to a request: the time of `/livez` through Ray and of a server alone, in turns.
+"""The time that Ray Serve adds to a request: `/livez` through Ray and of a server alone, in turns.
 
     build/ray/bin/python -m benchmarks.ray
 

@@ -1,6 +1,6 @@
 """Changes: what tells that something is not as it was takes the place of the older episode that a question finds.
 
-"I moved to Ulm." shares no word with "I live in Bonn.", and both answer "Where do I live?". The words are English.
+"I moved to Kiel." shares no word with "I live in Bonn.", and both answer "Where do I live?". The words are English.
 """
 
 from __future__ import annotations

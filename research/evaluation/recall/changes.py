@@ -1,4 +1,4 @@
-"""Facts that change in other words ("I live in Bonn." … "I moved to Ulm."), and questions about what was never told.
+"""Facts that change in other words ("I live in Bonn." … "I moved to Kiel."), and questions about what was never told.
 
 A topic has one line a split: a statement, a change, something that only sounds like one, and a question. {v} stands for
 the value. What only sounds like a change names a value of the same sort, and leaves the statement true.
