@@ -75,13 +75,14 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application, which opens the service when Ray starts it, and drains when Ray ends it."""
-        return self._mounted
 
-    async def _mounted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._run(receive, send)
-        elif self._app is not None:
-            await self._app(scope, receive, send)
+        async def mounted(scope: Scope, receive: Receive, send: Send) -> None:  # uvicorn takes a method for ASGI 2
+            if scope["type"] == "lifespan":
+                await self._run(receive, send)
+            elif self._app is not None:
+                await self._app(scope, receive, send)
+
+        return mounted
 
     async def _run(self, receive: Receive, send: Send) -> None:
         """Open the service, and keep it open until Ray ends the replica: the life of an ASGI application."""

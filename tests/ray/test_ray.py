@@ -154,6 +154,12 @@ def test_a_killed_replica_costs_no_turn(settings: dict[str, Any], url: str) -> N
     assert client.get("fox").version == 8
 
 
+def test_what_ships_serves(settings: dict[str, Any], url: str) -> None:
+    serve.run(app(settings), name="imprint", route_prefix="/")
+    imprint.Client(url).observe("shipped", "The fox sleeps at noon.")
+    assert imprint.Client(url).get("shipped").version == 1
+
+
 def test_a_replica_without_a_shared_store_is_refused() -> None:
     with pytest.raises(StartError, match="IMPRINT_REDIS_URL"):
         Replica({"model": "x", "redis_url": None})
