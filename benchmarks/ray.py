@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import httpx
 import ray
 from ray import serve
 
+from benchmarks.peers import free_port
 from service.client.operations import SESSION_HEADER
 from service.ray import HEADER_VARIABLE, app
 from service.settings import Settings
@@ -60,7 +60,7 @@ def _median_ms(url: str) -> float:
 
 @contextmanager
 def _alone(redis_url: str, folder: str) -> Iterator[str]:
-    port = _free_port()
+    port = free_port()
     settings = {"IMPRINT_REDIS_URL": redis_url, "IMPRINT_PORT": str(port), "IMPRINT_DATA_DIR": folder}
     with subprocess.Popen([sys.executable, "-m", "service", "serve"], env=os.environ | settings) as process:
         try:
@@ -74,7 +74,7 @@ def _alone(redis_url: str, folder: str) -> Iterator[str]:
 @contextmanager
 def _on_ray(redis_url: str, folder: str) -> Iterator[str]:
     os.environ[HEADER_VARIABLE] = SESSION_HEADER
-    port = _free_port()
+    port = free_port()
     ray.init(num_cpus=2, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -93,13 +93,6 @@ def _wait_until_ready(url: str) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

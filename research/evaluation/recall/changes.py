@@ -6,7 +6,7 @@ the value. What only sounds like a change names a value of the same sort, and le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from research.evaluation.recall.scenes import SPLITS, Question, Scene, Split, user
@@ -98,33 +98,36 @@ TOPICS = (
 
 def change_scenes(count: int, seed: int, split: Split) -> list[Scene]:
     """Return scenes of `count` statements in all: half of them change, the others meet what only sounds like it."""
-    inventor, number, scenes = Inventor(seed, split), 0, list[Scene]()
-    while number < count:
-        topics = inventor.rng.sample(TOPICS, min(len(TOPICS), count - number))
-        scenes.append(_scene(topics, inventor, f"changes-{split}-{len(scenes)}"))
-        number += len(topics)
-    return scenes
+    inventor = Inventor(seed, split)
+    groups = enumerate(_topics(count, inventor))
+    return [_scene(topics, inventor, f"changes-{split}-{number}") for number, topics in groups]
 
 
 def untold_scenes(count: int, seed: int, split: Split) -> list[Scene]:
     """Return scenes of `count` questions in all, about half of whose subjects nothing was told."""
-    inventor, number, scenes = Inventor(seed, split), 0, list[Scene]()
-    while number < count:
-        topics = inventor.rng.sample(TOPICS, min(len(TOPICS), count - number))
-        told = topics[: len(topics) // 2]
-        lines = [topic.lines[SPLITS.index(split)] for topic in topics]
-        values = [topic.draw(inventor) for topic in told]
-        requests = [line[0].format(v=value) for line, value in zip(lines, values, strict=False)]
-        answers = [*values, *[UNKNOWN] * (len(topics) - len(told))]
-        questions = [
-            Question(line[3], answer, request, "told" if answer != UNKNOWN else "untold", wording=topic.name)
-            for line, answer, request, topic in zip(
-                lines, answers, [*requests, *[""] * (len(topics) - len(told))], topics, strict=True
-            )
-        ]
-        scenes.append(_in_order(f"untold-{split}-{len(scenes)}", requests, questions, inventor))
-        number += len(topics)
-    return scenes
+    inventor = Inventor(seed, split)
+    groups = enumerate(_topics(count, inventor))
+    return [_untold_scene(topics, inventor, f"untold-{split}-{number}") for number, topics in groups]
+
+
+def _topics(count: int, inventor: Inventor) -> Iterator[list[Topic]]:
+    """Yield the topics of each scene, `count` in all."""
+    for start in range(0, count, len(TOPICS)):
+        yield inventor.rng.sample(TOPICS, min(len(TOPICS), count - start))
+
+
+def _untold_scene(topics: Sequence[Topic], inventor: Inventor, name: str) -> Scene:
+    """Return a scene in which the first half of the topics is told."""
+    told, requests, questions = topics[: len(topics) // 2], list[str](), list[Question]()
+    values = [topic.draw(inventor) for topic in told]
+    for number, topic in enumerate(topics):
+        statement, _, _, text = topic.lines[SPLITS.index(inventor.split)]
+        if number < len(told):
+            requests.append(statement.format(v=values[number]))
+            questions.append(Question(text, values[number], requests[-1], "told", wording=topic.name))
+        else:
+            questions.append(Question(text, UNKNOWN, "", "untold", wording=topic.name))
+    return _in_order(name, requests, questions, inventor)
 
 
 def _scene(topics: Sequence[Topic], inventor: Inventor, name: str) -> Scene:
