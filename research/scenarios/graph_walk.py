@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from research.scenarios.baselines import RandomActor, TeacherActor
-from research.scenarios.core import FloatArray, IntArray, TeacherTasks
+from research.scenarios.core import FloatArray, IntArray
 from research.scenarios.measures import ActingEvaluation
 from research.scenarios.scenario import PolicyTrainConfig, Recipe, Scenario
-from research.scenarios.walks import steps_after
+from research.scenarios.walks import GoalTasks, steps_after
 
 
-class GraphWalk(TeacherTasks):
+class GraphWalk(GoalTasks):
     """A random directed graph. Entering the goal pays 1 and puts the agent onto a random node; any other step pays 0.
 
     The agent sees the colour of its node alone; `nodes / colours` nodes have the same one (a partially observed Markov
@@ -29,39 +29,23 @@ class GraphWalk(TeacherTasks):
         actions: int = 3,
         moves: float = 0.0,
     ) -> None:
-        super().__init__(batch, rng)
-        self.context, self.actions, self.nodes, self.moves = colours, actions, nodes, moves
+        super().__init__(batch, rng, moves)
+        self.context, self.actions, self.nodes = colours, actions, nodes
         self.colour = rng.permuted(np.tile(np.arange(nodes) % colours, (batch, 1)), axis=1)
         # An edge leads at least one node on, so that no edge leads back to its own node.
-        self.next = (np.arange(nodes)[:, None] + rng.integers(1, nodes, size=(batch, nodes, actions))) % nodes
-        self.next[:, :, 0] = _circles(batch, nodes, rng)
-        self.goal, self.node = rng.integers(nodes, size=(2, batch))
-        self.believed = np.full(batch, -1)  # the node where the goal was last found; −1: nowhere yet
-        self.missed = np.zeros((batch, nodes), bool)  # nodes that were entered without a goal since then
+        edges = (np.arange(nodes)[:, None] + rng.integers(1, nodes, size=(batch, nodes, actions))) % nodes
+        edges[:, :, 0] = _circles(batch, nodes, rng)
+        self.begin(edges)
         self.tried = np.zeros((batch, nodes, actions), bool)
 
     def observe(self) -> FloatArray:
-        colour = self.colour[np.arange(self.batch), self.node]
+        colour = self.colour[np.arange(self.batch), self.state]
         observed: FloatArray = np.equal(np.arange(self.context), colour[:, None]).astype(np.float32)
         return observed
 
     def step(self, actions: IntArray) -> FloatArray:
-        task = np.arange(self.batch)
-        self.tried[task, self.node, actions] = True
-        self.node = self.next[task, self.node, actions]
-        found = self.node == self.goal
-        self.missed[task, self.node] = True
-        self.missed[found] = False
-        lost = ~found & (self.node == self.believed)
-        self.believed = np.where(found, self.goal, np.where(lost, -1, self.believed))
-        self.goal = np.where(found & (self.rng.random(self.batch) < self.moves), self._random_nodes(), self.goal)
-        self.node = np.where(found, self._random_nodes(), self.node)
-        reward: FloatArray = found.astype(np.float32)
-        return reward
-
-    def means(self) -> FloatArray:
-        """Return minus the number of steps to the goal [B, A] after each action: the regret is in steps."""
-        return -steps_after(self.next, self.node, np.equal(np.arange(self.nodes), self.goal[:, None]))
+        self.tried[np.arange(self.batch), self.state, actions] = True
+        return super().step(actions)
 
     def teacher_scores(self) -> FloatArray:
         """Return minus the steps [B, A] to the goal over edges that were tried, or to the nearest edge that was not.
@@ -71,27 +55,21 @@ class GraphWalk(TeacherTasks):
         """
         task = np.arange(self.batch)
         known = np.where(self.tried, self.next, -1)
-        wanted = np.where(
-            self.believed[:, None] < 0, ~self.missed, np.equal(np.arange(self.nodes), self.believed[:, None])
-        )
-        steps = steps_after(known, self.node, wanted)
-        exploring = steps_after(known, self.node, np.logical_not(self.tried.all(2))) + self.nodes / 2
-        guess = np.where(self.tried[task, self.node], exploring, 1 + self.nodes / 4)
+        steps = steps_after(known, self.state, self.wanted())
+        exploring = steps_after(known, self.state, np.logical_not(self.tried.all(2))) + self.nodes / 2
+        guess = np.where(self.tried[task, self.state], exploring, 1 + self.nodes / 4)
         scores: FloatArray = -np.minimum(steps, guess).astype(np.float32)
         return scores
 
     def expected_rewards(self) -> FloatArray:
         """Return the probability [B, A] that an action enters the goal."""
         task = np.arange(self.batch)
-        following, tried = self.next[task, self.node], self.tried[task, self.node]
+        following, tried = self.next[task, self.state], self.tried[task, self.state]
         open_ = ~self.missed[task[:, None], following]
         chance = np.where(tried, open_ / np.maximum(1, (~self.missed).sum(1, keepdims=True)), 1 / self.nodes)
         known = np.where(tried, (1 - self.moves) * (following == self.believed[:, None]), 1 / self.nodes)
         probs: FloatArray = np.where(self.believed[:, None] < 0, chance, known).astype(np.float32)
         return probs
-
-    def _random_nodes(self) -> IntArray:
-        return self.rng.integers(self.nodes, size=self.batch)
 
 
 def _circles(batch: int, nodes: int, rng: np.random.Generator) -> IntArray:

@@ -6,15 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from research.scenarios.baselines import RandomActor, TeacherActor
-from research.scenarios.core import FloatArray, IntArray, TeacherTasks
+from research.scenarios.core import FloatArray, IntArray
 from research.scenarios.measures import ActingEvaluation
 from research.scenarios.scenario import PolicyTrainConfig, Recipe, Scenario
-from research.scenarios.walks import steps_after
+from research.scenarios.walks import GoalTasks, steps_after
 
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left
 
 
-class Maze(TeacherTasks):
+class Maze(GoalTasks):
     """A square maze. Entering the goal pays 1 and puts the agent into a random cell; any other step pays 0.
 
     The agent sees the row and the column of its cell, and the walls around it. It walks against a wall in place. The
@@ -27,40 +27,24 @@ class Maze(TeacherTasks):
     def __init__(
         self, batch: int, rng: np.random.Generator, *, side: int = 3, open: float = 0.3, moves: float = 0.1
     ) -> None:
-        super().__init__(batch, rng)
-        self.side, self.cells, self.moves = side, side * side, moves
+        super().__init__(batch, rng, moves)
+        self.side, self.cells = side, side * side
         self.context = 2 * side + 4
         passages = np.stack([_passages(side, open, rng) for _ in range(batch)])
-        self.next = np.where(passages, _neighbours(side), np.arange(self.cells)[:, None])  # [B, cells, 4]
         self.walls = ~passages
-        self.goal, self.cell = rng.integers(self.cells, size=(2, batch))
-        self.believed = np.full(batch, -1)  # the cell where the goal was last found; −1: not since it was missed
-        self.missed = np.zeros((batch, self.cells), bool)  # cells entered without a goal since then
+        self.begin(np.where(passages, _neighbours(side), np.arange(self.cells)[:, None]))
         self.seen = np.zeros((batch, self.cells), bool)
         self._look()
 
     def observe(self) -> FloatArray:
-        row, column = np.divmod(self.cell, self.side)
-        walls = self.walls[np.arange(self.batch), self.cell]
+        row, column = np.divmod(self.state, self.side)
+        walls = self.walls[np.arange(self.batch), self.state]
         return np.concatenate([np.eye(self.side)[row], np.eye(self.side)[column], walls], 1).astype(np.float32)
 
     def step(self, actions: IntArray) -> FloatArray:
-        task = np.arange(self.batch)
-        self.cell = self.next[task, self.cell, actions]
-        found = self.cell == self.goal
-        self.missed[task, self.cell] = True
-        self.missed[found] = False
-        lost = ~found & (self.cell == self.believed)
-        self.believed = np.where(found, self.goal, np.where(lost, -1, self.believed))
-        self.goal = np.where(found & (self.rng.random(self.batch) < self.moves), self._random_cells(), self.goal)
-        self.cell = np.where(found, self._random_cells(), self.cell)
+        reward = super().step(actions)
         self._look()
-        reward: FloatArray = found.astype(np.float32)
         return reward
-
-    def means(self) -> FloatArray:
-        """Return minus the number of steps to the goal [B, 4] after each action: the regret is in steps."""
-        return -steps_after(self.next, self.cell, np.equal(np.arange(self.cells), self.goal[:, None]))
 
     def teacher_scores(self) -> FloatArray:
         """Return minus the steps [B, 4] to where the goal was last found, or else to the nearest cell that is open.
@@ -69,15 +53,13 @@ class Maze(TeacherTasks):
         """
         known = self.seen[:, :, None] & self.walls
         passable = np.where(known, np.arange(self.cells)[:, None], _neighbours(self.side))
-        wanted = np.where(
-            self.believed[:, None] < 0, ~self.missed, np.equal(np.arange(self.cells), self.believed[:, None])
-        )
+        wanted = self.wanted()
         wanted |= ~wanted.any(1, keepdims=True)
-        return -steps_after(passable, self.cell, wanted)
+        return -steps_after(passable, self.state, wanted)
 
     def expected_rewards(self) -> FloatArray:
         """Return the probability [B, 4] that an action enters the goal."""
-        following = self.next[np.arange(self.batch), self.cell]
+        following = self.next[np.arange(self.batch), self.state]
         open_ = ~self.missed[np.arange(self.batch)[:, None], following]
         chance = open_ / np.maximum(1, (~self.missed).sum(1, keepdims=True))
         known = (1 - self.moves) * (following == self.believed[:, None])
@@ -85,10 +67,7 @@ class Maze(TeacherTasks):
         return probs
 
     def _look(self) -> None:
-        self.seen[np.arange(self.batch), self.cell] = True
-
-    def _random_cells(self) -> IntArray:
-        return self.rng.integers(self.cells, size=self.batch)
+        self.seen[np.arange(self.batch), self.state] = True
 
 
 def _neighbours(side: int) -> IntArray:

@@ -159,10 +159,10 @@ def test_nodes_of_a_graph_look_alike_and_walls_of_a_maze_are_seen() -> None:
     assert graph.observe().sum() == 20 and (np.sort(graph.colour, 1) == np.repeat(np.arange(3), 2)).all()
     maze = Maze(20, np.random.default_rng(0))
     for move in range(4):
-        walls, cells = maze.observe()[:, -4:], maze.cell.copy()
+        walls, cells = maze.observe()[:, -4:], maze.state.copy()
         rewards = maze.step(np.full(20, move))
         stays = rewards == 0
-        assert ((maze.cell == cells) == (walls[:, move] == 1))[stays].all()
+        assert ((maze.state == cells) == (walls[:, move] == 1))[stays].all()
 
 
 def test_labels_are_permuted_in_each_task_and_drift_in_pairs() -> None:
