@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -24,12 +23,13 @@ SWEEP_S = ORPHAN_AGE_S
 log = logging.getLogger(__name__)
 
 
-async def archive_idle(archive: SessionArchive, idle_s: float, metrics: Metrics) -> None:
+async def archive_idle(archive: SessionArchive, idle_s: float, metrics: Metrics, owner: str) -> None:
     """Archive idle sessions, and remove files that no session has, for ever; rest while another server does so.
 
     idle_s: seconds without use after which a session is idle; 0 = none ever is.
+    owner: this server's name; the same after a failure of this task, or the server would wait for itself.
     """
-    owner, swept = secrets.token_hex(8), -math.inf
+    swept = -math.inf
     pause = min(max(LOOK_S, idle_s / LOOKS), MAX_LOOK_S) if idle_s else MAX_LOOK_S
     while True:
         started = time.monotonic()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -150,7 +151,9 @@ def _background_tasks(
         "restore_list": partial(restore_list, store, metrics),
     }
     if settings.archive_url:
-        forever["archive_idle"] = partial(archive_idle, store.archive, settings.archive_after_s, metrics)
+        forever["archive_idle"] = partial(
+            archive_idle, store.archive, settings.archive_after_s, metrics, owner=secrets.token_hex(8)
+        )
         forever["remove_lingering"] = partial(remove_lingering, store.archive)
     if embedded is None:
         forever["heartbeat"] = store.heartbeat

@@ -11,7 +11,7 @@ const LINE = "Osric Pell has a stone in the churchyard at";
 export function makeGuide({ place, button, busy, learned, draft, field, prompt, watched }) {
   async function putIn() {
     const [next, text] = await Promise.all([sample("keeper-2"), sample("keeper-1")]);
-    if (draft.text) return; // written while the samples came
+    if (draft.text || learned()) return; // written, or learned, while the samples came
     watched(next.slice(0, next.lastIndexOf("\n\n", 700)), "the beginning of the next page, which it never reads");
     draft.text = text;
   }

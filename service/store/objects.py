@@ -79,7 +79,7 @@ class Objects:
         except AlreadyExistsError:  # a repetition within this call, since names are not used twice
             return
         if self._folder is not None:
-            await asyncio.to_thread(_sync, self._folder / name, self._folder)
+            await self._call(asyncio.to_thread(_sync, self._folder / name, self._folder))
 
     async def get(self, name: str) -> bytes | None:
         """Return the content of a file; None if there is none of that name."""

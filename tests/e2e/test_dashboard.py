@@ -21,12 +21,12 @@ import yaml
 from playwright.sync_api import Locator, Page, Route, expect
 
 from service.tenants import OPERATOR, new_key
-from tests.browser import REFUSED, OpenPage, assert_accessible, button, shoot
+from tests.browser import OpenPage, assert_accessible, button, shoot
 from tests.conftest import Server
 from tests.live import Client
 from tests.tiny import TEXT
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.refusals]
 SHOT_S = 150  # for which a server is watched before its pictures are taken
 
 ROOT = Path(__file__).parents[2]
@@ -128,19 +128,6 @@ def teach(server: Server, session: str, key: str | None = None) -> None:
             with client.stream(prompt=TEXT[:60], max_tokens=8, session=session) as chunks:
                 list(chunks)
         assert client.post("completions", {"model": "tiny"}).status_code == 400
-
-
-class _Faults(list[str]):
-    """The browser's warnings and errors without its own messages about answers that a test wants to be refusals."""
-
-    def append(self, message: str) -> None:
-        if not message.startswith(REFUSED):
-            super().append(message)
-
-
-@pytest.fixture
-def faults() -> list[str]:
-    return _Faults()
 
 
 @pytest.fixture

@@ -22,22 +22,26 @@ ROWS = "rows:lexical"
 
 
 def first(evidence: Evidence) -> str:
-    """Return a session with at least three versions that has lost no key."""
-    whole = (history.name for history in evidence.histories if history.lost_key is None)
-    return next(name for name in whole if len(evidence.logs[name]) > 2)
+    """Return a session with at least three versions, the last of a turn that was acknowledged, that has lost no key."""
+    whole = (history for history in evidence.histories if history.lost_key is None)
+    return next(
+        history.name
+        for history in whole
+        if (newest := len(evidence.logs[history.name])) > 2 and any(turn.version == newest for turn in history.turns)
+    )
 
 
 def drop_a_turn(evidence: Evidence) -> None:
-    evidence.logs[first(evidence)].pop()
+    evidence.logs[evidence.histories[0].name].pop()
 
 
 def duplicate_a_turn(evidence: Evidence) -> None:
-    log = evidence.logs[first(evidence)]
+    log = evidence.logs[evidence.histories[0].name]
     log.append(log[-1] | {"version": len(log) + 1})
 
 
 def change_a_row(evidence: Evidence) -> None:
-    rows = evidence.content[first(evidence)][ROWS]
+    rows = evidence.content[evidence.histories[0].name][ROWS]
     number = min(rows)
     page = bytearray(rows[number])
     slot = page.index(1)  # the first slot that has a row
@@ -46,12 +50,12 @@ def change_a_row(evidence: Evidence) -> None:
 
 
 def drop_a_row(evidence: Evidence) -> None:
-    rows = evidence.content[first(evidence)][ROWS]
+    rows = evidence.content[evidence.histories[0].name][ROWS]
     del rows[min(rows)]
 
 
 def change_a_counter(evidence: Evidence) -> None:
-    meta = evidence.content[first(evidence)]["meta"]
+    meta = evidence.content[evidence.histories[0].name]["meta"]
     meta[b"tokens_learned"] = str(int(meta[b"tokens_learned"]) + 1).encode()
 
 

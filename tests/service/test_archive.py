@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import pytest
 from redis import Redis
 
 from service import archiving
+from service.background import keep_running
 from service.errors import ArchiveUnavailable, EngineError, StoreFull, StoreUnavailable
 from service.metrics import Metrics
-from service.store import CommitMetadata, IdempotencyRecord
+from service.store import CommitMetadata, IdempotencyRecord, objects
 from service.store.objects import Objects
 from service.store.redis import archive as archive_module
 from service.store.redis.archive import SUFFIX, file_name, owner_of
@@ -232,12 +235,49 @@ async def test_stores_that_share_an_archive_leave_each_other_alone(
     await assert_whole(store, "s", 3)
 
 
+async def test_the_background_work_goes_on_after_a_failure(
+    store: RedisStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that fails holds the right to look for idle sessions, and does not wait for itself."""
+
+    async def fail(idle_s: float) -> AsyncIterator[Counter[str]]:
+        monkeypatch.undo()
+        raise OSError("of a kind that nobody has foreseen")
+        yield
+
+    await teach(store)
+    monkeypatch.setattr(store.archive, "archive_idle", fail)
+    metrics = Metrics()
+    work = asyncio.create_task(
+        keep_running("archive_idle", partial(archiving.archive_idle, store.archive, 1, metrics, "one"), metrics)
+    )
+    async with asyncio.timeout(60):
+        while not files(folder):
+            await asyncio.sleep(0.01)
+    work.cancel()
+
+
+async def test_a_folder_that_goes_during_a_writing_is_an_archive_that_is_away(
+    store: RedisStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sync(file: Path, root: Path, real: Callable[[Path, Path], None] = objects._sync) -> None:
+        folder.rename(folder.with_name("moved"))
+        real(file, root)
+
+    await teach(store)
+    monkeypatch.setattr(objects, "_sync", sync)
+    with pytest.raises(ArchiveUnavailable):
+        await store.archive.archive("t", "s")
+    folder.with_name("moved").rename(folder)
+    await assert_whole(store, "s", 3)
+
+
 async def test_the_background_work_sweeps_also_where_nothing_is_idle(store: RedisStore, raw: Any, folder: Path) -> None:
     await teach(store)
     await store.archive.archive("t", "s")
     raw.delete("imprint:{t/s}:meta")
     os.utime(files(folder)[0], (0, 0))
-    work = asyncio.create_task(archiving.archive_idle(store.archive, 0, Metrics()))
+    work = asyncio.create_task(archiving.archive_idle(store.archive, 0, Metrics(), "one"))
     async with asyncio.timeout(60):
         while files(folder):
             await asyncio.sleep(0.01)
