@@ -25,7 +25,7 @@ MODEL_TOOLS = ("model.device", "model.numba_support", "model.triton_check")
 REPLIES = ("service.http.policy_replies", "service.http.replies")
 FOR_TURNS = (
     *("model", "service.concurrency", "service.engine", "service.errors", "service.metrics", "service.store.base"),
-    *("service.store.errors", "service.tenants", "service.types"),
+    *("service.store.answers", "service.store.errors", "service.tenants", "service.types"),
 )
 
 # What each part may import of the project, besides itself. The longest name that fits a module counts. Only command

@@ -3,8 +3,8 @@
 The module implements no store. `service/store/redis/` keeps sessions in Redis or Valkey, `service/store/memory.py` in
 this process. A new store touches two files: a module here with a class that satisfies `SessionStore` (`ledger`
 included), and `service/wiring.py`, the only place that chooses a store. Every other module names the Protocols alone.
-`tests/service/test_store.py` states each promise below as a test; `tests/service/store_backends.py` lists the stores
-that the tests run on.
+`tests/service/test_store.py` and `test_store_answers.py` state each promise below as a test;
+`tests/service/store_backends.py` lists the stores that the tests run on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.store.responses import ResponseStore
+from service.store.answers import ResponseStore
 
 MAX_LOG_ENTRIES = 512  # newest log entries that a store keeps of a session
 BEAT_EVERY_S = 0.5  # seconds between two heartbeats of a server
@@ -182,7 +182,7 @@ class CommitMetadata:
         packed_tokens: the learned tokens, packed, which unlearning needs; empty = not kept.
         idempotency_record: the answer to store; None = none.
         drops_responses: whether the session's kept responses are erased.
-        erases_past: whether all undo steps are erased, this commit's included.
+        erases_past: whether all undo steps, this commit's included, and what the kept answers say are erased.
     """
 
     log: Mapping[str, Any] = field(default_factory=dict)

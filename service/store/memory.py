@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from service.store import errors
+from service.store.answers import KEPT_OF_SESSION, KEPT_OF_TENANT, erased_answer
 from service.store.base import (
     BEAT_EVERY_S,
     HEARTBEAT_S,
@@ -35,7 +36,6 @@ from service.store.base import (
     check_name,
 )
 from service.store.memory_ledger import Clock, MemoryLedger
-from service.store.responses import KEPT_OF_SESSION, KEPT_OF_TENANT
 
 POLL_S = 0.005
 SLOT_BYTES = 4
@@ -288,8 +288,10 @@ class MemoryStore:
             del record.undo[0]
         if metadata.log:
             record.log = [*record.log, json.dumps({"version": version, **metadata.log})][-MAX_LOG_ENTRIES:]
-        if metadata.drops_responses:
+        if metadata.drops_responses or metadata.erases_past:
             record.responses = {}
+        if metadata.erases_past:
+            record.answers = {name: (end, erased_answer(version)) for name, (end, _) in record.answers.items()}
         answer = metadata.idempotency_record
         if answer is not None:
             ttl_s = min(answer.ttl_s, self._lifetime(record) or answer.ttl_s)

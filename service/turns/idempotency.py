@@ -8,10 +8,11 @@ import time
 import uuid
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from service.concurrency import dump_json
-from service.errors import KeyReused
+from service.errors import Conflict, KeyReused
+from service.store.answers import version_that_erased
 from service.store.base import IdempotencyRecord
 from service.tenants import Tenant
 
@@ -70,11 +71,19 @@ class RequestContext:
         """Return the remembered result and take over the id and the time of its answer; mark this context as replayed.
 
         Returns None, and changes nothing, if the record belongs to another request with an equal body. Raises
-        KeyReused if the key belongs to a request with another route or body.
+        KeyReused if the key belongs to a request with another route or body, and Conflict (`answer_erased`) if the
+        answer had read what the session has unlearned for good since.
         """
-        stored = json.loads(zlib.decompress(record))
+        erased = version_that_erased(record)
+        stored: Json = {"version": erased} if erased else json.loads(zlib.decompress(record))
         if not self._is_same_request(stored["version"]):
             return None
+        if erased:
+            raise Conflict(
+                f"The request has been answered, and version {erased} has erased the answer with what the session has "
+                "unlearned for good; it was not run again.",
+                code="answer_erased",
+            )
         if stored["request"] != self.digest:
             raise KeyReused(
                 "'Idempotency-Key' has been used for another request to this session; take a new one.",
@@ -82,8 +91,7 @@ class RequestContext:
             )
         self.committed = self.replayed = True
         self.id, self.created = stored["id"], stored["created"]
-        result: Json = stored["result"]
-        return result
+        return cast(Json, stored["result"])
 
     def _is_same_request(self, stored_version: int) -> bool:
         """Return whether a remembered answer belongs to this request.
@@ -99,7 +107,7 @@ class RequestContext:
 
         The client may then have abandoned this connection and sent the request again on another one.
         """
-        return bool(json.loads(zlib.decompress(record))["attempt"])
+        return not version_that_erased(record) and bool(json.loads(zlib.decompress(record))["attempt"])
 
     @property
     def _name(self) -> str:

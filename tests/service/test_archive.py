@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
-from service import archiving
-from service.background import keep_running
 from service.errors import ArchiveUnavailable, EngineError, StoreFull, StoreUnavailable
-from service.metrics import Metrics
-from service.store import CommitMetadata, IdempotencyRecord, objects
+from service.store import CommitMetadata
 from service.store.objects import Objects
 from service.store.redis import archive as archive_module
-from service.store.redis.archive import SUFFIX, file_name, owner_of
+from service.store.redis.archive import file_name, owner_of
 from service.store.redis.backup import back_up, choose_backup, list_backups, prune, restore
 from service.store.redis.store import RedisStore
 from tests.archive_race import Race, check
+from tests.service.archives import assert_whole, content, files, opened, teach
 from tests.service.killed_archiver import ARCHIVE_STEPS, BRING_STEPS, run_killed
 from tests.service.store_backends import ODD_ID, new_meta, rows, snapshot
 from tests.service.valkeys import cluster, free_ports, valkey
 
-VOLATILE = {b"archived", b"brought", b"file", b"once_until"}
 RACES = 300
 
 
@@ -56,58 +50,6 @@ def folder(tmp_path: Path) -> Path:
 async def store(url: str, raw: Any, folder: Path) -> AsyncIterator[RedisStore]:
     async with opened(url, folder) as store:
         yield store
-
-
-@asynccontextmanager
-async def opened(url: str, folder: Path | None) -> AsyncIterator[RedisStore]:
-    """Yield a store of one more server."""
-    store = RedisStore.from_url(url, objects=None if folder is None else Objects(str(folder)))
-    yield store
-    await store.close()
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob(f"*{SUFFIX}"))
-
-
-def content(raw: Any, tenant: str) -> dict[bytes, Any]:
-    """Return what is stored of the tenant's sessions, without fences, rights, and fields that are about files."""
-    found = {}
-    for key in snapshot(raw, tenant):
-        kind, suffix = raw.type(key), key.rpartition(b":")[2]
-        if suffix in (b"fence", b"archiving", b"lease"):
-            continue
-        if kind == b"hash":
-            found[key] = {name: value for name, value in raw.hgetall(key).items() if name not in VOLATILE}
-        else:
-            found[key] = raw.dump(key)
-    return found
-
-
-async def teach(store: RedisStore, sid: str = "s", versions: int = 3, tenant: str = "t") -> None:
-    """Take a session through versions, of which each writes a row of its own and rows that others write too."""
-    for _ in range(versions):
-        turn = await store.begin_turn(tenant, sid, write="always")
-        version = 1 + (turn.meta.version if turn.meta else 0)
-        record = IdempotencyRecord(f"n{version}", 1000, b"the answer")
-        await store.commit(
-            tenant,
-            new_meta(sid, version),
-            {"a": rows([0, version], version), "b": rows(range(40), version, 16)},
-            lease=turn.lease,
-            commit_metadata=CommitMetadata({"kind": "learn"}, b"tokens", record),
-        )
-
-
-async def assert_whole(store: RedisStore, sid: str, version: int, tenant: str = "t") -> None:
-    """Check that the session is at `version` with all that its versions wrote, its log and its undo steps."""
-    loaded = await store.load(tenant, sid)
-    assert loaded is not None and loaded.meta == new_meta(sid, version)
-    assert loaded.sites["a"].slots.tolist() == list(range(version + 1))
-    assert loaded.sites["a"].data[1:, 0].tolist() == [n % 256 for n in range(1, version + 1)]
-    history = await store.history(tenant, sid, undo=True)
-    assert history is not None and [entry["version"] for entry in history.log] == list(range(1, version + 1))[-512:]
-    assert [step.version for step in history.undo] == list(range(version, max(0, version - 32), -1))
 
 
 async def test_a_session_comes_back_byte_for_byte(store: RedisStore, raw: Any, folder: Path) -> None:
@@ -233,55 +175,6 @@ async def test_stores_that_share_an_archive_leave_each_other_alone(
             assert await other.archive.sweep(0) == 0 == await store.archive.sweep(0)
             assert await other.delete("t", "s")
     await assert_whole(store, "s", 3)
-
-
-async def test_the_background_work_goes_on_after_a_failure(
-    store: RedisStore, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server that fails holds the right to look for idle sessions, and does not wait for itself."""
-
-    async def fail(idle_s: float) -> AsyncIterator[Counter[str]]:
-        monkeypatch.undo()
-        raise OSError("of a kind that nobody has foreseen")
-        yield
-
-    await teach(store)
-    monkeypatch.setattr(store.archive, "archive_idle", fail)
-    metrics = Metrics()
-    work = asyncio.create_task(
-        keep_running("archive_idle", partial(archiving.archive_idle, store.archive, 1, metrics, "one"), metrics)
-    )
-    async with asyncio.timeout(60):
-        while not files(folder):
-            await asyncio.sleep(0.01)
-    work.cancel()
-
-
-async def test_a_folder_that_goes_during_a_writing_is_an_archive_that_is_away(
-    store: RedisStore, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def sync(file: Path, root: Path, real: Callable[[Path, Path], None] = objects._sync) -> None:
-        folder.rename(folder.with_name("moved"))
-        real(file, root)
-
-    await teach(store)
-    monkeypatch.setattr(objects, "_sync", sync)
-    with pytest.raises(ArchiveUnavailable):
-        await store.archive.archive("t", "s")
-    folder.with_name("moved").rename(folder)
-    await assert_whole(store, "s", 3)
-
-
-async def test_the_background_work_sweeps_also_where_nothing_is_idle(store: RedisStore, raw: Any, folder: Path) -> None:
-    await teach(store)
-    await store.archive.archive("t", "s")
-    raw.delete("imprint:{t/s}:meta")
-    os.utime(files(folder)[0], (0, 0))
-    work = asyncio.create_task(archiving.archive_idle(store.archive, 0, Metrics(), "one"))
-    async with asyncio.timeout(60):
-        while files(folder):
-            await asyncio.sleep(0.01)
-    work.cancel()
 
 
 @pytest.mark.parametrize("name", ["x/t.../s.....1f.session", "x/t.a/s.b.c.1f.session"])
@@ -485,19 +378,6 @@ async def test_turns_that_race_archivings_lose_no_commit(url: str, store: RedisS
 
 
 # --- all sessions -----------------------------------------------------------------------------------------------------
-
-
-async def test_only_idle_sessions_are_archived(store: RedisStore, raw: Any, folder: Path) -> None:
-    for sid in ("idle", "used", "returned"):
-        await teach(store, sid)
-    await store.create("t", new_meta("empty"))
-    raw.hset("imprint:{t/used}:meta", "updated", raw.time()[0] - 50)
-    await store.archive.archive("t", "returned")
-    await store.load("t", "returned")
-    assert [counts async for counts in store.archive.archive_idle(100)] == [{"done": 1, "active": 2, "empty": 1}]
-    assert [counts async for counts in store.archive.archive_idle(100)] == [{"archived": 1, "active": 2, "empty": 1}]
-    assert await store.archive.take_turn("one", 10) and await store.archive.take_turn("one", 10)
-    assert not await store.archive.take_turn("two", 10)
 
 
 async def test_the_sessions_of_a_cluster_are_archived(tmp_path: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from service.errors import CommandError
 from service.store.objects import Objects, ObjectsError
 from tests.conftest import Server
 from tests.live import VOLATILE_FIELDS, Client, assert_error, assert_success, state, stored, wait_until
-from tests.service.test_archive import files
+from tests.service.archives import files
 from tests.service.valkeys import free_ports, valkey
 from tests.tiny import TEXT
 

@@ -213,6 +213,8 @@ def test_what_is_gone_is_nowhere(
         undo = {"unlearned": ("unlearn", 2), "rolled back": ("rollback", 1)}[way]
         assert_success(client.post(f"sessions/{session}/{undo[0]}", {"version": undo[1]}))
         learn_others(client, session)
+    if way in ("erased", "unlearned for good", "unlearned late"):
+        assert not {"once", "response"} & search.places(caplog.text), "what is erased is at once in no answer"
     wait_until(lambda: not any(b":once:" in key or b":response:" in key for key in redis.scan_iter()))
     client.observe(neighbour, OTHERS[1])  # the engine has done what it was told before
     rewrite(redis)

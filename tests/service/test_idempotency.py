@@ -251,3 +251,14 @@ def test_a_turn_that_commits_after_a_disconnect_has_the_same_state(client: Clien
         assert text_of(list(chunks))
     wait_until(client.idle)
     assert state(server.data_dir, session) == state(server.data_dir, f"{session}-whole")
+
+
+def test_a_request_whose_answer_was_erased_is_not_run_again(client: Client, session: str) -> None:
+    """The answer may tell what was unlearned for good; the request was learned, and is not learned anew."""
+    key, asks = {"Idempotency-Key": session}, {"model": client.model, "session": session, "prompt": TEXT[80:160]}
+    client.observe(session, TEXT[:80])
+    assert_success(client.post("completions", asks, **key))
+    assert_success(client.post(f"sessions/{session}/unlearn", {"version": 1, "erase": True}))
+    assert_error(client.post("completions", asks, **key), 409, "answer_erased")
+    assert client.version(session) == 3
+    assert REPLAYED not in client.post("completions", asks).headers

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from service.store.answers import KEPT_OF_SESSION, KEPT_OF_TENANT
 from service.store.errors import newest_response_moved
 from service.store.redis.codec import Keys
 from service.store.redis.connect import AnyRedis
 from service.store.redis.scripts import ALLOW_OOM, NO_WRITES, load_script, retry_while_away
-from service.store.responses import KEPT_OF_SESSION, KEPT_OF_TENANT
 
 MOVED = -1  # what the script returns if another response is the newest one
 

@@ -315,7 +315,7 @@ class RedisStore:
         args += [json.dumps({"version": meta.version, **metadata.log}) if metadata.log else "", metadata.packed_tokens]
         record = metadata.idempotency_record
         args += ["", 0, b""] if record is None else [record.name, record.ttl_s, record.record]
-        args += ["1" if metadata.drops_responses else ""]
+        args += ["answers" if metadata.erases_past else "responses" if metadata.drops_responses else ""]
         args += [options, 2 * len(values), *codec.flatten(values)]
         for site, batch in sites.items():
             slots = cleared_slots.get(site)

@@ -3,7 +3,7 @@
 -- KEYS  the meta hash.
 -- ARGV  version v, created, nonce, lease or '', default ttl, undo steps to keep, bytes of undo steps to keep, log
 --       entries to keep, log entry or '', text or '', name of the idempotency record or '', its ttl, the record,
---       '1' to erase the kept responses or '', options, number of meta fields and values, field, value, ...,
+--       'responses' to erase the kept responses, 'answers' to erase the remembered answers too, or '', options, number of meta fields and values, field, value, ...,
 --       then for each touched site: its name, its row_bytes, its rows as records (slot, row), slots to empty.
 -- Returns {verdict, detail}. Only 'done' has written anything; the other verdicts are 'format', 'fenced', 'erased',
 -- 'conflict', 'renewed', 'width', 'damaged' and 'archived'.
@@ -11,6 +11,7 @@ local version, created, nonce, lease, ttl = unpack(ARGV, 1, 5)
 local keep, keep_bytes, keep_log, entry, text = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 local once, once_ttl, record, drops, options = unpack(ARGV, 11, 15)
 local FIRST_VALUE = 17
+local ERASED_ANSWER = 'erased at ' -- then the version, as in answers.py
 local first_site = FIRST_VALUE + tonumber(ARGV[16])
 local SLOT_BYTES = 4
 
@@ -185,6 +186,11 @@ if until_s > now and redis.call('EXISTS', ONCES) == 0 then
   redis.call('HSET', KEYS[1], 'once_lost', until_s) -- until then nobody knows which requests were answered
 end
 redis.call('ZREMRANGEBYSCORE', ONCES, '-inf', now)
+if drops == 'answers' then
+  for _, name in ipairs(redis.call('ZRANGE', ONCES, 0, -1)) do -- the requests stay known, or a retry would be learned
+    redis.call('SET', HOME .. 'once:' .. name, ERASED_ANSWER .. new, 'XX', 'KEEPTTL')
+  end
+end
 if once ~= '' then
   local life = lifetime(ttl)
   once_ttl = life > 0 and math.min(once_ttl, life) or once_ttl -- no answer outlives the session

@@ -1,4 +1,4 @@
-"""The contract of the responses that a store keeps for clients that continue them; no store is implemented here."""
+"""The answers that a store keeps: the marks of erased ones, and responses that a client may continue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from typing import Protocol
 
 KEPT_OF_SESSION = 32  # newest responses that a session keeps
 KEPT_OF_TENANT = 1024  # newest responses of no session that a tenant keeps
+ERASED = b"erased at "  # then the version, as in commit.lua; no answer begins so
+
+
+def erased_answer(version: int) -> bytes:
+    """Return the record that stands for an answer which the commit of `version` has erased."""
+    return ERASED + b"%d" % version
+
+
+def version_that_erased(record: bytes) -> int:
+    """Return the version whose commit has erased an answer; 0 if the record is the answer."""
+    return int(record.removeprefix(ERASED)) if record.startswith(ERASED) else 0
 
 
 class ResponseStore(Protocol):
