@@ -10,7 +10,7 @@ import torch
 
 from model.base.checkpoint import CheckpointError, fingerprint
 from service.base_cache import BaseError, cached_base
-from service.model_loading import SHIPPED_MEMORIES, memory_kind
+from service.model_loading import memory_kind, shipped_name
 from service.settings import Settings
 
 PRODUCT_SIZE = 512  # rows and columns of the matrices that are multiplied
@@ -96,10 +96,8 @@ def memory_here(name: str, settings: Settings) -> str:
     """Return which memory a base has: shipped, fitted or none; for a base that is not in the cache, a dash."""
     try:
         folder = cached_base(name, settings.cache_dir)
-        if name in SHIPPED_MEMORIES:
-            return "shipped"
         if folder is None:
-            return "–"
+            return "shipped" if shipped_name(name) else "–"
         return memory_kind(name, settings.cache_dir, fingerprint(folder)) or "none"
     except (BaseError, CheckpointError, OSError) as error:
         return f"cannot be read: {error}"

@@ -49,7 +49,7 @@ LOADER_THREAD = "imprint-load"  # name of the thread that loads the model
 KV_SHARE = 0.4  # share of the memory free at the start that the key-value cache gets
 PREFIX_SUFFIX = ".reading.safetensors"
 DEFAULT_BASE, DEFAULT_HIDDEN_SIZE = "smollm2-135m-instruct", 576
-SHIPPED_MEMORIES = {DEFAULT_BASE: "smollm2-135m-instruct.safetensors"}
+SHIPPED_MEMORIES = (DEFAULT_BASE, "qwen2.5-coder-0.5b-instruct")  # each a file in model/checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -218,16 +218,17 @@ def choose_decoder(settings: Settings, backbone: Backbone) -> Backbone:
 
 
 def choose_memory(settings: Settings, hidden_size: int, base: str) -> Memory:
-    """Return the memory of the settings, or the one shipped for the base or fitted to it, or else a random one.
+    """Return the memory of the settings, or the one fitted to the base or shipped for it, or else a random one.
 
     base: the base's fingerprint. Raises MemoryConfigError.
     """
+    fitted = fitted_memory_path(settings.cache_dir, base)
+    if settings.memory == "default" and fitted.exists():
+        log.info("serving the memory that `imprint fit` made for this base: %s", fitted)
+        return load_memory(fitted, hidden_size=hidden_size)
     with memory_file(settings) as path:
         if path is not None:
             return load_memory(path, hidden_size=hidden_size)
-    if (fitted := fitted_memory_path(settings.cache_dir, base)).exists():
-        log.info("serving the memory that `imprint fit` made for this base: %s", fitted)
-        return load_memory(fitted, hidden_size=hidden_size)
     log.warning(
         "no memory is shipped for %s: serving an unfitted one. `imprint fit %s` makes a better one in minutes; run it"
         " before sessions learn, since they cannot be used with another memory",
@@ -239,14 +240,23 @@ def choose_memory(settings: Settings, hidden_size: int, base: str) -> Memory:
 
 def memory_kind(model: str, cache_dir: Path, base: str) -> Literal["shipped", "fitted"] | None:
     """Return which memory a base has by default; None for an unfitted one. base: the base's fingerprint."""
-    if model in SHIPPED_MEMORIES:
-        return "shipped"
-    return "fitted" if fitted_memory_path(cache_dir, base).exists() else None
+    if fitted_memory_path(cache_dir, base).exists():
+        return "fitted"
+    return "shipped" if shipped_name(model) else None
+
+
+def shipped_name(model: str) -> str | None:
+    """Return the name of the memory that is shipped for a base, whatever file or folder holds it; None without one.
+
+    model: a name, also of a model hub, or a path. A memory reads a base's states, which quantising changes little.
+    """
+    name = model.rpartition("/")[2].lower()
+    return next((base for base in SHIPPED_MEMORIES if name.startswith(base)), None)
 
 
 def shipped_memory() -> Memory:
     """Return the memory that is shipped for the default base."""
-    with as_file(files("model") / "checkpoints" / SHIPPED_MEMORIES[DEFAULT_BASE]) as path:
+    with as_file(files("model") / "checkpoints" / f"{DEFAULT_BASE}.safetensors") as path:
         return load_memory(path, hidden_size=DEFAULT_HIDDEN_SIZE)
 
 
@@ -260,9 +270,9 @@ def memory_file(settings: Settings) -> Iterator[Path | None]:
     """Yield the checkpoint of the memory that the settings name or that is shipped for the base; None without one."""
     if settings.memory != "default":
         yield Path(settings.memory)
-    elif settings.model in SHIPPED_MEMORIES:
+    elif name := shipped_name(settings.model):
         with as_file(files("model") / "checkpoints") as folder:
-            yield folder / SHIPPED_MEMORIES[settings.model]
+            yield folder / f"{name}.safetensors"
     else:
         yield None
 

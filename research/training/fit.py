@@ -38,7 +38,7 @@ from research.training.gate_calibration import StreamVocabulary, calibrate_gate
 from research.training.prepare import format_duration
 from research.training.processes import feature_dtype, training_device
 from service.errors import CommandError
-from service.model_loading import SHIPPED_MEMORIES, fitted_memory_path, shipped_memory
+from service.model_loading import fitted_memory_path, shipped_memory, shipped_name
 from service.settings import Settings
 
 SHORTEST, LONGEST = 128, 1024  # tokens of a request, if the base's context is not shorter
@@ -75,7 +75,7 @@ class _Stream:
 def fit_base(settings: Settings, options: FitOptions) -> None:
     """Fit a memory to the settings' base, and write it unless an unfitted one is as good. Raises CommandError."""
     started = time.process_time()
-    if settings.model in SHIPPED_MEMORIES and options.out is None:
+    if shipped_name(settings.model) and options.out is None:
         raise CommandError(f"a trained memory is shipped for {settings.model}: name a file in --out to fit another")
     device, folder = training_device(settings), base_folder(settings)
     torch.set_num_threads(settings.threads or torch.get_num_threads())

@@ -21,7 +21,7 @@ from model.text.tokenizer import Tokenizer
 from research.evaluation.prequential import new_pool, read
 from research.training.features import StreamFeatures, compute_features
 from research.training.fit import served_loss
-from service.model_loading import choose_memory, fitted_memory_path
+from service.model_loading import choose_memory, fitted_memory_path, memory_file, shipped_name
 from service.settings import Settings
 from tests.service.cli_in_process import run_rejected
 from tests.tiny import TEXT
@@ -128,6 +128,22 @@ def test_bad_bases_are_named(tmp_path: Path) -> None:
     assert "a trained memory is shipped" in run_rejected("fit", "smollm2-135m-instruct", settings=settings)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("Qwen/Qwen2.5-Coder-0.5B-Instruct@0123", "qwen2.5-coder-0.5b-instruct"),
+        ("/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "qwen2.5-coder-0.5b-instruct"),
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct", None),
+        ("/qwen2.5-coder-0.5b-instruct/other", None),
+    ],
+)
+def test_a_shipped_memory_is_found_by_the_name_of_the_base_or_of_its_file(model: str, name: str | None) -> None:
+    assert shipped_name(model) == name
+    with memory_file(Settings(model=model)) as path:
+        assert (path and path.name) == (name and f"{name}.safetensors") and (path is None or path.is_file())
+
+
 def test_models_lists_bases_their_memories_and_their_costs_without_a_network(
     fitted: Memory, tiny_base: Path, cache: Path
 ) -> None:
@@ -136,7 +152,8 @@ def test_models_lists_bases_their_memories_and_their_costs_without_a_network(
     listed = json.loads(imprint("models", "--json", CACHE_DIR=cache))["models"]
     by_name = {base["name"]: base for base in listed}
     assert by_name["smollm2-135m-instruct"]["memory"] == "shipped"
-    assert by_name["Qwen/Qwen2.5-Coder-0.5B-Instruct"]["memory"] == "–"
+    assert by_name["Qwen/Qwen2.5-Coder-0.5B-Instruct"]["memory"] == "shipped"
+    assert by_name["Qwen/Qwen3-0.6B"]["memory"] == "–"
     for name, base in by_name.items():
         assert name in printed and base["licence"] in printed
         assert base["memory_bytes"] > 4 * base["parameters"] and base["prompt_seconds"] > 0 < base["token_seconds"]
