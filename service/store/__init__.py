@@ -3,13 +3,13 @@
 from service.store.base import (
     CommitMetadata,
     IdempotencyRecord,
-    QuotaLedger,
     RetentionConfig,
     RowBatch,
     SessionMeta,
     SessionStore,
     StoredSession,
 )
+from service.store.ledger import QuotaLedger
 
 __all__ = [
     "CommitMetadata",

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.store.answers import ResponseStore
+from service.store.ledger import QuotaLedger
 
 MAX_LOG_ENTRIES = 512  # newest log entries that a store keeps of a session
 BEAT_EVERY_S = 0.5  # seconds between two heartbeats of a server
@@ -231,61 +232,6 @@ def check_name(kind: str, name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{kind} must match {_NAME.pattern}, not {name!r}")
     return name
-
-
-class QuotaLedger(Protocol):
-    """The account of each tenant: the bytes that its sessions hold, and a bucket of tokens that it may learn.
-
-    All servers of a store share the accounts. Every method is atomic. Every method raises `StoreUnavailable` like
-    `SessionStore`; no method raises `StoreFull`, since an account must also be kept when the store is full. A tenant
-    has no account, and costs nothing, until the first method that changes one.
-    """
-
-    async def reserve(self, tenant: str, sid: str, limit: int) -> tuple[bool, int]:
-        """Enter a new session into the account, unless the account has `limit` sessions.
-
-        Idempotent: a session that the account names already is granted and left unchanged.
-
-        Args:
-            limit: the number of sessions that the tenant may have; 0 = no limit.
-
-        Returns:
-            Whether the account names the session now, and the number of sessions before the call.
-        """
-        ...
-
-    async def record(self, tenant: str, sid: str, *, num_bytes: int | None, rate: int, tokens: int) -> None:
-        """Note what a commit changed. Not idempotent: each call takes `tokens` from the bucket.
-
-        Args:
-            num_bytes: bytes that the session holds now, which ends its reservation; None = leave the sessions alone.
-            rate: tokens per minute that the tenant may learn: the size of the bucket, which fills within a minute and
-                may be overdrawn; 0 = no bucket.
-            tokens: number of tokens that the commit learned.
-        """
-        ...
-
-    async def drop(self, tenant: str, sid: str, *, min_age_s: float = 0.0) -> None:
-        """Remove a session and its bytes from the account. Idempotent.
-
-        A reservation (see `reserve`) that is younger than `min_age_s` stays: the session may be in its first turn.
-        """
-        ...
-
-    async def set_bytes(self, tenant: str, sizes: Mapping[str, int]) -> None:
-        """Set the bytes of several sessions, by id. Idempotent; leaves other sessions unchanged."""
-        ...
-
-    async def session_ids(self, tenant: str) -> set[str]:
-        """Return the ids of the sessions that the account names, reservations included. Changes nothing."""
-        ...
-
-    async def usage(self, tenant: str, rate: int) -> tuple[int, int]:
-        """Return the bytes that the tenant's sessions hold, and the tokens left in its bucket (rounded down).
-
-        The tokens are negative after an overdraft, and 0 if `rate` is 0. Changes nothing.
-        """
-        ...
 
 
 class SessionStore(Protocol):

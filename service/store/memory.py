@@ -180,11 +180,12 @@ class MemoryStore:
         max_bytes: int = 0,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.ledger, self.responses = MemoryLedger(clock), MemoryResponses(self)
+        self.responses = MemoryResponses(self)
         self._retention = retention or RetentionConfig()
         self._exclusive = exclusive
         self._owner = secrets.token_hex(8)
         self._database = _Database(clock, max_bytes)
+        self.ledger = MemoryLedger(clock, lambda tenant, sid: self._database.record(tenant, sid).meta is not None)
 
     def replica(self, retention: RetentionConfig | None = None) -> MemoryStore:
         """Return another server's store on the same database."""

@@ -11,10 +11,11 @@ Clock = Callable[[], float]  # seconds
 
 
 class MemoryLedger:
-    """The `QuotaLedger` in this process's memory."""
+    """The `QuotaLedger` in this process's memory. exists: returns whether a tenant has a session of that id."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, exists: Callable[[str, str], bool]) -> None:
+        self._clock, self._exists = clock, exists
+        self._settled: set[str] = set()
         self._bytes: dict[str, dict[str, int]] = {}  # tenant -> session id -> bytes
         self._reserved_at: dict[tuple[str, str], float] = {}  # sessions that have not been recorded yet
         self._buckets: dict[str, tuple[float, float]] = {}  # tenant -> tokens left, time
@@ -45,8 +46,14 @@ class MemoryLedger:
         for sid in sizes:
             self._reserved_at.pop((tenant, sid), None)
 
-    async def session_ids(self, tenant: str) -> set[str]:
-        return set(self._bytes.get(tenant, {}))
+    async def gone(self, tenant: str, cursor: int) -> tuple[int, list[str]]:
+        return 0, [sid for sid in self._bytes.get(tenant, {}) if not self._exists(tenant, sid)]
+
+    async def is_settled(self, tenant: str) -> bool:
+        return tenant in self._settled
+
+    async def mark_settled(self, tenant: str) -> None:
+        self._settled.add(tenant)
 
     async def usage(self, tenant: str, rate: int) -> tuple[int, int]:
         return sum(self._bytes.get(tenant, {}).values()), floor(self._tokens_left(tenant, rate)) if rate else 0

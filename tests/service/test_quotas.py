@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from service.errors import QuotaExceeded, RateLimited, StoreFull
 from service.store import RetentionConfig, SessionMeta
 from service.tenants import Tenant, TenantLimits
+from service.turns import quotas as quotas_module
 from service.turns.quotas import RECONCILE_AFTER_S, RESERVATION_S, Quotas
 from tests.service.store_backends import ManualClock, StoreBackend
 
@@ -94,6 +97,46 @@ async def test_the_account_is_settled_with_the_store(backend: StoreBackend) -> N
     await quotas.check_learning(tenant)
 
 
+async def test_no_request_compares_all_of_a_large_account(
+    backend: StoreBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request compares few pages, until all have been; requests that would be refused compare them again."""
+    monkeypatch.setattr(quotas_module, "PAGE_SIZE", 2)
+    monkeypatch.setattr(quotas_module, "PAGES_AT_ONCE", 3)
+    store, clock, pages = backend.open(RetentionConfig(ttl_s=1000)), ManualClock(), list[str]()
+    read, tenant = store.list, Tenant("large", TenantLimits(sessions=20, bytes=1900))
+
+    async def counted(*args: Any, **kwargs: Any) -> list[SessionMeta]:
+        pages.append(kwargs["after"])
+        return await read(*args, **kwargs)
+
+    monkeypatch.setattr(store, "list", counted)
+    for number in range(19):
+        await store.create(tenant.name, meta(f"s{number:02}", 100))
+    quotas = Quotas(store, clock=clock)
+    for num_pages in (3, 4, 5):
+        await quotas.check_learning(tenant)
+        assert len(pages) == num_pages, "three pages at first, then one a request"
+    with pytest.raises(QuotaExceeded, match="hold 1900"):
+        for _ in range(10):
+            await quotas.check_learning(tenant)
+    assert pages == ["", *(f"s{number:02}" for number in range(1, 18, 2))]
+    assert await store.ledger.is_settled(tenant.name)
+    pages.clear()
+    other = Quotas(store, clock=clock)
+    async with other.reserve_session(tenant, "s19"):
+        await store.create(tenant.name, meta("s19"))
+    assert not pages, "a server trusts an account that another one has settled"
+    backend.advance(tenant.name, 1001)
+    for seconds, num_pages in ((0, 3), (0.5, 3), (1, 6)):
+        clock.advance(seconds)
+        with suppress(QuotaExceeded):
+            await other.check_learning(tenant)
+        assert len(pages) <= num_pages
+    clock.advance(10)
+    await other.check_learning(tenant)
+
+
 @pytest.mark.parametrize("end", ["erased", "expired"])
 async def test_nobody_is_refused_for_sessions_that_are_gone(backend: StoreBackend, end: str) -> None:
     """The account learns of no session's end until it is compared with the store."""
@@ -128,7 +171,7 @@ async def test_a_reservation_without_a_session_ends_after_its_time(backend: Stor
     clock.advance(RECONCILE_AFTER_S + 1)
     async with quotas.reserve_session(tenant, "t"):
         await store.create(tenant.name, meta("t"))
-    assert await store.ledger.session_ids(tenant.name) == {"t"}
+    assert await store.ledger.reserve(tenant.name, "t", 1) == (True, 1)
 
 
 async def test_the_account_is_kept_when_the_store_is_full(backend: StoreBackend) -> None:

@@ -260,7 +260,10 @@ async def test_deployments_of_two_prefixes_share_a_server(url: str, raw: Redis, 
     held = (await one.begin_turn("t", "s", write="always")).lease
     assert held and (await other.begin_turn("t", "s", write="always")).meta is None
     assert await other.load("t", "s") is None and await other.list("t") == [] and await other.restore_list() == 0
-    assert await other.ledger.session_ids("t") == set() and await one.ledger.session_ids("t") == {"s"}
+    assert await other.ledger.reserve("t", "other", 1) == (True, 0) and await one.ledger.reserve("t", "s", 1) == (
+        True,
+        1,
+    )
     await other.create("t", new_meta("s"))
     await one.delete("t", "s")
     assert [meta.id for meta in await other.list("t")] == ["s"] and await one.list("t") == []

@@ -87,15 +87,15 @@ class SessionIndex:
         """Remove the names of sessions that have gone: nothing else does where sessions expire and nobody lists."""
         after = ""
         while names := await retry_while_away(partial(self._names, tenant, after, SCAN_KEYS)):
-            if gone := await retry_while_away(partial(self._absent, tenant, names)):
+            if gone := await retry_while_away(partial(self.absent, tenant, names)):
                 await retry_while_away(partial(self._client.zrem, self._keys.index(tenant), *gone))
                 # A session may have been created since.
-                if created := set(gone) - set(await retry_while_away(partial(self._absent, tenant, gone))):
+                if created := set(gone) - set(await retry_while_away(partial(self.absent, tenant, gone))):
                     await self._name_all(tenant, dict.fromkeys(created, 0))
             after = names[-1]
 
-    async def _absent(self, tenant: str, ids: Sequence[str]) -> list[str]:
-        """Return the ids of which there is no session."""
+    async def absent(self, tenant: str, ids: Sequence[str]) -> list[str]:
+        """Return those of the ids of which there is no session."""
         pipeline = self._client.pipeline(transaction=False)
         for sid in ids:
             pipeline.exists(self._keys.meta(tenant, sid))

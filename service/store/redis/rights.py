@@ -17,6 +17,7 @@ from service.store.redis.scripts import NO_WRITES, load_script, retry_while_away
 ON_KEYS = (
     *("DEL", "EXISTS", "EXPIRE", "GET", "HDEL", "HEXISTS", "HGET", "HGETALL", "HINCRBY", "HKEYS", "HLEN", "HMGET"),
     *(
+        "HSCAN",
         "HSET",
         "HSETNX",
         "HSTRLEN",

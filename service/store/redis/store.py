@@ -118,7 +118,6 @@ class RedisStore:
         report_archive: Report = lambda step, seconds: None,
     ) -> None:
         self._keys = Keys(prefix)
-        self.ledger = RedisLedger(client, self._keys)
         self._client = client
         self._retention = retention or RetentionConfig()
         self.responses = RedisResponses(client, self._keys, self._retention.ttl_s)
@@ -129,6 +128,7 @@ class RedisStore:
         self._heartbeat = Heartbeat(client, self._keys)
         self._report_fault = report_fault
         self._index = SessionIndex(client, self._keys, report_fault)
+        self.ledger = RedisLedger(client, self._keys, self._index.absent)
         self.archive = SessionArchive(client, self._keys, self._index, objects, self._retention.ttl_s, report_archive)
 
     @classmethod

@@ -1,6 +1,7 @@
 -- Read or change the account of one tenant: the bytes of its sessions, and the tokens that it may learn now.
 --
 -- KEYS  a hash of session id -> bytes, or `new <ms>` (the time of a reservation); `*` -> the sum of the bytes;
+--       `*settled` -> 1 once the account was compared with all stored sessions;
 --       a hash of the tokens `left` at the time `at` (ms): a bucket that holds `rate` tokens, fills in a minute and may
 --       be overdrawn.
 -- ARGV  an action and its arguments:
@@ -8,7 +9,7 @@
 --       hold id bytes rate used  set a session's bytes ('' = leave them), and take `used` tokens from the bucket
 --       drop id age              remove a session, but not a reservation younger than `age` (ms)
 --       state id bytes ...       set the bytes of several sessions
---       names                    returns {id, ...}, `*` included
+--       settled                  note that the account was compared with all stored sessions
 --       look rate                returns {bytes of all sessions, tokens left}
 local sessions, tokens = KEYS[1], KEYS[2]
 local act, id = ARGV[1], ARGV[2]
@@ -45,6 +46,7 @@ end
 if act == 'place' then
   local limit = tonumber(ARGV[3])
   local count = redis.call('HLEN', sessions) - redis.call('HEXISTS', sessions, '*')
+    - redis.call('HEXISTS', sessions, '*settled')
   local exists = redis.call('HEXISTS', sessions, id) == 1
   if limit > 0 and count >= limit and not exists then
     return {0, count}
@@ -73,8 +75,8 @@ elseif act == 'state' then
   for i = 2, #ARGV, 2 do
     set_bytes(ARGV[i], tonumber(ARGV[i + 1]))
   end
-elseif act == 'names' then
-  return redis.call('HKEYS', sessions)
+elseif act == 'settled' then
+  redis.call('HSET', sessions, '*settled', 1)
 elseif act == 'look' then
   local rate = tonumber(ARGV[2])
   return {number(sessions, '*', 0), whole(rate > 0 and math.floor(bucket(rate)) or 0)}
