@@ -281,6 +281,7 @@ def tenant_usage(store: Path | str, tenant: str) -> dict[str, int]:
     """Return the bytes of rows that a tenant's usage record names, by session; `*` is their sum."""
     with connect_redis(store) as redis:
         usage = cast(dict[bytes, bytes], redis.hgetall(f"imprint:{{{tenant}}}:sessions"))
+        usage.pop(b"*settled", None)  # no session
         return {name.decode(): int(num_bytes) for name, num_bytes in usage.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
@@ -38,8 +38,8 @@ class QuotaLedger(Protocol):
         """
         ...
 
-    async def drop(self, tenant: str, sid: str, *, min_age_s: float = 0.0) -> None:
-        """Remove a session and its bytes from the account. Idempotent.
+    async def drop(self, tenant: str, sids: Sequence[str], *, min_age_s: float = 0.0) -> None:
+        """Remove sessions and their bytes from the account. Idempotent.
 
         A reservation (see `reserve`) that is younger than `min_age_s` stays: the session may be in its first turn.
         """

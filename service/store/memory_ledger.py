@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import floor, inf
 
 MINUTE_S = 60.0
@@ -35,11 +35,12 @@ class MemoryLedger:
         if rate:
             self._buckets[tenant] = self._tokens_left(tenant, rate) - tokens, self._clock()
 
-    async def drop(self, tenant: str, sid: str, *, min_age_s: float = 0.0) -> None:
-        reserved_at = self._reserved_at.get((tenant, sid), -inf)
-        if self._clock() - reserved_at >= min_age_s:
-            self._bytes.get(tenant, {}).pop(sid, None)
-            self._reserved_at.pop((tenant, sid), None)
+    async def drop(self, tenant: str, sids: Sequence[str], *, min_age_s: float = 0.0) -> None:
+        for sid in sids:
+            reserved_at = self._reserved_at.get((tenant, sid), -inf)
+            if self._clock() - reserved_at >= min_age_s:
+                self._bytes.get(tenant, {}).pop(sid, None)
+                self._reserved_at.pop((tenant, sid), None)
 
     async def set_bytes(self, tenant: str, sizes: Mapping[str, int]) -> None:
         self._bytes.setdefault(tenant, {}).update(sizes)

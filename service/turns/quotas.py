@@ -21,7 +21,7 @@ from service.store.base import SessionStore
 from service.tenants import Tenant
 
 PAGE_SIZE = 200
-PAGES_AT_ONCE = 25
+PAGES_AT_ONCE = 10
 STEP_S = 1.0  # least time between two comparisons of so many pages for requests that would be refused
 RECONCILE_AFTER_S = 60.0  # age from which on an account is compared with the store before it refuses a tenant
 RESERVATION_S = 3600.0  # time for which a reservation stays without a stored session, which may be in its first turn
@@ -90,7 +90,7 @@ class Quotas:
         except BaseException:
             with suppress(Unavailable, EngineError):
                 if await self._store.meta(tenant.name, session) is None:
-                    await self._ledger.drop(tenant.name, session)
+                    await self._ledger.drop(tenant.name, [session])
             raise
 
     async def check_learning(self, tenant: Tenant) -> None:
@@ -136,7 +136,7 @@ class Quotas:
         """Note that a session is deleted. Never raises."""
         try:
             if await self._is_tracked(tenant):
-                await self._ledger.drop(tenant.name, session)
+                await self._ledger.drop(tenant.name, [session])
         except Unavailable:
             log.warning("a deletion could not be noted in its tenant's account")
 
@@ -199,8 +199,8 @@ class Quotas:
                 walk.after = page[-1].id if len(page) == PAGE_SIZE else None
             if walk.cursor is not None:
                 cursor, gone = await self._ledger.gone(tenant.name, walk.cursor)
-                for session in gone:
-                    await self._ledger.drop(tenant.name, session, min_age_s=RESERVATION_S)
+                if gone:
+                    await self._ledger.drop(tenant.name, gone, min_age_s=RESERVATION_S)
                 walk.cursor = cursor or None
             if walk.is_done:
                 await self._ledger.mark_settled(tenant.name)

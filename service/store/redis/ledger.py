@@ -42,8 +42,8 @@ class RedisLedger:
     async def record(self, tenant: str, sid: str, *, num_bytes: int | None, rate: int, tokens: int) -> None:
         await self._run(tenant, "hold", sid, "" if num_bytes is None else num_bytes, rate, tokens)
 
-    async def drop(self, tenant: str, sid: str, *, min_age_s: float = 0.0) -> None:
-        await self._run(tenant, "drop", sid, int(1000 * min_age_s))
+    async def drop(self, tenant: str, sids: Sequence[str], *, min_age_s: float = 0.0) -> None:
+        await self._run(tenant, "drop", int(1000 * min_age_s), *sids)
 
     async def set_bytes(self, tenant: str, sizes: Mapping[str, int]) -> None:
         await self._run(tenant, "state", *(word for item in sizes.items() for word in item))

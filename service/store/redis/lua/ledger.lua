@@ -7,7 +7,7 @@
 -- ARGV  an action and its arguments:
 --       place id limit           reserve room for a new session; returns {1 if granted, number of sessions before}
 --       hold id bytes rate used  set a session's bytes ('' = leave them), and take `used` tokens from the bucket
---       drop id age              remove a session, but not a reservation younger than `age` (ms)
+--       drop age id ...          remove sessions, but no reservation younger than `age` (ms)
 --       state id bytes ...       set the bytes of several sessions
 --       settled                  note that the account was compared with all stored sessions
 --       look rate                returns {bytes of all sessions, tokens left}
@@ -66,10 +66,12 @@ elseif act == 'hold' then
     redis.call('PEXPIRE', tokens, whole((rate - left) * MINUTE / rate + 1000)) -- the bucket is full again by then
   end
 elseif act == 'drop' then
-  local reserved_at = tonumber(string.match(redis.call('HGET', sessions, id) or '', '^new (%d+)$'))
-  if not reserved_at or now - reserved_at >= tonumber(ARGV[3]) then
-    add(0 - number(sessions, id, 0)) -- 0 - 0 is 0; unary minus would give -0, which is no integer
-    redis.call('HDEL', sessions, id)
+  for i = 3, #ARGV do
+    local reserved_at = tonumber(string.match(redis.call('HGET', sessions, ARGV[i]) or '', '^new (%d+)$'))
+    if not reserved_at or now - reserved_at >= tonumber(ARGV[2]) then
+      add(0 - number(sessions, ARGV[i], 0)) -- 0 - 0 is 0; unary minus would give -0, which is no integer
+      redis.call('HDEL', sessions, ARGV[i])
+    end
   end
 elseif act == 'state' then
   for i = 2, #ARGV, 2 do
