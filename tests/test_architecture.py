@@ -167,6 +167,7 @@ LIBRARIES = {
 # Imports inside functions, with the reason. An import at the top of the file is the rule: a lazy one hides a circle.
 LAZY = {
     ("service.cli", "service.app"): "commands that only speak HTTP need no torch",
+    ("service.cli", "service.model_loading"): "imports torch, which only a command that loads a model needs",
     ("service.cli", "service.cli.doctor"): "the checks import torch",
     ("service.cli", "service.cli.checks"): "the checks import torch",
     ("service.cli", "research"): "a server needs no research",

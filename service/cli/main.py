@@ -18,6 +18,7 @@ from service.cli.learn import learn
 from service.cli.mcp import mcp
 from service.cli.models import models
 from service.cli.observe import observe
+from service.cli.prepare import prepare
 from service.cli.scenario import scenario
 from service.cli.score import score
 from service.cli.serve import serve
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(doctor)
+app.command()(prepare)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(models)
