@@ -36,6 +36,7 @@ from service.http.schemas import (
     LEARN_TOOL_RESULTS,
     MAX_CHOICES,
     MAX_MESSAGES,
+    MODEL_NAME,
     ON_DISCONNECT,
     RECALL,
     SESSION,
@@ -146,7 +147,9 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(None, description="A hint; ignored.")
-    continuous_usage_stats: bool | None = Field(None, description="A hint; ignored.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With `include_usage`: each chunk has the numbers of tokens so far, of its choice."
+    )
 
 
 class ChatTextPart(TextPart):
@@ -217,7 +220,7 @@ class GenerationRequest(Samplers):
     model_config = ConfigDict(extra="allow")
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
-    model: str
+    model: str | None = MODEL_NAME
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None,
         description="Default: 1; in chats the temperature that `sampling` of the model suggests, with its `top_p` and"
@@ -293,9 +296,8 @@ class GenerationRequest(Samplers):
         """Return the names of the fields that have no effect and might have been meant to have one."""
         extra = self.model_extra or {}
         names = [name for name, value in extra.items() if value and name not in self.unsupported]
-        options = self.stream_options
-        hints = ("include_obfuscation", "continuous_usage_stats") if options is not None else ()
-        return names + [f"stream_options.{name}" for name in hints if getattr(options, name)]
+        obfuscated = self.stream_options is not None and self.stream_options.include_obfuscation
+        return names + (["stream_options.include_obfuscation"] if obfuscated else [])
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ context has room for are as many as fit; a prompt that leaves no room is a 400. 
 the prompt has its log-probability with the session's memory and without.
 
 `/infill` is llama.cpp's, for editors ([Code completion](code.md)): it fills the gap between two texts, as a completion
-with a `suffix` does, and teaches nothing unless the request says so.
+with a `suffix` does, and teaches nothing unless the request says so. `/completion` is llama.cpp's too: one prompt, as
+`/v1/completions` continues it, answered with `content` and `stop`.
 
 A text follows a JSON Schema (`response_format`, `structured_outputs`, `guided_json`, `json_schema`), a regular
 expression, one of several texts, or rules (`grammar`). A schema with a keyword that cannot be followed is a 400. Tokens

@@ -109,6 +109,7 @@ def test_the_package_parses_into_its_own_types(server: Server) -> None:
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"guided_json": 5}, "guided_json"),
+        ({"response_format": {"type": "json_object", "schema": 123}}, "response_format"),
         ({"guided_regex": "a" * 70_000}, "guided_regex"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
