@@ -202,6 +202,12 @@ def test_tokenize_with_pieces_and_back(api: Client) -> None:
     assert assert_success(api.http.post("/detokenize", json={"tokens": []}))["content"] == ""
 
 
+def test_a_text_may_begin_with_bos(api: Client) -> None:
+    plain, special = ({"content": "The fox", "add_special": special} for special in (False, True))
+    without, with_bos = (assert_success(api.http.post("/tokenize", json=body))["tokens"] for body in (plain, special))
+    assert with_bos[-len(without) :] == without and len(with_bos) - len(without) in (0, 1), "where the base has a BOS"
+
+
 def test_a_template_is_applied_and_nothing_is_generated(api: Client) -> None:
     prompt = assert_success(api.http.post("/apply-template", json={"messages": HELLO}))["prompt"]
     assert prompt == "<|im_start|>user\nThe quick brown fox<|im_end|>\n<|im_start|>assistant\n"

@@ -65,6 +65,12 @@ def test_a_text_follows_its_rules(chat: Ask, complete: Ask, fields: dict[str, An
         assert re.fullmatch(pattern, text(send(**fields, **LONG)))
 
 
+def test_log_probabilities_are_finite_beside_a_grammar(chat: Ask) -> None:
+    (choice,) = chat(structured_outputs={"choice": ["yes", "no"]}, logprobs=True, top_logprobs=5)["choices"]
+    listed = [each["logprob"] for token in choice["logprobs"]["content"] for each in token["top_logprobs"]]
+    assert listed and min(listed) >= -9999
+
+
 def test_json_mode_writes_an_object(chat: Ask) -> None:
     reply = chat(response_format={"type": "json_object"}, max_tokens=400, temperature=0)
     if reply["choices"][0]["finish_reason"] == "stop":
