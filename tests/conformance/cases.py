@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, str]] = {
         "test_n_probs": "test_n_probs_is_the_number_of_alternatives",
         "test_n_probs_stream": "test_logprobs_come_with_the_chunks_of_a_stream",
         "test_n_probs_post_sampling": "Probabilities are told before samplers cut them, as OpenAI's are.",
-        "test_logit_bias": "`logit_bias` has OpenAI's form: token ids in an object, no lists and no texts.",
+        "test_logit_bias": "`logit_bias` has token ids in an object; texts as keys, which vLLM refuses, and lists are llama.cpp's alone.",
         "test_cancel_request": "test_a_request_whose_client_disconnects_ends_and_changes_nothing",
     },
     LLAMA_CPP + "test_chat_completion.py`": {
@@ -76,7 +76,7 @@ CASES: dict[str, dict[str, str]] = {
     },
     LLAMA_CPP + "test_tokenize.py`": {
         "test_tokenize_detokenize": "test_tokenize_with_pieces_and_back",
-        "test_tokenize_with_bos": "test_a_text_may_begin_with_bos",
+        "test_tokenize_with_bos": "test_bos_is_added_where_transformers_adds_it",
         "test_tokenize_with_pieces": "test_tokenize_with_pieces_and_back",
     },
     LLAMA_CPP + "test_infill.py`": {
