@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from model.text.tokenizer import Tokenizer
 from service.engine import Event, TokenOutput, TokenScores
-from service.engine.types import Alternatives
 from service.store.base import WriteMode
 from service.turns import prompts
 from service.turns.commit import TurnOutcome, TurnPlan

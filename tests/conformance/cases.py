@@ -47,7 +47,9 @@ CASES: dict[str, dict[str, str]] = {
         "test_n_probs": "test_n_probs_is_the_number_of_alternatives",
         "test_n_probs_stream": "test_logprobs_come_with_the_chunks_of_a_stream",
         "test_n_probs_post_sampling": "Probabilities are told before samplers cut them, as OpenAI's are.",
-        "test_logit_bias": "`logit_bias` has token ids in an object; texts as keys, which vLLM refuses, and lists are llama.cpp's alone.",
+        "test_logit_bias": (
+            "`logit_bias` has token ids in an object; llama.cpp takes lists too, and texts, which vLLM refuses."
+        ),
         "test_cancel_request": "test_a_request_whose_client_disconnects_ends_and_changes_nothing",
     },
     LLAMA_CPP + "test_chat_completion.py`": {
