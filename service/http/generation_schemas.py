@@ -116,6 +116,16 @@ Prompt = Annotated[
     | Annotated[list[OnePrompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")],
     Discriminator(_prompt_kind, custom_error_type="prompt_type", custom_error_message=_PROMPT_ERROR),
 ]
+SinglePrompt = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[TokenIds, Tag("<tokens>")]
+    | Annotated[list[PromptPart], Field(fail_fast=True, json_schema_extra=_WITH_BOTH), Tag("<parts>")],
+    Discriminator(
+        lambda value: kind if (kind := _prompt_kind(value)) != "<list>" else None,
+        custom_error_type="prompt_type",
+        custom_error_message="should be one prompt: a string, or a list of token ids, with strings between them or not",
+    ),
+]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 Stop = Annotated[
     Annotated[StopText, Tag("<text>")]

@@ -9,7 +9,7 @@ from model.text.infill import Snippet
 from service.errors import BadRequest
 from service.http.faults import explain
 from service.http.foreign_fields import COMPLETION_UNSUPPORTED
-from service.http.generation_schemas import CompletionRequest, OnePrompt
+from service.http.generation_schemas import CompletionRequest, SinglePrompt
 from service.http.replies import Timings
 from service.http.schemas import (
     ADAPT,
@@ -152,12 +152,10 @@ class OneTextCompletionRequest(OneTextRequest):
         json_schema_extra={"examples": [{"prompt": "My cat is called Miso. She likes", "n_predict": 16}]},
     )
 
-    prompt: OnePrompt
+    prompt: SinglePrompt
 
     @model_validator(mode="after")
     def _as_completion(self) -> "OneTextCompletionRequest":
-        if isinstance(self.prompt, list) and not any(isinstance(part, int) for part in self.prompt):
-            raise BadRequest(f"'prompt' must be one prompt here, got {len(self.prompt)} texts.", param="prompt")
         self._completion = self._read(-1, prompt=self.prompt)
         return self
 
