@@ -169,7 +169,12 @@ class TokensCut(BaseModel):
 
 
 class InfillReply(BaseModel):
-    """The reply of `POST /infill` and `/completion`, by llama.cpp's names; in a stream, the last event."""
+    """The reply of `POST /infill` and `/completion`, by llama.cpp's names; in a stream, the last event.
+
+    With `response_fields`, it has those fields alone.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))
 
     id: str
     index: int
