@@ -275,12 +275,12 @@ def test_a_seed_and_temperature_0_repeat_the_reply(chat: Ask) -> None:
     assert chat(temperature=0, seed=None)["choices"] == chat(temperature=0, seed=5)["choices"]
 
 
-@pytest.mark.parametrize("user", ["ada", "an e-mail <a@example.org> / or anything else", "é" * 400])
+@pytest.mark.parametrize("user", ["teaches-nothing", "an e-mail <a@example.org> / or anything else", "é" * 400])
 def test_user_is_any_text_and_teaches_nothing(api: Client, user: str) -> None:
     response = api.post("chat/completions", body("chat/completions", api.model, user=user))
     assert response.status_code == 200 and response.json()["adaptation"] is None
     assert response.headers["x-imprint-ignored"] == "user"
-    assert api.version("ada") == 0
+    assert api.version("teaches-nothing") == 0
 
 
 @pytest.mark.parametrize(
