@@ -1,8 +1,8 @@
 """Structured output and tool calls of a running server, judged: `python -m benchmarks.json_schemas --url URL`.
 
-Default: JSON by 200 schemas, each for 3 prompts; every text must be valid. With `--tasks`: 50 small tasks and 24 harder
-ones with one right answer each, half of them calls of tools and half of them objects by a schema; any server of
-OpenAI's chats can be judged by them, such as llama.cpp's.
+Default: JSON by 200 schemas, each for 3 prompts; every text that ends must be valid. With `--tasks`: 50 small tasks and
+24 harder ones with one right answer each, half of them calls of tools and half of them objects by a schema; any server
+of OpenAI's chats can be judged by them, such as llama.cpp's.
 """
 
 from __future__ import annotations
@@ -147,6 +147,23 @@ async def check_schemas(chats: ServerChats, cases: Sequence[Json]) -> list[tuple
     return [(schema, outcome) for (schema, _), outcome in zip(asked, outcomes, strict=True)]
 
 
+def is_closed(schema: Any) -> bool:
+    """Return whether no object of a schema may have names that the schema lacks, as OpenAI's strict form requires."""
+    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    open_here = isinstance(schema, dict) and isinstance(schema.get("additionalProperties"), dict)
+    return not open_here and all(map(is_closed, inner))
+
+
+def verdict(kind: str, outcomes: Sequence[Outcome]) -> str:
+    """Return how many texts by schemas of a kind ended, and how many of those are valid."""
+    ended = [outcome for outcome in outcomes if not outcome.cut]
+    valid = sum(not outcome.fault for outcome in ended)
+    return (
+        f"schemas {kind}: {valid} of {len(ended)} texts that ended are valid;"
+        f" {len(outcomes) - len(ended)} of {len(outcomes)} were cut off after {MAX_TOKENS} tokens"
+    )
+
+
 async def print_tasks(chats: ServerChats, read: bool) -> None:
     """Print how many tasks get the right answer: calls that are required, calls that the model may make, objects."""
     runs = (("tools", "required"), ("tools", "auto"), ("schema", ""))
@@ -170,8 +187,8 @@ async def measure(url: str, *, tasks: bool, count: int, read: bool) -> None:
             await print_tasks(chats, read)
             return
         found = await check_schemas(chats, schemas(count))
-        valid, cut = sum(not outcome.fault for _, outcome in found), sum(outcome.cut for _, outcome in found)
-        print(f"{valid} of {len(found)} valid, {cut} cut off after {MAX_TOKENS} tokens")
+        print(verdict("with closed objects", [outcome for schema, outcome in found if is_closed(schema)]))
+        print(verdict("with free names", [outcome for schema, outcome in found if not is_closed(schema)]))
         for schema, outcome in found:
             if outcome.fault or read:
                 print(f"- {json.dumps(schema)}\n  {outcome.answer[:400]!r} {outcome.fault[:200] or 'ok'}")

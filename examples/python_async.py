@@ -14,7 +14,7 @@ async def main() -> None:
         async def teach_and_ask(user: str, cat: str) -> None:
             session = f"async-{user}"
             await client.observe(session, f"My cat is called {cat}. I said {cat}!")
-            stream = client.stream("My cat is called", session=session, adapt="predict", max_tokens=4, temperature=0)
+            stream = client.stream("My cat is called", session=session, adapt="predict", max_tokens=3, temperature=0)
             async for chunk in stream:
                 assert chunk.text is not None
             print(f"{user}:{stream.text}")

@@ -98,7 +98,7 @@ class Metrics:
         self.requests_total = self._counter("requests_total", "HTTP requests answered.", ("route", "code"))
         self.errors_total = self._counter("errors_total", "Error responses, by error code.", ("code",))
         self.requests_in_flight = self._gauge(
-            "requests_in_flight", "Requests under /v1, /api and /infill that are being answered now."
+            "requests_in_flight", "Requests under /v1, /api, /infill and /completion that are being answered now."
         )
         self.request_latency_seconds = self._histogram(
             "request_latency_seconds",

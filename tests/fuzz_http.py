@@ -66,7 +66,7 @@ UNSTATED = {
     "learning needs a single completion": r"needs a single completion|so '(n|best_of)' must be 1",
     "the past of the session": r"is of an action never taken",
     "the task of the session's model": r"'model' is required to begin|'model' must be a policy"
-    r"|'(reward|label)' must be in|must hold \d+ numbers",
+    r"|'(reward|label)' must be in|must hold \d+ numbers|is one of '\w+', which takes",
     "what fits a session's schema": r"a name of 1 to 64 bytes|is a numeric column|would be (column|one more)"
     r"|is not for '(labels|regression)'|is an option of sessions of 'bandit'|takes 'actions'|is required for '"
     r"|has fixed sizes|must be distinct, got|must name (actions|an allowed)",

@@ -104,8 +104,9 @@ class TextSequence:
         tokens = self._alternatives[self._shown_tokens : self.text.num_released_tokens]
         if not text and not tokens and self.finish is None:
             return None
+        num_tokens = self.text.num_released_tokens - self._shown_tokens
         self._shown_text, self._shown_tokens = self.text.num_released_chars, self.text.num_released_tokens
-        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop)
+        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop, num_tokens)
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

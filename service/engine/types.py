@@ -317,6 +317,8 @@ class TokenOutput:
 
     Attributes:
         choice: number of the sequence.
+        tokens: the tokens with their alternatives; empty where no log-probabilities are asked for.
+        num_tokens: number of the tokens.
         finish: why the sequence ended, on the sequence's last output.
         stop: the stop string that ended the sequence, on the sequence's last output.
     """
@@ -327,6 +329,7 @@ class TokenOutput:
     tokens: list[Alternatives]
     finish: FinishReason | None = None
     stop: str | None = None
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -90,13 +90,17 @@ class ClientRules:
     strict_fields: bool = False
     user_sessions: bool = False
 
-    def resolve_model(self, model: str) -> tuple[AdaptMode | None, str | None]:
+    def resolve_model(self, model: str | None) -> tuple[AdaptMode | None, str | None]:
         """Return the mode and the session that the name of a model asks for: `NAME`, `NAME:predict`, `NAME@SESSION`.
+
+        A request without a name means the language model, as for vLLM and llama.cpp.
 
         Raises:
             NotFound: the server has no such model.
             BadRequest: what follows `@` cannot name a session.
         """
+        if model is None:
+            return None, None
         for name in self.model_names:
             asked = re.fullmatch(r"(:predict)?(?:@(.*))?", model.removeprefix(name), re.DOTALL)
             if model.startswith(name) and asked is not None:

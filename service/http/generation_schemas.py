@@ -36,6 +36,7 @@ from service.http.schemas import (
     LEARN_TOOL_RESULTS,
     MAX_CHOICES,
     MAX_MESSAGES,
+    MODEL_NAME,
     ON_DISCONNECT,
     RECALL,
     SESSION,
@@ -115,6 +116,16 @@ Prompt = Annotated[
     | Annotated[list[OnePrompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")],
     Discriminator(_prompt_kind, custom_error_type="prompt_type", custom_error_message=_PROMPT_ERROR),
 ]
+SinglePrompt = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[TokenIds, Tag("<tokens>")]
+    | Annotated[list[PromptPart], Field(fail_fast=True, json_schema_extra=_WITH_BOTH), Tag("<parts>")],
+    Discriminator(
+        lambda value: kind if (kind := _prompt_kind(value)) != "<list>" else None,
+        custom_error_type="prompt_type",
+        custom_error_message="should be one prompt: a string, or a list of token ids, with strings between them or not",
+    ),
+]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 Stop = Annotated[
     Annotated[StopText, Tag("<text>")]
@@ -146,7 +157,9 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(None, description="A hint; ignored.")
-    continuous_usage_stats: bool | None = Field(None, description="A hint; ignored.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With `include_usage`: each chunk has the numbers of tokens so far, of its choice."
+    )
 
 
 class ChatTextPart(TextPart):
@@ -217,7 +230,7 @@ class GenerationRequest(Samplers):
     model_config = ConfigDict(extra="allow")
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
-    model: str
+    model: str | None = MODEL_NAME
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None,
         description="Default: 1; in chats the temperature that `sampling` of the model suggests, with its `top_p` and"
@@ -293,9 +306,8 @@ class GenerationRequest(Samplers):
         """Return the names of the fields that have no effect and might have been meant to have one."""
         extra = self.model_extra or {}
         names = [name for name, value in extra.items() if value and name not in self.unsupported]
-        options = self.stream_options
-        hints = ("include_obfuscation", "continuous_usage_stats") if options is not None else ()
-        return names + [f"stream_options.{name}" for name in hints if getattr(options, name)]
+        obfuscated = self.stream_options is not None and self.stream_options.include_obfuscation
+        return names + (["stream_options.include_obfuscation"] if obfuscated else [])
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The bodies of llama.cpp's route for filling in the middle: request and reply."""
+"""The bodies of llama.cpp's own routes, which return one text: requests and reply."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,9 +9,20 @@ from model.text.infill import Snippet
 from service.errors import BadRequest
 from service.http.faults import explain
 from service.http.foreign_fields import COMPLETION_UNSUPPORTED
-from service.http.generation_schemas import CompletionRequest
+from service.http.generation_schemas import CompletionRequest, SinglePrompt
 from service.http.replies import Timings
-from service.http.schemas import ADAPT, LEARN, ON_DISCONNECT, RECALL, SESSION, Body, OnDisconnect, SessionId, Text
+from service.http.schemas import (
+    ADAPT,
+    LEARN,
+    MODEL_NAME,
+    ON_DISCONNECT,
+    RECALL,
+    SESSION,
+    Body,
+    OnDisconnect,
+    SessionId,
+    Text,
+)
 from service.types import Adaptation, AdaptMode, LearnMode
 
 MAX_SNIPPETS = 256
@@ -26,20 +37,20 @@ NOT_IN_REPLY: dict[str, tuple[Any, ...]] = {
     "n_probs": (0,),
     "prompt_logprobs": (),
 }
-OWN_NAMES = ("input_prefix", "input_suffix", "input_extra", "prompt", "response_fields", "suffix")
+OWN_NAMES = ("input_prefix", "input_suffix", "input_extra", "prompt", "response_fields")
 
 Json = dict[str, Any]
 
 
-class InfillCompletion(CompletionRequest):
-    """The completion that fills a gap. The order of samplers, which editors of llama.cpp always send, is ignored."""
+class OneTextCompletion(CompletionRequest):
+    """The completion of one text. The order of samplers, which clients of llama.cpp always send, is ignored."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         name: values for name, values in COMPLETION_UNSUPPORTED.items() if name != "samplers"
     }
 
     @model_validator(mode="after")
-    def _one_text(self) -> "InfillCompletion":
+    def _one_text(self) -> "OneTextCompletion":
         for name, values in NOT_IN_REPLY.items():
             value = getattr(self, name)
             if value is not None and value not in values:
@@ -56,7 +67,39 @@ class InfillSnippet(Body):
     filename: Annotated[str, Field(max_length=MAX_FILENAME_CHARS)] = "tmp"
 
 
-class InfillRequest(Body):
+class OneTextRequest(Body):
+    """The fields that llama.cpp's own routes share; the options of completions come besides them."""
+
+    model: str | None = MODEL_NAME
+    response_fields: (
+        Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=MAX_RESPONSE_FIELDS, fail_fast=True)]
+        | None
+    ) = Field(None, description="The fields of the reply, a path such as `timings/prompt_n` for an inner one.")
+    session: SessionId | None = SESSION
+    adapt: AdaptMode | None = ADAPT
+    learn: LearnMode | None = LEARN
+    recall: bool | None = RECALL
+    on_disconnect: OnDisconnect | None = ON_DISCONNECT
+    _completion: OneTextCompletion | None = PrivateAttr(None)
+
+    @property
+    def completion(self) -> CompletionRequest:
+        """Return the completion that writes the text."""
+        assert self._completion is not None
+        return self._completion
+
+    def _read(self, max_tokens: int, **prompt: Any) -> OneTextCompletion:
+        """Return the completion with this prompt. max_tokens: where the request has no limit."""
+        named = {name: value for name, value in self if name not in OWN_NAMES and value is not None}
+        if {"n_predict", "max_tokens"}.isdisjoint(named):
+            named["n_predict"] = max_tokens
+        try:
+            return OneTextCompletion.model_validate(named | prompt)
+        except ValidationError as error:
+            raise explain([fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]) from error
+
+
+class InfillRequest(OneTextRequest):
     """The body of `POST /infill`: the texts around a gap, other texts that may help, and the options of completions."""
 
     model_config = ConfigDict(
@@ -74,40 +117,17 @@ class InfillRequest(Body):
         },
     )
 
-    model: str | None = Field(None, description="Default: the server's.")
     input_prefix: Text = Field("", description="The text before the gap.")
     input_suffix: Text = Field("", description="The text after the gap.")
     input_extra: Annotated[list[InfillSnippet], Field(max_length=MAX_SNIPPETS, fail_fast=True)] = Field(
         [], description="Texts of other places, which stand before the text; the last one is the nearest."
     )
     prompt: Text = Field("", description="Text right before the gap, after `input_prefix`.")
-    response_fields: (
-        Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=MAX_RESPONSE_FIELDS, fail_fast=True)]
-        | None
-    ) = Field(None, description="The fields of the reply, a path such as `timings/prompt_n` for an inner one.")
-    session: SessionId | None = SESSION
-    adapt: AdaptMode | None = ADAPT
-    learn: LearnMode | None = LEARN
-    recall: bool | None = RECALL
-    on_disconnect: OnDisconnect | None = ON_DISCONNECT
-    _completion: InfillCompletion | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _as_completion(self) -> "InfillRequest":
-        named = {name: value for name, value in self if name not in OWN_NAMES and value is not None}
-        fields = named | {"prompt": self.input_prefix + self.prompt, "suffix": self.input_suffix}
-        if {"n_predict", "max_tokens"}.isdisjoint(named):
-            fields["n_predict"] = MAX_TOKENS
-        try:
-            self._completion = InfillCompletion.model_validate({"model": ""} | fields)
-        except ValidationError as error:
-            raise explain([fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]) from error
+        self._completion = self._read(MAX_TOKENS, prompt=self.input_prefix + self.prompt, suffix=self.input_suffix)
         return self
-
-    def as_completion(self, model: str) -> CompletionRequest:
-        """Return the completion that fills the gap, of `model` where the request names none."""
-        assert self._completion is not None
-        return self._completion if self.model else self._completion.model_copy(update={"model": model})
 
     @property
     def snippets(self) -> list[Snippet]:
@@ -119,10 +139,25 @@ class InfillRequest(Body):
 
         llama.vim's has no tokens to predict; llama.vscode's has texts of other places alone.
         """
-        assert self._completion is not None
         has_text = bool(self.input_prefix or self.input_suffix or self.prompt)
-        limits = (self._completion.n_predict, self._completion.max_tokens)
+        limits = (self.completion.n_predict, self.completion.max_tokens)
         return not has_text or 0 in limits
+
+
+class OneTextCompletionRequest(OneTextRequest):
+    """The body of `POST /completion`: one prompt, and the options of completions."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={"examples": [{"prompt": "My cat is called Miso. She likes", "n_predict": 16}]},
+    )
+
+    prompt: SinglePrompt
+
+    @model_validator(mode="after")
+    def _as_completion(self) -> "OneTextCompletionRequest":
+        self._completion = self._read(-1, prompt=self.prompt)
+        return self
 
 
 class TokensCut(BaseModel):
@@ -134,7 +169,12 @@ class TokensCut(BaseModel):
 
 
 class InfillReply(BaseModel):
-    """The reply of `POST /infill`, by llama.cpp's names; in a stream, the last event. `content` has the text."""
+    """The reply of `POST /infill` and `/completion`, by llama.cpp's names; in a stream, the last event.
+
+    With `response_fields`, it has those fields alone.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))
 
     id: str
     index: int

@@ -42,7 +42,7 @@ PROBES = ("/livez", "/readyz", "/health", "/ping")
 PUBLIC_PATHS = {*PROBES, "/version", "/openapi.json", *page.FILES}  # paths whose answers are the same for everybody
 # paths of a base URL without /v1
 UNVERSIONED = re.compile(r"/(models|policies|embeddings|responses|conversations|(chat/)?completions)(/|$)")
-API_PATHS = ("/v1/", "/api/", "/infill")
+API_PATHS = ("/v1/", "/api/", "/infill", "/completion")
 VERSIONED_HEALTH = "/v1/health"  # where clients look that have one base URL for everything
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 SMALL_BODY_BYTES = 65_536

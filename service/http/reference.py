@@ -54,12 +54,14 @@ key may come as `x-api-key` instead of `Authorization`. `/v1/health` answers as 
 Completions take the samplers of vLLM and llama.cpp by both names, and they draw after the memory is mixed in. Fields
 that change no answer (`store`, `metadata`, `reasoning_effort`, unknown ones) are ignored, and the header
 `X-Imprint-Ignored` names them; with `IMPRINT_STRICT_FIELDS` they are a 400. A field that would change the answer and is
-not supported is a 400, unless its value changes nothing, and so is a misspelt field (`sesion`). More tokens than the
-context has room for are as many as fit; a prompt that leaves no room is a 400. With `prompt_logprobs`, each token of
-the prompt has its log-probability with the session's memory and without.
+not supported is a 400, unless its value changes nothing, and so is a misspelt field (`sesion`). A request without
+`model` means the language model. More tokens than the context has room for are as many as fit; a prompt that leaves no
+room is a 400. With `prompt_logprobs`, each token of the prompt has its log-probability with the session's memory and
+without.
 
 `/infill` is llama.cpp's, for editors ([Code completion](code.md)): it fills the gap between two texts, as a completion
-with a `suffix` does, and teaches nothing unless the request says so.
+with a `suffix` does, and teaches nothing unless the request says so. `/completion` is llama.cpp's too: one prompt, as
+`/v1/completions` continues it, answered with `content` and `stop`.
 
 A text follows a JSON Schema (`response_format`, `structured_outputs`, `guided_json`, `json_schema`), a regular
 expression, one of several texts, or rules (`grammar`). A schema with a keyword that cannot be followed is a 400. Tokens

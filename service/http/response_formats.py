@@ -69,7 +69,10 @@ class ResponseFormatter(ABC):
         self._n = completion_job.generation.n
         self._num_choices = len(completion_job.prompts) * self._n
         self._with_logprobs = completion_job.generation.logprobs is not None
-        self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        options = body.stream_options
+        self._with_usage = options is not None and bool(options.include_usage)
+        self._counts = self._with_usage and options is not None and bool(options.continuous_usage_stats)
+        self._generated = [0] * self._num_choices
         self._ctx = ctx
         self._model = {
             "model": sessions.model_id,
@@ -97,16 +100,18 @@ class ResponseFormatter(ABC):
     async def stream(self, events: AsyncGenerator[Delta | TurnRestarted | TurnEnd, None]) -> AsyncGenerator[str, None]:
         """Yield the chunks of a stream as JSON, and close `events` at the end."""
         async with aclosing(events):
-            for chunk in self.opening_chunks():
-                yield chunk
+            opened = False
             async for event in events:
                 assert not isinstance(event, TurnRestarted), "a streamed turn is never restarted"
+                for chunk in () if opened else self.opening_chunks(self._usage_so_far(event, 0)):
+                    yield chunk
+                opened = True
                 is_large = isinstance(event, Delta) and len(event.logprobs) >= LARGE_REPLY  # the echo of a prompt
                 for chunk in await run_off_loop(LARGE if is_large else 0, list, self._chunks(event)):
                     yield chunk
 
-    def opening_chunks(self) -> Iterable[str]:
-        """Return the chunks before the first event."""
+    def opening_chunks(self, usage: Json) -> Iterable[str]:
+        """Return the chunks before the text. usage: their field of that name, or none."""
         return ()
 
     @abstractmethod
@@ -127,7 +132,11 @@ class ResponseFormatter(ABC):
         for delta in deltas:
             by_choice[delta.choice].append(delta)
         deltas.clear()
-        body = {"object": self.object, "choices": self._choices(by_choice, end), "usage": _usage(end)}
+        body = {
+            "object": self.object,
+            "choices": self._choices(by_choice, end),
+            "usage": _usage(end.prompt_tokens, end.completion_tokens),
+        }
         body |= self.prompt_logprobs_json(end) | {"timings": timings(end)}
         return self._head() | body | {"adaptation": end.adaptation and asdict(end.adaptation)}
 
@@ -154,18 +163,24 @@ class ResponseFormatter(ABC):
     def _chunks(self, event: Delta | TurnEnd) -> Iterator[str]:
         if isinstance(event, Delta):
             self._latency.record(event.choice)
+            self._generated[event.choice] += event.tokens
             if event.text or event.logprobs:
                 logprobs = self.logprobs_json(event.logprobs) if event.logprobs else None
                 choice = self.chunk_choice_json(event.choice, event.text, logprobs, None)
                 if logprobs or choice.get("delta") != {}:
-                    yield self._chunk([choice])
+                    yield self._chunk([choice], **self._usage_so_far(event, self._generated[event.choice]))
             return
         adaptation = event.adaptation and asdict(event.adaptation)
         for i, reason in enumerate(event.finish_reasons):
             choice = self.chunk_choice_json(i, "", None, reason)
-            yield self._chunk([choice], adaptation=adaptation, timings=timings(event))
+            usage = self._usage_so_far(event, self._generated[i])
+            yield self._chunk([choice], adaptation=adaptation, timings=timings(event), **usage)
         if self._with_usage:
-            yield self._chunk([], usage=_usage(event))
+            yield self._chunk([], usage=_usage(event.prompt_tokens, event.completion_tokens))
+
+    def _usage_so_far(self, event: Delta | TurnEnd, generated: int) -> Json:
+        """Return the field of a chunk with the numbers of tokens so far, if they are asked for."""
+        return {"usage": _usage(event.prompt_tokens, generated)} if self._counts else {}
 
     def _chunk(self, choices: list[Json], **more: Any) -> str:
         usage = {"usage": None} if self._with_usage else {}
@@ -205,14 +220,15 @@ class CompletionFormatter(ResponseFormatter):
 class ChatFormatter(ResponseFormatter):
     """The format of `/v1/chat/completions`."""
 
+    no_content: str | None = ""  # before the text
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def opening_chunks(self) -> Iterable[str]:
+    def opening_chunks(self, usage: Json) -> Iterable[str]:
         for index in range(self._num_choices):
-            delta = {"role": "assistant", "content": ""}
-            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+            delta = {"role": "assistant", "content": self.no_content}
+            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **usage)
 
     def choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -236,6 +252,8 @@ class ChatFormatter(ResponseFormatter):
 class ToolChatFormatter(ChatFormatter):
     """The format of `/v1/chat/completions` where the reply may call tools."""
 
+    no_content = None
+
     def __init__(
         self,
         sessions: Sessions,
@@ -249,11 +267,6 @@ class ToolChatFormatter(ChatFormatter):
         assert isinstance(chat, ChatPrompt)
         names = tool_names(chat.tools)
         self._readers = [ReplyReader(names) for _ in range(self._num_choices)]
-
-    def opening_chunks(self) -> Iterable[str]:
-        for index in range(self._num_choices):
-            delta = {"role": "assistant", "content": None}
-            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def choice_json(self, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
         reader = self._readers[index]
@@ -297,12 +310,12 @@ def _finish_reason(reader: ReplyReader, reason: str) -> str:
     return "tool_calls" if reason == "stop" and reader.num_calls and not reader.in_call else reason
 
 
-def _usage(end: TurnEnd) -> Json:
+def _usage(prompt: int, completion: int) -> Json:
     """Return the numbers of tokens. No prompt is cached: what a session has learned is no part of the prompt."""
     return {
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.completion_tokens,
-        "total_tokens": end.prompt_tokens + end.completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
 

@@ -25,6 +25,7 @@ from service.http.schemas import (
     LEARN_TOOL_RESULTS,
     MAX_MESSAGES,
     MAX_PARTS,
+    MODEL_NAME,
     ON_DISCONNECT,
     RECALL,
     TEXT_OR_PARTS,
@@ -219,7 +220,7 @@ class ResponseRequest(Samplers):
         },
     )
 
-    model: str
+    model: str | None = MODEL_NAME
     input: Input
     instructions: Text | None = Field(
         None, description="A message of the system before all others; no later response has it."

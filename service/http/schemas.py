@@ -123,6 +123,9 @@ RECALL = Field(
     " the session's, else true.",
 )
 MODEL = Field(None, description="The policy; required for a session that does not exist yet.")
+MODEL_NAME = Field(
+    None, description="Default: the language model; one of its names, perhaps with a mode and a session."
+)
 LEARN_TOOL_RESULTS = Field(
     None, description="True: messages of the role `tool` are learned like others. Default: false, since they are bulk."
 )

@@ -63,8 +63,12 @@ def _response_format(value: Mapping[str, Any]) -> GrammarSource | None:
             return _source(param, "json_schema", schema)
         case {"type": "json_object" | "json_schema", "schema": dict(schema)}:
             return _source(param, "json_schema", schema)
-        case {"type": "json_object"}:
+        case {"type": "json_object"} if value.get("schema") is None:
             return GrammarSource("json_schema", '{"type":"object"}')
+        case {"type": "json_object"}:
+            raise BadRequest(
+                f"'response_format.schema' must be an object, got {shorten(value['schema'])}.", param=param
+            )
         case {"type": "json_schema"}:
             needed = "'response_format.json_schema' must be an object with a JSON Schema in 'schema'"
             raise BadRequest(f"{needed}, got {shorten(value.get('json_schema'))}.", param=param)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from model.text.tokenizer import Tokenizer
 from service.engine import Event, TokenOutput, TokenScores
-from service.engine.types import Alternatives
 from service.store.base import WriteMode
 from service.turns import prompts
 from service.turns.commit import TurnOutcome, TurnPlan
@@ -88,12 +87,16 @@ class PromptLogprobs:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a choice; `choice` is prompt · n + index. `prompt_tokens` is that of `TurnEnd`."""
+    """New text of a choice; `choice` is prompt · n + index. `prompt_tokens` is that of `TurnEnd`.
+
+    tokens: number of new tokens; 0 where it is not known, as in the replay of an answer.
+    """
 
     choice: int
     text: str
     logprobs: Sequence[TokenLogprob] | PromptLogprobs
     prompt_tokens: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -257,8 +260,8 @@ class OutputProcessor:
             self.stops[candidate] = event.stop
         if self._waiting is not None:
             self._token_logprobs[candidate] += [entry.logprob or 0.0 for entry in event.tokens]
-        if event.text or event.tokens:
-            yield self._delta(candidate, event.text, event.tokens)
+        if event.text or event.num_tokens:
+            yield self._delta(candidate, event)
 
     def _passed(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
         """Yield the deltas, or keep them until it is known which candidates are returned."""
@@ -295,15 +298,15 @@ class OutputProcessor:
             self.texts[choice] = text
             yield Delta(choice, text, echo, self.prompt_tokens)
 
-    def _delta(self, choice: int, text: str, tokens: Sequence[Alternatives]) -> Delta:
+    def _delta(self, choice: int, event: TokenOutput) -> Delta:
         offset, logprobs = len(self.texts[choice]), list[TokenLogprob]()
-        for entry in tokens if self._options.logprobs is not None else ():
+        for entry in event.tokens if self._options.logprobs is not None else ():
             token = self._tokenizer.token_bytes(entry.token_id)
             top = [(i, self._tokenizer.token_bytes(i), p) for i, p in entry.top[: self._options.logprobs]]
             logprobs.append(TokenLogprob(entry.token_id, token, entry.logprob, top, offset))
             offset += len(token.decode(errors="ignore"))
-        self.texts[choice] += text
-        return Delta(choice, text, logprobs, self.prompt_tokens)
+        self.texts[choice] += event.text
+        return Delta(choice, event.text, logprobs, self.prompt_tokens, event.num_tokens)
 
 
 def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:

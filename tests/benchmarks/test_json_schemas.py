@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from jsonschema import Draft202012Validator
 
-from benchmarks.json_schemas import NUM_SCHEMAS, PROMPTS, ServerChats, check_schemas, schemas
+from benchmarks.json_schemas import NUM_SCHEMAS, PROMPTS, ServerChats, check_schemas, schemas, verdict
 from benchmarks.tool_tasks import HARD_TASKS, HARD_TOOLS, TASKS, TOOLS
 from tests.conftest import Server
 
@@ -27,7 +27,8 @@ def test_a_text_that_is_whole_follows_its_schema(server: Server) -> None:
     found = asyncio.run(judged())
     assert len(found) == 6 * len(PROMPTS)
     assert any(not outcome.cut for _, outcome in found)
-    assert all(outcome.cut or not outcome.fault for _, outcome in found)
+    whole = [outcome for _, outcome in found if not outcome.cut]
+    assert verdict("of all kinds", whole).startswith(f"schemas of all kinds: {len(whole)} of {len(whole)} texts")
     assert not any(outcome.fault.startswith("refused") for _, outcome in found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_n_probs_is_the_number_of_alternatives(complete: Ask) -> None:
         ({"stop": ["a"] * 33}, "stop"),
         ({"stop": "a" * 1025}, "stop"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_would_change_the_answer_and_cannot_be_honoured_is_refused(
     refused: Any, fields: dict[str, Any], param: str
@@ -152,6 +153,42 @@ def test_timings_come_with_the_reply_and_with_the_last_chunk(api: Client, comple
     with api.http.stream("POST", "/v1/chat/completions", json=body) as response:
         events = list(chunks(response))
     assert ["timings" in event for event in events] == [False] * (len(events) - 1) + [True]
+
+
+def one_text(api: Client, prompt: Any = "The quick brown", **fields: Any) -> Any:
+    """Return the reply of llama.cpp's own route."""
+    body = {"prompt": prompt, "n_predict": 6, "temperature": 0} | fields
+    return assert_success(api.http.post("/completion", json=body))
+
+
+def test_its_own_route_has_the_text_of_openais(api: Client, complete: Ask) -> None:
+    reply = one_text(api)
+    expected = complete(temperature=0)
+    assert reply["content"] == text(expected) and reply["tokens_evaluated"] == expected["usage"]["prompt_tokens"]
+    assert (reply["stop_type"], reply["truncated"], reply["tokens_predicted"]) == ("limit", False, 6)
+    ids = api.http.post("/tokenize", json={"content": "The quick brown"}).json()["tokens"]
+    assert one_text(api, ids)["content"] == one_text(api, [*ids[:-1], ids[-1]])["content"] == reply["content"]
+    assert one_text(api, n_predict=-1, logit_bias=NO_END)["stop_type"] == "limit"
+
+
+def test_its_own_stream_and_chosen_fields(api: Client) -> None:
+    whole = one_text(api)
+    lines = api.http.post(
+        "/completion", json={"prompt": "The quick brown", "n_predict": 6, "temperature": 0, "stream": True}
+    )
+    *parts, last = [json.loads(line.removeprefix("data: ")) for line in lines.text.split("\n\n") if line]
+    assert "".join(part["content"] for part in parts) == whole["content"]
+    assert last["stop"] is True and last["timings"]["predicted_n"] == 6
+    fields = ["content", "timings/predicted_n"]
+    assert one_text(api, response_fields=fields) == {"content": whole["content"], "timings/predicted_n": 6}
+
+
+def test_its_own_route_teaches_the_session_that_it_names(api: Client) -> None:
+    assert one_text(api)["adaptation"] is None
+    assert one_text(api, session="llama")["adaptation"]["tokens_learned"] > 0 and api.version("llama") == 1
+    several = api.http.post("/completion", json={"prompt": ["The", "A"]})
+    assert several.status_code == 400 and several.json()["error"]["param"].startswith("prompt")
+    assert api.http.post("/completion", json={"prompt": "The", "n": 2}).json()["error"]["param"] == "n"
 
 
 def test_tokenize_with_pieces_and_back(api: Client) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conformance.conftest import HELLO, Ask
 from tests.conftest import Server
-from tests.live import Client, assert_error, chunks
+from tests.live import Client, assert_error, assert_success, chunks
 
 BOTH = ["completions", "chat/completions"]
 
@@ -17,6 +17,11 @@ BOTH = ["completions", "chat/completions"]
 def body(path: str, model: str, **fields: Any) -> dict[str, Any]:
     prompt = {"messages": HELLO} if path.startswith("chat") else {"prompt": "The quick"}
     return {"model": model, "max_tokens": 4, "seed": 1} | prompt | fields
+
+
+def choice_text(choice: dict[str, Any]) -> str:
+    """Return the text of a choice, or what a chunk adds to it."""
+    return str(choice["text"] if "text" in choice else (choice.get("message") or choice["delta"]).get("content") or "")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,8 @@ def test_up_to_16_choices_in_order(chat: Ask, complete: Ask) -> None:
     ("path", "fields", "param"),
     [
         ("completions", {"n": 17}, "n"),
+        ("chat/completions", {"seed": 2**63}, "seed"),
+        ("chat/completions", {"seed": -(2**63) - 1}, "seed"),
         ("completions", {"best_of": 17}, "best_of"),
         ("completions", {"best_of": 1, "n": 2}, "best_of"),
         ("completions", {"best_of": 2, "stream": True}, "best_of"),
@@ -209,17 +216,71 @@ def test_a_stream_ends_with_its_usage_and_done(api: Client, path: str, with_usag
         assert last["choices"][0]["finish_reason"] and all(event.get("usage") is None for event in events)
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_has_the_text_of_the_reply(api: Client, path: str) -> None:
+    fields = body(path, api.model, n=2, seed=4, max_tokens=6)
+    whole = [choice_text(choice) for choice in assert_success(api.post(path, fields))["choices"]]
+    texts, reasons = ["", ""], list[str]()
+    with api.http.stream("POST", f"/v1/{path}", json=fields | {"stream": True}) as response:
+        for event in chunks(response):
+            (choice,) = event["choices"]
+            texts[choice["index"]] += choice_text(choice)
+            reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+    assert texts == whole and len(reasons) == 2
+
+
+def test_another_seed_gives_another_text(complete: Ask) -> None:
+    assert len({complete(seed=seed)["choices"][0]["text"] for seed in range(4)}) == 4
+
+
+def test_logprobs_come_with_the_chunks_of_a_stream(api: Client) -> None:
+    fields = body(
+        "chat/completions", api.model, temperature=0, max_tokens=5, logprobs=True, top_logprobs=10, stream=True
+    )
+    text, tokens = "", list[dict[str, Any]]()
+    with api.http.stream("POST", "/v1/chat/completions", json=fields) as response:
+        for event in chunks(response):
+            text += choice_text(event["choices"][0])
+            tokens += (event["choices"][0]["logprobs"] or {"content": []})["content"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode(errors="replace") == text
+    assert all(len(token["top_logprobs"]) == 10 for token in tokens)
+
+
+def test_an_echo_has_the_log_probabilities_of_the_prompt(complete: Ask) -> None:
+    for prompt in ("The quick brown", [40, 41, 42, 43]):
+        (choice,) = complete(prompt, echo=True, logprobs=1)["choices"]
+        logprobs = choice["logprobs"]
+        assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) > 4
+        assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+        assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"][1:])
+        assert not isinstance(prompt, str) or choice["text"].startswith(prompt)
+
+
+def test_a_bias_is_of_a_token_of_the_vocabulary(complete: Ask, chat: Ask, refused: Any) -> None:
+    first = complete(temperature=0, max_tokens=1, logit_bias={"70": 100})["choices"][0]["text"]
+    assert first == complete([70], max_tokens=0, echo=True)["choices"][0]["text"]
+    assert chat(logit_bias={"70": -100})["choices"]
+    for bias, named in (({"1000000": 1}, "1000000"), ({"no_id": 50}, "no_id"), ({"1": "much"}, "1")):
+        error = refused("chat/completions", {"logit_bias": bias})
+        assert error["param"] == f"logit_bias.{named}" and named in error["message"]
+
+
+def test_parts_of_text_are_the_text(chat: Ask) -> None:
+    parts = [{"type": "text", "text": HELLO[0]["content"]}]
+    assert chat([{"role": "user", "content": parts}], temperature=0)["choices"] == chat(temperature=0)["choices"]
+
+
 def test_a_seed_and_temperature_0_repeat_the_reply(chat: Ask) -> None:
     assert chat(seed=3)["choices"] == chat(seed=3)["choices"]
     assert chat(temperature=0, seed=None)["choices"] == chat(temperature=0, seed=5)["choices"]
 
 
-@pytest.mark.parametrize("user", ["ada", "an e-mail <a@example.org> / or anything else", "é" * 400])
+@pytest.mark.parametrize("user", ["teaches-nothing", "an e-mail <a@example.org> / or anything else", "é" * 400])
 def test_user_is_any_text_and_teaches_nothing(api: Client, user: str) -> None:
     response = api.post("chat/completions", body("chat/completions", api.model, user=user))
     assert response.status_code == 200 and response.json()["adaptation"] is None
     assert response.headers["x-imprint-ignored"] == "user"
-    assert api.version("ada") == 0
+    assert api.version("teaches-nothing") == 0
 
 
 @pytest.mark.parametrize(

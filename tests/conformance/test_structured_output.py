@@ -65,6 +65,12 @@ def test_a_text_follows_its_rules(chat: Ask, complete: Ask, fields: dict[str, An
         assert re.fullmatch(pattern, text(send(**fields, **LONG)))
 
 
+def test_log_probabilities_are_finite_beside_a_grammar(chat: Ask) -> None:
+    (choice,) = chat(structured_outputs={"choice": ["yes", "no"]}, logprobs=True, top_logprobs=5)["choices"]
+    listed = [each["logprob"] for token in choice["logprobs"]["content"] for each in token["top_logprobs"]]
+    assert listed and min(listed) >= -9999
+
+
 def test_json_mode_writes_an_object(chat: Ask) -> None:
     reply = chat(response_format={"type": "json_object"}, max_tokens=400, temperature=0)
     if reply["choices"][0]["finish_reason"] == "stop":
@@ -109,6 +115,7 @@ def test_the_package_parses_into_its_own_types(server: Server) -> None:
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"guided_json": 5}, "guided_json"),
+        ({"response_format": {"type": "json_object", "schema": 123}}, "response_format"),
         ({"guided_regex": "a" * 70_000}, "guided_regex"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),

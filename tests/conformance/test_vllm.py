@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conformance.conftest import HELLO, Ask
-from tests.live import Client, assert_success
+from tests.live import Client, assert_success, chunks
 
 EOS = "2"
 
@@ -91,6 +91,28 @@ def test_what_is_out_of_bounds_or_would_change_the_answer_is_refused(
 ) -> None:
     for path in ("completions", "chat/completions"):
         assert refused(path, fields)["param"] == param
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_each_chunk_has_the_numbers_of_tokens_so_far(api: Client, path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body: dict[str, Any] = {"max_tokens": 5, "logit_bias": {EOS: -100}, "stream": True, "stream_options": options}
+    body |= {"messages": HELLO} if path.startswith("chat") else {"prompt": "The quick"}
+    with api.http.stream("POST", f"/v1/{path}", json=body) as response:
+        usages = [event["usage"] for event in chunks(response)]
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+    generated = [usage["completion_tokens"] for usage in usages]
+    assert generated == sorted(generated) and generated[-2:] == [5, 5]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "embeddings", "responses"])
+def test_a_request_need_not_name_the_model(api: Client, path: str) -> None:
+    prompts: dict[str, Any] = {"chat/completions": {"messages": HELLO}, "completions": {"prompt": "The"}}
+    response = api.post(path, prompts.get(path, {"input": "The"}))
+    if path == "embeddings":
+        assert response.json()["error"]["code"] == "no_encoder", "this server has no encoder"
+    else:
+        assert assert_success(response)["model"] == api.model
 
 
 def test_a_high_penalty_repeats_no_token_of_prompt_and_text(complete: Ask) -> None:

@@ -12,7 +12,7 @@ from service.errors import BadRequest
 from service.http.dependencies import LargeReply, RulesDep, SessionsDep
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES
-from service.http.schemas import INT32, WHOLE, Body, Text, TokenIds
+from service.http.schemas import INT32, MODEL_NAME, WHOLE, Body, Text, TokenIds
 from service.http.sse import until_disconnect
 from service.turns.embeddings import Embeddings, embed, require_dimensions, require_encoder
 from service.turns.loaded_model import LoadedModel
@@ -60,7 +60,7 @@ class EmbeddingRequest(Body):
         json_schema_extra={"examples": [{"model": "smollm2-135m-instruct", "input": ["My cat is called Miso."]}]},
     )
 
-    model: str
+    model: str | None = MODEL_NAME
     input: Input = Field(description="Texts, or token ids of the served model as `POST /tokenize` returns them.")
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="Default: `float`; `base64`: the vector's numbers as 32-bit floats, little-endian."

@@ -1,4 +1,4 @@
-"""llama.cpp's route for filling in the middle, which editors ask while someone types."""
+"""llama.cpp's own routes: for filling in the middle, which editors ask while someone types, and for going on."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from model.text.infill import Cut
 from model.text.tool_calls import ReplyPiece
 from service.http.dependencies import ImprintHeadersDep, LearningRequest, LearningRequestDep, PathId
-from service.http.infill_schemas import InfillReply, InfillRequest
+from service.http.infill_schemas import InfillReply, InfillRequest, OneTextCompletionRequest, OneTextRequest
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES
 from service.http.openapi_examples import EXAMPLES
@@ -42,17 +42,24 @@ STREAMED: dict[int | str, Json] = {
 @router.post("/infill", summary="Fill a gap in a text", response_model=InfillReply, responses=STREAMED)
 async def infill(body: InfillRequest, learning: LearningRequestDep, headers: ImprintHeadersDep) -> Json | Response:
     """Return the text between two texts, with the session's memory; nothing is learned unless `adapt` says so."""
-    completion = body.as_completion(learning.rules.model_names[0])
-    job = await text_job(completion, learning, headers, body.snippets)
+    job = await text_job(body.completion, learning, headers, body.snippets)
     formatter = InfillFormatter(learning, job, body.response_fields)
     if job.adapt == "predict" and body.asks_nothing:
         end = TurnEnd(["length"], 0, 0, None)
-        reply: Json | Response = await formatter.whole([], end)
-    else:
-        reply = await answer(learning, completion, job, formatter, InfillStream)
-    if body.response_fields is None or isinstance(reply, Response):
-        return reply
-    return Response(compact(reply), headers=dict(learning.response.headers), media_type="application/json")
+        return _chosen_alone(await formatter.whole([], end), body, learning)
+    return _chosen_alone(await answer(learning, body.completion, job, formatter, InfillStream), body, learning)
+
+
+@router.post(
+    "/completion", summary="Continue a text, as llama.cpp does", response_model=InfillReply, responses=STREAMED
+)
+async def complete_one_text(
+    body: OneTextCompletionRequest, learning: LearningRequestDep, headers: ImprintHeadersDep
+) -> Json | Response:
+    """Continue one prompt as `/v1/completions` does, to the end of the text unless it has `n_predict`."""
+    job = await text_job(body.completion, learning, headers)
+    formatter = InfillFormatter(learning, job, body.response_fields)
+    return _chosen_alone(await answer(learning, body.completion, job, formatter, InfillStream), body, learning)
 
 
 @router.post(
@@ -72,7 +79,7 @@ class InfillStream(EventStream):
 
 
 class InfillFormatter(TextFormatter):
-    """The format of `/infill`. fields: the paths of the fields of the reply; None = all."""
+    """The format of llama.cpp's own routes. fields: the paths of the fields of the reply; None = all."""
 
     def __init__(self, learning: LearningRequest, job: CompletionJob, fields: Sequence[str] | None) -> None:
         super().__init__(latency_recorder(learning))
@@ -112,6 +119,13 @@ class InfillFormatter(TextFormatter):
 
     async def closing(self, end: TurnEnd) -> Iterable[str]:
         return [compact(await self.whole([], end))]
+
+
+def _chosen_alone(reply: Json | Response, body: OneTextRequest, learning: LearningRequest) -> Json | Response:
+    """Return the reply; where the request chose its fields, past the model of the reply, which has more of them."""
+    if body.response_fields is None or isinstance(reply, Response):
+        return reply
+    return Response(compact(reply), headers=dict(learning.response.headers), media_type="application/json")
 
 
 def _chosen(reply: Json, paths: Sequence[str]) -> Json:

@@ -318,7 +318,7 @@ def _prompt(param: str, prompt: Any, sessions: Sessions) -> Prompt:
 
 
 def named_session(
-    model: str, session: str | None, user: str | None, learning: LearningRequest, headers: ImprintHeaders
+    model: str | None, session: str | None, user: str | None, learning: LearningRequest, headers: ImprintHeaders
 ) -> str | None:
     """Return the session of a completion: the body's, else the header's, else that of the model's name, else OpenAI's
     `user` where the server's settings say so.

@@ -13,7 +13,7 @@ from service.http.dependencies import LargeReply, RulesDep, SessionsDep
 from service.http.generation_schemas import ChatMessage, Count
 from service.http.json_route import MAX_VALUES, JsonRoute
 from service.http.openapi import ERROR_RESPONSES
-from service.http.schemas import MAX_MESSAGES, Body, Text
+from service.http.schemas import MAX_MESSAGES, MODEL_NAME, Body, Text
 from service.http.tool_schemas import Tools, listed_tools
 from service.turns.loaded_model import LoadedModel
 from service.turns.prompts import ChatPrompt, encode_async, render_async
@@ -32,7 +32,7 @@ class ChatBody(Body):
         extra="ignore", json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello."}]}]}
     )
 
-    model: str | None = None
+    model: str | None = MODEL_NAME
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     tools: Tools | None = None
     add_generation_prompt: bool = True
@@ -54,7 +54,7 @@ class TokenizeRequest(Body):
         extra="ignore", json_schema_extra={"examples": [{"prompt": "My cat is called Miso."}], **field_rules.TOKENIZE}
     )
 
-    model: str | None = None
+    model: str | None = MODEL_NAME
     prompt: Text | None = None
     content: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
@@ -80,7 +80,7 @@ class DetokenizeRequest(Body):
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"tokens": [101, 7, 32]}]})
 
-    model: str | None = None
+    model: str | None = MODEL_NAME
     tokens: Annotated[list[Count], Field(fail_fast=True)]
 
 
@@ -118,8 +118,7 @@ async def tokenize(
     body: TokenizeRequest, sessions: SessionsDep, rules: RulesDep, response: Response
 ) -> Json | Response:
     """Return the token ids of a text or a chat."""
-    if body.model is not None:
-        rules.resolve_model(body.model)
+    rules.resolve_model(body.model)
     model = sessions.loaded_model
     token_ids = await _token_ids(body, model)
     if len(token_ids) > MAX_VALUES:
@@ -133,8 +132,7 @@ async def tokenize(
 @router.post("/detokenize", summary="Turn tokens into text")
 async def detokenize(body: DetokenizeRequest, sessions: SessionsDep, rules: RulesDep) -> Detokenized:
     """Return the text of token ids, with the texts of special tokens."""
-    if body.model is not None:
-        rules.resolve_model(body.model)
+    rules.resolve_model(body.model)
     model = sessions.loaded_model
     text = await run_off_loop(len(body.tokens), _detokenized, body.tokens, model)
     return Detokenized(prompt=text, content=text)
@@ -143,8 +141,7 @@ async def detokenize(body: DetokenizeRequest, sessions: SessionsDep, rules: Rule
 @router.post("/apply-template", summary="Render a chat")
 async def apply_template(body: ChatBody, sessions: SessionsDep, rules: RulesDep) -> Rendered:
     """Return the text that a chat is for the model."""
-    if body.model is not None:
-        rules.resolve_model(body.model)
+    rules.resolve_model(body.model)
     return Rendered(prompt=await render_async(body.prompt, sessions.loaded_model.tokenizer))
 
 
