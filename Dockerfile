@@ -45,13 +45,13 @@ RUN groupadd --gid 10001 imprint \
 # hadolint ignore=DL3013
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     pip install --no-index --find-links /wheels "imprint[$EXTRAS]"
-COPY --chmod=0755 docker/entrypoint docker/healthcheck.py /usr/local/libexec/imprint/
 ARG PREPARED=yes
 RUN if [ "$PREPARED" = yes ]; then \
         export IMPRINT_CACHE_DIR=/usr/local/share/imprint NUMBA_CACHE_DIR=/usr/local/share/imprint/kernels; \
         HOME=/tmp IMPRINT_DEVICE=cpu imprint prepare \
         && chmod -R a+rX /usr/local/share/imprint; \
     fi
+COPY --chmod=0755 docker/entrypoint docker/healthcheck.py /usr/local/libexec/imprint/
 
 USER 10001:10001
 WORKDIR /var/lib/imprint
@@ -60,7 +60,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Without keys of your own (IMPRINT_API_KEYS or IMPRINT_API_KEYS_FILE) the first start makes one and logs it, once, and
 # one for /metrics, which it leaves in METRICS_KEY_FILE.
-# The first start fetches and converts the base, so it may take minutes to become ready.
+# The first start of another base than the one in the image fetches and converts it, which may take minutes.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python", "/usr/local/libexec/imprint/healthcheck.py"]
 ENTRYPOINT ["/usr/local/libexec/imprint/entrypoint"]

@@ -195,6 +195,15 @@ def test_an_address_that_is_not_http_is_refused(url: str) -> None:
     assert "--url" in error_line(imprint("sessions", "ls", url=url))
 
 
+def test_prepare_loads_the_base_and_compiles(tiny_base: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "IMPRINT_MODEL": str(tiny_base), "IMPRINT_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "service", "prepare"]
+    ran = subprocess.run(command, env=environment | {"IMPRINT_POLICIES": "none"}, capture_output=True, text=True)
+    assert ran.returncode == 0 and "prepared" in ran.stdout, ran.stderr
+    missing = subprocess.run(command, env=environment | {"IMPRINT_MODEL": "/no/base"}, capture_output=True, text=True)
+    assert missing.returncode == 1 and "/no/base" in missing.stderr and "Traceback" not in missing.stderr
+
+
 def test_serve_refuses_bad_settings_before_it_loads_anything() -> None:
     assert "65535" in error_line(imprint("serve", "--port", "65536", url=""))
 
