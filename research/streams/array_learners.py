@@ -6,7 +6,7 @@ They compute what the served learners compute (a test compares the two); a step 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from model.tabular.config import MAX_EXAMPLES
 from model.tabular.loading import shipped_mixer
 from model.tabular.memory import StreamMemory, empty_memory
 from model.tabular.mixer import Mixer, MixerWeights
-from research.streams.datasets import Features
+
+if TYPE_CHECKING:
+    from research.streams.datasets import Features  # slow to import
 
 Array = NDArray[Any]
 
@@ -127,9 +129,14 @@ class ImprintArms(ArrayMemory):
 
     def choose(self, x: Features, rng: np.random.Generator) -> int:
         """Draw an arm."""
-        memory, self._x = self.before(self._encode(x))
-        queries = np.repeat(self._x[None], len(self._arms), axis=0)
-        self._reading = arms.read_decision(memory, queries, self._arms, False)
+        return self.draw(self._encode(x), None, rng)
+
+    def draw(self, context: Array, features: Array | None, rng: np.random.Generator) -> int:
+        """Draw an arm for a context [C] and the features [A, F] of the arms, where they have any."""
+        memory, _ = self.before(context, features)
+        own = [None] * len(self._arms) if features is None else features
+        self._queries = np.stack([memory.pad(context, each) for each in own])
+        self._reading = arms.read_decision(memory, self._queries, self._arms, features is not None)
         self._probs = arms.decide(self._reading)
         return int(rng.choice(len(self._arms), p=self._probs / self._probs.sum(dtype=np.float64)))
 
@@ -141,4 +148,4 @@ class ImprintArms(ArrayMemory):
             reading.means[:, only], reading.mean[only], reading.deviation[only], reading.scale, reading.counts[only]
         )
         arms.learn_reward(self.memory, own, reward)
-        self.append(self._x, reward, (arm, float(self._probs[arm])))
+        self.append(self._queries[arm], reward, (arm, float(self._probs[arm])))

@@ -23,6 +23,7 @@ from model.memory.config import GATE_CLOSED
 from model.policies.network import Policy, new_policy
 from research.corpus import console, progress_bar
 from research.estimates import half_width
+from research.scenarios.any_stream import as_columns
 from research.scenarios.core import Tasks
 from research.scenarios.label_stream import SCENARIO, load_omniglot
 from research.streams.array_learners import ImprintLabels
@@ -111,9 +112,9 @@ def by_labels(shots: Array, queries: Array) -> Array:
     """Return the labels that the learner of labels gives to queries; columns: the pixels."""
     learner = ImprintLabels()
     for label, shot in enumerate(shots):
-        learner.predict(as_features(shot))
-        learner.learn(as_features(shot), label)
-    probs = [learner.predict(as_features(query)) for query in queries]
+        learner.predict(as_columns(shot))
+        learner.learn(as_columns(shot), label)
+    probs = [learner.predict(as_columns(query)) for query in queries]
     return np.array([max(each, key=each.__getitem__) for each in probs])
 
 
@@ -121,11 +122,6 @@ def by_pixels(shots: Array, queries: Array) -> Array:
     """Return the labels of the nearest shots."""
     nearest: Array = ((queries[:, None] - shots[None]) ** 2).sum(-1).argmin(1)
     return nearest
-
-
-def as_features(pixels: Array) -> dict[str, float | str]:
-    """Return an image as features of a table."""
-    return {str(number): float(value) for number, value in enumerate(pixels)}
 
 
 if __name__ == "__main__":
