@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from model.memory import Pool, choose_backend
-from model.memory.config import GATE_CLOSED
 from model.policies.network import Policy, new_policy
 from research.corpus import console, progress_bar
 from research.estimates import half_width
@@ -44,8 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = trained_policy(arguments.file, arguments.rounds)
     arms: dict[str, Arm] = {
-        "policy, trained on other characters": lambda shots, queries: by_policy(policy, shots, queries, guarded=True),
-        "the same without its guard": lambda shots, queries: by_policy(policy, shots, queries, guarded=False),
+        "policy, trained on other characters": lambda shots, queries: by_policy(policy, shots, queries),
         "labels, never trained on images": by_labels,
         "nearest neighbour on pixels": by_pixels,
     }
@@ -89,11 +87,8 @@ def measure(arms: dict[str, Arm], classes: list[Array], ways: int, seed: int) ->
     return {name: count / (EPISODES * ways) for name, count in right.items()}
 
 
-def by_policy(policy: Policy, shots: Array, queries: Array, *, guarded: bool) -> Array:
-    """Return the labels that a session of a policy gives to queries after it has learned the shots.
-
-    The first label of each class is one that the memory cannot expect: many of them in a row shut the guard.
-    """
+def by_policy(policy: Policy, shots: Array, queries: Array) -> Array:
+    """Return the labels that a session of a policy gives to queries after it has learned the shots."""
     pool = Pool(policy.config.memory, rows=4096, sessions=4, backend=choose_backend(torch.device("cpu")))
     index = pool.open()
     for label, shot in enumerate(torch.from_numpy(shots)):
@@ -101,8 +96,6 @@ def by_policy(policy: Policy, shots: Array, queries: Array, *, guarded: bool) ->
         numbers = torch.tensor([label]), pool, torch.tensor([draft.index])
         policy.label_updates(shot[None], *numbers)[0].apply(draft)
         draft.commit()
-    if not guarded:
-        pool.sites[policy.labels.config.name].session_scalars[index, GATE_CLOSED] = 0
     logs = policy.label(torch.from_numpy(queries), pool, torch.full((len(queries),), index))
     found: Array = logs[:, : len(shots)].argmax(1).numpy()
     return found
