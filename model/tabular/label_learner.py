@@ -12,8 +12,8 @@ from model.numba_support import Array
 from model.tabular.backend import FloatArray, Learned, Prediction, Vote
 from model.tabular.checkpoint import TabularModel
 from model.tabular.config import TabularError
-from model.tabular.label_readers import E
-from model.tabular.labels import PRIOR, learn_label, mixture, read_query
+from model.tabular.label_readers import PRIOR, E
+from model.tabular.labels import learn_label, mixture, read_query
 from model.tabular.memory import COUNT, LABELS, write_memory
 
 VOTES = 5

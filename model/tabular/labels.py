@@ -12,7 +12,7 @@ from model.tabular import readers
 from model.tabular.change import START, update_change
 from model.tabular.config import HORIZONS, TABLES
 from model.tabular.guard import trust, update_guard
-from model.tabular.label_readers import LATE, READERS, Readout, Scaled, read, scale
+from model.tabular.label_readers import LATE, PRIOR, READERS, Readout, Scaled, read, scale
 from model.tabular.memory import COUNT, LABELS, StreamMemory
 from model.tabular.mixer import (
     GLOBALS,
@@ -31,7 +31,6 @@ ADVANTAGE_KEEP, FIRST_ADVANTAGE = 0.99, 1.0
 POSTERIORS = [2 * len(HORIZONS) + 1, 2 * len(HORIZONS) + 2]  # inputs of the mixer
 SHARPNESS_RATE, SHARPNESS_LIMIT = 0.02, 1.0
 HORIZON_WEIGHTS = 8  # first of the numbers of the session's row that are the sums of the discounts
-PRIOR = READERS.index("prior")
 CHANGED = np.array([i for i, name in enumerate(READERS) if name.endswith(", changed")])
 LATEST = np.array([READERS.index(READERS[i].replace("changed", "late")) for i in CHANGED if "disc" not in READERS[i]])
 

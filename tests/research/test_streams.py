@@ -19,6 +19,7 @@ from model.tabular.label_readers import E
 from model.tabular.mixer import Mixer
 from research.scenarios.label_stream import SCENARIO, load_omniglot
 from research.streams import omniglot
+from research.streams.ablation import PARTS, measure, without
 from research.streams.array_learners import Encoder, ImprintArms, ImprintLabels, ImprintNumbers
 from research.streams.bandits import run_bernoulli
 from research.streams.datasets import STREAMS, find_stream
@@ -134,3 +135,19 @@ def test_characters_are_told_apart_after_one_label(tmp_path: Path, monkeypatch: 
     }
     found = omniglot.measure(arms, load_omniglot(path, held_out=True), 3, seed=0)
     assert found == {"policy": 1.0, "labels": 1.0, "pixels": 1.0, "the first": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("task", "stream", "part"),
+    [
+        ("labels", "sine, sudden", "forests"),
+        ("labels", "sine, sudden", "the guard"),
+        ("regression", "airline passengers", "ridge regression"),
+        ("bandit", "wine", "columns"),
+    ],
+)
+def test_a_part_is_taken_away_and_comes_back(task: str, stream: str, part: str) -> None:
+    whole = measure(task, stream, 60)
+    with without(task, PARTS[task][part]):
+        assert measure(task, stream, 60) != pytest.approx(whole, nan_ok=True)
+    assert measure(task, stream, 60) == pytest.approx(whole, nan_ok=True)
