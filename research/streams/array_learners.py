@@ -5,8 +5,8 @@ They compute what the served learners compute (a test compares the two); a step 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,8 @@ from model.tabular.config import MAX_EXAMPLES
 from model.tabular.loading import shipped_mixer
 from model.tabular.memory import StreamMemory, empty_memory
 from model.tabular.mixer import Mixer, MixerWeights
-
-if TYPE_CHECKING:
-    from research.streams.datasets import Features  # slow to import
-
 Array = NDArray[Any]
+Columns = Mapping[str, float | str]  # `datasets.Features` is one; River and its data are slow to import
 
 
 class Encoder:
@@ -29,7 +26,7 @@ class Encoder:
     def __init__(self) -> None:
         self._columns: dict[tuple[str, str | None], int] = {}
 
-    def __call__(self, x: Features) -> Array:
+    def __call__(self, x: Columns) -> Array:
         for name, value in x.items():
             self._columns.setdefault((name, value if isinstance(value, str) else None), len(self._columns))
         row = np.full(len(self._columns), np.nan, np.float32)
@@ -70,7 +67,7 @@ class ImprintLabels(ArrayMemory):
         self._encode = Encoder()
         self._read: tuple[labels.QueryReadout, labels.Mixture] | None = None
 
-    def predict(self, x: Features) -> dict[Hashable, float]:
+    def predict(self, x: Columns) -> dict[Hashable, float]:
         """Return the probability of each label seen so far."""
         memory, self._x = self.before(self._encode(x))
         self._read = None
@@ -80,7 +77,7 @@ class ImprintLabels(ArrayMemory):
         self._read = reading, labels.mixture(reading, self.mixer, memory.row)
         return dict(zip(self.names, self._read[1].probs.tolist(), strict=True))
 
-    def learn(self, x: Features, label: Hashable) -> None:
+    def learn(self, x: Columns, label: Hashable) -> None:
         """Learn the example that was predicted last."""
         if label not in self.names:
             self.names.append(label)
@@ -100,7 +97,7 @@ class ImprintNumbers(ArrayMemory):
         self._encode = Encoder()
         self._read: tuple[numbers.QueryReadout, float] | None = None
 
-    def predict(self, x: Features) -> float:
+    def predict(self, x: Columns) -> float:
         """Return the expected target."""
         memory, self._x = self.before(self._encode(x))
         self._read = None
@@ -110,7 +107,7 @@ class ImprintNumbers(ArrayMemory):
         self._read = reading, numbers.mixture(reading, self.mixer)
         return self._read[1]
 
-    def learn(self, x: Features, target: float) -> None:
+    def learn(self, x: Columns, target: float) -> None:
         """Learn the example that was predicted last."""
         reading, mean = self._read or (None, 0.0)
         if reading is not None:
@@ -127,7 +124,7 @@ class ImprintArms(ArrayMemory):
         super().__init__(arm_readers.E)
         self._arms, self._encode = np.arange(num_arms), Encoder()
 
-    def choose(self, x: Features, rng: np.random.Generator) -> int:
+    def choose(self, x: Columns, rng: np.random.Generator) -> int:
         """Draw an arm."""
         return self.draw(self._encode(x), None, rng)
 
