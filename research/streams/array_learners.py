@@ -16,6 +16,7 @@ from model.tabular.config import MAX_EXAMPLES
 from model.tabular.loading import shipped_mixer
 from model.tabular.memory import StreamMemory, empty_memory
 from model.tabular.mixer import Mixer, MixerWeights
+
 Array = NDArray[Any]
 Columns = Mapping[str, float | str]  # `datasets.Features` is one; River and its data are slow to import
 
