@@ -1,7 +1,7 @@
-"""The guard of a stream of labels (law 12): the best constant answer stands beside what the readers say.
+"""The guard of a stream of labels (law 12): the best constant answer stands in for readers that are behind it.
 
-Each of the two gets the share of the answer that its predictions deserved of late (a Bayesian mixture that forgets). So
-a session whose memory does harm answers with the shares of the labels, until the memory helps again.
+Readers that are not behind have all of the answer. If they are, they and the shares of the labels get what each deserved
+of late, so a session whose memory does harm answers with the shares, until the memory helps again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 from model.numba_support import Array
 
 GAIN = 14  # number of the session's row: nats that the readers have won of late over the shares of the labels
-KEEP, LIMIT = 0.99, 4.0  # what an example leaves of the gain before it; neither harm nor help counts for more
-FIRST = 1.0  # nats that the readers have ahead
+KEEP, LIMIT = 0.99, 6.0  # what an example leaves of the gain before it; neither harm nor help counts for more
+MARGIN = 3.0  # nats by which the readers may be behind
 
 
 def trust(row: Array) -> float:
     """Return the readers' share of the answer of a session with a row."""
-    return 1 / (1 + math.exp(-float(row[GAIN]) - FIRST))
+    return min(1.0, 2 / (1 + math.exp(-float(row[GAIN]) - MARGIN)))
 
 
 def update_guard(row: Array, gain: float) -> None:

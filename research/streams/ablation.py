@@ -39,7 +39,7 @@ def named(*words: str) -> Callable[[str], bool]:
 
 PARTS: dict[str, dict[str, Part]] = {
     "labels": {
-        "the guard": {(guard, "FIRST"): ALWAYS},
+        "the guard": {(guard, "MARGIN"): ALWAYS},
         "the Bayesian mixture": {(labels, "FIRST_ADVANTAGE"): ALWAYS},
         "the learned mixer": {(labels, "FIRST_ADVANTAGE"): -ALWAYS},
         "sharpening": {(labels, "SHARPNESS_RATE"): 0.0},

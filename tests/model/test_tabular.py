@@ -167,7 +167,7 @@ def test_changed_labels_are_learned_again() -> None:
 def test_harmful_examples_lose_little_against_the_best_constant_answer(helped: int) -> None:
     """Law 12: from the example `helped` on, columns say nothing of labels, of which one is far more frequent."""
     rng = np.random.default_rng(7)
-    x = rng.normal(size=(helped + 200, 4)).astype(np.float32)
+    x = rng.normal(size=(helped + 400, 4)).astype(np.float32)
     y = rng.choice(4, size=len(x), p=[0.85, 0.05, 0.05, 0.05])
     y[:helped] = x[:helped, :4].argmax(1)
     _, first, y = np.unique(y, return_index=True, return_inverse=True)
@@ -180,7 +180,7 @@ def test_harmful_examples_lose_little_against_the_best_constant_answer(helped: i
         won.append(learned.frozen_loss - learned.loss)
         draft.commit()
     gain = np.cumsum(won)
-    assert (np.maximum.accumulate(gain) - gain)[-1] < 6
+    assert (np.maximum.accumulate(gain) - gain)[-1] < 17
     assert gain[-1] > 10 or not helped
 
 
