@@ -1,7 +1,7 @@
 """The guard of a stream of labels (law 12): the best constant answer stands in for readers that are behind it.
 
-Readers that are not behind have all of the answer. If they are, they and the shares of the labels get what each deserved
-of late, so a session whose memory does harm answers with the shares, until the memory helps again.
+Readers that are not behind have all of the answer. If they are, they and the shares of the labels get what each
+deserved of late, so a session whose memory does harm answers with the shares, until the memory helps again.
 """
 
 from __future__ import annotations

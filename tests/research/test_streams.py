@@ -141,7 +141,7 @@ def test_characters_are_told_apart_after_one_label(tmp_path: Path, monkeypatch: 
     ("task", "stream", "part"),
     [
         ("labels", "sine, sudden", "forests"),
-        ("labels", "sine, sudden", "the guard"),
+        ("labels", "sine, sudden", "sharpening"),
         ("regression", "airline passengers", "ridge regression"),
         ("bandit", "wine", "columns"),
     ],
