@@ -236,6 +236,7 @@ class Policy(nn.Module):
         mixture = ops.mix(base, readout.tokens, readout.shares, readout.gamma)
         memory_probs = ops.memory_prob(labels, readout.tokens, readout.shares)
         loss = -ops.target_log_prob(frozen, memory_probs, readout.gamma)
+        known = self._has_row(labels, pool, session)
         hypotheses = (
             None if by_hypothesis is None else self._update_hypotheses(by_hypothesis, labels, frozen, pool, session)
         )
@@ -244,7 +245,7 @@ class Policy(nn.Module):
             one = torch.tensor([i], device=labels.device)
 
             def apply(draft: Draft) -> None:
-                self.labels.learn(draft, readout.select(one), labels[one], frozen[one])
+                self.labels.learn(draft, readout.select(one), labels[one], frozen[one], is_evidence=known[one])
                 if hypotheses is not None:
                     draft.put(CHANGE_POINT_SITE, torch.zeros_like(one), [hypotheses[one]])
 
@@ -286,6 +287,13 @@ class Policy(nn.Module):
         outdated = (ages[:, None] <= starts[:, :, None]).flatten(0, 1)
         by_hypothesis = read_masked(outdated, each.repeat_interleave(starts.shape[1]))
         return base, _average_over_hypotheses(by_hypothesis, probs), by_hypothesis
+
+    def _has_row(self, labels: Tensor, pool: Pool, session: Tensor) -> Tensor:
+        """Return whether each session [n] has a row of its label [n]: no memory can expect a label without one, so such
+        a label is no evidence for the guard."""
+        site_pool = pool.sites[self.labels.config.name]
+        ages, tokens = (field[site_pool.tables[session]].flatten(1) for field in site_pool.fields[:2])
+        return ((tokens == labels[:, None]) & (ages > 0)).any(1)
 
     def _hypotheses(self, pool: Pool, session: Tensor) -> ChangePointHypotheses:
         return ChangePointHypotheses.of(

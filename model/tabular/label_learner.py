@@ -12,7 +12,7 @@ from model.numba_support import Array
 from model.tabular.backend import FloatArray, Learned, Prediction, Vote
 from model.tabular.checkpoint import TabularModel
 from model.tabular.config import TabularError
-from model.tabular.label_readers import E
+from model.tabular.label_readers import PRIOR, E
 from model.tabular.labels import learn_label, mixture, read_query
 from model.tabular.memory import COUNT, LABELS, write_memory
 
@@ -57,7 +57,7 @@ class Labels(TabularModel):
             mixed = mixture(reading, self.mixer_weights, before.row)
             probs, unknown = mixed.probs, mixed.unknown
             known = label < before.num_labels
-            prior = reading.readout.probs[0, label] * (1 - unknown) if known else unknown
+            prior = reading.readout.probs[PRIOR, label] * (1 - unknown) if known else unknown
             outcome = Learned(
                 -math.log(max(float(probs[label]) if known else unknown, LEAST_PROB)),
                 -math.log(max(float(prior), LEAST_PROB)),

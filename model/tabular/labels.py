@@ -11,7 +11,8 @@ from model.numba_support import Array
 from model.tabular import readers
 from model.tabular.change import START, update_change
 from model.tabular.config import HORIZONS, TABLES
-from model.tabular.label_readers import LATE, READERS, Readout, Scaled, read, scale
+from model.tabular.guard import trust, update_guard
+from model.tabular.label_readers import LATE, PRIOR, READERS, Readout, Scaled, read, scale
 from model.tabular.memory import COUNT, LABELS, StreamMemory
 from model.tabular.mixer import (
     GLOBALS,
@@ -35,11 +36,12 @@ LATEST = np.array([READERS.index(READERS[i].replace("changed", "late")) for i in
 
 
 class Mixture(NamedTuple):
-    """The mixture of the readers: probs [L] of the known labels, that of a new label, and the probs before sharpening:
-    of the learned mixer and the Bayesian mixture together, and of each."""
+    """The mixture of the readers: probs [L] of the known labels, that of a new label, and the probs without the guard:
+    sharpened, and before that, of the learned mixer and the Bayesian mixture together and of each."""
 
     probs: Array
     unknown: float
+    unguarded: Array
     raw: Array
     learned: Array
     bayes: Array
@@ -99,8 +101,10 @@ def mixture(reading: QueryReadout, mixer: MixerWeights, row: Array) -> Mixture:
     share = 1 / (1 + math.exp(float(row[ADVANTAGE]) - FIRST_ADVANTAGE))
     raw = np.float32(share) * learned + np.float32(1 - share) * bayes / bayes.sum()
     probs = raw.astype(np.float64) ** math.exp(float(row[SHARPNESS]))
+    unguarded, trusted = probs / probs.sum(), trust(row)
+    guarded = trusted * unguarded + (1 - trusted) * reading.readout.probs[PRIOR]
     unknown = float(novelty(mixer.novelty, mixer.novelty_bias, reading.novelty_inputs))
-    return Mixture((probs / probs.sum() * (1 - unknown)).astype(np.float32), unknown, raw, learned, bayes)
+    return Mixture((guarded * (1 - unknown)).astype(np.float32), unknown, unguarded, raw, learned, bayes)
 
 
 def learn_label(memory: StreamMemory, reading: QueryReadout | None, label: int, mixed: Mixture | None) -> None:
@@ -123,9 +127,14 @@ def learn_label(memory: StreamMemory, reading: QueryReadout | None, label: int, 
         update_change(row, ordinal, _window_loss(reading, CHANGED, label) - _window_loss(reading, LATEST, label))
         if mixed is not None:
             _sharpen(row, mixed, label)
-            loss = math.log(max(float(mixed.bayes[label]), 1e-6)) - math.log(max(float(mixed.learned[label]), 1e-6))
+            loss = _log_ratio(mixed.bayes[label], mixed.learned[label])
             row[ADVANTAGE] = min(max(ADVANTAGE_KEEP * float(row[ADVANTAGE]) + loss, -8.0), 8.0)
+            update_guard(row, _log_ratio(mixed.unguarded[label], reading.readout.probs[PRIOR, label]))
     _learn_linear(memory, reading, label, ordinal)
+
+
+def _log_ratio(one: float, other: float) -> float:
+    return math.log(max(float(one), 1e-6)) - math.log(max(float(other), 1e-6))
 
 
 def _sharpen(row: Array, mixed: Mixture, label: int) -> None:

@@ -24,6 +24,7 @@ from research.corpus import console
 from research.estimates import half_width
 from research.machine import hardware
 from research.plots import PlotsMissingError, draw_curves
+from research.scenarios.any_stream import AnyArms
 from research.scenarios.core import Actor, Curve, IntArray, LabellingTasks, Tasks
 from research.scenarios.measures import ActingEvaluation, ActingMetrics, LabellingEvaluation
 from research.scenarios.meta_baselines import META_BASELINES, BaselineTrainConfig, train_baseline, train_from_seed
@@ -177,7 +178,7 @@ class ActingComparison:
     def measure(
         self, baselines: Sequence[str], baseline_config: BaselineTrainConfig, trained_s: float
     ) -> list[ArmResult]:
-        """Return the policy, the policy without memory, the scenario's baselines and the meta-learned `baselines`.
+        """Return the policy, it without memory, `bandit`, the scenario's baselines and the meta-learned `baselines`.
 
         trained_s: training time of a meta-learned baseline, where `baseline_config` sets none.
         """
@@ -188,7 +189,7 @@ class ActingComparison:
             self._agents_arm("memory", memory_agents, f"{size:,} parameters"),
             self._agents_arm("memory off", [MemoryAgent(self._policy, read_only=True)], ""),
         ]
-        for title, make_actor in self._evaluation.baselines.items():
+        for title, make_actor in {"`bandit`": AnyArms, **self._evaluation.baselines}.items():
             arms.append(_measure_acting(title, self._recipe, self._evaluation.metrics, self._seeds, make_actor))
         seconds = baseline_config.seconds or trained_s
         for baseline in baselines:

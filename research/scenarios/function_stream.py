@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.policies.network import Policy
+from research.scenarios.any_stream import predict_any_labels, predict_any_numbers
 from research.scenarios.core import Curve, FloatArray, IntArray, LabellingTasks
 from research.scenarios.measures import LabellingEvaluation, last_quarter, predict_labels
 from research.scenarios.scenario import PolicyTrainConfig, Recipe, Scenario
@@ -95,10 +96,13 @@ class RegressionEvaluation(LabellingEvaluation):
             noiseless[:, step] = values[:, step] - tasks.noises
             tasks.step(labels[:, step])
         base = policy.base(policy.embed(torch.from_numpy(features).flatten(0, 1))).logits.softmax(-1).numpy()
-        streams = zip(features, labels, strict=True)
+        streams = list(zip(features, labels, strict=True))
+        numbers = zip(features, values, strict=True)
         predicted = {
             "memory": np.stack([predict_labels(policy, x, y) @ tasks.centres for x, y in streams]),
             "memory off": (base @ tasks.centres).reshape(values.shape),
+            "`regression`": np.stack([predict_any_numbers(x, y) for x, y in numbers]),
+            "`labels`": np.stack([predict_any_labels(x, y, tasks.actions) @ tasks.centres for x, y in streams]),
         }
         predicted |= online_regressors(features, values) | {"who knows the function": noiseless}
         return {name: (prediction - values) ** 2 for name, prediction in predicted.items()}

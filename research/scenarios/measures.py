@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from model.memory import Pool, choose_backend
 from model.policies.network import Policy
+from research.scenarios.any_stream import predict_any_labels
 from research.scenarios.baselines import online_classifiers
 from research.scenarios.core import Actor, Curve, FloatArray, IntArray, LabellingTasks, Tasks
 
@@ -74,8 +75,9 @@ class ClassificationEvaluation(LabellingEvaluation):
 
     def errors(self, policy: Policy, tasks: LabellingTasks, steps: int) -> dict[str, Curve]:
         features, labels, _ = tasks.read(steps)
-        streams = zip(features, labels, strict=True)
+        streams = list(zip(features, labels, strict=True))
         correct = {"memory": np.stack([predict_labels(policy, x, y).argmax(1) == y for x, y in streams])}
+        correct["`labels`"] = np.stack([predict_any_labels(x, y, tasks.actions).argmax(1) == y for x, y in streams])
         correct |= self.baselines(tasks, features, labels)
         return {name: 1.0 - is_correct for name, is_correct in correct.items()}
 

@@ -5,7 +5,7 @@ They compute what the served learners compute (a test compares the two); a step 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from model.tabular.config import MAX_EXAMPLES
 from model.tabular.loading import shipped_mixer
 from model.tabular.memory import StreamMemory, empty_memory
 from model.tabular.mixer import Mixer, MixerWeights
-from research.streams.datasets import Features
 
 Array = NDArray[Any]
+Columns = Mapping[str, float | str]  # `datasets.Features` is one; River and its data are slow to import
 
 
 class Encoder:
@@ -27,7 +27,7 @@ class Encoder:
     def __init__(self) -> None:
         self._columns: dict[tuple[str, str | None], int] = {}
 
-    def __call__(self, x: Features) -> Array:
+    def __call__(self, x: Columns) -> Array:
         for name, value in x.items():
             self._columns.setdefault((name, value if isinstance(value, str) else None), len(self._columns))
         row = np.full(len(self._columns), np.nan, np.float32)
@@ -68,7 +68,7 @@ class ImprintLabels(ArrayMemory):
         self._encode = Encoder()
         self._read: tuple[labels.QueryReadout, labels.Mixture] | None = None
 
-    def predict(self, x: Features) -> dict[Hashable, float]:
+    def predict(self, x: Columns) -> dict[Hashable, float]:
         """Return the probability of each label seen so far."""
         memory, self._x = self.before(self._encode(x))
         self._read = None
@@ -78,7 +78,7 @@ class ImprintLabels(ArrayMemory):
         self._read = reading, labels.mixture(reading, self.mixer, memory.row)
         return dict(zip(self.names, self._read[1].probs.tolist(), strict=True))
 
-    def learn(self, x: Features, label: Hashable) -> None:
+    def learn(self, x: Columns, label: Hashable) -> None:
         """Learn the example that was predicted last."""
         if label not in self.names:
             self.names.append(label)
@@ -98,7 +98,7 @@ class ImprintNumbers(ArrayMemory):
         self._encode = Encoder()
         self._read: tuple[numbers.QueryReadout, float] | None = None
 
-    def predict(self, x: Features) -> float:
+    def predict(self, x: Columns) -> float:
         """Return the expected target."""
         memory, self._x = self.before(self._encode(x))
         self._read = None
@@ -108,7 +108,7 @@ class ImprintNumbers(ArrayMemory):
         self._read = reading, numbers.mixture(reading, self.mixer)
         return self._read[1]
 
-    def learn(self, x: Features, target: float) -> None:
+    def learn(self, x: Columns, target: float) -> None:
         """Learn the example that was predicted last."""
         reading, mean = self._read or (None, 0.0)
         if reading is not None:
@@ -125,11 +125,16 @@ class ImprintArms(ArrayMemory):
         super().__init__(arm_readers.E)
         self._arms, self._encode = np.arange(num_arms), Encoder()
 
-    def choose(self, x: Features, rng: np.random.Generator) -> int:
+    def choose(self, x: Columns, rng: np.random.Generator) -> int:
         """Draw an arm."""
-        memory, self._x = self.before(self._encode(x))
-        queries = np.repeat(self._x[None], len(self._arms), axis=0)
-        self._reading = arms.read_decision(memory, queries, self._arms, False)
+        return self.draw(self._encode(x), None, rng)
+
+    def draw(self, context: Array, features: Array | None, rng: np.random.Generator) -> int:
+        """Draw an arm for a context [C] and the features [A, F] of the arms, where they have any."""
+        memory, _ = self.before(context, features)
+        own = [None] * len(self._arms) if features is None else features
+        self._queries = np.stack([memory.pad(context, each) for each in own])
+        self._reading = arms.read_decision(memory, self._queries, self._arms, features is not None)
         self._probs = arms.decide(self._reading)
         return int(rng.choice(len(self._arms), p=self._probs / self._probs.sum(dtype=np.float64)))
 
@@ -141,4 +146,4 @@ class ImprintArms(ArrayMemory):
             reading.means[:, only], reading.mean[only], reading.deviation[only], reading.scale, reading.counts[only]
         )
         arms.learn_reward(self.memory, own, reward)
-        self.append(self._x, reward, (arm, float(self._probs[arm])))
+        self.append(self._queries[arm], reward, (arm, float(self._probs[arm])))

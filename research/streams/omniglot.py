@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from model.memory import Pool, choose_backend
-from model.memory.config import GATE_CLOSED
 from model.policies.network import Policy, new_policy
 from research.corpus import console, progress_bar
 from research.estimates import half_width
+from research.scenarios.any_stream import as_columns
 from research.scenarios.core import Tasks
 from research.scenarios.label_stream import SCENARIO, load_omniglot
 from research.streams.array_learners import ImprintLabels
@@ -43,8 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = trained_policy(arguments.file, arguments.rounds)
     arms: dict[str, Arm] = {
-        "policy, trained on other characters": lambda shots, queries: by_policy(policy, shots, queries, guarded=True),
-        "the same without its guard": lambda shots, queries: by_policy(policy, shots, queries, guarded=False),
+        "policy, trained on other characters": lambda shots, queries: by_policy(policy, shots, queries),
         "labels, never trained on images": by_labels,
         "nearest neighbour on pixels": by_pixels,
     }
@@ -88,11 +87,8 @@ def measure(arms: dict[str, Arm], classes: list[Array], ways: int, seed: int) ->
     return {name: count / (EPISODES * ways) for name, count in right.items()}
 
 
-def by_policy(policy: Policy, shots: Array, queries: Array, *, guarded: bool) -> Array:
-    """Return the labels that a session of a policy gives to queries after it has learned the shots.
-
-    The first label of each class is one that the memory cannot expect: many of them in a row shut the guard.
-    """
+def by_policy(policy: Policy, shots: Array, queries: Array) -> Array:
+    """Return the labels that a session of a policy gives to queries after it has learned the shots."""
     pool = Pool(policy.config.memory, rows=4096, sessions=4, backend=choose_backend(torch.device("cpu")))
     index = pool.open()
     for label, shot in enumerate(torch.from_numpy(shots)):
@@ -100,8 +96,6 @@ def by_policy(policy: Policy, shots: Array, queries: Array, *, guarded: bool) ->
         numbers = torch.tensor([label]), pool, torch.tensor([draft.index])
         policy.label_updates(shot[None], *numbers)[0].apply(draft)
         draft.commit()
-    if not guarded:
-        pool.sites[policy.labels.config.name].session_scalars[index, GATE_CLOSED] = 0
     logs = policy.label(torch.from_numpy(queries), pool, torch.full((len(queries),), index))
     found: Array = logs[:, : len(shots)].argmax(1).numpy()
     return found
@@ -111,9 +105,9 @@ def by_labels(shots: Array, queries: Array) -> Array:
     """Return the labels that the learner of labels gives to queries; columns: the pixels."""
     learner = ImprintLabels()
     for label, shot in enumerate(shots):
-        learner.predict(as_features(shot))
-        learner.learn(as_features(shot), label)
-    probs = [learner.predict(as_features(query)) for query in queries]
+        learner.predict(as_columns(shot))
+        learner.learn(as_columns(shot), label)
+    probs = [learner.predict(as_columns(query)) for query in queries]
     return np.array([max(each, key=each.__getitem__) for each in probs])
 
 
@@ -121,11 +115,6 @@ def by_pixels(shots: Array, queries: Array) -> Array:
     """Return the labels of the nearest shots."""
     nearest: Array = ((queries[:, None] - shots[None]) ** 2).sum(-1).argmin(1)
     return nearest
-
-
-def as_features(pixels: Array) -> dict[str, float | str]:
-    """Return an image as features of a table."""
-    return {str(number): float(value) for number, value in enumerate(pixels)}
 
 
 if __name__ == "__main__":

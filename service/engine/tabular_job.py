@@ -57,6 +57,7 @@ STEPS_AT_ONCE = 8  # of one job, before other jobs get the engine's thread
 ORIGINS = "origins"  # row 0: [examples learned, 0]; row 1 + i mod NUM_ORIGINS: [number i + 1 of an example, version]
 NUM_ORIGINS = 1024  # as many as a learner remembers
 JOURNAL_SLOTS = 256  # the last 255 actions can be rewarded
+LOSS_UNIT = 2.0**-24
 HELD_OUT = 0  # the first input of an action in the journal; the others are the numbers of its row
 MISSING = np.finfo(np.float32).min  # rows are finite
 
@@ -276,9 +277,13 @@ class TabularJob(MemoryJob):
         stats.proof_tokens += 1
         stats.segments_learned = 1
         stats.rewards += reward
-        stats.loss_sum += learned.loss
-        stats.proof_loss_sum += learned.loss
-        stats.proof_frozen_loss_sum += learned.frozen_loss
+        # Multiples of one unit have the same sum in any order: unlearning adds the losses of a session up anew.
+        loss, frozen_loss = (
+            float(np.round(each / LOSS_UNIT)) * LOSS_UNIT for each in (learned.loss, learned.frozen_loss)
+        )
+        stats.loss_sum += loss
+        stats.proof_loss_sum += loss
+        stats.proof_frozen_loss_sum += frozen_loss
 
     def _why(self, votes: Sequence[Vote]) -> list[dict[str, Any]]:
         """Return the votes by the versions that learned the examples; null for one that the session has lost."""

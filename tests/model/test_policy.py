@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.memory import Draft, Pool, choose_backend
+from model.memory.config import BALANCE, GATE_CLOSED
 from model.memory.delta import reference as delta_reference
 from model.memory.delta import torch_ops
 from model.policies.config import PolicyConfig, PolicyError
@@ -191,6 +192,24 @@ def test_a_guard_shuts_out_a_memory_that_misleads_and_lets_it_in_again(paths: li
     learn_rewards(act_policy, pool, index, 4)
     assert steps_until_shut_changes(helps=False) > 1
     steps_until_shut_changes(helps=True)
+
+
+def test_a_label_that_is_new_to_a_session_is_no_evidence_against_its_memory(label_policy: Policy) -> None:
+    """Law 12: no memory can expect a label that it has no row of; labels that it could expect still shut the guard."""
+    pool = build_pool(label_policy)
+    index, features = pool.open(), torch.randn(6)
+    scalars = pool.sites["memory"].session_scalars
+    alone = label_policy.label(features[None], pool, torch.tensor([EMPTY_SESSION]))[0]
+    known = alone.argsort(descending=True)[:4]
+    for label in known.tolist():
+        learn_label(label_policy, pool, index, features, label)
+        assert (scalars[index, BALANCE] == 0).all() and not scalars[index, GATE_CLOSED].any()
+    for _ in range(100):
+        remembered = label_policy.label(features[None], pool, torch.tensor([index]))[0]
+        if scalars[index, GATE_CLOSED].any():
+            break
+        learn_label(label_policy, pool, index, features, int(known[(remembered - alone)[known].argmin()]))
+    assert torch.equal(remembered, alone)
 
 
 def test_a_label_is_remembered_and_the_latest_counts_most(label_policy: Policy) -> None:

@@ -163,6 +163,45 @@ def test_changed_labels_are_learned_again() -> None:
     assert np.mean(hits[320:]) > 0.8
 
 
+@pytest.mark.parametrize("helped", [0, 120])
+def test_harmful_examples_lose_little_against_the_best_constant_answer(helped: int) -> None:
+    """Law 12: from the example `helped` on, columns say nothing of labels, of which one is far more frequent."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(helped + 400, 4)).astype(np.float32)
+    y = rng.choice(4, size=len(x), p=[0.85, 0.05, 0.05, 0.05])
+    y[:helped] = x[:helped, :4].argmax(1)
+    _, first, y = np.unique(y, return_index=True, return_inverse=True)
+    y = first.argsort().argsort()[y]  # numbered in the order in which they appear
+    pool = new_pool(LABELS)
+    session, won = pool.open(), []
+    for features, label in zip(x, y.tolist(), strict=True):
+        draft = pool.draft(session)
+        learned = LABELS.learn(features, label, draft)
+        won.append(learned.frozen_loss - learned.loss)
+        draft.commit()
+    gain = np.cumsum(won)
+    assert (np.maximum.accumulate(gain) - gain)[-1] < 17
+    assert gain[-1] > 10 or not helped
+
+
+def test_columns_that_mislead_a_bandit_are_not_read_until_they_help_again() -> None:
+    """Law 12: what decides then are the arms' own rewards, the best constant decision among them."""
+    rng, pool, arms, told = np.random.default_rng(0), new_pool(ARMS), np.arange(2), []
+    session = pool.open()
+    for step in range(250):
+        x = rng.normal(size=2).astype(np.float32)
+        probs = ARMS.decide(x, arms, None, pool, session).probs
+        arm = int(rng.random() > probs[0])
+        reward = rng.random() < 0.5 if 100 <= step < 200 else (x[0] > 0) == arm
+        draft = pool.draft(session)
+        ARMS.learn(x, arm, None, float(reward), float(probs[arm]), draft)
+        draft.commit()
+        if step in (99, 199, 249):
+            ends = [ARMS.decide(np.array([end, 0], np.float32), arms, None, pool, session) for end in (-2, 2)]
+            told.append(float(np.abs(ends[0].expected - ends[1].expected).sum()))
+    assert told[0] > 0.8 and told[1] < 0.2 < told[2]
+
+
 def test_numbers_are_learned_and_the_interval_holds_most() -> None:
     rng = np.random.default_rng(1)
     x = rng.normal(size=(150, 3)).astype(np.float32)

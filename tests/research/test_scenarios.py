@@ -12,6 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 from model.policies.network import load_policy, new_policy
 from research.scenarios import BernoulliBandit, CardSorting, FunctionStream, LabelStream, Tasks, command
+from research.scenarios.any_stream import AnyArms, predict_any_labels, predict_any_numbers
 from research.scenarios.baselines import RandomActor, TeacherActor
 from research.scenarios.bernoulli_bandit import gittins, gittins_table
 from research.scenarios.core import Actor, FloatArray, IntArray
@@ -199,6 +200,24 @@ def test_a_description_is_enough_to_measure_a_policy(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(command, "TASKS", 50)
     policy = new_policy(recipe.config("coin"), seed=0)
     arms = command.ActingComparison("coin", policy, recipe, evaluation, [(1, 0)]).measure([], BaselineTrainConfig(), 1)
-    assert [arm.name for arm in arms] == ["memory", "memory off", "random"]
+    assert [arm.name for arm in arms] == ["memory", "memory off", "`bandit`", "random"]
     for arm in arms:
         assert arm.figures["reward"][0] + arm.figures["regret"][0] == pytest.approx(12)
+
+
+def test_the_learners_of_any_stream_play_scenarios_without_training() -> None:
+    tasks = CardSorting(20, np.random.default_rng(0), hazard=0.0, together=2, dims=4)  # piles differ by features alone
+    actor, wrong = AnyArms(), []
+    for _ in range(120):
+        means, actions = tasks.means(), actor.act(tasks)
+        wrong.append(means.max(1) - means[np.arange(20), actions])
+        actor.learn(actions, tasks.step(actions))
+    assert np.mean(wrong[60:]) < 0.6 * np.mean(wrong[:10])
+    features, labels, _ = LabelStream(1, np.random.default_rng(1), ways=3).read(40)
+    probs = predict_any_labels(features[0], labels[0], 3)
+    _, first = np.unique(labels[0], return_index=True)
+    assert (probs[first, labels[0, first]] == 0).all()  # a label is predicted before it is learned
+    assert (probs.argmax(1) == labels[0])[20:].mean() > 0.8
+    x = np.linspace(-1, 1, 60, dtype=np.float32)[np.random.default_rng(2).permutation(60), None]
+    line = 3.0 * x[:, 0].astype(np.float64) + 1
+    assert np.abs(predict_any_numbers(x, line) - line)[30:].mean() < 0.3

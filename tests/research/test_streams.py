@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,9 @@ from model.tabular.columns import MISSING
 from model.tabular.label_learner import Labels
 from model.tabular.label_readers import E
 from model.tabular.mixer import Mixer
+from research.scenarios.label_stream import SCENARIO, load_omniglot
+from research.streams import omniglot
+from research.streams.ablation import PARTS, measure, without
 from research.streams.array_learners import Encoder, ImprintArms, ImprintLabels, ImprintNumbers
 from research.streams.bandits import run_bernoulli
 from research.streams.datasets import STREAMS, find_stream
@@ -111,3 +115,39 @@ def test_the_chances_of_arms_are_those_of_draws() -> None:
     arm_readers.chances(means, deviations, probs)
     draws = np.random.default_rng(0).normal(means, deviations, size=(40_000, 3)).argmax(1)
     np.testing.assert_allclose(probs, np.bincount(draws) / 40_000, atol=0.01)
+
+
+def test_characters_are_told_apart_after_one_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    drawings = np.repeat(rng.random((9, 1, 28, 28)) > 0.5, 2, axis=1) * 255.0  # two equal drawings of each character
+    path = tmp_path / "characters.npz"
+    np.savez(path, x=drawings.reshape(18, 28, 28), y=np.repeat(np.arange(9), 2))
+    monkeypatch.setattr(omniglot, "WAYS", (3,))
+    monkeypatch.setattr(omniglot, "EPISODES", 2)
+    recipe = SCENARIO.recipes["digits"].with_train_config(batch=2, steps=6, span=6)
+    monkeypatch.setattr(omniglot, "SCENARIO", replace(SCENARIO, recipes={"digits": recipe}))
+    policy = omniglot.trained_policy(path, rounds=1)
+    arms: dict[str, omniglot.Arm] = {
+        "policy": lambda shots, queries: omniglot.by_policy(policy, shots, queries),
+        "labels": omniglot.by_labels,
+        "pixels": omniglot.by_pixels,
+        "the first": lambda shots, queries: np.zeros(len(queries)),
+    }
+    found = omniglot.measure(arms, load_omniglot(path, held_out=True), 3, seed=0)
+    assert found == {"policy": 1.0, "labels": 1.0, "pixels": 1.0, "the first": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("task", "stream", "part"),
+    [
+        ("labels", "sine, sudden", "forests"),
+        ("labels", "sine, sudden", "sharpening"),
+        ("regression", "airline passengers", "ridge regression"),
+        ("bandit", "wine", "columns"),
+    ],
+)
+def test_a_part_is_taken_away_and_comes_back(task: str, stream: str, part: str) -> None:
+    whole = measure(task, stream, 60)
+    with without(task, PARTS[task][part]):
+        assert measure(task, stream, 60) != pytest.approx(whole, nan_ok=True)
+    assert measure(task, stream, 60) == pytest.approx(whole, nan_ok=True)

@@ -179,6 +179,22 @@ def test_policies_act_learn_rewards_and_predict_labels(client: Any, session: str
     assert client.predict(labels, digit).label == 3
 
 
+def test_rewards_of_several_actions_are_one_version_learned_once(client: Any, session: str) -> None:
+    choices = [{"actions": ["a", "b"], "context": {"hour": hour}} for hour in range(3)]
+    taken = client.act_batch(session, choices, model="bandit").data
+    rewards = [{"action_id": each.action_id, "reward": float(each.action == "a"), "regret": 0.5} for each in taken]
+    with pytest.raises(imprint.Conflict) as twice:
+        client.feedback_batch(session, [*rewards, rewards[0]])
+    assert twice.value.param == "examples.3.action_id" and client.get(session).version == 1
+    first, again = (client.feedback_batch(session, rewards, idempotency_key="the-rewards") for _ in range(2))
+    assert first == again and (first.version, first.tokens_learned) == (2, 3)
+    with pytest.raises(imprint.Conflict) as taken_again:
+        client.feedback_batch(session, rewards[:1])
+    assert taken_again.value.code == "action_closed"
+    with pytest.raises(imprint.PreconditionFailed):
+        client.feedback_batch(session, rewards[:1], if_match=1)
+
+
 def test_an_error_names_its_code_and_parameter(client: Any, session: str) -> None:
     with pytest.raises(imprint.BadRequest) as bad:
         client.complete("a", temperature=101)

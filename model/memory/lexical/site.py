@@ -233,19 +233,21 @@ class LexicalSite(MemorySite):
         unmixed_log_probs: Tensor,
         *,
         has_row: Tensor | None = None,
+        is_evidence: Tensor | None = None,
     ) -> None:
         """Write one block of n tokens to the draft: rows (L7), the session's trust (S1) and its guards (S2).
 
         readout: of the n contexts. targets: [n]. unmixed_log_probs: log-probabilities [n] of the targets without this
-        site. has_row: bool [n], the tokens of which rows are written; None: all. Raises PoolFullError: roll the draft
-        back.
+        site. has_row: bool [n], the tokens of which rows are written; None: all. is_evidence: bool [n], the tokens that
+        the guards count; None: all. Raises PoolFullError: roll the draft back.
         """
         site_pool = self._site_pool(draft.pool)
         adapted, gradient = self.log_probs_and_trust_gradient(readout, targets, unmixed_log_probs)
         scalars = site_pool.session_scalars[draft.index]
         trust = (scalars[TRUST] + self.trust_rate * gradient).clamp(*TRUST_LIMITS)
-        gain = readout.sum_by_ngram_matches(adapted - unmixed_log_probs)
-        tokens = readout.sum_by_ngram_matches(torch.ones_like(adapted))
+        counts = torch.ones_like(adapted) if is_evidence is None else is_evidence.to(adapted.dtype)
+        gain = readout.sum_by_ngram_matches((adapted - unmixed_log_probs) * counts)
+        tokens = readout.sum_by_ngram_matches(counts)
         balance, closed = guard_step(scalars[BALANCE], scalars[GATE_CLOSED], gain, tokens)
         site_pool.session_scalars[draft.index] = torch.stack([trust, balance, closed])
         surprising = adapted < -self.config.surprise
