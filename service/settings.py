@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     memory: str = Field(
         "default",
         min_length=1,
-        description="The meta-trained memory: `default` (the one shipped for the base, or fitted to it), or the path of"
+        description="The meta-trained memory: `default` (the one fitted to the base, or shipped for it), or the path of"
         " a checkpoint that `imprint fit` or `imprint train` wrote. Sessions of one memory cannot be used with"
         " another.",
     )
