@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from service.client.errors import FileError
 from service.client.sync_client import Client
 from service.client.working_tree import TreeFile
-from service.errors import Conflict, NotFound, PreconditionFailed
+from service.errors import Conflict, NotFound, PreconditionFailed, VersionConflict
 from service.http.replies import LogEntry, Session
 
 NOT_KEPT = ("version_not_kept", "text_not_kept")  # codes of versions that can be unlearned no more
@@ -134,7 +134,7 @@ class TreeSync:
                     report.file = missing[0].path
                     self._on_progress(report)
                     self._learn(missing[0], tree, report)
-            except PreconditionFailed:
+            except (PreconditionFailed, VersionConflict):  # somebody else has taught the session
                 self._refresh()
             self._on_progress(report)
         report.stuck = {self._learned.now[version].path for version in self._stuck if version in self._learned.now}

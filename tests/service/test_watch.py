@@ -17,7 +17,7 @@ from service.cli import watch as watch_command
 from service.client.errors import FileError
 from service.client.tree_sync import Learned, Source, TreeSync
 from service.client.working_tree import WorkingTree
-from service.errors import Overloaded, RateLimited
+from service.errors import Overloaded, PreconditionFailed, RateLimited, VersionConflict
 from service.http.replies import LogEntry
 from service.http.schemas import Unlearn
 from service.store.base import RetentionConfig
@@ -208,6 +208,24 @@ def test_the_session_follows_the_tree(
     assert learned(imprint, session) == [FILES["lib/c.py"], FILES["a.py"]], (
         "the old text comes back: it is learned anew"
     )
+
+
+@pytest.mark.parametrize("error", [PreconditionFailed("moved"), VersionConflict("moved")])
+def test_a_session_that_others_change_meanwhile_is_read_again(
+    imprint: Client,
+    session: str,
+    tree: WorkingTree,
+    sync: Callable[..., TreeSync],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def refuse_once(*args: object, **kwargs: object) -> None:
+        monkeypatch.undo()
+        raise error
+
+    monkeypatch.setattr(imprint, "observe", refuse_once)
+    sync(tree)
+    assert sorted(learned(imprint, session)) == sorted(FILES.values())
 
 
 def test_a_changed_tree_leaves_the_state_of_one_that_always_was_so(
