@@ -104,9 +104,9 @@ class TextSequence:
         tokens = self._alternatives[self._shown_tokens : self.text.num_released_tokens]
         if not text and not tokens and self.finish is None:
             return None
-        num_tokens = self.text.num_released_tokens - self._shown_tokens
+        token_ids = self.tokens[self._shown_tokens : self.text.num_released_tokens]
         self._shown_text, self._shown_tokens = self.text.num_released_chars, self.text.num_released_tokens
-        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop, num_tokens)
+        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop, token_ids)
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

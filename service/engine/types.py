@@ -318,7 +318,7 @@ class TokenOutput:
     Attributes:
         choice: number of the sequence.
         tokens: the tokens with their alternatives; empty where no log-probabilities are asked for.
-        num_tokens: number of the tokens.
+        token_ids: the ids of the tokens.
         finish: why the sequence ended, on the sequence's last output.
         stop: the stop string that ended the sequence, on the sequence's last output.
     """
@@ -329,7 +329,7 @@ class TokenOutput:
     tokens: list[Alternatives]
     finish: FinishReason | None = None
     stop: str | None = None
-    num_tokens: int = 0
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
