@@ -22,7 +22,6 @@ VECTORS, ALONE = "test_openais_client_gets_a_unit_vector_for_each_text", "test_a
 IDS = "test_its_own_reply_has_the_ids_of_the_tokens"
 CHANCES = "test_its_own_reply_has_the_alternatives_by_their_ids"
 POOLING = "An option of llama.cpp's start: this encoder has one kind of pooling."
-OBJECTS = "Objects as inputs are llama.cpp's alone; texts and token ids are taken."
 TOO_LONG = "The error is a 400 with OpenAI's type and code, and its message has the numbers, not fields of their own."
 
 # By the file of a suite: the cases, each with a test of `tests/`, or a sentence.
@@ -88,8 +87,11 @@ CASES: dict[str, dict[str, str]] = {
         "test_embedding_single": VECTORS,
         "test_embedding_multiple": VECTORS,
         "test_embedding_multiple_with_fa": "test_every_part_of_a_long_text_counts",
-        "test_embedding_mixed_input": OBJECTS,
-        "test_embedding_content_text_same_as_string": OBJECTS,
+        "test_embedding_mixed_input": (
+            "Texts, token ids, objects and lists of them are taken; an empty text is a 400, as for OpenAI, and so is a"
+            " list of ids with a text among them."
+        ),
+        "test_embedding_content_text_same_as_string": "test_objects_stand_for_their_text",
         "test_embedding_invalid_input": "test_what_cannot_be_embedded_is_refused_by_name",
         "test_embedding_pooling_mean": VECTORS,
         "test_embedding_pooling_mean_multiple": VECTORS,
@@ -156,7 +158,7 @@ CASES: dict[str, dict[str, str]] = {
         "test_chat_logit_bias_invalid": BIAS,
         "test_chat_logit_bias_non_integer_key": BIAS,
         "test_chat_logit_bias_non_numeric_value": BIAS,
-        "test_chat_logit_bias_multiple_non_integer_keys": "An error names the first fault of a body.",
+        "test_chat_logit_bias_multiple_non_integer_keys": "test_an_error_names_all_keys_that_are_no_token_ids",
     },
     VLLM + "test_tokenization.py`": {
         "test_tokenize_completions": "test_tokenize_and_detokenize_are_inverse",

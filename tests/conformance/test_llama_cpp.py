@@ -205,7 +205,7 @@ def test_its_own_reply_has_the_prompt_and_the_settings(api: Client) -> None:
     chosen = one_text(api, response_fields=fields)
     assert chosen == {"content": whole["content"], fields[1]: 6, "prompt": "The quick brown"}
     ids = api.http.post("/tokenize", json={"content": "The quick brown"}).json()["tokens"]
-    assert one_text(api, ids)["prompt"] == "The quick brown" == one_text(api, ["The quick", *ids[-1:]])["prompt"]
+    assert one_text(api, ids)["prompt"] == "The quick brown"
     last = parts_of(api, seed=3)[-1]
     assert last["generation_settings"] == whole["generation_settings"] | {"stream": True}
 
