@@ -71,6 +71,7 @@ class TextSequence:
 
     def draw_next(self, scores: Tensor) -> int:
         """Draw the next token from scores [V]; return the number of tokens added."""
+        told = self.sampler.log_probs(scores) if self._options.as_drawn else scores
         token = self.sampler.draw(scores)
         if token in self.sampler.ends:
             self.text.finish()
@@ -79,7 +80,7 @@ class TextSequence:
         self.tokens.append(token)
         self._lookup.add(token)
         if self._options.logprobs is not None:
-            self._alternatives.append(_alternatives(scores, token, self._options.logprobs))
+            self._alternatives.append(_alternatives(told, token, self._options.logprobs))
         self._began = self._began or time.monotonic()
         if self.text.push(token):
             self.finish = "stop"

@@ -28,6 +28,7 @@ class GenerationParams:
         stop: strings at which a sequence ends; the text ends before the string.
         n: number of sequences.
         logprobs: number of alternatives to report for each token; None = no log-probabilities.
+        as_drawn: whether the log-probabilities are those with which the tokens are drawn, after all samplers.
         learn: mark of the generated tokens where they are learned too, block by block (only with n = 1); 0 = they are
             not.
         follows: the tokens that the text follows, where they are not the last ones of the segment: those before a gap.
@@ -45,6 +46,7 @@ class GenerationParams:
     follows: tuple[int, ...] = ()
     max_ms: int | None = None
     min_indent: int = 0
+    as_drawn: bool = False
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ NOT_IN_REPLY: dict[str, tuple[Any, ...]] = {
 }
 OWN_NAMES = (
     *("input_prefix", "input_suffix", "input_extra", "prompt", "response_fields", "return_tokens"),
+    "post_sampling_probs",
     "logit_bias",  # the route turns texts into token ids
 )
 MAX_BIASED_CHARS = 256  # of a text whose tokens get a bias
@@ -98,7 +99,7 @@ class OneTextCompletion(CompletionRequest):
     """The completion of one text. The order of samplers, which clients of llama.cpp always send, is ignored."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        name: values for name, values in COMPLETION_UNSUPPORTED.items() if name not in ("samplers", "return_tokens")
+        name: values for name, values in COMPLETION_UNSUPPORTED.items() if name != "samplers"
     }
 
     @model_validator(mode="after")
@@ -129,6 +130,9 @@ class OneTextRequest(Body):
     ) = Field(None, description="The fields of the reply, a path such as `timings/prompt_n` for an inner one.")
     return_tokens: bool | None = Field(
         None, description="True: the reply has the ids of its tokens; the parts of a stream always have theirs."
+    )
+    post_sampling_probs: bool | None = Field(
+        None, description="True: `n_probs` are probabilities after all samplers: `prob` and `top_probs`."
     )
     logit_bias: Biases | None = Field(
         None,
@@ -236,12 +240,17 @@ class TokensCut(BaseModel):
     extra: int
 
 
-class TokenChance(BaseModel):
+class ShownToken(BaseModel):
     """A token that the text might have had; `bytes` are exact, `token` may show only a part of a character."""
 
     id: int
     token: str
     bytes: list[int]
+
+
+class TokenChance(ShownToken):
+    """A token and its log-probability (nats)."""
+
     logprob: float
 
 
@@ -249,6 +258,18 @@ class WrittenToken(TokenChance):
     """A token of the text, and the likeliest tokens in its place."""
 
     top_logprobs: list[TokenChance]
+
+
+class DrawnChance(ShownToken):
+    """A token and its probability after all samplers."""
+
+    prob: float
+
+
+class DrawnToken(DrawnChance):
+    """A token of the text, and the likeliest tokens in its place, after all samplers."""
+
+    top_probs: list[DrawnChance]
 
 
 class GenerationSettings(BaseModel):
@@ -268,6 +289,7 @@ class GenerationSettings(BaseModel):
     ignore_eos: bool
     stop: list[str]
     n_probs: int
+    post_sampling_probs: bool
     stream: bool
 
 
@@ -283,7 +305,7 @@ class InfillReply(BaseModel):
     index: int
     content: str
     tokens: list[int] = Field(description="The ids of the text's tokens, with `return_tokens`.")
-    completion_probabilities: list[WrittenToken] | None = Field(
+    completion_probabilities: list[WrittenToken] | list[DrawnToken] | None = Field(
         description="With `n_probs`: the text's tokens, each with so many likeliest ones; in a stream, of the parts."
     )
     prompt: str = Field(description="The text of the whole prompt.")

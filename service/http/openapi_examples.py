@@ -313,6 +313,7 @@ EXAMPLES: dict[str, list[Json]] = {
                 "ignore_eos": False,
                 "stop": [],
                 "n_probs": 0,
+                "post_sampling_probs": False,
                 "stream": False,
             },
             "model": "qwen2.5-coder-0.5b-instruct",

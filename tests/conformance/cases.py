@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, str]] = {
         "test_completion_response_fields": "test_its_own_reply_has_the_prompt_and_the_settings",
         "test_n_probs": CHANCES,
         "test_n_probs_stream": CHANCES,
-        "test_n_probs_post_sampling": "Probabilities are told before samplers cut them, as OpenAI's are.",
+        "test_n_probs_post_sampling": "test_its_own_reply_has_the_probabilities_after_all_samplers",
         "test_logit_bias": "test_its_own_route_biases_texts_and_tokens",
         "test_cancel_request": "test_a_request_whose_client_disconnects_ends_and_changes_nothing",
     },

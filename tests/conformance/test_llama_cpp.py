@@ -224,6 +224,18 @@ def test_its_own_reply_has_the_alternatives_by_their_ids(api: Client) -> None:
     assert one_text(api)["completion_probabilities"] is None and not last["completion_probabilities"]
 
 
+def test_its_own_reply_has_the_probabilities_after_all_samplers(api: Client) -> None:
+    fields = {"n_probs": 10, "n_predict": 5, "logit_bias": NO_END, "post_sampling_probs": True}
+    for one in one_text(api, **fields)["completion_probabilities"]:
+        assert one["prob"] == 1.0 and one["top_probs"][0] == {
+            name: one[name] for name in ("id", "token", "bytes", "prob")
+        }
+        assert len(one["top_probs"]) == 10 and all(each["prob"] < 1e-30 for each in one["top_probs"][1:])
+    for one in one_text(api, **fields, temperature=1, top_k=3, seed=1)["completion_probabilities"]:
+        probs = [each["prob"] for each in one["top_probs"]]
+        assert abs(sum(probs[:3]) - 1) < 1e-5 and 0 < one["prob"] < 1 and one["prob"] in probs[:3]
+
+
 def test_its_own_route_biases_texts_and_tokens(api: Client) -> None:
     ids = api.http.post("/tokenize", json={"content": " x"}).json()["tokens"]
     free = one_text(api, return_tokens=True, logit_bias=NO_END)

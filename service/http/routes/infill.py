@@ -1,5 +1,6 @@
 """llama.cpp's own routes: for filling in the middle, which editors ask while someone types, and for going on."""
 
+import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -52,7 +53,7 @@ STREAMED: dict[int | str, Json] = {
 async def infill(body: InfillRequest, learning: LearningRequestDep, headers: ImprintHeadersDep) -> Json | Response:
     """Return the text between two texts, with the session's memory; nothing is learned unless `adapt` says so."""
     completion = await _biased(body, learning)
-    job = await text_job(completion, learning, headers, body.snippets)
+    job = _told(body, await text_job(completion, learning, headers, body.snippets))
     formatter = InfillFormatter(learning, job, body)
     if job.adapt == "predict" and body.asks_nothing:
         end = TurnEnd(["length"], 0, 0, None)
@@ -68,7 +69,7 @@ async def complete_one_text(
 ) -> Json | Response:
     """Continue one prompt as `/v1/completions` does, to the end of the text unless it has `n_predict`."""
     completion = await _biased(body, learning)
-    job = await text_job(completion, learning, headers)
+    job = _told(body, await text_job(completion, learning, headers))
     formatter = InfillFormatter(learning, job, body)
     return _chosen_alone(await answer(learning, completion, job, formatter, InfillStream), body, learning)
 
@@ -164,8 +165,9 @@ class InfillFormatter(TextFormatter):
         """Return the tokens with their alternatives; None if they are not asked for."""
         if self._job.generation.logprobs is None:
             return None
+        chance, top = (_drawn, "top_probs") if self._job.generation.as_drawn else (_chance, "top_logprobs")
         return [
-            _chance(one.token_id, one.token, one.logprob or 0.0) | {"top_logprobs": [_chance(*top) for top in one.top]}
+            chance(one.token_id, one.token, one.logprob or 0.0) | {top: [chance(*each) for each in one.top]}
             for one in self._chances
         ]
 
@@ -181,6 +183,11 @@ async def _biased(body: OneTextRequest, learning: LearningRequest) -> Completion
     return body.completion.model_copy(update={"logit_bias": by_token or None})
 
 
+def _told(body: OneTextRequest, job: CompletionJob) -> CompletionJob:
+    """Return the job with the kind of probabilities that the request asks for."""
+    return replace(job, generation=replace(job.generation, as_drawn=bool(body.post_sampling_probs)))
+
+
 def _by_token(biases: Sequence[tuple[str | int, float]], tokenizer: Tokenizer) -> dict[str, float]:
     by_token = dict[str, float]()
     for key, bias in biases:
@@ -191,6 +198,11 @@ def _by_token(biases: Sequence[tuple[str | int, float]], tokenizer: Tokenizer) -
 
 def _chance(token_id: int, token: bytes, logprob: float) -> Json:
     return {"id": token_id} | chat_token(token, logprob)
+
+
+def _drawn(token_id: int, token: bytes, logprob: float) -> Json:
+    shown = _chance(token_id, token, logprob)
+    return {name: shown[name] for name in ("id", "token", "bytes")} | {"prob": math.exp(logprob)}
 
 
 def _settings(job: CompletionJob) -> Json:
@@ -205,6 +217,7 @@ def _settings(job: CompletionJob) -> Json:
         "ignore_eos": sampling.ignore_eos,
         "stop": list(options.stop),
         "n_probs": options.logprobs or 0,
+        "post_sampling_probs": options.as_drawn,
         "stream": job.stream,
     }
 
