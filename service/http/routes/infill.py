@@ -1,14 +1,13 @@
 """llama.cpp's own routes: for filling in the middle, which editors ask while someone types, and for going on."""
 
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from model.text.infill import Cut
-from model.text.tokenizer import Tokenizer
 from model.text.tool_calls import ReplyPiece
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.errors import BadRequest
@@ -53,7 +52,7 @@ STREAMED: dict[int | str, Json] = {
 async def infill(body: InfillRequest, learning: LearningRequestDep, headers: ImprintHeadersDep) -> Json | Response:
     """Return the text between two texts, with the session's memory; nothing is learned unless `adapt` says so."""
     completion = await _biased(body, learning)
-    job = _told(body, await text_job(completion, learning, headers, body.snippets))
+    job = _with_chances(body, await text_job(completion, learning, headers, body.snippets))
     formatter = InfillFormatter(learning, job, body)
     if job.adapt == "predict" and body.asks_nothing:
         end = TurnEnd(["length"], 0, 0, None)
@@ -69,7 +68,7 @@ async def complete_one_text(
 ) -> Json | Response:
     """Continue one prompt as `/v1/completions` does, to the end of the text unless it has `n_predict`."""
     completion = await _biased(body, learning)
-    job = _told(body, await text_job(completion, learning, headers))
+    job = _with_chances(body, await text_job(completion, learning, headers))
     formatter = InfillFormatter(learning, job, body)
     return _chosen_alone(await answer(learning, completion, job, formatter, InfillStream), body, learning)
 
@@ -174,24 +173,25 @@ class InfillFormatter(TextFormatter):
 
 async def _biased(body: OneTextRequest, learning: LearningRequest) -> CompletionRequest:
     """Return the completion with the biases by token ids. Raises BadRequest."""
-    tokenizer, biases = learning.sessions.loaded_model.tokenizer, body.biases
+    encode, biases = learning.sessions.loaded_model.tokenizer.encode_inside, body.biases
     work = sum(len(key) for key, _ in biases if isinstance(key, str))
-    by_token = await run_off_loop(work, _by_token, biases, tokenizer)
+    by_token = await run_off_loop(work, _by_token, biases, encode)
     if len(by_token) > MAX_BIASES:
         message = f"'logit_bias' may be of {MAX_BIASES} tokens, got texts of {len(by_token)} tokens."
         raise BadRequest(message, param="logit_bias")
     return body.completion.model_copy(update={"logit_bias": by_token or None})
 
 
-def _told(body: OneTextRequest, job: CompletionJob) -> CompletionJob:
+def _with_chances(body: OneTextRequest, job: CompletionJob) -> CompletionJob:
     """Return the job with the kind of probabilities that the request asks for."""
-    return replace(job, generation=replace(job.generation, as_drawn=bool(body.post_sampling_probs)))
+    as_drawn = bool(body.post_sampling_probs) and job.generation.logprobs is not None
+    return replace(job, generation=replace(job.generation, as_drawn=as_drawn))
 
 
-def _by_token(biases: Sequence[tuple[str | int, float]], tokenizer: Tokenizer) -> dict[str, float]:
+def _by_token(biases: Sequence[tuple[str | int, float]], encode: Callable[[str], list[int]]) -> dict[str, float]:
     by_token = dict[str, float]()
     for key, bias in biases:
-        token_ids = [key] if isinstance(key, int) else tokenizer.encode_inside(key)
+        token_ids = [key] if isinstance(key, int) else encode(key)
         by_token |= dict.fromkeys(map(str, token_ids), bias)
     return by_token
 
