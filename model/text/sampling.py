@@ -112,6 +112,17 @@ class Sampler:
         self.forced.append(self._grammar is not None and self._grammar.advance(token))
         return token
 
+    def log_probs(self, scores: Tensor) -> Tensor:
+        """Return the log-probabilities with which the next token is drawn; those of no chance are finite too."""
+        options, scores = self._sampling, self._adjust(scores)
+        if options.is_greedy:
+            values, indices = torch.ones(1, device=scores.device), scores.argmax(keepdim=True)
+        else:
+            probs = torch.softmax(scores.float() / options.temperature, dim=-1)
+            values, indices = drawable(probs, options) if options.truncates else probs.topk(len(probs))
+        chances = torch.zeros(len(scores), device=scores.device).index_put((indices,), values / values.sum())
+        return chances.clamp_min(torch.finfo(chances.dtype).tiny).log()
+
     def _draw(self, scores: Tensor) -> int:
         options = self._sampling
         scores = self._adjust(scores)

@@ -71,6 +71,7 @@ class TextSequence:
 
     def draw_next(self, scores: Tensor) -> int:
         """Draw the next token from scores [V]; return the number of tokens added."""
+        told = self.sampler.log_probs(scores) if self._options.as_drawn else scores
         token = self.sampler.draw(scores)
         if token in self.sampler.ends:
             self.text.finish()
@@ -79,7 +80,7 @@ class TextSequence:
         self.tokens.append(token)
         self._lookup.add(token)
         if self._options.logprobs is not None:
-            self._alternatives.append(_alternatives(scores, token, self._options.logprobs))
+            self._alternatives.append(_alternatives(told, token, self._options.logprobs))
         self._began = self._began or time.monotonic()
         if self.text.push(token):
             self.finish = "stop"
@@ -104,9 +105,9 @@ class TextSequence:
         tokens = self._alternatives[self._shown_tokens : self.text.num_released_tokens]
         if not text and not tokens and self.finish is None:
             return None
-        num_tokens = self.text.num_released_tokens - self._shown_tokens
+        token_ids = self.tokens[self._shown_tokens : self.text.num_released_tokens]
         self._shown_text, self._shown_tokens = self.text.num_released_chars, self.text.num_released_tokens
-        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop, num_tokens)
+        return TokenOutput(segment, self.choice, text, tokens, self.finish, self.text.stop, token_ids)
 
 
 def _alternatives(scores: Tensor, token: int, top: int) -> Alternatives:

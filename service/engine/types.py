@@ -28,6 +28,7 @@ class GenerationParams:
         stop: strings at which a sequence ends; the text ends before the string.
         n: number of sequences.
         logprobs: number of alternatives to report for each token; None = no log-probabilities.
+        as_drawn: whether the log-probabilities are those with which the tokens are drawn, after all samplers.
         learn: mark of the generated tokens where they are learned too, block by block (only with n = 1); 0 = they are
             not.
         follows: the tokens that the text follows, where they are not the last ones of the segment: those before a gap.
@@ -45,6 +46,7 @@ class GenerationParams:
     follows: tuple[int, ...] = ()
     max_ms: int | None = None
     min_indent: int = 0
+    as_drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ class TokenOutput:
     Attributes:
         choice: number of the sequence.
         tokens: the tokens with their alternatives; empty where no log-probabilities are asked for.
-        num_tokens: number of the tokens.
+        token_ids: the ids of the tokens.
         finish: why the sequence ended, on the sequence's last output.
         stop: the stop string that ended the sequence, on the sequence's last output.
     """
@@ -329,7 +331,7 @@ class TokenOutput:
     tokens: list[Alternatives]
     finish: FinishReason | None = None
     stop: str | None = None
-    num_tokens: int = 0
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

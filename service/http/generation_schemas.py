@@ -7,6 +7,7 @@ misspelt field of this server: nobody should learn by a typing error (`service/h
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -59,6 +60,7 @@ from service.types import AdaptMode, LearnMode
 
 MAX_BIASES = 1024
 MAX_PROMPTS = 128
+TOKEN_ID = "^[0-9]{1,10}$"  # as a key
 MAX_STOPS = 32
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS_TOP = 20
@@ -93,6 +95,16 @@ def _prompt_kind(value: Any) -> str | None:
 def _not_zero(value: int) -> int:
     if value == 0:
         raise PydanticCustomError("zero", "should be at least 1, or -1 for as many as fit")
+    return value
+
+
+def _ids_as_keys(value: Any) -> Any:
+    """Refuse an object with several keys that are no token ids by an error that names them all, up to `MAX_STOPS`."""
+    limit_entries(value, MAX_BIASES)
+    wrong = [key for key in value if not re.fullmatch(TOKEN_ID, str(key))] if isinstance(value, dict) else []
+    if len(wrong) > 1:
+        names = ", ".join(shorten(key) for key in wrong[:MAX_STOPS]) + (", …" if len(wrong) > MAX_STOPS else "")
+        raise PydanticCustomError("keys", "keys should be token ids, not {names}", {"names": names})
     return value
 
 
@@ -138,11 +150,11 @@ Stop = Annotated[
 ]
 LogitBias = Annotated[
     dict[
-        Annotated[str, StringConstraints(pattern="^[0-9]{1,10}$")],
+        Annotated[str, StringConstraints(pattern=TOKEN_ID)],
         Annotated[float, Field(ge=-100, le=100)],
     ],
     Field(json_schema_extra={"additionalProperties": False, "maxProperties": MAX_BIASES}),
-    BeforeValidator(lambda value: limit_entries(value, MAX_BIASES)),
+    BeforeValidator(_ids_as_keys),
 ]
 Count = Annotated[int, Field(ge=0, le=INT32), WHOLE]
 StopTokenIds = Annotated[list[Count], Field(max_length=MAX_STOPS, fail_fast=True)]

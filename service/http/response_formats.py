@@ -163,7 +163,7 @@ class ResponseFormatter(ABC):
     def _chunks(self, event: Delta | TurnEnd) -> Iterator[str]:
         if isinstance(event, Delta):
             self._latency.record(event.choice)
-            self._generated[event.choice] += event.tokens
+            self._generated[event.choice] += len(event.token_ids)
             if event.text or event.logprobs:
                 logprobs = self.logprobs_json(event.logprobs) if event.logprobs else None
                 choice = self.chunk_choice_json(event.choice, event.text, logprobs, None)
@@ -241,8 +241,8 @@ class ChatFormatter(ResponseFormatter):
     def logprobs_json(self, tokens: Iterable[TokenLogprob]) -> Json:
         content = []
         for one in tokens:
-            top = [_chat_token(token, logprob) for _, token, logprob in one.top]
-            content.append(_chat_token(one.token, one.logprob) | {"top_logprobs": top})
+            top = [chat_token(token, logprob) for _, token, logprob in one.top]
+            content.append(chat_token(one.token, one.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def prompt_logprobs_json(self, end: TurnEnd) -> Json:
@@ -380,5 +380,6 @@ def _alternatives(one: TokenLogprob) -> dict[str, float] | None:
     }
 
 
-def _chat_token(token: bytes, logprob: float | None) -> Json:
+def chat_token(token: bytes, logprob: float | None) -> Json:
+    """Return a token as chats show it."""
     return {"token": _token_text(token), "bytes": list(token), "logprob": _finite(logprob or 0.0)}

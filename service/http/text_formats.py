@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from model.text.tool_calls import ReplyPiece, ReplyReader, read_message, tool_names
+from service.concurrency import run_off_loop
 from service.errors import BadRequest
 from service.http.faults import explain
 from service.http.generation_schemas import ChatCompletionRequest
@@ -42,7 +43,7 @@ class TextFormatter(ABC):
         self._latency = latency
         self._names = tool_names(tools) if tools else None
 
-    async def reply(self, events: AsyncIterator[TurnEvent]) -> Json:
+    async def reply(self, events: AsyncIterator[TurnEvent]) -> Json | list[bytes]:
         """Return the whole reply."""
         texts = list[str]()
         async for event in events:
@@ -51,8 +52,8 @@ class TextFormatter(ABC):
             if isinstance(event, TurnRestarted):
                 texts.clear()
             else:
-                self._latency.record(event.choice)
                 texts.append(event.text)
+            self.take(event)
         raise AssertionError("a turn ends with a TurnEnd")
 
     async def stream(self, events: AsyncGenerator[TurnEvent, None]) -> AsyncGenerator[str, None]:
@@ -65,13 +66,13 @@ class TextFormatter(ABC):
                     yield opening
                 opened = True
                 if isinstance(event, Delta):
-                    self._latency.record(event.choice)
+                    self.take(event)
                     text = event.text
                     pieces = reader.feed(text) if reader else [ReplyPiece(text)] if text else []
                 else:
                     pieces = reader.finish() if reader else []
                 for piece in pieces:
-                    for output in self.piece(piece):
+                    for output in await run_off_loop(self.work, list, self.piece(piece)):
                         yield output
                 if isinstance(event, TurnEnd):
                     for closing in await self.closing(event):
@@ -84,6 +85,16 @@ class TextFormatter(ABC):
         content, calls = read_message(text, self._names)
         parts = [ReplyPiece(arguments, index, name) for index, (name, arguments) in enumerate(calls)]
         return [ReplyPiece(content), *parts] if content else parts
+
+    @property
+    def work(self) -> int:
+        """Return the work on the next piece of a stream, as `run_off_loop` counts it."""
+        return 0
+
+    def take(self, event: Delta | TurnRestarted) -> None:
+        """Take what is told of new text besides the text."""
+        if isinstance(event, Delta):
+            self._latency.record(event.choice)
 
     def opening(self, prompt_tokens: int) -> Iterable[str]:
         """Return the events of a stream before the text."""

@@ -89,14 +89,14 @@ class PromptLogprobs:
 class Delta:
     """New text of a choice; `choice` is prompt · n + index. `prompt_tokens` is that of `TurnEnd`.
 
-    tokens: number of new tokens; 0 where it is not known, as in the replay of an answer.
+    token_ids: the new tokens; none where they are not known, as in an echo.
     """
 
     choice: int
     text: str
     logprobs: Sequence[TokenLogprob] | PromptLogprobs
     prompt_tokens: int = 0
-    tokens: int = 0
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class OutputProcessor:
             self.stops[candidate] = event.stop
         if self._waiting is not None:
             self._token_logprobs[candidate] += [entry.logprob or 0.0 for entry in event.tokens]
-        if event.text or event.num_tokens:
+        if event.text or event.token_ids:
             yield self._delta(candidate, event)
 
     def _passed(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
@@ -306,17 +306,21 @@ class OutputProcessor:
             logprobs.append(TokenLogprob(entry.token_id, token, entry.logprob, top, offset))
             offset += len(token.decode(errors="ignore"))
         self.texts[choice] += event.text
-        return Delta(choice, event.text, logprobs, self.prompt_tokens, event.num_tokens)
+        return Delta(choice, event.text, logprobs, self.prompt_tokens, event.token_ids)
 
 
 def pack_answer(deltas: Iterable[Delta], end: TurnEnd) -> dict[str, Any]:
     """Return a completion's answer as JSON, with the deltas of each choice joined; iterators stand for long lists."""
     texts: dict[int, str] = {}
+    token_ids: dict[int, list[int]] = {}
     logprobs: dict[int, list[Sequence[TokenLogprob] | PromptLogprobs]] = {}
     for delta in deltas:
         texts[delta.choice] = texts.get(delta.choice, "") + delta.text
+        token_ids.setdefault(delta.choice, []).extend(delta.token_ids)
         logprobs.setdefault(delta.choice, []).append(delta.logprobs)
-    packed = {choice: [texts[choice], map(_pack_token, chain(*logprobs[choice]))] for choice in texts}
+    packed = {
+        choice: [text, map(_pack_token, chain(*logprobs[choice])), token_ids[choice]] for choice, text in texts.items()
+    }
     of_prompts = [map(_pack_token, tokens) for tokens in end.prompt_logprobs]
     adaptation = end.adaptation and asdict(end.adaptation)
     return {"choices": packed, "end": vars(end) | {"adaptation": adaptation, "prompt_logprobs": of_prompts}}
@@ -326,8 +330,8 @@ def unpack_answer(packed: dict[str, Any]) -> list[Delta | TurnEnd]:
     """Return the events of an answer that `pack_answer` packed."""
     end = packed["end"]
     deltas = [
-        Delta(int(choice), text, [_unpack_token(token) for token in tokens], end["prompt_tokens"])
-        for choice, (text, tokens) in packed["choices"].items()
+        Delta(int(choice), text, [_unpack_token(token) for token in tokens], end["prompt_tokens"], *token_ids)
+        for choice, (text, tokens, *token_ids) in packed["choices"].items()  # an earlier release keeps no ids
     ]
     adaptation = None if end["adaptation"] is None else Adaptation.from_record(end["adaptation"])
     of_prompts = [[_unpack_token(token) for token in tokens] for tokens in end.get("prompt_logprobs", ())]

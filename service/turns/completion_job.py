@@ -31,7 +31,7 @@ class GenerationOptions:
         logprobs: alternatives for each token; None = no log-probabilities.
         prompt_logprobs: alternatives for each token of the prompt; None = no log-probabilities of the prompt.
         grammar: the grammar that the text must follow, and the field that has it.
-        max_ms, min_indent: as in `GenerationParams`.
+        max_ms, min_indent, as_drawn: as in `GenerationParams`.
     """
 
     max_tokens: int | None = None
@@ -45,6 +45,7 @@ class GenerationOptions:
     grammar: tuple[GrammarSource, str] | None = None
     max_ms: int | None = None
     min_indent: int = 0
+    as_drawn: bool = False
 
     @property
     def candidates(self) -> int:
@@ -164,6 +165,7 @@ def build_segment(
             follows=_before_gap(prompt, encoded),
             max_ms=options.max_ms,
             min_indent=options.min_indent,
+            as_drawn=options.as_drawn,
         )
     return Segment(
         encoded.token_ids,

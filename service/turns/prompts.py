@@ -124,6 +124,20 @@ def require_fits(prompt: Prompt, tokenizer: Tokenizer, context: int, param: str 
         )
 
 
+def text_of(prompt: Prompt, tokenizer: Tokenizer) -> str:
+    """Return the text of a prompt that is no chat."""
+    match prompt:
+        case TextPrompt(text):
+            return text
+        case PartsPrompt(parts):
+            pieces = [part.encode() if isinstance(part, str) else tokenizer.token_bytes(part) for part in parts]
+        case TokenPrompt(token_ids) | EncodedPrompt(token_ids):
+            pieces = [tokenizer.token_bytes(token_id) for token_id in token_ids]
+        case ChatPrompt():
+            raise AssertionError("a chat is rendered by its template")
+    return b"".join(pieces).decode(errors="replace")
+
+
 def require_few_logprobs(tokens: int, param: str) -> None:
     """Refuse a request whose answer would hold the log-probabilities of more than `MAX_LOGPROBS` tokens.
 

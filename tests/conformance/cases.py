@@ -19,16 +19,16 @@ BIAS = "test_a_bias_is_of_a_token_of_the_vocabulary"
 USAGE = "test_each_chunk_has_the_numbers_of_tokens_so_far"
 GAP = "test_a_gap_is_filled_as_by_the_prompt_that_clients_write_themselves"
 VECTORS, ALONE = "test_openais_client_gets_a_unit_vector_for_each_text", "test_a_vector_depends_on_its_text_alone"
-NO_IDS = "The text, the counts and the times are there; the ids of the tokens (`tokens`) are not."
+IDS = "test_its_own_reply_has_the_ids_of_the_tokens"
+CHANCES = "test_its_own_reply_has_the_alternatives_by_their_ids"
 POOLING = "An option of llama.cpp's start: this encoder has one kind of pooling."
-OBJECTS = "Objects as inputs are llama.cpp's alone; texts and token ids are taken."
 TOO_LONG = "The error is a 400 with OpenAI's type and code, and its message has the numbers, not fields of their own."
 
 # By the file of a suite: the cases, each with a test of `tests/`, or a sentence.
 CASES: dict[str, dict[str, str]] = {
     LLAMA_CPP + "test_completion.py`": {
-        "test_completion": NO_IDS,
-        "test_completion_stream": NO_IDS,
+        "test_completion": IDS,
+        "test_completion_stream": IDS,
         "test_completion_stream_vs_non_stream": "test_its_own_stream_and_chosen_fields",
         "test_completion_with_openai_library": FIELDS,
         "test_completion_stream_with_openai_library": STREAM,
@@ -41,15 +41,11 @@ CASES: dict[str, dict[str, str]] = {
         "test_nocache_long_input_prompt": "test_a_prompt_over_the_context_is_refused",
         "test_completion_with_tokens_input": "test_texts_and_tokens_mix_in_a_prompt",
         "test_completion_parallel_slots": "test_more_streams_than_the_batch_holds_all_end_as_they_would_alone",
-        "test_completion_response_fields": (
-            "The reply has the fields that are chosen, and not `prompt` or `generation_settings`."
-        ),
-        "test_n_probs": "test_n_probs_is_the_number_of_alternatives",
-        "test_n_probs_stream": "test_logprobs_come_with_the_chunks_of_a_stream",
-        "test_n_probs_post_sampling": "Probabilities are told before samplers cut them, as OpenAI's are.",
-        "test_logit_bias": (
-            "`logit_bias` has token ids in an object; llama.cpp takes lists too, and texts, which vLLM refuses."
-        ),
+        "test_completion_response_fields": "test_its_own_reply_has_the_prompt_and_the_settings",
+        "test_n_probs": CHANCES,
+        "test_n_probs_stream": CHANCES,
+        "test_n_probs_post_sampling": "test_its_own_reply_has_the_probabilities_after_all_samplers",
+        "test_logit_bias": "test_its_own_route_biases_texts_and_tokens",
         "test_cancel_request": "test_a_request_whose_client_disconnects_ends_and_changes_nothing",
     },
     LLAMA_CPP + "test_chat_completion.py`": {
@@ -91,8 +87,11 @@ CASES: dict[str, dict[str, str]] = {
         "test_embedding_single": VECTORS,
         "test_embedding_multiple": VECTORS,
         "test_embedding_multiple_with_fa": "test_every_part_of_a_long_text_counts",
-        "test_embedding_mixed_input": OBJECTS,
-        "test_embedding_content_text_same_as_string": OBJECTS,
+        "test_embedding_mixed_input": (
+            "Texts, token ids, objects and lists of them are taken; an empty text is a 400, as for OpenAI, and so is a"
+            " list of ids with a text among them."
+        ),
+        "test_embedding_content_text_same_as_string": "test_objects_stand_for_their_text",
         "test_embedding_invalid_input": "test_what_cannot_be_embedded_is_refused_by_name",
         "test_embedding_pooling_mean": VECTORS,
         "test_embedding_pooling_mean_multiple": VECTORS,
@@ -159,7 +158,7 @@ CASES: dict[str, dict[str, str]] = {
         "test_chat_logit_bias_invalid": BIAS,
         "test_chat_logit_bias_non_integer_key": BIAS,
         "test_chat_logit_bias_non_numeric_value": BIAS,
-        "test_chat_logit_bias_multiple_non_integer_keys": "An error names the first fault of a body.",
+        "test_chat_logit_bias_multiple_non_integer_keys": "test_an_error_names_all_keys_that_are_no_token_ids",
     },
     VLLM + "test_tokenization.py`": {
         "test_tokenize_completions": "test_tokenize_and_detokenize_are_inverse",

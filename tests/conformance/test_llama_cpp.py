@@ -183,6 +183,80 @@ def test_its_own_stream_and_chosen_fields(api: Client) -> None:
     assert one_text(api, response_fields=fields) == {"content": whole["content"], "timings/predicted_n": 6}
 
 
+def parts_of(api: Client, **fields: Any) -> list[Any]:
+    """Return the events of a stream of llama.cpp's own route."""
+    body = {"prompt": "The quick brown", "n_predict": 6, "temperature": 0, "stream": True} | fields
+    lines = api.http.post("/completion", json=body).text.split("\n\n")
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line]
+
+
+def test_its_own_reply_has_the_ids_of_the_tokens(api: Client) -> None:
+    reply = one_text(api, return_tokens=True, logit_bias=NO_END)
+    assert len(reply["tokens"]) == reply["timings"]["predicted_n"] == 6 and one_text(api)["tokens"] == []
+    assert api.http.post("/detokenize", json={"tokens": reply["tokens"]}).json()["content"] == reply["content"]
+    *parts, last = parts_of(api, logit_bias=NO_END)
+    assert [token for part in parts for token in part["tokens"]] == reply["tokens"] and last["tokens"] == []
+
+
+def test_its_own_reply_has_the_prompt_and_the_settings(api: Client) -> None:
+    fields = ["content", "generation_settings/n_predict", "prompt"]
+    whole = one_text(api, response_fields=[], seed=3)
+    assert whole["generation_settings"] | {"n_predict": 6, "seed": 3, "temperature": 0} == whole["generation_settings"]
+    chosen = one_text(api, response_fields=fields)
+    assert chosen == {"content": whole["content"], fields[1]: 6, "prompt": "The quick brown"}
+    ids = api.http.post("/tokenize", json={"content": "The quick brown"}).json()["tokens"]
+    assert one_text(api, ids)["prompt"] == "The quick brown"
+    last = parts_of(api, seed=3)[-1]
+    assert last["generation_settings"] == whole["generation_settings"] | {"stream": True}
+
+
+def test_its_own_reply_has_the_alternatives_by_their_ids(api: Client) -> None:
+    fields = {"n_probs": 10, "n_predict": 5, "logit_bias": NO_END}
+    tokens = one_text(api, **fields, return_tokens=True)
+    written = tokens["completion_probabilities"]
+    assert [one["id"] for one in written] == tokens["tokens"] and len(written) == 5
+    for one in written:
+        top = one["top_logprobs"]
+        assert len(top) == 10 and one["logprob"] == max(each["logprob"] for each in top) <= 0
+        assert one["id"] in [each["id"] for each in top] and bytes(one["bytes"]).decode(errors="ignore") in one["token"]
+    *parts, last = parts_of(api, **fields)
+    assert [one for part in parts for one in part["completion_probabilities"]] == written
+    assert one_text(api)["completion_probabilities"] is None and not last["completion_probabilities"]
+
+
+def test_its_own_reply_has_the_probabilities_after_all_samplers(api: Client) -> None:
+    fields = {"n_probs": 10, "n_predict": 5, "logit_bias": NO_END, "post_sampling_probs": True}
+    for one in one_text(api, **fields)["completion_probabilities"]:
+        assert one["prob"] == 1.0 and one["top_probs"][0] == {
+            name: one[name] for name in ("id", "token", "bytes", "prob")
+        }
+        assert len(one["top_probs"]) == 10 and all(each["prob"] < 1e-30 for each in one["top_probs"][1:])
+    for one in one_text(api, **fields, temperature=1, top_k=3, seed=1)["completion_probabilities"]:
+        probs = [each["prob"] for each in one["top_probs"]]
+        assert abs(sum(probs[:3]) - 1) < 1e-5 and 0 < one["prob"] < 1 and one["prob"] in probs[:3]
+
+
+def test_its_own_route_biases_texts_and_tokens(api: Client) -> None:
+    ids = api.http.post("/tokenize", json={"content": " x"}).json()["tokens"]
+    free = one_text(api, return_tokens=True, logit_bias=NO_END)
+    for bias in ([[" x", 100]], {" x": 100}, [[token, 100] for token in ids], {str(token): 100 for token in ids}):
+        assert set(one_text(api, return_tokens=True, logit_bias=bias)["tokens"]) <= set(ids)
+    first = free["tokens"][0]
+    for value in (False, -100):
+        assert first not in one_text(api, return_tokens=True, logit_bias=[[first, value], ["1", 0]])["tokens"]
+    wrong: tuple[tuple[Any, str], ...] = (
+        (5, "logit_bias"),
+        ([[" x"]], "logit_bias.0"),
+        ([[" x", 101]], "logit_bias.0.1"),
+        ({" x": True}, "logit_bias. x"),
+        ([[10**6, 1]], "logit_bias.1000000"),
+        ([["ab " * 80, 1]] * 1024 + [["", 1]], "logit_bias"),
+    )
+    for bias, param in wrong:
+        response = api.http.post("/completion", json={"prompt": "The", "logit_bias": bias})
+        assert response.status_code == 400 and response.json()["error"]["param"].startswith(param), response.text
+
+
 def test_its_own_route_teaches_the_session_that_it_names(api: Client) -> None:
     assert one_text(api)["adaptation"] is None
     assert one_text(api, session="llama")["adaptation"]["tokens_learned"] > 0 and api.version("llama") == 1

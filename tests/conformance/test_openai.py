@@ -265,6 +265,11 @@ def test_a_bias_is_of_a_token_of_the_vocabulary(complete: Ask, chat: Ask, refuse
         assert error["param"] == f"logit_bias.{named}" and named in error["message"]
 
 
+def test_an_error_names_all_keys_that_are_no_token_ids(refused: Any) -> None:
+    error = refused("chat/completions", {"logit_bias": {"one": 1, "2": 1, "-3": 1, "four": 1}})
+    assert error["param"] == "logit_bias" and all(key in error["message"] for key in ('"one"', '"-3"', '"four"'))
+
+
 def test_parts_of_text_are_the_text(chat: Ask) -> None:
     parts = [{"type": "text", "text": HELLO[0]["content"]}]
     assert chat([{"role": "user", "content": parts}], temperature=0)["choices"] == chat(temperature=0)["choices"]

@@ -240,6 +240,16 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(
 # Seeds.
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 2}, {"min_p": 0.3}, {"temperature": 0.0}, {"logit_bias": {1: -100.0}}]
+)
+def test_the_log_probabilities_are_those_that_tokens_are_drawn_with(options: dict[str, Any]) -> None:
+    params = SamplingParams(seed=2, **options)
+    chances = Sampler(params).log_probs(SCORES).exp()
+    assert chances.sum().item() == pytest.approx(1)
+    assert_frequencies(drawn(params, 3000), chances)
+
+
 def test_a_seed_reproduces_its_sequence_and_choices_differ() -> None:
     options, flat = SamplingParams(seed=7), torch.zeros(1000)
     assert drawn(options, 20, flat) == drawn(options, 20, flat)

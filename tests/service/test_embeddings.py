@@ -78,6 +78,14 @@ def test_token_ids_stand_for_their_text(embeddings: Any, client: Client, encodin
     assert (vectors(embeddings.create(model=encoding_server.model, input=ids[0])) == expected[0]).all()
 
 
+def test_objects_stand_for_their_text(embeddings: Any, client: Client) -> None:
+    parts = {"content": [{"type": "text", "text": "my cat is "}, {"type": "text", "text": "called pixel"}]}
+    expected = vectors(embeddings.create(model=client.model, input=TEXTS[:1]))[0].tolist()
+    for value in (parts, {"prompt_string": TEXTS[0]}, ["my dog", parts], ["my dog", {"prompt_string": TEXTS[0]}]):
+        data = assert_success(client.post("embeddings", {"input": value}))["data"]
+        assert data[-1]["embedding"] == expected and len(data) == (len(value) if isinstance(value, list) else 1)
+
+
 def test_every_part_of_a_long_text_counts(embeddings: Any, encoding_server: InProcessServer) -> None:
     start = "cat " * MAX_TOKENS
     texts = [start, start + "dog", start + "dog " * MAX_TOKENS]
@@ -136,6 +144,11 @@ def test_no_session_has_a_part_in_it(embeddings: Any, client: Client, encoding_s
         ({"input": ["a", 1]}, "input.1"),
         ({"input": [1, "a"]}, "input.1"),
         ({"input": [[]]}, "input.0"),
+        ({"input": {}}, "input.content"),
+        ({"input": {"content": "a"}}, "input.content"),
+        ({"input": {"content": [{"type": "text", "text": ""}]}}, "input"),
+        ({"input": [{"content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, "input.0.content.0.type"),
+        ({"input": ["a", {"prompt_string": ""}]}, "input.1.prompt_string"),
         ({"input": [10**6]}, "input.0"),
         ({"input": [[1], [1, 10**6]]}, "input.1.1"),
         ({"input": ["a"] * 2049}, "input"),

@@ -183,7 +183,7 @@ def test_a_base_without_the_tokens_says_why_it_cannot(client: Client) -> None:
         ({"n_indent": -1}, "n_indent"),
         ({"n": 2}, "n"),
         ({"echo": True}, "echo"),
-        ({"n_probs": 2}, "n_probs"),
+        ({"logprobs": 2}, "logprobs"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"sesion": "repo"}, "sesion"),
         ({"mirostat": 2}, "mirostat"),

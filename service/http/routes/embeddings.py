@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.errors import BadRequest
 from service.http.dependencies import LargeReply, RulesDep, SessionsDep
 from service.http.json_route import JsonRoute
 from service.http.openapi import ERROR_RESPONSES
-from service.http.schemas import INT32, MODEL_NAME, WHOLE, Body, Text, TokenIds
+from service.http.schemas import INT32, MAX_PARTS, MODEL_NAME, WHOLE, Body, Text, TextPart, TokenIds
 from service.http.sse import until_disconnect
 from service.turns.embeddings import Embeddings, embed, require_dimensions, require_encoder
 from service.turns.loaded_model import LoadedModel
@@ -28,11 +29,13 @@ router = APIRouter(prefix="/v1", route_class=JsonRoute, responses=ERROR_RESPONSE
 
 
 def _one_kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return "<named>" if "prompt_string" in value else "<parts>"
     return "<text>" if isinstance(value, str) else "<tokens>" if isinstance(value, list) else None
 
 
 def _kind(value: Any) -> str | None:
-    is_list = isinstance(value, list) and (not value or isinstance(value[0], str | list))
+    is_list = isinstance(value, list) and (not value or isinstance(value[0], str | list | dict))
     return "<list>" if is_list else _one_kind(value)
 
 
@@ -41,12 +44,46 @@ _ERROR: Any = {
     "custom_error_message": "should be a string, a list of token ids, or a list of strings or of lists of token ids",
 }
 NonEmptyText = Annotated[Text, Field(min_length=1)]
+
+
+class NamedText(Body):
+    """A text as llama.cpp's clients may send it."""
+
+    prompt_string: NonEmptyText
+
+    @property
+    def text(self) -> str:
+        return self.prompt_string
+
+
+class PartsOfText(Body):
+    """A text in parts, as llama.cpp's clients may send it."""
+
+    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "PartsOfText":
+        if not self.text:
+            raise PydanticCustomError("empty", "should have a text")
+        return self
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
 OneInput = Annotated[
-    Annotated[NonEmptyText, Tag("<text>")] | Annotated[TokenIds, Tag("<tokens>")], Discriminator(_one_kind, **_ERROR)
+    Annotated[NonEmptyText, Tag("<text>")]
+    | Annotated[TokenIds, Tag("<tokens>")]
+    | Annotated[NamedText, Tag("<named>")]
+    | Annotated[PartsOfText, Tag("<parts>")],
+    Discriminator(_one_kind, **_ERROR),
 ]
 Input = Annotated[
     Annotated[NonEmptyText, Tag("<text>")]
     | Annotated[TokenIds, Tag("<tokens>")]
+    | Annotated[NamedText, Tag("<named>")]
+    | Annotated[PartsOfText, Tag("<parts>")]
     | Annotated[list[OneInput], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True), Tag("<list>")],
     Discriminator(_kind, **_ERROR),
 ]
@@ -72,12 +109,13 @@ class EmbeddingRequest(Body):
 
     @property
     def is_one(self) -> bool:
-        return isinstance(self.input, str) or isinstance(self.input[0], int)
+        return not isinstance(self.input, list) or isinstance(self.input[0], int)
 
     @property
     def inputs(self) -> list[Any]:
         """Return the inputs as a list of texts and of lists of token ids."""
-        return [self.input] if self.is_one else list(self.input)
+        inputs = [self.input] if self.is_one else list(self.input)
+        return [each.text if isinstance(each, NamedText | PartsOfText) else each for each in inputs]
 
 
 class Embedding(BaseModel):
