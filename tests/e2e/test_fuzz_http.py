@@ -10,7 +10,7 @@ from tests.fuzz_http import PHASES, Target, fuzz, fuzzed_server, summary
 
 pytestmark = pytest.mark.e2e
 
-NUM_OPERATIONS = 55
+NUM_OPERATIONS = 56
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_no_session_has_a_part_in_it(embeddings: Any, client: Client, encoding_s
         ({"input": [[]]}, "input.0"),
         ({"input": {}}, "input.content"),
         ({"input": {"content": "a"}}, "input.content"),
-        ({"input": {"content": [{"type": "text", "text": ""}]}}, "input"),
+        ({"input": {"content": [{"type": "text", "text": ""}]}}, "input.content.0.text"),
         ({"input": [{"content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, "input.0.content.0.type"),
         ({"input": ["a", {"prompt_string": ""}]}, "input.1.prompt_string"),
         ({"input": [10**6]}, "input.0"),

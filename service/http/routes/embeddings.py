@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.concurrency import LARGE, dump_json_pieces, run_off_loop
 from service.errors import BadRequest
@@ -56,16 +55,16 @@ class NamedText(Body):
         return self.prompt_string
 
 
+class NonEmptyPart(TextPart):
+    """A part of a text to embed."""
+
+    text: NonEmptyText
+
+
 class PartsOfText(Body):
     """A text in parts, as llama.cpp's clients may send it."""
 
-    content: Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> "PartsOfText":
-        if not self.text:
-            raise PydanticCustomError("empty", "should have a text")
-        return self
+    content: Annotated[list[NonEmptyPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
     @property
     def text(self) -> str:
