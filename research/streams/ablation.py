@@ -22,6 +22,8 @@ from research.streams.datasets import find_stream
 from research.streams.prequential import run_labels, run_numbers
 
 STEPS = 1500
+NOISE = ((2, 0.9), (2, 0.97), (5, 0.9), (10, 0.9), (10, 0.5))  # numbers of labels, and the share of the commonest
+NOISE_STEPS, NOISE_COLUMNS, NOISE_SEEDS = 500, 4, 5
 ALWAYS = 500.0  # nats ahead: all of the answer
 NEVER_CHANGED = {(change, "THRESHOLD_NATS"): np.inf}
 Part = Callable[[str], bool] | Mapping[tuple[Any, str], float]  # which readers, or constants and their values
@@ -82,6 +84,33 @@ def main() -> None:
             figures, losses = np.array([measure(task, stream, STEPS) for stream in STREAMS[task]]).T
         cells = [f"{figure:.4g}" for figure in (*figures, figures.mean(), losses.mean()) if np.isfinite(figure)]
         console.print(f"| {name if name == 'all' else f'without {name}'} | {' | '.join(cells)} |", soft_wrap=True)
+    if task == "labels":
+        print_noise()
+
+
+def print_noise() -> None:
+    """Print what the guard saves where columns say nothing: nats behind the shares of the labels, at most."""
+    console.print(f"\n| labels, share of the commonest | all | without the guard |\n|{' --- |' * 3}", soft_wrap=True)
+    for num_labels, share in NOISE:
+        cells = []
+        for part in ({}, PARTS["labels"]["the guard"]):
+            with without("labels", part):
+                cells.append(f"{max(nats_lost(num_labels, share, seed) for seed in range(NOISE_SEEDS)):.1f}")
+        console.print(f"| {num_labels}, {share} | {' | '.join(cells)} |", soft_wrap=True)
+
+
+def nats_lost(num_labels: int, share: float, seed: int) -> float:
+    """Return how far `labels` falls behind the shares of the labels on columns of noise, at its worst moment (nats)."""
+    rng, learner, lost, worst = np.random.default_rng(seed), ImprintLabels(), 0.0, 0.0
+    chances = [share, *[(1 - share) / (num_labels - 1)] * (num_labels - 1)]
+    for label in rng.choice(num_labels, NOISE_STEPS, p=chances).tolist():
+        columns: dict[str, float | str] = {str(column): float(rng.normal()) for column in range(NOISE_COLUMNS)}
+        probs, shares = learner.predict(columns), learner.shares()
+        if label in probs:
+            lost += float(np.log(shares[label]) - np.log(probs[label]))
+            worst = max(worst, lost)
+        learner.learn(columns, label)
+    return worst
 
 
 def measure(task: str, stream: str, steps: int) -> tuple[float, float]:

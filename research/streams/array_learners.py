@@ -78,6 +78,14 @@ class ImprintLabels(ArrayMemory):
         self._read = reading, labels.mixture(reading, self.mixer, memory.row)
         return dict(zip(self.names, self._read[1].probs.tolist(), strict=True))
 
+    def shares(self) -> dict[Hashable, float]:
+        """Return what the shares of the labels alone would have said of the example that was predicted last."""
+        if self._read is None:
+            return {}
+        reading, mixed = self._read
+        shares = reading.readout.probs[label_readers.PRIOR] * (1 - mixed.unknown)
+        return dict(zip(self.names, shares.tolist(), strict=True))
+
     def learn(self, x: Columns, label: Hashable) -> None:
         """Learn the example that was predicted last."""
         if label not in self.names:
