@@ -53,7 +53,9 @@ def start(base: Path, *arguments: object, processes: int = 1, **settings: object
     clean = {name: value for name, value in os.environ.items() if not name.startswith("IMPRINT_")}
     given = {"IMPRINT_MODEL": str(base), "IMPRINT_THREADS": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     given |= {f"IMPRINT_{name}": str(value) for name, value in settings.items()}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
     return subprocess.Popen(
         [sys.executable, *launch, "-m", "service", "train", *map(str, arguments)],
         env=clean | given,

@@ -149,7 +149,9 @@ def main() -> None:
 
 
 def program(*arguments: object, processes: int = 1) -> subprocess.Popen[bytes]:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, *launch, __file__, *map(str, arguments)], env=environment)
 
