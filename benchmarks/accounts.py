@@ -2,7 +2,7 @@
 
     python -m benchmarks.accounts --sessions 10000000
 
-fills a Redis of its own (`redis-server` must be installed; 220 bytes a session): the name of each session in the list
+fills a Redis of its own (`redis-server` must be installed; 200 bytes a session): the name of each session in the list
 and in the account, and the stored values of those sessions that are read. Nothing else should run beside it.
 """
 
